@@ -1,0 +1,59 @@
+package format
+
+import "encoding/binary"
+
+var le = binary.LittleEndian
+
+const (
+	chunkMagic     = "VDISKCHK"
+	chunkHeaderEnd = 44 // what the header uses; the rest is zero
+)
+
+// ChunkHeader is the head of a chunk file: which chunk of which store it is.
+type ChunkHeader struct {
+	// Slot is the chunk's place in the directory. It is reused.
+	Slot uint32
+	// Seq is the chunk sequence number, which is never reused.
+	Seq uint64
+	// UUID is the store's.
+	UUID [16]byte
+}
+
+// Encode writes the header to dst, which has at least ChunkHeaderSize bytes.
+func (h *ChunkHeader) Encode(dst []byte) {
+	dst = dst[:ChunkHeaderSize]
+	clear(dst)
+	copy(dst, chunkMagic)
+	le.PutUint32(dst[8:], StoreVersion)
+	le.PutUint32(dst[12:], h.Slot)
+	le.PutUint64(dst[16:], h.Seq)
+	copy(dst[24:], h.UUID[:])
+	le.PutUint32(dst[40:], Checksum(dst[:40]))
+}
+
+// DecodeChunkHeader reads the header at the front of src. The padding is not
+// looked at: damage to it costs nothing.
+func DecodeChunkHeader(src []byte) (ChunkHeader, error) {
+	const what = "chunk header"
+	var h ChunkHeader
+	if len(src) < ChunkHeaderSize {
+		return h, corrupt(what, "%d bytes, want %d", len(src), ChunkHeaderSize)
+	}
+	src = src[:chunkHeaderEnd]
+	if string(src[:8]) != chunkMagic {
+		return h, corrupt(what, "magic %q", src[:8])
+	}
+	if got, want := Checksum(src[:40]), le.Uint32(src[40:]); got != want {
+		return h, corrupt(what, "checksum %08x, want %08x", got, want)
+	}
+	if err := checkVersion(what, int(le.Uint32(src[8:]))); err != nil {
+		return h, err
+	}
+	h.Slot = le.Uint32(src[12:])
+	h.Seq = le.Uint64(src[16:])
+	copy(h.UUID[:], src[24:40])
+	if h.Slot >= MaxSlots || h.Seq == 0 {
+		return h, corrupt(what, "slot %d, chunk sequence %d", h.Slot, h.Seq)
+	}
+	return h, nil
+}

@@ -1,0 +1,197 @@
+package format
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/klauspost/compress/s2"
+	"github.com/klauspost/compress/zstd"
+)
+
+// Codec says how a unit is compressed.
+type Codec uint8
+
+// The codecs.
+const (
+	Raw  Codec = 0
+	S2   Codec = 1
+	Zstd Codec = 2
+)
+
+const (
+	unitSize = UnitBlocks * BlockSize
+
+	// MaxCompressed is the capacity of a buffer that Compress never has to
+	// replace.
+	MaxCompressed = unitSize + unitSize/6 + 64
+
+	defaultZstdLevel = 3 // zstd(1)'s
+	maxZstdLevel     = 19
+)
+
+// ErrCodec is matched by an error about a codec or a level that there is not.
+var ErrCodec = errors.New("invalid compression")
+
+// String returns the codec's name.
+func (c Codec) String() string {
+	switch c {
+	case Raw:
+		return "none"
+	case S2:
+		return "s2"
+	case Zstd:
+		return "zstd"
+	}
+	return fmt.Sprintf("codec %d", uint8(c))
+}
+
+// ParseCodec returns the codec with the given name.
+func ParseCodec(name string) (Codec, error) {
+	for _, c := range []Codec{Raw, S2, Zstd} {
+		if c.String() == name {
+			return c, nil
+		}
+	}
+	return 0, fmt.Errorf("%w: %q is not none, s2 or zstd", ErrCodec, name)
+}
+
+// MarshalText returns the codec's name.
+func (c Codec) MarshalText() ([]byte, error) {
+	if c > Zstd {
+		return nil, fmt.Errorf("%w: %v", ErrCodec, c)
+	}
+	return []byte(c.String()), nil
+}
+
+// UnmarshalText is ParseCodec.
+func (c *Codec) UnmarshalText(text []byte) (err error) {
+	*c, err = ParseCodec(string(text))
+	return err
+}
+
+// CheckLevel checks that the codec has the level: zstd has 1 to 19, the others
+// have none. 0 is every codec's default.
+func CheckLevel(c Codec, level int) error {
+	switch {
+	case c > Zstd:
+		return fmt.Errorf("%w: %v", ErrCodec, c)
+	case level == 0, c == Zstd && level > 0 && level <= maxZstdLevel:
+		return nil
+	case c == Zstd:
+		return fmt.Errorf("%w: zstd has levels 1 to %d, not %d", ErrCodec, maxZstdLevel, level)
+	}
+	return fmt.Errorf("%w: %v has no levels", ErrCodec, c)
+}
+
+// Compressor compresses units. It is reused, by one goroutine at a time.
+type Compressor struct {
+	codec Codec
+	zstd  *zstd.Encoder
+}
+
+// NewCompressor returns a compressor for the codec at the level.
+func NewCompressor(c Codec, level int) (*Compressor, error) {
+	if err := CheckLevel(c, level); err != nil {
+		return nil, err
+	}
+	if c != Zstd {
+		return &Compressor{codec: c}, nil
+	}
+	if level == 0 {
+		level = defaultZstdLevel
+	}
+	enc, err := zstd.NewWriter(nil,
+		zstd.WithEncoderLevel(zstd.EncoderLevelFromZstd(level)),
+		zstd.WithEncoderConcurrency(1),
+		zstd.WithWindowSize(unitSize),
+		zstd.WithSingleSegment(true),
+		zstd.WithEncoderCRC(false)) // the record has one
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrCodec, err)
+	}
+	return &Compressor{codec: c, zstd: enc}, nil
+}
+
+// Compress returns src, a unit of whole blocks, as it is to be stored and the
+// codec it is stored with: src itself and Raw if compression makes the padded
+// record no smaller, else in dst if its capacity is enough (MaxCompressed
+// always is). dst and src do not overlap.
+func (c *Compressor) Compress(dst, src []byte) (out []byte, codec Codec) {
+	switch c.codec {
+	case S2:
+		out = s2.Encode(dst[:0], src)
+	case Zstd:
+		out = c.zstd.EncodeAll(src, dst[:0])
+	default:
+		return src, Raw
+	}
+	blocks := len(src) / BlockSize
+	if len(out) == 0 || recordSize(len(out), blocks) >= recordSize(len(src), blocks) {
+		return src, Raw
+	}
+	return out, c.codec
+}
+
+// zstdDecoder is made when first used. It serves any number of goroutines; as
+// many as there are processors at once. It never writes beyond the capacity of
+// the destination.
+var zstdDecoder = sync.OnceValues(func() (*zstd.Decoder, error) {
+	return zstd.NewReader(nil,
+		zstd.WithDecoderConcurrency(0),
+		zstd.WithDecoderLowmem(true),
+		zstd.WithDecoderMaxMemory(unitSize),
+		zstd.WithDecodeAllCapLimit(true))
+})
+
+// Decompress fills dst with the unit that src holds; the unit has exactly
+// dst's length. It may be called concurrently.
+func Decompress(c Codec, dst, src []byte) error {
+	dst = dst[:len(dst):len(dst)]
+	switch c {
+	case Raw:
+		if len(src) != len(dst) {
+			return corruptUnit(c, len(src), len(dst))
+		}
+		copy(dst, src)
+		return nil
+	case S2:
+		// s2.Decode makes room for whatever length src claims: ask first.
+		n, err := s2.DecodedLen(src)
+		if err != nil {
+			return corrupt("s2 unit", "%v", err)
+		}
+		if n != len(dst) {
+			return corruptUnit(c, n, len(dst))
+		}
+		if _, err := s2.Decode(dst, src); err != nil {
+			return corrupt("s2 unit", "%v", err)
+		}
+		return nil
+	case Zstd:
+		return decompressZstd(dst, src)
+	}
+	return corrupt("unit", "%v", c)
+}
+
+func decompressZstd(dst, src []byte) error {
+	dec, err := zstdDecoder()
+	if err != nil {
+		return fmt.Errorf("zstd decoder: %w", err)
+	}
+	out, err := dec.DecodeAll(src, dst[:0])
+	if err != nil {
+		return corrupt("zstd unit", "%v", err)
+	}
+	if len(out) != len(dst) {
+		return corruptUnit(Zstd, len(out), len(dst))
+	}
+	if len(dst) > 0 && &out[0] != &dst[0] {
+		copy(dst, out)
+	}
+	return nil
+}
+
+func corruptUnit(c Codec, got, want int) error {
+	return corrupt(c.String()+" unit", "%d bytes, want %d", got, want)
+}

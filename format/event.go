@@ -1,0 +1,70 @@
+package format
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+)
+
+// Event is the payload of an event record: what one operation changed in the
+// tables, as it is afterwards.
+type Event struct {
+	// Op names the operation, for people.
+	Op            string     `json:"op"`
+	Volumes       []Volume   `json:"volumes,omitempty"`
+	Snapshots     []Snapshot `json:"snapshots,omitempty"`
+	Branches      []Branch   `json:"branches,omitempty"`
+	DropVolumes   []uint32   `json:"drop_volumes,omitempty"`
+	DropSnapshots []uint32   `json:"drop_snapshots,omitempty"`
+	DropBranches  []uint32   `json:"drop_branches,omitempty"`
+}
+
+// ErrTooLarge is matched by AppendEvent's error about an event that does not
+// fit a record.
+var ErrTooLarge = errors.New("too large")
+
+func (e *Event) check() error {
+	var errs []error
+	for i := range e.Volumes {
+		errs = append(errs, e.Volumes[i].check())
+	}
+	for i := range e.Snapshots {
+		errs = append(errs, e.Snapshots[i].check())
+	}
+	for i := range e.Branches {
+		errs = append(errs, e.Branches[i].check())
+	}
+	return errors.Join(errs...)
+}
+
+// AppendEvent appends the payload of the event's record to dst. It refuses an
+// event that DecodeEvent would reject.
+func AppendEvent(dst []byte, e *Event) ([]byte, error) {
+	if err := e.check(); err != nil {
+		return dst, fmt.Errorf("encode event %s: %w", e.Op, err)
+	}
+	text, err := json.Marshal(e)
+	if err != nil {
+		return dst, fmt.Errorf("encode event %s: %w", e.Op, err)
+	}
+	if len(text) > MaxPayload {
+		return dst, fmt.Errorf("encode event %s: %w: %d bytes, the most is %d", e.Op, ErrTooLarge, len(text), MaxPayload)
+	}
+	return append(dst, text...), nil
+}
+
+// DecodeEvent reads the payload of an event record, whose checksum the record's
+// header has.
+func DecodeEvent(src []byte, e *Event) error {
+	if len(src) > MaxPayload {
+		return corrupt("event", "%d bytes", len(src))
+	}
+	*e = Event{}
+	if err := decodeJSON(src, e); err != nil {
+		return corrupt("event", "%v", err)
+	}
+	if err := e.check(); err != nil {
+		return corrupt("event "+e.Op, "%v", err)
+	}
+	return nil
+}

@@ -1,0 +1,173 @@
+package format
+
+import "fmt"
+
+// Kind says what a record is.
+type Kind uint8
+
+// The kinds of records.
+const (
+	KindData  Kind = 1 // a unit of blocks
+	KindHole  Kind = 2 // a range of blocks that read as zeros from here on
+	KindEvent Kind = 3 // a change of the tables
+)
+
+// String returns the kind's name.
+func (k Kind) String() string {
+	switch k {
+	case KindData:
+		return "data"
+	case KindHole:
+		return "hole"
+	case KindEvent:
+		return "event"
+	}
+	return fmt.Sprintf("kind %d", uint8(k))
+}
+
+// HoleSize is the length of a hole record's payload.
+const HoleSize = 8
+
+// RecordHeader is the head of a record of the log.
+type RecordHeader struct {
+	// Seq is the record's sequence number, from 1.
+	Seq uint64
+	// Block is the first block; 0 for an event.
+	Block uint64
+	// Branch is the branch whose blocks these are; 0 for an event.
+	Branch uint32
+	Kind   Kind
+	Codec  Codec
+	// Blocks is the number of blocks in a data record's unit, which does not
+	// cross a multiple of UnitBlocks; 1 for the other kinds.
+	Blocks int
+	// PayloadLen is the length of the payload as stored.
+	PayloadLen int
+	// PayloadCRC is the Checksum of the payload as stored.
+	PayloadCRC uint32
+}
+
+// Size returns the size of the whole record, padded so that each block of the
+// unit accounts for the same multiple of RecordAlign.
+func (h *RecordHeader) Size() int { return recordSize(h.PayloadLen, h.Blocks) }
+
+func recordSize(payloadLen, blocks int) int {
+	align := RecordAlign * max(blocks, 1)
+	n := RecordHeaderSize + payloadLen + align - 1
+	return n - n%align
+}
+
+// Encode writes the header to the front of dst, RecordHeaderSize bytes, for a
+// record at offset in the chunk with sequence number chunkSeq.
+func (h *RecordHeader) Encode(dst []byte, chunkSeq uint64, offset uint32) {
+	dst = dst[:RecordHeaderSize]
+	le.PutUint32(dst[4:], h.PayloadCRC)
+	le.PutUint64(dst[8:], h.Seq)
+	le.PutUint64(dst[16:], h.Block)
+	le.PutUint32(dst[24:], h.Branch)
+	lengths := uint32(h.PayloadLen)&MaxPayload | uint32(h.Blocks-1)<<20
+	le.PutUint32(dst[28:], uint32(h.Kind)<<4|uint32(h.Codec)&0xf|lengths<<8)
+	le.PutUint32(dst, saltedChecksum(chunkSeq, offset, dst[4:]))
+}
+
+// DecodeRecordHeader reads the header at the front of src, which was read at
+// offset in the chunk with sequence number chunkSeq. It accepts a header only
+// if it was written for that place and its fields are valid.
+func DecodeRecordHeader(src []byte, chunkSeq uint64, offset uint32) (RecordHeader, error) {
+	if len(src) < RecordHeaderSize {
+		return RecordHeader{}, corruptRecord(chunkSeq, offset, "%d bytes of header", len(src))
+	}
+	src = src[:RecordHeaderSize]
+	if got, want := saltedChecksum(chunkSeq, offset, src[4:]), le.Uint32(src); got != want {
+		return RecordHeader{}, corruptRecord(chunkSeq, offset, "header checksum %08x, want %08x", got, want)
+	}
+	last := le.Uint32(src[28:])
+	h := RecordHeader{
+		PayloadCRC: le.Uint32(src[4:]),
+		Seq:        le.Uint64(src[8:]),
+		Block:      le.Uint64(src[16:]),
+		Branch:     le.Uint32(src[24:]),
+		Kind:       Kind(last >> 4 & 0xf),
+		Codec:      Codec(last & 0xf),
+		PayloadLen: int(last >> 8 & MaxPayload),
+		Blocks:     int(last>>28) + 1,
+	}
+	if what := h.invalid(); what != "" {
+		return RecordHeader{}, corruptRecord(chunkSeq, offset, "%s: %+v", what, h)
+	}
+	if offset%RecordAlign != 0 || offset < ChunkHeaderSize || int64(offset)+int64(h.Size()) > MaxChunkSize {
+		return RecordHeader{}, corruptRecord(chunkSeq, offset, "%d bytes do not lie in the chunk", h.Size())
+	}
+	return h, nil
+}
+
+func corruptRecord(chunkSeq uint64, offset uint32, format string, args ...any) error {
+	return corrupt(fmt.Sprintf("record at %d of chunk %d", offset, chunkSeq), format, args...)
+}
+
+// invalid names what is wrong with the header, or returns "".
+func (h *RecordHeader) invalid() string {
+	if h.Seq == 0 {
+		return "no sequence number"
+	}
+	if h.Kind != KindData && (h.Codec != Raw || h.Blocks != 1) {
+		return "a unit outside a data record"
+	}
+	switch h.Kind {
+	case KindData:
+		return h.invalidData()
+	case KindHole:
+		if h.Branch == 0 || h.Block >= MaxBlocks || h.PayloadLen != HoleSize {
+			return "invalid hole"
+		}
+	case KindEvent:
+		if h.Branch != 0 || h.Block != 0 || h.PayloadLen == 0 {
+			return "invalid event"
+		}
+	default:
+		return "unknown kind"
+	}
+	return ""
+}
+
+func (h *RecordHeader) invalidData() string {
+	full := h.Blocks * BlockSize
+	switch {
+	case h.Branch == 0 || h.Block >= MaxBlocks:
+		return "block outside every volume"
+	case int(h.Block%UnitBlocks)+h.Blocks > UnitBlocks:
+		return "unit crosses a unit boundary"
+	case h.Codec > Zstd:
+		return "unknown codec"
+	case h.Codec == Raw && h.PayloadLen != full, h.PayloadLen == 0 || h.PayloadLen > full:
+		return "invalid payload length"
+	}
+	return ""
+}
+
+// VerifyPayload checks the payload against the header.
+func (h *RecordHeader) VerifyPayload(payload []byte) error {
+	if len(payload) == h.PayloadLen && Checksum(payload) == h.PayloadCRC {
+		return nil
+	}
+	what := fmt.Sprintf("payload of record %d (%v, branch %d, block %d)", h.Seq, h.Kind, h.Branch, h.Block)
+	if len(payload) != h.PayloadLen {
+		return corrupt(what, "%d bytes, want %d", len(payload), h.PayloadLen)
+	}
+	return corrupt(what, "checksum %08x, want %08x", Checksum(payload), h.PayloadCRC)
+}
+
+// EncodeHole writes a hole record's payload to the front of dst, HoleSize bytes.
+func EncodeHole(dst []byte, blocks uint64) { le.PutUint64(dst[:HoleSize], blocks) }
+
+// DecodeHole returns the number of blocks of a hole that begins at block.
+func DecodeHole(payload []byte, block uint64) (blocks uint64, err error) {
+	if len(payload) != HoleSize {
+		return 0, corrupt("hole", "%d bytes, want %d", len(payload), HoleSize)
+	}
+	blocks = le.Uint64(payload)
+	if block >= MaxBlocks || blocks == 0 || blocks > MaxBlocks-block {
+		return 0, corrupt("hole", "%d blocks at block %d", blocks, block)
+	}
+	return blocks, nil
+}

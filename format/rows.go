@@ -1,0 +1,205 @@
+package format
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"reflect"
+	"time"
+)
+
+// Volume is a row of the table of volumes: a named, writable disk.
+type Volume struct {
+	ID           uint32    `json:"id"`
+	Name         string    `json:"name"`
+	Size         int64     `json:"size"`
+	Codec        Codec     `json:"codec"`
+	Level        int       `json:"level"`
+	LogicalBlock int       `json:"logical_block"`
+	Branch       uint32    `json:"branch"`
+	Created      time.Time `json:"created"`
+}
+
+// Snapshot is a row of the table of snapshots: a named point of a branch.
+// Volume is 0 if the snapshot is deleted but its row is still needed.
+type Snapshot struct {
+	ID      uint32    `json:"id"`
+	Volume  uint32    `json:"volume"`
+	Name    string    `json:"name"`
+	Branch  uint32    `json:"branch"`
+	Epoch   uint32    `json:"epoch"`
+	Size    int64     `json:"size"`
+	Created time.Time `json:"created"`
+}
+
+// Branch is a row of the table of branches: a line of history and the point of
+// another that it began at, if any (else both are 0).
+type Branch struct {
+	ID           uint32 `json:"id"`
+	Epoch        uint32 `json:"epoch"`
+	OriginBranch uint32 `json:"origin_branch"`
+	OriginEpoch  uint32 `json:"origin_epoch"`
+}
+
+// Checkpoint says up to which place of the log the tables are durable.
+type Checkpoint struct {
+	// Seq is the sequence number of the first record to replay.
+	Seq uint64 `json:"seq"`
+	// ChunkSeq and Offset are where it is, or will be.
+	ChunkSeq uint64 `json:"chunk_seq"`
+	Offset   uint32 `json:"offset"`
+	// NextID is the next id of a volume, a snapshot or a branch.
+	NextID uint32 `json:"next_id"`
+	// NextChunkSeq is the chunk sequence number of the next chunk made.
+	NextChunkSeq uint64 `json:"next_chunk_seq"`
+}
+
+const maxVolumeSize = int64(MaxBlocks) * BlockSize
+
+func (v Volume) check() error {
+	switch {
+	case v.ID == 0 || v.Branch == 0:
+		return errors.New("no id or branch")
+	case v.Size <= 0 || v.Size > maxVolumeSize:
+		return fmt.Errorf("size %d", v.Size)
+	case v.LogicalBlock != 512 && v.LogicalBlock != BlockSize:
+		return fmt.Errorf("logical block %d", v.LogicalBlock)
+	}
+	return errors.Join(CheckName(v.Name), CheckLevel(v.Codec, v.Level))
+}
+
+func (s Snapshot) check() error {
+	switch {
+	case s.ID == 0 || s.Branch == 0 || s.Epoch == 0:
+		return errors.New("no id, branch or epoch")
+	case s.Size <= 0 || s.Size > maxVolumeSize:
+		return fmt.Errorf("size %d", s.Size)
+	case s.Volume == 0:
+		return nil
+	}
+	return CheckName(s.Name)
+}
+
+func (b Branch) check() error {
+	switch {
+	case b.ID == 0 || b.Epoch == 0:
+		return errors.New("no id or epoch")
+	case b.OriginBranch == b.ID, (b.OriginBranch == 0) != (b.OriginEpoch == 0):
+		return fmt.Errorf("origin %d epoch %d", b.OriginBranch, b.OriginEpoch)
+	}
+	return nil
+}
+
+func (c Checkpoint) check() error {
+	if c.Seq == 0 || c.Offset%RecordAlign != 0 || c.Offset > MaxChunkSize {
+		return fmt.Errorf("seq %d, offset %d", c.Seq, c.Offset)
+	}
+	return nil
+}
+
+// row is a row that is stored as JSON, or a pointer to one.
+type row interface{ check() error }
+
+var errNotRow = errors.New("not a row")
+
+// AppendRow appends the encoding of a row to dst: v is a Volume, a Snapshot, a
+// Branch or a Checkpoint, or a pointer to one. It refuses a row that DecodeRow
+// would reject.
+func AppendRow(dst []byte, v any) ([]byte, error) {
+	r, ok := v.(row)
+	if !ok {
+		return dst, fmt.Errorf("encode %T: %w", v, errNotRow)
+	}
+	if err := r.check(); err != nil {
+		return dst, fmt.Errorf("encode %T: %w", v, err)
+	}
+	text, err := json.Marshal(v)
+	if err != nil {
+		return dst, fmt.Errorf("encode %T: %w", v, err)
+	}
+	dst = le.AppendUint32(dst, Checksum(text))
+	return append(dst, text...), nil
+}
+
+// DecodeRow reads an encoded row, which is all of src, into v: a pointer to a row
+// of the type it was encoded from. A field that this version does not know is an
+// error: a format with more fields has another version.
+func DecodeRow(src []byte, v any) error {
+	what := fmt.Sprintf("row %T", v)
+	p := reflect.ValueOf(v)
+	r, ok := v.(row)
+	if !ok || p.Kind() != reflect.Pointer || p.IsNil() {
+		return fmt.Errorf("decode into %T: %w", v, errNotRow)
+	}
+	p.Elem().SetZero()
+	if len(src) < 4 {
+		return corrupt(what, "%d bytes", len(src))
+	}
+	if got, want := Checksum(src[4:]), le.Uint32(src); got != want {
+		return corrupt(what, "checksum %08x, want %08x", got, want)
+	}
+	if err := decodeJSON(src[4:], v); err != nil {
+		return corrupt(what, "%v", err)
+	}
+	if err := r.check(); err != nil {
+		return corrupt(what, "%v", err)
+	}
+	return nil
+}
+
+// decodeJSON decodes src, which is one value of v's fields and no others.
+func decodeJSON(src []byte, v any) error {
+	d := json.NewDecoder(bytes.NewReader(src))
+	d.DisallowUnknownFields()
+	if err := d.Decode(v); err != nil {
+		return err
+	}
+	if _, err := d.Token(); err != io.EOF {
+		return errors.New("data after the end")
+	}
+	return nil
+}
+
+// Chunk is a row of the table of chunks: what the log file in a slot is and how
+// much of it is in use.
+type Chunk struct {
+	// Slot is the row's key.
+	Slot uint32
+	// Seq is the chunk sequence number.
+	Seq uint64
+	// End is where the records end.
+	End uint32
+	// Live is the number of live bytes.
+	Live uint32
+}
+
+// ChunkRowSize is the size of an encoded Chunk.
+const ChunkRowSize = 20
+
+// Encode returns the encoding of the row, without its slot.
+func (c *Chunk) Encode() [ChunkRowSize]byte {
+	var b [ChunkRowSize]byte
+	le.PutUint64(b[4:], c.Seq)
+	le.PutUint32(b[12:], c.End)
+	le.PutUint32(b[16:], c.Live)
+	le.PutUint32(b[:], Checksum(b[4:]))
+	return b
+}
+
+// DecodeChunk reads the row of the chunk in slot.
+func DecodeChunk(slot uint32, src []byte) (Chunk, error) {
+	what := fmt.Sprintf("row of chunk slot %08x", slot)
+	if len(src) != ChunkRowSize {
+		return Chunk{}, corrupt(what, "%d bytes, want %d", len(src), ChunkRowSize)
+	}
+	if got, want := Checksum(src[4:]), le.Uint32(src); got != want {
+		return Chunk{}, corrupt(what, "checksum %08x, want %08x", got, want)
+	}
+	c := Chunk{Slot: slot, Seq: le.Uint64(src[4:]), End: le.Uint32(src[12:]), Live: le.Uint32(src[16:])}
+	if c.Slot >= MaxSlots || c.Seq == 0 || c.End > MaxChunkSize || c.End%RecordAlign != 0 || c.Live > c.End {
+		return Chunk{}, corrupt(what, "%+v", c)
+	}
+	return c, nil
+}

@@ -1,0 +1,110 @@
+package format
+
+import (
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+)
+
+var (
+	// ErrName is matched by CheckName's errors.
+	ErrName = errors.New("invalid name")
+	// ErrNotStore is matched by DecodeStoreInfo's error about a file that is
+	// not a store's.
+	ErrNotStore = errors.New("not a vdisk store")
+)
+
+const (
+	maxName     = 63
+	storeFormat = "vdisk store"
+)
+
+// CheckName checks the name of a volume or a snapshot: a letter or digit, then
+// at most 62 letters, digits, dots, underscores and hyphens.
+func CheckName(s string) error {
+	if len(s) == 0 || len(s) > maxName {
+		return fmt.Errorf("%w: it has %d bytes, not 1 to %d", ErrName, len(s), maxName)
+	}
+	for i := range len(s) {
+		c := s[i]
+		alnum := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
+		if alnum || i > 0 && (c == '.' || c == '_' || c == '-') {
+			continue
+		}
+		return fmt.Errorf("%w: %q at byte %d of %q", ErrName, c, i, s)
+	}
+	return nil
+}
+
+// StoreInfo is the content of a store's file "format".
+type StoreInfo struct {
+	Format  string    `json:"format"`
+	Version int       `json:"version"`
+	UUID    string    `json:"uuid"`
+	Created time.Time `json:"created"`
+}
+
+// NewStoreInfo returns the info of a store of this version.
+func NewStoreInfo(uuid [16]byte, created time.Time) StoreInfo {
+	return StoreInfo{Format: storeFormat, Version: StoreVersion, UUID: formatUUID(uuid), Created: created}
+}
+
+// ID returns the store's UUID as the chunk headers have it.
+func (s *StoreInfo) ID() ([16]byte, error) {
+	var id [16]byte
+	raw := make([]byte, 0, 32)
+	for i := range len(s.UUID) {
+		if s.UUID[i] != '-' {
+			raw = append(raw, s.UUID[i])
+		}
+	}
+	if len(raw) != 32 {
+		return id, corrupt("store", "uuid %q", s.UUID)
+	}
+	if _, err := hex.Decode(id[:], raw); err != nil || formatUUID(id) != s.UUID {
+		return id, corrupt("store", "uuid %q", s.UUID)
+	}
+	return id, nil
+}
+
+func formatUUID(id [16]byte) string {
+	return fmt.Sprintf("%x-%x-%x-%x-%x", id[0:4], id[4:6], id[6:8], id[8:10], id[10:16])
+}
+
+// Encode returns the content of the file.
+func (s *StoreInfo) Encode() ([]byte, error) {
+	text, err := json.Marshal(s)
+	if err != nil {
+		return nil, fmt.Errorf("encode store: %w", err)
+	}
+	return append(text, '\n'), nil
+}
+
+// DecodeStoreInfo reads the content of the file. The error matches ErrNotStore
+// if the file is not a store's, ErrVersion if the store is of a later version.
+func DecodeStoreInfo(src []byte) (StoreInfo, error) {
+	// A later version may have other fields: look at these two first.
+	var head struct {
+		Format  string `json:"format"`
+		Version int    `json:"version"`
+	}
+	if err := json.Unmarshal(src, &head); err != nil {
+		return StoreInfo{}, fmt.Errorf("%w: %w", ErrNotStore, err)
+	}
+	if head.Format != storeFormat {
+		return StoreInfo{}, fmt.Errorf("%w: its format is %q", ErrNotStore, head.Format)
+	}
+	if err := checkVersion("store", head.Version); err != nil {
+		return StoreInfo{}, err
+	}
+	var s StoreInfo
+	if err := decodeJSON(src, &s); err != nil {
+		return StoreInfo{}, corrupt("store", "%v", err)
+	}
+	if _, err := s.ID(); err != nil {
+		return StoreInfo{}, err
+	}
+	return s, nil
+}

@@ -1,0 +1,52 @@
+// Package storage is the engine's file layer: one flat directory of files. The
+// interfaces are what the engine may rely on; OpenDir is the real directory and
+// package crashfs its double that loses power.
+package storage
+
+import (
+	"errors"
+	"io"
+)
+
+// ErrNoSpace is matched by an error about a file system, or a quota, that is full.
+var ErrNoSpace = errors.New("no space left")
+
+// FS is a directory of files without subdirectories. Its methods may be called
+// concurrently. Errors match fs.ErrExist, fs.ErrNotExist and ErrNoSpace.
+type FS interface {
+	// Create makes a file that does not exist, of the given size, reads as
+	// zeros, and has its space reserved: writes within the size do not fail for
+	// lack of it. If it fails it leaves no file. Neither the file's
+	// size nor its name is durable before File.Sync and FS.SyncDir.
+	Create(name string, size int64) (File, error)
+	// Open opens a file that exists.
+	Open(name string) (File, error)
+	// Remove removes a file's name; files that are open stay usable.
+	Remove(name string) error
+	// List returns the names in the directory in order.
+	List() ([]string, error)
+	// SyncDir makes every creation and removal before it durable.
+	SyncDir() error
+	// Free returns the number of bytes free to this user.
+	Free() (int64, error)
+	// Close releases the directory. Files that are open stay usable.
+	io.Closer
+}
+
+// File is an open file. Its methods may be called concurrently.
+type File interface {
+	io.ReaderAt
+	io.WriterAt
+	// Sync makes every write and truncation before it durable, with the size
+	// that reading them back needs (fdatasync(2)). After an error what was not
+	// durable may be lost even if a later Sync succeeds.
+	Sync() error
+	// Truncate sets the size.
+	Truncate(size int64) error
+	// Size returns the size.
+	Size() (int64, error)
+	// Fd returns the descriptor, for a ring or poll, while the file is open;
+	// ^uintptr(0) if there is none.
+	Fd() uintptr
+	io.Closer
+}
