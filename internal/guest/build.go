@@ -1,0 +1,277 @@
+package guest
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Options say what Build makes and where.
+type Options struct {
+	Dir     string    // cache folder; empty: DefaultDir
+	Kernels []string  // names of the kernels wanted; empty: all
+	Force   bool      // build anew even when the recipe did not change, to get newer packages
+	Log     io.Writer // progress, one line a step; nil: nowhere
+}
+
+// Image is a guest that was built: a root image and kernels.
+type Image struct {
+	dir     string // cache folder; runs have their folders in it
+	root    string // folder of root.img and busybox
+	kernels []Kernel
+	accel   accelProbe
+}
+
+// staleAfter is how long a build of another recipe is kept: guests of another checkout may be using it.
+const staleAfter = 24 * time.Hour
+
+// DefaultDir is $VDISK_GUEST_DIR, else .guest in the folder of the nearest go.mod above the working folder.
+func DefaultDir() (string, error) {
+	if dir := os.Getenv("VDISK_GUEST_DIR"); dir != "" {
+		return filepath.Abs(dir)
+	}
+	wd, err := os.Getwd()
+	if err != nil {
+		return "", fmt.Errorf("guest: cache folder: %w", err)
+	}
+	for dir := wd; ; dir = filepath.Dir(dir) {
+		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
+			return filepath.Join(dir, ".guest"), nil
+		}
+		if dir == filepath.Dir(dir) {
+			return "", fmt.Errorf("guest: no go.mod above %s: set VDISK_GUEST_DIR to a cache folder", wd)
+		}
+	}
+}
+
+// Build returns the guest of opts, making in the cache folder what is not there yet. It is safe to interrupt and
+// to call from several processes at once.
+func Build(ctx context.Context, opts Options) (*Image, error) {
+	b := &builder{log: opts.Log, dir: opts.Dir}
+	if b.log == nil {
+		b.log = io.Discard
+	}
+	if b.dir == "" {
+		dir, err := DefaultDir()
+		if err != nil {
+			return nil, err
+		}
+		b.dir = dir
+	}
+	specs, err := pickSpecs(opts.Kernels)
+	if err != nil {
+		return nil, err
+	}
+	if !opts.Force {
+		if img, ok := b.open(specs); ok {
+			return img, b.need(runTools)
+		}
+	}
+	if err := b.build(ctx, specs, opts.Force); err != nil {
+		return nil, err
+	}
+	img, ok := b.open(specs)
+	if !ok {
+		return nil, fmt.Errorf("guest: the build in %s left parts out", b.dir)
+	}
+	return img, nil
+}
+
+// builder makes the parts of a guest; each part is a folder <part>-<hash of its recipe> that appears by a rename.
+type builder struct {
+	dir string
+	log io.Writer
+	apt *aptArea // set while building
+}
+
+func (b *builder) say(format string, args ...any) {
+	fmt.Fprintf(b.log, "guest: "+format+"\n", args...)
+}
+
+// open returns the image when every part of the current recipe is there.
+func (b *builder) open(specs []kernelSpec) (*Image, bool) {
+	img := &Image{dir: b.dir, root: b.rootPath()}
+	if !isDir(img.root) {
+		return nil, false
+	}
+	for _, s := range specs {
+		k, err := openKernel(s.name, b.kernelPath(s))
+		if err != nil {
+			return nil, false
+		}
+		img.kernels = append(img.kernels, k)
+	}
+	return img, true
+}
+
+func (b *builder) rootPath() string {
+	return filepath.Join(b.dir, "root-"+recipeHash(rootRecipe()))
+}
+
+func (b *builder) kernelPath(s kernelSpec) string {
+	return filepath.Join(b.dir, "kernel-"+s.name+"-"+recipeHash(s.recipe()))
+}
+
+// recipeHash names a part by all that decides its content, as far as we choose it.
+func recipeHash(parts []string) string {
+	h := sha256.New()
+	for _, p := range parts {
+		fmt.Fprintf(h, "%d:%s,", len(p), p)
+	}
+	return hex.EncodeToString(h.Sum(nil))[:12]
+}
+
+// build makes the missing parts (all of them with force) under the cache folder's lock.
+func (b *builder) build(ctx context.Context, specs []kernelSpec, force bool) error {
+	if os.Geteuid() != 0 {
+		return fmt.Errorf("%w: building one runs debootstrap, which needs root: run `guest build` once as root, then any user can run it", ErrUnavailable)
+	}
+	if err := os.MkdirAll(b.dir, 0o755); err != nil {
+		return fmt.Errorf("guest: cache folder: %w", err)
+	}
+	unlock, err := lockFile(ctx, filepath.Join(b.dir, "lock"), func() { b.say("waiting for another builder of %s", b.dir) })
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if err := b.sweep(); err != nil {
+		return err
+	}
+	if err := b.install(ctx, append(append([]string(nil), buildTools...), runTools...)); err != nil {
+		return err
+	}
+	if force || !isDir(b.rootPath()) {
+		if err := b.part(ctx, b.rootPath(), b.makeRoot); err != nil {
+			return fmt.Errorf("guest: root image: %w", err)
+		}
+	}
+	for _, s := range specs {
+		if !force && isDir(b.kernelPath(s)) {
+			continue
+		}
+		if err := b.part(ctx, b.kernelPath(s), func(ctx context.Context, dir string) error { return b.makeKernel(ctx, s, dir) }); err != nil {
+			return fmt.Errorf("guest: kernel %s: %w", s.name, err)
+		}
+	}
+	return nil
+}
+
+// part has fill make a folder's content beside its place and renames it there.
+func (b *builder) part(ctx context.Context, place string, fill func(context.Context, string) error) error {
+	tmp, err := os.MkdirTemp(b.dir, "build-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(tmp)
+	if b.apt == nil {
+		area, err := newAptArea(ctx, filepath.Join(b.dir, "apt"), b.say)
+		if err != nil {
+			return err
+		}
+		b.apt = area
+	}
+	part := filepath.Join(tmp, "part")
+	if err := os.Mkdir(part, 0o755); err != nil {
+		return err
+	}
+	if err := fill(ctx, part); err != nil {
+		return err
+	}
+	if isDir(place) { // a forced build; guests that use the old one have its files open
+		if err := os.Rename(place, filepath.Join(tmp, "old")); err != nil {
+			return err
+		}
+	}
+	return os.Rename(part, place)
+}
+
+// sweep removes what interrupted builds left and parts of other recipes that nobody can be using any more.
+// The caller holds the lock, so no build is under way.
+func (b *builder) sweep() error {
+	entries, err := os.ReadDir(b.dir)
+	if err != nil {
+		return fmt.Errorf("guest: cache folder: %w", err)
+	}
+	for _, e := range entries {
+		path := filepath.Join(b.dir, e.Name())
+		switch {
+		case strings.HasPrefix(e.Name(), "build-"):
+		case strings.HasPrefix(e.Name(), "root-"), strings.HasPrefix(e.Name(), "kernel-"):
+			info, err := e.Info()
+			if err != nil || time.Since(info.ModTime()) < staleAfter || b.current(path) {
+				continue
+			}
+		default:
+			continue
+		}
+		if err := os.RemoveAll(path); err != nil {
+			return fmt.Errorf("guest: old build: %w", err)
+		}
+	}
+	return nil
+}
+
+func (b *builder) current(path string) bool {
+	if path == b.rootPath() {
+		return true
+	}
+	for _, s := range kernelSpecs {
+		if path == b.kernelPath(s) {
+			return true
+		}
+	}
+	return false
+}
+
+func isDir(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.IsDir()
+}
+
+// lockFile takes an exclusive flock on path, telling once when it has to wait.
+func lockFile(ctx context.Context, path string, waiting func()) (unlock func(), err error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
+	if err != nil {
+		return nil, fmt.Errorf("guest: lock: %w", err)
+	}
+	for told := false; ; told = true {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { f.Close() }, nil
+		}
+		if err != unix.EWOULDBLOCK && err != unix.EINTR {
+			f.Close()
+			return nil, fmt.Errorf("guest: lock %s: %w", path, err)
+		}
+		if !told {
+			waiting()
+		}
+		select {
+		case <-ctx.Done():
+			f.Close()
+			return nil, fmt.Errorf("guest: lock %s: %w", path, ctx.Err())
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
+}
+
+// command runs a tool and returns its output; an error carries the last lines that the tool said.
+func command(cmd *exec.Cmd) (string, error) {
+	var out strings.Builder
+	var all tailBuffer
+	cmd.Stdout, cmd.Stderr = io.MultiWriter(&out, &all), &all
+	cmd.WaitDelay = 5 * time.Second
+	if err := cmd.Run(); err != nil {
+		return out.String(), fmt.Errorf("%s: %w\n%s", filepath.Base(cmd.Path), err, all.tail(15))
+	}
+	return out.String(), nil
+}

@@ -1,0 +1,264 @@
+package guest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// boot is one try at a run.
+type boot struct {
+	run     Run
+	kernel  Kernel
+	machine machine
+	dir     string
+	disks   disks
+}
+
+// qemuProgram is $VDISK_GUEST_QEMU or the one installed; "" if there is none.
+func qemuProgram() string {
+	if p := os.Getenv("VDISK_GUEST_QEMU"); p != "" {
+		return p
+	}
+	return lookTool("qemu-system-x86_64")
+}
+
+// baseArgs are those of every machine: no devices but those asked for, no network, and a reset ends it.
+func baseArgs(m machine, cpus, memory int) []string {
+	return []string{"-accel", m.accel, "-cpu", m.cpu, "-smp", strconv.Itoa(cpus), "-m", strconv.Itoa(memory),
+		"-nodefaults", "-no-user-config", "-display", "none", "-net", "none", "-no-reboot"}
+}
+
+// args are QEMU's for this boot; file descriptor 3 is the socket behind the guest's port.
+func (b boot) args(nonce, console string) []string {
+	a := baseArgs(b.machine, b.run.CPUs, b.run.Memory)
+	a = append(a, "-kernel", b.kernel.vmlinuz(), "-initrd", b.disks.initrd,
+		"-append", strings.TrimSpace("console=ttyS0 panic=-1 oops=panic quiet loglevel=5 mitigations=off vdisk.nonce="+nonce+" "+b.run.Append),
+		"-chardev", "file,id=console,path="+escape(console), "-serial", "chardev:console")
+	if b.run.Terminal {
+		a = append(a, "-chardev", "stdio,id=terminal,signal=off", "-serial", "chardev:terminal")
+	}
+	a = append(a, "-device", "virtio-serial-pci", "-chardev", "socket,id=port,fd=3", "-device", "virtserialport,chardev=port,name=vdisk.0")
+	scratchCache := "unsafe"
+	if b.run.Durable {
+		scratchCache = "writeback"
+	}
+	for _, d := range []struct{ name, file, options string }{
+		{"root", b.disks.root, "snapshot=on,cache=unsafe"},
+		{"modules", b.disks.modules, "readonly=on"},
+		{"payload", b.disks.payload, "readonly=on"},
+		{"scratch", b.disks.scratch, "discard=unmap,cache=" + scratchCache},
+		{"results", b.disks.results, "cache=unsafe"},
+	} {
+		if d.file == "" {
+			continue
+		}
+		a = append(a, "-drive", fmt.Sprintf("if=none,id=%s,format=raw,file=%s,%s", d.name, escape(d.file), d.options),
+			"-device", fmt.Sprintf("virtio-blk-pci,drive=%s,serial=%s", d.name, d.name))
+	}
+	return a
+}
+
+// escape doubles commas, as QEMU's option values need.
+func escape(s string) string { return strings.ReplaceAll(s, ",", ",,") }
+
+// progress is what the events of a guest told; the reader of the port sets it, others read it after that has ended
+// or a channel was closed.
+type progress struct {
+	ready    chan struct{} // closed when the script starts
+	exited   chan struct{} // closed when it has ended
+	cut      chan struct{} // closed when it asks for a power cut
+	exitCode int           // valid once exited is closed
+}
+
+func (p *progress) event(words []string, answer io.Writer) {
+	switch {
+	case len(words) == 1 && words[0] == "ready":
+		closeOnce(p.ready)
+	case len(words) == 1 && words[0] == "powercut":
+		closeOnce(p.cut)
+	case len(words) == 2 && words[0] == "exit" && !isClosed(p.exited):
+		code, err := strconv.Atoi(words[1])
+		if err != nil {
+			return
+		}
+		p.exitCode = code
+		close(p.exited)
+		io.WriteString(answer, "done\n")
+	}
+}
+
+func closeOnce(c chan struct{}) {
+	if !isClosed(c) {
+		close(c)
+	}
+}
+
+func isClosed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}
+
+// bootOnce starts QEMU, passes the payload's output on and sees to it that QEMU ends.
+func bootOnce(ctx context.Context, b boot) (*Result, error) {
+	console := filepath.Join(b.dir, "console.log")
+	os.Remove(console) // of an earlier try
+	ours, theirs, err := portPair()
+	if err != nil {
+		return nil, err
+	}
+	defer ours.Close()
+	nonce := newNonce()
+	cmd := exec.Command(qemuProgram(), b.args(nonce, console)...)
+	cmd.ExtraFiles = []*os.File{theirs}
+	cmd.Env = append(os.Environ(), "TMPDIR="+b.dir) // for the overlay of the root disk
+	var stderr tailBuffer
+	cmd.Stderr = &stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if b.run.Terminal {
+		cmd.Stdin, cmd.Stdout = os.Stdin, os.Stdout
+	} else {
+		cmd.SysProcAttr.Setpgid = true // a ^C is for the caller to handle
+	}
+
+	start := time.Now()
+	q, err := startProcess(cmd)
+	theirs.Close()
+	if err != nil {
+		return nil, fmt.Errorf("guest: %w", err)
+	}
+	p := &progress{ready: make(chan struct{}), exited: make(chan struct{}), cut: make(chan struct{}), exitCode: -1}
+	out := newStream(nonce, b.run.Stdout, func(words []string) { p.event(words, ours) })
+	read := make(chan struct{})
+	go func() { // ends at the port's end of file, which QEMU's end brings
+		defer close(read)
+		io.Copy(out, ours)
+		out.flush()
+	}()
+	var bootTime atomic.Int64
+	why := q.supervise(ctx, p, func() { bootTime.Store(int64(time.Since(start))) })
+	<-read
+
+	res := &Result{ExitCode: p.exitCode, PowerCut: isClosed(p.cut), Release: b.kernel.Release, Machine: b.machine.accel + " " + b.machine.cpu,
+		Boot: time.Duration(bootTime.Load()), Elapsed: time.Since(start)}
+	text, _ := os.ReadFile(console) // not there when QEMU did not start
+	res.Console = string(text)
+	res.Alerts = findAlerts(res.Console)
+	if err := b.verdict(why, p, res, stderr.tail(10)); err != nil {
+		return res, err
+	}
+	if out.err != nil {
+		return res, fmt.Errorf("guest: passing the output on: %w", out.err)
+	}
+	return res, nil
+}
+
+// verdict turns the way a boot ended into the error of the run.
+func (b boot) verdict(why error, p *progress, res *Result, stderr string) error {
+	detail := func(err error, text string) error {
+		return fmt.Errorf("%w (kernel %s, %s, after %.1fs)%s\n%s%s", err, res.Release, res.Machine, res.Elapsed.Seconds(), text, stderr, lastLines(res.Console, 40))
+	}
+	switch {
+	case isClosed(p.exited), isClosed(p.cut):
+		return nil
+	case errors.Is(why, context.DeadlineExceeded):
+		return detail(ErrTimeout, fmt.Sprintf(": QEMU was killed after %v", b.run.Timeout))
+	case errors.Is(why, context.Canceled):
+		return detail(why, ": QEMU was killed")
+	case !isClosed(p.ready):
+		return detail(ErrBoot, "")
+	case strings.Contains(res.Console, "Kernel panic"):
+		return detail(ErrPanic, "")
+	}
+	return detail(ErrDied, "")
+}
+
+// portPair makes the socket behind the guest's port: our end and QEMU's.
+func portPair() (ours net.Conn, theirs *os.File, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("guest: socket: %w", err)
+	}
+	f := os.NewFile(uintptr(fds[0]), "port")
+	defer f.Close()
+	theirs = os.NewFile(uintptr(fds[1]), "port of QEMU")
+	if ours, err = net.FileConn(f); err != nil {
+		theirs.Close()
+		return nil, nil, fmt.Errorf("guest: socket: %w", err)
+	}
+	return ours, theirs, nil
+}
+
+// process is a started QEMU.
+type process struct {
+	cmd   *exec.Cmd
+	ended chan struct{} // closed when it has been waited for
+}
+
+// startProcess starts cmd on a thread that lives as long as it: PR_SET_PDEATHSIG fires when the starting thread ends.
+func startProcess(cmd *exec.Cmd) (*process, error) {
+	q := &process{cmd: cmd, ended: make(chan struct{})}
+	started := make(chan error, 1)
+	go func() { // ends when QEMU ends, which supervise sees to
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			cmd.Wait() // how QEMU ended is told by the guest's events, not by its status
+			close(q.ended)
+		}
+	}()
+	return q, <-started
+}
+
+// supervise returns when QEMU has ended, by itself or killed: at the context's end (whose error it returns), when
+// the guest does not come up or down in time, and when the guest asks for it.
+func (q *process) supervise(ctx context.Context, p *progress, onReady func()) error {
+	defer func() { <-q.ended }()
+	kill := func() { q.cmd.Process.Kill() }
+	limit := time.NewTimer(bootTimeout)
+	defer limit.Stop()
+	ready, exited, cut := p.ready, p.exited, p.cut
+	for {
+		select {
+		case <-q.ended:
+			return nil
+		case <-ctx.Done():
+			kill()
+			return ctx.Err()
+		case <-limit.C:
+			kill()
+			return nil
+		case <-cut:
+			kill()
+			return nil
+		case <-ready:
+			ready = nil
+			onReady()
+			if !isClosed(p.exited) {
+				limit.Stop()
+			}
+		case <-exited:
+			exited = nil
+			limit.Reset(endTimeout)
+		}
+	}
+}
