@@ -1,0 +1,90 @@
+package ublk_test
+
+import (
+	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vdisk/vdisk/ublk"
+)
+
+// needDriver skips a test that needs a kernel with ublk, except where VDISK_GUEST=1 promises one.
+func needDriver(t testing.TB) {
+	t.Helper()
+	_, err := ublk.Features(context.Background())
+	switch {
+	case os.Getenv("VDISK_GUEST") != "1":
+		t.Skip("needs a kernel with ublk_drv: runs in the guest (VDISK_GUEST=1)")
+	case err != nil:
+		t.Fatalf("VDISK_GUEST=1 promises a ublk driver: %v", err)
+	}
+}
+
+// create makes a device that the test closes.
+func create(t testing.TB, o ublk.Options, h ublk.Handler) *ublk.Device {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	d, err := ublk.Create(ctx, o, h)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { closeDevice(t, d) })
+	return d
+}
+
+func closeDevice(t testing.TB, d *ublk.Device) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	defer cancel()
+	if err := d.Close(ctx); err != nil {
+		t.Errorf("close: %v", err)
+	}
+}
+
+func run(t testing.TB, name string, args ...string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, name, args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
+	}
+	return string(out)
+}
+
+func TestDeviceFilesystems(t *testing.T) {
+	needDriver(t)
+	for _, fs := range []struct{ name, check string }{
+		{"ext4", "e2fsck -fn"},
+		{"xfs", "xfs_repair -n"},
+	} {
+		t.Run(fs.name, func(t *testing.T) {
+			disk := newRAMDisk(320 << 20)
+			d := create(t, ublk.Options{Size: 320 << 20, Queues: 2, VolatileCache: true, FUA: true, Discard: true}, disk)
+			run(t, "mkfs."+fs.name, "-q", d.Path())
+			dir := t.TempDir()
+			run(t, "mount", "-o", "discard", d.Path(), dir)
+			defer func() { _ = exec.Command("umount", dir).Run() }()
+			run(t, "cp", "-r", "/usr/include", "/usr/lib/python3", dir) // whatever there is of a real tree
+			want := run(t, "sh", "-c", "cd "+dir+" && find . -type f -exec sha256sum {} + | sort")
+			run(t, "umount", dir)
+			run(t, "sh", "-c", fs.check+" "+d.Path())
+			run(t, "mount", d.Path(), dir)
+			got := run(t, "sh", "-c", "cd "+dir+" && find . -type f -exec sha256sum {} + | sort")
+			if got != want || strings.Count(want, "\n") < 10 {
+				t.Errorf("content changed over unmount and mount (%d and %d lines)", strings.Count(want, "\n"), strings.Count(got, "\n"))
+			}
+			run(t, "rm", "-rf", filepath.Join(dir, "python3"))
+			run(t, "fstrim", dir)
+			run(t, "umount", dir)
+			if disk.ops[ublk.OpFlush].Load() == 0 || disk.ops[ublk.OpDiscard].Load() == 0 {
+				t.Errorf("flushes %d, discards %d: want some of each", disk.ops[ublk.OpFlush].Load(), disk.ops[ublk.OpDiscard].Load())
+			}
+		})
+	}
+}

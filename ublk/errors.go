@@ -1,0 +1,41 @@
+package ublk
+
+import (
+	"errors"
+	"syscall"
+)
+
+// Errors that a caller can match with errors.Is. The error that is returned says more: what was being done, to which
+// device, and the errno.
+var (
+	// ErrNoDriver: there is no /dev/ublk-control.
+	ErrNoDriver = errors.New("the kernel has no ublk driver loaded: run 'modprobe ublk_drv' " +
+		"(CONFIG_BLK_DEV_UBLK, Linux 6.0 or later; this library needs 6.5)")
+	// ErrPermission: the process may not open the control device, or lacks CAP_SYS_ADMIN.
+	ErrPermission = errors.New("not permitted: run as root, or with CAP_SYS_ADMIN and access to /dev/ublk-control")
+	// ErrKernelTooOld: the driver or io_uring lacks something that this library cannot do without.
+	ErrKernelTooOld = errors.New("the kernel is too old: Linux 6.5 or later is needed")
+	// ErrNoFreeDevice: the driver's limit on devices is reached.
+	ErrNoFreeDevice = errors.New("no free ublk device: delete one, or raise the limit in " +
+		"/sys/module/ublk_drv/parameters/ublks_max")
+	// ErrExists: the device id that was asked for is taken.
+	ErrExists = errors.New("the device id is taken: choose another, or let the kernel choose")
+	// ErrNotFound: there is no device with that id.
+	ErrNotFound = errors.New("no such ublk device")
+	// ErrBusy: the block device is open, mounted or otherwise held, or another process serves it.
+	ErrBusy = errors.New("the device is in use")
+	// ErrStopped is what Device.Err returns when something else than Stop or Close ended the device.
+	ErrStopped = errors.New("the device was stopped from outside this process")
+	// ErrInvalid: the options contradict themselves or a limit of the driver.
+	ErrInvalid = errors.New("invalid option")
+)
+
+// errnoOf is the errno that a request fails with when its handler answers err. EAGAIN would tell the block layer that
+// a non-blocking request has to be retried, which no handler can mean, so it becomes EIO like everything unknown.
+func errnoOf(err error) syscall.Errno {
+	var errno syscall.Errno
+	if errors.As(err, &errno) && errno > 0 && errno < 4096 && errno != syscall.EAGAIN {
+		return errno
+	}
+	return syscall.EIO
+}

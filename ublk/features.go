@@ -1,0 +1,127 @@
+package ublk
+
+import (
+	"context"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+)
+
+// Feature is one bit of what the driver can do (UBLK_F_*).
+type Feature uint64
+
+// The features of the driver up to Linux 7.3.
+const (
+	FeatureZeroCopy          Feature = 1 << 0
+	FeatureCompInTask        Feature = 1 << 1
+	FeatureNeedGetData       Feature = 1 << 2
+	FeatureUserRecovery      Feature = 1 << 3
+	FeatureRecoveryReissue   Feature = 1 << 4
+	FeatureUnprivileged      Feature = 1 << 5
+	FeatureIoctlEncode       Feature = 1 << 6
+	FeatureUserCopy          Feature = 1 << 7
+	FeatureZoned             Feature = 1 << 8
+	FeatureRecoveryFailIO    Feature = 1 << 9
+	FeatureUpdateSize        Feature = 1 << 10
+	FeatureAutoBufReg        Feature = 1 << 11
+	FeatureQuiesce           Feature = 1 << 12
+	FeaturePerIODaemon       Feature = 1 << 13
+	FeatureBufRegOffDaemon   Feature = 1 << 14
+	FeatureBatchIO           Feature = 1 << 15
+	FeatureIntegrity         Feature = 1 << 16
+	FeatureSafeStop          Feature = 1 << 17
+	FeatureNoAutoPartScan    Feature = 1 << 18
+	FeatureSharedMemZeroCopy Feature = 1 << 19
+	FeatureDescSize          Feature = 1 << 20
+)
+
+// FeatureInfo names a feature and the kernel that brought it.
+type FeatureInfo struct {
+	Feature Feature
+	Name    string // the header's name without UBLK_F_
+	Since   string // the first Linux release that has it
+}
+
+// KnownFeatures lists every feature this package has a name for, in the order of their bits.
+var KnownFeatures = []FeatureInfo{
+	{FeatureZeroCopy, "SUPPORT_ZERO_COPY", "6.15"},
+	{FeatureCompInTask, "URING_CMD_COMP_IN_TASK", "6.0"},
+	{FeatureNeedGetData, "NEED_GET_DATA", "6.0"},
+	{FeatureUserRecovery, "USER_RECOVERY", "6.1"},
+	{FeatureRecoveryReissue, "USER_RECOVERY_REISSUE", "6.1"},
+	{FeatureUnprivileged, "UNPRIVILEGED_DEV", "6.3"},
+	{FeatureIoctlEncode, "CMD_IOCTL_ENCODE", "6.4"},
+	{FeatureUserCopy, "USER_COPY", "6.5"},
+	{FeatureZoned, "ZONED", "6.6"},
+	{FeatureRecoveryFailIO, "USER_RECOVERY_FAIL_IO", "6.13"},
+	{FeatureUpdateSize, "UPDATE_SIZE", "6.16"},
+	{FeatureAutoBufReg, "AUTO_BUF_REG", "6.16"},
+	{FeatureQuiesce, "QUIESCE", "6.16"},
+	{FeaturePerIODaemon, "PER_IO_DAEMON", "6.16"},
+	{FeatureBufRegOffDaemon, "BUF_REG_OFF_DAEMON", "6.17"},
+	{FeatureBatchIO, "BATCH_IO", "7.0"},
+	{FeatureIntegrity, "INTEGRITY", "7.0"},
+	{FeatureSafeStop, "SAFE_STOP_DEV", "7.0"},
+	{FeatureNoAutoPartScan, "NO_AUTO_PART_SCAN", "7.0"},
+	{FeatureSharedMemZeroCopy, "SHMEM_ZC", "7.1"},
+	{FeatureDescSize, "IO_DESC_SIZE", "7.3"},
+}
+
+// FeatureSet is what the running kernel offers.
+type FeatureSet struct {
+	Bits   Feature
+	Kernel string // release of the running kernel, as uname tells it
+}
+
+// Has tells whether all of f is offered.
+func (s FeatureSet) Has(f Feature) bool { return s.Bits&f == f }
+
+// Names lists the offered features by name; a bit without a name is "bit N".
+func (s FeatureSet) Names() []string {
+	var names []string
+	for bit := range 64 {
+		if f := Feature(1) << bit; s.Has(f) {
+			names = append(names, f.String())
+		}
+	}
+	return names
+}
+
+// String names a single feature bit.
+func (f Feature) String() string {
+	for _, k := range KnownFeatures {
+		if k.Feature == f {
+			return k.Name
+		}
+	}
+	for bit := range 64 {
+		if f == 1<<bit {
+			return fmt.Sprintf("bit %d", bit)
+		}
+	}
+	return fmt.Sprintf("%#x", uint64(f))
+}
+
+// Features asks the driver what it can do. The kernel's release is set even when the driver cannot be asked; the error
+// is then ErrNoDriver, ErrPermission or ErrKernelTooOld.
+func Features(ctx context.Context) (FeatureSet, error) {
+	s := FeatureSet{Kernel: kernelRelease()}
+	c, err := openControl()
+	if err != nil {
+		return s, err
+	}
+	bits, err := c.getFeatures(ctx)
+	if err != nil {
+		return s, err
+	}
+	s.Bits = Feature(bits)
+	return s, nil
+}
+
+func kernelRelease() string {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return ""
+	}
+	return unix.ByteSliceToString(u.Release[:])
+}

@@ -1,0 +1,122 @@
+package ublk
+
+import (
+	"errors"
+	"sync/atomic"
+)
+
+// Op is the kind of a request; the values are the kernel's (UBLK_IO_OP_*).
+type Op uint8
+
+// The operations that a handler sees.
+const (
+	OpRead        Op = 0
+	OpWrite       Op = 1
+	OpFlush       Op = 2 // everything that was answered before must be durable
+	OpDiscard     Op = 3 // the range's content no longer matters
+	OpWriteZeroes Op = 5 // the range must read as zeros
+)
+
+// String returns the operation's name in the block layer's words.
+func (o Op) String() string {
+	switch o {
+	case OpRead:
+		return "read"
+	case OpWrite:
+		return "write"
+	case OpFlush:
+		return "flush"
+	case OpDiscard:
+		return "discard"
+	case OpWriteZeroes:
+		return "write-zeroes"
+	}
+	return "unknown"
+}
+
+// ErrLater is what a handler returns when it will answer with Request.Complete. It must be returned as it is.
+var ErrLater = errors.New("ublk: the request is answered later")
+
+// ErrFetch is what a handler returns after Request.Fetch. It must be returned as it is.
+var ErrFetch = errors.New("ublk: the request waits for its fetches")
+
+// Handler serves the requests of a device.
+//
+// ServeUBLK is called on the queue's own thread, one request of a queue at a time, so it should not block: while it
+// runs, nothing else of the queue moves. nil answers the request with success; ErrLater and ErrFetch say that the
+// answer comes later; any other error fails the request with the syscall.Errno it wraps, or EIO. A panic fails the
+// request with EIO and is passed to Options.Report.
+type Handler interface {
+	ServeUBLK(r *Request) error
+}
+
+// Fetcher is a Handler that wants to see its fetches done, to verify or decode what was read. FetchedUBLK runs on the
+// queue's thread after the last fetch of r; err is the first fetch that failed (io.ErrUnexpectedEOF for a file that
+// ended). It answers like ServeUBLK, and may call Fetch again and return ErrFetch.
+//
+// The request of a Handler that is no Fetcher is answered with the outcome of its fetches.
+type Fetcher interface {
+	FetchedUBLK(r *Request, err error) error
+}
+
+// Request is one block request. There is one for every tag of every queue, used again and again: it and Buf are valid
+// until the request is answered, and nothing is allocated for an I/O.
+type Request struct {
+	Op      Op
+	FUA     bool   // the write must be durable when it is answered
+	NoUnmap bool   // OpWriteZeroes must keep the space allocated
+	Offset  int64  // bytes
+	Length  int    // bytes
+	Buf     []byte // OpWrite: the payload; OpRead: to be filled; len(Buf) == Length for those two, nil for the others
+	Queue   int
+	Tag     int
+	Data    any // the handler's own; it stays with the tag from one request to the next
+
+	q     *queue
+	full  []byte        // the tag's whole buffer
+	state atomic.Uint32 // requestIdle → requestServing → requestAnswered, so that only the first answer counts
+	err   error         // the answer; written by whoever moved state to requestAnswered
+	next  *Request      // link in queue.later
+
+	// Used by the queue's thread only.
+	reads   int   // fetches under way
+	readErr error // the first that failed
+	wait    waitFor
+}
+
+const (
+	requestIdle uint32 = iota
+	requestServing
+	requestAnswered
+)
+
+// waitFor says what happens to a request when its last fetch is done.
+type waitFor uint8
+
+const (
+	waitNone   waitFor = iota
+	waitFetch          // hand it to the Fetcher
+	waitCommit         // it is answered already: commit
+)
+
+// Complete answers a request for which the handler returned ErrLater: nil is success, an error as from ServeUBLK. It
+// may be called from any goroutine, also before ServeUBLK has returned, and exactly once. The request and its Buf
+// must not be touched afterwards.
+func (r *Request) Complete(err error) {
+	if !r.state.CompareAndSwap(requestServing, requestAnswered) {
+		return
+	}
+	r.err = err
+	r.q.answer(r)
+}
+
+// Fetch reads len(p) bytes at off of the file fd into p on the queue's own ring, without blocking it; short reads are
+// continued. It may be called several times by ServeUBLK or FetchedUBLK, only on that call's goroutine, which then
+// returns ErrFetch. p (Buf or a part of it, or memory of the handler) belongs to the kernel until the fetch is done,
+// and fd must stay open until then.
+func (r *Request) Fetch(fd int, p []byte, off int64) {
+	if len(p) == 0 {
+		return
+	}
+	r.q.startRead(r, fd, p, off)
+}

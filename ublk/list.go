@@ -1,0 +1,150 @@
+package ublk
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// KernelState is what the driver says of a device (UBLK_S_DEV_*).
+type KernelState uint16
+
+// The states of a device in the driver.
+const (
+	KernelDead     KernelState = 0 // not started, or stopped
+	KernelLive     KernelState = 1
+	KernelQuiesced KernelState = 2 // its server is gone, requests wait for recovery
+	KernelFailIO   KernelState = 3 // its server is gone, requests fail until recovery
+)
+
+// String names the state.
+func (s KernelState) String() string {
+	switch s {
+	case KernelDead:
+		return "dead"
+	case KernelLive:
+		return "live"
+	case KernelQuiesced:
+		return "quiesced"
+	case KernelFailIO:
+		return "fail-io"
+	}
+	return fmt.Sprintf("state %d", uint16(s))
+}
+
+// DeviceInfo is one device of the machine, whoever serves it.
+type DeviceInfo struct {
+	ID         int
+	State      KernelState
+	ServerPID  int // 0 when no process serves it
+	Queues     int
+	Depth      int
+	MaxIOBytes int
+	Size       int64 // bytes
+	ReadOnly   bool
+	Features   Feature
+	OwnerUID   int
+	OwnerGID   int
+}
+
+// Path is the block device's path; it exists while the device is live or waits for recovery.
+func (i DeviceInfo) Path() string { return blockPath(i.ID) }
+
+// Devices lists all ublk devices of the machine by their id. A device that goes away meanwhile is left out.
+func Devices(ctx context.Context) ([]DeviceInfo, error) {
+	c, err := openControl()
+	if err != nil {
+		return nil, err
+	}
+	ids, err := deviceIDs()
+	if err != nil {
+		return nil, err
+	}
+	var all []DeviceInfo
+	for _, id := range ids {
+		info, err := c.describe(ctx, id)
+		if errors.Is(err, ErrNotFound) {
+			continue
+		}
+		if err != nil {
+			return all, err
+		}
+		all = append(all, info)
+	}
+	return all, nil
+}
+
+// deviceIDs finds the ids by the char devices, which exist from ADD to DEL.
+func deviceIDs() ([]int, error) {
+	entries, err := os.ReadDir("/sys/class/ublk-char")
+	if err != nil {
+		if entries, err = os.ReadDir("/dev"); err != nil {
+			return nil, fmt.Errorf("ublk: list devices: %w", err)
+		}
+	}
+	var ids []int
+	for _, e := range entries {
+		if rest, ok := strings.CutPrefix(e.Name(), "ublkc"); ok {
+			if id, err := strconv.Atoi(rest); err == nil {
+				ids = append(ids, id)
+			}
+		}
+	}
+	slices.Sort(ids)
+	return ids, nil
+}
+
+func (c *control) describe(ctx context.Context, id int) (DeviceInfo, error) {
+	k, err := c.getInfo(ctx, id)
+	if err != nil {
+		return DeviceInfo{}, err
+	}
+	p, err := c.getParams(ctx, id)
+	if err != nil {
+		return DeviceInfo{}, err
+	}
+	return DeviceInfo{
+		ID:         id,
+		State:      KernelState(k.state),
+		ServerPID:  max(int(k.serverPID), 0),
+		Queues:     int(k.queues),
+		Depth:      int(k.depth),
+		MaxIOBytes: int(k.maxIOBytes),
+		Size:       int64(p.basic.devSectors) << sectorShift,
+		ReadOnly:   p.basic.attrs&attrReadOnly != 0,
+		Features:   Feature(k.flags),
+		OwnerUID:   int(k.ownerUID),
+		OwnerGID:   int(k.ownerGID),
+	}, nil
+}
+
+// Delete removes a device that no process serves: one whose server died. It refuses with ErrBusy while a server lives
+// (that one has to stop it) or while the block device is in use.
+func Delete(ctx context.Context, id int) error {
+	c, err := openControl()
+	if err != nil {
+		return err
+	}
+	info, err := c.describe(ctx, id)
+	if err != nil {
+		return err
+	}
+	if info.ServerPID > 0 && unix.Kill(info.ServerPID, 0) != unix.ESRCH {
+		return fmt.Errorf("ublk: delete device %d: %w: process %d serves it, and has to stop it", id, ErrBusy, info.ServerPID)
+	}
+	if us := users(id); len(us) > 0 {
+		return fmt.Errorf("ublk: delete device %d: %w: %s", id, ErrBusy, describeUsers(us))
+	}
+	ctx, cancel := context.WithTimeout(ctx, deleteTimeout)
+	defer cancel()
+	if err := c.del(ctx, id); err != nil && !gone(err) { // DEL stops it first
+		return deviceError("delete", id, err)
+	}
+	return nil
+}

@@ -1,0 +1,218 @@
+package ublk
+
+import (
+	"fmt"
+	"os"
+	"sync/atomic"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// port is what the queue loop needs of the driver: it is a ring on the queue's thread, or a double in tests. All of it
+// but interrupt is called by the queue's thread only. fetch, commit, read and arm only queue work; turn hands it over.
+type port interface {
+	// fetch offers tag's buffer to the driver for its first request.
+	fetch(tag int)
+	// commit answers the request of tag with result (bytes, or a negative errno) and asks for the next.
+	commit(tag int, result int32)
+	// read reads into p; its completion carries slot.
+	read(slot int, fd int, p []byte, off int64)
+	// arm makes the next interrupt a completion. An interrupt that comes while none is armed is not lost.
+	arm()
+	// turn submits what was queued and, if wait is true, returns only when there is a completion (or spuriously).
+	turn(wait bool) error
+	// next takes one completion.
+	next() (completion, bool)
+	// desc is the request of a tag whose fetch or commit completed with result 0.
+	desc(tag int) ioDesc
+	// interrupt ends a turn that waits, from any goroutine.
+	interrupt()
+	// close releases the ring; whatever was armed or fetched is cancelled.
+	close()
+}
+
+// completion is one event from the port.
+type completion struct {
+	kind  completionKind
+	index int   // tag or slot
+	res   int32 // result of the command or of the read
+}
+
+type completionKind uint8
+
+const (
+	completeIO   completionKind = iota // a fetch or commit: a request (0), or the end of the tag (negative)
+	completeRead                       // a read
+	completeWake                       // an interrupt
+)
+
+// ringPort is the port of a real queue.
+type ringPort struct {
+	ring  *ring
+	queue uint16
+	descs []byte // the driver's descriptors of this queue
+	buf   []byte // the tags' buffers, one after the other
+	ioMax int
+	efd   int    // eventfd: written by interrupt, read by the ring
+	count []byte // 8 bytes outside the Go heap that the eventfd read goes to
+	err   error  // the first entry that could not be queued; turn reports it
+}
+
+// newRingPort sets up the ring of a queue; it must be called on the thread that will run the queue.
+func newRingPort(charFD int, queue, depth int, descs, buf []byte, ioMax int, efd int) (*ringPort, error) {
+	// Twice the depth leaves room for a commit of every tag and as many reads in one turn; more reads than that
+	// cost an extra submission. Completions that outrun the ring are kept by the kernel (NODROP).
+	entries := uint32(max(2*depth, 64))
+	r, err := newRing(entries, max(4*entries, 1024), queueSetup...)
+	if err != nil {
+		return nil, err
+	}
+	r.registerSelf()
+	fds := [1]int32{int32(charFD)}
+	if err := r.register(registerFiles, unsafe.Pointer(&fds), 1); err != nil {
+		r.close()
+		return nil, fmt.Errorf("ublk: register the char device with the ring: %w", err)
+	}
+	count, _, err := mapAnonymous(os.Getpagesize())
+	if err != nil {
+		r.close()
+		return nil, err
+	}
+	return &ringPort{ring: r, queue: uint16(queue), descs: descs, buf: buf, ioMax: ioMax, efd: efd, count: count}, nil
+}
+
+// The user data of an entry: the kind in the high half, the tag or slot in the low half.
+func userData(k completionKind, index int) uint64 { return uint64(k)<<32 | uint64(uint32(index)) }
+
+func (p *ringPort) fetch(tag int) { p.command(ioFetchReq, tag, 0) }
+
+func (p *ringPort) commit(tag int, result int32) { p.command(ioCommitAndFetchReq, tag, result) }
+
+func (p *ringPort) command(op uint32, tag int, result int32) {
+	e := p.entry()
+	if e == nil {
+		return
+	}
+	e.opcode = opURingCmd
+	e.flags = sqeFixedFile // file 0: the char device
+	e.off = uint64(op)
+	e.userData = userData(completeIO, tag)
+	*(*ioCmd)(unsafe.Pointer(&e.cmd)) = ioCmd{
+		queueID: p.queue,
+		tag:     uint16(tag),
+		result:  result,
+		addr:    uint64(uintptr(unsafe.Pointer(&p.buf[tag*p.ioMax]))),
+	}
+}
+
+func (p *ringPort) read(slot int, fd int, b []byte, off int64) {
+	e := p.entry()
+	if e == nil {
+		return
+	}
+	e.opcode = opRead
+	e.fd = int32(fd)
+	e.off = uint64(off)
+	e.addr = uint64(uintptr(unsafe.Pointer(unsafe.SliceData(b))))
+	e.len = uint32(len(b))
+	e.userData = userData(completeRead, slot)
+}
+
+func (p *ringPort) arm() {
+	e := p.entry()
+	if e == nil {
+		return
+	}
+	e.opcode = opRead
+	e.fd = int32(p.efd)
+	e.addr = uint64(uintptr(unsafe.Pointer(&p.count[0])))
+	e.len = 8
+	e.userData = userData(completeWake, 0)
+}
+
+// entry returns a free submission entry, handing over the full ring first when it must.
+func (p *ringPort) entry() *sqe {
+	for range 1000 {
+		if e := p.ring.get(); e != nil {
+			return e
+		}
+		if err := p.ring.enter(0); err != nil && !transient(err) {
+			p.err = fmt.Errorf("ublk: io_uring_enter with a full ring: %w", err)
+			return nil
+		}
+	}
+	p.err = fmt.Errorf("ublk: the kernel takes no entries from a full ring")
+	return nil
+}
+
+func (p *ringPort) turn(wait bool) error {
+	if p.err != nil {
+		return p.err
+	}
+	var n uint32
+	if wait {
+		n = 1
+	}
+	err := p.ring.enter(n)
+	switch {
+	case err == nil:
+		return nil
+	case !transient(err):
+		return fmt.Errorf("ublk: io_uring_enter: %w", err)
+	case err == unix.EAGAIN: // no memory for a request: let others make some
+		time.Sleep(time.Millisecond)
+	}
+	return nil
+}
+
+func (p *ringPort) next() (completion, bool) {
+	ud, res, ok := p.ring.next()
+	return completion{kind: completionKind(ud >> 32), index: int(uint32(ud)), res: res}, ok
+}
+
+func (p *ringPort) desc(tag int) ioDesc {
+	return *(*ioDesc)(unsafe.Pointer(&p.descs[tag*descSize]))
+}
+
+func (p *ringPort) interrupt() { interrupt(p.efd) }
+
+// interrupt adds one to an eventfd. It cannot block before 2^64-2 unread interrupts.
+func interrupt(efd int) {
+	one := [8]byte{1}
+	for {
+		if _, err := unix.Write(efd, one[:]); err != unix.EINTR {
+			return
+		}
+	}
+}
+
+func (p *ringPort) close() {
+	// The registered file holds the char device open past its close: it goes first.
+	_ = p.ring.register(unregisterFiles, nil, 0)
+	p.ring.close()
+	_ = unix.Munmap(p.count)
+}
+
+// laterList is a lock-free stack of answered requests: any goroutine pushes, the queue's thread takes all.
+type laterList struct{ head atomic.Pointer[Request] }
+
+func (l *laterList) push(r *Request) {
+	for {
+		old := l.head.Load()
+		r.next = old
+		if l.head.CompareAndSwap(old, r) {
+			return
+		}
+	}
+}
+
+func (l *laterList) take() *Request {
+	if l.head.Load() == nil {
+		return nil
+	}
+	return l.head.Swap(nil)
+}
+
+func (l *laterList) empty() bool { return l.head.Load() == nil }

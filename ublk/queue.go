@@ -1,0 +1,356 @@
+package ublk
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"runtime"
+	"runtime/debug"
+	"sync/atomic"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// queue is one hardware queue: a loop on one thread that takes requests from its port, hands them to the handler and
+// commits the answers.
+//
+// A tag is the driver's (its fetch is under way), ours (dispatched, not committed) or ended (the driver aborted it).
+// The loop runs until every tag has ended, which the driver does only after it has drained all requests; or until
+// kill, when the device cannot be saved and closing the ring makes the driver fail what is open.
+type queue struct {
+	id      int
+	depth   int
+	ioMax   int
+	handler Handler
+	fetcher Fetcher // handler, if it is one
+	report  func(error)
+	port    port
+
+	requests []Request
+	reads    []readSlot // fetches under way, by slot
+	free     []int      // slots not in use
+	owned    int        // tags that are ours
+	ended    int        // tags that the driver aborted
+	reading  int        // fetches under way
+
+	later  laterList    // answers from other goroutines
+	asleep atomic.Bool  // the loop waits, or is about to: an answer must interrupt it
+	waking atomic.Int32 // goroutines that are about to interrupt
+	killed atomic.Bool
+}
+
+// readSlot is one fetch. It lives in the heap and holds p, so that what the kernel writes to is neither moved nor freed.
+type readSlot struct {
+	r   *Request
+	fd  int
+	p   []byte
+	off int64
+}
+
+var errKilled = errors.New("ublk: queue killed")
+
+// newQueue makes the queue's state; buf holds depth buffers of ioMax bytes.
+func newQueue(id, depth, ioMax int, buf []byte, h Handler, report func(error)) *queue {
+	q := &queue{id: id, depth: depth, ioMax: ioMax, handler: h, report: report, requests: make([]Request, depth)}
+	q.fetcher, _ = h.(Fetcher)
+	for tag := range q.requests {
+		q.requests[tag] = Request{Queue: id, Tag: tag, q: q, full: buf[tag*ioMax : (tag+1)*ioMax : (tag+1)*ioMax]}
+	}
+	return q
+}
+
+// start offers every tag to the driver and looks whether it took them.
+func (q *queue) start(p port) error {
+	q.port = p
+	for tag := range q.requests {
+		p.fetch(tag)
+	}
+	p.arm()
+	if err := p.turn(false); err != nil {
+		return err
+	}
+	return q.reap()
+}
+
+// run serves until every tag has ended. After an error the tags that are still ours are lost.
+func (q *queue) run() error {
+	for q.ended < q.depth {
+		if err := q.turn(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// turn commits what was answered elsewhere, waits for events and serves them. Nothing in it allocates.
+func (q *queue) turn() error {
+	for {
+		q.commitLater()
+		// An answer that is pushed after this store sees it and interrupts; one pushed before is in the list.
+		q.asleep.Store(true)
+		if q.later.empty() {
+			break
+		}
+		q.asleep.Store(false)
+	}
+	err := error(nil)
+	if q.killed.Load() {
+		err = errKilled
+	} else {
+		err = q.port.turn(true)
+	}
+	q.asleep.Store(false)
+	if err != nil {
+		return err
+	}
+	return q.reap()
+}
+
+// answer hands a request that was answered on any goroutine to the loop. r must not be touched afterwards.
+func (q *queue) answer(r *Request) {
+	q.later.push(r)
+	q.wake()
+}
+
+// wake interrupts the loop if it sleeps.
+func (q *queue) wake() {
+	if !q.asleep.Load() {
+		return
+	}
+	q.waking.Add(1)
+	if q.asleep.CompareAndSwap(true, false) {
+		q.port.interrupt()
+	}
+	q.waking.Add(-1)
+}
+
+// settleWakes returns when no goroutine uses the port any more to wake a loop that has ended. A loop that has ended is
+// not asleep, so none can begin.
+func (q *queue) settleWakes() {
+	for q.waking.Load() > 0 {
+		runtime.Gosched()
+	}
+}
+
+// kill makes run return errKilled soon; on a queue that has ended it does nothing.
+func (q *queue) kill() {
+	q.killed.Store(true)
+	q.wake()
+}
+
+func (q *queue) commitLater() {
+	for r := q.later.take(); r != nil; {
+		next := r.next
+		r.next = nil
+		q.commit(r)
+		r = next
+	}
+}
+
+func (q *queue) reap() error {
+	for {
+		c, ok := q.port.next()
+		if !ok {
+			return nil
+		}
+		switch c.kind {
+		case completeIO:
+			if err := q.arrived(c.index, c.res); err != nil {
+				return err
+			}
+		case completeRead:
+			q.readDone(c.index, int(c.res))
+		case completeWake:
+			q.port.arm()
+		}
+	}
+}
+
+// arrived handles the completion of a tag's command: a request, or its end.
+func (q *queue) arrived(tag int, res int32) error {
+	switch {
+	case res == 0:
+		q.dispatch(&q.requests[tag], q.port.desc(tag))
+		return nil
+	case syscall.Errno(-res) == unix.ENODEV: // UBLK_IO_RES_ABORT
+		q.ended++
+		return nil
+	}
+	return fmt.Errorf("ublk: queue %d tag %d: the driver refused the command: %w", q.id, tag, syscall.Errno(-res))
+}
+
+// dispatch fills the tag's request from d and has it served.
+func (q *queue) dispatch(r *Request, d ioDesc) {
+	q.owned++
+	r.Op = Op(d.opFlags & opMask)
+	r.FUA = d.opFlags&flagFUA != 0
+	r.NoUnmap = d.opFlags&flagNoUnmap != 0
+	r.Offset = int64(d.startSector) << sectorShift
+	r.Length = int(d.sectors) << sectorShift
+	r.Buf = nil
+	r.err, r.readErr, r.wait = nil, nil, waitNone
+	r.state.Store(requestServing)
+	switch r.Op {
+	case OpRead, OpWrite:
+		if r.Length > len(r.full) {
+			q.settle(r, syscall.EIO)
+			return
+		}
+		r.Buf = r.full[:r.Length]
+	case OpFlush, OpDiscard, OpWriteZeroes:
+	default:
+		q.settle(r, syscall.EOPNOTSUPP)
+		return
+	}
+	q.settle(r, q.serve(r))
+}
+
+// serve calls the handler; a panic becomes an error.
+func (q *queue) serve(r *Request) (err error) {
+	defer q.recovered(r, &err)
+	return q.handler.ServeUBLK(r)
+}
+
+func (q *queue) fetched(r *Request) (err error) {
+	defer q.recovered(r, &err)
+	return q.fetcher.FetchedUBLK(r, r.readErr)
+}
+
+func (q *queue) recovered(r *Request, err *error) {
+	p := recover()
+	if p == nil {
+		return
+	}
+	*err = syscall.EIO
+	if q.report != nil {
+		q.report(&PanicError{Op: r.Op, Offset: r.Offset, Length: r.Length, Value: p, Stack: debug.Stack()})
+	}
+}
+
+// PanicError is what Options.Report gets for a panic of the handler. The request failed with EIO, the device goes on.
+type PanicError struct {
+	Op     Op
+	Offset int64
+	Length int
+	Value  any    // of the panic
+	Stack  []byte // of the handler
+}
+
+// Error says which request it was.
+func (e *PanicError) Error() string {
+	return fmt.Sprintf("ublk: the handler panicked on %v of %d bytes at %d: %v", e.Op, e.Length, e.Offset, e.Value)
+}
+
+// settle acts on what the handler returned for r.
+func (q *queue) settle(r *Request, err error) {
+	if err != nil {
+		switch {
+		case errors.Is(err, ErrLater):
+			return
+		case errors.Is(err, ErrFetch):
+			q.settleFetch(r)
+			return
+		}
+	}
+	if r.state.CompareAndSwap(requestServing, requestAnswered) {
+		r.err = err
+		q.commit(r)
+	}
+}
+
+// settleFetch waits for the fetches of r, or goes on at once when there is none.
+func (q *queue) settleFetch(r *Request) {
+	if r.reads > 0 {
+		r.wait = waitFetch
+		return
+	}
+	if q.fetcher == nil {
+		q.settle(r, r.readErr)
+		return
+	}
+	err := q.fetched(r)
+	if r.reads == 0 && errors.Is(err, ErrFetch) {
+		err = fmt.Errorf("ublk: FetchedUBLK returned ErrFetch without a fetch: %w", syscall.EIO)
+	}
+	r.readErr = nil
+	q.settle(r, err)
+}
+
+// commit hands the answer of r to the driver, which may reuse the tag at once. A request with fetches under way waits
+// for them, because they write to its memory.
+func (q *queue) commit(r *Request) {
+	if r.reads > 0 {
+		r.wait = waitCommit
+		return
+	}
+	var res int32
+	switch {
+	case r.err != nil:
+		res = -int32(errnoOf(r.err))
+	case r.Op == OpRead || r.Op == OpWrite:
+		res = int32(r.Length)
+	}
+	r.state.Store(requestIdle)
+	q.owned--
+	q.port.commit(r.Tag, res)
+}
+
+// startRead queues one fetch of r.
+func (q *queue) startRead(r *Request, fd int, p []byte, off int64) {
+	if len(q.free) == 0 {
+		q.growReads()
+	}
+	slot := q.free[len(q.free)-1]
+	q.free = q.free[:len(q.free)-1]
+	q.reads[slot] = readSlot{r: r, fd: fd, p: p, off: off}
+	r.reads++
+	q.reading++
+	q.port.read(slot, fd, p, off)
+}
+
+// growReads doubles the slots. It runs until the busiest moment of the queue has been seen, then never again.
+func (q *queue) growReads() {
+	old := len(q.reads)
+	n := max(2*old, q.depth)
+	reads := make([]readSlot, n)
+	copy(reads, q.reads)
+	q.reads = reads
+	q.free = make([]int, 0, n)
+	for slot := old; slot < n; slot++ {
+		q.free = append(q.free, slot)
+	}
+}
+
+// readDone handles the result of one read: n bytes, or a negative errno.
+func (q *queue) readDone(slot, n int) {
+	s := &q.reads[slot]
+	r := s.r
+	switch {
+	case n == -int(unix.EINTR) || n == -int(unix.EAGAIN):
+		q.port.read(slot, s.fd, s.p, s.off)
+		return
+	case n > 0 && n < len(s.p):
+		s.p, s.off = s.p[n:], s.off+int64(n)
+		q.port.read(slot, s.fd, s.p, s.off)
+		return
+	case n < 0 && r.readErr == nil:
+		r.readErr = fmt.Errorf("ublk: fetch of %d bytes at %d: %w", len(s.p), s.off, syscall.Errno(-n))
+	case n == 0 && r.readErr == nil:
+		r.readErr = fmt.Errorf("ublk: fetch of %d bytes at %d: %w", len(s.p), s.off, io.ErrUnexpectedEOF)
+	}
+	*s = readSlot{}
+	q.free = append(q.free, slot)
+	q.reading--
+	if r.reads--; r.reads > 0 {
+		return
+	}
+	wait := r.wait
+	r.wait = waitNone
+	switch wait {
+	case waitFetch:
+		q.settleFetch(r)
+	case waitCommit:
+		q.commit(r)
+	}
+}
