@@ -2,11 +2,9 @@ package guest
 
 import (
 	"bufio"
-	"bytes"
-	"compress/gzip"
 	"context"
 	"fmt"
-	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path"
@@ -57,7 +55,7 @@ var bootModules = []string{"virtio_pci", "virtio_blk", "virtio_console", "ext4"}
 
 // recipe changes when a build of the same packages would give another folder.
 func (s kernelSpec) recipe() []string {
-	return append(append([]string{"kernel 1"}, s.releases...), bootModules...)
+	return append(append([]string{"kernel 2"}, s.releases...), bootModules...)
 }
 
 func pickSpecs(names []string) ([]kernelSpec, error) {
@@ -219,10 +217,13 @@ func (b *builder) fillKernel(ctx context.Context, dir, release, vmlinuz, modules
 	if err := os.RemoveAll(filepath.Join(mods, "vmlinuz")); err != nil {
 		return err
 	}
+	if err := decompressModules(ctx, mods); err != nil {
+		return err
+	}
 	if _, err := command(exec.CommandContext(ctx, lookTool("depmod"), "-b", base, release)); err != nil {
 		return err
 	}
-	if err := bootModuleFiles(ctx, mods, filepath.Join(dir, "boot")); err != nil {
+	if err := bootModuleFiles(mods, filepath.Join(dir, "boot")); err != nil {
 		return err
 	}
 	if err := makeExt4(ctx, filepath.Join(dir, "modules.img"), 512<<20, filepath.Dir(mods)); err != nil {
@@ -231,8 +232,8 @@ func (b *builder) fillKernel(ctx context.Context, dir, release, vmlinuz, modules
 	return os.WriteFile(filepath.Join(dir, "release"), []byte(release+"\n"), 0o644)
 }
 
-// bootModuleFiles writes the boot modules and what they depend on, uncompressed, named in the order of loading.
-func bootModuleFiles(ctx context.Context, mods, to string) error {
+// bootModuleFiles copies the boot modules and what they depend on, named in the order of loading.
+func bootModuleFiles(mods, to string) error {
 	dep, err := os.ReadFile(filepath.Join(mods, "modules.dep"))
 	if err != nil {
 		return err
@@ -241,12 +242,7 @@ func bootModuleFiles(ctx context.Context, mods, to string) error {
 		return err
 	}
 	for i, f := range loadOrder(string(dep), bootModules) {
-		data, err := decompress(ctx, filepath.Join(mods, f))
-		if err != nil {
-			return err
-		}
-		name, _, _ := strings.Cut(path.Base(f), ".ko")
-		if err := os.WriteFile(filepath.Join(to, fmt.Sprintf("%02d-%s.ko", i, name)), data, 0o644); err != nil {
+		if err := copyFile(filepath.Join(to, fmt.Sprintf("%02d-%s", i, path.Base(f))), filepath.Join(mods, f)); err != nil {
 			return err
 		}
 	}
@@ -283,31 +279,33 @@ func loadOrder(dep string, names []string) []string {
 	return order
 }
 
-func decompress(ctx context.Context, file string) ([]byte, error) {
-	var tool string
-	switch filepath.Ext(file) {
-	case ".xz":
-		tool = "xz"
-	case ".zst":
-		tool = "zstd"
-	case ".gz":
-		data, err := os.ReadFile(file)
-		if err != nil {
-			return nil, err
+// decompressModules replaces compressed modules by plain ones: an emulated processor takes seconds to unpack xfs.
+func decompressModules(ctx context.Context, mods string) error {
+	files := map[string][]string{} // by the tool that unpacks them
+	err := filepath.WalkDir(mods, func(file string, d fs.DirEntry, err error) error {
+		switch {
+		case strings.HasSuffix(file, ".ko.xz"):
+			files["xz"] = append(files["xz"], file)
+		case strings.HasSuffix(file, ".ko.zst"):
+			files["zstd"] = append(files["zstd"], file)
 		}
-		r, err := gzip.NewReader(bytes.NewReader(data))
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", file, err)
-		}
-		return io.ReadAll(r)
-	default:
-		return os.ReadFile(file)
-	}
-	out, err := exec.CommandContext(ctx, tool, "-dc", file).Output()
+		return err
+	})
 	if err != nil {
-		return nil, fmt.Errorf("%s %s: %w", tool, file, err)
+		return err
 	}
-	return out, nil
+	for tool, list := range files {
+		args := []string{"-d", "-q"}
+		if tool == "zstd" {
+			args = append(args, "--rm")
+		}
+		for part := range slices.Chunk(list, 200) {
+			if _, err := command(exec.CommandContext(ctx, tool, append(args, part...)...)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // openKernel reads a kernel's folder back.

@@ -27,7 +27,24 @@ until root=$(disk root) && modules=$(disk modules); do
 done
 $bb mount -t ext4 "$root" /newroot && $bb mount -t ext4 -o ro "$modules" /newroot/usr/lib/modules || {
 	echo "init: cannot mount the root image" >/dev/console; $bb reboot -f; }
+$bb mount -t tmpfs -o size=80% payload /newroot/payload
+d=$(disk payload) && $bb tar -xf "$d" -C /newroot || {
+	echo "init: the payload cannot be unpacked" >/dev/console; $bb reboot -f; }
+d=$(disk scratch) && $bb mount -t ext4 -o discard "$d" /newroot/scratch
+d=$(disk results) && $bb mount -t ext4 "$d" /newroot/results
 for d in dev proc sys; do $bb mount --move /$d /newroot/$d; done
-$bb mount -t tmpfs -o mode=755 run /newroot/run
-$bb cp /guest.sh /newroot/run/guest.sh
+cd /newroot
+$bb mount -t tmpfs -o mode=755 run run
+$bb mount -t tmpfs tmp tmp
+$bb mkdir -p dev/pts dev/shm run/lock
+$bb mount -t devpts -o gid=5,mode=620,ptmxmode=666 pts dev/pts
+$bb mount -t tmpfs shm dev/shm
+$bb mount -t cgroup2 cgroup sys/fs/cgroup
+$bb mount -t debugfs debug sys/kernel/debug
+$bb ln -s /proc/self/fd dev/fd; $bb ln -s fd/0 dev/stdin; $bb ln -s fd/1 dev/stdout; $bb ln -s fd/2 dev/stderr
+$bb ln -sf /proc/mounts etc/mtab
+echo "127.0.0.1 localhost guest" >etc/hosts
+$bb ifconfig lo 127.0.0.1 up
+$bb cp /guest.sh run/guest.sh
+$bb cp $bb run/busybox
 exec $bb switch_root /newroot /bin/bash /run/guest.sh
