@@ -82,8 +82,8 @@ func (d *dir) openat(name string, flags int) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	// O_NONBLOCK keeps a FIFO put in the file's place from blocking the open.
-	flags |= unix.O_RDWR | unix.O_NOFOLLOW | unix.O_CLOEXEC | unix.O_NONBLOCK
+	// Even a FIFO put in the file's place does not block a read-write open: fifo(7).
+	flags |= unix.O_RDWR | unix.O_NOFOLLOW | unix.O_CLOEXEC
 	fd, err := retry(func() (int, error) { return unix.Openat(int(d.f.Fd()), name, flags, fileMode) })
 	if err != nil {
 		return nil, &fs.PathError{Op: "openat", Path: path, Err: err}

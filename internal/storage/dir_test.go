@@ -1,0 +1,154 @@
+package storage
+
+import (
+	"bytes"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func openDir(t *testing.T) (FS, string) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "chunks")
+	d, err := OpenDir(path)
+	must(t, err)
+	t.Cleanup(func() { must(t, d.Close()) })
+	return d, path
+}
+
+func TestDirectory(t *testing.T) {
+	d, path := openDir(t)
+	f, err := d.Create("b", 1<<20)
+	must(t, err)
+	var st unix.Stat_t
+	must(t, unix.Fstat(int(f.Fd()), &st))
+	if st.Size != 1<<20 || st.Blocks*512 < 1<<20 || st.Mode&0o777 != fileMode {
+		t.Errorf("size %d, %d blocks, mode %o", st.Size, st.Blocks, st.Mode)
+	}
+	if flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFD, 0); err != nil || flags&unix.FD_CLOEXEC == 0 {
+		t.Error("descriptor flags", flags, err)
+	}
+	if _, err := f.WriteAt([]byte("hello"), 4096); err != nil {
+		t.Fatal(err)
+	}
+	must(t, f.Sync())
+	must(t, d.SyncDir())
+	must(t, f.Truncate(8192))
+	must(t, f.Close())
+
+	f, err = d.Open("b")
+	must(t, err)
+	got := make([]byte, 5)
+	if _, err := f.ReadAt(got, 4096); err != nil || string(got) != "hello" {
+		t.Errorf("%q, %v", got, err)
+	}
+	if size, err := f.Size(); size != 8192 || err != nil {
+		t.Error(size, err)
+	}
+	must(t, f.Close())
+
+	if _, err := d.Create("b", 0); !errors.Is(err, fs.ErrExist) {
+		t.Error("create:", err)
+	}
+	a, err := d.Create("a", 0)
+	must(t, err)
+	must(t, a.Close())
+	for range 2 { // a list does not use up the directory
+		if names, err := d.List(); err != nil || !slices.Equal(names, []string{"a", "b"}) {
+			t.Error(names, err)
+		}
+	}
+	must(t, d.Remove("b"))
+	if _, err := d.Open("b"); !errors.Is(err, fs.ErrNotExist) {
+		t.Error("open:", err)
+	}
+	if err := d.Remove("b"); !errors.Is(err, fs.ErrNotExist) {
+		t.Error("remove:", err)
+	}
+	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != dirMode {
+		t.Error(info.Mode(), err)
+	}
+}
+
+func TestNothingOutsideIsReached(t *testing.T) {
+	d, path := openDir(t)
+	outside := filepath.Join(filepath.Dir(path), "outside")
+	must(t, os.WriteFile(outside, []byte("x"), 0o600))
+	must(t, os.Symlink(outside, filepath.Join(path, "link")))
+	must(t, unix.Mkfifo(filepath.Join(path, "fifo"), 0o600))
+	must(t, os.Mkdir(filepath.Join(path, "dir"), 0o700))
+	for _, name := range []string{"link", "../outside", outside, "", ".", "..", "dir", "fifo", "a\x00b"} {
+		if f, err := d.Open(name); err == nil {
+			t.Errorf("opened %q", name)
+			f.Close()
+		}
+	}
+	for _, name := range []string{"link", "../new", "dir/new", ""} {
+		if f, err := d.Create(name, 0); err == nil {
+			t.Errorf("created %q", name)
+			f.Close()
+		}
+	}
+	if err := d.Remove("../outside"); !errors.Is(err, fs.ErrInvalid) {
+		t.Error("remove:", err)
+	}
+	link := filepath.Join(filepath.Dir(path), "chunks2")
+	must(t, os.Symlink(path, link))
+	if _, err := OpenDir(link); err == nil {
+		t.Error("opened a directory through a link")
+	}
+}
+
+func TestFailedCreateLeavesNothing(t *testing.T) {
+	d, _ := openDir(t)
+	// Beyond what any file system lets a file be, so that none fills up first.
+	if _, err := d.Create("big", 1<<62); !errors.Is(err, unix.EFBIG) && !errors.Is(err, ErrNoSpace) {
+		t.Error(err)
+	}
+	if names, err := d.List(); err != nil || len(names) != 0 {
+		t.Error(names, err)
+	}
+	var st unix.Statfs_t
+	must(t, unix.Statfs(t.TempDir(), &st))
+	if free, err := d.Free(); err != nil || free <= 0 || free > int64(st.Blocks)*st.Frsize {
+		t.Error(free, "bytes free", err)
+	}
+}
+
+func TestFullDiskMatchesErrNoSpace(t *testing.T) {
+	full, err := os.OpenFile("/dev/full", os.O_RDWR, 0)
+	must(t, err)
+	f := &file{full}
+	defer f.Close()
+	if _, err := f.WriteAt([]byte("x"), 0); !errors.Is(err, ErrNoSpace) || !errors.Is(err, unix.ENOSPC) {
+		t.Error(err)
+	}
+	if !errors.Is(noSpace(&fs.PathError{Err: unix.EDQUOT}), ErrNoSpace) {
+		t.Error("a full quota is not ErrNoSpace")
+	}
+}
+
+func TestWriteZerosReserves(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "f")
+	f, err := os.Create(path)
+	must(t, err)
+	defer f.Close()
+	must(t, writeZeros(f, 3<<20+5))
+	got, err := os.ReadFile(path)
+	must(t, err)
+	if !bytes.Equal(got, make([]byte, 3<<20+5)) {
+		t.Error(len(got), "bytes")
+	}
+}
