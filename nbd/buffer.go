@@ -1,0 +1,39 @@
+package nbd
+
+import (
+	"math/bits"
+	"sync"
+)
+
+// minBufferBits: the smallest buffers are 4 KiB, the commonest request.
+const minBufferBits = 12
+
+// buffer is a pooled byte slice; b has a power of two as capacity.
+type buffer struct {
+	b     []byte
+	class int
+}
+
+// bufferPools has a pool for each size from 4 KiB to MaxPayload.
+var bufferPools [bufferClasses]sync.Pool
+
+const bufferClasses = 25 - minBufferBits + 1 // 2^25 is MaxPayload
+
+// newBuffer returns a buffer with length n, at most MaxPayload, whose content is arbitrary. The
+// caller owns it until it calls free.
+func newBuffer(n int) *buffer {
+	class := 0
+	if n > 1<<minBufferBits {
+		class = bits.Len(uint(n-1)) - minBufferBits
+	}
+	if v := bufferPools[class].Get(); v != nil {
+		buf := v.(*buffer)
+		buf.b = buf.b[:n]
+		return buf
+	}
+	return &buffer{b: make([]byte, n, 1<<(class+minBufferBits)), class: class}
+}
+
+func (b *buffer) free() {
+	bufferPools[b.class].Put(b)
+}

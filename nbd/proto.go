@@ -1,0 +1,216 @@
+package nbd
+
+import "encoding/binary"
+
+var be = binary.BigEndian
+
+// Magic numbers of the specification, in the order a connection meets them.
+const (
+	magicInit     = 0x4e42444d41474943 // "NBDMAGIC", opens the greeting
+	magicOption   = 0x49484156454f5054 // "IHAVEOPT", in the greeting and before each option
+	magicOptReply = 0x0003e889045565a9
+	magicRequest  = 0x25609513
+	magicSimple   = 0x67446698
+	magicChunk    = 0x668e33ef // a structured reply is one or more chunks
+)
+
+// Handshake flags; the client's have the same bits as the server's.
+const (
+	flagFixedNewstyle = 1 << 0
+	flagNoZeroes      = 1 << 1
+)
+
+// Options.
+const (
+	optExportName      = 1
+	optAbort           = 2
+	optList            = 3
+	optInfo            = 6
+	optGo              = 7
+	optStructuredReply = 8
+	optListMeta        = 9
+	optSetMeta         = 10
+)
+
+// Option replies. Errors have the top bit set.
+const (
+	repAck         = 1
+	repServer      = 2
+	repInfo        = 3
+	repMetaContext = 4
+
+	repErrUnsup    = 1<<31 | 1
+	repErrPolicy   = 1<<31 | 2
+	repErrInvalid  = 1<<31 | 3
+	repErrPlatform = 1<<31 | 4
+	repErrUnknown  = 1<<31 | 6
+	repErrShutdown = 1<<31 | 7
+	repErrTooBig   = 1<<31 | 9
+)
+
+// Kinds of information in a repInfo reply.
+const (
+	infoExport      = 0
+	infoName        = 1
+	infoDescription = 2
+	infoBlockSize   = 3
+)
+
+// Transmission flags.
+const (
+	flagHasFlags        = 1 << 0
+	flagReadOnly        = 1 << 1
+	flagSendFlush       = 1 << 2
+	flagSendFUA         = 1 << 3
+	flagSendTrim        = 1 << 5
+	flagSendWriteZeroes = 1 << 6
+	flagSendDF          = 1 << 7
+	flagMultiConn       = 1 << 8
+	flagSendCache       = 1 << 10
+	flagSendFastZero    = 1 << 11
+)
+
+// Requests.
+const (
+	cmdRead        = 0
+	cmdWrite       = 1
+	cmdDisc        = 2
+	cmdFlush       = 3
+	cmdTrim        = 4
+	cmdCache       = 5
+	cmdWriteZeroes = 6
+	cmdBlockStatus = 7
+)
+
+// Request flags.
+const (
+	cmdFlagFUA      = 1 << 0
+	cmdFlagNoHole   = 1 << 1
+	cmdFlagDF       = 1 << 2
+	cmdFlagReqOne   = 1 << 3
+	cmdFlagFastZero = 1 << 4
+)
+
+// Structured reply chunks.
+const (
+	chunkFlagDone = 1 << 0
+
+	chunkNone        = 0
+	chunkOffsetData  = 1
+	chunkOffsetHole  = 2
+	chunkBlockStatus = 5
+	chunkError       = 1<<15 | 1
+)
+
+// base:allocation.
+const (
+	contextAllocation   = "base:allocation"
+	contextAllocationID = 1 // chosen by the server
+	stateHole           = 1 << 0
+	stateZero           = 1 << 1
+)
+
+// Error numbers on the wire; the specification gives them Linux's values.
+const (
+	errnoPerm     = 1
+	errnoIO       = 5
+	errnoNoMem    = 12
+	errnoInval    = 22
+	errnoNoSpace  = 28
+	errnoOverflow = 75
+	errnoNotSup   = 95
+	errnoShutdown = 108
+)
+
+const (
+	// MaxPayload is the most bytes that one READ or WRITE may carry: 32 MiB, what the specification
+	// asks clients to stay within when nothing else is negotiated, and what is announced.
+	MaxPayload = 32 << 20
+
+	maxOptions   = 32       // options in one negotiation; real clients send fewer than ten
+	maxOptionLen = 64 << 10 // bytes of one option's data
+	maxNameLen   = 4096     // bytes of any string, by the specification
+
+	requestLen     = 28
+	simpleLen      = 16
+	chunkLen       = 20
+	offsetDataLen  = chunkLen + 8
+	offsetHoleLen  = chunkLen + 12
+	optionLen      = 16
+	optReplyLen    = 20
+	exportZeroes   = 124 // after an EXPORT_NAME reply, without NO_ZEROES
+	maxDescriptors = 4096
+)
+
+// request is a request header, without the payload that follows a WRITE.
+type request struct {
+	flags, typ uint16
+	cookie     uint64
+	off        uint64
+	length     uint32
+}
+
+// parseRequest decodes requestLen bytes; ok is false where they are no request.
+func parseRequest(b []byte) (r request, ok bool) {
+	_ = b[requestLen-1]
+	return request{
+		flags:  be.Uint16(b[4:]),
+		typ:    be.Uint16(b[6:]),
+		cookie: be.Uint64(b[8:]),
+		off:    be.Uint64(b[16:]),
+		length: be.Uint32(b[24:]),
+	}, be.Uint32(b) == magicRequest
+}
+
+func appendSimple(b []byte, cookie uint64, errno uint32) []byte {
+	b = be.AppendUint32(b, magicSimple)
+	b = be.AppendUint32(b, errno)
+	return be.AppendUint64(b, cookie)
+}
+
+// appendChunk appends the header of a chunk with length bytes of content.
+func appendChunk(b []byte, flags, typ uint16, cookie uint64, length uint32) []byte {
+	b = be.AppendUint32(b, magicChunk)
+	b = be.AppendUint16(b, flags)
+	b = be.AppendUint16(b, typ)
+	b = be.AppendUint64(b, cookie)
+	return be.AppendUint32(b, length)
+}
+
+// appendOffsetData appends all of an OFFSET_DATA chunk but the data.
+func appendOffsetData(b []byte, flags uint16, cookie, off uint64, length uint32) []byte {
+	b = appendChunk(b, flags, chunkOffsetData, cookie, length+8)
+	return be.AppendUint64(b, off)
+}
+
+func appendOffsetHole(b []byte, flags uint16, cookie, off uint64, length uint32) []byte {
+	b = appendChunk(b, flags, chunkOffsetHole, cookie, 12)
+	b = be.AppendUint64(b, off)
+	return be.AppendUint32(b, length)
+}
+
+// appendErrorChunk appends an ERROR chunk without a text.
+func appendErrorChunk(b []byte, cookie uint64, errno uint32) []byte {
+	b = appendChunk(b, chunkFlagDone, chunkError, cookie, 6)
+	b = be.AppendUint32(b, errno)
+	return be.AppendUint16(b, 0)
+}
+
+func appendOptReply(b []byte, option, typ uint32, data ...string) []byte {
+	n := 0
+	for _, d := range data {
+		n += len(d)
+	}
+	b = be.AppendUint64(b, magicOptReply)
+	b = be.AppendUint32(b, option)
+	b = be.AppendUint32(b, typ)
+	b = be.AppendUint32(b, uint32(n))
+	for _, d := range data {
+		b = append(b, d...)
+	}
+	return b
+}
+
+func u16(v uint16) string { return string(be.AppendUint16(nil, v)) }
+func u32(v uint32) string { return string(be.AppendUint32(nil, v)) }
+func u64(v uint64) string { return string(be.AppendUint64(nil, v)) }

@@ -1,0 +1,106 @@
+package nbd
+
+import (
+	"net"
+	"sync"
+)
+
+// packet is bytes to send and what they hold until they are sent. The sender owns it once it has it.
+type packet struct {
+	vec    [][]byte  // the bytes, in pieces: of head, and of bufs
+	head   []byte    // headers
+	bufs   []*buffer // freed when sent
+	charge int64     // released to the budget when sent
+}
+
+var packetPool = sync.Pool{New: func() any { return &packet{head: make([]byte, 0, 64)} }}
+
+func newPacket(charge int64) *packet {
+	p := packetPool.Get().(*packet)
+	p.charge = charge
+	return p
+}
+
+// reset makes p empty, keeping its charge.
+func (p *packet) reset() {
+	for i, b := range p.bufs {
+		b.free()
+		p.bufs[i] = nil
+	}
+	clear(p.vec)
+	p.vec, p.head, p.bufs = p.vec[:0], p.head[:0], p.bufs[:0]
+}
+
+// sealHead makes the vector of a packet that is headers only.
+func (p *packet) sealHead() *packet {
+	p.vec = append(p.vec, p.head)
+	return p
+}
+
+// sender writes packets to the socket, many at once when they come faster than they can be written.
+type sender struct {
+	conn   net.Conn
+	budget *budget
+
+	mu    sync.Mutex // guards the fields below; not held while writing
+	queue []*packet  // to be written
+	spare []*packet  // the slice that queue takes when the writer takes queue
+	busy  bool       // somebody is writing, and will write what is in queue
+
+	// Owned by who set busy.
+	failed bool        // a write failed; the connection is closed and packets are dropped
+	vec    net.Buffers // consumed by a write
+	store  net.Buffers // vec's whole slice, to be used again
+}
+
+// send queues p, and writes it and all that others queue meanwhile unless somebody else is writing.
+func (s *sender) send(p *packet) {
+	s.mu.Lock()
+	s.queue = append(s.queue, p)
+	if s.busy {
+		s.mu.Unlock()
+		return
+	}
+	s.busy = true
+	for len(s.queue) > 0 {
+		taken := s.queue
+		s.queue = s.spare[:0]
+		s.mu.Unlock()
+		s.write(taken)
+		s.mu.Lock()
+		s.spare = taken
+	}
+	s.busy = false
+	s.mu.Unlock()
+}
+
+// write writes packets, or drops them if the connection is broken, and gives back what they hold.
+func (s *sender) write(packets []*packet) {
+	if !s.failed {
+		s.vec = s.store[:0]
+		for _, p := range packets {
+			s.vec = append(s.vec, p.vec...)
+		}
+		s.store = s.vec
+		if err := s.writeVec(); err != nil {
+			s.failed = true
+			s.conn.Close() // the receiver notices
+		}
+		clear(s.store)
+	}
+	for i, p := range packets {
+		packets[i] = nil
+		s.budget.release(p.charge)
+		p.reset()
+		packetPool.Put(p)
+	}
+}
+
+func (s *sender) writeVec() error {
+	if len(s.vec) == 1 {
+		_, err := s.conn.Write(s.vec[0])
+		return err
+	}
+	_, err := s.vec.WriteTo(s.conn)
+	return err
+}
