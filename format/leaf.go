@@ -234,13 +234,20 @@ func decodeSingles(src []byte, slot *uint32, out []Entry) []byte {
 	for i := range out {
 		var e Entry
 		e, src = decodePlace(src, &prev)
-		if src == nil || !e.Valid() {
+		if src == nil || !e.validSingle() {
 			return nil
 		}
 		out[i] = e
 	}
 	*slot = prev
 	return src
+}
+
+// validSingle is Valid for what decodePlace returns, in half the time.
+func (e Entry) validSingle() bool {
+	offset, share := uint32(e&entryOffsetMask), uint32(e>>entryShareAt&entryShareMask)
+	return share >= minRecord/RecordAlign && share <= maxShare &&
+		offset >= ChunkHeaderSize/RecordAlign && offset+share <= 1<<entryOffsetBits
 }
 
 // decodePlace reads what appendPlace wrote: the entry of a single-block record,
@@ -252,18 +259,10 @@ func decodePlace(src []byte, slot *uint32) (Entry, []byte) {
 	place := le.Uint32(src)
 	z, n := uint32(src[4]), 5
 	if z >= 0x80 {
-		z &= 0x7f
-		for shift := 7; ; shift += 7 {
-			if n == len(src) || n == 4+maxSlotVarint {
-				return 0, nil
-			}
-			b := uint32(src[n])
-			n++
-			z |= b & 0x7f << shift
-			if b < 0x80 {
-				break
-			}
+		if z, n = slotVarint(src[4:]); n == 0 {
+			return 0, nil
 		}
+		n += 4
 	}
 	s := *slot + (z>>1 ^ -(z & 1))
 	if s >= MaxSlots || place>>entryBlocksAt != 0 {
@@ -271,4 +270,30 @@ func decodePlace(src []byte, slot *uint32) (Entry, []byte) {
 	}
 	*slot = s
 	return entrySet | Entry(s)<<entrySlotAt | Entry(place), src[n:]
+}
+
+// slotVarint reads a varint of 2 to maxSlotVarint bytes and returns their
+// number, or 0.
+func slotVarint(src []byte) (z uint32, n int) {
+	if len(src) >= maxSlotVarint {
+		w := le.Uint32(src)
+		switch {
+		case w&0x8000 == 0:
+			return w&0x7f | w>>1&(0x7f<<7), 2
+		case w&0x800000 == 0:
+			return w&0x7f | w>>1&(0x7f<<7) | w>>2&(0x7f<<14), 3
+		case w&0x80000000 == 0:
+			return w&0x7f | w>>1&(0x7f<<7) | w>>2&(0x7f<<14) | w>>3&(0x7f<<21), 4
+		}
+		return 0, 0
+	}
+	for n < len(src) {
+		b := uint32(src[n])
+		z |= b & 0x7f << (7 * n)
+		n++
+		if b < 0x80 {
+			return z, n
+		}
+	}
+	return 0, 0
 }

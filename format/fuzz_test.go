@@ -1,0 +1,212 @@
+package format
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+// The fuzz targets hold every decoder to the same: it accepts what encodes to
+// something it understands the same way, and rejects the rest with an error of
+// this package. A checksum is made right where it would keep the fuzzer out.
+
+func seedGolden(f *testing.F, pattern string) {
+	files, err := filepath.Glob(filepath.Join("..", "testdata", "format", pattern))
+	if err != nil || len(files) == 0 {
+		f.Fatal(pattern, err)
+	}
+	for _, file := range files {
+		b, err := os.ReadFile(file)
+		must(f, err)
+		f.Add(b)
+	}
+}
+
+func rejected(t *testing.T, err error) {
+	t.Helper()
+	if !errors.Is(err, ErrCorrupt) && !errors.Is(err, ErrVersion) {
+		t.Fatal("not an error of this package:", err)
+	}
+}
+
+func FuzzChunkHeader(f *testing.F) {
+	seedGolden(f, "chunk-header")
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if len(b) >= chunkHeaderEnd {
+			le.PutUint32(b[40:], Checksum(b[:40]))
+		}
+		h, err := DecodeChunkHeader(b)
+		if err != nil {
+			rejected(t, err)
+			return
+		}
+		again := make([]byte, ChunkHeaderSize)
+		if h.Encode(again); !bytes.Equal(again[:chunkHeaderEnd], b[:chunkHeaderEnd]) {
+			t.Fatalf("%x encodes to %x", b[:chunkHeaderEnd], again[:chunkHeaderEnd])
+		}
+	})
+}
+
+func FuzzRecord(f *testing.F) {
+	seedGolden(f, "record-*")
+	f.Fuzz(func(t *testing.T, b []byte) {
+		const chunk, offset = 17, 1 << 20
+		if len(b) >= RecordHeaderSize {
+			le.PutUint32(b, saltedChecksum(chunk, offset, b[4:RecordHeaderSize]))
+		}
+		h, err := DecodeRecordHeader(b, chunk, offset)
+		if err != nil {
+			rejected(t, err)
+			return
+		}
+		again := make([]byte, RecordHeaderSize)
+		if h.Encode(again, chunk, offset); !bytes.Equal(again, b[:RecordHeaderSize]) {
+			t.Fatalf("%x encodes to %x", b[:RecordHeaderSize], again)
+		}
+		payload := b[RecordHeaderSize:]
+		payload = payload[:min(len(payload), h.PayloadLen)]
+		if err := h.VerifyPayload(payload); err != nil {
+			rejected(t, err)
+		}
+		switch h.Kind {
+		case KindData:
+			err = Decompress(h.Codec, make([]byte, h.Blocks*BlockSize), payload)
+		case KindHole:
+			_, err = DecodeHole(payload, h.Block)
+		case KindEvent:
+			err = DecodeEvent(payload, new(Event))
+		}
+		if err != nil {
+			rejected(t, err)
+		}
+	})
+}
+
+func FuzzLeaf(f *testing.F) {
+	seedGolden(f, "leaf")
+	f.Add(AppendLeaf(nil, new(Leaf)))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if len(b) >= leafHeaderSize {
+			le.PutUint32(b, Checksum(b[4:]))
+		}
+		var l, again Leaf
+		if err := DecodeLeaf(b, &l); err != nil {
+			rejected(t, err)
+			return
+		}
+		for i, e := range l.Entries {
+			if !e.Valid() {
+				t.Fatal(i, e)
+			}
+		}
+		if err := DecodeLeaf(AppendLeaf(nil, &l), &again); err != nil || again != l {
+			t.Fatal(err)
+		}
+	})
+}
+
+func FuzzRow(f *testing.F) {
+	seedGolden(f, "row-*")
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if len(b) >= 4 {
+			le.PutUint32(b, Checksum(b[4:]))
+		}
+		for _, v := range []any{new(Volume), new(Snapshot), new(Branch), new(Checkpoint)} {
+			if err := DecodeRow(b, v); err != nil {
+				rejected(t, err)
+			} else if again, err := AppendRow(nil, v); err != nil || DecodeRow(again, v) != nil {
+				t.Fatalf("%+v was accepted but does not encode: %v", v, err)
+			}
+		}
+		c, err := DecodeChunk(7, b)
+		if err != nil {
+			rejected(t, err)
+		} else if again := c.Encode(); !bytes.Equal(again[:], b) {
+			t.Fatal(c)
+		}
+	})
+}
+
+func FuzzEvent(f *testing.F) {
+	event, err := AppendEvent(nil, &testEvent)
+	must(f, err)
+	f.Add(event)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var e Event
+		if err := DecodeEvent(b, &e); err != nil {
+			rejected(t, err)
+		} else if again, err := AppendEvent(nil, &e); err != nil && !errors.Is(err, ErrTooLarge) {
+			t.Fatal(err)
+		} else if err == nil {
+			must(t, DecodeEvent(again, &e))
+		}
+	})
+}
+
+func FuzzStoreInfo(f *testing.F) {
+	seedGolden(f, "store")
+	f.Fuzz(func(t *testing.T, b []byte) {
+		s, err := DecodeStoreInfo(b)
+		if err != nil {
+			if !errors.Is(err, ErrNotStore) {
+				rejected(t, err)
+			}
+			return
+		}
+		again, err := s.Encode()
+		must(t, err)
+		if s2, err := DecodeStoreInfo(again); err != nil || s2.UUID != s.UUID || !s2.Created.Equal(s.Created) {
+			t.Fatal(s2, err)
+		}
+	})
+}
+
+func FuzzDecompress(f *testing.F) {
+	for _, c := range []Codec{S2, Zstd} {
+		comp, err := NewCompressor(c, 0)
+		must(f, err)
+		for _, blocks := range []int{1, 2, UnitBlocks} {
+			out, _ := comp.Compress(nil, bytes.Repeat([]byte("some text."), blocks*BlockSize/10+1)[:blocks*BlockSize])
+			f.Add(uint8(c), uint8(blocks-1), out)
+		}
+	}
+	roomy := make([]byte, unitSize+64)
+	f.Fuzz(func(t *testing.T, c, blocks uint8, src []byte) {
+		n := (int(blocks)%UnitBlocks + 1) * BlockSize
+		clear(roomy)
+		if err := Decompress(Codec(c), roomy[:n], src); err != nil {
+			rejected(t, err)
+		}
+		if !IsZero(roomy[n:]) {
+			t.Fatal("wrote beyond the unit")
+		}
+	})
+}
+
+// FuzzCompress compares compression with the identity.
+func FuzzCompress(f *testing.F) {
+	f.Add([]byte("abc"))
+	var comps []*Compressor
+	for _, c := range []Codec{S2, Zstd} {
+		comp, err := NewCompressor(c, 0)
+		must(f, err)
+		comps = append(comps, comp)
+	}
+	buf := make([]byte, 0, MaxCompressed)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		src := make([]byte, min(max(1, (len(b)+BlockSize-1)/BlockSize), UnitBlocks)*BlockSize)
+		if _, err := io.ReadFull(bytes.NewReader(b), src); err != nil && err != io.ErrUnexpectedEOF && err != io.EOF {
+			t.Fatal(err)
+		}
+		for _, comp := range comps {
+			out, codec := comp.Compress(buf, src)
+			got := make([]byte, len(src))
+			if err := Decompress(codec, got, out); err != nil || !bytes.Equal(got, src) {
+				t.Fatal(codec, err)
+			}
+		}
+	})
+}
