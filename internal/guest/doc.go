@@ -33,7 +33,13 @@
 //	go run ./internal/guest/cmd/guest run -kernel newest -timeout 2m -bin ./bin/vdisk -- vdisk version
 //	go run ./internal/guest/cmd/guest run -bin ublk.test -results out -- sh -c 'modprobe ublk_drv && ublk.test -test.v'
 //	go run ./internal/guest/cmd/guest shell -kernel stable
+//	go run ./internal/guest/cmd/guest test -kernel all ./ublk ./cmd/vdisk
 //	go run ./internal/guest/cmd/guest kernels
+//
+// "guest test" boots once a kernel and runs in it the test binary of each package, in a folder with the package's
+// testdata, and then each script of testdata/guest/*.sh, with bash; vdisk (if there is a ./cmd/vdisk) is on PATH.
+// Every one that exits with a status other than 0 has failed, and so has a kernel that tells of a hung task, a bug
+// or an oops. Tests know the guest by VDISK_GUEST=1.
 //
 // The command's exit status is that of the payload; 77 when a guest cannot be had here, 124 after the deadline,
 // 125 when the guest panicked, died or did not boot, or the command was used wrongly.

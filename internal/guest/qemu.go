@@ -12,7 +12,6 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -152,12 +151,14 @@ func bootOnce(ctx context.Context, b boot) (*Result, error) {
 		io.Copy(out, ours)
 		out.flush()
 	}()
-	var bootTime atomic.Int64
-	why := q.supervise(ctx, p, func() { bootTime.Store(int64(time.Since(start))) })
+	var bootTime time.Duration
+	why := q.supervise(ctx, p, func() { bootTime = time.Since(start) })
+	// All that QEMU wrote is in the socket; the deadline is for a stray process that has inherited its end.
+	ours.SetReadDeadline(time.Now().Add(5 * time.Second))
 	<-read
 
 	res := &Result{ExitCode: p.exitCode, PowerCut: isClosed(p.cut), Release: b.kernel.Release, Machine: b.machine.accel + " " + b.machine.cpu,
-		Boot: time.Duration(bootTime.Load()), Elapsed: time.Since(start)}
+		Boot: bootTime, Elapsed: time.Since(start)}
 	text, _ := os.ReadFile(console) // not there when QEMU did not start
 	res.Console = string(text)
 	res.Alerts = findAlerts(res.Console)
@@ -233,7 +234,12 @@ func startProcess(cmd *exec.Cmd) (*process, error) {
 // the guest does not come up or down in time, and when the guest asks for it.
 func (q *process) supervise(ctx context.Context, p *progress, onReady func()) error {
 	defer func() { <-q.ended }()
-	kill := func() { q.cmd.Process.Kill() }
+	kill := func() {
+		q.cmd.Process.Kill()
+		if q.cmd.SysProcAttr.Setpgid {
+			syscall.Kill(-q.cmd.Process.Pid, syscall.SIGKILL)
+		}
+	}
 	limit := time.NewTimer(bootTimeout)
 	defer limit.Stop()
 	ready, exited, cut := p.ready, p.exited, p.cut

@@ -45,6 +45,7 @@ type Result struct {
 	Machine  string        // QEMU's -accel and -cpu
 	Boot     time.Duration // from the start of QEMU until the script started
 	Elapsed  time.Duration // from the start of QEMU until its end
+	Failed   []error       // earlier tries, which did not boot
 }
 
 const (
@@ -81,12 +82,17 @@ func (img *Image) Run(ctx context.Context, r Run) (*Result, error) {
 		return nil, fmt.Errorf("guest: preparing the run: %w", err)
 	}
 	var res *Result
+	var failed []error
 	machines := img.machines(ctx, k)
 	for i, m := range machines {
 		res, err = bootOnce(ctx, boot{run: r, kernel: k, machine: m, dir: dir, disks: disks})
+		if res != nil {
+			res.Failed = failed
+		}
 		if !errors.Is(err, ErrBoot) || i == len(machines)-1 {
 			break
 		}
+		failed = append(failed, err)
 	}
 	if r.Results != "" && res != nil {
 		if cerr := copyResults(disks.results, r.Results); cerr != nil && err == nil {

@@ -31,6 +31,7 @@ const usage = `usage: guest COMMAND [flags]
   kernels  list the kernels of the image
   run      run a command as root in a guest: guest run [flags] -- COMMAND [ARG...]
   shell    open a shell in a guest
+  test     run test binaries and scripts in a guest: guest test [flags] [PACKAGE...]
 
 guest COMMAND -h lists the flags.
 `
@@ -51,7 +52,7 @@ type app struct {
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	a := &app{stdout: stdout, stderr: stderr}
 	commands := map[string]func(context.Context, []string) (int, error){
-		"build": a.build, "kernels": a.kernels, "run": a.run, "shell": a.shell,
+		"build": a.build, "kernels": a.kernels, "run": a.run, "shell": a.shell, "test": a.test,
 	}
 	if len(args) == 0 || commands[args[0]] == nil {
 		io.WriteString(stderr, usage)
@@ -182,6 +183,9 @@ func (a *app) run(ctx context.Context, args []string) (int, error) {
 func (a *app) report(res *guest.Result) {
 	if res.ExitCode > 0 {
 		fmt.Fprintf(a.stderr, "guest: console:\n%s\n", strings.TrimRight(res.Console, "\n"))
+	}
+	for _, err := range res.Failed {
+		fmt.Fprintf(a.stderr, "guest: tried again: %v\n", err)
 	}
 	for _, alert := range res.Alerts {
 		fmt.Fprintf(a.stderr, "guest: kernel: %s\n", alert.Line)
