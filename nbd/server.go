@@ -15,8 +15,8 @@ import (
 // ErrServerClosed is returned by Serve and ServeConn after Shutdown.
 var ErrServerClosed = errors.New("nbd: server closed")
 
-// errTooMany is returned by ServeConn for a connection past Options.MaxConnections.
-var errTooMany = errors.New("nbd: too many connections")
+// ErrTooManyConnections is returned by ServeConn for a connection past Options.MaxConnections.
+var ErrTooManyConnections = errors.New("nbd: too many connections")
 
 // Options are a Server's limits. Zero values stand for the defaults.
 type Options struct {
@@ -243,7 +243,7 @@ func (s *Server) addConn(nc net.Conn) error {
 		return ErrServerClosed
 	}
 	if len(s.conns) >= s.opts.MaxConnections {
-		return errTooMany
+		return ErrTooManyConnections
 	}
 	s.conns[nc] = false
 	return nil
