@@ -20,10 +20,7 @@ type ramDevice struct {
 	locks   []sync.RWMutex // of each MiB of data
 	cost    time.Duration  // CPU time that each read and write takes besides
 
-	flushes  atomic.Int64
-	inFlight atomic.Int64
-	opens    atomic.Int64
-	closes   atomic.Int64
+	flushes, opens, closes atomic.Int64
 
 	// Hooks of tests; nil, or called with no lock held.
 	onRead, onWrite func(p []byte, off int64) error
@@ -85,6 +82,17 @@ func (d *ramDevice) WriteAt(p []byte, off int64) (int, error) {
 		l.Unlock()
 	})
 	return len(p), nil
+}
+
+// content returns a copy of all.
+func (d *ramDevice) content() []byte {
+	b := make([]byte, len(d.data))
+	d.stripes(0, d.Size(), func(l *sync.RWMutex, from, to int64) {
+		l.RLock()
+		copy(b[from:], d.data[from:to])
+		l.RUnlock()
+	})
+	return b
 }
 
 func (d *ramDevice) Flush() error {

@@ -94,7 +94,7 @@ func TestReadHoles(t *testing.T) {
 		{1<<20 - 10, 1 << 20, "[2 1 2]"},
 	} {
 		got, types := read(x.off, x.n)
-		if !bytes.Equal(got, d.data[x.off:][:x.n]) {
+		if !bytes.Equal(got, d.content()[x.off:][:x.n]) {
 			t.Errorf("%d bytes at %d differ", x.n, x.off)
 		}
 		if fmt.Sprint(types) != x.types {
@@ -109,7 +109,7 @@ func TestReadHoles(t *testing.T) {
 		d.WriteAt([]byte{1}, int64(off))
 	}
 	got, types := read(4<<20, 1<<20)
-	if !bytes.Equal(got, d.data[4<<20:][:1<<20]) || len(types) != maxPieces {
+	if !bytes.Equal(got, d.content()[4<<20:][:1<<20]) || len(types) != maxPieces {
 		t.Errorf("fragmented: %d pieces, or data differ", len(types))
 	}
 }
@@ -196,7 +196,7 @@ func TestTrimAndZeroes(t *testing.T) {
 	c.want(0, cmdFlagNoHole|cmdFlagFastZero, cmdWriteZeroes, 16384, 100)
 	c.want(0, 0, cmdWriteZeroes, 32768, 100)
 	c.want(0, 0, cmdTrim, 0, 0)
-	for i, b := range d.data {
+	for i, b := range d.content() {
 		zero := i >= 4096 && i < 8192 || i >= 16384 && i < 16484 || i >= 32768 && i < 32868
 		if zero != (b == 0) {
 			t.Fatalf("byte %d is %d", i, b)
@@ -373,7 +373,7 @@ func TestPipelining(t *testing.T) {
 			}
 		}
 	}
-	if !bytes.Equal(d.data, model) {
+	if !bytes.Equal(d.content(), model) {
 		t.Fatal("data differ")
 	}
 	c.disconnect()
