@@ -33,11 +33,13 @@ func rejected(t *testing.T, err error) {
 }
 
 func FuzzChunkHeader(f *testing.F) {
-	seedGolden(f, "chunk-header")
+	f.Add(goldenFile(f, "chunk-header")[:chunkHeaderEnd])
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if len(b) >= chunkHeaderEnd {
-			le.PutUint32(b[40:], Checksum(b[:40]))
+		if _, err := DecodeChunkHeader(b); err != nil {
+			rejected(t, err)
 		}
+		b = append(bytes.Clone(b), make([]byte, ChunkHeaderSize)...)
+		le.PutUint32(b[40:], Checksum(b[:40]))
 		h, err := DecodeChunkHeader(b)
 		if err != nil {
 			rejected(t, err)
@@ -54,6 +56,7 @@ func FuzzRecord(f *testing.F) {
 	seedGolden(f, "record-*")
 	f.Fuzz(func(t *testing.T, b []byte) {
 		const chunk, offset = 17, 1 << 20
+		b = bytes.Clone(b) // the fuzzer's own may not be changed
 		if len(b) >= RecordHeaderSize {
 			le.PutUint32(b, saltedChecksum(chunk, offset, b[4:RecordHeaderSize]))
 		}
@@ -89,6 +92,7 @@ func FuzzLeaf(f *testing.F) {
 	seedGolden(f, "leaf")
 	f.Add(AppendLeaf(nil, new(Leaf)))
 	f.Fuzz(func(t *testing.T, b []byte) {
+		b = bytes.Clone(b)
 		if len(b) >= leafHeaderSize {
 			le.PutUint32(b, Checksum(b[4:]))
 		}
@@ -111,6 +115,7 @@ func FuzzLeaf(f *testing.F) {
 func FuzzRow(f *testing.F) {
 	seedGolden(f, "row-*")
 	f.Fuzz(func(t *testing.T, b []byte) {
+		b = bytes.Clone(b)
 		if len(b) >= 4 {
 			le.PutUint32(b, Checksum(b[4:]))
 		}
