@@ -1,0 +1,172 @@
+package ublk
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestOptionsAreChecked(t *testing.T) {
+	good := Options{Size: 1 << 20}
+	if err := good.withDefaults().validate(); err != nil {
+		t.Fatalf("the defaults: %v", err)
+	}
+	for name, change := range map[string]func(*Options){
+		"Size 0":                    func(o *Options) { o.Size = 0 },
+		"Size -512":                 func(o *Options) { o.Size = -512 },
+		"Size 1000":                 func(o *Options) { o.Size = 1000 },
+		"Size 1049088":              func(o *Options) { o.Size, o.LogicalBlock = 1<<20+512, 4096 },
+		"LogicalBlock 1024":         func(o *Options) { o.LogicalBlock = 1024 },
+		"PhysicalBlock 512":         func(o *Options) { o.LogicalBlock, o.PhysicalBlock = 4096, 512 },
+		"PhysicalBlock 3000":        func(o *Options) { o.PhysicalBlock = 3000 },
+		"IOMin 256":                 func(o *Options) { o.IOMin = 256 },
+		"IOOpt 5000":                func(o *Options) { o.IOOpt = 5000 },
+		"Queues -1":                 func(o *Options) { o.Queues = -1 },
+		"Queues 5000":               func(o *Options) { o.Queues = 5000 },
+		"Depth 4097":                func(o *Options) { o.Depth = 4097 },
+		"Depth -1":                  func(o *Options) { o.Depth = -1 },
+		"MaxIOBytes 1000":           func(o *Options) { o.MaxIOBytes = 1000 },
+		"MaxIOBytes 67108864":       func(o *Options) { o.MaxIOBytes = 64 << 20 },
+		"locked memory":             func(o *Options) { o.MaxIOBytes, o.Depth = 32<<20, 4096 },
+		"FUA without VolatileCache": func(o *Options) { o.FUA = true },
+		"read-only":                 func(o *Options) { o.Discard, o.ReadOnly = true, true },
+		"DiscardGranularity 100":    func(o *Options) { o.DiscardGranularity = 100 },
+		"ID 2000000":                func(o *Options) { o.ID = new(2000000) },
+	} {
+		o := good
+		change(&o)
+		_, err := Create(context.Background(), o, nil)
+		if !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), name) {
+			t.Errorf("%s: got %v", name, err)
+		}
+	}
+}
+
+func TestParams(t *testing.T) {
+	p := Options{Size: 1<<30 + 512, Discard: true, VolatileCache: true, FUA: true}.withDefaults().params()
+	want := paramsBasic{attrs: attrVolatileCache | attrFUA, logicalShift: 9, physicalShift: 12, ioMinShift: 12, ioOptShift: 12,
+		maxSectors: 512, devSectors: 1<<21 + 1}
+	if p.basic != want || p.types != paramBasic|paramDiscard {
+		t.Errorf("basic %+v, types %d", p.basic, p.types)
+	}
+	// The largest discard must fit 32 bits of bytes, and be whole granules.
+	d := p.discard
+	if bytes := uint64(d.maxSectors) << 9; bytes > 1<<32-1 || bytes%4096 != 0 || bytes < 1<<31 || d.maxSegments != 1 || d.granularity != 4096 {
+		t.Errorf("discard %+v", d)
+	}
+	for _, id := range []*int{nil, new(-1)} {
+		if got := (Options{ID: id}).info().devID; got != 1<<32-1 {
+			t.Errorf("no id becomes %d", got)
+		}
+	}
+	if got := (Options{ID: new(0)}).info().devID; got != 0 {
+		t.Errorf("id 0 becomes %d", got)
+	}
+}
+
+// TestNoDriver shows the errors of a machine that cannot serve: no driver, no right, no ublk behind the file.
+func TestNoDriver(t *testing.T) {
+	if _, err := newControl(filepath.Join(t.TempDir(), "ublk-control")); !errors.Is(err, ErrNoDriver) ||
+		!errors.Is(err, unix.ENOENT) || !strings.Contains(err.Error(), "modprobe ublk_drv") {
+		t.Errorf("missing control device: %v", err)
+	}
+	if err := controlOpenError(controlPath, unix.EACCES); !errors.Is(err, ErrPermission) {
+		t.Errorf("no right: %v", err)
+	}
+	if _, err := os.Stat(controlPath); err == nil {
+		return // this machine has a driver, and the tests of it are elsewhere
+	}
+	ctx := context.Background()
+	set, err := Features(ctx)
+	if !errors.Is(err, ErrNoDriver) || set.Kernel == "" || set.Bits != 0 {
+		t.Errorf("Features: %+v, %v", set, err)
+	}
+	if _, err := Create(ctx, Options{Size: 1 << 20}, nil); !errors.Is(err, ErrNoDriver) {
+		t.Errorf("Create: %v", err)
+	}
+	if _, err := Devices(ctx); !errors.Is(err, ErrNoDriver) {
+		t.Errorf("Devices: %v", err)
+	}
+	if err := Delete(ctx, 0); !errors.Is(err, ErrNoDriver) {
+		t.Errorf("Delete: %v", err)
+	}
+}
+
+// TestControlRing runs the control connection on a file that answers every command by itself.
+func TestControlRing(t *testing.T) {
+	needNullCommands(t)
+	c, err := newControl("/dev/null")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 200 {
+		if err := c.quick(context.Background(), cmdGetDevInfo, command(1), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.mu.Lock()
+	left := len(c.pending)
+	c.mu.Unlock()
+	if left != 0 {
+		t.Errorf("%d commands are still pending", left)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := c.quick(ctx, cmdGetDevInfo, command(1), nil); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled context: %v", err)
+	}
+}
+
+// TestControlCancel: a command that takes for ever comes back when it is cancelled.
+func TestControlCancel(t *testing.T) {
+	needNullCommands(t)
+	c, err := newControl("/dev/null")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	// A read from an empty pipe stands for the command; a cancel ends it.
+	buf := new([8]byte)
+	call := &ctrlCall{buf: unsafe.Pointer(buf), done: make(chan int32, 1)}
+	id, err := c.submit(call, func(e *sqe) {
+		e.opcode, e.fd, e.addr, e.len = opRead, int32(r.Fd()), uint64(uintptr(call.buf)), 8
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.submit(nil, func(e *sqe) { e.opcode, e.fd, e.addr = opAsyncCancel, -1, id }); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case res := <-call.done:
+		if res != -int32(unix.ECANCELED) && res != -int32(unix.EINTR) {
+			t.Errorf("result %d", res)
+		}
+	case <-time.After(5 * time.Second):
+		t.Error("the cancelled command does not come back")
+	}
+}
+
+func TestFeatureNames(t *testing.T) {
+	s := FeatureSet{Bits: FeatureUserCopy | FeatureQuiesce | 1<<40}
+	if got := strings.Join(s.Names(), " "); got != "USER_COPY QUIESCE bit 40" {
+		t.Errorf("names %q", got)
+	}
+	for i, k := range KnownFeatures {
+		if k.Feature != 1<<i {
+			t.Errorf("%s is not bit %d", k.Name, i)
+		}
+	}
+}
