@@ -1,0 +1,488 @@
+package cow
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/vdisk/vdisk/format"
+)
+
+// maxVolume is the largest volume: 64 TiB.
+const maxVolume = 64 << 40
+
+// transact makes one event happen: build says, under mu and after every check, what rows
+// change; the event takes its place in the log and the tables change; and transact
+// returns when it is durable. A nil event changes nothing.
+func (s *Store) transact(build func() (*format.Event, error)) error {
+	s.mu.Lock()
+	err := s.transactLocked(build)
+	s.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	return s.wal.sync()
+}
+
+func (s *Store) transactLocked(build func() (*format.Event, error)) error {
+	room := 4096
+	for {
+		if err := s.usable(); err != nil {
+			return err
+		}
+		if _, err := s.wal.reserve(room, true); err != nil {
+			return err
+		}
+		ids := s.tables.nextID
+		ev, err := build()
+		if err != nil || ev == nil {
+			return err
+		}
+		payload, err := format.AppendEvent(nil, ev)
+		if err != nil {
+			return err
+		}
+		h := format.RecordHeader{Kind: format.KindEvent, Blocks: 1, PayloadLen: len(payload), PayloadCRC: format.Checksum(payload)}
+		switch {
+		case h.Size() > maxEvent:
+			return fmt.Errorf("%s: too many at once (%d bytes of changes): %w", ev.Op, len(payload), ErrInvalid)
+		case h.Size() > room:
+			room, s.tables.nextID = h.Size(), ids
+			continue // reserve may have to wait, and what build saw may change
+		}
+		s.wal.append(&h, payload)
+		s.admin = true
+		return s.tables.apply(ev, s.gen)
+	}
+}
+
+// lookup finds what a ref names. mu is held.
+func (s *Store) lookup(r Ref) (*volume, *snapshot, error) {
+	v := s.tables.byName[r.Volume]
+	if v == nil {
+		return nil, nil, fmt.Errorf("volume %q: %w", r.Volume, ErrNotFound)
+	}
+	if r.Snapshot == "" {
+		return v, nil, nil
+	}
+	sn := s.tables.find(v, r.Snapshot)
+	if sn == nil {
+		return nil, nil, fmt.Errorf("snapshot %q: %w", r, ErrNotFound)
+	}
+	return v, sn, nil
+}
+
+// lookupSnapshot is lookup for where only a snapshot will do.
+func (s *Store) lookupSnapshot(r Ref) (*volume, *snapshot, error) {
+	v, sn, err := s.lookup(r)
+	if err == nil && sn == nil {
+		err = fmt.Errorf("%q is a volume; name a snapshot of it, VOL@SNAP: %w", r, ErrInvalid)
+	}
+	return v, sn, err
+}
+
+func (s *Store) freeName(name string) error {
+	if err := format.CheckName(name); err != nil {
+		return fmt.Errorf("volume name: %v: %w", err, ErrInvalid)
+	}
+	if s.tables.byName[name] != nil {
+		return fmt.Errorf("volume %q: %w", name, ErrExists)
+	}
+	return nil
+}
+
+// VolumeOptions are for CreateVolume.
+type VolumeOptions struct {
+	Size         int64        // bytes, a multiple of the logical block, at most 64 TiB
+	Codec        format.Codec // format.Raw: none
+	Level        int          // of zstd, 1 to 19; 0: the codec's default
+	LogicalBlock int          // 512 (default) or 4096
+}
+
+func checkSize(size int64, block int) error {
+	switch {
+	case size <= 0:
+		return fmt.Errorf("size %d: a volume has at least one block: %w", size, ErrInvalid)
+	case size > maxVolume:
+		return fmt.Errorf("size %d: the largest volume has 64 TiB: %w", size, ErrInvalid)
+	case size%int64(block) != 0:
+		return fmt.Errorf("size %d is not a multiple of the logical block, %d: %w", size, block, ErrInvalid)
+	}
+	return nil
+}
+
+// CreateVolume makes an empty volume.
+func (s *Store) CreateVolume(name string, o VolumeOptions) (VolumeInfo, error) {
+	if o.LogicalBlock == 0 {
+		o.LogicalBlock = 512
+	}
+	if o.LogicalBlock != 512 && o.LogicalBlock != format.BlockSize {
+		return VolumeInfo{}, fmt.Errorf("create %s: logical block %d is neither 512 nor 4096: %w", name, o.LogicalBlock, ErrInvalid)
+	}
+	err := checkSize(o.Size, o.LogicalBlock)
+	if err == nil {
+		if err = format.CheckLevel(o.Codec, o.Level); err != nil {
+			err = fmt.Errorf("%v: %w", err, ErrInvalid)
+		}
+	}
+	if err != nil {
+		return VolumeInfo{}, fmt.Errorf("create %s: %w", name, err)
+	}
+	err = s.transact(func() (*format.Event, error) {
+		if err := s.freeName(name); err != nil {
+			return nil, err
+		}
+		b := format.Branch{ID: s.tables.newID(), Epoch: 1}
+		v := format.Volume{ID: s.tables.newID(), Name: name, Size: o.Size, Codec: o.Codec, Level: o.Level,
+			LogicalBlock: o.LogicalBlock, Branch: b.ID, Created: now()}
+		return &format.Event{Op: "create", Branches: []format.Branch{b}, Volumes: []format.Volume{v}}, nil
+	})
+	if err != nil {
+		return VolumeInfo{}, fmt.Errorf("create %s: %w", name, err)
+	}
+	return s.Volume(name)
+}
+
+func now() time.Time { return time.Now().UTC().Truncate(time.Millisecond) }
+
+// Snapshot takes snapshots of volumes, open or not, in one moment: all or none.
+func (s *Store) Snapshot(refs ...Ref) error {
+	err := s.transact(func() (*format.Event, error) {
+		ev := &format.Event{Op: "snapshot"}
+		seen := map[*volume]bool{}
+		for _, r := range refs {
+			v, _, err := s.lookup(Ref{Volume: r.Volume})
+			switch {
+			case r.Snapshot == "":
+				return nil, fmt.Errorf("%q names no snapshot, VOL@SNAP: %w", r, ErrInvalid)
+			case err != nil:
+				return nil, err
+			case s.tables.find(v, r.Snapshot) != nil:
+				return nil, fmt.Errorf("%s: %w", r, ErrExists)
+			case seen[v]:
+				return nil, fmt.Errorf("%s is named twice: %w", r.Volume, ErrInvalid)
+			}
+			if err := format.CheckName(r.Snapshot); err != nil {
+				return nil, fmt.Errorf("%v: %w", err, ErrInvalid)
+			}
+			seen[v] = true
+			b := v.branch.Branch
+			ev.Snapshots = append(ev.Snapshots, format.Snapshot{ID: s.tables.newID(), Volume: v.ID, Name: r.Snapshot,
+				Branch: b.ID, Epoch: b.Epoch, Size: v.Size, Created: now()})
+			b.Epoch++
+			ev.Branches = append(ev.Branches, b)
+		}
+		return ev, nil
+	})
+	return wrapIf(err, "snapshot")
+}
+
+// Clone makes a volume that begins as a snapshot is.
+func (s *Store) Clone(src Ref, name string) error {
+	err := s.transact(func() (*format.Event, error) {
+		v, sn, err := s.lookupSnapshot(src)
+		if err != nil {
+			return nil, err
+		}
+		if err := s.freeName(name); err != nil {
+			return nil, err
+		}
+		b := s.branchAt(sn)
+		c := format.Volume{ID: s.tables.newID(), Name: name, Size: sn.Size, Codec: v.Codec, Level: v.Level,
+			LogicalBlock: v.LogicalBlock, Branch: b.ID, Created: now()}
+		return &format.Event{Op: "clone", Branches: []format.Branch{b}, Volumes: []format.Volume{c}}, nil
+	})
+	return wrapIf(err, "clone %s", src)
+}
+
+// branchAt is a new branch that begins at a snapshot's point.
+func (s *Store) branchAt(sn *snapshot) format.Branch {
+	return format.Branch{ID: s.tables.newID(), Epoch: 1, OriginBranch: sn.Branch, OriginEpoch: sn.Epoch}
+}
+
+// Rollback makes a volume what one of its snapshots is. All its snapshots stay,
+// the newer ones too. The volume must not be open.
+func (s *Store) Rollback(to Ref) error {
+	err := s.transact(func() (*format.Event, error) {
+		v, sn, err := s.lookupSnapshot(to)
+		if err != nil {
+			return nil, err
+		}
+		if v.writer || v.readers > s.openSnapshots(v) {
+			return nil, fmt.Errorf("volume %s is open; detach it first: %w", v.Name, ErrBusy)
+		}
+		b, row := s.branchAt(sn), v.Volume
+		row.Branch, row.Size = b.ID, sn.Size
+		return &format.Event{Op: "rollback", Branches: []format.Branch{b}, Volumes: []format.Volume{row}}, nil
+	})
+	return wrapIf(err, "rollback to %s", to)
+}
+
+func (s *Store) openSnapshots(v *volume) (n int) {
+	for _, sn := range s.tables.snapshots {
+		if sn.Volume == v.ID {
+			n += sn.open
+		}
+	}
+	return n
+}
+
+// Rename gives a volume, or a snapshot of a volume, another name.
+func (s *Store) Rename(from, to Ref) error {
+	err := s.transact(func() (*format.Event, error) {
+		v, sn, err := s.lookup(from)
+		switch {
+		case err != nil:
+			return nil, err
+		case from == to:
+			return nil, nil
+		case sn == nil && to.Snapshot != "", sn != nil && (to.Snapshot == "" || to.Volume != from.Volume):
+			return nil, fmt.Errorf("%s cannot become %s: a volume stays a volume and a snapshot its volume's: %w", from, to, ErrInvalid)
+		case sn == nil:
+			if err := s.freeName(to.Volume); err != nil {
+				return nil, err
+			}
+			row := v.Volume
+			row.Name = to.Volume
+			return &format.Event{Op: "rename", Volumes: []format.Volume{row}}, nil
+		}
+		if err := format.CheckName(to.Snapshot); err != nil {
+			return nil, fmt.Errorf("%v: %w", err, ErrInvalid)
+		}
+		if s.tables.find(v, to.Snapshot) != nil {
+			return nil, fmt.Errorf("%s: %w", to, ErrExists)
+		}
+		row := sn.Snapshot
+		row.Name = to.Snapshot
+		return &format.Event{Op: "rename", Snapshots: []format.Snapshot{row}}, nil
+	})
+	return wrapIf(err, "rename %s", from)
+}
+
+// Resize changes a volume's size. What lies behind a smaller size is lost to the volume
+// (its snapshots keep it), so shrink must say that this is meant.
+func (s *Store) Resize(name string, size int64, shrink bool) error {
+	err := s.resize(name, size, shrink)
+	return wrapIf(err, "resize %s", name)
+}
+
+func (s *Store) resize(name string, size int64, shrink bool) error {
+	var behind *Device
+	var old int64
+	err := s.transact(func() (*format.Event, error) {
+		v, _, err := s.lookup(Ref{Volume: name})
+		if err != nil {
+			return nil, err
+		}
+		if err := checkSize(size, v.LogicalBlock); err != nil {
+			return nil, err
+		}
+		switch {
+		case size == v.Size:
+			return nil, nil
+		case size < v.Size && !shrink:
+			return nil, fmt.Errorf("%d is smaller than the present %d, which would cut data off; say --shrink if that is meant: %w", size, v.Size, ErrInvalid)
+		case size < v.Size && v.writer:
+			return nil, fmt.Errorf("volume %s is open; detach it before it shrinks: %w", name, ErrBusy)
+		case size < v.Size:
+			old = v.Size
+			behind = &Device{s: s, ref: Ref{Volume: name}, v: v, b: v.branch, asOf: head}
+			v.writer = true // nobody else writes while the end is cut off
+			return nil, nil
+		}
+		row := v.Volume
+		row.Size = size
+		return &format.Event{Op: "resize", Volumes: []format.Volume{row}}, nil
+	})
+	if err != nil || behind == nil {
+		return err
+	}
+	return s.cutOff(behind, size, old)
+}
+
+// cutOff zeroes what is behind the new size, so that it does not come back when
+// the volume grows again, and then makes it smaller.
+func (s *Store) cutOff(d *Device, size, old int64) error {
+	defer func() {
+		s.mu.Lock()
+		d.v.writer = false
+		s.mu.Unlock()
+	}()
+	if err := d.WriteZeroes(size, old-size, false); err != nil {
+		return err
+	}
+	return s.transact(func() (*format.Event, error) {
+		row := d.v.Volume
+		row.Size = size
+		return &format.Event{Op: "resize", Volumes: []format.Volume{row}}, nil
+	})
+}
+
+// Remove deletes a snapshot, or a volume; recursive: with its snapshots. Clones
+// live on. What is open, and a volume with snapshots, is refused (ErrBusy).
+// The names are gone when it returns; the space follows with the next checkpoints.
+func (s *Store) Remove(r Ref, recursive bool) error {
+	err := s.transact(func() (*format.Event, error) {
+		v, sn, err := s.lookup(r)
+		if err != nil {
+			return nil, err
+		}
+		ev := &format.Event{Op: "remove"}
+		if sn != nil {
+			if sn.open > 0 {
+				return nil, fmt.Errorf("it is open: %w", ErrBusy)
+			}
+			ev.Snapshots = append(ev.Snapshots, unnamed(sn))
+			return ev, nil
+		}
+		if v.writer || v.readers > 0 {
+			return nil, fmt.Errorf("it is open; detach it first: %w", ErrBusy)
+		}
+		var names []string
+		for _, sn := range s.tables.snapshots {
+			if sn.Volume == v.ID {
+				names = append(names, v.Name+"@"+sn.Name)
+				ev.Snapshots = append(ev.Snapshots, unnamed(sn))
+			}
+		}
+		if len(names) > 0 && !recursive {
+			slices.Sort(names)
+			return nil, fmt.Errorf("it has snapshots (%s); -r removes them with it: %w", strings.Join(names, ", "), ErrBusy)
+		}
+		ev.DropVolumes = []uint32{v.ID}
+		return ev, nil
+	})
+	if err == nil {
+		poke(s.ckptWork) // the space is wanted back
+	}
+	return wrapIf(err, "remove %s", r)
+}
+
+func unnamed(sn *snapshot) format.Snapshot {
+	row := sn.Snapshot
+	row.Volume = 0
+	return row
+}
+
+// SnapshotInfo describes a snapshot.
+type SnapshotInfo struct {
+	Volume  string    `json:"volume"`
+	Name    string    `json:"name"`
+	Size    int64     `json:"size"`
+	Created time.Time `json:"created"`
+	Clones  []string  `json:"clones,omitempty"` // volumes that began here
+}
+
+// VolumeInfo describes a volume.
+type VolumeInfo struct {
+	Name         string         `json:"name"`
+	Size         int64          `json:"size"`
+	Codec        string         `json:"codec"` // none, s2, zstd, zstd:N
+	LogicalBlock int            `json:"logical_block"`
+	Created      time.Time      `json:"created"`
+	Origin       string         `json:"origin,omitempty"` // VOL@SNAP it was cloned from or rolled back to
+	Snapshots    []SnapshotInfo `json:"snapshots,omitempty"`
+	Open         int            `json:"open"` // devices
+}
+
+// Volumes describes all volumes, by name.
+func (s *Store) Volumes() []VolumeInfo {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []VolumeInfo
+	for _, v := range s.tables.volumes {
+		out = append(out, s.describe(v))
+	}
+	slices.SortFunc(out, func(a, b VolumeInfo) int { return strings.Compare(a.Name, b.Name) })
+	return out
+}
+
+// Volume describes one.
+func (s *Store) Volume(name string) (VolumeInfo, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v, _, err := s.lookup(Ref{Volume: name})
+	if err != nil {
+		return VolumeInfo{}, err
+	}
+	return s.describe(v), nil
+}
+
+func (s *Store) describe(v *volume) VolumeInfo {
+	in := VolumeInfo{Name: v.Name, Size: v.Size, Codec: v.Codec.String(), LogicalBlock: v.LogicalBlock,
+		Created: v.Created, Open: v.readers}
+	if v.Level != 0 {
+		in.Codec += fmt.Sprintf(":%d", v.Level)
+	}
+	if v.writer {
+		in.Open++
+	}
+	if v.branch.origin != nil {
+		in.Origin = s.pointName(v.branch.origin, v.branch.originEpoch)
+	}
+	for _, sn := range s.tables.snapshots {
+		if sn.Volume == v.ID {
+			in.Snapshots = append(in.Snapshots, SnapshotInfo{Volume: v.Name, Name: sn.Name, Size: sn.Size,
+				Created: sn.Created, Clones: s.clones(sn)})
+		}
+	}
+	slices.SortFunc(in.Snapshots, func(a, b SnapshotInfo) int {
+		if c := a.Created.Compare(b.Created); c != 0 {
+			return c
+		}
+		return strings.Compare(a.Name, b.Name)
+	})
+	return in
+}
+
+func (s *Store) pointName(b *branch, epoch uint32) string {
+	for _, sn := range s.tables.snapshots {
+		if sn.branch == b && sn.Epoch == epoch && sn.Volume != 0 {
+			return s.tables.volumes[sn.Volume].Name + "@" + sn.Name
+		}
+	}
+	return "(deleted)"
+}
+
+func (s *Store) clones(sn *snapshot) (names []string) {
+	for _, v := range s.tables.volumes {
+		if v.branch.origin == sn.branch && v.branch.originEpoch == sn.Epoch && v.ID != sn.Volume {
+			names = append(names, v.Name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+// Usage is what a volume or snapshot maps.
+type Usage struct {
+	Mapped int64 `json:"mapped"` // bytes of blocks that hold data
+	Stored int64 `json:"stored"` // bytes that their records take in the log, shared ones too
+}
+
+// Usage walks the leaves of a volume or snapshot and adds up what they map.
+func (s *Store) Usage(ctx context.Context, r Ref) (u Usage, err error) {
+	d, err := s.OpenDevice(r, true)
+	if err != nil {
+		return u, err
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+	end := blocksOf(d.Size())
+	err = s.leaves(d.b, 0, uint32((end-1)/format.LeafBlocks)+1, func(index uint32) error {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		return s.cache.view(leafKey{d.b, index, d.asOf}, func(lf *leaf) {
+			for _, e := range lf.Entries {
+				if !e.IsHole() {
+					u.Mapped += format.BlockSize
+					u.Stored += int64(e.Share())
+				}
+			}
+		})
+	})
+	return u, wrapIf(err, "usage of %s", r)
+}

@@ -1,0 +1,138 @@
+package cow
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/storage"
+)
+
+// chunk is one file of the log. The slot table holds one reference; a read
+// plan holds one while it may still touch the file; a chunk that is removed
+// stays readable until the last is dropped.
+type chunk struct {
+	slot uint32
+	seq  uint64
+	fs   storage.FS
+	refs atomic.Int32
+
+	open    sync.Mutex // guards file while it is opened at its first use
+	file    storage.File
+	openErr error
+
+	// Guarded by Store.mu.
+	size     uint32 // of the file; how far end may go
+	end      uint32 // end of the records
+	live     uint32 // bytes that versions refer to
+	sealed   bool
+	rowDirty bool // live or end differ from the table's row
+	inTable  bool // the table had a row of it at Open
+
+	written  uint32 // end of what is in the file; guarded by recordLog.bufMu
+	unsynced bool   // in recordLog.unsynced; guarded by recordLog.writeMu
+}
+
+func newChunk(slot uint32, seq uint64, fs storage.FS) *chunk {
+	c := &chunk{slot: slot, seq: seq, fs: fs}
+	c.refs.Store(1)
+	return c
+}
+
+func chunkName(slot uint32) string { return fmt.Sprintf("%08x", slot) }
+
+func (c *chunk) name() string { return chunkName(c.slot) }
+
+// acquire takes a reference. The caller holds one already, or a lock under
+// which the slot table's cannot be dropped.
+func (c *chunk) acquire() { c.refs.Add(1) }
+
+func (c *chunk) release() {
+	if c.refs.Add(-1) == 0 && c.file != nil {
+		_ = c.file.Close() // nothing unsynced is left in it: the log holds a reference until then
+	}
+}
+
+// handle opens the file at its first use: a store may have very many chunks.
+func (c *chunk) handle() (storage.File, error) {
+	c.open.Lock()
+	defer c.open.Unlock()
+	if c.file == nil && c.openErr == nil {
+		c.file, c.openErr = c.fs.Open(c.name())
+	}
+	if c.openErr != nil {
+		return nil, fmt.Errorf("chunk %s: %w", c.name(), c.openErr)
+	}
+	return c.file, nil
+}
+
+func (c *chunk) row() format.Chunk {
+	return format.Chunk{Slot: c.slot, Seq: c.seq, End: c.end, Live: c.live}
+}
+
+// slotTable maps slots to chunks. Changes happen under Store.mu; lookups need no lock.
+type slotTable struct{ t atomic.Pointer[[]*chunk] }
+
+func (s *slotTable) get(slot uint32) *chunk {
+	t := s.t.Load()
+	if t == nil || int(slot) >= len(*t) {
+		return nil
+	}
+	return (*t)[slot]
+}
+
+// set replaces the whole table, since readers look at the old one meanwhile; it
+// happens once a chunk.
+func (s *slotTable) set(slot uint32, c *chunk) {
+	var old []*chunk
+	if t := s.t.Load(); t != nil {
+		old = *t
+	}
+	t := make([]*chunk, max(len(old), int(slot)+1))
+	copy(t, old)
+	t[slot] = c
+	s.t.Store(&t)
+}
+
+func (s *slotTable) put(c *chunk)       { s.set(c.slot, c) }
+func (s *slotTable) remove(slot uint32) { s.set(slot, nil) }
+
+// all returns the chunks, by slot.
+func (s *slotTable) all() []*chunk {
+	t := s.t.Load()
+	if t == nil {
+		return nil
+	}
+	var cs []*chunk
+	for _, c := range *t {
+		if c != nil {
+			cs = append(cs, c)
+		}
+	}
+	return cs
+}
+
+func (s *slotTable) freeSlot() uint32 {
+	t := s.t.Load()
+	if t == nil {
+		return 0
+	}
+	for i, c := range *t {
+		if c == nil {
+			return uint32(i)
+		}
+	}
+	return uint32(len(*t))
+}
+
+func (s *slotTable) closeAll() error {
+	var errs []error
+	for _, c := range s.all() {
+		if c.file != nil {
+			errs = append(errs, c.file.Close())
+		}
+	}
+	return errors.Join(errs...)
+}

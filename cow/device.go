@@ -1,0 +1,162 @@
+package cow
+
+import (
+	"fmt"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"github.com/vdisk/vdisk/format"
+)
+
+// Ref names a volume (Snapshot empty) or one of its snapshots: VOL or VOL@SNAP.
+type Ref struct{ Volume, Snapshot string }
+
+// ParseRef reads VOL or VOL@SNAP.
+func ParseRef(text string) (Ref, error) {
+	v, sn, at := strings.Cut(text, "@")
+	r := Ref{v, sn}
+	if err := format.CheckName(v); err != nil {
+		return r, fmt.Errorf("volume name in %q: %v: %w", text, err, ErrInvalid)
+	}
+	if at {
+		if err := format.CheckName(sn); err != nil {
+			return r, fmt.Errorf("snapshot name in %q: %v: %w", text, err, ErrInvalid)
+		}
+	}
+	return r, nil
+}
+
+func (r Ref) String() string {
+	if r.Snapshot == "" {
+		return r.Volume
+	}
+	return r.Volume + "@" + r.Snapshot
+}
+
+// Device is an open volume or snapshot. Its methods may be called
+// concurrently; whoever closes it must have stopped using it.
+type Device struct {
+	s        *Store
+	ref      Ref
+	b        *branch
+	asOf     uint32 // head, or the snapshot's epoch
+	v        *volume
+	snap     *snapshot // nil for a volume
+	readOnly bool
+	block    int
+	closed   atomic.Bool
+}
+
+// OpenDevice opens a volume, or a snapshot (always read-only). A volume has one
+// writable device at a time (ErrBusy), and any number of read-only ones.
+func (s *Store) OpenDevice(r Ref, readOnly bool) (*Device, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return nil, ErrClosed
+	}
+	v, sn, err := s.lookup(r)
+	if err != nil {
+		return nil, err
+	}
+	d := &Device{s: s, ref: r, v: v, b: v.branch, asOf: head, readOnly: readOnly || sn != nil, block: v.LogicalBlock}
+	switch {
+	case sn != nil:
+		d.snap, d.b, d.asOf = sn, sn.branch, sn.Epoch
+		sn.open++
+		v.readers++
+	case readOnly:
+		v.readers++
+	case v.writer:
+		return nil, fmt.Errorf("volume %s is open for writing already: %w", v.Name, ErrBusy)
+	default:
+		v.writer = true
+	}
+	return d, nil
+}
+
+// Close gives the device up. It does not flush.
+func (d *Device) Close() error {
+	if d.closed.Swap(true) {
+		return ErrClosed
+	}
+	d.s.mu.Lock()
+	defer d.s.mu.Unlock()
+	switch {
+	case d.snap != nil:
+		d.snap.open--
+		d.v.readers--
+	case d.readOnly:
+		d.v.readers--
+	default:
+		d.v.writer = false
+	}
+	return nil
+}
+
+// Size is the present size in bytes: a volume may be resized while it is open.
+func (d *Device) Size() int64 {
+	if d.snap != nil {
+		return d.snap.Size
+	}
+	return d.v.size.Load()
+}
+
+// ReadOnly says whether writes are refused.
+func (d *Device) ReadOnly() bool { return d.readOnly }
+
+// LogicalBlock is the volume's logical block size in bytes, 512 or 4096.
+func (d *Device) LogicalBlock() int { return d.block }
+
+// Ref is what was opened.
+func (d *Device) Ref() Ref { return d.ref }
+
+// checkRange refuses what does not lie in the device.
+func (d *Device) checkRange(off, length int64) error {
+	size := d.Size()
+	switch {
+	case d.closed.Load():
+		return ErrClosed
+	case off < 0 || length < 0 || off > size || length > size-off:
+		return fmt.Errorf("%d bytes at %d of %d: %w", length, off, size, ErrInvalid)
+	}
+	return nil
+}
+
+func (d *Device) checkWrite(off, length int64) error {
+	if d.readOnly {
+		return ErrReadOnly
+	}
+	return d.checkRange(off, length)
+}
+
+// codecPool holds the compressors of a volume.
+type codecPool struct {
+	codec format.Codec
+	level int
+	pool  sync.Pool
+}
+
+func newCodecPool(c format.Codec, level int) (*codecPool, error) {
+	first, err := format.NewCompressor(c, level) // also checks the two
+	if err != nil {
+		return nil, err
+	}
+	p := &codecPool{codec: c, level: level}
+	p.pool.Put(first)
+	return p, nil
+}
+
+func (p *codecPool) get() *format.Compressor {
+	if c, ok := p.pool.Get().(*format.Compressor); ok {
+		return c
+	}
+	c, err := format.NewCompressor(p.codec, p.level)
+	if err != nil {
+		c, _ = format.NewCompressor(format.Raw, 0) // cannot be: newCodecPool made one
+	}
+	return c
+}
+
+func (p *codecPool) put(c *format.Compressor) { p.pool.Put(c) }

@@ -1,0 +1,73 @@
+package cow
+
+import (
+	"errors"
+	"fmt"
+	"syscall"
+
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/storage"
+)
+
+// Errors, by what the caller can do about them. Each is returned wrapped with
+// the name of the thing and, where there is one, the way out.
+var (
+	// Returned for names: there is no such volume, snapshot or store; there is one already.
+	ErrNotFound = errors.New("not found")
+	ErrExists   = errors.New("already exists")
+
+	// Returned when others are in the way: a volume is open or has
+	// dependants, a store has another owner (LockedError).
+	ErrBusy = errors.New("busy")
+
+	// Returned for arguments: a bad name, size, range or option.
+	ErrInvalid = errors.New("invalid")
+
+	// Returned by writes that the target does not take. ErrReadOnly also
+	// matches EROFS, ErrNoSpace ENOSPC.
+	ErrReadOnly error = &errnoError{"read-only", syscall.EROFS}
+	ErrNoSpace        = storage.ErrNoSpace
+
+	// Returned when the store's files are not what they should be.
+	ErrCorrupt  = format.ErrCorrupt
+	ErrNotStore = format.ErrNotStore
+	ErrVersion  = format.ErrVersion
+
+	// Returned by every change after a write or sync of the log has failed
+	// (the log's end is then unknown), and after Close.
+	ErrFailed = errors.New("the store has stopped after an I/O error")
+	ErrClosed = errors.New("the store is closed")
+)
+
+type errnoError struct {
+	text  string
+	errno syscall.Errno
+}
+
+func (e *errnoError) Error() string { return e.text }
+func (e *errnoError) Unwrap() error { return e.errno }
+
+// LockedError says who owns the store. It matches ErrBusy.
+type LockedError struct {
+	Dir    string
+	Holder string // what the holder wrote into the lock file: "pid 123 vdisk serve"
+}
+
+func (e *LockedError) Error() string {
+	return fmt.Sprintf("store %s is in use by %s", e.Dir, e.Holder)
+}
+
+// Unwrap makes a LockedError match ErrBusy.
+func (e *LockedError) Unwrap() error { return ErrBusy }
+
+// noSpace makes the kernel's ways to say that a disk is full match ErrNoSpace.
+func noSpace(err error) error {
+	if (errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)) && !errors.Is(err, ErrNoSpace) {
+		return fmt.Errorf("%w: %w", ErrNoSpace, err)
+	}
+	return err
+}
+
+func corruptf(text string, args ...any) error {
+	return fmt.Errorf("%s: %w", fmt.Sprintf(text, args...), ErrCorrupt)
+}

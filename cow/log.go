@@ -1,0 +1,477 @@
+package cow
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/storage"
+)
+
+const (
+	bufferSize  = 1 << 20
+	bufferCount = 16 // 16 MiB of acknowledged, unwritten data; then writers wait for the disk
+
+	// maxEvent bounds the JSON of one event, so that it fits a buffer.
+	maxEvent = bufferSize / 2
+
+	// eventRoom is what data leaves free at the end of a chunk when the next
+	// chunk is not there, so that names can be deleted and blocks discarded on a full disk.
+	eventRoom = 64 << 10
+
+	// reserve is the free space of the file system below which no chunk is made for data:
+	// checkpoints, deletes and discards go on from it.
+	reserve = 64 << 20
+
+	minChunkSize   = 4 << 20 // for data, on a disk that is nearly full
+	eventChunkSize = 1 << 20 // for events, from the reserve
+)
+
+// buffer holds records on their way to one chunk file. Bytes before the log's end
+// never change; the buffer is recycled when they are in the file.
+type buffer struct {
+	chunk *chunk
+	off   uint32 // in the chunk, of data[0]
+	n     int    // bytes used; guarded by Store.mu until the buffer is cut, constant then
+	data  []byte
+}
+
+// recordLog is the append end of the log. Records enter it under Store.mu, in
+// sequence order; buffers leave it in the same order.
+//
+//	append → active buffer → (cut) → queue → (drain) → chunk file → (sync) → durable
+type recordLog struct {
+	fs     storage.FS
+	mu     *sync.Mutex // Store.mu
+	uuid   [16]byte
+	slots  *slotTable
+	failed atomic.Pointer[error]
+
+	// Guarded by mu.
+	space     *sync.Cond // a buffer or a chunk became available, or the attempt failed
+	active    *buffer
+	queue     []*buffer // cut, in order
+	free      []*buffer
+	current   *chunk // takes records; nil until the first
+	next      *chunk // made in advance
+	making    bool
+	madeRound uint64 // counts the maker's attempts
+	makeErr   error  // of the last attempt
+	urgent    bool   // the chunk is wanted for an event
+	nextSeq   uint64 // of the next record
+	nextChunk uint64 // sequence of the next chunk to be made
+	appended  uint64 // bytes, over the life of the process
+
+	// bufMu guards buffered and chunk.written, for readers of records that are
+	// not in their file yet.
+	bufMu    sync.RWMutex
+	buffered []*buffer
+
+	writeMu  sync.Mutex // one writes buffers at a time, in order
+	unsynced []*chunk   // written to since their last sync; guarded by writeMu
+	syncMu   sync.Mutex // one syncs at a time; others join its successor
+	synced   atomic.Uint64
+
+	flushWork, makeWork chan struct{} // capacity 1: "there is work"
+	quit                chan struct{}
+	wg                  sync.WaitGroup
+}
+
+func newRecordLog(fs storage.FS, mu *sync.Mutex, uuid [16]byte, slots *slotTable) *recordLog {
+	l := &recordLog{fs: fs, mu: mu, uuid: uuid, slots: slots, space: sync.NewCond(mu),
+		flushWork: make(chan struct{}, 1), makeWork: make(chan struct{}, 1), quit: make(chan struct{})}
+	for range bufferCount {
+		l.free = append(l.free, &buffer{}) // memory comes with the first use
+	}
+	return l
+}
+
+func (l *recordLog) start() {
+	l.wg.Go(func() { l.each(l.flushWork, func() { _ = l.drain() }) }) // drain keeps its error in failed
+	l.wg.Go(func() { l.each(l.makeWork, l.makeChunk) })
+}
+
+func (l *recordLog) stop() {
+	close(l.quit)
+	l.wg.Wait()
+}
+
+func (l *recordLog) each(work <-chan struct{}, fn func()) {
+	for {
+		select {
+		case <-work:
+			fn()
+		case <-l.quit:
+			return
+		}
+	}
+}
+
+func poke(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// fail makes err final: nothing is appended, written or synced any more.
+func (l *recordLog) fail(err error) error {
+	err = fmt.Errorf("%w: %w", ErrFailed, err)
+	l.failed.CompareAndSwap(nil, &err)
+	l.mu.Lock()
+	l.space.Broadcast()
+	l.mu.Unlock()
+	return *l.failed.Load()
+}
+
+func (l *recordLog) err() error {
+	if p := l.failed.Load(); p != nil {
+		return *p
+	}
+	return nil
+}
+
+// reserve makes room for a record of n bytes. mu is held; while reserve waits for
+// a buffer or a chunk it is not, and waited says so. urgent records (events, holes) may use the
+// room and the reserve that is kept for them.
+func (l *recordLog) reserve(n int, urgent bool) (waited bool, err error) {
+	tries := 0
+	for {
+		if err := l.err(); err != nil {
+			return waited, err
+		}
+		if l.current == nil || !l.fits(n, urgent) {
+			if l.next == nil {
+				if tries > 0 && l.makeErr != nil {
+					return waited, l.makeErr
+				}
+				tries++
+				l.waitForChunk(urgent)
+				waited = true
+				continue
+			}
+			l.rotate()
+			continue
+		}
+		if l.active != nil && l.active.n+n <= bufferSize {
+			return waited, nil
+		}
+		l.cut()
+		if len(l.free) == 0 {
+			l.space.Wait()
+			waited = true
+			continue
+		}
+		l.activate()
+	}
+}
+
+// fits says whether a record of n bytes may go into the current chunk.
+func (l *recordLog) fits(n int, urgent bool) bool {
+	room := l.current.size - l.current.end
+	switch {
+	case urgent || l.next != nil:
+	case l.current.size == eventChunkSize:
+		room = 0
+	default:
+		room -= min(room, eventRoom)
+	}
+	return uint32(n) <= room
+}
+
+func (l *recordLog) waitForChunk(urgent bool) {
+	l.urgent = l.urgent || urgent
+	round := l.madeRound
+	l.wantChunk()
+	for l.next == nil && l.madeRound == round && l.err() == nil {
+		l.space.Wait()
+	}
+}
+
+func (l *recordLog) wantChunk() {
+	if !l.making && l.next == nil {
+		l.making = true
+		poke(l.makeWork)
+	}
+}
+
+func (l *recordLog) rotate() {
+	l.cut()
+	if l.current != nil {
+		l.current.sealed = true
+	}
+	l.current, l.next = l.next, nil
+}
+
+func (l *recordLog) activate() {
+	b := l.free[len(l.free)-1]
+	l.free = l.free[:len(l.free)-1]
+	if b.data == nil {
+		b.data = make([]byte, bufferSize)
+	}
+	b.chunk, b.off, b.n = l.current, l.current.end, 0
+	l.active = b
+	l.bufMu.Lock()
+	l.buffered = append(l.buffered, b)
+	l.bufMu.Unlock()
+}
+
+// cut closes the active buffer and queues it for writing. mu is held.
+func (l *recordLog) cut() {
+	if l.active == nil {
+		return
+	}
+	l.queue = append(l.queue, l.active)
+	l.active = nil
+	poke(l.flushWork)
+}
+
+// append adds a record for which reserve has made room, gives it the next
+// sequence number, and returns where it is. mu is held.
+func (l *recordLog) append(h *format.RecordHeader, payload []byte) (c *chunk, off uint32) {
+	h.Seq = l.nextSeq
+	l.nextSeq++
+	b, size := l.active, h.Size()
+	c, off = l.current, l.current.end
+	rec := b.data[b.n : b.n+size]
+	h.Encode(rec, c.seq, off)
+	clear(rec[format.RecordHeaderSize+copy(rec[format.RecordHeaderSize:], payload):])
+	b.n += size
+	c.end += uint32(size)
+	l.appended += uint64(size)
+	if l.next == nil && c.end > c.size/2 {
+		l.wantChunk()
+	}
+	return c, off
+}
+
+// retire seals the current chunk, so that the log goes on in another. mu is held.
+func (l *recordLog) retire() *chunk {
+	l.cut()
+	c := l.current
+	if c != nil {
+		c.sealed = true
+		l.current = nil
+	}
+	return c
+}
+
+// waitIdle waits until no chunk is being made.
+func (l *recordLog) waitIdle() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for l.making {
+		l.space.Wait()
+	}
+}
+
+// position is where the next record will be: the replay position of a
+// checkpoint of the present state. mu is held.
+func (l *recordLog) position() (chunkSeq uint64, off uint32) {
+	switch {
+	case l.current != nil:
+		return l.current.seq, l.current.end
+	case l.next != nil:
+		return l.next.seq, format.ChunkHeaderSize
+	default:
+		return l.nextChunk, format.ChunkHeaderSize
+	}
+}
+
+// drain writes every cut buffer to its chunk file.
+func (l *recordLog) drain() error {
+	l.writeMu.Lock()
+	defer l.writeMu.Unlock()
+	return l.drainLocked()
+}
+
+func (l *recordLog) drainLocked() error {
+	for {
+		if err := l.err(); err != nil {
+			return err
+		}
+		l.mu.Lock()
+		if len(l.queue) == 0 {
+			l.mu.Unlock()
+			return nil
+		}
+		b := l.queue[0]
+		l.queue = l.queue[1:]
+		l.mu.Unlock()
+
+		c := b.chunk
+		if !c.unsynced {
+			c.unsynced = true
+			c.acquire() // until it is synced
+			l.unsynced = append(l.unsynced, c)
+		}
+		if _, err := c.file.WriteAt(b.data[:b.n], int64(b.off)); err != nil {
+			return l.fail(fmt.Errorf("write chunk %s: %w", c.name(), err))
+		}
+		l.bufMu.Lock()
+		c.written = b.off + uint32(b.n)
+		for i, x := range l.buffered {
+			if x == b {
+				l.buffered = append(l.buffered[:i], l.buffered[i+1:]...)
+				break
+			}
+		}
+		l.bufMu.Unlock()
+		l.mu.Lock()
+		l.free = append(l.free, b)
+		l.space.Broadcast()
+		l.mu.Unlock()
+	}
+}
+
+// sync makes every record appended before the call durable.
+func (l *recordLog) sync() error {
+	l.mu.Lock()
+	target := l.appended
+	l.mu.Unlock()
+
+	l.syncMu.Lock()
+	defer l.syncMu.Unlock()
+	if err := l.err(); err != nil {
+		return err
+	}
+	if l.synced.Load() >= target {
+		return nil // the sync that we waited for began after our records were in
+	}
+	l.mu.Lock()
+	goal := l.appended
+	l.cut()
+	l.mu.Unlock()
+
+	l.writeMu.Lock()
+	err := l.drainLocked()
+	todo := l.unsynced
+	l.unsynced = nil
+	for _, c := range todo {
+		c.unsynced = false
+	}
+	l.writeMu.Unlock()
+	if err != nil {
+		return err
+	}
+	for _, c := range todo {
+		if err := c.file.Sync(); err != nil {
+			return l.fail(fmt.Errorf("sync chunk %s: %w", c.name(), err))
+		}
+		c.release()
+	}
+	l.synced.Store(goal)
+	return nil
+}
+
+// needSync adds a chunk that replay has read: after a crash of the process its
+// bytes may be in the page cache only.
+func (l *recordLog) needSync(c *chunk) {
+	l.writeMu.Lock()
+	defer l.writeMu.Unlock()
+	c.unsynced = true
+	c.acquire()
+	l.unsynced = append(l.unsynced, c)
+	l.mu.Lock()
+	l.appended++ // so that sync does not take the log for durable
+	l.mu.Unlock()
+}
+
+// read copies a record into p if it is still in a buffer.
+func (l *recordLog) read(c *chunk, off uint32, p []byte) bool {
+	l.bufMu.RLock()
+	defer l.bufMu.RUnlock()
+	if off+uint32(len(p)) <= c.written {
+		return false
+	}
+	for _, b := range l.buffered {
+		if b.chunk == c && off >= b.off && off-b.off+uint32(len(p)) <= bufferSize {
+			copy(p, b.data[off-b.off:])
+			return true
+		}
+	}
+	return false
+}
+
+// makeChunk makes the next chunk: file, header, directory entry, all durable
+// before a record can go in.
+func (l *recordLog) makeChunk() {
+	l.mu.Lock()
+	if l.next != nil {
+		l.making = false
+		l.mu.Unlock()
+		return
+	}
+	urgent := l.urgent
+	l.urgent = false
+	slot, seq := l.slots.freeSlot(), l.nextChunk
+	l.nextChunk++
+	l.mu.Unlock()
+
+	c, err := l.createChunk(slot, seq, urgent)
+
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.making = false
+	l.madeRound++
+	l.makeErr = err
+	if err == nil {
+		l.next = c
+		l.slots.put(c)
+	} else if l.urgent && !urgent {
+		l.making = true // an event came to wait meanwhile, and may use the reserve
+		poke(l.makeWork)
+	}
+	l.space.Broadcast()
+}
+
+func (l *recordLog) createChunk(slot uint32, seq uint64, urgent bool) (*chunk, error) {
+	size, err := l.chunkSize(urgent)
+	if err != nil {
+		return nil, err
+	}
+	c := newChunk(slot, seq, l.fs)
+	f, err := l.fs.Create(c.name(), int64(size))
+	if err != nil {
+		return nil, fmt.Errorf("make chunk %s: %w", c.name(), err)
+	}
+	h := format.ChunkHeader{Slot: slot, Seq: seq, UUID: l.uuid}
+	head := make([]byte, format.ChunkHeaderSize)
+	h.Encode(head)
+	_, err = f.WriteAt(head, 0)
+	err = errors.Join(err, f.Sync(), l.fs.SyncDir())
+	if err != nil {
+		err = fmt.Errorf("make chunk %s: %w", c.name(), err)
+		return nil, errors.Join(err, f.Close(), l.fs.Remove(c.name()))
+	}
+	c.file, c.size, c.end, c.written = f, size, format.ChunkHeaderSize, format.ChunkHeaderSize
+	return c, nil
+}
+
+// chunkSize is what the disk has room for beside the reserve.
+func (l *recordLog) chunkSize(urgent bool) (uint32, error) {
+	free, err := l.fs.Free()
+	if err != nil {
+		return 0, fmt.Errorf("free space of the store: %w", err)
+	}
+	for size := int64(format.MaxChunkSize); size >= minChunkSize; size /= 2 {
+		if free >= size+reserve {
+			return uint32(size), nil
+		}
+	}
+	if urgent {
+		return eventChunkSize, nil // if even that is too much, fallocate says so
+	}
+	return 0, fmt.Errorf("%w: %d MiB free on the store's file system, of which %d MiB are kept for deletes and checkpoints; free space there, or delete snapshots or volumes",
+		ErrNoSpace, free>>20, reserve>>20)
+}
+
+// cutIdle queues what is in the active buffer, so that a process that is killed
+// loses little of what it acknowledged without a flush.
+func (l *recordLog) cutIdle() {
+	l.mu.Lock()
+	l.cut()
+	l.mu.Unlock()
+}

@@ -1,0 +1,363 @@
+package cow
+
+import (
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/storage"
+)
+
+// maxPlan is how much of a read ReadAt plans at once.
+const maxPlan = 1 << 20
+
+// ReadPlan is one read in its three steps: PlanRead looks the blocks up, the
+// caller fetches what Fetches names in any way it likes, Finish verifies,
+// decompresses and copies. A plan is for one read at a time and is reused
+// without allocation.
+type ReadPlan struct {
+	d       *Device
+	records []planned
+	pieces  []piece
+	fetches []Fetch
+	arena   []byte // the records as stored
+	unit    []byte // one unit, when only a part of it is wanted
+}
+
+// planned is a record that the read needs.
+type planned struct {
+	c     *chunk // a reference is held
+	e     format.Entry
+	first uint64 // the block at which the unit began
+	at    int    // in arena
+	piece int    // its first piece
+	last  int    // its last piece
+}
+
+// piece is a range of p that a record holds.
+type piece struct {
+	dst  []byte
+	from int // in the unit, bytes
+	next int // of the same record; -1: no more
+}
+
+// Fetch is a read of a chunk file that a plan asks for: len(Buf) bytes at Off.
+type Fetch struct {
+	Buf  []byte
+	Off  int64
+	file storage.File
+}
+
+// Fd is the file descriptor to read from, valid until Finish.
+func (f *Fetch) Fd() int { return int(f.file.Fd()) }
+
+// Read does the fetch in the calling goroutine.
+func (f *Fetch) Read() error {
+	n, err := f.file.ReadAt(f.Buf, f.Off)
+	if n == len(f.Buf) {
+		return nil
+	}
+	if err == nil || errors.Is(err, io.EOF) {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// PlanRead plans the read of len(p) bytes at off into p, of any alignment and within
+// the device. Holes are cleared in p at once. After an error there is nothing to finish.
+func (d *Device) PlanRead(pl *ReadPlan, p []byte, off int64) error {
+	if err := d.checkRange(off, int64(len(p))); err != nil {
+		return fmt.Errorf("read %s: %w", d.ref, err)
+	}
+	return d.plan(pl, p, off)
+}
+
+// plan is PlanRead without the range check: the last block is whole in the map
+// even where the device ends within it.
+func (d *Device) plan(pl *ReadPlan, p []byte, off int64) error {
+	pl.d = d
+	pl.records, pl.pieces, pl.fetches = pl.records[:0], pl.pieces[:0], pl.fetches[:0]
+	const leafSize = format.LeafBlocks * format.BlockSize
+	for len(p) > 0 {
+		n := int(min(int64(len(p)), leafSize-off%leafSize))
+		var bad error
+		err := d.s.cache.view(leafKey{d.b, uint32(off / leafSize), d.asOf}, func(lf *leaf) {
+			bad = pl.plan(&lf.Leaf, p[:n], off)
+		})
+		if err := errors.Join(err, bad); err != nil {
+			pl.release()
+			return fmt.Errorf("read %s at %d: %w", d.ref, off, err)
+		}
+		p, off = p[n:], off+int64(n)
+	}
+	if err := pl.locate(); err != nil {
+		pl.release()
+		return fmt.Errorf("read %s: %w", d.ref, err)
+	}
+	return nil
+}
+
+// plan adds the pieces of a range within one leaf. The leaf's lock is held, so that an
+// entry that is seen keeps its chunk until the reference is taken.
+func (pl *ReadPlan) plan(l *format.Leaf, p []byte, off int64) error {
+	for len(p) > 0 {
+		block, skip := uint64(off/format.BlockSize), int(off%format.BlockSize)
+		i := int(block % format.LeafBlocks)
+		e := l.Entries[i]
+		n := min(len(p), format.BlockSize-skip)
+		for j := i + 1; n < len(p) && follows(e, l.Entries[j], j-i); j++ {
+			n = min(len(p), n+format.BlockSize)
+		}
+		if e.IsHole() {
+			clear(p[:n])
+		} else if err := pl.add(e, block, p[:n], skip); err != nil {
+			return err
+		}
+		p, off = p[n:], off+int64(n)
+	}
+	return nil
+}
+
+// follows says whether next is what e goes on with, n blocks later.
+func follows(e, next format.Entry, n int) bool {
+	if e.IsHole() {
+		return next.IsHole()
+	}
+	return e.SameRecord(next) && next.Index() == e.Index()+n
+}
+
+func (pl *ReadPlan) add(e format.Entry, block uint64, dst []byte, skip int) error {
+	pl.pieces = append(pl.pieces, piece{dst: dst, from: e.Index()*format.BlockSize + skip, next: -1})
+	this := len(pl.pieces) - 1
+	// Overwrites leave holes in a unit: its other blocks come soon after, if at all.
+	for i := len(pl.records) - 1; i >= max(0, len(pl.records)-format.UnitBlocks); i-- {
+		if r := &pl.records[i]; r.e.SameRecord(e) {
+			pl.pieces[r.last].next, r.last = this, this
+			return nil
+		}
+	}
+	c := pl.d.s.slots.get(e.Slot())
+	if c == nil {
+		return corruptf("block %d is in chunk %s, which does not exist", block, chunkName(e.Slot()))
+	}
+	c.acquire()
+	pl.records = append(pl.records, planned{c: c, e: e, first: block - uint64(e.Index()), piece: this, last: this})
+	return nil
+}
+
+// locate gives each record its place in the arena, copies those that are still in the
+// log's buffers, and makes fetches of the rest, one for neighbours.
+func (pl *ReadPlan) locate() error {
+	size := 0
+	for i := range pl.records {
+		pl.records[i].at = size
+		size += pl.records[i].e.Size()
+	}
+	if cap(pl.arena) < size {
+		pl.arena = make([]byte, max(size, 2*cap(pl.arena), 64<<10))
+	}
+	pl.arena = pl.arena[:cap(pl.arena)]
+	var before *planned // the record that the last fetch ends with
+	for i := range pl.records {
+		r := &pl.records[i]
+		buf := pl.arena[r.at : r.at+r.e.Size()]
+		if pl.d.s.wal.read(r.c, r.e.Offset(), buf) {
+			before = nil
+			continue
+		}
+		if before != nil && before.c == r.c && before.e.Offset()+uint32(before.e.Size()) == r.e.Offset() {
+			f := &pl.fetches[len(pl.fetches)-1]
+			f.Buf = f.Buf[:len(f.Buf)+len(buf)]
+		} else {
+			file, err := r.c.handle()
+			if err != nil {
+				return err
+			}
+			pl.fetches = append(pl.fetches, Fetch{Buf: buf, Off: int64(r.e.Offset()), file: file})
+		}
+		before = r
+	}
+	return nil
+}
+
+// Fetches is what has to be read before Finish; empty when memory had it all.
+func (pl *ReadPlan) Fetches() []Fetch { return pl.fetches }
+
+// Finish ends a read that PlanRead planned: with err, the error of the fetches,
+// or after them by verifying and copying. It must be called once.
+func (pl *ReadPlan) Finish(err error) error {
+	defer pl.release()
+	if err != nil {
+		return fmt.Errorf("read %s: %w", pl.d.ref, err)
+	}
+	for i := range pl.records {
+		if err := pl.finish(&pl.records[i]); err != nil {
+			return fmt.Errorf("read %s: chunk %s offset %d: %w", pl.d.ref, pl.records[i].c.name(), pl.records[i].e.Offset(), err)
+		}
+	}
+	return nil
+}
+
+func (pl *ReadPlan) finish(r *planned) error {
+	stored := pl.arena[r.at : r.at+r.e.Size()]
+	payload, codec, err := verify(stored, r.c.seq, r.e, r.first)
+	if err != nil {
+		return err
+	}
+	size := r.e.Blocks() * format.BlockSize
+	pc := &pl.pieces[r.piece]
+	if pc.next < 0 && pc.from == 0 && len(pc.dst) == size {
+		return format.Decompress(codec, pc.dst, payload)
+	}
+	if pl.unit == nil {
+		pl.unit = make([]byte, unitSize)
+	}
+	unit := pl.unit[:size]
+	if err := format.Decompress(codec, unit, payload); err != nil {
+		return err
+	}
+	for i := r.piece; i >= 0; i = pl.pieces[i].next {
+		copy(pl.pieces[i].dst, unit[pl.pieces[i].from:])
+	}
+	return nil
+}
+
+// verify checks that stored is the record that e names: of this life of the
+// chunk, at this offset, for these blocks, with its payload whole.
+func verify(stored []byte, chunkSeq uint64, e format.Entry, first uint64) (payload []byte, codec format.Codec, err error) {
+	h, err := format.DecodeRecordHeader(stored, chunkSeq, e.Offset())
+	if err != nil {
+		return nil, 0, err
+	}
+	if h.Kind != format.KindData || h.Blocks != e.Blocks() || h.Size() != e.Size() || h.Block != first {
+		return nil, 0, corruptf("the record is of block %d (%d blocks, %d bytes), not of block %d", h.Block, h.Blocks, h.Size(), first)
+	}
+	payload = stored[format.RecordHeaderSize : format.RecordHeaderSize+h.PayloadLen]
+	return payload, h.Codec, h.VerifyPayload(payload)
+}
+
+func (pl *ReadPlan) release() {
+	for i := range pl.records {
+		pl.records[i].c.release()
+	}
+	clear(pl.pieces)
+	pl.records, pl.pieces, pl.fetches = pl.records[:0], pl.pieces[:0], pl.fetches[:0]
+}
+
+// read does the three steps in the calling goroutine.
+func (pl *ReadPlan) read(d *Device, p []byte, off int64) error {
+	if err := d.PlanRead(pl, p, off); err != nil {
+		return err
+	}
+	return pl.fetch()
+}
+
+// fetch does the second and third step.
+func (pl *ReadPlan) fetch() (err error) {
+	for i := range pl.fetches {
+		if err = pl.fetches[i].Read(); err != nil {
+			break
+		}
+	}
+	return pl.Finish(err)
+}
+
+// ReadAt reads len(p) bytes at off, both of any alignment; io.EOF at the end, as io.ReaderAt has it.
+func (d *Device) ReadAt(p []byte, off int64) (n int, err error) {
+	size := d.Size()
+	if off < 0 || off > size {
+		return 0, fmt.Errorf("read %s: offset %d of %d: %w", d.ref, off, size, ErrInvalid)
+	}
+	var eof error
+	if int64(len(p)) > size-off {
+		p, eof = p[:size-off], io.EOF
+	}
+	sc := d.s.scratch.Get().(*scratch)
+	defer d.s.scratch.Put(sc)
+	for n < len(p) {
+		part := p[n:min(len(p), n+maxPlan)]
+		if err := sc.plan.read(d, part, off+int64(n)); err != nil {
+			return n, err
+		}
+		n += len(part)
+	}
+	return n, eof
+}
+
+// content identifies what a block held: an entry, and the chunk that was in
+// its slot, since a slot and with it an entry may come again.
+type content struct {
+	e format.Entry
+	c *chunk
+}
+
+// readBlock reads a whole block of a volume's head.
+func (d *Device) readBlock(sc *scratch, p []byte, block uint64) (was content, err error) {
+	pl := &sc.plan
+	if err := d.plan(pl, p, int64(block)*format.BlockSize); err != nil {
+		return was, err
+	}
+	if len(pl.records) > 0 {
+		was = content{pl.records[0].e.WithIndex(int(block - pl.records[0].first)), pl.records[0].c}
+	}
+	return was, pl.fetch()
+}
+
+// Extents calls fn for the runs of data and holes in a range, in order and
+// without a gap, until it returns false.
+func (d *Device) Extents(off, length int64, fn func(off, length int64, hole bool) bool) error {
+	if err := d.checkRange(off, length); err != nil {
+		return fmt.Errorf("extents of %s: %w", d.ref, err)
+	}
+	if length == 0 {
+		return nil
+	}
+	run := extentRun{fn: fn, start: off, end: off + length, hole: true}
+	first, last := uint64(off)/format.BlockSize, uint64(off+length-1)/format.BlockSize
+	err := d.s.leaves(d.b, uint32(first/format.LeafBlocks), uint32(last/format.LeafBlocks)+1, func(index uint32) error {
+		var entries [format.LeafBlocks]format.Entry
+		if err := d.s.cache.view(leafKey{d.b, index, d.asOf}, func(lf *leaf) { entries = lf.Entries }); err != nil {
+			return err
+		}
+		for i, e := range entries {
+			if !run.to((int64(index)*format.LeafBlocks+int64(i))*format.BlockSize, e.IsHole()) {
+				return errStop
+			}
+		}
+		if !run.to((int64(index)+1)*format.LeafBlocks*format.BlockSize, true) {
+			return errStop
+		}
+		return nil
+	})
+	if errors.Is(err, errStop) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("extents of %s: %w", d.ref, err)
+	}
+	if run.start < run.end {
+		fn(run.start, run.end-run.start, run.hole)
+	}
+	return nil
+}
+
+var errStop = errors.New("stop")
+
+// extentRun joins neighbours of one kind.
+type extentRun struct {
+	fn         func(off, length int64, hole bool) bool
+	start, end int64 // what is not reported yet
+	hole       bool  // the kind of what begins at start
+}
+
+// to says that from off on the kind is hole; false: no more is wanted.
+func (r *extentRun) to(off int64, hole bool) bool {
+	off = max(r.start, min(off, r.end))
+	if hole == r.hole {
+		return true
+	}
+	more := off == r.start || r.fn(r.start, off-r.start, r.hole)
+	r.start, r.hole = off, hole
+	return more
+}

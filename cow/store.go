@@ -1,0 +1,470 @@
+// Package cow is the engine: a store of copy-on-write volumes over a log of
+// compressed records. DESIGN.md defines the terms, the formats, the invariants
+// and the order of writes and syncs that this package keeps.
+//
+// A write goes Device.WriteAt (write.go) → a record in recordLog (log.go) →
+// the leaf that maps it (cache.go, map.go). A checkpoint (checkpoint.go) makes leaves durable
+// in the background. A read goes plan, fetch, finish (read.go). Snapshots, clones
+// and the like are events (admin.go), which are records too. Open replays what
+// no checkpoint has (replay.go).
+package cow
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/storage"
+	"github.com/vdisk/vdisk/metadata"
+)
+
+// File names in a store.
+const (
+	formatFile = "format"
+	lockFile   = "lock"
+	tableFile  = "meta.db"
+	chunksDir  = "chunks"
+)
+
+// Options are for Open; the zero value is ready to use.
+type Options struct {
+	FS          storage.FS    // the chunk files; nil: the store's directory
+	LockTimeout time.Duration // how long to wait for the store's lock
+	Holder      string        // what to say of this owner in the lock file, e.g. "vdisk serve"
+	CacheBytes  int64         // for leaves in memory; default 256 MiB
+	Logger      *slog.Logger  // default: slog.Default()
+
+	// When a checkpoint begins: after so many bytes of log (default 256 MiB),
+	// so many dirty leaves (default a quarter of the cache), so long after a
+	// change (default 10 s; negative: never by time or size, for tests).
+	CheckpointBytes    int64
+	CheckpointLeaves   int
+	CheckpointInterval time.Duration
+
+	// OnCommit is called around each commit of the table: for tests that cut the power.
+	OnCommit func(done bool)
+	// NoTableSync leaves out the table's own fdatasyncs: for tests that copy its file.
+	NoTableSync bool
+}
+
+func (o *Options) setDefaults() {
+	if o.CacheBytes <= 0 {
+		o.CacheBytes = 256 << 20
+	}
+	if o.Logger == nil {
+		o.Logger = slog.Default()
+	}
+	if o.CheckpointBytes <= 0 {
+		o.CheckpointBytes = 256 << 20
+	}
+	if o.CheckpointLeaves <= 0 {
+		o.CheckpointLeaves = int(o.CacheBytes / 2048 / 4)
+	}
+	if o.CheckpointInterval == 0 {
+		o.CheckpointInterval = 10 * time.Second
+	}
+	if o.OnCommit == nil {
+		o.OnCommit = func(bool) {}
+	}
+}
+
+// Store is an open store. Its methods may be called concurrently.
+type Store struct {
+	dir  string
+	info format.StoreInfo
+	opts Options
+	log  *slog.Logger
+	lock *os.File // holds the flock
+	fs   storage.FS
+	meta *metadata.DB
+
+	cache   *leafCache
+	pending pending
+	slots   slotTable
+	scratch sync.Pool // *scratch
+
+	// mu orders every change: see DESIGN.md, section 10.
+	mu        sync.Mutex
+	wal       *recordLog
+	tables    tables
+	gen       uint64  // of leaves that become dirty now
+	dirty     []*leaf // of generation gen
+	dirtyRows []*chunk
+	admin     bool                          // a table changed since the last checkpoint
+	dropping  map[metadata.Version]struct{} // given up by the reaper, still in the table
+	closed    bool
+
+	ckptMu     sync.Mutex            // one checkpoint at a time; guards the fields below
+	pins       int                   // readers of the table that chunk files must outlive
+	zombies    []*chunk              // dead, but pinned or not removed yet
+	reapCursor map[uint32]reapCursor // by branch
+
+	committed atomic.Uint64 // generation of the last checkpoint that committed
+	ckptAt    atomic.Uint64 // recordLog.appended at the last checkpoint
+
+	ckptWork chan struct{}
+	quit     chan struct{}
+	wg       sync.WaitGroup
+
+	recovery Recovery
+}
+
+// Recovery says what Open found behind the last checkpoint.
+type Recovery struct {
+	Records      int64 // replayed
+	Bytes        int64 // replayed
+	DroppedBytes int64 // behind the first record that did not verify; no flush had covered them
+	DroppedFiles int   // chunk files among them
+}
+
+// Recovery reports what this Open replayed and dropped.
+func (s *Store) Recovery() Recovery { return s.recovery }
+
+// Create makes a store in dir, which is made if needed. It is no error when dir is a
+// store already. A directory with anything else in it is refused (ErrNotStore).
+func Create(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("make store: %w", err)
+	}
+	lock, err := lockStore(dir, 0, "vdisk create")
+	if err != nil {
+		if errors.Is(err, ErrBusy) {
+			if _, ferr := readFormat(dir); ferr == nil {
+				return nil
+			}
+		}
+		return err
+	}
+	defer lock.Close()
+	if _, err := readFormat(dir); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := onlyLeavings(dir); err != nil {
+		return err
+	}
+	if err := os.Chmod(dir, 0o700); err != nil {
+		return fmt.Errorf("make store: %w", err)
+	}
+	if err := makeStore(dir); err != nil {
+		return fmt.Errorf("make store %s: %w", dir, noSpace(err))
+	}
+	return nil
+}
+
+// onlyLeavings refuses a directory that holds anything but what an interrupted Create leaves.
+func onlyLeavings(dir string) error {
+	names, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("make store: %w", err)
+	}
+	for _, n := range names {
+		switch n.Name() {
+		case lockFile, tableFile, formatFile + ".tmp", "lost+found":
+		case chunksDir:
+			if in, err := os.ReadDir(filepath.Join(dir, chunksDir)); err != nil || len(in) > 0 {
+				return fmt.Errorf("%s has chunk files but no %q file, so it is a damaged store or not one: %w", dir, formatFile, ErrNotStore)
+			}
+		default:
+			return fmt.Errorf("%s is not empty (it has %q) and is not a store; choose another --store: %w", dir, n.Name(), ErrNotStore)
+		}
+	}
+	return nil
+}
+
+// makeStore writes format last: until it is there, there is no store.
+func makeStore(dir string) error {
+	var uuid [16]byte
+	if _, err := rand.Read(uuid[:]); err != nil {
+		return err
+	}
+	if err := os.Mkdir(filepath.Join(dir, chunksDir), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	if err := os.Remove(filepath.Join(dir, tableFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	db, err := metadata.Open(filepath.Join(dir, tableFile), metadata.Options{})
+	if err != nil {
+		return err
+	}
+	if err := db.Close(); err != nil {
+		return err
+	}
+	info := format.NewStoreInfo(uuid, time.Now().UTC().Truncate(time.Second))
+	text, err := info.Encode()
+	if err != nil {
+		return err
+	}
+	return writeFileDurably(dir, formatFile, text)
+}
+
+// writeFileDurably replaces a file: temporary file, fsync, rename, fsync of the directory.
+func writeFileDurably(dir, name string, text []byte) error {
+	tmp := filepath.Join(dir, name+".tmp")
+	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(text)
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(tmp, filepath.Join(dir, name)); err != nil {
+		return err
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+func readFormat(dir string) (format.StoreInfo, error) {
+	text, err := os.ReadFile(filepath.Join(dir, formatFile))
+	if err != nil {
+		return format.StoreInfo{}, fmt.Errorf("store %s: %w", dir, err)
+	}
+	info, err := format.DecodeStoreInfo(text)
+	if err != nil {
+		return info, fmt.Errorf("store %s: %w", dir, err)
+	}
+	return info, nil
+}
+
+// Open opens the store in dir and replays what its last checkpoint does not
+// have. The caller owns the store until Close.
+func Open(dir string, o Options) (*Store, error) {
+	o.setDefaults()
+	if _, err := os.Stat(dir); err != nil {
+		return nil, fmt.Errorf("no store at %s: %w", dir, errors.Join(ErrNotFound, err))
+	}
+	// The format is looked at first so that nothing is written, not even
+	// a lock, into a directory that is not ours.
+	info, err := readFormat(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := onlyLeavings(dir); err != nil {
+			return nil, err
+		}
+		return nil, fmt.Errorf("no store at %s: %w", dir, ErrNotFound)
+	}
+	if err != nil {
+		return nil, err
+	}
+	lock, err := lockStore(dir, o.LockTimeout, o.Holder)
+	if err != nil {
+		return nil, err
+	}
+	s := &Store{dir: dir, info: info, opts: o, log: o.Logger.With("store", dir), lock: lock, fs: o.FS,
+		tables: newTables(), gen: 1, reapCursor: map[uint32]reapCursor{}, dropping: map[metadata.Version]struct{}{},
+		ckptWork: make(chan struct{}, 1), quit: make(chan struct{})}
+	s.scratch.New = newScratch
+	s.cache = newLeafCache(o.CacheBytes, s.loadLeaf)
+	if err := s.openFiles(); err != nil {
+		return nil, errors.Join(fmt.Errorf("open store %s: %w", dir, noSpace(err)), s.release())
+	}
+	s.wg.Go(s.checkpointer)
+	return s, nil
+}
+
+func (s *Store) openFiles() error {
+	uuid, err := s.info.ID()
+	if err != nil {
+		return err
+	}
+	if s.fs == nil {
+		if s.fs, err = storage.OpenDir(filepath.Join(s.dir, chunksDir)); err != nil {
+			return err
+		}
+	}
+	path := filepath.Join(s.dir, tableFile)
+	if _, err := os.Stat(path); err != nil {
+		return fmt.Errorf("the table is missing: %w", errors.Join(ErrCorrupt, err))
+	}
+	s.meta, err = metadata.Open(path, metadata.Options{Timeout: time.Second, NoSync: s.opts.NoTableSync})
+	if err != nil {
+		return err
+	}
+	s.wal = newRecordLog(s.fs, &s.mu, uuid, &s.slots)
+	behind, err := s.loadAndReplay()
+	if err != nil {
+		return err
+	}
+	s.wal.start()
+	if s.recovery.Records > 0 || len(behind) > 0 || s.recovery.DroppedBytes > 0 {
+		s.log.Info("replayed the log", "records", s.recovery.Records, "bytes", s.recovery.Bytes,
+			"droppedBytes", s.recovery.DroppedBytes, "droppedFiles", s.recovery.DroppedFiles)
+		if err := s.Checkpoint(); err != nil {
+			s.wal.stop()
+			return fmt.Errorf("checkpoint after replay: %w", err)
+		}
+	}
+	if err := s.removeFiles(behind); err != nil {
+		s.wal.stop()
+		return err
+	}
+	return nil
+}
+
+// release closes files and gives the lock back.
+func (s *Store) release() error {
+	errs := []error{s.slots.closeAll()}
+	if s.meta != nil {
+		errs = append(errs, s.meta.Close())
+	}
+	if s.fs != nil && s.opts.FS == nil {
+		errs = append(errs, s.fs.Close())
+	}
+	return errors.Join(append(errs, s.lock.Close())...)
+}
+
+// Close makes everything durable with a last checkpoint and gives the store
+// up. Devices must be closed before (ErrBusy). After a failure of the log it only closes.
+func (s *Store) Close() error {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return ErrClosed
+	}
+	for _, v := range s.tables.volumes {
+		if v.writer || v.readers > 0 {
+			s.mu.Unlock()
+			return fmt.Errorf("close store: volume %s is open: %w", v.Name, ErrBusy)
+		}
+	}
+	s.closed = true
+	s.mu.Unlock()
+	close(s.quit)
+	s.wg.Wait()
+	err := s.wal.err()
+	if err == nil {
+		err = s.finish()
+	}
+	s.wal.stop()
+	return errors.Join(err, s.release())
+}
+
+// closeReaping bounds how long Close goes on giving space back; the next owner does the rest.
+const closeReaping = 2 * time.Second
+
+// finish writes the last checkpoint, lets the reaper work a little, and gives back
+// what was allocated ahead.
+func (s *Store) finish() error {
+	s.mu.Lock()
+	last := s.wal.retire()
+	s.mu.Unlock()
+	for until := time.Now().Add(closeReaping); s.changed() && time.Now().Before(until); {
+		if err := s.checkpoint(); err != nil {
+			return err
+		}
+	}
+	return s.trim(last)
+}
+
+// trim gives back what was allocated ahead: the rest of the last chunk, and the
+// chunk made in advance.
+func (s *Store) trim(last *chunk) error {
+	s.wal.waitIdle()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var err error
+	if last != nil && s.slots.get(last.slot) == last {
+		err = last.file.Truncate(int64(last.end))
+	}
+	if c := s.wal.next; c != nil {
+		s.slots.remove(c.slot)
+		err = errors.Join(err, c.file.Close(), s.fs.Remove(c.name()))
+	}
+	return err
+}
+
+// checkpointer runs checkpoints when there is reason, until quit.
+func (s *Store) checkpointer() {
+	if s.opts.CheckpointInterval < 0 {
+		<-s.quit
+		return
+	}
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	last := time.Now()
+	for {
+		due := false
+		select {
+		case <-s.quit:
+			return
+		case <-s.ckptWork:
+			due = true
+		case <-tick.C:
+			s.wal.cutIdle()
+			due = time.Since(last) >= s.opts.CheckpointInterval && s.changed()
+		}
+		if !due {
+			continue
+		}
+		if err := s.checkpoint(); err != nil {
+			s.log.Error("checkpoint failed; the log keeps what it would have written", "err", err)
+		}
+		last = time.Now()
+	}
+}
+
+// changed says whether a checkpoint would write anything.
+func (s *Store) changed() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.admin || len(s.dirty) > 0 || len(s.dirtyRows) > 0 || s.reapable()
+}
+
+// usable refuses changes to a store that is closed or has failed. mu is held.
+func (s *Store) usable() error {
+	if s.closed {
+		return ErrClosed
+	}
+	return s.wal.err()
+}
+
+// StoreInfo describes a store as a whole.
+type StoreInfo struct {
+	UUID       string    `json:"uuid"`
+	Created    time.Time `json:"created"`
+	Version    int       `json:"version"`
+	Volumes    int       `json:"volumes"`
+	Snapshots  int       `json:"snapshots"`
+	Chunks     int       `json:"chunks"`
+	ChunkBytes int64     `json:"chunk_bytes"` // of records in chunk files
+	LiveBytes  int64     `json:"live_bytes"`  // of them, what volumes and snapshots refer to
+	MetaBytes  int64     `json:"meta_bytes"`  // of the table's file
+	FreeBytes  int64     `json:"free_bytes"`  // of the file system
+}
+
+// Info describes the store.
+func (s *Store) Info() StoreInfo {
+	in := StoreInfo{UUID: s.info.UUID, Created: s.info.Created, Version: s.info.Version}
+	if n, err := s.meta.Size(); err == nil {
+		in.MetaBytes = n
+	}
+	if n, err := s.fs.Free(); err == nil {
+		in.FreeBytes = n
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	in.Volumes = len(s.tables.volumes)
+	for _, sn := range s.tables.snapshots {
+		if sn.Volume != 0 {
+			in.Snapshots++
+		}
+	}
+	for _, c := range s.slots.all() {
+		in.Chunks++
+		in.ChunkBytes += int64(c.end)
+		in.LiveBytes += int64(c.live)
+	}
+	return in
+}

@@ -1,0 +1,117 @@
+package cow
+
+import (
+	"bytes"
+	"context"
+	"math/rand/v2"
+	"testing"
+
+	"github.com/vdisk/vdisk/format"
+)
+
+func newStore(t testing.TB, o Options) (*Store, string) {
+	t.Helper()
+	dir := t.TempDir()
+	if err := Create(dir); err != nil {
+		t.Fatal(err)
+	}
+	s, err := Open(dir, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s, dir
+}
+
+func mustCheck(t testing.TB, s *Store) CheckReport {
+	t.Helper()
+	rep, err := s.Check(context.Background(), CheckOptions{ReadData: true}, func(p Problem) { t.Errorf("check: %+v", p) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	return rep
+}
+
+func TestSmoke(t *testing.T) {
+	s, dir := newStore(t, Options{})
+	if _, err := s.CreateVolume("v", VolumeOptions{Size: 64 << 20, Codec: format.S2}); err != nil {
+		t.Fatal(err)
+	}
+	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	model := make([]byte, 64<<20)
+	r := rand.New(rand.NewPCG(1, 2))
+	write := func() {
+		n := 1 + r.IntN(200<<10)
+		off := r.IntN(len(model) - n)
+		p := model[off : off+n]
+		for i := range p {
+			p[i] = byte(r.Uint32N(16))
+		}
+		if _, err := d.WriteAt(p, int64(off)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	check := func(d *Device, want []byte) {
+		t.Helper()
+		got := make([]byte, len(want))
+		if _, err := d.ReadAt(got, 0); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(got, want) {
+			t.Fatal("content differs")
+		}
+	}
+	for range 200 {
+		write()
+	}
+	check(d, model)
+	if err := s.Snapshot(Ref{"v", "a"}); err != nil {
+		t.Fatal(err)
+	}
+	atA := bytes.Clone(model)
+	for range 200 {
+		write()
+	}
+	check(d, model)
+	da, err := s.OpenDevice(Ref{"v", "a"}, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	check(da, atA)
+	mustCheck(t, s)
+	check(d, model)
+	check(da, atA)
+	da.Close()
+	d.Close()
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s, err = Open(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, _ = s.OpenDevice(Ref{Volume: "v"}, false)
+	check(d, model)
+	d.Close()
+	if err := s.Remove(Ref{"v", "a"}, false); err != nil {
+		t.Fatal(err)
+	}
+	for range 5 {
+		mustCheck(t, s)
+	}
+	t.Logf("%+v", s.Info())
+	d, _ = s.OpenDevice(Ref{Volume: "v"}, false)
+	check(d, model)
+	if err := d.Discard(0, d.Size()); err != nil {
+		t.Fatal(err)
+	}
+	d.Close()
+	mustCheck(t, s)
+	mustCheck(t, s)
+	t.Logf("%+v", s.Info())
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+}

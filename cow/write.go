@@ -1,0 +1,308 @@
+package cow
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/vdisk/vdisk/format"
+)
+
+const unitSize = format.UnitBlocks * format.BlockSize
+
+// errChanged says that a block is no longer what a partial write was merged with.
+var errChanged = errors.New("block changed")
+
+// scratch is one operation's memory.
+type scratch struct {
+	unit [unitSize]byte // a unit that is merged with what was there
+	comp []byte         // a unit compressed
+	plan ReadPlan
+}
+
+func newScratch() any { return &scratch{comp: make([]byte, 0, format.MaxCompressed)} }
+
+// WriteAt writes p at off, both of any alignment. It is acknowledged, not
+// durable, when WriteAt returns; Flush makes it so. A write is split at
+// multiples of 64 KiB, and is atomic in each 4 KiB block only.
+func (d *Device) WriteAt(p []byte, off int64) (n int, err error) {
+	if err := d.checkWrite(off, int64(len(p))); err != nil {
+		return 0, fmt.Errorf("write %s: %w", d.ref, err)
+	}
+	sc := d.s.scratch.Get().(*scratch)
+	defer d.s.scratch.Put(sc)
+	for n < len(p) {
+		at := off + int64(n)
+		part := p[n:]
+		part = part[:min(int64(len(part)), unitSize-at%unitSize)]
+		if err := d.writeUnit(sc, part, at); err != nil {
+			return n, fmt.Errorf("write %s at %d: %w", d.ref, at, err)
+		}
+		n += len(part)
+	}
+	return n, nil
+}
+
+// expect is what a merged first and last block were merged with.
+type expect struct {
+	first, last       uint64 // none: their blocks are covered whole
+	wasFirst, wasLast content
+}
+
+const none = ^uint64(0)
+
+// writeUnit writes p, which lies in one unit's range.
+func (d *Device) writeUnit(sc *scratch, p []byte, at int64) error {
+	first, skip := uint64(at/format.BlockSize), int(at%format.BlockSize)
+	if skip == 0 && len(p)%format.BlockSize == 0 {
+		return d.putBlocks(sc, p, first, nil)
+	}
+	n := (skip + len(p) + format.BlockSize - 1) / format.BlockSize
+	buf := sc.unit[:n*format.BlockSize]
+	for {
+		ex, err := d.readEdges(sc, buf, first, skip, len(p))
+		if err != nil {
+			return err
+		}
+		copy(buf[skip:], p)
+		err = d.putBlocks(sc, buf, first, &ex)
+		if !errors.Is(err, errChanged) {
+			return err
+		}
+	}
+}
+
+// readEdges reads the blocks at the ends of buf that a write of n bytes at skip
+// covers in part.
+func (d *Device) readEdges(sc *scratch, buf []byte, first uint64, skip, n int) (expect, error) {
+	last := first + uint64(len(buf)/format.BlockSize) - 1
+	ex := expect{first: first, last: last}
+	var err error
+	if skip > 0 || skip+n < format.BlockSize {
+		if ex.wasFirst, err = d.readBlock(sc, buf[:format.BlockSize], first); err != nil {
+			return ex, err
+		}
+	} else {
+		ex.first = none
+	}
+	switch {
+	case (skip+n)%format.BlockSize == 0:
+		ex.last = none
+	case last == first:
+		ex.last, ex.wasLast = ex.first, ex.wasFirst
+	default:
+		ex.wasLast, err = d.readBlock(sc, buf[len(buf)-format.BlockSize:], last)
+	}
+	return ex, err
+}
+
+// holds says whether the n blocks of the leaf from block on are what was
+// expected. mu is held.
+func (s *Store) holds(ex *expect, lf *leaf, block uint64, n int) bool {
+	if ex == nil {
+		return true
+	}
+	same := func(b uint64, was content) bool {
+		if b < block || b >= block+uint64(n) { // none, or another record's
+			return true
+		}
+		e := lf.Entries[b%format.LeafBlocks]
+		return e == was.e && (e.IsHole() || s.slots.get(e.Slot()) == was.c)
+	}
+	return same(ex.first, ex.wasFirst) && same(ex.last, ex.wasLast)
+}
+
+// putBlocks writes whole blocks of one unit's range: runs of zeros as holes,
+// what is between them as data.
+func (d *Device) putBlocks(sc *scratch, data []byte, first uint64, ex *expect) error {
+	for len(data) > 0 {
+		zero := format.IsZero(data[:format.BlockSize])
+		n := format.BlockSize
+		for n < len(data) && format.IsZero(data[n:n+format.BlockSize]) == zero {
+			n += format.BlockSize
+		}
+		var err error
+		if zero {
+			err = d.s.putHole(d, first, n/format.BlockSize, ex)
+		} else {
+			err = d.putData(sc, data[:n], first, ex)
+		}
+		if err != nil {
+			return err
+		}
+		data, first = data[n:], first+uint64(n/format.BlockSize)
+	}
+	return nil
+}
+
+func (d *Device) putData(sc *scratch, data []byte, first uint64, ex *expect) error {
+	h := format.RecordHeader{Block: first, Branch: d.b.ID, Kind: format.KindData, Blocks: len(data) / format.BlockSize}
+	c := d.v.codec.get()
+	payload, codec := c.Compress(sc.comp, data)
+	d.v.codec.put(c)
+	h.Codec, h.PayloadLen, h.PayloadCRC = codec, len(payload), format.Checksum(payload)
+	return d.s.put(d, &h, payload, h.Blocks, ex)
+}
+
+// putHole unmaps n blocks of one leaf.
+func (s *Store) putHole(d *Device, first uint64, n int, ex *expect) error {
+	var payload [format.HoleSize]byte
+	format.EncodeHole(payload[:], uint64(n))
+	h := format.RecordHeader{Block: first, Branch: d.b.ID, Kind: format.KindHole, Blocks: 1,
+		PayloadLen: len(payload), PayloadCRC: format.Checksum(payload[:])}
+	return s.put(d, &h, payload[:], n, ex)
+}
+
+// put is the commit point of a write: under mu, the record gets its place and number, and
+// the leaf changes. n blocks of one leaf are concerned.
+func (s *Store) put(d *Device, h *format.RecordHeader, payload []byte, n int, ex *expect) error {
+	k := leafKey{d.b, uint32(h.Block / format.LeafBlocks), head}
+	hole := h.Kind == format.KindHole
+	for {
+		if err := s.cache.ensure(k); err != nil {
+			return err
+		}
+		s.mu.Lock()
+		if err := s.admit(d, h, n, hole); err != nil {
+			s.mu.Unlock()
+			return err
+		}
+		lf, sh := s.cache.lock(k)
+		if lf == nil {
+			s.mu.Unlock() // evicted meanwhile
+			continue
+		}
+		first := int(h.Block % format.LeafBlocks)
+		switch {
+		case !s.holds(ex, lf, h.Block, n):
+			sh.mu.Unlock()
+			s.mu.Unlock()
+			return errChanged
+		case hole && lf.isHole(first, n): // nothing to say
+		case hole:
+			s.wal.append(h, payload)
+			s.applyHole(lf, first, n)
+		default:
+			c, off := s.wal.append(h, payload)
+			s.applyData(lf, h, c, off)
+		}
+		sh.mu.Unlock()
+		full := s.checkpointDue()
+		s.mu.Unlock()
+		if full {
+			return s.checkpoint() // writers are faster than checkpoints: take part
+		}
+		return nil
+	}
+}
+
+// admit checks that the store and the volume take the write, and makes room for it. mu is held.
+func (s *Store) admit(d *Device, h *format.RecordHeader, n int, hole bool) error {
+	if err := s.usable(); err != nil {
+		return err
+	}
+	if _, err := s.wal.reserve(h.Size(), hole); err != nil {
+		return err
+	}
+	if end := h.Block + uint64(n); end > blocksOf(d.v.Size) {
+		return fmt.Errorf("block %d is behind the end (the volume has shrunk): %w", end-1, ErrInvalid)
+	}
+	return nil
+}
+
+func (lf *leaf) isHole(first, n int) bool {
+	for _, e := range lf.Entries[first : first+n] {
+		if !e.IsHole() {
+			return false
+		}
+	}
+	return true
+}
+
+// checkpointDue wakes the checkpointer when a limit is reached; full says that
+// writers are four limits ahead of it. mu is held.
+func (s *Store) checkpointDue() (full bool) {
+	if s.opts.CheckpointInterval < 0 {
+		return false
+	}
+	since := int64(s.wal.appended - s.ckptAt.Load())
+	if since >= s.opts.CheckpointBytes || len(s.dirty) >= s.opts.CheckpointLeaves {
+		poke(s.ckptWork)
+	}
+	return len(s.dirty) >= 4*s.opts.CheckpointLeaves
+}
+
+// Flush makes every write that was acknowledged before it durable.
+func (d *Device) Flush() error {
+	if d.closed.Load() {
+		return ErrClosed
+	}
+	if err := d.s.wal.sync(); err != nil {
+		return fmt.Errorf("flush %s: %w", d.ref, err)
+	}
+	return nil
+}
+
+// Discard unmaps the whole 4 KiB blocks in the range, which then read as zeros. Parts
+// of blocks at its ends stay as they are.
+func (d *Device) Discard(off, length int64) error {
+	if err := d.checkWrite(off, length); err != nil {
+		return fmt.Errorf("discard %s: %w", d.ref, err)
+	}
+	first := blocksOf(off)
+	end := uint64(off+length) / format.BlockSize
+	if off+length == d.Size() {
+		end = blocksOf(off + length) // a last part of a block has nothing behind it
+	}
+	if err := d.punch(first, end); err != nil {
+		return fmt.Errorf("discard %s: %w", d.ref, err)
+	}
+	return nil
+}
+
+// WriteZeroes makes the range read as zeros. Zeros take no space whether
+// noHole asks for it or not: the log has no place to keep for them.
+func (d *Device) WriteZeroes(off, length int64, noHole bool) error {
+	if err := d.checkWrite(off, length); err != nil {
+		return fmt.Errorf("write zeroes %s: %w", d.ref, err)
+	}
+	first, end := blocksOf(off), uint64(off+length)/format.BlockSize
+	if first >= end { // within one block, or over one boundary
+		return d.zeroPart(off, length)
+	}
+	return errors.Join(
+		d.zeroPart(off, int64(first)*format.BlockSize-off),
+		wrapIf(d.punch(first, end), "write zeroes %s", d.ref),
+		d.zeroPart(int64(end)*format.BlockSize, off+length-int64(end)*format.BlockSize))
+}
+
+var zeros [2 * format.BlockSize]byte
+
+func (d *Device) zeroPart(off, length int64) error {
+	if length == 0 {
+		return nil
+	}
+	_, err := d.WriteAt(zeros[:length], off)
+	return err
+}
+
+// punch unmaps blocks [first, end), a record a leaf, passing over leaves that map nothing.
+func (d *Device) punch(first, end uint64) error {
+	if first >= end {
+		return nil
+	}
+	return d.s.leaves(d.b, uint32(first/format.LeafBlocks), uint32((end-1)/format.LeafBlocks)+1, func(index uint32) error {
+		from := max(first, uint64(index)*format.LeafBlocks)
+		to := min(end, (uint64(index)+1)*format.LeafBlocks)
+		return d.s.putHole(d, from, int(to-from), nil)
+	})
+}
+
+// blocksOf is the number of blocks that n bytes touch.
+func blocksOf(n int64) uint64 { return uint64(n+format.BlockSize-1) / format.BlockSize }
+
+func wrapIf(err error, text string, args ...any) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf(text+": %w", append(args, err)...)
+}

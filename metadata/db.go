@@ -1,0 +1,162 @@
+// Package metadata is the durable allocation table of a store: a bbolt file
+// that holds the volumes, snapshots and branches, every version of every leaf,
+// and the accounting of the chunks, all as of one place in the log.
+//
+// It is a checkpoint, never on the path of a write: the engine changes memory
+// and the log, and brings this table up to date now and then, in one
+// transaction a checkpoint (Update). What the buckets and keys are is in
+// DESIGN.md, section 3.5; the bytes of the values are package format's.
+//
+// bbolt checks its two meta pages only and panics on other damage, or faults
+// when its file was cut. Every method here turns both into an error that
+// matches format.ErrCorrupt.
+package metadata
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"time"
+
+	"go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
+
+	"github.com/vdisk/vdisk/format"
+)
+
+// ErrLocked says that another process has the file open.
+var ErrLocked = errors.New("metadata: the table is open in another process")
+
+var (
+	bucketStore     = []byte("store")
+	bucketVolumes   = []byte("volumes")
+	bucketSnapshots = []byte("snapshots")
+	bucketBranches  = []byte("branches")
+	bucketLeaves    = []byte("leaves")
+	bucketChanges   = []byte("changes")
+	bucketChunks    = []byte("chunks")
+
+	keyCheckpoint = []byte("checkpoint")
+)
+
+// Sizing: a remap of the file waits for every reader, so the mapping starts
+// larger than most tables ever get. It costs address space only.
+const initialMmap = 1 << 30
+
+// Options are for Open.
+type Options struct {
+	Timeout time.Duration // how long to wait for bbolt's file lock; 0 is the shortest wait there is
+	NoSync  bool          // tests only: commit without fdatasync
+}
+
+// DB is an open table. Its methods may be called concurrently; bbolt allows
+// one Update at a time and many readers beside it.
+type DB struct{ b *bbolt.DB }
+
+// Open opens the table at path, making an empty one where there is none.
+func Open(path string, o Options) (db *DB, err error) {
+	defer guard(&err)()
+	if o.Timeout <= 0 {
+		o.Timeout = time.Millisecond // bbolt takes 0 for "for ever"
+	}
+	b, err := bbolt.Open(path, 0o600, &bbolt.Options{
+		Timeout:         o.Timeout,
+		NoSync:          o.NoSync,
+		NoGrowSync:      o.NoSync,
+		NoFreelistSync:  true,
+		FreelistType:    bbolt.FreelistMapType,
+		InitialMmapSize: initialMmap,
+	})
+	switch {
+	case errors.Is(err, berrors.ErrTimeout):
+		return nil, fmt.Errorf("%s: %w", path, ErrLocked)
+	case errors.Is(err, berrors.ErrInvalid), errors.Is(err, berrors.ErrChecksum), errors.Is(err, berrors.ErrVersionMismatch):
+		return nil, fmt.Errorf("%s: %v: %w", path, err, format.ErrCorrupt)
+	case err != nil:
+		return nil, fmt.Errorf("open the table: %w", err)
+	}
+	db = &DB{b}
+	err = db.Update(func(tx *Tx) error {
+		for _, name := range [][]byte{bucketStore, bucketVolumes, bucketSnapshots, bucketBranches, bucketLeaves, bucketChanges, bucketChunks} {
+			if _, err := tx.tx.CreateBucketIfNotExists(name); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		b.Close()
+		return nil, err
+	}
+	return db, nil
+}
+
+// Close waits for the readers and closes the file.
+func (d *DB) Close() error { return d.b.Close() }
+
+// Size is the size of the table's file in bytes.
+func (d *DB) Size() (n int64, err error) {
+	err = d.View(func(tx *Tx) error { n = tx.tx.Size(); return nil })
+	return n, err
+}
+
+// Update runs fn in a read-write transaction and commits it; on an error
+// nothing changes. When Update returns nil, the changes are durable.
+func (d *DB) Update(fn func(*Tx) error) (err error) {
+	defer guard(&err)()
+	return d.b.Update(func(tx *bbolt.Tx) error { return fn(&Tx{tx}) })
+}
+
+// View runs fn in a read-only transaction: one state, whatever is committed
+// meanwhile. A long one makes the file grow, since no page it sees is reused.
+func (d *DB) View(fn func(*Tx) error) (err error) {
+	defer guard(&err)()
+	return d.b.View(func(tx *bbolt.Tx) error { return fn(&Tx{tx}) })
+}
+
+// Begin starts a read-only transaction that the caller ends with Tx.Close.
+func (d *DB) Begin() (tx *Tx, err error) {
+	defer guard(&err)()
+	t, err := d.b.Begin(false)
+	if err != nil {
+		return nil, err
+	}
+	return &Tx{t}, nil
+}
+
+// Guard runs fn, which uses a transaction of Begin, and turns a panic over a
+// damaged page into an error.
+func Guard(fn func() error) (err error) {
+	defer guard(&err)()
+	return fn()
+}
+
+// guard turns a panic or a memory fault of bbolt over damaged pages into an
+// error. SetPanicOnFault is a setting of the calling goroutine.
+func guard(err *error) func() {
+	old := debug.SetPanicOnFault(true)
+	return func() {
+		debug.SetPanicOnFault(old)
+		if p := recover(); p != nil {
+			*err = fmt.Errorf("metadata: damaged table: %v: %w", p, format.ErrCorrupt)
+		}
+	}
+}
+
+// Tx is a transaction.
+type Tx struct{ tx *bbolt.Tx }
+
+// Close ends a transaction of Begin.
+func (t *Tx) Close() error { return t.tx.Rollback() }
+
+func id(n uint32) []byte { return binary.BigEndian.AppendUint32(nil, n) }
+
+// bucket returns a bucket, which Open has made.
+func (t *Tx) bucket(name []byte) (*bbolt.Bucket, error) {
+	b := t.tx.Bucket(name)
+	if b == nil {
+		return nil, fmt.Errorf("metadata: bucket %q is missing: %w", name, format.ErrCorrupt)
+	}
+	return b, nil
+}

@@ -1,0 +1,174 @@
+package metadata
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+
+	"github.com/vdisk/vdisk/format"
+)
+
+// Version names one version of one leaf.
+type Version struct {
+	Branch, Leaf, Epoch uint32
+}
+
+// A leaf's key inverts the epoch, so that a seek to (branch, leaf, epoch)
+// lands on the newest version at or before it.
+func (v Version) key() (k [12]byte) {
+	binary.BigEndian.PutUint32(k[0:], v.Branch)
+	binary.BigEndian.PutUint32(k[4:], v.Leaf)
+	binary.BigEndian.PutUint32(k[8:], ^v.Epoch)
+	return k
+}
+
+func (v Version) changeKey() (k [12]byte) {
+	binary.BigEndian.PutUint32(k[0:], v.Branch)
+	binary.BigEndian.PutUint32(k[4:], v.Epoch)
+	binary.BigEndian.PutUint32(k[8:], v.Leaf)
+	return k
+}
+
+func parseKey(k []byte) (Version, error) {
+	if len(k) != 12 {
+		return Version{}, fmt.Errorf("leaf key %x: %w", k, format.ErrCorrupt)
+	}
+	return Version{binary.BigEndian.Uint32(k), binary.BigEndian.Uint32(k[4:]), ^binary.BigEndian.Uint32(k[8:])}, nil
+}
+
+// Leaf decodes into l the newest version of a leaf of the branch itself at or
+// before v.Epoch, and returns its epoch; 0: there is none (origins are the
+// caller's to follow).
+func (t *Tx) Leaf(v Version, l *format.Leaf) (epoch uint32, err error) {
+	b, err := t.bucket(bucketLeaves)
+	if err != nil {
+		return 0, err
+	}
+	want := v.key()
+	k, val := b.Cursor().Seek(want[:])
+	if len(k) != 12 || !bytes.Equal(k[:8], want[:8]) {
+		return 0, nil
+	}
+	if err := format.DecodeLeaf(val, l); err != nil {
+		return 0, fmt.Errorf("branch %d leaf %d epoch %d: %w", v.Branch, v.Leaf, ^binary.BigEndian.Uint32(k[8:]), err)
+	}
+	return ^binary.BigEndian.Uint32(k[8:]), nil
+}
+
+// NextLeaf is the first leaf at or after from that has a version in the branch
+// itself; ok is false where there is none.
+func (t *Tx) NextLeaf(branch, from uint32) (leaf uint32, ok bool, err error) {
+	b, err := t.bucket(bucketLeaves)
+	if err != nil {
+		return 0, false, err
+	}
+	want := Version{branch, from, ^uint32(0)}.key()
+	k, _ := b.Cursor().Seek(want[:])
+	if len(k) != 12 || !bytes.Equal(k[:4], want[:4]) {
+		return 0, false, nil
+	}
+	return binary.BigEndian.Uint32(k[4:]), true, nil
+}
+
+// PutLeaf stores an encoded version (format.AppendLeaf), and that the leaf
+// changed in that epoch.
+func (t *Tx) PutLeaf(v Version, value []byte) error {
+	leaves, err := t.bucket(bucketLeaves)
+	if err != nil {
+		return err
+	}
+	changes, err := t.bucket(bucketChanges)
+	if err != nil {
+		return err
+	}
+	k, c := v.key(), v.changeKey()
+	if err := leaves.Put(k[:], value); err != nil {
+		return err
+	}
+	if changes.Get(c[:]) != nil {
+		return nil // most leaves of a checkpoint were in the one before it, too
+	}
+	return changes.Put(c[:], []byte{})
+}
+
+// DropLeaf removes a version.
+func (t *Tx) DropLeaf(v Version) error {
+	k, c := v.key(), v.changeKey()
+	if err := t.drop(bucketLeaves, k[:]); err != nil {
+		return err
+	}
+	return t.drop(bucketChanges, c[:])
+}
+
+// Changes calls fn for the versions of the branch with an epoch in [from.Epoch, to],
+// by epoch and leaf, starting at from.Leaf in the first epoch, until fn returns false.
+func (t *Tx) Changes(from Version, to uint32, fn func(Version) bool) error {
+	b, err := t.bucket(bucketChanges)
+	if err != nil {
+		return err
+	}
+	start := from.changeKey()
+	c := b.Cursor()
+	for k, _ := c.Seek(start[:]); k != nil; k, _ = c.Next() {
+		if len(k) != 12 {
+			return fmt.Errorf("change key %x: %w", k, format.ErrCorrupt)
+		}
+		v := Version{Branch: binary.BigEndian.Uint32(k), Epoch: binary.BigEndian.Uint32(k[4:]), Leaf: binary.BigEndian.Uint32(k[8:])}
+		if v.Branch != from.Branch || v.Epoch > to || !fn(v) {
+			return nil
+		}
+	}
+	return nil
+}
+
+// Versions calls fn for every version of every leaf: by branch, leaf, and then
+// the newest first. It stops at the first error of fn. The leaf is fn's until it returns.
+// A version that does not decode is handed to fn as bad, with a nil leaf.
+func (t *Tx) Versions(fn func(v Version, l *format.Leaf, bad error) error) error {
+	b, err := t.bucket(bucketLeaves)
+	if err != nil {
+		return err
+	}
+	var l format.Leaf
+	return b.ForEach(func(k, val []byte) error {
+		v, err := parseKey(k)
+		if err != nil {
+			return fn(v, nil, err)
+		}
+		if err := format.DecodeLeaf(val, &l); err != nil {
+			return fn(v, nil, err)
+		}
+		return fn(v, &l, nil)
+	})
+}
+
+// Changed says whether the changes bucket names v; Check compares it with the leaves.
+func (t *Tx) Changed(v Version) (bool, error) {
+	b, err := t.bucket(bucketChanges)
+	if err != nil {
+		return false, err
+	}
+	k := v.changeKey()
+	return b.Get(k[:]) != nil, nil
+}
+
+// Counts is the number of versions and of entries in the changes bucket.
+func (t *Tx) Counts() (versions, changes int, err error) {
+	l, err := t.bucket(bucketLeaves)
+	if err != nil {
+		return 0, 0, err
+	}
+	c, err := t.bucket(bucketChanges)
+	if err != nil {
+		return 0, 0, err
+	}
+	return l.Stats().KeyN, c.Stats().KeyN, nil
+}
+
+// CheckPages has bbolt prove that its reachable and free pages make all, and
+// calls fn for each violation.
+func (t *Tx) CheckPages(fn func(error)) {
+	for err := range t.tx.Check() {
+		fn(err)
+	}
+}

@@ -1,0 +1,134 @@
+package metadata
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/vdisk/vdisk/format"
+)
+
+// Tables is everything but the leaves.
+type Tables struct {
+	Checkpoint format.Checkpoint
+	Volumes    []format.Volume
+	Snapshots  []format.Snapshot
+	Branches   []format.Branch
+	Chunks     []format.Chunk
+}
+
+// Load reads the tables. Of a table that no checkpoint has been put in yet,
+// the Checkpoint is the zero value.
+func (t *Tx) Load() (*Tables, error) {
+	var tb Tables
+	b, err := t.bucket(bucketStore)
+	if err != nil {
+		return nil, err
+	}
+	if v := b.Get(keyCheckpoint); v != nil {
+		if err := format.DecodeRow(v, &tb.Checkpoint); err != nil {
+			return nil, fmt.Errorf("checkpoint row: %w", err)
+		}
+	}
+	err = errors.Join(
+		rows(t, bucketVolumes, &tb.Volumes, func(v *format.Volume) uint32 { return v.ID }),
+		rows(t, bucketSnapshots, &tb.Snapshots, func(v *format.Snapshot) uint32 { return v.ID }),
+		rows(t, bucketBranches, &tb.Branches, func(v *format.Branch) uint32 { return v.ID }),
+		t.chunks(&tb.Chunks),
+	)
+	if err != nil {
+		return nil, err
+	}
+	return &tb, nil
+}
+
+// rows appends the rows of a bucket whose keys are ids to *out.
+func rows[T any](t *Tx, bucket []byte, out *[]T, idOf func(*T) uint32) error {
+	b, err := t.bucket(bucket)
+	if err != nil {
+		return err
+	}
+	return b.ForEach(func(k, v []byte) error {
+		var row T
+		if err := format.DecodeRow(v, &row); err != nil {
+			return fmt.Errorf("%s row %x: %w", bucket, k, err)
+		}
+		if len(k) != 4 || binary.BigEndian.Uint32(k) != idOf(&row) {
+			return fmt.Errorf("%s row %x holds id %d: %w", bucket, k, idOf(&row), format.ErrCorrupt)
+		}
+		*out = append(*out, row)
+		return nil
+	})
+}
+
+func (t *Tx) chunks(out *[]format.Chunk) error {
+	b, err := t.bucket(bucketChunks)
+	if err != nil {
+		return err
+	}
+	return b.ForEach(func(k, v []byte) error {
+		if len(k) != 4 {
+			return fmt.Errorf("chunk row %x: %w", k, format.ErrCorrupt)
+		}
+		c, err := format.DecodeChunk(binary.BigEndian.Uint32(k), v)
+		if err != nil {
+			return fmt.Errorf("chunk row %x: %w", k, err)
+		}
+		*out = append(*out, c)
+		return nil
+	})
+}
+
+// PutCheckpoint stores the checkpoint row.
+func (t *Tx) PutCheckpoint(c *format.Checkpoint) error { return t.put(bucketStore, keyCheckpoint, c) }
+
+// PutVolume stores a volume's row under its id; so do the next two.
+func (t *Tx) PutVolume(v *format.Volume) error { return t.put(bucketVolumes, id(v.ID), v) }
+
+// PutSnapshot stores a snapshot's row.
+func (t *Tx) PutSnapshot(v *format.Snapshot) error { return t.put(bucketSnapshots, id(v.ID), v) }
+
+// PutBranch stores a branch's row.
+func (t *Tx) PutBranch(v *format.Branch) error { return t.put(bucketBranches, id(v.ID), v) }
+
+// DropVolume removes a row; one that is not there is no error. So do the next two.
+func (t *Tx) DropVolume(n uint32) error { return t.drop(bucketVolumes, id(n)) }
+
+// DropSnapshot removes a snapshot's row.
+func (t *Tx) DropSnapshot(n uint32) error { return t.drop(bucketSnapshots, id(n)) }
+
+// DropBranch removes a branch's row.
+func (t *Tx) DropBranch(n uint32) error { return t.drop(bucketBranches, id(n)) }
+
+// PutChunk stores the accounting of a chunk.
+func (t *Tx) PutChunk(c *format.Chunk) error {
+	b, err := t.bucket(bucketChunks)
+	if err != nil {
+		return err
+	}
+	v := c.Encode()
+	return b.Put(id(c.Slot), v[:])
+}
+
+// DropChunk removes the row of a slot.
+func (t *Tx) DropChunk(slot uint32) error { return t.drop(bucketChunks, id(slot)) }
+
+func (t *Tx) put(bucket, key []byte, v any) error {
+	b, err := t.bucket(bucket)
+	if err != nil {
+		return err
+	}
+	row, err := format.AppendRow(nil, v)
+	if err != nil {
+		return err
+	}
+	return b.Put(key, row)
+}
+
+func (t *Tx) drop(bucket, key []byte) error {
+	b, err := t.bucket(bucket)
+	if err != nil {
+		return err
+	}
+	return b.Delete(key)
+}
