@@ -89,7 +89,7 @@ func (c *conn) run() error {
 }
 
 func (c *conn) receive() error {
-	for {
+	for !c.out.failed.Load() {
 		b, err := c.in.next(requestLen)
 		if err != nil {
 			return err
@@ -105,6 +105,7 @@ func (c *conn) receive() error {
 			return err
 		}
 	}
+	return c.out.err
 }
 
 // dispatch does req or hands it over. It returns an error only if the connection is of no more use.

@@ -1,8 +1,10 @@
 package nbd
 
 import (
+	"fmt"
 	"net"
 	"sync"
+	"sync/atomic"
 )
 
 // packet is bytes to send and what they hold until they are sent. The sender owns it once it has it.
@@ -47,10 +49,14 @@ type sender struct {
 	spare []*packet  // the slice that queue takes when the writer takes queue
 	busy  bool       // somebody is writing, and will write what is in queue
 
+	// failed is set when a write failed: the connection is closed, packets are dropped, and there is
+	// no point in doing further requests.
+	failed atomic.Bool
+
 	// Owned by who set busy.
-	failed bool        // a write failed; the connection is closed and packets are dropped
-	vec    net.Buffers // consumed by a write
-	store  net.Buffers // vec's whole slice, to be used again
+	err   error       // why failed is set; written before it is
+	vec   net.Buffers // consumed by a write
+	store net.Buffers // vec's whole slice, to be used again
 }
 
 // send queues p, and writes it and all that others queue meanwhile unless somebody else is writing.
@@ -76,15 +82,16 @@ func (s *sender) send(p *packet) {
 
 // write writes packets, or drops them if the connection is broken, and gives back what they hold.
 func (s *sender) write(packets []*packet) {
-	if !s.failed {
+	if !s.failed.Load() {
 		s.vec = s.store[:0]
 		for _, p := range packets {
 			s.vec = append(s.vec, p.vec...)
 		}
 		s.store = s.vec
 		if err := s.writeVec(); err != nil {
-			s.failed = true
-			s.conn.Close() // the receiver notices
+			s.err = fmt.Errorf("nbd: send: %w", err)
+			s.failed.Store(true)
+			s.conn.Close() // wakes the receiver
 		}
 		clear(s.store)
 	}
