@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -73,7 +74,7 @@ func Build(ctx context.Context, opts Options) (*Image, error) {
 	}
 	if !opts.Force {
 		if img, ok := b.open(specs); ok {
-			return img, b.need(runTools)
+			return img, b.install(ctx, runTools)
 		}
 	}
 	if err := b.build(ctx, specs, opts.Force); err != nil {
@@ -146,7 +147,7 @@ func (b *builder) build(ctx context.Context, specs []kernelSpec, force bool) err
 	if err := b.sweep(); err != nil {
 		return err
 	}
-	if err := b.install(ctx, append(append([]string(nil), buildTools...), runTools...)); err != nil {
+	if err := b.install(ctx, slices.Concat(buildTools, runTools)); err != nil {
 		return err
 	}
 	if force || !isDir(b.rootPath()) {

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -31,14 +32,6 @@ var (
 
 // keyring is where Debian's archive keys are, on Debian and on Ubuntu (package debian-archive-keyring).
 const keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
-
-// need is an error unless every program is there.
-func (b *builder) need(programs []string) error {
-	if missing := missingPackages(programs); len(missing) > 0 {
-		return fmt.Errorf("%w: missing %s: apt-get install %[2]s", ErrUnavailable, strings.Join(missing, " "))
-	}
-	return nil
-}
 
 func missingPackages(programs []string) []string {
 	var missing []string
@@ -66,14 +59,17 @@ func lookTool(program string) string {
 	return ""
 }
 
-// install gets the packages of the missing programs, and Debian's keys.
+// install gets the packages of the missing programs; debootstrap comes with Debian's keys.
 func (b *builder) install(ctx context.Context, programs []string) error {
 	missing := missingPackages(programs)
-	if _, err := os.Stat(keyring); err != nil {
+	if _, err := os.Stat(keyring); err != nil && slices.Contains(programs, "debootstrap") {
 		missing = append(missing, "debian-archive-keyring")
 	}
 	if len(missing) == 0 {
 		return nil
+	}
+	if os.Geteuid() != 0 {
+		return fmt.Errorf("%w: missing %s: as root, apt-get install %[2]s", ErrUnavailable, strings.Join(missing, " "))
 	}
 	if lookTool("apt-get") == "" {
 		return fmt.Errorf("%w: missing %s and there is no apt-get: use a Debian or Ubuntu machine, or install them by hand", ErrUnavailable, strings.Join(missing, " "))

@@ -53,8 +53,8 @@ const (
 	defaultMemory  = 3072
 	defaultScratch = 8 << 30
 	resultsSize    = 4 << 30
-	// bootTimeout is for one try; an emulated guest takes 5 to 10 s on an idle machine.
-	bootTimeout = 90 * time.Second
+	// bootTimeout is for one try; an emulated guest takes 6 s on an idle machine, 40 s on a very busy one.
+	bootTimeout = 120 * time.Second
 	// endTimeout is how long the guest may take to reset once its payload has ended.
 	endTimeout = 60 * time.Second
 )

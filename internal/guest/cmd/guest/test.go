@@ -178,7 +178,7 @@ type goPackage struct {
 // gather compiles what goes into the guest.
 func (a *app) gather(ctx context.Context, work string, patterns []string, o *testOptions) (*suite, error) {
 	s := &suite{files: map[string]string{}}
-	if _, err := os.Stat("cmd/vdisk"); err == nil {
+	if main, _ := filepath.Glob("cmd/vdisk/*.go"); len(main) > 0 {
 		if err := a.compile(ctx, "build", filepath.Join(work, "vdisk"), "./cmd/vdisk"); err != nil {
 			return nil, err
 		}
