@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -360,18 +361,20 @@ func TestPipelining(t *testing.T) {
 			out.WriteString(reqBytes(0, cmdWrite, uint64(i), uint64(off), uint32(size)) + p)
 		}
 		// In pieces that do not respect requests.
-		go func(b []byte) {
-			for len(b) > 0 {
+		var sent sync.WaitGroup
+		sent.Go(func() {
+			for b := out.Bytes(); len(b) > 0; {
 				k := min(len(b), 1+rng.IntN(50000))
 				c.Write(b[:k])
 				b = b[k:]
 			}
-		}(out.Bytes())
+		})
 		for range n {
 			if r := c.reply(0); r.errno != 0 {
 				t.Fatalf("reply %+v", r)
 			}
 		}
+		sent.Wait()
 	}
 	if !bytes.Equal(d.content(), model) {
 		t.Fatal("data differ")
