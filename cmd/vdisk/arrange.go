@@ -1,0 +1,85 @@
+package main
+
+import (
+	"slices"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+)
+
+// arrange puts the arguments into the order that package cli understands: it takes what follows the first argument of a
+// command that is no flag for an argument, even "--size 10G". Flags of the program move to before the command, flags of
+// the command to right behind it, and the rest follows "--".
+func arrange(program *cli.App, args []string) []string {
+	global := flagTable(program.Flags)
+	global.add(cli.HelpFlag, cli.VersionFlag)
+	rest := args[1:]
+	var before, flags, positional []string
+	var command *cli.Command
+	var local table
+	for len(rest) > 0 {
+		arg := rest[0]
+		rest = rest[1:]
+		switch {
+		case arg == "--":
+			positional = append(positional, rest...)
+			rest = nil
+		case !strings.HasPrefix(arg, "-") || arg == "-":
+			if command == nil && len(positional) == 0 {
+				if arg == "help" { // vdisk help, vdisk help COMMAND
+					rest = append(rest, "--help")
+					continue
+				}
+				if command = program.Command(arg); command != nil {
+					local = flagTable(command.Flags)
+					local.add(cli.HelpFlag)
+					continue
+				}
+			}
+			positional = append(positional, arg)
+		default:
+			name, _, hasValue := strings.Cut(strings.TrimLeft(arg, "-"), "=")
+			taker, to := local, &flags
+			if _, ok := local[name]; !ok {
+				if _, ok := global[name]; ok || command == nil {
+					taker, to = global, &before
+				}
+			}
+			*to = append(*to, arg)
+			if taker[name] && !hasValue && len(rest) > 0 {
+				*to = append(*to, rest[0])
+				rest = rest[1:]
+			}
+		}
+	}
+	out := append([]string{args[0]}, before...)
+	if command == nil {
+		return append(out, positional...)
+	}
+	out = append(append(out, command.Name), flags...)
+	if len(positional) > 0 {
+		out = append(append(out, "--"), positional...)
+	}
+	return out
+}
+
+// table says of each flag's names whether it takes a value.
+type table map[string]bool
+
+func flagTable(flags []cli.Flag) table {
+	t := table{}
+	t.add(flags...)
+	return t
+}
+
+func (t table) add(flags ...cli.Flag) {
+	for _, f := range flags {
+		takes := true
+		if d, ok := f.(cli.DocGenerationFlag); ok {
+			takes = d.TakesValue()
+		}
+		for _, name := range slices.Concat(f.Names()) {
+			t[name] = takes
+		}
+	}
+}

@@ -1,0 +1,63 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/vdisk/vdisk/internal/owner"
+)
+
+func (a *app) attachCommand() *cli.Command {
+	return a.command(arity{1, 1}, &cli.Command{
+		Name:      "attach",
+		Category:  groupAccess,
+		Usage:     "make a block device (ublk) of a volume or snapshot, and print its path",
+		UsageText: "vdisk attach VOL[@SNAP] [--read-only] [--queues N] [--depth N]",
+		Description: "The device is served by the process that owns the store; when there is none, a daemon is started, which ends\n" +
+			"with the last device. Its log is STORE/daemon.log. Snapshots are read-only.",
+		Flags: []cli.Flag{
+			&cli.BoolFlag{Name: "read-only", Usage: "refuse writes"},
+			&cli.IntFlag{Name: "queues", Usage: "hardware queues, each with a thread (default: one a CPU, at most 4)"},
+			&cli.IntFlag{Name: "depth", Usage: "requests under way in a queue (default: 64)"},
+		},
+	}, a.attach)
+}
+
+func (a *app) attach(c *cli.Context) error {
+	r, err := ref(c, 0)
+	if err != nil {
+		return err
+	}
+	for _, flag := range []string{"queues", "depth"} {
+		if c.IsSet(flag) && c.Int(flag) < 1 {
+			return usageError{c, fmt.Errorf("--%s %d: at least 1 is needed", flag, c.Int(flag))}
+		}
+	}
+	daemon := []string{"--store", a.dir, "--lock-timeout", "0s", "daemon", "--until-idle", "--ready"}
+	s, err := owner.OpenLasting(c.Context, a.dir, a.options(c), daemon)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	d, err := s.Attach(c.Context, owner.AttachOptions{Ref: r, ReadOnly: c.Bool("read-only"), Queues: c.Int("queues"), Depth: c.Int("depth")})
+	if err != nil {
+		return err
+	}
+	return a.print(deviceJSONOf(d), func() error {
+		_, err := fmt.Fprintln(a.stdout, d.Path)
+		return err
+	})
+}
+
+func (a *app) detachCommand() *cli.Command {
+	return a.command(arity{1, 1}, &cli.Command{
+		Name:        "detach",
+		Category:    groupAccess,
+		Usage:       "remove a block device",
+		UsageText:   "vdisk detach VOL[@SNAP]|/dev/ublkbN",
+		Description: "A device that is open or mounted is left alone. All that was written to it is durable when the command returns.",
+	}, func(c *cli.Context) error {
+		return a.with(c, func(s owner.Store) error { return s.Detach(c.Context, c.Args().First()) })
+	})
+}

@@ -1,0 +1,95 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/owner"
+)
+
+func (a *app) checkCommand() *cli.Command {
+	return a.command(arity{0, 1}, &cli.Command{
+		Name:        "check",
+		Category:    groupMaintenance,
+		Usage:       "prove the structure of the store, or of one volume",
+		UsageText:   "vdisk check [VOL] [--read-data]",
+		Description: "Exit codes: 0 all is well, 6 something is damaged, 7 only space is lost.",
+		Flags:       []cli.Flag{&cli.BoolFlag{Name: "read-data", Usage: "read and verify all data as well"}},
+	}, a.check)
+}
+
+// problemJSON is one finding in the output for programs.
+type problemJSON struct {
+	Kind  string `json:"kind"` // corrupt or leak
+	Where string `json:"where"`
+	What  string `json:"what"`
+}
+
+// checkJSON is the outcome of a check in the output for programs.
+type checkJSON struct {
+	OK        bool          `json:"ok"`
+	Problems  []problemJSON `json:"problems"`
+	Corrupt   int           `json:"corrupt"`
+	Leaks     int           `json:"leaks"`
+	Branches  int64         `json:"branches"`
+	Leaves    int64         `json:"leaves"`
+	Entries   int64         `json:"entries"`
+	Chunks    int64         `json:"chunk_files"`
+	LiveBytes int64         `json:"live_bytes"`
+	DataBytes int64         `json:"data_bytes"` // read and verified
+}
+
+func (a *app) check(c *cli.Context) error {
+	name := ""
+	if c.NArg() > 0 {
+		var err error
+		if name, err = volumeName(c, 0); err != nil {
+			return err
+		}
+	}
+	return a.during(c, func(s owner.Store) error {
+		j := checkJSON{Problems: []problemJSON{}}
+		bar := a.progress("checking", -1)
+		o := cow.CheckOptions{ReadData: c.Bool("read-data"), Volume: name, Progress: bar.of}
+		r, err := s.Check(c.Context, o, func(p cow.Problem) {
+			if a.json {
+				j.Problems = append(j.Problems, problemJSON{p.Kind, p.Where, p.What})
+				return
+			}
+			bar.finish()
+			fmt.Fprintf(a.stdout, "%s: %s: %s\n", p.Kind, p.Where, p.What)
+		})
+		bar.finish()
+		if err != nil {
+			return err
+		}
+		j.OK, j.Corrupt, j.Leaks = r.Corrupt+r.Leaks == 0, r.Corrupt, r.Leaks
+		j.Branches, j.Leaves, j.Entries, j.Chunks, j.LiveBytes, j.DataBytes = r.Branches, r.Versions, r.Entries, r.Chunks, r.LiveBytes, r.DataBytes
+		if err := a.print(j, func() error { return a.checked(j, o.ReadData) }); err != nil {
+			return err
+		}
+		return verdict(r)
+	})
+}
+
+func (a *app) checked(j checkJSON, readData bool) error {
+	data := ""
+	if readData {
+		data = fmt.Sprintf(", %s of data read", a.size(j.DataBytes))
+	}
+	_, err := fmt.Fprintf(a.stdout, "%d branches, %d leaves, %d entries, %d chunks, %s live%s: %d corrupt, %d leaks\n",
+		j.Branches, j.Leaves, j.Entries, j.Chunks, a.size(j.LiveBytes), data, j.Corrupt, j.Leaks)
+	return err
+}
+
+func verdict(r cow.CheckReport) error {
+	switch {
+	case r.Corrupt > 0:
+		return fmt.Errorf("the check found %d damaged places: %w", r.Corrupt, cow.ErrCorrupt)
+	case r.Leaks > 0:
+		return fmt.Errorf("the check found %d leaks: %w", r.Leaks, errLeaks)
+	}
+	return nil
+}

@@ -1,0 +1,92 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/owner"
+)
+
+func (a *app) createCommand() *cli.Command {
+	return a.command(arity{1, 1}, &cli.Command{
+		Name:      "create",
+		Category:  groupVolumes,
+		Usage:     "make a volume, and the store if there is none",
+		UsageText: "vdisk create VOL --size SIZE [--from FILE|-] [--compress none|s2|zstd[:N]] [--logical-block 512|4096]",
+		Flags: append(volumeFlags(), formatFlag(),
+			&cli.StringFlag{Name: "size", Aliases: []string{"s"}, Usage: "`SIZE` of the volume, as 10G; with --from the default is the file's"},
+			&cli.StringFlag{Name: "from", Usage: "fill it from a raw image or block device, or - for standard input"},
+		),
+	}, a.create)
+}
+
+// volumeFlags are those of all commands that make a volume of its own kind.
+func volumeFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "compress", Usage: "none, s2, or zstd with a level from 1 (fast) to 19 (small), as zstd:9", Value: "s2"},
+		&cli.IntFlag{Name: "logical-block", Usage: "unit of addressing, 512 or 4096 bytes", Value: 512},
+	}
+}
+
+// volumeOptions reads the flags of volumeFlags.
+func volumeOptions(c *cli.Context) (o cow.VolumeOptions, err error) {
+	name, level, hasLevel := strings.Cut(c.String("compress"), ":")
+	if o.Codec, err = format.ParseCodec(name); err != nil {
+		return o, usageError{c, fmt.Errorf("--compress: %w", err)}
+	}
+	if hasLevel {
+		if o.Level, err = strconv.Atoi(level); err != nil || o.Level == 0 {
+			return o, usageError{c, fmt.Errorf("--compress %s: the level is no number from 1 on", c.String("compress"))}
+		}
+	}
+	if err := format.CheckLevel(o.Codec, o.Level); err != nil {
+		return o, usageError{c, fmt.Errorf("--compress: %w", err)}
+	}
+	if o.LogicalBlock = c.Int("logical-block"); o.LogicalBlock != 512 && o.LogicalBlock != 4096 {
+		return o, usageError{c, fmt.Errorf("--logical-block %d: 512 and 4096 are possible", o.LogicalBlock)}
+	}
+	return o, nil
+}
+
+func (a *app) create(c *cli.Context) error {
+	name, err := volumeName(c, 0)
+	if err != nil {
+		return err
+	}
+	o, err := volumeOptions(c)
+	if err != nil {
+		return err
+	}
+	if c.IsSet("size") {
+		if o.Size, err = parseSize(c.String("size")); err != nil {
+			return err
+		}
+		if o.Size <= 0 || o.Size%int64(o.LogicalBlock) != 0 {
+			return usagef("size %s: a positive multiple of the logical block (%d) is needed", c.String("size"), o.LogicalBlock)
+		}
+	}
+	if c.IsSet("from") {
+		return a.importFrom(c, c.String("from"), name, o)
+	}
+	if o.Size == 0 {
+		return usageError{c, errors.New("--size is missing")}
+	}
+	return a.duringNew(c, func(s owner.Store) error {
+		v, err := s.CreateVolume(c.Context, name, o)
+		if err != nil {
+			return err
+		}
+		return a.made(owner.Volume{VolumeInfo: v})
+	})
+}
+
+// made shows a new volume to programs; people know what they asked for.
+func (a *app) made(v owner.Volume) error {
+	return a.print(volumeOf(v), func() error { return nil })
+}

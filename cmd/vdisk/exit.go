@@ -1,0 +1,126 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"strings"
+	"syscall"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/owner"
+)
+
+// Exit codes. They are a promise to scripts.
+const (
+	exitOK          = 0
+	exitFailed      = 1
+	exitUsage       = 2
+	exitNotFound    = 3
+	exitExists      = 4
+	exitBusy        = 5
+	exitCorrupt     = 6
+	exitLeaks       = 7
+	exitUnsupported = 8
+	exitNoSpace     = 9
+	exitSignal      = 128 // plus the signal's number
+)
+
+// usageError is a command that was not written as it must be.
+type usageError struct {
+	c   *cli.Context // may be nil
+	err error
+}
+
+func (e usageError) Error() string { return e.err.Error() }
+
+func usagef(format string, args ...any) error { return usageError{nil, fmt.Errorf(format, args...)} }
+
+// signalError is the cause of a command's end by a signal.
+type signalError struct{ signal syscall.Signal }
+
+func (e signalError) Error() string { return "stopped by a signal (" + e.signal.String() + ")" }
+
+// errLeaks is the outcome of a check that found nothing worse than wasted space.
+var errLeaks = errors.New("space is lost to leaks; the data is sound")
+
+// kinds are what errors are told by, the first that matches.
+var kinds = []struct {
+	err  error
+	exit int
+	code string
+	hint string // the way out, where the error itself cannot tell it
+}{
+	{errLeaks, exitLeaks, "leaks", ""},
+	{cow.ErrNoSpace, exitNoSpace, "no-space", "nothing was changed by what did not fit; free space on the store's file system, or remove snapshots or volumes (vdisk rm)"},
+	{syscall.ENOSPC, exitNoSpace, "no-space", "free space on that file system"},
+	{syscall.EDQUOT, exitNoSpace, "no-space", "raise the quota, or free space"},
+	{cow.ErrCorrupt, exitCorrupt, "corrupt", "'vdisk check' lists all that is damaged; what still reads can be saved with 'vdisk export'"},
+	{cow.ErrVersion, exitUnsupported, "newer-format", "use the version of vdisk that made it, or a later one; nothing was touched"},
+	{cow.ErrNotStore, exitFailed, "not-a-store", "give another folder with --store or VDISK_STORE; nothing was touched"},
+	{owner.ErrUnsupported, exitUnsupported, "unsupported", "'vdisk features' shows what this machine offers; 'vdisk serve' (NBD) needs nothing of the kernel"},
+	{cow.ErrNotFound, exitNotFound, "not-found", "'vdisk ls -t all' lists what there is"},
+	{fs.ErrNotExist, exitNotFound, "not-found", ""},
+	{cow.ErrExists, exitExists, "exists", "take another name, or remove or rename what has it (vdisk rm, vdisk rename)"},
+	{fs.ErrExist, exitExists, "exists", ""},
+	{cow.ErrBusy, exitBusy, "busy", ""},
+	{cow.ErrInvalid, exitUsage, "invalid", ""},
+	{cow.ErrFailed, exitFailed, "store-failed", "look for I/O errors in the kernel's log; what was flushed is safe, and is there after the store's owner is started again"},
+	{fs.ErrPermission, exitFailed, "permission", "stores belong to the user who made them; use that user, or --store"},
+}
+
+// classify gives an error its exit code, its name for programs, and a hint.
+func classify(err error) (exit int, code, hint string) {
+	var usage usageError
+	var signal signalError
+	var locked *cow.LockedError
+	var noStore noStoreError
+	switch {
+	case errors.As(err, &noStore):
+		return exitNotFound, "not-found", "the first 'vdisk create' or 'vdisk import' makes it; --store or VDISK_STORE name another"
+	case errors.As(err, &locked):
+		return exitBusy, "busy", "wait until that has ended, or give a longer --lock-timeout"
+	case errors.As(err, &signal):
+		return exitSignal + int(signal.signal), "signal", ""
+	case errors.As(err, &usage):
+		if usage.c != nil && usage.c.Command != nil && usage.c.Command.UsageText != "" {
+			hint = usage.c.Command.UsageText
+		}
+		return exitUsage, "usage", hint
+	}
+	for _, k := range kinds {
+		if errors.Is(err, k.err) {
+			return k.exit, k.code, k.hint
+		}
+	}
+	return exitFailed, "failed", ""
+}
+
+// oneLine is an error's text; joined errors have a line each.
+func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }
+
+// fail tells of an error, and returns the exit code.
+func (a *app) fail(err error) int {
+	exit, code, hint := classify(err)
+	if a.json {
+		_ = json.NewEncoder(a.stderr).Encode(struct {
+			Error string `json:"error"`
+			Code  string `json:"code"`
+			Exit  int    `json:"exit"`
+			Hint  string `json:"hint,omitempty"`
+		}{oneLine(err), code, exit, hint})
+		return exit
+	}
+	fmt.Fprintf(a.stderr, "vdisk: %s\n", oneLine(err))
+	switch {
+	case hint == "":
+	case code == "usage":
+		fmt.Fprintf(a.stderr, "usage: %s\n", hint)
+	default:
+		fmt.Fprintf(a.stderr, "hint: %s\n", hint)
+	}
+	return exit
+}

@@ -1,0 +1,77 @@
+package main
+
+import (
+	"fmt"
+	"runtime"
+	"runtime/debug"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/owner"
+)
+
+func (a *app) featuresCommand() *cli.Command {
+	return a.command(arity{0, 0}, &cli.Command{
+		Name:      "features",
+		Category:  groupAccess,
+		Usage:     "show what this machine offers: ublk, io_uring, NBD",
+		UsageText: "vdisk features",
+	}, func(c *cli.Context) error {
+		m := owner.Machine(c.Context)
+		return a.print(m, func() error {
+			list := [][2]string{{"kernel", m.Kernel}, {"attach (ublk)", yes(m.Ublk.Available, m.Ublk.Reason)}}
+			for _, f := range m.Ublk.Features {
+				list = append(list, [2]string{"", f.Name + " (Linux " + f.Since + ")"})
+			}
+			return a.fields(append(list,
+				[2]string{"io_uring", yes(m.IOUring.Available, m.IOUring.Reason)},
+				[2]string{"serve (NBD)", "yes: needs nothing of the kernel"},
+				[2]string{"kernel's NBD client", yes(m.NBDClient.Available, m.NBDClient.Reason)},
+			))
+		})
+	})
+}
+
+func yes(available bool, reason string) string {
+	if available {
+		return "yes"
+	}
+	return "no: " + reason
+}
+
+func (a *app) versionCommand() *cli.Command {
+	return a.command(arity{0, 0}, &cli.Command{
+		Name:      "version",
+		Category:  groupMaintenance,
+		Usage:     "print the version",
+		UsageText: "vdisk version",
+	}, func(*cli.Context) error {
+		j := struct {
+			Version string `json:"version"`
+			Go      string `json:"go"`
+			Format  uint32 `json:"store_format"` // the newest that it knows
+		}{version(), runtime.Version(), format.StoreVersion}
+		return a.print(j, func() error {
+			_, err := fmt.Fprintf(a.stdout, "vdisk %s, store format %d, %s\n", j.Version, j.Format, j.Go)
+			return err
+		})
+	})
+}
+
+// version is the module's version, or the commit that the program was built from.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	if v := info.Main.Version; v != "" && v != "(devel)" {
+		return v
+	}
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" {
+			return "devel-" + s.Value[:min(12, len(s.Value))]
+		}
+	}
+	return "devel"
+}

@@ -1,0 +1,182 @@
+package main
+
+import (
+	"fmt"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/owner"
+)
+
+func (a *app) infoCommand() *cli.Command {
+	return a.command(arity{0, 1}, &cli.Command{
+		Name:      "info",
+		Category:  groupVolumes,
+		Usage:     "show the store, a volume or a snapshot",
+		UsageText: "vdisk info [VOL[@SNAP]]",
+	}, func(c *cli.Context) error {
+		if c.NArg() == 0 {
+			return a.with(c, func(s owner.Store) error { return a.storeInfo(c, s) })
+		}
+		r, err := ref(c, 0)
+		if err != nil {
+			return err
+		}
+		return a.with(c, func(s owner.Store) error { return a.refInfo(c, s, r) })
+	})
+}
+
+// storeJSON is the store in the output for programs.
+type storeJSON struct {
+	Store      string     `json:"store"`
+	UUID       string     `json:"uuid"`
+	Version    int        `json:"version"`
+	Created    time.Time  `json:"created"`
+	Volumes    int        `json:"volumes"`
+	Snapshots  int        `json:"snapshots"`
+	ChunkFiles int        `json:"chunk_files"`
+	ChunkBytes int64      `json:"chunk_bytes"` // of the log's files
+	LiveBytes  int64      `json:"live_bytes"`  // of them, what is referred to
+	MetaBytes  int64      `json:"meta_bytes"`
+	FreeBytes  int64      `json:"free_bytes"` // of the file system
+	Owner      *ownerJSON `json:"owner"`      // null when no other process has the store open
+}
+
+type ownerJSON struct {
+	PID      int           `json:"pid"`
+	Command  string        `json:"command"`
+	Started  time.Time     `json:"started"`
+	Devices  []deviceJSON  `json:"devices"`
+	Services []serviceJSON `json:"services"`
+}
+
+// deviceJSON is an attached device in the output for programs.
+type deviceJSON struct {
+	Name     string `json:"name"` // VOL or VOL@SNAP
+	Path     string `json:"path"`
+	ReadOnly bool   `json:"read_only"`
+}
+
+type serviceJSON struct {
+	Socket   string   `json:"socket"`
+	ReadOnly bool     `json:"read_only"`
+	Exports  []string `json:"exports"` // empty: all
+	Clients  int      `json:"clients"`
+}
+
+func deviceJSONOf(d owner.Device) deviceJSON {
+	return deviceJSON{Name: d.Ref.String(), Path: d.Path, ReadOnly: d.ReadOnly}
+}
+
+func ownerOf(s owner.Store, st owner.Status) *ownerJSON {
+	if _, remote := s.(*owner.Client); !remote {
+		return nil
+	}
+	j := &ownerJSON{PID: st.PID, Command: st.Command, Started: st.Started.UTC(), Devices: []deviceJSON{}, Services: []serviceJSON{}}
+	for _, d := range st.Devices {
+		j.Devices = append(j.Devices, deviceJSONOf(d))
+	}
+	for _, v := range st.Services {
+		j.Services = append(j.Services, serviceJSON{Socket: v.Socket, ReadOnly: v.ReadOnly, Exports: v.Exports, Clients: v.Clients})
+	}
+	return j
+}
+
+func (a *app) storeInfo(c *cli.Context, s owner.Store) error {
+	st, err := s.Status(c.Context)
+	if err != nil {
+		return err
+	}
+	i, err := s.Info(c.Context)
+	if err != nil {
+		return err
+	}
+	j := storeJSON{Store: a.dir, UUID: i.UUID, Version: i.Version, Created: i.Created.UTC(), Volumes: i.Volumes, Snapshots: i.Snapshots,
+		ChunkFiles: i.Chunks, ChunkBytes: i.ChunkBytes, LiveBytes: i.LiveBytes, MetaBytes: i.MetaBytes, FreeBytes: i.FreeBytes, Owner: ownerOf(s, st)}
+	return a.print(j, func() error { return a.fields(storeFields(a, j)) })
+}
+
+func storeFields(a *app, j storeJSON) [][2]string {
+	f := [][2]string{
+		{"store", j.Store}, {"uuid", j.UUID}, {"format", fmt.Sprint(j.Version)}, {"created", when(j.Created)},
+		{"volumes", fmt.Sprint(j.Volumes)}, {"snapshots", fmt.Sprint(j.Snapshots)},
+		{"log", fmt.Sprintf("%s in %d chunks, %s live", a.size(j.ChunkBytes), j.ChunkFiles, a.size(j.LiveBytes))},
+		{"table", a.size(j.MetaBytes)}, {"free", a.size(j.FreeBytes)},
+	}
+	if j.Owner == nil {
+		return append(f, [2]string{"owner", "none"})
+	}
+	f = append(f, [2]string{"owner", fmt.Sprintf("pid %d (%s), since %s", j.Owner.PID, j.Owner.Command, when(j.Owner.Started))})
+	for _, d := range j.Owner.Devices {
+		f = append(f, [2]string{"attached", d.Name + " as " + d.Path})
+	}
+	for _, v := range j.Owner.Services {
+		what := "all volumes and snapshots"
+		if len(v.Exports) > 0 {
+			what = strings.Join(v.Exports, ", ")
+		}
+		f = append(f, [2]string{"served", fmt.Sprintf("%s at %s, %d clients", what, v.Socket, v.Clients)})
+	}
+	return f
+}
+
+func (a *app) refInfo(c *cli.Context, s owner.Store, r cow.Ref) error {
+	v, err := s.Volume(c.Context, r.Volume)
+	if err != nil {
+		return err
+	}
+	j := volumeOf(v)
+	u, err := s.Usage(c.Context, r)
+	if err != nil {
+		return err
+	}
+	if r.Snapshot == "" {
+		j.Usage = usageOf(u)
+		return a.print(j, func() error { return a.fields(volumeFields(a, j)) })
+	}
+	for _, sn := range j.Snapshots {
+		if sn.Name == r.String() {
+			sn.Usage = usageOf(u)
+			return a.print(sn, func() error { return a.fields(snapshotFields(a, sn)) })
+		}
+	}
+	return fmt.Errorf("snapshot %v: %w", r, cow.ErrNotFound)
+}
+
+func volumeFields(a *app, j volumeJSON) [][2]string {
+	f := [][2]string{
+		{"volume", j.Name}, {"size", a.size(j.Size)}, {"mapped", a.size(j.Usage.Mapped)},
+		{"stored", fmt.Sprintf("%s (ratio %s)", a.size(j.Usage.Stored), ratio(j.Usage.Mapped, j.Usage.Stored))},
+		{"compress", j.Compress}, {"logical block", fmt.Sprint(j.LogicalBlock)}, {"created", when(j.Created)},
+		{"origin", dash(j.Origin)}, {"device", dash(j.Device)},
+	}
+	for _, s := range j.Snapshots {
+		text := fmt.Sprintf("%s  %s  %s", s.Name, a.size(s.Size), when(s.Created))
+		if len(s.Clones) > 0 {
+			text += "  clones: " + strings.Join(s.Clones, ", ")
+		}
+		f = append(f, [2]string{"snapshot", text})
+	}
+	return f
+}
+
+func snapshotFields(a *app, j snapshotJSON) [][2]string {
+	return [][2]string{
+		{"snapshot", j.Name}, {"size", a.size(j.Size)}, {"mapped", a.size(j.Usage.Mapped)},
+		{"stored", fmt.Sprintf("%s (ratio %s)", a.size(j.Usage.Stored), ratio(j.Usage.Mapped, j.Usage.Stored))},
+		{"created", when(j.Created)}, {"clones", dash(strings.Join(j.Clones, ", "))}, {"device", dash(j.Device)},
+	}
+}
+
+// fields writes names and values in two columns.
+func (a *app) fields(list [][2]string) error {
+	w := tabwriter.NewWriter(a.stdout, 0, 0, 2, ' ', 0)
+	for _, f := range list {
+		fmt.Fprintf(w, "%s\t%s\n", f[0], f[1])
+	}
+	return w.Flush()
+}

@@ -1,0 +1,226 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/owner"
+)
+
+func (a *app) lsCommand() *cli.Command {
+	return a.command(arity{0, -1}, &cli.Command{
+		Name:      "ls",
+		Category:  groupVolumes,
+		Usage:     "list volumes and snapshots",
+		UsageText: "vdisk ls [-t vol|snap|all] [-o COLUMN,...] [-H] [VOL...]",
+		Description: "Columns: " + strings.Join(columnNames(), ", ") + ".\n" +
+			"mapped (bytes of data), stored (what they take in the store, shared or not) and ratio read all of a volume's map.",
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "type", Aliases: []string{"t"}, Usage: "vol, snap or all", Value: "vol"},
+			&cli.StringFlag{Name: "columns", Aliases: []string{"o"}, Usage: "`COLUMN,...` to show"},
+			&cli.BoolFlag{Name: "script", Aliases: []string{"H"}, Usage: "no header, tabs between columns"},
+		},
+	}, a.ls)
+}
+
+// item is a line of the list: a volume, or one of its snapshots.
+type item struct {
+	volume   volumeJSON
+	snapshot *snapshotJSON
+	usage    usageJSON
+}
+
+// column is one that ls can show.
+type column struct {
+	name  string
+	usage bool // it needs item.usage
+	text  func(a *app, i item) string
+}
+
+func dash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}
+
+// pick chooses between a volume's text and a snapshot's.
+func pick(volume func(volumeJSON) string, snapshot func(snapshotJSON) string) func(*app, item) string {
+	return func(_ *app, i item) string {
+		if i.snapshot != nil {
+			return dash(snapshot(*i.snapshot))
+		}
+		return dash(volume(i.volume))
+	}
+}
+
+var columns = []column{
+	{"name", false, pick(func(v volumeJSON) string { return v.Name }, func(s snapshotJSON) string { return s.Name })},
+	{"type", false, pick(func(volumeJSON) string { return "vol" }, func(snapshotJSON) string { return "snap" })},
+	{"size", false, func(a *app, i item) string {
+		if i.snapshot != nil {
+			return a.size(i.snapshot.Size)
+		}
+		return a.size(i.volume.Size)
+	}},
+	{"mapped", true, func(a *app, i item) string { return a.size(i.usage.Mapped) }},
+	{"stored", true, func(a *app, i item) string { return a.size(i.usage.Stored) }},
+	{"ratio", true, func(_ *app, i item) string { return ratio(i.usage.Mapped, i.usage.Stored) }},
+	{"compress", false, func(_ *app, i item) string { return i.volume.Compress }},
+	{"block", false, func(_ *app, i item) string { return fmt.Sprint(i.volume.LogicalBlock) }},
+	{"snapshots", false, pick(func(v volumeJSON) string { return fmt.Sprint(len(v.Snapshots)) }, func(snapshotJSON) string { return "" })},
+	{"clones", false, pick(func(volumeJSON) string { return "" }, func(s snapshotJSON) string { return strings.Join(s.Clones, ",") })},
+	{"origin", false, pick(func(v volumeJSON) string { return v.Origin }, func(snapshotJSON) string { return "" })},
+	{"device", false, pick(func(v volumeJSON) string { return v.Device }, func(s snapshotJSON) string { return s.Device })},
+	{"open", false, pick(func(v volumeJSON) string { return fmt.Sprint(v.Open) }, func(snapshotJSON) string { return "" })},
+	{"created", false, pick(func(v volumeJSON) string { return when(v.Created) }, func(s snapshotJSON) string { return when(s.Created) })},
+}
+
+// defaultColumns need nothing but names to be looked at.
+const defaultColumns = "name,size,compress,snapshots,origin,device,created"
+
+func columnNames() (names []string) {
+	for _, c := range columns {
+		names = append(names, c.name)
+	}
+	return names
+}
+
+func chooseColumns(c *cli.Context) (chosen []column, err error) {
+	list := c.String("columns")
+	if list == "" {
+		list = defaultColumns
+	}
+	for name := range strings.SplitSeq(list, ",") {
+		i := slices.IndexFunc(columns, func(c column) bool { return c.name == name })
+		if i < 0 {
+			return nil, usageError{c, fmt.Errorf("there is no column %q; there are %s", name, strings.Join(columnNames(), ", "))}
+		}
+		chosen = append(chosen, columns[i])
+	}
+	return chosen, nil
+}
+
+func (a *app) ls(c *cli.Context) error {
+	kind := c.String("type")
+	if !slices.Contains([]string{"vol", "snap", "all"}, kind) {
+		return usageError{c, fmt.Errorf("-t %s: vol, snap and all are possible", kind)}
+	}
+	chosen, err := chooseColumns(c)
+	if err != nil {
+		return err
+	}
+	return a.with(c, func(s owner.Store) error {
+		volumes, err := a.selectVolumes(c, s)
+		if err != nil {
+			return err
+		}
+		items := itemsOf(volumes, kind)
+		if slices.ContainsFunc(chosen, func(c column) bool { return c.usage }) {
+			if err := addUsage(c, s, items); err != nil {
+				return err
+			}
+		}
+		return a.print(listJSON(items, kind), func() error { return a.printItems(items, chosen, c.Bool("script")) })
+	})
+}
+
+// selectVolumes returns the volumes that the arguments name, or all.
+func (a *app) selectVolumes(c *cli.Context, s owner.Store) ([]volumeJSON, error) {
+	var all []owner.Volume
+	var err error
+	if c.NArg() == 0 {
+		all, err = s.Volumes(c.Context)
+	}
+	for i := 0; i < c.NArg() && err == nil; i++ {
+		var name string
+		var v owner.Volume
+		if name, err = volumeName(c, i); err == nil {
+			v, err = s.Volume(c.Context, name)
+			all = append(all, v)
+		}
+	}
+	list := []volumeJSON{}
+	for _, v := range all {
+		list = append(list, volumeOf(v))
+	}
+	return list, err
+}
+
+func itemsOf(volumes []volumeJSON, kind string) (items []item) {
+	for _, v := range volumes {
+		if kind != "snap" {
+			items = append(items, item{volume: v})
+		}
+		for i := range v.Snapshots {
+			if kind != "vol" {
+				items = append(items, item{volume: v, snapshot: &v.Snapshots[i]})
+			}
+		}
+	}
+	return items
+}
+
+func addUsage(c *cli.Context, s owner.Store, items []item) error {
+	for i := range items {
+		name := items[i].volume.Name
+		if items[i].snapshot != nil {
+			name = items[i].snapshot.Name
+		}
+		r, err := cow.ParseRef(name)
+		if err != nil {
+			return err
+		}
+		u, err := s.Usage(c.Context, r)
+		if errors.Is(err, cow.ErrNotFound) {
+			continue // removed meanwhile
+		}
+		if err != nil {
+			return err
+		}
+		items[i].usage = *usageOf(u)
+		if items[i].snapshot != nil {
+			items[i].snapshot.Usage = usageOf(u)
+		} else {
+			items[i].volume.Usage = usageOf(u)
+		}
+	}
+	return nil
+}
+
+// listJSON is {"volumes": [...]}, each with its snapshots; with -t snap {"snapshots": [...]}.
+func listJSON(items []item, kind string) any {
+	volumes, snapshots := []volumeJSON{}, []snapshotJSON{}
+	for _, i := range items {
+		if i.snapshot != nil {
+			snapshots = append(snapshots, *i.snapshot)
+		} else {
+			volumes = append(volumes, i.volume)
+		}
+	}
+	if kind == "snap" {
+		return map[string]any{"snapshots": snapshots}
+	}
+	return map[string]any{"volumes": volumes}
+}
+
+func (a *app) printItems(items []item, chosen []column, script bool) error {
+	var header []string
+	for _, c := range chosen {
+		header = append(header, strings.ToUpper(c.name))
+	}
+	var rows [][]string
+	for _, i := range items {
+		var row []string
+		for _, c := range chosen {
+			row = append(row, c.text(a, i))
+		}
+		rows = append(rows, row)
+	}
+	return a.table(header, rows, script)
+}

@@ -1,0 +1,224 @@
+// Command vdisk makes, snapshots, clones and serves copy-on-write virtual disks.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/owner"
+)
+
+func main() { os.Exit(run(os.Args)) }
+
+// app is what the commands share: the streams, and the flags that all have.
+type app struct {
+	stdin          io.Reader
+	stdout, stderr io.Writer
+
+	dir         string
+	json        bool
+	quiet       bool
+	verbose     bool
+	bytes       bool
+	lockTimeout time.Duration
+	log         *slog.Logger
+}
+
+// defaultStore is where volumes are when nothing else is said.
+const defaultStore = "/var/lib/vdisk"
+
+// run does one command and returns its exit code.
+func run(args []string) int {
+	a := &app{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr}
+	ctx, stop := interruptible(context.Background())
+	defer stop()
+	program := a.program()
+	err := program.RunContext(ctx, arrange(program, args))
+	if err == nil {
+		return exitOK
+	}
+	if cause := context.Cause(ctx); cause != nil {
+		err = cause
+	}
+	return a.fail(err)
+}
+
+// interruptible returns a context that the first SIGINT or SIGTERM ends, with a signalError as cause. A second one kills
+// the process, as if it had not been caught.
+func interruptible(parent context.Context) (context.Context, func()) {
+	ctx, cancel := context.WithCancelCause(parent)
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+	go func() {
+		select {
+		case s := <-signals:
+			signal.Stop(signals)
+			cancel(signalError{s.(syscall.Signal)})
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, func() { signal.Stop(signals); cancel(nil) }
+}
+
+func (a *app) program() *cli.App {
+	cli.VersionFlag = &cli.BoolFlag{Name: "version", Usage: "print the version"}
+	return &cli.App{
+		Name:            "vdisk",
+		Usage:           "virtual disks with instant snapshots and clones, compressed and checksummed",
+		Version:         version(),
+		HideHelpCommand: true,
+		Writer:          a.stdout,
+		ErrWriter:       a.stderr,
+		Flags: []cli.Flag{
+			&cli.PathFlag{Name: "store", Usage: "the `DIR` that holds the volumes", EnvVars: []string{"VDISK_STORE"}, Value: defaultStore, Destination: &a.dir},
+			&cli.BoolFlag{Name: "json", Usage: "print JSON, with sizes in bytes", Destination: &a.json},
+			&cli.BoolFlag{Name: "bytes", Usage: "print sizes in bytes", Destination: &a.bytes},
+			&cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Usage: "print no notes and no progress", Destination: &a.quiet},
+			&cli.BoolFlag{Name: "verbose", Aliases: []string{"v"}, Usage: "log what happens", EnvVars: []string{"VDISK_VERBOSE"}, Destination: &a.verbose},
+			&cli.DurationFlag{Name: "lock-timeout", Usage: "how long to wait for a busy store", EnvVars: []string{"VDISK_LOCK_TIMEOUT"}, Value: 5 * time.Second, Destination: &a.lockTimeout},
+		},
+		Before: a.prepare,
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return usagef("there is no command %q; 'vdisk --help' lists them", c.Args().First())
+			}
+			return usagef("no command; 'vdisk --help' lists them")
+		},
+		OnUsageError:   func(c *cli.Context, err error, _ bool) error { return usageError{c, err} },
+		ExitErrHandler: func(*cli.Context, error) {}, // the exit code is run's
+		Commands: []*cli.Command{
+			a.createCommand(), a.lsCommand(), a.infoCommand(), a.snapshotCommand(), a.cloneCommand(), a.rollbackCommand(),
+			a.renameCommand(), a.resizeCommand(), a.rmCommand(),
+			a.attachCommand(), a.detachCommand(), a.serveCommand(), a.daemonCommand(),
+			a.importCommand(), a.exportCommand(), a.checkCommand(), a.featuresCommand(), a.versionCommand(),
+		},
+	}
+}
+
+// prepare is done before every command.
+func (a *app) prepare(*cli.Context) error {
+	level := slog.LevelWarn
+	if a.verbose {
+		level = slog.LevelDebug
+	}
+	a.log = slog.New(slog.NewTextHandler(a.stderr, &slog.HandlerOptions{Level: level}))
+	if a.lockTimeout < 0 {
+		return usagef("--lock-timeout %v is below zero", a.lockTimeout)
+	}
+	dir, err := filepath.Abs(a.dir)
+	a.dir = dir
+	return err
+}
+
+// Groups of commands in the help.
+const (
+	groupVolumes     = "volumes"
+	groupAccess      = "access"
+	groupData        = "data"
+	groupMaintenance = "maintenance"
+)
+
+// arity is how many arguments a command takes; most is -1 for any number.
+type arity struct{ least, most int }
+
+// command completes a command: its arguments are counted, its usage errors short.
+func (a *app) command(n arity, c *cli.Command, do func(*cli.Context) error) *cli.Command {
+	c.HideHelpCommand = true
+	c.UseShortOptionHandling = true
+	c.OnUsageError = func(c *cli.Context, err error, _ bool) error { return usageError{c, err} }
+	c.Action = func(ctx *cli.Context) error {
+		if k := ctx.NArg(); k < n.least || n.most >= 0 && k > n.most {
+			return usageError{ctx, fmt.Errorf("%s", miscounted(k, n))}
+		}
+		return do(ctx)
+	}
+	return c
+}
+
+func miscounted(k int, n arity) string {
+	switch {
+	case k < n.least && k == 0:
+		return "arguments are missing"
+	case k < n.least:
+		return "an argument is missing"
+	}
+	return "too many arguments"
+}
+
+// options are how to open the store for a command.
+func (a *app) options(c *cli.Context) owner.Options {
+	return owner.Options{LockTimeout: a.lockTimeout, Command: "vdisk " + c.Command.Name, Logger: a.log}
+}
+
+// with opens the store for do.
+func (a *app) with(c *cli.Context, do func(owner.Store) error) error {
+	return use(do)(owner.Open(c.Context, a.dir, a.options(c)))
+}
+
+// during is with for a command that may take long: meanwhile others reach the store through it.
+func (a *app) during(c *cli.Context, do func(owner.Store) error) error {
+	o := a.options(c)
+	o.Offer, o.Temporary = true, true
+	return use(do)(owner.Open(c.Context, a.dir, o))
+}
+
+// duringNew is during, and makes the store when there is none.
+func (a *app) duringNew(c *cli.Context, do func(owner.Store) error) error {
+	o := a.options(c)
+	o.Offer, o.Temporary = true, true
+	return use(do)(owner.OpenOrCreate(c.Context, a.dir, o))
+}
+
+// use calls do with a store, if it could be opened, and closes it.
+func use(do func(owner.Store) error) func(owner.Store, error) error {
+	return func(s owner.Store, err error) error {
+		if errors.Is(err, cow.ErrNotFound) {
+			return noStoreError{err}
+		}
+		if err != nil {
+			return err
+		}
+		err = do(s)
+		if cerr := s.Close(); err == nil {
+			err = cerr
+		}
+		return err
+	}
+}
+
+// noStoreError is an error about a store that is not there.
+type noStoreError struct{ error }
+
+func (e noStoreError) Unwrap() error { return e.error }
+
+// ref is the n-th argument as a volume or snapshot.
+func ref(c *cli.Context, n int) (cow.Ref, error) { return cow.ParseRef(c.Args().Get(n)) }
+
+// snapshotRef is the n-th argument as a snapshot.
+func snapshotRef(c *cli.Context, n int) (cow.Ref, error) {
+	r, err := ref(c, n)
+	if err == nil && r.Snapshot == "" {
+		err = usageError{c, fmt.Errorf("%v is a volume, and a snapshot is needed: %v@NAME", r, r)}
+	}
+	return r, err
+}
+
+// volumeName is the n-th argument as a volume.
+func volumeName(c *cli.Context, n int) (string, error) {
+	r, err := ref(c, n)
+	if err == nil && r.Snapshot != "" {
+		err = usageError{c, fmt.Errorf("%v is a snapshot, and a volume is needed", r)}
+	}
+	return r.Volume, err
+}

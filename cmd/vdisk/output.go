@@ -1,0 +1,104 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/owner"
+)
+
+// print writes v as JSON, or text what it is for people.
+func (a *app) print(v any, text func() error) error {
+	if !a.json {
+		return text()
+	}
+	enc := json.NewEncoder(a.stdout)
+	enc.SetIndent("", "  ")
+	return enc.Encode(v)
+}
+
+// note tells people something beside the output.
+func (a *app) note(format string, args ...any) {
+	if !a.quiet && !a.json {
+		fmt.Fprintf(a.stderr, "note: "+format+"\n", args...)
+	}
+}
+
+// table writes rows in columns; for scripts, without a header and with tabs.
+func (a *app) table(header []string, rows [][]string, script bool) error {
+	if script {
+		for _, row := range rows {
+			if _, err := fmt.Fprintln(a.stdout, strings.Join(row, "\t")); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	w := tabwriter.NewWriter(a.stdout, 0, 0, 2, ' ', 0)
+	for _, row := range append([][]string{header}, rows...) {
+		fmt.Fprintln(w, strings.Join(row, "\t"))
+	}
+	return w.Flush()
+}
+
+func when(t time.Time) string { return t.Local().Format("2006-01-02 15:04:05") }
+
+// volumeJSON is a volume in the output for programs.
+type volumeJSON struct {
+	Name         string         `json:"name"`
+	Size         int64          `json:"size"`
+	LogicalBlock int            `json:"logical_block"`
+	Compress     string         `json:"compress"`
+	Created      time.Time      `json:"created"`
+	Origin       string         `json:"origin"` // VOL@SNAP, "(deleted)" or empty
+	Open         int            `json:"open"`   // how many times it is open: devices, clients, commands
+	Device       string         `json:"device"` // /dev/ublkbN or empty
+	Snapshots    []snapshotJSON `json:"snapshots"`
+	Usage        *usageJSON     `json:"usage,omitempty"`
+}
+
+// snapshotJSON is a snapshot in the output for programs.
+type snapshotJSON struct {
+	Name    string     `json:"name"` // VOL@SNAP
+	Volume  string     `json:"volume"`
+	Size    int64      `json:"size"`
+	Created time.Time  `json:"created"`
+	Clones  []string   `json:"clones"`
+	Device  string     `json:"device"`
+	Usage   *usageJSON `json:"usage,omitempty"`
+}
+
+// usageJSON is what a volume or snapshot holds, by itself; clones and snapshots share what they have in common.
+type usageJSON struct {
+	Mapped int64 `json:"mapped"` // bytes of blocks that hold data
+	Stored int64 `json:"stored"` // bytes that their records take
+}
+
+func volumeOf(v owner.Volume) volumeJSON {
+	j := volumeJSON{Name: v.Name, Size: v.Size, LogicalBlock: v.LogicalBlock, Compress: v.Codec, Created: v.Created.UTC(),
+		Origin: v.Origin, Open: v.Open, Device: deviceOf(v, ""), Snapshots: []snapshotJSON{}}
+	for _, s := range v.Snapshots {
+		j.Snapshots = append(j.Snapshots, snapshotOf(v, s))
+	}
+	return j
+}
+
+func snapshotOf(v owner.Volume, s cow.SnapshotInfo) snapshotJSON {
+	return snapshotJSON{Name: cow.Ref{Volume: v.Name, Snapshot: s.Name}.String(), Volume: v.Name, Size: s.Size,
+		Created: s.Created.UTC(), Clones: append([]string{}, s.Clones...), Device: deviceOf(v, s.Name)}
+}
+
+func deviceOf(v owner.Volume, snapshot string) string {
+	for _, d := range v.Devices {
+		if d.Ref.Snapshot == snapshot {
+			return d.Path
+		}
+	}
+	return ""
+}
+
+func usageOf(u cow.Usage) *usageJSON { return &usageJSON{Mapped: u.Mapped, Stored: u.Stored} }

@@ -1,0 +1,53 @@
+package main
+
+import (
+	"os"
+	"time"
+
+	"github.com/schollz/progressbar/v3"
+	"golang.org/x/term"
+)
+
+func isTerminal(stream any) bool {
+	f, ok := stream.(*os.File)
+	return ok && term.IsTerminal(int(f.Fd()))
+}
+
+// bar shows progress to people; its zero value shows nothing.
+type bar struct{ bar *progressbar.ProgressBar }
+
+// progress begins a bar on standard error if that is a terminal; total is -1 if it is not known.
+func (a *app) progress(what string, total int64) *bar {
+	if a.quiet || a.json || !isTerminal(a.stderr) {
+		return &bar{}
+	}
+	return &bar{progressbar.NewOptions64(total,
+		progressbar.OptionSetWriter(a.stderr),
+		progressbar.OptionSetDescription(what),
+		progressbar.OptionShowBytes(true),
+		progressbar.OptionUseIECUnits(true),
+		progressbar.OptionThrottle(100*time.Millisecond),
+		progressbar.OptionClearOnFinish(),
+		progressbar.OptionFullWidth(),
+	)}
+}
+
+func (b *bar) set(done int64) {
+	if b.bar != nil {
+		_ = b.bar.Set64(done) // it is only a picture
+	}
+}
+
+func (b *bar) finish() {
+	if b.bar != nil {
+		_ = b.bar.Clear()
+	}
+}
+
+// of is set for a progress whose total is told with it.
+func (b *bar) of(done, total int64) {
+	if b.bar != nil {
+		b.bar.ChangeMax64(total)
+		b.set(done)
+	}
+}

@@ -1,0 +1,90 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/owner"
+)
+
+func (a *app) rmCommand() *cli.Command {
+	return a.command(arity{1, -1}, &cli.Command{
+		Name:        "rm",
+		Category:    groupVolumes,
+		Usage:       "remove volumes and snapshots",
+		UsageText:   "vdisk rm VOL[@SNAP]... [-r] [-n]",
+		Description: "Clones of what is removed live on. Space is given back in the background.",
+		Flags: []cli.Flag{
+			&cli.BoolFlag{Name: "recursive", Aliases: []string{"r"}, Usage: "remove a volume's snapshots with it"},
+			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "show what would be removed, and do nothing"},
+		},
+	}, func(c *cli.Context) error {
+		var refs []cow.Ref
+		for i := range c.NArg() {
+			r, err := ref(c, i)
+			if err != nil {
+				return err
+			}
+			refs = append(refs, r)
+		}
+		return a.with(c, func(s owner.Store) error {
+			if c.Bool("dry-run") {
+				return a.wouldRemove(c, s, refs)
+			}
+			for _, r := range refs {
+				if err := s.Remove(c.Context, r, c.Bool("recursive")); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	})
+}
+
+// wouldRemove shows what removing the refs would remove, and fails where that would.
+func (a *app) wouldRemove(c *cli.Context, s owner.Store, refs []cow.Ref) error {
+	gone := []string{}
+	var errs []error
+	for _, r := range refs {
+		names, err := removal(c, s, r)
+		gone = append(gone, names...)
+		errs = append(errs, err)
+	}
+	err := a.print(map[string]any{"would_remove": gone}, func() error {
+		for _, name := range gone {
+			if _, err := fmt.Fprintln(a.stdout, name); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return errors.Join(append(errs, err)...)
+}
+
+// removal lists what goes with r.
+func removal(c *cli.Context, s owner.Store, r cow.Ref) ([]string, error) {
+	v, err := s.Volume(c.Context, r.Volume)
+	if err != nil {
+		return nil, err
+	}
+	var snapshots []string
+	for _, sn := range v.Snapshots {
+		if sn.Name == r.Snapshot {
+			return []string{r.String()}, nil
+		}
+		snapshots = append(snapshots, cow.Ref{Volume: r.Volume, Snapshot: sn.Name}.String())
+	}
+	switch {
+	case r.Snapshot != "":
+		return nil, fmt.Errorf("snapshot %v: %w", r, cow.ErrNotFound)
+	case v.Open > 0:
+		return nil, fmt.Errorf("volume %v is open: %w", r, cow.ErrBusy)
+	case len(snapshots) > 0 && !c.Bool("recursive"):
+		return nil, fmt.Errorf("volume %v has snapshots (%s), which -r removes with it: %w", r, strings.Join(snapshots, ", "), cow.ErrBusy)
+	}
+	return append(snapshots, r.Volume), nil
+}

@@ -1,0 +1,182 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/activation"
+	"github.com/urfave/cli/v2"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/owner"
+)
+
+// socketName is the default socket of serve, in the store.
+const socketName = "nbd.sock"
+
+func (a *app) serveCommand() *cli.Command {
+	return a.command(arity{0, -1}, &cli.Command{
+		Name:      "serve",
+		Category:  groupAccess,
+		Usage:     "serve volumes and snapshots over NBD, until it is interrupted",
+		UsageText: "vdisk serve [--socket PATH] [--read-only] [VOL[@SNAP]...]",
+		Description: "Without arguments everything in the store is served, also what is made later; exports are named VOL and VOL@SNAP.\n" +
+			"The default socket is STORE/nbd.sock. Under socket activation (LISTEN_FDS) it serves the socket that it was given,\n" +
+			"and ends when the last client leaves: nbdcopy -- [ vdisk serve vm1@monday ] out.img",
+		Flags: []cli.Flag{
+			&cli.PathFlag{Name: "socket", Usage: "make the unix socket `PATH`"},
+			&cli.BoolFlag{Name: "read-only", Usage: "refuse writes"},
+		},
+	}, a.serve)
+}
+
+func (a *app) serve(c *cli.Context) error {
+	o := owner.ServeOptions{ReadOnly: c.Bool("read-only")}
+	for i := range c.NArg() {
+		r, err := ref(c, i)
+		if err != nil {
+			return err
+		}
+		o.Exports = append(o.Exports, r)
+	}
+	passed, err := passedListener(c)
+	if err != nil {
+		return err
+	}
+	opts := a.options(c)
+	opts.Offer = true
+	return use(func(s owner.Store) error {
+		if passed != nil {
+			o.Once, o.Socket = true, passed.Addr().String()
+			return s.Serve(c.Context, passed, o)
+		}
+		return a.serveSocket(c, s, o)
+	})(owner.Open(c.Context, a.dir, opts))
+}
+
+// passedListener returns the socket that this process was started with, or nil.
+func passedListener(c *cli.Context) (net.Listener, error) {
+	listeners, err := activation.Listeners()
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("socket activation: %w", err)
+	case len(listeners) == 0:
+		return nil, nil
+	case len(listeners) > 1 || listeners[0] == nil:
+		return nil, fmt.Errorf("socket activation: one listening socket is needed, and there are %d descriptors", len(listeners))
+	case c.IsSet("socket"):
+		return nil, usageError{c, errors.New("--socket cannot be given under socket activation")}
+	}
+	return listeners[0], nil
+}
+
+func (a *app) serveSocket(c *cli.Context, s owner.Store, o owner.ServeOptions) error {
+	names, err := exportNames(c.Context, s, o)
+	if err != nil {
+		return err
+	}
+	path := c.Path("socket")
+	if path == "" {
+		path = filepath.Join(a.dir, socketName)
+	}
+	if path, err = filepath.Abs(path); err != nil {
+		return err
+	}
+	o.Socket = path
+	l, err := owner.Listen(path)
+	if err != nil {
+		return err
+	}
+	defer os.Remove(path)
+	uris := []string{}
+	for _, name := range names {
+		uris = append(uris, uri(name, path))
+	}
+	err = a.print(map[string]any{"socket": path, "uris": uris}, func() error {
+		for _, u := range uris {
+			if _, err := fmt.Fprintln(a.stdout, u); err != nil {
+				return err
+			}
+		}
+		if len(uris) == 0 {
+			a.note("there are no volumes yet; those to come are served at %s", path)
+		}
+		return nil
+	})
+	if err != nil {
+		return errors.Join(err, l.Close())
+	}
+	return s.Serve(c.Context, l, o)
+}
+
+// exportNames lists what there is to serve now. It fails where something that was asked for is not there.
+func exportNames(ctx context.Context, s owner.Store, o owner.ServeOptions) (names []string, err error) {
+	if len(o.Exports) == 0 {
+		volumes, err := s.Volumes(ctx)
+		for _, v := range volumes {
+			names = append(names, v.Name)
+			for _, sn := range v.Snapshots {
+				names = append(names, cow.Ref{Volume: v.Name, Snapshot: sn.Name}.String())
+			}
+		}
+		return names, err
+	}
+	for _, r := range o.Exports {
+		if _, err := s.Volume(ctx, r.Volume); err != nil {
+			return nil, err
+		}
+		names = append(names, r.String())
+	}
+	return names, nil
+}
+
+// uri is where NBD clients find an export.
+func uri(name, socket string) string {
+	u := url.URL{Scheme: "nbd+unix", Path: "/" + name, RawQuery: "socket=" + (&url.URL{Path: socket}).EscapedPath()}
+	return u.String()
+}
+
+func (a *app) daemonCommand() *cli.Command {
+	return a.command(arity{0, 0}, &cli.Command{
+		Name:      "daemon",
+		Category:  groupAccess,
+		Usage:     "own the store in the foreground, for attach and all other commands",
+		UsageText: "vdisk daemon",
+		Description: "It ends on SIGINT or SIGTERM, and ends its block devices with it. 'vdisk attach' starts one by itself when the\n" +
+			"store has no owner; start it yourself (as a service) to have the store open at all times.",
+		Flags: []cli.Flag{
+			&cli.BoolFlag{Name: "until-idle", Usage: "end with the last device, service and client"},
+			&cli.BoolFlag{Name: "ready", Usage: "tell on descriptor 3 how the start went", Hidden: true},
+		},
+	}, a.daemon)
+}
+
+// firstUse is how long a daemon that was started for something waits for that.
+const firstUse = 10 * time.Second
+
+func (a *app) daemon(c *cli.Context) error {
+	if !a.verbose {
+		a.log = slog.New(slog.NewTextHandler(a.stderr, nil))
+	}
+	o := a.options(c)
+	o.Logger, o.Offer = a.log, true
+	s, err := owner.Own(c.Context, a.dir, o)
+	if c.Bool("ready") {
+		err = errors.Join(err, owner.Ready(err))
+	}
+	if err != nil {
+		return err
+	}
+	a.log.Info("ready", "store", a.dir, "pid", os.Getpid())
+	if c.Bool("until-idle") {
+		return s.CloseWhenIdle(firstUse)
+	}
+	return s.CloseWhenDone()
+}

@@ -1,0 +1,144 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/owner"
+)
+
+func (a *app) snapshotCommand() *cli.Command {
+	return a.command(arity{1, -1}, &cli.Command{
+		Name:        "snapshot",
+		Category:    groupVolumes,
+		Usage:       "take snapshots, all at one moment",
+		UsageText:   "vdisk snapshot VOL@SNAP...",
+		Description: "Several snapshots are taken in one atomic step: all of them or none. What a writer has been told is written is in them.",
+	}, func(c *cli.Context) error {
+		var refs []cow.Ref
+		for i := range c.NArg() {
+			r, err := snapshotRef(c, i)
+			if err != nil {
+				return err
+			}
+			refs = append(refs, r)
+		}
+		return a.with(c, func(s owner.Store) error {
+			if err := s.Snapshot(c.Context, refs...); err != nil {
+				return err
+			}
+			return a.taken(c, s, refs)
+		})
+	})
+}
+
+// taken shows new snapshots to programs.
+func (a *app) taken(c *cli.Context, s owner.Store, refs []cow.Ref) error {
+	if !a.json {
+		return nil
+	}
+	list := []snapshotJSON{}
+	for _, r := range refs {
+		v, err := s.Volume(c.Context, r.Volume)
+		if err != nil {
+			return err
+		}
+		for _, sn := range v.Snapshots {
+			if sn.Name == r.Snapshot {
+				list = append(list, snapshotOf(v, sn))
+			}
+		}
+	}
+	return a.print(map[string]any{"snapshots": list}, nil)
+}
+
+func (a *app) cloneCommand() *cli.Command {
+	return a.command(arity{2, 2}, &cli.Command{
+		Name:        "clone",
+		Category:    groupVolumes,
+		Usage:       "make a volume from a snapshot",
+		UsageText:   "vdisk clone VOL@SNAP NEW",
+		Description: "The clone takes no space until it is written to, and lives on when the snapshot or its volume is removed.",
+	}, func(c *cli.Context) error {
+		from, err := snapshotRef(c, 0)
+		if err != nil {
+			return err
+		}
+		name, err := volumeName(c, 1)
+		if err != nil {
+			return err
+		}
+		return a.with(c, func(s owner.Store) error {
+			if err := s.Clone(c.Context, from, name); err != nil {
+				return err
+			}
+			v, err := s.Volume(c.Context, name)
+			if err != nil {
+				return err
+			}
+			return a.made(v)
+		})
+	})
+}
+
+func (a *app) rollbackCommand() *cli.Command {
+	return a.command(arity{1, 1}, &cli.Command{
+		Name:        "rollback",
+		Category:    groupVolumes,
+		Usage:       "give a volume the content of one of its snapshots",
+		UsageText:   "vdisk rollback VOL@SNAP",
+		Description: "What was written since is lost, unless a snapshot has it: all snapshots stay, newer ones too.",
+	}, func(c *cli.Context) error {
+		to, err := snapshotRef(c, 0)
+		if err != nil {
+			return err
+		}
+		return a.with(c, func(s owner.Store) error { return s.Rollback(c.Context, to) })
+	})
+}
+
+func (a *app) renameCommand() *cli.Command {
+	return a.command(arity{2, 2}, &cli.Command{
+		Name:      "rename",
+		Category:  groupVolumes,
+		Usage:     "rename a volume or a snapshot",
+		UsageText: "vdisk rename VOL NEW | VOL@SNAP VOL@NEW",
+	}, func(c *cli.Context) error {
+		from, err := ref(c, 0)
+		if err != nil {
+			return err
+		}
+		to, err := ref(c, 1)
+		if err != nil {
+			return err
+		}
+		return a.with(c, func(s owner.Store) error { return s.Rename(c.Context, from, to) })
+	})
+}
+
+func (a *app) resizeCommand() *cli.Command {
+	return a.command(arity{2, 2}, &cli.Command{
+		Name:      "resize",
+		Category:  groupVolumes,
+		Usage:     "change the size of a volume",
+		UsageText: "vdisk resize VOL SIZE [--shrink]",
+		Description: "NBD clients see the new size when they connect again. An attached volume has to be detached first.\n" +
+			"Shrinking cuts off what lies behind the new end; snapshots keep it.",
+		Flags: []cli.Flag{&cli.BoolFlag{Name: "shrink", Usage: "allow a smaller size"}},
+	}, func(c *cli.Context) error {
+		name, err := volumeName(c, 0)
+		if err != nil {
+			return err
+		}
+		size, err := parseSize(c.Args().Get(1))
+		if err != nil {
+			return err
+		}
+		if size == 0 {
+			return usageError{c, fmt.Errorf("size 0: a volume has at least one block")}
+		}
+		return a.with(c, func(s owner.Store) error { return s.Resize(c.Context, name, size, c.Bool("shrink")) })
+	})
+}

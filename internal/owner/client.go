@@ -1,0 +1,307 @@
+package owner
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"path/filepath"
+	"strconv"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/owner/sparse"
+)
+
+// Client is a store that another process owns.
+type Client struct {
+	path string // of the control socket
+	http *http.Client
+}
+
+// connect reaches the owner of a store: errNoOwner when nobody listens, errStopping when the owner is about to go.
+func connect(ctx context.Context, dir string) (*Client, Status, error) {
+	c := &Client{path: filepath.Join(dir, controlName)}
+	c.http = &http.Client{Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			conn, err := dial(ctx, c.path)
+			if err != nil {
+				return nil, fmt.Errorf("%w: %w", errNoOwner, err)
+			}
+			return conn, nil
+		},
+		ExpectContinueTimeout: passTimeout,
+		DisableCompression:    true,
+	}}
+	s, err := c.Status(ctx)
+	if err != nil {
+		return nil, s, errors.Join(err, c.Close())
+	}
+	return c, s, nil
+}
+
+// Close ends the session.
+func (c *Client) Close() error {
+	c.http.CloseIdleConnections()
+	return nil
+}
+
+// post sends an operation. The caller closes the answer's body.
+func (c *Client) post(ctx context.Context, name string, args *request, body io.Reader) (*http.Response, error) {
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://vdisk/v1/"+name, body)
+	if err != nil {
+		return nil, err
+	}
+	if args != nil {
+		b, err := json.Marshal(args)
+		if err != nil {
+			return nil, err
+		}
+		r.Header.Set(argumentsHeader, string(b))
+		r.Header.Set("Expect", "100-continue") // so that a refusal comes before the body
+	}
+	resp, err := c.http.Do(r)
+	if err != nil {
+		return nil, c.lost(ctx, err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		defer resp.Body.Close()
+		return nil, answerError(resp)
+	}
+	return resp, nil
+}
+
+// lost is an error that kept an operation from being answered.
+func (c *Client) lost(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return fmt.Errorf("asking the owner of the store at %s: %w", c.path, err)
+}
+
+func answerError(resp *http.Response) error {
+	e := new(Error)
+	err := json.NewDecoder(io.LimitReader(resp.Body, maxRequest)).Decode(e)
+	if err != nil || e.Message == "" {
+		return fmt.Errorf("the owner of the store answers %q; is it another version of vdisk?", resp.Status)
+	}
+	return e
+}
+
+// call does a plain operation; answer may be nil.
+func (c *Client) call(ctx context.Context, name string, req request, answer any) error {
+	b, err := json.Marshal(req)
+	if err != nil {
+		return err
+	}
+	resp, err := c.post(ctx, name, nil, bytes.NewReader(b))
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if answer == nil {
+		answer = new(any)
+	}
+	if err := json.NewDecoder(resp.Body).Decode(answer); err != nil {
+		return c.lost(ctx, err)
+	}
+	_, _ = io.Copy(io.Discard, resp.Body) // to its end, so that the connection is kept
+	return nil
+}
+
+// Status says who owns the store and what hangs on it.
+func (c *Client) Status(ctx context.Context) (s Status, err error) {
+	return s, c.call(ctx, "status", request{}, &s)
+}
+
+// Info describes the store.
+func (c *Client) Info(ctx context.Context) (i cow.StoreInfo, err error) {
+	return i, c.call(ctx, "info", request{}, &i)
+}
+
+// Volumes lists the volumes by name.
+func (c *Client) Volumes(ctx context.Context) (v []Volume, err error) {
+	return v, c.call(ctx, "volumes", request{}, &v)
+}
+
+// Volume describes one volume.
+func (c *Client) Volume(ctx context.Context, name string) (v Volume, err error) {
+	return v, c.call(ctx, "volume", request{Name: name}, &v)
+}
+
+// Usage says how much of a volume or snapshot is data, and what it takes in the store.
+func (c *Client) Usage(ctx context.Context, r cow.Ref) (u cow.Usage, err error) {
+	return u, c.call(ctx, "usage", request{Ref: r}, &u)
+}
+
+// CreateVolume makes an empty volume.
+func (c *Client) CreateVolume(ctx context.Context, name string, o cow.VolumeOptions) (v cow.VolumeInfo, err error) {
+	return v, c.call(ctx, "create", request{Name: name, Volume: o}, &v)
+}
+
+// Snapshot takes snapshots, of all the volumes at one moment.
+func (c *Client) Snapshot(ctx context.Context, refs ...cow.Ref) error {
+	return c.call(ctx, "snapshot", request{Refs: refs}, nil)
+}
+
+// Clone makes a volume from a snapshot.
+func (c *Client) Clone(ctx context.Context, src cow.Ref, name string) error {
+	return c.call(ctx, "clone", request{Ref: src, Name: name}, nil)
+}
+
+// Rollback gives a volume the content of one of its snapshots.
+func (c *Client) Rollback(ctx context.Context, to cow.Ref) error {
+	return c.call(ctx, "rollback", request{Ref: to}, nil)
+}
+
+// Rename gives a volume, or a snapshot of the same volume, another name.
+func (c *Client) Rename(ctx context.Context, from, to cow.Ref) error {
+	return c.call(ctx, "rename", request{Ref: from, To: to}, nil)
+}
+
+// Resize changes the size of a volume.
+func (c *Client) Resize(ctx context.Context, name string, size int64, shrink bool) error {
+	return c.call(ctx, "resize", request{Name: name, Size: size, Flag: shrink}, nil)
+}
+
+// Remove removes a volume or snapshot.
+func (c *Client) Remove(ctx context.Context, r cow.Ref, recursive bool) error {
+	return c.call(ctx, "remove", request{Ref: r, Flag: recursive}, nil)
+}
+
+// Attach makes a block device of a volume or snapshot.
+func (c *Client) Attach(ctx context.Context, o AttachOptions) (d Device, err error) {
+	return d, c.call(ctx, "attach", request{Attach: o}, &d)
+}
+
+// Detach removes a block device that nobody has open.
+func (c *Client) Detach(ctx context.Context, what string) error {
+	return c.call(ctx, "detach", request{Name: what}, nil)
+}
+
+// Check proves the store's structure, and tells of each problem it finds.
+func (c *Client) Check(ctx context.Context, o cow.CheckOptions, problem func(cow.Problem)) (cow.CheckReport, error) {
+	var report cow.CheckReport
+	resp, err := c.post(ctx, "check", &request{Check: checkRequest{ReadData: o.ReadData, Volume: o.Volume}}, nil)
+	if err != nil {
+		return report, err
+	}
+	defer resp.Body.Close()
+	for d := json.NewDecoder(resp.Body); ; {
+		var line checkLine
+		if err := d.Decode(&line); err != nil {
+			return report, c.lost(ctx, err)
+		}
+		switch {
+		case line.Problem != nil:
+			problem(*line.Problem)
+		case line.Progress != nil && o.Progress != nil:
+			o.Progress(line.Progress[0], line.Progress[1])
+		case line.Report != nil && line.Error != nil:
+			return *line.Report, line.Error
+		case line.Report != nil:
+			return *line.Report, nil
+		}
+	}
+}
+
+// Import makes a volume with the content of src, which is sent without its holes.
+func (c *Client) Import(ctx context.Context, name string, o cow.VolumeOptions, src sparse.Source, progress func(int64)) (v cow.VolumeInfo, err error) {
+	r, w := io.Pipe()
+	sent := make(chan error, 1)
+	watched := &watchedSource{Source: src, progress: progress}
+	size := src.Size()
+	go func() {
+		bw := bufio.NewWriterSize(w, 256<<10)
+		err := sparse.Encode(ctx, bw, watched, message)
+		sent <- errors.Join(watched.err, w.CloseWithError(errors.Join(err, bw.Flush())))
+	}()
+	resp, err := c.post(ctx, "import", &request{Name: name, Volume: o, Size: size}, r)
+	_ = r.Close() // ends the sender, if it is not done
+	if serr := <-sent; serr != nil && ctx.Err() == nil {
+		err = serr // the cause of the owner's error, if it has one
+	}
+	if resp != nil {
+		defer resp.Body.Close()
+	}
+	if err == nil {
+		err = json.NewDecoder(resp.Body).Decode(&v)
+	}
+	return v, err
+}
+
+// watchedSource tells of a source's progress, and keeps its error.
+type watchedSource struct {
+	sparse.Source
+	progress func(int64)
+	err      error
+}
+
+func (s *watchedSource) Next(p []byte) (int, int64, error) {
+	n, off, err := s.Source.Next(p)
+	if err != nil && err != io.EOF {
+		s.err = err
+	}
+	if err == nil && s.progress != nil {
+		s.progress(off + int64(n))
+	}
+	return n, off, err
+}
+
+// Export calls use with the content of a snapshot, or of a volume that nobody writes.
+func (c *Client) Export(ctx context.Context, ref cow.Ref, use func(sparse.Source) error) error {
+	resp, err := c.post(ctx, "export", &request{Ref: ref}, nil)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	size, err := strconv.ParseInt(resp.Header.Get(sizeHeader), 10, 64)
+	if err != nil {
+		return fmt.Errorf("the owner of the store does not tell the size of %v: %w", ref, err)
+	}
+	return fromStream(use(sparse.Decode(bufio.NewReaderSize(resp.Body, 256<<10), size)))
+}
+
+// Serve has the owner serve NBD clients that connect to l.
+func (c *Client) Serve(ctx context.Context, l net.Listener, o ServeOptions) error {
+	defer l.Close()
+	nc, err := dial(ctx, c.path)
+	if err != nil {
+		return c.lost(ctx, err)
+	}
+	defer nc.Close()
+	stop := context.AfterFunc(ctx, func() { nc.(*net.UnixConn).CloseWrite() })
+	defer stop()
+	b, err := json.Marshal(request{Serve: o})
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(nc, "POST /v1/serve HTTP/1.1\r\nHost: vdisk\r\nContent-Length: 0\r\n%s: %s\r\n\r\n", argumentsHeader, b)
+	if err != nil {
+		return c.lost(ctx, err)
+	}
+	br := bufio.NewReader(nc)
+	resp, err := http.ReadResponse(br, nil)
+	if err != nil {
+		return c.lost(ctx, err)
+	}
+	if resp.StatusCode != http.StatusSwitchingProtocols {
+		defer resp.Body.Close()
+		return answerError(resp)
+	}
+	if err := giveListener(nc.(*net.UnixConn), l); err != nil {
+		return c.lost(ctx, err)
+	}
+	answer := new(Error)
+	if err := json.NewDecoder(br).Decode(answer); err != nil {
+		return fmt.Errorf("the owner of the store has ended: %w", err)
+	}
+	if answer.Message != "" {
+		return answer
+	}
+	return nil
+}

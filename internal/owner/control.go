@@ -1,0 +1,239 @@
+package owner
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/owner/sparse"
+)
+
+// control is the server of the control socket.
+type control struct {
+	owner *Owner
+	path  string
+	http  *http.Server
+	ended chan struct{} // closed when http does not accept any more
+}
+
+// maxRequest bounds the body of a plain operation, and the arguments of the others.
+const maxRequest = 1 << 20
+
+// listenControl begins to offer the store. Its lock is held, so whatever socket is there is not in use.
+func listenControl(o *Owner, path string) (*control, error) {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	l, err := Listen(path)
+	if err != nil {
+		return nil, err
+	}
+	c := &control{owner: o, path: path, ended: make(chan struct{})}
+	c.http = &http.Server{
+		Handler:     c.routes(),
+		BaseContext: func(net.Listener) context.Context { return o.life },
+		ConnState:   c.count,
+	}
+	go func() {
+		defer close(c.ended)
+		_ = c.http.Serve(l) // it ends by close, or fails and is found out by clients
+	}()
+	return c, nil
+}
+
+// close ends the server: operations under way have seen the end of the owner's life, and are waited for.
+func (c *control) close() error {
+	err := os.Remove(c.path) // while the store is still locked: later it may be the next owner's
+	ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
+	defer cancel()
+	if serr := c.http.Shutdown(ctx); serr != nil {
+		err = errors.Join(err, serr, c.http.Close())
+	}
+	<-c.ended
+	return err
+}
+
+// count keeps track of clients. A connection that serve takes over is counted as a service instead.
+func (c *control) count(_ net.Conn, s http.ConnState) {
+	switch s {
+	case http.StateNew:
+		c.owner.begin()
+	case http.StateClosed, http.StateHijacked:
+		c.owner.end()
+	}
+}
+
+// request is the body of the plain operations; each uses the fields that it needs.
+type request struct {
+	Name   string            `json:",omitempty"`
+	Ref    cow.Ref           `json:",omitzero"`
+	To     cow.Ref           `json:",omitzero"`
+	Refs   []cow.Ref         `json:",omitempty"`
+	Size   int64             `json:",omitempty"`
+	Flag   bool              `json:",omitempty"` // shrink, recursive
+	Volume cow.VolumeOptions `json:",omitzero"`
+	Attach AttachOptions     `json:",omitzero"`
+	Serve  ServeOptions      `json:",omitzero"`
+	Check  checkRequest      `json:",omitzero"`
+}
+
+type checkRequest struct {
+	ReadData bool
+	Volume   string
+}
+
+func (c *control) routes() *http.ServeMux {
+	o, mux := c.owner, http.NewServeMux()
+	plain := func(name string, f func(context.Context, request) (any, error)) {
+		mux.HandleFunc("POST /v1/"+name, func(w http.ResponseWriter, r *http.Request) {
+			var req request
+			if err := decode(http.MaxBytesReader(w, r.Body, maxRequest), &req); err != nil {
+				reply(w, nil, err)
+				return
+			}
+			v, err := f(r.Context(), req)
+			reply(w, v, err)
+		})
+	}
+	plain("status", func(ctx context.Context, _ request) (any, error) { return o.Status(ctx) })
+	plain("info", func(ctx context.Context, _ request) (any, error) { return o.Info(ctx) })
+	plain("volumes", func(ctx context.Context, _ request) (any, error) { return o.Volumes(ctx) })
+	plain("volume", func(ctx context.Context, r request) (any, error) { return o.Volume(ctx, r.Name) })
+	plain("usage", func(ctx context.Context, r request) (any, error) { return o.Usage(ctx, r.Ref) })
+	plain("create", func(ctx context.Context, r request) (any, error) { return o.CreateVolume(ctx, r.Name, r.Volume) })
+	plain("snapshot", func(ctx context.Context, r request) (any, error) { return nil, o.Snapshot(ctx, r.Refs...) })
+	plain("clone", func(ctx context.Context, r request) (any, error) { return nil, o.Clone(ctx, r.Ref, r.Name) })
+	plain("rollback", func(ctx context.Context, r request) (any, error) { return nil, o.Rollback(ctx, r.Ref) })
+	plain("rename", func(ctx context.Context, r request) (any, error) { return nil, o.Rename(ctx, r.Ref, r.To) })
+	plain("resize", func(ctx context.Context, r request) (any, error) { return nil, o.Resize(ctx, r.Name, r.Size, r.Flag) })
+	plain("remove", func(ctx context.Context, r request) (any, error) { return nil, o.Remove(ctx, r.Ref, r.Flag) })
+	plain("attach", func(ctx context.Context, r request) (any, error) { return o.Attach(ctx, r.Attach) })
+	plain("detach", func(ctx context.Context, r request) (any, error) { return nil, o.Detach(ctx, r.Name) })
+	mux.HandleFunc("POST /v1/check", c.check)
+	mux.HandleFunc("POST /v1/import", c.importStream)
+	mux.HandleFunc("POST /v1/export", c.exportStream)
+	mux.HandleFunc("POST /v1/serve", c.serve)
+	return mux
+}
+
+// decode refuses what this version does not know: a newer client must not have half of its request done.
+func decode(r io.Reader, v any) error {
+	d := json.NewDecoder(r)
+	d.DisallowUnknownFields()
+	if err := d.Decode(v); err != nil {
+		return fmt.Errorf("the owner of the store does not understand the request: %w: %w", cow.ErrInvalid, err)
+	}
+	return nil
+}
+
+func reply(w http.ResponseWriter, v any, err error) {
+	w.Header().Set("Content-Type", "application/json")
+	if err != nil {
+		w.WriteHeader(http.StatusUnprocessableEntity)
+		v = toWire(err)
+	}
+	_ = json.NewEncoder(w).Encode(v) // fails where the client is gone
+}
+
+// arguments are those of an operation whose body is something else.
+func arguments(r *http.Request) (request, error) {
+	var req request
+	return req, unmarshalStrict(r.Header.Get(argumentsHeader), &req)
+}
+
+const (
+	argumentsHeader = "Vdisk-Arguments"
+	sizeHeader      = "Vdisk-Size"
+)
+
+func (c *control) importStream(w http.ResponseWriter, r *http.Request) {
+	req, err := arguments(r)
+	if err != nil {
+		reply(w, nil, err)
+		return
+	}
+	v, err := c.owner.Import(r.Context(), req.Name, req.Volume, sparse.Decode(r.Body, req.Size), nil)
+	reply(w, v, err)
+}
+
+func (c *control) exportStream(w http.ResponseWriter, r *http.Request) {
+	req, err := arguments(r)
+	if err != nil {
+		reply(w, nil, err)
+		return
+	}
+	begun := false
+	err = c.owner.Export(r.Context(), req.Ref, func(src sparse.Source) error {
+		begun = true
+		w.Header().Set(sizeHeader, fmt.Sprint(src.Size()))
+		return sparse.Encode(r.Context(), w, src, message)
+	})
+	if err != nil && !begun {
+		reply(w, nil, err)
+	}
+}
+
+// checkLine is one line of check's answer.
+type checkLine struct {
+	Problem  *cow.Problem     `json:",omitempty"`
+	Progress *[2]int64        `json:",omitempty"`
+	Report   *cow.CheckReport `json:",omitempty"` // the last, with Error if it is not complete
+	Error    *Error           `json:",omitempty"`
+}
+
+func (c *control) check(w http.ResponseWriter, r *http.Request) {
+	req, err := arguments(r)
+	if err != nil {
+		reply(w, nil, err)
+		return
+	}
+	lines := newLineWriter(w)
+	opts := cow.CheckOptions{ReadData: req.Check.ReadData, Volume: req.Check.Volume,
+		Progress: func(done, total int64) { lines.write(checkLine{Progress: &[2]int64{done, total}}) }}
+	report, err := c.owner.Check(r.Context(), opts, func(p cow.Problem) { lines.write(checkLine{Problem: &p}) })
+	last := checkLine{Report: &report}
+	if err != nil {
+		last.Error = toWire(err)
+	}
+	lines.write(last)
+}
+
+// serve takes over the connection: it answers 101, is sent the listening socket, and serves until the client closes the
+// connection or the service ends by itself, which it tells with an Error or an empty one.
+func (c *control) serve(w http.ResponseWriter, r *http.Request) {
+	req, err := arguments(r)
+	if err == nil {
+		err = c.owner.lasting()
+	}
+	if err != nil {
+		reply(w, nil, err)
+		return
+	}
+	conn, _, err := w.(http.Hijacker).Hijack()
+	if err != nil {
+		reply(w, nil, err)
+		return
+	}
+	defer conn.Close()
+	l, err := takeListener(conn.(*net.UnixConn))
+	if err == nil {
+		ctx, cancel := context.WithCancel(c.owner.life)
+		defer cancel()
+		go func() { // until the client or the deferred Close ends the connection
+			_, _ = conn.Read(make([]byte, 1))
+			cancel()
+		}()
+		err = c.owner.Serve(ctx, l, req.Serve)
+	}
+	answer := &Error{}
+	if err != nil {
+		answer = toWire(err)
+	}
+	_ = json.NewEncoder(conn).Encode(answer) // fails where the client is gone
+}

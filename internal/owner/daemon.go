@@ -1,0 +1,125 @@
+package owner
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+
+	"github.com/vdisk/vdisk/cow"
+)
+
+// ReadyFD is the descriptor on which a daemon tells its starter how it went.
+const ReadyFD = 3
+
+const (
+	daemonLog      = "daemon.log"
+	daemonLogBytes = 1 << 20 // the log is begun anew when it is larger at a start
+)
+
+// OpenLasting gives the store at dir through an owner that stays: the one there is, or a daemon, which it starts as
+// args of this program. The daemon must answer with Ready.
+func OpenLasting(ctx context.Context, dir string, o Options, args []string) (*Client, error) {
+	return retry(ctx, o, func() (*Client, error) {
+		c, s, err := connect(ctx, dir)
+		if errors.Is(err, errNoOwner) {
+			if err := startDaemon(ctx, dir, args); err != nil {
+				return nil, err
+			}
+			c, s, err = connect(ctx, dir)
+		}
+		if err == nil && s.Temporary {
+			return nil, errors.Join(&cow.LockedError{Dir: dir, Holder: fmt.Sprintf("pid %d (%s)", s.PID, s.Command)}, c.Close())
+		}
+		return c, err
+	})
+}
+
+// startDaemon starts a daemon and waits until it is ready or has failed.
+func startDaemon(ctx context.Context, dir string, args []string) error {
+	if _, err := os.Stat(filepath.Join(dir, "format")); err != nil {
+		// Nothing is written into a folder that is no store, not even a log; the engine tells what is wrong with it.
+		s, err := cow.Open(dir, cow.Options{})
+		if err == nil {
+			err = s.Close()
+		}
+		if err != nil {
+			return err
+		}
+	}
+	log, err := openLog(filepath.Join(dir, daemonLog))
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	cmd := exec.Command("/proc/self/exe", args...)
+	cmd.Args[0] = os.Args[0]
+	cmd.Dir = "/"
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.ExtraFiles = []*os.File{w} // becomes ReadyFD
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	err = cmd.Start()
+	_ = w.Close()
+	if err != nil {
+		return fmt.Errorf("starting the daemon: %w", err)
+	}
+	stop := context.AfterFunc(ctx, func() { _ = cmd.Process.Signal(syscall.SIGTERM) })
+	defer stop()
+	answer, err := io.ReadAll(io.LimitReader(r, maxRequest))
+	if err == nil && bytes.Equal(answer, []byte("{}")) {
+		return cmd.Process.Release()
+	}
+	werr := cmd.Wait()
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	e := new(Error)
+	if json.Unmarshal(answer, e) == nil && e.Message != "" {
+		return e.original(dir)
+	}
+	return fmt.Errorf("the daemon ended before it was ready (%w): see %s", errors.Join(err, werr), log.Name())
+}
+
+// original gives the daemon's error that the store is locked its type back, so that it is tried again.
+func (e *Error) original(dir string) error {
+	if errors.Is(e, errLocked) {
+		return &cow.LockedError{Dir: dir, Holder: Holder(dir)}
+	}
+	return e
+}
+
+func openLog(path string) (*os.File, error) {
+	if fi, err := os.Stat(path); err == nil && fi.Size() > daemonLogBytes {
+		if err := os.Rename(path, path+".old"); err != nil {
+			return nil, err
+		}
+	}
+	return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+}
+
+// Ready tells whoever started this daemon that it works, or why it does not. Nothing must be told before, and nothing
+// twice.
+func Ready(err error) error {
+	w := os.NewFile(ReadyFD, "ready pipe")
+	if w == nil {
+		return errors.New("nobody waits for this daemon")
+	}
+	syscall.CloseOnExec(ReadyFD)
+	answer := []byte("{}")
+	if err != nil {
+		answer = message(err)
+	}
+	_, werr := w.Write(answer)
+	return errors.Join(werr, w.Close())
+}

@@ -1,0 +1,164 @@
+package owner
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+	"sync"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/nbd"
+)
+
+// exports are the volumes and snapshots that NBD clients have open. All clients of one share a handle: the engine has
+// one writer a volume, and a flush on one connection covers what was written on all (MULTI_CONN).
+type exports struct {
+	store *cow.Store
+	mu    sync.Mutex // guards open and the handles' users
+	open  []*handle
+}
+
+// handle is an open volume or snapshot.
+type handle struct {
+	dev      *cow.Device
+	readOnly bool // as it was opened
+	users    int
+}
+
+// acquire opens r, or takes part in it where it is open.
+func (x *exports) acquire(r cow.Ref, readOnly bool) (*handle, error) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	for _, h := range x.open {
+		if h.readOnly == readOnly && h.dev.Ref() == r {
+			h.users++
+			return h, nil
+		}
+	}
+	dev, err := x.store.OpenDevice(r, readOnly)
+	if err != nil {
+		return nil, err
+	}
+	h := &handle{dev: dev, readOnly: readOnly, users: 1}
+	x.open = append(x.open, h)
+	return h, nil
+}
+
+// release is the end of one user. The last one's writes are made durable, as after any flush.
+func (x *exports) release(h *handle) error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if h.users--; h.users > 0 {
+		return nil
+	}
+	x.open = slices.DeleteFunc(x.open, func(other *handle) bool { return other == h })
+	return errors.Join(flushWritten(h.dev), h.dev.Close())
+}
+
+// close closes what is still open, after the services have ended.
+func (x *exports) close() error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	var errs []error
+	for _, h := range x.open {
+		errs = append(errs, h.dev.Close())
+	}
+	x.open = nil
+	return errors.Join(errs...)
+}
+
+// users says which clients have a volume or its snapshots open.
+func (x *exports) users(volume string) []string {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	var list []string
+	for _, h := range x.open {
+		if r := h.dev.Ref(); r.Volume == volume {
+			list = append(list, fmt.Sprintf("%v is open by %d NBD client connections", r, h.users))
+		}
+	}
+	return list
+}
+
+// catalog is what one service shows of the exports; it is the service's nbd.Exports.
+type catalog struct {
+	*exports
+	only     []cow.Ref // empty: all
+	readOnly bool
+}
+
+// List returns the names that clients may open.
+func (c *catalog) List() ([]string, error) {
+	var names []string
+	for _, r := range c.refs() {
+		names = append(names, r.String())
+	}
+	return names, nil
+}
+
+func (c *catalog) refs() []cow.Ref {
+	if len(c.only) > 0 {
+		return c.only
+	}
+	var refs []cow.Ref
+	for _, v := range c.store.Volumes() {
+		refs = append(refs, cow.Ref{Volume: v.Name})
+		for _, s := range v.Snapshots {
+			refs = append(refs, cow.Ref{Volume: v.Name, Snapshot: s.Name})
+		}
+	}
+	return refs
+}
+
+// Open opens an export for a client. The empty name is the only export, where there is only one, or else the only
+// volume.
+func (c *catalog) Open(name string) (*nbd.Export, error) {
+	r, err := c.resolve(name)
+	if err != nil {
+		return nil, err
+	}
+	h, err := c.acquire(r, c.readOnly || r.Snapshot != "")
+	if errors.Is(err, cow.ErrNotFound) {
+		return nil, &kindError{err, fs.ErrNotExist}
+	}
+	if err != nil {
+		return nil, err
+	}
+	var once sync.Once
+	return &nbd.Export{
+		Device:         h.dev,
+		ReadOnly:       h.dev.ReadOnly(),
+		Description:    r.String(),
+		PreferredBlock: 4096, // the engine's unit of redirection
+		Close: func() (err error) {
+			once.Do(func() { err = c.release(h) })
+			return err
+		},
+	}, nil
+}
+
+func (c *catalog) resolve(name string) (cow.Ref, error) {
+	if name == "" {
+		return c.byDefault()
+	}
+	r, err := cow.ParseRef(name)
+	if err != nil {
+		return r, &kindError{err, fs.ErrNotExist}
+	}
+	if len(c.only) > 0 && !slices.Contains(c.only, r) {
+		return r, fmt.Errorf("%v is not served here: %w", r, fs.ErrNotExist)
+	}
+	return r, nil
+}
+
+func (c *catalog) byDefault() (cow.Ref, error) {
+	refs := c.refs()
+	if len(c.only) == 0 {
+		refs = slices.DeleteFunc(refs, func(r cow.Ref) bool { return r.Snapshot != "" })
+	}
+	if len(refs) != 1 {
+		return cow.Ref{}, fmt.Errorf("there are %d exports, so one has to be named: %w", len(refs), fs.ErrNotExist)
+	}
+	return refs[0], nil
+}

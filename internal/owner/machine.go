@@ -1,0 +1,81 @@
+package owner
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vdisk/vdisk/ublk"
+)
+
+// MachineFeatures are what a machine offers to vdisk. Its JSON is a promise to scripts.
+type MachineFeatures struct {
+	Kernel    string       `json:"kernel"`
+	Ublk      UblkFeatures `json:"ublk"`
+	IOUring   Availability `json:"io_uring"`
+	NBDServer Availability `json:"nbd_server"`
+	NBDClient Availability `json:"nbd_client"` // the kernel's: nbd-client and /dev/nbdN
+}
+
+// Availability says whether there is something, and if not, why.
+type Availability struct {
+	Available bool   `json:"available"`
+	Reason    string `json:"reason,omitempty"`
+}
+
+// UblkFeatures are those of the ublk driver.
+type UblkFeatures struct {
+	Availability
+	Features []UblkFeature `json:"features"`
+}
+
+// UblkFeature is one of them, and the first Linux release that has it.
+type UblkFeature struct {
+	Name  string `json:"name"`
+	Since string `json:"since"`
+}
+
+func availability(err error) Availability {
+	if err != nil {
+		return Availability{Reason: err.Error()}
+	}
+	return Availability{Available: true}
+}
+
+// Machine asks the kernel what it offers.
+func Machine(ctx context.Context) MachineFeatures {
+	set, err := ublk.Features(ctx)
+	m := MachineFeatures{Kernel: set.Kernel, Ublk: UblkFeatures{Availability: availability(err), Features: []UblkFeature{}},
+		IOUring: availability(probeRing()), NBDServer: Availability{Available: true}, NBDClient: availability(probeNBD())}
+	for _, f := range ublk.KnownFeatures {
+		if set.Has(f.Feature) {
+			m.Ublk.Features = append(m.Ublk.Features, UblkFeature{f.Name, f.Since})
+		}
+	}
+	return m
+}
+
+// probeRing makes the smallest ring.
+func probeRing() error {
+	var params [120]byte // struct io_uring_params of include/uapi/linux/io_uring.h
+	fd, _, errno := unix.Syscall(unix.SYS_IO_URING_SETUP, 1, uintptr(unsafe.Pointer(&params)), 0)
+	switch errno {
+	case 0:
+		return unix.Close(int(fd))
+	case unix.ENOSYS:
+		return fmt.Errorf("the kernel has none: %w", errno)
+	case unix.EPERM:
+		return fmt.Errorf("it is switched off for this process (kernel.io_uring_disabled, or a seccomp filter): %w", errno)
+	}
+	return errno
+}
+
+func probeNBD() error {
+	if _, err := os.Stat("/sys/block/nbd0"); err != nil {
+		return fmt.Errorf("the driver is not loaded: run 'modprobe nbd'")
+	}
+	return nil
+}

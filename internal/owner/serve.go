@@ -1,0 +1,148 @@
+package owner
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"github.com/vdisk/vdisk/nbd"
+)
+
+// service is one NBD service: a listening socket and its clients.
+type service struct {
+	opts     ServeOptions
+	listener *countingListener
+}
+
+func (s *service) info() Service {
+	exports := []string{}
+	for _, r := range s.opts.Exports {
+		exports = append(exports, r.String())
+	}
+	return Service{Socket: s.opts.Socket, ReadOnly: s.opts.ReadOnly, Exports: exports, Clients: int(s.listener.open.Load())}
+}
+
+// Serve serves NBD clients until ctx or the owner ends, or, with Once, the last client has left.
+func (o *Owner) Serve(ctx context.Context, l net.Listener, opts ServeOptions) error {
+	if err := o.lasting(); err != nil {
+		return errors.Join(err, l.Close())
+	}
+	for _, r := range opts.Exports {
+		if err := o.known(r); err != nil {
+			return errors.Join(err, l.Close())
+		}
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	s := &service{opts: opts, listener: &countingListener{Listener: l}}
+	if opts.Once {
+		s.listener.last = cancel
+	}
+	o.mu.Lock()
+	stopping := o.stopping
+	if !stopping {
+		o.services = append(o.services, s)
+		o.notifyLocked()
+	}
+	o.mu.Unlock()
+	if stopping {
+		return errors.Join(errStopping, l.Close())
+	}
+	defer o.served(s)
+	defer context.AfterFunc(o.life, cancel)()
+	server := nbd.New(&catalog{exports: o.exports, only: opts.Exports, readOnly: opts.ReadOnly}, nbd.Options{Logger: o.opts.Logger})
+	return serveUntil(ctx, server, s.listener)
+}
+
+// serveUntil serves until ctx ends, and then lets what is under way finish.
+func serveUntil(ctx context.Context, server *nbd.Server, l net.Listener) error {
+	ended := make(chan error, 1)
+	go func() { ended <- server.Serve(context.Background(), l) }()
+	select {
+	case err := <-ended:
+		return fmt.Errorf("serving NBD: %w", err)
+	case <-ctx.Done():
+	}
+	bounded, cancel := context.WithTimeout(context.Background(), stopTimeout/2)
+	defer cancel()
+	err := server.Shutdown(bounded)
+	<-ended
+	return err
+}
+
+// served is the end of a service.
+func (o *Owner) served(s *service) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.services = slices.DeleteFunc(o.services, func(x *service) bool { return x == s })
+	o.notifyLocked()
+}
+
+// waitServices waits for the services, which end with life.
+func (o *Owner) waitServices(ctx context.Context) {
+	for {
+		o.mu.Lock()
+		left, changed := len(o.services), o.changed
+		o.mu.Unlock()
+		if left == 0 {
+			return
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// countingListener counts the connections that are open, and tells when the last one has closed.
+type countingListener struct {
+	net.Listener
+	open atomic.Int64
+	last func() // may be nil
+}
+
+// Accept counts. A unix connection stays one: it can writev.
+func (l *countingListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	l.open.Add(1)
+	if u, ok := c.(*net.UnixConn); ok {
+		return &countedUnixConn{UnixConn: u, left: sync.OnceFunc(l.left)}, nil
+	}
+	return &countedConn{Conn: c, left: sync.OnceFunc(l.left)}, nil
+}
+
+func (l *countingListener) left() {
+	if l.open.Add(-1) == 0 && l.last != nil {
+		l.last()
+	}
+}
+
+type countedUnixConn struct {
+	*net.UnixConn
+	left func()
+}
+
+// Close counts, once.
+func (c *countedUnixConn) Close() error {
+	defer c.left()
+	return c.UnixConn.Close()
+}
+
+type countedConn struct {
+	net.Conn
+	left func()
+}
+
+// Close counts, once.
+func (c *countedConn) Close() error {
+	defer c.left()
+	return c.Conn.Close()
+}

@@ -1,0 +1,126 @@
+package sparse
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+)
+
+// The framed stream. All integers are little-endian.
+//
+//	0   8   offset
+//	8   4   length of the data that follows, 1 to Piece
+//	12  ..  data
+//
+// A frame without data (length 0) ends the stream, and its offset is the size of the content. A frame of length
+// frameError ends it too: the sender failed, its offset is the length of a message that follows. A stream that ends
+// otherwise is incomplete.
+const (
+	frameHeader = 12
+	frameError  = 1<<32 - 1
+	maxMessage  = 64 << 10
+)
+
+// RemoteError is what a receiver of a framed stream gets when its sender failed.
+type RemoteError struct{ Message []byte }
+
+func (e *RemoteError) Error() string { return string(e.Message) }
+
+// Encode writes src as a framed stream. When src fails, the receiver is told message(err).
+func Encode(ctx context.Context, w io.Writer, src Source, message func(error) []byte) error {
+	buf := make([]byte, frameHeader+Piece)
+	for {
+		n, off, err := src.Next(buf[frameHeader:])
+		if err == nil {
+			err = context.Cause(ctx)
+		}
+		switch {
+		case err == io.EOF:
+			putFrame(buf, src.Size(), 0)
+			_, err = w.Write(buf[:frameHeader])
+			return err
+		case err != nil:
+			m := message(err)
+			m = m[:min(len(m), maxMessage)]
+			putFrame(buf, int64(len(m)), frameError)
+			_, werr := w.Write(append(buf[:frameHeader], m...))
+			return errors.Join(err, werr)
+		}
+		putFrame(buf, off, uint32(n))
+		if _, err := w.Write(buf[:frameHeader+n]); err != nil {
+			return err
+		}
+	}
+}
+
+func putFrame(p []byte, off int64, n uint32) {
+	binary.LittleEndian.PutUint64(p, uint64(off))
+	binary.LittleEndian.PutUint32(p[8:], n)
+}
+
+// frames is a Source over a framed stream.
+type frames struct {
+	r    io.Reader
+	at   int64 // where the next byte of the frame under way belongs; nothing before it may come any more
+	left int   // bytes of the frame under way
+	size int64
+	done bool
+}
+
+// Decode returns the content of a framed stream, of the size that was announced for it, or -1 if none was. An incomplete
+// stream is an error, as are frames out of order.
+func Decode(r io.Reader, size int64) Source { return &frames{r: r, size: size} }
+
+func (s *frames) Size() int64 { return s.size }
+
+func (s *frames) Next(p []byte) (int, int64, error) {
+	if s.done {
+		return 0, 0, io.EOF
+	}
+	if s.left == 0 {
+		if err := s.header(); err != nil {
+			return 0, 0, err
+		}
+	}
+	n := min(len(p), s.left)
+	if _, err := io.ReadFull(s.r, p[:n]); err != nil {
+		return 0, 0, incomplete(err)
+	}
+	off := s.at
+	s.at, s.left = s.at+int64(n), s.left-n
+	return n, off, nil
+}
+
+func (s *frames) header() error {
+	var h [frameHeader]byte
+	if _, err := io.ReadFull(s.r, h[:]); err != nil {
+		return incomplete(err)
+	}
+	off, n := int64(binary.LittleEndian.Uint64(h[:])), binary.LittleEndian.Uint32(h[8:])
+	switch {
+	case n == frameError:
+		m := make([]byte, min(max(off, 0), maxMessage))
+		if _, err := io.ReadFull(s.r, m); err != nil {
+			return incomplete(err)
+		}
+		return &RemoteError{m}
+	case off < s.at || n > Piece:
+		return fmt.Errorf("a bad frame in the stream: offset %d, length %d, after %d", off, n, s.at)
+	case n == 0 && s.size >= 0 && s.size != off:
+		return fmt.Errorf("the stream ends at %d, and was to end at %d: %w", off, s.size, io.ErrUnexpectedEOF)
+	case n == 0:
+		s.size, s.done = off, true
+		return io.EOF
+	}
+	s.at, s.left = off, int(n)
+	return nil
+}
+
+func incomplete(err error) error {
+	if err == io.EOF || err == io.ErrUnexpectedEOF {
+		err = io.ErrUnexpectedEOF
+	}
+	return fmt.Errorf("the stream is incomplete: %w", err)
+}

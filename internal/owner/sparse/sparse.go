@@ -1,0 +1,196 @@
+// Package sparse moves the content of disks without moving their holes: from and to files and block devices, from and
+// to plain streams, and over a stream of its own that carries only the data.
+package sparse
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"runtime"
+	"sync"
+)
+
+// Piece is the largest run of data that a Source hands out at once.
+const Piece = 1 << 20
+
+// Block is the granularity at which zeros are looked for: the unit of redirection of the engine.
+const Block = 4096
+
+// Source is the content of a disk, as runs of data in ascending order. What lies between them is zeros.
+type Source interface {
+	// Next fills p from the next run of data: n bytes that belong at off. A run that is longer than p is continued by
+	// the next call. At the end it returns io.EOF, and nothing else with it.
+	Next(p []byte) (n int, off int64, err error)
+	// Size is the length of the content, and -1 as long as it is not known. After io.EOF it is known.
+	Size() int64
+}
+
+// zeroBlock is what blocks are compared with.
+var zeroBlock [Block]byte
+
+// dataRun returns the first run of p, whose start lies at a multiple of Block, that is not zeros: p[skip:skip+n]. n is
+// 0 when all is zeros.
+func dataRun(p []byte) (skip, n int) {
+	for skip < len(p) && isZero(p[skip:min(skip+Block, len(p))]) {
+		skip += Block
+	}
+	end := skip
+	for end < len(p) && !isZero(p[end:min(end+Block, len(p))]) {
+		end += Block
+	}
+	end = min(end, len(p))
+	return min(skip, len(p)), max(0, end-skip)
+}
+
+func isZero(p []byte) bool {
+	return bytes.Equal(p, zeroBlock[:len(p)])
+}
+
+// Copy writes the runs of src to dst, several at a time, and returns how many bytes of data there were. progress,
+// unless nil, is told after each run how far src has come; it is called by one goroutine at a time. grow, unless nil,
+// is called before anything is written that ends beyond all before it.
+func Copy(ctx context.Context, dst io.WriterAt, src Source, grow func(end int64) error, progress func(off int64)) (int64, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	type run struct {
+		p   []byte
+		off int64
+	}
+	writers := runtime.GOMAXPROCS(0)
+	free := make(chan []byte, writers+1)
+	for range cap(free) {
+		free <- make([]byte, Piece)
+	}
+	runs := make(chan run)
+	var wg sync.WaitGroup
+	for range writers {
+		wg.Go(func() {
+			for r := range runs {
+				if _, err := dst.WriteAt(r.p, r.off); err != nil {
+					cancel(err)
+				}
+				free <- r.p[:cap(r.p)]
+			}
+		})
+	}
+	copied, err := func() (copied int64, err error) {
+		defer wg.Wait()
+		defer close(runs)
+		for ctx.Err() == nil {
+			p := <-free
+			n, off, err := src.Next(p)
+			if err == io.EOF {
+				return copied, nil
+			}
+			if err == nil && grow != nil {
+				err = grow(off + int64(n))
+			}
+			if err != nil {
+				return copied, err
+			}
+			runs <- run{p[:n], off}
+			copied += int64(n)
+			if progress != nil {
+				progress(off + int64(n))
+			}
+		}
+		return copied, context.Cause(ctx)
+	}()
+	if err == nil {
+		err = context.Cause(ctx) // a write that failed after the last run was handed out
+	}
+	return copied, err
+}
+
+// WriteTo writes the whole content, zeros included, to a stream.
+func WriteTo(ctx context.Context, w io.Writer, src Source, progress func(off int64)) error {
+	var at int64
+	p := make([]byte, Piece)
+	for {
+		if err := ctx.Err(); err != nil {
+			return context.Cause(ctx)
+		}
+		n, off, err := src.Next(p)
+		if err != nil && err != io.EOF {
+			return err
+		}
+		if err == io.EOF {
+			off = src.Size()
+		}
+		if off < at {
+			return errors.New("the content comes out of order")
+		}
+		if err := writeZeros(ctx, w, off-at); err != nil {
+			return err
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if _, err := w.Write(p[:n]); err != nil {
+			return err
+		}
+		at = off + int64(n)
+		if progress != nil {
+			progress(at)
+		}
+	}
+}
+
+func writeZeros(ctx context.Context, w io.Writer, n int64) error {
+	zeros := make([]byte, min(n, Piece))
+	for n > 0 {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		k := min(n, int64(len(zeros)))
+		if _, err := w.Write(zeros[:k]); err != nil {
+			return err
+		}
+		n -= k
+	}
+	return nil
+}
+
+// streamSource is a Source over a plain stream.
+type streamSource struct {
+	r     io.Reader
+	at    int64  // where in the content the next byte of rest, or of r, belongs
+	buf   []byte // what is read at once, a multiple of Block
+	rest  []byte // what of buf is not yet handed out; starts at a multiple of Block
+	ended bool
+}
+
+// FromStream returns the content that r carries, until it ends. Blocks of zeros are left out.
+func FromStream(r io.Reader) Source {
+	return &streamSource{r: r, buf: make([]byte, Piece)}
+}
+
+func (s *streamSource) Next(p []byte) (int, int64, error) {
+	for {
+		skip, n := dataRun(s.rest)
+		s.rest, s.at = s.rest[skip:], s.at+int64(skip)
+		if n > 0 {
+			n = copy(p[:len(p)/Block*Block], s.rest[:n])
+			off := s.at
+			s.rest, s.at = s.rest[n:], s.at+int64(n)
+			return n, off, nil
+		}
+		if s.ended {
+			return 0, 0, io.EOF
+		}
+		n, err := io.ReadFull(s.r, s.buf)
+		if s.ended = err == io.EOF || err == io.ErrUnexpectedEOF; err != nil && !s.ended {
+			return 0, 0, fmt.Errorf("reading the input at %d: %w", s.at, err)
+		}
+		s.rest = s.buf[:n]
+	}
+}
+
+func (s *streamSource) Size() int64 {
+	if !s.ended || len(s.rest) > 0 {
+		return -1
+	}
+	return s.at
+}

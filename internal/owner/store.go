@@ -1,0 +1,114 @@
+package owner
+
+import (
+	"context"
+	"log/slog"
+	"net"
+	"time"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/owner/sparse"
+)
+
+// Store is a store as commands see it, whichever process has it open. The methods' errors match the engine's (cow.Err…)
+// and ErrUnsupported with errors.Is.
+type Store interface {
+	Status(ctx context.Context) (Status, error)
+	Info(ctx context.Context) (cow.StoreInfo, error)
+	Volumes(ctx context.Context) ([]Volume, error)
+	Volume(ctx context.Context, name string) (Volume, error)
+	Usage(ctx context.Context, r cow.Ref) (cow.Usage, error)
+
+	CreateVolume(ctx context.Context, name string, o cow.VolumeOptions) (cow.VolumeInfo, error)
+	Snapshot(ctx context.Context, refs ...cow.Ref) error
+	Clone(ctx context.Context, src cow.Ref, name string) error
+	Rollback(ctx context.Context, to cow.Ref) error
+	Rename(ctx context.Context, from, to cow.Ref) error
+	Resize(ctx context.Context, name string, size int64, shrink bool) error
+	Remove(ctx context.Context, r cow.Ref, recursive bool) error
+	Check(ctx context.Context, o cow.CheckOptions, problem func(cow.Problem)) (cow.CheckReport, error)
+
+	// Import makes a volume with the content of src. o.Size is at least the size of src, or 0 for that size, rounded up to
+	// a logical block. The volume appears with all of its content, durably, or not at all. progress, unless nil, is told
+	// how far src has come.
+	Import(ctx context.Context, name string, o cow.VolumeOptions, src sparse.Source, progress func(off int64)) (cow.VolumeInfo, error)
+	// Export calls use with the content of r. A volume that is open for writing is busy: its content is not of one moment.
+	Export(ctx context.Context, r cow.Ref, use func(src sparse.Source) error) error
+
+	// Attach makes a block device of a volume or snapshot, which lives as long as the process that owns the store.
+	Attach(ctx context.Context, o AttachOptions) (Device, error)
+	// Detach removes the block device with that path, or that serves the volume or snapshot of that name. A device that is
+	// open is left alone: cow.ErrBusy.
+	Detach(ctx context.Context, what string) error
+	// Serve serves NBD clients that connect to l until ctx ends, which is no error, and closes l.
+	Serve(ctx context.Context, l net.Listener, o ServeOptions) error
+
+	Close() error
+}
+
+// Options are how to open a store.
+type Options struct {
+	// LockTimeout is how long to wait for a store that is busy and whose owner does not answer.
+	LockTimeout time.Duration
+	// Command is what to call this process when others ask who holds the store, as "vdisk import".
+	Command string
+	// Offer lets other processes work with the store while this one has it open.
+	Offer bool
+	// Temporary says that this process is about to end: it lets no device or NBD service depend on it.
+	Temporary bool
+	// Logger gets what happens to devices and services (none).
+	Logger *slog.Logger
+}
+
+func (o Options) withDefaults() Options {
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	return o
+}
+
+// Status says who owns a store and what hangs on it.
+type Status struct {
+	PID       int
+	Command   string
+	Temporary bool
+	Started   time.Time
+	Devices   []Device
+	Services  []Service
+}
+
+// Volume is a volume and the block devices of it and its snapshots.
+type Volume struct {
+	cow.VolumeInfo
+	Devices []Device
+}
+
+// Device is an attached block device.
+type Device struct {
+	Ref      cow.Ref
+	Path     string // /dev/ublkbN
+	ReadOnly bool
+}
+
+// AttachOptions are how to attach a device. Zero Queues and Depth leave the choice to the driver's library.
+type AttachOptions struct {
+	Ref           cow.Ref
+	ReadOnly      bool
+	Queues, Depth int
+}
+
+// Service is an NBD service.
+type Service struct {
+	Socket   string
+	ReadOnly bool
+	Exports  []string // empty: all
+	Clients  int      // connections at the moment
+}
+
+// ServeOptions are what to serve.
+type ServeOptions struct {
+	Socket   string    // where the socket is, for Status
+	Exports  []cow.Ref // empty: every volume and snapshot, also those to come
+	ReadOnly bool
+	Once     bool // end when the last client has left
+}

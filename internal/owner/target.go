@@ -1,0 +1,127 @@
+package owner
+
+import (
+	"fmt"
+	"runtime/debug"
+	"sync"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/ublk"
+)
+
+// target answers the requests of a block device from a volume or snapshot.
+//
+// Reads are planned and finished on the queue's thread, and fetched on its ring. Small writes are done on the queue's
+// thread: a hand-over costs more than they do. What may wait for the disk, or is large enough to be worth another CPU,
+// goes to the workers.
+type target struct {
+	dev  *cow.Device
+	jobs chan *ublk.Request
+	wg   sync.WaitGroup // workers
+}
+
+const (
+	// inlineBytes is the largest write or read that is compressed or decompressed on the queue's thread: one unit of
+	// the engine. Copying and coding in parallel pays from about twice that on.
+	inlineBytes = 64 << 10
+	// workers is how many requests wait for the disk at the same time. Flushes share one sync, so a few do.
+	workers = 16
+	// waiting is how many requests may wait for a worker before a queue's thread has to wait with them.
+	waiting = 4096
+)
+
+// op is a tag's state of a read. There is one for each tag of each queue, made at its first read.
+type op struct {
+	plan cow.ReadPlan
+	err  error // of the fetches, for the worker that finishes
+}
+
+func newTarget(dev *cow.Device) *target {
+	t := &target{dev: dev, jobs: make(chan *ublk.Request, waiting)}
+	for range workers {
+		t.wg.Go(t.workRoutine)
+	}
+	return t
+}
+
+// close ends the workers. No request may come any more.
+func (t *target) close() {
+	close(t.jobs)
+	t.wg.Wait()
+}
+
+// ServeUBLK answers a request, or sees to it that it is answered.
+func (t *target) ServeUBLK(r *ublk.Request) error {
+	switch {
+	case r.Op == ublk.OpRead:
+		return t.read(r)
+	case r.Op == ublk.OpWrite && !r.FUA && r.Length <= inlineBytes:
+		_, err := t.dev.WriteAt(r.Buf, r.Offset)
+		return err
+	}
+	t.jobs <- r
+	return ublk.ErrLater
+}
+
+func (t *target) read(r *ublk.Request) error {
+	p, ok := r.Data.(*op)
+	if !ok {
+		p = new(op)
+		r.Data = p
+	}
+	if err := t.dev.PlanRead(&p.plan, r.Buf, r.Offset); err != nil {
+		return err
+	}
+	fetches := p.plan.Fetches()
+	if len(fetches) == 0 {
+		return p.plan.Finish(nil)
+	}
+	for i := range fetches {
+		f := &fetches[i]
+		r.Fetch(f.Fd(), f.Buf, f.Off)
+	}
+	return ublk.ErrFetch
+}
+
+// FetchedUBLK finishes a read.
+func (t *target) FetchedUBLK(r *ublk.Request, err error) error {
+	p := r.Data.(*op)
+	if r.Length <= inlineBytes {
+		return p.plan.Finish(err)
+	}
+	p.err = err
+	t.jobs <- r
+	return ublk.ErrLater
+}
+
+func (t *target) workRoutine() {
+	for r := range t.jobs {
+		r.Complete(t.work(r))
+	}
+}
+
+// work does a request to its end. A panic fails the request: one that is never answered would hang its process for ever.
+func (t *target) work(r *ublk.Request) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("%v at %d: panic: %v\n%s", r.Op, r.Offset, p, debug.Stack())
+		}
+	}()
+	switch r.Op {
+	case ublk.OpRead:
+		p := r.Data.(*op)
+		return p.plan.Finish(p.err)
+	case ublk.OpWrite:
+		if _, err := t.dev.WriteAt(r.Buf, r.Offset); err != nil || !r.FUA {
+			return err
+		}
+		return t.dev.Flush()
+	case ublk.OpFlush:
+		return t.dev.Flush()
+	case ublk.OpDiscard:
+		return t.dev.Discard(r.Offset, int64(r.Length))
+	case ublk.OpWriteZeroes:
+		return t.dev.WriteZeroes(r.Offset, int64(r.Length), r.NoUnmap)
+	}
+	return fmt.Errorf("%v: %w", r.Op, ErrUnsupported)
+}

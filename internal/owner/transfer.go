@@ -1,0 +1,202 @@
+package owner
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/owner/sparse"
+)
+
+// importingSuffix is what a volume's name ends in while it is filled. A process that is killed then leaves it so.
+const importingSuffix = ".importing"
+
+// firstSize is the size of a volume whose content is of unknown length, to begin with.
+const firstSize = 1 << 30
+
+// Import makes a volume from src. It is filled under another name, and gets its own in one step when it is durable.
+func (o *Owner) Import(ctx context.Context, name string, v cow.VolumeOptions, src sparse.Source, progress func(int64)) (cow.VolumeInfo, error) {
+	if _, err := o.store.Volume(name); err == nil {
+		return cow.VolumeInfo{}, fmt.Errorf("volume %s: %w", name, cow.ErrExists)
+	} else if !errors.Is(err, cow.ErrNotFound) {
+		return cow.VolumeInfo{}, err
+	}
+	im := &importing{store: o.store, name: importName(name), fixed: v.Size > 0, opts: v}
+	if err := im.create(src.Size()); err != nil {
+		return cow.VolumeInfo{}, err
+	}
+	err := im.fill(ctx, src, progress)
+	if err == nil {
+		err = im.finish(name, src.Size())
+	}
+	if err != nil {
+		return cow.VolumeInfo{}, errors.Join(err, o.store.Remove(im.ref(), true))
+	}
+	return o.store.Volume(name)
+}
+
+// importName is where the volume is filled; no longer than the 63 characters that a name may have.
+func importName(name string) string {
+	return name[:min(len(name), 63-len(importingSuffix))] + importingSuffix
+}
+
+// importing is a volume that is being filled.
+type importing struct {
+	store *cow.Store
+	name  string
+	opts  cow.VolumeOptions
+	fixed bool // the size was asked for, and does not follow the source
+	size  int64
+}
+
+func (im *importing) ref() cow.Ref { return cow.Ref{Volume: im.name} }
+
+// roundUp is the size of a volume that holds n bytes.
+func (im *importing) roundUp(n int64) int64 {
+	block := int64(max(im.opts.LogicalBlock, 512))
+	return max(block, (n+block-1)/block*block)
+}
+
+func (im *importing) create(known int64) error {
+	im.size = im.opts.Size
+	if !im.fixed {
+		if im.size = im.roundUp(known); known < 0 {
+			im.size = firstSize
+		}
+	}
+	opts := im.opts
+	opts.Size = im.size
+	_, err := im.store.CreateVolume(im.name, opts)
+	if errors.Is(err, cow.ErrExists) {
+		return fmt.Errorf("volume %s is there from an interrupted or running import: %w: if none is running, remove it with 'vdisk rm %[1]s'",
+			im.name, cow.ErrBusy)
+	}
+	return err
+}
+
+func (im *importing) fill(ctx context.Context, src sparse.Source, progress func(int64)) (err error) {
+	if known := src.Size(); known > im.size {
+		return im.tooSmall(known)
+	}
+	dev, err := im.store.OpenDevice(im.ref(), false)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, dev.Close()) }()
+	if _, err := sparse.Copy(ctx, dev, src, im.grow, progress); err != nil {
+		return fromStream(err)
+	}
+	if src.Size() > im.size {
+		return im.tooSmall(src.Size())
+	}
+	return dev.Flush()
+}
+
+func (im *importing) tooSmall(need int64) error {
+	return fmt.Errorf("the content has %d bytes or more, the volume %d: %w: give a larger --size", need, im.size, cow.ErrInvalid)
+}
+
+// grow makes the volume at least end bytes large.
+func (im *importing) grow(end int64) error {
+	if end <= im.size {
+		return nil
+	}
+	if im.fixed {
+		return im.tooSmall(end)
+	}
+	size := max(2*im.size, im.roundUp(end))
+	if err := im.store.Resize(im.name, size, false); err != nil {
+		return err
+	}
+	im.size = size
+	return nil
+}
+
+// finish gives the volume its size and its name.
+func (im *importing) finish(name string, size int64) error {
+	if want := im.roundUp(size); !im.fixed && want != im.size {
+		if err := im.store.Resize(im.name, want, true); err != nil {
+			return err
+		}
+	}
+	return im.store.Rename(im.ref(), cow.Ref{Volume: name})
+}
+
+// Export calls use with the content of a snapshot, or of a volume that nobody writes.
+func (o *Owner) Export(_ context.Context, r cow.Ref, use func(sparse.Source) error) (err error) {
+	// Opening a volume for writing makes sure that nobody else does while it is read.
+	dev, err := o.store.OpenDevice(r, r.Snapshot != "")
+	if errors.Is(err, cow.ErrBusy) {
+		return o.inUse(r.Volume, fmt.Errorf("%w: take a snapshot and export that", err))
+	}
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, dev.Close()) }()
+	return use(&deviceSource{dev: dev})
+}
+
+// deviceSource is the content of an open volume or snapshot.
+type deviceSource struct {
+	dev  *cow.Device
+	at   int64 // up to where extents were asked for
+	runs []run // of data, not yet handed out
+	mem  [256]run
+	once sync.Once
+	size int64
+}
+
+type run struct{ off, length int64 }
+
+func (s *deviceSource) Size() int64 {
+	s.once.Do(func() { s.size = s.dev.Size() })
+	return s.size
+}
+
+func (s *deviceSource) Next(p []byte) (int, int64, error) {
+	if len(s.runs) == 0 {
+		if err := s.look(); err != nil {
+			return 0, 0, err
+		}
+		if len(s.runs) == 0 {
+			return 0, 0, io.EOF
+		}
+	}
+	r := &s.runs[0]
+	off := r.off
+	n := int(min(int64(len(p)), r.length))
+	if _, err := s.dev.ReadAt(p[:n], off); err != nil {
+		return 0, 0, fmt.Errorf("reading %v at %d: %w", s.dev.Ref(), off, err)
+	}
+	r.off, r.length = off+int64(n), r.length-int64(n)
+	if r.length == 0 {
+		s.runs = s.runs[1:]
+	}
+	return n, off, nil
+}
+
+// look finds the next runs of data.
+func (s *deviceSource) look() error {
+	s.runs = s.mem[:0]
+	for s.at < s.Size() && len(s.runs) == 0 {
+		from := s.at
+		err := s.dev.Extents(s.at, s.Size()-s.at, func(off, length int64, hole bool) bool {
+			s.at = off + length
+			if !hole {
+				s.runs = append(s.runs, run{off, length})
+			}
+			return len(s.runs) < len(s.mem)
+		})
+		if err != nil {
+			return fmt.Errorf("looking for data in %v: %w", s.dev.Ref(), err)
+		}
+		if s.at == from { // nothing was said about the rest, so it has to be read
+			s.runs = append(s.runs, run{from, s.Size() - from})
+			s.at = s.Size()
+		}
+	}
+	return nil
+}

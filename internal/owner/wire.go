@@ -1,0 +1,91 @@
+package owner
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func unmarshalStrict(text string, v any) error { return decode(strings.NewReader(text), v) }
+
+// lineWriter sends JSON lines as they come, from any goroutine.
+type lineWriter struct {
+	mu  sync.Mutex // guards enc
+	enc *json.Encoder
+	rc  *http.ResponseController
+}
+
+func newLineWriter(w http.ResponseWriter) *lineWriter {
+	return &lineWriter{enc: json.NewEncoder(w), rc: http.NewResponseController(w)}
+}
+
+func (l *lineWriter) write(v any) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.enc.Encode(v) == nil { // fails where the client is gone
+		_ = l.rc.Flush()
+	}
+}
+
+// switching is the answer of an owner that is ready to be passed a socket.
+const switching = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: vdisk-socket\r\nConnection: Upgrade\r\n\r\n"
+
+// passTimeout bounds the hand-over of a socket.
+const passTimeout = 10 * time.Second
+
+// giveListener sends a listening socket.
+func giveListener(conn *net.UnixConn, l net.Listener) error {
+	filer, ok := l.(interface{ File() (*os.File, error) })
+	if !ok {
+		return fmt.Errorf("a %T cannot be handed over", l)
+	}
+	f, err := filer.File()
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, _, err = conn.WriteMsgUnix([]byte{0}, unix.UnixRights(int(f.Fd())), nil)
+	return err
+}
+
+// takeListener says that it is ready for a listening socket, and receives it.
+func takeListener(conn *net.UnixConn) (net.Listener, error) {
+	if err := conn.SetDeadline(time.Now().Add(passTimeout)); err != nil {
+		return nil, err
+	}
+	if _, err := io.WriteString(conn, switching); err != nil {
+		return nil, err
+	}
+	oob := make([]byte, unix.CmsgSpace(4))
+	_, n, _, _, err := conn.ReadMsgUnix(make([]byte, 1), oob)
+	if err != nil {
+		return nil, err
+	}
+	messages, err := unix.ParseSocketControlMessage(oob[:n])
+	if err != nil || len(messages) != 1 {
+		return nil, errors.Join(errors.New("no socket came with the request to serve it"), err)
+	}
+	fds, err := unix.ParseUnixRights(&messages[0])
+	if err != nil || len(fds) != 1 {
+		return nil, errors.Join(errors.New("no socket came with the request to serve it"), err)
+	}
+	f := os.NewFile(uintptr(fds[0]), "passed socket")
+	defer f.Close()
+	l, err := net.FileListener(f)
+	if err != nil {
+		return nil, fmt.Errorf("what came with the request to serve it is no listening socket: %w", err)
+	}
+	if u, ok := l.(*net.UnixListener); ok {
+		u.SetUnlinkOnClose(false) // the socket's file is the asker's
+	}
+	return l, conn.SetDeadline(time.Time{})
+}
