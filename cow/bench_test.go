@@ -1,8 +1,11 @@
 package cow
 
 import (
+	"fmt"
 	"math/rand/v2"
+	"slices"
 	"testing"
+	"time"
 
 	"github.com/vdisk/vdisk/format"
 )
@@ -89,5 +92,53 @@ func BenchmarkFill1M(b *testing.B) {
 		if _, err := d.WriteAt(buf, int64(i%1024)<<20); err != nil {
 			b.Fatal(err)
 		}
+	}
+}
+
+// BenchmarkSnapshot takes snapshots, and clones of them, of a volume with 1 GiB of
+// random 4 KiB writes that goes on being written, at two depths.
+func BenchmarkSnapshot(b *testing.B) {
+	for _, depth := range []int{0, 100} {
+		b.Run(fmt.Sprintf("depth%d", depth), func(b *testing.B) {
+			d := benchDevice(b, format.S2, 1<<30)
+			r := rand.New(rand.NewPCG(1, 2))
+			buf := make([]byte, 1<<20)
+			halfCompressible(r, buf)
+			write := func(n int) {
+				for range n {
+					at := r.Int64N(256) * 4096
+					if _, err := d.WriteAt(buf[at:at+4096], r.Int64N(1<<18)*4096); err != nil {
+						b.Fatal(err)
+					}
+				}
+			}
+			write(1 << 18)
+			for i := range depth {
+				write(100)
+				if err := d.s.Snapshot(Ref{"v", fmt.Sprintf("deep%d", i)}); err != nil {
+					b.Fatal(err)
+				}
+			}
+			var snap, clone []time.Duration
+			b.ResetTimer()
+			for i := range b.N {
+				write(1000)
+				t0 := time.Now()
+				name := Ref{"v", fmt.Sprintf("s%d", i)}
+				if err := d.s.Snapshot(name); err != nil {
+					b.Fatal(err)
+				}
+				t1 := time.Now()
+				if err := d.s.Clone(name, fmt.Sprintf("c%d", i)); err != nil {
+					b.Fatal(err)
+				}
+				snap, clone = append(snap, t1.Sub(t0)), append(clone, time.Since(t1))
+			}
+			for name, ts := range map[string][]time.Duration{"snap": snap, "clone": clone} {
+				slices.Sort(ts)
+				b.ReportMetric(float64(ts[len(ts)/2].Microseconds()), name+"-p50-µs")
+				b.ReportMetric(float64(ts[len(ts)*99/100].Microseconds()), name+"-p99-µs")
+			}
+		})
 	}
 }

@@ -310,6 +310,9 @@ func (l *recordLog) drainLocked() error {
 		if _, err := c.file.WriteAt(b.data[:b.n], int64(b.off)); err != nil {
 			return l.fail(fmt.Errorf("write chunk %s: %w", c.name(), err))
 		}
+		if b.n >= bufferSize/2 {
+			c.file.StartWrite(int64(b.off), int64(b.n)) // or a flush would find all since the last one
+		}
 		l.bufMu.Lock()
 		c.written = b.off + uint32(b.n)
 		for i, x := range l.buffered {

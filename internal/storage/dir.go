@@ -185,6 +185,11 @@ func (f *file) Sync() error {
 	return nil
 }
 
+func (f *file) StartWrite(off, n int64) {
+	// An error here is Sync's to find and to report.
+	_ = unix.SyncFileRange(int(f.Fd()), off, n, unix.SYNC_FILE_RANGE_WRITE)
+}
+
 func (f *file) Truncate(size int64) error { return noSpace(f.File.Truncate(size)) }
 
 func (f *file) Size() (int64, error) {

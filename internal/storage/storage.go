@@ -41,6 +41,10 @@ type File interface {
 	// that reading them back needs (fdatasync(2)). After an error what was not
 	// durable may be lost even if a later Sync succeeds.
 	Sync() error
+	// StartWrite has the system begin to write what was written to the n bytes
+	// at off, and does not wait. It is a hint, so that a later Sync finds little
+	// left to do; it makes nothing durable.
+	StartWrite(off, n int64)
 	// Truncate sets the size.
 	Truncate(size int64) error
 	// Size returns the size.

@@ -327,6 +327,9 @@ func (h *file) WriteAt(p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
+// StartWrite does nothing: what it may write a crash may keep anyway.
+func (h *file) StartWrite(off, n int64) {}
+
 func (h *file) Truncate(size int64) error {
 	h.fs.mu.Lock()
 	defer h.fs.mu.Unlock()
