@@ -38,7 +38,7 @@ func (r Ref) String() string {
 // concurrently; whoever closes it must have stopped using it.
 type Device struct {
 	s        *Store
-	ref      Ref
+	ref      Ref // as it was opened, for messages
 	b        *branch
 	asOf     uint32 // head, or the snapshot's epoch
 	v        *volume
@@ -109,8 +109,16 @@ func (d *Device) ReadOnly() bool { return d.readOnly }
 // LogicalBlock is the volume's logical block size in bytes, 512 or 4096.
 func (d *Device) LogicalBlock() int { return d.block }
 
-// Ref is what was opened.
-func (d *Device) Ref() Ref { return d.ref }
+// Ref is the present name of what was opened.
+func (d *Device) Ref() Ref {
+	d.s.mu.Lock()
+	defer d.s.mu.Unlock()
+	r := Ref{Volume: d.v.Name}
+	if d.snap != nil {
+		r.Snapshot = d.snap.Name
+	}
+	return r
+}
 
 // checkRange refuses what does not lie in the device.
 func (d *Device) checkRange(off, length int64) error {

@@ -134,6 +134,14 @@ func Create(dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("make store: %w", err)
 	}
+	// A foreign directory is looked at before a lock is written into it, and
+	// again under the lock, since another process may be making the store.
+	if _, err := readFormat(dir); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := onlyLeavings(dir); err != nil {
+		return err
+	}
 	lock, err := lockStore(dir, 0, "vdisk create")
 	if err != nil {
 		if errors.Is(err, ErrBusy) {
