@@ -43,11 +43,12 @@ type buffer struct {
 //
 //	append → active buffer → (cut) → queue → (drain) → chunk file → (sync) → durable
 type recordLog struct {
-	fs     storage.FS
-	mu     *sync.Mutex // Store.mu
-	uuid   [16]byte
-	slots  *slotTable
-	failed atomic.Pointer[error]
+	fs         storage.FS
+	mu         *sync.Mutex // Store.mu
+	uuid       [16]byte
+	slots      *slotTable
+	chunkBytes int64 // of a new chunk, where there is room
+	failed     atomic.Pointer[error]
 
 	// Guarded by mu.
 	space     *sync.Cond // a buffer or a chunk became available, or the attempt failed
@@ -459,7 +460,7 @@ func (l *recordLog) chunkSize(urgent bool) (uint32, error) {
 	if err != nil {
 		return 0, fmt.Errorf("free space of the store: %w", err)
 	}
-	for size := int64(format.MaxChunkSize); size >= minChunkSize; size /= 2 {
+	for size := l.chunkBytes; size >= min(minChunkSize, l.chunkBytes); size /= 2 {
 		if free >= size+reserve {
 			return uint32(size), nil
 		}

@@ -5,9 +5,9 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// reapBatch bounds the leaves that one checkpoint's batch looks at, since it
+// defaultReapBatch bounds the leaves that one checkpoint's batch looks at, since it
 // runs under Store.mu.
-const reapBatch = 128
+const defaultReapBatch = 128
 
 // A job is a half-open interval of epochs of a branch, (from, to], whose last state nobody
 // can name any more. next is the end of the interval after it, whose state takes over what it
@@ -69,7 +69,7 @@ func (t *tables) neighbours(b *branch, epoch uint32) (before, after uint32) {
 // reap does one batch of work as part of the generation that is being frozen. mu and ckptMu are held: memory is what the
 // table will be, so that what is decided here holds there too.
 func (s *Store) reap() error {
-	for left := reapBatch; left > 0; {
+	for left := s.opts.ReapBatch; left > 0; {
 		j, ok := s.nextJob()
 		if !ok {
 			return nil

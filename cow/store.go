@@ -49,6 +49,11 @@ type Options struct {
 	CheckpointLeaves   int
 	CheckpointInterval time.Duration
 
+	// ChunkBytes is the size of a new chunk file, and ReapBatch how many leaf versions one
+	// checkpoint's batch of the reaper looks at; defaults 64 MiB and 128. Tests make them
+	// small, so that chunks come and go and batches end often.
+	ChunkBytes int64
+	ReapBatch  int
 	// OnCommit is called around each commit of the table: for tests that cut the power.
 	OnCommit func(done bool)
 	// NoTableSync leaves out the table's own fdatasyncs: for tests that copy its file.
@@ -70,6 +75,12 @@ func (o *Options) setDefaults() {
 	}
 	if o.CheckpointInterval == 0 {
 		o.CheckpointInterval = 10 * time.Second
+	}
+	if o.ChunkBytes <= 0 || o.ChunkBytes > format.MaxChunkSize {
+		o.ChunkBytes = format.MaxChunkSize
+	}
+	if o.ReapBatch <= 0 {
+		o.ReapBatch = defaultReapBatch
 	}
 	if o.OnCommit == nil {
 		o.OnCommit = func(bool) {}
@@ -301,6 +312,7 @@ func (s *Store) openFiles() error {
 		return err
 	}
 	s.wal = newRecordLog(s.fs, &s.mu, uuid, &s.slots)
+	s.wal.chunkBytes = s.opts.ChunkBytes
 	behind, err := s.loadAndReplay()
 	if err != nil {
 		return err
