@@ -56,6 +56,9 @@ func arrange(program *cli.App, args []string) []string {
 	if command == nil {
 		return append(out, positional...)
 	}
+	if slices.ContainsFunc(flags, func(f string) bool { return slices.Contains(cli.HelpFlag.Names(), strings.TrimLeft(f, "-")) }) {
+		positional = nil // package cli would look for a help topic of that name
+	}
 	out = append(append(out, command.Name), flags...)
 	if len(positional) > 0 {
 		out = append(append(out, "--"), positional...)
@@ -78,7 +81,7 @@ func (t table) add(flags ...cli.Flag) {
 		if d, ok := f.(cli.DocGenerationFlag); ok {
 			takes = d.TakesValue()
 		}
-		for _, name := range slices.Concat(f.Names()) {
+		for _, name := range f.Names() {
 			t[name] = takes
 		}
 	}

@@ -18,7 +18,7 @@ func (a *app) featuresCommand() *cli.Command {
 		Usage:     "show what this machine offers: ublk, io_uring, NBD",
 		UsageText: "vdisk features",
 	}, func(c *cli.Context) error {
-		m := owner.Machine(c.Context)
+		m := owner.Machine()
 		return a.print(m, func() error {
 			list := [][2]string{{"kernel", m.Kernel}, {"attach (ublk)", yes(m.Ublk.Available, m.Ublk.Reason)}}
 			for _, f := range m.Ublk.Features {

@@ -51,7 +51,7 @@ func (a *app) importFrom(c *cli.Context, path, name string, o cow.VolumeOptions)
 		return err
 	}
 	defer closeSource()
-	if src.Size() == 0 && o.Size == 0 {
+	if src.Size() == 0 && o.Size == 0 { // the owner refuses it too, but then there would be a store
 		return usagef("%s is empty, and a volume has at least one block: give --size with 'vdisk create'", path)
 	}
 	return a.duringNew(c, func(s owner.Store) error {

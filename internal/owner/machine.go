@@ -1,7 +1,6 @@
 package owner
 
 import (
-	"context"
 	"fmt"
 	"os"
 	"unsafe"
@@ -46,8 +45,8 @@ func availability(err error) Availability {
 }
 
 // Machine asks the kernel what it offers.
-func Machine(ctx context.Context) MachineFeatures {
-	set, err := ublk.Features(ctx)
+func Machine() MachineFeatures {
+	set, err := ublk.Features()
 	m := MachineFeatures{Kernel: set.Kernel, Ublk: UblkFeatures{Availability: availability(err), Features: []UblkFeature{}},
 		IOUring: availability(probeRing()), NBDServer: Availability{Available: true}, NBDClient: availability(probeNBD())}
 	for _, f := range ublk.KnownFeatures {

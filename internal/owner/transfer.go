@@ -89,8 +89,11 @@ func (im *importing) fill(ctx context.Context, src sparse.Source, progress func(
 	if _, err := sparse.Copy(ctx, dev, src, im.grow, progress); err != nil {
 		return fromStream(err)
 	}
-	if src.Size() > im.size {
+	switch {
+	case src.Size() > im.size:
 		return im.tooSmall(src.Size())
+	case src.Size() == 0 && !im.fixed:
+		return fmt.Errorf("the content is empty, and a volume has at least one block: %w: give --size with 'vdisk create'", cow.ErrInvalid)
 	}
 	return dev.Flush()
 }
