@@ -15,7 +15,7 @@ import (
 // needDriver skips a test that needs a kernel with ublk, except where VDISK_GUEST=1 promises one.
 func needDriver(t testing.TB) {
 	t.Helper()
-	_, err := ublk.Features(context.Background())
+	_, err := ublk.Features()
 	switch {
 	case os.Getenv("VDISK_GUEST") != "1":
 		t.Skip("needs a kernel with ublk_drv: runs in the guest (VDISK_GUEST=1)")

@@ -102,15 +102,15 @@ func (f Feature) String() string {
 	return fmt.Sprintf("%#x", uint64(f))
 }
 
-// Features asks the driver what it can do. The kernel's release is set even when the driver cannot be asked; the error
+// Features asks the driver what it can do, which it answers at once or within 20 seconds not at all. The kernel's release is set even when the driver cannot be asked; the error
 // is then ErrNoDriver, ErrPermission or ErrKernelTooOld.
-func Features(ctx context.Context) (FeatureSet, error) {
+func Features() (FeatureSet, error) {
 	s := FeatureSet{Kernel: kernelRelease()}
 	c, err := openControl()
 	if err != nil {
 		return s, err
 	}
-	bits, err := c.getFeatures(ctx)
+	bits, err := c.getFeatures(context.Background())
 	if err != nil {
 		return s, err
 	}

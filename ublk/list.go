@@ -131,6 +131,8 @@ func Delete(ctx context.Context, id int) error {
 	if err != nil {
 		return err
 	}
+	ctx, cancel := context.WithTimeout(ctx, deleteTimeout)
+	defer cancel()
 	info, err := c.describe(ctx, id)
 	if err != nil {
 		return err
@@ -141,8 +143,6 @@ func Delete(ctx context.Context, id int) error {
 	if us := users(id); len(us) > 0 {
 		return fmt.Errorf("ublk: delete device %d: %w: %s", id, ErrBusy, describeUsers(us))
 	}
-	ctx, cancel := context.WithTimeout(ctx, deleteTimeout)
-	defer cancel()
 	if err := c.del(ctx, id); err != nil && !gone(err) { // DEL stops it first
 		return deviceError("delete", id, err)
 	}

@@ -84,7 +84,7 @@ func TestNoDriver(t *testing.T) {
 		return // this machine has a driver, and the tests of it are elsewhere
 	}
 	ctx := context.Background()
-	set, err := Features(ctx)
+	set, err := Features()
 	if !errors.Is(err, ErrNoDriver) || set.Kernel == "" || set.Bits != 0 {
 		t.Errorf("Features: %+v, %v", set, err)
 	}

@@ -1,0 +1,443 @@
+package ublk_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vdisk/vdisk/ublk"
+)
+
+func stopCtx(t testing.TB) context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// mustBeGone checks that nothing of the device is left.
+func mustBeGone(t testing.TB, d *ublk.Device) {
+	t.Helper()
+	select {
+	case <-d.Done():
+	default:
+		t.Error("the device is not done")
+	}
+	for _, path := range []string{d.Path(), strings.Replace(d.Path(), "ublkb", "ublkc", 1)} {
+		if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s is still there (%v)", path, err)
+		}
+	}
+	infos, err := ublk.Devices(context.Background())
+	for _, i := range infos {
+		if i.ID == d.ID() {
+			t.Errorf("the driver still has %+v", i)
+		}
+	}
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+func TestDeviceRounds(t *testing.T) {
+	needDriver(t)
+	count := func() (fds, threads, maps int) {
+		entries, _ := os.ReadDir("/proc/self/fd")
+		tasks, _ := os.ReadDir("/proc/self/task")
+		m, _ := os.ReadFile("/proc/self/maps")
+		return len(entries), len(tasks), strings.Count(string(m), "\n")
+	}
+	round := func(i int) {
+		disk := newRAMDisk(1 << 20)
+		d := create(t, ublk.Options{Size: 1 << 20, Queues: 2, Depth: 16}, disk)
+		if i%2 == 0 {
+			f, err := os.OpenFile(d.Path(), os.O_RDWR, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = f.WriteAt(make([]byte, 100<<10), 4096) // dirty data for the stop to write back
+			if err != nil || f.Close() != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := d.Stop(stopCtx(t)); err != nil {
+			t.Fatal(err)
+		}
+		mustBeGone(t, d)
+		if d.Err() != nil || d.State() != ublk.StateDead {
+			t.Errorf("after Stop: %v, %v", d.State(), d.Err())
+		}
+	}
+	for i := range 5 {
+		round(i)
+	}
+	fds, threads, maps := count()
+	for i := range 50 {
+		round(i)
+	}
+	time.Sleep(200 * time.Millisecond)
+	// The runtime keeps idle threads and heap maps of its own, but not one a round.
+	if f, th, m := count(); f > fds || th > threads+6 || m > maps+20 {
+		t.Errorf("after 50 rounds: fds %d → %d, threads %d → %d, mappings %d → %d", fds, f, threads, th, maps, m)
+	}
+}
+
+// TestStopSyncs: dirty pages of a closed file reach the handler during the stop.
+func TestStopSyncs(t *testing.T) {
+	needDriver(t)
+	disk := newRAMDisk(8 << 20)
+	d := create(t, ublk.Options{Size: 8 << 20}, laterDisk{disk})
+	dir := t.TempDir()
+	run(t, "mkfs.ext4", "-q", d.Path())
+	run(t, "mount", d.Path(), dir)
+	run(t, "sh", "-c", "echo precious > "+dir+"/file")
+	run(t, "umount", dir)
+	if err := d.Stop(stopCtx(t)); err != nil {
+		t.Fatal(err)
+	}
+	again := create(t, ublk.Options{Size: 8 << 20}, disk)
+	run(t, "mount", again.Path(), dir)
+	got := run(t, "cat", dir+"/file")
+	run(t, "umount", dir)
+	if got != "precious\n" {
+		t.Errorf("read %q", got)
+	}
+}
+
+func TestStopUnderLoad(t *testing.T) {
+	needDriver(t)
+	for i := range 4 {
+		disk := newRAMDisk(32 << 20)
+		d := create(t, ublk.Options{Size: 32 << 20, Queues: 2}, laterDisk{disk})
+		fio := exec.Command("fio", "--name=s", "--filename="+d.Path(), "--ioengine=libaio", "--direct=1", "--rw=randrw",
+			"--bs=4k", "--iodepth=32", "--numjobs=2", "--time_based", "--runtime=20")
+		if err := fio.Start(); err != nil {
+			t.Fatal(err)
+		}
+		for wait := 0; disk.ops[ublk.OpWrite].Load() < 200 && wait < 1000; wait++ {
+			time.Sleep(10 * time.Millisecond)
+		}
+		time.Sleep(time.Duration(100*i) * time.Millisecond)
+		if err := d.Stop(stopCtx(t)); !errors.Is(err, ublk.ErrBusy) || !strings.Contains(err.Error(), "fio") {
+			t.Errorf("Stop under fio: %v", err)
+		}
+		if d.State() != ublk.StateLive {
+			t.Errorf("after a refused Stop: %v", d.State())
+		}
+		if err := d.Close(stopCtx(t)); err != nil && !errors.Is(err, ublk.ErrBusy) {
+			t.Errorf("Close under fio: %v", err)
+		}
+		_ = fio.Wait() // it fails when its disk goes
+		for range 50 { // the device goes when fio has closed it
+			if _, err := os.Stat(strings.Replace(d.Path(), "ublkb", "ublkc", 1)); err != nil {
+				break
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		mustBeGone(t, d)
+	}
+}
+
+func TestStopRefusesUsers(t *testing.T) {
+	needDriver(t)
+	disk := newRAMDisk(64 << 20)
+	d := create(t, ublk.Options{Size: 64 << 20}, disk)
+	run(t, "mkfs.ext4", "-q", d.Path())
+	dir := t.TempDir()
+	refused := func(what string) {
+		t.Helper()
+		err := d.Stop(stopCtx(t))
+		if !errors.Is(err, ublk.ErrBusy) || !strings.Contains(err.Error(), what) {
+			t.Errorf("want ErrBusy for %q, got %v", what, err)
+		}
+	}
+	run(t, "mount", d.Path(), dir)
+	refused("mounted on " + dir)
+	run(t, "sh", "-c", "echo still there > "+dir+"/f && sync && cat "+dir+"/f")
+	run(t, "umount", dir)
+
+	sleeper := exec.Command("sleep", "60")
+	f, err := os.Open(d.Path())
+	if err != nil {
+		t.Fatal(err)
+	}
+	sleeper.Stdin = f
+	if err := sleeper.Start(); err != nil {
+		t.Fatal(err)
+	}
+	_ = f.Close()
+	refused("sleep (pid ")
+	_ = sleeper.Process.Kill()
+	_ = sleeper.Wait()
+
+	if err := d.Stop(stopCtx(t)); err != nil {
+		t.Errorf("free again: %v", err)
+	}
+	mustBeGone(t, d)
+	if err := d.Stop(stopCtx(t)); err != nil {
+		t.Errorf("a second Stop: %v", err)
+	}
+}
+
+// TestCloseIsConcurrent: any number of Stop and Close at once end the device once.
+func TestCloseIsConcurrent(t *testing.T) {
+	needDriver(t)
+	for range 10 {
+		d := create(t, ublk.Options{Size: 1 << 20}, newRAMDisk(1<<20))
+		var wg sync.WaitGroup
+		for i := range 8 {
+			wg.Go(func() {
+				end := d.Stop
+				if i%2 == 0 {
+					end = d.Close
+				}
+				if err := end(stopCtx(t)); err != nil {
+					t.Errorf("%v", err)
+				}
+			})
+		}
+		wg.Wait()
+		mustBeGone(t, d)
+	}
+}
+
+// TestCloseIsBounded: a handler that does not answer holds the stop up, not its caller; the stop ends with the answer.
+func TestCloseIsBounded(t *testing.T) {
+	needDriver(t)
+	var mu sync.Mutex
+	var held []*ublk.Request
+	holding := true
+	disk := newRAMDisk(1 << 20)
+	d := create(t, ublk.Options{Size: 1 << 20}, handlerFunc(func(r *ublk.Request) error {
+		mu.Lock()
+		defer mu.Unlock()
+		if holding && r.Op == ublk.OpWrite {
+			held = append(held, r)
+			return ublk.ErrLater
+		}
+		return disk.ServeUBLK(r)
+	}))
+	fd := openDirect(t, d, unix.O_RDWR)
+	wrote := make(chan error, 1)
+	go func() { _, err := unix.Pwrite(fd, aligned(4096), 0); wrote <- err }()
+	time.Sleep(300 * time.Millisecond)
+	ctx, cancel := context.WithTimeout(context.Background(), 500*time.Millisecond)
+	defer cancel()
+	begin := time.Now()
+	if err := d.Close(ctx); !errors.Is(err, context.DeadlineExceeded) || time.Since(begin) > 5*time.Second {
+		t.Errorf("Close with a request open: %v after %v", err, time.Since(begin))
+	}
+	mu.Lock()
+	holding = false
+	for _, r := range held {
+		r.Complete(nil)
+	}
+	mu.Unlock()
+	if err := <-wrote; err != nil {
+		t.Errorf("the held write: %v", err)
+	}
+	_ = unix.Close(fd)
+	if err := d.Close(stopCtx(t)); err != nil && !errors.Is(err, ublk.ErrBusy) {
+		t.Error(err)
+	}
+}
+
+func TestCreateRefusals(t *testing.T) {
+	needDriver(t)
+	ctx := stopCtx(t)
+	d := create(t, ublk.Options{Size: 1 << 20, ID: new(5)}, newRAMDisk(1<<20))
+	if d.ID() != 5 || d.Path() != "/dev/ublkb5" {
+		t.Errorf("asked for 5, got %d", d.ID())
+	}
+	if _, err := ublk.Create(ctx, ublk.Options{Size: 1 << 20, ID: new(5)}, newRAMDisk(1<<20)); !errors.Is(err, ublk.ErrExists) {
+		t.Errorf("a taken id: %v", err)
+	}
+	if err := ublk.Delete(stopCtx(t), 5); !errors.Is(err, ublk.ErrBusy) || !strings.Contains(err.Error(), fmt.Sprint(os.Getpid())) {
+		t.Errorf("Delete of a served device: %v", err)
+	}
+	if err := ublk.Delete(stopCtx(t), 77); !errors.Is(err, ublk.ErrNotFound) {
+		t.Errorf("Delete of nothing: %v", err)
+	}
+	set, err := ublk.Features()
+	if err != nil || !set.Has(ublk.FeatureIoctlEncode) {
+		t.Errorf("Features: %v, %v", set.Names(), err)
+	}
+	t.Logf("kernel %s: %s", set.Kernel, strings.Join(set.Names(), " "))
+	// A context that is over leaves nothing behind.
+	over, cancel := context.WithCancel(ctx)
+	cancel()
+	if _, err := ublk.Create(over, ublk.Options{Size: 1 << 20}, newRAMDisk(1<<20)); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled Create: %v", err)
+	}
+	if infos, err := ublk.Devices(context.Background()); err != nil || len(infos) != 1 || infos[0].ID != 5 {
+		t.Errorf("Devices: %+v, %v", infos, err)
+	}
+}
+
+// TestCreateCancelled ends the context at every moment of Create, and finds nothing left.
+func TestCreateCancelled(t *testing.T) {
+	needDriver(t)
+	for delay := range 40 {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Duration(delay)*500*time.Microsecond)
+		d, err := ublk.Create(ctx, ublk.Options{Size: 1 << 20}, newRAMDisk(1<<20))
+		if err == nil {
+			closeDevice(t, d)
+		} else if !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("after %d × 0.5 ms: %v", delay, err)
+		}
+		cancel()
+	}
+	if infos, err := ublk.Devices(context.Background()); err != nil || len(infos) != 0 {
+		t.Errorf("left behind: %+v, %v", infos, err)
+	}
+}
+
+func TestNoFreeDevice(t *testing.T) {
+	needDriver(t)
+	const limit = "/sys/module/ublk_drv/parameters/ublks_max"
+	if err := os.WriteFile(limit, []byte("2"), 0); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = os.WriteFile(limit, []byte("64"), 0) }()
+	var err error
+	for range 3 {
+		var d *ublk.Device
+		if d, err = ublk.Create(stopCtx(t), ublk.Options{Size: 1 << 20, Depth: 4}, newRAMDisk(1<<20)); err != nil {
+			break
+		}
+		defer closeDevice(t, d)
+	}
+	if err == nil { // newer drivers count only the devices of unprivileged users
+		t.Log("this kernel does not limit a privileged user")
+	} else if !errors.Is(err, ublk.ErrNoFreeDevice) || !strings.Contains(err.Error(), "ublks_max") {
+		t.Errorf("the third device: %v", err)
+	}
+}
+
+// TestServerDeath kills a server under load and removes what is left of its device.
+func TestServerDeath(t *testing.T) {
+	needDriver(t)
+	if os.Getenv("UBLK_TEST_SERVER") == "1" {
+		d := create(t, ublk.Options{Size: 16 << 20, ID: new(9)}, laterDisk{newRAMDisk(16 << 20)})
+		fmt.Println("READY", d.Path())
+		<-d.Done()
+		return
+	}
+	server := exec.Command(os.Args[0], "-test.run=^TestServerDeath$")
+	server.Env = append(os.Environ(), "UBLK_TEST_SERVER=1")
+	if err := server.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for range 200 {
+		if _, err := os.Stat("/dev/ublkb9"); err == nil {
+			break
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	fio := exec.Command("fio", "--name=k", "--filename=/dev/ublkb9", "--ioengine=libaio", "--direct=1", "--rw=randwrite",
+		"--bs=4k", "--iodepth=16", "--time_based", "--runtime=10")
+	_ = fio.Start()
+	time.Sleep(1500 * time.Millisecond)
+	if err := ublk.Delete(stopCtx(t), 9); !errors.Is(err, ublk.ErrBusy) {
+		t.Errorf("Delete of a device with a live server: %v", err)
+	}
+	_ = server.Process.Kill()
+	_ = server.Wait()
+	if err := fio.Wait(); err == nil {
+		t.Error("fio did not notice the death of its disk")
+	}
+	var err error
+	for range 50 {
+		if err = ublk.Delete(stopCtx(t), 9); !errors.Is(err, ublk.ErrBusy) {
+			break
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	if err != nil {
+		t.Errorf("Delete of the orphan: %v", err)
+	}
+	if infos, err := ublk.Devices(context.Background()); err != nil || len(infos) != 0 {
+		t.Errorf("left: %+v, %v", infos, err)
+	}
+}
+
+// TestStoppedFromOutside: another process's STOP ends the device, and Err says so.
+func TestStoppedFromOutside(t *testing.T) {
+	needDriver(t)
+	d := create(t, ublk.Options{Size: 1 << 20}, newRAMDisk(1<<20))
+	if err := ublk.StopForTest(d.ID()); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-d.Done():
+	case <-time.After(30 * time.Second):
+		t.Fatal("the device did not end")
+	}
+	if !errors.Is(d.Err(), ublk.ErrStopped) {
+		t.Errorf("Err: %v", d.Err())
+	}
+	mustBeGone(t, d)
+}
+
+// TestQueueFailure: a device whose queue cannot go on fails what is open, ends by itself and says why.
+func TestQueueFailure(t *testing.T) {
+	needDriver(t)
+	broken := errors.New("the ring broke")
+	for _, how := range []string{"error", "goexit"} {
+		t.Run(how, func(t *testing.T) {
+			disk := newRAMDisk(1 << 20)
+			ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+			defer cancel()
+			started := make(chan struct{}, 100)
+			d, err := ublk.Create(ctx, ublk.Options{Size: 1 << 20, Queues: 2}, handlerFunc(func(r *ublk.Request) error {
+				if r.Op != ublk.OpWrite {
+					return disk.ServeUBLK(r)
+				}
+				started <- struct{}{}
+				if how == "goexit" {
+					runtime.Goexit()
+				}
+				return ublk.ErrLater // never
+			}))
+			if err != nil {
+				t.Fatal(err)
+			}
+			fd := openDirect(t, d, unix.O_RDWR)
+			wrote := make(chan error, 1)
+			go func() { _, err := unix.Pwrite(fd, aligned(4096), 0); wrote <- err }()
+			<-started
+			if how == "error" {
+				ublk.KillForTest(d, broken)
+			}
+			select {
+			case err := <-wrote:
+				if err == nil {
+					t.Error("the open write succeeded")
+				}
+			case <-time.After(20 * time.Second):
+				t.Fatal("the open write hangs")
+			}
+			_ = unix.Close(fd)
+			select {
+			case <-d.Done():
+			case <-time.After(20 * time.Second):
+				t.Fatal("the device does not end")
+			}
+			if err := d.Err(); err == nil || how == "error" && !errors.Is(err, broken) || errors.Is(err, ublk.ErrStopped) {
+				t.Errorf("Err: %v", err)
+			}
+			if err := d.Close(ctx); err == nil {
+				t.Error("Close does not tell of the failure")
+			}
+			mustBeGone(t, d)
+		})
+	}
+}
