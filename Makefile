@@ -1,0 +1,37 @@
+# Two commands on a fresh machine: `make demo` shows what vdisk does, `make test` proves it.
+# Both install what they need (as root, with apt-get) and say so when they cannot.
+
+GO ?= go
+export CGO_ENABLED ?= 1
+TOOLS = internal/tools
+
+.PHONY: build demo test guest-test crash-test bench-engine lint clean
+
+build: ## bin/vdisk
+	@$(TOOLS)/setup.sh build
+	CGO_ENABLED=0 $(GO) build -trimpath -o bin/vdisk ./cmd/vdisk
+
+demo: build ## the main job, on a real file system image; under three minutes
+	@$(TOOLS)/setup.sh demo
+	@$(TOOLS)/demo.sh
+
+test: ## everything, the guest with ublk included where one can be had
+	@$(TOOLS)/setup.sh build test
+	@$(TOOLS)/test.sh
+
+guest-test: build ## ublk on real kernels, all of them
+	@STAGES=guest GUEST_FLAGS="-kernel all" $(TOOLS)/test.sh
+
+crash-test: ## the engine's power-cut test, long
+	$(GO) test -count=1 -timeout 3h -run 'Crash' ./cow -crash.states=200000
+
+bench-engine: ## the engine alone; benchstat reads the output
+	$(GO) test -run '^$$' -bench . -count 5 ./cow
+
+lint:
+	$(GO) vet ./...
+	$(GO) run honnef.co/go/tools/cmd/staticcheck@v0.8.2 ./...
+	$(GO) run mvdan.cc/gofumpt@v0.12.0 -l .
+
+clean:
+	rm -rf bin

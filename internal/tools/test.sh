@@ -1,0 +1,83 @@
+#!/bin/bash
+# test.sh: everything that `make test` runs, one stage after the other, all of them even if one fails,
+# and a last line with the sum. Environment: STAGES (default "vet host race guest").
+set -u
+cd "$(dirname "$0")/../.." || exit 1
+mkdir -p bin
+passed=0 failed=0
+gotestsum=gotest.tools/gotestsum@v1.13.0
+
+stage() { printf '\n=== %s\n' "$*"; }
+
+count() { # output: adds up gotestsum's last line, "DONE 12 tests, 1 skipped, 2 failures in 3s"
+	local line n f s
+	line=$(grep -aE '^DONE [0-9]+ tests' "$1" | tail -1)
+	n=$(sed -nE 's/^DONE ([0-9]+) tests.*/\1/p' <<<"$line")
+	f=$(sed -nE 's/.* ([0-9]+) failures?.*/\1/p' <<<"$line")
+	s=$(sed -nE 's/.* ([0-9]+) skipped.*/\1/p' <<<"$line")
+	passed=$((passed + ${n:-0} - ${f:-0} - ${s:-0}))
+	failed=$((failed + ${f:-0}))
+}
+
+gotest() { # name flags...
+	local out=bin/$1.out status
+	shift
+	go run "$gotestsum" --format pkgname --hide-summary skipped -- "$@" 2>&1 | tee "$out"
+	status=${PIPESTATUS[0]}
+	count "$out"
+	if [ "$status" != 0 ] && ! grep -qaE '^DONE .* failures?' "$out"; then
+		failed=$((failed + 1)) # it did not build, or a package died
+	fi
+}
+
+run() {
+	if "$@"; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+}
+
+formatted() {
+	local bad
+	bad=$(gofmt -l $(git ls-files '*.go'))
+	[ -z "$bad" ] || { echo "gofmt would change: $bad"; return 1; }
+}
+
+for s in ${STAGES:-vet host race guest}; do
+	case $s in
+	vet)
+		stage "gofmt, go vet"
+		run formatted
+		run go vet ./...
+		;;
+	host)
+		stage "tests on this machine"
+		gotest host -count=1 -timeout 15m ./...
+		grep -ah 'crash states:' bin/host.out | tail -1
+		;;
+	race)
+		stage "tests with the race detector (short)"
+		gotest race -race -short -count=1 -timeout 15m ./...
+		;;
+	guest)
+		stage "tests in a guest with ublk"
+		go run ./internal/guest/cmd/guest test ${GUEST_FLAGS:-} ./ublk 2>&1 | tee bin/guest.out
+		status=${PIPESTATUS[0]}
+		line=$(grep -aE '^guest: [0-9]+ passed, [0-9]+ failed' bin/guest.out | tail -1)
+		if [ "$status" = 77 ] && [ -z "${CI:-}" ]; then
+			echo "*** NOT TESTED: ublk. No guest can be had on this machine (the reason is above)."
+			echo "*** Everything that needs the kernel's ublk driver is untested by this run."
+		elif [ -z "$line" ]; then
+			failed=$((failed + 1))
+		else
+			read -r p f < <(sed -E 's/^guest: ([0-9]+) passed, ([0-9]+) failed.*/\1 \2/' <<<"$line")
+			passed=$((passed + p)) failed=$((failed + f))
+			[ "$status" = 0 ] || [ "$f" -gt 0 ] || failed=$((failed + 1))
+		fi
+		;;
+	*)
+		echo "no stage $s" >&2
+		exit 2
+		;;
+	esac
+done
+
+printf '\n%d passed, %d failed\n' "$passed" "$failed"
+[ "$failed" = 0 ] && [ "$passed" -gt 0 ]
