@@ -91,7 +91,9 @@ func Build(ctx context.Context, opts Options) (*Image, error) {
 type builder struct {
 	dir string
 	log io.Writer
-	apt *aptArea // set while building
+	// Both are set while building.
+	apt  *aptArea
+	lock *os.File // debootstrap holds it too: when we are killed, it and what it started may go on for a while
 }
 
 func (b *builder) say(format string, args ...any) {
@@ -139,11 +141,12 @@ func (b *builder) build(ctx context.Context, specs []kernelSpec, force bool) err
 	if err := os.MkdirAll(b.dir, 0o755); err != nil {
 		return fmt.Errorf("guest: cache folder: %w", err)
 	}
-	unlock, err := lockFile(ctx, filepath.Join(b.dir, "lock"), func() { b.say("waiting for another builder of %s", b.dir) })
+	lock, err := lockFile(ctx, filepath.Join(b.dir, "lock"), func() { b.say("waiting for another builder of %s", b.dir) })
 	if err != nil {
 		return err
 	}
-	defer unlock()
+	defer lock.Close()
+	b.lock = lock
 	if err := b.sweep(); err != nil {
 		return err
 	}
@@ -238,8 +241,8 @@ func isDir(path string) bool {
 	return err == nil && info.IsDir()
 }
 
-// lockFile takes an exclusive flock on path, telling once when it has to wait.
-func lockFile(ctx context.Context, path string, waiting func()) (unlock func(), err error) {
+// lockFile takes an exclusive flock on path, telling once when it has to wait. Closing the file gives the lock back.
+func lockFile(ctx context.Context, path string, waiting func()) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
 	if err != nil {
 		return nil, fmt.Errorf("guest: lock: %w", err)
@@ -247,7 +250,7 @@ func lockFile(ctx context.Context, path string, waiting func()) (unlock func(), 
 	for told := false; ; told = true {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil {
-			return func() { f.Close() }, nil
+			return f, nil
 		}
 		if err != unix.EWOULDBLOCK && err != unix.EINTR {
 			f.Close()

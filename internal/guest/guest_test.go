@@ -196,7 +196,7 @@ func TestPayload(t *testing.T) {
 
 func TestLockFile(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "lock")
-	unlock, err := lockFile(t.Context(), file, func() { t.Error("waited for a free lock") })
+	lock, err := lockFile(t.Context(), file, func() { t.Error("waited for a free lock") })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -206,11 +206,11 @@ func TestLockFile(t *testing.T) {
 	if _, err := lockFile(ctx, file, func() { told++ }); !errors.Is(err, context.DeadlineExceeded) || told != 1 {
 		t.Errorf("a taken lock: %v, told %d times", err, told)
 	}
-	unlock()
-	if unlock, err = lockFile(t.Context(), file, func() {}); err != nil {
+	lock.Close()
+	if lock, err = lockFile(t.Context(), file, func() {}); err != nil {
 		t.Fatal(err)
 	}
-	unlock()
+	lock.Close()
 }
 
 func TestPartIsAtomic(t *testing.T) {

@@ -67,6 +67,7 @@ func (b *builder) debootstrap(ctx context.Context, tree string) error {
 	if p := b.apt.proxy(ctx); p != "" {
 		cmd.Env = append(cmd.Env, "http_proxy="+p)
 	}
+	cmd.ExtraFiles = []*os.File{b.lock}
 	// Its mounts of /proc and /sys live in a namespace of their own, so they are gone with it even when it is
 	// killed, and removing the tree cannot reach through them. The group takes its children along.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Setpgid: true}

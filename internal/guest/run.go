@@ -126,16 +126,16 @@ func (img *Image) runDir() (dir string, release func(), err error) {
 	cancel() // a lock that is taken is not waited for
 	old, _ := filepath.Glob(filepath.Join(img.dir, "run-*.lock"))
 	for _, lock := range old {
-		if unlock, err := lockFile(done, lock, func() {}); err == nil {
+		if f, err := lockFile(done, lock, func() {}); err == nil {
 			os.RemoveAll(lock[:len(lock)-len(".lock")])
 			os.Remove(lock)
-			unlock()
+			f.Close()
 		}
 	}
 	base := img.dir
 	id := newNonce()
 	dir = filepath.Join(base, "run-"+id)
-	unlock, err := lockFile(done, dir+".lock", func() {})
+	lock, err := lockFile(done, dir+".lock", func() {})
 	if err != nil { // a cache folder of another user
 		if base, err = os.MkdirTemp("", "vdisk-guest-"); err != nil {
 			return "", nil, fmt.Errorf("guest: run folder: %w", err)
@@ -145,7 +145,7 @@ func (img *Image) runDir() (dir string, release func(), err error) {
 	release = func() {
 		os.RemoveAll(dir)
 		os.Remove(dir + ".lock")
-		unlock()
+		lock.Close()
 	}
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		release()

@@ -15,6 +15,7 @@ cd /proc/sys/kernel
 echo guest >hostname
 echo 8 >printk
 echo 30 >hung_task_timeout_secs
+echo 10 >hung_task_check_interval_secs
 echo -1 >hung_task_warnings
 echo 60 >watchdog_thresh # emulated processors may wait long for a real one
 echo 1 >sysrq
