@@ -6,7 +6,7 @@ const (
 	// quick is the mean time of a device call up to which the receiver does it itself. Handing a
 	// request to a worker and its reply to the sender costs some 5 to 10 us of CPU; above that,
 	// doing several at once wins.
-	quick = 20 * time.Microsecond
+	quick = 30 * time.Microsecond
 
 	// paceWeight: a call counts for 1/16 of the mean.
 	paceWeight = 16

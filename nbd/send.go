@@ -15,7 +15,9 @@ type packet struct {
 	charge int64     // released to the budget when sent
 }
 
-var packetPool = sync.Pool{New: func() any { return &packet{head: make([]byte, 0, 64)} }}
+const pooledHead, maxPooledHead = 64, 4 << 10 // bytes of room for headers in a pooled packet
+
+var packetPool = sync.Pool{New: func() any { return &packet{head: make([]byte, 0, pooledHead)} }}
 
 func newPacket(charge int64) *packet {
 	p := packetPool.Get().(*packet)
@@ -31,6 +33,9 @@ func (p *packet) reset() {
 	}
 	clear(p.vec)
 	p.vec, p.head, p.bufs = p.vec[:0], p.head[:0], p.bufs[:0]
+	if cap(p.head) > maxPooledHead { // of a long block status; not worth keeping
+		p.head = make([]byte, 0, pooledHead)
+	}
 }
 
 // sealHead makes the vector of a packet that is headers only.
