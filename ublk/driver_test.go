@@ -1,10 +1,12 @@
 package ublk_test
 
 import (
+	"bytes"
 	"context"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -57,6 +59,21 @@ func run(t testing.TB, name string, args ...string) string {
 	return string(out)
 }
 
+// writeTree makes files of many sizes in a few folders.
+func writeTree(t testing.TB, dir string, files int) {
+	t.Helper()
+	for i := range files {
+		sub := filepath.Join(dir, strconv.Itoa(i%7))
+		if err := os.MkdirAll(sub, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		content := bytes.Repeat([]byte(strconv.Itoa(i)+" "), 1+i*i*i%100000)
+		if err := os.WriteFile(filepath.Join(sub, strconv.Itoa(i)), content, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 func TestDeviceFilesystems(t *testing.T) {
 	needDriver(t)
 	for _, fs := range []struct{ name, check string }{
@@ -70,7 +87,7 @@ func TestDeviceFilesystems(t *testing.T) {
 			dir := t.TempDir()
 			run(t, "mount", "-o", "discard", d.Path(), dir)
 			defer func() { _ = exec.Command("umount", dir).Run() }()
-			run(t, "cp", "-r", "/usr/include", "/usr/lib/python3", dir) // whatever there is of a real tree
+			writeTree(t, filepath.Join(dir, "tree"), 200)
 			want := run(t, "sh", "-c", "cd "+dir+" && find . -type f -exec sha256sum {} + | sort")
 			run(t, "umount", dir)
 			run(t, "sh", "-c", fs.check+" "+d.Path())
@@ -79,7 +96,7 @@ func TestDeviceFilesystems(t *testing.T) {
 			if got != want || strings.Count(want, "\n") < 10 {
 				t.Errorf("content changed over unmount and mount (%d and %d lines)", strings.Count(want, "\n"), strings.Count(got, "\n"))
 			}
-			run(t, "rm", "-rf", filepath.Join(dir, "python3"))
+			run(t, "rm", "-rf", filepath.Join(dir, "tree", "0"))
 			run(t, "fstrim", dir)
 			run(t, "umount", dir)
 			if disk.ops[ublk.OpFlush].Load() == 0 || disk.ops[ublk.OpDiscard].Load() == 0 {

@@ -122,7 +122,7 @@ const settleTime = 2 * time.Second
 
 // stopIfUnused calls try until it does not say EBUSY, or somebody turns out to hold the device for good.
 func (d *Device) stopIfUnused(try func() error) error {
-	for deadline := time.Now().Add(settleTime); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(settleTime); ; time.Sleep(100 * time.Millisecond) {
 		err := try()
 		if !errors.Is(err, unix.EBUSY) {
 			if err != nil && !gone(err) {
