@@ -201,7 +201,8 @@ func (n *negotiation) info(opt option) error {
 	if opt.id == optGo {
 		return n.begin(asked, export, b)
 	}
-	return errors.Join(n.write(b), export.close())
+	closed := export.close() // before the reply, after which a client may expect it to be free
+	return errors.Join(closed, n.write(b))
 }
 
 func (n *negotiation) transmissionFlags(e *Export) uint16 {
