@@ -1,0 +1,261 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+var kills = flag.Int("kills", 50, "how often TestKill kills the owner")
+
+// inGuest: the harness's guest, which has ublk, and the vdisk to test on its PATH.
+var inGuest = os.Getenv("VDISK_GUEST") == "1"
+
+var vdiskBinary = sync.OnceValues(func() (string, error) {
+	if inGuest {
+		return exec.LookPath("vdisk")
+	}
+	dir, err := os.MkdirTemp("", "vdisk-e2e")
+	if err != nil {
+		return "", err
+	}
+	path := filepath.Join(dir, "vdisk")
+	cmd := exec.Command("go", "build", "-o", path, "../../cmd/vdisk")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("%w: %s", err, out)
+	}
+	return path, nil
+})
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if path, err := vdiskBinary(); err == nil && !inGuest {
+		os.RemoveAll(filepath.Dir(path))
+	}
+	os.Exit(code)
+}
+
+// store is a store and the vdisk that works on it.
+type store struct {
+	t        *testing.T
+	bin, dir string
+}
+
+func newStore(t *testing.T) *store {
+	t.Helper()
+	bin, err := vdiskBinary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	base := t.TempDir()
+	if s := os.Getenv("VDISK_SCRATCH"); s != "" { // the guest's /tmp is memory
+		if base, err = os.MkdirTemp(s, "e2e"); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { os.RemoveAll(base) })
+	}
+	return &store{t, bin, filepath.Join(base, "store")}
+}
+
+func (s *store) command(args ...string) *exec.Cmd {
+	cmd := exec.Command(s.bin, args...)
+	cmd.Env = append(os.Environ(), "VDISK_STORE="+s.dir)
+	return cmd
+}
+
+// run runs a command to its end and returns what it printed.
+func (s *store) run(args ...string) string {
+	s.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, s.bin, args...)
+	cmd.Env = append(os.Environ(), "VDISK_STORE="+s.dir)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		s.t.Fatalf("vdisk %s: %v\n%s%s", strings.Join(args, " "), err, out, stderr.String())
+	}
+	return strings.TrimSpace(string(out))
+}
+
+// owner is a process that serves the volume v, and the way to reach it.
+type owner interface {
+	open() (disk, error)
+	kill() // SIGKILL; returns when it is gone
+	stop() // as a user does
+}
+
+type nbdOwner struct {
+	s      *store
+	socket string
+	cmd    *exec.Cmd
+}
+
+func startNBD(s *store) owner {
+	s.t.Helper()
+	o := &nbdOwner{s: s, socket: filepath.Join(s.t.TempDir(), "s")}
+	o.cmd = s.command("-q", "serve", "--socket", o.socket, "v")
+	o.cmd.Stderr = os.Stderr
+	if err := o.cmd.Start(); err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { _ = o.cmd.Process.Kill() }) // of a test that failed; else it is gone
+	for range 600 {
+		if _, err := os.Stat(o.socket); err == nil {
+			return o
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	s.t.Fatal("vdisk serve made no socket in 12 s")
+	return nil
+}
+
+func (o *nbdOwner) open() (disk, error) { return dialNBD(o.socket, "v") }
+
+func (o *nbdOwner) kill() {
+	_ = o.cmd.Process.Kill()
+	_ = o.cmd.Wait() // its error is that it was killed
+}
+
+func (o *nbdOwner) stop() {
+	_ = o.cmd.Process.Signal(syscall.SIGTERM)
+	if err := o.cmd.Wait(); err != nil && o.cmd.ProcessState.ExitCode() != 143 {
+		o.s.t.Errorf("vdisk serve after SIGTERM: %v", err)
+	}
+}
+
+type ublkOwner struct {
+	s   *store
+	dev string
+	pid int
+}
+
+func startUblk(s *store) owner {
+	s.t.Helper()
+	o := &ublkOwner{s: s, dev: s.run("attach", "v")}
+	text, err := os.ReadFile(filepath.Join(s.dir, "lock"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	if _, err := fmt.Sscanf(string(text), "pid %d", &o.pid); err != nil {
+		s.t.Fatalf("lock file %q: %v", text, err)
+	}
+	return o
+}
+
+func (o *ublkOwner) open() (disk, error) { return openDevice(o.dev) }
+
+func (o *ublkOwner) kill() {
+	if err := syscall.Kill(o.pid, syscall.SIGKILL); err != nil {
+		o.s.t.Fatal(err)
+	}
+	for range 1500 { // the kernel takes the device down when its server is gone
+		if _, err := os.Stat(o.dev); errors.Is(err, fs.ErrNotExist) {
+			return
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	o.s.t.Fatalf("%s stays after its owner was killed", o.dev)
+}
+
+func (o *ublkOwner) stop() { o.s.run("detach", "v") }
+
+// TestKill kills the owner again and again while writers with an oracle, and fio, write and sync.
+// Whatever was synced must read back from the next owner, and Check must be clean.
+func TestKill(t *testing.T) {
+	start, n := startNBD, *kills
+	if inGuest {
+		start, n = startUblk, max(1, n/5)
+		if out, err := exec.Command("modprobe", "ublk_drv").CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	s := newStore(t)
+	s.run("create", "v", "--size", "64M")
+	var writers []*oracle
+	for i := range 3 {
+		writers = append(writers, newOracle(fmt.Sprintf("writer %d", i), int64(i)*2048, 2048, uint64(i)))
+	}
+	for i := range n {
+		o := start(s)
+		verifyAll(t, o, writers)
+		load := startFio(t, o)
+		var wg sync.WaitGroup
+		for _, w := range writers {
+			d, err := o.open()
+			if err != nil {
+				t.Fatal(err)
+			}
+			wg.Go(func() {
+				_ = w.run(d) // ends when the owner dies
+				_ = d.Close()
+			})
+		}
+		if i%3 == 0 { // some deaths come with a fresh snapshot
+			s.run("snapshot", fmt.Sprintf("v@s%d", i))
+		}
+		time.Sleep(time.Duration(100+i*37%400) * time.Millisecond)
+		o.kill()
+		wg.Wait()
+		_ = load.Wait() // fio fails with its server
+		s.run("check", "--read-data")
+	}
+	o := start(s)
+	verifyAll(t, o, writers)
+	o.stop()
+	s.run("check", "--read-data")
+	var rounds int64
+	for _, w := range writers {
+		rounds += w.rounds.Load()
+	}
+	if rounds < int64(n) {
+		t.Errorf("only %d syncs in %d lives: this proves little", rounds, n)
+	}
+	t.Logf("%d kills, %d syncs by the oracle's writers, nothing lost", n, rounds)
+}
+
+func verifyAll(t *testing.T, o owner, writers []*oracle) {
+	t.Helper()
+	d, err := o.open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, w := range writers {
+		if err := w.verify(d); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// startFio loads the last quarter of the volume with writes and fsyncs.
+func startFio(t *testing.T, o owner) *exec.Cmd {
+	t.Helper()
+	args := []string{"--name=load", "--rw=randwrite", "--bs=4k", "--iodepth=8", "--fsync=16", "--offset=48M", "--size=16M",
+		"--time_based", "--runtime=60", "--buffer_compress_percentage=50", "--refill_buffers", "--output=/dev/null"}
+	switch o := o.(type) {
+	case *nbdOwner:
+		args = append(args, "--ioengine=nbd", "--uri=nbd+unix:///v?socket="+o.socket)
+	case *ublkOwner:
+		args = append(args, "--ioengine=libaio", "--direct=1", "--filename="+o.dev)
+	}
+	cmd := exec.Command("fio", args...)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	return cmd
+}

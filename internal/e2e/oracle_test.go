@@ -1,0 +1,97 @@
+package e2e
+
+import (
+	"encoding/binary"
+	"fmt"
+	"hash/crc32"
+	"math/rand/v2"
+	"sync/atomic"
+	"unsafe"
+)
+
+const blockSize = 4096
+
+// oracle is one writer's region of a disk and what must be there after a crash. Every block
+// carries its place, a version and a checksum. After a kill a block holds a version that is at least
+// the last synced one and at most the last one sent.
+type oracle struct {
+	name          string
+	first, blocks int64
+	sent, synced  []uint64 // by block
+	rounds        atomic.Int64
+	rng           *rand.Rand
+	buf           []byte
+}
+
+func newOracle(name string, first, blocks int64, seed uint64) *oracle {
+	return &oracle{name: name, first: first, blocks: blocks, sent: make([]uint64, blocks), synced: make([]uint64, blocks),
+		rng: rand.New(rand.NewPCG(seed, 1)), buf: aligned(16 * blockSize)}
+}
+
+// aligned returns memory that O_DIRECT takes.
+func aligned(n int) []byte {
+	b := make([]byte, n+blockSize)
+	skip := blockSize - int(uintptr(unsafe.Pointer(&b[0]))%blockSize)
+	return b[skip:][:n:n]
+}
+
+// fill makes the content of a block: half of it noise that follows from the version, half zeros.
+func (o *oracle) fill(p []byte, block int64, version uint64) {
+	clear(p)
+	r := rand.New(rand.NewPCG(uint64(block), version))
+	for i := 24; i < blockSize/2; i += 8 {
+		binary.LittleEndian.PutUint64(p[i:], r.Uint64())
+	}
+	binary.LittleEndian.PutUint64(p[4:], uint64(o.first+block))
+	binary.LittleEndian.PutUint64(p[12:], version)
+	binary.LittleEndian.PutUint32(p, crc32.ChecksumIEEE(p[4:]))
+}
+
+// run writes a few runs of blocks, syncs, and again, until the disk fails.
+func (o *oracle) run(d disk) error {
+	for {
+		dirty := map[int64]bool{}
+		for range 1 + o.rng.IntN(4) {
+			n := 1 + o.rng.Int64N(8)
+			at := o.rng.Int64N(o.blocks - n)
+			for i := range n {
+				o.sent[at+i]++
+				o.fill(o.buf[i*blockSize:][:blockSize], at+i, o.sent[at+i])
+				dirty[at+i] = true
+			}
+			if _, err := d.WriteAt(o.buf[:n*blockSize], (o.first+at)*blockSize); err != nil {
+				return err
+			}
+		}
+		if err := d.Sync(); err != nil {
+			return err
+		}
+		for b := range dirty {
+			o.synced[b] = o.sent[b]
+		}
+		o.rounds.Add(1)
+	}
+}
+
+// verify reads everything back, and takes what it finds for the truth from here on.
+func (o *oracle) verify(d disk) error {
+	for b := range o.blocks {
+		p := o.buf[:blockSize]
+		if _, err := d.ReadAt(p, (o.first+b)*blockSize); err != nil {
+			return fmt.Errorf("%s: read block %d: %w", o.name, o.first+b, err)
+		}
+		version := binary.LittleEndian.Uint64(p[12:])
+		switch {
+		case version == 0 && crc32.ChecksumIEEE(p) == crc32.ChecksumIEEE(make([]byte, blockSize)): // never written
+		case binary.LittleEndian.Uint32(p) != crc32.ChecksumIEEE(p[4:]):
+			return fmt.Errorf("%s: block %d is garbled", o.name, o.first+b)
+		case binary.LittleEndian.Uint64(p[4:]) != uint64(o.first+b):
+			return fmt.Errorf("%s: block %d holds block %d", o.name, o.first+b, binary.LittleEndian.Uint64(p[4:]))
+		}
+		if version < o.synced[b] || version > o.sent[b] {
+			return fmt.Errorf("%s: block %d has version %d; %d was synced, %d sent", o.name, o.first+b, version, o.synced[b], o.sent[b])
+		}
+		o.synced[b], o.sent[b] = version, version
+	}
+	return nil
+}
