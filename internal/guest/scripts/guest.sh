@@ -41,7 +41,7 @@ $bb chmod +x /usr/local/bin/vdisk-powercut
 
 event ready
 cd /payload
-setsid bash /payload/.script </dev/null >&4 2>&1 3>&- 4>&-
+setsid -w bash /payload/.script </dev/null >&4 2>&1 3>&- 4>&-
 code=$?
 event exit $code
 read -r -t 30 -u 3 _ # the host has all output

@@ -218,7 +218,7 @@ func (a *app) shell(ctx context.Context, args []string) (int, error) {
 	r.Terminal = true
 	r.Timeout = 24 * time.Hour
 	r.Stdout = a.stderr
-	r.Script = "export TERM=" + quoteOne(os.Getenv("TERM")) + "; exec setsid -c bash -l </dev/ttyS1 >/dev/ttyS1 2>&1\n"
+	r.Script = "export TERM=" + quoteOne(os.Getenv("TERM")) + "; exec setsid -cw bash -l </dev/ttyS1 >/dev/ttyS1 2>&1\n"
 	fmt.Fprintf(a.stderr, "guest: booting %s; exit or ^D ends it\n", r.Kernel)
 	res, err := img.Run(ctx, *r)
 	if err != nil {
