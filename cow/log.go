@@ -3,6 +3,7 @@ package cow
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -390,8 +391,10 @@ func (l *recordLog) read(c *chunk, off uint32, p []byte) bool {
 	if off+uint32(len(p)) <= c.written {
 		return false
 	}
-	for _, b := range l.buffered {
-		if b.chunk == c && off >= b.off && off-b.off+uint32(len(p)) <= bufferSize {
+	// From the newest back: a buffer that was cut before it was full says nothing
+	// of what lies behind its end, which the next buffer has.
+	for _, b := range slices.Backward(l.buffered) {
+		if b.chunk == c && off >= b.off {
 			copy(p, b.data[off-b.off:])
 			return true
 		}
