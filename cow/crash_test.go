@@ -1,0 +1,330 @@
+package cow
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"runtime"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/storage/crashfs"
+)
+
+var crashStates = flag.Int64("crash.states", defaultCrashStates, "crash states that TestCrashStates goes through")
+
+// op is one operation; what its numbers mean depends on what there is to operate on.
+type op struct {
+	kind    string
+	a, b, c uint32
+}
+
+func (o op) String() string { return fmt.Sprintf("%s(%d, %d, %d)", o.kind, o.a, o.b, o.c) }
+
+// opKinds are the operations by how often they come.
+var opKinds = func() (kinds []string) {
+	for kind, weight := range map[string]int{
+		"write": 30, "discard": 4, "zero": 4, "flush": 4, "drain": 5, "read": 2,
+		"create": 1, "snapshot": 6, "clone": 3, "unsnap": 4, "remove": 1, "rollback": 2, "rename": 2, "resize": 3,
+		"checkpoint": 5, "reap": 1, "check": 1, "misuse": 1,
+	} {
+		kinds = append(kinds, slices.Repeat([]string{kind}, weight)...)
+	}
+	slices.Sort(kinds)
+	return kinds
+}()
+
+// restarts end one store and go on with another.
+var restarts = []string{"reopen", "kill", "powercut"}
+
+func randomOp(r *rand.Rand) op {
+	return op{opKinds[r.IntN(len(opKinds))], r.Uint32(), r.Uint32(), r.Uint32()}
+}
+
+func genOps() *rapid.Generator[[]op] {
+	kinds := append(slices.Clone(opKinds), restarts...)
+	one := rapid.Custom(func(t *rapid.T) op {
+		return op{rapid.SampledFrom(kinds).Draw(t, "kind"), rapid.Uint32().Draw(t, "a"), rapid.Uint32().Draw(t, "b"), rapid.Uint32().Draw(t, "c")}
+	})
+	return rapid.Custom(func(t *rapid.T) []op {
+		n := rapid.IntRange(1, 150).Draw(t, "n") // by itself, rapid makes short ones
+		return rapid.SliceOfN(one, n, n).Draw(t, "ops")
+	})
+}
+
+// mix spreads small numbers, which rapid prefers, over all.
+func mix(x uint32) uint64 { return uint64(x) * 0x9e3779b97f4a7c15 >> 16 }
+
+// TestCrashStates runs random operations against the model and cuts the power wherever
+// something may be half done: before and after every sync and commit, within
+// recoveries, and between operations. Every state is opened and compared with the
+// model after exactly the records that survived.
+func TestCrashStates(t *testing.T) {
+	l := newLab(t)
+	start := time.Now()
+	if err := flag.Set("rapid.nofailfile", "true"); err != nil { // the seed says as much
+		t.Fatal(err)
+	}
+	t.Run("workers", func(t *testing.T) {
+		for i := range runtime.GOMAXPROCS(0) {
+			t.Run(fmt.Sprint(i), func(t *testing.T) {
+				t.Parallel()
+				for l.states.Load() < *crashStates && !t.Failed() {
+					rapid.Check(t, l.crashProperty(*crashStates))
+				}
+			})
+		}
+	})
+	t.Logf("crash states: %d in %v", l.states.Load(), time.Since(start).Round(time.Millisecond))
+	fmt.Printf("crash states: %d\n", l.states.Load())
+}
+
+// crashProperty stops making states when there are enough, unless it is shrinking a failure.
+func (l *lab) crashProperty(enough int64) func(*rapid.T) {
+	var failed atomic.Bool
+	return func(t *rapid.T) {
+		if l.states.Load() >= enough && !failed.Load() {
+			return
+		}
+		ops := genOps().Draw(t, "ops")
+		seed := rapid.Uint64().Draw(t, "seed")
+		if at, err := l.run(ops, rand.New(rand.NewPCG(seed, 0))); err != nil {
+			failed.Store(true)
+			t.Fatalf("operation %d, %v: %v", at, ops[at], err)
+		}
+	}
+}
+
+// run does the operations on a new store, and verifies every image as it is taken.
+func (l *lab) run(ops []op, rng *rand.Rand) (at int, err error) {
+	w, err := l.open(crashImage{crashfs.New(), l.table, newModel(1, state{}), 1, "new"}, 6, rng)
+	if err != nil {
+		return 0, err
+	}
+	for at, o := range ops {
+		if slices.Contains(restarts, o.kind) {
+			if w, err = w.restart(o, rng); err != nil {
+				return at, err
+			}
+		} else if err := w.do(o); err != nil {
+			return at, errors.Join(err, w.kill())
+		}
+		w.crasher.point("after " + o.kind)
+		for _, img := range w.crasher.drain() {
+			if err := l.verify(img, 0, rng); err != nil {
+				return at, errors.Join(err, w.kill())
+			}
+		}
+		w.m.forget(w.crasher.floor)
+	}
+	if err := w.same(true); err != nil {
+		return len(ops) - 1, errors.Join(err, w.kill())
+	}
+	return len(ops) - 1, w.close()
+}
+
+// close closes the store for good and looks for files that it left open.
+func (w *world) close() error {
+	for name := range w.devs {
+		w.closeDevice(name)
+	}
+	err := w.event(w.s.Close())
+	if n := w.crasher.fs.Handles(); n != 0 {
+		err = errors.Join(err, fmt.Errorf("%d files are left open", n))
+	}
+	w.lab.giveBack(w.dir)
+	return err
+}
+
+// restart closes or kills the store, or cuts its power, and opens it again.
+func (w *world) restart(o op, rng *rand.Rand) (*world, error) {
+	choices := w.crasher.fs.Choices(uint64(o.a), 4)
+	var img crashImage
+	var err error
+	switch o.kind {
+	case "reopen":
+		// The images that Close takes are of this world's model.
+		err = w.close()
+		img = w.now("closed", w.crasher.fs)
+	case "kill":
+		img = w.now("killed", w.crasher.fs.Clone())
+		err = w.kill()
+	case "powercut":
+		choice := choices[mix(o.b)%uint64(len(choices))]
+		img = w.now(choice.String(), w.crasher.fs.Crash(choice))
+		err = w.kill()
+	}
+	if err != nil {
+		return w, err
+	}
+	before := w.crasher.drain()
+	next, err := w.lab.open(img, 6, rng)
+	if err != nil {
+		return w, fmt.Errorf("%s: %w", img.what, err)
+	}
+	next.names, next.writes = w.names, w.writes
+	next.crasher.images = append(before, next.crasher.images...)
+	if o.kind == "reopen" && next.s.Recovery() != (Recovery{}) {
+		return next, fmt.Errorf("after Close, Open replayed %+v", next.s.Recovery())
+	}
+	if err := next.same(false); err != nil {
+		return next, fmt.Errorf("%s: %w", img.what, err)
+	}
+	return next, nil
+}
+
+// do does an operation on the model and then the store, where hooks may take images meanwhile.
+func (w *world) do(o op) error {
+	if err := w.operate(o); err != nil {
+		return err
+	}
+	if seq := w.seq(); seq != w.m.next() {
+		return fmt.Errorf("the log is at record %d, the model at %d", seq, w.m.next())
+	}
+	return nil
+}
+
+// event does an operation that is durable when it returns.
+func (w *world) event(err error) error {
+	if err == nil {
+		w.crasher.durable(w.m.next())
+	}
+	return err
+}
+
+func (w *world) operate(o op) error {
+	names := slices.Sorted(maps.Keys(w.m.now()))
+	if o.kind == "create" && len(names) < 3 || len(names) == 0 {
+		return w.create(o)
+	}
+	name := names[mix(o.a)%uint64(len(names))]
+	v := w.m.now()[name]
+	switch o.kind {
+	case "write", "discard", "zero":
+		return w.change(o, name, v.size)
+	case "flush":
+		d, err := w.device(name)
+		if err != nil {
+			return err
+		}
+		return w.event(d.Flush())
+	case "drain": // written, not synced
+		w.s.wal.cutIdle()
+		return w.s.wal.drain()
+	case "read":
+		return same(w.s, w.m.now(), w.buf)
+	case "resize":
+		return w.resize(o, name, v)
+	case "checkpoint":
+		return w.event(w.s.Checkpoint())
+	case "reap":
+		for range 12 {
+			if err := w.event(w.s.Checkpoint()); err != nil {
+				return err
+			}
+		}
+		return nil
+	case "check":
+		return w.event(w.check(true))
+	case "misuse":
+		return w.misuse(name)
+	default:
+		return w.administer(o, names, name)
+	}
+}
+
+func (w *world) newName(prefix string) string {
+	w.names++
+	return fmt.Sprint(prefix, w.names)
+}
+
+func (w *world) create(o op) error {
+	name, size := w.newName("v"), 1<<20+int64(mix(o.b)%2048)*512
+	if o.c%8 == 7 {
+		size = 4 << 20
+	}
+	codec := []format.Codec{format.S2, format.S2, format.Zstd, format.Raw}[mix(o.c)%4]
+	w.m.create(name, size)
+	_, err := w.s.CreateVolume(name, VolumeOptions{Size: size, Codec: codec})
+	return w.event(err)
+}
+
+func (w *world) device(name string) (*Device, error) {
+	if d := w.devs[name]; d != nil {
+		return d, nil
+	}
+	d, err := w.s.OpenDevice(Ref{Volume: name}, false)
+	if err == nil {
+		w.devs[name] = d
+	}
+	return d, err
+}
+
+func (w *world) closeDevice(name string) {
+	if d := w.devs[name]; d != nil {
+		_ = d.Close() // it is open: ErrClosed cannot be
+		delete(w.devs, name)
+	}
+}
+
+// change writes, discards or zeroes a range.
+func (w *world) change(o op, name string, size int64) error {
+	d, err := w.device(name)
+	if err != nil {
+		return err
+	}
+	align := []int64{1, 512, 512, 4096, 4096, 65536}[o.b%6]
+	most := []int64{4096, 4096, 16384, 65536, 300 << 10}[o.c%5]
+	off := int64(mix(o.b)) % size / align * align
+	length := min(size-off, int64(mix(o.c))%most/align*align+min(align, 4096))
+	switch o.kind {
+	case "discard":
+		w.m.discard(name, off, length)
+		return d.Discard(off, length)
+	case "zero":
+		w.m.zero(name, off, length)
+		return d.WriteZeroes(off, length, o.a%2 == 0)
+	}
+	p := make([]byte, length)
+	w.writes++
+	fill(p, int(mix(o.a^o.c)%5), rand.New(rand.NewPCG(w.writes, 1)))
+	w.m.write(name, p, off)
+	_, err = d.WriteAt(p, off)
+	return err
+}
+
+// fill makes content that was never there before: half compressible, incompressible, zeros,
+// very compressible, and all of them in turn.
+func fill(p []byte, kind int, r *rand.Rand) {
+	switch kind {
+	case 0:
+		halfCompressible(r, p)
+	case 1:
+		for i := range p {
+			if i%8 == 0 {
+				x := r.Uint64()
+				for j := i; j < min(len(p), i+8); j++ {
+					p[j] = byte(x)
+					x >>= 8
+				}
+			}
+		}
+	case 2:
+	case 3:
+		copy(p, strings.Repeat(fmt.Sprintf("%x ", r.Uint64()), len(p)/8+1))
+	default:
+		for len(p) > 0 {
+			n := min(len(p), 512+r.IntN(24<<10))
+			fill(p[:n], r.IntN(4), r)
+			p = p[n:]
+		}
+	}
+}

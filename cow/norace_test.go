@@ -1,0 +1,8 @@
+//go:build !race
+
+package cow
+
+const (
+	raceEnabled        = false
+	defaultCrashStates = 10_500
+)

@@ -1,0 +1,146 @@
+package cow
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+)
+
+// maxSnaps bounds the snapshots of a volume in the model test: each is read in each state.
+const maxSnaps = 4
+
+// administer does an operation on names.
+func (w *world) administer(o op, names []string, name string) error {
+	v := w.m.now()[name]
+	snaps := slices.Sorted(maps.Keys(v.snaps))
+	kind := o.kind
+	if kind == "snapshot" && len(snaps) >= maxSnaps {
+		kind = "unsnap"
+	}
+	if kind == "clone" && len(names) >= 4 {
+		kind = "remove"
+	}
+	if len(snaps) == 0 && (kind == "unsnap" || kind == "clone" || kind == "rollback") {
+		kind = "snapshot"
+	}
+	var snap Ref
+	if len(snaps) > 0 {
+		snap = Ref{name, snaps[mix(o.b)%uint64(len(snaps))]}
+	}
+	switch kind {
+	case "snapshot":
+		return w.snapshot(o, names, name)
+	case "unsnap":
+		w.m.remove(snap)
+		return w.event(w.s.Remove(snap, o.c%2 == 0))
+	case "clone":
+		to := w.newName("c")
+		w.m.clone(snap, to)
+		return w.event(w.s.Clone(snap, to))
+	case "rollback":
+		w.closeDevice(name)
+		w.m.rollback(snap)
+		return w.event(w.s.Rollback(snap))
+	case "rename":
+		return w.rename(o, name, snap)
+	default: // remove; create where there are enough
+		w.closeDevice(name)
+		w.m.remove(Ref{Volume: name})
+		return w.event(w.s.Remove(Ref{Volume: name}, len(snaps) > 0 || o.c%2 == 0))
+	}
+}
+
+// snapshot takes one of this volume and, now and then, of all in the same moment.
+func (w *world) snapshot(o op, names []string, name string) error {
+	sn := w.newName("s")
+	refs := []Ref{{name, sn}}
+	if o.b%3 == 0 {
+		refs = nil
+		for _, n := range names {
+			if len(w.m.now()[n].snaps) < maxSnaps {
+				refs = append(refs, Ref{n, sn})
+			}
+		}
+	}
+	w.m.snapshot(refs...)
+	return w.event(w.s.Snapshot(refs...))
+}
+
+func (w *world) rename(o op, name string, snap Ref) error {
+	from, to := Ref{Volume: name}, Ref{Volume: w.newName("r")}
+	if o.c%2 == 0 && snap.Volume != "" {
+		from, to = snap, Ref{name, to.Volume}
+	}
+	w.m.rename(from, to)
+	if err := w.event(w.s.Rename(from, to)); err != nil {
+		return err
+	}
+	if d := w.devs[name]; d != nil && from.Snapshot == "" {
+		delete(w.devs, name)
+		w.devs[to.Volume] = d
+	}
+	return nil
+}
+
+func (w *world) resize(o op, name string, v modelVolume) error {
+	size := 512 + int64(mix(o.b))%(2<<20)/512*512
+	if o.c%4 > 0 {
+		size = max(512, v.size+int64(o.c%64)*512-16<<10) // often a little
+	}
+	if size < v.size {
+		w.closeDevice(name)
+	}
+	w.m.resize(name, size)
+	return w.event(w.s.Resize(name, size, true))
+}
+
+// misuse tries what must be refused; the caller sees that nothing has been logged.
+func (w *world) misuse(name string) error {
+	d, err := w.device(name)
+	if err != nil {
+		return err
+	}
+	r := Ref{Volume: name}
+	size := d.Size()
+	_, again := w.s.OpenDevice(r, false)
+	_, missing := w.s.OpenDevice(Ref{name, "missing"}, true)
+	_, beyond := d.WriteAt(make([]byte, 513), size-512)
+	_, create := w.s.CreateVolume(name, VolumeOptions{Size: 512})
+	wants := []struct {
+		what      string
+		got, want error
+	}{
+		{"second writer", again, ErrBusy},
+		{"missing snapshot", missing, ErrNotFound},
+		{"write behind the end", beyond, ErrInvalid},
+		{"discard behind the end", d.Discard(size, 1), ErrInvalid},
+		{"create what exists", create, ErrExists},
+		{"remove what is open", w.s.Remove(r, true), ErrBusy},
+		{"cut off what is open", w.s.Resize(name, size-512, true), ErrBusy},
+		{"shrink by mistake", w.s.Resize(name, size-512, false), ErrInvalid},
+		{"rename to itself's kind", w.s.Rename(r, Ref{name, "x"}), ErrInvalid},
+		{"clone of nothing", w.s.Clone(Ref{name, "missing"}, "x"), ErrNotFound},
+		{"rollback to nothing", w.s.Rollback(Ref{name, "missing"}), ErrNotFound},
+	}
+	if size == 512 {
+		wants = slices.Delete(wants, 6, 8) // a size of 0 is refused before
+	}
+	for sn := range w.m.now()[name].snaps {
+		wants = append(wants, []struct {
+			what      string
+			got, want error
+		}{
+			{"snapshot again", w.s.Snapshot(Ref{name, sn}), ErrExists},
+			{"clone over a volume", w.s.Clone(Ref{name, sn}, name), ErrExists},
+			{"roll back what is open", w.s.Rollback(Ref{name, sn}), ErrBusy},
+		}...)
+		break
+	}
+	for _, c := range wants {
+		if !errors.Is(c.got, c.want) {
+			return fmt.Errorf("%s: %v, not %v", c.what, c.got, c.want)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,334 @@
+package cow
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/vdisk/vdisk/internal/storage"
+	"github.com/vdisk/vdisk/internal/storage/crashfs"
+	"github.com/vdisk/vdisk/metadata"
+)
+
+// lab makes stores whose power can be cut. The chunk files are in a crashfs; the
+// table is a real file, of which a commit's result is one durable step.
+type lab struct {
+	root   string
+	format []byte // the file of every store here
+	table  []byte // of an empty store
+
+	mu   sync.Mutex
+	idle []string // store directories that nobody uses
+	made int
+
+	states atomic.Int64                // crash states verified
+	wrap   func(storage.FS) storage.FS // what stands between the engine and the disk; nil: nothing
+}
+
+// memoryDir is a directory in memory where there is one: a state costs a table file.
+func memoryDir(t testing.TB) string {
+	dir, err := os.MkdirTemp("/dev/shm", "vdisk-cow-")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+func newLab(t testing.TB) *lab {
+	t.Helper()
+	l := &lab{root: memoryDir(t)}
+	dir := filepath.Join(l.root, "template")
+	if err := Create(dir); err != nil {
+		t.Fatal(err)
+	}
+	// A table that was made without syncs is as small as can be: bbolt grows it with them only.
+	table := filepath.Join(dir, "small")
+	db, err := metadata.Open(table, metadata.Options{NoSync: true})
+	if err == nil {
+		err = db.Close()
+	}
+	var err1, err2 error
+	l.format, err1 = os.ReadFile(filepath.Join(dir, formatFile))
+	l.table, err2 = os.ReadFile(table)
+	if err := errors.Join(err, err1, err2); err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// dir gives a store directory out; its table is to be written.
+func (l *lab) dir() (string, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if n := len(l.idle); n > 0 {
+		d := l.idle[n-1]
+		l.idle = l.idle[:n-1]
+		return d, nil
+	}
+	l.made++
+	d := filepath.Join(l.root, fmt.Sprint(l.made))
+	return d, errors.Join(os.Mkdir(d, 0o700), os.WriteFile(filepath.Join(d, formatFile), l.format, 0o600))
+}
+
+func (l *lab) giveBack(dir string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.idle = append(l.idle, dir)
+}
+
+// crashImage is what a crash left behind, and what is known of what it must hold.
+type crashImage struct {
+	fs    *crashfs.FS
+	table []byte
+	m     *model
+	floor uint64 // number of the first record that the crash may have taken
+	what  string
+}
+
+// crasher takes images of a world while it works.
+type crasher struct {
+	mu     sync.Mutex
+	rng    *rand.Rand
+	every  int // about one point in so many is taken
+	fs     *crashfs.FS
+	table  []byte // as of the last commit
+	tables int    // commits
+	m      *model
+	floor  uint64
+	seen   map[string]bool // states that were taken
+	images []crashImage
+}
+
+// killed is a crash beside crashfs's choices: the process dies and the page cache lives on.
+const killed = "SIGKILL"
+
+// point may cut the power here.
+func (c *crasher) point(what string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.rng.IntN(c.every) != 0 {
+		return
+	}
+	if c.rng.IntN(6) == 0 {
+		c.take(what, killed, c.fs.Clone)
+		return
+	}
+	choices := c.fs.Choices(c.rng.Uint64(), 3)
+	c.rng.Shuffle(len(choices), func(i, j int) { choices[i], choices[j] = choices[j], choices[i] })
+	n := 1 + c.rng.IntN(2)
+	if c.rng.IntN(8) == 0 {
+		n = 24 // now and then all
+	}
+	for _, ch := range choices[:min(n, len(choices))] {
+		c.take(what, ch.String(), func() *crashfs.FS { return c.fs.Crash(ch) })
+	}
+}
+
+// take adds an image, unless nothing has happened since the same was taken.
+func (c *crasher) take(what, choice string, make func() *crashfs.FS) {
+	ops := 0
+	for op := crashfs.OpCreate; op <= crashfs.OpSyncDir; op++ {
+		ops += c.fs.Count(op)
+	}
+	key := fmt.Sprint(ops, c.tables, choice)
+	if c.seen[key] {
+		return
+	}
+	c.seen[key] = true
+	c.images = append(c.images, crashImage{make(), c.table, c.m, c.floor, what + ", " + choice})
+}
+
+// drain returns the images taken so far.
+func (c *crasher) drain() []crashImage {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	images := c.images
+	c.images = nil
+	return images
+}
+
+// durable notes that every record before seq must survive.
+func (c *crasher) durable(seq uint64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.floor = max(c.floor, seq)
+}
+
+// world is an open store, its disk and its model.
+type world struct {
+	lab     *lab
+	dir     string
+	s       *Store
+	m       *model
+	crasher *crasher
+	devs    map[string]*Device // open for writing, by volume
+	names   int                // made up so far
+	writes  uint64             // contents made up so far
+	buf     []byte
+}
+
+// options are for a store of a few megabytes: chunks of half a megabyte, so that they come
+// and go, and a reaper whose batches end often.
+func (l *lab) options(fs storage.FS) Options {
+	return Options{FS: fs, CheckpointInterval: -1, NoTableSync: true, ChunkBytes: 512 << 10, ReapBatch: 3,
+		CacheBytes: 1 << 20, Logger: slog.New(slog.DiscardHandler)}
+}
+
+// open recovers the store that a crash left and checks that it is at a place in its history that
+// the crash may have left. Points during the recovery are taken too.
+func (l *lab) open(img crashImage, every int, rng *rand.Rand) (*world, error) {
+	dir, err := l.dir()
+	if err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(filepath.Join(dir, tableFile), img.table, 0o600); err != nil {
+		return nil, err
+	}
+	w := &world{lab: l, dir: dir, m: img.m.fork(), devs: map[string]*Device{}, buf: make([]byte, 256<<10)}
+	c := &crasher{rng: rng, every: every, fs: img.fs, table: img.table, m: img.m, floor: img.floor, seen: map[string]bool{}}
+	w.crasher = c
+	img.fs.OnSync(func(name string) { c.point("at a sync of " + name) })
+	fs := storage.FS(img.fs)
+	if l.wrap != nil {
+		fs = l.wrap(img.fs)
+	}
+	o := l.options(fs)
+	o.OnCommit = w.onCommit
+	if w.s, err = Open(dir, o); err != nil {
+		l.giveBack(dir)
+		return nil, fmt.Errorf("open: %w", err)
+	}
+	seq := w.seq()
+	if seq < img.floor || seq > w.m.next() {
+		err := fmt.Errorf("the log goes on with record %d; %d to %d are possible (%+v)", seq, img.floor, w.m.next(), w.s.Recovery())
+		return nil, errors.Join(err, w.kill())
+	}
+	if rng.IntN(2) == 0 {
+		w.s.cache.perShard = 1 // leaves are evicted and loaded again all the time
+	}
+	// What has been seen once must stay.
+	w.m.truncate(seq)
+	c.mu.Lock()
+	c.m, c.floor = w.m, seq
+	c.mu.Unlock()
+	return w, nil
+}
+
+// onCommit cuts the power right before and right after a commit of the table.
+func (w *world) onCommit(done bool) {
+	if !done {
+		w.crasher.point("before a commit")
+		return
+	}
+	table, err := os.ReadFile(filepath.Join(w.dir, tableFile))
+	if err != nil {
+		panic(err) // the test's own directory
+	}
+	w.crasher.mu.Lock()
+	w.crasher.table = table
+	w.crasher.tables++
+	w.crasher.mu.Unlock()
+	w.crasher.point("after a commit")
+}
+
+func (w *world) seq() uint64 {
+	w.s.mu.Lock()
+	defer w.s.mu.Unlock()
+	return w.s.wal.nextSeq
+}
+
+// kill ends the store as SIGKILL does, but for the goroutines and files of this process.
+func (w *world) kill() error {
+	w.crasher.mu.Lock()
+	w.crasher.every = 1 << 62 // what still happens is after the end
+	w.crasher.mu.Unlock()
+	close(w.s.quit)
+	w.s.wg.Wait()
+	w.s.wal.stop()
+	err := w.s.release()
+	w.lab.giveBack(w.dir)
+	return err
+}
+
+// now is the image of a crash at this moment.
+func (w *world) now(what string, fs *crashfs.FS) crashImage {
+	w.crasher.mu.Lock()
+	defer w.crasher.mu.Unlock()
+	return crashImage{fs, w.crasher.table, w.m, w.crasher.floor, what}
+}
+
+// same checks everything that can be read, and Check.
+func (w *world) same(readData bool) error {
+	if err := same(w.s, w.m.now(), w.buf); err != nil {
+		return err
+	}
+	return w.check(readData)
+}
+
+func (w *world) check(readData bool) error {
+	var problems []error
+	_, err := w.s.Check(context.Background(), CheckOptions{ReadData: readData}, func(p Problem) {
+		problems = append(problems, fmt.Errorf("check: %s: %s: %s", p.Kind, p.Where, p.What))
+	})
+	if len(problems) > 3 {
+		problems = problems[:3]
+	}
+	return errors.Join(append(problems, err)...)
+}
+
+// verify opens an image and proves it: it is the state after some record that the
+// crash may have left, it is sound, and it can be worked with and crash again.
+func (l *lab) verify(img crashImage, depth int, rng *rand.Rand) error {
+	l.states.Add(1)
+	if err := l.verifyOne(img, depth, rng); err != nil {
+		return fmt.Errorf("%s (durable before %d): %w", img.what, img.floor, err)
+	}
+	return nil
+}
+
+func (l *lab) verifyOne(img crashImage, depth int, rng *rand.Rand) error {
+	every := 24
+	work := depth < 2 && rng.IntN(8) == 0
+	if depth > 2 {
+		every = 1 << 62
+	}
+	w, err := l.open(img, every, rng)
+	if err != nil {
+		return err
+	}
+	// Names and contents as nobody else has made them.
+	w.names, w.writes = (depth+1)*1_000_000, uint64(depth+1)<<40
+	err = w.same(rng.IntN(4) == 0)
+	if err == nil && work {
+		w.crasher.every = 6
+		for range 1 + rng.IntN(6) {
+			o := randomOp(rng)
+			if err = w.do(o); err != nil {
+				err = fmt.Errorf("then %v: %w", o, err)
+				break
+			}
+		}
+		if err == nil {
+			w.crasher.every = 1
+			w.crasher.point("then")
+		}
+	}
+	images := w.crasher.drain()
+	if err := errors.Join(err, w.kill()); err != nil {
+		return err
+	}
+	for _, again := range images {
+		if err := l.verify(again, depth+1, rng); err != nil {
+			return fmt.Errorf("%s; %w", img.what, err)
+		}
+	}
+	return nil
+}
