@@ -238,7 +238,7 @@ func (d *Device) queueRoutine(t *queueThread, ready chan<- error) {
 		if t.owned > 0 || t.reading > 0 {
 			keepForever(t)
 		}
-		p.close()
+		p.close(t.ended == t.depth)
 		if !finished {
 			d.fail(fmt.Errorf("ublk: the handler ended the thread of queue %d", t.id))
 		}

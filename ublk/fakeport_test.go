@@ -30,7 +30,6 @@ type fakePort struct {
 	pending  bool // an interrupt
 	waits    int  // turns that had to sleep
 	stopping bool
-	closed   bool
 }
 
 type tagOwner uint8
@@ -148,7 +147,7 @@ func (p *fakePort) next() (completion, bool) {
 
 func (p *fakePort) desc(tag int) ioDesc { return p.descs[tag] }
 
-func (p *fakePort) close() { p.closed = true }
+func (p *fakePort) close(bool) {}
 
 // dispatch gives the loop a request on any idle tag, waiting for one.
 func (p *fakePort) dispatch(d ioDesc) int {

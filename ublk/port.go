@@ -29,8 +29,8 @@ type port interface {
 	desc(tag int) ioDesc
 	// interrupt ends a turn that waits, from any goroutine.
 	interrupt()
-	// close releases the ring; whatever was armed or fetched is cancelled.
-	close()
+	// close releases the ring; what is still fetched, if the tags are not drained, is cancelled.
+	close(drained bool)
 }
 
 // completion is one event from the port.
@@ -188,9 +188,12 @@ func interrupt(efd int) {
 	}
 }
 
-func (p *ringPort) close() {
-	// The registered file holds the char device open past its close: it goes first.
-	_ = p.ring.register(unregisterFiles, nil, 0)
+func (p *ringPort) close(drained bool) {
+	// The registered file holds the char device open past its close, so it goes first. But the kernel waits (without
+	// end, at least in 6.12) for requests that use it: while there are fetches, only the ring's end ends those.
+	if drained {
+		_ = p.ring.register(unregisterFiles, nil, 0)
+	}
 	p.ring.close()
 	_ = unix.Munmap(p.count)
 }

@@ -72,7 +72,7 @@ func nullQueue(t testing.TB, depth int, h Handler) (q *queue, end chan error) {
 			if err = q.start(p); err == nil {
 				err = q.run()
 			}
-			p.close()
+			p.close(false)
 		}
 		end <- err
 	}()
