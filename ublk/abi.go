@@ -6,17 +6,15 @@ package ublk
 // Control commands, as ioctl-encoded numbers (type 'u', size of struct ublksrv_ctrl_cmd = 32). The bare numbers of
 // Linux 6.0 are compiled out on some kernels and are not used.
 const (
-	cmdGetQueueAffinity = iocRead | 0x01
-	cmdGetDevInfo       = iocRead | 0x02
-	cmdAddDev           = iocReadWrite | 0x04
-	cmdDelDev           = iocReadWrite | 0x05
-	cmdStartDev         = iocReadWrite | 0x06
-	cmdStopDev          = iocReadWrite | 0x07
-	cmdSetParams        = iocReadWrite | 0x08
-	cmdGetParams        = iocRead | 0x09
-	cmdGetDevInfo2      = iocRead | 0x12
-	cmdGetFeatures      = iocRead | 0x13
-	cmdTryStopDev       = iocReadWrite | 0x17
+	cmdAddDev      = iocReadWrite | 0x04
+	cmdDelDev      = iocReadWrite | 0x05
+	cmdStartDev    = iocReadWrite | 0x06
+	cmdStopDev     = iocReadWrite | 0x07
+	cmdSetParams   = iocReadWrite | 0x08
+	cmdGetParams   = iocRead | 0x09
+	cmdGetDevInfo2 = iocRead | 0x12
+	cmdGetFeatures = iocRead | 0x13
+	cmdTryStopDev  = iocReadWrite | 0x17
 
 	iocRead      = 2<<30 | 32<<16 | 'u'<<8 // _IOR('u', nr, struct ublksrv_ctrl_cmd)
 	iocReadWrite = 3<<30 | 32<<16 | 'u'<<8 // _IOWR('u', nr, struct ublksrv_ctrl_cmd)

@@ -82,7 +82,6 @@ func TestCommandNumbers(t *testing.T) {
 		name      string
 		got, want uint32
 	}{
-		{"GET_DEV_INFO", cmdGetDevInfo, 0x80207502},
 		{"ADD_DEV", cmdAddDev, 0xc0207504},
 		{"DEL_DEV", cmdDelDev, 0xc0207505},
 		{"START_DEV", cmdStartDev, 0xc0207506},

@@ -107,7 +107,7 @@ func TestControlRing(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 200 {
-		if err := c.quick(context.Background(), cmdGetDevInfo, command(1), nil); err != nil {
+		if err := c.quick(context.Background(), cmdGetDevInfo2, command(1), nil); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -119,7 +119,7 @@ func TestControlRing(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	if err := c.quick(ctx, cmdGetDevInfo, command(1), nil); !errors.Is(err, context.Canceled) {
+	if err := c.quick(ctx, cmdGetDevInfo2, command(1), nil); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled context: %v", err)
 	}
 }
