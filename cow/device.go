@@ -43,6 +43,7 @@ type Device struct {
 	asOf     uint32 // head, or the snapshot's epoch
 	v        *volume
 	snap     *snapshot // nil for a volume
+	snapSize int64     // its size: the row may be replaced under Store.mu
 	readOnly bool
 	block    int
 	closed   atomic.Bool
@@ -63,7 +64,7 @@ func (s *Store) OpenDevice(r Ref, readOnly bool) (*Device, error) {
 	d := &Device{s: s, ref: r, v: v, b: v.branch, asOf: head, readOnly: readOnly || sn != nil, block: v.LogicalBlock}
 	switch {
 	case sn != nil:
-		d.snap, d.b, d.asOf = sn, sn.branch, sn.Epoch
+		d.snap, d.b, d.asOf, d.snapSize = sn, sn.branch, sn.Epoch, sn.Size
 		sn.open++
 		v.readers++
 	case readOnly:
@@ -98,7 +99,7 @@ func (d *Device) Close() error {
 // Size is the present size in bytes: a volume may be resized while it is open.
 func (d *Device) Size() int64 {
 	if d.snap != nil {
-		return d.snap.Size
+		return d.snapSize
 	}
 	return d.v.size.Load()
 }

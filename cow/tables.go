@@ -69,7 +69,7 @@ func (t *tables) usedID(n uint32) { t.nextID = max(t.nextID, n+1) }
 func (t *tables) putBranch(r format.Branch, gen uint64) error {
 	b := t.branches[r.ID]
 	if b == nil {
-		b = &branch{originEpoch: r.OriginEpoch}
+		b = &branch{Branch: r, originEpoch: r.OriginEpoch}
 		if r.OriginBranch != 0 {
 			if b.origin = t.branches[r.OriginBranch]; b.origin == nil {
 				return corruptf("branch %d has the origin %d, which does not exist", r.ID, r.OriginBranch)
@@ -78,7 +78,7 @@ func (t *tables) putBranch(r format.Branch, gen uint64) error {
 		b.headless = gen // until a volume takes it
 		t.branches[r.ID] = b
 	}
-	b.Branch = r
+	b.Epoch = r.Epoch // the rest never changes, and is read without the lock
 	t.usedID(r.ID)
 	t.dirtyBranches[r.ID] = struct{}{}
 	return nil
