@@ -103,7 +103,7 @@ func newFile(path string) sink {
 		if _, err = sparse.Copy(ctx, f, src, nil, progress); err == nil {
 			err = f.Truncate(src.Size())
 		}
-		if err = errors.Join(err, f.Chmod(0o600), f.Sync(), f.Close()); err != nil {
+		if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
 			return err
 		}
 		return os.Rename(f.Name(), path)

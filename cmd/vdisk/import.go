@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -46,7 +47,7 @@ func (a *app) importFrom(c *cli.Context, path, name string, o cow.VolumeOptions)
 	if f := c.String("format"); f != "" && f != "raw" {
 		return usageError{c, fmt.Errorf("--format %s: only raw is possible; convert others with qemu-img", f)}
 	}
-	src, closeSource, err := a.source(path, c.IsSet("format"))
+	src, closeSource, err := a.source(c.Context, path, c.IsSet("format"))
 	if err != nil {
 		return err
 	}
@@ -69,7 +70,7 @@ func (a *app) importFrom(c *cli.Context, path, name string, o cow.VolumeOptions)
 }
 
 // source opens what is to be imported; the caller calls the returned function when it is done with it.
-func (a *app) source(path string, raw bool) (sparse.Source, func(), error) {
+func (a *app) source(ctx context.Context, path string, raw bool) (sparse.Source, func(), error) {
 	if path == "-" {
 		if isTerminal(a.stdin) {
 			return nil, nil, usagef("standard input is a terminal: connect it to an image")
@@ -77,7 +78,7 @@ func (a *app) source(path string, raw bool) (sparse.Source, func(), error) {
 		if src, ok := wholeFile(a.stdin); ok {
 			return src, func() {}, nil
 		}
-		return sparse.FromStream(a.stdin), func() {}, nil
+		return sparse.FromStream(patient{ctx, a.stdin}), func() {}, nil
 	}
 	f, err := os.Open(path)
 	if err != nil {
@@ -85,7 +86,7 @@ func (a *app) source(path string, raw bool) (sparse.Source, func(), error) {
 	}
 	fi, err := f.Stat()
 	if err == nil && fi.Mode()&(os.ModeNamedPipe|os.ModeCharDevice) != 0 {
-		return sparse.FromStream(f), func() { f.Close() }, nil
+		return sparse.FromStream(patient{ctx, f}), func() { f.Close() }, nil
 	}
 	src, err := sparse.FromFile(f)
 	if err != nil {
@@ -98,6 +99,31 @@ func (a *app) source(path string, raw bool) (sparse.Source, func(), error) {
 		return nil, nil, errors.Join(err, f.Close())
 	}
 	return src, func() { f.Close() }, nil
+}
+
+// patient is a stream whose reads end with ctx. The read that is then under way is left behind: a blocking read of a
+// pipe or terminal cannot be ended, and the program is about to exit.
+type patient struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (p patient) Read(b []byte) (int, error) {
+	type result struct {
+		n   int
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		n, err := p.r.Read(b)
+		done <- result{n, err}
+	}()
+	select {
+	case r := <-done:
+		return r.n, r.err
+	case <-p.ctx.Done():
+		return 0, context.Cause(p.ctx)
+	}
 }
 
 // wholeFile returns the content of a stream that is a file at its beginning, so that holes need not be read.

@@ -90,11 +90,11 @@ func (a *app) serveSocket(c *cli.Context, s owner.Store, o owner.ServeOptions) e
 		return err
 	}
 	o.Socket = path
-	l, err := owner.Listen(path)
+	l, remove, err := owner.Listen(path)
 	if err != nil {
 		return err
 	}
-	defer os.Remove(path)
+	defer remove()
 	uris := []string{}
 	for _, name := range names {
 		uris = append(uris, uri(name, path))
@@ -169,7 +169,9 @@ func (a *app) daemon(c *cli.Context) error {
 	o.Logger, o.Offer = a.log, true
 	s, err := owner.Own(c.Context, a.dir, o)
 	if c.Bool("ready") {
-		err = errors.Join(err, owner.Ready(err))
+		if rerr := owner.Ready(a.dir, err); err == nil && rerr != nil {
+			err = errors.Join(rerr, s.Close())
+		}
 	}
 	if err != nil {
 		return err

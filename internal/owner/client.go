@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"path/filepath"
 	"strconv"
+	"time"
 
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/internal/owner/sparse"
@@ -38,10 +39,15 @@ func connect(ctx context.Context, dir string) (*Client, Status, error) {
 		DisableCompression:    true,
 	}}
 	s, err := c.Status(ctx)
-	if err != nil {
-		return nil, s, errors.Join(err, c.Close())
+	if err == nil {
+		return c, s, nil
 	}
-	return c, s, nil
+	_ = c.Close()
+	var netErr *net.OpError
+	if !errors.Is(err, errNoOwner) && ctx.Err() == nil && (errors.As(err, &netErr) || errors.Is(err, io.EOF)) {
+		err = fmt.Errorf("%w: %w", errStopping, err) // it closed the door on us: nothing has been asked of it yet
+	}
+	return nil, s, err
 }
 
 // Close ends the session.
@@ -217,13 +223,19 @@ func (c *Client) Import(ctx context.Context, name string, o cow.VolumeOptions, s
 	size := src.Size()
 	go func() {
 		bw := bufio.NewWriterSize(w, 256<<10)
-		err := sparse.Encode(ctx, bw, watched, message)
-		sent <- errors.Join(watched.err, w.CloseWithError(errors.Join(err, bw.Flush())))
+		_ = sparse.Encode(ctx, bw, watched, message) // watched.err, or the owner does not want more and says why
+		_ = w.CloseWithError(bw.Flush())
+		sent <- watched.err
 	}()
-	resp, err := c.post(ctx, "import", &request{Name: name, Volume: o, Size: size}, r)
+	patient, cancel := outlast(ctx)
+	defer cancel()
+	resp, err := c.post(patient, "import", &request{Name: name, Volume: o, Size: size}, r)
 	_ = r.Close() // ends the sender, if it is not done
-	if serr := <-sent; serr != nil && ctx.Err() == nil {
-		err = serr // the cause of the owner's error, if it has one
+	if serr := <-sent; serr != nil {
+		err = serr // the cause of the owner's error
+	}
+	if ctx.Err() != nil {
+		err = context.Cause(ctx)
 	}
 	if resp != nil {
 		defer resp.Body.Close()
@@ -232,6 +244,20 @@ func (c *Client) Import(ctx context.Context, name string, o cow.VolumeOptions, s
 		err = json.NewDecoder(resp.Body).Decode(&v)
 	}
 	return v, err
+}
+
+// outlast returns a context for an operation that is told by its own data that ctx has ended, and then has time to
+// clean up.
+func outlast(ctx context.Context) (context.Context, context.CancelFunc) {
+	longer, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() {
+		select {
+		case <-longer.Done():
+		case <-time.After(stopTimeout):
+			cancel()
+		}
+	})
+	return longer, func() { stop(); cancel() }
 }
 
 // watchedSource tells of a source's progress, and keeps its error.

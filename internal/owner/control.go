@@ -16,10 +16,10 @@ import (
 
 // control is the server of the control socket.
 type control struct {
-	owner *Owner
-	path  string
-	http  *http.Server
-	ended chan struct{} // closed when http does not accept any more
+	owner  *Owner
+	remove func() // of the socket
+	http   *http.Server
+	ended  chan struct{} // closed when http does not accept any more
 }
 
 // maxRequest bounds the body of a plain operation, and the arguments of the others.
@@ -30,11 +30,11 @@ func listenControl(o *Owner, path string) (*control, error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
-	l, err := Listen(path)
+	l, remove, err := Listen(path)
 	if err != nil {
 		return nil, err
 	}
-	c := &control{owner: o, path: path, ended: make(chan struct{})}
+	c := &control{owner: o, remove: remove, ended: make(chan struct{})}
 	c.http = &http.Server{
 		Handler:     c.routes(),
 		BaseContext: func(net.Listener) context.Context { return o.life },
@@ -49,11 +49,12 @@ func listenControl(o *Owner, path string) (*control, error) {
 
 // close ends the server: operations under way have seen the end of the owner's life, and are waited for.
 func (c *control) close() error {
-	err := os.Remove(c.path) // while the store is still locked: later it may be the next owner's
+	c.remove() // first, so that nobody comes to a closed door; the lock is held until the end
 	ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
 	defer cancel()
-	if serr := c.http.Shutdown(ctx); serr != nil {
-		err = errors.Join(err, serr, c.http.Close())
+	err := c.http.Shutdown(ctx)
+	if err != nil {
+		err = errors.Join(err, c.http.Close())
 	}
 	<-c.ended
 	return err

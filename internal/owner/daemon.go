@@ -12,6 +12,8 @@ import (
 	"path/filepath"
 	"syscall"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/vdisk/vdisk/cow"
 )
 
@@ -22,6 +24,9 @@ const (
 	daemonLog      = "daemon.log"
 	daemonLogBytes = 1 << 20 // the log is begun anew when it is larger at a start
 )
+
+// readyAnswer is what a daemon that works says; one that does not says an Error.
+var readyAnswer = []byte("{}")
 
 // OpenLasting gives the store at dir through an owner that stays: the one there is, or a daemon, which it starts as
 // args of this program. The daemon must answer with Ready.
@@ -43,21 +48,6 @@ func OpenLasting(ctx context.Context, dir string, o Options, args []string) (*Cl
 
 // startDaemon starts a daemon and waits until it is ready or has failed.
 func startDaemon(ctx context.Context, dir string, args []string) error {
-	if _, err := os.Stat(filepath.Join(dir, "format")); err != nil {
-		// Nothing is written into a folder that is no store, not even a log; the engine tells what is wrong with it.
-		s, err := cow.Open(dir, cow.Options{})
-		if err == nil {
-			err = s.Close()
-		}
-		if err != nil {
-			return err
-		}
-	}
-	log, err := openLog(filepath.Join(dir, daemonLog))
-	if err != nil {
-		return err
-	}
-	defer log.Close()
 	r, w, err := os.Pipe()
 	if err != nil {
 		return err
@@ -66,7 +56,6 @@ func startDaemon(ctx context.Context, dir string, args []string) error {
 	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Args[0] = os.Args[0]
 	cmd.Dir = "/"
-	cmd.Stdout, cmd.Stderr = log, log
 	cmd.ExtraFiles = []*os.File{w} // becomes ReadyFD
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	err = cmd.Start()
@@ -77,7 +66,7 @@ func startDaemon(ctx context.Context, dir string, args []string) error {
 	stop := context.AfterFunc(ctx, func() { _ = cmd.Process.Signal(syscall.SIGTERM) })
 	defer stop()
 	answer, err := io.ReadAll(io.LimitReader(r, maxRequest))
-	if err == nil && bytes.Equal(answer, []byte("{}")) {
+	if err == nil && bytes.Equal(answer, readyAnswer) {
 		return cmd.Process.Release()
 	}
 	werr := cmd.Wait()
@@ -88,7 +77,7 @@ func startDaemon(ctx context.Context, dir string, args []string) error {
 	if json.Unmarshal(answer, e) == nil && e.Message != "" {
 		return e.original(dir)
 	}
-	return fmt.Errorf("the daemon ended before it was ready (%w): see %s", errors.Join(err, werr), log.Name())
+	return fmt.Errorf("the daemon ended before it was ready: %w", errors.Join(err, werr))
 }
 
 // original gives the daemon's error that the store is locked its type back, so that it is tried again.
@@ -99,27 +88,38 @@ func (e *Error) original(dir string) error {
 	return e
 }
 
-func openLog(path string) (*os.File, error) {
-	if fi, err := os.Stat(path); err == nil && fi.Size() > daemonLogBytes {
-		if err := os.Rename(path, path+".old"); err != nil {
-			return nil, err
-		}
-	}
-	return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
-}
-
-// Ready tells whoever started this daemon that it works, or why it does not. Nothing must be told before, and nothing
-// twice.
-func Ready(err error) error {
+// Ready tells whoever started this daemon that it works (nil), or why it does not. From then on what it prints goes to
+// the store's log: its starter may be gone. A folder that could not be opened as a store gets no log.
+func Ready(dir string, err error) error {
 	w := os.NewFile(ReadyFD, "ready pipe")
-	if w == nil {
-		return errors.New("nobody waits for this daemon")
-	}
 	syscall.CloseOnExec(ReadyFD)
-	answer := []byte("{}")
+	if err == nil {
+		err = printToLog(filepath.Join(dir, daemonLog))
+	}
+	answer := readyAnswer
 	if err != nil {
 		answer = message(err)
 	}
 	_, werr := w.Write(answer)
-	return errors.Join(werr, w.Close())
+	return errors.Join(err, werr, w.Close())
+}
+
+// printToLog connects standard output and standard error with a file.
+func printToLog(path string) error {
+	if fi, err := os.Stat(path); err == nil && fi.Size() > daemonLogBytes {
+		if err := os.Rename(path, path+".old"); err != nil {
+			return err
+		}
+	}
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	for _, fd := range []int{1, 2} {
+		if err := unix.Dup3(int(f.Fd()), fd, 0); err != nil {
+			return fmt.Errorf("connecting descriptor %d with %s: %w", fd, path, err)
+		}
+	}
+	return nil
 }

@@ -28,6 +28,7 @@ type Owner struct {
 	mu       sync.Mutex  // guards the fields below
 	stopping bool        // no session begins any more
 	sessions int         // connections of clients
+	visited  bool        // there has been a session
 	devices  []*attached // in the order they were attached
 	services []*service
 	changed  chan struct{} // closed, and made anew, when one of the above has changed
@@ -62,17 +63,15 @@ func (o *Owner) Close() error {
 	return o.close()
 }
 
-// CloseWhenIdle is Close at the moment when no device, service or client is left. With a first of them it waits for up
-// to grace. It returns before that when the context that the owner was opened with ends.
+// CloseWhenIdle is Close at the moment when no device, service or client is left; it waits up to grace for the first of
+// them. It does not wait when the context that the owner was opened with has ended.
 func (o *Owner) CloseWhenIdle(grace time.Duration) error {
 	timer := time.AfterFunc(grace, o.notify)
 	defer timer.Stop()
 	until := o.started.Add(grace)
-	used := false
 	o.wait(func() bool {
 		idle := o.sessions == 0 && len(o.devices) == 0 && len(o.services) == 0
-		used = used || len(o.devices) > 0 || len(o.services) > 0
-		o.stopping = o.stopping || idle && (used || time.Now().After(until))
+		o.stopping = o.stopping || idle && (o.visited || time.Now().After(until))
 		return o.stopping
 	})
 	return o.close()
@@ -136,6 +135,7 @@ func (o *Owner) begin() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.sessions++
+	o.visited = true
 	o.notifyLocked()
 }
 

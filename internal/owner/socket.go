@@ -18,8 +18,11 @@ import (
 // controlName is the control socket's name in a store.
 const controlName = "control.sock"
 
-// shortPath returns another path of the same file that fits sun_path (108 bytes, unix(7)), however long path is: the
-// folder by its descriptor. It is good until release is called.
+// sunPath is the size of sockaddr_un.sun_path, with the zero at the end (unix(7)).
+const sunPath = 108
+
+// shortPath returns another path of the same file that fits sunPath, however long the folder's path is: the folder by
+// its descriptor. It is good until release is called.
 func shortPath(path string) (short string, release func(), err error) {
 	dir, name := filepath.Split(path)
 	if dir == "" {
@@ -33,35 +36,39 @@ func shortPath(path string) (short string, release func(), err error) {
 	return short, func() { _ = unix.Close(fd) }, nil
 }
 
-// Listen makes a unix socket at path that only its owner may connect to. A socket that is there already and that
+// Listen makes a unix socket at path that only its owner may connect to; for the moment until its mode is set, that is up
+// to the process's umask, which must be 077. A socket that is there already and that
 // nobody listens on is replaced; anything else that is there is an error that matches fs.ErrExist.
-func Listen(path string) (*net.UnixListener, error) {
+// The caller calls remove when the socket is closed.
+func Listen(path string) (l *net.UnixListener, remove func(), err error) {
 	short, release, err := shortPath(path)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer release()
+	if len(short) >= sunPath {
+		return nil, nil, fmt.Errorf("the socket's name %s is too long: %d bytes are possible", filepath.Base(path),
+			sunPath-1-len(short)+len(filepath.Base(path)))
+	}
 	if err := clearSocket(path, short); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	// The mode of a socket is set by bind, and umask is the whole process's; so the socket is made under another name,
-	// and gets its name when its mode is right.
-	dir, name := filepath.Split(short)
-	tmp := dir + "." + strconv.Itoa(os.Getpid()) + "." + strconv.FormatInt(time.Now().UnixNano()%1e6, 10)
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: tmp, Net: "unix"})
+	l, err = net.ListenUnix("unix", &net.UnixAddr{Name: short, Net: "unix"})
 	if err != nil {
-		return nil, fmt.Errorf("making the socket %s: %w", path, errors.Unwrap(err))
+		return nil, nil, fmt.Errorf("making the socket %s: %w", path, errors.Unwrap(err))
 	}
-	l.SetUnlinkOnClose(false) // its path is not good for long; whoever made it removes it
-	if err = os.Chmod(tmp, 0o600); err == nil {
-		err = os.Rename(tmp, dir+name)
+	l.SetUnlinkOnClose(false) // the path that it knows is not good for long
+	err = os.Chmod(short, 0o600)
+	made, serr := os.Lstat(short)
+	if err = errors.Join(err, serr); err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("making the socket %s: %w", path, err), l.Close(), os.Remove(path))
 	}
-	if err != nil {
-		_ = os.Remove(tmp)
-		_ = l.Close()
-		return nil, fmt.Errorf("making the socket %s: %w", path, err)
-	}
-	return l, nil
+	return l, func() {
+		// Somebody may have found it closed and put his own in its place.
+		if fi, err := os.Lstat(path); err == nil && os.SameFile(fi, made) && fi.ModTime().Equal(made.ModTime()) {
+			_ = os.Remove(path) // a socket that is left behind is no harm
+		}
+	}, nil
 }
 
 // clearSocket removes a socket that nobody listens on.
@@ -84,7 +91,10 @@ func clearSocket(path, short string) error {
 	if !errors.Is(err, syscall.ECONNREFUSED) {
 		return fmt.Errorf("asking who listens on %s: %w", path, err)
 	}
-	return os.Remove(path)
+	if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // dial connects to the socket at path, however long that is.
