@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -428,5 +430,38 @@ func TestNoAllocations(t *testing.T) {
 				t.Errorf("%v allocations in 16 requests", n)
 			}
 		})
+	}
+}
+
+// TestNoAnswerIsLostAtTheEdge has a single request under way, answered by a spinning goroutine about when the loop goes
+// to sleep: no other event would make up for a missed wake-up.
+func TestNoAnswerIsLostAtTheEdge(t *testing.T) {
+	if runtime.GOMAXPROCS(0) < 2 {
+		t.Skip("needs two processors to race")
+	}
+	const total = 20000
+	var mailbox atomic.Pointer[Request]
+	var stop atomic.Bool
+	var answering sync.WaitGroup
+	answering.Go(func() {
+		for spin := 0; !stop.Load(); {
+			r := mailbox.Swap(nil)
+			if r == nil {
+				continue
+			}
+			for range spin % 400 {
+				stop.Load()
+			}
+			spin += 7
+			r.Complete(nil)
+		}
+	})
+	defer answering.Wait()
+	defer stop.Store(true)
+	q := runFake(t, 1, handlerFunc(func(r *Request) error { mailbox.Store(r); return ErrLater }), nil)
+	for range total {
+		if res := q.do(t, desc(OpFlush, 0, 0, 0)); res != 0 {
+			t.Fatalf("result %d", res)
+		}
 	}
 }
