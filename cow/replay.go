@@ -190,7 +190,7 @@ func (s *Store) replayChunk(c *chunk, from uint32) (records int, err error) {
 		return 0, err
 	}
 	c.size = uint32(min(size, format.MaxChunkSize))
-	r := &recordReader{f: f, c: c, off: from}
+	r := &recordReader{f: f, c: c, off: from, at: from}
 	for {
 		off := r.off
 		h, payload, err := r.next(s.wal.nextSeq)
@@ -207,6 +207,9 @@ func (s *Store) replayChunk(c *chunk, from uint32) (records int, err error) {
 		records++
 		c.end = r.off
 		s.recovery.Bytes += int64(h.Size())
+	}
+	if err := r.writeBack(); err != nil {
+		return records, err
 	}
 	s.recovery.Records += int64(records)
 	c.end, c.written = r.off, r.off
@@ -302,7 +305,21 @@ func (r *recordReader) bytes(n int) ([]byte, error) {
 	return r.win[r.off-r.at:][:n], nil
 }
 
+// writeBack writes the window's verified records once more. A process whose sync has failed may
+// have left records that the page cache calls clean and that the disk does not have: only
+// what is written again is synced again.
+func (r *recordReader) writeBack() error {
+	if r.off <= r.at {
+		return nil
+	}
+	_, err := r.f.WriteAt(r.win[:r.off-r.at], int64(r.at))
+	return err
+}
+
 func (r *recordReader) load(n int, off uint32) error {
+	if err := r.writeBack(); err != nil {
+		return err
+	}
 	if cap(r.win) < n {
 		r.win = make([]byte, n)
 	}
