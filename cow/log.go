@@ -6,6 +6,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
@@ -472,7 +473,7 @@ func (l *recordLog) chunkSize(urgent bool) (uint32, error) {
 		return eventChunkSize, nil // if even that is too much, fallocate says so
 	}
 	return 0, fmt.Errorf("%w: %d MiB free on the store's file system, of which %d MiB are kept for deletes and checkpoints; free space there, or delete snapshots or volumes",
-		ErrNoSpace, free>>20, reserve>>20)
+		noSpace(syscall.ENOSPC), free>>20, reserve>>20)
 }
 
 // cutIdle queues what is in the active buffer, so that a process that is killed
