@@ -297,7 +297,15 @@ func (s *Store) resize(name string, size int64, shrink bool) error {
 		row.Size = size
 		return &format.Event{Op: "resize", Volumes: []format.Volume{row}}, nil
 	})
-	if err != nil || behind == nil {
+	if behind == nil {
+		return err
+	}
+	defer func() {
+		s.mu.Lock()
+		behind.v.writer = false
+		s.mu.Unlock()
+	}()
+	if err != nil {
 		return err
 	}
 	return s.cutOff(behind, size, old)
@@ -306,11 +314,6 @@ func (s *Store) resize(name string, size int64, shrink bool) error {
 // cutOff zeroes what is behind the new size, so that it does not come back when
 // the volume grows again, and then makes it smaller.
 func (s *Store) cutOff(d *Device, size, old int64) error {
-	defer func() {
-		s.mu.Lock()
-		d.v.writer = false
-		s.mu.Unlock()
-	}()
 	if err := d.WriteZeroes(size, old-size, false); err != nil {
 		return err
 	}
