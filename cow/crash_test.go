@@ -233,7 +233,8 @@ func (w *world) operate(o op) error {
 		}
 		return nil
 	case "check":
-		return w.event(w.check(true))
+		// A store that has stopped can be checked, too, but that makes nothing durable.
+		return w.event(errors.Join(w.check(true), w.s.wal.err()))
 	case "misuse":
 		return w.misuse(name)
 	default:

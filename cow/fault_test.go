@@ -1,0 +1,185 @@
+package cow
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/vdisk/vdisk/internal/storage/crashfs"
+)
+
+// faultScript touches everything that does I/O: rotation, checkpoints, reaping, removal of chunks.
+func faultScript(seed uint64) []op {
+	rng := rand.New(rand.NewPCG(seed, 7))
+	ops := []op{{"create", 0, 0, 0}, {"create", 1, 100, 1}}
+	for range 60 {
+		ops = append(ops, randomOp(rng))
+	}
+	var script []op
+	for _, o := range ops {
+		switch o.kind {
+		case "misuse": // it wants certain errors
+		case "snapshot":
+			// The writes between make a snapshot's removal worth a chunk.
+			script = append(script, o, op{"write", o.a, o.b, 4}, op{"flush", o.a, 0, 0})
+		default:
+			script = append(script, o)
+		}
+	}
+	return append(script, op{kind: "reap"}, op{kind: "check"})
+}
+
+// faulty runs the script until an operation fails. The model then has records that the
+// store may have or not; every error but a flush's is one the caller can go on after.
+func (w *world) faulty(script []op) (failed error, err error) {
+	for i, o := range script {
+		if len(w.m.now()) == 0 && o.kind != "create" {
+			continue
+		}
+		before := w.m.fork()
+		if err := w.operate(o); err != nil {
+			failed = fmt.Errorf("operation %d, %v: %w", i, o, err)
+			w.settleModel(before)
+			return failed, nil
+		}
+		if seq := w.seq(); seq != w.m.next() {
+			return nil, fmt.Errorf("operation %d, %v: the log is at record %d, the model at %d", i, o, seq, w.m.next())
+		}
+	}
+	return nil, nil
+}
+
+// settleModel keeps of an operation that failed the records that the store has logged.
+func (w *world) settleModel(before *model) {
+	if seq := w.seq(); seq >= before.next() && seq <= w.m.next() {
+		w.m.truncate(seq)
+	}
+}
+
+// TestFaultAtEveryOperation makes each disk operation of a script fail once. The store
+// may stop or go on, but what it says must be true: what it acknowledged as durable is there after
+// a crash, whatever else is.
+func TestFaultAtEveryOperation(t *testing.T) {
+	for seed := range uint64(4) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			t.Parallel()
+			faultEverywhere(t, faultScript(seed))
+		})
+	}
+}
+
+func faultEverywhere(t *testing.T, script []op) {
+	l := newLab(t)
+	fs := crashfs.New()
+	rng := rand.New(rand.NewPCG(1, 1))
+	w, err := l.open(crashImage{fs, l.table, newModel(1, state{}), 1, "new"}, 1<<62, rng)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if failed, err := w.faulty(script); failed != nil || err != nil {
+		t.Fatal(failed, err)
+	}
+	if err := w.kill(); err != nil {
+		t.Fatal(err)
+	}
+	total := 0
+	for kind := crashfs.OpCreate; kind <= crashfs.OpSyncDir; kind++ {
+		n := fs.Count(kind)
+		for nth := 1; nth <= n+1; nth++ {
+			if raceEnabled && nth%8 != 0 {
+				continue
+			}
+			for _, errno := range []error{syscall.EIO, syscall.ENOSPC} {
+				if err := l.fault(script, kind, nth, errno, rng); err != nil {
+					t.Errorf("%v at %v %d of %d: %v", errno, kind, nth, n, err)
+				}
+				total++
+			}
+		}
+	}
+	t.Logf("%d faults", total)
+}
+
+// fault runs the script with one operation failing, then looks at what is there: in the running store, after
+// SIGKILL, and after a power cut.
+func (l *lab) fault(script []op, kind crashfs.Op, nth int, errno error, rng *rand.Rand) error {
+	fs := crashfs.New()
+	fs.FailAt(kind, nth, errno)
+	w, err := l.open(crashImage{fs, l.table, newModel(1, state{}), 1, "new"}, 1<<62, rng)
+	if err != nil {
+		if errors.Is(err, errno) {
+			return nil // the failure was in Open: it says so
+		}
+		return err
+	}
+	failed, err := w.faulty(script)
+	if err == nil && failed != nil && !isFault(failed, errno) {
+		err = fmt.Errorf("failed with another error: %w", failed)
+	}
+	if err == nil {
+		err = w.goOn(kind, failed)
+		if isFault(err, errno) {
+			err = nil // the operation that was to fail was one of these
+		}
+	}
+	if err != nil {
+		return errors.Join(err, w.kill())
+	}
+	choices := fs.Choices(rng.Uint64(), 2)
+	choice := choices[rng.IntN(len(choices))]
+	images := []crashImage{w.now(fmt.Sprintf("after %v, killed", failed), fs.Clone()),
+		w.now(fmt.Sprintf("after %v, %v", failed, choice), fs.Crash(choice))}
+	if err := w.kill(); err != nil {
+		return err
+	}
+	for _, img := range images {
+		if err := l.verify(img, 1, rng); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// isFault says whether an error is about the failure: Check's problems are text.
+func isFault(err error, errno error) bool {
+	return err != nil && (errors.Is(err, errno) || strings.Contains(err.Error(), errno.Error()))
+}
+
+// goOn checks what a store does after a failure: stop if the log's end is unknown, else go on.
+func (w *world) goOn(kind crashfs.Op, failed error) error {
+	stopped := w.s.wal.err()
+	if failed != nil && stopped == nil {
+		// Nothing was lost: what was acknowledged is readable, and work can go on.
+		if err := w.same(true); err != nil {
+			return fmt.Errorf("after %v: %w", failed, err)
+		}
+		return w.do(op{kind: "create"})
+	}
+	if stopped == nil {
+		return w.same(true)
+	}
+	if kind != crashfs.OpWrite && kind != crashfs.OpSync {
+		return fmt.Errorf("the store has stopped after a failed %v: %w", kind, stopped)
+	}
+	// It must refuse every change from now on, and acknowledge no flush.
+	for name := range w.devs { // of names that a failed rename has changed
+		w.closeDevice(name)
+	}
+	for name := range w.m.now() {
+		d, err := w.device(name)
+		if err != nil {
+			return err
+		}
+		_, write := d.WriteAt(make([]byte, 512), 0)
+		for what, err := range map[string]error{"write": write, "flush": d.Flush(), "discard": d.Discard(0, 4096),
+			"snapshot": w.s.Snapshot(Ref{name, "late"}), "checkpoint": w.s.Checkpoint(), "rename": w.s.Rename(Ref{Volume: name}, Ref{Volume: "late"})} {
+			if !errors.Is(err, ErrFailed) {
+				return fmt.Errorf("%s after the store stopped: %v", what, err)
+			}
+		}
+	}
+	return nil
+}
