@@ -51,7 +51,7 @@ func (a *app) check(c *cli.Context) error {
 	}
 	return a.during(c, func(s owner.Store) error {
 		j := checkJSON{Problems: []problemJSON{}}
-		bar := a.progress("checking", -1)
+		bar := a.bar("checking", -1)
 		o := cow.CheckOptions{ReadData: c.Bool("read-data"), Volume: name, Progress: bar.of}
 		r, err := s.Check(c.Context, o, func(p cow.Problem) {
 			if a.json {

@@ -16,20 +16,22 @@ func isTerminal(stream any) bool {
 // bar shows progress to people; its zero value shows nothing.
 type bar struct{ bar *progressbar.ProgressBar }
 
-// progress begins a bar on standard error if that is a terminal; total is -1 if it is not known.
+// progress begins a bar of bytes on standard error if that is a terminal; total is -1 if it is not known.
 func (a *app) progress(what string, total int64) *bar {
+	return a.bar(what, total, progressbar.OptionShowBytes(true), progressbar.OptionUseIECUnits(true))
+}
+
+func (a *app) bar(what string, total int64, how ...progressbar.Option) *bar {
 	if a.quiet || a.json || !isTerminal(a.stderr) {
 		return &bar{}
 	}
-	return &bar{progressbar.NewOptions64(total,
+	return &bar{progressbar.NewOptions64(total, append(how,
 		progressbar.OptionSetWriter(a.stderr),
 		progressbar.OptionSetDescription(what),
-		progressbar.OptionShowBytes(true),
-		progressbar.OptionUseIECUnits(true),
 		progressbar.OptionThrottle(100*time.Millisecond),
 		progressbar.OptionClearOnFinish(),
 		progressbar.OptionFullWidth(),
-	)}
+	)...)}
 }
 
 func (b *bar) set(done int64) {
