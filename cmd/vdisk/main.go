@@ -49,10 +49,19 @@ func run(args []string) int {
 	if err == nil {
 		return exitOK
 	}
-	if cause := context.Cause(ctx); cause != nil {
-		err = cause
+	return a.fail(because(ctx, err))
+}
+
+// because puts the signal that ended ctx, if one did, before the error that followed from it.
+func because(ctx context.Context, err error) error {
+	cause := context.Cause(ctx)
+	if cause == nil || errors.Is(err, cause) {
+		return err
 	}
-	return a.fail(err)
+	if errors.Is(err, context.Canceled) {
+		return cause
+	}
+	return fmt.Errorf("%w: %w", cause, err)
 }
 
 // interruptible returns a context that the first SIGINT or SIGTERM ends, with a signalError as cause. A second one kills

@@ -45,6 +45,9 @@ func (o *Owner) Attach(ctx context.Context, a AttachOptions) (Device, error) {
 	if err != nil {
 		return Device{}, o.inUse(a.Ref.Volume, err)
 	}
+	if err := o.sweep(ctx); err != nil {
+		o.opts.Logger.Warn("devices of an earlier owner", "err", err) // the new one does not depend on them
+	}
 	t := newTarget(dev)
 	block, err := ublk.Create(ctx, blockOptions(dev, a, o.report), t)
 	if err != nil {
@@ -56,6 +59,7 @@ func (o *Owner) Attach(ctx context.Context, a AttachOptions) (Device, error) {
 	o.devices = append(o.devices, d)
 	o.notifyLocked()
 	o.mu.Unlock()
+	o.noteDevices()
 	o.opts.Logger.Info("attached", "what", a.Ref.String(), "device", block.Path(), "queues", block.Options().Queues,
 		"readonly", dev.ReadOnly(), "locked", block.MemoryLocked())
 	go o.watch(d)
@@ -101,9 +105,17 @@ func (o *Owner) watch(d *attached) {
 		log.Error("closing the volume", "err", err)
 	}
 	o.mu.Lock()
-	defer o.mu.Unlock()
 	o.devices = slices.DeleteFunc(o.devices, func(x *attached) bool { return x == d })
-	o.notifyLocked()
+	o.mu.Unlock()
+	o.noteDevices()
+	o.notify() // last, so that an owner that ends with it has its books in order
+}
+
+// noteDevices is recordDevices where nobody can do anything about an error.
+func (o *Owner) noteDevices() {
+	if err := o.recordDevices(); err != nil {
+		o.opts.Logger.Warn("writing down the devices", "err", err)
+	}
 }
 
 // flushWritten makes durable what a client wrote and did not flush before it went.

@@ -44,16 +44,6 @@ var codes = []struct {
 	{"canceled", context.Canceled},
 }
 
-// Code names the kind of an error: one of the codes under which errors travel, or "failed".
-func Code(err error) string {
-	for _, c := range codes {
-		if errors.Is(err, c.err) {
-			return c.code
-		}
-	}
-	return "failed"
-}
-
 // Error is an error of the owner as its client sees it: the owner's text, and all sentinels that it matched there.
 type Error struct {
 	Message string   `json:"error"`

@@ -25,6 +25,10 @@ type Owner struct {
 	life context.Context
 	kill context.CancelFunc
 
+	recording sync.Mutex // guards the file of devices, and the two fields below; mu may be taken under it
+	swept     bool       // sweep was called
+	leftovers []int      // ids of an earlier owner's devices that could not be deleted yet
+
 	mu       sync.Mutex  // guards the fields below
 	stopping bool        // no session begins any more
 	sessions int         // connections of clients

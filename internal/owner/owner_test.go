@@ -84,7 +84,7 @@ func TestErrorsKeepTheirMeaning(t *testing.T) {
 			t.Errorf("%s came through a stream as %v", c.code, back)
 		}
 	}
-	if err := error(toWire(fmt.Errorf("full: %w", cow.ErrNoSpace))); !errors.Is(err, syscall.ENOSPC) && Code(err) != "no-space" {
+	if err := error(toWire(fmt.Errorf("full: %w", cow.ErrNoSpace))); codeOf(err) != "no-space" {
 		t.Error(err)
 	}
 	locked := toWire(&cow.LockedError{Dir: "d", Holder: "h"})
@@ -93,12 +93,22 @@ func TestErrorsKeepTheirMeaning(t *testing.T) {
 	}
 }
 
+// codeOf names the kind of an error.
+func codeOf(err error) string {
+	for _, c := range codes {
+		if errors.Is(err, c.err) {
+			return c.code
+		}
+	}
+	return ""
+}
+
 // TestClientIsAsGoodAsOwner does the same through both, with the same outcome.
 func TestClientIsAsGoodAsOwner(t *testing.T) {
 	script := func(s Store) (log []string) {
 		ctx := t.Context()
 		say := func(what string, err error) {
-			log = append(log, fmt.Sprint(what, ": ", err, " ", Code(err)))
+			log = append(log, fmt.Sprint(what, ": ", err, " ", codeOf(err)))
 		}
 		_, err := s.CreateVolume(ctx, "w", cow.VolumeOptions{Size: 1 << 20})
 		say("create", err)
@@ -151,7 +161,6 @@ func TestClientIsAsGoodAsOwner(t *testing.T) {
 	if a, b := strings.Join(local, "\n"), strings.Join(remote, "\n"); a != b {
 		t.Errorf("local:\n%s\nremote:\n%s", a, b)
 	}
-	t.Log(strings.Join(remote, "\n"))
 }
 
 type brokenReader struct{}
