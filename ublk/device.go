@@ -58,7 +58,6 @@ type queueThread struct {
 	descs []byte
 	buf   []byte
 	efd   int
-	err   error // from start
 }
 
 func charPath(id int) string  { return fmt.Sprintf("/dev/ublkc%d", id) }

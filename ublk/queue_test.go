@@ -110,8 +110,8 @@ func TestPanicBecomesEIO(t *testing.T) {
 	var reports []error
 	q := runFake(t, 2, handlerFunc(func(r *Request) error {
 		if r.Op == OpWrite {
-			var m map[string]int
-			m["x"] = 1
+			var none []int
+			_ = none[r.Tag]
 		}
 		return nil
 	}), func(err error) { reports = append(reports, err) })
