@@ -38,6 +38,7 @@ var (
 	bucketChunks    = []byte("chunks")
 
 	keyCheckpoint = []byte("checkpoint")
+	keySum        = []byte("sum")
 )
 
 // Sizing: a remap of the file waits for every reader, so the mapping starts
@@ -60,6 +61,9 @@ func Open(path string, o Options) (db *DB, err error) {
 	if o.Timeout <= 0 {
 		o.Timeout = time.Millisecond // bbolt takes 0 for "for ever"
 	}
+	if err := checkPages(path); err != nil {
+		return nil, err
+	}
 	b, err := bbolt.Open(path, 0o600, &bbolt.Options{
 		Timeout:         o.Timeout,
 		NoSync:          o.NoSync,
@@ -77,9 +81,9 @@ func Open(path string, o Options) (db *DB, err error) {
 		return nil, fmt.Errorf("open the table: %w", err)
 	}
 	db = &DB{b}
-	err = db.Update(func(tx *Tx) error {
+	err = b.Update(func(tx *bbolt.Tx) error {
 		for _, name := range [][]byte{bucketStore, bucketVolumes, bucketSnapshots, bucketBranches, bucketLeaves, bucketChanges, bucketChunks} {
-			if _, err := tx.tx.CreateBucketIfNotExists(name); err != nil {
+			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
 				return err
 			}
 		}
@@ -105,14 +109,23 @@ func (d *DB) Size() (n int64, err error) {
 // nothing changes. When Update returns nil, the changes are durable.
 func (d *DB) Update(fn func(*Tx) error) (err error) {
 	defer guard(&err)()
-	return d.b.Update(func(tx *bbolt.Tx) error { return fn(&Tx{tx}) })
+	return d.b.Update(func(tx *bbolt.Tx) error {
+		t := &Tx{tx: tx}
+		if err := t.loadSum(); err != nil {
+			return err
+		}
+		if err := fn(t); err != nil {
+			return err
+		}
+		return t.storeSum()
+	})
 }
 
 // View runs fn in a read-only transaction: one state, whatever is committed
 // meanwhile. A long one makes the file grow, since no page it sees is reused.
 func (d *DB) View(fn func(*Tx) error) (err error) {
 	defer guard(&err)()
-	return d.b.View(func(tx *bbolt.Tx) error { return fn(&Tx{tx}) })
+	return d.b.View(func(tx *bbolt.Tx) error { return fn(&Tx{tx: tx}) })
 }
 
 // Begin starts a read-only transaction that the caller ends with Tx.Close.
@@ -122,7 +135,7 @@ func (d *DB) Begin() (tx *Tx, err error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Tx{t}, nil
+	return &Tx{tx: t}, nil
 }
 
 // Guard runs fn, which uses a transaction of Begin, and turns a panic over a
@@ -145,7 +158,10 @@ func guard(err *error) func() {
 }
 
 // Tx is a transaction.
-type Tx struct{ tx *bbolt.Tx }
+type Tx struct {
+	tx  *bbolt.Tx
+	sum sum // of an Update
+}
 
 // Close ends a transaction of Begin.
 func (t *Tx) Close() error { return t.tx.Rollback() }

@@ -73,22 +73,18 @@ func (t *Tx) NextLeaf(branch, from uint32) (leaf uint32, ok bool, err error) {
 // PutLeaf stores an encoded version (format.AppendLeaf), and that the leaf
 // changed in that epoch.
 func (t *Tx) PutLeaf(v Version, value []byte) error {
-	leaves, err := t.bucket(bucketLeaves)
-	if err != nil {
+	k, c := v.key(), v.changeKey()
+	if err := t.set(bucketLeaves, k[:], value); err != nil {
 		return err
 	}
 	changes, err := t.bucket(bucketChanges)
 	if err != nil {
 		return err
 	}
-	k, c := v.key(), v.changeKey()
-	if err := leaves.Put(k[:], value); err != nil {
-		return err
-	}
 	if changes.Get(c[:]) != nil {
 		return nil // most leaves of a checkpoint were in the one before it, too
 	}
-	return changes.Put(c[:], []byte{})
+	return t.set(bucketChanges, c[:], []byte{})
 }
 
 // DropLeaf removes a version.

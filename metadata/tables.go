@@ -102,33 +102,17 @@ func (t *Tx) DropBranch(n uint32) error { return t.drop(bucketBranches, id(n)) }
 
 // PutChunk stores the accounting of a chunk.
 func (t *Tx) PutChunk(c *format.Chunk) error {
-	b, err := t.bucket(bucketChunks)
-	if err != nil {
-		return err
-	}
 	v := c.Encode()
-	return b.Put(id(c.Slot), v[:])
+	return t.set(bucketChunks, id(c.Slot), v[:])
 }
 
 // DropChunk removes the row of a slot.
 func (t *Tx) DropChunk(slot uint32) error { return t.drop(bucketChunks, id(slot)) }
 
 func (t *Tx) put(bucket, key []byte, v any) error {
-	b, err := t.bucket(bucket)
-	if err != nil {
-		return err
-	}
 	row, err := format.AppendRow(nil, v)
 	if err != nil {
 		return err
 	}
-	return b.Put(key, row)
-}
-
-func (t *Tx) drop(bucket, key []byte) error {
-	b, err := t.bucket(bucket)
-	if err != nil {
-		return err
-	}
-	return b.Delete(key)
+	return t.set(bucket, key, row)
 }

@@ -1,0 +1,257 @@
+package metadata
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"hash/fnv"
+	"io"
+	"os"
+
+	"github.com/vdisk/vdisk/format"
+)
+
+// bbolt's file format, from its internal/common (page.go, meta.go, inode.go); native byte order,
+// which is little-endian wherever this runs.
+const (
+	pageHeader  = 16 // id 8, flags 2, count 2, overflow 4
+	elementSize = 16 // of a branch: pos 4, ksize 4, page 8; of a leaf: flags 4, pos 4, ksize 4, vsize 4
+	metaSize    = 64 // magic 4, version 4, page size 4, flags 4, root 8, sequence 8, free list 8, pages 8, txid 8, checksum 8
+	metaMagic   = 0xED0CDAED
+
+	flagBranch    = 1
+	flagLeaf      = 2
+	flagBucket    = 1 // of a leaf's element: the value is a bucket
+	bucketHeader  = 16
+	maxPageDepth  = 32
+	maxMetaOffset = 64 << 10 // the largest page size
+)
+
+var le = binary.LittleEndian
+
+// pageChecker goes over the pages of a table that is not open. bbolt trusts them: it looks
+// at all of them when it opens a file, in a goroutine of its own, where a panic or a
+// fault over damage ends the process. So what it would trip over is found here first, and with it
+// what it would not notice: a damaged key hides what is stored under it, a damaged
+// page number brings back what was there before (bbolt never overwrites a page in use).
+type pageChecker struct {
+	f     *os.File
+	size  int64  // of the file
+	page  int64  // size of a page
+	pages uint64 // in use
+	seen  []bool
+
+	sum, stored sum
+}
+
+func damaged(text string, args ...any) error {
+	return fmt.Errorf("metadata: damaged table: %s: %w", fmt.Sprintf(text, args...), format.ErrCorrupt)
+}
+
+// checkPages proves that the pages of the table at path hang together. A file that is not
+// there or empty is one that bbolt will make.
+func checkPages(path string) error {
+	f, err := os.Open(path)
+	if os.IsNotExist(err) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("open the table: %w", err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return fmt.Errorf("open the table: %w", err)
+	}
+	if info.Size() == 0 {
+		return nil
+	}
+	c := &pageChecker{f: f, size: info.Size()}
+	root, err := c.meta()
+	if err != nil {
+		return err
+	}
+	c.seen = make([]bool, c.pages)
+	if err := c.tree(root, nil, nil, 0, c.bucket); err != nil {
+		return err
+	}
+	if c.sum != c.stored {
+		return damaged("its contents sum up to %016x, not to %016x as they should", uint64(c.sum), uint64(c.stored))
+	}
+	return nil
+}
+
+// meta finds the newer of the two meta pages that verifies, as bbolt does.
+func (c *pageChecker) meta() (root uint64, err error) {
+	var newest, found uint64
+	offsets := []int64{0}
+	for at := int64(1 << 10); at <= maxMetaOffset; at *= 2 {
+		offsets = append(offsets, at)
+	}
+	for _, at := range offsets {
+		if at > 0 && c.page > 0 && at != c.page {
+			continue
+		}
+		var p [pageHeader + metaSize]byte
+		if _, err := c.f.ReadAt(p[:], at); err != nil {
+			continue
+		}
+		m := p[pageHeader:]
+		h := fnv.New64a()
+		h.Write(m[:metaSize-8])
+		if le.Uint32(m) != metaMagic || h.Sum64() != le.Uint64(m[56:]) {
+			continue
+		}
+		if tx := le.Uint64(m[48:]); found == 0 || tx > newest {
+			newest, root = tx, le.Uint64(m[16:])
+			c.page, c.pages = int64(le.Uint32(m[8:])), le.Uint64(m[40:])
+		}
+		found++
+	}
+	if found == 0 {
+		return 0, damaged("no meta page verifies")
+	}
+	if c.page < 1<<10 || c.page > maxMetaOffset || c.pages > uint64(c.size/c.page)+1<<16 {
+		return 0, damaged("%d pages of %d bytes in a file of %d", c.pages, c.page, c.size)
+	}
+	return root, nil
+}
+
+// read reads a page with its overflow, once.
+func (c *pageChecker) read(id uint64) ([]byte, error) {
+	if id < 2 || id >= c.pages || int64(id+1)*c.page > c.size {
+		return nil, damaged("page %d of %d is referred to", id, c.pages)
+	}
+	p := make([]byte, c.page)
+	if _, err := c.f.ReadAt(p, int64(id)*c.page); err != nil {
+		return nil, fmt.Errorf("read the table: %w", err)
+	}
+	more := uint64(le.Uint32(p[12:]))
+	if le.Uint64(p) != id || id+more >= c.pages || int64(id+more+1)*c.page > c.size {
+		return nil, damaged("page %d says it is page %d and %d more of %d", id, le.Uint64(p), more, c.pages)
+	}
+	for i := id; i <= id+more; i++ {
+		if c.seen[i] {
+			return nil, damaged("page %d is referred to twice", i)
+		}
+		c.seen[i] = true
+	}
+	if more > 0 {
+		rest := make([]byte, int64(more)*c.page)
+		if _, err := c.f.ReadAt(rest, int64(id+1)*c.page); err != nil && err != io.EOF {
+			return nil, fmt.Errorf("read the table: %w", err)
+		}
+		p = append(p, rest...)
+	}
+	return p, nil
+}
+
+// An entry of a bucket: its key and value, and whether the value is a bucket.
+type entryFunc func(key, value []byte, bucket bool) error
+
+// tree goes over a tree of pages whose keys are to lie in [from, to); nil: anywhere.
+func (c *pageChecker) tree(id uint64, from, to []byte, depth int, fn entryFunc) error {
+	if depth > maxPageDepth {
+		return damaged("page %d is too deep", id)
+	}
+	p, err := c.read(id)
+	if err != nil {
+		return err
+	}
+	switch flags := le.Uint16(p[8:]); flags {
+	case flagLeaf:
+		return c.elements(p, id, from, to, fn)
+	case flagBranch:
+		return c.branch(p, id, from, to, depth, fn)
+	default:
+		return damaged("page %d has the flags %#x", id, flags)
+	}
+}
+
+func (c *pageChecker) branch(p []byte, id uint64, from, to []byte, depth int, fn entryFunc) error {
+	n := int(le.Uint16(p[10:]))
+	if n == 0 || pageHeader+n*elementSize > len(p) {
+		return damaged("page %d has %d elements", id, n)
+	}
+	keys := make([][]byte, n+1)
+	keys[n] = to
+	next := pageHeader + n*elementSize
+	for i := range n {
+		at := pageHeader + i*elementSize
+		key, _, ok := slice(p, at, &next, le.Uint32(p[at:]), le.Uint32(p[at+4:]), 0)
+		if !ok || i > 0 && bytes.Compare(keys[i-1], key) >= 0 || !within(key, from, to) && i > 0 {
+			return damaged("page %d: key %d", id, i)
+		}
+		keys[i] = key
+	}
+	for i := range n {
+		child := le.Uint64(p[pageHeader+i*elementSize+8:])
+		if err := c.tree(child, keys[i], keys[i+1], depth+1, fn); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// elements goes over a leaf page, or the page within a small bucket's value.
+func (c *pageChecker) elements(p []byte, id uint64, from, to []byte, fn entryFunc) error {
+	n := int(le.Uint16(p[10:]))
+	if pageHeader+n*elementSize > len(p) {
+		return damaged("page %d has %d elements", id, n)
+	}
+	var last []byte
+	next := pageHeader + n*elementSize
+	for i := range n {
+		at := pageHeader + i*elementSize
+		key, value, ok := slice(p, at, &next, le.Uint32(p[at+4:]), le.Uint32(p[at+8:]), le.Uint32(p[at+12:]))
+		if !ok || len(key) == 0 || i > 0 && bytes.Compare(last, key) >= 0 || !within(key, from, to) {
+			return damaged("page %d: element %d", id, i)
+		}
+		if err := fn(key, value, le.Uint32(p[at:])&flagBucket != 0); err != nil {
+			return err
+		}
+		last = key
+	}
+	return nil
+}
+
+// slice returns the key and value of an element at p[at:]. bbolt packs them without a gap behind the
+// elements, so each begins where the last ended: a wrong count or length shows.
+func slice(p []byte, at int, next *int, pos, ksize, vsize uint32) (key, value []byte, ok bool) {
+	start := uint64(at) + uint64(pos)
+	mid, end := start+uint64(ksize), start+uint64(ksize)+uint64(vsize)
+	if end > uint64(len(p)) || start != uint64(*next) {
+		return nil, nil, false
+	}
+	*next = int(end)
+	return p[start:mid], p[mid:end], true
+}
+
+func within(key, from, to []byte) bool {
+	return (from == nil || bytes.Compare(key, from) >= 0) && (to == nil || bytes.Compare(key, to) < 0)
+}
+
+// bucket is an entry of the root: a bucket, whose entries are not.
+func (c *pageChecker) bucket(name, value []byte, isBucket bool) error {
+	if !isBucket || len(value) < bucketHeader {
+		return damaged("%q is not a bucket", name)
+	}
+	fn := func(key, value []byte, isBucket bool) (err error) {
+		switch {
+		case isBucket:
+			return damaged("a bucket in %q", name)
+		case bytes.Equal(name, bucketStore) && bytes.Equal(key, keySum):
+			c.stored, err = decodeSum(value)
+		default:
+			c.sum += sumOf(name, key, value)
+		}
+		return err
+	}
+	if root := le.Uint64(value); root != 0 {
+		return c.tree(root, nil, nil, 0, fn)
+	}
+	if len(value) < bucketHeader+pageHeader || le.Uint16(value[bucketHeader+8:]) != flagLeaf {
+		return damaged("bucket %q", name)
+	}
+	return c.elements(value[bucketHeader:], 0, nil, nil, fn)
+}
