@@ -30,6 +30,9 @@ func (s *Store) reapable() bool {
 func (s *Store) nextJob() (job, bool) {
 	committed := s.committed.Load()
 	for _, sn := range s.tables.snapshots {
+		if sn.branch.reaping && !sn.branch.reaped {
+			continue // the cache still has what is gone: it would be taken for a successor
+		}
 		if sn.Volume == 0 && sn.dropped <= committed && !s.tables.needed(sn) {
 			j := job{b: sn.branch, to: sn.Epoch, snap: sn}
 			j.from, j.next = s.tables.neighbours(sn.branch, sn.Epoch)
@@ -74,6 +77,7 @@ func (s *Store) reap() error {
 		if !ok {
 			return nil
 		}
+		j.b.reaping = j.b.reaping || j.snap == nil
 		done, n, err := s.reapSome(j, left)
 		if err != nil {
 			return err

@@ -12,7 +12,8 @@ type branch struct {
 	origin        *branch // nil: it began empty
 	originEpoch   uint32  // OriginEpoch, without the lock
 	volume        *volume // whose head it is, or nil; guarded by Store.mu
-	reaped        bool    // the head's versions are gone; guarded by Store.mu
+	reaping       bool    // the head's versions are going; guarded by Store.mu
+	reaped        bool    // they are gone; guarded by Store.mu
 	headless      uint64  // generation in which it lost its volume, while the head's versions wait for the reaper; guarded by Store.mu
 }
 
