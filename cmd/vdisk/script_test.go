@@ -31,6 +31,7 @@ func TestScripts(t *testing.T) {
 		Deadline:            time.Now().Add(4 * time.Minute),
 		Setup: func(e *testscript.Env) error {
 			e.Setenv("VDISK_STORE", filepath.Join(e.WorkDir, "store"))
+			e.Setenv("GORACE", "atexit_sleep_ms=20") // the race detector's default is a second for each process
 			return nil
 		},
 		Condition: condition,
@@ -117,7 +118,8 @@ func cmdRetry(ts *testscript.TestScript, neg bool, args []string) {
 	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
 		c := exec.Command("env", args[1:]...) // which looks in the script's PATH
 		c.Dir = ts.MkAbs(".")
-		c.Env = append(os.Environ(), "PATH="+ts.Getenv("PATH"), "VDISK_STORE="+ts.Getenv("VDISK_STORE"), "WORK="+ts.Getenv("WORK"))
+		c.Env = append(os.Environ(), "PATH="+ts.Getenv("PATH"), "VDISK_STORE="+ts.Getenv("VDISK_STORE"), "GORACE="+ts.Getenv("GORACE"),
+			"WORK="+ts.Getenv("WORK"))
 		var err error
 		out, err = c.CombinedOutput()
 		if fmt.Sprint(exitCodeOf(ts, err)) == args[0] {

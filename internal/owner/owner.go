@@ -150,12 +150,6 @@ func (o *Owner) end() {
 	o.notifyLocked()
 }
 
-func (o *Owner) isStopping() bool {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.stopping
-}
-
 // lasting refuses what must outlive a temporary owner.
 func (o *Owner) lasting() error {
 	if o.opts.Temporary {
