@@ -150,15 +150,19 @@ func (d *Device) openChar(ctx context.Context) error {
 	}
 }
 
-// waitForNode waits until devtmpfs shows path.
+// waitForNode waits until devtmpfs shows the block device. A plain file of that name, which a program has made that was
+// late to open a device that went, stays in the way of devtmpfs: what is written to it goes nowhere.
 func waitForNode(ctx context.Context, path string) error {
 	ctx, cancel := context.WithTimeout(ctx, nodeTimeout)
 	defer cancel()
 	for {
 		var st unix.Stat_t
 		err := unix.Stat(path, &st)
-		if err == nil {
+		if err == nil && st.Mode&unix.S_IFMT == unix.S_IFBLK {
 			return nil
+		}
+		if err == nil {
+			return fmt.Errorf("ublk: %s is not a block device but a file that somebody has made; remove it and try again: %w", path, ErrExists)
 		}
 		if sleep(ctx, 2*time.Millisecond) != nil {
 			return fmt.Errorf("ublk: %s did not appear: %w (is /dev a devtmpfs?)", path, err)
