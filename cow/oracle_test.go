@@ -1,6 +1,7 @@
 package cow
 
 import (
+	"fmt"
 	"math/rand/v2"
 	"runtime"
 	"strings"
@@ -117,18 +118,33 @@ func TestOracle(t *testing.T) {
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			l := newLab(t)
-			l.wrap = c.lie.wrap
-			for seed := range uint64(300) {
-				rng := rand.New(rand.NewPCG(seed, 3))
-				if at, err := l.run(randomRun(rng), rng); err != nil {
-					t.Logf("after %d crash states, at operation %d: %v", l.states.Load(), at, err)
-					return
-				}
+			at, err := lookFor(t, &c.lie, 300)
+			if err == nil {
+				t.Fatal("nothing noticed")
 			}
-			t.Errorf("%d crash states and nothing noticed", l.states.Load())
+			t.Logf("at operation %d: %v", at, err)
 		})
 	}
+}
+
+// TestOracleTrusts shows the same operations the truth.
+func TestOracleTrusts(t *testing.T) {
+	if at, err := lookFor(t, &lie{}, 40); err != nil {
+		t.Errorf("at operation %d: %v", at, err)
+	}
+}
+
+// lookFor goes through runs of operations until something is wrong.
+func lookFor(t *testing.T, l *lie, runs uint64) (at int, err error) {
+	lab := newLab(t)
+	lab.wrap = l.wrap
+	for seed := range runs {
+		rng := rand.New(rand.NewPCG(seed, 3))
+		if at, err := lab.run(randomRun(rng), rng); err != nil {
+			return at, fmt.Errorf("after %d crash states: %w", lab.states.Load(), err)
+		}
+	}
+	return 0, nil
 }
 
 // randomRun is operations that always make something to lose.
