@@ -162,7 +162,7 @@ func waitForNode(ctx context.Context, path string) error {
 			return nil
 		}
 		if err == nil {
-			return fmt.Errorf("ublk: %s is not a block device but a file that somebody has made; remove it and try again: %w", path, ErrExists)
+			return fmt.Errorf("ublk: %s is not a block device but a file that somebody has made; remove it and try again", path)
 		}
 		if sleep(ctx, 2*time.Millisecond) != nil {
 			return fmt.Errorf("ublk: %s did not appear: %w (is /dev a devtmpfs?)", path, err)
