@@ -132,7 +132,7 @@ func (d *Device) stopIfUnused(try func() error) error {
 		}
 		us := users(d.id)
 		if time.Now().After(deadline) || lasting(us) {
-			return fmt.Errorf("ublk: stop %s: %w: %s; unmount or close it first, or stop it by force",
+			return fmt.Errorf("ublk: stop %s: %w: %s; unmount or close it first",
 				blockPath(d.id), ErrBusy, describeUsers(us))
 		}
 	}

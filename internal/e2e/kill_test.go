@@ -177,7 +177,7 @@ func (o *ublkOwner) stop() { o.s.run("detach", "v") }
 func TestKill(t *testing.T) {
 	start, n := startNBD, *kills
 	if inGuest {
-		start, n = startUblk, max(1, n/5)
+		start, n = startUblk, max(1, n/10)
 		if out, err := exec.Command("modprobe", "ublk_drv").CombinedOutput(); err != nil {
 			t.Fatalf("%v: %s", err, out)
 		}
@@ -188,8 +188,14 @@ func TestKill(t *testing.T) {
 	for i := range 3 {
 		writers = append(writers, newOracle(fmt.Sprintf("writer %d", i), int64(i)*2048, 2048, uint64(i)))
 	}
+	t.Cleanup(func() {
+		if text, err := os.ReadFile(filepath.Join(s.dir, "daemon.log")); t.Failed() && err == nil {
+			t.Logf("daemon.log:\n%s", text)
+		}
+	})
 	for i := range n {
 		o := start(s)
+		t.Logf("life %d", i)
 		verifyAll(t, o, writers)
 		load := startFio(t, o)
 		var wg sync.WaitGroup
@@ -206,7 +212,11 @@ func TestKill(t *testing.T) {
 		if i%3 == 0 { // some deaths come with a fresh snapshot
 			s.run("snapshot", fmt.Sprintf("v@s%d", i))
 		}
-		time.Sleep(time.Duration(100+i*37%400) * time.Millisecond)
+		life := time.Duration(100+i*37%400) * time.Millisecond
+		if inGuest {
+			life *= 10 // everything is emulated there
+		}
+		time.Sleep(life)
 		o.kill()
 		wg.Wait()
 		_ = load.Wait() // fio fails with its server
@@ -246,7 +256,7 @@ func verifyAll(t *testing.T, o owner, writers []*oracle) {
 func startFio(t *testing.T, o owner) *exec.Cmd {
 	t.Helper()
 	args := []string{"--name=load", "--rw=randwrite", "--bs=4k", "--iodepth=8", "--fsync=16", "--offset=48M", "--size=16M",
-		"--time_based", "--runtime=60", "--buffer_compress_percentage=50", "--refill_buffers", "--output=/dev/null"}
+		"--time_based", "--runtime=60", "--allow_file_create=0", "--buffer_compress_percentage=50", "--refill_buffers", "--output=/dev/null"}
 	switch o := o.(type) {
 	case *nbdOwner:
 		args = append(args, "--ioengine=nbd", "--uri=nbd+unix:///v?socket="+o.socket)

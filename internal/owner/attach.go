@@ -50,6 +50,9 @@ func (o *Owner) Attach(ctx context.Context, a AttachOptions) (Device, error) {
 	}
 	t := newTarget(dev)
 	block, err := ublk.Create(ctx, blockOptions(dev, a, o.report), t)
+	if errors.Is(err, ublk.ErrNoDriver) && loadDriver(ctx) {
+		block, err = ublk.Create(ctx, blockOptions(dev, a, o.report), t)
+	}
 	if err != nil {
 		t.close()
 		return Device{}, errors.Join(ublkError(fmt.Errorf("attaching %v: %w", a.Ref, err)), dev.Close())

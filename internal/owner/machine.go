@@ -1,8 +1,12 @@
 package owner
 
 import (
+	"context"
 	"fmt"
 	"os"
+	"os/exec"
+	"strings"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -77,4 +81,16 @@ func probeNBD() error {
 		return fmt.Errorf("the driver is not loaded: run 'modprobe nbd'")
 	}
 	return nil
+}
+
+// loadDriver loads the ublk driver as the kernel itself would, so that attaching needs no set-up. It
+// says whether that went well; if not, the driver's absence is what the user has to hear of.
+func loadDriver(ctx context.Context) bool {
+	path, err := os.ReadFile("/proc/sys/kernel/modprobe") // proc(5)
+	if err != nil || os.Geteuid() != 0 {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	return exec.CommandContext(ctx, strings.TrimSpace(string(path)), "ublk_drv").Run() == nil
 }
