@@ -1,6 +1,7 @@
 package cow
 
 import (
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -167,7 +168,38 @@ func (c *leafCache) lock(k leafKey) (*leaf, *shard) {
 	return lf, s
 }
 
-// has says whether a leaf is cached.
+// indexes lists, in order, the cached head leaves in [from, to) of a branch and
+// its origins.
+func (c *leafCache) indexes(b *branch, from, to uint32) (out []uint32) {
+	if to-from <= shardCount { // fewer look-ups than shards
+		for ; from < to; from++ {
+			for o := b; o != nil; o = o.origin {
+				if c.has(leafKey{o, from, head}) {
+					out = append(out, from)
+					break
+				}
+			}
+		}
+		return out
+	}
+	chain := map[*branch]bool{}
+	for ; b != nil; b = b.origin {
+		chain[b] = true
+	}
+	for i := range c.shards {
+		s := &c.shards[i]
+		s.mu.RLock()
+		for k := range s.leaves {
+			if k.asOf == head && k.index >= from && k.index < to && chain[k.b] {
+				out = append(out, k.index)
+			}
+		}
+		s.mu.RUnlock()
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}
+
 func (c *leafCache) has(k leafKey) bool {
 	s := c.shard(k)
 	s.mu.RLock()

@@ -151,35 +151,28 @@ func (s *Store) nextLeaf(b *branch, index, limit uint32) (uint32, error) {
 // leaves calls fn for each leaf in [from, to) of the branch that may map
 // anything, in order.
 func (s *Store) leaves(b *branch, from, to uint32, fn func(index uint32) error) error {
-	for i := from; i < to; {
-		next, err := s.nextLeaf(b, i, to)
+	// Memory is looked at before the table: a leaf leaves memory only when the table has it.
+	inMemory := s.cache.indexes(b, from, to)
+	for from < to {
+		next, err := s.nextLeaf(b, from, to)
 		if err != nil {
 			return err
 		}
-		for ; i < next; i++ {
-			if s.inMemory(b, i) {
-				if err := fn(i); err != nil {
+		for len(inMemory) > 0 && inMemory[0] <= next {
+			if inMemory[0] < next {
+				if err := fn(inMemory[0]); err != nil {
 					return err
 				}
 			}
+			inMemory = inMemory[1:]
 		}
-		if i < to {
-			if err := fn(i); err != nil {
-				return err
-			}
-			i++
+		if next == to {
+			return nil
 		}
+		if err := fn(next); err != nil {
+			return err
+		}
+		from = next + 1
 	}
 	return nil
-}
-
-// inMemory says whether the branch or an origin has the leaf in memory: a dirty
-// one may not be in the table yet.
-func (s *Store) inMemory(b *branch, index uint32) bool {
-	for ; b != nil; b = b.origin {
-		if s.cache.has(leafKey{b, index, head}) {
-			return true
-		}
-	}
-	return false
 }
