@@ -16,7 +16,7 @@ import (
 func newWorld(t *testing.T) *world {
 	t.Helper()
 	l := newLab(t)
-	w, err := l.open(crashImage{crashfs.New(), l.table, newModel(1, state{}), 1, "new"}, 1<<62, rand.New(rand.NewPCG(1, 1)))
+	w, err := l.open(crashImage{crashfs.New(), l.table, newModel(1, state{}), 1, "new"}, never, rand.New(rand.NewPCG(1, 1)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -44,7 +44,7 @@ func (w *world) mustBe(t *testing.T) {
 // again ends the store by SIGKILL and opens it again.
 func (w *world) again(t *testing.T) *world {
 	t.Helper()
-	next, err := w.restart(op{kind: "kill"}, w.crasher.rng)
+	next, err := w.restart(op{kind: "kill"}, rand.New(rand.NewPCG(w.writes, 2)))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -129,7 +129,11 @@ func TestOracle(t *testing.T) {
 
 // TestOracleTrusts shows the same operations the truth.
 func TestOracleTrusts(t *testing.T) {
-	if at, err := lookFor(t, &lie{}, 40); err != nil {
+	runs := uint64(40)
+	if raceEnabled {
+		runs = 3
+	}
+	if at, err := lookFor(t, &lie{}, runs); err != nil {
 		t.Errorf("at operation %d: %v", at, err)
 	}
 }

@@ -146,6 +146,16 @@ func (c *crasher) take(what, choice string, make func() *crashfs.FS) {
 	c.images = append(c.images, crashImage{make(), c.table, c.m, c.floor, what + ", " + choice})
 }
 
+// never is a rate of points at which no power is cut.
+const never = 1 << 62
+
+// rate sets about how many points there are to one that is taken.
+func (c *crasher) rate(every int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.every = every
+}
+
 // drain returns the images taken so far.
 func (c *crasher) drain() []crashImage {
 	c.mu.Lock()
@@ -193,7 +203,8 @@ func (l *lab) open(img crashImage, every int, rng *rand.Rand) (*world, error) {
 		return nil, err
 	}
 	w := &world{lab: l, dir: dir, m: img.m.fork(), devs: map[string]*Device{}, buf: make([]byte, 256<<10)}
-	c := &crasher{rng: rng, every: every, fs: img.fs, table: img.table, m: img.m, floor: img.floor, seen: map[string]bool{}}
+	// Its own: hooks run on the engine's goroutines.
+	c := &crasher{rng: rand.New(rand.NewPCG(rng.Uint64(), 2)), every: every, fs: img.fs, table: img.table, m: img.m, floor: img.floor, seen: map[string]bool{}}
 	w.crasher = c
 	img.fs.OnSync(func(name string) { c.point("at a sync of " + name) })
 	fs := storage.FS(img.fs)
@@ -247,9 +258,7 @@ func (w *world) seq() uint64 {
 
 // kill ends the store as SIGKILL does, but for the goroutines and files of this process.
 func (w *world) kill() error {
-	w.crasher.mu.Lock()
-	w.crasher.every = 1 << 62 // what still happens is after the end
-	w.crasher.mu.Unlock()
+	w.crasher.rate(never) // what still happens is after the end
 	close(w.s.quit)
 	w.s.wg.Wait()
 	w.s.wal.stop()
@@ -298,7 +307,7 @@ func (l *lab) verifyOne(img crashImage, depth int, rng *rand.Rand) error {
 	every := 24
 	work := depth < 2 && rng.IntN(8) == 0
 	if depth > 2 {
-		every = 1 << 62
+		every = never
 	}
 	w, err := l.open(img, every, rng)
 	if err != nil {
@@ -308,7 +317,7 @@ func (l *lab) verifyOne(img crashImage, depth int, rng *rand.Rand) error {
 	w.names, w.writes = (depth+1)*1_000_000, uint64(depth+1)<<40
 	err = w.same(rng.IntN(4) == 0)
 	if err == nil && work {
-		w.crasher.every = 6
+		w.crasher.rate(6)
 		for range 1 + rng.IntN(6) {
 			o := randomOp(rng)
 			if err = w.do(o); err != nil {
@@ -317,7 +326,7 @@ func (l *lab) verifyOne(img crashImage, depth int, rng *rand.Rand) error {
 			}
 		}
 		if err == nil {
-			w.crasher.every = 1
+			w.crasher.rate(1)
 			w.crasher.point("then")
 		}
 	}
