@@ -30,10 +30,10 @@ func (s *Store) transact(build func() (*format.Event, error)) error {
 func (s *Store) transactLocked(build func() (*format.Event, error)) error {
 	room := 4096
 	for {
-		if err := s.usable(); err != nil {
+		if err := s.wal.reserve(room, true); err != nil {
 			return err
 		}
-		if _, err := s.wal.reserve(room, true); err != nil {
+		if err := s.usable(); err != nil { // after reserve, which may have waited
 			return err
 		}
 		ids := s.tables.nextID
@@ -48,7 +48,7 @@ func (s *Store) transactLocked(build func() (*format.Event, error)) error {
 		h := format.RecordHeader{Kind: format.KindEvent, Blocks: 1, PayloadLen: len(payload), PayloadCRC: format.Checksum(payload)}
 		switch {
 		case h.Size() > maxEvent:
-			return fmt.Errorf("%s: too many at once (%d bytes of changes): %w", ev.Op, len(payload), ErrInvalid)
+			return fmt.Errorf("%s: too many at once (%d bytes of changes); remove or name fewer first: %w", ev.Op, len(payload), ErrInvalid)
 		case h.Size() > room:
 			room, s.tables.nextID = h.Size(), ids
 			continue // reserve may have to wait, and what build saw may change

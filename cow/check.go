@@ -58,6 +58,10 @@ func (s *Store) Check(ctx context.Context, o CheckOptions, problem func(Problem)
 		}
 		problem(p)
 	}
+	if err := s.beginCheck(); err != nil {
+		return c.report, fmt.Errorf("check: %w", err)
+	}
+	defer s.checks.Done()
 	tx, err := s.pinTable(func(err error) { c.corrupt("table", "%v", err) })
 	if tx != nil {
 		defer s.unpinTable(tx)
@@ -74,9 +78,19 @@ func (s *Store) Check(ctx context.Context, o CheckOptions, problem func(Problem)
 	return c.report, nil
 }
 
+// beginCheck lets Close know of a check, which then waits for it; after Close there is none.
+func (s *Store) beginCheck() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return ErrClosed
+	}
+	s.checks.Add(1)
+	return nil
+}
+
 // pinTable checkpoints, and holds on to the table as it then is: no chunk file that it names is
-// removed. bbolt checks its pages against its present free list, so that is done here, before
-// another commit.
+// removed. The table's pages are checked here, before another commit changes them.
 func (s *Store) pinTable(badPage func(error)) (*metadata.Tx, error) {
 	s.ckptMu.Lock()
 	defer s.ckptMu.Unlock()
@@ -94,7 +108,13 @@ func (s *Store) pinTable(badPage func(error)) (*metadata.Tx, error) {
 		return nil, err
 	}
 	s.pins++
-	return tx, metadata.Guard(func() error { tx.CheckPages(badPage); return nil })
+	if err := s.meta.CheckPages(); err != nil {
+		if !errors.Is(err, ErrCorrupt) {
+			return tx, err
+		}
+		badPage(err)
+	}
+	return tx, nil
 }
 
 func (s *Store) unpinTable(tx *metadata.Tx) {
@@ -143,7 +163,7 @@ func (c *checker) run(tx *metadata.Tx) error {
 		c.corrupt("table", "%d versions of leaves, %d listed changes", total, changes)
 	}
 	err = tx.Versions(func(v metadata.Version, l *format.Leaf, bad error) error {
-		if err := c.ctx.Err(); err != nil {
+		if err := c.interrupted(); err != nil {
 			return err
 		}
 		c.report.Versions++
@@ -165,6 +185,16 @@ func (c *checker) run(tx *metadata.Tx) error {
 	}
 	c.accounting(tb)
 	return nil
+}
+
+// interrupted says whether the caller, or the store's Close, wants the check to end.
+func (c *checker) interrupted() error {
+	select {
+	case <-c.s.quit:
+		return ErrClosed
+	default:
+		return c.ctx.Err()
+	}
 }
 
 func (c *checker) index(tb *metadata.Tables) {

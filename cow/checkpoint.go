@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"syscall"
 
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
@@ -52,10 +53,7 @@ func (s *Store) checkpoint() error {
 }
 
 func (s *Store) checkpointLocked() error {
-	g, err := s.freeze()
-	if err != nil {
-		return s.thaw(g, fmt.Errorf("checkpoint: %w", err))
-	}
+	g := s.freeze()
 	// Data before metadata: what the leaves point to is durable before they are.
 	if err := s.wal.sync(); err != nil {
 		return s.thaw(g, fmt.Errorf("checkpoint: %w", err))
@@ -63,7 +61,13 @@ func (s *Store) checkpointLocked() error {
 	s.encode(g)
 	s.opts.OnCommit(false)
 	if err := s.meta.Update(g.write); err != nil {
-		return s.thaw(g, fmt.Errorf("checkpoint: commit the table: %w", noSpace(err)))
+		err = fmt.Errorf("checkpoint: commit the table: %w", noSpace(err))
+		if !errors.Is(err, ErrNoSpace) && !errors.Is(err, syscall.EFBIG) {
+			// A sync failed, perhaps that of the meta page: another commit could overwrite
+			// pages that the one on the disk refers to.
+			err = s.wal.fail(err)
+		}
+		return s.thaw(g, err)
 	}
 	s.opts.OnCommit(true)
 	s.settle(g)
@@ -72,11 +76,11 @@ func (s *Store) checkpointLocked() error {
 
 // freeze notes the log's end and takes everything that changed up to it, under the lock: what writers do from
 // here on belongs to the next generation. The reaper's batch is part of this one.
-func (s *Store) freeze() (*generation, error) {
+func (s *Store) freeze() *generation {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	g := &generation{gen: s.gen}
-	err := s.reap()
+	s.reap()
 	chunkSeq, off := s.wal.position()
 	g.at = format.Checkpoint{Seq: s.wal.nextSeq, ChunkSeq: chunkSeq, Offset: off, NextID: s.tables.nextID, NextChunkSeq: s.wal.nextChunk}
 	g.appended = s.wal.appended
@@ -85,10 +89,15 @@ func (s *Store) freeze() (*generation, error) {
 		g.dropLeaves = append(g.dropLeaves, v)
 	}
 	g.takeTables(&s.tables)
+	for _, c := range s.wal.sealed {
+		s.markRow(c) // it may be dead already, and nothing changes in it any more
+	}
+	s.wal.sealed = nil
 	s.takeChunks(g)
 	s.admin = false
 	s.gen++
-	return g, err
+	s.behind.Store(false)
+	return g
 }
 
 func (g *generation) takeTables(t *tables) {

@@ -19,9 +19,8 @@ type chunk struct {
 	fs   storage.FS
 	refs atomic.Int32
 
-	open    sync.Mutex // guards file while it is opened at its first use
-	file    storage.File
-	openErr error
+	open sync.Mutex // guards file while it is opened at its first use
+	file storage.File
 
 	// Guarded by Store.mu.
 	size     uint32 // of the file; how far end may go
@@ -59,11 +58,12 @@ func (c *chunk) release() {
 func (c *chunk) handle() (storage.File, error) {
 	c.open.Lock()
 	defer c.open.Unlock()
-	if c.file == nil && c.openErr == nil {
-		c.file, c.openErr = c.fs.Open(c.name())
-	}
-	if c.openErr != nil {
-		return nil, fmt.Errorf("chunk %s: %w", c.name(), c.openErr)
+	if c.file == nil {
+		f, err := c.fs.Open(c.name())
+		if err != nil {
+			return nil, fmt.Errorf("chunk %s: %w", c.name(), err)
+		}
+		c.file = f
 	}
 	return c.file, nil
 }

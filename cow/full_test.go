@@ -74,7 +74,7 @@ func TestFullDisk(t *testing.T) {
 	for _, end := range []string{"unsnap", "remove", "discard"} {
 		t.Run(end, func(t *testing.T) {
 			w := newWorld(t)
-			w.crasher.fs.SetCapacity(reserve + 6<<20)
+			w.crasher.fs.SetCapacity(spare + 6<<20)
 			var first int64
 			for round := range 3 {
 				written := w.fillDisk(t)

@@ -3,6 +3,7 @@ package cow
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -23,9 +24,9 @@ const (
 	// chunk is not there, so that names can be deleted and blocks discarded on a full disk.
 	eventRoom = 64 << 10
 
-	// reserve is the free space of the file system below which no chunk is made for data:
+	// spare is the free space of the file system below which no chunk is made for data:
 	// checkpoints, deletes and discards go on from it.
-	reserve = 64 << 20
+	spare = 64 << 20
 
 	minChunkSize   = 4 << 20 // for data, on a disk that is nearly full
 	eventChunkSize = 1 << 20 // for events, from the reserve
@@ -57,8 +58,9 @@ type recordLog struct {
 	active    *buffer
 	queue     []*buffer // cut, in order
 	free      []*buffer
-	current   *chunk // takes records; nil until the first
-	next      *chunk // made in advance
+	current   *chunk   // takes records; nil until the first
+	sealed    []*chunk // since the last checkpoint
+	next      *chunk   // made in advance
 	making    bool
 	madeRound uint64 // counts the maker's attempts
 	makeErr   error  // of the last attempt
@@ -137,34 +139,32 @@ func (l *recordLog) err() error {
 }
 
 // reserve makes room for a record of n bytes. mu is held; while reserve waits for
-// a buffer or a chunk it is not, and waited says so. urgent records (events, holes) may use the
+// a buffer or a chunk it is not. urgent records (events, holes) may use the
 // room and the reserve that is kept for them.
-func (l *recordLog) reserve(n int, urgent bool) (waited bool, err error) {
+func (l *recordLog) reserve(n int, urgent bool) error {
 	tries := 0
 	for {
 		if err := l.err(); err != nil {
-			return waited, err
+			return err
 		}
 		if l.current == nil || !l.fits(n, urgent) {
 			if l.next == nil {
 				if tries > 0 && l.makeErr != nil {
-					return waited, l.makeErr
+					return l.makeErr
 				}
 				tries++
 				l.waitForChunk(urgent)
-				waited = true
 				continue
 			}
 			l.rotate()
 			continue
 		}
 		if l.active != nil && l.active.n+n <= bufferSize {
-			return waited, nil
+			return nil
 		}
 		l.cut()
 		if len(l.free) == 0 {
 			l.space.Wait()
-			waited = true
 			continue
 		}
 		l.activate()
@@ -188,7 +188,7 @@ func (l *recordLog) waitForChunk(urgent bool) {
 	l.urgent = l.urgent || urgent
 	round := l.madeRound
 	l.wantChunk()
-	for l.next == nil && l.madeRound == round && l.err() == nil {
+	for l.next == nil && (l.madeRound == round || urgent && l.making) && l.err() == nil {
 		l.space.Wait()
 	}
 }
@@ -202,9 +202,7 @@ func (l *recordLog) wantChunk() {
 
 func (l *recordLog) rotate() {
 	l.cut()
-	if l.current != nil {
-		l.current.sealed = true
-	}
+	l.seal()
 	l.current, l.next = l.next, nil
 }
 
@@ -223,12 +221,24 @@ func (l *recordLog) activate() {
 
 // cut closes the active buffer and queues it for writing. mu is held.
 func (l *recordLog) cut() {
-	if l.active == nil {
-		return
-	}
-	l.queue = append(l.queue, l.active)
+	b := l.active
 	l.active = nil
-	poke(l.flushWork)
+	switch {
+	case b == nil:
+	case b.n == 0:
+		l.bufMu.Lock()
+		l.forget(b)
+		l.bufMu.Unlock()
+		l.free = append(l.free, b)
+	default:
+		l.queue = append(l.queue, b)
+		poke(l.flushWork)
+	}
+}
+
+// forget takes a buffer out of what readers see. bufMu is held.
+func (l *recordLog) forget(b *buffer) {
+	l.buffered = slices.DeleteFunc(l.buffered, func(x *buffer) bool { return x == b })
 }
 
 // append adds a record for which reserve has made room, gives it the next
@@ -254,11 +264,16 @@ func (l *recordLog) append(h *format.RecordHeader, payload []byte) (c *chunk, of
 func (l *recordLog) retire() *chunk {
 	l.cut()
 	c := l.current
-	if c != nil {
-		c.sealed = true
-		l.current = nil
-	}
+	l.seal()
+	l.current = nil
 	return c
+}
+
+func (l *recordLog) seal() {
+	if l.current != nil {
+		l.current.sealed = true
+		l.sealed = append(l.sealed, l.current)
+	}
 }
 
 // waitIdle waits until no chunk is being made.
@@ -285,15 +300,24 @@ func (l *recordLog) position() (chunkSeq uint64, off uint32) {
 
 // drain writes every cut buffer to its chunk file.
 func (l *recordLog) drain() error {
-	l.writeMu.Lock()
-	defer l.writeMu.Unlock()
-	return l.drainLocked()
+	for {
+		l.writeMu.Lock()
+		err := l.drainLocked(1)
+		l.writeMu.Unlock()
+		l.mu.Lock()
+		idle := len(l.queue) == 0
+		l.mu.Unlock()
+		if err != nil || idle {
+			return err
+		}
+	}
 }
 
-func (l *recordLog) drainLocked() error {
-	for {
-		if err := l.err(); err != nil {
-			return err
+// drainLocked writes the first n cut buffers, or as many as there are.
+func (l *recordLog) drainLocked(n int) error {
+	for i := 0; ; i++ {
+		if err := l.err(); err != nil || i == n {
+			return err // also of a write that another drain had begun
 		}
 		l.mu.Lock()
 		if len(l.queue) == 0 {
@@ -318,12 +342,7 @@ func (l *recordLog) drainLocked() error {
 		}
 		l.bufMu.Lock()
 		c.written = b.off + uint32(b.n)
-		for i, x := range l.buffered {
-			if x == b {
-				l.buffered = append(l.buffered[:i], l.buffered[i+1:]...)
-				break
-			}
-		}
+		l.forget(b)
 		l.bufMu.Unlock()
 		l.mu.Lock()
 		l.free = append(l.free, b)
@@ -349,10 +368,11 @@ func (l *recordLog) sync() error {
 	l.mu.Lock()
 	goal := l.appended
 	l.cut()
+	n := len(l.queue) // what is cut from here on is not this sync's
 	l.mu.Unlock()
 
 	l.writeMu.Lock()
-	err := l.drainLocked()
+	err := l.drainLocked(n)
 	todo := l.unsynced
 	l.unsynced = nil
 	for _, c := range todo {
@@ -415,7 +435,6 @@ func (l *recordLog) makeChunk() {
 	urgent := l.urgent
 	l.urgent = false
 	slot, seq := l.slots.freeSlot(), l.nextChunk
-	l.nextChunk++
 	l.mu.Unlock()
 
 	c, err := l.createChunk(slot, seq, urgent)
@@ -423,6 +442,7 @@ func (l *recordLog) makeChunk() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.making = false
+	l.nextChunk = seq + 1 // not before: position() names the chunk that is being made
 	l.madeRound++
 	l.makeErr = err
 	if err == nil {
@@ -442,6 +462,11 @@ func (l *recordLog) createChunk(slot uint32, seq uint64, urgent bool) (*chunk, e
 	}
 	c := newChunk(slot, seq, l.fs)
 	f, err := l.fs.Create(c.name(), int64(size))
+	if errors.Is(err, fs.ErrExist) { // of an attempt that failed, and whose removal failed too
+		if err = l.fs.Remove(c.name()); err == nil {
+			f, err = l.fs.Create(c.name(), int64(size))
+		}
+	}
 	if err != nil {
 		return nil, fmt.Errorf("make chunk %s: %w", c.name(), err)
 	}
@@ -465,7 +490,7 @@ func (l *recordLog) chunkSize(urgent bool) (uint32, error) {
 		return 0, fmt.Errorf("free space of the store: %w", err)
 	}
 	for size := l.chunkBytes; size >= min(minChunkSize, l.chunkBytes); size /= 2 {
-		if free >= size+reserve {
+		if free >= size+spare {
 			return uint32(size), nil
 		}
 	}
@@ -473,7 +498,7 @@ func (l *recordLog) chunkSize(urgent bool) (uint32, error) {
 		return eventChunkSize, nil // if even that is too much, fallocate says so
 	}
 	return 0, fmt.Errorf("%w: %d MiB free on the store's file system, of which %d MiB are kept for deletes and checkpoints; free space there, or delete snapshots or volumes",
-		noSpace(syscall.ENOSPC), free>>20, reserve>>20)
+		noSpace(syscall.ENOSPC), free>>20, spare>>20)
 }
 
 // cutIdle queues what is in the active buffer, so that a process that is killed

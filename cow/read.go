@@ -128,18 +128,18 @@ func follows(e, next format.Entry, n int) bool {
 }
 
 func (pl *ReadPlan) add(e format.Entry, block uint64, dst []byte, skip int) error {
+	c := pl.d.s.slots.get(e.Slot())
+	if c == nil {
+		return corruptf("block %d is in chunk %s, which does not exist", block, chunkName(e.Slot()))
+	}
 	pl.pieces = append(pl.pieces, piece{dst: dst, from: e.Index()*format.BlockSize + skip, next: -1})
 	this := len(pl.pieces) - 1
 	// Overwrites leave holes in a unit: its other blocks come soon after, if at all.
 	for i := len(pl.records) - 1; i >= max(0, len(pl.records)-format.UnitBlocks); i-- {
-		if r := &pl.records[i]; r.e.SameRecord(e) {
+		if r := &pl.records[i]; r.c == c && r.e.SameRecord(e) {
 			pl.pieces[r.last].next, r.last = this, this
 			return nil
 		}
-	}
-	c := pl.d.s.slots.get(e.Slot())
-	if c == nil {
-		return corruptf("block %d is in chunk %s, which does not exist", block, chunkName(e.Slot()))
 	}
 	c.acquire()
 	pl.records = append(pl.records, planned{c: c, e: e, first: block - uint64(e.Index()), piece: this, last: this})

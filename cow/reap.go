@@ -28,19 +28,19 @@ func (s *Store) reapable() bool {
 // nextJob finds a job whose versions are all in the table: a checkpoint has
 // been committed since the name went. mu is held, and ckptMu or nobody checkpoints.
 func (s *Store) nextJob() (job, bool) {
-	committed := s.committed.Load()
+	committed, needed := s.committed.Load(), s.tables.origins()
 	for _, sn := range s.tables.snapshots {
-		if sn.branch.reaping && !sn.branch.reaped {
+		if sn.branch.stuck || sn.branch.reaping && !sn.branch.reaped {
 			continue // the cache still has what is gone: it would be taken for a successor
 		}
-		if sn.Volume == 0 && sn.dropped <= committed && !s.tables.needed(sn) {
+		if sn.Volume == 0 && sn.dropped <= committed && !needed[point{sn.branch, sn.Epoch}] {
 			j := job{b: sn.branch, to: sn.Epoch, snap: sn}
 			j.from, j.next = s.tables.neighbours(sn.branch, sn.Epoch)
 			return j, true
 		}
 	}
 	for _, b := range s.tables.branches {
-		if b.volume == nil && b.headless <= committed && !b.reaped {
+		if b.volume == nil && b.headless <= committed && !b.reaped && !b.stuck {
 			j := job{b: b, to: b.Epoch}
 			j.from, _ = s.tables.neighbours(b, b.Epoch)
 			return j, true
@@ -71,16 +71,19 @@ func (t *tables) neighbours(b *branch, epoch uint32) (before, after uint32) {
 
 // reap does one batch of work as part of the generation that is being frozen. mu and ckptMu are held: memory is what the
 // table will be, so that what is decided here holds there too.
-func (s *Store) reap() error {
+func (s *Store) reap() {
 	for left := s.opts.ReapBatch; left > 0; {
 		j, ok := s.nextJob()
 		if !ok {
-			return nil
+			return
 		}
 		j.b.reaping = j.b.reaping || j.snap == nil
 		done, n, err := s.reapSome(j, left)
 		if err != nil {
-			return err
+			// What a damaged version holds cannot be given back; everything else goes on.
+			s.log.Error("space of deleted data stays in use; run check", "branch", j.b.ID, "err", err)
+			j.b.stuck = true
+			continue
 		}
 		left -= n + 1
 		if done {
@@ -88,7 +91,6 @@ func (s *Store) reap() error {
 		}
 	}
 	poke(s.ckptWork) // there is more
-	return nil
 }
 
 // reapSome looks at up to limit leaves of a job, going on where the last batch stopped.

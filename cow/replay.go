@@ -215,8 +215,8 @@ func (s *Store) replayChunk(c *chunk, from uint32) (records int, err error) {
 	c.end, c.written = r.off, r.off
 	if records > 0 {
 		s.wal.needSync(c)
-		s.markRow(c)
 	}
+	s.markRow(c) // if it is dead the next checkpoint removes it
 	dropped, err := r.tail()
 	s.recovery.DroppedBytes += dropped
 	return records, err

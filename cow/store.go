@@ -118,12 +118,14 @@ type Store struct {
 	zombies    []*chunk              // dead, but pinned or not removed yet
 	reapCursor map[uint32]reapCursor // by branch
 
+	behind    atomic.Bool   // there are so many dirty leaves that writers have to wait for a checkpoint
 	committed atomic.Uint64 // generation of the last checkpoint that committed
 	ckptAt    atomic.Uint64 // recordLog.appended at the last checkpoint
 
 	ckptWork chan struct{}
 	quit     chan struct{}
 	wg       sync.WaitGroup
+	checks   sync.WaitGroup // running checks; Add under mu, while not closed
 
 	recovery Recovery
 }
@@ -143,6 +145,9 @@ func (s *Store) Recovery() Recovery { return s.recovery }
 // store already. A directory with anything else in it is refused (ErrNotStore).
 func Create(dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("make store: %w", err)
+	}
+	if err := syncDir(filepath.Dir(dir)); err != nil {
 		return fmt.Errorf("make store: %w", err)
 	}
 	// A foreign directory is looked at before a lock is written into it, and
@@ -239,6 +244,10 @@ func writeFileDurably(dir, name string, text []byte) error {
 	if err := os.Rename(tmp, filepath.Join(dir, name)); err != nil {
 		return err
 	}
+	return syncDir(dir)
+}
+
+func syncDir(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {
 		return err
@@ -363,9 +372,11 @@ func (s *Store) Close() error {
 	s.mu.Unlock()
 	close(s.quit)
 	s.wg.Wait()
+	s.checks.Wait() // they end at quit
 	err := s.wal.err()
 	if err == nil {
-		err = s.finish()
+		// Also when the table cannot be written: the log alone is enough to go on from.
+		err = errors.Join(s.finish(), s.wal.sync())
 	}
 	s.wal.stop()
 	return errors.Join(err, s.release())
@@ -405,6 +416,9 @@ func (s *Store) trim(last *chunk) error {
 	return err
 }
 
+// afterFailure is the pause after a checkpoint that failed: writers would ask for the next at once.
+const afterFailure = time.Second
+
 // checkpointer runs checkpoints when there is reason, until quit.
 func (s *Store) checkpointer() {
 	if s.opts.CheckpointInterval < 0 {
@@ -430,6 +444,10 @@ func (s *Store) checkpointer() {
 		}
 		if err := s.checkpoint(); err != nil {
 			s.log.Error("checkpoint failed; the log keeps what it would have written", "err", err)
+			select {
+			case <-s.quit:
+			case <-time.After(afterFailure):
+			}
 		}
 		last = time.Now()
 	}

@@ -12,6 +12,7 @@ type branch struct {
 	origin        *branch // nil: it began empty
 	originEpoch   uint32  // OriginEpoch, without the lock
 	volume        *volume // whose head it is, or nil; guarded by Store.mu
+	stuck         bool    // a version is damaged, and the reaper has given up; guarded by Store.mu
 	reaping       bool    // the head's versions are going; guarded by Store.mu
 	reaped        bool    // they are gone; guarded by Store.mu
 	headless      uint64  // generation in which it lost its volume, while the head's versions wait for the reaper; guarded by Store.mu
@@ -178,12 +179,19 @@ func (t *tables) find(v *volume, name string) *snapshot {
 	return nil
 }
 
-// needed says whether a branch starts at the snapshot's point.
-func (t *tables) needed(s *snapshot) bool {
+// point is a branch's state at the end of an epoch.
+type point struct {
+	b     *branch
+	epoch uint32
+}
+
+// origins are the points at which branches start.
+func (t *tables) origins() map[point]bool {
+	set := make(map[point]bool, len(t.branches))
 	for _, b := range t.branches {
-		if b.origin == s.branch && b.originEpoch == s.Epoch {
-			return true
+		if b.origin != nil {
+			set[point{b.origin, b.originEpoch}] = true
 		}
 	}
-	return false
+	return set
 }

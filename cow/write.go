@@ -158,6 +158,11 @@ func (s *Store) put(d *Device, h *format.RecordHeader, payload []byte, n int, ex
 	k := leafKey{d.b, uint32(h.Block / format.LeafBlocks), head}
 	hole := h.Kind == format.KindHole
 	for {
+		if s.behind.Load() { // writers are faster than checkpoints: take part
+			if err := s.checkpoint(); err != nil {
+				return err
+			}
+		}
 		if err := s.cache.ensure(k); err != nil {
 			return err
 		}
@@ -186,21 +191,18 @@ func (s *Store) put(d *Device, h *format.RecordHeader, payload []byte, n int, ex
 			s.applyData(lf, h, c, off)
 		}
 		sh.mu.Unlock()
-		full := s.checkpointDue()
+		s.checkpointDue()
 		s.mu.Unlock()
-		if full {
-			return s.checkpoint() // writers are faster than checkpoints: take part
-		}
 		return nil
 	}
 }
 
 // admit checks that the store and the volume take the write, and makes room for it. mu is held.
 func (s *Store) admit(d *Device, h *format.RecordHeader, n int, hole bool) error {
-	if err := s.usable(); err != nil {
+	if err := s.wal.reserve(h.Size(), hole); err != nil {
 		return err
 	}
-	if _, err := s.wal.reserve(h.Size(), hole); err != nil {
+	if err := s.usable(); err != nil { // after reserve, which may have waited
 		return err
 	}
 	if end := h.Block + uint64(n); end > blocksOf(d.v.Size) {
@@ -218,17 +220,19 @@ func (lf *leaf) isHole(first, n int) bool {
 	return true
 }
 
-// checkpointDue wakes the checkpointer when a limit is reached; full says that
-// writers are four limits ahead of it. mu is held.
-func (s *Store) checkpointDue() (full bool) {
+// checkpointDue wakes the checkpointer when a limit is reached, and notes when writers are
+// four limits ahead of it. mu is held.
+func (s *Store) checkpointDue() {
 	if s.opts.CheckpointInterval < 0 {
-		return false
+		return
 	}
 	since := int64(s.wal.appended - s.ckptAt.Load())
 	if since >= s.opts.CheckpointBytes || len(s.dirty) >= s.opts.CheckpointLeaves {
 		poke(s.ckptWork)
 	}
-	return len(s.dirty) >= 4*s.opts.CheckpointLeaves
+	if len(s.dirty) >= 4*s.opts.CheckpointLeaves {
+		s.behind.Store(true)
+	}
 }
 
 // Flush makes every write that was acknowledged before it durable.
@@ -243,20 +247,16 @@ func (d *Device) Flush() error {
 }
 
 // Discard unmaps the whole 4 KiB blocks in the range, which then read as zeros. Parts
-// of blocks at its ends stay as they are.
+// of blocks at its ends stay as they are, but for the device's last block.
 func (d *Device) Discard(off, length int64) error {
 	if err := d.checkWrite(off, length); err != nil {
 		return fmt.Errorf("discard %s: %w", d.ref, err)
 	}
-	first := blocksOf(off)
-	end := uint64(off+length) / format.BlockSize
+	first, end := blocksOf(off), uint64(off+length)/format.BlockSize
 	if off+length == d.Size() {
 		end = blocksOf(off + length) // a last part of a block has nothing behind it
 	}
-	if err := d.punch(first, end); err != nil {
-		return fmt.Errorf("discard %s: %w", d.ref, err)
-	}
-	return nil
+	return wrapIf(d.punch(first, end), "discard %s", d.ref)
 }
 
 // WriteZeroes makes the range read as zeros. Zeros take no space whether

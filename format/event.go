@@ -10,13 +10,11 @@ import (
 // tables, as it is afterwards.
 type Event struct {
 	// Op names the operation, for people.
-	Op            string     `json:"op"`
-	Volumes       []Volume   `json:"volumes,omitempty"`
-	Snapshots     []Snapshot `json:"snapshots,omitempty"`
-	Branches      []Branch   `json:"branches,omitempty"`
-	DropVolumes   []uint32   `json:"drop_volumes,omitempty"`
-	DropSnapshots []uint32   `json:"drop_snapshots,omitempty"`
-	DropBranches  []uint32   `json:"drop_branches,omitempty"`
+	Op          string     `json:"op"`
+	Volumes     []Volume   `json:"volumes,omitempty"`
+	Snapshots   []Snapshot `json:"snapshots,omitempty"`
+	Branches    []Branch   `json:"branches,omitempty"`
+	DropVolumes []uint32   `json:"drop_volumes,omitempty"`
 }
 
 // ErrTooLarge is matched by AppendEvent's error about an event that does not

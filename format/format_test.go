@@ -28,7 +28,7 @@ var (
 	testSnap    = Snapshot{ID: 3, Volume: 1, Name: "before", Branch: 2, Epoch: 7, Size: 1 << 40, Created: testTime}
 	testBranch  = Branch{ID: 4, Epoch: 1, OriginBranch: 2, OriginEpoch: 7}
 	testCheck   = Checkpoint{Seq: 1 << 40, ChunkSeq: 17, Offset: 1 << 20, NextID: 5, NextChunkSeq: 18}
-	testEvent   = Event{Op: "clone", Volumes: []Volume{testVolume}, Snapshots: []Snapshot{testSnap}, Branches: []Branch{testBranch}, DropVolumes: []uint32{8}, DropSnapshots: []uint32{9, 10}, DropBranches: []uint32{11}}
+	testEvent   = Event{Op: "clone", Volumes: []Volume{testVolume}, Snapshots: []Snapshot{testSnap}, Branches: []Branch{testBranch}, DropVolumes: []uint32{8}}
 	testChunk   = Chunk{Slot: 0xabcdef, Seq: 17, End: 1 << 20, Live: 1<<20 - 4096}
 	testChunkHd = ChunkHeader{Slot: 0xabcdef, Seq: 17, UUID: testUUID}
 )
@@ -171,7 +171,7 @@ func TestGoldenDecode(t *testing.T) {
 			}
 		case KindEvent:
 			var e Event
-			if err := DecodeEvent(payload, &e); err != nil || len(e.DropSnapshots) != 2 || e.Volumes[0] != testVolume {
+			if err := DecodeEvent(payload, &e); err != nil || len(e.DropVolumes) != 1 || e.Volumes[0] != testVolume {
 				t.Error(name, e, err)
 			}
 		}

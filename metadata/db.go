@@ -41,9 +41,10 @@ var (
 	keySum        = []byte("sum")
 )
 
-// Sizing: a remap of the file waits for every reader, so the mapping starts
-// larger than most tables ever get. It costs address space only.
-const initialMmap = 1 << 30
+// A commit that outgrows the mapping waits for every reader, a Check among them, and
+// every new reader waits for it. So the mapping starts larger than most tables ever get; it
+// costs address space only.
+const initialMmap = 64 << 30
 
 // Options are for Open.
 type Options struct {
@@ -105,6 +106,10 @@ func (d *DB) Size() (n int64, err error) {
 	return n, err
 }
 
+// CheckPages proves that the pages of the table's file hang together and that no row is
+// missing, as Open does. No Update may run meanwhile.
+func (d *DB) CheckPages() error { return checkPages(d.b.Path()) }
+
 // Update runs fn in a read-write transaction and commits it; on an error
 // nothing changes. When Update returns nil, the changes are durable.
 func (d *DB) Update(fn func(*Tx) error) (err error) {
@@ -159,8 +164,9 @@ func guard(err *error) func() {
 
 // Tx is a transaction.
 type Tx struct {
-	tx  *bbolt.Tx
-	sum sum // of an Update
+	tx      *bbolt.Tx
+	sum     sum  // of an Update
+	recount bool // a damaged value was replaced: sum is not to be trusted
 }
 
 // Close ends a transaction of Begin.

@@ -160,11 +160,3 @@ func (t *Tx) Counts() (versions, changes int, err error) {
 	}
 	return l.Stats().KeyN, c.Stats().KeyN, nil
 }
-
-// CheckPages has bbolt prove that its reachable and free pages make all, and
-// calls fn for each violation.
-func (t *Tx) CheckPages(fn func(error)) {
-	for err := range t.tx.Check() {
-		fn(err)
-	}
-}

@@ -1,7 +1,10 @@
 package metadata
 
 import (
+	"bytes"
 	"fmt"
+
+	"go.etcd.io/bbolt"
 
 	"github.com/vdisk/vdisk/format"
 )
@@ -11,9 +14,18 @@ import (
 // a row that damage hides, or one of an older state that it brings back, shows only in it.
 type sum uint64
 
-// sumOf is the part of one key and value.
-func sumOf(bucket, key, value []byte) sum {
-	x := uint64(format.Checksum(append(append(make([]byte, 0, 32), bucket...), key...)))<<32 | uint64(format.Checksum(value))
+// valueSums returns the checksum that a value begins with, and the one that it should begin with.
+// They differ when the value is damaged. An empty value has none.
+func valueSums(value []byte) (field, body uint32) {
+	if len(value) < 4 {
+		return 0, 0
+	}
+	return le.Uint32(value), format.Checksum(value[4:])
+}
+
+// sumOf is the part of one key and its value's checksum.
+func sumOf(bucket, key []byte, value uint32) sum {
+	x := uint64(format.Checksum(append(append(make([]byte, 0, 32), bucket...), key...)))<<32 | uint64(value)
 	// Checksums are linear, and two changes could cancel out; the finalizer of
 	// splitmix64 (Steele, Lea and Flood, 2014) is not.
 	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9
@@ -27,10 +39,9 @@ func (t *Tx) set(bucket, key, value []byte) error {
 	if err != nil {
 		return err
 	}
-	if old := b.Get(key); old != nil {
-		t.sum -= sumOf(bucket, key, old)
-	}
-	t.sum += sumOf(bucket, key, value)
+	t.forget(bucket, key, b.Get(key))
+	field, _ := valueSums(value)
+	t.sum += sumOf(bucket, key, field)
 	return b.Put(key, value)
 }
 
@@ -39,10 +50,33 @@ func (t *Tx) drop(bucket, key []byte) error {
 	if err != nil {
 		return err
 	}
-	if old := b.Get(key); old != nil {
-		t.sum -= sumOf(bucket, key, old)
-	}
+	t.forget(bucket, key, b.Get(key))
 	return b.Delete(key)
+}
+
+// forget takes a value that goes out of the sum. Of a damaged one it cannot be known what it
+// had put in: the sum is then made anew when the transaction ends.
+func (t *Tx) forget(bucket, key, value []byte) {
+	if value == nil {
+		return
+	}
+	field, body := valueSums(value)
+	t.sum -= sumOf(bucket, key, field)
+	t.recount = t.recount || field != body
+}
+
+// recountSum adds up the whole table.
+func (t *Tx) recountSum() error {
+	t.sum = 0
+	return t.tx.ForEach(func(bucket []byte, b *bbolt.Bucket) error {
+		return b.ForEach(func(key, value []byte) error {
+			if !bytes.Equal(bucket, bucketStore) || !bytes.Equal(key, keySum) {
+				field, _ := valueSums(value)
+				t.sum += sumOf(bucket, key, field)
+			}
+			return nil
+		})
+	})
 }
 
 func (t *Tx) loadSum() error {
@@ -67,6 +101,11 @@ func decodeSum(v []byte) (sum, error) {
 }
 
 func (t *Tx) storeSum() error {
+	if t.recount {
+		if err := t.recountSum(); err != nil {
+			return err
+		}
+	}
 	b, err := t.bucket(bucketStore)
 	if err != nil {
 		return err
