@@ -97,6 +97,12 @@ func open(t *testing.T, dir string, o Options) *Store {
 	return s
 }
 
+func appended(s *Store) uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.wal.appended
+}
+
 func must(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
@@ -275,7 +281,7 @@ func TestFlushBesideBusyWriters(t *testing.T) {
 	time.Sleep(300 * time.Millisecond)
 	flushed := make(chan error, 1)
 	start := time.Now()
-	before := s.wal.appended
+	before := appended(s)
 	go func() { flushed <- d.Flush() }()
 	select {
 	case err := <-flushed:
@@ -285,7 +291,7 @@ func TestFlushBesideBusyWriters(t *testing.T) {
 		}
 	case <-time.After(8 * time.Second):
 		s.mu.Lock()
-		n := s.wal.appended - before
+		n := appended(s) - before
 		s.mu.Unlock()
 		t.Errorf("flush has not returned after %v; writers wrote %d MiB meanwhile (buffers hold 16 MiB: 0.08 s at this speed)", time.Since(start), n>>20)
 	}
