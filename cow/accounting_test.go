@@ -1,6 +1,7 @@
 package cow
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
@@ -40,6 +41,52 @@ func TestSpaceComesBack(t *testing.T) {
 		if err := w.close(); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// TestPointFollowsHead has a point lose its last clone when the head behind it is reaped in
+// part: batches of 3 leaves, and the branch has 8.
+func TestPointFollowsHead(t *testing.T) {
+	w := newWorld(t)
+	w.m.create("v", 8<<20)
+	if _, err := w.s.CreateVolume("v", VolumeOptions{Size: 8 << 20}); w.event(err) != nil {
+		t.Fatal(err)
+	}
+	each := func(block int64) {
+		for leaf := range int64(8) {
+			if err := w.put("v", leaf<<20+block<<12, 8<<10); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	point := Ref{"v", "point"}
+	each(0)
+	w.m.snapshot(point)
+	w.m.clone(point, "clone")
+	if err := w.event(errors.Join(w.s.Snapshot(point), w.s.Clone(point, "clone"))); err != nil {
+		t.Fatal(err)
+	}
+	each(1) // changes one of the two blocks that the point has, and adds one
+	for _, name := range []string{"v", "clone"} {
+		w.closeDevice(name)
+		w.m.remove(Ref{Volume: name})
+		if err := w.event(w.s.Remove(Ref{Volume: name}, true)); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 { // the first commits that the name is gone
+			if err := w.s.Checkpoint(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for range 20 {
+		w.mustBe(t)
+	}
+	if in := w.s.Info(); in.LiveBytes != 0 || w.versions(t) != 0 {
+		t.Errorf("something is left: %+v", in)
+	}
+	if err := w.close(); err != nil {
+		t.Fatal(err)
 	}
 }
 
