@@ -45,15 +45,15 @@ func TestSpaceComesBack(t *testing.T) {
 }
 
 // TestPointFollowsHead has a point lose its last clone when the head behind it is reaped in
-// part: batches of 3 leaves, and the branch has 8.
+// part: batches of 3 leaves, and the branch has 32.
 func TestPointFollowsHead(t *testing.T) {
 	w := newWorld(t)
-	w.m.create("v", 8<<20)
-	if _, err := w.s.CreateVolume("v", VolumeOptions{Size: 8 << 20}); w.event(err) != nil {
+	w.m.create("v", 32<<20)
+	if _, err := w.s.CreateVolume("v", VolumeOptions{Size: 32 << 20}); w.event(err) != nil {
 		t.Fatal(err)
 	}
 	each := func(block int64) {
-		for leaf := range int64(8) {
+		for leaf := range int64(32) {
 			if err := w.put("v", leaf<<20+block<<12, 8<<10); err != nil {
 				t.Fatal(err)
 			}
@@ -79,7 +79,7 @@ func TestPointFollowsHead(t *testing.T) {
 			}
 		}
 	}
-	for range 20 {
+	for range 40 {
 		w.mustBe(t)
 	}
 	if in := w.s.Info(); in.LiveBytes != 0 || w.versions(t) != 0 {
