@@ -20,9 +20,9 @@ count() { # output: adds up gotestsum's last line, "DONE 12 tests, 1 skipped, 2 
 }
 
 gotest() { # name flags...
-	local out=bin/$1.out status
+	local out=bin/$1.out json=bin/$1.json status
 	shift
-	go run "$gotestsum" --format pkgname --hide-summary skipped -- "$@" 2>&1 | tee "$out"
+	go run "$gotestsum" --format pkgname --hide-summary skipped --jsonfile "$json" -- "$@" 2>&1 | tee "$out"
 	status=${PIPESTATUS[0]}
 	count "$out"
 	if [ "$status" != 0 ] && ! grep -qaE '^DONE .* failures?' "$out"; then
@@ -50,7 +50,7 @@ for s in ${STAGES:-vet host race guest}; do
 	host)
 		stage "tests on this machine"
 		gotest host -count=1 -timeout 15m ./...
-		grep -ah 'crash states:' bin/host.out | tail -1
+		echo "power-cut test: $(grep -aoE 'crash states: [0-9]+' bin/host.json | tail -1)"
 		;;
 	race)
 		stage "tests with the race detector (short)"
