@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"time"
 
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/internal/owner/sparse"
@@ -159,8 +160,17 @@ func (c *control) importStream(w http.ResponseWriter, r *http.Request) {
 		reply(w, nil, err)
 		return
 	}
+	rc := http.NewResponseController(w)
+	duplexErr := rc.EnableFullDuplex() // an error is answered while the client is still sending
 	v, err := c.owner.Import(r.Context(), req.Name, req.Volume, sparse.Decode(r.Body, req.Size), nil)
 	reply(w, v, err)
+	if err != nil && duplexErr == nil {
+		// The client stops when it has read the answer. Were the connection closed before, the
+		// client would see a broken pipe instead of the reason.
+		if errors.Join(rc.Flush(), rc.SetReadDeadline(time.Now().Add(stopTimeout))) == nil {
+			_, _ = io.Copy(io.Discard, r.Body) // ends with the client's closing, or the deadline
+		}
+	}
 }
 
 func (c *control) exportStream(w http.ResponseWriter, r *http.Request) {
