@@ -70,6 +70,7 @@ for what; do
 		need nbdkit nbdkit
 		need losetup mount
 		need mkfs.xfs xfsprogs
+		need pgrep procps
 	fi
 done
 # shellcheck disable=SC2086 # a list of words
