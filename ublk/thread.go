@@ -1,0 +1,121 @@
+package ublk
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"sync"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// queueThread is a queue with the memory and the eventfd that its thread uses.
+type queueThread struct {
+	*queue
+	descs []byte
+	buf   []byte
+	efd   int
+}
+
+// makeQueues maps what each queue needs. Descriptors of queue n lie at n times a stride that does not depend on the
+// depth; the length must be exactly that of the depth, and read-only.
+func (d *Device) makeQueues(h Handler) error {
+	page := os.Getpagesize()
+	stride := int64(roundUp(descArea, page))
+	d.locked = true
+	for id := range d.opts.Queues {
+		t := &queueThread{efd: -1}
+		d.queues = append(d.queues, t)
+		var err error
+		t.descs, err = unix.Mmap(d.charFD, int64(id)*stride, roundUp(d.opts.Depth*descSize, page),
+			unix.PROT_READ, unix.MAP_SHARED|unix.MAP_POPULATE)
+		if err != nil {
+			return fmt.Errorf("ublk: map the descriptors of queue %d: %w", id, err)
+		}
+		var locked bool
+		if t.buf, locked, err = mapAnonymous(d.opts.Depth * d.opts.MaxIOBytes); err != nil {
+			return err
+		}
+		d.locked = d.locked && locked
+		if t.efd, err = unix.Eventfd(0, unix.EFD_CLOEXEC); err != nil {
+			return fmt.Errorf("ublk: make an eventfd: %w", err)
+		}
+		t.queue = newQueue(id, d.opts.Depth, d.opts.MaxIOBytes, t.buf, h, d.opts.Report)
+	}
+	return nil
+}
+
+// startQueues runs a thread for every queue and waits until each has fetched all its tags. From here on supervise owns
+// the end of the device.
+func (d *Device) startQueues() error {
+	ready := make(chan error, len(d.queues))
+	for _, t := range d.queues {
+		d.ending.Add(1)
+		go d.queueRoutine(t, ready)
+	}
+	go d.superviseRoutine()
+	var errs error
+	for range d.queues {
+		errs = errors.Join(errs, <-ready)
+	}
+	close(d.started)
+	return errs
+}
+
+// queueRoutine is the thread of one queue. It never unlocks the thread, so that the thread ends with it and leaves
+// neither its name nor its ring registration to other goroutines.
+func (d *Device) queueRoutine(t *queueThread, ready chan<- error) {
+	runtime.LockOSThread()
+	nameThread(fmt.Sprintf("ublk%dq%d", d.id, t.id))
+	defer d.ending.Done()
+	p, err := newRingPort(d.charFD, t.id, d.opts.Depth, t.descs, t.buf, d.opts.MaxIOBytes, t.efd)
+	if err != nil {
+		ready <- err
+		return
+	}
+	// Deferred for a handler that ends the goroutine (runtime.Goexit): the tags must not stay without a thread.
+	finished := false
+	defer func() {
+		if t.owned > 0 || t.reading > 0 {
+			keepForever(t)
+		}
+		p.close(t.ended == t.depth)
+		if !finished {
+			d.fail(fmt.Errorf("ublk: the handler ended the thread of queue %d", t.id))
+		}
+	}()
+	if err = t.start(p); err != nil {
+		err = fmt.Errorf("ublk: fetch for queue %d of device %d: %w", t.id, d.id, err)
+		finished = true
+		ready <- err
+		return
+	}
+	ready <- nil
+	if err = t.run(); err != nil && !errors.Is(err, errKilled) {
+		d.fail(err)
+	}
+	finished = true
+}
+
+// nameThread shows the queue in top and ps; a thread without a name is as good.
+func nameThread(name string) {
+	b, err := unix.ByteSliceFromString(name)
+	if err == nil {
+		_ = unix.Prctl(unix.PR_SET_NAME, uintptr(unsafe.Pointer(&b[0])), 0, 0, 0)
+	}
+}
+
+// abandoned holds the memory of queues that died with requests or reads open: a handler or the kernel may still write
+// to it.
+var abandoned struct {
+	sync.Mutex
+	queues []*queueThread
+}
+
+func keepForever(t *queueThread) {
+	abandoned.Lock()
+	defer abandoned.Unlock()
+	abandoned.queues = append(abandoned.queues, t)
+}
