@@ -57,16 +57,9 @@ func DefaultDir() (string, error) {
 // Build returns the guest of opts, making in the cache folder what is not there yet. It is safe to interrupt and
 // to call from several processes at once.
 func Build(ctx context.Context, opts Options) (*Image, error) {
-	b := &builder{log: opts.Log, dir: opts.Dir}
-	if b.log == nil {
-		b.log = io.Discard
-	}
-	if b.dir == "" {
-		dir, err := DefaultDir()
-		if err != nil {
-			return nil, err
-		}
-		b.dir = dir
+	b, err := newBuilder(opts)
+	if err != nil {
+		return nil, err
 	}
 	specs, err := pickSpecs(opts.Kernels)
 	if err != nil {
@@ -94,6 +87,25 @@ type builder struct {
 	// Both are set while building.
 	apt  *aptArea
 	lock *os.File // debootstrap holds it too: when we are killed, it and what it started may go on for a while
+}
+
+func newBuilder(opts Options) (*builder, error) {
+	b := &builder{log: opts.Log, dir: opts.Dir}
+	if b.log == nil {
+		b.log = io.Discard
+	}
+	if b.dir == "" {
+		dir, err := DefaultDir()
+		if err != nil {
+			return nil, err
+		}
+		b.dir = dir
+	}
+	return b, nil
+}
+
+func (b *builder) takeLock(ctx context.Context) (*os.File, error) {
+	return lockFile(ctx, filepath.Join(b.dir, "lock"), func() { b.say("waiting for another builder of %s", b.dir) })
 }
 
 func (b *builder) say(format string, args ...any) {
@@ -141,7 +153,7 @@ func (b *builder) build(ctx context.Context, specs []kernelSpec, force bool) err
 	if err := os.MkdirAll(b.dir, 0o755); err != nil {
 		return fmt.Errorf("guest: cache folder: %w", err)
 	}
-	lock, err := lockFile(ctx, filepath.Join(b.dir, "lock"), func() { b.say("waiting for another builder of %s", b.dir) })
+	lock, err := b.takeLock(ctx)
 	if err != nil {
 		return err
 	}
@@ -209,7 +221,8 @@ func (b *builder) sweep() error {
 		path := filepath.Join(b.dir, e.Name())
 		switch {
 		case strings.HasPrefix(e.Name(), "build-"):
-		case strings.HasPrefix(e.Name(), "root-"), strings.HasPrefix(e.Name(), "kernel-"):
+		case strings.HasPrefix(e.Name(), "root-"), strings.HasPrefix(e.Name(), "kernel-"),
+			strings.HasPrefix(e.Name(), "headers-"):
 			info, err := e.Info()
 			if err != nil || time.Since(info.ModTime()) < staleAfter || b.current(path) {
 				continue
@@ -225,7 +238,7 @@ func (b *builder) sweep() error {
 }
 
 func (b *builder) current(path string) bool {
-	if path == b.rootPath() {
+	if path == b.rootPath() || path == b.headersPath() {
 		return true
 	}
 	for _, s := range kernelSpecs {

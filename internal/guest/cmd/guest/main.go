@@ -31,6 +31,7 @@ const usage = `usage: guest COMMAND [flags]
   kernels  list the kernels of the image
   run      run a command as root in a guest: guest run [flags] -- COMMAND [ARG...]
   shell    open a shell in a guest
+  headers  get the newest kernel's user headers and print the folders to pass to cc -I
   test     run test binaries and scripts in a guest: guest test [flags] [PACKAGE...]
 
 guest COMMAND -h lists the flags.
@@ -53,6 +54,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	a := &app{stdout: stdout, stderr: stderr}
 	commands := map[string]func(context.Context, []string) (int, error){
 		"build": a.build, "kernels": a.kernels, "run": a.run, "shell": a.shell, "test": a.test,
+		"headers": a.headers,
 	}
 	if len(args) == 0 || commands[args[0]] == nil {
 		io.WriteString(stderr, usage)
@@ -114,6 +116,19 @@ func (a *app) kernels(ctx context.Context, args []string) (int, error) {
 		return 0, err
 	}
 	a.list(img)
+	return 0, nil
+}
+
+func (a *app) headers(ctx context.Context, args []string) (int, error) {
+	fs := a.flags("headers")
+	if err := fs.Parse(args); err != nil {
+		return 0, err
+	}
+	dirs, err := guest.Headers(ctx, guest.Options{Dir: a.dir, Log: a.stderr})
+	if err != nil {
+		return 0, err
+	}
+	fmt.Fprintln(a.stdout, strings.Join(dirs, string(filepath.ListSeparator)))
 	return 0, nil
 }
 
