@@ -14,6 +14,7 @@ const (
 	cmdGetParams   = iocRead | 0x09
 	cmdGetDevInfo2 = iocRead | 0x12
 	cmdGetFeatures = iocRead | 0x13
+	cmdUpdateSize  = iocReadWrite | 0x15
 	cmdTryStopDev  = iocReadWrite | 0x17
 
 	iocRead      = 2<<30 | 32<<16 | 'u'<<8 // _IOR('u', nr, struct ublksrv_ctrl_cmd)

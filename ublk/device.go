@@ -16,7 +16,8 @@ type Device struct {
 	id       int
 	opts     Options // with defaults, and with what the driver made of them
 	control  *control
-	features Feature
+	kernel   Feature // what the driver offers
+	features Feature // what the device has
 	locked   bool
 	charFD   int
 	queues   []*queueThread
@@ -42,11 +43,14 @@ const (
 	StateLive
 	StateStopping
 	StateDead
+	StateRecovering
+	StateQuiescing
+	StateQuiesced
 )
 
 // String names the state.
 func (s State) String() string {
-	return [...]string{"starting", "live", "stopping", "dead"}[s]
+	return [...]string{"starting", "live", "stopping", "dead", "recovering", "quiescing", "quiesced"}[s]
 }
 
 func charPath(id int) string  { return fmt.Sprintf("/dev/ublkc%d", id) }
@@ -63,11 +67,14 @@ func Create(ctx context.Context, o Options, h Handler) (*Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	features, err := c.getFeatures(ctx)
+	offered, err := c.getFeatures(ctx)
 	if err != nil {
 		return nil, err
 	}
 	info := o.info()
+	if info.flags, err = o.flags(Feature(offered)); err != nil {
+		return nil, err
+	}
 	if err := c.add(ctx, info); err != nil {
 		return nil, err
 	}
@@ -76,10 +83,14 @@ func Create(ctx context.Context, o Options, h Handler) (*Device, error) {
 		id:       int(info.devID),
 		opts:     o,
 		control:  c,
-		features: Feature(features),
+		kernel:   Feature(offered),
+		features: Feature(info.flags),
 		charFD:   -1,
 		started:  make(chan struct{}),
 		done:     make(chan struct{}),
+	}
+	if missing := o.required() &^ d.features; missing != 0 { // the driver drops what it does not know without a word
+		return nil, d.undo(&FeatureError{Missing: missing, Kernel: kernelRelease()})
 	}
 	if err := d.start(ctx, h); err != nil {
 		return nil, d.undo(err)
@@ -276,6 +287,9 @@ func (d *Device) Path() string { return blockPath(d.id) }
 
 // Options are the options in force: with defaults filled in, and with the queues that the driver gave.
 func (d *Device) Options() Options { return d.opts }
+
+// Features are what the driver granted the device.
+func (d *Device) Features() Feature { return d.features }
 
 // MemoryLocked tells whether the I/O buffers are locked in memory. If not (RLIMIT_MEMLOCK), a machine short of memory
 // may page them out, and writing back to this device then waits for itself.

@@ -3,6 +3,7 @@ package ublk
 import (
 	"context"
 	"fmt"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -66,6 +67,30 @@ var KnownFeatures = []FeatureInfo{
 	{FeatureSharedMemZeroCopy, "SHMEM_ZC", "7.1"},
 	{FeatureDescSize, "IO_DESC_SIZE", "7.3"},
 }
+
+// FeatureError says that the kernel does not do what was asked for. It matches ErrKernelTooOld.
+type FeatureError struct {
+	Missing Feature
+	Kernel  string // release of the running kernel
+}
+
+// Error names the missing features, and the kernels that brought them.
+func (e *FeatureError) Error() string {
+	var texts []string
+	for _, name := range (FeatureSet{Bits: e.Missing}).Names() {
+		since := "a later Linux"
+		for _, k := range KnownFeatures {
+			if k.Name == name {
+				since = "Linux " + k.Since
+			}
+		}
+		texts = append(texts, name+" (since "+since+")")
+	}
+	return fmt.Sprintf("ublk: the kernel, %s, does not offer %s", e.Kernel, strings.Join(texts, ", "))
+}
+
+// Is makes errors.Is(err, ErrKernelTooOld) true.
+func (e *FeatureError) Is(target error) bool { return target == ErrKernelTooOld }
 
 // FeatureSet is what the running kernel offers.
 type FeatureSet struct {

@@ -260,10 +260,10 @@ func TestCreateRefusals(t *testing.T) {
 	if _, err := ublk.Create(ctx, ublk.Options{Size: 1 << 20, ID: new(5)}, newRAMDisk(1<<20)); !errors.Is(err, ublk.ErrExists) {
 		t.Errorf("a taken id: %v", err)
 	}
-	if err := ublk.Delete(stopCtx(t), 5); !errors.Is(err, ublk.ErrBusy) || !strings.Contains(err.Error(), fmt.Sprint(os.Getpid())) {
+	if err := ublk.Delete(stopCtx(t), 5, false); !errors.Is(err, ublk.ErrBusy) || !strings.Contains(err.Error(), fmt.Sprint(os.Getpid())) {
 		t.Errorf("Delete of a served device: %v", err)
 	}
-	if err := ublk.Delete(stopCtx(t), 77); !errors.Is(err, ublk.ErrNotFound) {
+	if err := ublk.Delete(stopCtx(t), 77, false); !errors.Is(err, ublk.ErrNotFound) {
 		t.Errorf("Delete of nothing: %v", err)
 	}
 	set, err := ublk.Features()
@@ -346,7 +346,7 @@ func TestServerDeath(t *testing.T) {
 		"--bs=4k", "--iodepth=16", "--time_based", "--runtime=10")
 	_ = fio.Start()
 	time.Sleep(1500 * time.Millisecond)
-	if err := ublk.Delete(stopCtx(t), 9); !errors.Is(err, ublk.ErrBusy) {
+	if err := ublk.Delete(stopCtx(t), 9, false); !errors.Is(err, ublk.ErrBusy) {
 		t.Errorf("Delete of a device with a live server: %v", err)
 	}
 	_ = server.Process.Kill()
@@ -356,7 +356,7 @@ func TestServerDeath(t *testing.T) {
 	}
 	var err error
 	for range 50 {
-		if err = ublk.Delete(stopCtx(t), 9); !errors.Is(err, ublk.ErrBusy) {
+		if err = ublk.Delete(stopCtx(t), 9, false); !errors.Is(err, ublk.ErrBusy) {
 			break
 		}
 		time.Sleep(100 * time.Millisecond)

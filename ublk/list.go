@@ -49,6 +49,7 @@ type DeviceInfo struct {
 	Size       int64 // bytes
 	ReadOnly   bool
 	Features   Feature
+	Cookie     uint64 // Options.Cookie of the server that made it
 	OwnerUID   int
 	OwnerGID   int
 }
@@ -119,14 +120,16 @@ func (c *control) describe(ctx context.Context, id int) (DeviceInfo, error) {
 		Size:       int64(p.basic.devSectors) << sectorShift,
 		ReadOnly:   p.basic.attrs&attrReadOnly != 0,
 		Features:   Feature(k.flags),
+		Cookie:     k.serverFlags,
 		OwnerUID:   int(k.ownerUID),
 		OwnerGID:   int(k.ownerGID),
 	}, nil
 }
 
-// Delete removes a device that no process serves: one whose server died. It refuses with ErrBusy while a server lives
-// (that one has to stop it) or while the block device is in use.
-func Delete(ctx context.Context, id int) error {
+// Delete removes a device that no process serves, and never one that a process serves: that one has to stop it
+// (ErrBusy). Without force it refuses with ErrBusy, too, when the block device is in use or waits to be recovered. With
+// force what waits on it fails.
+func Delete(ctx context.Context, id int, force bool) error {
 	c, err := openControl()
 	if err != nil {
 		return err
@@ -140,8 +143,11 @@ func Delete(ctx context.Context, id int) error {
 	if info.ServerPID > 0 && unix.Kill(info.ServerPID, 0) != unix.ESRCH {
 		return fmt.Errorf("ublk: delete device %d: %w: process %d serves it, and has to stop it", id, ErrBusy, info.ServerPID)
 	}
-	if us := users(id); len(us) > 0 {
+	if us := users(id); !force && len(us) > 0 {
 		return fmt.Errorf("ublk: delete device %d: %w: %s", id, ErrBusy, describeUsers(us))
+	}
+	if !force && (info.State == KernelQuiesced || info.State == KernelFailIO) {
+		return fmt.Errorf("ublk: delete device %d: %w: it waits to be recovered", id, ErrBusy)
 	}
 	if err := c.del(ctx, id); err != nil && !gone(err) { // DEL stops it first
 		return deviceError("delete", id, err)

@@ -39,6 +39,59 @@ type Options struct {
 	// Report gets what the device survives but its owner should know, now *PanicError. It is called on a queue's
 	// thread and must not block.
 	Report func(error)
+	// Copy is how payloads travel between the driver and the handler; the default is chosen by measurement.
+	Copy CopyMode
+	// Recovery is what becomes of the disk when its server goes; by default it goes too.
+	Recovery Recovery
+	// Cookie is kept by the driver with the device and told by Devices: its owner's mark.
+	Cookie uint64
+	// NoPartitionScan keeps the kernel from reading the partition table. It is asked of kernels that can (7.0);
+	// Device.Features tells.
+	NoPartitionScan bool
+	// NoAffinity leaves the queue threads on all CPUs; by default they stay on those that the block layer maps to
+	// their queue.
+	NoAffinity bool
+	// Unprivileged makes a device that a user without CAP_SYS_ADMIN may make and serve (6.3).
+	Unprivileged bool
+	// Require names features that Create fails without, with a *FeatureError.
+	Require Feature
+}
+
+// CopyMode is how payloads travel between the driver and the handler.
+type CopyMode uint8
+
+// The copy modes.
+const (
+	CopyDefault CopyMode = iota // chosen by measurement
+	CopyPlain                   // the driver copies to and from the tag's buffer
+	CopyUser                    // the server reads and writes the request's data itself (USER_COPY, 6.5)
+	CopyBatch                   // as CopyPlain, with batches of commands (BATCH_IO, 7.0)
+)
+
+// Recovery is what becomes of a device's disk when its server goes.
+type Recovery uint8
+
+// The ways of recovery. All but RecoverNone keep the disk until a server calls Recover, or Delete removes it.
+const (
+	// RecoverNone: the disk goes with its server, and what is open fails.
+	RecoverNone Recovery = iota
+	// RecoverReissue: requests wait for the next server, and what the last one had not answered is issued again; a
+	// write may so be applied twice.
+	RecoverReissue
+	// RecoverEIO: requests wait for the next server, but what the last one had not answered fails.
+	RecoverEIO
+	// RecoverFailIO: requests fail until there is a next server (6.13).
+	RecoverFailIO
+)
+
+// features are the driver's flags of the way of recovery.
+func (r Recovery) features() Feature {
+	return [...]Feature{
+		RecoverNone:    0,
+		RecoverReissue: FeatureUserRecovery | FeatureRecoveryReissue,
+		RecoverEIO:     FeatureUserRecovery,
+		RecoverFailIO:  FeatureUserRecovery | FeatureRecoveryFailIO,
+	}[r]
 }
 
 // withDefaults fills in what was left out.
@@ -83,6 +136,8 @@ func (o Options) validate() error {
 			fmt.Sprintf("MaxIOBytes %d: must be a multiple of %d, at most %d", o.MaxIOBytes, page, maxIOBytes)},
 		{o.Depth > 0 && o.MaxIOBytes > maxQueueMemory/o.Depth,
 			fmt.Sprintf("Depth %d × MaxIOBytes %d: more than 1 GiB of locked memory a queue", o.Depth, o.MaxIOBytes)},
+		{o.Copy > CopyBatch, fmt.Sprintf("Copy %d: no such mode", o.Copy)},
+		{o.Recovery > RecoverFailIO, fmt.Sprintf("Recovery %d: no such way", o.Recovery)},
 		{o.FUA && !o.VolatileCache, "FUA without VolatileCache: every answered write is durable anyway"},
 		{o.Discard && o.ReadOnly, "Discard on a read-only device"},
 		{!powerOfTwo(o.DiscardGranularity) || o.DiscardGranularity < o.LogicalBlock || o.DiscardGranularity > 1<<30,
@@ -107,6 +162,41 @@ func powerOfTwo(n int) bool { return n > 0 && n&(n-1) == 0 }
 
 func shiftOf(n int) uint8 { return uint8(bits.TrailingZeros(uint(n))) }
 
+// required are the features that the options cannot do without.
+func (o Options) required() Feature {
+	f := o.Require | o.Recovery.features()
+	if o.Unprivileged {
+		f |= FeatureUnprivileged
+	}
+	switch o.Copy {
+	case CopyUser:
+		f |= FeatureUserCopy
+	case CopyBatch:
+		f |= FeatureBatchIO
+	}
+	return f
+}
+
+// wanted are the features to ask a kernel that has offered for: the required ones, and what it can do besides.
+func (o Options) wanted(offered Feature) Feature {
+	f := FeatureUpdateSize
+	if o.Recovery != RecoverNone {
+		f |= FeatureQuiesce
+	}
+	if o.NoPartitionScan {
+		f |= FeatureNoAutoPartScan
+	}
+	return o.required() | FeatureIoctlEncode | f&offered
+}
+
+// flags are what ADD is asked for, or a *FeatureError.
+func (o Options) flags(offered Feature) (uint64, error) {
+	if missing := o.required() &^ offered; missing != 0 {
+		return 0, &FeatureError{Missing: missing, Kernel: kernelRelease()}
+	}
+	return uint64(o.wanted(offered)), nil
+}
+
 // info is what ADD is asked for.
 func (o Options) info() *devInfo {
 	id := uint32(kernelPicks)
@@ -114,11 +204,12 @@ func (o Options) info() *devInfo {
 		id = uint32(*o.ID)
 	}
 	return &devInfo{
-		queues:     uint16(o.Queues),
-		depth:      uint16(o.Depth),
-		maxIOBytes: uint32(o.MaxIOBytes),
-		devID:      id,
-		flags:      uint64(FeatureIoctlEncode),
+		queues:      uint16(o.Queues),
+		depth:       uint16(o.Depth),
+		maxIOBytes:  uint32(o.MaxIOBytes),
+		devID:       id,
+		flags:       uint64(FeatureIoctlEncode),
+		serverFlags: o.Cookie,
 	}
 }
 

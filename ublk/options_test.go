@@ -94,7 +94,7 @@ func TestNoDriver(t *testing.T) {
 	if _, err := Devices(ctx); !errors.Is(err, ErrNoDriver) {
 		t.Errorf("Devices: %v", err)
 	}
-	if err := Delete(ctx, 0); !errors.Is(err, ErrNoDriver) {
+	if err := Delete(ctx, 0, false); !errors.Is(err, ErrNoDriver) {
 		t.Errorf("Delete: %v", err)
 	}
 }

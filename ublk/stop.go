@@ -96,7 +96,7 @@ func (d *Device) stopRoutine(a *stopAttempt) {
 	switch {
 	case a.force:
 		err = d.control.stop(d.id)
-	case d.features&FeatureSafeStop != 0:
+	case d.kernel&FeatureSafeStop != 0:
 		err = d.stopIfUnused(d.tryStop)
 	default:
 		err = d.stopIfUnused(d.claimAndStop)

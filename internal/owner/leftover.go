@@ -88,7 +88,7 @@ func (o *Owner) sweep(ctx context.Context) error {
 		if !slices.Contains(list.IDs, d.ID) || d.State != ublk.KernelDead || d.Features&ublk.FeatureUserRecovery != 0 {
 			continue
 		}
-		if derr := ublk.Delete(ctx, d.ID); derr != nil && !errors.Is(derr, ublk.ErrNotFound) {
+		if derr := ublk.Delete(ctx, d.ID, false); derr != nil && !errors.Is(derr, ublk.ErrNotFound) {
 			o.leftovers = append(o.leftovers, d.ID)
 			err = errors.Join(err, derr)
 			continue
