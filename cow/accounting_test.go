@@ -21,7 +21,7 @@ func TestSpaceComesBack(t *testing.T) {
 	l := newLab(t)
 	for seed := range rounds {
 		rng := rand.New(rand.NewPCG(uint64(seed), 6))
-		w, err := l.open(crashImage{crashfs.New(), l.table, newModel(1, state{}), 1, "new"}, never, rng)
+		w, err := l.open(crashImage{fs: crashfs.New(), table: l.table, m: newModel(1, state{}), floor: 1, what: "new"}, never, rng)
 		if err != nil {
 			t.Fatal(err)
 		}

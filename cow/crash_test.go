@@ -105,7 +105,7 @@ func (l *lab) crashProperty(enough int64) func(*rapid.T) {
 
 // run does the operations on a new store, and verifies every image as it is taken.
 func (l *lab) run(ops []op, rng *rand.Rand) (at int, err error) {
-	w, err := l.open(crashImage{crashfs.New(), l.table, newModel(1, state{}), 1, "new"}, 6, rng)
+	w, err := l.open(crashImage{fs: crashfs.New(), table: l.table, m: newModel(1, state{}), floor: 1, what: "new", outlive: true}, 6, rng)
 	if err != nil {
 		return 0, err
 	}
@@ -118,6 +118,15 @@ func (l *lab) run(ops []op, rng *rand.Rand) (at int, err error) {
 			return at, errors.Join(err, w.kill())
 		}
 		w.crasher.point("after " + o.kind)
+		if rng.IntN(8) == 0 {
+			img, err := w.leave()
+			if err == nil {
+				err = l.verify(img, 0, rng)
+			}
+			if err != nil {
+				return at, errors.Join(err, w.kill())
+			}
+		}
 		for _, img := range w.crasher.drain() {
 			if err := l.verify(img, 0, rng); err != nil {
 				return at, errors.Join(err, w.kill())
@@ -155,8 +164,9 @@ func (w *world) restart(o op, rng *rand.Rand) (*world, error) {
 		err = w.close()
 		img = w.now("closed", w.crasher.fs)
 	case "kill":
-		img = w.now("killed", w.crasher.fs.Clone())
-		err = w.kill()
+		if img, err = w.leave(); err == nil {
+			err = w.kill()
+		}
 	case "powercut":
 		choice := choices[mix(o.b)%uint64(len(choices))]
 		img = w.now(choice.String(), w.crasher.fs.Crash(choice))
@@ -165,6 +175,7 @@ func (w *world) restart(o op, rng *rand.Rand) (*world, error) {
 	if err != nil {
 		return w, err
 	}
+	img.outlive = true
 	before := w.crasher.drain()
 	next, err := w.lab.open(img, 6, rng)
 	if err != nil {

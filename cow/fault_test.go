@@ -75,7 +75,7 @@ func faultEverywhere(t *testing.T, script []op) {
 	l := newLab(t)
 	fs := crashfs.New()
 	rng := rand.New(rand.NewPCG(1, 1))
-	w, err := l.open(crashImage{fs, l.table, newModel(1, state{}), 1, "new"}, never, rng)
+	w, err := l.open(crashImage{fs: fs, table: l.table, m: newModel(1, state{}), floor: 1, what: "new"}, never, rng)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -108,7 +108,7 @@ func faultEverywhere(t *testing.T, script []op) {
 func (l *lab) fault(script []op, kind crashfs.Op, nth int, errno error, rng *rand.Rand) error {
 	fs := crashfs.New()
 	fs.FailAt(kind, nth, errno)
-	w, err := l.open(crashImage{fs, l.table, newModel(1, state{}), 1, "new"}, never, rng)
+	w, err := l.open(crashImage{fs: fs, table: l.table, m: newModel(1, state{}), floor: 1, what: "new"}, never, rng)
 	if err != nil {
 		if errors.Is(err, errno) {
 			return nil // the failure was in Open: it says so

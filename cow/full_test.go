@@ -16,7 +16,7 @@ import (
 func newWorld(t *testing.T) *world {
 	t.Helper()
 	l := newLab(t)
-	w, err := l.open(crashImage{crashfs.New(), l.table, newModel(1, state{}), 1, "new"}, never, rand.New(rand.NewPCG(1, 1)))
+	w, err := l.open(crashImage{fs: crashfs.New(), table: l.table, m: newModel(1, state{}), floor: 1, what: "new"}, never, rand.New(rand.NewPCG(1, 1)))
 	if err != nil {
 		t.Fatal(err)
 	}

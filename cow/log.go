@@ -39,6 +39,23 @@ type buffer struct {
 	off   uint32 // in the chunk, of data[0]
 	n     int    // bytes used; guarded by Store.mu until the buffer is cut, constant then
 	data  []byte
+	head  *slotHead // what the next owner is told of it; nil: nothing, the memory is this process's
+}
+
+// begin says what the buffer is for, which must hold nothing.
+func (b *buffer) begin(c *chunk) {
+	b.chunk, b.off, b.n = c, c.end, 0
+	if b.head != nil {
+		b.head.seq, b.head.slot, b.head.off = c.seq, c.slot, c.end
+	}
+}
+
+// use says that the first n bytes hold records.
+func (b *buffer) use(n int) {
+	b.n = n
+	if b.head != nil {
+		b.head.used.Store(uint32(n))
+	}
 }
 
 // recordLog is the append end of the log. Records enter it under Store.mu, in
@@ -91,6 +108,13 @@ func newRecordLog(fs storage.FS, mu *sync.Mutex, uuid [16]byte, slots *slotTable
 		l.free = append(l.free, &buffer{}) // memory comes with the first use
 	}
 	return l
+}
+
+// share gives the buffers memory that outlives the process. It comes before the first record.
+func (l *recordLog) share(m *sharedBuffers) {
+	for i, b := range l.free {
+		b.data, b.head = m.data(i), m.head(i)
+	}
 }
 
 func (l *recordLog) start() {
@@ -212,7 +236,7 @@ func (l *recordLog) activate() {
 	if b.data == nil {
 		b.data = make([]byte, bufferSize)
 	}
-	b.chunk, b.off, b.n = l.current, l.current.end, 0
+	b.begin(l.current)
 	l.active = b
 	l.bufMu.Lock()
 	l.buffered = append(l.buffered, b)
@@ -251,7 +275,7 @@ func (l *recordLog) append(h *format.RecordHeader, payload []byte) (c *chunk, of
 	rec := b.data[b.n : b.n+size]
 	h.Encode(rec, c.seq, off)
 	clear(rec[format.RecordHeaderSize+copy(rec[format.RecordHeaderSize:], payload):])
-	b.n += size
+	b.use(b.n + size)
 	c.end += uint32(size)
 	l.appended += uint64(size)
 	if l.next == nil && c.end > c.size/2 {
@@ -345,6 +369,7 @@ func (l *recordLog) drainLocked(n int) error {
 		l.forget(b)
 		l.bufMu.Unlock()
 		l.mu.Lock()
+		b.use(0)
 		l.free = append(l.free, b)
 		l.space.Broadcast()
 		l.mu.Unlock()

@@ -54,6 +54,11 @@ type Options struct {
 	// small, so that chunks come and go and batches end often.
 	ChunkBytes int64
 	ReapBatch  int
+	// Outlive keeps the log's buffers in shared memory, so that the next owner finds what was answered when this process is
+	// killed; see Store.Outlives. It costs 16 MiB of it. For owners that serve somebody who goes on when they die.
+	Outlive bool
+	// SharedMemory is the directory for that; default /dev/shm.
+	SharedMemory string
 	// OnCommit is called around each commit of the table: for tests that cut the power.
 	OnCommit func(done bool)
 	// NoTableSync leaves out the table's own fdatasyncs: for tests that copy its file.
@@ -82,6 +87,9 @@ func (o *Options) setDefaults() {
 	if o.ReapBatch <= 0 {
 		o.ReapBatch = defaultReapBatch
 	}
+	if o.SharedMemory == "" {
+		o.SharedMemory = sharedMemory
+	}
 	if o.OnCommit == nil {
 		o.OnCommit = func(bool) {}
 	}
@@ -96,6 +104,8 @@ type Store struct {
 	lock *os.File // holds the flock
 	fs   storage.FS
 	meta *metadata.DB
+
+	shared *sharedBuffers // nil: the log's buffers are this process's
 
 	cache   *leafCache
 	pending pending
@@ -322,6 +332,12 @@ func (s *Store) openFiles() error {
 	}
 	s.wal = newRecordLog(s.fs, &s.mu, uuid, &s.slots)
 	s.wal.chunkBytes = s.opts.ChunkBytes
+	if err := s.inherit(uuid); err != nil {
+		return err
+	}
+	if s.opts.Outlive {
+		s.outlive(uuid)
+	}
 	behind, err := s.loadAndReplay()
 	if err != nil {
 		return err
@@ -347,6 +363,9 @@ func (s *Store) release() error {
 	errs := []error{s.slots.closeAll()}
 	if s.meta != nil {
 		errs = append(errs, s.meta.Close())
+	}
+	if s.shared != nil { // not all of it is known to be in the files
+		errs = append(errs, s.shared.close())
 	}
 	if s.fs != nil && s.opts.FS == nil {
 		errs = append(errs, s.fs.Close())
@@ -379,6 +398,9 @@ func (s *Store) Close() error {
 		err = errors.Join(s.finish(), s.wal.sync())
 	}
 	s.wal.stop()
+	if err == nil {
+		err = s.leaveNothing()
+	}
 	return errors.Join(err, s.release())
 }
 

@@ -2,12 +2,14 @@ package cow
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -86,11 +88,54 @@ func (l *lab) giveBack(dir string) {
 
 // crashImage is what a crash left behind, and what is known of what it must hold.
 type crashImage struct {
-	fs    *crashfs.FS
-	table []byte
-	m     *model
-	floor uint64 // number of the first record that the crash may have taken
-	what  string
+	fs     *crashfs.FS
+	table  []byte
+	m      *model
+	floor  uint64 // number of the first record that the crash may have taken
+	what   string
+	memory *memoryImage // what a killed owner left in shared memory, or nil
+
+	outlive bool // who opens it shares its buffers
+}
+
+// memoryImage is a store's owner file, and the head and the used part of each buffer.
+type memoryImage struct {
+	owner   ownerRecord
+	head    []byte
+	buffers [bufferCount][]byte
+}
+
+// remember copies the shared memory of a store whose goroutines wait.
+func (s *Store) remember() (*memoryImage, error) {
+	text, err := os.ReadFile(filepath.Join(s.dir, ownerFile))
+	if err != nil {
+		return nil, err
+	}
+	m := &memoryImage{head: slices.Clone(s.shared.mem[:sharedHead])}
+	for i := range m.buffers {
+		m.buffers[i] = slices.Clone(s.shared.data(i)[:s.shared.head(i).used.Load()])
+	}
+	return m, json.Unmarshal(text, &m.owner)
+}
+
+// recall puts it back, for a store that is not open.
+func (m *memoryImage) recall(dir string) error {
+	s := &Store{dir: dir}
+	r, err := s.newOwnerRecord()
+	if err != nil {
+		return err
+	}
+	r.Boot = m.owner.Boot
+	f, err := os.OpenFile(filepath.Join(sharedMemory, "vdisk-"+r.Buffers), os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt(m.head, 0)
+	for i, b := range m.buffers {
+		_, werr := f.WriteAt(b, int64(sharedHead+i*bufferSize))
+		err = errors.Join(err, werr)
+	}
+	return errors.Join(err, f.Truncate(sharedFileSize), f.Close(), s.writeOwner(r))
 }
 
 // crasher takes images of a world while it works.
@@ -143,7 +188,7 @@ func (c *crasher) take(what, choice string, make func() *crashfs.FS) {
 		return
 	}
 	c.seen[key] = true
-	c.images = append(c.images, crashImage{make(), c.table, c.m, c.floor, what + ", " + choice})
+	c.images = append(c.images, crashImage{make(), c.table, c.m, c.floor, what + ", " + choice, nil, false})
 }
 
 // never is a rate of points at which no power is cut.
@@ -202,6 +247,11 @@ func (l *lab) open(img crashImage, every int, rng *rand.Rand) (*world, error) {
 	if err := os.WriteFile(filepath.Join(dir, tableFile), img.table, 0o600); err != nil {
 		return nil, err
 	}
+	if img.memory != nil {
+		if err := img.memory.recall(dir); err != nil {
+			return nil, err
+		}
+	}
 	w := &world{lab: l, dir: dir, m: img.m.fork(), devs: map[string]*Device{}, buf: make([]byte, 256<<10)}
 	// Its own: hooks run on the engine's goroutines.
 	c := &crasher{rng: rand.New(rand.NewPCG(rng.Uint64(), 2)), every: every, fs: img.fs, table: img.table, m: img.m, floor: img.floor, seen: map[string]bool{}}
@@ -212,7 +262,7 @@ func (l *lab) open(img crashImage, every int, rng *rand.Rand) (*world, error) {
 		fs = l.wrap(img.fs)
 	}
 	o := l.options(fs)
-	o.OnCommit = w.onCommit
+	o.OnCommit, o.Outlive = w.onCommit, img.outlive
 	if w.s, err = Open(dir, o); err != nil {
 		l.giveBack(dir)
 		return nil, fmt.Errorf("open: %w", err)
@@ -263,15 +313,29 @@ func (w *world) kill() error {
 	w.s.wg.Wait()
 	w.s.wal.stop()
 	err := w.s.release()
+	if w.s.opts.Outlive { // the image that was taken has a copy
+		err = errors.Join(err, os.Remove(filepath.Join(w.dir, ownerFile)), os.Remove(w.s.shared.path))
+	}
 	w.lab.giveBack(w.dir)
 	return err
+}
+
+// leave is the image of the end of the process between two operations: all that was answered must be there.
+func (w *world) leave() (crashImage, error) {
+	wal := w.s.wal
+	wal.writeMu.Lock() // nothing is written meanwhile, and so no buffer is given back
+	defer wal.writeMu.Unlock()
+	m, err := w.s.remember()
+	img := w.now("the process ended", w.crasher.fs.Clone())
+	img.memory, img.floor = m, w.m.next()
+	return img, err
 }
 
 // now is the image of a crash at this moment.
 func (w *world) now(what string, fs *crashfs.FS) crashImage {
 	w.crasher.mu.Lock()
 	defer w.crasher.mu.Unlock()
-	return crashImage{fs, w.crasher.table, w.m, w.crasher.floor, what}
+	return crashImage{fs, w.crasher.table, w.m, w.crasher.floor, what, nil, false}
 }
 
 // same checks everything that can be read, and Check.

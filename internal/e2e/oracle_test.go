@@ -13,18 +13,18 @@ const blockSize = 4096
 
 // oracle is one writer's region of a disk and what must be there after a crash. Every block
 // carries its place, a version and a checksum. After a kill a block holds a version that is at least
-// the last synced one and at most the last one sent.
+// the last one that was answered, synced or not, and at most the last one sent.
 type oracle struct {
-	name          string
-	first, blocks int64
-	sent, synced  []uint64 // by block
-	rounds        atomic.Int64
-	rng           *rand.Rand
-	buf           []byte
+	name           string
+	first, blocks  int64
+	sent, answered []uint64 // by block
+	rounds         atomic.Int64
+	rng            *rand.Rand
+	buf            []byte
 }
 
 func newOracle(name string, first, blocks int64, seed uint64) *oracle {
-	return &oracle{name: name, first: first, blocks: blocks, sent: make([]uint64, blocks), synced: make([]uint64, blocks),
+	return &oracle{name: name, first: first, blocks: blocks, sent: make([]uint64, blocks), answered: make([]uint64, blocks),
 		rng: rand.New(rand.NewPCG(seed, 1)), buf: aligned(16 * blockSize)}
 }
 
@@ -50,24 +50,22 @@ func (o *oracle) fill(p []byte, block int64, version uint64) {
 // run writes a few runs of blocks, syncs, and again, until the disk fails.
 func (o *oracle) run(d disk) error {
 	for {
-		dirty := map[int64]bool{}
 		for range 1 + o.rng.IntN(4) {
 			n := 1 + o.rng.Int64N(8)
 			at := o.rng.Int64N(o.blocks - n)
 			for i := range n {
 				o.sent[at+i]++
 				o.fill(o.buf[i*blockSize:][:blockSize], at+i, o.sent[at+i])
-				dirty[at+i] = true
 			}
 			if _, err := d.WriteAt(o.buf[:n*blockSize], (o.first+at)*blockSize); err != nil {
 				return err
 			}
+			for b := at; b < at+n; b++ {
+				o.answered[b] = o.sent[b]
+			}
 		}
 		if err := d.Sync(); err != nil {
 			return err
-		}
-		for b := range dirty {
-			o.synced[b] = o.sent[b]
 		}
 		o.rounds.Add(1)
 	}
@@ -88,10 +86,10 @@ func (o *oracle) verify(d disk) error {
 		case binary.LittleEndian.Uint64(p[4:]) != uint64(o.first+b):
 			return fmt.Errorf("%s: block %d holds block %d", o.name, o.first+b, binary.LittleEndian.Uint64(p[4:]))
 		}
-		if version < o.synced[b] || version > o.sent[b] {
-			return fmt.Errorf("%s: block %d has version %d; %d was synced, %d sent", o.name, o.first+b, version, o.synced[b], o.sent[b])
+		if version < o.answered[b] || version > o.sent[b] {
+			return fmt.Errorf("%s: block %d has version %d; %d was answered, %d sent", o.name, o.first+b, version, o.answered[b], o.sent[b])
 		}
-		o.synced[b], o.sent[b] = version, version
+		o.answered[b], o.sent[b] = version, version
 	}
 	return nil
 }

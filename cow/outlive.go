@@ -1,0 +1,304 @@
+package cow
+
+import (
+	"crypto/rand"
+	"encoding/binary"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/storage"
+)
+
+// What was answered outlives the process: DESIGN.md, section 11.3.
+
+// ownerFile is in a store while an owner has shared buffers, and after it was killed.
+const ownerFile = "owner"
+
+// sharedMemory is where the system has its shared memory (shm_overview(7)).
+const sharedMemory = "/dev/shm"
+
+// ownerRecord is the content of ownerFile: which file of the shared memory holds the buffers, and
+// for which life of which directory. A copy of the store has another inode.
+type ownerRecord struct {
+	Boot    string `json:"boot"`
+	Dev     uint64 `json:"dev"`
+	Ino     uint64 `json:"ino"`
+	Buffers string `json:"buffers"` // 32 hexadecimal digits
+}
+
+// Layout of the shared file: a page of head, then bufferCount buffers.
+//
+//	  0  magic "VDSHBUFS"
+//	  8  version, number of buffers, size of a buffer (32 bits each), zero
+//	 24  the store's id, 16 bytes
+//	 40  CRC-32C of bytes 0 to 39
+//	128  for each buffer a slotHead
+//
+// Numbers are the machine's own: the file does not outlive its boot.
+const (
+	sharedMagic    = "VDSHBUFS"
+	sharedVersion  = 1
+	sharedHead     = 4096
+	sharedTable    = 128
+	sharedFileSize = sharedHead + bufferCount*bufferSize
+)
+
+// slotHead says which bytes of which chunk a buffer holds. used is stored after the bytes, and set
+// to 0 before any of the rest changes.
+type slotHead struct {
+	seq  uint64 // of the chunk
+	slot uint32
+	off  uint32
+	used atomic.Uint32
+	_    [3]uint32
+}
+
+// sharedBuffers is the memory of the log's buffers, in a file that outlives the process.
+type sharedBuffers struct {
+	path string
+	f    *os.File
+	mem  []byte
+}
+
+// newSharedBuffers makes the file. Its space is allocated at once: touching memory that the file
+// system has no room for would end the process.
+func newSharedBuffers(dir, name string, uuid [16]byte) (_ *sharedBuffers, err error) {
+	path := filepath.Join(dir, "vdisk-"+name)
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	b := &sharedBuffers{path: path, f: f}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, b.remove())
+		}
+	}()
+	if err := unix.Fallocate(int(f.Fd()), 0, 0, sharedFileSize); err != nil {
+		return nil, fmt.Errorf("allocate %d bytes: %w", sharedFileSize, err)
+	}
+	if b.mem, err = unix.Mmap(int(f.Fd()), 0, sharedFileSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE); err != nil {
+		return nil, err
+	}
+	_ = unix.Mlock(b.mem) // where it is allowed: a write to a device of ours must not wait for swap
+	encodeSharedHead(b.mem, uuid)
+	return b, nil
+}
+
+func encodeSharedHead(p []byte, uuid [16]byte) {
+	copy(p, sharedMagic)
+	for i, v := range []uint32{sharedVersion, bufferCount, bufferSize, 0} {
+		binary.NativeEndian.PutUint32(p[8+4*i:], v)
+	}
+	copy(p[24:], uuid[:])
+	binary.NativeEndian.PutUint32(p[40:], crc32.Checksum(p[:40], crc32.MakeTable(crc32.Castagnoli)))
+}
+
+// openSharedBuffers opens the file of an owner that was killed.
+func openSharedBuffers(dir, name string, uuid [16]byte) (_ *sharedBuffers, err error) {
+	path := filepath.Join(dir, "vdisk-"+name)
+	f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	b := &sharedBuffers{path: path, f: f}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, b.close())
+		}
+	}()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return nil, err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size != sharedFileSize || st.Uid != uint32(os.Geteuid()) {
+		return nil, fmt.Errorf("%s is not a file of buffers of this user", path)
+	}
+	if b.mem, err = unix.Mmap(int(f.Fd()), 0, sharedFileSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err != nil {
+		return nil, err
+	}
+	want := make([]byte, 44)
+	encodeSharedHead(want, uuid)
+	if string(want) != string(b.mem[:44]) {
+		return nil, fmt.Errorf("%s was written by another version, or for another store", path)
+	}
+	return b, nil
+}
+
+func (b *sharedBuffers) head(i int) *slotHead {
+	return (*slotHead)(unsafe.Pointer(&b.mem[sharedTable+i*int(unsafe.Sizeof(slotHead{}))]))
+}
+
+func (b *sharedBuffers) data(i int) []byte {
+	at := sharedHead + i*bufferSize
+	return b.mem[at : at+bufferSize : at+bufferSize]
+}
+
+// restore finishes the writes of the dead owner: it writes what the buffers hold to its place in the chunk files.
+// Replay finds it there, and does not take a record that was being copied.
+func (b *sharedBuffers) restore(fsys storage.FS, header func(name string, slot uint32) (format.ChunkHeader, error)) (n int64, err error) {
+	for i := range bufferCount {
+		h := b.head(i)
+		used := h.used.Load()
+		if used == 0 || used > bufferSize || h.off < format.ChunkHeaderSize || h.slot >= format.MaxSlots {
+			continue
+		}
+		// A chunk that has gone since is one that a checkpoint needs no more: all of it was in its file.
+		name := chunkName(h.slot)
+		ch, err := header(name, h.slot)
+		if errors.Is(err, fs.ErrNotExist) || err == nil && ch.Seq != h.seq {
+			continue
+		}
+		if err == nil {
+			err = writeChunk(fsys, name, b.data(i)[:used], int64(h.off))
+		}
+		if err != nil {
+			return n, fmt.Errorf("chunk %s: %w", name, err)
+		}
+		n += int64(used)
+	}
+	return n, nil
+}
+
+func writeChunk(fsys storage.FS, name string, p []byte, off int64) error {
+	f, err := fsys.Open(name)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt(p, off)
+	return errors.Join(err, f.Close())
+}
+
+// close leaves the file to the next owner.
+func (b *sharedBuffers) close() error {
+	var err error
+	if b.mem != nil {
+		err = unix.Munmap(b.mem)
+		b.mem = nil
+	}
+	return errors.Join(err, b.f.Close())
+}
+
+func (b *sharedBuffers) remove() error {
+	return errors.Join(os.Remove(b.path), b.close())
+}
+
+// bootID changes with every boot (random(4)).
+func bootID() (string, error) {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return string(b[:min(36, len(b))]), err
+}
+
+// newOwnerRecord names buffers that do not exist yet.
+func (s *Store) newOwnerRecord() (r ownerRecord, err error) {
+	var st unix.Stat_t
+	if err := unix.Stat(s.dir, &st); err != nil {
+		return r, err
+	}
+	boot, err := bootID()
+	if err != nil {
+		return r, err
+	}
+	var name [16]byte
+	_, err = rand.Read(name[:])
+	return ownerRecord{Boot: boot, Dev: st.Dev, Ino: st.Ino, Buffers: hex.EncodeToString(name[:])}, err
+}
+
+// inherit takes over what a killed owner had answered and not written. It comes before the first look at the log. What cannot be
+// inherited is logged, not an error: it was not flushed, and a power cut would have taken it as well.
+func (s *Store) inherit(uuid [16]byte) error {
+	path := filepath.Join(s.dir, ownerFile)
+	text, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var last ownerRecord
+	now, err := s.newOwnerRecord()
+	if err != nil {
+		return err
+	}
+	err = json.Unmarshal(text, &last)
+	name, herr := hex.DecodeString(last.Buffers)
+	if err = errors.Join(err, herr); err != nil || len(name) != 16 {
+		s.log.Warn("what the last owner left in memory cannot be found", "file", path, "err", err)
+		return os.Remove(path)
+	}
+	if last.Boot != now.Boot || last.Dev != now.Dev || last.Ino != now.Ino {
+		return os.Remove(path) // of another boot, or copied with the store
+	}
+	b, err := openSharedBuffers(s.opts.SharedMemory, last.Buffers, uuid)
+	if err != nil {
+		s.log.Warn("what the last owner had answered and not written is lost", "err", err)
+		return os.Remove(path)
+	}
+	n, err := b.restore(s.fs, s.chunkHeader)
+	if err != nil {
+		return errors.Join(fmt.Errorf("writing what the last owner had answered: %w", err), b.close())
+	}
+	if n > 0 {
+		s.log.Info("wrote what the last owner had answered and not written", "bytes", n)
+	}
+	return errors.Join(os.Remove(path), b.remove()) // in this order: nobody looks for buffers that are gone
+}
+
+// outlive gives the log buffers that outlive the process. Where there is no memory for them the store works as well, but
+// what depends on them must not be done: see Outlives.
+func (s *Store) outlive(uuid [16]byte) {
+	r, err := s.newOwnerRecord()
+	if err == nil {
+		s.shared, err = newSharedBuffers(s.opts.SharedMemory, r.Buffers, uuid)
+	}
+	if err == nil {
+		err = s.writeOwner(r)
+	}
+	if err != nil {
+		s.log.Warn("what is answered and not flushed will be lost if this process is killed", "err", err)
+		if s.shared != nil {
+			_ = s.shared.remove() // the warning is what matters
+			s.shared = nil
+		}
+		return
+	}
+	s.wal.share(s.shared)
+}
+
+// writeOwner is not synced: after a power cut it means nothing.
+func (s *Store) writeOwner(r ownerRecord) error {
+	text, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	tmp := filepath.Join(s.dir, ownerFile+".tmp")
+	if err := os.WriteFile(tmp, append(text, '\n'), 0o600); err != nil {
+		return err
+	}
+	return os.Rename(tmp, filepath.Join(s.dir, ownerFile))
+}
+
+// leaveNothing removes the buffers after everything in them is durable.
+func (s *Store) leaveNothing() error {
+	if s.shared == nil {
+		return nil
+	}
+	err := errors.Join(os.Remove(filepath.Join(s.dir, ownerFile)), s.shared.remove())
+	s.shared = nil
+	return err
+}
+
+// Outlives says whether what is answered outlives this process if it is killed, so that the next owner of the store can go on
+// where it ended.
+func (s *Store) Outlives() bool { return s.shared != nil }

@@ -1,0 +1,202 @@
+package cow
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+// sharing are options for a store whose owner is to be killed.
+func sharing(t *testing.T) Options {
+	return Options{Outlive: true, SharedMemory: t.TempDir(), CheckpointInterval: -1}
+}
+
+// abandon ends a store as SIGKILL does.
+func (s *Store) abandon(t *testing.T) {
+	t.Helper()
+	close(s.quit)
+	s.wg.Wait()
+	s.wal.stop()
+	if err := s.release(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func files(t *testing.T, dir string) (names []string) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+// answered makes a store, writes a block without a flush and ends it.
+func answered(t *testing.T, o Options) (dir string, content []byte) {
+	t.Helper()
+	s, dir := newStore(t, o)
+	if !s.Outlives() {
+		t.Fatal("the store has no shared memory")
+	}
+	if _, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	content = bytes.Repeat([]byte("answered"), 512)
+	if _, err := d.WriteAt(content, 8192); err != nil {
+		t.Fatal(err)
+	}
+	s.abandon(t)
+	return dir, content
+}
+
+// found says whether the next owner has the block; it closes the store.
+func found(t *testing.T, dir string, o Options, content []byte) bool {
+	t.Helper()
+	s, err := Open(dir, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, len(content))
+	if _, err := d.ReadAt(got, 8192); err != nil {
+		t.Fatal(err)
+	}
+	mustCheck(t, s)
+	if err := errors.Join(d.Close(), s.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, ownerFile)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a store that was closed has an owner file (%v)", err)
+	}
+	if !bytes.Equal(got, content) && !bytes.Equal(got, make([]byte, len(got))) {
+		t.Error("the block holds neither the old nor the new content")
+	}
+	return bytes.Equal(got, content)
+}
+
+func TestAnsweredOutlivesTheOwner(t *testing.T) {
+	for _, next := range []string{"lasting", "temporary"} {
+		t.Run(next, func(t *testing.T) {
+			o := sharing(t)
+			dir, content := answered(t, o)
+			if len(files(t, o.SharedMemory)) != 1 {
+				t.Fatalf("the shared memory holds %v", files(t, o.SharedMemory))
+			}
+			o.Outlive = next == "lasting"
+			if !found(t, dir, o, content) {
+				t.Error("what was answered is lost")
+			}
+			if left := files(t, o.SharedMemory); len(left) != 0 {
+				t.Errorf("left in the shared memory: %v", left)
+			}
+		})
+	}
+}
+
+// What is of another boot, of a copy of the store, of another user or another program is not touched.
+func TestForeignBuffersAreIgnored(t *testing.T) {
+	for name, damage := range map[string]func(t *testing.T, dir, buffers string){
+		"other boot":  changeOwner(func(r *ownerRecord) { r.Boot = "00000000-0000-0000-0000-000000000000" }),
+		"copied":      changeOwner(func(r *ownerRecord) { r.Ino++ }),
+		"moved":       changeOwner(func(r *ownerRecord) { r.Dev++ }),
+		"path":        changeOwner(func(r *ownerRecord) { r.Buffers = "../../etc/passwd" }),
+		"empty":       func(t *testing.T, dir, _ string) { must(t, os.WriteFile(filepath.Join(dir, ownerFile), nil, 0o600)) },
+		"gone":        func(t *testing.T, _, buffers string) { must(t, os.Remove(buffers)) },
+		"short":       func(t *testing.T, _, buffers string) { must(t, os.Truncate(buffers, 4096)) },
+		"other store": changeHead(30),
+		"version":     changeHead(8),
+		"other user":  func(t *testing.T, _, buffers string) { must(t, os.Chown(buffers, 12345, 0)) },
+		"link": func(t *testing.T, _, buffers string) {
+			must(t, os.Rename(buffers, buffers+".real"))
+			must(t, os.Symlink(buffers+".real", buffers))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if name == "other user" && os.Geteuid() != 0 {
+				t.Skip("needs root")
+			}
+			o := sharing(t)
+			dir, content := answered(t, o)
+			damage(t, dir, filepath.Join(o.SharedMemory, files(t, o.SharedMemory)[0]))
+			if found(t, dir, o, content) {
+				t.Error("foreign buffers were used")
+			}
+		})
+	}
+}
+
+func changeOwner(change func(*ownerRecord)) func(t *testing.T, dir, _ string) {
+	return func(t *testing.T, dir, _ string) {
+		path := filepath.Join(dir, ownerFile)
+		text, err := os.ReadFile(path)
+		must(t, err)
+		var r ownerRecord
+		must(t, json.Unmarshal(text, &r))
+		change(&r)
+		text, err = json.Marshal(r)
+		must(t, err)
+		must(t, os.WriteFile(path, text, 0o600))
+	}
+}
+
+func changeHead(at int64) func(t *testing.T, _, buffers string) {
+	return func(t *testing.T, _, buffers string) {
+		f, err := os.OpenFile(buffers, os.O_RDWR, 0)
+		must(t, err)
+		_, err = f.WriteAt([]byte{0xee}, at)
+		must(t, errors.Join(err, f.Close()))
+	}
+}
+
+// Buffers whose chunk has gone, or whose slot another chunk has, have nothing to add.
+func TestBuffersOfAGoneChunk(t *testing.T) {
+	o := sharing(t)
+	dir, content := answered(t, o)
+	path := filepath.Join(o.SharedMemory, files(t, o.SharedMemory)[0])
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	must(t, err)
+	for i, h := range []struct {
+		seq       uint64
+		slot, off uint32
+	}{{99, 0, 4096}, {1, 77, 4096}} {
+		head := binary.NativeEndian.AppendUint64(nil, h.seq)
+		for _, v := range []uint32{h.slot, h.off, 4096} {
+			head = binary.NativeEndian.AppendUint32(head, v)
+		}
+		_, err := f.WriteAt(head, sharedTable+int64(i+1)*32) // of buffers that were not used: the first is taken from the end
+		must(t, err)
+	}
+	must(t, f.Close())
+	if !found(t, dir, o, content) {
+		t.Error("what was answered is lost")
+	}
+}
+
+// A machine without shared memory serves as well, and says that nothing outlives it.
+func TestNoSharedMemory(t *testing.T) {
+	o := sharing(t)
+	o.SharedMemory = filepath.Join(o.SharedMemory, "missing")
+	s, dir := newStore(t, o)
+	if s.Outlives() {
+		t.Error("the store claims shared memory")
+	}
+	if _, err := os.Stat(filepath.Join(dir, ownerFile)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("there is an owner file (%v)", err)
+	}
+	must(t, s.Close())
+}
