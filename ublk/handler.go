@@ -3,6 +3,7 @@ package ublk
 import (
 	"errors"
 	"sync/atomic"
+	"time"
 )
 
 // Op is the kind of a request; the values are the kernel's (UBLK_IO_OP_*).
@@ -43,7 +44,8 @@ var ErrFetch = errors.New("ublk: the request waits for its fetches")
 // Handler serves the requests of a device.
 //
 // ServeUBLK is called on the queue's own thread, one request of a queue at a time, so it should not block: while it
-// runs, nothing else of the queue moves. nil answers the request with success; ErrLater and ErrFetch say that the
+// runs, nothing else of the queue moves. An answer must not wait for requests that are still to come: they may be
+// waiting for this one's memory. nil answers the request with success; ErrLater and ErrFetch say that the
 // answer comes later; any other error fails the request with the syscall.Errno it wraps, or EIO. A panic fails the
 // request with EIO and is passed to Options.Report.
 type Handler interface {
@@ -73,21 +75,23 @@ type Request struct {
 	Data    any // the handler's own; it stays with the tag from one request to the next
 
 	q     *queue
-	full  []byte        // the tag's whole buffer
-	state atomic.Uint32 // requestIdle → requestServing → requestAnswered, so that only the first answer counts
+	full  []byte        // the tag's whole buffer; with CopyUser what the pool has lent it
+	state atomic.Uint32 // requestAnswered → requestServing → requestAnswered, so that only the first answer counts
 	err   error         // the answer; written by whoever moved state to requestAnswered
-	next  *Request      // link in queue.later
+	next  *Request      // link in queue.later, or in queue.starved
 
 	// Used by the queue's thread only.
+	arrived time.Duration // by the queue's clock
+	op      Op            // Op and len(Buf) as they came: a handler may change those
+	size    int
 	reads   int   // fetches under way
 	readErr error // the first that failed
 	wait    waitFor
 }
 
 const (
-	requestIdle uint32 = iota
+	requestAnswered uint32 = iota // or never served
 	requestServing
-	requestAnswered
 )
 
 // waitFor says what happens to a request when its last fetch is done.

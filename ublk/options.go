@@ -136,6 +136,7 @@ func (o Options) validate() error {
 			fmt.Sprintf("MaxIOBytes %d: must be a multiple of %d, at most %d", o.MaxIOBytes, page, maxIOBytes)},
 		{o.Depth > 0 && o.MaxIOBytes > maxQueueMemory/o.Depth,
 			fmt.Sprintf("Depth %d × MaxIOBytes %d: more than 1 GiB of locked memory a queue", o.Depth, o.MaxIOBytes)},
+		{o.Copy == CopyBatch && o.Depth == 1, "Depth 1 with CopyBatch: the driver's FIFO of tags takes at least 2"},
 		{o.Copy > CopyBatch, fmt.Sprintf("Copy %d: no such mode", o.Copy)},
 		{o.Recovery > RecoverFailIO, fmt.Sprintf("Recovery %d: no such way", o.Recovery)},
 		{o.FUA && !o.VolatileCache, "FUA without VolatileCache: every answered write is durable anyway"},

@@ -10,13 +10,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// port is what the queue loop needs of the driver: it is a ring on the queue's thread, or a double in tests. All of it
-// but interrupt is called by the queue's thread only. fetch, commit, read and arm only queue work; turn hands it over.
+// port is what the queue loop needs of the driver; each copy mode has its own. All of it but interrupt is called by the
+// queue's thread only. fetch, commit, read and arm only queue work; turn hands it over.
 type port interface {
-	// fetch offers tag's buffer to the driver for its first request.
+	// fetch offers tag to the driver for its first request.
 	fetch(tag int)
 	// commit answers the request of tag with result (bytes, or a negative errno) and asks for the next.
 	commit(tag int, result int32)
+	// load brings the payload of tag's write into p, unless the driver has done so.
+	load(tag int, p []byte) error
+	// store gives p to the driver as what tag's read has read, unless the driver takes it by itself.
+	store(tag int, p []byte) error
 	// read reads into p; its completion carries slot.
 	read(slot int, fd int, p []byte, off int64)
 	// arm makes the next interrupt a completion. An interrupt that comes while none is armed is not lost.
@@ -46,41 +50,75 @@ const (
 	completeIO   completionKind = iota // a fetch or commit: a request (0), or the end of the tag (negative)
 	completeRead                       // a read
 	completeWake                       // an interrupt
+
+	// These stay inside batchPort.
+	completePrep
+	completeCommit
+	completeTags
 )
 
-// ringPort is the port of a real queue.
-type ringPort struct {
-	ring  *ring
-	queue uint16
-	descs []byte // the driver's descriptors of this queue
-	buf   []byte // the tags' buffers, one after the other
-	ioMax int
-	efd   int    // eventfd: written by interrupt, read by the ring
-	count []byte // 8 bytes outside the Go heap that the eventfd read goes to
-	err   error  // the first entry that could not be queued; turn reports it
+// portConfig is what a port is made of.
+type portConfig struct {
+	mode         CopyMode
+	queue, depth int
+	ioMax        int
+	descs        []byte // the driver's descriptors of this queue
+	buf          []byte // the tags' buffers, one after the other; nil for CopyUser
+	char         charDevice
 }
 
-// newRingPort sets up the ring of a queue; it must be called on the thread that will run the queue.
-func newRingPort(charFD int, queue, depth int, descs, buf []byte, ioMax int, efd int) (*ringPort, error) {
+// charDevice is what a port does with files outside its ring.
+type charDevice interface {
+	// pread and pwrite copy the payload of a request; see userPort.
+	pread(p []byte, off int64) (int, error)
+	pwrite(p []byte, off int64) (int, error)
+	// interruptFD is the file that the ring reads to learn of interrupt.
+	interruptFD() int
+	interrupt()
+}
+
+// newPort sets up the ring of a queue and the port of its mode; it must be called on the thread that will run the queue.
+func newPort(c portConfig, charFD int) (port, error) {
 	// Twice the depth leaves room for a commit of every tag and as many reads in one turn; more reads than that
 	// cost an extra submission. Completions that outrun the ring are kept by the kernel (NODROP).
-	entries := uint32(max(2*depth, 64))
+	entries := uint32(max(2*c.depth, 64))
 	r, err := newRing(entries, max(4*entries, 1024), queueSetup...)
 	if err != nil {
 		return nil, err
 	}
-	r.registerSelf()
+	r.kernel.(*ringFD).registerSelf()
 	fds := [1]int32{int32(charFD)}
 	if err := r.register(registerFiles, unsafe.Pointer(&fds), 1); err != nil {
 		r.close()
 		return nil, fmt.Errorf("ublk: register the char device with the ring: %w", err)
 	}
+	return newPortOn(r, c)
+}
+
+// newPortOn makes the port of c's mode on a ring that it then owns.
+func newPortOn(r *ring, c portConfig) (port, error) {
 	count, _, err := mapAnonymous(os.Getpagesize())
 	if err != nil {
 		r.close()
 		return nil, err
 	}
-	return &ringPort{ring: r, queue: uint16(queue), descs: descs, buf: buf, ioMax: ioMax, efd: efd, count: count}, nil
+	p := &ringPort{portConfig: c, ring: r, count: count}
+	switch c.mode {
+	case CopyUser:
+		return &userPort{p}, nil
+	case CopyBatch:
+		return newBatchPort(p)
+	}
+	return p, nil
+}
+
+// ringPort is the port of CopyPlain, and what the other modes share: every tag has a command of its own, and the driver
+// copies between the request and the tag's buffer.
+type ringPort struct {
+	portConfig
+	ring  *ring
+	count []byte // 8 bytes outside the Go heap that the eventfd read goes to
+	err   error  // the first entry that could not be queued; turn reports it
 }
 
 // The user data of an entry: the kind in the high half, the tag or slot in the low half.
@@ -99,15 +137,29 @@ func (p *ringPort) command(op uint32, tag int, result int32) {
 	e.flags = sqeFixedFile // file 0: the char device
 	e.off = uint64(op)
 	e.userData = userData(completeIO, tag)
-	*(*ioCmd)(unsafe.Pointer(&e.cmd)) = ioCmd{
-		queueID: p.queue,
-		tag:     uint16(tag),
-		result:  result,
-		addr:    uint64(uintptr(unsafe.Pointer(&p.buf[tag*p.ioMax]))),
-	}
+	*(*ioCmd)(unsafe.Pointer(&e.cmd)) = ioCmd{queueID: uint16(p.queue), tag: uint16(tag), result: result, addr: p.addr(tag)}
 }
 
+// addr is where the driver copies to and from; with CopyUser it must be 0.
+func (p *ringPort) addr(tag int) uint64 {
+	if p.buf == nil {
+		return 0
+	}
+	return uint64(uintptr(unsafe.Pointer(&p.buf[tag*p.ioMax])))
+}
+
+func (p *ringPort) load(int, []byte) error  { return nil }
+func (p *ringPort) store(int, []byte) error { return nil }
+
 func (p *ringPort) read(slot int, fd int, b []byte, off int64) {
+	p.readEntry(userData(completeRead, slot), fd, b, off)
+}
+
+func (p *ringPort) arm() {
+	p.readEntry(userData(completeWake, 0), p.char.interruptFD(), p.count[:8], 0)
+}
+
+func (p *ringPort) readEntry(userData uint64, fd int, b []byte, off int64) {
 	e := p.entry()
 	if e == nil {
 		return
@@ -117,19 +169,7 @@ func (p *ringPort) read(slot int, fd int, b []byte, off int64) {
 	e.off = uint64(off)
 	e.addr = uint64(uintptr(unsafe.Pointer(unsafe.SliceData(b))))
 	e.len = uint32(len(b))
-	e.userData = userData(completeRead, slot)
-}
-
-func (p *ringPort) arm() {
-	e := p.entry()
-	if e == nil {
-		return
-	}
-	e.opcode = opRead
-	e.fd = int32(p.efd)
-	e.addr = uint64(uintptr(unsafe.Pointer(&p.count[0])))
-	e.len = 8
-	e.userData = userData(completeWake, 0)
+	e.userData = userData
 }
 
 // entry returns a free submission entry, handing over the full ring first when it must.
@@ -148,23 +188,29 @@ func (p *ringPort) entry() *sqe {
 }
 
 func (p *ringPort) turn(wait bool) error {
+	_, err := p.enter(wait)
+	return err
+}
+
+// enter makes one system call. entered is false if it was cut short, and the kernel may not have done all its work.
+func (p *ringPort) enter(wait bool) (entered bool, err error) {
 	if p.err != nil {
-		return p.err
+		return false, p.err
 	}
 	var n uint32
 	if wait {
 		n = 1
 	}
-	err := p.ring.enter(n)
+	err = p.ring.enter(n)
 	switch {
 	case err == nil:
-		return nil
+		return true, nil
 	case !transient(err):
-		return fmt.Errorf("ublk: io_uring_enter: %w", err)
+		return false, fmt.Errorf("ublk: io_uring_enter: %w", err)
 	case err == unix.EAGAIN: // no memory for a request: let others make some
 		time.Sleep(time.Millisecond)
 	}
-	return nil
+	return false, nil
 }
 
 func (p *ringPort) next() (completion, bool) {
@@ -176,17 +222,7 @@ func (p *ringPort) desc(tag int) ioDesc {
 	return *(*ioDesc)(unsafe.Pointer(&p.descs[tag*descSize]))
 }
 
-func (p *ringPort) interrupt() { interrupt(p.efd) }
-
-// interrupt adds one to an eventfd. It cannot block before 2^64-2 unread interrupts.
-func interrupt(efd int) {
-	one := [8]byte{1}
-	for {
-		if _, err := unix.Write(efd, one[:]); err != unix.EINTR {
-			return
-		}
-	}
-}
+func (p *ringPort) interrupt() { p.char.interrupt() }
 
 func (p *ringPort) close(drained bool) {
 	// The registered file holds the char device open past its close, so it goes first. But the kernel waits (without
@@ -196,6 +232,21 @@ func (p *ringPort) close(drained bool) {
 	}
 	p.ring.close()
 	_ = unix.Munmap(p.count)
+}
+
+// charFiles is the charDevice of a real queue: the char device, and an eventfd that interrupt writes to.
+type charFiles struct{ char, event int }
+
+func (f charFiles) interruptFD() int { return f.event }
+
+// interrupt adds one to the eventfd. It cannot block before 2^64-2 unread interrupts.
+func (f charFiles) interrupt() {
+	one := [8]byte{1}
+	for {
+		if _, err := unix.Write(f.event, one[:]); err != unix.EINTR {
+			return
+		}
+	}
 }
 
 // laterList is a lock-free stack of answered requests: any goroutine pushes, the queue's thread takes all.

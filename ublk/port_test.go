@@ -63,11 +63,12 @@ func nullQueue(t testing.TB, depth int, h Handler) (q *queue, end chan error) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	q = newQueue(0, depth, fakeIOMax, buf, h, nil)
+	q = newQueue(CopyPlain, 0, depth, fakeIOMax, buf, h, nil)
 	end = make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
-		p, err := newRingPort(fd, 0, depth, descs, buf, fakeIOMax, efd)
+		p, err := newPort(portConfig{mode: CopyPlain, depth: depth, ioMax: fakeIOMax, descs: descs, buf: buf,
+			char: charFiles{event: efd}}, fd)
 		if err == nil {
 			if err = q.start(p); err == nil {
 				err = q.run()

@@ -8,6 +8,7 @@ import (
 	"runtime/debug"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -27,12 +28,17 @@ type queue struct {
 	report  func(error)
 	port    port
 
+	stats *queueCounters
+
 	requests []Request
-	reads    []readSlot // fetches under way, by slot
-	free     []int      // slots not in use
-	owned    int        // tags that are ours
-	ended    int        // tags that the driver aborted
-	reading  int        // fetches under way
+	pool     *pool         // of CopyUser: lends requests their buffers
+	starved  requestFIFO   // requests that wait for a buffer
+	now      time.Duration // when the completions came that are being reaped
+	reads    []readSlot    // fetches under way, by slot
+	free     []int         // slots not in use
+	owned    int           // tags that are ours
+	ended    int           // tags that the driver aborted
+	reading  int           // fetches under way
 
 	later  laterList    // answers from other goroutines
 	asleep atomic.Bool  // the loop waits, or is about to: an answer must interrupt it
@@ -50,12 +56,20 @@ type readSlot struct {
 
 var errKilled = errors.New("ublk: queue killed")
 
-// newQueue makes the queue's state; buf holds depth buffers of ioMax bytes.
-func newQueue(id, depth, ioMax int, buf []byte, h Handler, report func(error)) *queue {
-	q := &queue{id: id, depth: depth, ioMax: ioMax, handler: h, report: report, requests: make([]Request, depth)}
+// newQueue makes the queue's state. buf holds depth buffers of ioMax bytes, or with CopyUser a pool of them.
+func newQueue(mode CopyMode, id, depth, ioMax int, buf []byte, h Handler, report func(error)) *queue {
+	q := &queue{id: id, depth: depth, ioMax: ioMax, handler: h, report: report, requests: make([]Request, depth),
+		stats: newQueueCounters(depth)}
 	q.fetcher, _ = h.(Fetcher)
+	if mode == CopyUser {
+		q.pool = newPool(buf, ioMax)
+	}
 	for tag := range q.requests {
-		q.requests[tag] = Request{Queue: id, Tag: tag, q: q, full: buf[tag*ioMax : (tag+1)*ioMax : (tag+1)*ioMax]}
+		r := &q.requests[tag]
+		r.Queue, r.Tag, r.q = id, tag, q
+		if q.pool == nil {
+			r.full = buf[tag*ioMax : (tag+1)*ioMax : (tag+1)*ioMax]
+		}
 	}
 	return q
 }
@@ -70,6 +84,7 @@ func (q *queue) start(p port) error {
 	if err := p.turn(false); err != nil {
 		return err
 	}
+	q.now = q.stats.now()
 	return q.reap()
 }
 
@@ -87,6 +102,7 @@ func (q *queue) run() error {
 func (q *queue) turn() error {
 	for {
 		q.commitLater()
+		q.serveStarved()
 		// An answer that is pushed after this store sees it and interrupts; one pushed before is in the list.
 		q.asleep.Store(true)
 		if q.later.empty() {
@@ -98,12 +114,14 @@ func (q *queue) turn() error {
 	if q.killed.Load() {
 		err = errKilled
 	} else {
+		q.stats.publish(q.owned)
 		err = q.port.turn(true)
 	}
 	q.asleep.Store(false)
 	if err != nil {
 		return err
 	}
+	q.now = q.stats.now()
 	return q.reap()
 }
 
@@ -189,21 +207,61 @@ func (q *queue) dispatch(r *Request, d ioDesc) {
 	r.Offset = int64(d.startSector) << sectorShift
 	r.Length = int(d.sectors) << sectorShift
 	r.Buf = nil
+	r.arrived, r.op, r.size = q.now, r.Op, 0
 	r.err, r.readErr, r.wait = nil, nil, waitNone
 	r.state.Store(requestServing)
 	switch r.Op {
 	case OpRead, OpWrite:
-		if r.Length > len(r.full) {
-			q.settle(r, syscall.EIO)
-			return
-		}
-		r.Buf = r.full[:r.Length]
+		q.dispatchPayload(r)
 	case OpFlush, OpDiscard, OpWriteZeroes:
+		q.settle(r, q.serve(r))
 	default:
+		r.op = OpRead // what it counts as
 		q.settle(r, syscall.EOPNOTSUPP)
+	}
+}
+
+// dispatchPayload finds a buffer for a read or write, and serves it or has it wait for one.
+func (q *queue) dispatchPayload(r *Request) {
+	switch {
+	case r.Length > q.ioMax || r.Length == 0:
+		q.settle(r, syscall.EIO)
+		return
+	case q.pool == nil:
+	case !q.starved.empty() || !q.lendBuffer(r):
+		r.state.Store(requestAnswered) // nobody has it
+		q.starved.push(r)
 		return
 	}
+	q.servePayload(r)
+}
+
+func (q *queue) lendBuffer(r *Request) bool {
+	r.full = q.pool.get(r.Length)
+	return r.full != nil
+}
+
+// servePayload serves a read or write that has its buffer.
+func (q *queue) servePayload(r *Request) {
+	r.size = r.Length
+	r.Buf = r.full[:r.Length]
+	if q.pool != nil && r.op == OpWrite {
+		if err := q.port.load(r.Tag, r.Buf); err != nil {
+			q.settle(r, err)
+			return
+		}
+	}
 	q.settle(r, q.serve(r))
+}
+
+// serveStarved serves the requests that wait for a buffer, in their order, as long as there are buffers. Because the
+// first keeps the others waiting, it gets the pool's memory together, however large it is.
+func (q *queue) serveStarved() {
+	for r := q.starved.head; r != nil && q.lendBuffer(r); r = q.starved.head {
+		q.starved.pop()
+		r.state.Store(requestServing)
+		q.servePayload(r)
+	}
 }
 
 // serve calls the handler; a panic becomes an error.
@@ -245,10 +303,10 @@ func (e *PanicError) Error() string {
 // settle acts on what the handler returned for r.
 func (q *queue) settle(r *Request, err error) {
 	if err != nil {
-		switch {
-		case errors.Is(err, ErrLater):
+		switch err {
+		case ErrLater:
 			return
-		case errors.Is(err, ErrFetch):
+		case ErrFetch:
 			q.settleFetch(r)
 			return
 		}
@@ -270,7 +328,7 @@ func (q *queue) settleFetch(r *Request) {
 		return
 	}
 	err := q.fetched(r)
-	if r.reads == 0 && errors.Is(err, ErrFetch) {
+	if r.reads == 0 && err == ErrFetch {
 		err = fmt.Errorf("ublk: FetchedUBLK returned ErrFetch without a fetch: %w", syscall.EIO)
 	}
 	r.readErr = nil
@@ -284,16 +342,40 @@ func (q *queue) commit(r *Request) {
 		r.wait = waitCommit
 		return
 	}
-	var res int32
-	switch {
-	case r.err != nil:
-		res = -int32(errnoOf(r.err))
-	case r.Op == OpRead || r.Op == OpWrite:
-		res = int32(r.Length)
+	if r.err == nil && q.pool != nil && r.op == OpRead {
+		r.err = q.port.store(r.Tag, r.full)
 	}
-	r.state.Store(requestIdle)
+	res := int32(r.size)
+	if r.err != nil {
+		res = -int32(errnoOf(r.err))
+	}
+	if q.pool != nil && r.full != nil {
+		q.pool.put(r.full)
+		r.full, r.Buf = nil, nil
+	}
 	q.owned--
+	q.stats.note(answer{arrived: r.arrived, op: r.op, bytes: max(res, 0), failed: res < 0})
 	q.port.commit(r.Tag, res)
+}
+
+// requestFIFO is a list of requests, linked by next.
+type requestFIFO struct{ head, tail *Request }
+
+func (f *requestFIFO) empty() bool { return f.head == nil }
+
+func (f *requestFIFO) push(r *Request) {
+	r.next = nil
+	if f.head == nil {
+		f.head = r
+	} else {
+		f.tail.next = r
+	}
+	f.tail = r
+}
+
+func (f *requestFIFO) pop() {
+	r := f.head
+	f.head, r.next = r.next, nil
 }
 
 // startRead queues one fetch of r.

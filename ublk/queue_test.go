@@ -32,9 +32,11 @@ func desc(op Op, flags uint32, off int64, n int) ioDesc {
 	return ioDesc{opFlags: uint32(op) | flags, startSector: uint64(off >> 9), sectors: uint32(n >> 9)}
 }
 
-func TestRequestFields(t *testing.T) {
+func TestRequestFields(t *testing.T) { inEachMode(t, testRequestFields) }
+
+func testRequestFields(t *testing.T, mode CopyMode) {
 	var got *Request
-	q := runFake(t, 4, handlerFunc(func(r *Request) error {
+	q := runFake(t, mode, 4, handlerFunc(func(r *Request) error {
 		got = &Request{Op: r.Op, FUA: r.FUA, NoUnmap: r.NoUnmap, Offset: r.Offset, Length: r.Length, Buf: r.Buf, Queue: r.Queue, Tag: r.Tag}
 		return nil
 	}), nil)
@@ -65,7 +67,7 @@ func TestRequestFields(t *testing.T) {
 
 func TestBuffersAreTheTags(t *testing.T) {
 	mem := make([]byte, 4*fakeIOMax)
-	q := newQueue(0, 4, fakeIOMax, mem, handlerFunc(nil), nil)
+	q := newQueue(CopyPlain, 0, 4, fakeIOMax, mem, handlerFunc(nil), nil)
 	for tag := range q.requests {
 		full := q.requests[tag].full
 		if len(full) != fakeIOMax || cap(full) != fakeIOMax || &full[0] != &mem[tag*fakeIOMax] {
@@ -74,9 +76,11 @@ func TestBuffersAreTheTags(t *testing.T) {
 	}
 }
 
-func TestErrorsBecomeErrnos(t *testing.T) {
+func TestErrorsBecomeErrnos(t *testing.T) { inEachMode(t, testErrorsBecomeErrnos) }
+
+func testErrorsBecomeErrnos(t *testing.T, mode CopyMode) {
 	var answer error
-	q := runFake(t, 2, handlerFunc(func(*Request) error { return answer }), nil)
+	q := runFake(t, mode, 2, handlerFunc(func(*Request) error { return answer }), nil)
 	for _, c := range []struct {
 		err  error
 		want syscall.Errno
@@ -96,8 +100,10 @@ func TestErrorsBecomeErrnos(t *testing.T) {
 	}
 }
 
-func TestBadDescriptors(t *testing.T) {
-	q := runFake(t, 2, handlerFunc(func(r *Request) error { t.Errorf("handler saw %v", r.Op); return nil }), nil)
+func TestBadDescriptors(t *testing.T) { inEachMode(t, testBadDescriptors) }
+
+func testBadDescriptors(t *testing.T, mode CopyMode) {
+	q := runFake(t, mode, 2, handlerFunc(func(r *Request) error { t.Errorf("handler saw %v", r.Op); return nil }), nil)
 	if res := q.do(t, desc(OpRead, 0, 0, fakeIOMax+512)); res != -int32(syscall.EIO) {
 		t.Errorf("too long a read: %d", res)
 	}
@@ -106,9 +112,11 @@ func TestBadDescriptors(t *testing.T) {
 	}
 }
 
-func TestPanicBecomesEIO(t *testing.T) {
+func TestPanicBecomesEIO(t *testing.T) { inEachMode(t, testPanicBecomesEIO) }
+
+func testPanicBecomesEIO(t *testing.T, mode CopyMode) {
 	var reports []error
-	q := runFake(t, 2, handlerFunc(func(r *Request) error {
+	q := runFake(t, mode, 2, handlerFunc(func(r *Request) error {
 		if r.Op == OpWrite {
 			var none []int
 			_ = none[r.Tag]
@@ -124,19 +132,21 @@ func TestPanicBecomesEIO(t *testing.T) {
 		}
 	}
 	var p *PanicError
-	if len(reports) != 3 || !errors.As(reports[0], &p) || p.Offset != 8192 || !strings.Contains(string(p.Stack), "TestPanicBecomesEIO") {
+	if len(reports) != 3 || !errors.As(reports[0], &p) || p.Offset != 8192 || !strings.Contains(string(p.Stack), "testPanicBecomesEIO") {
 		t.Errorf("reports %v", reports)
 	}
 }
 
-func TestLater(t *testing.T) {
+func TestLater(t *testing.T) { inEachMode(t, testLater) }
+
+func testLater(t *testing.T, mode CopyMode) {
 	for name, complete := range map[string]func(*Request){
 		"before the return": func(r *Request) { r.Complete(nil) },
 		"in a goroutine":    func(r *Request) { go r.Complete(nil) },
 		"after a while":     func(r *Request) { time.AfterFunc(5*time.Millisecond, func() { r.Complete(nil) }) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			q := runFake(t, 2, handlerFunc(func(r *Request) error { complete(r); return ErrLater }), nil)
+			q := runFake(t, mode, 2, handlerFunc(func(r *Request) error { complete(r); return ErrLater }), nil)
 			for range 20 {
 				if res := q.do(t, desc(OpWrite, 0, 0, 4096)); res != 4096 {
 					t.Errorf("result %d", res)
@@ -146,8 +156,10 @@ func TestLater(t *testing.T) {
 	}
 }
 
-func TestFirstAnswerCounts(t *testing.T) {
-	q := runFake(t, 2, handlerFunc(func(r *Request) error {
+func TestFirstAnswerCounts(t *testing.T) { inEachMode(t, testFirstAnswerCounts) }
+
+func testFirstAnswerCounts(t *testing.T, mode CopyMode) {
+	q := runFake(t, mode, 2, handlerFunc(func(r *Request) error {
 		r.Complete(syscall.ENOSPC)
 		r.Complete(nil)
 		return nil
@@ -160,7 +172,9 @@ func TestFirstAnswerCounts(t *testing.T) {
 }
 
 // TestNoAnswerIsLost has many goroutines answer at random moments while the loop falls asleep and wakes.
-func TestNoAnswerIsLost(t *testing.T) {
+func TestNoAnswerIsLost(t *testing.T) { inEachMode(t, testNoAnswerIsLost) }
+
+func testNoAnswerIsLost(t *testing.T, mode CopyMode) {
 	const depth, total = 32, 20000
 	work := make(chan *Request, depth)
 	var workers sync.WaitGroup
@@ -174,7 +188,7 @@ func TestNoAnswerIsLost(t *testing.T) {
 			}
 		})
 	}
-	q := runFake(t, depth, handlerFunc(func(r *Request) error { work <- r; return ErrLater }), nil)
+	q := runFake(t, mode, depth, handlerFunc(func(r *Request) error { work <- r; return ErrLater }), nil)
 	go func() {
 		for range total {
 			q.port.dispatch(desc(OpWrite, 0, 0, 512))
@@ -194,7 +208,9 @@ func TestNoAnswerIsLost(t *testing.T) {
 	workers.Wait()
 }
 
-func TestFetch(t *testing.T) {
+func TestFetch(t *testing.T) { inEachMode(t, testFetch) }
+
+func testFetch(t *testing.T, mode CopyMode) {
 	file := make([]byte, 1<<20)
 	for i := range file {
 		file[i] = byte(i * 7 >> 3)
@@ -239,9 +255,9 @@ func TestFetch(t *testing.T) {
 		} {
 			t.Run(fmt.Sprintf("%s fetcher=%v", c.name, isFetcher), func(t *testing.T) {
 				fetched, fetchErr, seen = 0, nil, nil
-				q := startFake(t, 2, h, nil)
+				q := startFake(t, mode, 2, h, nil)
 				q.port.files[5], q.port.readRes = file, c.readRes
-				go func() { q.end <- q.run() }()
+				go q.loop()
 				res := q.do(t, desc(OpRead, 0, c.off, 16384))
 				q.port.stop()
 				if err := q.wait(); err != nil {
@@ -268,7 +284,9 @@ func TestFetch(t *testing.T) {
 	}
 }
 
-func TestFetchInStages(t *testing.T) {
+func TestFetchInStages(t *testing.T) { inEachMode(t, testFetchInStages) }
+
+func testFetchInStages(t *testing.T, mode CopyMode) {
 	h := fetchHandler{
 		serve: func(r *Request) error {
 			r.Data = 0
@@ -285,9 +303,9 @@ func TestFetchInStages(t *testing.T) {
 			return ErrFetch
 		},
 	}
-	q := startFake(t, 1, h, nil)
+	q := startFake(t, mode, 1, h, nil)
 	q.port.files[1] = make([]byte, 8192)
-	go func() { q.end <- q.run() }()
+	go q.loop()
 	if res := q.do(t, desc(OpRead, 0, 0, 512)); res != 512 {
 		t.Errorf("result %d", res)
 	}
@@ -301,16 +319,18 @@ func TestFetchInStages(t *testing.T) {
 }
 
 // TestAnswerWaitsForReads: whatever the handler answers, the tag stays ours while the kernel writes to its memory.
-func TestAnswerWaitsForReads(t *testing.T) {
+func TestAnswerWaitsForReads(t *testing.T) { inEachMode(t, testAnswerWaitsForReads) }
+
+func testAnswerWaitsForReads(t *testing.T, mode CopyMode) {
 	for name, h := range map[string]handlerFunc{
 		"error":    func(r *Request) error { r.Fetch(1, r.Buf, 0); return syscall.ENOMEM },
 		"panic":    func(r *Request) error { r.Fetch(1, r.Buf, 0); panic("x") },
 		"complete": func(r *Request) error { r.Fetch(1, r.Buf, 0); go r.Complete(syscall.ENOMEM); return ErrLater },
 	} {
 		t.Run(name, func(t *testing.T) {
-			q := startFake(t, 1, h, nil)
+			q := startFake(t, mode, 1, h, nil)
 			q.port.files[1], q.port.hold = make([]byte, 8192), true
-			go func() { q.end <- q.run() }()
+			go q.loop()
 			q.port.dispatch(desc(OpRead, 0, 0, 4096))
 			for q.port.heldReads() == 0 {
 				time.Sleep(time.Millisecond)
@@ -332,9 +352,11 @@ func TestAnswerWaitsForReads(t *testing.T) {
 	}
 }
 
-func TestFetchMisuse(t *testing.T) {
+func TestFetchMisuse(t *testing.T) { inEachMode(t, testFetchMisuse) }
+
+func testFetchMisuse(t *testing.T, mode CopyMode) {
 	again := 0
-	q := runFake(t, 1, fetchHandler{
+	q := runFake(t, mode, 1, fetchHandler{
 		serve:   func(r *Request) error { r.Fetch(1, nil, 0); return ErrFetch }, // nothing to read
 		fetched: func(r *Request, err error) error { again++; return ErrFetch }, // and nothing again
 	}, nil)
@@ -343,22 +365,23 @@ func TestFetchMisuse(t *testing.T) {
 	}
 }
 
-func TestRefusedCommandEndsTheLoop(t *testing.T) {
-	q := startFake(t, 2, handlerFunc(func(*Request) error { return nil }), nil)
-	go func() { q.end <- q.run() }()
-	q.port.mu.Lock()
-	q.port.ready = append(q.port.ready, completion{completeIO, 1, -int32(syscall.EINVAL)})
-	q.port.cond.Broadcast()
-	q.port.mu.Unlock()
+func TestRefusedCommandEndsTheLoop(t *testing.T) { inEachMode(t, testRefusedCommandEndsTheLoop) }
+
+func testRefusedCommandEndsTheLoop(t *testing.T, mode CopyMode) {
+	q := startFake(t, mode, 2, handlerFunc(func(*Request) error { return nil }), nil)
+	go q.loop()
+	q.port.complete(completeIO, 1, -int32(syscall.EINVAL))
 	if err := q.wait(); !errors.Is(err, syscall.EINVAL) {
 		t.Errorf("the loop ended with %v", err)
 	}
 }
 
-func TestKillEndsASleepingLoop(t *testing.T) {
+func TestKillEndsASleepingLoop(t *testing.T) { inEachMode(t, testKillEndsASleepingLoop) }
+
+func testKillEndsASleepingLoop(t *testing.T, mode CopyMode) {
 	for range 200 {
-		q := startFake(t, 2, handlerFunc(func(*Request) error { return nil }), nil)
-		go func() { q.end <- q.run() }()
+		q := startFake(t, mode, 2, handlerFunc(func(*Request) error { return nil }), nil)
+		go q.loop()
 		q.kill()
 		if err := q.wait(); !errors.Is(err, errKilled) {
 			t.Fatalf("the loop ended with %v", err)
@@ -367,10 +390,12 @@ func TestKillEndsASleepingLoop(t *testing.T) {
 }
 
 // TestStopWithRequestsOpen: the loop serves until the last answer, then ends.
-func TestStopWithRequestsOpen(t *testing.T) {
+func TestStopWithRequestsOpen(t *testing.T) { inEachMode(t, testStopWithRequestsOpen) }
+
+func testStopWithRequestsOpen(t *testing.T, mode CopyMode) {
 	open := make(chan *Request, 8)
-	q := startFake(t, 8, handlerFunc(func(r *Request) error { open <- r; return ErrLater }), nil)
-	go func() { q.end <- q.run() }()
+	q := startFake(t, mode, 8, handlerFunc(func(r *Request) error { open <- r; return ErrLater }), nil)
+	go q.loop()
 	for range 8 {
 		q.port.dispatch(desc(OpWrite, 0, 0, 512))
 	}
@@ -396,7 +421,9 @@ func TestStopWithRequestsOpen(t *testing.T) {
 }
 
 // TestNoAllocations is the gate: a request costs no heap, however it is answered.
-func TestNoAllocations(t *testing.T) {
+func TestNoAllocations(t *testing.T) { inEachMode(t, testNoAllocations) }
+
+func testNoAllocations(t *testing.T, mode CopyMode) {
 	inline := handlerFunc(func(r *Request) error { return nil })
 	later := handlerFunc(func(r *Request) error { r.Complete(nil); return ErrLater })
 	fetch := fetchHandler{
@@ -409,7 +436,7 @@ func TestNoAllocations(t *testing.T) {
 	}
 	for name, h := range map[string]Handler{"inline": inline, "later": later, "fetch": fetch} {
 		t.Run(name, func(t *testing.T) {
-			q := startFake(t, 16, h, nil)
+			q := startFake(t, mode, 16, h, nil)
 			q.port.files[1] = make([]byte, 1<<20)
 			round := func() {
 				for range 16 {
@@ -435,7 +462,9 @@ func TestNoAllocations(t *testing.T) {
 
 // TestNoAnswerIsLostAtTheEdge has a single request under way, answered by a spinning goroutine about when the loop goes
 // to sleep: no other event would make up for a missed wake-up.
-func TestNoAnswerIsLostAtTheEdge(t *testing.T) {
+func TestNoAnswerIsLostAtTheEdge(t *testing.T) { inEachMode(t, testNoAnswerIsLostAtTheEdge) }
+
+func testNoAnswerIsLostAtTheEdge(t *testing.T, mode CopyMode) {
 	if runtime.GOMAXPROCS(0) < 2 {
 		t.Skip("needs two processors to race")
 	}
@@ -458,7 +487,7 @@ func TestNoAnswerIsLostAtTheEdge(t *testing.T) {
 	})
 	defer answering.Wait()
 	defer stop.Store(true)
-	q := runFake(t, 1, handlerFunc(func(r *Request) error { mailbox.Store(r); return ErrLater }), nil)
+	q := runFake(t, mode, 1, handlerFunc(func(r *Request) error { mailbox.Store(r); return ErrLater }), nil)
 	for range total {
 		if res := q.do(t, desc(OpFlush, 0, 0, 0)); res != 0 {
 			t.Fatalf("result %d", res)

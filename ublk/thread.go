@@ -19,11 +19,27 @@ type queueThread struct {
 	efd   int
 }
 
+// copyMode is the mode of a device that the driver granted features.
+func copyMode(features Feature) CopyMode {
+	switch {
+	case features&FeatureBatchIO != 0:
+		return CopyBatch
+	case features&FeatureUserCopy != 0:
+		return CopyUser
+	}
+	return CopyPlain
+}
+
 // makeQueues maps what each queue needs. Descriptors of queue n lie at n times a stride that does not depend on the
 // depth; the length must be exactly that of the depth, and read-only.
 func (d *Device) makeQueues(h Handler) error {
 	page := os.Getpagesize()
 	stride := int64(roundUp(descArea, page))
+	mode := copyMode(d.features)
+	size := d.opts.Depth * d.opts.MaxIOBytes
+	if mode == CopyUser {
+		size = poolSize(d.opts.Depth, d.opts.MaxIOBytes)
+	}
 	d.locked = true
 	for id := range d.opts.Queues {
 		t := &queueThread{efd: -1}
@@ -35,16 +51,33 @@ func (d *Device) makeQueues(h Handler) error {
 			return fmt.Errorf("ublk: map the descriptors of queue %d: %w", id, err)
 		}
 		var locked bool
-		if t.buf, locked, err = mapAnonymous(d.opts.Depth * d.opts.MaxIOBytes); err != nil {
+		if t.buf, locked, err = mapAnonymous(size); err != nil {
 			return err
 		}
 		d.locked = d.locked && locked
 		if t.efd, err = unix.Eventfd(0, unix.EFD_CLOEXEC); err != nil {
 			return fmt.Errorf("ublk: make an eventfd: %w", err)
 		}
-		t.queue = newQueue(id, d.opts.Depth, d.opts.MaxIOBytes, t.buf, h, d.opts.Report)
+		t.queue = newQueue(mode, id, d.opts.Depth, d.opts.MaxIOBytes, t.buf, h, d.opts.Report)
 	}
 	return nil
+}
+
+// newPort makes the port of a queue on its thread.
+func (d *Device) newPort(t *queueThread) (port, error) {
+	c := portConfig{
+		mode:  copyMode(d.features),
+		queue: t.id,
+		depth: d.opts.Depth,
+		ioMax: d.opts.MaxIOBytes,
+		descs: t.descs,
+		buf:   t.buf,
+		char:  charFiles{char: d.charFD, event: t.efd},
+	}
+	if c.mode == CopyUser {
+		c.buf = nil
+	}
+	return newPort(c, d.charFD)
 }
 
 // startQueues runs a thread for every queue and waits until each has fetched all its tags. From here on supervise owns
@@ -70,7 +103,7 @@ func (d *Device) queueRoutine(t *queueThread, ready chan<- error) {
 	runtime.LockOSThread()
 	nameThread(fmt.Sprintf("ublk%dq%d", d.id, t.id))
 	defer d.ending.Done()
-	p, err := newRingPort(d.charFD, t.id, d.opts.Depth, t.descs, t.buf, d.opts.MaxIOBytes, t.efd)
+	p, err := d.newPort(t)
 	if err != nil {
 		ready <- err
 		return
@@ -78,10 +111,11 @@ func (d *Device) queueRoutine(t *queueThread, ready chan<- error) {
 	// Deferred for a handler that ends the goroutine (runtime.Goexit): the tags must not stay without a thread.
 	finished := false
 	defer func() {
-		if t.owned > 0 || t.reading > 0 {
+		drained := t.ended == t.depth
+		if !drained || t.reading > 0 {
 			keepForever(t)
 		}
-		p.close(t.ended == t.depth)
+		p.close(drained)
 		if !finished {
 			d.fail(fmt.Errorf("ublk: the handler ended the thread of queue %d", t.id))
 		}
@@ -107,8 +141,8 @@ func nameThread(name string) {
 	}
 }
 
-// abandoned holds the memory of queues that died with requests or reads open: a handler or the kernel may still write
-// to it.
+// abandoned holds the memory of queues that died with tags or reads open: a handler may still write to it, and so may
+// the kernel until the thread is gone, which nobody can wait for.
 var abandoned struct {
 	sync.Mutex
 	queues []*queueThread
@@ -118,4 +152,5 @@ func keepForever(t *queueThread) {
 	abandoned.Lock()
 	defer abandoned.Unlock()
 	abandoned.queues = append(abandoned.queues, t)
+	t.buf = nil // which keeps it mapped
 }

@@ -1,7 +1,6 @@
 package ublk
 
 import (
-	"errors"
 	"fmt"
 	"sync/atomic"
 	"unsafe"
@@ -18,6 +17,7 @@ const (
 	setupSQE128       = 1 << 10 // 5.19
 	setupSingleIssuer = 1 << 12 // 6.0
 	setupDeferTaskrun = 1 << 13 // 6.1
+	setupNoSQArray    = 1 << 16 // 6.6
 
 	enterGetEvents      = 1 << 0
 	enterRegisteredRing = 1 << 4 // 5.18
@@ -27,6 +27,7 @@ const (
 	registerEventfd   = 4
 	registerRingFDs   = 20
 	unregisterRingFDs = 21
+	registerPbufRing  = 22 // 5.19
 
 	featSingleMmap = 1 << 0
 	featNoDrop     = 1 << 1
@@ -38,7 +39,14 @@ const (
 	opRead        = 22
 	opURingCmd    = 46
 
-	sqeFixedFile = 1 << 0
+	sqeFixedFile    = 1 << 0
+	sqeBufferSelect = 1 << 5
+
+	cqeBuffer      = 1 << 0 // the flags' upper half is the buffer's id
+	cqeMore        = 1 << 1 // the entry stays in force
+	cqeBufferShift = 16
+
+	cmdMultishot = 1 << 1 // IORING_URING_CMD_MULTISHOT
 
 	sqeSize = 128
 	cqeSize = 16
@@ -84,14 +92,20 @@ type ringParams struct {
 	cq                                                                     cqOffsets
 }
 
+// kernel is the other side of a ring's memory. Tests put a driver of their own there.
+type kernel interface {
+	// enter takes submit entries and, when minComplete > 0, waits for that many completions.
+	enter(submit, minComplete uint32) error
+	register(op int, arg unsafe.Pointer, n int) error
+	close()
+}
+
 // ring is one io_uring with 128-byte submission entries. Its memory is the kernel's, outside the Go heap. It is not
 // safe for concurrent use.
 type ring struct {
-	fd        int
-	enterFD   int // fd, or its index when the ring is registered with this thread
-	enterFlag uint32
-	ringMem   []byte
-	sqeMem    []byte
+	kernel  kernel
+	ringMem []byte
+	sqeMem  []byte
 
 	sqHead, sqTail *uint32 // the kernel moves head, we move tail
 	sqMask         uint32
@@ -101,9 +115,11 @@ type ring struct {
 	cqes           unsafe.Pointer
 }
 
-// queueSetup lists the set-up flags for a queue's ring, best first: DEFER_TASKRUN (6.1) runs the driver's work only
-// when the thread asks for events, SINGLE_ISSUER (6.0) saves locking, COOP_TASKRUN (5.19) saves interrupts.
+// queueSetup lists the set-up flags for a queue's ring, best first: NO_SQARRAY (6.6) saves an indirection, DEFER_TASKRUN
+// (6.1) runs the driver's work only when the thread asks for events, SINGLE_ISSUER (6.0) saves locking, COOP_TASKRUN
+// (5.19) saves interrupts.
 var queueSetup = []uint32{
+	setupCoopTaskrun | setupSingleIssuer | setupDeferTaskrun | setupNoSQArray,
 	setupCoopTaskrun | setupSingleIssuer | setupDeferTaskrun,
 	setupCoopTaskrun | setupSingleIssuer,
 	setupCoopTaskrun,
@@ -142,12 +158,15 @@ func setupError(errno unix.Errno) error {
 }
 
 func mapRing(fd int, p *ringParams) (*ring, error) {
-	r := &ring{fd: fd, enterFD: fd}
+	r := &ring{kernel: &ringFD{fd: fd, enterFD: fd}}
 	if p.features&featSingleMmap == 0 || p.features&featNoDrop == 0 {
 		r.close()
 		return nil, fmt.Errorf("ublk: io_uring without SINGLE_MMAP or NODROP: %w", ErrKernelTooOld)
 	}
-	size := max(p.sq.array+p.sqEntries*4, p.cq.cqes+p.cqEntries*cqeSize)
+	size := p.cq.cqes + p.cqEntries*cqeSize
+	if p.flags&setupNoSQArray == 0 {
+		size = max(size, p.sq.array+p.sqEntries*4)
+	}
 	var err error
 	if r.ringMem, err = mapShared(fd, offSQRing, int(size)); err == nil {
 		r.sqeMem, err = mapShared(fd, offSQEs, int(p.sqEntries)*sqeSize)
@@ -156,16 +175,24 @@ func mapRing(fd int, p *ringParams) (*ring, error) {
 		r.close()
 		return nil, fmt.Errorf("ublk: map an io_uring: %w", err)
 	}
+	r.attach(p)
+	return r, nil
+}
+
+// attach finds the parts of the ring in its memory.
+func (r *ring) attach(p *ringParams) {
 	word := func(off uint32) *uint32 { return (*uint32)(unsafe.Pointer(&r.ringMem[off])) }
 	r.sqHead, r.sqTail, r.sqMask = word(p.sq.head), word(p.sq.tail), *word(p.sq.mask)
 	r.cqHead, r.cqTail, r.cqMask = word(p.cq.head), word(p.cq.tail), *word(p.cq.mask)
 	r.cqes = unsafe.Pointer(&r.ringMem[p.cq.cqes])
 	r.sqNext = *r.sqTail
+	if p.flags&setupNoSQArray != 0 {
+		return
+	}
 	// The index array is filled once: entry i of the ring is always SQE i.
 	for i := range p.sqEntries {
 		*word(p.sq.array + 4*i) = i
 	}
-	return r, nil
 }
 
 func mapShared(fd int, off int64, size int) ([]byte, error) {
@@ -174,12 +201,8 @@ func mapShared(fd int, off int64, size int) ([]byte, error) {
 
 // close releases everything; it may be called on a half-made ring, and twice.
 func (r *ring) close() {
-	if r.fd < 0 {
+	if r.kernel == nil {
 		return
-	}
-	if r.enterFlag != 0 {
-		u := ringFDUpdate{offset: uint32(r.enterFD)}
-		_ = r.register(unregisterRingFDs, unsafe.Pointer(&u), 1)
 	}
 	if r.sqeMem != nil {
 		_ = unix.Munmap(r.sqeMem)
@@ -187,8 +210,19 @@ func (r *ring) close() {
 	if r.ringMem != nil {
 		_ = unix.Munmap(r.ringMem)
 	}
-	_ = unix.Close(r.fd)
-	r.sqeMem, r.ringMem, r.fd = nil, nil, -1
+	r.kernel.close()
+	r.sqeMem, r.ringMem, r.kernel = nil, nil, nil
+}
+
+func (r *ring) register(op int, arg unsafe.Pointer, n int) error {
+	return r.kernel.register(op, arg, n)
+}
+
+// ringFD is the kernel of a real ring.
+type ringFD struct {
+	fd        int
+	enterFD   int // fd, or its index when the ring is registered with this thread
+	enterFlag uint32
 }
 
 // ringFDUpdate is struct io_uring_rsrc_update.
@@ -199,16 +233,16 @@ type ringFDUpdate struct {
 }
 
 // registerSelf saves the file lookup of every enter on this thread (5.18); not having it costs only time.
-func (r *ring) registerSelf() {
-	u := ringFDUpdate{offset: ^uint32(0), data: uint64(r.fd)}
-	if r.register(registerRingFDs, unsafe.Pointer(&u), 1) == nil {
-		r.enterFD, r.enterFlag = int(u.offset), enterRegisteredRing
+func (k *ringFD) registerSelf() {
+	u := ringFDUpdate{offset: ^uint32(0), data: uint64(k.fd)}
+	if k.register(registerRingFDs, unsafe.Pointer(&u), 1) == nil {
+		k.enterFD, k.enterFlag = int(u.offset), enterRegisteredRing
 	}
 }
 
-func (r *ring) register(op int, arg unsafe.Pointer, n int) error {
+func (k *ringFD) register(op int, arg unsafe.Pointer, n int) error {
 	for {
-		_, _, errno := unix.Syscall6(unix.SYS_IO_URING_REGISTER, uintptr(r.fd), uintptr(op), uintptr(arg), uintptr(n), 0, 0)
+		_, _, errno := unix.Syscall6(unix.SYS_IO_URING_REGISTER, uintptr(k.fd), uintptr(op), uintptr(arg), uintptr(n), 0, 0)
 		switch errno {
 		case 0:
 			return nil
@@ -217,6 +251,26 @@ func (r *ring) register(op int, arg unsafe.Pointer, n int) error {
 			return errno
 		}
 	}
+}
+
+// allSignals keeps the runtime's and the process's signals from ending a wait with EINTR: another thread takes them.
+var allSignals = ^uint64(0)
+
+func (k *ringFD) enter(submit, minComplete uint32) error {
+	_, _, errno := unix.Syscall6(unix.SYS_IO_URING_ENTER, uintptr(k.enterFD), uintptr(submit), uintptr(minComplete),
+		uintptr(enterGetEvents|k.enterFlag), uintptr(unsafe.Pointer(&allSignals)), unsafe.Sizeof(allSignals))
+	if errno == 0 {
+		return nil
+	}
+	return errno
+}
+
+func (k *ringFD) close() {
+	if k.enterFlag != 0 {
+		u := ringFDUpdate{offset: uint32(k.enterFD)}
+		_ = k.register(unregisterRingFDs, unsafe.Pointer(&u), 1)
+	}
+	_ = unix.Close(k.fd)
 }
 
 // get returns a cleared entry, or nil when the submission ring is full. The entry is published by the next enter.
@@ -230,37 +284,33 @@ func (r *ring) get() *sqe {
 	return e
 }
 
-// allSignals keeps the runtime's and the process's signals from ending a wait with EINTR: another thread takes them.
-var allSignals = ^uint64(0)
-
 // enter submits what get returned and, when minComplete > 0, waits for that many completions. Whether entries were
 // taken is read from the ring, not from the result, since a wait that is interrupted hides it.
 func (r *ring) enter(minComplete uint32) error {
 	atomic.StoreUint32(r.sqTail, r.sqNext)
-	submit := r.sqNext - atomic.LoadUint32(r.sqHead)
-	_, _, errno := unix.Syscall6(unix.SYS_IO_URING_ENTER, uintptr(r.enterFD), uintptr(submit), uintptr(minComplete),
-		uintptr(enterGetEvents|r.enterFlag), uintptr(unsafe.Pointer(&allSignals)), unsafe.Sizeof(allSignals))
-	if errno == 0 {
-		return nil
-	}
-	return errno
+	return r.kernel.enter(r.unsubmitted(), minComplete)
 }
 
 // next takes one completion; ok is false when there is none.
 func (r *ring) next() (userData uint64, res int32, ok bool) {
+	e, ok := r.nextCQE()
+	return e.userData, e.res, ok
+}
+
+// nextCQE is next with the flags.
+func (r *ring) nextCQE() (e cqe, ok bool) {
 	head := *r.cqHead
 	if head == atomic.LoadUint32(r.cqTail) {
-		return 0, 0, false
+		return cqe{}, false
 	}
-	e := (*cqe)(unsafe.Add(r.cqes, uintptr(head&r.cqMask)*cqeSize))
-	userData, res = e.userData, e.res
+	e = *(*cqe)(unsafe.Add(r.cqes, uintptr(head&r.cqMask)*cqeSize))
 	atomic.StoreUint32(r.cqHead, head+1)
-	return userData, res, true
+	return e, true
 }
 
 // transient tells results of enter after which the caller only has to look at the completions and go on.
 func transient(err error) bool {
-	return errors.Is(err, unix.EINTR) || errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EBUSY)
+	return err == unix.EINTR || err == unix.EAGAIN || err == unix.EBUSY
 }
 
 // unsubmitted counts the entries that the kernel has not taken yet.

@@ -1,0 +1,334 @@
+package ublk
+
+import (
+	"errors"
+	"math/rand/v2"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// behaviour is what the handler does with a request of a program.
+type behaviour uint8
+
+const (
+	answerNow behaviour = iota
+	answerError
+	answerPanic
+	answerLaterFirst // Complete before ErrLater is returned
+	answerLaterElsewhere
+	answerHeld // until an event releases it
+	answerTwice
+	answerFetch
+	answerFetchError
+	answerFetchPanic
+	answerFetchLater
+	behaviours
+)
+
+// wants is the result of a request that the handler treats so.
+func (b behaviour) wants(size int32) int32 {
+	switch b {
+	case answerError, answerFetchError:
+		return -int32(syscall.ENOSPC)
+	case answerPanic, answerFetchPanic:
+		return -int32(syscall.EIO)
+	}
+	return size
+}
+
+// programDisk is the handler of a program: what it does with the request at idx × fakeIOMax says plan[idx].
+type programDisk struct {
+	t    testing.TB
+	plan [256]behaviour
+
+	mu   sync.Mutex // guards what follows
+	held []*Request
+	runs sync.WaitGroup // goroutines that answer
+}
+
+func (d *programDisk) planOf(r *Request) behaviour { return d.plan[r.Offset/fakeIOMax&255] }
+
+func (d *programDisk) ServeUBLK(r *Request) error {
+	want := byte(r.Offset/fakeIOMax) + 1
+	if r.Op == OpWrite && !allAre(r.Buf, want) {
+		d.t.Errorf("the write at %d brought other bytes than %d", r.Offset, want)
+	}
+	b := d.planOf(r)
+	if b >= answerFetch && r.Op == OpRead {
+		half := r.Length / 2
+		r.Fetch(1, r.Buf[:half], r.Offset)
+		r.Fetch(1, r.Buf[half:], r.Offset+int64(half))
+		return ErrFetch
+	}
+	set(r.Buf, want)
+	return d.answer(r, b)
+}
+
+func (d *programDisk) FetchedUBLK(r *Request, err error) error {
+	if err != nil || !allAre(r.Buf, byte(r.Offset/fakeIOMax)+1) {
+		d.t.Errorf("the fetch at %d brought other bytes (%v)", r.Offset, err)
+	}
+	return d.answer(r, d.planOf(r))
+}
+
+func (d *programDisk) answer(r *Request, b behaviour) error {
+	switch b {
+	case answerError, answerFetchError:
+		return syscall.ENOSPC
+	case answerPanic, answerFetchPanic:
+		panic("as planned")
+	case answerLaterFirst:
+		r.Complete(nil)
+		return ErrLater
+	case answerLaterElsewhere, answerFetchLater:
+		d.runs.Go(func() { r.Complete(nil) })
+		return ErrLater
+	case answerHeld:
+		d.mu.Lock()
+		d.held = append(d.held, r)
+		d.mu.Unlock()
+		return ErrLater
+	case answerTwice:
+		r.Complete(nil)
+		return syscall.ENOSPC // too late
+	}
+	return nil
+}
+
+// release answers what is held, the youngest first.
+func (d *programDisk) release(n int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for ; n > 0 && len(d.held) > 0; n-- {
+		r := d.held[len(d.held)-1]
+		d.held = d.held[:len(d.held)-1]
+		r.Complete(nil)
+	}
+}
+
+// programFile is what the fetches read: fill for every part of the disk.
+var programFile = sync.OnceValue(func() []byte {
+	file := make([]byte, 256*fakeIOMax)
+	for i := range file {
+		file[i] = byte(i/fakeIOMax) + 1
+	}
+	return file
+})
+
+// program is one run of FuzzLoop: a queue on the fake kernel, driven by bytes.
+type program struct {
+	t      *testing.T
+	code   []byte
+	q      *fakeQueue
+	disk   *programDisk
+	killed bool
+	ended  bool // stopped, killed or broken: there are no more requests
+
+	mu       sync.Mutex // guards faults
+	faults   []error    // of the next enters
+	expected map[uint64]int32
+	answered map[uint64]bool
+}
+
+func (p *program) next() byte {
+	if len(p.code) == 0 {
+		return 0
+	}
+	b := p.code[0]
+	p.code = p.code[1:]
+	return b
+}
+
+// FuzzLoop runs the real loop and the real port of each mode against the fake kernel. The input chooses mode and depth,
+// then drives requests, handler behaviours and the driver's and kernel's doings. Every request must be answered exactly
+// once, with the right result and the right bytes; no tag is lost; the loop ends.
+func FuzzLoop(f *testing.F) {
+	for mode := range byte(3) {
+		for _, depth := range []byte{0, 3, 39} {
+			var everything []byte
+			for b := range byte(behaviours) {
+				for op := range byte(4) {
+					everything = append(everything, 0, b, op, b*16+op)
+				}
+				everything = append(everything, 2, 3)
+			}
+			f.Add(append([]byte{mode, depth}, everything...))
+			f.Add(append([]byte{mode, depth, 7, 0, 8, 0, 4, 1, 6, 0}, everything...))
+			f.Add(append([]byte{mode, depth, 6, 1, 6, 2}, append(everything[:40:40], 1)...))
+			f.Add(append([]byte{mode, depth}, append(everything[20:60:60], 5)...))
+			f.Add(append([]byte{mode, depth}, append(everything[30:70:70], 9)...))
+			rng := rand.New(rand.NewPCG(uint64(mode), uint64(depth)))
+			for range 20 {
+				random := []byte{mode, depth}
+				for range 300 {
+					random = append(random, byte(rng.Uint32()))
+				}
+				f.Add(random)
+			}
+		}
+	}
+	f.Fuzz(func(t *testing.T, code []byte) {
+		if len(code) < 2 || len(code) > 2000 {
+			return
+		}
+		p := &program{t: t, code: code, disk: &programDisk{t: t}, expected: map[uint64]int32{}, answered: map[uint64]bool{}}
+		mode, depth := CopyPlain+CopyMode(p.next()%3), 1+int(p.next())%40
+		p.q = startFake(t, mode, depth, p.disk, func(error) {})
+		p.q.port.files[1] = programFile()
+		p.q.port.enterErr = p.fault
+		go p.q.loop()
+		for len(p.code) > 0 {
+			p.event(p.next())
+			p.collect()
+		}
+		p.finish()
+	})
+}
+
+// event performs one instruction.
+func (p *program) event(op byte) {
+	k := p.q.port
+	arg := byte(0)
+	if op%12 > 0 {
+		arg = p.next()
+	}
+	switch op % 12 {
+	default:
+		p.request()
+	case 1:
+		if arg%4 == 0 { // not at once in every program
+			k.stop()
+			p.ended = true
+		}
+	case 2:
+		p.disk.release(1 + int(arg)%4)
+	case 3:
+		k.interrupt()
+	case 4:
+		k.mu.Lock()
+		k.hold = arg%2 == 1
+		k.mu.Unlock()
+		if arg%2 == 0 {
+			k.release()
+		}
+	case 5:
+		if arg%4 == 0 {
+			p.q.kill()
+			p.killed, p.ended = true, true
+		}
+	case 6:
+		p.mu.Lock()
+		p.faults = append(p.faults, []error{unix.EINTR, unix.EBUSY, unix.EAGAIN}[arg%3])
+		p.mu.Unlock()
+	case 7:
+		k.mu.Lock()
+		k.takes = func(nth, n int) (int, unix.Errno) { return 1 + (nth+int(arg))%n, 0 }
+		k.copyRes = shortCopies
+		k.mu.Unlock()
+	case 8:
+		k.mu.Lock()
+		k.readRes = func(nth, n int) int {
+			if (nth+int(arg))%3 == 0 {
+				return -int(unix.EAGAIN)
+			}
+			return min(n, 512*(1+nth%9))
+		}
+		k.mu.Unlock()
+	case 9:
+		if arg%4 == 0 {
+			k.complete(completeIO, 0, -int32(unix.EINVAL))
+			p.killed, p.ended = true, true
+		}
+	}
+}
+
+func shortCopies(nth, n int) (int, error) {
+	if nth%3 == 1 {
+		return 0, unix.EINTR
+	}
+	return min(n, 512+nth%5*1000), nil
+}
+
+// request dispatches a request, if a tag is idle and the place it is for has none yet.
+func (p *program) request() {
+	plan, kind, size := behaviour(p.next())%behaviours, p.next(), p.next()
+	idx := len(p.expected)
+	if p.ended || idx > 255 {
+		return
+	}
+	op := []Op{OpRead, OpWrite, OpFlush, OpDiscard}[kind%4]
+	bytes := 512 * (1 + int(size)%(fakeIOMax/512))
+	d := desc(op, 0, int64(idx)*fakeIOMax, bytes)
+	p.disk.plan[idx] = plan
+	want := int32(bytes)
+	if op == OpFlush || op == OpDiscard {
+		want = 0
+	}
+	p.q.port.mu.Lock()
+	defer p.q.port.mu.Unlock()
+	if _, ok := p.q.port.tryDispatch(d); ok {
+		p.expected[d.startSector] = plan.wants(want)
+	}
+}
+
+// fault is the outcome of an enter. At most two in a row fail.
+func (p *program) fault(nth int) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.faults) == 0 || nth%3 == 0 {
+		return nil
+	}
+	err := p.faults[0]
+	p.faults = p.faults[1:]
+	return err
+}
+
+// collect checks the answers that have come.
+func (p *program) collect() {
+	for {
+		select {
+		case r := <-p.q.port.results:
+			want, ok := p.expected[r.d.startSector]
+			if !ok || p.answered[r.d.startSector] || r.res != want || r.bad {
+				p.t.Errorf("request %d: answered with %d, want %d (right bytes: %v, again: %v)",
+					r.d.startSector<<sectorShift/fakeIOMax, r.res, want, !r.bad, p.answered[r.d.startSector])
+			}
+			p.answered[r.d.startSector] = true
+		default:
+			return
+		}
+	}
+}
+
+// finish ends the loop and checks that nothing is left.
+func (p *program) finish() {
+	p.q.port.stop()
+	p.q.port.release()
+	deadline := time.After(20 * time.Second)
+	for {
+		p.disk.release(1 << 20)
+		select {
+		case err := <-p.q.end:
+			p.collect()
+			p.disk.runs.Wait()
+			if err != nil && !p.killed || err != nil && !errors.Is(err, errKilled) && !errors.Is(err, unix.EINVAL) {
+				p.t.Errorf("the loop ended with %v", err)
+			}
+			if !p.killed && len(p.answered) != len(p.expected) {
+				p.t.Errorf("%d of %d requests were answered", len(p.answered), len(p.expected))
+			}
+			if err == nil && (p.q.owned != 0 || p.q.reading != 0 || p.q.queue.ended != p.q.depth) {
+				p.t.Errorf("%d requests and %d reads open, %d tags ended", p.q.owned, p.q.reading, p.q.queue.ended)
+			}
+			return
+		case <-deadline:
+			p.t.Fatalf("the loop does not end: %d of %d answered", len(p.answered), len(p.expected))
+		case <-time.After(100 * time.Microsecond):
+			p.collect()
+		}
+	}
+}

@@ -1,0 +1,252 @@
+package ublk_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os/exec"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vdisk/vdisk/ublk"
+)
+
+var modes = []struct {
+	name string
+	mode ublk.CopyMode
+	need ublk.Feature
+}{
+	{"plain", ublk.CopyPlain, 0},
+	{"user", ublk.CopyUser, ublk.FeatureUserCopy},
+	{"batch", ublk.CopyBatch, ublk.FeatureBatchIO},
+}
+
+// inEachMode runs a test in every copy mode of the kernel, and sees a mode that it lacks refused.
+func inEachMode(t *testing.T, f func(t *testing.T, mode ublk.CopyMode)) {
+	needDriver(t)
+	set, err := ublk.Features()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range modes {
+		t.Run(m.name, func(t *testing.T) {
+			if set.Has(m.need) {
+				f(t, m.mode)
+				return
+			}
+			_, err := ublk.Create(stopCtx(t), ublk.Options{Size: 1 << 20, Copy: m.mode}, newRAMDisk(1<<20))
+			var missing *ublk.FeatureError
+			if !errors.As(err, &missing) || missing.Missing != m.need || !errors.Is(err, ublk.ErrKernelTooOld) {
+				t.Errorf("a mode that the kernel lacks: %v", err)
+			}
+		})
+	}
+}
+
+// TestModeVerify writes with four jobs, mixed sizes and flushes, and reads everything back by checksum, with every way of
+// answering.
+func TestModeVerify(t *testing.T) {
+	inEachMode(t, func(t *testing.T, mode ublk.CopyMode) {
+		const size = 64 << 20
+		for name, h := range map[string]func(*testing.T) ublk.Handler{
+			"inline": func(*testing.T) ublk.Handler { return newRAMDisk(size) },
+			"later":  func(*testing.T) ublk.Handler { return laterDisk{newRAMDisk(size)} },
+			"fetch":  func(t *testing.T) ublk.Handler { return newFileDisk(t, size) },
+		} {
+			t.Run(name, func(t *testing.T) {
+				d := create(t, ublk.Options{Size: size, Queues: 2, Copy: mode, VolatileCache: true}, h(t))
+				disturb(t)
+				verify(t, d.Path(), "512-256k", "3m")
+			})
+		}
+	})
+}
+
+func verify(t *testing.T, path, bs, each string) {
+	t.Helper()
+	run(t, "fio", "--name=v", "--filename="+path, "--ioengine=libaio", "--direct=1", "--rw=randwrite", "--bsrange="+bs,
+		"--blockalign=512", "--iodepth=16", "--numjobs=4", "--size=16m", "--offset_increment=16m", "--io_size="+each,
+		"--fsync=64", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--bs_unaligned=0", "--group_reporting", "--norandommap=0")
+}
+
+// TestModeLimits has the shallowest and the deepest queue, and requests of several MiB.
+func TestModeLimits(t *testing.T) {
+	inEachMode(t, func(t *testing.T, mode ublk.CopyMode) {
+		const size = 64 << 20
+		shallow := 1
+		if mode == ublk.CopyBatch {
+			if _, err := ublk.Create(stopCtx(t), ublk.Options{Size: size, Depth: 1, Copy: mode}, nullDisk); !errors.Is(err, ublk.ErrInvalid) {
+				t.Errorf("depth 1: %v", err)
+			}
+			shallow = 2
+		}
+		for _, o := range []ublk.Options{
+			{Depth: shallow, MaxIOBytes: 4096},
+			{Depth: 4096, MaxIOBytes: 16 << 10, Queues: 2},
+			{Depth: 8, MaxIOBytes: 4 << 20, Queues: 2},
+			{Depth: 3, MaxIOBytes: 32 << 20},
+		} {
+			t.Run(fmt.Sprintf("depth %d of %d KiB", o.Depth, o.MaxIOBytes>>10), func(t *testing.T) {
+				o.Size, o.Copy = size, mode
+				disk := newRAMDisk(size)
+				d := create(t, o, laterDisk{disk})
+				verify(t, d.Path(), "512-64k", "64k")
+				buf := aligned(16 << 20)
+				for i := range buf {
+					buf[i] = byte(i * 31 >> 7)
+				}
+				fd := openDirect(t, d, unix.O_RDWR)
+				if n, err := unix.Pwrite(fd, buf, 32<<20); n != len(buf) || err != nil {
+					t.Fatal(n, err)
+				}
+				if !bytes.Equal(disk.data[32<<20:][:len(buf)], buf) {
+					t.Error("a large write brought other bytes")
+				}
+				got := aligned(len(buf))
+				if n, err := unix.Pread(fd, got, 32<<20); n != len(buf) || err != nil || !bytes.Equal(got, buf) {
+					t.Error("a large read brought other bytes", n, err)
+				}
+			})
+		}
+	})
+}
+
+// TestModeStopUnderLoad stops devices under load, and finds nothing left.
+func TestModeStopUnderLoad(t *testing.T) {
+	inEachMode(t, func(t *testing.T, mode ublk.CopyMode) {
+		for range 3 {
+			d := create(t, ublk.Options{Size: 64 << 20, Queues: 2, Depth: 32, Copy: mode}, laterDisk{newRAMDisk(64 << 20)})
+			fio := exec.Command("fio", "--name=l", "--filename="+d.Path(), "--ioengine=libaio", "--direct=1", "--rw=randrw",
+				"--bs=4k", "--iodepth=32", "--numjobs=2", "--time_based", "--runtime=20")
+			if err := fio.Start(); err != nil {
+				t.Fatal(err)
+			}
+			for range 200 {
+				if s := d.Stats().Total(); s.Ops[ublk.OpRead].Requests > 1000 && s.Ops[ublk.OpWrite].Requests > 1000 {
+					break
+				}
+				time.Sleep(100 * time.Millisecond)
+			}
+			closeDevice(t, d)
+			_ = fio.Process.Kill()
+			_ = fio.Wait()
+			s := d.Stats().Total()
+			if s.Ops[ublk.OpRead].Requests < 1000 || s.Ops[ublk.OpWrite].Requests < 1000 || s.Underway != 0 {
+				t.Errorf("%d reads and %d writes, %d under way", s.Ops[ublk.OpRead].Requests, s.Ops[ublk.OpWrite].Requests, s.Underway)
+			}
+		}
+		if infos, err := ublk.Devices(context.Background()); err != nil || len(infos) != 0 {
+			t.Errorf("left: %+v, %v", infos, err)
+		}
+	})
+}
+
+// TestModeHeld holds the tags of a queue, more than CopyUser's pool has buffers for, and answers the youngest first.
+func TestModeHeld(t *testing.T) {
+	inEachMode(t, func(t *testing.T, mode ublk.CopyMode) {
+		const size, depth = 64 << 20, 64
+		disk := newRAMDisk(size)
+		var mu sync.Mutex
+		var held []*ublk.Request
+		d := create(t, ublk.Options{Size: size, Depth: depth, Copy: mode}, handlerFunc(func(r *ublk.Request) error {
+			if r.Op != ublk.OpWrite {
+				return disk.ServeUBLK(r)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			held = append(held, r)
+			return ublk.ErrLater
+		}))
+		stop := make(chan struct{})
+		var answering sync.WaitGroup
+		answering.Go(func() {
+			for done := false; !done; time.Sleep(10 * time.Millisecond) {
+				select {
+				case <-stop:
+					done = true
+				default:
+				}
+				mu.Lock()
+				for i := len(held) - 1; i >= 0; i-- {
+					held[i].Complete(disk.ServeUBLK(held[i]))
+				}
+				held = held[:0]
+				mu.Unlock()
+			}
+		})
+		run(t, "fio", "--name=v", "--filename="+d.Path(), "--ioengine=libaio", "--direct=1", "--rw=randwrite", "--bs=256k",
+			"--iodepth=64", "--size=64m", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1")
+		close(stop)
+		answering.Wait()
+	})
+}
+
+// nullDisk answers everything at once; reads bring what the buffer held.
+var nullDisk = handlerFunc(func(*ublk.Request) error { return nil })
+
+// BenchmarkModes measures the null target in every copy mode: IOPS, median latency, and the CPU time of the server for a
+// request (fio is a process of its own and not counted).
+func BenchmarkModes(b *testing.B) {
+	needDriver(b)
+	set, err := ublk.Features()
+	if err != nil {
+		b.Fatal(err)
+	}
+	for _, bs := range []string{"4k", "128k"} {
+		for _, depth := range []int{1, 32} {
+			for _, rw := range []string{"randread", "randwrite"} {
+				for _, m := range modes {
+					if set.Has(m.need) {
+						b.Run(fmt.Sprintf("%s/%s/depth%d/%s", bs, rw, depth, m.name), func(b *testing.B) {
+							measure(b, m.mode, bs, rw, depth)
+						})
+					}
+				}
+			}
+		}
+	}
+}
+
+func measure(b *testing.B, mode ublk.CopyMode, bs, rw string, depth int) {
+	d := create(b, ublk.Options{Size: 1 << 30, Depth: 128, MaxIOBytes: 512 << 10, Copy: mode}, nullDisk)
+	before := cpuTime(b)
+	out := run(b, "fio", "--name=m", "--filename="+d.Path(), "--ioengine=libaio", "--direct=1", "--rw="+rw, "--bs="+bs,
+		fmt.Sprintf("--iodepth=%d", depth), "--time_based", "--runtime=2", "--ramp_time=0", "--norandommap", "--randrepeat=0",
+		"--output-format=json", "--gtod_reduce=0")
+	cpu := cpuTime(b) - before
+	type side struct {
+		IOPS  float64 `json:"iops"`
+		Total float64 `json:"total_ios"`
+		Lat   struct {
+			P map[string]float64 `json:"percentile"`
+		} `json:"clat_ns"`
+	}
+	var result struct {
+		Jobs []struct{ Read, Write side }
+	}
+	if err := json.Unmarshal([]byte(out[strings.Index(out, "{"):]), &result); err != nil || len(result.Jobs) != 1 {
+		b.Fatalf("fio: %v: %s", err, out)
+	}
+	s := result.Jobs[0].Read
+	if rw == "randwrite" {
+		s = result.Jobs[0].Write
+	}
+	b.ReportMetric(s.IOPS, "IOPS")
+	b.ReportMetric(s.Lat.P["50.000000"]/1000, "p50-µs")
+	b.ReportMetric(float64(cpu.Nanoseconds())/1000/s.Total, "cpu-µs/IO")
+	b.ReportMetric(0, "ns/op")
+}
+
+func cpuTime(t testing.TB) time.Duration {
+	var u unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+		t.Fatal(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
