@@ -1,0 +1,197 @@
+package ublk
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"syscall"
+	"unsafe"
+)
+
+// ReaderWriterAt is what NewReaderWriterAt makes a disk of: a file, or anything that can be read and written at an
+// offset from several goroutines at once.
+//
+// Three methods more are used where there are any:
+//
+//	Sync() error                     // what was written before is durable; without it, writes must be so already
+//	Discard(off, n int64) error      // the range's content no longer matters
+//	WriteZeroes(off, n int64) error  // the range reads as zeros, and may give up its space
+type ReaderWriterAt interface {
+	io.ReaderAt
+	io.WriterAt
+}
+
+type syncer interface{ Sync() error }
+
+type discarder interface {
+	Discard(off, n int64) error
+}
+
+type zeroWriter interface {
+	WriteZeroes(off, n int64) error
+}
+
+// Adapter is the Handler that NewReaderWriterAt makes.
+type Adapter struct {
+	rw      ReaderWriterAt
+	workers sync.WaitGroup
+
+	mu     sync.Mutex // guards what follows
+	work   sync.Cond  // head or closed has changed
+	head   *Request   // requests that wait for a worker, linked by next, oldest first
+	tail   *Request
+	closed bool
+}
+
+// NewReaderWriterAt makes a Handler of rw, whose calls may block: they are made by a number of goroutines, at most
+// workers at once, beside the queues' threads. More requests than that wait their turn; there are never more than the
+// device has tags. rw is read and written within the device's size only.
+//
+// A device with Options.VolatileCache gets flushes, which are Syncs, and with Options.FUA a Sync after each write that
+// asks for one. With Options.Discard, discards fail with EOPNOTSUPP unless rw has Discard, and zeros are written as
+// such where rw has no WriteZeroes or the space must stay allocated.
+//
+// An error's syscall.Errno is what the disk's user sees, or EIO. A panic of rw is dealt with as one of a Handler.
+func NewReaderWriterAt(rw ReaderWriterAt, workers int) *Adapter {
+	a := &Adapter{rw: rw}
+	a.work.L = &a.mu
+	for range max(workers, 1) {
+		a.workers.Go(a.workRoutine)
+	}
+	return a
+}
+
+// ServeUBLK gives the request to a worker.
+func (a *Adapter) ServeUBLK(r *Request) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.closed {
+		return fmt.Errorf("ublk: adapter is closed: %w", syscall.ESHUTDOWN)
+	}
+	r.next = nil
+	if a.tail == nil {
+		a.head = r
+	} else {
+		a.tail.next = r
+	}
+	a.tail = r
+	a.work.Signal()
+	return ErrLater
+}
+
+// Close waits until the workers have answered what they were given, and ends them. Call it when the device is done:
+// requests that come later fail. It may be called twice.
+func (a *Adapter) Close() error {
+	a.mu.Lock()
+	a.closed = true
+	a.work.Broadcast()
+	a.mu.Unlock()
+	a.workers.Wait()
+	return nil
+}
+
+func (a *Adapter) workRoutine() {
+	for r := a.take(); r != nil; r = a.take() {
+		r.Complete(a.serve(r))
+	}
+}
+
+// take returns the next request, waiting for it; nil when there is none and will be none.
+func (a *Adapter) take() *Request {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for a.head == nil {
+		if a.closed {
+			return nil
+		}
+		a.work.Wait()
+	}
+	r := a.head
+	if a.head = r.next; a.head == nil {
+		a.tail = nil
+	}
+	r.next = nil
+	return r
+}
+
+// serve does a request; a panic becomes an error.
+func (a *Adapter) serve(r *Request) (err error) {
+	defer r.q.recovered(r, &err)
+	if err := a.do(r); err != nil || !r.FUA {
+		return err
+	}
+	return a.sync()
+}
+
+func (a *Adapter) do(r *Request) error {
+	switch r.Op {
+	case OpRead:
+		return a.read(r)
+	case OpWrite:
+		return a.write(r.Buf, r.Offset)
+	case OpFlush:
+		return a.sync()
+	case OpDiscard:
+		if d, ok := a.rw.(discarder); ok {
+			return d.Discard(r.Offset, int64(r.Length))
+		}
+	case OpWriteZeroes:
+		return a.zero(r)
+	}
+	return syscall.EOPNOTSUPP
+}
+
+// read fills Buf. A source that ends within the device is an error: zeros in its place could be lost data.
+func (a *Adapter) read(r *Request) error {
+	n, err := a.rw.ReadAt(r.Buf, r.Offset)
+	switch {
+	case n == len(r.Buf):
+		return nil
+	case err == nil || errors.Is(err, io.EOF):
+		return fmt.Errorf("ublk: read %d of %d bytes at %d: %w", n, len(r.Buf), r.Offset, io.ErrUnexpectedEOF)
+	}
+	return err
+}
+
+func (a *Adapter) write(p []byte, off int64) error {
+	n, err := a.rw.WriteAt(p, off)
+	if err == nil && n < len(p) {
+		err = fmt.Errorf("ublk: wrote %d of %d bytes at %d: %w", n, len(p), off, io.ErrShortWrite)
+	}
+	return err
+}
+
+func (a *Adapter) sync() error {
+	if s, ok := a.rw.(syncer); ok {
+		return s.Sync()
+	}
+	return nil
+}
+
+// zeroBytes is how many zeros are written at once.
+const zeroBytes = 64 << 10
+
+// zeros begin on a page, for files that are open with O_DIRECT.
+var zeros = sync.OnceValue(func() []byte {
+	const page = 4096
+	b := make([]byte, zeroBytes+page)
+	skip := -int(uintptr(unsafe.Pointer(&b[0]))) & (page - 1)
+	return b[skip:][:zeroBytes:zeroBytes]
+})
+
+// zero has rw write zeros its own way, or writes them.
+func (a *Adapter) zero(r *Request) error {
+	off, end := r.Offset, r.Offset+int64(r.Length)
+	if z, ok := a.rw.(zeroWriter); ok && !r.NoUnmap {
+		return z.WriteZeroes(off, end-off)
+	}
+	for off < end {
+		n := min(end-off, zeroBytes)
+		if err := a.write(zeros()[:n], off); err != nil {
+			return err
+		}
+		off += n
+	}
+	return nil
+}
