@@ -3,6 +3,7 @@ package ublk
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -194,19 +195,30 @@ func BenchmarkLoop(b *testing.B) {
 		"inline": func(*Request) error { return nil },
 		"later":  func(r *Request) error { r.Complete(nil); return ErrLater },
 	} {
-		b.Run(name, func(b *testing.B) {
-			done := make(chan struct{})
-			n := 0
-			b.ReportAllocs()
-			q, end := nullQueue(b, 32, handlerFunc(func(r *Request) error {
-				if n++; n == b.N {
-					close(done)
-				}
-				return answer(r)
-			}))
-			<-done
-			b.StopTimer()
-			waitEnd(b, q, end)
-		})
+		for _, depth := range []int{1, 32} {
+			b.Run(fmt.Sprintf("%s/depth%d", name, depth), func(b *testing.B) {
+				done := make(chan struct{})
+				n := 0
+				b.ReportAllocs()
+				before := cpuTime()
+				q, end := nullQueue(b, depth, handlerFunc(func(r *Request) error {
+					if n++; n == b.N {
+						close(done)
+					}
+					return answer(r)
+				}))
+				<-done
+				b.StopTimer()
+				b.ReportMetric(float64(cpuTime()-before)/float64(b.N), "cpu-ns/op")
+				waitEnd(b, q, end)
+			})
+		}
 	}
+}
+
+// cpuTime is what the process has used so far.
+func cpuTime() time.Duration {
+	var u unix.Rusage
+	_ = unix.Getrusage(unix.RUSAGE_SELF, &u)
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }

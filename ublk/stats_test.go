@@ -1,6 +1,7 @@
 package ublk
 
 import (
+	"fmt"
 	"math"
 	"math/rand/v2"
 	"slices"
@@ -103,4 +104,20 @@ func testStats(t *testing.T, mode CopyMode) {
 	r.Complete(nil)
 	<-q.port.results
 	wait(func(s QueueStats) bool { return s.Underway == 0 && s.Ops[OpDiscard].Requests == 1 })
+}
+
+// BenchmarkCounters is what counting costs a request, in turns of one and of 32 requests.
+func BenchmarkCounters(b *testing.B) {
+	for _, n := range []int{1, 32} {
+		b.Run(fmt.Sprintf("turn of %d", n), func(b *testing.B) {
+			c := newQueueCounters(32)
+			for range b.N / n {
+				now := c.now()
+				for range n {
+					c.note(answer{arrived: now, op: OpRead, bytes: 4096})
+				}
+				c.publish(n)
+			}
+		})
+	}
 }
