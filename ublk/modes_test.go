@@ -6,7 +6,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -217,8 +222,8 @@ func measure(b *testing.B, mode ublk.CopyMode, bs, rw string, depth int) {
 	d := create(b, ublk.Options{Size: 1 << 30, Depth: 128, MaxIOBytes: 512 << 10, Copy: mode}, nullDisk)
 	before := cpuTime(b)
 	out := run(b, "fio", "--name=m", "--filename="+d.Path(), "--ioengine=libaio", "--direct=1", "--rw="+rw, "--bs="+bs,
-		fmt.Sprintf("--iodepth=%d", depth), "--time_based", "--runtime=2", "--ramp_time=0", "--norandommap", "--randrepeat=0",
-		"--output-format=json", "--gtod_reduce=0")
+		fmt.Sprintf("--iodepth=%d", depth), "--time_based", "--runtime=1", "--norandommap", "--randrepeat=0",
+		"--output-format=json")
 	cpu := cpuTime(b) - before
 	type side struct {
 		IOPS  float64 `json:"iops"`
@@ -249,4 +254,71 @@ func cpuTime(t testing.TB) time.Duration {
 		t.Fatal(err)
 	}
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// TestModeStorm collects garbage without a pause and sends signals to every thread while requests are served: nothing is
+// lost, and no buffer is touched by the collector.
+func TestModeStorm(t *testing.T) {
+	inEachMode(t, func(t *testing.T, mode ublk.CopyMode) {
+		const size = 64 << 20
+		for name, h := range map[string]ublk.Handler{
+			"inline": newRAMDisk(size),
+			"later":  laterDisk{newRAMDisk(size)},
+		} {
+			t.Run(name, func(t *testing.T) {
+				d := create(t, ublk.Options{Size: size, Queues: 2, Depth: 16, Copy: mode}, h)
+				stop := storm(t, fmt.Sprintf("ublk%dq0", d.ID()))
+				verify(t, d.Path(), "512-64k", "1m")
+				if signals := stop(); signals < 100 {
+					t.Errorf("only %d signals were sent", signals)
+				}
+			})
+		}
+	})
+}
+
+// storm begins a storm and returns what ends it. There must be a thread of that name.
+func storm(t *testing.T, thread string) (stop func() (signals int)) {
+	old := debug.SetGCPercent(1)
+	end := make(chan struct{})
+	var wg sync.WaitGroup
+	named, signals := false, 0
+	wg.Go(func() {
+		for {
+			select {
+			case <-end:
+				return
+			case <-time.After(time.Millisecond):
+				runtime.GC()
+			}
+		}
+	})
+	wg.Go(func() {
+		for {
+			select {
+			case <-end:
+				return
+			case <-time.After(time.Millisecond):
+			}
+			tasks, _ := filepath.Glob("/proc/self/task/*")
+			for _, task := range tasks {
+				tid, _ := strconv.Atoi(filepath.Base(task))
+				if comm, _ := os.ReadFile(task + "/comm"); strings.TrimSpace(string(comm)) == thread {
+					named = true
+				}
+				if unix.Tgkill(os.Getpid(), tid, unix.SIGURG) == nil {
+					signals++
+				}
+			}
+		}
+	})
+	return func() int {
+		close(end)
+		wg.Wait()
+		debug.SetGCPercent(old)
+		if !named {
+			t.Errorf("no thread is named %s", thread)
+		}
+		return signals
+	}
 }

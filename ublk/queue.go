@@ -33,7 +33,9 @@ type queue struct {
 	requests []Request
 	pool     *pool         // of CopyUser: lends requests their buffers
 	starved  requestFIFO   // requests that wait for a buffer
+	serving  *Request      // the one that the handler has been called with and has not returned from
 	now      time.Duration // when the completions came that are being reaped
+	yielded  time.Duration // when the loop last let the scheduler run
 	reads    []readSlot    // fetches under way, by slot
 	free     []int         // slots not in use
 	owned    int           // tags that are ours
@@ -85,7 +87,7 @@ func (q *queue) start(p port) error {
 		return err
 	}
 	q.now = q.stats.now()
-	return q.reap()
+	return q.guarded((*queue).reap)
 }
 
 // run serves until every tag has ended. After an error the tags that are still ours are lost.
@@ -102,7 +104,11 @@ func (q *queue) run() error {
 func (q *queue) turn() error {
 	for {
 		q.commitLater()
-		q.serveStarved()
+		if !q.starved.empty() {
+			if err := q.guarded((*queue).serveStarved); err != nil {
+				return err
+			}
+		}
 		// An answer that is pushed after this store sees it and interrupts; one pushed before is in the list.
 		q.asleep.Store(true)
 		if q.later.empty() {
@@ -110,10 +116,8 @@ func (q *queue) turn() error {
 		}
 		q.asleep.Store(false)
 	}
-	err := error(nil)
-	if q.killed.Load() {
-		err = errKilled
-	} else {
+	err := errKilled
+	if !q.killed.Load() {
 		q.stats.publish(q.owned)
 		err = q.port.turn(true)
 	}
@@ -121,8 +125,23 @@ func (q *queue) turn() error {
 	if err != nil {
 		return err
 	}
+	last := q.now
 	q.now = q.stats.now()
-	return q.reap()
+	if q.now-q.yielded > yieldEvery && q.now-last < yieldEvery { // a request that ends a long wait does not wait for this
+		q.yield()
+	}
+	return q.guarded((*queue).reap)
+}
+
+// yieldEvery is less than the 10 ms (forcePreemptNS in runtime/proc.go) after which the runtime takes the processor of a
+// goroutine that the scheduler has not run anew at every system call that it finds it in, and watches out for that every
+// 20 µs: which costs a busy queue a third of its time.
+const yieldEvery = 5 * time.Millisecond
+
+// yield lets the scheduler run this goroutine anew.
+func (q *queue) yield() {
+	runtime.Gosched()
+	q.yielded = q.stats.now()
 }
 
 // answer hands a request that was answered on any goroutine to the loop. r must not be touched afterwards.
@@ -256,34 +275,58 @@ func (q *queue) servePayload(r *Request) {
 
 // serveStarved serves the requests that wait for a buffer, in their order, as long as there are buffers. Because the
 // first keeps the others waiting, it gets the pool's memory together, however large it is.
-func (q *queue) serveStarved() {
+func (q *queue) serveStarved() error {
 	for r := q.starved.head; r != nil && q.lendBuffer(r); r = q.starved.head {
 		q.starved.pop()
 		r.state.Store(requestServing)
 		q.servePayload(r)
 	}
+	return nil
 }
 
-// serve calls the handler; a panic becomes an error.
-func (q *queue) serve(r *Request) (err error) {
-	defer q.recovered(r, &err)
-	return q.handler.ServeUBLK(r)
+// serve calls the handler. What it panics with is caught by guarded.
+func (q *queue) serve(r *Request) error {
+	q.serving = r
+	err := q.handler.ServeUBLK(r)
+	q.serving = nil
+	return err
 }
 
-func (q *queue) fetched(r *Request) (err error) {
-	defer q.recovered(r, &err)
-	return q.fetcher.FetchedUBLK(r, r.readErr)
+func (q *queue) fetched(r *Request) error {
+	q.serving = r
+	err := q.fetcher.FetchedUBLK(r, r.readErr)
+	q.serving = nil
+	return err
 }
 
-func (q *queue) recovered(r *Request, err *error) {
-	p := recover()
-	if p == nil {
-		return
+// guarded runs f to its end. A request whose handler panics fails, and f is called again for the rest: so a turn costs
+// one deferred function, and not each of its requests.
+func (q *queue) guarded(f func(*queue) error) error {
+	for {
+		panicked, err := q.untilPanic(f)
+		if panicked == nil {
+			return err
+		}
+		q.settle(panicked, syscall.EIO)
 	}
-	*err = syscall.EIO
-	if q.report != nil {
-		q.report(&PanicError{Op: r.Op, Offset: r.Offset, Length: r.Length, Value: p, Stack: debug.Stack()})
-	}
+}
+
+func (q *queue) untilPanic(f func(*queue) error) (panicked *Request, err error) {
+	defer func() {
+		r := q.serving
+		if r == nil {
+			return
+		}
+		p := recover()
+		if p == nil { // runtime.Goexit: the thread ends, see Device.queueRoutine
+			return
+		}
+		q.serving, panicked = nil, r
+		if q.report != nil {
+			q.report(&PanicError{Op: r.op, Offset: r.Offset, Length: r.Length, Value: p, Stack: debug.Stack()})
+		}
+	}()
+	return nil, f(q)
 }
 
 // PanicError is what Options.Report gets for a panic of the handler. The request failed with EIO, the device goes on.
