@@ -322,11 +322,23 @@ func (q *queue) untilPanic(f func(*queue) error) (panicked *Request, err error) 
 			return
 		}
 		q.serving, panicked = nil, r
-		if q.report != nil {
-			q.report(&PanicError{Op: r.op, Offset: r.Offset, Length: r.Length, Value: p, Stack: debug.Stack()})
-		}
+		q.reportPanic(r, p)
 	}()
 	return nil, f(q)
+}
+
+// recovered is deferred where a request is served on another goroutine: a panic becomes *err.
+func (q *queue) recovered(r *Request, err *error) {
+	if p := recover(); p != nil {
+		*err = syscall.EIO
+		q.reportPanic(r, p)
+	}
+}
+
+func (q *queue) reportPanic(r *Request, p any) {
+	if q.report != nil {
+		q.report(&PanicError{Op: r.op, Offset: r.Offset, Length: r.Length, Value: p, Stack: debug.Stack()})
+	}
 }
 
 // PanicError is what Options.Report gets for a panic of the handler. The request failed with EIO, the device goes on.
