@@ -18,7 +18,8 @@ import (
 )
 
 // What abi.go and uring.go state of the user ABI, in the words of linux/ublk_cmd.h and linux/io_uring.h. Every constant
-// and every structure of abi.go is here, and the test fails for one that is not.
+// and every structure of abi.go is here, and every constant of uring.go; the test fails for one
+// that is not.
 
 // headerConstants maps our constants to C expressions; "" is for what the headers do not state.
 var headerConstants = map[string]string{
@@ -30,12 +31,21 @@ var headerConstants = map[string]string{
 	"cmdGetParams":   "UBLK_U_CMD_GET_PARAMS",
 	"cmdGetDevInfo2": "UBLK_U_CMD_GET_DEV_INFO2",
 	"cmdGetFeatures": "UBLK_U_CMD_GET_FEATURES",
+	"cmdUpdateSize":  "UBLK_U_CMD_UPDATE_SIZE",
 	"cmdTryStopDev":  "UBLK_U_CMD_TRY_STOP_DEV",
 	"iocRead":        "_IOR('u', 0, struct ublksrv_ctrl_cmd)",
 	"iocReadWrite":   "_IOWR('u', 0, struct ublksrv_ctrl_cmd)",
 
 	"ioFetchReq":          "UBLK_U_IO_FETCH_REQ",
 	"ioCommitAndFetchReq": "UBLK_U_IO_COMMIT_AND_FETCH_REQ",
+	"ioPrepCmds":          "UBLK_U_IO_PREP_IO_CMDS",
+	"ioCommitCmds":        "UBLK_U_IO_COMMIT_IO_CMDS",
+	"ioFetchCmds":         "UBLK_U_IO_FETCH_IO_CMDS",
+	"batchHasBufAddr":     "UBLK_BATCH_F_HAS_BUF_ADDR",
+	"elemSize":            "sizeof(struct ublk_elem_header) + sizeof(__u64)",
+	"userCopyBase":        "UBLKSRV_IO_BUF_OFFSET",
+	"userTagShift":        "UBLK_TAG_OFF",
+	"userQueueShift":      "UBLK_QID_OFF",
 
 	"maxQueueDepth":   "UBLK_MAX_QUEUE_DEPTH",
 	"maxQueues":       "UBLK_MAX_NR_QUEUES",
@@ -75,6 +85,7 @@ var headerConstants = map[string]string{
 	"setupSQE128":         "IORING_SETUP_SQE128",
 	"setupSingleIssuer":   "IORING_SETUP_SINGLE_ISSUER",
 	"setupDeferTaskrun":   "IORING_SETUP_DEFER_TASKRUN",
+	"setupNoSQArray":      "IORING_SETUP_NO_SQARRAY",
 	"enterGetEvents":      "IORING_ENTER_GETEVENTS",
 	"enterRegisteredRing": "IORING_ENTER_REGISTERED_RING",
 	"registerFiles":       "IORING_REGISTER_FILES",
@@ -82,6 +93,12 @@ var headerConstants = map[string]string{
 	"registerEventfd":     "IORING_REGISTER_EVENTFD",
 	"registerRingFDs":     "IORING_REGISTER_RING_FDS",
 	"unregisterRingFDs":   "IORING_UNREGISTER_RING_FDS",
+	"registerPbufRing":    "IORING_REGISTER_PBUF_RING",
+	"cqeBuffer":           "IORING_CQE_F_BUFFER",
+	"cqeMore":             "IORING_CQE_F_MORE",
+	"cqeBufferShift":      "IORING_CQE_BUFFER_SHIFT",
+	"cmdMultishot":        "IORING_URING_CMD_MULTISHOT",
+	"sqeBufferSelect":     "IOSQE_BUFFER_SELECT",
 	"featSingleMmap":      "IORING_FEAT_SINGLE_MMAP",
 	"featNoDrop":          "IORING_FEAT_NODROP",
 	"offSQRing":           "IORING_OFF_SQ_RING",
@@ -112,7 +129,9 @@ var headerStructs = map[string]headerStruct{
 		"devSectors": "dev_sectors", "virtBoundary": "virt_boundary_mask"}},
 	"paramsDiscard": {"ublk_param_discard", map[string]string{"alignment": "discard_alignment", "granularity": "discard_granularity",
 		"maxSectors": "max_discard_sectors", "maxZeroesSectors": "max_write_zeroes_sectors", "maxSegments": "max_discard_segments"}},
-	"params": {"ublk_params", nil},
+	"params":    {"ublk_params", nil},
+	"batchIO":   {"ublk_batch_io", map[string]string{"queueID": "q_id", "elements": "nr_elem", "elemBytes": "elem_bytes"}},
+	"batchElem": {"ublk_elem_header", map[string]string{"bufIndex": "buf_index", "addr": ""}}, // the address follows the header
 
 	"sqe": {"io_uring_sqe", map[string]string{"opFlags": "rw_flags", "userData": "user_data", "bufIndex": "buf_index",
 		"persona": "personality", "fileIdx": "file_index"}},
@@ -122,10 +141,12 @@ var headerStructs = map[string]headerStruct{
 	"ringParams": {"io_uring_params", map[string]string{"sqEntries": "sq_entries", "cqEntries": "cq_entries",
 		"sqThreadCPU": "sq_thread_cpu", "sqThreadIdle": "sq_thread_idle", "wqFD": "wq_fd", "sq": "sq_off", "cq": "cq_off"}},
 	"ringFDUpdate": {"io_uring_rsrc_update", nil},
+	"pbufReg":      {"io_uring_buf_reg", map[string]string{"addr": "ring_addr", "entries": "ring_entries", "group": "bgid"}},
+	"pbuf":         {"io_uring_buf", map[string]string{"id": "bid", "tail": "resv"}},
 }
 
 // prefixes are structures of which we have only the head, or with which our size does not have to agree.
-var prefixes = map[string]bool{"params": true, "sqe": true}
+var prefixes = map[string]bool{"params": true, "sqe": true, "batchElem": true}
 
 // TestLayoutAgainstHeader has the C compiler compare every structure, field, command, flag and limit with the newest
 // kernel's header: in the folders of $VDISK_UAPI ("guest headers" prints them), else the installed one. There is no
@@ -220,7 +241,7 @@ func headerAssertions(t *testing.T) []string {
 		case *types.Const:
 			expr, listed := headerConstants[name]
 			if strict[name] && !listed {
-				t.Errorf("constant %s of abi.go: headerConstants does not say what it is in the header", name)
+				t.Errorf("constant %s: headerConstants does not say what it is in the header", name)
 			}
 			if v := obj.Val(); expr != "" && v.Kind() == constant.Int {
 				add(expr, v.ExactString()+"U", name)
@@ -231,7 +252,7 @@ func headerAssertions(t *testing.T) []string {
 			s, isStruct := obj.Type().Underlying().(*types.Struct)
 			h, listed := headerStructs[name]
 			if isStruct && strict[name] && !listed {
-				t.Errorf("type %s of abi.go: headerStructs does not say what it is in the header", name)
+				t.Errorf("type %s: headerStructs does not say what it is in the header", name)
 			}
 			if isStruct && listed {
 				if !prefixes[name] {
@@ -288,7 +309,8 @@ func keys[V any](m map[string]V) map[string]bool {
 }
 
 // abiScope type-checks the package as far as that goes without its imports, which constants and structures of the ABI
-// do not need. strict are the names that abi.go declares.
+// do not need. strict are the names that have to be compared: those
+// of abi.go, and the constants of uring.go.
 func abiScope(t *testing.T) (scope *types.Scope, strict map[string]bool) {
 	t.Helper()
 	names, err := filepath.Glob("*.go")
@@ -311,8 +333,13 @@ func abiScope(t *testing.T) (scope *types.Scope, strict map[string]bool) {
 	pkg, _ := conf.Check("ublk", fset, files, nil)
 	strict = map[string]bool{}
 	for _, name := range pkg.Scope().Names() {
-		if obj := pkg.Scope().Lookup(name); fset.Position(obj.Pos()).Filename == "abi.go" {
+		obj := pkg.Scope().Lookup(name)
+		switch fset.Position(obj.Pos()).Filename {
+		case "abi.go":
 			strict[name] = true
+		case "uring.go":
+			_, isConst := obj.(*types.Const)
+			strict[name] = isConst
 		}
 	}
 	if len(strict) < 20 {

@@ -26,6 +26,7 @@ func needDriver(t testing.TB) {
 	if _, err := ublk.Features(); err != nil {
 		t.Fatalf("VDISK_GUEST=1 promises a ublk driver: %v", err)
 	}
+	noLeftovers(t)
 }
 
 // create makes a device that the test closes.

@@ -65,7 +65,7 @@ func TestExitCode(t *testing.T) {
 // The script is the guest's, so it writes to /results; here that is a folder of the test.
 func TestSuite(t *testing.T) {
 	results := t.TempDir()
-	s := &suite{steps: []step{{"good", "cd / && true"}, {"it's bad", "exit 3"}, {"last", "cd " + results}}}
+	s := &suite{env: []string{"LONG=it's 3"}, steps: []step{{"good", `cd / && [ "$LONG" = "it's 3" ]`}, {"it's bad", "exit 3"}, {"last", "cd " + results}}}
 	script := strings.ReplaceAll(s.script(), "/results", results)
 	out, err := exec.Command("bash", "-c", script).CombinedOutput()
 	if code := err.(*exec.ExitError).ExitCode(); code != 1 {

@@ -28,6 +28,7 @@ type step struct {
 type suite struct {
 	files map[string]string // as guest.Run's
 	steps []step
+	env   []string // NAME=VALUE
 }
 
 func (a *app) testFlags() (fs *flag.FlagSet, o *testOptions) {
@@ -37,12 +38,20 @@ func (a *app) testFlags() (fs *flag.FlagSet, o *testOptions) {
 	fs.StringVar(&o.scripts, "scripts", "testdata/guest/*.sh", "`glob` of the scripts to run")
 	fs.DurationVar(&o.timeout, "timeout", 15*time.Minute, "deadline for each kernel")
 	fs.IntVar(&o.memory, "memory", 4096, "memory in `MiB`")
+	fs.Func("env", "`NAME=VALUE` for the environment of the tests (repeatable)", func(v string) error {
+		if name, _, ok := strings.Cut(v, "="); !ok || strings.ContainsAny(name, " '") || name == "" {
+			return fmt.Errorf("want NAME=VALUE, got %q", v)
+		}
+		o.env = append(o.env, v)
+		return nil
+	})
 	fs.StringVar(&o.results, "results", "", "host `folder` that gets what is left in /results, in a folder for each kernel")
 	return fs, o
 }
 
 type testOptions struct {
 	kernel, pattern, scripts, results string
+	env                               []string
 	timeout                           time.Duration
 	memory                            int
 }
@@ -137,6 +146,9 @@ const stepsFile = "guest-test.steps"
 func (s *suite) script() string {
 	var b strings.Builder
 	b.WriteString("bad=0\n")
+	for _, v := range s.env {
+		fmt.Fprintf(&b, "export %s\n", quoteOne(v))
+	}
 	for i, st := range s.steps {
 		fmt.Fprintf(&b, `echo "=== guest: "%[2]s
 SECONDS=0
@@ -177,7 +189,7 @@ type goPackage struct {
 
 // gather compiles what goes into the guest.
 func (a *app) gather(ctx context.Context, work string, patterns []string, o *testOptions) (*suite, error) {
-	s := &suite{files: map[string]string{}}
+	s := &suite{files: map[string]string{}, env: o.env}
 	if main, _ := filepath.Glob("cmd/vdisk/*.go"); len(main) > 0 {
 		if err := a.compile(ctx, "build", filepath.Join(work, "vdisk"), "./cmd/vdisk"); err != nil {
 			return nil, err

@@ -1,0 +1,283 @@
+package ublk_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vdisk/vdisk/ublk"
+)
+
+// VDISK_UBLK_ROUNDS makes these tests as long as one likes; 200 is the long form.
+
+// heavy is much I/O from many jobs, most of it in the queue.
+var heavy = []string{"--rw=randrw", "--norandommap", "--iodepth=64", "--size=8m", "--time_based", "--runtime=120"}
+
+// TestStressRemove closes devices under load, several at once, in each way of copying.
+func TestStressRemove(t *testing.T) {
+	needDriver(t)
+	for range rounds(1) {
+		var disks []*ublk.Device
+		var fios []*fioRun
+		for i, mode := range copyModes(t) {
+			for _, h := range []ublk.Handler{newRAMDisk(8 << 20), laterDisk{newRAMDisk(8 << 20)}} {
+				d := create(t, ublk.Options{Size: 8 << 20, Queues: 2, Copy: mode.mode, Recovery: ublk.Recovery(i) & 1}, h)
+				disks, fios = append(disks, d), append(fios, startFIO(t, d.Path(), heavy...))
+			}
+		}
+		for _, d := range disks {
+			untilWritten(t, d.Path(), 256<<10)
+		}
+		var wg sync.WaitGroup
+		for i, d := range disks {
+			wg.Go(func() { closeUnderLoad(t, d, fios[i]) })
+		}
+		wg.Wait()
+	}
+}
+
+func closeUnderLoad(t testing.TB, d *ublk.Device, fio *fioRun) {
+	ctx, cancel := context.WithTimeout(context.Background(), stepLimit)
+	defer cancel()
+	if err := d.Close(ctx); err != nil && !errors.Is(err, ublk.ErrBusy) {
+		t.Errorf("Close under load: %v", err)
+	}
+	fio.fails(t)
+	within(t, stepLimit, "the device is left", func() error {
+		if _, err := os.Stat(strings.Replace(d.Path(), "ublkb", "ublkc", 1)); err == nil {
+			return errors.New(d.Path())
+		}
+		return nil
+	})
+}
+
+// TestStressKill kills a server of several devices under load: all users get errors, and all devices go.
+func TestStressKill(t *testing.T) {
+	needDriver(t)
+	for range rounds(1) {
+		for i, mode := range copyModes(t) {
+			const devices = 3
+			recovery := []ublk.Recovery{ublk.RecoverNone, ublk.RecoverReissue}[i%2]
+			s := startServer(t, serverConfig{ID: new(20), Memory: memoryFile(t), Size: 8 << 20, Queues: 2, Copy: mode.mode,
+				Recovery: recovery, Devices: devices, Handler: "later"})
+			var fios []*fioRun
+			for i := range devices {
+				path := fmt.Sprintf("/dev/ublkb%d", 20+i)
+				fios = append(fios, startFIO(t, path, heavy...))
+			}
+			for i := range devices {
+				untilWritten(t, fmt.Sprintf("/dev/ublkb%d", 20+i), 64<<10)
+			}
+			s.kill(t)
+			for i := range devices {
+				mustBecome(t, 20+i, waiting(recovery))
+				remove(t, 20+i)
+			}
+			for _, fio := range fios {
+				fio.fails(t)
+			}
+		}
+	}
+}
+
+// TestManyDevices has many devices at once, each of which holds its own bytes.
+func TestManyDevices(t *testing.T) {
+	needDriver(t)
+	const devices = 40
+	modes := copyModes(t)
+	disks := make([]*ublk.Device, devices)
+	var wg sync.WaitGroup
+	for i := range devices {
+		wg.Go(func() {
+			ctx, cancel := context.WithTimeout(context.Background(), stepLimit)
+			defer cancel()
+			d, err := ublk.Create(ctx, ublk.Options{Size: 1 << 20, Depth: 8, MaxIOBytes: 64 << 10, Copy: modes[i%len(modes)].mode},
+				newRAMDisk(1<<20))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			disks[i] = d
+		})
+	}
+	wg.Wait()
+	ids := map[int]bool{}
+	for _, d := range disks {
+		if d != nil {
+			t.Cleanup(func() { closeDevice(t, d) })
+		}
+	}
+	if t.Failed() {
+		return
+	}
+	for i, d := range disks {
+		ids[d.ID()] = true
+		fd := openForWriters(t, d.Path())
+		buf := aligned(4096)
+		fill(buf, i, uint64(i+1))
+		if _, err := unix.Pwrite(fd, buf, 8192); err != nil {
+			t.Error(err)
+		}
+		_ = unix.Close(fd)
+	}
+	infos, err := ublk.Devices(context.Background())
+	if err != nil || len(infos) != devices || len(ids) != devices {
+		t.Errorf("%d devices with %d ids, %d listed (%v), want %d", len(disks), len(ids), len(infos), err, devices)
+	}
+	for i, d := range disks {
+		wg.Go(func() {
+			fd := openForWriters(t, d.Path())
+			buf := aligned(4096)
+			_, err := unix.Pread(fd, buf, 8192)
+			_ = unix.Close(fd)
+			if got, ok := value(buf, i); err != nil || !ok || got != uint64(i+1) {
+				t.Errorf("device %d holds %d (%v), want %d", i, got, err, i+1)
+			}
+			closeDevice(t, d)
+			mustBeGone(t, d)
+		})
+	}
+	wg.Wait()
+}
+
+func openForWriters(t testing.TB, path string) int {
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_DIRECT|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Error(err)
+		return -1
+	}
+	return fd
+}
+
+// usage is what a process can leak.
+type usage struct {
+	fds, threads, mappings int
+	resident               int // KiB, after a collection
+}
+
+func measureUsage() usage {
+	debug.FreeOSMemory()
+	fds, _ := os.ReadDir("/proc/self/fd")
+	threads, _ := os.ReadDir("/proc/self/task")
+	maps, _ := os.ReadFile("/proc/self/maps")
+	u := usage{fds: len(fds), threads: len(threads), mappings: strings.Count(string(maps), "\n")}
+	status, _ := os.ReadFile("/proc/self/status")
+	for line := range strings.Lines(string(status)) {
+		if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+			u.resident, _ = strconv.Atoi(strings.Fields(rest)[0])
+		}
+	}
+	return u
+}
+
+// TestRounds makes and removes devices again and again, by every way of an end, and finds that neither devices nor
+// file descriptors, threads, mappings or memory grow.
+func TestRounds(t *testing.T) {
+	needDriver(t)
+	modes := copyModes(t)
+	round := func(i int) {
+		disk := newRAMDisk(1 << 20)
+		o := ublk.Options{Size: 1 << 20, Queues: 1 + i%2, Depth: 16, Copy: modes[i%len(modes)].mode, Discard: i%3 == 0}
+		ctx, cancel := context.WithTimeout(context.Background(), stepLimit)
+		defer cancel()
+		d, err := ublk.Create(ctx, o, disk)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i%2 == 0 { // dirty data for the end to write back
+			f, err := os.OpenFile(d.Path(), os.O_RDWR, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = f.WriteAt([]byte("dirty"), 4096)
+			if err = errors.Join(err, f.Close()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		switch i % 4 {
+		case 0, 1:
+			err = d.Stop(ctx)
+		case 2:
+			err = d.Close(ctx)
+		case 3:
+			err = ublk.StopForTest(d.ID())
+			select {
+			case <-d.Done():
+			case <-ctx.Done():
+				err = errors.Join(err, ctx.Err())
+			}
+		}
+		if err != nil {
+			t.Fatalf("round %d: %v", i, err)
+		}
+		if i%2 == 0 && string(disk.data[4096:4101]) != "dirty" {
+			t.Errorf("round %d: the end did not write back", i)
+		}
+		mustBeGone(t, d)
+	}
+	for i := range 8 { // the runtime and the control connection get what they keep
+		round(i)
+	}
+	before := measureUsage()
+	n := rounds(20)
+	for i := range n {
+		round(i)
+	}
+	time.Sleep(100 * time.Millisecond)
+	after := measureUsage()
+	t.Logf("before %+v, after %d rounds %+v", before, n, after)
+	// The runtime keeps idle threads and heap of its own, but nothing that grows with the rounds. A device's buffers
+	// alone are 8 MiB.
+	if after.fds > before.fds || after.threads > before.threads+6 || after.mappings > before.mappings+20 ||
+		after.resident > before.resident+6<<10 {
+		t.Errorf("before %+v, after %d rounds %+v", before, n, after)
+	}
+}
+
+// TestRoundsOfProcesses: servers that come and go, some of them killed, with a stranger's files open meanwhile.
+func TestRoundsOfProcesses(t *testing.T) {
+	needDriver(t)
+	modes := copyModes(t)
+	for i := range rounds(3) {
+		c := serverConfig{ID: new(30), Memory: memoryFile(t), Size: 1 << 20, Copy: modes[i%len(modes)].mode}
+		s := startServer(t, c)
+		holder := exec.Command("sleep", "60")
+		f, err := os.Open("/dev/ublkb30")
+		if err != nil {
+			t.Fatal(err)
+		}
+		holder.Stdin = f
+		err = holder.Start()
+		_ = f.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if answer := s.ask(t, "stop"); !strings.Contains(answer, "sleep (pid") {
+			t.Errorf("stop while open: %s", answer)
+		}
+		if i%2 == 0 {
+			_ = holder.Process.Kill()
+			_ = holder.Wait()
+			if answer := s.ask(t, "stop"); answer != "OK" {
+				t.Errorf("stop: %s", answer)
+			}
+			s.kill(t)
+		} else { // the server goes first
+			s.kill(t)
+			mustBecome(t, 30, ublk.KernelDead)
+			_ = holder.Process.Kill()
+			_ = holder.Wait()
+			remove(t, 30)
+		}
+	}
+}
