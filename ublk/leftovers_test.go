@@ -23,7 +23,7 @@ func noLeftovers(t testing.TB) {
 	t.Helper()
 	log := openKernelLog(t)
 	t.Cleanup(func() {
-		within(t, 20*time.Second, "devices are left", noDevices)
+		within(t, 20*time.Second, "devices are left", devicesGone)
 		within(t, 20*time.Second, "threads hang in the kernel", noHangs)
 		for _, line := range log.complaints() {
 			if !strings.Contains(line, pretended) {
@@ -37,12 +37,12 @@ func noLeftovers(t testing.TB) {
 // within polls until check returns nil, and fails the test with its last answer when that takes too long.
 func within(t testing.TB, limit time.Duration, what string, check func() error) {
 	t.Helper()
-	if err := eventually(limit, check); err != nil {
+	if err := poll(limit, check); err != nil {
 		t.Errorf("%s after %v: %v", what, limit, err)
 	}
 }
 
-func eventually(limit time.Duration, check func() error) error {
+func poll(limit time.Duration, check func() error) error {
 	for deadline := time.Now().Add(limit); ; time.Sleep(20 * time.Millisecond) {
 		err := check()
 		if err == nil || time.Now().After(deadline) {
@@ -51,8 +51,8 @@ func eventually(limit time.Duration, check func() error) error {
 	}
 }
 
-// noDevices tells of devices in the driver, and of nodes in /dev.
-func noDevices() error {
+// devicesGone tells of devices in the driver, and of nodes in /dev.
+func devicesGone() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	infos, err := ublk.Devices(ctx)
@@ -147,7 +147,7 @@ func TestLeftoversAreSeen(t *testing.T) {
 	log := openKernelLog(t)
 	defer log.close()
 	d := create(t, ublk.Options{Size: 1 << 20}, newRAMDisk(1<<20))
-	if err := noDevices(); err == nil {
+	if err := devicesGone(); err == nil {
 		t.Error("a live device is not seen")
 	}
 	kmsg, err := os.OpenFile("/dev/kmsg", os.O_WRONLY, 0)
@@ -162,7 +162,7 @@ func TestLeftoversAreSeen(t *testing.T) {
 		t.Errorf("complaints: %q", got)
 	}
 	closeDevice(t, d)
-	if err := noDevices(); err != nil {
+	if err := devicesGone(); err != nil {
 		t.Error(err)
 	}
 	if state, flags := taskState("/proc/self/task/" + strconv.Itoa(unix.Gettid()) + "/stat"); state != "R" || flags == 0 {

@@ -159,13 +159,13 @@ func linearizable(history []porcupine.Operation) (porcupine.CheckResult, porcupi
 }
 
 // lateDisk applies requests at a time of its own choosing and answers them out of order.
-type lateDisk struct{ *sharedDisk }
+type lateDisk struct{ *shmDisk }
 
 func (d lateDisk) ServeUBLK(r *ublk.Request) error {
 	before, after := time.Duration(rand.IntN(1000)), time.Duration(rand.IntN(1000))
 	go func() {
 		time.Sleep(before * time.Microsecond)
-		err := d.sharedDisk.ServeUBLK(r)
+		err := d.shmDisk.ServeUBLK(r)
 		time.Sleep(after * time.Microsecond)
 		r.Complete(err)
 	}()
@@ -180,7 +180,7 @@ func TestRegisters(t *testing.T) {
 	for _, mode := range copyModes(t) {
 		for _, late := range []bool{false, true} {
 			t.Run(mode.name+map[bool]string{true: " late"}[late], func(t *testing.T) {
-				disk, err := openSharedDisk(memoryFile(t), 1<<20)
+				disk, err := openShmDisk(memoryFile(t), 1<<20)
 				if err != nil {
 					t.Fatal(err)
 				}

@@ -130,7 +130,7 @@ func (c *serverConfig) obey(devices []*ublk.Device, line string) string {
 
 // handler makes the handler of one device.
 func (c *serverConfig) handler() (ublk.Handler, error) {
-	disk, err := openSharedDisk(c.Memory, c.Size)
+	disk, err := openShmDisk(c.Memory, c.Size)
 	if err != nil {
 		return nil, err
 	}
@@ -164,14 +164,14 @@ func (c *serverConfig) handler() (ublk.Handler, error) {
 	}), nil
 }
 
-// sharedDisk is a RAM disk in a file of a memory file system, so that it outlives its server. 4 KiB are read and
+// shmDisk is a RAM disk in a file of a memory file system, so that it outlives its server. 4 KiB are read and
 // written as one.
-type sharedDisk struct {
+type shmDisk struct {
 	data  []byte
 	locks [64]sync.RWMutex // by 4 KiB block
 }
 
-func openSharedDisk(path string, size int64) (*sharedDisk, error) {
+func openShmDisk(path string, size int64) (*shmDisk, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
@@ -184,10 +184,10 @@ func openSharedDisk(path string, size int64) (*sharedDisk, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &sharedDisk{data: data}, nil
+	return &shmDisk{data: data}, nil
 }
 
-func (d *sharedDisk) ServeUBLK(r *ublk.Request) error {
+func (d *shmDisk) ServeUBLK(r *ublk.Request) error {
 	for off := r.Offset; off < r.Offset+int64(r.Length); {
 		end := min((off/4096+1)*4096, r.Offset+int64(r.Length))
 		lock := &d.locks[off/4096%int64(len(d.locks))]
@@ -210,7 +210,7 @@ func (d *sharedDisk) ServeUBLK(r *ublk.Request) error {
 	return nil
 }
 
-// memoryFile names a file for a sharedDisk.
+// memoryFile names a file for a shmDisk.
 func memoryFile(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "ublk-test-")
@@ -221,8 +221,8 @@ func memoryFile(t testing.TB) string {
 	return filepath.Join(dir, "disk")
 }
 
-// server is a server process.
-type server struct {
+// serverProcess is one that was started.
+type serverProcess struct {
 	config serverConfig
 	cmd    *exec.Cmd
 	in     io.Writer
@@ -231,7 +231,7 @@ type server struct {
 }
 
 // spawn starts a server process and does not wait for it. The end of the test kills it and removes its devices.
-func spawn(t testing.TB, c serverConfig) *server {
+func spawn(t testing.TB, c serverConfig) *serverProcess {
 	t.Helper()
 	text, err := json.Marshal(c)
 	if err != nil {
@@ -241,7 +241,7 @@ func spawn(t testing.TB, c serverConfig) *server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &server{config: c, cmd: exec.Command(exe), out: make(chan string, 16), gone: make(chan struct{})}
+	s := &serverProcess{config: c, cmd: exec.Command(exe), out: make(chan string, 16), gone: make(chan struct{})}
 	s.cmd.Env = append(os.Environ(), serverVariable+"="+string(text))
 	s.cmd.Stderr = os.Stderr
 	if s.in, err = s.cmd.StdinPipe(); err != nil {
@@ -272,8 +272,8 @@ func spawn(t testing.TB, c serverConfig) *server {
 	return s
 }
 
-// startServer starts a server process and waits until its devices are live.
-func startServer(t testing.TB, c serverConfig) *server {
+// startProcess starts a server process and waits until its devices are live.
+func startProcess(t testing.TB, c serverConfig) *serverProcess {
 	t.Helper()
 	s := spawn(t, c)
 	if line := s.line(t); line != "READY" {
@@ -283,7 +283,7 @@ func startServer(t testing.TB, c serverConfig) *server {
 }
 
 // line waits for what the server says; "" is its end.
-func (s *server) line(t testing.TB) string {
+func (s *serverProcess) line(t testing.TB) string {
 	t.Helper()
 	select {
 	case line := <-s.out:
@@ -302,7 +302,7 @@ func (s *server) line(t testing.TB) string {
 }
 
 // ask sends a line to the server and returns its answer.
-func (s *server) ask(t testing.TB, line string) string {
+func (s *serverProcess) ask(t testing.TB, line string) string {
 	t.Helper()
 	if _, err := io.WriteString(s.in, line+"\n"); err != nil {
 		t.Fatal(err)
@@ -311,13 +311,13 @@ func (s *server) ask(t testing.TB, line string) string {
 }
 
 // kill ends the server with SIGKILL. A process that the kernel does not let go is an error.
-func (s *server) kill(t testing.TB) {
+func (s *serverProcess) kill(t testing.TB) {
 	t.Helper()
 	_ = s.cmd.Process.Kill()
 	s.wait(t)
 }
 
-func (s *server) wait(t testing.TB) {
+func (s *serverProcess) wait(t testing.TB) {
 	t.Helper()
 	select {
 	case <-s.gone:

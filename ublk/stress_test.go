@@ -68,7 +68,7 @@ func TestStressKill(t *testing.T) {
 		for i, mode := range copyModes(t) {
 			const devices = 3
 			recovery := []ublk.Recovery{ublk.RecoverNone, ublk.RecoverReissue}[i%2]
-			s := startServer(t, serverConfig{ID: new(20), Memory: memoryFile(t), Size: 8 << 20, Queues: 2, Copy: mode.mode,
+			s := startProcess(t, serverConfig{ID: new(20), Memory: memoryFile(t), Size: 8 << 20, Queues: 2, Copy: mode.mode,
 				Recovery: recovery, Devices: devices, Handler: "later"})
 			var fios []*fioRun
 			for i := range devices {
@@ -250,7 +250,7 @@ func TestRoundsOfProcesses(t *testing.T) {
 	modes := copyModes(t)
 	for i := range rounds(3) {
 		c := serverConfig{ID: new(30), Memory: memoryFile(t), Size: 1 << 20, Copy: modes[i%len(modes)].mode}
-		s := startServer(t, c)
+		s := startProcess(t, c)
 		holder := exec.Command("sleep", "60")
 		f, err := os.Open("/dev/ublkb30")
 		if err != nil {
