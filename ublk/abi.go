@@ -3,19 +3,24 @@ package ublk
 // The ublk user ABI: include/uapi/linux/ublk_cmd.h. Structures are laid out as the C compiler lays them out on
 // every 64-bit and 32-bit Linux; abi_test.go holds the sizes and offsets.
 
-// Control commands, as ioctl-encoded numbers (type 'u', size of struct ublksrv_ctrl_cmd = 32). The bare numbers of
-// Linux 6.0 are compiled out on some kernels and are not used.
+// Control commands, as ioctl-encoded numbers (type 'u', size of struct ublksrv_ctrl_cmd = 32; from Linux 6.4 on). Their
+// low byte is the bare number that kernels before know, and that some later ones are built without.
 const (
-	cmdAddDev      = iocReadWrite | 0x04
-	cmdDelDev      = iocReadWrite | 0x05
-	cmdStartDev    = iocReadWrite | 0x06
-	cmdStopDev     = iocReadWrite | 0x07
-	cmdSetParams   = iocReadWrite | 0x08
-	cmdGetParams   = iocRead | 0x09
-	cmdGetDevInfo2 = iocRead | 0x12
-	cmdGetFeatures = iocRead | 0x13
-	cmdUpdateSize  = iocReadWrite | 0x15
-	cmdTryStopDev  = iocReadWrite | 0x17
+	cmdGetQueueAffinity  = iocRead | 0x01
+	cmdGetDevInfo        = iocRead | 0x02
+	cmdAddDev            = iocReadWrite | 0x04
+	cmdDelDev            = iocReadWrite | 0x05
+	cmdStartDev          = iocReadWrite | 0x06
+	cmdStopDev           = iocReadWrite | 0x07
+	cmdSetParams         = iocReadWrite | 0x08
+	cmdGetParams         = iocRead | 0x09
+	cmdStartUserRecovery = iocReadWrite | 0x10
+	cmdEndUserRecovery   = iocReadWrite | 0x11
+	cmdGetDevInfo2       = iocRead | 0x12
+	cmdGetFeatures       = iocRead | 0x13
+	cmdUpdateSize        = iocReadWrite | 0x15
+	cmdQuiesceDev        = iocReadWrite | 0x16
+	cmdTryStopDev        = iocReadWrite | 0x17
 
 	iocRead      = 2<<30 | 32<<16 | 'u'<<8 // _IOR('u', nr, struct ublksrv_ctrl_cmd)
 	iocReadWrite = 3<<30 | 32<<16 | 'u'<<8 // _IOWR('u', nr, struct ublksrv_ctrl_cmd)

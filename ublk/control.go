@@ -12,38 +12,34 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const (
-	controlPath = "/dev/ublk-control"
-	// controlEntries bounds the commands of a process that are under way at once.
-	controlEntries = 64
-	// commandTimeout bounds the commands that the driver answers without waiting for a handler or a user of a disk.
-	commandTimeout = 20 * time.Second
-	// cancelGrace is how long a cancelled command may take to come back before it is given up. Commands have been
-	// seen to hang in the driver under create/delete churn (6.18.40, 7.0).
-	cancelGrace = 3 * time.Second
-)
+// commandTimeout bounds the commands that the driver answers without waiting for a handler or a user of a disk.
+const commandTimeout = 20 * time.Second
 
-// control is the process's one connection to /dev/ublk-control. Every command goes through one ring that lives as long
-// as the process, and is answered by one goroutine that sleeps in the runtime's poller.
-//
-// Commands that change the set of devices are serialised, for the driver's sake. Those whose length depends on a
-// handler or on the users of a disk (START, STOP) are not, so that one slow disk does not hold up the others.
-type control struct {
-	fd     int      // /dev/ublk-control
-	events *os.File // eventfd, signalled by the ring for every completion
-	serial chan struct{}
-
-	mu      sync.Mutex // guards what follows; never held over a wait
-	ring    *ring
-	nextID  uint64
-	pending map[uint64]*ctrlCall
+// commander executes control commands: controlRing, or a double in tests.
+type commander interface {
+	// run executes one command and waits for its result, or for ctx. The kernel may write to buf until run returns nil.
+	run(ctx context.Context, op uint32, cmd ctrlCmd, buf unsafe.Pointer) (int32, error)
 }
 
-// ctrlCall is one command under way. It stays in control.pending until the kernel has answered, because the kernel may
-// write to buf until then.
-type ctrlCall struct {
-	buf  unsafe.Pointer
-	done chan int32 // gets the result; has room for it
+// control speaks the driver's control protocol, in the dialect of the running kernel.
+//
+// Commands that change the set of devices are serialised, for the driver's sake. Those that only ask are not, nor those
+// whose length depends on a handler or on the users of a disk (START, STOP): one slow disk does not hold up the others.
+type control struct {
+	commander
+	serial chan struct{}
+
+	mu      sync.Mutex // guards dialect; held while the driver is asked for it
+	dialect dialect
+}
+
+// dialect is how the running kernel is spoken to.
+type dialect struct {
+	known    bool
+	features Feature // what GET_FEATURES said
+	asked    bool    // there is GET_FEATURES (6.5)
+	legacy   bool    // commands go by their bare numbers, as up to 6.3
+	noInfo2  bool    // there is no GET_DEV_INFO2, as up to 6.2
 }
 
 var (
@@ -59,169 +55,65 @@ func openControl() (*control, error) {
 	if theControl != nil {
 		return theControl, nil
 	}
-	c, err := newControl(controlPath)
+	r, err := newControlRing(controlPath)
 	if err != nil {
 		return nil, err
 	}
-	theControl = c
-	return c, nil
+	theControl = newControl(r)
+	return theControl, nil
 }
 
-func newControl(path string) (_ *control, err error) {
-	fd, err := openRetry(path, unix.O_RDWR)
-	if err != nil {
-		return nil, controlOpenError(path, err)
-	}
-	c := &control{fd: fd, serial: make(chan struct{}, 1), pending: make(map[uint64]*ctrlCall)}
-	defer func() {
-		if err != nil {
-			c.release()
-		}
-	}()
-	// No DEFER_TASKRUN and no SINGLE_ISSUER: any goroutine submits, and nobody waits in the ring.
-	if c.ring, err = newRing(controlEntries, 4*controlEntries, 0); err != nil {
-		return nil, err
-	}
-	efd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
-	if err != nil {
-		return nil, fmt.Errorf("ublk: make an eventfd: %w", err)
-	}
-	c.events = os.NewFile(uintptr(efd), "ublk control events")
-	n := int32(efd)
-	if err := c.ring.register(registerEventfd, unsafe.Pointer(&n), 1); err != nil {
-		return nil, fmt.Errorf("ublk: register an eventfd with the control ring: %w", err)
-	}
-	go c.answerRoutine()
-	return c, nil
-}
+func newControl(r commander) *control { return &control{commander: r, serial: make(chan struct{}, 1)} }
 
-func (c *control) release() {
-	if c.events != nil {
-		_ = c.events.Close()
-	}
-	if c.ring != nil {
-		c.ring.close()
-	}
-	_ = unix.Close(c.fd)
-}
-
-func controlOpenError(path string, err error) error {
-	switch {
-	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENXIO), errors.Is(err, unix.ENODEV):
-		return fmt.Errorf("ublk: open %s: %w (%w)", path, ErrNoDriver, err)
-	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
-		return fmt.Errorf("ublk: open %s: %w (%w)", path, ErrPermission, err)
-	}
-	return fmt.Errorf("ublk: open %s: %w", path, err)
-}
-
-func openRetry(path string, flags int) (int, error) {
-	for {
-		fd, err := unix.Open(path, flags|unix.O_CLOEXEC, 0)
-		if err != unix.EINTR {
-			return fd, err
-		}
-	}
-}
-
-// answerRoutine delivers results; it runs as long as the process.
-func (c *control) answerRoutine() {
-	var count [8]byte
-	for {
-		if _, err := c.events.Read(count[:]); err != nil {
-			return
-		}
-		c.mu.Lock()
-		for {
-			id, res, ok := c.ring.next()
-			if !ok {
-				break
-			}
-			if call := c.pending[id]; call != nil {
-				delete(c.pending, id)
-				call.done <- res
-			}
-		}
-		c.mu.Unlock()
-	}
-}
-
-// submit queues and hands over one entry; fill gets it cleared.
-func (c *control) submit(call *ctrlCall, fill func(*sqe)) (id uint64, err error) {
+// learn finds out the dialect. A kernel before 6.5 takes GET_FEATURES for a command to a device that is not there; it
+// knows the bare numbers, unless it is a 6.4 that was built without them (see exec).
+func (c *control) learn(ctx context.Context) (dialect, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	e := c.ring.get()
-	if e == nil {
-		return 0, fmt.Errorf("ublk: the control ring is full")
+	if c.dialect.known {
+		return c.dialect, nil
 	}
-	c.nextID++
-	id = c.nextID
-	fill(e)
-	e.userData = id
-	if call != nil {
-		c.pending[id] = call
-	}
-	for c.ring.unsubmitted() > 0 {
-		if err := c.ring.enter(0); err != nil && !transient(err) {
-			delete(c.pending, id)
-			return 0, fmt.Errorf("ublk: submit a control command: %w", err)
-		}
-	}
-	return id, nil
-}
-
-// run executes one command and waits for its result, or for ctx. A command that is given up is cancelled, and when the
-// driver does not even answer that, left to the kernel.
-func (c *control) run(ctx context.Context, op uint32, cmd ctrlCmd, buf unsafe.Pointer) (int32, error) {
-	if err := ctx.Err(); err != nil {
-		return 0, err
-	}
-	cmd.addr = uint64(uintptr(buf))
-	call := &ctrlCall{buf: buf, done: make(chan int32, 1)}
-	id, err := c.submit(call, func(e *sqe) {
-		e.opcode = opURingCmd
-		e.fd = int32(c.fd)
-		e.off = uint64(op)
-		*(*ctrlCmd)(unsafe.Pointer(&e.cmd)) = cmd
-	})
-	if err != nil {
-		return 0, err
-	}
-	select {
-	case res := <-call.done:
-		return res, nil
-	case <-ctx.Done():
-	}
-	if _, err := c.submit(nil, func(e *sqe) { e.opcode, e.fd, e.addr = opAsyncCancel, -1, id }); err != nil {
-		return 0, errors.Join(ctx.Err(), err)
-	}
-	select {
-	case res := <-call.done:
-		if res >= 0 {
-			return res, nil
-		}
-		return 0, ctx.Err()
-	case <-time.After(cancelGrace):
-		return 0, fmt.Errorf("ublk: the driver does not answer a control command: %w", ctx.Err())
-	}
-}
-
-// quick runs a command that the driver answers by itself, one at a time. A negative result is returned as its errno.
-func (c *control) quick(ctx context.Context, op uint32, cmd ctrlCmd, buf unsafe.Pointer) error {
 	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
 	defer cancel()
-	select {
-	case c.serial <- struct{}{}:
-		defer func() { <-c.serial }()
-	case <-ctx.Done():
-		return ctx.Err()
+	f := new(uint64)
+	cmd := ctrlCmd{devID: kernelPicks, queueID: noQueue, len: featuresSize}
+	err := asError(c.run(ctx, cmdGetFeatures, cmd, unsafe.Pointer(f)))
+	switch {
+	case err == nil:
+		c.dialect = dialect{known: true, asked: true, features: Feature(*f)}
+	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENODEV):
+		c.dialect = dialect{known: true, legacy: true}
+	default:
+		return dialect{}, fmt.Errorf("ublk: ask the driver for its features: %w", err)
 	}
-	return asError(c.run(ctx, op, cmd, buf))
+	return c.dialect, nil
 }
 
-// slow runs a command whose length is not the driver's.
-func (c *control) slow(ctx context.Context, op uint32, cmd ctrlCmd) error {
-	return asError(c.run(ctx, op, cmd, nil))
+func (c *control) setDialect(change func(*dialect)) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	change(&c.dialect)
+}
+
+// exec runs one command in the kernel's dialect.
+func (c *control) exec(ctx context.Context, op uint32, cmd ctrlCmd, buf unsafe.Pointer) error {
+	d, err := c.learn(ctx)
+	if err != nil {
+		return err
+	}
+	if !d.legacy {
+		return asError(c.run(ctx, op, cmd, buf))
+	}
+	err = asError(c.run(ctx, op&opMask, cmd, buf))
+	if !errors.Is(err, unix.EOPNOTSUPP) {
+		return err
+	}
+	encoded := asError(c.run(ctx, op, cmd, buf))
+	if errors.Is(encoded, unix.EOPNOTSUPP) {
+		return err
+	}
+	c.setDialect(func(d *dialect) { d.legacy = false })
+	return encoded
 }
 
 func asError(res int32, err error) error {
@@ -231,12 +123,70 @@ func asError(res int32, err error) error {
 	return err
 }
 
-func command(id int) ctrlCmd { return ctrlCmd{devID: uint32(id), queueID: noQueue} }
+// target is the device that a command is for. The driver wants the char device's path with every command to an
+// unprivileged device, and checks the caller's right to that.
+type target struct {
+	id     int
+	byPath bool
+}
+
+// charPathSize is the room for a char device's path before a command's payload.
+const charPathSize = 32
+
+// send runs a command to a device; payload goes to the driver and comes back from it.
+func (c *control) send(ctx context.Context, op uint32, to target, data uint64, payload []byte) error {
+	cmd := ctrlCmd{devID: uint32(to.id), queueID: noQueue, data: data}
+	if !to.byPath {
+		cmd.len = uint16(len(payload))
+		return c.exec(ctx, op, cmd, unsafe.Pointer(unsafe.SliceData(payload)))
+	}
+	buf := make([]byte, charPathSize+len(payload))
+	copy(buf, charPath(to.id))
+	copy(buf[charPathSize:], payload)
+	cmd.len, cmd.pathLen = uint16(len(buf)), charPathSize
+	err := c.exec(ctx, op, cmd, unsafe.Pointer(unsafe.SliceData(buf)))
+	if err == nil {
+		copy(payload, buf[charPathSize:])
+	}
+	return err
+}
+
+// ask sends a command that the driver answers by itself.
+func (c *control) ask(ctx context.Context, op uint32, to target, data uint64, payload []byte) error {
+	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
+	defer cancel()
+	return c.send(ctx, op, to, data, payload)
+}
+
+// change sends a command that the driver executes by itself, one at a time.
+func (c *control) change(ctx context.Context, op uint32, to target, payload []byte) error {
+	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
+	defer cancel()
+	select {
+	case c.serial <- struct{}{}:
+		defer func() { <-c.serial }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	return c.send(ctx, op, to, 0, payload)
+}
+
+// bytesOf is the memory of a structure without pointers.
+func bytesOf[T any](p *T) []byte { return unsafe.Slice((*byte)(unsafe.Pointer(p)), unsafe.Sizeof(*p)) }
+
+// offered tells what the kernel's driver can do. Before 6.5 only ADD tells, and everything may be asked of it.
+func (c *control) offered(ctx context.Context) (Feature, error) {
+	d, err := c.learn(ctx)
+	if err == nil && !d.asked {
+		return ^Feature(0), nil
+	}
+	return d.features, err
+}
 
 // add makes a device; the driver's answer (id, queues, flags, sizes) replaces info.
 func (c *control) add(ctx context.Context, info *devInfo) error {
-	cmd := ctrlCmd{devID: info.devID, queueID: noQueue, len: uint16(unsafe.Sizeof(*info))}
-	err := c.quick(ctx, cmdAddDev, cmd, unsafe.Pointer(info))
+	// The id is said twice. There is no path yet, not even for an unprivileged device.
+	err := c.change(ctx, cmdAddDev, target{id: int(int32(info.devID))}, bytesOf(info))
 	switch {
 	case err == nil:
 		return nil
@@ -254,50 +204,54 @@ func (c *control) add(ctx context.Context, info *devInfo) error {
 }
 
 // setParams sets the parameters and reads them back: what the driver does not know it drops without a word.
-func (c *control) setParams(ctx context.Context, id int, p *params) error {
+func (c *control) setParams(ctx context.Context, to target, p *params) error {
 	p.len = uint32(unsafe.Sizeof(*p))
-	cmd := command(id)
-	cmd.len = uint16(p.len)
-	if err := c.quick(ctx, cmdSetParams, cmd, unsafe.Pointer(p)); err != nil {
-		return fmt.Errorf("ublk: set the parameters of device %d: %w", id, err)
+	if err := c.change(ctx, cmdSetParams, to, bytesOf(p)); err != nil {
+		return fmt.Errorf("ublk: set the parameters of device %d: %w", to.id, err)
 	}
-	got, err := c.getParams(ctx, id)
+	got, err := c.getParams(ctx, to)
 	if err != nil {
 		return err
 	}
 	if got.types&p.types != p.types || got.basic != p.basic || got.discard != p.discard {
-		return fmt.Errorf("ublk: device %d: the driver changed the parameters from %+v to %+v: %w", id, *p, *got, ErrKernelTooOld)
+		return fmt.Errorf("ublk: device %d: the driver changed the parameters from %+v to %+v: %w", to.id, *p, *got, ErrKernelTooOld)
 	}
 	return nil
 }
 
-func (c *control) getParams(ctx context.Context, id int) (*params, error) {
+func (c *control) getParams(ctx context.Context, to target) (*params, error) {
 	p := &params{len: uint32(unsafe.Sizeof(params{}))}
-	cmd := command(id)
-	cmd.len = uint16(p.len)
-	if err := c.quick(ctx, cmdGetParams, cmd, unsafe.Pointer(p)); err != nil {
-		return nil, deviceError("read the parameters of", id, err)
+	if err := c.ask(ctx, cmdGetParams, to, 0, bytesOf(p)); err != nil {
+		return nil, deviceError("read the parameters of", to.id, err)
 	}
 	return p, nil
 }
 
-// infoQuery is the buffer of GET_DEV_INFO2: the char device's path, then the answer. The driver checks the caller's
-// rights on that path for unprivileged devices.
-type infoQuery struct {
-	path [32]byte
-	info devInfo
-}
-
+// getInfo asks with the path, as it is not known yet whether the device is an unprivileged one.
 func (c *control) getInfo(ctx context.Context, id int) (*devInfo, error) {
-	q := new(infoQuery)
-	copy(q.path[:], charPath(id))
-	cmd := command(id)
-	cmd.len, cmd.pathLen = uint16(unsafe.Sizeof(*q)), uint16(len(q.path))
-	err := c.quick(ctx, cmdGetDevInfo2, cmd, unsafe.Pointer(q))
+	d, err := c.learn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	info := new(devInfo)
+	if !d.noInfo2 {
+		err = c.ask(ctx, cmdGetDevInfo2, target{id: id, byPath: true}, 0, bytesOf(info))
+	}
+	if d.noInfo2 || errors.Is(err, unix.EOPNOTSUPP) {
+		err = c.ask(ctx, cmdGetDevInfo, target{id: id}, 0, bytesOf(info))
+		if err == nil {
+			c.setDialect(func(d *dialect) { d.noInfo2 = true })
+		}
+	}
 	if err != nil {
 		return nil, deviceError("look at", id, err)
 	}
-	return &q.info, nil
+	return info, nil
+}
+
+// target is how the device is spoken to.
+func (i *devInfo) target() target {
+	return target{id: int(i.devID), byPath: Feature(i.flags)&FeatureUnprivileged != 0}
 }
 
 func deviceError(what string, id int, err error) error {
@@ -310,43 +264,51 @@ func deviceError(what string, id int, err error) error {
 	return fmt.Errorf("ublk: %s device %d: %w", what, id, err)
 }
 
-func (c *control) getFeatures(ctx context.Context) (uint64, error) {
-	f := new(uint64)
-	err := c.quick(ctx, cmdGetFeatures, ctrlCmd{devID: kernelPicks, queueID: noQueue, len: featuresSize}, unsafe.Pointer(f))
-	switch {
-	case err == nil:
-		return *f, nil
-	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENODEV):
-		// A driver without GET_FEATURES takes it for a command to a device.
-		return 0, fmt.Errorf("ublk: ask the driver for its features: %w (%w)", ErrKernelTooOld, err)
-	}
-	return 0, fmt.Errorf("ublk: ask the driver for its features: %w", err)
-}
-
 // start makes the block device appear. The driver waits for the fetches of all tags, and before 6.19 reads the
-// partition table, which the handler serves.
-func (c *control) start(ctx context.Context, id int) error {
-	cmd := command(id)
-	cmd.data = uint64(os.Getpid()) // the process that opened the char device
-	if err := c.slow(ctx, cmdStartDev, cmd); err != nil {
-		return deviceError("start", id, err)
+// partition table, which the handler serves. The command carries the process that opened the char device.
+func (c *control) start(ctx context.Context, to target) error {
+	if err := c.send(ctx, cmdStartDev, to, uint64(os.Getpid()), nil); err != nil {
+		return deviceError("start", to.id, err)
 	}
 	return nil
 }
 
 // stop removes the block device after its dirty data is written and its requests are answered. Once the driver
 // has begun it cannot be called back, so it takes no context.
-func (c *control) stop(id int) error {
-	return c.slow(context.Background(), cmdStopDev, command(id))
-}
+func (c *control) stop(to target) error { return c.send(context.Background(), cmdStopDev, to, 0, nil) }
 
 // tryStop is stop that fails with EBUSY while the block device is open (7.0).
-func (c *control) tryStop(id int) error {
-	return c.slow(context.Background(), cmdTryStopDev, command(id))
+func (c *control) tryStop(to target) error {
+	return c.send(context.Background(), cmdTryStopDev, to, 0, nil)
 }
 
 // del removes the device. It waits until nobody holds the char device or the block device; when ctx ends first, the
 // device goes by itself as soon as they are closed.
-func (c *control) del(ctx context.Context, id int) error {
-	return c.quick(ctx, cmdDelDev, command(id), nil)
+func (c *control) del(ctx context.Context, to target) error { return c.change(ctx, cmdDelDev, to, nil) }
+
+// startRecovery and endRecovery frame the fetches of a new server. END waits for them, and has the requests that wait
+// issued again.
+func (c *control) startRecovery(ctx context.Context, to target) error {
+	return c.change(ctx, cmdStartUserRecovery, to, nil)
+}
+
+func (c *control) endRecovery(ctx context.Context, to target) error {
+	return c.send(ctx, cmdEndUserRecovery, to, uint64(os.Getpid()), nil)
+}
+
+// quiesce has the driver hand out nothing more. It waits up to timeout for a command of each queue that it can give
+// back (0: without end), and takes nothing back when there is none.
+func (c *control) quiesce(ctx context.Context, to target, timeout time.Duration) error {
+	return c.send(ctx, cmdQuiesceDev, to, uint64(max(timeout.Milliseconds(), 1)), nil)
+}
+
+// resize sets the number of 512-byte sectors.
+func (c *control) resize(ctx context.Context, to target, sectors uint64) error {
+	return c.ask(ctx, cmdUpdateSize, to, sectors, nil)
+}
+
+// affinity tells the CPUs whose requests come to a queue.
+func (c *control) affinity(ctx context.Context, to target, queue int) (*unix.CPUSet, error) {
+	set := new(unix.CPUSet)
+	return set, c.ask(ctx, cmdGetQueueAffinity, to, uint64(queue), bytesOf(set))
 }

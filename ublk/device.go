@@ -14,8 +14,8 @@ import (
 // Device is one live block device, served by this process.
 type Device struct {
 	id       int
-	opts     Options // with defaults, and with what the driver made of them
 	control  *control
+	target   target  // how control commands name it
 	kernel   Feature // what the driver offers
 	features Feature // what the device has
 	locked   bool
@@ -24,33 +24,17 @@ type Device struct {
 
 	started  chan struct{}  // closed when every queue thread has reported whether it started
 	ending   sync.WaitGroup // queue threads
-	stopping sync.WaitGroup // stop attempts
+	stopping sync.WaitGroup // attempts
 	done     chan struct{}
+	sizing   chan struct{} // holds the token while the disk's size is changed, or the disk may go
 
 	mu      sync.Mutex // guards what follows
+	opts    Options    // with defaults, and with what the driver made of them
 	state   State
-	err     error // why the device ended, nil for Stop and Close
+	err     error // why the device ended, nil for Stop, Close and Quiesce
 	delErr  error // what DEL said
-	attempt *stopAttempt
-}
-
-// State is where a device is in its life; see the package documentation.
-type State int
-
-// The states of a device of this process.
-const (
-	StateStarting State = iota
-	StateLive
-	StateStopping
-	StateDead
-	StateRecovering
-	StateQuiescing
-	StateQuiesced
-)
-
-// String names the state.
-func (s State) String() string {
-	return [...]string{"starting", "live", "stopping", "dead", "recovering", "quiescing", "quiesced"}[s]
+	drop    bool  // Stop or Close: the disk is not to outlive the server
+	attempt *attempt
 }
 
 func charPath(id int) string  { return fmt.Sprintf("/dev/ublkc%d", id) }
@@ -67,29 +51,25 @@ func Create(ctx context.Context, o Options, h Handler) (*Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	offered, err := c.getFeatures(ctx)
+	return create(ctx, c, o, h)
+}
+
+func create(ctx context.Context, c *control, o Options, h Handler) (*Device, error) {
+	offered, err := c.offered(ctx)
 	if err != nil {
 		return nil, err
 	}
-	info := o.info()
-	if info.flags, err = o.flags(Feature(offered)); err != nil {
+	info, err := o.info(offered)
+	if err != nil {
 		return nil, err
 	}
 	if err := c.add(ctx, info); err != nil {
 		return nil, err
 	}
 	o.Queues, o.Depth, o.MaxIOBytes = int(info.queues), int(info.depth), int(info.maxIOBytes)
-	d := &Device{
-		id:       int(info.devID),
-		opts:     o,
-		control:  c,
-		kernel:   Feature(offered),
-		features: Feature(info.flags),
-		charFD:   -1,
-		started:  make(chan struct{}),
-		done:     make(chan struct{}),
-	}
-	if missing := o.required() &^ d.features; missing != 0 { // the driver drops what it does not know without a word
+	d := newDevice(c, info, offered, o, StateStarting)
+	// The driver drops what it does not know without a word.
+	if missing := o.required() &^ FeatureUnprivileged &^ d.features; missing != 0 {
 		return nil, d.undo(&FeatureError{Missing: missing, Kernel: kernelRelease()})
 	}
 	if err := d.start(ctx, h); err != nil {
@@ -98,33 +78,52 @@ func Create(ctx context.Context, o Options, h Handler) (*Device, error) {
 	return d, nil
 }
 
+func newDevice(c *control, info *devInfo, offered Feature, o Options, s State) *Device {
+	return &Device{
+		id:       int(info.devID),
+		opts:     o,
+		state:    s,
+		control:  c,
+		target:   info.target(),
+		kernel:   offered,
+		features: Feature(info.flags),
+		charFD:   -1,
+		started:  make(chan struct{}),
+		done:     make(chan struct{}),
+		sizing:   make(chan struct{}, 1),
+	}
+}
+
 // start takes an added device to live. The order is the driver's: parameters, char device, a fetch for every tag, and
 // START from another thread than the queues'.
 func (d *Device) start(ctx context.Context, h Handler) error {
-	if err := d.control.setParams(ctx, d.id, d.opts.params()); err != nil {
+	if err := d.control.setParams(ctx, d.target, d.opts.params()); err != nil {
 		return err
 	}
 	if err := d.openChar(ctx); err != nil {
 		return err
 	}
-	if err := d.makeQueues(h); err != nil {
+	if err := d.makeQueues(ctx, h); err != nil {
 		return err
 	}
 	if err := d.startQueues(); err != nil {
 		return err
 	}
-	if err := d.control.start(ctx, d.id); err != nil {
+	if err := d.control.start(ctx, d.target); err != nil {
 		return err
 	}
 	if err := waitForNode(ctx, blockPath(d.id)); err != nil {
 		return err
 	}
+	return d.goLive()
+}
+
+func (d *Device) goLive() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.state != StateStarting {
+	if !d.moveLocked(StateLive) {
 		return fmt.Errorf("ublk: device %d ended while it started: %w", d.id, errors.Join(d.err, ErrStopped))
 	}
-	d.state = StateLive
 	return nil
 }
 
@@ -145,9 +144,20 @@ func (d *Device) openChar(ctx context.Context) error {
 			return deviceError("open the char device of", d.id, err)
 		}
 		if sleep(ctx, 2*time.Millisecond) != nil {
-			return fmt.Errorf("ublk: open %s: %w (is /dev a devtmpfs?)", charPath(d.id), err)
+			return charOpenError(d.id, err)
 		}
 	}
+}
+
+func charOpenError(id int, err error) error {
+	switch err {
+	case unix.EBUSY:
+		return fmt.Errorf("ublk: open %s: %w: another process serves the device (%w)", charPath(id), ErrBusy, err)
+	case unix.EACCES:
+		return fmt.Errorf("ublk: open %s: %w (%w; udev has to give an unprivileged device to its owner)",
+			charPath(id), ErrPermission, err)
+	}
+	return fmt.Errorf("ublk: open %s: %w (is /dev a devtmpfs?)", charPath(id), err)
 }
 
 // waitForNode waits until devtmpfs shows the block device. A plain file of that name, which a program has made that was
@@ -194,19 +204,57 @@ func (d *Device) fail(err error) {
 }
 
 // superviseRoutine waits for the end of the queues, whoever caused it, and releases everything in the driver's order:
-// rings (by the queue threads), mappings, char device, device.
+// rings (by the queue threads), mappings, char device, and the device itself unless it outlives its server.
 func (d *Device) superviseRoutine() {
 	d.ending.Wait()
+	d.sizing <- struct{}{} // closing the char device may take the disk away
 	d.release()
+	<-d.sizing
 	d.stopping.Wait() // a stop holds the block device open until here
-	err := d.remove(context.Background())
+	end, err := StateQuiesced, error(nil)
+	stays := d.outlivesServer()
+	d.mu.Lock()
+	stays = stays && !d.drop
+	d.mu.Unlock()
+	if !stays {
+		end, err = StateDead, d.remove(context.Background())
+	}
 	d.mu.Lock()
 	if d.err == nil && d.state == StateLive && d.attempt == nil {
 		d.err = ErrStopped
 	}
-	d.state, d.delErr = StateDead, err
+	d.delErr = err
+	d.moveLocked(end) // there is a step to every end from every state that has queues
 	d.mu.Unlock()
 	close(d.done)
+}
+
+// settleDriver bounds the wait until the driver has noticed that its server is gone. Before Linux 6.15 it may take up
+// to 30 seconds (the block layer's timeout) when the server owned every tag of a queue; whoever recovers the device
+// waits for that.
+const settleDriver = 5 * time.Second
+
+// outlivesServer tells whether the disk stays, and waits for the driver to see that there is no server.
+func (d *Device) outlivesServer() bool {
+	if d.features&FeatureUserRecovery == 0 {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), settleDriver)
+	defer cancel()
+	for {
+		info, err := d.control.getInfo(ctx, d.id)
+		switch {
+		case errors.Is(err, ErrNotFound):
+			return false
+		case err != nil:
+			return true // whatever it is, a disk that may have users is not to be deleted on a guess
+		case KernelState(info.state) != KernelLive:
+			return KernelState(info.state) != KernelDead
+		}
+		if sleep(ctx, 5*time.Millisecond) != nil {
+			return true
+		}
+	}
 }
 
 // release gives back all but the device itself.
@@ -214,6 +262,9 @@ func (d *Device) release() {
 	for _, t := range d.queues {
 		if t.descs != nil {
 			_ = unix.Munmap(t.descs)
+		}
+		if t.queue != nil && t.left && !t.gone() {
+			keepForever(t)
 		}
 		if t.buf != nil && (t.queue == nil || t.owned == 0 && t.reading == 0) {
 			_ = unix.Munmap(t.buf)
@@ -238,7 +289,7 @@ const deleteTimeout = 5 * time.Second
 func (d *Device) remove(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, deleteTimeout)
 	defer cancel()
-	err := d.control.del(ctx, d.id)
+	err := d.control.del(ctx, d.target)
 	switch {
 	case err == nil, errors.Is(err, unix.ENODEV):
 		return nil
@@ -286,7 +337,11 @@ func (d *Device) ID() int { return d.id }
 func (d *Device) Path() string { return blockPath(d.id) }
 
 // Options are the options in force: with defaults filled in, and with the queues that the driver gave.
-func (d *Device) Options() Options { return d.opts }
+func (d *Device) Options() Options {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.opts
+}
 
 // Features are what the driver granted the device.
 func (d *Device) Features() Feature { return d.features }
@@ -295,6 +350,18 @@ func (d *Device) Features() Feature { return d.features }
 // may page them out, and writing back to this device then waits for itself.
 func (d *Device) MemoryLocked() bool { return d.locked }
 
+// IOFlusher tells whether the queue threads are marked as ones that write back memory (PR_SET_IO_FLUSHER), so that the
+// kernel does not have them wait for that. If not (CAP_SYS_RESOURCE is missing), a machine short of memory may have them
+// wait for themselves.
+func (d *Device) IOFlusher() bool {
+	for _, t := range d.queues {
+		if !t.flusher.Load() {
+			return false
+		}
+	}
+	return true
+}
+
 // State is where the device is in its life.
 func (d *Device) State() State {
 	d.mu.Lock()
@@ -302,11 +369,11 @@ func (d *Device) State() State {
 	return d.state
 }
 
-// Done is closed when the device is gone: no more requests come, and nothing of it is left in this process.
+// Done is closed when the device is dead or quiesced: no more requests come, and nothing of it is left in this process.
 func (d *Device) Done() <-chan struct{} { return d.done }
 
-// Err is nil until Done is closed. Afterwards it is nil if Stop or Close ended the device, ErrStopped if something
-// outside did, and otherwise what broke.
+// Err is nil until Done is closed. Afterwards it is nil if Stop, Close or Quiesce ended the device, ErrStopped if
+// something outside did, and otherwise what broke.
 func (d *Device) Err() error {
 	select {
 	case <-d.done:

@@ -10,11 +10,11 @@ import (
 var (
 	// ErrNoDriver: there is no /dev/ublk-control.
 	ErrNoDriver = errors.New("the kernel has no ublk driver loaded: run 'modprobe ublk_drv' " +
-		"(CONFIG_BLK_DEV_UBLK, Linux 6.0 or later; this library needs 6.5)")
+		"(CONFIG_BLK_DEV_UBLK, Linux 6.0 or later; this library needs 6.1)")
 	// ErrPermission: the process may not open the control device, or lacks CAP_SYS_ADMIN.
 	ErrPermission = errors.New("not permitted: run as root, or with CAP_SYS_ADMIN and access to /dev/ublk-control")
 	// ErrKernelTooOld: the driver or io_uring lacks something that this library cannot do without.
-	ErrKernelTooOld = errors.New("the kernel is too old: Linux 6.5 or later is needed")
+	ErrKernelTooOld = errors.New("the kernel is too old: Linux 6.1 or later is needed")
 	// ErrNoFreeDevice: the driver's limit on devices is reached.
 	ErrNoFreeDevice = errors.New("no free ublk device: delete one, or raise the limit in " +
 		"/sys/module/ublk_drv/parameters/ublks_max")
@@ -24,6 +24,9 @@ var (
 	ErrNotFound = errors.New("no such ublk device")
 	// ErrBusy: the block device is open, mounted or otherwise held, or another process serves it.
 	ErrBusy = errors.New("the device is in use")
+	// ErrNotRecoverable: the device cannot be recovered: it was made without Options.Recovery, has no disk any more, has
+	// another cookie, or an earlier recovery has left it in a state that the kernel cannot go on from.
+	ErrNotRecoverable = errors.New("the device cannot be recovered")
 	// ErrStopped is what Device.Err returns when something else than Stop or Close ended the device.
 	ErrStopped = errors.New("the device was stopped from outside this process")
 	// ErrInvalid: the options contradict themselves or a limit of the driver.

@@ -19,7 +19,7 @@ func DieFetchingForTest(ctx context.Context, o Options, recover bool, tags int) 
 	}
 	d := &Device{id: deref(o.ID), opts: o, control: c, charFD: -1}
 	if recover {
-		err = retryBusy(func() error { return c.quick(ctx, iocReadWrite|0x10, command(d.id), nil) }) // START_USER_RECOVERY
+		err = retryBusy(func() error { return c.startRecovery(ctx, target{id: d.id}) })
 	} else {
 		err = d.addForTest(ctx)
 	}
@@ -71,16 +71,16 @@ func retryBusy(try func() error) error {
 }
 
 func (d *Device) addForTest(ctx context.Context) error {
-	offered, err := d.control.getFeatures(ctx)
+	offered, err := d.control.offered(ctx)
 	if err != nil {
 		return err
 	}
-	info := d.opts.info()
-	if info.flags, err = d.opts.flags(Feature(offered)); err != nil {
+	info, err := d.opts.info(offered)
+	if err != nil {
 		return err
 	}
 	if err := d.control.add(ctx, info); err != nil {
 		return err
 	}
-	return d.control.setParams(ctx, d.id, d.opts.params())
+	return d.control.setParams(ctx, info.target(), d.opts.params())
 }

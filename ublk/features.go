@@ -3,6 +3,7 @@ package ublk
 import (
 	"context"
 	"fmt"
+	"os"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -127,20 +128,34 @@ func (f Feature) String() string {
 	return fmt.Sprintf("%#x", uint64(f))
 }
 
-// Features asks the driver what it can do, which it answers at once or within 20 seconds not at all. The kernel's release is set even when the driver cannot be asked; the error
-// is then ErrNoDriver, ErrPermission or ErrKernelTooOld.
+// Features asks the driver what it can do, which it answers within 20 seconds or not at all. A driver before Linux 6.5
+// cannot be asked; it is had to add a device and tell what it granted. The kernel's release is set even when there is no
+// answer; the error is then ErrNoDriver, ErrPermission or ErrKernelTooOld.
 func Features() (FeatureSet, error) {
 	s := FeatureSet{Kernel: kernelRelease()}
 	c, err := openControl()
-	if err != nil {
-		return s, err
+	if err == nil {
+		s.Bits, err = c.features(context.Background())
 	}
-	bits, err := c.getFeatures(context.Background())
-	if err != nil {
-		return s, err
+	return s, err
+}
+
+// features is offered, with a device made for kernels that only tell on ADD.
+func (c *control) features(ctx context.Context) (Feature, error) {
+	f, err := c.offered(ctx)
+	if err != nil || f != ^Feature(0) {
+		return f, err
 	}
-	s.Bits = Feature(bits)
-	return s, nil
+	// Everything that Linux 6.4 may have, but for UNPRIVILEGED_DEV, which a process with CAP_SYS_ADMIN is not granted.
+	ask := FeatureCompInTask | FeatureNeedGetData | FeatureUserRecovery | FeatureRecoveryReissue | FeatureIoctlEncode
+	info := &devInfo{devID: kernelPicks, queues: 1, depth: 1, maxIOBytes: uint32(os.Getpagesize()), flags: uint64(ask)}
+	if err := c.add(ctx, info); err != nil {
+		return 0, err
+	}
+	if err := c.del(ctx, info.target()); err != nil {
+		return 0, deviceError("delete", int(info.devID), err)
+	}
+	return Feature(info.flags), nil
 }
 
 func kernelRelease() string {

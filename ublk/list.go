@@ -8,8 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-
-	"golang.org/x/sys/unix"
+	"time"
 )
 
 // KernelState is what the driver says of a device (UBLK_S_DEV_*).
@@ -106,7 +105,7 @@ func (c *control) describe(ctx context.Context, id int) (DeviceInfo, error) {
 	if err != nil {
 		return DeviceInfo{}, err
 	}
-	p, err := c.getParams(ctx, id)
+	p, err := c.getParams(ctx, k.target())
 	if err != nil {
 		return DeviceInfo{}, err
 	}
@@ -126,9 +125,14 @@ func (c *control) describe(ctx context.Context, id int) (DeviceInfo, error) {
 	}, nil
 }
 
+// udevTime is how long somebody who has the char device open may be udev.
+const udevTime = 500 * time.Millisecond
+
 // Delete removes a device that no process serves, and never one that a process serves: that one has to stop it
 // (ErrBusy). Without force it refuses with ErrBusy, too, when the block device is in use or waits to be recovered. With
-// force what waits on it fails.
+// force, what waits on it fails.
+//
+// A block device that is open goes when its last user closes it; Delete then returns ErrBusy after a while.
 func Delete(ctx context.Context, id int, force bool) error {
 	c, err := openControl()
 	if err != nil {
@@ -136,21 +140,33 @@ func Delete(ctx context.Context, id int, force bool) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, deleteTimeout)
 	defer cancel()
-	info, err := c.describe(ctx, id)
+	info, err := c.getInfo(ctx, id)
 	if err != nil {
 		return err
 	}
-	if info.ServerPID > 0 && unix.Kill(info.ServerPID, 0) != unix.ESRCH {
-		return fmt.Errorf("ublk: delete device %d: %w: process %d serves it, and has to stop it", id, ErrBusy, info.ServerPID)
+	s, served := serverOf(id, int(info.serverPID))
+	for end := time.Now().Add(udevTime); served && time.Now().Before(end) && s.pid != os.Getpid(); {
+		_ = sleep(ctx, 50*time.Millisecond)
+		s, served = serverOf(id, int(info.serverPID))
 	}
-	if us := users(id); !force && len(us) > 0 {
-		return fmt.Errorf("ublk: delete device %d: %w: %s", id, ErrBusy, describeUsers(us))
+	if served {
+		return fmt.Errorf("ublk: delete device %d: %w: %v serves it, and has to stop it", id, ErrBusy, s)
 	}
-	if !force && (info.State == KernelQuiesced || info.State == KernelFailIO) {
+	// A device that is live without a server is about to wait: the driver has not noticed yet.
+	waits := KernelState(info.state) != KernelDead && Feature(info.flags)&FeatureUserRecovery != 0
+	if waits && !force {
 		return fmt.Errorf("ublk: delete device %d: %w: it waits to be recovered", id, ErrBusy)
 	}
-	if err := c.del(ctx, id); err != nil && !gone(err) { // DEL stops it first
-		return deviceError("delete", id, err)
+	if us := users(id); len(us) > 0 && !force {
+		return fmt.Errorf("ublk: delete device %d: %w: %s", id, ErrBusy, describeUsers(us))
 	}
-	return nil
+	err = c.del(ctx, info.target()) // DEL stops it first
+	switch {
+	case err == nil, gone(err):
+		return nil
+	case ctx.Err() != nil:
+		return fmt.Errorf("ublk: device %d is stopped, and goes when its last user closes it (%s): %w",
+			id, describeUsers(users(id)), ErrBusy)
+	}
+	return deviceError("delete", id, err)
 }

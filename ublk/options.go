@@ -51,7 +51,8 @@ type Options struct {
 	// NoAffinity leaves the queue threads on all CPUs; by default they stay on those that the block layer maps to
 	// their queue.
 	NoAffinity bool
-	// Unprivileged makes a device that a user without CAP_SYS_ADMIN may make and serve (6.3).
+	// Unprivileged makes a device that a user without CAP_SYS_ADMIN may make and serve (6.3); see the package
+	// documentation. The driver ignores it for a process that has CAP_SYS_ADMIN.
 	Unprivileged bool
 	// Require names features that Create fails without, with a *FeatureError.
 	Require Feature
@@ -139,6 +140,10 @@ func (o Options) validate() error {
 		{o.Copy == CopyBatch && o.Depth == 1, "Depth 1 with CopyBatch: the driver's FIFO of tags takes at least 2"},
 		{o.Copy > CopyBatch, fmt.Sprintf("Copy %d: no such mode", o.Copy)},
 		{o.Recovery > RecoverFailIO, fmt.Sprintf("Recovery %d: no such way", o.Recovery)},
+		{o.Unprivileged && o.Recovery != RecoverNone,
+			"Recovery of an unprivileged device: the driver refuses it, as requests that wait for a server could hold up the machine"},
+		{o.Unprivileged && o.Copy == CopyUser,
+			"CopyUser for an unprivileged device: the driver refuses it, as the kernel could pass on memory that was not filled"},
 		{o.FUA && !o.VolatileCache, "FUA without VolatileCache: every answered write is durable anyway"},
 		{o.Discard && o.ReadOnly, "Discard on a read-only device"},
 		{!powerOfTwo(o.DiscardGranularity) || o.DiscardGranularity < o.LogicalBlock || o.DiscardGranularity > 1<<30,
@@ -178,28 +183,19 @@ func (o Options) required() Feature {
 	return f
 }
 
-// wanted are the features to ask a kernel that has offered for: the required ones, and what it can do besides.
-func (o Options) wanted(offered Feature) Feature {
-	f := FeatureUpdateSize
+// info is what ADD is asked for of a kernel that offers some features: the required ones, and what is of use besides. It is
+// a *FeatureError when it does not offer enough.
+func (o Options) info(offered Feature) (*devInfo, error) {
+	if missing := o.required() &^ offered; missing != 0 {
+		return nil, &FeatureError{Missing: missing, Kernel: kernelRelease()}
+	}
+	useful := FeatureUpdateSize
 	if o.Recovery != RecoverNone {
-		f |= FeatureQuiesce
+		useful |= FeatureQuiesce
 	}
 	if o.NoPartitionScan {
-		f |= FeatureNoAutoPartScan
+		useful |= FeatureNoAutoPartScan
 	}
-	return o.required() | FeatureIoctlEncode | f&offered
-}
-
-// flags are what ADD is asked for, or a *FeatureError.
-func (o Options) flags(offered Feature) (uint64, error) {
-	if missing := o.required() &^ offered; missing != 0 {
-		return 0, &FeatureError{Missing: missing, Kernel: kernelRelease()}
-	}
-	return uint64(o.wanted(offered)), nil
-}
-
-// info is what ADD is asked for.
-func (o Options) info() *devInfo {
 	id := uint32(kernelPicks)
 	if o.ID != nil && *o.ID >= 0 {
 		id = uint32(*o.ID)
@@ -209,9 +205,9 @@ func (o Options) info() *devInfo {
 		depth:       uint16(o.Depth),
 		maxIOBytes:  uint32(o.MaxIOBytes),
 		devID:       id,
-		flags:       uint64(FeatureIoctlEncode),
+		flags:       uint64(o.required() | FeatureIoctlEncode | useful&offered),
 		serverFlags: o.Cookie,
-	}
+	}, nil
 }
 
 // params is what SET_PARAMS is given.

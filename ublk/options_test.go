@@ -62,18 +62,18 @@ func TestParams(t *testing.T) {
 		t.Errorf("discard %+v", d)
 	}
 	for _, id := range []*int{nil, new(-1)} {
-		if got := (Options{ID: id}).info().devID; got != 1<<32-1 {
+		if got := must(t)(Options{ID: id}.info(0)).devID; got != 1<<32-1 {
 			t.Errorf("no id becomes %d", got)
 		}
 	}
-	if got := (Options{ID: new(0)}).info().devID; got != 0 {
+	if got := must(t)(Options{ID: new(0)}.info(0)).devID; got != 0 {
 		t.Errorf("id 0 becomes %d", got)
 	}
 }
 
 // TestNoDriver shows the errors of a machine that cannot serve: no driver, no right, no ublk behind the file.
 func TestNoDriver(t *testing.T) {
-	if _, err := newControl(filepath.Join(t.TempDir(), "ublk-control")); !errors.Is(err, ErrNoDriver) ||
+	if _, err := newControlRing(filepath.Join(t.TempDir(), "ublk-control")); !errors.Is(err, ErrNoDriver) ||
 		!errors.Is(err, unix.ENOENT) || !strings.Contains(err.Error(), "modprobe ublk_drv") {
 		t.Errorf("missing control device: %v", err)
 	}
@@ -102,24 +102,25 @@ func TestNoDriver(t *testing.T) {
 // TestControlRing runs the control connection on a file that answers every command by itself.
 func TestControlRing(t *testing.T) {
 	needNullCommands(t)
-	c, err := newControl("/dev/null")
+	r, err := newControlRing("/dev/null")
 	if err != nil {
 		t.Fatal(err)
 	}
+	c := newControl(r)
 	for range 200 {
-		if err := c.quick(context.Background(), cmdGetDevInfo2, command(1), nil); err != nil {
+		if err := c.change(context.Background(), cmdDelDev, target{id: 1}, nil); err != nil {
 			t.Fatal(err)
 		}
 	}
-	c.mu.Lock()
-	left := len(c.pending)
-	c.mu.Unlock()
+	r.mu.Lock()
+	left := len(r.pending)
+	r.mu.Unlock()
 	if left != 0 {
 		t.Errorf("%d commands are still pending", left)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	if err := c.quick(ctx, cmdGetDevInfo2, command(1), nil); !errors.Is(err, context.Canceled) {
+	if err := c.change(ctx, cmdDelDev, target{id: 1}, nil); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled context: %v", err)
 	}
 }
@@ -127,7 +128,7 @@ func TestControlRing(t *testing.T) {
 // TestControlCancel: a command that takes for ever comes back when it is cancelled.
 func TestControlCancel(t *testing.T) {
 	needNullCommands(t)
-	c, err := newControl("/dev/null")
+	c, err := newControlRing("/dev/null")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -168,5 +169,16 @@ func TestFeatureNames(t *testing.T) {
 		if k.Feature != 1<<i {
 			t.Errorf("%s is not bit %d", k.Name, i)
 		}
+	}
+}
+
+// must unwraps a pair that cannot fail here.
+func must(t *testing.T) func(*devInfo, error) *devInfo {
+	return func(i *devInfo, err error) *devInfo {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return i
 	}
 }

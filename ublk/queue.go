@@ -46,6 +46,8 @@ type queue struct {
 	asleep atomic.Bool  // the loop waits, or is about to: an answer must interrupt it
 	waking atomic.Int32 // goroutines that are about to interrupt
 	killed atomic.Bool
+
+	leaver
 }
 
 // readSlot is one fetch. It lives in the heap and holds p, so that what the kernel writes to is neither moved nor freed.
@@ -93,6 +95,9 @@ func (q *queue) start(p port) error {
 // run serves until every tag has ended. After an error the tags that are still ours are lost.
 func (q *queue) run() error {
 	for q.ended < q.depth {
+		if q.mayLeave() {
+			return q.goAway()
+		}
 		if err := q.turn(); err != nil {
 			return err
 		}
@@ -119,7 +124,7 @@ func (q *queue) turn() error {
 	err := errKilled
 	if !q.killed.Load() {
 		q.stats.publish(q.owned)
-		err = q.port.turn(true)
+		err = q.port.turn(q.mayWait())
 	}
 	q.asleep.Store(false)
 	if err != nil {
@@ -207,6 +212,8 @@ func (q *queue) reap() error {
 // arrived handles the completion of a tag's command: a request, or its end.
 func (q *queue) arrived(tag int, res int32) error {
 	switch {
+	case res == 0 && q.hold(tag):
+		return nil
 	case res == 0:
 		q.dispatch(&q.requests[tag], q.port.desc(tag))
 		return nil

@@ -3,9 +3,12 @@ package ublk
 import (
 	"context"
 	"errors"
-)
+	"fmt"
+	"sync"
+	"time"
 
-var errNotBuilt = errors.New("ublk: not built yet")
+	"golang.org/x/sys/unix"
+)
 
 // RecoverOptions are what the driver does not keep of a device's Options.
 type RecoverOptions struct {
@@ -16,10 +19,227 @@ type RecoverOptions struct {
 	NoAffinity bool
 }
 
-// Recover takes over the device id, whose server is gone, with all that its driver kept: size, queues, flags.
+// recoverTimeout bounds the wait for the driver to notice that the server is gone. Before Linux 6.15 that may take the
+// block layer's timeout of 30 seconds, if the server owned every tag of a queue when it died.
+const recoverTimeout = 60 * time.Second
+
+// diesWithin is how long a server that was killed may still show up with the char device open.
+const diesWithin = 2 * time.Second
+
+// Recover serves a device again whose server is gone, and that was made with Options.Recovery. Size, queues, limits and
+// features are those that the driver kept; h must serve the same content. When it returns, the device is live, and what
+// waited is being served.
+//
+// It refuses a device that somebody serves (ErrBusy), is not there (ErrNotFound) or cannot be recovered
+// (ErrNotRecoverable). When it fails otherwise, or its process dies in it, the device waits as before and Recover can be
+// tried again.
 func Recover(ctx context.Context, id int, o RecoverOptions, h Handler) (*Device, error) {
-	return nil, errNotBuilt
+	c, err := openControl()
+	if err != nil {
+		return nil, err
+	}
+	return recoverDevice(ctx, c, id, o, h)
 }
 
-// Quiesce ends serving and leaves the disk: its users wait until somebody recovers it. It needs Options.Recovery.
-func (d *Device) Quiesce(ctx context.Context) error { return errNotBuilt }
+func recoverDevice(ctx context.Context, c *control, id int, o RecoverOptions, h Handler) (*Device, error) {
+	wait, cancel := context.WithTimeout(ctx, recoverTimeout)
+	defer cancel()
+	offered, err := c.offered(ctx)
+	if err != nil {
+		return nil, err
+	}
+	info, err := c.waitOrphan(wait, id, o.Cookie)
+	if err != nil {
+		return nil, err
+	}
+	p, err := c.getParams(ctx, info.target())
+	if err != nil {
+		return nil, err
+	}
+	opts := optionsOf(info, p)
+	opts.Report, opts.NoAffinity = o.Report, o.NoAffinity
+	// Before 6.15 the driver sets the queues back at the start of a recovery, not at the end of a server, and not from
+	// every state. QUIESCE (6.16) tells the newer ones.
+	again := c.startRecovery
+	if offered == ^Feature(0) || offered&FeatureQuiesce == 0 {
+		again = c.startRecoveryOnce
+	}
+	for try := 0; ; try++ {
+		if err := startRetry(wait, again, info.target()); err != nil {
+			return nil, err
+		}
+		servedHere.Delete(id)
+		d := newDevice(c, info, offered, opts, StateRecovering)
+		err := d.takeOver(ctx, h)
+		if err == nil {
+			return d, nil
+		}
+		d.abandon(err)
+		if !errors.Is(err, errMapRefused) || try > 0 {
+			return nil, err
+		}
+	}
+}
+
+// waitOrphan returns what the driver knows of a device that can be recovered, when its server is gone.
+func (c *control) waitOrphan(ctx context.Context, id int, cookie uint64) (*devInfo, error) {
+	for begin := time.Now(); ; {
+		info, err := c.getInfo(ctx, id)
+		if err != nil {
+			return nil, err
+		}
+		switch {
+		case Feature(info.flags)&FeatureUserRecovery == 0:
+			return nil, fmt.Errorf("ublk: recover device %d: %w: it was made without recovery", id, ErrNotRecoverable)
+		case cookie != 0 && info.serverFlags != cookie:
+			return nil, fmt.Errorf("ublk: recover device %d: %w: it has another cookie (%#x), so it is not the one that was meant",
+				id, ErrNotRecoverable, info.serverFlags)
+		case KernelState(info.state) == KernelDead:
+			return nil, fmt.Errorf("ublk: recover device %d: %w: it has no disk (any more); delete it", id, ErrNotRecoverable)
+		}
+		s, served := serverOf(id, int(info.serverPID))
+		switch {
+		case !served && KernelState(info.state) != KernelLive:
+			return info, nil
+		case served && time.Since(begin) > diesWithin:
+			return nil, fmt.Errorf("ublk: recover device %d: %w: %v serves it", id, ErrBusy, s)
+		}
+		if sleep(ctx, 10*time.Millisecond) != nil {
+			return nil, fmt.Errorf("ublk: recover device %d: the driver has not noticed yet that its server is gone: %w",
+				id, ctx.Err())
+		}
+	}
+}
+
+// startRetry has the driver begin a recovery as soon as it has let go of the old server.
+func startRetry(ctx context.Context, start func(context.Context, target) error, to target) error {
+	for {
+		err := start(ctx, to)
+		switch {
+		case err == nil:
+			return nil
+		case !errors.Is(err, unix.EBUSY):
+			return deviceError("start to recover", to.id, err)
+		case sleep(ctx, 10*time.Millisecond) != nil:
+			return fmt.Errorf("ublk: recover device %d: %w: the driver holds on to the old server (%w)", to.id, ErrBusy, err)
+		}
+	}
+}
+
+// startRecoveryOnce is startRecovery for kernels before 6.15, whose driver takes START_USER_RECOVERY only from a state
+// in which every queue has had a server: when none has since the last START it answers EINVAL, and when only some have,
+// it crashes. A recovery that dies between the two leaves such a state.
+//
+// The way to tell is the mapping of the descriptors. The driver lets one process map them, until the next START; takeOver
+// maps them only when it has fetched for every queue. So if they can be mapped there was a START, and no complete server
+// since: it must not be repeated. What is left is to fetch, which the driver allows if no queue has had a server, and
+// refuses (EINVAL) if some have; then the device cannot be recovered any more.
+//
+// A process that served the device itself may map them all the same; it knows that it did.
+func (c *control) startRecoveryOnce(ctx context.Context, to target) error {
+	if complete, _ := servedHere.Load(to.id); complete == true {
+		return c.startRecovery(ctx, to)
+	}
+	fd, err := openRetry(charPath(to.id), unix.O_RDWR)
+	if err != nil {
+		return err
+	}
+	size, err := c.descSize(ctx, to.id)
+	if err != nil {
+		_ = unix.Close(fd)
+		return err
+	}
+	m, err := unix.Mmap(fd, 0, size, unix.PROT_READ, unix.MAP_SHARED)
+	if err == nil {
+		_ = unix.Munmap(m)
+	}
+	_ = unix.Close(fd)
+	if err == nil {
+		return nil
+	}
+	if err = c.startRecovery(ctx, to); errors.Is(err, unix.EINVAL) {
+		return nil // somebody has mapped and not fetched: takeOver gets a second try
+	}
+	return err
+}
+
+// servedHere has the devices for which this process has fetched every tag, by id, since the last START_USER_RECOVERY.
+var servedHere sync.Map
+
+func (c *control) descSize(ctx context.Context, id int) (int, error) {
+	info, err := c.getInfo(ctx, id)
+	if err != nil {
+		return 0, err
+	}
+	return descBytes(int(info.depth)), nil
+}
+
+// takeOver fetches every tag and ends the recovery.
+func (d *Device) takeOver(ctx context.Context, h Handler) error {
+	if err := d.openChar(ctx); err != nil {
+		return err
+	}
+	if err := d.makeQueues(ctx, h); err != nil {
+		return err
+	}
+	if err := d.startQueues(); err != nil {
+		if errors.Is(err, unix.EINVAL) && !errors.Is(err, errMapRefused) {
+			err = fmt.Errorf("%w: an earlier recovery died in the middle, and this kernel's driver cannot begin again (Linux 6.15 can); "+
+				"delete it: %w", ErrNotRecoverable, err)
+		}
+		return err
+	}
+	if err := d.control.endRecovery(ctx, d.target); err != nil {
+		return deviceError("recover", d.id, err)
+	}
+	return d.goLive()
+}
+
+// abandon ends a device that was not recovered, and leaves the disk as it is.
+func (d *Device) abandon(cause error) {
+	if !d.hasThreads() {
+		d.release()
+		return
+	}
+	d.fail(cause)
+	<-d.done
+}
+
+// optionsOf makes out what a device was made with.
+func optionsOf(info *devInfo, p *params) Options {
+	o := Options{
+		ID:                 new(int(info.devID)),
+		Size:               int64(p.basic.devSectors) << sectorShift,
+		Queues:             int(info.queues),
+		Depth:              int(info.depth),
+		MaxIOBytes:         int(info.maxIOBytes),
+		LogicalBlock:       1 << p.basic.logicalShift,
+		PhysicalBlock:      1 << p.basic.physicalShift,
+		IOMin:              1 << p.basic.ioMinShift,
+		IOOpt:              1 << p.basic.ioOptShift,
+		ReadOnly:           p.basic.attrs&attrReadOnly != 0,
+		VolatileCache:      p.basic.attrs&attrVolatileCache != 0,
+		FUA:                p.basic.attrs&attrFUA != 0,
+		Discard:            p.types&paramDiscard != 0,
+		DiscardGranularity: int(p.discard.granularity),
+		Cookie:             info.serverFlags,
+		NoPartitionScan:    Feature(info.flags)&FeatureNoAutoPartScan != 0,
+	}
+	switch f := Feature(info.flags); {
+	case f&FeatureRecoveryReissue != 0:
+		o.Recovery = RecoverReissue
+	case f&FeatureRecoveryFailIO != 0:
+		o.Recovery = RecoverFailIO
+	case f&FeatureUserRecovery != 0:
+		o.Recovery = RecoverEIO
+	}
+	switch f := Feature(info.flags); {
+	case f&FeatureBatchIO != 0:
+		o.Copy = CopyBatch
+	case f&FeatureUserCopy != 0:
+		o.Copy = CopyUser
+	default:
+		o.Copy = CopyPlain
+	}
+	return o
+}

@@ -5,27 +5,39 @@ import (
 	"fmt"
 )
 
-// Resize changes the size of a live device (6.16; a *FeatureError before). The handler must serve the larger of the old
-// and the new size before Resize begins, and until it has returned.
+// Resize changes the size of a live device (6.16; a *FeatureError before). The handler must be able to serve the larger of
+// the two sizes from before Resize until it has returned.
 func (d *Device) Resize(ctx context.Context, size int64) error {
-	if size <= 0 || size%int64(d.opts.LogicalBlock) != 0 {
-		return fmt.Errorf("ublk: %w: Size %d: must be a multiple of the logical block (%d), above zero",
-			ErrInvalid, size, d.opts.LogicalBlock)
+	block := int64(d.Options().LogicalBlock)
+	if size <= 0 || size%block != 0 {
+		return fmt.Errorf("ublk: %w: Size %d: must be a multiple of the logical block (%d), above zero", ErrInvalid, size, block)
 	}
 	if d.features&FeatureUpdateSize == 0 {
 		return &FeatureError{Missing: FeatureUpdateSize, Kernel: kernelRelease()}
 	}
-	cmd := command(d.id)
-	cmd.data = uint64(size) >> sectorShift
-	if err := d.control.quick(ctx, cmdUpdateSize, cmd, nil); err != nil {
+	// The driver does not look whether there is still a disk (before 7.2), so none may go meanwhile.
+	select {
+	case d.sizing <- struct{}{}:
+		defer func() { <-d.sizing }()
+	case <-d.done:
+	case <-ctx.Done():
+		return fmt.Errorf("ublk: resize device %d: %w", d.id, ctx.Err())
+	}
+	if s := d.State(); s != StateLive {
+		return fmt.Errorf("ublk: resize device %d: it is %v: %w", d.id, s, ErrBusy)
+	}
+	if err := d.control.resize(ctx, d.target, uint64(size)>>sectorShift); err != nil {
 		return deviceError("resize", d.id, err)
 	}
-	p, err := d.control.getParams(ctx, d.id)
+	p, err := d.control.getParams(ctx, d.target)
 	if err != nil {
 		return err
 	}
 	if got := int64(p.basic.devSectors) << sectorShift; got != size {
 		return fmt.Errorf("ublk: resize device %d to %d bytes: the driver made it %d", d.id, size, got)
 	}
+	d.mu.Lock()
+	d.opts.Size = size
+	d.mu.Unlock()
 	return nil
 }

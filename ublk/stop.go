@@ -4,50 +4,65 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os/exec"
+	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// stopAttempt is one try to stop a device, on a goroutine of its own because the kernel cannot be called back from it.
-type stopAttempt struct {
-	force bool
-	done  chan struct{}
-	err   error // valid once done is closed; nil: the driver has stopped the device
+// attempt is one try to end a device, on a goroutine of its own because the kernel cannot be called back from it.
+// There is one at a time.
+type attempt struct {
+	kind   attemptKind
+	cancel context.CancelFunc // ends an attemptQuiesce; the others cannot be called back
+	done   chan struct{}
+	err    error // valid once done is closed; nil: the device ends
 }
+
+type attemptKind uint8
+
+const (
+	attemptStop    attemptKind = iota // unless somebody uses it
+	attemptClose                      // whoever uses it
+	attemptQuiesce                    // but leave the disk
+)
 
 // Stop ends the device if nobody uses it, and otherwise refuses with ErrBusy and an error that names the users.
 //
 // The kernel writes back what is dirty through the live handler, then the queues end, then the device is deleted. When
-// ctx ends first, the stop goes on; Stop or Close can be called again to wait for it. Stopping a device that is gone
-// is no error.
+// ctx ends first, the stop goes on; Stop or Close can be called again to wait for it. Stopping a device that has ended is
+// no error; the disk of a quiesced one stays, and Delete removes it.
 //
 // From Linux 7.0 on the kernel makes the check and the stop one step. Before, the block device is claimed and the open
 // files of all processes are looked through; a process may still open the device just after.
-func (d *Device) Stop(ctx context.Context) error { return d.end(ctx, false) }
+func (d *Device) Stop(ctx context.Context) error { return d.end(ctx, attemptStop) }
 
-// Close is Stop that does not ask who uses the device: a mounted file system is synced, and then loses its disk.
-func (d *Device) Close(ctx context.Context) error { return d.end(ctx, true) }
+// Close is Stop that does not ask who uses the device: a mounted file system is synced, and then loses its disk. It
+// calls off a Quiesce that is not done yet.
+func (d *Device) Close(ctx context.Context) error { return d.end(ctx, attemptClose) }
 
-func (d *Device) end(ctx context.Context, force bool) error {
+func (d *Device) end(ctx context.Context, kind attemptKind) error {
 	for {
-		a := d.beginStop(force)
+		a := d.begin(ctx, kind)
 		select {
 		case <-a.done:
 			switch {
 			case a.err == nil:
-			case force && !a.force:
-				continue // somebody's cautious attempt was refused; now in earnest
-			case force:
+				return d.waitGone(ctx)
+			case a.kind != kind && ctx.Err() == nil:
+				continue // somebody's other attempt was refused; now this one
+			case kind == attemptClose:
 				d.fail(fmt.Errorf("ublk: stop device %d: %w", d.id, a.err))
-			default:
-				return a.err
+				return d.waitGone(ctx)
+			case kind == attemptQuiesce && errors.Is(a.err, context.Canceled) && ctx.Err() == nil:
+				continue // the context of another caller
 			}
-			return d.waitGone(ctx)
+			return a.err
 		case <-d.done:
 			return d.waitGone(ctx)
 		case <-ctx.Done():
-			return d.stillStopping(ctx)
+			return d.stillEnding(ctx)
 		}
 	}
 }
@@ -56,7 +71,7 @@ func (d *Device) waitGone(ctx context.Context) error {
 	select {
 	case <-d.done:
 	case <-ctx.Done():
-		return d.stillStopping(ctx)
+		return d.stillEnding(ctx)
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -66,36 +81,54 @@ func (d *Device) waitGone(ctx context.Context) error {
 	return d.delErr
 }
 
-func (d *Device) stillStopping(ctx context.Context) error {
-	return fmt.Errorf("ublk: device %d is still stopping: its requests are not all answered: %w", d.id, ctx.Err())
+func (d *Device) stillEnding(ctx context.Context) error {
+	return fmt.Errorf("ublk: device %d is still %v: its requests are not all answered: %w", d.id, d.State(), ctx.Err())
 }
 
-// beginStop returns the attempt that is under way or has succeeded, or begins one; stopRoutine takes back a failed one.
-func (d *Device) beginStop(force bool) *stopAttempt {
+// begin returns the attempt that is under way or has succeeded, or begins one; attemptRoutine takes back a failed one.
+func (d *Device) begin(ctx context.Context, kind attemptKind) *attempt {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.attempt != nil {
-		return d.attempt
+	if a := d.attempt; a != nil {
+		if kind == attemptClose {
+			a.cancel()
+		}
+		return a
 	}
-	a := &stopAttempt{force: force, done: make(chan struct{})}
-	if d.state == StateDead {
+	a := &attempt{kind: kind, cancel: func() {}, done: make(chan struct{})}
+	next := StateStopping
+	if kind == attemptQuiesce {
+		next = StateQuiescing
+		ctx, a.cancel = context.WithCancel(ctx)
+	}
+	switch {
+	case d.state.ended():
+		close(a.done)
+		return a
+	case !d.moveLocked(next):
+		a.err = fmt.Errorf("ublk: device %d is %v: %w", d.id, d.state, ErrBusy)
 		close(a.done)
 		return a
 	}
 	d.attempt = a
-	d.state = StateStopping
 	d.stopping.Add(1)
-	go d.stopRoutine(a)
+	go d.attemptRoutine(ctx, a)
 	return a
 }
 
-// stopRoutine makes one attempt. superviseRoutine waits for it.
-func (d *Device) stopRoutine(a *stopAttempt) {
+// attemptRoutine makes one attempt. superviseRoutine waits for it.
+func (d *Device) attemptRoutine(ctx context.Context, a *attempt) {
 	defer d.stopping.Done()
+	defer a.cancel()
+	d.sizing <- struct{}{} // the wait is that for one command
 	var err error
 	switch {
-	case a.force:
-		err = d.control.stop(d.id)
+	case a.kind == attemptQuiesce:
+		err = d.quiesce(ctx)
+	case a.kind == attemptClose && d.features&FeatureUserRecovery != 0:
+		d.leaveAndDelete()
+	case a.kind == attemptClose:
+		err = d.control.stop(d.target)
 	case d.kernel&FeatureSafeStop != 0:
 		err = d.stopIfUnused(d.tryStop)
 	default:
@@ -104,16 +137,49 @@ func (d *Device) stopRoutine(a *stopAttempt) {
 	if gone(err) {
 		err = nil
 	}
+	<-d.sizing
 	d.mu.Lock()
 	a.err = err
+	d.drop = err == nil && a.kind != attemptQuiesce
 	if err != nil {
 		d.attempt = nil
-		if d.state == StateStopping {
-			d.state = StateLive
-		}
+		d.moveLocked(StateLive)
 	}
 	close(a.done)
 	d.mu.Unlock()
+}
+
+// leaveAndDelete ends a device with recovery, without STOP: the queues leave when nothing is with the handler, and what
+// comes then fails when the device is deleted.
+//
+// The STOP of a device with recovery fails all requests from its beginning on, and does not end before those are answered
+// that the server has. A server that is killed meanwhile cannot be: the thread in STOP waits for the server's end, and the
+// driver sees that only when the last thread is gone. Left in this way, the disk waits for the next server.
+func (d *Device) leaveAndDelete() {
+	d.flush()
+	d.tellQueues(leaveDrop)
+}
+
+// flush has the file system on the block device, or on one of its partitions, write back, as STOP does without recovery.
+// It is done by another process if there is a program for it, because one that waits for its own disk cannot be killed.
+func (d *Device) flush() {
+	if len(users(d.id)) == 0 {
+		return // the last one to close a block device has written back
+	}
+	nodes, _ := filepath.Glob(blockPath(d.id) + "p*")
+	nodes = append(nodes, blockPath(d.id))
+	if program, err := exec.LookPath("blockdev"); err == nil {
+		_ = exec.Command(program, append([]string{"--flushbufs"}, nodes...)...).Run()
+		return
+	}
+	for _, path := range nodes {
+		fd, err := openRetry(path, unix.O_RDONLY|unix.O_NONBLOCK)
+		if err != nil {
+			continue // it is not there, or dead: nothing can be written
+		}
+		_ = unix.IoctlSetInt(fd, unix.BLKFLSBUF, 0)
+		_ = unix.Close(fd)
+	}
 }
 
 // settleTime is how long a device may be open before Stop calls that a use: udev and blkid open a device for a moment
@@ -138,14 +204,14 @@ func (d *Device) stopIfUnused(try func() error) error {
 	}
 }
 
-func (d *Device) tryStop() error { return d.control.tryStop(d.id) }
+func (d *Device) tryStop() error { return d.control.tryStop(d.target) }
 
 // claimAndStop is TRY_STOP for kernels without it. The exclusive open fails when the device is mounted, part of another
 // device or opened exclusively, and keeps that from happening until the stop; other opens show as files of a process.
 func (d *Device) claimAndStop() error {
 	fd, err := openRetry(blockPath(d.id), unix.O_RDONLY|unix.O_EXCL|unix.O_NONBLOCK)
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENXIO) {
-		return d.control.stop(d.id)
+		return d.control.stop(d.target)
 	}
 	if err != nil {
 		return err
@@ -154,5 +220,5 @@ func (d *Device) claimAndStop() error {
 	if len(openers(d.id, fd)) > 0 {
 		return unix.EBUSY
 	}
-	return d.control.stop(d.id)
+	return d.control.stop(d.target)
 }

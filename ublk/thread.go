@@ -1,11 +1,14 @@
 package ublk
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"runtime"
 	"sync"
+	"sync/atomic"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -17,6 +20,10 @@ type queueThread struct {
 	descs []byte
 	buf   []byte
 	efd   int
+
+	cpus    *unix.CPUSet // where the thread runs, or nil
+	flusher atomic.Bool  // the thread is marked as an I/O flusher
+	tid     int          // of the thread
 }
 
 // copyMode is the mode of a device that the driver granted features.
@@ -32,9 +39,9 @@ func copyMode(features Feature) CopyMode {
 
 // makeQueues maps what each queue needs. Descriptors of queue n lie at n times a stride that does not depend on the
 // depth; the length must be exactly that of the depth, and read-only.
-func (d *Device) makeQueues(h Handler) error {
-	page := os.Getpagesize()
-	stride := int64(roundUp(descArea, page))
+//
+// The descriptors are only reserved here: the driver shows them when every tag is fetched (see mapDescs).
+func (d *Device) makeQueues(ctx context.Context, h Handler) error {
 	mode := copyMode(d.features)
 	size := d.opts.Depth * d.opts.MaxIOBytes
 	if mode == CopyUser {
@@ -45,10 +52,9 @@ func (d *Device) makeQueues(h Handler) error {
 		t := &queueThread{efd: -1}
 		d.queues = append(d.queues, t)
 		var err error
-		t.descs, err = unix.Mmap(d.charFD, int64(id)*stride, roundUp(d.opts.Depth*descSize, page),
-			unix.PROT_READ, unix.MAP_SHARED|unix.MAP_POPULATE)
+		t.descs, err = unix.Mmap(-1, 0, descBytes(d.opts.Depth), unix.PROT_NONE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 		if err != nil {
-			return fmt.Errorf("ublk: map the descriptors of queue %d: %w", id, err)
+			return fmt.Errorf("ublk: reserve the descriptors of queue %d: %w", id, err)
 		}
 		var locked bool
 		if t.buf, locked, err = mapAnonymous(size); err != nil {
@@ -59,7 +65,31 @@ func (d *Device) makeQueues(h Handler) error {
 			return fmt.Errorf("ublk: make an eventfd: %w", err)
 		}
 		t.queue = newQueue(mode, id, d.opts.Depth, d.opts.MaxIOBytes, t.buf, h, d.opts.Report)
+		t.holds = d.features&FeatureRecoveryReissue != 0
+		t.cpus = d.queueCPUs(ctx, id)
 	}
+	return nil
+}
+
+func descBytes(depth int) int { return roundUp(depth*descSize, os.Getpagesize()) }
+
+// errMapRefused: the driver takes the descriptors for those of another process.
+var errMapRefused = errors.New("ublk: the driver does not let this process map the descriptors")
+
+// mapDescs maps the driver's descriptors over what makeQueues reserved. Nothing reads them before START or END_RECOVERY.
+func (d *Device) mapDescs() error {
+	stride := int64(roundUp(descArea, os.Getpagesize()))
+	for id, t := range d.queues {
+		_, err := unix.MmapPtr(d.charFD, int64(id)*stride, unsafe.Pointer(unsafe.SliceData(t.descs)), uintptr(len(t.descs)),
+			unix.PROT_READ, unix.MAP_SHARED|unix.MAP_POPULATE|unix.MAP_FIXED)
+		if err == unix.EINVAL {
+			err = errMapRefused
+		}
+		if err != nil {
+			return fmt.Errorf("ublk: map the descriptors of queue %d of device %d: %w", id, d.id, err)
+		}
+	}
+	servedHere.Store(d.id, true)
 	return nil
 }
 
@@ -84,6 +114,7 @@ func (d *Device) newPort(t *queueThread) (port, error) {
 // the end of the device.
 func (d *Device) startQueues() error {
 	ready := make(chan error, len(d.queues))
+	queueThreadsBegin(len(d.queues))
 	for _, t := range d.queues {
 		d.ending.Add(1)
 		go d.queueRoutine(t, ready)
@@ -92,6 +123,9 @@ func (d *Device) startQueues() error {
 	var errs error
 	for range d.queues {
 		errs = errors.Join(errs, <-ready)
+	}
+	if errs == nil {
+		errs = d.mapDescs()
 	}
 	close(d.started)
 	return errs
@@ -102,7 +136,11 @@ func (d *Device) startQueues() error {
 func (d *Device) queueRoutine(t *queueThread, ready chan<- error) {
 	runtime.LockOSThread()
 	nameThread(fmt.Sprintf("ublk%dq%d", d.id, t.id))
+	pinThread(t.cpus)
+	t.flusher.Store(markFlusher())
+	t.tid = unix.Gettid()
 	defer d.ending.Done()
+	defer queueThreadEnds()
 	p, err := d.newPort(t)
 	if err != nil {
 		ready <- err
@@ -112,9 +150,10 @@ func (d *Device) queueRoutine(t *queueThread, ready chan<- error) {
 	finished := false
 	defer func() {
 		drained := t.ended == t.depth
-		if !drained || t.reading > 0 {
+		if !drained && !t.left || t.reading > 0 {
 			keepForever(t)
 		}
+		t.resting.Store(true)
 		p.close(drained)
 		if !finished {
 			d.fail(fmt.Errorf("ublk: the handler ended the thread of queue %d", t.id))
@@ -146,6 +185,19 @@ func nameThread(name string) {
 var abandoned struct {
 	sync.Mutex
 	queues []*queueThread
+}
+
+// threadTimeout bounds the wait for the thread of a queue that left.
+const threadTimeout = 5 * time.Second
+
+// gone waits until the thread of a queue that left is gone: the driver may copy to its memory until then.
+func (t *queueThread) gone() bool {
+	for end := time.Now().Add(threadTimeout); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if unix.Tgkill(unix.Getpid(), t.tid, 0) == unix.ESRCH {
+			return true
+		}
+	}
+	return false
 }
 
 func keepForever(t *queueThread) {

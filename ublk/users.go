@@ -2,6 +2,7 @@ package ublk
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -135,4 +136,38 @@ func opensBlock(link, prefix string, devs map[string]bool) bool {
 		return false
 	}
 	return devs[fmt.Sprintf("%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev))]
+}
+
+// process is one that was found in /proc.
+type process struct {
+	pid  int
+	name string
+}
+
+func (p process) String() string { return fmt.Sprintf("process %d (%s)", p.pid, p.name) }
+
+// serverOf finds the process that has the char device of id open: its server, or one that is about to be. pid is who the
+// driver says it is, which may be gone, and its number somebody else's; it counts if its files may not be looked at.
+func serverOf(id, pid int) (process, bool) {
+	node := fmt.Sprintf("/ublkc%d", id)
+	procs, _ := os.ReadDir("/proc")
+	for _, p := range procs {
+		n, err := strconv.Atoi(p.Name())
+		if err != nil {
+			continue
+		}
+		dir := "/proc/" + p.Name()
+		fds, err := os.ReadDir(dir + "/fd")
+		open := err != nil && errors.Is(err, unix.EACCES) && n == pid
+		for _, fd := range fds {
+			if target, _ := os.Readlink(dir + "/fd/" + fd.Name()); strings.HasSuffix(target, node) {
+				open = true
+			}
+		}
+		if open {
+			name, _ := os.ReadFile(dir + "/comm")
+			return process{n, strings.TrimSpace(string(name))}, true
+		}
+	}
+	return process{}, false
 }

@@ -1,0 +1,180 @@
+package ublk
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	controlPath = "/dev/ublk-control"
+	// controlEntries bounds the commands of a process that are under way at once.
+	controlEntries = 64
+	// cancelGrace is how long a cancelled command may take to come back before it is given up. Commands have been
+	// seen to hang in the driver under create/delete churn (6.18.40, 7.0).
+	cancelGrace = 3 * time.Second
+)
+
+// controlRing is the process's one connection to /dev/ublk-control. Every command goes through one ring that lives as
+// long as the process, and is answered by one goroutine that sleeps in the runtime's poller.
+type controlRing struct {
+	fd     int      // /dev/ublk-control
+	events *os.File // eventfd, signalled by the ring for every completion
+
+	mu      sync.Mutex // guards what follows; never held over a wait
+	ring    *ring
+	nextID  uint64
+	pending map[uint64]*ctrlCall
+}
+
+// ctrlCall is one command under way. It stays in controlRing.pending until the kernel has answered, because the kernel may
+// write to buf until then.
+type ctrlCall struct {
+	buf  unsafe.Pointer
+	done chan int32 // gets the result; has room for it
+}
+
+func newControlRing(path string) (_ *controlRing, err error) {
+	fd, err := openRetry(path, unix.O_RDWR)
+	if err != nil {
+		return nil, controlOpenError(path, err)
+	}
+	c := &controlRing{fd: fd, pending: make(map[uint64]*ctrlCall)}
+	defer func() {
+		if err != nil {
+			c.release()
+		}
+	}()
+	// No DEFER_TASKRUN and no SINGLE_ISSUER: any goroutine submits, and nobody waits in the ring.
+	if c.ring, err = newRing(controlEntries, 4*controlEntries, 0); err != nil {
+		return nil, err
+	}
+	efd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		return nil, fmt.Errorf("ublk: make an eventfd: %w", err)
+	}
+	c.events = os.NewFile(uintptr(efd), "ublk control events")
+	n := int32(efd)
+	if err := c.ring.register(registerEventfd, unsafe.Pointer(&n), 1); err != nil {
+		return nil, fmt.Errorf("ublk: register an eventfd with the control ring: %w", err)
+	}
+	go c.answerRoutine()
+	return c, nil
+}
+
+func (c *controlRing) release() {
+	if c.events != nil {
+		_ = c.events.Close()
+	}
+	if c.ring != nil {
+		c.ring.close()
+	}
+	_ = unix.Close(c.fd)
+}
+
+func controlOpenError(path string, err error) error {
+	switch {
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENXIO), errors.Is(err, unix.ENODEV):
+		return fmt.Errorf("ublk: open %s: %w (%w)", path, ErrNoDriver, err)
+	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
+		return fmt.Errorf("ublk: open %s: %w (%w)", path, ErrPermission, err)
+	}
+	return fmt.Errorf("ublk: open %s: %w", path, err)
+}
+
+func openRetry(path string, flags int) (int, error) {
+	for {
+		fd, err := unix.Open(path, flags|unix.O_CLOEXEC, 0)
+		if err != unix.EINTR {
+			return fd, err
+		}
+	}
+}
+
+// answerRoutine delivers results; it runs as long as the process.
+func (c *controlRing) answerRoutine() {
+	var count [8]byte
+	for {
+		if _, err := c.events.Read(count[:]); err != nil {
+			return
+		}
+		c.mu.Lock()
+		for {
+			id, res, ok := c.ring.next()
+			if !ok {
+				break
+			}
+			if call := c.pending[id]; call != nil {
+				delete(c.pending, id)
+				call.done <- res
+			}
+		}
+		c.mu.Unlock()
+	}
+}
+
+// submit queues and hands over one entry; fill gets it cleared.
+func (c *controlRing) submit(call *ctrlCall, fill func(*sqe)) (id uint64, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	e := c.ring.get()
+	if e == nil {
+		return 0, fmt.Errorf("ublk: the control ring is full")
+	}
+	c.nextID++
+	id = c.nextID
+	fill(e)
+	e.userData = id
+	if call != nil {
+		c.pending[id] = call
+	}
+	for c.ring.unsubmitted() > 0 {
+		if err := c.ring.enter(0); err != nil && !transient(err) {
+			delete(c.pending, id)
+			return 0, fmt.Errorf("ublk: submit a control command: %w", err)
+		}
+	}
+	return id, nil
+}
+
+// run executes one command and waits for its result, or for ctx. A command that is given up is cancelled, and when the
+// driver does not even answer that, left to the kernel.
+func (c *controlRing) run(ctx context.Context, op uint32, cmd ctrlCmd, buf unsafe.Pointer) (int32, error) {
+	if err := ctx.Err(); err != nil {
+		return 0, err
+	}
+	cmd.addr = uint64(uintptr(buf))
+	call := &ctrlCall{buf: buf, done: make(chan int32, 1)}
+	id, err := c.submit(call, func(e *sqe) {
+		e.opcode = opURingCmd
+		e.fd = int32(c.fd)
+		e.off = uint64(op)
+		*(*ctrlCmd)(unsafe.Pointer(&e.cmd)) = cmd
+	})
+	if err != nil {
+		return 0, err
+	}
+	select {
+	case res := <-call.done:
+		return res, nil
+	case <-ctx.Done():
+	}
+	if _, err := c.submit(nil, func(e *sqe) { e.opcode, e.fd, e.addr = opAsyncCancel, -1, id }); err != nil {
+		return 0, errors.Join(ctx.Err(), err)
+	}
+	select {
+	case res := <-call.done:
+		if res >= 0 {
+			return res, nil
+		}
+		return 0, ctx.Err()
+	case <-time.After(cancelGrace):
+		return 0, fmt.Errorf("ublk: the driver does not answer a control command: %w", ctx.Err())
+	}
+}

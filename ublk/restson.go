@@ -1,0 +1,165 @@
+package ublk
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// RestsOn tells the ids of the ublk devices below the file system that path is on, or below path itself if it is a block
+// device, in ascending order. Partitions, device mapper, md, bcache and loop devices are followed, and so are btrfs and
+// overlayfs as far as /proc/self/mountinfo names what they are made of.
+//
+// A server must not keep anything on its own disk: when memory is short, it would wait for itself.
+func RestsOn(path string) ([]int, error) {
+	w := blockWalk{seen: make(map[string]bool)}
+	if err := w.file(path); err != nil {
+		return nil, fmt.Errorf("ublk: find out what %s rests on: %w", path, err)
+	}
+	slices.Sort(w.ids)
+	return slices.Compact(w.ids), nil
+}
+
+// blockWalk goes down from files to block devices to files (of loop devices), each once.
+type blockWalk struct {
+	seen map[string]bool
+	ids  []int
+}
+
+func (w *blockWalk) once(what string) bool {
+	if w.seen[what] {
+		return false
+	}
+	w.seen[what] = true
+	return true
+}
+
+// file goes on with what is below a file.
+func (w *blockWalk) file(path string) error {
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	if st.Mode&unix.S_IFMT == unix.S_IFBLK {
+		return w.device(devNumber(st.Rdev))
+	}
+	if !w.once(path) {
+		return nil
+	}
+	if unix.Major(st.Dev) != 0 {
+		return w.device(devNumber(st.Dev))
+	}
+	for _, source := range mountSources(path) {
+		if err := w.file(source); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+func devNumber(dev uint64) string { return fmt.Sprintf("%d:%d", unix.Major(dev), unix.Minor(dev)) }
+
+// device goes on with what is below a block device, given as major:minor.
+func (w *blockWalk) device(number string) error {
+	if !w.once(number) {
+		return nil
+	}
+	dir, err := filepath.EvalSymlinks("/sys/dev/block/" + number)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // gone meanwhile
+	}
+	if err != nil {
+		return err
+	}
+	if _, err := os.Stat(dir + "/partition"); err == nil {
+		dir = filepath.Dir(dir)
+	}
+	if rest, ok := strings.CutPrefix(filepath.Base(dir), "ublkb"); ok {
+		if id, err := strconv.Atoi(rest); err == nil {
+			w.ids = append(w.ids, id)
+		}
+	}
+	slaves, _ := filepath.Glob(dir + "/slaves/*/dev")
+	for _, slave := range slaves {
+		b, err := os.ReadFile(slave)
+		if err != nil {
+			continue
+		}
+		if err := w.device(strings.TrimSpace(string(b))); err != nil {
+			return err
+		}
+	}
+	backing, err := os.ReadFile(dir + "/loop/backing_file")
+	if err != nil {
+		return nil
+	}
+	err = w.file(strings.TrimSuffix(string(backing), "\n"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // deleted, or in another mount namespace
+	}
+	return err
+}
+
+// mountSources tells what a file system without a device of its own is made of: its source if that is a device, and the
+// layers of an overlay. The mount of path is the last of those in /proc/self/mountinfo (proc_pid_mountinfo(5)) whose
+// mount point is the longest above it.
+func mountSources(path string) []string {
+	path, err := filepath.Abs(path)
+	if err == nil {
+		path, err = filepath.EvalSymlinks(path)
+	}
+	if err != nil {
+		return nil
+	}
+	f, err := os.Open("/proc/self/mountinfo")
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	longest, sources := -1, []string(nil)
+	for s := bufio.NewScanner(f); s.Scan(); {
+		point, found, ok := parseMount(s.Text())
+		if ok && len(point) >= longest && under(path, point) {
+			longest, sources = len(point), found
+		}
+	}
+	return sources
+}
+
+func under(path, dir string) bool {
+	return path == dir || strings.HasPrefix(path, strings.TrimSuffix(dir, "/")+"/")
+}
+
+// parseMount takes the mount point and the sources out of a line of mountinfo.
+func parseMount(line string) (point string, sources []string, ok bool) {
+	head, tail, ok := strings.Cut(line, " - ")
+	fields, rest := strings.Fields(head), strings.Fields(tail)
+	if !ok || len(fields) < 5 || len(rest) < 2 {
+		return "", nil, false
+	}
+	if strings.HasPrefix(rest[1], "/") {
+		sources = append(sources, unescapeMount(rest[1]))
+	}
+	if rest[0] == "overlay" && len(rest) > 2 {
+		for _, option := range strings.Split(rest[2], ",") {
+			if value, ok := strings.CutPrefix(option, "upperdir="); ok {
+				sources = append(sources, unescapeMount(value))
+			}
+			if value, ok := strings.CutPrefix(option, "lowerdir="); ok {
+				sources = append(sources, strings.Split(unescapeMount(value), ":")...)
+			}
+		}
+	}
+	return unescapeMount(fields[4]), sources, true
+}
+
+// unescapeMount undoes the octal escapes of mountinfo.
+var unescapeMount = strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace
