@@ -5,7 +5,7 @@ GO ?= go
 export CGO_ENABLED ?= 1
 TOOLS = internal/tools
 
-.PHONY: build demo test guest-test crash-test bench-engine lint clean
+.PHONY: build demo test guest-test crash-test bench-engine bench-ublk lint clean
 
 build: ## bin/vdisk
 	@$(TOOLS)/setup.sh build
@@ -27,6 +27,9 @@ crash-test: ## the engine's power-cut test, long
 
 bench-engine: ## the engine alone; benchstat reads the output
 	$(GO) test -run '^$$' -bench . -count 5 ./cow
+
+bench-ublk: build ## block devices in a guest, against ublksrv where UBLKSRV_DIR has it; see bench-ublk.sh
+	@$(TOOLS)/bench-ublk.sh
 
 lint:
 	$(GO) vet ./...

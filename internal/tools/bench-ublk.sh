@@ -1,0 +1,58 @@
+#!/bin/bash
+# bench-ublk.sh: our ublk targets, the kernel's null_blk and, where it is found, ublksrv's targets, measured in one boot
+# of a guest in turns, and a table of medians. Environment:
+#   UBLKSRV_DIR  folder of ublksrv's ublk, ublk.null and ublk.loop, static or with their libraries; default: on PATH
+#   BENCH        "null", "file" or both (default); ROUNDS (3), RUNTIME (seconds a run, 3), FILE_MB (256)
+#   KERNEL       newest (default) or stable
+#   ICOUNT=1     a guest whose clock counts instructions: figures without the host's load, but of instructions only
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+mkdir -p bin
+for example in null loop; do CGO_ENABLED=0 go build -trimpath -o bin/ "./ublk/examples/$example"; done
+flags=(-kernel "${KERNEL:-newest}" -timeout 60m -memory 4096 -bin bin/null -bin bin/loop -bin bin/vdisk -file bench.sh=testdata/guest/bench/ublk.sh)
+for tool in ublk ublk.null ublk.loop; do
+	path=${UBLKSRV_DIR:+$UBLKSRV_DIR/}$tool
+	path=$(command -v "$path") || continue
+	flags+=(-bin "$path")
+	while read -r lib; do flags+=(-file "lib/$(basename "$lib")=$lib"); done \
+		< <(ldd "$path" 2>/dev/null | awk '$1 ~ /^lib(uring|ublksrv)/ {print $3}')
+done
+if [ "${ICOUNT:-}" = 1 ]; then
+	export VDISK_GUEST_QEMU=$PWD/internal/tools/qemu-icount.sh VDISK_GUEST_ACCEL=tcg
+fi
+out=bin/bench-ublk.out
+go run ./internal/guest/cmd/guest run "${flags[@]}" -- env "GROUPS_=${BENCH:-null file}" "ROUNDS=${ROUNDS:-3}" "RUNTIME=${RUNTIME:-3}" \
+	"FILE_MB=${FILE_MB:-256}" bash bench.sh | tee "$out" | grep --line-buffered -v '^R '
+awk '
+function median(list,    v, n, i, j, t) {
+	n = split(list, v, " ")
+	for (i = 2; i <= n; i++) for (j = i; j > 1 && v[j-1] + 0 > v[j] + 0; j--) { t = v[j]; v[j] = v[j-1]; v[j-1] = t }
+	spread = v[1] > 0 ? (v[n] - v[1]) / 2 / v[int((n + 1) / 2)] * 100 : 0
+	return n % 2 ? v[(n + 1) / 2] : (v[n/2] + v[n/2+1]) / 2
+}
+function ratio(x, y) { return y > 0 && x > 0 ? sprintf("%.2f", x / y) : "-" }
+$1 == "R" {
+	k = $3 " " $4
+	if (!($2 " " $3 in seen)) { seen[$2 " " $3]; test[++tests] = $3; group[tests] = $2 }
+	if (!(k in iops)) row[$2 " " $3] = row[$2 " " $3] " " $4
+	iops[k] = iops[k] " " $6; p50[k] = p50[k] " " $7; cpu[k] = cpu[k] " " $8
+}
+END {
+	for (i = 1; i <= tests; i++) {
+		n = split(row[group[i] " " test[i]], target, " ")
+		base = ""
+		for (j = 1; j <= n; j++) if (target[j] ~ /ublksrv(.direct)?-[12]$/ && (base == "" || target[j] ~ /direct/)) base = test[i] " " target[j]
+		if (base != "") { bi = median(iops[base]); bp = median(p50[base]); bc = median(cpu[base]) }
+		printf "\n%-32s %9s %6s %9s %9s   against %s\n", group[i] " " test[i], "IOPS", "+-%", "p50 us", "CPU us/IO", base == "" ? "-" : base
+		for (j = 1; j <= n; j++) {
+			k = test[i] " " target[j]
+			m = median(iops[k]); s = spread; p = median(p50[k]); c = median(cpu[k])
+			printf "  %-30s %9.0f %6.1f %9.1f %9s   %s\n", target[j], m, s, p / 1000, c > 0 ? sprintf("%.2f", c / 1000) : "-", \
+				base == "" ? "" : "IOPS " ratio(m, bi) "  p50 " ratio(p, bp) "  CPU " ratio(c, bc)
+			if (test[i] ~ /2-queues$/) {
+				one = test[i]; sub(/-2-queues$/, "", one); t = target[j]; sub(/2$/, "1", t)
+				printf "  %-30s two queues %s times one\n", "", ratio(m, median(iops[one " " t]))
+			}
+		}
+	}
+}' "$out"
