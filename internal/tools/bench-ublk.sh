@@ -43,12 +43,12 @@ END {
 		base = ""
 		for (j = 1; j <= n; j++) if (target[j] ~ /ublksrv(.direct)?-[12]$/ && (base == "" || target[j] ~ /direct/)) base = test[i] " " target[j]
 		if (base != "") { bi = median(iops[base]); bp = median(p50[base]); bc = median(cpu[base]) }
-		printf "\n%-32s %9s %6s %9s %9s   against %s\n", group[i] " " test[i], "IOPS", "+-%", "p50 us", "CPU us/IO", base == "" ? "-" : base
+		printf "\n%-32s %9s %6s %9s %9s   against %s\n", group[i] " " test[i], "IOPS", "+-%", "p50 us", "CPU us/IO", (base == "" ? "-" : base)
 		for (j = 1; j <= n; j++) {
 			k = test[i] " " target[j]
 			m = median(iops[k]); s = spread; p = median(p50[k]); c = median(cpu[k])
-			printf "  %-30s %9.0f %6.1f %9.1f %9s   %s\n", target[j], m, s, p / 1000, c > 0 ? sprintf("%.2f", c / 1000) : "-", \
-				base == "" ? "" : "IOPS " ratio(m, bi) "  p50 " ratio(p, bp) "  CPU " ratio(c, bc)
+			printf "  %-30s %9.0f %6.1f %9.1f %9s   %s\n", target[j], m, s, p / 1000, (c > 0 ? sprintf("%.2f", c / 1000) : "-"), \
+				(base == "" ? "" : "IOPS " ratio(m, bi) "  p50 " ratio(p, bp) "  CPU " ratio(c, bc))
 			if (test[i] ~ /2-queues$/) {
 				one = test[i]; sub(/-2-queues$/, "", one); t = target[j]; sub(/2$/, "1", t)
 				printf "  %-30s two queues %s times one\n", "", ratio(m, median(iops[one " " t]))
