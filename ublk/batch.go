@@ -353,6 +353,9 @@ func (p *batchPort) nextEnd() (completion, bool) {
 
 func (p *batchPort) close(drained bool) {
 	p.ringPort.close(drained && p.fetches == 0)
+	if !drained {
+		return // the kernel may still use the memory until the thread is gone
+	}
 	for _, b := range p.elems {
 		_ = unix.Munmap(b.mem)
 	}

@@ -64,9 +64,14 @@ type CopyMode uint8
 // The copy modes.
 const (
 	CopyDefault CopyMode = iota // chosen by measurement
-	CopyPlain                   // the driver copies to and from the tag's buffer
-	CopyUser                    // the server reads and writes the request's data itself (USER_COPY, 6.5)
-	CopyBatch                   // as CopyPlain, with batches of commands (BATCH_IO, 7.0)
+	// CopyPlain: the driver copies between the request and the buffer of its tag.
+	CopyPlain
+	// CopyUser: the queue copies, with a system call a request (USER_COPY, 6.5). Requests get their buffers only while
+	// they are served, from a pool of an eighth of Depth × MaxIOBytes, but at least 1 MiB; when it is lent out, the
+	// next requests wait.
+	CopyUser
+	// CopyBatch: as CopyPlain, but requests and answers travel in lists (BATCH_IO, 7.0).
+	CopyBatch
 )
 
 // Recovery is what becomes of a device's disk when its server goes.

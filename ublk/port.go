@@ -3,6 +3,7 @@ package ublk
 import (
 	"fmt"
 	"os"
+	"sync"
 	"sync/atomic"
 	"time"
 	"unsafe"
@@ -97,7 +98,7 @@ func newPort(c portConfig, charFD int) (port, error) {
 
 // newPortOn makes the port of c's mode on a ring that it then owns.
 func newPortOn(r *ring, c portConfig) (port, error) {
-	count, _, err := mapAnonymous(os.Getpagesize())
+	count, err := eventCount()
 	if err != nil {
 		r.close()
 		return nil, err
@@ -117,9 +118,16 @@ func newPortOn(r *ring, c portConfig) (port, error) {
 type ringPort struct {
 	portConfig
 	ring  *ring
-	count []byte // 8 bytes outside the Go heap that the eventfd read goes to
+	count []byte // where the reads of the eventfd go
 	err   error  // the first entry that could not be queued; turn reports it
 }
+
+// eventCount is where every ring of the process reads its eventfd to: nobody looks at it. It is never unmapped, because a
+// ring ends some time after its close, and the read with it.
+var eventCount = sync.OnceValues(func() ([]byte, error) {
+	mem, _, err := mapAnonymous(os.Getpagesize())
+	return mem, err
+})
 
 // The user data of an entry: the kind in the high half, the tag or slot in the low half.
 func userData(k completionKind, index int) uint64 { return uint64(k)<<32 | uint64(uint32(index)) }
@@ -231,7 +239,6 @@ func (p *ringPort) close(drained bool) {
 		_ = p.ring.register(unregisterFiles, nil, 0)
 	}
 	p.ring.close()
-	_ = unix.Munmap(p.count)
 }
 
 // charFiles is the charDevice of a real queue: the char device, and an eventfd that interrupt writes to.
