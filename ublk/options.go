@@ -39,7 +39,7 @@ type Options struct {
 	// Report gets what the device survives but its owner should know, now *PanicError. It is called on a queue's
 	// thread and must not block.
 	Report func(error)
-	// Copy is how payloads travel between the driver and the handler; the default is chosen by measurement.
+	// Copy is how payloads travel between the driver and the handler; the default is CopyPlain, by measurement.
 	Copy CopyMode
 	// Recovery is what becomes of the disk when its server goes; by default it goes too.
 	Recovery Recovery
@@ -63,7 +63,7 @@ type CopyMode uint8
 
 // The copy modes.
 const (
-	CopyDefault CopyMode = iota // chosen by measurement
+	CopyDefault CopyMode = iota // CopyPlain, by measurement
 	// CopyPlain: the driver copies between the request and the buffer of its tag.
 	CopyPlain
 	// CopyUser: the queue copies, with a system call a request (USER_COPY, 6.5). Requests get their buffers only while
