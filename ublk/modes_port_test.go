@@ -237,7 +237,7 @@ func TestStarvedRequests(t *testing.T) {
 	}), nil)
 	for i := range depth - 1 {
 		n := fakeIOMax
-		if i > room {
+		if i == 0 || i > room { // the later ones would fit beside the first
 			n = 4096
 		}
 		q.port.dispatch(desc(OpWrite, 0, int64(i)*fakeIOMax, n))
