@@ -488,7 +488,8 @@ func testNoAnswerIsLostAtTheEdge(t *testing.T, mode CopyMode) {
 	defer answering.Wait()
 	defer stop.Store(true)
 	q := runFake(t, mode, 1, handlerFunc(func(r *Request) error { mailbox.Store(r); return ErrLater }), nil)
-	for range total {
+	begin := time.Now()
+	for i := 0; i < total && time.Since(begin) < 3*time.Second; i++ { // a busy machine may take minutes for all
 		if res := q.do(t, desc(OpFlush, 0, 0, 0)); res != 0 {
 			t.Fatalf("result %d", res)
 		}
