@@ -15,7 +15,8 @@ func (a *app) attachCommand() *cli.Command {
 		Usage:     "make a block device (ublk) of a volume or snapshot, and print its path",
 		UsageText: "vdisk attach VOL[@SNAP] [--read-only] [--queues N] [--depth N]",
 		Description: "The device is served by the process that owns the store; when there is none, a daemon is started, which ends\n" +
-			"with the last device. Its log is STORE/daemon.log. Snapshots are read-only.",
+			"with the last device. Its log is STORE/daemon.log. Snapshots are read-only. When the process is killed, the device stays and its\n" +
+			"users wait, until 'vdisk recover', or the next attach, brings its server back.",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "read-only", Usage: "refuse writes"},
 			&cli.IntFlag{Name: "queues", Usage: "hardware queues, each with a thread (default: one a CPU, at most 4)"},
@@ -34,8 +35,7 @@ func (a *app) attach(c *cli.Context) error {
 			return usageError{c, fmt.Errorf("--%s %d: at least 1 is needed", flag, c.Int(flag))}
 		}
 	}
-	daemon := []string{"--store", a.dir, "--lock-timeout", "0s", "daemon", "--until-idle", "--ready"}
-	s, err := owner.OpenLasting(c.Context, a.dir, a.options(c), daemon)
+	s, _, err := owner.OpenLasting(c.Context, a.dir, a.options(c), a.daemonArgs())
 	if err != nil {
 		return err
 	}
@@ -52,12 +52,14 @@ func (a *app) attach(c *cli.Context) error {
 
 func (a *app) detachCommand() *cli.Command {
 	return a.command(arity{1, 1}, &cli.Command{
-		Name:        "detach",
-		Category:    groupAccess,
-		Usage:       "remove a block device",
-		UsageText:   "vdisk detach VOL[@SNAP]|/dev/ublkbN",
-		Description: "A device that is open or mounted is left alone. All that was written to it is durable when the command returns.",
+		Name:      "detach",
+		Category:  groupAccess,
+		Usage:     "remove a block device",
+		UsageText: "vdisk detach VOL[@SNAP]|/dev/ublkbN [--force]",
+		Description: "A device that is open or mounted, or that waits for its server, is left alone, unless forced. All that was written to it is\n" +
+			"durable when the command returns.",
+		Flags: []cli.Flag{&cli.BoolFlag{Name: "force", Aliases: []string{"f"}, Usage: "also what is in use or waits: its users see I/O errors"}},
 	}, func(c *cli.Context) error {
-		return a.with(c, func(s owner.Store) error { return s.Detach(c.Context, c.Args().First()) })
+		return a.with(c, func(s owner.Store) error { return s.Detach(c.Context, c.Args().First(), c.Bool("force")) })
 	})
 }

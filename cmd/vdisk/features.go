@@ -15,10 +15,11 @@ func (a *app) featuresCommand() *cli.Command {
 	return a.command(arity{0, 0}, &cli.Command{
 		Name:      "features",
 		Category:  groupAccess,
-		Usage:     "show what this machine offers: ublk, io_uring, NBD",
+		Usage:     "show what this machine offers: ublk, io_uring, NBD, and safety when memory is short",
 		UsageText: "vdisk features",
 	}, func(c *cli.Context) error {
-		m := owner.Machine()
+		m := featuresJSON{MachineFeatures: owner.Machine()}
+		m.ReclaimOf, m.Reclaim = a.reclaim(c)
 		return a.print(m, func() error {
 			list := [][2]string{{"kernel", m.Kernel}, {"attach (ublk)", yes(m.Ublk.Available, m.Ublk.Reason)}}
 			for _, f := range m.Ublk.Features {
@@ -28,9 +29,30 @@ func (a *app) featuresCommand() *cli.Command {
 				[2]string{"io_uring", yes(m.IOUring.Available, m.IOUring.Reason)},
 				[2]string{"serve (NBD)", "yes: needs nothing of the kernel"},
 				[2]string{"kernel's NBD client", yes(m.NBDClient.Available, m.NBDClient.Reason)},
+				[2]string{"safe when memory is short", "as " + m.ReclaimOf + ":"},
+				[2]string{"  I/O flusher", yes(m.Reclaim.IOFlusher.Available, m.Reclaim.IOFlusher.Reason)},
+				[2]string{"  locked memory", yes(m.Reclaim.LockedMemory.Available, m.Reclaim.LockedMemory.Reason)},
+				[2]string{"  oom_score_adj", yes(m.Reclaim.OOMScore.Available, m.Reclaim.OOMScore.Reason)},
+				[2]string{"  mount namespace", yes(m.Reclaim.MountNamespace.Available, m.Reclaim.MountNamespace.Reason)},
 			))
 		})
 	})
+}
+
+// featuresJSON is the machine in the output for programs.
+type featuresJSON struct {
+	owner.MachineFeatures
+	ReclaimOf string        `json:"reclaim_of"` // the process that the rest is about
+	Reclaim   owner.Reclaim `json:"reclaim"`
+}
+
+// reclaim says what guards the process that serves the store's devices against waiting for itself; where there is none,
+// what would guard one that this user starts.
+func (a *app) reclaim(c *cli.Context) (of string, r owner.Reclaim) {
+	if st, err := owner.Running(c.Context, a.dir); err == nil && st.Reclaim != nil {
+		return fmt.Sprintf("pid %d (%s)", st.PID, st.Command), *st.Reclaim
+	}
+	return "a daemon started from here", owner.PrepareForReclaim()
 }
 
 func yes(available bool, reason string) string {
@@ -48,10 +70,11 @@ func (a *app) versionCommand() *cli.Command {
 		UsageText: "vdisk version",
 	}, func(*cli.Context) error {
 		j := struct {
-			Version string `json:"version"`
-			Go      string `json:"go"`
-			Format  uint32 `json:"store_format"` // the newest that it knows
-		}{version(), runtime.Version(), format.StoreVersion}
+			Version  string `json:"version"`
+			Go       string `json:"go"`
+			Format   uint32 `json:"store_format"` // the newest that it knows
+			Handover int    `json:"handover"`     // how it takes over from a running daemon
+		}{version(), runtime.Version(), format.StoreVersion, owner.HandoverVersion}
 		return a.print(j, func() error {
 			_, err := fmt.Fprintf(a.stdout, "vdisk %s, store format %d, %s\n", j.Version, j.Format, j.Go)
 			return err

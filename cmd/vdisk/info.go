@@ -32,23 +32,25 @@ func (a *app) infoCommand() *cli.Command {
 
 // storeJSON is the store in the output for programs.
 type storeJSON struct {
-	Store      string     `json:"store"`
-	UUID       string     `json:"uuid"`
-	Version    int        `json:"version"`
-	Created    time.Time  `json:"created"`
-	Volumes    int        `json:"volumes"`
-	Snapshots  int        `json:"snapshots"`
-	ChunkFiles int        `json:"chunk_files"`
-	ChunkBytes int64      `json:"chunk_bytes"` // of the log's files
-	LiveBytes  int64      `json:"live_bytes"`  // of them, what is referred to
-	MetaBytes  int64      `json:"meta_bytes"`
-	FreeBytes  int64      `json:"free_bytes"` // of the file system
-	Owner      *ownerJSON `json:"owner"`      // null when no other process has the store open
+	Store      string       `json:"store"`
+	UUID       string       `json:"uuid"`
+	Version    int          `json:"version"`
+	Created    time.Time    `json:"created"`
+	Volumes    int          `json:"volumes"`
+	Snapshots  int          `json:"snapshots"`
+	ChunkFiles int          `json:"chunk_files"`
+	ChunkBytes int64        `json:"chunk_bytes"` // of the log's files
+	LiveBytes  int64        `json:"live_bytes"`  // of them, what is referred to
+	MetaBytes  int64        `json:"meta_bytes"`
+	FreeBytes  int64        `json:"free_bytes"` // of the file system
+	Owner      *ownerJSON   `json:"owner"`      // null when no other process has the store open
+	Waiting    []deviceJSON `json:"waiting"`    // devices without a server
 }
 
 type ownerJSON struct {
 	PID      int           `json:"pid"`
 	Command  string        `json:"command"`
+	Version  string        `json:"version"`
 	Started  time.Time     `json:"started"`
 	Devices  []deviceJSON  `json:"devices"`
 	Services []serviceJSON `json:"services"`
@@ -59,6 +61,8 @@ type deviceJSON struct {
 	Name     string `json:"name"` // VOL or VOL@SNAP
 	Path     string `json:"path"`
 	ReadOnly bool   `json:"read_only"`
+	State    string `json:"state"`           // live, or waits: for a server
+	Error    string `json:"error,omitempty"` // why it still waits
 }
 
 type serviceJSON struct {
@@ -69,16 +73,34 @@ type serviceJSON struct {
 }
 
 func deviceJSONOf(d owner.Device) deviceJSON {
-	return deviceJSON{Name: d.Ref.String(), Path: d.Path, ReadOnly: d.ReadOnly}
+	return deviceJSON{Name: d.Ref.String(), Path: d.Path, ReadOnly: d.ReadOnly, State: stateOf(d), Error: d.Error}
+}
+
+// stateOf says whether a device is served.
+func stateOf(d owner.Device) string {
+	if d.Waits {
+		return "waits"
+	}
+	return "live"
+}
+
+// shown is a device's path, with its state where that is not the usual one.
+func shown(path, state string) string {
+	if state == "waits" {
+		return path + " (waits)"
+	}
+	return path
 }
 
 func ownerOf(s owner.Store, st owner.Status) *ownerJSON {
 	if _, remote := s.(*owner.Client); !remote {
 		return nil
 	}
-	j := &ownerJSON{PID: st.PID, Command: st.Command, Started: st.Started.UTC(), Devices: []deviceJSON{}, Services: []serviceJSON{}}
+	j := &ownerJSON{PID: st.PID, Command: st.Command, Version: st.Version, Started: st.Started.UTC(), Devices: []deviceJSON{}, Services: []serviceJSON{}}
 	for _, d := range st.Devices {
-		j.Devices = append(j.Devices, deviceJSONOf(d))
+		if !d.Waits {
+			j.Devices = append(j.Devices, deviceJSONOf(d))
+		}
 	}
 	for _, v := range st.Services {
 		j.Services = append(j.Services, serviceJSON{Socket: v.Socket, ReadOnly: v.ReadOnly, Exports: v.Exports, Clients: v.Clients})
@@ -96,7 +118,12 @@ func (a *app) storeInfo(c *cli.Context, s owner.Store) error {
 		return err
 	}
 	j := storeJSON{Store: a.dir, UUID: i.UUID, Version: i.Version, Created: i.Created.UTC(), Volumes: i.Volumes, Snapshots: i.Snapshots,
-		ChunkFiles: i.Chunks, ChunkBytes: i.ChunkBytes, LiveBytes: i.LiveBytes, MetaBytes: i.MetaBytes, FreeBytes: i.FreeBytes, Owner: ownerOf(s, st)}
+		ChunkFiles: i.Chunks, ChunkBytes: i.ChunkBytes, LiveBytes: i.LiveBytes, MetaBytes: i.MetaBytes, FreeBytes: i.FreeBytes, Owner: ownerOf(s, st), Waiting: []deviceJSON{}}
+	for _, d := range st.Devices {
+		if d.Waits {
+			j.Waiting = append(j.Waiting, deviceJSONOf(d))
+		}
+	}
 	return a.print(j, func() error { return a.fields(storeFields(a, j)) })
 }
 
@@ -106,6 +133,13 @@ func storeFields(a *app, j storeJSON) [][2]string {
 		{"volumes", fmt.Sprint(j.Volumes)}, {"snapshots", fmt.Sprint(j.Snapshots)},
 		{"log", fmt.Sprintf("%s in %d chunks, %s live", a.size(j.ChunkBytes), j.ChunkFiles, a.size(j.LiveBytes))},
 		{"table", a.size(j.MetaBytes)}, {"free", a.size(j.FreeBytes)},
+	}
+	for _, d := range j.Waiting {
+		text := d.Name + " as " + d.Path + " for a server"
+		if d.Error != "" {
+			text += ": " + d.Error
+		}
+		f = append(f, [2]string{"waits", text})
 	}
 	if j.Owner == nil {
 		return append(f, [2]string{"owner", "none"})
@@ -152,7 +186,7 @@ func volumeFields(a *app, j volumeJSON) [][2]string {
 		{"volume", j.Name}, {"size", a.size(j.Size)}, {"mapped", a.size(j.Usage.Mapped)},
 		{"stored", fmt.Sprintf("%s (ratio %s)", a.size(j.Usage.Stored), ratio(j.Usage.Mapped, j.Usage.Stored))},
 		{"compress", j.Compress}, {"logical block", fmt.Sprint(j.LogicalBlock)}, {"created", when(j.Created)},
-		{"origin", dash(j.Origin)}, {"device", dash(j.Device)},
+		{"origin", dash(j.Origin)}, {"device", dash(shown(j.Device, j.DeviceState))},
 	}
 	for _, s := range j.Snapshots {
 		text := fmt.Sprintf("%s  %s  %s", s.Name, a.size(s.Size), when(s.Created))
@@ -168,7 +202,7 @@ func snapshotFields(a *app, j snapshotJSON) [][2]string {
 	return [][2]string{
 		{"snapshot", j.Name}, {"size", a.size(j.Size)}, {"mapped", a.size(j.Usage.Mapped)},
 		{"stored", fmt.Sprintf("%s (ratio %s)", a.size(j.Usage.Stored), ratio(j.Usage.Mapped, j.Usage.Stored))},
-		{"created", when(j.Created)}, {"clones", dash(strings.Join(j.Clones, ", "))}, {"device", dash(j.Device)},
+		{"created", when(j.Created)}, {"clones", dash(strings.Join(j.Clones, ", "))}, {"device", dash(shown(j.Device, j.DeviceState))},
 	}
 }
 

@@ -76,7 +76,7 @@ var columns = []column{
 	{"snapshots", false, pick(func(v volumeJSON) string { return fmt.Sprint(len(v.Snapshots)) }, func(snapshotJSON) string { return "" })},
 	{"clones", false, pick(func(volumeJSON) string { return "" }, func(s snapshotJSON) string { return strings.Join(s.Clones, ",") })},
 	{"origin", false, pick(func(v volumeJSON) string { return v.Origin }, func(snapshotJSON) string { return "" })},
-	{"device", false, pick(func(v volumeJSON) string { return v.Device }, func(s snapshotJSON) string { return s.Device })},
+	{"device", false, pick(func(v volumeJSON) string { return shown(v.Device, v.DeviceState) }, func(s snapshotJSON) string { return shown(s.Device, s.DeviceState) })},
 	{"open", false, pick(func(v volumeJSON) string { return fmt.Sprint(v.Open) }, func(snapshotJSON) string { return "" })},
 	{"created", false, pick(func(v volumeJSON) string { return when(v.Created) }, func(s snapshotJSON) string { return when(s.Created) })},
 }

@@ -110,7 +110,8 @@ func (a *app) program() *cli.App {
 		Commands: []*cli.Command{
 			a.createCommand(), a.lsCommand(), a.infoCommand(), a.snapshotCommand(), a.cloneCommand(), a.rollbackCommand(),
 			a.renameCommand(), a.resizeCommand(), a.rmCommand(),
-			a.attachCommand(), a.detachCommand(), a.serveCommand(), a.daemonCommand(),
+			a.attachCommand(), a.detachCommand(), a.recoverCommand(), a.devicesCommand(), a.statsCommand(),
+			a.serveCommand(), a.daemonCommand(), a.upgradeCommand(),
 			a.importCommand(), a.exportCommand(), a.checkCommand(), a.featuresCommand(), a.versionCommand(),
 		},
 	}
@@ -168,7 +169,7 @@ func miscounted(k int, n arity) string {
 
 // options are how to open the store for a command.
 func (a *app) options(c *cli.Context) owner.Options {
-	return owner.Options{LockTimeout: a.lockTimeout, Command: "vdisk " + c.Command.Name, Logger: a.log}
+	return owner.Options{LockTimeout: a.lockTimeout, Command: "vdisk " + c.Command.Name, Logger: a.log, Version: version()}
 }
 
 // with opens the store for do.

@@ -54,22 +54,24 @@ type volumeJSON struct {
 	LogicalBlock int            `json:"logical_block"`
 	Compress     string         `json:"compress"`
 	Created      time.Time      `json:"created"`
-	Origin       string         `json:"origin"` // VOL@SNAP, "(deleted)" or empty
-	Open         int            `json:"open"`   // how many times it is open: devices, clients, commands
-	Device       string         `json:"device"` // /dev/ublkbN or empty
+	Origin       string         `json:"origin"`       // VOL@SNAP, "(deleted)" or empty
+	Open         int            `json:"open"`         // how many times it is open: devices, clients, commands
+	Device       string         `json:"device"`       // /dev/ublkbN or empty
+	DeviceState  string         `json:"device_state"` // live, waits or empty
 	Snapshots    []snapshotJSON `json:"snapshots"`
 	Usage        *usageJSON     `json:"usage,omitempty"`
 }
 
 // snapshotJSON is a snapshot in the output for programs.
 type snapshotJSON struct {
-	Name    string     `json:"name"` // VOL@SNAP
-	Volume  string     `json:"volume"`
-	Size    int64      `json:"size"`
-	Created time.Time  `json:"created"`
-	Clones  []string   `json:"clones"`
-	Device  string     `json:"device"`
-	Usage   *usageJSON `json:"usage,omitempty"`
+	Name        string     `json:"name"` // VOL@SNAP
+	Volume      string     `json:"volume"`
+	Size        int64      `json:"size"`
+	Created     time.Time  `json:"created"`
+	Clones      []string   `json:"clones"`
+	Device      string     `json:"device"`
+	DeviceState string     `json:"device_state"`
+	Usage       *usageJSON `json:"usage,omitempty"`
 }
 
 // usageJSON is what a volume or snapshot holds, by itself; clones and snapshots share what they have in common.
@@ -80,7 +82,8 @@ type usageJSON struct {
 
 func volumeOf(v owner.Volume) volumeJSON {
 	j := volumeJSON{Name: v.Name, Size: v.Size, LogicalBlock: v.LogicalBlock, Compress: v.Codec, Created: v.Created.UTC(),
-		Origin: v.Origin, Open: v.Open, Device: deviceOf(v, ""), Snapshots: []snapshotJSON{}}
+		Origin: v.Origin, Open: v.Open, Snapshots: []snapshotJSON{}}
+	j.Device, j.DeviceState = deviceOf(v, "")
 	for _, s := range v.Snapshots {
 		j.Snapshots = append(j.Snapshots, snapshotOf(v, s))
 	}
@@ -88,17 +91,19 @@ func volumeOf(v owner.Volume) volumeJSON {
 }
 
 func snapshotOf(v owner.Volume, s cow.SnapshotInfo) snapshotJSON {
-	return snapshotJSON{Name: cow.Ref{Volume: v.Name, Snapshot: s.Name}.String(), Volume: v.Name, Size: s.Size,
-		Created: s.Created.UTC(), Clones: append([]string{}, s.Clones...), Device: deviceOf(v, s.Name)}
+	j := snapshotJSON{Name: cow.Ref{Volume: v.Name, Snapshot: s.Name}.String(), Volume: v.Name, Size: s.Size,
+		Created: s.Created.UTC(), Clones: append([]string{}, s.Clones...)}
+	j.Device, j.DeviceState = deviceOf(v, s.Name)
+	return j
 }
 
-func deviceOf(v owner.Volume, snapshot string) string {
+func deviceOf(v owner.Volume, snapshot string) (path, state string) {
 	for _, d := range v.Devices {
 		if d.Ref.Snapshot == snapshot {
-			return d.Path
+			return d.Path, stateOf(d)
 		}
 	}
-	return ""
+	return "", ""
 }
 
 func usageOf(u cow.Usage) *usageJSON { return &usageJSON{Mapped: u.Mapped, Stored: u.Stored} }

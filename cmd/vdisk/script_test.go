@@ -16,10 +16,28 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/vdisk/vdisk/internal/owner"
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"vdisk": func() { os.Exit(run(os.Args)) }})
+	testscript.Main(m, map[string]func(){
+		"vdisk":        func() { os.Exit(run(os.Args)) },
+		"vdisk-broken": func() { os.Exit(runBroken()) },
+	})
+}
+
+// runBroken is a vdisk that cannot take over, and gives the store back.
+func runBroken() int {
+	text := os.Getenv("VDISK_HANDOVER")
+	if h := owner.TakeHandover(); h != nil {
+		if h.Failed == "" {
+			fmt.Fprintln(os.Stderr, h.Return("broken", errors.New("this one is broken")))
+			return 1
+		}
+		os.Setenv("VDISK_HANDOVER", text) // the program that it was given back to has the same file
+	}
+	return run(os.Args)
 }
 
 // TestScripts runs the scripts of testdata/script, each in a folder of its own with a store at $VDISK_STORE.

@@ -4,12 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net"
 	"net/url"
-	"os"
 	"path/filepath"
-	"time"
 
 	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/urfave/cli/v2"
@@ -141,44 +138,4 @@ func exportNames(ctx context.Context, s owner.Store, o owner.ServeOptions) (name
 func uri(name, socket string) string {
 	u := url.URL{Scheme: "nbd+unix", Path: "/" + name, RawQuery: "socket=" + (&url.URL{Path: socket}).EscapedPath()}
 	return u.String()
-}
-
-func (a *app) daemonCommand() *cli.Command {
-	return a.command(arity{0, 0}, &cli.Command{
-		Name:      "daemon",
-		Category:  groupAccess,
-		Usage:     "own the store in the foreground, for attach and all other commands",
-		UsageText: "vdisk daemon",
-		Description: "It ends on SIGINT or SIGTERM, and ends its block devices with it. 'vdisk attach' starts one by itself when the\n" +
-			"store has no owner; start it yourself (as a service) to have the store open at all times.",
-		Flags: []cli.Flag{
-			&cli.BoolFlag{Name: "until-idle", Usage: "end with the last device, service and client"},
-			&cli.BoolFlag{Name: "ready", Usage: "tell on descriptor 3 how the start went", Hidden: true},
-		},
-	}, a.daemon)
-}
-
-// firstUse is how long a daemon that was started for something waits for that.
-const firstUse = 10 * time.Second
-
-func (a *app) daemon(c *cli.Context) error {
-	if !a.verbose {
-		a.log = slog.New(slog.NewTextHandler(a.stderr, nil))
-	}
-	o := a.options(c)
-	o.Logger, o.Offer = a.log, true
-	s, err := owner.Own(c.Context, a.dir, o)
-	if c.Bool("ready") {
-		if rerr := owner.Ready(a.dir, err); err == nil && rerr != nil {
-			err = errors.Join(rerr, s.Close())
-		}
-	}
-	if err != nil {
-		return err
-	}
-	a.log.Info("ready", "store", a.dir, "pid", os.Getpid())
-	if c.Bool("until-idle") {
-		return s.CloseWhenIdle(firstUse)
-	}
-	return s.CloseWhenDone()
 }

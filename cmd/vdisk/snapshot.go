@@ -124,7 +124,7 @@ func (a *app) resizeCommand() *cli.Command {
 		Category:  groupVolumes,
 		Usage:     "change the size of a volume",
 		UsageText: "vdisk resize VOL SIZE [--shrink]",
-		Description: "NBD clients see the new size when they connect again. An attached volume has to be detached first.\n" +
+		Description: "NBD clients see the new size when they connect again. The block device of an attached volume grows with it (Linux 6.16).\n" +
 			"Shrinking cuts off what lies behind the new end; snapshots keep it.",
 		Flags: []cli.Flag{&cli.BoolFlag{Name: "shrink", Usage: "allow a smaller size"}},
 	}, func(c *cli.Context) error {

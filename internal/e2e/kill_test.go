@@ -7,6 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -113,7 +114,8 @@ func startNBD(s *store) owner {
 	}
 	s.t.Cleanup(func() { _ = o.cmd.Process.Kill() }) // of a test that failed; else it is gone
 	for range 600 {
-		if _, err := os.Stat(o.socket); err == nil {
+		if c, err := net.Dial("unix", o.socket); err == nil {
+			_ = c.Close()
 			return o
 		}
 		time.Sleep(20 * time.Millisecond)
@@ -161,7 +163,8 @@ func (o *ublkOwner) kill() {
 	if err := syscall.Kill(o.pid, syscall.SIGKILL); err != nil {
 		o.s.t.Fatal(err)
 	}
-	for range 1500 { // the kernel takes the device down when its server is gone
+	o.s.run("detach", "--force", "v") // or its users would wait for the next server
+	for range 1500 {
 		if _, err := os.Stat(o.dev); errors.Is(err, fs.ErrNotExist) {
 			return
 		}

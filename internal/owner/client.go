@@ -24,14 +24,14 @@ type Client struct {
 	http *http.Client
 }
 
-// connect reaches the owner of a store: errNoOwner when nobody listens, errStopping when the owner is about to go.
+// connect reaches the owner of a store: ErrNoOwner when nobody listens, errStopping when the owner is about to go.
 func connect(ctx context.Context, dir string) (*Client, Status, error) {
 	c := &Client{path: filepath.Join(dir, controlName)}
 	c.http = &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			conn, err := dial(ctx, c.path)
 			if err != nil {
-				return nil, fmt.Errorf("%w: %w", errNoOwner, err)
+				return nil, fmt.Errorf("%w: %w", ErrNoOwner, err)
 			}
 			return conn, nil
 		},
@@ -44,7 +44,7 @@ func connect(ctx context.Context, dir string) (*Client, Status, error) {
 	}
 	_ = c.Close()
 	var netErr *net.OpError
-	if !errors.Is(err, errNoOwner) && ctx.Err() == nil && (errors.As(err, &netErr) || errors.Is(err, io.EOF)) {
+	if !errors.Is(err, ErrNoOwner) && ctx.Err() == nil && (errors.As(err, &netErr) || errors.Is(err, io.EOF)) {
 		err = fmt.Errorf("%w: %w", errStopping, err) // it closed the door on us: nothing has been asked of it yet
 	}
 	return nil, s, err
@@ -184,9 +184,19 @@ func (c *Client) Attach(ctx context.Context, o AttachOptions) (d Device, err err
 	return d, c.call(ctx, "attach", request{Attach: o}, &d)
 }
 
-// Detach removes a block device that nobody has open.
-func (c *Client) Detach(ctx context.Context, what string) error {
-	return c.call(ctx, "detach", request{Name: what}, nil)
+// Detach removes a block device.
+func (c *Client) Detach(ctx context.Context, what string, force bool) error {
+	return c.call(ctx, "detach", request{Name: what, Flag: force}, nil)
+}
+
+// Recover serves devices again that wait for a server.
+func (c *Client) Recover(ctx context.Context, what string) (r []Recovery, err error) {
+	return r, c.call(ctx, "recover", request{Name: what}, &r)
+}
+
+// Stats are the counters of a block device.
+func (c *Client) Stats(ctx context.Context, what string) (s DeviceStats, err error) {
+	return s, c.call(ctx, "stats", request{Name: what}, &s)
 }
 
 // Check proves the store's structure, and tells of each problem it finds.

@@ -78,7 +78,7 @@ type request struct {
 	To     cow.Ref           `json:",omitzero"`
 	Refs   []cow.Ref         `json:",omitempty"`
 	Size   int64             `json:",omitempty"`
-	Flag   bool              `json:",omitempty"` // shrink, recursive
+	Flag   bool              `json:",omitempty"` // shrink, recursive, force
 	Volume cow.VolumeOptions `json:",omitzero"`
 	Attach AttachOptions     `json:",omitzero"`
 	Serve  ServeOptions      `json:",omitzero"`
@@ -116,7 +116,10 @@ func (c *control) routes() *http.ServeMux {
 	plain("resize", func(ctx context.Context, r request) (any, error) { return nil, o.Resize(ctx, r.Name, r.Size, r.Flag) })
 	plain("remove", func(ctx context.Context, r request) (any, error) { return nil, o.Remove(ctx, r.Ref, r.Flag) })
 	plain("attach", func(ctx context.Context, r request) (any, error) { return o.Attach(ctx, r.Attach) })
-	plain("detach", func(ctx context.Context, r request) (any, error) { return nil, o.Detach(ctx, r.Name) })
+	plain("detach", func(ctx context.Context, r request) (any, error) { return nil, o.Detach(ctx, r.Name, r.Flag) })
+	plain("recover", func(ctx context.Context, r request) (any, error) { return o.Recover(ctx, r.Name) })
+	plain("stats", func(ctx context.Context, r request) (any, error) { return o.Stats(ctx, r.Name) })
+	plain("upgrade", func(ctx context.Context, _ request) (any, error) { return o.upgrade(ctx, 1) })
 	mux.HandleFunc("POST /v1/check", c.check)
 	mux.HandleFunc("POST /v1/import", c.importStream)
 	mux.HandleFunc("POST /v1/export", c.exportStream)

@@ -29,14 +29,18 @@ const (
 var readyAnswer = []byte("{}")
 
 // OpenLasting gives the store at dir through an owner that stays: the one there is, or a daemon, which it starts as
-// args of this program. The daemon must answer with Ready.
-func OpenLasting(ctx context.Context, dir string, o Options, args []string) (*Client, error) {
-	return retry(ctx, o, func() (*Client, error) {
+// args of this program, and then started is true. The daemon must answer with Ready.
+func OpenLasting(ctx context.Context, dir string, o Options, args []string) (c *Client, started bool, err error) {
+	if err := refuseWaiting(ctx, dir, o.withDefaults()); err != nil {
+		return nil, false, err
+	}
+	c, err = retry(ctx, o, func() (*Client, error) {
 		c, s, err := connect(ctx, dir)
-		if errors.Is(err, errNoOwner) {
+		if errors.Is(err, ErrNoOwner) {
 			if err := startDaemon(ctx, dir, args); err != nil {
 				return nil, err
 			}
+			started = true
 			c, s, err = connect(ctx, dir)
 		}
 		if err == nil && s.Temporary {
@@ -44,6 +48,7 @@ func OpenLasting(ctx context.Context, dir string, o Options, args []string) (*Cl
 		}
 		return c, err
 	})
+	return c, started, err
 }
 
 // startDaemon starts a daemon and waits until it is ready or has failed.

@@ -16,8 +16,8 @@ var ErrUnsupported = errors.New("not supported on this machine")
 // errStopping is what an owner answers that is about to go; the asker may ask the next one.
 var errStopping = errors.New("the owner of the store is stopping")
 
-// errNoOwner: nobody listens on the control socket.
-var errNoOwner = errors.New("nobody offers the store")
+// ErrNoOwner: nobody offers the store to others on its control socket.
+var ErrNoOwner = errors.New("nobody offers the store")
 
 // errLocked matches a cow.LockedError on its way through a pipe or socket.
 var errLocked = errors.New("the store has another owner")

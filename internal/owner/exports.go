@@ -14,9 +14,10 @@ import (
 // exports are the volumes and snapshots that NBD clients have open. All clients of one share a handle: the engine has
 // one writer a volume, and a flush on one connection covers what was written on all (MULTI_CONN).
 type exports struct {
-	store *cow.Store
-	mu    sync.Mutex // guards open and the handles' users
-	open  []*handle
+	store   *cow.Store
+	explain func(volume string, err error) error // adds who uses a busy volume
+	mu      sync.Mutex                           // guards open and the handles' users
+	open    []*handle
 }
 
 // handle is an open volume or snapshot.
@@ -119,6 +120,9 @@ func (c *catalog) Open(name string) (*nbd.Export, error) {
 		return nil, err
 	}
 	h, err := c.acquire(r, c.readOnly || r.Snapshot != "")
+	if err != nil {
+		err = c.explain(r.Volume, err)
+	}
 	if errors.Is(err, cow.ErrNotFound) {
 		return nil, &kindError{err, fs.ErrNotExist}
 	}

@@ -18,12 +18,16 @@ const retryEvery = 25 * time.Millisecond
 // Open gives the store at dir: through its owner when it has one that answers, else by owning it until Close. ctx is
 // for all the time the store is open.
 func Open(ctx context.Context, dir string, o Options) (Store, error) {
+	o = o.withDefaults()
+	if err := refuseWaiting(ctx, dir, o); err != nil {
+		return nil, err
+	}
 	return retry(ctx, o, func() (Store, error) {
 		c, _, err := connect(ctx, dir)
 		if err == nil {
 			return c, nil
 		}
-		if !errors.Is(err, errNoOwner) {
+		if !errors.Is(err, ErrNoOwner) {
 			return nil, err
 		}
 		owner, err := own(ctx, dir, withoutWait(o))
@@ -49,6 +53,10 @@ func OpenOrCreate(ctx context.Context, dir string, o Options) (Store, error) {
 
 // Own takes the store at dir for this process, and waits for it while another has it.
 func Own(ctx context.Context, dir string, o Options) (*Owner, error) {
+	o = o.withDefaults()
+	if err := refuseWaiting(ctx, dir, o); err != nil {
+		return nil, err
+	}
 	return retry(ctx, o, func() (*Owner, error) { return own(ctx, dir, withoutWait(o)) })
 }
 

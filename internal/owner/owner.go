@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -25,35 +26,44 @@ type Owner struct {
 	life context.Context
 	kill context.CancelFunc
 
-	recording sync.Mutex // guards the file of devices, and the two fields below; mu may be taken under it
-	swept     bool       // sweep was called
-	leftovers []int      // ids of an earlier owner's devices that could not be deleted yet
+	mark        mark // of the store in its devices' cookies
+	prepareOnce sync.Once
+	repairs     sync.WaitGroup // recoveries of disks whose server broke; Add under mu, while not stopping
 
-	mu       sync.Mutex  // guards the fields below
-	stopping bool        // no session begins any more
-	sessions int         // connections of clients
-	visited  bool        // there has been a session
-	devices  []*attached // in the order they were attached
+	recording sync.Mutex     // guards the file of devices, and leftovers; mu may be taken under it
+	leftovers []deviceRecord // dead devices of an earlier owner that could not be deleted yet
+
+	mu       sync.Mutex // guards the fields below
+	stopping bool       // no session begins any more
+	doors    bool       // sessions may begin; shut while an upgrade is tried
+	heir     *Program   // who takes over, after an upgrade
+	sessions int        // connections of clients
+	visited  bool       // there has been a session
+	disks    []*disk    // in the order they were attached
 	services []*service
+	reclaim  *Reclaim      // nil before the first device
 	changed  chan struct{} // closed, and made anew, when one of the above has changed
 }
 
 // own takes the store, which must be there. ctx bounds what is done for others while it is owned.
 func own(ctx context.Context, dir string, o Options) (*Owner, error) {
-	o = o.withDefaults()
 	store, err := cow.Open(dir, cow.Options{LockTimeout: o.LockTimeout, Holder: o.Command, Logger: o.Logger,
 		Outlive: o.Offer && !o.Temporary}) // its clients and devices go on when it is killed
 	if err != nil {
 		return nil, err
 	}
 	life, kill := context.WithCancel(ctx)
-	owner := &Owner{dir: dir, opts: o, store: store, started: time.Now(), life: life, kill: kill, changed: make(chan struct{})}
-	owner.exports = &exports{store: store}
-	if o.Offer {
-		if owner.control, err = listenControl(owner, filepath.Join(dir, controlName)); err != nil {
-			kill()
-			return nil, errors.Join(err, store.Close())
-		}
+	owner := &Owner{dir: dir, opts: o, store: store, started: time.Now(), life: life, kill: kill, doors: true, changed: make(chan struct{})}
+	owner.exports = &exports{store: store, explain: owner.inUse}
+	if owner.mark, err = markOf(dir, store.Info().UUID); err == nil {
+		err = owner.adopt(ctx)
+	}
+	if err == nil && o.Offer {
+		owner.control, err = listenControl(owner, filepath.Join(dir, controlName))
+	}
+	if err != nil {
+		kill()
+		return nil, errors.Join(err, owner.closeDisks(ctx), store.Close())
 	}
 	return owner, nil
 }
@@ -69,22 +79,23 @@ func (o *Owner) Close() error {
 }
 
 // CloseWhenIdle is Close at the moment when no device, service or client is left; it waits up to grace for the first of
-// them. It does not wait when the context that the owner was opened with has ended.
+// them. It does not wait when the context that the owner was opened with has ended, or after Upgrade.
 func (o *Owner) CloseWhenIdle(grace time.Duration) error {
 	timer := time.AfterFunc(grace, o.notify)
 	defer timer.Stop()
 	until := o.started.Add(grace)
 	o.wait(func() bool {
-		idle := o.sessions == 0 && len(o.devices) == 0 && len(o.services) == 0
-		o.stopping = o.stopping || idle && (o.visited || time.Now().After(until))
+		served := slices.ContainsFunc(o.disks, func(d *disk) bool { return d.block != nil || d.busy })
+		idle := o.doors && o.sessions == 0 && !served && len(o.services) == 0
+		o.stopping = o.stopping || o.heir != nil || idle && (o.visited || time.Now().After(until))
 		return o.stopping
 	})
 	return o.close()
 }
 
-// CloseWhenDone is Close when the context that the owner was opened with has ended.
+// CloseWhenDone is Close when the context that the owner was opened with has ended, or after Upgrade.
 func (o *Owner) CloseWhenDone() error {
-	<-o.life.Done()
+	o.wait(func() bool { return o.heir != nil })
 	return o.close()
 }
 
@@ -100,7 +111,8 @@ func (o *Owner) close() error {
 	bounded, cancel := context.WithTimeout(context.Background(), stopTimeout)
 	defer cancel()
 	o.waitServices(bounded)
-	errs = append(errs, o.stopDevices(bounded))
+	o.repairs.Wait() // they end with life
+	errs = append(errs, o.closeDisks(bounded))
 	errs = append(errs, o.exports.close())
 	errs = append(errs, o.store.Close())
 	return errors.Join(errs...)
@@ -165,13 +177,16 @@ func (o *Owner) holder() string { return fmt.Sprintf("pid %d (%s)", os.Getpid(),
 func (o *Owner) Status(context.Context) (Status, error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.stopping {
+	if o.stopping || !o.doors {
 		return Status{}, errStopping
 	}
-	s := Status{PID: os.Getpid(), Command: o.opts.Command, Temporary: o.opts.Temporary, Started: o.started,
+	s := Status{PID: os.Getpid(), ProcessStart: startOf(os.Getpid()), Command: o.opts.Command, Version: o.opts.Version,
+		Handover: o.opts.Handover, Temporary: o.opts.Temporary, Started: o.started, Reclaim: o.reclaim,
 		Devices: []Device{}, Services: []Service{}}
-	for _, d := range o.devices {
-		s.Devices = append(s.Devices, d.info())
+	for _, d := range o.disks {
+		if d.listed() {
+			s.Devices = append(s.Devices, d.info())
+		}
 	}
 	for _, v := range o.services {
 		s.Services = append(s.Services, v.info())

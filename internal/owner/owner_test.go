@@ -140,7 +140,7 @@ func TestClientIsAsGoodAsOwner(t *testing.T) {
 		}
 		say("export nothing", s.Export(ctx, cow.Ref{Volume: "k"}, func(sparse.Source) error { return nil }))
 		say("export that the user ends", s.Export(ctx, cow.Ref{Volume: "i"}, func(sparse.Source) error { return os.ErrPermission }))
-		say("detach", s.Detach(ctx, "v"))
+		say("detach", s.Detach(ctx, "v", false))
 		report, err := s.Check(ctx, cow.CheckOptions{ReadData: true}, func(p cow.Problem) { t.Error(p) })
 		say(fmt.Sprint("check ", report.Entries), err)
 		volumes, err := s.Volumes(ctx)

@@ -32,7 +32,11 @@ func (o *Owner) Serve(ctx context.Context, l net.Listener, opts ServeOptions) er
 		return errors.Join(err, l.Close())
 	}
 	for _, r := range opts.Exports {
-		if err := o.known(r); err != nil {
+		err := o.known(r)
+		if err == nil && !opts.ReadOnly {
+			err = o.notWaiting(r)
+		}
+		if err != nil {
 			return errors.Join(err, l.Close())
 		}
 	}

@@ -8,6 +8,7 @@ import (
 
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/internal/owner/sparse"
+	"github.com/vdisk/vdisk/ublk"
 )
 
 // Store is a store as commands see it, whichever process has it open. The methods' errors match the engine's (cow.Err…)
@@ -38,8 +39,13 @@ type Store interface {
 	// Attach makes a block device of a volume or snapshot, which lives as long as the process that owns the store.
 	Attach(ctx context.Context, o AttachOptions) (Device, error)
 	// Detach removes the block device with that path, or that serves the volume or snapshot of that name. A device that is
-	// open is left alone: cow.ErrBusy.
-	Detach(ctx context.Context, what string) error
+	// open, or waits for its server, is left alone (cow.ErrBusy) unless forced: then its users' requests fail.
+	Detach(ctx context.Context, what string, force bool) error
+	// Recover serves the devices again that wait for a server: the one that what names as for Detach, or all for an empty
+	// what. An empty outcome says that there was nothing to do.
+	Recover(ctx context.Context, what string) ([]Recovery, error)
+	// Stats are the counters of a block device, which what names as for Detach.
+	Stats(ctx context.Context, what string) (DeviceStats, error)
 	// Serve serves NBD clients that connect to l until ctx ends, which is no error, and closes l.
 	Serve(ctx context.Context, l net.Listener, o ServeOptions) error
 
@@ -58,24 +64,48 @@ type Options struct {
 	Temporary bool
 	// Logger gets what happens to devices and services (none).
 	Logger *slog.Logger
+	// Version is this program's.
+	Version string
+	// Replaceable says that this process can become another version of the program: it ends the owner by CloseWhenDone
+	// or CloseWhenIdle, and executes Heir.
+	Replaceable bool
+	// Handover says why an upgrade that this process has tried did not come about, for Status.
+	Handover string
+
+	// Tests have their own.
+	driver         driver        // the kernel's
+	program        string        // what an upgrade leads to: the file that this program was started from
+	sessionTimeout time.Duration // how long an upgrade waits for commands that are at work
 }
 
 func (o Options) withDefaults() Options {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
+	if o.driver == nil {
+		o.driver = kernel{}
+	}
+	if o.sessionTimeout == 0 {
+		o.sessionTimeout = 10 * time.Second
+	}
 	return o
 }
 
 // Status says who owns a store and what hangs on it.
 type Status struct {
-	PID       int
-	Command   string
-	Temporary bool
-	Started   time.Time
-	Devices   []Device
-	Services  []Service
+	PID          int
+	ProcessStart string // as proc_pid_stat(5) has it
+	Command      string
+	Version      string
+	Handover     string // why the last upgrade failed
+	Temporary    bool
+	Started      time.Time // when it opened the store
+	Reclaim      *Reclaim  // nil before the first device
+	Devices      []Device
+	Services     []Service
 }
+
+func (s Status) process() process { return process{s.PID, s.ProcessStart} }
 
 // Volume is a volume and the block devices of it and its snapshots.
 type Volume struct {
@@ -86,8 +116,17 @@ type Volume struct {
 // Device is an attached block device.
 type Device struct {
 	Ref      cow.Ref
+	ID       int
 	Path     string // /dev/ublkbN
 	ReadOnly bool
+	Waits    bool   // it has no server, and its users wait for one
+	Error    string // why the last try to recover it failed
+}
+
+// DeviceStats are the counters of a block device.
+type DeviceStats struct {
+	Device Device
+	Stats  ublk.Stats
 }
 
 // AttachOptions are how to attach a device. Zero Queues and Depth leave the choice to the driver's library.

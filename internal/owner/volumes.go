@@ -2,9 +2,11 @@ package owner
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/ublk"
 )
 
 // Info describes the store.
@@ -53,24 +55,55 @@ func (o *Owner) Rollback(_ context.Context, to cow.Ref) error {
 }
 
 // Rename gives a volume, or a snapshot of the same volume, another name.
-func (o *Owner) Rename(_ context.Context, from, to cow.Ref) error { return o.store.Rename(from, to) }
+func (o *Owner) Rename(_ context.Context, from, to cow.Ref) error {
+	if len(o.devicesOf(from.Volume)) == 0 {
+		return o.store.Rename(from, to)
+	}
+	if err := o.recordRenaming(from, to); err != nil {
+		return fmt.Errorf("renaming %v: writing down what is attached: %w", from, err)
+	}
+	return errors.Join(o.store.Rename(from, to), o.record())
+}
 
-// Resize changes the size of a volume. The block device of an attached one cannot follow.
-func (o *Owner) Resize(_ context.Context, name string, size int64, shrink bool) error {
+// Resize changes the size of a volume. A block device grows with it, where the kernel can.
+func (o *Owner) Resize(ctx context.Context, name string, size int64, shrink bool) error {
 	info, err := o.store.Volume(name)
 	if err != nil {
 		return err
 	}
-	for _, d := range o.devicesOf(name) {
-		if d.Ref.Snapshot == "" {
-			return fmt.Errorf("volume %s is attached as %s, whose size is fixed: %w: detach it, resize, attach it again",
-				name, d.Path, cow.ErrBusy)
-		}
+	b, err := o.resizable(name)
+	if err != nil {
+		return err
 	}
 	if size < info.Size && info.Open > 0 {
 		return o.inUse(name, fmt.Errorf("volume %s is open and cannot shrink: %w", name, cow.ErrBusy))
 	}
-	return o.store.Resize(name, size, shrink)
+	if err := o.store.Resize(name, size, shrink); err != nil || b == nil {
+		return err
+	}
+	if err := b.Resize(ctx, size); err != nil {
+		return ublkError(fmt.Errorf("volume %s has its new size, but %s keeps the old one until it is attached again: %w", name, b.Path(), err))
+	}
+	return nil
+}
+
+// resizable returns the block device of a volume, if it has one, or why it cannot follow when the volume grows.
+func (o *Owner) resizable(name string) (block, error) {
+	if err := o.notWaiting(cow.Ref{Volume: name}); err != nil {
+		return nil, err
+	}
+	disks, blocks := o.servedDisks()
+	for i, d := range disks {
+		if d.ref() != (cow.Ref{Volume: name}) {
+			continue
+		}
+		if blocks[i].Features()&ublk.FeatureUpdateSize == 0 {
+			return nil, fmt.Errorf("volume %s is attached as %s, and this kernel cannot change the size of a device that is (UPDATE_SIZE, Linux 6.16): "+
+				"%w: detach it, resize, attach it again", name, blocks[i].Path(), ErrUnsupported)
+		}
+		return blocks[i], nil
+	}
+	return nil, nil
 }
 
 // Remove removes a volume or snapshot.

@@ -1,0 +1,226 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/urfave/cli/v2"
+
+	"github.com/vdisk/vdisk/internal/owner"
+)
+
+func (a *app) daemonCommand() *cli.Command {
+	return a.command(arity{0, 0}, &cli.Command{
+		Name:      "daemon",
+		Category:  groupAccess,
+		Usage:     "own the store in the foreground, for attach and all other commands",
+		UsageText: "vdisk daemon",
+		Description: "It recovers the devices that wait for a server, and ends on SIGINT or SIGTERM, and its block devices with it; killed in\n" +
+			"any other way it leaves them waiting for the next. 'vdisk attach' starts one by itself when the store has no owner; start\n" +
+			"it yourself (as a service: init/vdisk@.service) to have the store open at all times. SIGUSR2 has it do what 'vdisk upgrade' does.",
+		Flags: []cli.Flag{
+			&cli.BoolFlag{Name: "until-idle", Usage: "end with the last device, service and client"},
+			&cli.BoolFlag{Name: "ready", Usage: "tell on descriptor 3 how the start went", Hidden: true},
+		},
+	}, a.daemon)
+}
+
+const (
+	// firstUse is how long a daemon that was started for something waits for that.
+	firstUse = 10 * time.Second
+	// heirTimeout is how long a program that took over waits for a command that came in between.
+	heirTimeout = time.Minute
+)
+
+// daemonArgs start a daemon that ends when it is not needed any more.
+func (a *app) daemonArgs() []string {
+	return []string{"--store", a.dir, "--lock-timeout", "0s", "daemon", "--until-idle", "--ready"}
+}
+
+func (a *app) daemon(c *cli.Context) error {
+	if !a.verbose {
+		a.log = slog.New(slog.NewTextHandler(a.stderr, nil))
+	}
+	o := a.options(c)
+	o.Logger, o.Offer, o.Replaceable = a.log, true, true
+	handover := owner.TakeHandover()
+	if handover != nil {
+		o.LockTimeout = max(o.LockTimeout, heirTimeout)
+		o.Handover = handover.Failed
+	}
+	for {
+		s, err := a.startOwner(c, o, handover)
+		if err != nil && handover != nil {
+			return handover.Return(version(), err)
+		}
+		if err != nil {
+			return err
+		}
+		if handover != nil {
+			handover.Done()
+		}
+		err = a.untilEnd(c, s)
+		heir := s.Heir()
+		if heir == nil {
+			return err
+		}
+		if err != nil {
+			a.log.Error("closing the store before the upgrade", "err", err) // what it could not do, opening does
+		}
+		err = heir.Execute(version())
+		a.log.Error("the upgrade failed; going on", "err", err)
+		handover = &owner.Handover{From: version()}
+		o.LockTimeout, o.Handover = max(o.LockTimeout, heirTimeout), err.Error()
+	}
+}
+
+// startOwner opens the store, recovers what waits, and tells whoever started this daemon, or executed its program.
+func (a *app) startOwner(c *cli.Context, o owner.Options, handover *owner.Handover) (*owner.Owner, error) {
+	s, err := owner.Own(c.Context, a.dir, o)
+	if err == nil {
+		_, err = s.Recover(c.Context, "") // each device's own outcome is logged, and listed
+		if err != nil {
+			err = errors.Join(err, s.Close())
+		}
+	}
+	if c.Bool("ready") && handover == nil {
+		if rerr := owner.Ready(a.dir, err); err == nil && rerr != nil {
+			err = errors.Join(rerr, s.Close())
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	a.log.Info("ready", "store", a.dir, "pid", os.Getpid(), "version", version())
+	a.notify(daemon.SdNotifyReady)
+	return s, nil
+}
+
+// notify tells the service manager, if there is one.
+func (a *app) notify(state string) {
+	if _, err := daemon.SdNotify(false, state); err != nil {
+		a.log.Warn("telling the service manager", "err", err)
+	}
+}
+
+// untilEnd returns when the owner is closed.
+func (a *app) untilEnd(c *cli.Context, s *owner.Owner) error {
+	ctx, stop := context.WithCancel(c.Context)
+	defer stop()
+	upgrades := make(chan os.Signal, 1)
+	signal.Notify(upgrades, syscall.SIGUSR2)
+	go func() {
+		defer signal.Stop(upgrades)
+		for {
+			select {
+			case <-upgrades:
+				if _, err := s.Upgrade(ctx); err != nil {
+					a.log.Error("the upgrade is refused", "err", err)
+				}
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	context.AfterFunc(ctx, func() {
+		if s.Heir() == nil {
+			a.notify(daemon.SdNotifyStopping)
+		}
+	})
+	if c.Bool("until-idle") {
+		return s.CloseWhenIdle(firstUse)
+	}
+	return s.CloseWhenDone()
+}
+
+func (a *app) recoverCommand() *cli.Command {
+	return a.command(arity{0, 1}, &cli.Command{
+		Name:      "recover",
+		Category:  groupAccess,
+		Usage:     "serve block devices again whose server was killed, and print their paths",
+		UsageText: "vdisk recover [VOL[@SNAP]|/dev/ublkbN]",
+		Description: "A block device outlives its server: whoever uses it waits. The store's owner serves it from then on; when there is\n" +
+			"none, a daemon is started, as by attach. Without an argument all devices of the store that wait are recovered.",
+	}, a.recover)
+}
+
+func (a *app) recover(c *cli.Context) error {
+	s, started, err := owner.OpenLasting(c.Context, a.dir, a.options(c), a.daemonArgs())
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	what := c.Args().First()
+	outcome, err := s.Recover(c.Context, what)
+	if err != nil {
+		return err
+	}
+	if started { // it has recovered what it could before it was ready
+		st, err := s.Status(c.Context)
+		if err != nil {
+			return err
+		}
+		for _, d := range st.Devices {
+			if !d.Waits && (what == "" || what == d.Path || what == d.Ref.String()) {
+				outcome = append(outcome, owner.Recovery{Device: d})
+			}
+		}
+	}
+	if len(outcome) == 0 {
+		a.note("nothing waits for a server")
+	}
+	return a.printRecovered(outcome)
+}
+
+func (a *app) printRecovered(outcome []owner.Recovery) error {
+	list := []deviceJSON{}
+	var errs []error
+	for _, r := range outcome {
+		list = append(list, deviceJSONOf(r.Device))
+		if r.Error != nil {
+			errs = append(errs, r.Error)
+		}
+	}
+	err := a.print(map[string]any{"devices": list}, func() error {
+		for _, r := range outcome {
+			if r.Error == nil {
+				if _, err := fmt.Fprintln(a.stdout, r.Device.Path); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	})
+	return errors.Join(append(errs, err)...)
+}
+
+func (a *app) upgradeCommand() *cli.Command {
+	return a.command(arity{0, 0}, &cli.Command{
+		Name:      "upgrade",
+		Category:  groupAccess,
+		Usage:     "have the running daemon become the version of vdisk that is installed now",
+		UsageText: "vdisk upgrade",
+		Description: "The new program must be where the daemon's was started from. Block devices stay: their users notice a pause. The process\n" +
+			"stays the same one. If the new program cannot go on, the old one does. Refused while NBD clients are served.",
+	}, func(c *cli.Context) error {
+		u, err := owner.UpgradeDaemon(c.Context, a.dir, a.options(c))
+		if errors.Is(err, owner.ErrNoOwner) {
+			a.note("no daemon has the store open; the next one is the installed program anyway")
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		return a.print(map[string]string{"from": u.From, "to": u.To}, func() error {
+			_, err := fmt.Fprintf(a.stdout, "from %s to %s\n", u.From, u.To)
+			return err
+		})
+	})
+}

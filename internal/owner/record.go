@@ -1,0 +1,162 @@
+package owner
+
+import (
+	"crypto/rand"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+)
+
+// recordName is the file in a store that lists its block devices while there are any. A device outlives a process that
+// is killed; the file tells the next owner what the device shows. DESIGN.md, section 11.2, has the order of writes.
+const recordName = "devices"
+
+// record is the content of the file.
+type record struct {
+	Boot    string         `json:"boot"`           // the kernel's boot id: no device outlives a boot
+	Heir    *process       `json:"heir,omitempty"` // who the store is meant for next, while it is handed over
+	Devices []deviceRecord `json:"devices"`
+}
+
+// deviceRecord is one device. It is found in the kernel by its cookie alone: the id is not known yet when it is
+// recorded, and may later be another device's.
+type deviceRecord struct {
+	Cookie   cookie `json:"cookie"`
+	Ref      string `json:"ref"`
+	Renaming string `json:"renaming,omitempty"` // what Ref is being renamed to: one of the two is there
+	ReadOnly bool   `json:"readonly,omitempty"`
+}
+
+// cookie is a device's mark in the driver. The high half says which store it is of, the low half is random.
+type cookie uint64
+
+func (c cookie) String() string { return fmt.Sprintf("%016x", uint64(c)) }
+
+// MarshalText makes JSON keep all 64 bits.
+func (c cookie) MarshalText() ([]byte, error) { return []byte(c.String()), nil }
+
+// UnmarshalText is its reverse.
+func (c *cookie) UnmarshalText(text []byte) error {
+	n, err := strconv.ParseUint(string(text), 16, 64)
+	*c = cookie(n)
+	return err
+}
+
+// mark is the half of a cookie that says which store a device is of.
+type mark uint32
+
+func (c cookie) mark() mark { return mark(c >> 32) }
+
+// markOf is the mark of the store at dir. The folder's inode is part of it, so that a copy of a store does not take the
+// devices of the original for its own.
+func markOf(dir, uuid string) (mark, error) {
+	var st syscall.Stat_t
+	if err := syscall.Stat(dir, &st); err != nil {
+		return 0, &os.PathError{Op: "stat", Path: dir, Err: err}
+	}
+	sum := crc32.ChecksumIEEE([]byte(fmt.Sprintf("%s %d", uuid, st.Ino)))
+	return mark(max(sum, 1)), nil // 0 is what other programs leave in their devices
+}
+
+// newCookie is never 0, which the driver's library takes for any.
+func (m mark) newCookie() cookie {
+	var b [4]byte
+	_, _ = rand.Read(b[:]) // never fails
+	return cookie(m)<<32 | cookie(binary.LittleEndian.Uint32(b[:]))
+}
+
+// process is one process of this boot, told from a later one with the same id by its start, which executing another
+// program does not change.
+type process struct {
+	PID   int    `json:"pid"`
+	Start string `json:"start"` // field 22 of proc_pid_stat(5)
+}
+
+func thisProcess() process { return process{os.Getpid(), startOf(os.Getpid())} }
+
+// alive tells whether the process is there.
+func (p process) alive() bool { return p.Start != "" && startOf(p.PID) == p.Start }
+
+// startOf is empty when there is no such process. One whose first thread is a zombie is there as long as it has others:
+// the thread that executes another program becomes the first one, when that has ended.
+func startOf(pid int) string {
+	for range 2 { // what was a zombie may have been replaced after the first look
+		state, start := readStat(pid)
+		if state == "" || state != "Z" && state != "X" {
+			return start
+		}
+		if threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid)); err == nil && len(threads) > 1 {
+			return start
+		}
+	}
+	return ""
+}
+
+func readStat(pid int) (state, start string) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return "", ""
+	}
+	text := string(b)
+	fields := strings.Fields(text[strings.LastIndexByte(text, ')')+1:]) // from field 3 on
+	if len(fields) < 20 {
+		return "", ""
+	}
+	return fields[0], fields[19]
+}
+
+// bootID changes with every boot (random(4)).
+func bootID() string {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return ""
+	}
+	return string(b[:min(36, len(b))])
+}
+
+// readRecord reads the file of the store at dir; what is of another boot is nothing.
+func readRecord(dir string) (record, error) {
+	var r record
+	b, err := os.ReadFile(filepath.Join(dir, recordName))
+	if errors.Is(err, fs.ErrNotExist) {
+		return r, nil
+	}
+	if err == nil {
+		err = json.Unmarshal(b, &r)
+	}
+	if err != nil {
+		return record{}, fmt.Errorf("reading which devices the store has: %w", err)
+	}
+	if r.Boot != bootID() {
+		return record{}, nil
+	}
+	return r, nil
+}
+
+// write replaces the file in one step. It need not survive the power: no device does.
+func (r record) write(dir string) error {
+	path := filepath.Join(dir, recordName)
+	if len(r.Devices) == 0 && r.Heir == nil {
+		if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		return nil
+	}
+	r.Boot = bootID()
+	b, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(path+".tmp", append(b, '\n'), 0o600); err != nil {
+		return err
+	}
+	return os.Rename(path+".tmp", path)
+}

@@ -1,0 +1,143 @@
+package owner
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/ublk"
+)
+
+// recoverTimeout bounds the recovery of one device: the old server's threads have to go first.
+const recoverTimeout = 60 * time.Second
+
+// Recovery is the outcome for one device.
+type Recovery struct {
+	Device Device
+	Error  *Error // nil: it is served again
+}
+
+// Recover serves the devices that wait for a server: the one that what names by its path, volume or snapshot, or all of
+// them for an empty what. Each is recovered on its own.
+func (o *Owner) Recover(ctx context.Context, what string) ([]Recovery, error) {
+	if err := o.lasting(); err != nil {
+		return nil, err
+	}
+	waiting, err := o.claimWaiting(what)
+	if err != nil {
+		return nil, err
+	}
+	if len(waiting) > 0 {
+		o.prepareOnce.Do(o.prepareForReclaim)
+	}
+	outcome := make([]Recovery, len(waiting))
+	var wg sync.WaitGroup
+	for i, d := range waiting {
+		wg.Go(func() { outcome[i] = o.recoverDisk(ctx, d) })
+	}
+	wg.Wait()
+	return outcome, nil
+}
+
+// claimWaiting claims the disks that wait and that what names.
+func (o *Owner) claimWaiting(what string) (list []*disk, err error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	candidates := o.disks
+	if what != "" {
+		d, err := o.find(what)
+		if err != nil {
+			return nil, err
+		}
+		candidates = []*disk{d}
+	}
+	for _, d := range candidates {
+		if d.block != nil || d.busy {
+			continue // served, or about to be
+		}
+		d.busy = true
+		list = append(list, d)
+	}
+	return list, nil
+}
+
+// recoverDisk recovers one disk, which is claimed.
+func (o *Owner) recoverDisk(ctx context.Context, d *disk) Recovery {
+	ctx, cancel := context.WithTimeout(ctx, recoverTimeout)
+	defer cancel()
+	log := o.opts.Logger.With("what", d.ref().String(), "device", pathOf(d.id))
+	info, err := o.tryRecover(ctx, d)
+	if err == nil {
+		log.Info("recovered")
+		return Recovery{Device: info}
+	}
+	log.Error("the device cannot be recovered", "err", err)
+	if errors.Is(err, ublk.ErrNotFound) {
+		err = errors.Join(err, o.forget(d))
+	}
+	o.release(d, err)
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return Recovery{Device: d.info(), Error: toWire(err)}
+}
+
+func (o *Owner) tryRecover(ctx context.Context, d *disk) (Device, error) {
+	if d.dev == nil {
+		return Device{}, fmt.Errorf("%v is gone, and %s has nothing to show: %w: give it up with 'vdisk detach --force %[1]v'",
+			d.ref(), pathOf(d.id), cow.ErrNotFound)
+	}
+	info, err := o.lookFor(ctx, d)
+	if err != nil {
+		return Device{}, err
+	}
+	if err := o.notOnItself(); err != nil {
+		return Device{}, err
+	}
+	if have := d.dev.Size(); have < info.Size {
+		return Device{}, fmt.Errorf("%v has %d bytes and %s %d: %w", d.ref(), have, info.Path(), info.Size, cow.ErrInvalid)
+	}
+	t := newTarget(d.dev)
+	b, err := o.opts.driver.Recover(ctx, info.ID, ublk.RecoverOptions{Cookie: uint64(d.cookie), Report: o.report}, t)
+	if err != nil {
+		t.close()
+		return Device{}, ublkError(fmt.Errorf("recovering %v, %s: %w", d.ref(), info.Path(), err))
+	}
+	served := o.serving(d, b, t)
+	if err := dropMountCopies(info.ID); err != nil {
+		o.opts.Logger.Warn("mounts of the device in this process's mount namespace hold it", "device", info.Path(), "err", err)
+	}
+	return served, nil
+}
+
+// lookFor asks the kernel about a disk.
+func (o *Owner) lookFor(ctx context.Context, d *disk) (ublk.DeviceInfo, error) {
+	infos, err := o.opts.driver.Devices(ctx)
+	if i := slices.IndexFunc(infos, func(i ublk.DeviceInfo) bool { return i.Cookie == uint64(d.cookie) }); i >= 0 {
+		o.mu.Lock()
+		d.id = infos[i].ID
+		o.mu.Unlock()
+		return infos[i], nil
+	}
+	if err != nil && !errors.Is(err, ublk.ErrNoDriver) {
+		return ublk.DeviceInfo{}, ublkError(fmt.Errorf("looking for the device of %v: %w", d.ref(), err))
+	}
+	return ublk.DeviceInfo{}, ublkError(fmt.Errorf("the device of %v is gone: %w", d.ref(), ublk.ErrNotFound))
+}
+
+// Stats are the counters of a block device.
+func (o *Owner) Stats(_ context.Context, what string) (DeviceStats, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	d, err := o.find(what)
+	if err != nil {
+		return DeviceStats{}, err
+	}
+	if d.block == nil {
+		return DeviceStats{}, d.info().waits()
+	}
+	return DeviceStats{Device: d.info(), Stats: d.block.Stats()}, nil
+}

@@ -1,0 +1,121 @@
+package owner
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vdisk/vdisk/cow"
+)
+
+// program puts a program in the place of this test's.
+func program(t *testing.T, text string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "vdisk")
+	if err := os.WriteFile(path, []byte("#!/bin/sh\n"+text+"\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestUpgrade(t *testing.T) {
+	w := newWorld(t)
+	good := program(t, `echo '{"version":"2.0","store_format":1,"handover":1}'`)
+	replaceable := func() *Owner {
+		opts := w.options(true)
+		opts.Replaceable, opts.Version, opts.program = true, "1.0", good
+		o, err := Own(context.Background(), w.dir, opts)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return o
+	}
+	o := replaceable()
+	w.attach(o, "v")
+	write(t, w.d.devices[0].server, "text")
+	for text, want := range map[string]error{
+		`echo '{"version":"0.1","store_format":0,"handover":1}'`: cow.ErrVersion,
+		`echo '{"version":"0.1","store_format":1}'`:              ErrUnsupported,
+		`echo hello`: cow.ErrInvalid,
+		`exit 1`:     nil,
+	} {
+		o.opts.program = program(t, text)
+		if _, err := o.Upgrade(t.Context()); err == nil || want != nil && !errors.Is(err, want) {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+	o.opts.program = good
+	// Who is at work is waited for.
+	s := open(t, w.dir)
+	o.opts.sessionTimeout = 50 * time.Millisecond
+	if _, err := o.Upgrade(t.Context()); !errors.Is(err, cow.ErrBusy) {
+		t.Error(err)
+	}
+	_ = s.Close()
+	// A device that cannot be quiesced is served on, and so are the others.
+	w.d.fail["quiesce"] = errors.New("not today")
+	if _, err := o.Upgrade(t.Context()); err == nil || len(w.waiting(o)) != 0 {
+		t.Error(err, w.waiting(o))
+	}
+	u, err := o.Upgrade(t.Context())
+	if err != nil || u != (Upgrade{"1.0", "2.0"}) {
+		t.Fatal(u, err)
+	}
+	if _, err := Open(t.Context(), w.dir, w.options(false)); !errors.Is(err, cow.ErrBusy) {
+		t.Error("somebody got in between", err)
+	}
+	if err := o.CloseWhenDone(); err != nil {
+		t.Fatal(err)
+	}
+	// Nobody but the heir gets the store.
+	w.edit(fmt.Sprintf(`"pid":%d,"start":"%s"`, os.Getpid(), startOf(os.Getpid())),
+		fmt.Sprintf(`"pid":%d,"start":"%s"`, os.Getppid(), startOf(os.Getppid())))
+	if _, err := Own(t.Context(), w.dir, w.options(true)); err == nil || !strings.Contains(err.Error(), "being upgraded") {
+		t.Error(err)
+	}
+	w.edit(fmt.Sprintf(`"start":"%s"`, startOf(os.Getppid())), `"start":"1"`) // the heir died
+	o = w.own(true)
+	w.recovers(o, "", 1)
+	if got := read(t, w.d.devices[0].server); got != "text" {
+		t.Errorf("%q", got)
+	}
+	if strings.Contains(w.file(), "heir") {
+		t.Error(w.file())
+	}
+	if _, err := o.Upgrade(t.Context()); !errors.Is(err, cow.ErrBusy) { // it is no daemon
+		t.Error(err)
+	}
+	w.close(o)
+}
+
+// TestUpgradeRefusedWhileServing names the services.
+func TestUpgradeRefusedWhileServing(t *testing.T) {
+	w := newWorld(t)
+	opts := w.options(true)
+	opts.Replaceable = true
+	ctx, cancel := context.WithCancel(t.Context())
+	o, err := Own(ctx, w.dir, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "s")
+	l, _, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- o.Serve(ctx, l, ServeOptions{Socket: path}) }()
+	o.wait(func() bool { return len(o.services) > 0 })
+	if _, err := o.Upgrade(t.Context()); !errors.Is(err, cow.ErrBusy) || !strings.Contains(err.Error(), path) {
+		t.Error(err)
+	}
+	cancel()
+	if err := errors.Join(<-ended, o.Close()); err != nil {
+		t.Error(err)
+	}
+}

@@ -1,0 +1,238 @@
+# Block devices outlive their server: it is killed again and again under fio's verification and under a mounted file
+# system, upgraded, killed while it recovers; nobody may see an error or a lost write.
+# RECOVERY_KILLS and RECOVERY_UPGRADES make it longer (make recovery-test).
+set -euo pipefail
+kills=${RECOVERY_KILLS:-3} upgrades=${RECOVERY_UPGRADES:-3}
+modprobe ublk_drv
+dmesg -C # what earlier tests broke on purpose is theirs
+export VDISK_STORE=$VDISK_SCRATCH/recovery-store
+mkdir -p /mnt/a /tmp/recovery
+cd /tmp/recovery
+fail() {
+	echo "FAIL: $*" >&2
+	tail -n 40 "$VDISK_STORE/daemon.log" >&2 || true
+	timeout 30 vdisk devices >&2 || true
+	exit 1
+}
+trap 'fail "line $LINENO: $BASH_COMMAND"' ERR
+set -E
+v() { timeout -k 10 180 vdisk "$@"; }
+refused() { # status text command...
+	local want=$1 text=$2 code=0
+	shift 2
+	v "$@" >out 2>err || code=$?
+	[ $code = "$want" ] || fail "vdisk $*: status $code, want $want: $(cat out err)"
+	grep -qF -- "$text" err || fail "vdisk $* does not say '$text': $(cat err)"
+}
+owner() { local pid; read -r _ pid _ <"$VDISK_STORE/lock" && echo "$pid"; }
+murder() {
+	local pid
+	pid=$(owner)
+	kill -KILL "$pid" || fail "there is no owner to kill ($pid)"
+}
+settled() { # nobody hangs
+	local n d
+	for n in $(seq 100); do
+		d=$(ps -eo stat=,pid=,comm= | awk '$1 ~ /^D/ && $3 !~ /^(kworker|jbd2)/')
+		[ -n "$d" ] || return 0
+		sleep 0.3
+	done
+	fail "in D state: $d"
+}
+# load DEVICE: writes and verifies until there is a file "stop", in the background.
+load() {
+	rm -f stop bad rounds
+	(
+		n=0
+		while [ ! -e stop ]; do
+			fio --name=verify --filename="$1" --rw=randwrite --bsrange=512-64k --blockalign=512 --size=12M --io_size=12M --numjobs=2 --offset_increment=16M \
+				--ioengine=libaio --iodepth=8 --direct=1 --verify=crc32c --verify_fatal=1 --verify_backlog=64 --do_verify=1 --randseed=$n \
+				--buffer_compress_percentage=50 --output=fio.out || { touch bad; exit 1; }
+			n=$((n + 1))
+			echo $n >rounds
+		done
+	) &
+	loader=$!
+}
+stopload() {
+	touch stop
+	wait $loader || { cat fio.out >&2; fail "fio"; }
+	[ ! -e bad ] || fail "fio"
+	echo "fio verified in $(cat rounds) rounds"
+}
+pause() { sleep "0.$((RANDOM % 9 + 1))"; }
+
+v create v --size 64M
+dev=$(v attach v)
+v features
+[ "$(v features --json | grep -c '"available": false')" = "$(v features --json | grep -A1 -E 'nbd_client' | grep -c false)" ] || fail "not safe when memory is short"
+
+echo "== $kills kills under fio"
+load "$dev"
+for i in $(seq "$kills"); do
+	sleep 1; pause
+	[ ! -e bad ] || { cat fio.out; fail "fio after kill $i"; }
+	murder
+	pause
+	[ "$(v recover)" = "$dev" ] || fail "recover does not print $dev"
+done
+stopload
+settled
+v recover 2>err
+grep -q 'nothing waits' err || fail "recover says: $(cat err)"
+
+echo "== kills while it recovers"
+load "$dev"
+for i in $(seq "$kills"); do
+	sleep 0.5
+	murder
+	v recover >/dev/null 2>&1 &
+	r=$!
+	sleep "$(((i * 7) % 10 / 5)).$(((i * 3) % 10))"
+	kill -KILL "$(owner)" 2>/dev/null || true # it may be the one that is dead, or not there yet
+	wait $r || true
+	[ "$(v recover | head -1)" = "$dev" ] || v info | grep -q "attached *v as $dev" || fail "not recovered after a kill in recovery $i"
+done
+stopload
+
+echo "== $upgrades upgrades under fio"
+mkdir -p bin
+cp "$(command -v vdisk)" bin/vdisk
+murder
+PATH=$PWD/bin:$PATH v recover
+load "$dev"
+for i in $(seq "$upgrades"); do
+	sleep 1; pause
+	[ ! -e bad ] || { cat fio.out; fail "fio after upgrade $i"; }
+	cp bin/vdisk bin/new && mv bin/new bin/vdisk
+	before=$(owner)
+	v upgrade
+	[ "$(owner)" = "$before" ] || fail "another process"
+done
+stopload
+v detach v
+v check --read-data
+settled
+
+echo "== a mounted file system"
+dev=$(v attach v)
+mkfs.ext4 -q "$dev"
+mount "$dev" /mnt/a
+cp -a /usr/share/perl* /usr/share/fio /mnt/a/ 2>/dev/null || cp -a /usr/share/bash-completion /mnt/a/
+sync -f /mnt/a
+for i in $(seq 3); do
+	(for n in $(seq 40); do echo "$i $n" >/mnt/a/f$i.$n; sync /mnt/a/f$i.$n; done) &
+	writer=$!
+	pause
+	murder
+	pause
+	v recover
+	wait $writer || fail "writing while the server was killed"
+	v upgrade
+done
+(cd /mnt/a && find . -type f -print0 | sort -z | xargs -0 sha256sum) >before
+v snapshot v@s
+
+echo "== a volume that waits"
+murder
+says="v waits as $dev for its server: run 'vdisk recover', or 'vdisk detach --force v' to give it up"
+refused 5 "$says" rm v -r
+refused 5 "$says" rollback v@s
+refused 5 "$says" resize v 32M --shrink
+refused 5 "$says" detach v
+refused 5 "$says" export v -
+refused 5 "$says" serve --socket /tmp/recovery/s v
+v snapshot v@while-waiting
+v ls -o name,device | grep -qF "v     $dev (waits)" || fail "ls does not show it: $(v ls -o name,device)"
+v info | grep -qE "^waits +v as $dev" || fail "info does not show it"
+v devices | grep -qE "^$dev +64MiB +quiesced +v +-" || fail "devices does not show it: $(v devices)"
+v attach v@s >other # starts a daemon, which recovers
+[ "$(v recover 2>/dev/null)" = "" ] || fail "attach has not recovered"
+umount /mnt/a
+mount "$dev" /mnt/a
+(cd /mnt/a && find . -type f -print0 | sort -z | xargs -0 sha256sum) >after
+cmp before after || fail "the content is another one"
+refused 5 "mounted" detach v
+v stats v
+v stats v --interval 100ms --count 2 --json >/dev/null
+
+echo "== resize"
+if v resize v 128M 2>err; then
+	[ "$(blockdev --getsize64 "$dev")" = $((128 << 20)) ] || fail "size of $dev"
+	resize2fs "$dev"
+	[ "$(df -k --output=size /mnt/a | tail -1)" -gt 90000 ] || fail "size of the file system"
+	murder
+	v recover
+	dd if=/dev/urandom of=/mnt/a/more bs=1M count=60 conv=fsync status=none
+else
+	case $(uname -r) in 6.1[0-5].*) ;; *) fail "$(cat err)" ;; esac
+	grep -q 'Linux 6.16' err || fail "$(cat err)"
+	[ "$(blockdev --getsize64 "$dev")" = $((64 << 20)) ] || fail "size of $dev"
+	v info v --json | grep -q '"size": 67108864' || fail "the volume has changed"
+fi
+refused 5 "" resize v 32M --shrink
+
+echo "== a store on a disk that waits"
+v --store /mnt/a/inner create i --size 4M
+murder
+start=$SECONDS
+refused 5 "waits for its server" --store /mnt/a/inner ls
+refused 5 "waits for its server" --store /mnt/a/inner attach i
+[ $((SECONDS - start)) -lt 30 ] || fail "refusing took $((SECONDS - start)) s"
+v recover
+v --store /mnt/a/inner ls
+rm -r /mnt/a/inner
+
+echo "== another mount namespace"
+murder
+v detach --force v@s
+unshare -m --propagation private vdisk daemon >ns.log 2>&1 &
+for n in $(seq 200); do grep -q msg=ready ns.log && break; sleep 0.2; done
+grep -q ublkb "/proc/$(owner)/mountinfo" && fail "a copy of the mount: $(grep ublkb "/proc/$(owner)/mountinfo")"
+grep -q ublkb /proc/self/mountinfo || fail "the mount is gone"
+v features | grep -A9 'safe when'
+cmp /mnt/a/f1.1 <(echo 1 1)
+umount /mnt/a
+e2fsck -fn "$dev"
+v detach v
+kill "$(owner)"
+wait %% 2>/dev/null || true
+settled
+v check --read-data
+
+echo "== giving up"
+dev=$(v attach v)
+mount "$dev" /mnt/a
+murder
+v detach --force v
+[ ! -e "$dev" ] || fail "$dev is still there"
+umount -l /mnt/a
+dev=$(v attach v)
+mount "$dev" /mnt/a
+v detach --force v
+[ ! -e "$dev" ] || fail "$dev is still there"
+umount /mnt/a || umount -l /mnt/a
+refused 3 "not attached" detach --force v
+dmesg -C # these users were to see errors
+
+echo "== devices that are not ours"
+dev=$(v attach v)
+murder
+sed -i 's/"cookie":"\(........\)......../"cookie":"\100000001/' "$VDISK_STORE/devices"
+[ -z "$(v recover 2>err)" ] || fail "recovered a device with another cookie"
+v devices | grep -qE "^$dev +.*quiesced +- +-" || fail "devices: $(v devices)"
+v devices --prune | grep -qF "$dev" || fail "not pruned"
+[ ! -e "$dev" ] || fail "$dev is still there"
+for n in $(seq 100); do [ -e "$VDISK_STORE/control.sock" ] || break; sleep 0.3; done
+dev=$(v attach v)
+murder
+sed -i 's/"boot":"..../"boot":"0000/' "$VDISK_STORE/devices"
+v ls -H -o name,device | grep -qP '^v\t-$' || fail "ls: $(v ls -H -o name,device)"
+v devices --prune
+[ ! -e "$dev" ] || fail "$dev is still there"
+v devices --prune 2>&1 | grep -q 'nothing to delete' || fail "prune"
+v rm v -r
+v check --read-data
+settled
+dmesg | grep -E 'hung task|blocked for more than|I/O error|Oops|BUG:' && fail "the kernel complained"
+[ "$(v devices --json | grep -c '"path"')" = 0 ] || fail "devices are left: $(v devices)"
