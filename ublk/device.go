@@ -22,6 +22,7 @@ type Device struct {
 	charFD   int
 	queues   []*queueThread
 
+	refused  int            // queues whose fetches the driver refused; set before started
 	started  chan struct{}  // closed when every queue thread has reported whether it started
 	ending   sync.WaitGroup // queue threads
 	stopping sync.WaitGroup // attempts
@@ -94,13 +95,14 @@ func newDevice(c *control, info *devInfo, offered Feature, o Options, s State) *
 	}
 }
 
-// start takes an added device to live. The order is the driver's: parameters, char device, a fetch for every tag, and
+// start takes an added device to live. The order is the driver's: char device, parameters, a fetch for every tag, and
 // START from another thread than the queues'.
 func (d *Device) start(ctx context.Context, h Handler) error {
-	if err := d.control.setParams(ctx, d.target, d.opts.params()); err != nil {
+	// First the char device: an unprivileged user may give no commands before udev has handed that over.
+	if err := d.openChar(ctx); err != nil {
 		return err
 	}
-	if err := d.openChar(ctx); err != nil {
+	if err := d.control.setParams(ctx, d.target, d.opts.params()); err != nil {
 		return err
 	}
 	if err := d.makeQueues(ctx, h); err != nil {
@@ -263,7 +265,7 @@ func (d *Device) release() {
 		if t.descs != nil {
 			_ = unix.Munmap(t.descs)
 		}
-		if t.queue != nil && t.left && !t.gone() {
+		if d.features&FeatureUserRecovery != 0 && t.tid.Load() != 0 && !t.gone() {
 			keepForever(t)
 		}
 		if t.buf != nil && (t.queue == nil || t.owned == 0 && t.reading == 0) {

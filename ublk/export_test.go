@@ -81,7 +81,7 @@ func HalfFetchForTest(id int, o Options, h Handler) error {
 			return perr
 		}
 		o = optionsOf(info, p)
-		err = startRetry(ctx, c.startRecovery, info.target())
+		err = startRetry(ctx, c, info.target())
 	}
 	if err != nil {
 		return err

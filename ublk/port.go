@@ -66,6 +66,7 @@ type portConfig struct {
 	descs        []byte // the driver's descriptors of this queue
 	buf          []byte // the tags' buffers, one after the other; nil for CopyUser
 	char         charDevice
+	bare         bool // the driver knows the commands by their bare numbers, as up to Linux 6.3
 }
 
 // charDevice is what a port does with files outside its ring.
@@ -143,6 +144,9 @@ func (p *ringPort) command(op uint32, tag int, result int32) {
 	}
 	e.opcode = opURingCmd
 	e.flags = sqeFixedFile // file 0: the char device
+	if p.bare {
+		op &= opMask
+	}
 	e.off = uint64(op)
 	e.userData = userData(completeIO, tag)
 	*(*ioCmd)(unsafe.Pointer(&e.cmd)) = ioCmd{queueID: uint16(p.queue), tag: uint16(tag), result: result, addr: p.addr(tag)}

@@ -58,7 +58,10 @@ type readSlot struct {
 	off int64
 }
 
-var errKilled = errors.New("ublk: queue killed")
+var (
+	errKilled  = errors.New("ublk: queue killed")
+	errRefused = errors.New("the driver refused the command")
+)
 
 // newQueue makes the queue's state. buf holds depth buffers of ioMax bytes, or with CopyUser a pool of them.
 func newQueue(mode CopyMode, id, depth, ioMax int, buf []byte, h Handler, report func(error)) *queue {
@@ -221,7 +224,7 @@ func (q *queue) arrived(tag int, res int32) error {
 		q.ended++
 		return nil
 	}
-	return fmt.Errorf("ublk: queue %d tag %d: the driver refused the command: %w", q.id, tag, syscall.Errno(-res))
+	return fmt.Errorf("ublk: queue %d tag %d: %w: %w", q.id, tag, errRefused, syscall.Errno(-res))
 }
 
 // dispatch fills the tag's request from d and has it served.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -58,28 +57,39 @@ func recoverDevice(ctx context.Context, c *control, id int, o RecoverOptions, h 
 	}
 	opts := optionsOf(info, p)
 	opts.Report, opts.NoAffinity = o.Report, o.NoAffinity
-	// Before 6.15 the driver sets the queues back at the start of a recovery, not at the end of a server, and not from
-	// every state. QUIESCE (6.16) tells the newer ones.
-	again := c.startRecovery
-	if offered == ^Feature(0) || offered&FeatureQuiesce == 0 {
-		again = c.startRecoveryOnce
-	}
+	// QUIESCE (6.16) tells the drivers that set the queues back when a server ends.
+	anew := offered != ^Feature(0) && offered&FeatureQuiesce != 0
 	for try := 0; ; try++ {
-		if err := startRetry(wait, again, info.target()); err != nil {
-			return nil, err
+		if anew {
+			if err := startRetry(wait, c, info.target()); err != nil {
+				return nil, err
+			}
 		}
-		servedHere.Delete(id)
 		d := newDevice(c, info, offered, opts, StateRecovering)
 		err := d.takeOver(ctx, h)
 		if err == nil {
 			return d, nil
 		}
 		d.abandon(err)
-		if !errors.Is(err, errMapRefused) || try > 0 {
+		switch {
+		case errors.Is(err, errFetchedBefore) && !anew, errors.Is(err, errMapRefused) && try < 2:
+			anew = true
+		default:
 			return nil, err
 		}
 	}
 }
+
+// Before Linux 6.15 the driver sets the queues back in START_USER_RECOVERY, and not from every state: when no queue has had
+// a server since the last START it answers EINVAL, and when only some have, it crashes. A recovery that dies in between
+// leaves such a state. So there Recover begins without START and tries to fetch, which tells the states apart:
+//
+//   - every queue refuses: each has had a server, which is gone; START is safe, and then they fetch;
+//   - every queue fetches: there was a START, and no server since;
+//   - only some fetch: there is no way on.
+//
+// The descriptors are mapped after the fetches, because the driver lets only one process map them until the next START.
+var errFetchedBefore = errors.New("ublk: every queue of the device has had a server")
 
 // waitOrphan returns what the driver knows of a device that can be recovered, when its server is gone.
 func (c *control) waitOrphan(ctx context.Context, id int, cookie uint64) (*devInfo, error) {
@@ -112,9 +122,9 @@ func (c *control) waitOrphan(ctx context.Context, id int, cookie uint64) (*devIn
 }
 
 // startRetry has the driver begin a recovery as soon as it has let go of the old server.
-func startRetry(ctx context.Context, start func(context.Context, target) error, to target) error {
+func startRetry(ctx context.Context, c *control, to target) error {
 	for {
-		err := start(ctx, to)
+		err := c.startRecovery(ctx, to)
 		switch {
 		case err == nil:
 			return nil
@@ -126,54 +136,6 @@ func startRetry(ctx context.Context, start func(context.Context, target) error, 
 	}
 }
 
-// startRecoveryOnce is startRecovery for kernels before 6.15, whose driver takes START_USER_RECOVERY only from a state
-// in which every queue has had a server: when none has since the last START it answers EINVAL, and when only some have,
-// it crashes. A recovery that dies between the two leaves such a state.
-//
-// The way to tell is the mapping of the descriptors. The driver lets one process map them, until the next START; takeOver
-// maps them only when it has fetched for every queue. So if they can be mapped there was a START, and no complete server
-// since: it must not be repeated. What is left is to fetch, which the driver allows if no queue has had a server, and
-// refuses (EINVAL) if some have; then the device cannot be recovered any more.
-//
-// A process that served the device itself may map them all the same; it knows that it did.
-func (c *control) startRecoveryOnce(ctx context.Context, to target) error {
-	if complete, _ := servedHere.Load(to.id); complete == true {
-		return c.startRecovery(ctx, to)
-	}
-	fd, err := openRetry(charPath(to.id), unix.O_RDWR)
-	if err != nil {
-		return err
-	}
-	size, err := c.descSize(ctx, to.id)
-	if err != nil {
-		_ = unix.Close(fd)
-		return err
-	}
-	m, err := unix.Mmap(fd, 0, size, unix.PROT_READ, unix.MAP_SHARED)
-	if err == nil {
-		_ = unix.Munmap(m)
-	}
-	_ = unix.Close(fd)
-	if err == nil {
-		return nil
-	}
-	if err = c.startRecovery(ctx, to); errors.Is(err, unix.EINVAL) {
-		return nil // somebody has mapped and not fetched: takeOver gets a second try
-	}
-	return err
-}
-
-// servedHere has the devices for which this process has fetched every tag, by id, since the last START_USER_RECOVERY.
-var servedHere sync.Map
-
-func (c *control) descSize(ctx context.Context, id int) (int, error) {
-	info, err := c.getInfo(ctx, id)
-	if err != nil {
-		return 0, err
-	}
-	return descBytes(int(info.depth)), nil
-}
-
 // takeOver fetches every tag and ends the recovery.
 func (d *Device) takeOver(ctx context.Context, h Handler) error {
 	if err := d.openChar(ctx); err != nil {
@@ -183,9 +145,13 @@ func (d *Device) takeOver(ctx context.Context, h Handler) error {
 		return err
 	}
 	if err := d.startQueues(); err != nil {
-		if errors.Is(err, unix.EINVAL) && !errors.Is(err, errMapRefused) {
-			err = fmt.Errorf("%w: an earlier recovery died in the middle, and this kernel's driver cannot begin again (Linux 6.15 can); "+
-				"delete it: %w", ErrNotRecoverable, err)
+		switch {
+		case !errors.Is(err, errRefused):
+		case d.refused == len(d.queues):
+			err = errors.Join(errFetchedBefore, err)
+		default:
+			err = fmt.Errorf("ublk: recover device %d: %w: an earlier recovery died in the middle, and this kernel's driver cannot "+
+				"begin again (Linux 6.15 can); delete it: %w", d.id, ErrNotRecoverable, err)
 		}
 		return err
 	}

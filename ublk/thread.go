@@ -23,7 +23,7 @@ type queueThread struct {
 
 	cpus    *unix.CPUSet // where the thread runs, or nil
 	flusher atomic.Bool  // the thread is marked as an I/O flusher
-	tid     int          // of the thread
+	tid     atomic.Int64 // of the thread
 }
 
 // copyMode is the mode of a device that the driver granted features.
@@ -89,7 +89,6 @@ func (d *Device) mapDescs() error {
 			return fmt.Errorf("ublk: map the descriptors of queue %d of device %d: %w", id, d.id, err)
 		}
 	}
-	servedHere.Store(d.id, true)
 	return nil
 }
 
@@ -103,6 +102,7 @@ func (d *Device) newPort(t *queueThread) (port, error) {
 		descs: t.descs,
 		buf:   t.buf,
 		char:  charFiles{char: d.charFD, event: t.efd},
+		bare:  d.features&FeatureIoctlEncode == 0,
 	}
 	if c.mode == CopyUser {
 		c.buf = nil
@@ -122,7 +122,11 @@ func (d *Device) startQueues() error {
 	go d.superviseRoutine()
 	var errs error
 	for range d.queues {
-		errs = errors.Join(errs, <-ready)
+		err := <-ready
+		if errors.Is(err, errRefused) {
+			d.refused++
+		}
+		errs = errors.Join(errs, err)
 	}
 	if errs == nil {
 		errs = d.mapDescs()
@@ -134,11 +138,33 @@ func (d *Device) startQueues() error {
 // queueRoutine is the thread of one queue. It never unlocks the thread, so that the thread ends with it and leaves
 // neither its name nor its ring registration to other goroutines.
 func (d *Device) queueRoutine(t *queueThread, ready chan<- error) {
+	if !lockThread() {
+		other := make(chan struct{})
+		go func() {
+			lockThread()
+			close(other)
+			d.serveQueue(t, ready)
+		}()
+		<-other
+		runtime.UnlockOSThread()
+		return
+	}
+	d.serveQueue(t, ready)
+}
+
+// lockThread keeps the goroutine on its thread, and tells whether that ends with the goroutine: the main thread does not,
+// but the driver waits for the end of a queue's thread.
+func lockThread() bool {
 	runtime.LockOSThread()
+	return unix.Gettid() != unix.Getpid()
+}
+
+// serveQueue is queueRoutine on a thread of the queue's own.
+func (d *Device) serveQueue(t *queueThread, ready chan<- error) {
 	nameThread(fmt.Sprintf("ublk%dq%d", d.id, t.id))
 	pinThread(t.cpus)
 	t.flusher.Store(markFlusher())
-	t.tid = unix.Gettid()
+	t.tid.Store(int64(unix.Gettid()))
 	defer d.ending.Done()
 	defer queueThreadEnds()
 	p, err := d.newPort(t)
@@ -190,10 +216,11 @@ var abandoned struct {
 // threadTimeout bounds the wait for the thread of a queue that left.
 const threadTimeout = 5 * time.Second
 
-// gone waits until the thread of a queue that left is gone: the driver may copy to its memory until then.
+// gone waits until the thread of a queue that has ended is gone. Until then the driver may copy to its memory, and takes
+// it for one that still serves.
 func (t *queueThread) gone() bool {
 	for end := time.Now().Add(threadTimeout); time.Now().Before(end); time.Sleep(time.Millisecond) {
-		if unix.Tgkill(unix.Getpid(), t.tid, 0) == unix.ESRCH {
+		if unix.Tgkill(unix.Getpid(), int(t.tid.Load()), 0) == unix.ESRCH {
 			return true
 		}
 	}
