@@ -86,7 +86,7 @@ const (
 	RecoverReissue
 	// RecoverEIO: requests wait for the next server, but what the last one had not answered fails.
 	RecoverEIO
-	// RecoverFailIO: requests fail until there is a next server (6.13).
+	// RecoverFailIO: requests fail (EREMOTEIO) until there is a next server (6.13).
 	RecoverFailIO
 )
 

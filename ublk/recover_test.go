@@ -428,7 +428,7 @@ func TestRecoveryWays(t *testing.T) {
 	}{
 		{ublk.RecoverReissue, nil, nil},
 		{ublk.RecoverEIO, syscall.EIO, nil},
-		{ublk.RecoverFailIO, syscall.EIO, syscall.EIO},
+		{ublk.RecoverFailIO, syscall.EIO, syscall.EREMOTEIO}, // BLK_STS_TARGET
 	} {
 		t.Run(fmt.Sprint(w.way), func(t *testing.T) {
 			if w.way == ublk.RecoverFailIO && !kernelHas(t, ublk.FeatureRecoveryFailIO) {
