@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -73,14 +74,13 @@ func (a *app) sample(c *cli.Context) (s owner.DeviceStats, err error) {
 
 // minus is what came between two readings. Counters that went back are those of a new server.
 func minus(now, before ublk.Stats) ublk.Stats {
-	d := ublk.Stats{Queues: make([]ublk.QueueStats, len(now.Queues))}
-	for q := range now.Queues {
-		d.Queues[q] = now.Queues[q]
+	d := ublk.Stats{Queues: slices.Clone(now.Queues)}
+	for q := range d.Queues {
 		if q >= len(before.Queues) {
 			continue
 		}
 		for op := range d.Queues[q].Ops {
-			to, from := &d.Queues[q].Ops[op], before.Queues[q].Ops[op]
+			to, from := &d.Queues[q].Ops[op], &before.Queues[q].Ops[op]
 			if to.Requests < from.Requests {
 				continue
 			}
@@ -98,87 +98,69 @@ func minus(now, before ublk.Stats) ublk.Stats {
 
 // statsJSON is a device's counters in the output for programs.
 type statsJSON struct {
-	Name    string          `json:"name"`
-	Path    string          `json:"path"`
-	Seconds float64         `json:"seconds,omitempty"` // of the interval
-	Ops     []opStatsJSON   `json:"operations"`        // of all queues
-	Queues  [][]opStatsJSON `json:"queues"`            // each
+	Name     string           `json:"name"`
+	Path     string           `json:"path"`
+	Seconds  float64          `json:"seconds,omitempty"` // of the interval
+	Underway int              `json:"underway"`          // requests that are not answered yet
+	Ops      []opStatsJSON    `json:"operations"`        // of all queues
+	Queues   []queueStatsJSON `json:"queues"`
 }
 
+type queueStatsJSON struct {
+	Underway int           `json:"underway"`
+	Ops      []opStatsJSON `json:"operations"`
+}
+
+// opStatsJSON is about one operation; latencies are in nanoseconds.
 type opStatsJSON struct {
-	Op        string  `json:"operation"`
-	Requests  uint64  `json:"requests"`
-	Bytes     uint64  `json:"bytes"`
-	Errors    uint64  `json:"errors"`
-	MeanNS    int64   `json:"mean_ns"`
-	P50US     float64 `json:"p50_us"` // upper ends of the histogram's buckets
-	P99US     float64 `json:"p99_us"`
-	Histogram []int64 `json:"histogram"` // bucket i: below 2^i microseconds, and not below 2^(i-1)
+	Op        string      `json:"operation"`
+	Requests  uint64      `json:"requests"`
+	Bytes     uint64      `json:"bytes"`
+	Errors    uint64      `json:"errors"`
+	Mean      int64       `json:"mean_ns"`
+	P50       int64       `json:"p50_ns"`
+	P99       int64       `json:"p99_ns"`
+	Histogram [][2]uint64 `json:"histogram"` // the shortest latency of a bucket, and how many; empty ones are left out
 }
 
 func statsJSONOf(d owner.Device, s ublk.Stats, interval time.Duration) statsJSON {
-	j := statsJSON{Name: d.Ref.String(), Path: d.Path, Seconds: interval.Seconds(), Queues: [][]opStatsJSON{}}
-	var sum ublk.QueueStats
-	for _, q := range s.Queues {
-		j.Queues = append(j.Queues, opsJSON(q))
-		for op := range q.Ops {
-			to, from := &sum.Ops[op], q.Ops[op]
-			to.Requests += from.Requests
-			to.Bytes += from.Bytes
-			to.Errors += from.Errors
-			to.Latency.Sum += from.Latency.Sum
-			for i, n := range from.Latency.Counts {
-				to.Latency.Counts[i] += n
-			}
-		}
+	total := s.Total()
+	j := statsJSON{Name: d.Ref.String(), Path: d.Path, Seconds: interval.Seconds(), Underway: total.Underway,
+		Ops: opsJSON(&total), Queues: []queueStatsJSON{}}
+	for i := range s.Queues {
+		j.Queues = append(j.Queues, queueStatsJSON{s.Queues[i].Underway, opsJSON(&s.Queues[i])})
 	}
-	j.Ops = opsJSON(sum)
 	return j
 }
 
 // operations are those that a server sees.
 var operations = []ublk.Op{ublk.OpRead, ublk.OpWrite, ublk.OpFlush, ublk.OpDiscard, ublk.OpWriteZeroes}
 
-func opsJSON(q ublk.QueueStats) []opStatsJSON {
+func opsJSON(q *ublk.QueueStats) []opStatsJSON {
 	list := []opStatsJSON{}
 	for _, op := range operations {
-		s := q.Ops[op]
-		j := opStatsJSON{Op: op.String(), Requests: s.Requests, Bytes: s.Bytes, Errors: s.Errors,
-			P50US: quantile(s.Latency, 0.50), P99US: quantile(s.Latency, 0.99), Histogram: []int64{}}
-		if s.Requests > 0 {
-			j.MeanNS = int64(s.Latency.Sum) / int64(s.Requests)
-		}
-		for _, n := range s.Latency.Counts {
-			j.Histogram = append(j.Histogram, int64(n))
+		s := &q.Ops[op]
+		j := opStatsJSON{Op: op.String(), Requests: s.Requests, Bytes: s.Bytes, Errors: s.Errors, Mean: int64(s.Latency.Mean()),
+			P50: int64(s.Latency.Quantile(0.50)), P99: int64(s.Latency.Quantile(0.99)), Histogram: [][2]uint64{}}
+		for i, n := range s.Latency.Counts {
+			if n > 0 {
+				j.Histogram = append(j.Histogram, [2]uint64{uint64(s.Latency.Bucket(i)), n})
+			}
 		}
 		list = append(list, j)
 	}
 	return list
 }
 
-// quantile is the upper end in microseconds of the bucket that the quantile p is in.
-func quantile(h ublk.Histogram, p float64) float64 {
-	var total, seen uint64
-	for _, n := range h.Counts {
-		total += n
-	}
-	for i, n := range h.Counts {
-		seen += n
-		if n > 0 && float64(seen) >= p*float64(total) {
-			return float64(uint64(1) << i)
-		}
-	}
-	return 0
-}
-
 func (a *app) printStats(j statsJSON) error {
-	header := []string{"OPERATION", "REQUESTS", "BYTES", "ERRORS", "MEAN", "P50 <", "P99 <"}
+	header := []string{"OPERATION", "REQUESTS", "BYTES", "ERRORS", "MEAN", "P50", "P99"}
 	var rows [][]string
 	for _, o := range j.Ops {
 		row := []string{o.Op, fmt.Sprint(o.Requests), a.size(int64(o.Bytes)), fmt.Sprint(o.Errors), "-", "-", "-"}
 		if o.Requests > 0 {
-			row[4] = time.Duration(o.MeanNS).Round(100 * time.Nanosecond).String()
-			row[5], row[6] = fmt.Sprintf("%.0fµs", o.P50US), fmt.Sprintf("%.0fµs", o.P99US)
+			for i, ns := range []int64{o.Mean, o.P50, o.P99} {
+				row[4+i] = time.Duration(ns).Round(100 * time.Nanosecond).String()
+			}
 		}
 		rows = append(rows, row)
 	}

@@ -5,7 +5,7 @@ set -euo pipefail
 kills=${RECOVERY_KILLS:-3} upgrades=${RECOVERY_UPGRADES:-3}
 modprobe ublk_drv
 dmesg -C # what earlier tests broke on purpose is theirs
-export VDISK_STORE=$VDISK_SCRATCH/recovery-store
+export VDISK_STORE=$VDISK_SCRATCH/recovery-store VDISK_LOCK_TIMEOUT=60s # everything is emulated here
 mkdir -p /mnt/a /tmp/recovery
 cd /tmp/recovery
 fail() {

@@ -1,0 +1,40 @@
+package main
+
+import (
+	"bytes"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/owner"
+	"github.com/vdisk/vdisk/ublk"
+)
+
+// TestStats shows what came between two readings, also where the server is another one.
+func TestStats(t *testing.T) {
+	reading := func(n uint64) (s ublk.Stats) {
+		s.Queues = make([]ublk.QueueStats, 2)
+		for q := range s.Queues {
+			w := &s.Queues[q].Ops[ublk.OpWrite]
+			w.Requests, w.Bytes, w.Latency.Sum = n, n*4096, time.Duration(n)*time.Microsecond
+			w.Latency.Counts[100] = n
+		}
+		return s
+	}
+	before, now := reading(10), reading(15)
+	j := statsJSONOf(owner.Device{Ref: cow.Ref{Volume: "v"}, Path: "/dev/ublkb0"}, minus(now, before), time.Second)
+	if w := j.Ops[1]; w.Op != "write" || w.Requests != 10 || w.Bytes != 10*4096 || w.Mean != 1000 || len(w.Histogram) != 1 || w.Histogram[0][1] != 10 {
+		t.Errorf("%+v", w)
+	}
+	if got := now.Queues[0].Ops[ublk.OpWrite].Requests; got != 15 {
+		t.Errorf("the reading has become %d", got)
+	}
+	if w := minus(reading(3), now).Queues[0].Ops[ublk.OpWrite]; w.Requests != 3 {
+		t.Errorf("a new server's counters became %d", w.Requests)
+	}
+	var out bytes.Buffer
+	if err := (&app{stdout: &out}).printStats(j); err != nil || !strings.Contains(out.String(), "write         10        40KiB") {
+		t.Errorf("%v\n%s", err, out.String())
+	}
+}
