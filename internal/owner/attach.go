@@ -126,20 +126,20 @@ func (o *Owner) Detach(ctx context.Context, what string, force bool) error {
 	if b == nil {
 		err = o.giveUp(ctx, d)
 	} else {
-		err = stop(ctx, d, b, gone, force)
+		err = o.stop(ctx, d, b, gone, force)
 	}
 	o.release(d, err)
 	return err
 }
 
 // stop ends a device that is served.
-func stop(ctx context.Context, d *disk, b block, gone <-chan struct{}, force bool) error {
+func (o *Owner) stop(ctx context.Context, d *disk, b block, gone <-chan struct{}, force bool) error {
 	end := b.Stop
 	if force {
 		end = b.Close
 	}
 	ref := d.ref()
-	if err := end(ctx); err != nil {
+	if err := end(ctx); err != nil && !(force && o.removed(ctx, d)) {
 		return ublkError(fmt.Errorf("detaching %v: %w", ref, err))
 	}
 	select {
@@ -152,11 +152,18 @@ func stop(ctx context.Context, d *disk, b block, gone <-chan struct{}, force boo
 
 // giveUp deletes a device that waits: its users' requests fail.
 func (o *Owner) giveUp(ctx context.Context, d *disk) error {
-	if err := o.opts.driver.Delete(ctx, d.id, true); err != nil && !errors.Is(err, ublk.ErrNotFound) {
+	if err := o.opts.driver.Delete(ctx, d.id, true); err != nil && !o.removed(ctx, d) {
 		return ublkError(fmt.Errorf("giving up %v, %s: %w", d.ref(), pathOf(d.id), err))
 	}
 	o.opts.Logger.Warn("a device that waited was given up", "what", d.ref().String(), "device", pathOf(d.id))
 	return o.forget(d)
+}
+
+// removed tells whether the kernel does not list the disk any more. Its number stays taken for as long as somebody, as a
+// file system that is still mounted, holds what is left of it; nothing comes of that but errors.
+func (o *Owner) removed(ctx context.Context, d *disk) bool {
+	_, err := o.lookFor(ctx, d)
+	return errors.Is(err, ublk.ErrNotFound)
 }
 
 // inUse adds to an error about a busy volume who uses it.
