@@ -71,12 +71,15 @@ func (o *Owner) Resize(ctx context.Context, name string, size int64, shrink bool
 	if err != nil {
 		return err
 	}
-	b, err := o.resizable(name)
-	if err != nil {
+	if err := o.notWaiting(cow.Ref{Volume: name}); err != nil {
 		return err
 	}
 	if size < info.Size && info.Open > 0 {
 		return o.inUse(name, fmt.Errorf("volume %s is open and cannot shrink: %w", name, cow.ErrBusy))
+	}
+	b, err := o.resizable(name)
+	if err != nil {
+		return err
 	}
 	if err := o.store.Resize(name, size, shrink); err != nil || b == nil {
 		return err
@@ -89,9 +92,6 @@ func (o *Owner) Resize(ctx context.Context, name string, size int64, shrink bool
 
 // resizable returns the block device of a volume, if it has one, or why it cannot follow when the volume grows.
 func (o *Owner) resizable(name string) (block, error) {
-	if err := o.notWaiting(cow.Ref{Volume: name}); err != nil {
-		return nil, err
-	}
 	disks, blocks := o.servedDisks()
 	for i, d := range disks {
 		if d.ref() != (cow.Ref{Volume: name}) {
