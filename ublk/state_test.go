@@ -47,6 +47,10 @@ func TestTransitions(t *testing.T) {
 
 // TestNothingSetsTheStatePastTheTable looks for assignments to Device.state in the package.
 func TestNothingSetsTheStatePastTheTable(t *testing.T) {
+	if _, err := os.Stat("state.go"); err != nil {
+		t.Log("no source here: a test binary that was copied elsewhere")
+		return
+	}
 	files, err := os.ReadDir(".")
 	if err != nil {
 		t.Fatal(err)
