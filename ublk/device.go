@@ -24,6 +24,7 @@ type Device struct {
 
 	refused  int            // queues whose fetches the driver refused; set before started
 	started  chan struct{}  // closed when every queue thread has reported whether it started
+	mapped   bool           // the descriptors are there; valid once started is closed
 	ending   sync.WaitGroup // queue threads
 	stopping sync.WaitGroup // attempts
 	done     chan struct{}

@@ -17,6 +17,8 @@ type leaver struct {
 	told    atomic.Int32 // leave, by any goroutine
 	resting atomic.Bool  // nothing is with the handler; for any goroutine
 	holds   bool         // what arrives may be left to the driver, which issues it again; set before the queue starts
+	// The descriptors are not mapped yet. Set before the queue starts, taken back by its thread.
+	early bool
 
 	// Used by the queue's thread only.
 	seen leave
@@ -74,10 +76,15 @@ func (q *queue) goAway() error {
 	return nil
 }
 
-// hold keeps a request that arrived from the handler. One tag stays with the driver: before Linux 6.15 it notices the end
-// of a queue by the fetches that it can give back, and if there is none, after 30 seconds.
+// hold keeps a request that arrived from the handler: before the descriptors are mapped, and when the queue is to leave.
+// Then one tag stays with the driver: before Linux 6.15 it notices the end of a queue by the fetches that it can give back,
+// and if there is none, after 30 seconds.
 func (q *queue) hold(tag int) bool {
-	if q.seen == leaveNot || !q.holds && q.seen != leaveDrop || q.owned+q.ended+len(q.held)+1 >= q.depth {
+	switch {
+	case q.early:
+	case q.seen == leaveNot || !q.holds && q.seen != leaveDrop:
+		return false
+	case q.owned+q.ended+len(q.held)+1 >= q.depth:
 		return false
 	}
 	q.held = append(q.held, tag)

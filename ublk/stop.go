@@ -52,6 +52,8 @@ func (d *Device) end(ctx context.Context, kind attemptKind) error {
 				return d.waitGone(ctx)
 			case a.kind != kind && ctx.Err() == nil:
 				continue // somebody's other attempt was refused; now this one
+			case a.kind != kind: // and there is no time left for this one
+				return d.stillEnding(ctx)
 			case kind == attemptClose:
 				d.fail(fmt.Errorf("ublk: stop device %d: %w", d.id, a.err))
 				return d.waitGone(ctx)

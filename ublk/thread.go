@@ -66,6 +66,7 @@ func (d *Device) makeQueues(ctx context.Context, h Handler) error {
 		}
 		t.queue = newQueue(mode, id, d.opts.Depth, d.opts.MaxIOBytes, t.buf, h, d.opts.Report)
 		t.holds = d.features&FeatureRecoveryReissue != 0
+		t.early = true
 		t.cpus = d.queueCPUs(ctx, id)
 	}
 	return nil
@@ -76,7 +77,8 @@ func descBytes(depth int) int { return roundUp(depth*descSize, os.Getpagesize())
 // errMapRefused: the driver takes the descriptors for those of another process.
 var errMapRefused = errors.New("ublk: the driver does not let this process map the descriptors")
 
-// mapDescs maps the driver's descriptors over what makeQueues reserved. Nothing reads them before START or END_RECOVERY.
+// mapDescs maps the driver's descriptors over what makeQueues reserved. Requests may arrive before that, and are held:
+// the driver lifts FAIL_IO from each queue by itself, when its last tag is fetched (since 6.15).
 func (d *Device) mapDescs() error {
 	stride := int64(roundUp(descArea, os.Getpagesize()))
 	for id, t := range d.queues {
@@ -131,6 +133,7 @@ func (d *Device) startQueues() error {
 	if errs == nil {
 		errs = d.mapDescs()
 	}
+	d.mapped = errs == nil
 	close(d.started)
 	return errs
 }
@@ -192,6 +195,12 @@ func (d *Device) serveQueue(t *queueThread, ready chan<- error) {
 		return
 	}
 	ready <- nil
+	<-d.started
+	if !d.mapped { // nobody can tell what has arrived
+		finished = true
+		return
+	}
+	t.early = false
 	if err = t.run(); err != nil && !errors.Is(err, errKilled) {
 		d.fail(err)
 	}
