@@ -12,17 +12,11 @@ import (
 // DieFetchingForTest makes a device, or begins to recover the one of Options.ID, offers the first tags of its first
 // queue to the driver, and kills the process before the rest: a server that died while it started.
 func DieFetchingForTest(ctx context.Context, o Options, recover bool, tags int) error {
-	o = o.withDefaults()
 	c, err := openControl()
 	if err != nil {
 		return err
 	}
-	d := &Device{id: deref(o.ID), opts: o, control: c, charFD: -1}
-	if recover {
-		err = retryBusy(func() error { return c.startRecovery(ctx, target{id: d.id}) })
-	} else {
-		err = d.addForTest(ctx)
-	}
+	d, err := addedForTest(ctx, c, o.withDefaults(), recover)
 	if err != nil {
 		return err
 	}
@@ -33,7 +27,7 @@ func DieFetchingForTest(ctx context.Context, o Options, recover bool, tags int) 
 	if err != nil {
 		return err
 	}
-	buf, _, err := mapAnonymous(o.MaxIOBytes)
+	buf, _, err := mapAnonymous(d.opts.MaxIOBytes)
 	if err != nil {
 		return err
 	}
@@ -41,7 +35,7 @@ func DieFetchingForTest(ctx context.Context, o Options, recover bool, tags int) 
 		e := r.get()
 		e.opcode, e.fd, e.off = opURingCmd, int32(d.charFD), ioFetchReq
 		cmd := ioCmd{tag: uint16(tag)}
-		if o.Copy != CopyUser {
+		if d.opts.Copy != CopyUser {
 			cmd.addr = uint64(uintptr(unsafe.Pointer(&buf[0])))
 		}
 		*(*ioCmd)(unsafe.Pointer(&e.cmd)) = cmd
@@ -57,30 +51,29 @@ func DieFetchingForTest(ctx context.Context, o Options, recover bool, tags int) 
 	select {}
 }
 
-// retryBusy tries again for as long as the last server is still going.
-func retryBusy(try func() error) error {
-	for range 1000 {
-		if err := try(); err != unix.EBUSY {
-			return err
-		}
-		if err := sleep(context.Background(), 10e6); err != nil {
-			return err
-		}
-	}
-	return unix.EBUSY
-}
-
-func (d *Device) addForTest(ctx context.Context) error {
-	offered, err := d.control.offered(ctx)
+// addedForTest returns a device that is added and not started, or whose recovery has begun.
+func addedForTest(ctx context.Context, c *control, o Options, recover bool) (*Device, error) {
+	offered, err := c.offered(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	info, err := d.opts.info(offered)
+	if recover {
+		info, err := c.waitOrphan(ctx, deref(o.ID), 0)
+		if err == nil {
+			err = startRetry(ctx, c, info.target())
+		}
+		if err != nil {
+			return nil, err
+		}
+		return newDevice(c, info, offered, o, StateRecovering), nil
+	}
+	info, err := o.info(offered)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if err := d.control.add(ctx, info); err != nil {
-		return err
+	if err := c.add(ctx, info); err != nil {
+		return nil, err
 	}
-	return d.control.setParams(ctx, info.target(), d.opts.params())
+	d := newDevice(c, info, offered, o, StateStarting)
+	return d, c.setParams(ctx, d.target, o.params())
 }

@@ -249,27 +249,26 @@ func TestMount(t *testing.T) {
 	}
 }
 
-// writers start direct writes that go on in the background, each of its own 4 KiB block.
+// writers are direct writes that go on in the background, each of its own 4 KiB block. Opening the disk may wait, too:
+// for the partition scan.
 type writers struct {
 	wg   sync.WaitGroup
 	mu   sync.Mutex
 	errs []error // of the writes that ended
 }
 
-func startWriters(t testing.TB, path string, n int) *writers {
-	t.Helper()
+func startWriters(path string, n int) *writers {
 	w := &writers{}
 	for i := range n {
-		fd, err := unix.Open(path, unix.O_RDWR|unix.O_DIRECT|unix.O_CLOEXEC, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
 		w.wg.Go(func() {
-			_, err := unix.Pwrite(fd, aligned(4096), int64(i)*4096)
+			fd, err := unix.Open(path, unix.O_RDWR|unix.O_DIRECT|unix.O_CLOEXEC, 0)
+			if err == nil {
+				_, err = unix.Pwrite(fd, aligned(4096), int64(i)*4096)
+				_ = unix.Close(fd)
+			}
 			w.mu.Lock()
+			defer w.mu.Unlock()
 			w.errs = append(w.errs, err)
-			w.mu.Unlock()
-			_ = unix.Close(fd)
 		})
 	}
 	return w

@@ -37,7 +37,7 @@ func TestAllTagsHeld(t *testing.T) {
 			t.Run(fmt.Sprintf("%s depth %d", mode.name, depth), func(t *testing.T) {
 				s := startProcess(t, serverConfig{ID: new(killID), Memory: memoryFile(t), Size: 1 << 20, Queues: 2, Depth: depth,
 					Copy: mode.mode, Handler: "hold"})
-				w := startWriters(t, killPath, 4*depth) // two queues: more than there are tags
+				w := startWriters(killPath, 4*depth) // two queues: more than there are tags
 				within(t, stepLimit, "requests under way", func() error {
 					if n := inFlight(killPath); n < depth {
 						return fmt.Errorf("%d, want at least %d", n, depth)

@@ -50,7 +50,6 @@ type serverConfig struct {
 	DieAt     int64  // SIGKILLs itself in this write, counted from 1
 	DieAfter  bool   // and has applied it
 	Recover   bool   // take the device over instead of making it
-	Flusher   bool   // call SetIOFlusher first
 	FetchOnly int    // offer so many tags of the first queue, and die
 }
 
@@ -74,11 +73,6 @@ func serve(config string) int {
 }
 
 func (c *serverConfig) start() ([]*ublk.Device, error) {
-	if c.Flusher {
-		if err := ublk.SetIOFlusher(); err != nil {
-			return nil, err
-		}
-	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	var devices []*ublk.Device
