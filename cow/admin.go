@@ -30,7 +30,7 @@ func (s *Store) transact(build func() (*format.Event, error)) error {
 func (s *Store) transactLocked(build func() (*format.Event, error)) error {
 	room := 4096
 	for {
-		if err := s.wal.reserve(room, true); err != nil {
+		if err := s.wal.reserve(room, forEvents); err != nil {
 			return err
 		}
 		if err := s.usable(); err != nil { // after reserve, which may have waited

@@ -137,7 +137,8 @@ type checker struct {
 	points   map[uint32][]uint32 // by branch: epochs that are kept, ascending
 	chunks   map[uint32]format.Chunk
 	live     map[uint32]int64 // by slot: the recount
-	data     map[uint32]bool  // branches whose data to read; nil: all
+	forwards checkForwards
+	data     map[uint32]bool // branches whose data to read; nil: all
 	buf      []byte
 	unit     []byte
 
@@ -183,6 +184,9 @@ func (c *checker) run(tx *metadata.Tx) error {
 	if err != nil {
 		return err
 	}
+	if err := c.checkForwards(tx); err != nil {
+		return err
+	}
 	c.accounting(tb)
 	return nil
 }
@@ -210,6 +214,7 @@ func (c *checker) index(tb *metadata.Tables) {
 	for _, ch := range tb.Chunks {
 		c.chunks[ch.Slot] = ch
 	}
+	c.forwards.index(tb.Forwarded)
 	c.report.Branches, c.report.Chunks = int64(len(tb.Branches)), int64(len(tb.Chunks))
 	for _, v := range tb.Volumes {
 		if c.o.Volume != "" && v.Name == c.o.Volume {
@@ -246,7 +251,7 @@ func (c *checker) version(tx *metadata.Tx, v metadata.Version, l *format.Leaf) e
 		return err
 	}
 	c.newer, c.newerLeaf = v, *l
-	return c.entries(v, l)
+	return c.entries(tx, v, l)
 }
 
 // interval is the index of the first kept point at or after the version's epoch.
@@ -289,13 +294,18 @@ func (c *checker) origin(tx *metadata.Tx) error {
 }
 
 // entries counts what the version owns, and reads it if wanted.
-func (c *checker) entries(v metadata.Version, l *format.Leaf) error {
+func (c *checker) entries(tx *metadata.Tx, v metadata.Version, l *format.Leaf) error {
 	var last format.Entry
-	for i, e := range l.Entries {
-		if e.IsHole() || !l.IsChanged(i) {
+	for i, name := range l.Entries {
+		if name.IsHole() || !l.IsChanged(i) {
 			continue
 		}
 		c.report.Entries++
+		e, err := c.forwards.follow(tx, name)
+		if err != nil {
+			c.corrupt(where(v), "block %d: %v", i, err)
+			continue
+		}
 		c.live[e.Slot()] += int64(e.Share())
 		ch, ok := c.chunks[e.Slot()]
 		if !ok || e.Offset() < format.ChunkHeaderSize || e.Offset()+uint32(e.Size()) > ch.End {

@@ -24,6 +24,9 @@ type generation struct {
 	chunks     []format.Chunk
 	dropped    struct{ volumes, snapshots, branches []uint32 }
 	dropLeaves []metadata.Version
+	regions    []frozenRegion
+	forwarded  []format.Forwarded
+	back       []uint32 // slots of which no block is elsewhere any more
 	dead       []*chunk // rows to be removed, and after the commit the files
 	rowsOf     []*chunk
 }
@@ -94,6 +97,7 @@ func (s *Store) freeze() *generation {
 	}
 	s.wal.sealed = nil
 	s.takeChunks(g)
+	g.regions = s.freezeRegions()
 	s.admin = false
 	s.gen++
 	s.behind.Store(false)
@@ -135,7 +139,20 @@ func (s *Store) takeChunks(g *generation) {
 		if s.slots.get(c.slot) != c {
 			continue // removed meanwhile
 		}
+		switch {
+		case c.moved > 0:
+			c.hasMoved = true
+			g.forwarded = append(g.forwarded, format.Forwarded{Slot: c.slot, Seq: c.seq, Blocks: c.moved})
+		case c.hasMoved:
+			c.hasMoved = false
+			g.back = append(g.back, c.slot)
+		}
+		if c.dead || c.gone && c.moved > 0 {
+			g.rowsOf = append(g.rowsOf, c)
+			continue
+		}
 		if c.live == 0 && c.sealed && c.seq < g.at.ChunkSeq {
+			c.dead = true
 			g.dead = append(g.dead, c)
 			continue
 		}
@@ -199,6 +216,7 @@ func (g *generation) write(tx *metadata.Tx) error {
 		each(g.chunks, tx.PutChunk),
 		eachID(g.dropped.volumes, tx.DropVolume), eachID(g.dropped.snapshots, tx.DropSnapshot), eachID(g.dropped.branches, tx.DropBranch),
 		each(g.dead, func(c **chunk) error { return tx.DropChunk((*c).slot) }),
+		each(g.forwarded, tx.PutForwarded), eachID(g.back, tx.DropForwarded), g.writeRegions(tx),
 		tx.PutCheckpoint(&g.at))
 }
 
@@ -229,10 +247,12 @@ func (s *Store) settle(g *generation) {
 		sh.mu.Unlock()
 		s.mu.Unlock()
 	}
+	s.settleRegions(g)
 	s.mu.Lock()
 	for _, v := range g.dropLeaves {
 		delete(s.dropping, v)
 	}
+	s.cleanable, s.helpless = g.at.ChunkSeq, false
 	s.mu.Unlock()
 	s.committed.Store(g.gen)
 	s.ckptAt.Store(g.appended)
@@ -259,9 +279,17 @@ func (s *Store) thaw(g *generation, err error) error {
 	mark(t.dirtyVolumes, append(idsOf(g.volumes, func(v format.Volume) uint32 { return v.ID }), g.dropped.volumes...))
 	mark(t.dirtySnapshots, append(idsOf(g.snapshots, func(v format.Snapshot) uint32 { return v.ID }), g.dropped.snapshots...))
 	mark(t.dirtyBranches, append(idsOf(g.branches, func(v format.Branch) uint32 { return v.ID }), g.dropped.branches...))
-	for _, c := range append(g.rowsOf, g.dead...) {
+	for _, c := range g.dead {
+		c.dead = false
 		s.markRow(c)
 	}
+	for _, c := range g.rowsOf {
+		s.markRow(c)
+	}
+	for _, slot := range g.back { // in rowsOf or dead, too
+		s.slots.get(slot).hasMoved = true
+	}
+	s.thawRegions(g)
 	s.admin = true
 	return err
 }
@@ -283,16 +311,36 @@ func (s *Store) removeDead(dead []*chunk) error {
 	var errs []error
 	kept := s.zombies[:0]
 	for _, c := range s.zombies {
-		if err := s.fs.Remove(c.name()); err != nil {
+		if err := s.removeFile(c); err != nil {
 			errs = append(errs, fmt.Errorf("remove chunk %s: %w", c.name(), err))
 			kept = append(kept, c) // its slot stays taken
 			continue
 		}
 		s.mu.Lock()
-		s.slots.remove(c.slot)
+		if c.hasMoved {
+			stub := s.goneChunk(c.slot, c.seq, c.moved)
+			s.slots.put(stub)
+			s.markRow(stub) // moved blocks may have died since
+		} else {
+			s.slots.remove(c.slot)
+		}
 		s.mu.Unlock()
 		c.release()
 	}
 	s.zombies = kept
 	return errors.Join(errs...)
+}
+
+func (s *Store) removeFile(c *chunk) error {
+	if c.gone {
+		return nil
+	}
+	return s.fs.Remove(c.name())
+}
+
+// goneChunk stands for a chunk whose file has been removed, while blocks that were moved from it live.
+func (s *Store) goneChunk(slot uint32, seq uint64, moved uint32) *chunk {
+	c := newChunk(slot, seq, s.fs)
+	c.gone, c.sealed, c.moved, c.hasMoved = true, true, moved, true
+	return c
 }

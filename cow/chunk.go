@@ -27,8 +27,14 @@ type chunk struct {
 	end      uint32 // end of the records
 	live     uint32 // bytes that versions refer to
 	sealed   bool
-	rowDirty bool // live or end differ from the table's row
-	inTable  bool // the table had a row of it at Open
+	rowDirty bool   // live, end or moved differ from the table's row
+	reserved bool   // made from the room that is kept for the cleaner and for events
+	moved    uint32 // blocks that are alive, named by entries as here, and elsewhere: see forwards
+	damaged  bool   // the cleaner met a record that does not verify
+	hasMoved bool   // the table has a row of moved blocks
+	dead     bool   // its row has gone, and its file goes
+	gone     bool   // the file was removed, moved blocks keep the slot; set before anybody sees the chunk
+	inTable  bool   // the table had a row of it at Open
 
 	written  uint32 // end of what is in the file; guarded by recordLog.bufMu
 	unsynced bool   // in recordLog.unsynced; guarded by recordLog.writeMu
@@ -47,6 +53,19 @@ func (c *chunk) name() string { return chunkName(c.slot) }
 // acquire takes a reference. The caller holds one already, or a lock under
 // which the slot table's cannot be dropped.
 func (c *chunk) acquire() { c.refs.Add(1) }
+
+// tryAcquire takes a reference where the slot table's may be dropped meanwhile; false: it was.
+func (c *chunk) tryAcquire() bool {
+	for {
+		n := c.refs.Load()
+		if n == 0 {
+			return false
+		}
+		if c.refs.CompareAndSwap(n, n+1) {
+			return true
+		}
+	}
+}
 
 func (c *chunk) release() {
 	if c.refs.Add(-1) == 0 && c.file != nil {
@@ -112,6 +131,14 @@ func (s *slotTable) all() []*chunk {
 		}
 	}
 	return cs
+}
+
+// bytes is the size of all chunk files.
+func (s *slotTable) bytes() (n int64) {
+	for _, c := range s.all() {
+		n += int64(c.size)
+	}
+	return n
 }
 
 func (s *slotTable) freeSlot() uint32 {

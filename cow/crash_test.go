@@ -1,6 +1,7 @@
 package cow
 
 import (
+	"context"
 	"errors"
 	"flag"
 	"fmt"
@@ -34,7 +35,7 @@ var opKinds = func() (kinds []string) {
 	for kind, weight := range map[string]int{
 		"write": 30, "discard": 4, "zero": 4, "flush": 4, "drain": 5, "read": 2,
 		"create": 1, "snapshot": 6, "clone": 3, "unsnap": 4, "remove": 1, "rollback": 2, "rename": 2, "resize": 3,
-		"checkpoint": 5, "reap": 1, "check": 1, "misuse": 1,
+		"checkpoint": 5, "reap": 1, "clean": 6, "check": 1, "misuse": 1,
 	} {
 		kinds = append(kinds, slices.Repeat([]string{kind}, weight)...)
 	}
@@ -243,6 +244,8 @@ func (w *world) operate(o op) error {
 			}
 		}
 		return nil
+	case "clean":
+		return w.clean(o)
 	case "check":
 		// A store that has stopped can be checked, too, but that makes nothing durable.
 		return w.event(errors.Join(w.check(true), w.s.wal.err()))
@@ -339,4 +342,35 @@ func fill(p []byte, kind int, r *rand.Rand) {
 			p = p[n:]
 		}
 	}
+}
+
+// clean cleans a chunk as the cleaner does, whichever it is, and counts the records that it wrote.
+func (w *world) clean(o op) error {
+	s := w.s
+	s.cleanMu.Lock()
+	defer s.cleanMu.Unlock()
+	s.mu.Lock()
+	var cs []*chunk
+	for _, c := range s.slots.all() {
+		if s.mayClean(c) {
+			c.acquire()
+			cs = append(cs, c)
+		}
+	}
+	s.mu.Unlock()
+	if len(cs) == 0 {
+		return nil
+	}
+	c := cs[mix(o.b)%uint64(len(cs))]
+	_, err := s.cleanChunk(context.Background(), c, nil)
+	for _, c := range cs {
+		c.release()
+	}
+	for w.m.next() < w.seq() {
+		w.m.record(w.m.now())
+	}
+	if err == nil && c.live > 0 && !c.damaged {
+		err = fmt.Errorf("%d bytes live in chunk %s after it was cleaned", c.live, c.name())
+	}
+	return err
 }

@@ -24,12 +24,21 @@ const (
 	// chunk is not there, so that names can be deleted and blocks discarded on a full disk.
 	eventRoom = 64 << 10
 
-	// spare is the free space of the file system below which no chunk is made for data:
-	// checkpoints, deletes and discards go on from it.
+	// spare is the free space of the file system below which no chunk is made for data or by the cleaner:
+	// checkpoints, deletes and discards go on from it. The cleaner has room for one chunk more than data.
 	spare = 64 << 20
 
 	minChunkSize   = 4 << 20 // for data, on a disk that is nearly full
 	eventChunkSize = 1 << 20 // for events, from the reserve
+)
+
+// purpose is what room in the log is for: the higher, the further it may go into what is kept free.
+type purpose uint8
+
+const (
+	forData   purpose = iota
+	forMoves          // the cleaner's, which give back more than they take
+	forEvents         // and holes: what is deleted gives room
 )
 
 // buffer holds records on their way to one chunk file. Bytes before the log's end
@@ -79,12 +88,14 @@ type recordLog struct {
 	sealed    []*chunk // since the last checkpoint
 	next      *chunk   // made in advance
 	making    bool
-	madeRound uint64 // counts the maker's attempts
-	makeErr   error  // of the last attempt
-	urgent    bool   // the chunk is wanted for an event
-	nextSeq   uint64 // of the next record
-	nextChunk uint64 // sequence of the next chunk to be made
-	appended  uint64 // bytes, over the life of the process
+	madeRound uint64      // counts the maker's attempts
+	makeErr   error       // of the last attempt
+	wanted    purpose     // what the chunk is wanted for
+	limit     int64       // bytes that the chunk files may take together; 0: as the file system has room
+	cleaner   func() bool // wakes the cleaner; false: it can give no room back
+	nextSeq   uint64      // of the next record
+	nextChunk uint64      // sequence of the next chunk to be made
+	appended  uint64      // bytes, over the life of the process
 
 	// bufMu guards buffered and chunk.written, for readers of records that are
 	// not in their file yet.
@@ -102,7 +113,7 @@ type recordLog struct {
 }
 
 func newRecordLog(fs storage.FS, mu *sync.Mutex, uuid [16]byte, slots *slotTable) *recordLog {
-	l := &recordLog{fs: fs, mu: mu, uuid: uuid, slots: slots, space: sync.NewCond(mu),
+	l := &recordLog{cleaner: func() bool { return false }, fs: fs, mu: mu, uuid: uuid, slots: slots, space: sync.NewCond(mu),
 		flushWork: make(chan struct{}, 1), makeWork: make(chan struct{}, 1), quit: make(chan struct{})}
 	for range bufferCount {
 		l.free = append(l.free, &buffer{}) // memory comes with the first use
@@ -163,24 +174,27 @@ func (l *recordLog) err() error {
 }
 
 // reserve makes room for a record of n bytes. mu is held; while reserve waits for
-// a buffer or a chunk it is not. urgent records (events, holes) may use the
-// room and the reserve that is kept for them.
-func (l *recordLog) reserve(n int, urgent bool) error {
+// a buffer or a chunk it is not. Where there is no room for data, it waits for the cleaner as long as that has
+// something to give back.
+func (l *recordLog) reserve(n int, p purpose) error {
 	tries := 0
 	for {
 		if err := l.err(); err != nil {
 			return err
 		}
-		if l.current == nil || !l.fits(n, urgent) {
-			if l.next == nil {
-				if tries > 0 && l.makeErr != nil {
-					return l.makeErr
-				}
-				tries++
-				l.waitForChunk(urgent)
+		if l.current == nil || !l.fits(n, p) {
+			if l.next != nil && (p != forData || !l.next.reserved) {
+				l.rotate()
 				continue
 			}
-			l.rotate()
+			if tries > 0 && l.makeErr != nil {
+				if p != forData || !l.cleaner() {
+					return l.makeErr
+				}
+				l.space.Wait()
+			}
+			tries++
+			l.waitForChunk(p)
 			continue
 		}
 		if l.active != nil && l.active.n+n <= bufferSize {
@@ -196,29 +210,33 @@ func (l *recordLog) reserve(n int, urgent bool) error {
 }
 
 // fits says whether a record of n bytes may go into the current chunk.
-func (l *recordLog) fits(n int, urgent bool) bool {
+func (l *recordLog) fits(n int, p purpose) bool {
 	room := l.current.size - l.current.end
 	switch {
-	case urgent || l.next != nil:
-	case l.current.size == eventChunkSize:
+	case p == forEvents:
+	case p == forData && l.current.reserved, p == forMoves && l.current.size == eventChunkSize:
 		room = 0
+	case l.next != nil:
 	default:
 		room -= min(room, eventRoom)
 	}
 	return uint32(n) <= room
 }
 
-func (l *recordLog) waitForChunk(urgent bool) {
-	l.urgent = l.urgent || urgent
+func (l *recordLog) waitForChunk(p purpose) {
+	l.wanted = max(l.wanted, p)
 	round := l.madeRound
 	l.wantChunk()
-	for l.next == nil && (l.madeRound == round || urgent && l.making) && l.err() == nil {
+	for !l.suits(p) && (l.madeRound == round || p > forData && l.making) && l.err() == nil {
 		l.space.Wait()
 	}
 }
 
+// suits says whether the next chunk is there, and for p.
+func (l *recordLog) suits(p purpose) bool { return l.next != nil && (p > forData || !l.next.reserved) }
+
 func (l *recordLog) wantChunk() {
-	if !l.making && l.next == nil {
+	if !l.making && !l.suits(forData) {
 		l.making = true
 		poke(l.makeWork)
 	}
@@ -452,40 +470,51 @@ func (l *recordLog) read(c *chunk, off uint32, p []byte) bool {
 // before a record can go in.
 func (l *recordLog) makeChunk() {
 	l.mu.Lock()
-	if l.next != nil {
-		l.making = false
-		l.mu.Unlock()
-		return
-	}
-	urgent := l.urgent
-	l.urgent = false
-	slot, seq := l.slots.freeSlot(), l.nextChunk
+	wanted, next := l.wanted, l.next
+	l.wanted = forData
+	slot, seq, used := l.slots.freeSlot(), l.nextChunk, l.slots.bytes()
 	l.mu.Unlock()
 
-	c, err := l.createChunk(slot, seq, urgent)
+	var c *chunk
+	var err error
+	if next == nil {
+		c, err = l.createChunk(slot, seq, wanted, used)
+	} else {
+		_, err = l.chunkSize(forData, used) // it was made from what is kept free; there may be more by now
+	}
 
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.making = false
-	l.nextChunk = seq + 1 // not before: position() names the chunk that is being made
 	l.madeRound++
 	l.makeErr = err
-	if err == nil {
+	switch {
+	case next != nil:
+		next.reserved = err != nil
+	case err == nil:
+		l.nextChunk = seq + 1 // not before: position() names the chunk that is being made
 		l.next = c
 		l.slots.put(c)
-	} else if l.urgent && !urgent {
-		l.making = true // an event came to wait meanwhile, and may use the reserve
-		poke(l.makeWork)
+	default:
+		l.nextChunk = seq + 1
+		if l.wanted > wanted {
+			l.making = true // an event or the cleaner came to wait meanwhile, and may use the reserve
+			poke(l.makeWork)
+		}
 	}
 	l.space.Broadcast()
 }
 
-func (l *recordLog) createChunk(slot uint32, seq uint64, urgent bool) (*chunk, error) {
-	size, err := l.chunkSize(urgent)
+func (l *recordLog) createChunk(slot uint32, seq uint64, p purpose, used int64) (*chunk, error) {
+	size, err := l.chunkSize(forData, used)
+	c := newChunk(slot, seq, l.fs)
+	if err != nil && p > forData {
+		size, err = l.chunkSize(p, used)
+		c.reserved = true
+	}
 	if err != nil {
 		return nil, err
 	}
-	c := newChunk(slot, seq, l.fs)
 	f, err := l.fs.Create(c.name(), int64(size))
 	if errors.Is(err, fs.ErrExist) { // of an attempt that failed, and whose removal failed too
 		if err = l.fs.Remove(c.name()); err == nil {
@@ -508,22 +537,34 @@ func (l *recordLog) createChunk(slot uint32, seq uint64, urgent bool) (*chunk, e
 	return c, nil
 }
 
-// chunkSize is what the disk has room for beside the reserve.
-func (l *recordLog) chunkSize(urgent bool) (uint32, error) {
+// chunkSize is how large a chunk there is room for, where the chunks there are take used bytes.
+func (l *recordLog) chunkSize(p purpose, used int64) (uint32, error) {
 	free, err := l.fs.Free()
 	if err != nil {
 		return 0, fmt.Errorf("free space of the store: %w", err)
 	}
+	keep := int64(spare)
+	if p == forData {
+		keep += l.chunkBytes
+	}
+	room := free - keep
+	if l.limit > 0 {
+		room = min(room, l.limit-used-(keep-spare))
+	}
 	for size := l.chunkBytes; size >= min(minChunkSize, l.chunkBytes); size /= 2 {
-		if free >= size+spare {
+		if room >= size {
 			return uint32(size), nil
 		}
 	}
-	if urgent {
+	if p == forEvents {
 		return eventChunkSize, nil // if even that is too much, fallocate says so
 	}
-	return 0, fmt.Errorf("%w: %d MiB free on the store's file system, of which %d MiB are kept for deletes and checkpoints; free space there, or delete snapshots or volumes",
-		noSpace(syscall.ENOSPC), free>>20, spare>>20)
+	if l.limit > 0 && l.limit-used < free-spare {
+		return 0, fmt.Errorf("%w: the store's limit is %d MiB, of which %d MiB are kept for the cleaner; raise it, or delete snapshots or volumes",
+			noSpace(syscall.ENOSPC), l.limit>>20, l.chunkBytes>>20)
+	}
+	return 0, fmt.Errorf("%w: %d MiB free on the store's file system, of which %d MiB are kept for deletes, checkpoints and the cleaner; free space there, or delete snapshots or volumes",
+		noSpace(syscall.ENOSPC), free>>20, keep>>20)
 }
 
 // cutIdle queues what is in the active buffer, so that a process that is killed

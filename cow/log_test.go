@@ -39,7 +39,7 @@ func TestReadBehindCutBuffer(t *testing.T) {
 	s, _ := newStore(t, Options{FS: fs, CheckpointInterval: -1})
 	s.mu.Lock()
 	for i := range byte(3) {
-		if err := s.wal.reserve(4096, false); err != nil {
+		if err := s.wal.reserve(4096, forData); err != nil {
 			t.Fatal(err)
 		}
 		payload := bytes.Repeat([]byte{i + 1}, 1000)

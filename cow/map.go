@@ -101,6 +101,9 @@ func (s *Store) account(e format.Entry, sign int) {
 	if c == nil {
 		return // a damaged table named a chunk that is not there; Check and reads say so
 	}
+	if c.moved > 0 && s.dieMoved(c, e) {
+		return // a new entry names no chunk that was cleaned
+	}
 	c.live += uint32(sign) * e.Share()
 	s.markRow(c)
 }

@@ -29,10 +29,11 @@ type ReadPlan struct {
 type planned struct {
 	c     *chunk // a reference is held
 	e     format.Entry
-	first uint64 // the block at which the unit began
-	at    int    // in arena
-	piece int    // its first piece
-	last  int    // its last piece
+	was   content // what the leaf says, which is another place if the record has been moved
+	first uint64  // the block at which the unit began
+	at    int     // in arena
+	piece int     // its first piece
+	last  int     // its last piece
 }
 
 // piece is a range of p that a record holds.
@@ -128,22 +129,39 @@ func follows(e, next format.Entry, n int) bool {
 }
 
 func (pl *ReadPlan) add(e format.Entry, block uint64, dst []byte, skip int) error {
-	c := pl.d.s.slots.get(e.Slot())
-	if c == nil {
-		return corruptf("block %d is in chunk %s, which does not exist", block, chunkName(e.Slot()))
-	}
 	pl.pieces = append(pl.pieces, piece{dst: dst, from: e.Index()*format.BlockSize + skip, next: -1})
 	this := len(pl.pieces) - 1
 	// Overwrites leave holes in a unit: its other blocks come soon after, if at all.
 	for i := len(pl.records) - 1; i >= max(0, len(pl.records)-format.UnitBlocks); i-- {
-		if r := &pl.records[i]; r.c == c && r.e.SameRecord(e) {
+		if r := &pl.records[i]; r.was.e.SameRecord(e) && r.was.c == pl.d.s.slots.get(e.Slot()) {
 			pl.pieces[r.last].next, r.last = this, this
 			return nil
 		}
 	}
-	c.acquire()
-	pl.records = append(pl.records, planned{c: c, e: e, first: block - uint64(e.Index()), piece: this, last: this})
+	r := planned{first: block - uint64(e.Index()), piece: this, last: this}
+	var err error
+	if r.was, r.c, r.e, err = pl.d.s.resolve(e); err != nil {
+		return fmt.Errorf("block %d: %w", block, err)
+	}
+	pl.records = append(pl.records, r)
 	return nil
+}
+
+// resolve finds the chunk that holds what e names, and takes a reference on it. The lock of a leaf that has e
+// is held, so that the slot keeps its meaning.
+func (s *Store) resolve(e format.Entry) (was content, c *chunk, to format.Entry, err error) {
+	for {
+		c = s.slots.get(e.Slot())
+		switch {
+		case c == nil:
+			return was, nil, 0, corruptf("it is in chunk %s, which does not exist", chunkName(e.Slot()))
+		case c.gone:
+			to, held, err := s.forwards.follow(e, &s.slots)
+			return content{e, c}, held, to, err
+		case c.tryAcquire():
+			return content{e, c}, c, e, nil
+		}
+	}
 }
 
 // locate gives each record its place in the arena, copies those that are still in the
@@ -230,11 +248,15 @@ func verify(stored []byte, chunkSeq uint64, e format.Entry, first uint64) (paylo
 	if err != nil {
 		return nil, 0, err
 	}
-	if h.Kind != format.KindData || h.Blocks != e.Blocks() || h.Size() != e.Size() || h.Block != first {
+	if h.Kind != format.KindData && h.Kind != format.KindMoved || h.Blocks != e.Blocks() || h.Size() != e.Size() || h.Block != first {
 		return nil, 0, corruptf("the record is of block %d (%d blocks, %d bytes), not of block %d", h.Block, h.Blocks, h.Size(), first)
 	}
 	payload = stored[format.RecordHeaderSize : format.RecordHeaderSize+h.PayloadLen]
-	return payload, h.Codec, h.VerifyPayload(payload)
+	err = h.VerifyPayload(payload)
+	if h.Kind == format.KindMoved {
+		payload = payload[format.MovedSize:]
+	}
+	return payload, h.Codec, err
 }
 
 func (pl *ReadPlan) release() {
@@ -299,7 +321,7 @@ func (d *Device) readBlock(sc *scratch, p []byte, block uint64) (was content, er
 		return was, err
 	}
 	if len(pl.records) > 0 {
-		was = content{pl.records[0].e.WithIndex(int(block - pl.records[0].first)), pl.records[0].c}
+		was = pl.records[0].was
 	}
 	return was, pl.fetch()
 }

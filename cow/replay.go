@@ -32,7 +32,8 @@ func (s *Store) loadAndReplay() (remove []string, err error) {
 	if err := s.loadTables(tb); err != nil {
 		return nil, err
 	}
-	logChunks, remove, err := s.findChunks(tb.Chunks, cp)
+	s.cleanable = cp.ChunkSeq
+	logChunks, remove, err := s.findChunks(tb, cp)
 	if err != nil {
 		return nil, err
 	}
@@ -90,16 +91,28 @@ func (s *Store) loadTables(tb *metadata.Tables) error {
 
 // findChunks matches the chunk files with the table's rows. It returns the chunks of the log
 // from the replay position on, in order, and the files to remove.
-func (s *Store) findChunks(rows []format.Chunk, cp format.Checkpoint) (logChunks []*chunk, remove []string, err error) {
+func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks []*chunk, remove []string, err error) {
 	names, err := s.fs.List()
 	if err != nil {
 		return nil, nil, fmt.Errorf("list the chunks: %w", err)
 	}
 	known := map[uint32]format.Chunk{}
+	rows := tb.Chunks
 	for _, r := range rows {
 		known[r.Slot] = r
 		s.addChunk(r, true)
 		s.wal.nextChunk = max(s.wal.nextChunk, r.Seq+1)
+	}
+	for _, r := range tb.Forwarded {
+		c := s.slots.get(r.Slot)
+		if c == nil {
+			s.slots.put(s.goneChunk(r.Slot, r.Seq, r.Blocks))
+			continue
+		}
+		if c.seq != r.Seq {
+			return nil, nil, corruptf("chunk %s has the sequence %d, and moved blocks of %d", c.name(), c.seq, r.Seq)
+		}
+		c.moved = r.Blocks
 	}
 	for _, name := range names {
 		slot, ok := parseChunkName(name)
@@ -121,6 +134,8 @@ func (s *Store) findChunks(rows []format.Chunk, cp format.Checkpoint) (logChunks
 			logChunks = append(logChunks, s.slots.get(slot))
 		case h.Seq < max(cp.ChunkSeq, 1): // removed, or never finished
 			remove = append(remove, name)
+		case s.slots.get(slot) != nil:
+			return nil, nil, corruptf("chunk file %s has the sequence %d, but blocks were moved from its slot", name, h.Seq)
 		default:
 			c := s.addChunk(format.Chunk{Slot: slot, Seq: h.Seq, End: format.ChunkHeaderSize}, false)
 			logChunks = append(logChunks, c)
@@ -237,6 +252,9 @@ func (s *Store) replayRecord(h *format.RecordHeader, payload []byte, c *chunk, o
 		if n, err = format.DecodeHole(payload, h.Block); err != nil {
 			return err
 		}
+	}
+	if h.Kind == format.KindMoved {
+		return s.replayMoved(h, payload, c, off)
 	}
 	b := s.tables.branches[h.Branch]
 	if b == nil {

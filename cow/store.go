@@ -49,8 +49,12 @@ type Options struct {
 	CheckpointLeaves   int
 	CheckpointInterval time.Duration
 
-	// ChunkBytes is the size of a new chunk file, and ReapBatch how many leaf versions one
-	// checkpoint's batch of the reaper looks at; defaults 64 MiB and 128. Tests make them
+	// MaxBytes limits what the chunk files take together; 0: the file system does. What has not room is cleaned for, or
+	// fails with ErrNoSpace.
+	MaxBytes int64
+
+	// ChunkBytes is the size of a new chunk file (default 64 MiB, less where there is little room), and ReapBatch
+	// how many leaf versions one checkpoint's batch of the reaper looks at (default 128). Tests make them
 	// small, so that chunks come and go and batches end often.
 	ChunkBytes int64
 	ReapBatch  int
@@ -81,8 +85,8 @@ func (o *Options) setDefaults() {
 	if o.CheckpointInterval == 0 {
 		o.CheckpointInterval = 10 * time.Second
 	}
-	if o.ChunkBytes <= 0 || o.ChunkBytes > format.MaxChunkSize {
-		o.ChunkBytes = format.MaxChunkSize
+	if o.MaxBytes > 0 && o.MaxBytes < MinMaxBytes {
+		o.MaxBytes = MinMaxBytes
 	}
 	if o.ReapBatch <= 0 {
 		o.ReapBatch = defaultReapBatch
@@ -107,21 +111,32 @@ type Store struct {
 
 	shared *sharedBuffers // nil: the log's buffers are this process's
 
-	cache   *leafCache
-	pending pending
-	slots   slotTable
-	scratch sync.Pool // *scratch
+	cache    *leafCache
+	pending  pending
+	forwards forwards
+	slots    slotTable
+	scratch  sync.Pool // *scratch
 
 	// mu orders every change: see DESIGN.md, section 10.
-	mu        sync.Mutex
-	wal       *recordLog
-	tables    tables
-	gen       uint64  // of leaves that become dirty now
-	dirty     []*leaf // of generation gen
-	dirtyRows []*chunk
-	admin     bool                          // a table changed since the last checkpoint
-	dropping  map[metadata.Version]struct{} // given up by the reaper, still in the table
-	closed    bool
+	mu           sync.Mutex
+	wal          *recordLog
+	tables       tables
+	gen          uint64  // of leaves that become dirty now
+	dirty        []*leaf // of generation gen
+	dirtyRows    []*chunk
+	dirtyRegions []*region                     // of generation gen
+	cleanable    uint64                        // chunks before this sequence number are behind the replay position, and may be cleaned
+	admin        bool                          // a table changed since the last checkpoint
+	dropping     map[metadata.Version]struct{} // given up by the reaper, still in the table
+	closed       bool
+
+	cleanMu    sync.Mutex // one cleans at a time; taken before ckptMu
+	mover      *cleaner   // guarded by cleanMu
+	cleaned    uint64     // bytes that the cleaner appended; guarded by mu
+	othersSeen uint64     // bytes that others had, at the last look; guarded by cleanMu
+	starving   bool       // writers wait for the cleaner; guarded by mu
+	helpless   bool       // it can give nothing back, as things are; guarded by mu
+	cleanWork  chan struct{}
 
 	ckptMu     sync.Mutex            // one checkpoint at a time; guards the fields below
 	pins       int                   // readers of the table that chunk files must outlive
@@ -302,14 +317,35 @@ func Open(dir string, o Options) (*Store, error) {
 	}
 	s := &Store{dir: dir, info: info, opts: o, log: o.Logger.With("store", dir), lock: lock, fs: o.FS,
 		tables: newTables(), gen: 1, reapCursor: map[uint32]reapCursor{}, dropping: map[metadata.Version]struct{}{},
-		ckptWork: make(chan struct{}, 1), quit: make(chan struct{})}
+		ckptWork: make(chan struct{}, 1), cleanWork: make(chan struct{}, 1), quit: make(chan struct{})}
 	s.scratch.New = newScratch
 	s.cache = newLeafCache(o.CacheBytes, s.loadLeaf)
+	s.forwards.load = s.loadForwards
+	if err := s.upgrade(); err != nil {
+		return nil, errors.Join(fmt.Errorf("open store %s: %w", dir, noSpace(err)), s.release())
+	}
 	if err := s.openFiles(); err != nil {
 		return nil, errors.Join(fmt.Errorf("open store %s: %w", dir, noSpace(err)), s.release())
 	}
 	s.wg.Go(s.checkpointer)
+	if s.opts.CheckpointInterval >= 0 {
+		s.wg.Go(s.cleanRoutine)
+	}
 	return s, nil
+}
+
+// upgrade notes that the store is of this version from now on, before anything is written that an older program would
+// misread.
+func (s *Store) upgrade() error {
+	if s.info.Version == format.StoreVersion {
+		return nil
+	}
+	s.info.Version = format.StoreVersion
+	text, err := s.info.Encode()
+	if err != nil {
+		return err
+	}
+	return writeFileDurably(s.dir, formatFile, text)
 }
 
 func (s *Store) openFiles() error {
@@ -331,7 +367,7 @@ func (s *Store) openFiles() error {
 		return err
 	}
 	s.wal = newRecordLog(s.fs, &s.mu, uuid, &s.slots)
-	s.wal.chunkBytes = s.opts.ChunkBytes
+	s.wal.cleaner = s.needRoom
 	if err := s.inherit(uuid); err != nil {
 		return err
 	}
@@ -340,6 +376,9 @@ func (s *Store) openFiles() error {
 	}
 	behind, err := s.loadAndReplay()
 	if err != nil {
+		return err
+	}
+	if err := s.sizeChunks(); err != nil {
 		return err
 	}
 	s.wal.start()
@@ -354,6 +393,29 @@ func (s *Store) openFiles() error {
 	if err := s.removeFiles(behind); err != nil {
 		s.wal.stop()
 		return err
+	}
+	return nil
+}
+
+// MinMaxBytes is the least that Options.MaxBytes can be.
+const MinMaxBytes = 64 << 20
+
+// sizeChunks makes chunks small where there is little room: the cleaner needs one to work with, and frees whole ones.
+func (s *Store) sizeChunks() error {
+	s.wal.limit, s.wal.chunkBytes = s.opts.MaxBytes, s.opts.ChunkBytes
+	if s.wal.chunkBytes > 0 && s.wal.chunkBytes <= format.MaxChunkSize {
+		return nil
+	}
+	free, err := s.fs.Free()
+	if err != nil {
+		return fmt.Errorf("free space of the store: %w", err)
+	}
+	room := free + s.slots.bytes()
+	if s.wal.limit > 0 {
+		room = min(room, s.wal.limit)
+	}
+	for s.wal.chunkBytes = format.MaxChunkSize; s.wal.chunkBytes > minChunkSize && s.wal.chunkBytes > room/64; {
+		s.wal.chunkBytes /= 2
 	}
 	return nil
 }
@@ -522,6 +584,9 @@ func (s *Store) Info() StoreInfo {
 		}
 	}
 	for _, c := range s.slots.all() {
+		if c.gone {
+			continue
+		}
 		in.Chunks++
 		in.ChunkBytes += int64(c.end)
 		in.LiveBytes += int64(c.live)

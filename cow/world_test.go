@@ -93,6 +93,7 @@ type crashImage struct {
 	m      *model
 	floor  uint64 // number of the first record that the crash may have taken
 	what   string
+	synced uint64       // with memory: number of the first record that a power cut during the recovery may take
 	memory *memoryImage // what a killed owner left in shared memory, or nil
 
 	outlive bool // who opens it shares its buffers
@@ -188,7 +189,7 @@ func (c *crasher) take(what, choice string, make func() *crashfs.FS) {
 		return
 	}
 	c.seen[key] = true
-	c.images = append(c.images, crashImage{make(), c.table, c.m, c.floor, what + ", " + choice, nil, false})
+	c.images = append(c.images, crashImage{make(), c.table, c.m, c.floor, what + ", " + choice, 0, nil, false})
 }
 
 // never is a rate of points at which no power is cut.
@@ -255,6 +256,9 @@ func (l *lab) open(img crashImage, every int, rng *rand.Rand) (*world, error) {
 	w := &world{lab: l, dir: dir, m: img.m.fork(), devs: map[string]*Device{}, buf: make([]byte, 256<<10)}
 	// Its own: hooks run on the engine's goroutines.
 	c := &crasher{rng: rand.New(rand.NewPCG(rng.Uint64(), 2)), every: every, fs: img.fs, table: img.table, m: img.m, floor: img.floor, seen: map[string]bool{}}
+	if img.memory != nil {
+		c.floor = img.synced
+	}
 	w.crasher = c
 	img.fs.OnSync(func(name string) { c.point("at a sync of " + name) })
 	fs := storage.FS(img.fs)
@@ -320,14 +324,17 @@ func (w *world) kill() error {
 	return err
 }
 
-// leave is the image of the end of the process between two operations: all that was answered must be there.
+// leave is the image of the end of the process between two operations: where the store has shared memory all that was answered must be there.
 func (w *world) leave() (crashImage, error) {
+	if w.s.shared == nil {
+		return w.now("killed", w.crasher.fs.Clone()), nil
+	}
 	wal := w.s.wal
 	wal.writeMu.Lock() // nothing is written meanwhile, and so no buffer is given back
 	defer wal.writeMu.Unlock()
 	m, err := w.s.remember()
 	img := w.now("the process ended", w.crasher.fs.Clone())
-	img.memory, img.floor = m, w.m.next()
+	img.memory, img.synced, img.floor = m, img.floor, w.m.next()
 	return img, err
 }
 
@@ -335,7 +342,7 @@ func (w *world) leave() (crashImage, error) {
 func (w *world) now(what string, fs *crashfs.FS) crashImage {
 	w.crasher.mu.Lock()
 	defer w.crasher.mu.Unlock()
-	return crashImage{fs, w.crasher.table, w.m, w.crasher.floor, what, nil, false}
+	return crashImage{fs, w.crasher.table, w.m, w.crasher.floor, what, 0, nil, false}
 }
 
 // same checks everything that can be read, and Check.

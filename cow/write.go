@@ -199,7 +199,11 @@ func (s *Store) put(d *Device, h *format.RecordHeader, payload []byte, n int, ex
 
 // admit checks that the store and the volume take the write, and makes room for it. mu is held.
 func (s *Store) admit(d *Device, h *format.RecordHeader, n int, hole bool) error {
-	if err := s.wal.reserve(h.Size(), hole); err != nil {
+	p := forData
+	if hole {
+		p = forEvents
+	}
+	if err := s.wal.reserve(h.Size(), p); err != nil {
 		return err
 	}
 	if err := s.usable(); err != nil { // after reserve, which may have waited

@@ -24,7 +24,7 @@ func (h *ChunkHeader) Encode(dst []byte) {
 	dst = dst[:ChunkHeaderSize]
 	clear(dst)
 	copy(dst, chunkMagic)
-	le.PutUint32(dst[8:], StoreVersion)
+	le.PutUint32(dst[8:], layoutVersion)
 	le.PutUint32(dst[12:], h.Slot)
 	le.PutUint64(dst[16:], h.Seq)
 	copy(dst[24:], h.UUID[:])
@@ -46,7 +46,7 @@ func DecodeChunkHeader(src []byte) (ChunkHeader, error) {
 	if got, want := Checksum(src[:40]), le.Uint32(src[40:]); got != want {
 		return h, corrupt(what, "checksum %08x, want %08x", got, want)
 	}
-	if err := checkVersion(what, int(le.Uint32(src[8:]))); err != nil {
+	if err := checkVersion(what, int(le.Uint32(src[8:])), layoutVersion); err != nil {
 		return h, err
 	}
 	h.Slot = le.Uint32(src[12:])

@@ -22,9 +22,9 @@ const (
 	entryShareMask  = 1<<entryShareBits - 1
 
 	// A record is more than its header; a block accounts for at most its own
-	// size and what a header and the padding add to a single one.
+	// size and what the headers of a moved record add to a single one.
 	minRecord = RecordHeaderSize + RecordAlign
-	maxShare  = (RecordHeaderSize + BlockSize) / RecordAlign
+	maxShare  = (RecordHeaderSize + MovedSize + BlockSize) / RecordAlign
 )
 
 // Entry says where in the log the content of one block is. The zero entry is a

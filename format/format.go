@@ -1,7 +1,7 @@
 // Package format holds the byte formats of a store: chunk headers, records,
 // leaves, table rows, events and codecs. It does no I/O. DESIGN.md, section 3,
 // is the description; the files in testdata/format are examples of every
-// structure of version 1.
+// structure.
 //
 // No decoder panics on any input. A decoder that rejects its input returns an
 // error that matches ErrCorrupt or ErrVersion and says what is wrong with what.
@@ -15,8 +15,11 @@ import (
 )
 
 const (
-	// StoreVersion is the version of every format in this package.
-	StoreVersion = 1
+	// StoreVersion is the version of a store as a whole.
+	// Version 2 added moved records, and the rows of forwarded chunks and records.
+	StoreVersion = 2
+	// layoutVersion is that of chunk headers and leaves.
+	layoutVersion = 1
 
 	// BlockSize is the unit of redirection.
 	BlockSize = 4096
@@ -43,7 +46,7 @@ const (
 	// an event is that long: data is at most UnitBlocks * BlockSize.
 	MaxPayload = 1<<20 - 1
 	// MaxDataRecord is the size of the largest data record.
-	MaxDataRecord = (RecordHeaderSize + UnitBlocks*BlockSize + UnitBlocks*RecordAlign - 1) /
+	MaxDataRecord = (RecordHeaderSize + MovedSize + UnitBlocks*BlockSize + UnitBlocks*RecordAlign - 1) /
 		(UnitBlocks * RecordAlign) * (UnitBlocks * RecordAlign)
 )
 
@@ -81,10 +84,10 @@ func corrupt(what, format string, args ...any) error {
 }
 
 // checkVersion tells damage from a format of the future.
-func checkVersion(what string, version int) error {
+func checkVersion(what string, version, newest int) error {
 	switch {
-	case version > StoreVersion:
-		return fmt.Errorf("%s: %w: it has version %d, this program knows up to %d", what, ErrVersion, version, StoreVersion)
+	case version > newest:
+		return fmt.Errorf("%s: %w: it has version %d, this program knows up to %d", what, ErrVersion, version, newest)
 	case version < 1:
 		return corrupt(what, "version %d", version)
 	}

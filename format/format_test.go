@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -22,15 +23,18 @@ func must(t testing.TB, err error) {
 }
 
 var (
-	testUUID    = [16]byte{0x12, 0x3e, 0x45, 0x67, 0xe8, 0x9b, 0x12, 0xd3, 0xa4, 0x56, 0x42, 0x66, 0x14, 0x17, 0x40, 0x00}
-	testTime    = time.Date(2026, 3, 1, 12, 0, 0, 123456789, time.UTC)
-	testVolume  = Volume{ID: 1, Name: "vol.1_a-b", Size: 1 << 40, Codec: S2, LogicalBlock: 4096, Branch: 2, Created: testTime}
-	testSnap    = Snapshot{ID: 3, Volume: 1, Name: "before", Branch: 2, Epoch: 7, Size: 1 << 40, Created: testTime}
-	testBranch  = Branch{ID: 4, Epoch: 1, OriginBranch: 2, OriginEpoch: 7}
-	testCheck   = Checkpoint{Seq: 1 << 40, ChunkSeq: 17, Offset: 1 << 20, NextID: 5, NextChunkSeq: 18}
-	testEvent   = Event{Op: "clone", Volumes: []Volume{testVolume}, Snapshots: []Snapshot{testSnap}, Branches: []Branch{testBranch}, DropVolumes: []uint32{8}}
-	testChunk   = Chunk{Slot: 0xabcdef, Seq: 17, End: 1 << 20, Live: 1<<20 - 4096}
-	testChunkHd = ChunkHeader{Slot: 0xabcdef, Seq: 17, UUID: testUUID}
+	testUUID      = [16]byte{0x12, 0x3e, 0x45, 0x67, 0xe8, 0x9b, 0x12, 0xd3, 0xa4, 0x56, 0x42, 0x66, 0x14, 0x17, 0x40, 0x00}
+	testTime      = time.Date(2026, 3, 1, 12, 0, 0, 123456789, time.UTC)
+	testVolume    = Volume{ID: 1, Name: "vol.1_a-b", Size: 1 << 40, Codec: S2, LogicalBlock: 4096, Branch: 2, Created: testTime}
+	testSnap      = Snapshot{ID: 3, Volume: 1, Name: "before", Branch: 2, Epoch: 7, Size: 1 << 40, Created: testTime}
+	testBranch    = Branch{ID: 4, Epoch: 1, OriginBranch: 2, OriginEpoch: 7}
+	testCheck     = Checkpoint{Seq: 1 << 40, ChunkSeq: 17, Offset: 1 << 20, NextID: 5, NextChunkSeq: 18}
+	testEvent     = Event{Op: "clone", Volumes: []Volume{testVolume}, Snapshots: []Snapshot{testSnap}, Branches: []Branch{testBranch}, DropVolumes: []uint32{8}}
+	testChunk     = Chunk{Slot: 0xabcdef, Seq: 17, End: 1 << 20, Live: 1<<20 - 4096}
+	testForwarded = Forwarded{Slot: 0xabcdef, Seq: 17, Blocks: 1000}
+	testMoved     = Moved{From: MakeEntry(5, 8192, 4128, 2, 0), Mask: 2}
+	testForwards  = []Forward{{Offset: 8192, Mask: 2, To: MakeEntry(9, 4096, 4160, 2, 0)}, {Offset: 12320, Mask: 1, To: MakeEntry(9, 8256, 4144, 1, 0)}}
+	testChunkHd   = ChunkHeader{Slot: 0xabcdef, Seq: 17, UUID: testUUID}
 )
 
 // testLeaf has every kind of run, short and long, and distances between slots
@@ -109,18 +113,23 @@ func TestGolden(t *testing.T) {
 	must(t, err)
 	chunkHeader := make([]byte, ChunkHeaderSize)
 	testChunkHd.Encode(chunkHeader)
-	chunkRow := testChunk.Encode()
+	chunkRow, forwardedRow := testChunk.Encode(), testForwarded.Encode()
+	moved := make([]byte, MovedSize)
+	testMoved.Encode(moved)
 
 	golden := map[string][]byte{
-		"store":        infoText,
-		"chunk-header": chunkHeader,
-		"record-s2":    testRecord(t, RecordHeader{Seq: 1000, Block: 14, Branch: 2, Kind: KindData, Codec: S2, Blocks: 2}, goldenPayload(t, "record-s2", S2)),
-		"record-zstd":  testRecord(t, RecordHeader{Seq: 1004, Block: 14, Branch: 2, Kind: KindData, Codec: Zstd, Blocks: 2}, goldenPayload(t, "record-zstd", Zstd)),
-		"record-raw":   testRecord(t, RecordHeader{Seq: 1001, Block: 1 << 33, Branch: 2, Kind: KindData, Codec: Raw, Blocks: 1}, testUnit[:BlockSize]),
-		"record-hole":  testRecord(t, RecordHeader{Seq: 1002, Block: 5, Branch: 2, Kind: KindHole, Blocks: 1}, hole),
-		"record-event": testRecord(t, RecordHeader{Seq: 1003, Kind: KindEvent, Blocks: 1}, event),
-		"leaf":         AppendLeaf(nil, testLeaf()),
-		"row-chunk":    chunkRow[:],
+		"store":         infoText,
+		"chunk-header":  chunkHeader,
+		"record-s2":     testRecord(t, RecordHeader{Seq: 1000, Block: 14, Branch: 2, Kind: KindData, Codec: S2, Blocks: 2}, goldenPayload(t, "record-s2", S2)),
+		"record-zstd":   testRecord(t, RecordHeader{Seq: 1004, Block: 14, Branch: 2, Kind: KindData, Codec: Zstd, Blocks: 2}, goldenPayload(t, "record-zstd", Zstd)),
+		"record-raw":    testRecord(t, RecordHeader{Seq: 1001, Block: 1 << 33, Branch: 2, Kind: KindData, Codec: Raw, Blocks: 1}, testUnit[:BlockSize]),
+		"record-hole":   testRecord(t, RecordHeader{Seq: 1002, Block: 5, Branch: 2, Kind: KindHole, Blocks: 1}, hole),
+		"record-event":  testRecord(t, RecordHeader{Seq: 1003, Kind: KindEvent, Blocks: 1}, event),
+		"leaf":          AppendLeaf(nil, testLeaf()),
+		"row-chunk":     chunkRow[:],
+		"record-moved":  testRecord(t, RecordHeader{Seq: 1005, Block: 14, Branch: 2, Kind: KindMoved, Codec: S2, Blocks: 2}, append(moved, goldenPayload(t, "record-s2", S2)...)),
+		"forwards":      AppendForwards(nil, testForwards),
+		"row-forwarded": forwardedRow[:],
 	}
 	for name, row := range map[string]any{"row-volume": &testVolume, "row-snapshot": &testSnap, "row-branch": &testBranch, "row-checkpoint": &testCheck} {
 		golden[name], err = AppendRow(nil, row)
@@ -182,6 +191,18 @@ func TestGoldenDecode(t *testing.T) {
 	}
 	if c, err := DecodeChunk(testChunk.Slot, file("row-chunk")); err != nil || c != testChunk {
 		t.Error(c, err)
+	}
+	if r, err := DecodeForwarded(testForwarded.Slot, file("row-forwarded")); err != nil || r != testForwarded {
+		t.Error(r, err)
+	}
+	if fs, err := DecodeForwards(0, file("forwards")); err != nil || !slices.Equal(fs, testForwards) {
+		t.Error(fs, err)
+	}
+	rec := file("record-moved")
+	h, err := DecodeRecordHeader(rec, 17, 1<<20)
+	must(t, err)
+	if m, err := DecodeMoved(&h, rec[RecordHeaderSize:]); err != nil || m != testMoved || h.Kind != KindMoved {
+		t.Error(h, m, err)
 	}
 	var v Volume
 	var s Snapshot
@@ -272,7 +293,7 @@ func TestRecordFields(t *testing.T) {
 		"beyond every volume":  func(h *RecordHeader) { h.Block = MaxBlocks },
 		"across a unit":        func(h *RecordHeader) { h.Block = 33 },
 		"unknown codec":        func(h *RecordHeader) { h.Codec = 3 },
-		"unknown kind":         func(h *RecordHeader) { h.Kind = 4 },
+		"unknown kind":         func(h *RecordHeader) { h.Kind = 5 },
 		"no kind":              func(h *RecordHeader) { h.Kind = 0 },
 		"no payload":           func(h *RecordHeader) { h.PayloadLen = 0 },
 		"raw and short":        func(h *RecordHeader) { h.Codec = Raw },
@@ -314,9 +335,9 @@ func TestLaterVersionsAreNamed(t *testing.T) {
 	l := AppendLeaf(nil, testLeaf())
 	l[4] = 2
 	le.PutUint32(l, Checksum(l[4:]))
-	_, storeErr := DecodeStoreInfo([]byte(`{"format":"vdisk store","version":2,"shape":"new"}`))
+	_, storeErr := DecodeStoreInfo([]byte(`{"format":"vdisk store","version":3,"shape":"new"}`))
 	for what, err := range map[string]error{"chunk": chunkErr, "leaf": DecodeLeaf(l, new(Leaf)), "store": storeErr} {
-		if !errors.Is(err, ErrVersion) || !strings.Contains(err.Error(), "version 2") || !strings.Contains(err.Error(), "up to 1") {
+		if !errors.Is(err, ErrVersion) || !strings.Contains(err.Error(), "up to") || what == "store" && !strings.Contains(err.Error(), "version 3") {
 			t.Errorf("%s: %v", what, err)
 		}
 	}

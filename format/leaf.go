@@ -38,7 +38,7 @@ const (
 // AppendLeaf appends the leaf's encoding to dst. Each entry is Valid.
 func AppendLeaf(dst []byte, l *Leaf) []byte {
 	start := len(dst)
-	dst = append(dst, 0, 0, 0, 0, StoreVersion, 0, 0, 0)
+	dst = append(dst, 0, 0, 0, 0, layoutVersion, 0, 0, 0)
 	for _, w := range l.Changed {
 		dst = le.AppendUint64(dst, w)
 	}
@@ -131,7 +131,7 @@ func DecodeLeaf(src []byte, l *Leaf) error {
 	if got, want := Checksum(src[4:]), le.Uint32(src); got != want {
 		return corrupt(what, "checksum %08x, want %08x", got, want)
 	}
-	if err := checkVersion(what, int(src[4])); err != nil {
+	if err := checkVersion(what, int(src[4]), layoutVersion); err != nil {
 		return err
 	}
 	if src[5]|src[6]|src[7] != 0 {

@@ -43,7 +43,7 @@ func TestImpossibleEntriesAreInvalid(t *testing.T) {
 		MakeEntry(MaxSlots, 4096, 48, 1, 0), MakeEntry(0, 4097, 48, 1, 0), MakeEntry(0, 0, 48, 1, 0),
 		MakeEntry(0, MaxChunkSize, 48, 1, 0), MakeEntry(0, MaxChunkSize-32, 48, 1, 0),
 		MakeEntry(0, 4096, 32, 1, 0), MakeEntry(0, 4096, 0, 1, 0), MakeEntry(0, 4096, -48, 1, 0), MakeEntry(0, 4096, 49, 1, 0),
-		MakeEntry(0, 4096, 4144, 1, 0), MakeEntry(0, 4096, MaxDataRecord+256, 16, 0), MakeEntry(0, 4096, 48, 2, 0),
+		MakeEntry(0, 4096, 4160, 1, 0), MakeEntry(0, 4096, MaxDataRecord+256, 16, 0), MakeEntry(0, 4096, 48, 2, 0),
 		MakeEntry(0, 4096, 64, 0, 0), MakeEntry(0, 4096, 17*16, 17, 0), MakeEntry(0, 4096, 64, 2, 2), MakeEntry(0, 4096, 64, 2, -1),
 		1, entrySet, MakeEntry(1, 4096, 48, 1, 0) &^ entrySet, MakeEntry(1, 4096, 64, 2, 0).WithIndex(2),
 	} {

@@ -10,6 +10,7 @@ const (
 	KindData  Kind = 1 // a unit of blocks
 	KindHole  Kind = 2 // a range of blocks that read as zeros from here on
 	KindEvent Kind = 3 // a change of the tables
+	KindMoved Kind = 4 // a unit that the cleaner copied, and whose entries stay as they are
 )
 
 // String returns the kind's name.
@@ -21,6 +22,8 @@ func (k Kind) String() string {
 		return "hole"
 	case KindEvent:
 		return "event"
+	case KindMoved:
+		return "moved"
 	}
 	return fmt.Sprintf("kind %d", uint8(k))
 }
@@ -38,7 +41,7 @@ type RecordHeader struct {
 	Branch uint32
 	Kind   Kind
 	Codec  Codec
-	// Blocks is the number of blocks in a data record's unit, which does not
+	// Blocks is the number of blocks in a data or moved record's unit, which does not
 	// cross a multiple of UnitBlocks; 1 for the other kinds.
 	Blocks int
 	// PayloadLen is the length of the payload as stored.
@@ -110,12 +113,14 @@ func (h *RecordHeader) invalid() string {
 	if h.Seq == 0 {
 		return "no sequence number"
 	}
-	if h.Kind != KindData && (h.Codec != Raw || h.Blocks != 1) {
+	if h.Kind != KindData && h.Kind != KindMoved && (h.Codec != Raw || h.Blocks != 1) {
 		return "a unit outside a data record"
 	}
 	switch h.Kind {
 	case KindData:
-		return h.invalidData()
+		return h.invalidData(h.PayloadLen)
+	case KindMoved:
+		return h.invalidData(h.PayloadLen - MovedSize)
 	case KindHole:
 		if h.Branch == 0 || h.Block >= MaxBlocks || h.PayloadLen != HoleSize {
 			return "invalid hole"
@@ -130,7 +135,7 @@ func (h *RecordHeader) invalid() string {
 	return ""
 }
 
-func (h *RecordHeader) invalidData() string {
+func (h *RecordHeader) invalidData(stored int) string {
 	full := h.Blocks * BlockSize
 	switch {
 	case h.Branch == 0 || h.Block >= MaxBlocks:
@@ -139,7 +144,7 @@ func (h *RecordHeader) invalidData() string {
 		return "unit crosses a unit boundary"
 	case h.Codec > Zstd:
 		return "unknown codec"
-	case h.Codec == Raw && h.PayloadLen != full, h.PayloadLen == 0 || h.PayloadLen > full:
+	case h.Codec == Raw && stored != full, stored <= 0 || stored > full:
 		return "invalid payload length"
 	}
 	return ""
@@ -170,4 +175,34 @@ func DecodeHole(payload []byte, block uint64) (blocks uint64, err error) {
 		return 0, corrupt("hole", "%d blocks at block %d", blocks, block)
 	}
 	return blocks, nil
+}
+
+// MovedSize is the length of what precedes the unit in the payload of a moved record.
+const MovedSize = 16
+
+// Moved says of which record's unit a moved record is a copy: the one that From, the entry of its
+// first block, names in every leaf that has it. Mask has a bit for each block of the unit that was alive.
+type Moved struct {
+	From Entry
+	Mask uint16
+}
+
+// Encode writes m to the front of dst, MovedSize bytes.
+func (m Moved) Encode(dst []byte) {
+	le.PutUint64(dst, uint64(m.From))
+	le.PutUint64(dst[8:MovedSize], uint64(m.Mask))
+}
+
+// DecodeMoved reads what precedes the unit in the payload of a moved record.
+func DecodeMoved(h *RecordHeader, payload []byte) (m Moved, err error) {
+	if len(payload) < MovedSize {
+		return m, corrupt("moved record", "%d bytes", len(payload))
+	}
+	m.From = Entry(le.Uint64(payload))
+	mask := le.Uint64(payload[8:])
+	if m.From.IsHole() || !m.From.Valid() || m.From.Index() != 0 || m.From.Blocks() != h.Blocks || mask == 0 || mask>>h.Blocks != 0 {
+		return m, corrupt("moved record", "blocks %#x of %v, in a unit of %d", mask, m.From, h.Blocks)
+	}
+	m.Mask = uint16(mask)
+	return m, nil
 }

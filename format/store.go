@@ -96,7 +96,7 @@ func DecodeStoreInfo(src []byte) (StoreInfo, error) {
 	if head.Format != storeFormat {
 		return StoreInfo{}, fmt.Errorf("%w: its format is %q", ErrNotStore, head.Format)
 	}
-	if err := checkVersion("store", head.Version); err != nil {
+	if err := checkVersion("store", head.Version, StoreVersion); err != nil {
 		return StoreInfo{}, err
 	}
 	var s StoreInfo

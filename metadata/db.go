@@ -36,6 +36,8 @@ var (
 	bucketLeaves    = []byte("leaves")
 	bucketChanges   = []byte("changes")
 	bucketChunks    = []byte("chunks")
+	bucketForwarded = []byte("forwarded")
+	bucketForwards  = []byte("forwards")
 
 	keyCheckpoint = []byte("checkpoint")
 	keySum        = []byte("sum")
@@ -83,7 +85,8 @@ func Open(path string, o Options) (db *DB, err error) {
 	}
 	db = &DB{b}
 	err = b.Update(func(tx *bbolt.Tx) error {
-		for _, name := range [][]byte{bucketStore, bucketVolumes, bucketSnapshots, bucketBranches, bucketLeaves, bucketChanges, bucketChunks} {
+		for _, name := range [][]byte{bucketStore, bucketVolumes, bucketSnapshots, bucketBranches, bucketLeaves, bucketChanges, bucketChunks,
+			bucketForwarded, bucketForwards} {
 			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
 				return err
 			}

@@ -15,6 +15,7 @@ type Tables struct {
 	Snapshots  []format.Snapshot
 	Branches   []format.Branch
 	Chunks     []format.Chunk
+	Forwarded  []format.Forwarded
 }
 
 // Load reads the tables. Of a table that no checkpoint has been put in yet,
@@ -35,6 +36,7 @@ func (t *Tx) Load() (*Tables, error) {
 		rows(t, bucketSnapshots, &tb.Snapshots, func(v *format.Snapshot) uint32 { return v.ID }),
 		rows(t, bucketBranches, &tb.Branches, func(v *format.Branch) uint32 { return v.ID }),
 		t.chunks(&tb.Chunks),
+		t.forwarded(&tb.Forwarded),
 	)
 	if err != nil {
 		return nil, err

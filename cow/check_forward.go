@@ -1,0 +1,92 @@
+package cow
+
+import (
+	"fmt"
+	"math/bits"
+	"slices"
+
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/metadata"
+)
+
+// checkForwards is what a check knows of the records that have been moved.
+type checkForwards struct {
+	rows   map[uint32]format.Forwarded // by slot
+	seen   map[uint32]int64            // by slot: blocks that versions own, and that have been moved
+	region metadata.Region             // of list
+	list   []format.Forward
+	bad    error // of region
+}
+
+func (f *checkForwards) index(rows []format.Forwarded) {
+	f.rows, f.seen = map[uint32]format.Forwarded{}, map[uint32]int64{}
+	for _, r := range rows {
+		f.rows[r.Slot] = r
+	}
+}
+
+// follow returns where the block is that a version owns as e, and counts it.
+func (f *checkForwards) follow(tx *metadata.Tx, e format.Entry) (format.Entry, error) {
+	if _, ok := f.rows[e.Slot()]; !ok {
+		return e, nil
+	}
+	if k := regionOf(e); k != f.region || f.list == nil {
+		f.region = k
+		f.list, f.bad = tx.Forwards(k)
+	}
+	if f.bad != nil {
+		return e, f.bad
+	}
+	i, ok := slices.BinarySearchFunc(f.list, e.Offset(), func(f format.Forward, off uint32) int { return int(f.Offset) - int(off) })
+	if !ok {
+		return e, nil
+	}
+	to := f.list[i]
+	switch {
+	case to.To.Blocks() != e.Blocks():
+		return e, corruptf("%v was moved to %v, which has other blocks", e, to.To)
+	case to.Mask&(1<<e.Index()) == 0:
+		return e, corruptf("%v was moved to %v, and is counted as dead there", e, to.To)
+	}
+	f.seen[e.Slot()]++
+	return to.To.WithIndex(e.Index()), nil
+}
+
+// checkForwards compares the rows of moved blocks with the forwards, and with what versions own.
+func (c *checker) checkForwards(tx *metadata.Tx) error {
+	f := &c.forwards
+	noted := map[uint32]int64{}
+	err := tx.EachRegion(func(r metadata.Region, list []format.Forward, bad error) error {
+		if bad != nil {
+			c.corrupt(fmt.Sprintf("forwards of chunk %s region %d", chunkName(r.Slot), r.Number), "%v", bad)
+		}
+		for _, f := range list {
+			noted[r.Slot] += int64(bits.OnesCount16(f.Mask))
+		}
+		return c.interrupted()
+	})
+	if err != nil {
+		return err
+	}
+	for slot := range noted {
+		if _, ok := f.rows[slot]; !ok {
+			c.corrupt("chunk "+chunkName(slot), "blocks of it are noted as moved, but it has no row that says so")
+		}
+	}
+	for slot, row := range f.rows {
+		where := "moved blocks of chunk " + chunkName(slot)
+		if ch, ok := c.chunks[slot]; ok && ch.Seq != row.Seq {
+			c.corrupt(where, "the chunk has the sequence %d, the row %d", ch.Seq, row.Seq)
+		}
+		if noted[slot] != int64(row.Blocks) {
+			c.corrupt(where, "%d are kept, %d are noted", row.Blocks, noted[slot])
+		}
+		switch {
+		case int64(row.Blocks) > f.seen[slot]:
+			c.problem(Problem{KindLeak, where, fmt.Sprintf("%d are kept, %d are referred to", row.Blocks, f.seen[slot])})
+		case int64(row.Blocks) < f.seen[slot]:
+			c.corrupt(where, "%d are kept, %d are referred to", row.Blocks, f.seen[slot])
+		}
+	}
+	return nil
+}

@@ -1,0 +1,624 @@
+package cow
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/bits"
+	"time"
+
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/metadata"
+)
+
+// The cleaner: DESIGN.md, section 12. It copies what lives in a chunk to the end of the log, after which a
+// checkpoint removes the chunk like any other dead one. Blocks that only a volume's head has are
+// written again, by compare and swap on their entries; records that snapshots hold are moved and forwarded.
+
+const (
+	// cleanBatch is how much the cleaner moves before it lets checkpoints, and others, in between.
+	cleanBatch = 256 << 10
+	// worthwhile is the part of a chunk that must be dead for cleaning to gain.
+	worthwhile = 0.05
+	// slack and slackBytes are how much dead data there may be, as a part of what lives and beside it, before the cleaner
+	// begins on a disk that has room.
+	slack      = 0.4
+	slackBytes = 256 << 20
+	// ahead is how many chunks' room the cleaner tries to have free.
+	ahead = 4
+)
+
+// cleaner is the state of one that cleans. It is used under Store.cleanMu.
+type cleaner struct {
+	s    *Store
+	r    recordReader
+	c    *chunk // being cleaned, with a reference
+	unit [unitSize]byte
+	comp []byte
+	pay  []byte      // of a moved record
+	leaf format.Leaf // of owned
+}
+
+// CleanReport is what Clean did.
+type CleanReport struct {
+	Chunks int   `json:"chunks"`      // that were cleaned
+	Moved  int64 `json:"moved_bytes"` // of records, written again
+	Freed  int64 `json:"freed_bytes"` // of chunk files
+}
+
+// Clean gives back the space of what was overwritten, discarded and deleted: it cleans every chunk of which at least the part
+// waste (0.05 to 1) is dead. It returns when that is done, or ctx ends.
+func (s *Store) Clean(ctx context.Context, waste float64, progress func(CleanReport)) (CleanReport, error) {
+	var rep CleanReport
+	before := s.used()
+	freed := func() CleanReport {
+		rep.Freed = before - s.used()
+		return rep
+	}
+	// What is deleted comes first: it needs no copying.
+	if err := s.settleSpace(ctx); err != nil {
+		return freed(), fmt.Errorf("clean: %w", err)
+	}
+	for {
+		r, err := s.cleanOne(ctx, max(waste, worthwhile), nil)
+		rep.Moved += r.Moved
+		rep.Chunks += r.Chunks
+		if err == nil && r.Chunks > 0 {
+			err = s.Checkpoint()
+		}
+		if r.Chunks == 0 || err != nil {
+			return freed(), wrapIf(err, "clean")
+		}
+		if progress != nil {
+			progress(freed())
+		}
+	}
+}
+
+// settleSpace has the table say what is dead: all that was written is behind the replay position, and what was deleted is reaped.
+func (s *Store) settleSpace(ctx context.Context) error {
+	for {
+		if err := errors.Join(s.Checkpoint(), ctx.Err()); err != nil {
+			return err
+		}
+		s.mu.Lock()
+		more := s.reapable()
+		s.mu.Unlock()
+		if !more {
+			return nil
+		}
+	}
+}
+
+// cleanOne cleans the chunk that promises most. Where there is none, it reports no chunk. pause is called between batches,
+// with how long the last one took; it may be nil.
+func (s *Store) cleanOne(ctx context.Context, waste float64, pause func(time.Duration)) (r CleanReport, err error) {
+	s.cleanMu.Lock()
+	defer s.cleanMu.Unlock()
+	c := s.victim(waste)
+	if c == nil {
+		return r, nil
+	}
+	defer c.release()
+	r.Chunks = 1
+	r.Moved, err = s.cleanChunk(ctx, c, pause)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if c.live == 0 {
+		r.Freed = int64(c.end)
+	}
+	return r, err
+}
+
+// victim chooses by benefit and cost (Rosenblum and Ousterhout, 1992, section 3.5): what it gives, times the age, for what it takes
+// to read all and write what lives. A reference is taken.
+func (s *Store) victim(waste float64) (best *chunk) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var most float64
+	for _, c := range s.slots.all() {
+		if !s.mayClean(c) {
+			continue
+		}
+		size := float64(c.end - format.ChunkHeaderSize)
+		used := float64(c.live) / size
+		if 1-used < waste {
+			continue
+		}
+		age := float64(s.wal.nextChunk - c.seq)
+		if benefit := (1 - used) * age / (1 + used); benefit > most {
+			most, best = benefit, c
+		}
+	}
+	if best != nil {
+		best.acquire()
+	}
+	return best
+}
+
+// mayClean says whether a chunk is one that the table has all of, with something in it. mu is held.
+func (s *Store) mayClean(c *chunk) bool {
+	return c.sealed && !c.gone && !c.dead && !c.damaged && c.seq < s.cleanable && c.live > 0 && c.end > format.ChunkHeaderSize
+}
+
+// cleanChunk moves what lives in c. cleanMu is held.
+func (s *Store) cleanChunk(ctx context.Context, c *chunk, pause func(time.Duration)) (moved int64, err error) {
+	f, err := c.handle()
+	if err != nil {
+		return 0, err
+	}
+	if s.mover == nil {
+		s.mover = &cleaner{s: s, comp: make([]byte, 0, format.MaxCompressed)}
+	}
+	m := s.mover
+	m.c, m.r = c, recordReader{f: f, c: c, win: m.r.win[:0], off: format.ChunkHeaderSize, at: format.ChunkHeaderSize}
+	for more := true; more; {
+		if err := errors.Join(ctx.Err(), s.live()); err != nil {
+			return moved, err
+		}
+		start := time.Now()
+		var n int
+		if n, more, err = m.batch(); err != nil {
+			return moved, err
+		}
+		moved += int64(n)
+		if s.behind.Load() {
+			if err := s.checkpoint(); err != nil {
+				return moved, err
+			}
+		}
+		if pause != nil && more {
+			pause(time.Since(start))
+		}
+	}
+	return moved, nil
+}
+
+func (s *Store) live() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.usable()
+}
+
+// batch goes on through the chunk until it has moved or passed over a batch. The reaper is kept
+// out meanwhile: which version of a leaf owns a record changes by it, and by nothing else, once
+// the version's epoch has ended.
+func (m *cleaner) batch() (moved int, more bool, err error) {
+	s := m.s
+	s.ckptMu.Lock()
+	defer s.ckptMu.Unlock()
+	s.mu.Lock()
+	end, here := m.c.end, s.slots.get(m.c.slot) == m.c && !m.c.dead
+	s.mu.Unlock()
+	if !here {
+		return 0, false, nil // it has died meanwhile
+	}
+	for from := m.r.off; moved < cleanBatch && m.r.off-from < 16*cleanBatch; {
+		if m.r.off >= end {
+			return moved, false, nil
+		}
+		off := m.r.off
+		h, payload, err := m.next()
+		if err == nil && (h.Kind == format.KindData || h.Kind == format.KindMoved) {
+			var n int
+			n, err = m.move(h, payload, off)
+			moved += n
+		}
+		switch {
+		case errors.Is(err, ErrCorrupt):
+			// Copying would make damage look sound. Check names it; the rest of the chunk stays where it is.
+			s.log.Error("a chunk cannot be cleaned; run check", "chunk", m.c.name(), "offset", off, "err", err)
+			s.mu.Lock()
+			m.c.damaged = true
+			s.mu.Unlock()
+			return moved, false, nil
+		case err != nil:
+			return moved, false, err
+		}
+	}
+	return moved, true, nil
+}
+
+// next reads the next record, which is valid until the one after.
+func (m *cleaner) next() (*format.RecordHeader, []byte, error) {
+	off := m.r.off
+	head, err := m.r.peek(format.RecordHeaderSize)
+	if err != nil {
+		return nil, nil, err
+	}
+	h, err := format.DecodeRecordHeader(head, m.c.seq, off)
+	if err != nil {
+		return nil, nil, err
+	}
+	rec, err := m.r.peek(h.Size())
+	if err != nil {
+		return nil, nil, err
+	}
+	m.r.off += uint32(h.Size())
+	return &h, rec[format.RecordHeaderSize:][:h.PayloadLen], nil
+}
+
+// peek is bytes without writing anything back, and with an error where the file ends.
+func (r *recordReader) peek(n int) ([]byte, error) {
+	if r.off < r.at || r.off+uint32(n) > r.at+uint32(len(r.win)) {
+		size := max(n, cleanWindow)
+		if cap(r.win) < size {
+			r.win = make([]byte, size)
+		}
+		got, err := readFull(r.f, r.win[:size], int64(r.off))
+		if err != nil {
+			return nil, err
+		}
+		r.win, r.at = r.win[:got], r.off
+		if got < n {
+			return nil, corruptf("the file ends at %d", r.off+uint32(got))
+		}
+	}
+	return r.win[r.off-r.at:][:n], nil
+}
+
+const cleanWindow = 1 << 20
+
+// move moves what lives of one record, and returns the size of what it wrote. Since the table's chunks do not change while
+// ckptMu is held, a name that means this record at the beginning means no other at the end.
+func (m *cleaner) move(h *format.RecordHeader, payload []byte, off uint32) (n int, err error) {
+	here := format.MakeEntry(m.c.slot, off, h.Size(), h.Blocks, 0)
+	name, data := here, payload
+	if h.Kind == format.KindMoved {
+		was, err := format.DecodeMoved(h, payload)
+		if err != nil {
+			return 0, err
+		}
+		name, data = was.From, payload[format.MovedSize:]
+	}
+	to, moved, err := m.s.forwards.lookup(name)
+	if err != nil || moved && to.To != here || !moved && h.Kind == format.KindMoved {
+		return 0, err // it was moved on, or has died
+	}
+	if err := h.VerifyPayload(payload); err != nil {
+		return 0, m.unlessDead(h, name, err)
+	}
+	// The head's own blocks first: once its entry is a new one, nothing has to be forwarded.
+	for {
+		mask, err := m.headMask(h, name)
+		if err != nil {
+			return n, err
+		}
+		if mask == 0 {
+			break
+		}
+		k, err := m.rewrite(h, data, name, mask)
+		if n += k; !errors.Is(err, errChanged) {
+			return n, err
+		}
+	}
+	mask, epoch, err := m.owned(h, name)
+	if err != nil || mask == 0 {
+		return n, err
+	}
+	k, err := m.forward(h, data, name, mask, epoch)
+	return n + k, err
+}
+
+// unlessDead lets damage pass that nobody will ever see.
+func (m *cleaner) unlessDead(h *format.RecordHeader, name format.Entry, damage error) error {
+	mask, _, err := m.owned(h, name)
+	if err == nil && mask != 0 {
+		err = damage
+	}
+	return err
+}
+
+// ownedIn masks the blocks of the record name that l has changed itself.
+func ownedIn(l *format.Leaf, h *format.RecordHeader, name format.Entry) (mask uint16) {
+	first := int(h.Block % format.LeafBlocks)
+	for i := range h.Blocks {
+		if l.IsChanged(first+i) && l.Entries[first+i] == name.WithIndex(i) {
+			mask |= 1 << i
+		}
+	}
+	return mask
+}
+
+// headMask says which blocks of a record are in the head of a volume and nowhere else: put there in the present epoch.
+func (m *cleaner) headMask(h *format.RecordHeader, name format.Entry) (mask uint16, err error) {
+	s := m.s
+	s.mu.Lock()
+	b := s.tables.branches[h.Branch]
+	written := b != nil && b.volume != nil
+	epoch := uint32(0)
+	if written {
+		epoch = b.Epoch
+	}
+	s.mu.Unlock()
+	if !written {
+		return 0, nil
+	}
+	err = s.cache.view(leafKey{b, uint32(h.Block / format.LeafBlocks), head}, func(lf *leaf) {
+		if lf.epoch == epoch {
+			mask = ownedIn(&lf.Leaf, h, name)
+		}
+	})
+	return mask, err
+}
+
+// rewrite writes blocks of a head again, whose content stays the same.
+func (m *cleaner) rewrite(h *format.RecordHeader, payload []byte, name format.Entry, mask uint16) (n int, err error) {
+	s := m.s
+	if bits.OnesCount16(mask) == h.Blocks {
+		return s.putMoved(&format.RecordHeader{Block: h.Block, Branch: h.Branch, Kind: format.KindData, Codec: h.Codec, Blocks: h.Blocks,
+			PayloadLen: len(payload), PayloadCRC: format.Checksum(payload)}, payload, name)
+	}
+	unit := m.unit[:h.Blocks*format.BlockSize]
+	if err := format.Decompress(h.Codec, unit, payload); err != nil {
+		return 0, err
+	}
+	pool := s.codecOf(h.Branch)
+	if pool == nil {
+		return 0, nil // its volume has just gone
+	}
+	for i := 0; i < h.Blocks; {
+		run := bits.TrailingZeros16(^(mask >> i))
+		if run == 0 {
+			i++
+			continue
+		}
+		c := pool.get()
+		out, codec := c.Compress(m.comp, unit[i*format.BlockSize:(i+run)*format.BlockSize])
+		pool.put(c)
+		k, err := s.putMoved(&format.RecordHeader{Block: h.Block + uint64(i), Branch: h.Branch, Kind: format.KindData, Codec: codec, Blocks: run,
+			PayloadLen: len(out), PayloadCRC: format.Checksum(out)}, out, name.WithIndex(i))
+		if n += k; err != nil {
+			return n, err
+		}
+		i += run
+	}
+	return n, nil
+}
+
+func (s *Store) codecOf(branch uint32) *codecPool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if b := s.tables.branches[branch]; b != nil && b.volume != nil {
+		return b.volume.codec
+	}
+	return nil
+}
+
+// putMoved is put for blocks that are to be still what name, the first one's entry, says; else it is errChanged.
+func (s *Store) putMoved(h *format.RecordHeader, payload []byte, name format.Entry) (n int, err error) {
+	for {
+		s.mu.Lock()
+		b := s.tables.branches[h.Branch]
+		s.mu.Unlock()
+		if b == nil {
+			return 0, errChanged
+		}
+		k := leafKey{b, uint32(h.Block / format.LeafBlocks), head}
+		if err := s.cache.ensure(k); err != nil {
+			return 0, err
+		}
+		s.mu.Lock()
+		if err := errors.Join(s.wal.reserve(h.Size(), forMoves), s.usable()); err != nil {
+			s.mu.Unlock()
+			return 0, err
+		}
+		lf, sh := s.cache.lock(k)
+		if lf == nil {
+			s.mu.Unlock() // evicted meanwhile
+			continue
+		}
+		if b.volume == nil || lf.epoch != b.Epoch || !holdsRun(lf, h, name) {
+			sh.mu.Unlock()
+			s.mu.Unlock()
+			return 0, errChanged
+		}
+		c, off := s.wal.append(h, payload)
+		s.applyData(lf, h, c, off)
+		sh.mu.Unlock()
+		s.cleaned += uint64(h.Size())
+		s.checkpointDue()
+		s.mu.Unlock()
+		return h.Size(), nil
+	}
+}
+
+// holdsRun says whether the blocks of h are still the ones from name on, and the head's own.
+func holdsRun(lf *leaf, h *format.RecordHeader, name format.Entry) bool {
+	first := int(h.Block % format.LeafBlocks)
+	for i := range h.Blocks {
+		if !lf.IsChanged(first+i) || lf.Entries[first+i] != name.WithIndex(name.Index()+i) {
+			return false
+		}
+	}
+	return true
+}
+
+// owned says which blocks of a record the version that owns it has. All blocks of a record that live have one owner: they
+// were put together, and when the reaper hands them on it is to one successor. ckptMu is held.
+func (m *cleaner) owned(h *format.RecordHeader, name format.Entry) (mask uint16, epoch uint32, err error) {
+	s := m.s
+	s.mu.Lock()
+	b := s.tables.branches[h.Branch]
+	s.mu.Unlock()
+	if b == nil {
+		return 0, 0, nil
+	}
+	index := uint32(h.Block / format.LeafBlocks)
+	var without leafKey
+	if b.reaping {
+		without = leafKey{b, index, head} // the cache still has what is gone, and the table has all that is left
+	}
+	for asOf := head; asOf > 0; {
+		epoch, err := s.version(b, index, asOf, without, &m.leaf)
+		if err != nil || epoch == 0 {
+			return 0, 0, err
+		}
+		if _, gone := s.dropping[metadata.Version{Branch: b.ID, Leaf: index, Epoch: epoch}]; !gone {
+			if mask := ownedIn(&m.leaf, h, name); mask != 0 {
+				return mask, epoch, nil
+			}
+		}
+		asOf = epoch - 1
+	}
+	return 0, 0, nil
+}
+
+// forward copies a whole record, which a version of that epoch owns, and notes where it is now. ckptMu is held.
+func (m *cleaner) forward(h *format.RecordHeader, payload []byte, name format.Entry, mask uint16, epoch uint32) (n int, err error) {
+	s := m.s
+	m.pay = append(m.pay[:0], make([]byte, format.MovedSize)...)
+	format.Moved{From: name, Mask: mask}.Encode(m.pay)
+	m.pay = append(m.pay, payload...)
+	nh := format.RecordHeader{Block: h.Block, Branch: h.Branch, Kind: format.KindMoved, Codec: h.Codec, Blocks: h.Blocks,
+		PayloadLen: len(m.pay), PayloadCRC: format.Checksum(m.pay)}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := errors.Join(s.wal.reserve(nh.Size(), forMoves), s.usable()); err != nil {
+		return 0, err
+	}
+	if b := s.tables.branches[h.Branch]; b != nil && b.volume != nil && epoch >= b.Epoch {
+		return 0, nil // a head may change it; but then it was the head's before
+	}
+	c, off := s.wal.append(&nh, m.pay)
+	s.cleaned += uint64(nh.Size())
+	return nh.Size(), s.forward(name, mask, format.MakeEntry(c.slot, off, nh.Size(), nh.Blocks, 0))
+}
+
+// urgency is how much the cleaner is needed.
+type urgency uint8
+
+const (
+	idle    urgency = iota
+	tidy            // there is more dead data than there should be
+	pressed         // there is little room
+	hungry          // writers wait for room
+)
+
+// cleanRoutine cleans when there is reason, until quit.
+func (s *Store) cleanRoutine() {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	defer func() { // nobody waits for a cleaner that is gone
+		s.mu.Lock()
+		s.helpless = true
+		s.wal.space.Broadcast()
+		s.mu.Unlock()
+	}()
+	for {
+		select {
+		case <-s.quit:
+			return
+		case <-s.cleanWork:
+		case <-tick.C:
+		}
+		for u := s.urgency(); u > idle; u = s.urgency() {
+			if more := s.cleanFor(u); !more {
+				break
+			}
+		}
+	}
+}
+
+// cleanFor cleans one chunk, as fast as the urgency asks, and has the table give it up; false: that is all for now.
+func (s *Store) cleanFor(u urgency) (more bool) {
+	waste := worthwhile
+	if u == tidy {
+		waste = slack / (1 + slack) / 2
+	}
+	var pause func(time.Duration)
+	if u < hungry {
+		pause = s.giveWay
+	}
+	before := s.used()
+	r, err := s.cleanOne(context.Background(), waste, pause)
+	if u == hungry && (r.Chunks == 0 || errors.Is(err, ErrNoSpace)) {
+		// There may be more dead than the table knows, and chunks that it does not have all of.
+		if err = s.settleSpace(context.Background()); err == nil {
+			r, err = s.cleanOne(context.Background(), waste, nil)
+		}
+	}
+	if err == nil && r.Chunks > 0 {
+		err = s.checkpoint()
+	}
+	gain := r.Moved < r.Freed || s.used() < before
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err != nil && !s.closed && !errors.Is(err, ErrNoSpace) { // of that the writers hear
+		s.log.Error("cleaning failed", "err", err)
+	}
+	s.helpless = u == hungry && (err != nil || !gain) // until a checkpoint has changed something
+	s.starving = false
+	s.wal.space.Broadcast()
+	return gain && err == nil
+}
+
+func (s *Store) used() int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.slots.bytes()
+}
+
+// needRoom is called by writers that find no room, with mu held. It wakes the cleaner; false: that can give none.
+func (s *Store) needRoom() bool {
+	if s.helpless || s.closed || s.opts.CheckpointInterval < 0 {
+		return false
+	}
+	s.starving = true
+	poke(s.cleanWork)
+	return true
+}
+
+// urgency looks at how much room and how much dead data there is.
+func (s *Store) urgency() urgency {
+	free, err := s.fs.Free()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed || s.wal.err() != nil {
+		return idle
+	}
+	if s.starving {
+		return hungry
+	}
+	var used, records, live int64
+	for _, c := range s.slots.all() {
+		used += int64(c.size)
+		if s.mayClean(c) {
+			records += int64(c.end - format.ChunkHeaderSize)
+			live += int64(c.live)
+		}
+	}
+	room := free - spare
+	if s.wal.limit > 0 {
+		room = min(room, s.wal.limit-used)
+	}
+	dead := records - live
+	switch {
+	case err == nil && room < (ahead+1)*s.wal.chunkBytes && !s.helpless && dead > 0:
+		return pressed
+	case float64(dead) > slack*float64(live)+slackBytes:
+		return tidy
+	}
+	return idle
+}
+
+// giveWay lets others go first: where there is other work, twice as long as the last batch took.
+func (s *Store) giveWay(took time.Duration) {
+	s.mu.Lock()
+	others := s.wal.appended - s.cleaned
+	s.mu.Unlock()
+	wait := took / 4
+	if others != s.othersSeen {
+		wait = 2 * took
+	}
+	s.othersSeen = others
+	if s.urgency() == hungry {
+		return
+	}
+	timer := time.NewTimer(min(wait, time.Second))
+	defer timer.Stop()
+	select {
+	case <-s.quit:
+	case <-timer.C:
+	}
+}

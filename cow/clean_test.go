@@ -1,0 +1,90 @@
+package cow
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"testing"
+
+	"github.com/vdisk/vdisk/format"
+)
+
+// noise fills p with what no codec makes smaller.
+func noise(p []byte, r *rand.Rand) {
+	for i := 0; i+8 <= len(p); i += 8 {
+		x := r.Uint64()
+		for j := range 8 {
+			p[i+j] = byte(x >> (8 * j))
+		}
+	}
+}
+
+// limited is a store of at most 128 MiB with a volume that takes the part use of it, filled.
+func limited(t testing.TB, use float64) (s *Store, d *Device, blocks int64) {
+	s, _ = newStore(t, Options{MaxBytes: 128 << 20, ChunkBytes: 2 << 20})
+	blocks = int64(use*(128<<20)) / (format.BlockSize + 32)
+	_, err := s.CreateVolume("v", VolumeOptions{Size: blocks * format.BlockSize, Codec: format.S2})
+	if err == nil {
+		d, err = s.OpenDevice(Ref{Volume: "v"}, false)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := make([]byte, format.BlockSize)
+	r := rand.New(rand.NewPCG(1, 1))
+	for b := range blocks {
+		noise(p, r)
+		if _, err := d.WriteAt(p, b*format.BlockSize); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return s, d, blocks
+}
+
+// TestOverwriteOfALimitedStore: however full a store is, overwriting goes on, and the cleaner writes not too much for it.
+func TestOverwriteOfALimitedStore(t *testing.T) {
+	for _, c := range []struct {
+		use, rounds, most float64
+	}{{0.7, 3, 2.2}, {0.9, 1, 12}} {
+		t.Run(fmt.Sprint(c.use), func(t *testing.T) {
+			s, d, blocks := limited(t, c.use)
+			r := rand.New(rand.NewPCG(2, 2))
+			p := make([]byte, format.BlockSize)
+			model := make([]uint64, blocks) // seeds
+			appended, cleaned := s.wal.appended, s.cleaned
+			for i := range int64(c.rounds * float64(blocks)) {
+				b := r.Int64N(blocks)
+				model[b] = uint64(i + 1)
+				noise(p, rand.New(rand.NewPCG(model[b], 3)))
+				if _, err := d.WriteAt(p, b*format.BlockSize); err != nil {
+					t.Fatalf("write %d: %v", i, err)
+				}
+			}
+			s.mu.Lock()
+			appended, cleaned = s.wal.appended-appended, s.cleaned-cleaned
+			used := s.slots.bytes()
+			s.mu.Unlock()
+			wa := float64(appended) / float64(appended-cleaned)
+			t.Logf("write amplification %.2f, %d MiB used", wa, used>>20)
+			if wa > c.most {
+				t.Errorf("write amplification %.2f, want at most %.2f", wa, c.most)
+			}
+			if used > 128<<20 {
+				t.Errorf("the chunks take %d bytes", used)
+			}
+			got := make([]byte, format.BlockSize)
+			for b, seed := range model {
+				if seed == 0 {
+					continue
+				}
+				noise(p, rand.New(rand.NewPCG(seed, 3)))
+				if _, err := d.ReadAt(got, int64(b)*format.BlockSize); err != nil || !bytes.Equal(got, p) {
+					t.Fatalf("block %d: %v", b, err)
+				}
+			}
+			mustCheck(t, s)
+			must(t, errors.Join(d.Close(), s.Close()))
+		})
+	}
+}

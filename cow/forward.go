@@ -1,0 +1,253 @@
+package cow
+
+import (
+	"errors"
+	"math/bits"
+	"slices"
+	"sync"
+
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/metadata"
+)
+
+// forwards say where records are that the cleaner moved without changing the entries that name them: those
+// that snapshots hold. They are kept by the place that the entries name, a region of a chunk at a time, in memory as far as they are used or not in the
+// table yet.
+//
+// A region changes under Store.mu and forwards.mu; either is enough to read it.
+type forwards struct {
+	load func(metadata.Region) ([]format.Forward, error)
+
+	mu      sync.Mutex
+	regions map[metadata.Region]*region
+}
+
+// region is one region's forwards, by offset. list is replaced, never changed, so that a checkpoint can keep it.
+type region struct {
+	metadata.Region
+	list []format.Forward
+	gen  uint64 // generation of the checkpoint that has to write it; 0: it is as in the table
+}
+
+// maxRegions bounds the regions in memory that a checkpoint does not need.
+const maxRegions = 4096
+
+func regionOf(e format.Entry) metadata.Region {
+	return metadata.Region{Slot: e.Slot(), Number: uint16(e.Offset() / format.ForwardRegion)}
+}
+
+// region returns a region, loading it first if needed. mu is held.
+func (f *forwards) region(k metadata.Region) (*region, error) {
+	if r := f.regions[k]; r != nil {
+		return r, nil
+	}
+	list, err := f.load(k)
+	if err != nil {
+		return nil, err
+	}
+	if f.regions == nil {
+		f.regions = make(map[metadata.Region]*region)
+	}
+	n := 0
+	for old, r := range f.regions { // the order is random
+		if len(f.regions) < maxRegions || n == 16 {
+			break
+		}
+		if n++; r.gen == 0 {
+			delete(f.regions, old)
+		}
+	}
+	r := &region{Region: k, list: list}
+	f.regions[k] = r
+	return r, nil
+}
+
+// find returns the forward of the record that e names. mu is held.
+func (f *forwards) find(e format.Entry) (r *region, i int, ok bool, err error) {
+	if r, err = f.region(regionOf(e)); err != nil {
+		return nil, 0, false, err
+	}
+	i, ok = slices.BinarySearchFunc(r.list, e.Offset(), func(f format.Forward, off uint32) int { return int(f.Offset) - int(off) })
+	return r, i, ok, nil
+}
+
+// lookup returns where the record that e names has been moved to.
+func (f *forwards) lookup(e format.Entry) (to format.Forward, ok bool, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	r, i, ok, err := f.find(e)
+	if ok {
+		to = r.list[i]
+	}
+	return to, ok, err
+}
+
+// follow returns the entry that e stands for, and its chunk with a reference taken. The reference is taken under mu: until the forward changes,
+// the chunk has a live block.
+func (f *forwards) follow(e format.Entry, slots *slotTable) (format.Entry, *chunk, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	r, i, ok, err := f.find(e)
+	if err != nil {
+		return 0, nil, err
+	}
+	if !ok || r.list[i].To.Blocks() != e.Blocks() {
+		return 0, nil, corruptf("%v was moved, but not noted where to", e)
+	}
+	to := r.list[i].To.WithIndex(e.Index())
+	c := slots.get(to.Slot())
+	if c == nil || c.gone || !c.tryAcquire() {
+		return 0, nil, corruptf("%v was moved to %v, where there is no chunk", e, to)
+	}
+	return to, c, nil
+}
+
+// put changes the list of a region: it replaces the forward at i, inserts it there, or removes it where its mask is 0.
+// Store.mu and mu are held.
+func (s *Store) putForward(r *region, i int, insert bool, f format.Forward) {
+	list := slices.Clone(r.list)
+	switch {
+	case insert:
+		list = slices.Insert(list, i, f)
+	case f.Mask == 0:
+		list = slices.Delete(list, i, i+1)
+	default:
+		list[i] = f
+	}
+	r.list = list
+	if r.gen != s.gen {
+		r.gen = s.gen
+		s.dirtyRegions = append(s.dirtyRegions, r)
+	}
+}
+
+// forward notes that the record which from names is now at to, with the blocks of mask alive, and moves the live bytes. The
+// live path and replay both do. mu is held.
+func (s *Store) forward(from format.Entry, mask uint16, to format.Entry) error {
+	old, target := s.slots.get(from.Slot()), s.slots.get(to.Slot())
+	if old == nil || target == nil {
+		return corruptf("a record was moved from %v to %v: there is no such chunk", from, to)
+	}
+	n := uint32(bits.OnesCount16(mask))
+	s.forwards.mu.Lock()
+	defer s.forwards.mu.Unlock()
+	r, i, again, err := s.forwards.find(from)
+	if err != nil {
+		return err
+	}
+	if again {
+		was := r.list[i]
+		if was.Mask != mask {
+			return corruptf("a record that was moved from %v has the blocks %#x, not %#x", from, was.Mask, mask)
+		}
+		if c := s.slots.get(was.To.Slot()); c != nil {
+			c.live -= n * was.To.Share()
+			s.markRow(c)
+		}
+	} else {
+		old.live -= n * from.Share()
+		old.moved += n
+		s.markRow(old)
+	}
+	s.putForward(r, i, !again, format.Forward{Offset: from.Offset(), Mask: mask, To: to})
+	target.live += n * to.Share()
+	s.markRow(target)
+	return nil
+}
+
+// dieMoved accounts for the death of a block that has been moved from c; false: it is still there. mu is held.
+func (s *Store) dieMoved(c *chunk, e format.Entry) bool {
+	s.forwards.mu.Lock()
+	defer s.forwards.mu.Unlock()
+	r, i, ok, err := s.forwards.find(e)
+	if err != nil {
+		// What a damaged row hides cannot be given back.
+		s.log.Error("space of moved data stays in use; run check", "chunk", c.name(), "err", err)
+		return true
+	}
+	if !ok {
+		return false
+	}
+	f := r.list[i]
+	if f.Mask&(1<<e.Index()) == 0 {
+		return true // a damaged table; Check says so
+	}
+	f.Mask &^= 1 << e.Index()
+	s.putForward(r, i, false, f)
+	c.moved--
+	s.markRow(c)
+	if target := s.slots.get(f.To.Slot()); target != nil {
+		target.live -= f.To.Share()
+		s.markRow(target)
+	}
+	return true
+}
+
+// replayMoved does again what the cleaner did when it wrote a moved record at (c, off).
+func (s *Store) replayMoved(h *format.RecordHeader, payload []byte, c *chunk, off uint32) error {
+	m, err := format.DecodeMoved(h, payload)
+	if err != nil {
+		return err
+	}
+	return s.forward(m.From, m.Mask, format.MakeEntry(c.slot, off, h.Size(), h.Blocks, 0))
+}
+
+// frozenRegion is a region as a checkpoint writes it.
+type frozenRegion struct {
+	r    *region
+	list []format.Forward
+}
+
+// freezeRegions takes what the checkpoint of the present generation writes. mu is held.
+func (s *Store) freezeRegions() []frozenRegion {
+	frozen := make([]frozenRegion, len(s.dirtyRegions))
+	for i, r := range s.dirtyRegions {
+		frozen[i] = frozenRegion{r, r.list}
+	}
+	s.dirtyRegions = nil
+	return frozen
+}
+
+func (g *generation) writeRegions(tx *metadata.Tx) error {
+	var buf []byte
+	var errs []error
+	for _, f := range g.regions {
+		if len(f.list) == 0 {
+			errs = append(errs, tx.DropForwards(f.r.Region))
+			continue
+		}
+		buf = format.AppendForwards(buf[:0:0], f.list) // bbolt keeps the value until the commit
+		errs = append(errs, tx.PutForwards(f.r.Region, buf))
+	}
+	return errors.Join(errs...)
+}
+
+// settleRegions says that the table has them now.
+func (s *Store) settleRegions(g *generation) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.forwards.mu.Lock()
+	defer s.forwards.mu.Unlock()
+	for _, f := range g.regions {
+		if f.r.gen == g.gen {
+			f.r.gen = 0
+		}
+	}
+}
+
+// thawRegions makes them part of the next checkpoint. mu is held.
+func (s *Store) thawRegions(g *generation) {
+	s.forwards.mu.Lock()
+	defer s.forwards.mu.Unlock()
+	for _, f := range g.regions {
+		if f.r.gen == g.gen {
+			f.r.gen = s.gen
+			s.dirtyRegions = append(s.dirtyRegions, f.r)
+		}
+	}
+}
+
+func (s *Store) loadForwards(k metadata.Region) (list []format.Forward, err error) {
+	err = s.meta.View(func(tx *metadata.Tx) (err error) { list, err = tx.Forwards(k); return err })
+	return list, err
+}

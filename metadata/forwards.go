@@ -1,0 +1,93 @@
+package metadata
+
+import (
+	"encoding/binary"
+	"fmt"
+
+	"github.com/vdisk/vdisk/format"
+)
+
+// Region names a part of a chunk, format.ForwardRegion bytes long, of which records have been moved.
+type Region struct {
+	Slot   uint32
+	Number uint16 // of the region in the chunk
+}
+
+func (r Region) key() (k [6]byte) {
+	binary.BigEndian.PutUint32(k[0:], r.Slot)
+	binary.BigEndian.PutUint16(k[4:], r.Number)
+	return k
+}
+
+// Forwards returns where the records of a region have been moved; nil: none has.
+func (t *Tx) Forwards(r Region) ([]format.Forward, error) {
+	b, err := t.bucket(bucketForwards)
+	if err != nil {
+		return nil, err
+	}
+	k := r.key()
+	v := b.Get(k[:])
+	if v == nil {
+		return nil, nil
+	}
+	fs, err := format.DecodeForwards(r.Number, v)
+	if err != nil {
+		return nil, fmt.Errorf("slot %08x: %w", r.Slot, err)
+	}
+	return fs, nil
+}
+
+// PutForwards stores them, format.AppendForwards of one or more.
+func (t *Tx) PutForwards(r Region, value []byte) error {
+	k := r.key()
+	return t.set(bucketForwards, k[:], value)
+}
+
+// DropForwards removes them; none is no error.
+func (t *Tx) DropForwards(r Region) error {
+	k := r.key()
+	return t.drop(bucketForwards, k[:])
+}
+
+// EachRegion calls fn for every region that has forwards, by slot and number; bad is what is wrong with it.
+func (t *Tx) EachRegion(fn func(r Region, fs []format.Forward, bad error) error) error {
+	b, err := t.bucket(bucketForwards)
+	if err != nil {
+		return err
+	}
+	return b.ForEach(func(k, v []byte) error {
+		if len(k) != 6 {
+			return fn(Region{}, nil, fmt.Errorf("forwards key %x: %w", k, format.ErrCorrupt))
+		}
+		r := Region{binary.BigEndian.Uint32(k), binary.BigEndian.Uint16(k[4:])}
+		fs, err := format.DecodeForwards(r.Number, v)
+		return fn(r, fs, err)
+	})
+}
+
+// PutForwarded stores the row of a chunk of which blocks have been moved.
+func (t *Tx) PutForwarded(r *format.Forwarded) error {
+	v := r.Encode()
+	return t.set(bucketForwarded, id(r.Slot), v[:])
+}
+
+// DropForwarded removes the row of a slot; none is no error.
+func (t *Tx) DropForwarded(slot uint32) error { return t.drop(bucketForwarded, id(slot)) }
+
+func (t *Tx) forwarded(out *[]format.Forwarded) error {
+	b, err := t.bucket(bucketForwarded)
+	if err != nil {
+		return err
+	}
+	return b.ForEach(func(k, v []byte) error {
+		if len(k) != 4 {
+			return fmt.Errorf("row %x of a forwarded chunk: %w", k, format.ErrCorrupt)
+		}
+		r, err := format.DecodeForwarded(binary.BigEndian.Uint32(k), v)
+		if err != nil {
+			return fmt.Errorf("row %x of a forwarded chunk: %w", k, err)
+		}
+		*out = append(*out, r)
+		return nil
+	})
+}
