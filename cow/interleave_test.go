@@ -235,7 +235,7 @@ func TestEventOnFullDiskBesideWriter(t *testing.T) {
 	entered, gate := make(chan struct{}), make(chan struct{})
 	var once sync.Once
 	fs.onFree = func() (int64, bool) { once.Do(func() { close(entered); <-gate }); return 32 << 20, true }
-	s := open(t, dir, Options{FS: fs, CheckpointInterval: -1})
+	s := open(t, dir, Options{FS: fs, CheckpointInterval: -1, ChunkBytes: 64 << 20})
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	wrote := make(chan error)
