@@ -129,7 +129,7 @@ func allNil(bs []block) bool { return !slices.ContainsFunc(bs, func(b block) boo
 
 func (m *model) write(name string, p []byte, off int64) {
 	for len(p) > 0 {
-		n := int(min(int64(len(p)), unitSize-off%unitSize))
+		n := int(min(int64(len(p)), hotUnit-off%hotUnit))
 		m.writeUnit(name, p[:n], off)
 		p, off = p[n:], off+int64(n)
 	}

@@ -228,6 +228,12 @@ func (pl *ReadPlan) finish(r *planned) error {
 	if pc.next < 0 && pc.from == 0 && len(pc.dst) == size {
 		return format.Decompress(codec, pc.dst, payload)
 	}
+	if codec == format.Raw {
+		for i := r.piece; i >= 0; i = pl.pieces[i].next {
+			copy(pl.pieces[i].dst, payload[pl.pieces[i].from:])
+		}
+		return nil
+	}
 	if pl.unit == nil {
 		pl.unit = make([]byte, unitSize)
 	}

@@ -47,7 +47,13 @@ func (o *Owner) Attach(ctx context.Context, a AttachOptions) (Device, error) {
 	}
 	o.prepareOnce.Do(o.prepareForReclaim)
 	t := newTarget(dev)
-	b, err := o.create(ctx, blockOptions(dev, a, d.cookie, o.report), t)
+	opts := blockOptions(dev, a, d.cookie, o.report)
+	if !dev.ReadOnly() && !o.store.Outlives() {
+		// A disk that outlives its server must not lose what that had answered.
+		o.opts.Logger.Warn("the device ends with this process: there is no shared memory", "what", a.Ref.String())
+		opts.Recovery = ublk.RecoverNone
+	}
+	b, err := o.create(ctx, opts, t)
 	if err != nil {
 		t.close()
 		return Device{}, errors.Join(ublkError(fmt.Errorf("attaching %v: %w", a.Ref, err)), o.forget(d))
