@@ -5,7 +5,7 @@ GO ?= go
 export CGO_ENABLED ?= 1
 TOOLS = internal/tools
 
-.PHONY: build demo test guest-test crash-test bench-engine bench-ublk lint clean
+.PHONY: build demo test guest-test recovery-test crash-test bench-engine bench-ublk lint clean
 
 build: ## bin/vdisk
 	@$(TOOLS)/setup.sh build
@@ -21,6 +21,12 @@ test: ## everything, the guest with ublk included where one can be had
 
 guest-test: build ## ublk on real kernels, all of them
 	@STAGES=guest GUEST_FLAGS="-kernel all" $(TOOLS)/test.sh
+
+recovery-test: build ## block devices outlive 200 kills and 20 upgrades of their server; on all kernels, about an hour each
+	@for k in newest stable; do \
+		$(GO) run ./internal/guest/cmd/guest run -kernel $$k -timeout 3h -bin bin/vdisk -file recovery.sh=testdata/guest/30-recovery.sh -- \
+			env RECOVERY_KILLS=200 RECOVERY_UPGRADES=20 bash /payload/recovery.sh || exit 1; \
+	done
 
 crash-test: ## the engine's power-cut test, long
 	$(GO) test -count=1 -timeout 3h -run 'Crash' ./cow -crash.states=200000
