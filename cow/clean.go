@@ -47,8 +47,8 @@ type CleanReport struct {
 }
 
 // Clean gives back the space of what was overwritten, discarded and deleted: it cleans every chunk of which at least the part
-// waste (0.05 to 1) is dead. It returns when that is done, or ctx ends.
-func (s *Store) Clean(ctx context.Context, waste float64, progress func(CleanReport)) (CleanReport, error) {
+// waste (at least 0.05, at most 1) is dead. It returns when that is done, or ctx ends.
+func (s *Store) Clean(ctx context.Context, waste float64) (CleanReport, error) {
 	var rep CleanReport
 	before := s.used()
 	freed := func() CleanReport {
@@ -68,9 +68,6 @@ func (s *Store) Clean(ctx context.Context, waste float64, progress func(CleanRep
 		}
 		if r.Chunks == 0 || err != nil {
 			return freed(), wrapIf(err, "clean")
-		}
-		if progress != nil {
-			progress(freed())
 		}
 	}
 }

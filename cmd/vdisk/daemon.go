@@ -41,7 +41,11 @@ const (
 
 // daemonArgs start a daemon that ends when it is not needed any more.
 func (a *app) daemonArgs() []string {
-	return []string{"--store", a.dir, "--lock-timeout", "0s", "daemon", "--until-idle", "--ready"}
+	args := []string{"--store", a.dir, "--lock-timeout", "0s"}
+	if a.maxSize != "" {
+		args = append(args, "--max-size", a.maxSize)
+	}
+	return append(args, "daemon", "--until-idle", "--ready")
 }
 
 func (a *app) daemon(c *cli.Context) error {

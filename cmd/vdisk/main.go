@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/docker/go-units"
 	"github.com/urfave/cli/v2"
 
 	"github.com/vdisk/vdisk/cow"
@@ -32,6 +33,8 @@ type app struct {
 	verbose     bool
 	bytes       bool
 	lockTimeout time.Duration
+	maxSize     string
+	maxBytes    int64 // maxSize
 	log         *slog.Logger
 }
 
@@ -97,6 +100,7 @@ func (a *app) program() *cli.App {
 			&cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Usage: "print no notes and no progress", Destination: &a.quiet},
 			&cli.BoolFlag{Name: "verbose", Aliases: []string{"v"}, Usage: "log what happens", EnvVars: []string{"VDISK_VERBOSE"}, Destination: &a.verbose},
 			&cli.DurationFlag{Name: "lock-timeout", Usage: "how long to wait for a busy store", EnvVars: []string{"VDISK_LOCK_TIMEOUT"}, Value: 5 * time.Second, Destination: &a.lockTimeout},
+			&cli.StringFlag{Name: "max-size", Usage: "let the store's data take at most `SIZE` while this process owns it", EnvVars: []string{"VDISK_MAX_SIZE"}, Destination: &a.maxSize},
 		},
 		Before: a.prepare,
 		Action: func(c *cli.Context) error {
@@ -112,7 +116,7 @@ func (a *app) program() *cli.App {
 			a.renameCommand(), a.resizeCommand(), a.rmCommand(),
 			a.attachCommand(), a.detachCommand(), a.recoverCommand(), a.devicesCommand(), a.statsCommand(),
 			a.serveCommand(), a.daemonCommand(), a.upgradeCommand(),
-			a.importCommand(), a.exportCommand(), a.checkCommand(), a.featuresCommand(), a.versionCommand(),
+			a.importCommand(), a.exportCommand(), a.checkCommand(), a.gcCommand(), a.featuresCommand(), a.versionCommand(),
 		},
 	}
 }
@@ -126,6 +130,15 @@ func (a *app) prepare(*cli.Context) error {
 	a.log = slog.New(slog.NewTextHandler(a.stderr, &slog.HandlerOptions{Level: level}))
 	if a.lockTimeout < 0 {
 		return usagef("--lock-timeout %v is below zero", a.lockTimeout)
+	}
+	if a.maxSize != "" {
+		var err error
+		if a.maxBytes, err = parseSize(a.maxSize); err != nil {
+			return err
+		}
+		if a.maxBytes < cow.MinMaxBytes {
+			return usagef("--max-size %s: at least %s is needed", a.maxSize, units.BytesSize(cow.MinMaxBytes))
+		}
 	}
 	dir, err := filepath.Abs(a.dir)
 	a.dir = dir
@@ -169,7 +182,7 @@ func miscounted(k int, n arity) string {
 
 // options are how to open the store for a command.
 func (a *app) options(c *cli.Context) owner.Options {
-	return owner.Options{LockTimeout: a.lockTimeout, Command: "vdisk " + c.Command.Name, Logger: a.log, Version: version()}
+	return owner.Options{LockTimeout: a.lockTimeout, Command: "vdisk " + c.Command.Name, Logger: a.log, Version: version(), MaxBytes: a.maxBytes}
 }
 
 // with opens the store for do.

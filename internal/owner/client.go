@@ -199,6 +199,11 @@ func (c *Client) Stats(ctx context.Context, what string) (s DeviceStats, err err
 	return s, c.call(ctx, "stats", request{Name: what}, &s)
 }
 
+// Clean gives back the space of chunk files that are dead in part.
+func (c *Client) Clean(ctx context.Context, waste float64) (r cow.CleanReport, err error) {
+	return r, c.call(ctx, "clean", request{Waste: waste}, &r)
+}
+
 // Check proves the store's structure, and tells of each problem it finds.
 func (c *Client) Check(ctx context.Context, o cow.CheckOptions, problem func(cow.Problem)) (cow.CheckReport, error) {
 	var report cow.CheckReport

@@ -83,6 +83,7 @@ type request struct {
 	Attach AttachOptions     `json:",omitzero"`
 	Serve  ServeOptions      `json:",omitzero"`
 	Check  checkRequest      `json:",omitzero"`
+	Waste  float64           `json:",omitempty"`
 }
 
 type checkRequest struct {
@@ -119,6 +120,7 @@ func (c *control) routes() *http.ServeMux {
 	plain("detach", func(ctx context.Context, r request) (any, error) { return nil, o.Detach(ctx, r.Name, r.Flag) })
 	plain("recover", func(ctx context.Context, r request) (any, error) { return o.Recover(ctx, r.Name) })
 	plain("stats", func(ctx context.Context, r request) (any, error) { return o.Stats(ctx, r.Name) })
+	plain("clean", func(ctx context.Context, r request) (any, error) { return o.Clean(ctx, r.Waste) })
 	plain("upgrade", func(ctx context.Context, _ request) (any, error) { return o.upgrade(ctx, 1) })
 	mux.HandleFunc("POST /v1/check", c.check)
 	mux.HandleFunc("POST /v1/import", c.importStream)

@@ -28,6 +28,8 @@ type Store interface {
 	Resize(ctx context.Context, name string, size int64, shrink bool) error
 	Remove(ctx context.Context, r cow.Ref, recursive bool) error
 	Check(ctx context.Context, o cow.CheckOptions, problem func(cow.Problem)) (cow.CheckReport, error)
+	// Clean gives back the space of every chunk file of which at least the part waste (0 to 1) is dead.
+	Clean(ctx context.Context, waste float64) (cow.CleanReport, error)
 
 	// Import makes a volume with the content of src. o.Size is at least the size of src, or 0 for that size, rounded up to
 	// a logical block. The volume appears with all of its content, durably, or not at all. progress, unless nil, is told
@@ -62,6 +64,8 @@ type Options struct {
 	Offer bool
 	// Temporary says that this process is about to end: it lets no device or NBD service depend on it.
 	Temporary bool
+	// MaxBytes limits what the chunk files take while this process owns the store; 0: only the file system does.
+	MaxBytes int64
 	// Logger gets what happens to devices and services (none).
 	Logger *slog.Logger
 	// Version is this program's.

@@ -111,6 +111,11 @@ func (o *Owner) Remove(_ context.Context, r cow.Ref, recursive bool) error {
 	return o.inUse(r.Volume, o.store.Remove(r, recursive))
 }
 
+// Clean gives back the space of chunk files that are dead in part.
+func (o *Owner) Clean(ctx context.Context, waste float64) (cow.CleanReport, error) {
+	return o.store.Clean(ctx, waste)
+}
+
 // Check proves the store's structure, and tells of each problem it finds.
 func (o *Owner) Check(ctx context.Context, c cow.CheckOptions, problem func(cow.Problem)) (cow.CheckReport, error) {
 	return o.store.Check(ctx, c, problem)
