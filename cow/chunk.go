@@ -3,6 +3,7 @@ package cow
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -115,6 +116,18 @@ func (s *slotTable) set(slot uint32, c *chunk) {
 	s.t.Store(&t)
 }
 
+// putAll is put of many, on a table that nobody looks at yet.
+func (s *slotTable) putAll(cs []*chunk) {
+	var t []*chunk
+	for _, c := range cs {
+		if n := int(c.slot) + 1; n > len(t) {
+			t = slices.Grow(t, n-len(t))[:n]
+		}
+		t[c.slot] = c
+	}
+	s.t.Store(&t)
+}
+
 func (s *slotTable) put(c *chunk)       { s.set(c.slot, c) }
 func (s *slotTable) remove(slot uint32) { s.set(slot, nil) }
 
@@ -139,6 +152,14 @@ func (s *slotTable) bytes() (n int64) {
 		n += int64(c.size)
 	}
 	return n
+}
+
+// table is the chunks by slot; nil where there is none.
+func (s *slotTable) table() []*chunk {
+	if t := s.t.Load(); t != nil {
+		return *t
+	}
+	return nil
 }
 
 func (s *slotTable) freeSlot() uint32 {

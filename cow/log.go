@@ -49,6 +49,8 @@ type buffer struct {
 	n     int    // bytes used; guarded by Store.mu until the buffer is cut, constant then
 	data  []byte
 	head  *slotHead // what the next owner is told of it; nil: nothing, the memory is this process's
+
+	summary *format.SummaryFooter // not nil: it holds no records, but the chunk's summary
 }
 
 // begin says what the buffer is for, which must hold nothing.
@@ -96,6 +98,9 @@ type recordLog struct {
 	nextSeq   uint64      // of the next record
 	nextChunk uint64      // sequence of the next chunk to be made
 	appended  uint64      // bytes, over the life of the process
+	durable   uint64      // every record before this sequence number is
+	entries   []byte      // of the summary of current
+	scrap     []byte      // for the next chunk's
 
 	// bufMu guards buffered and chunk.written, for readers of records that are
 	// not in their file yet.
@@ -107,14 +112,14 @@ type recordLog struct {
 	syncMu   sync.Mutex // one syncs at a time; others join its successor
 	synced   atomic.Uint64
 
-	flushWork, makeWork chan struct{} // capacity 1: "there is work"
-	quit                chan struct{}
-	wg                  sync.WaitGroup
+	flushWork, makeWork, syncWork chan struct{} // capacity 1: "there is work"
+	quit                          chan struct{}
+	wg                            sync.WaitGroup
 }
 
 func newRecordLog(fs storage.FS, mu *sync.Mutex, uuid [16]byte, slots *slotTable) *recordLog {
 	l := &recordLog{cleaner: func() bool { return false }, fs: fs, mu: mu, uuid: uuid, slots: slots, space: sync.NewCond(mu),
-		flushWork: make(chan struct{}, 1), makeWork: make(chan struct{}, 1), quit: make(chan struct{})}
+		flushWork: make(chan struct{}, 1), makeWork: make(chan struct{}, 1), syncWork: make(chan struct{}, 1), quit: make(chan struct{})}
 	for range bufferCount {
 		l.free = append(l.free, &buffer{}) // memory comes with the first use
 	}
@@ -131,6 +136,7 @@ func (l *recordLog) share(m *sharedBuffers) {
 func (l *recordLog) start() {
 	l.wg.Go(func() { l.each(l.flushWork, func() { _ = l.drain() }) }) // drain keeps its error in failed
 	l.wg.Go(func() { l.each(l.makeWork, l.makeChunk) })
+	l.wg.Go(func() { l.each(l.syncWork, func() { _ = l.sync() }) }) // so does sync
 }
 
 func (l *recordLog) stop() {
@@ -211,16 +217,17 @@ func (l *recordLog) reserve(n int, p purpose) error {
 
 // fits says whether a record of n bytes may go into the current chunk.
 func (l *recordLog) fits(n int, p purpose) bool {
-	room := l.current.size - l.current.end
+	// The summary, with one entry more, comes behind.
+	room := int(l.current.size) - int(l.current.end) - len(l.entries) - format.SummaryEntrySize - format.SummaryFooterSize
 	switch {
 	case p == forEvents:
 	case p == forData && l.current.reserved, p == forMoves && l.current.size == eventChunkSize:
 		room = 0
 	case l.next != nil:
 	default:
-		room -= min(room, eventRoom)
+		room -= eventRoom
 	}
-	return uint32(n) <= room
+	return n <= room
 }
 
 func (l *recordLog) waitForChunk(p purpose) {
@@ -294,6 +301,7 @@ func (l *recordLog) append(h *format.RecordHeader, payload []byte) (c *chunk, of
 	h.Encode(rec, c.seq, off)
 	clear(rec[format.RecordHeaderSize+copy(rec[format.RecordHeaderSize:], payload):])
 	b.use(b.n + size)
+	l.summarize(h, payload)
 	c.end += uint32(size)
 	l.appended += uint64(size)
 	if l.next == nil && c.end > c.size/2 {
@@ -302,20 +310,32 @@ func (l *recordLog) append(h *format.RecordHeader, payload []byte) (c *chunk, of
 	return c, off
 }
 
-// retire seals the current chunk, so that the log goes on in another. mu is held.
+// retire seals the current chunk, so that the log goes on in another, and cuts it to what it
+// holds: its size is to be made the file's. mu is held.
 func (l *recordLog) retire() *chunk {
 	l.cut()
 	c := l.current
+	if c != nil {
+		c.size = c.end
+		if n := len(l.entries); n > 0 {
+			c.size += uint32(n) + format.SummaryFooterSize
+		}
+	}
 	l.seal()
 	l.current = nil
 	return c
 }
 
+// seal ends the current chunk with its summary. mu is held.
 func (l *recordLog) seal() {
-	if l.current != nil {
-		l.current.sealed = true
-		l.sealed = append(l.sealed, l.current)
+	c := l.current
+	if c == nil {
+		return
 	}
+	c.sealed = true
+	l.sealed = append(l.sealed, c)
+	l.queueSummary(c)
+	poke(l.syncWork) // so that the header of a chunk to come can say that this one is durable
 }
 
 // waitIdle waits until no chunk is being made.
@@ -376,8 +396,17 @@ func (l *recordLog) drainLocked(n int) error {
 			c.acquire() // until it is synced
 			l.unsynced = append(l.unsynced, c)
 		}
+		if b.summary != nil {
+			b.finishSummary()
+		}
 		if _, err := c.file.WriteAt(b.data[:b.n], int64(b.off)); err != nil {
 			return l.fail(fmt.Errorf("write chunk %s: %w", c.name(), err))
+		}
+		if b.summary != nil {
+			l.mu.Lock()
+			l.scrap = b.data[:0]
+			l.mu.Unlock()
+			continue
 		}
 		if b.n >= bufferSize/2 {
 			c.file.StartWrite(int64(b.off), int64(b.n)) // or a flush would find all since the last one
@@ -409,7 +438,7 @@ func (l *recordLog) sync() error {
 		return nil // the sync that we waited for began after our records were in
 	}
 	l.mu.Lock()
-	goal := l.appended
+	goal, seq := l.appended, l.nextSeq
 	l.cut()
 	n := len(l.queue) // what is cut from here on is not this sync's
 	l.mu.Unlock()
@@ -432,6 +461,9 @@ func (l *recordLog) sync() error {
 		c.release()
 	}
 	l.synced.Store(goal)
+	l.mu.Lock()
+	l.durable = seq
+	l.mu.Unlock()
 	return nil
 }
 
@@ -524,7 +556,10 @@ func (l *recordLog) createChunk(slot uint32, seq uint64, p purpose, used int64) 
 	if err != nil {
 		return nil, fmt.Errorf("make chunk %s: %w", c.name(), err)
 	}
-	h := format.ChunkHeader{Slot: slot, Seq: seq, UUID: l.uuid}
+	l.mu.Lock()
+	durable := l.durable
+	l.mu.Unlock()
+	h := format.ChunkHeader{Slot: slot, Seq: seq, UUID: l.uuid, Durable: durable}
 	head := make([]byte, format.ChunkHeaderSize)
 	h.Encode(head)
 	_, err = f.WriteAt(head, 0)

@@ -83,13 +83,19 @@ func (s *Store) markDirty(lf *leaf) {
 // change maps block i of an owned leaf to e, and keeps the live bytes. mu and
 // the shard's lock are held.
 func (s *Store) change(lf *leaf, i int, e format.Entry) {
-	if lf.IsChanged(i) {
-		s.account(lf.Entries[i], -1)
-	} else {
-		lf.SetChanged(i)
-	}
-	lf.Entries[i] = e
+	s.account(put(&lf.Leaf, i, e), -1)
 	s.account(e, +1)
+}
+
+// put maps block i to e, and returns the entry that is dead by it: a hole if none is.
+func put(l *format.Leaf, i int, e format.Entry) (dead format.Entry) {
+	if l.IsChanged(i) {
+		dead = l.Entries[i]
+	} else {
+		l.SetChanged(i)
+	}
+	l.Entries[i] = e
+	return dead
 }
 
 // account adds or takes a block's share of its record. mu is held.

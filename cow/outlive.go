@@ -194,19 +194,13 @@ func (b *sharedBuffers) remove() error {
 	return errors.Join(os.Remove(b.path), b.close())
 }
 
-// bootID changes with every boot (random(4)).
-func bootID() (string, error) {
-	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	return string(b[:min(36, len(b))]), err
-}
-
 // newOwnerRecord names buffers that do not exist yet.
 func (s *Store) newOwnerRecord() (r ownerRecord, err error) {
 	var st unix.Stat_t
 	if err := unix.Stat(s.dir, &st); err != nil {
 		return r, err
 	}
-	boot, err := bootID()
+	boot, err := storage.BootID()
 	if err != nil {
 		return r, err
 	}

@@ -17,7 +17,7 @@ func sharing(t *testing.T) Options {
 }
 
 // abandon ends a store as SIGKILL does.
-func (s *Store) abandon(t *testing.T) {
+func (s *Store) abandon(t testing.TB) {
 	t.Helper()
 	close(s.quit)
 	s.wg.Wait()

@@ -37,6 +37,7 @@ func (s *Store) loadAndReplay() (remove []string, err error) {
 	if err != nil {
 		return nil, err
 	}
+	t := &batch{s: s}
 	ended := false
 	for i, c := range logChunks {
 		from := uint32(format.ChunkHeaderSize)
@@ -45,9 +46,12 @@ func (s *Store) loadAndReplay() (remove []string, err error) {
 		}
 		before := s.recovery.DroppedBytes
 		if !ended {
-			n, err := s.replayChunk(c, from)
+			n, err := s.replayChunk(t, c, from)
 			if err != nil {
 				return nil, fmt.Errorf("replay chunk %s: %w", c.name(), err)
+			}
+			if n > 0 { // the log goes on here: what is behind the records of the chunk before was none of it
+				s.recovery.DroppedBytes -= before
 			}
 			// The next chunk goes on with the next sequence number, or nothing does.
 			ended = n == 0 && c.seq > cp.ChunkSeq
@@ -60,6 +64,14 @@ func (s *Store) loadAndReplay() (remove []string, err error) {
 			s.slots.remove(c.slot)
 			c.release()
 		}
+	}
+	if err := t.apply(); err != nil {
+		return nil, fmt.Errorf("replay: %w", err)
+	}
+	if l := s.wal; l.durable > l.nextSeq {
+		s.recovery.Lost = int64(l.durable - l.nextSeq)
+		s.recovery.unsettled = true
+		l.durable = l.nextSeq
 	}
 	return remove, nil
 }
@@ -98,11 +110,13 @@ func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks
 	}
 	known := map[uint32]format.Chunk{}
 	rows := tb.Chunks
-	for _, r := range rows {
+	inTable := make([]*chunk, len(rows))
+	for i, r := range rows {
 		known[r.Slot] = r
-		s.addChunk(r, true)
+		inTable[i] = s.foundChunk(r, true)
 		s.wal.nextChunk = max(s.wal.nextChunk, r.Seq+1)
 	}
+	s.slots.putAll(inTable)
 	for _, r := range tb.Forwarded {
 		c := s.slots.get(r.Slot)
 		if c == nil {
@@ -130,6 +144,9 @@ func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks
 			return nil, nil, fmt.Errorf("chunk file %s: %w (move it away to go on without it)", name, err)
 		case isKnown && h.Seq != r.Seq:
 			return nil, nil, corruptf("chunk file %s has the sequence %d, the table says %d", name, h.Seq, r.Seq)
+		}
+		s.wal.durable = max(s.wal.durable, h.Durable)
+		switch {
 		case isKnown:
 			logChunks = append(logChunks, s.slots.get(slot))
 		case h.Seq < max(cp.ChunkSeq, 1): // removed, or never finished
@@ -137,13 +154,17 @@ func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks
 		case s.slots.get(slot) != nil:
 			return nil, nil, corruptf("chunk file %s has the sequence %d, but blocks were moved from its slot", name, h.Seq)
 		default:
-			c := s.addChunk(format.Chunk{Slot: slot, Seq: h.Seq, End: format.ChunkHeaderSize}, false)
+			c := s.foundChunk(format.Chunk{Slot: slot, Seq: h.Seq, End: format.ChunkHeaderSize}, false)
+			s.slots.put(c)
 			logChunks = append(logChunks, c)
 			s.wal.nextChunk = max(s.wal.nextChunk, h.Seq+1)
 		}
 	}
 	for _, r := range rows {
-		if r.Seq >= cp.ChunkSeq && !slices.Contains(names, chunkName(r.Slot)) {
+		if r.Seq < cp.ChunkSeq {
+			continue
+		}
+		if _, found := slices.BinarySearch(names, chunkName(r.Slot)); !found {
 			return nil, nil, corruptf("chunk file %s, where the log goes on, is missing", chunkName(r.Slot))
 		}
 	}
@@ -151,14 +172,14 @@ func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks
 	return logChunks, remove, nil
 }
 
-func (s *Store) addChunk(r format.Chunk, inTable bool) *chunk {
+// foundChunk is a chunk that was there when the store was opened.
+func (s *Store) foundChunk(r format.Chunk, inTable bool) *chunk {
 	c := newChunk(r.Slot, r.Seq, s.fs)
 	c.size, c.end, c.live, c.written = r.End, r.End, r.Live, r.End
 	c.sealed, c.inTable = true, inTable
 	if c.live == 0 && inTable {
 		s.markRow(c) // it died with its last owner; the next checkpoint removes it
 	}
-	s.slots.put(c)
 	return c
 }
 
@@ -190,9 +211,9 @@ func (s *Store) chunkHeader(name string, slot uint32) (h format.ChunkHeader, err
 	return h, err
 }
 
-// replayChunk applies the records of a chunk from an offset on, up to the first that
-// does not verify or does not have the next sequence number.
-func (s *Store) replayChunk(c *chunk, from uint32) (records int, err error) {
+// replayChunk applies the records of a chunk from an offset on, up to the first that does not verify or does not have
+// the next sequence number. If all of them were made durable once, what its summary says of them is enough.
+func (s *Store) replayChunk(t *batch, c *chunk, from uint32) (records int, err error) {
 	f, err := c.handle()
 	if errors.Is(err, fs.ErrNotExist) {
 		return 0, corruptf("the file is missing")
@@ -205,76 +226,138 @@ func (s *Store) replayChunk(c *chunk, from uint32) (records int, err error) {
 		return 0, err
 	}
 	c.size = uint32(min(size, format.MaxChunkSize))
-	r := &recordReader{f: f, c: c, off: from, at: from}
+	sum, err := readSummary(f, c, c.size)
+	if err != nil {
+		return 0, err
+	}
+	before := s.wal.nextSeq
+	if sum != nil && sum.before(s.wal.durable) {
+		err = s.replaySummary(t, c, sum, from)
+		if s.wal.nextSeq > before {
+			s.recovery.Summaries++
+		}
+	} else {
+		err = s.replayRecords(t, c, from)
+	}
+	if err != nil {
+		return 0, err
+	}
+	records = int(s.wal.nextSeq - before)
+	s.recovery.Records += int64(records)
+	c.written = c.end
+	s.markRow(c) // if it is dead the next checkpoint removes it
+	switch {
+	case sum == nil:
+		r := &recordReader{f: f, c: c, off: c.end}
+		dropped, err := r.tail()
+		s.recovery.DroppedBytes += dropped
+		return records, err
+	case c.end < sum.End:
+		s.recovery.DroppedBytes += int64(sum.End - c.end)
+		s.recovery.unsettled = true
+	}
+	return records, nil
+}
+
+// replaySummary applies what a summary says of the records from an offset on. Only events and moved records are read: what
+// they say is not in it.
+func (s *Store) replaySummary(t *batch, c *chunk, sum *summary, from uint32) (err error) {
+	c.end = from
+	r := &recordReader{f: c.file, c: c, readOnly: true}
+	bad := sum.each(func(seq uint64, off uint32, e *format.SummaryEntry) bool {
+		if off < from {
+			return true
+		}
+		if off != c.end || seq != s.wal.nextSeq {
+			return false
+		}
+		var payload []byte
+		var h *format.RecordHeader
+		if e.Kind == format.KindEvent || e.Kind == format.KindMoved {
+			r.off = off
+			if h, payload, err = r.next(seq); h == nil {
+				return false
+			}
+		}
+		if err = s.replayRecord(t, e, h, payload, c, off); err != nil {
+			err = fmt.Errorf("record %d at %d: %w", seq, off, err)
+			return false
+		}
+		s.replayed(c, e.Size)
+		return true
+	})
+	return errors.Join(err, bad)
+}
+
+// replayed goes past a record.
+func (s *Store) replayed(c *chunk, size int) {
+	s.wal.nextSeq++
+	c.end += uint32(size)
+	s.recovery.Bytes += int64(size)
+}
+
+// replayRecords reads and applies the records from an offset on.
+func (s *Store) replayRecords(t *batch, c *chunk, from uint32) error {
+	c.end = from
+	r := &recordReader{f: c.file, c: c, off: from, at: from}
 	for {
-		off := r.off
 		h, payload, err := r.next(s.wal.nextSeq)
 		if err != nil {
-			return records, err
+			return err
 		}
 		if h == nil {
 			break
 		}
-		if err := s.replayRecord(h, payload, c, off); err != nil {
-			return records, fmt.Errorf("record %d at %d: %w", h.Seq, off, err)
+		e := format.SummaryEntry{Kind: h.Kind, Branch: h.Branch, Block: h.Block, Blocks: h.Blocks, Size: h.Size()}
+		if h.Kind == format.KindHole {
+			n, err := format.DecodeHole(payload, h.Block)
+			if err != nil {
+				return err
+			}
+			e.Blocks = int(min(n, format.LeafBlocks+1)) // more is refused
 		}
-		s.wal.nextSeq++
-		records++
-		c.end = r.off
-		s.recovery.Bytes += int64(h.Size())
+		if err := s.replayRecord(t, &e, h, payload, c, c.end); err != nil {
+			return fmt.Errorf("record %d at %d: %w", h.Seq, c.end, err)
+		}
+		s.replayed(c, e.Size)
 	}
-	if err := r.writeBack(); err != nil {
-		return records, err
-	}
-	s.recovery.Records += int64(records)
-	c.end, c.written = r.off, r.off
-	if records > 0 {
+	if c.end > from {
 		s.wal.needSync(c)
 	}
-	s.markRow(c) // if it is dead the next checkpoint removes it
-	dropped, err := r.tail()
-	s.recovery.DroppedBytes += dropped
-	return records, err
+	return r.writeBack()
 }
 
-func (s *Store) replayRecord(h *format.RecordHeader, payload []byte, c *chunk, off uint32) error {
-	if h.Kind == format.KindEvent {
+// replayRecord applies a record, or holds it back in the batch. Events and moved records come with their header and payload.
+func (s *Store) replayRecord(t *batch, e *format.SummaryEntry, h *format.RecordHeader, payload []byte, c *chunk, off uint32) error {
+	if e.Kind == format.KindEvent || e.Kind == format.KindMoved {
+		if err := t.apply(); err != nil { // what it is about is as before it
+			return err
+		}
+	}
+	switch e.Kind {
+	case format.KindEvent:
 		var ev format.Event
 		if err := format.DecodeEvent(payload, &ev); err != nil {
 			return err
 		}
 		s.admin = true
 		return s.tables.apply(&ev, s.gen)
-	}
-	n := uint64(h.Blocks)
-	if h.Kind == format.KindHole {
-		var err error
-		if n, err = format.DecodeHole(payload, h.Block); err != nil {
-			return err
-		}
-	}
-	if h.Kind == format.KindMoved {
+	case format.KindMoved:
 		return s.replayMoved(h, payload, c, off)
 	}
-	b := s.tables.branches[h.Branch]
+	b := s.tables.branches[e.Branch]
 	if b == nil {
-		return corruptf("branch %d does not exist", h.Branch)
+		return corruptf("branch %d does not exist", e.Branch)
 	}
-	first := h.Block % format.LeafBlocks
-	if first+n > format.LeafBlocks {
-		return corruptf("%d blocks from %d on are not of one leaf", n, h.Block)
+	block := int(e.Block % format.LeafBlocks)
+	if block+e.Blocks > format.LeafBlocks {
+		return corruptf("%d blocks from %d on are not of one leaf", e.Blocks, e.Block)
 	}
-	lf, sh, err := s.headLeaf(leafKey{b, uint32(h.Block / format.LeafBlocks), head})
-	if err != nil {
-		return err
+	var first format.Entry
+	if e.Kind == format.KindData {
+		first = format.MakeEntry(c.slot, off, e.Size, e.Blocks, 0)
 	}
-	defer sh.mu.Unlock()
-	if h.Kind == format.KindHole {
-		s.applyHole(lf, int(first), int(n))
-	} else {
-		s.applyData(lf, h, c, off)
-	}
-	return nil
+	return t.hold(b, uint32(e.Block/format.LeafBlocks), block, e.Blocks, first)
 }
 
 // recordReader reads the records of a chunk in order, through a window.
@@ -284,6 +367,8 @@ type recordReader struct {
 	off uint32 // of the next record
 	win []byte // bytes of the file from winOff on
 	at  uint32 // winOff
+
+	readOnly bool // what is read is durable, and not written back
 }
 
 const readWindow = 128 << 10 // or one record, if that is larger
@@ -327,7 +412,7 @@ func (r *recordReader) bytes(n int) ([]byte, error) {
 // have left records that the page cache calls clean and that the disk does not have: only
 // what is written again is synced again.
 func (r *recordReader) writeBack() error {
-	if r.off <= r.at {
+	if r.readOnly || r.off <= r.at {
 		return nil
 	}
 	_, err := r.f.WriteAt(r.win[:r.off-r.at], int64(r.at))
@@ -349,6 +434,7 @@ func (r *recordReader) load(n int, off uint32) error {
 // tail is how many bytes behind the end of the log were written, as far as can be
 // seen: up to a stretch of zeros.
 func (r *recordReader) tail() (n int64, err error) {
+	r.readOnly = true
 	for off := r.off; off < format.MaxChunkSize; off += uint32(len(r.win)) {
 		if err := r.load(readWindow, off); err != nil {
 			return n, err

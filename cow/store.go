@@ -53,11 +53,12 @@ type Options struct {
 	// fails with ErrNoSpace.
 	MaxBytes int64
 
-	// ChunkBytes is the size of a new chunk file (default 64 MiB, less where there is little room), and ReapBatch
-	// how many leaf versions one checkpoint's batch of the reaper looks at (default 128). Tests make them
-	// small, so that chunks come and go and batches end often.
-	ChunkBytes int64
-	ReapBatch  int
+	// ChunkBytes is the size of a new chunk file (default 64 MiB, less where there is little room), ReapBatch
+	// how many leaf versions one checkpoint's batch of the reaper looks at (default 128), and ReplayBatch how many
+	// changes Open applies at once (default 2 Mi). Tests make them small, so that chunks come and go and batches end often.
+	ChunkBytes  int64
+	ReapBatch   int
+	ReplayBatch int
 	// Outlive keeps the log's buffers in shared memory, so that the next owner finds what was answered when this process is
 	// killed; see Store.Outlives. It costs 16 MiB of it. For owners that serve somebody who goes on when they die.
 	Outlive bool
@@ -90,6 +91,9 @@ func (o *Options) setDefaults() {
 	}
 	if o.ReapBatch <= 0 {
 		o.ReapBatch = defaultReapBatch
+	}
+	if o.ReplayBatch <= 0 {
+		o.ReplayBatch = batchMost
 	}
 	if o.SharedMemory == "" {
 		o.SharedMemory = sharedMemory
@@ -159,8 +163,12 @@ type Store struct {
 type Recovery struct {
 	Records      int64 // replayed
 	Bytes        int64 // replayed
+	Summaries    int   // chunks of which only the summary was read
 	DroppedBytes int64 // behind the first record that did not verify; no flush had covered them
 	DroppedFiles int   // chunk files among them
+	Lost         int64 // records among them that had been durable: damage
+
+	unsettled bool // a chunk has a summary of records that were dropped
 }
 
 // Recovery reports what this Open replayed and dropped.
@@ -216,7 +224,7 @@ func onlyLeavings(dir string) error {
 	}
 	for _, n := range names {
 		switch n.Name() {
-		case lockFile, tableFile, formatFile + ".tmp", "lost+found":
+		case lockFile, tableFile, tableFile + metadata.VerifiedSuffix, formatFile + ".tmp", "lost+found":
 		case chunksDir:
 			if in, err := os.ReadDir(filepath.Join(dir, chunksDir)); err != nil || len(in) > 0 {
 				return fmt.Errorf("%s has chunk files but no %q file, so it is a damaged store or not one: %w", dir, formatFile, ErrNotStore)
@@ -382,15 +390,7 @@ func (s *Store) openFiles() error {
 		return err
 	}
 	s.wal.start()
-	if s.recovery.Records > 0 || len(behind) > 0 || s.recovery.DroppedBytes > 0 {
-		s.log.Info("replayed the log", "records", s.recovery.Records, "bytes", s.recovery.Bytes,
-			"droppedBytes", s.recovery.DroppedBytes, "droppedFiles", s.recovery.DroppedFiles)
-		if err := s.Checkpoint(); err != nil {
-			s.wal.stop()
-			return fmt.Errorf("checkpoint after replay: %w", err)
-		}
-	}
-	if err := s.removeFiles(behind); err != nil {
+	if err := s.goOn(behind); err != nil {
 		s.wal.stop()
 		return err
 	}
@@ -418,6 +418,27 @@ func (s *Store) sizeChunks() error {
 		s.wal.chunkBytes /= 2
 	}
 	return nil
+}
+
+// goOn makes the log ready for records behind those that were replayed. What is behind its end goes
+// before the next chunk is made, which also makes that durable. The checkpoint that a replay calls
+// for can come later, unless a chunk is left with a summary of records that it does not have.
+func (s *Store) goOn(behind []string) error {
+	r := &s.recovery
+	if r.Records > 0 || len(behind) > 0 || r.DroppedBytes > 0 {
+		s.log.Info("replayed the log", "records", r.Records, "bytes", r.Bytes, "summaries", r.Summaries,
+			"droppedBytes", r.DroppedBytes, "droppedFiles", r.DroppedFiles)
+		poke(s.ckptWork)
+	}
+	if r.Lost > 0 {
+		s.log.Error("the log is damaged: records that had been made durable cannot be read any more; run check", "records", r.Lost)
+	}
+	if r.unsettled {
+		if err := s.Checkpoint(); err != nil {
+			return fmt.Errorf("checkpoint after replay: %w", err)
+		}
+	}
+	return s.removeFiles(behind)
 }
 
 // release closes files and gives the lock back.
@@ -491,7 +512,7 @@ func (s *Store) trim(last *chunk) error {
 	defer s.mu.Unlock()
 	var err error
 	if last != nil && s.slots.get(last.slot) == last {
-		err = last.file.Truncate(int64(last.end))
+		err = last.file.Truncate(int64(last.size))
 	}
 	if c := s.wal.next; c != nil {
 		s.slots.remove(c.slot)

@@ -30,8 +30,9 @@ type lab struct {
 	idle []string // store directories that nobody uses
 	made int
 
-	states atomic.Int64                // crash states verified
-	wrap   func(storage.FS) storage.FS // what stands between the engine and the disk; nil: nothing
+	states    atomic.Int64                // crash states verified
+	summaries atomic.Int64                // chunks of which they read the summary only
+	wrap      func(storage.FS) storage.FS // what stands between the engine and the disk; nil: nothing
 }
 
 // memoryDir is a directory in memory where there is one: a state costs a table file.
@@ -92,8 +93,8 @@ type crashImage struct {
 	table  []byte
 	m      *model
 	floor  uint64 // number of the first record that the crash may have taken
+	known  uint64 // number of the first record that a crash of the process may have taken; more than floor after one
 	what   string
-	synced uint64       // with memory: number of the first record that a power cut during the recovery may take
 	memory *memoryImage // what a killed owner left in shared memory, or nil
 
 	outlive bool // who opens it shares its buffers
@@ -149,6 +150,7 @@ type crasher struct {
 	tables int    // commits
 	m      *model
 	floor  uint64
+	known  uint64          // records before were replayed: they are in the files, durable or not
 	seen   map[string]bool // states that were taken
 	images []crashImage
 }
@@ -189,7 +191,11 @@ func (c *crasher) take(what, choice string, make func() *crashfs.FS) {
 		return
 	}
 	c.seen[key] = true
-	c.images = append(c.images, crashImage{make(), c.table, c.m, c.floor, what + ", " + choice, 0, nil, false})
+	img := crashImage{fs: make(), table: c.table, m: c.m, floor: c.floor, what: what + ", " + choice}
+	if choice == killed {
+		img.known = c.known
+	}
+	c.images = append(c.images, img)
 }
 
 // never is a rate of points at which no power is cut.
@@ -234,7 +240,7 @@ type world struct {
 // options are for a store of a few megabytes: chunks of half a megabyte, so that they come
 // and go, and a reaper whose batches end often.
 func (l *lab) options(fs storage.FS) Options {
-	return Options{FS: fs, CheckpointInterval: -1, NoTableSync: true, ChunkBytes: 512 << 10, ReapBatch: 3,
+	return Options{FS: fs, CheckpointInterval: -1, NoTableSync: true, ChunkBytes: 512 << 10, ReapBatch: 3, ReplayBatch: 20,
 		CacheBytes: 1 << 20, Logger: slog.New(slog.DiscardHandler)}
 }
 
@@ -256,9 +262,6 @@ func (l *lab) open(img crashImage, every int, rng *rand.Rand) (*world, error) {
 	w := &world{lab: l, dir: dir, m: img.m.fork(), devs: map[string]*Device{}, buf: make([]byte, 256<<10)}
 	// Its own: hooks run on the engine's goroutines.
 	c := &crasher{rng: rand.New(rand.NewPCG(rng.Uint64(), 2)), every: every, fs: img.fs, table: img.table, m: img.m, floor: img.floor, seen: map[string]bool{}}
-	if img.memory != nil {
-		c.floor = img.synced
-	}
 	w.crasher = c
 	img.fs.OnSync(func(name string) { c.point("at a sync of " + name) })
 	fs := storage.FS(img.fs)
@@ -267,22 +270,27 @@ func (l *lab) open(img crashImage, every int, rng *rand.Rand) (*world, error) {
 	}
 	o := l.options(fs)
 	o.OnCommit, o.Outlive = w.onCommit, img.outlive
+	if rng.IntN(2) == 0 {
+		o.ChunkBytes = 160 << 10 // logs of many chunks, with summaries
+	}
 	if w.s, err = Open(dir, o); err != nil {
 		l.giveBack(dir)
 		return nil, fmt.Errorf("open: %w", err)
 	}
 	seq := w.seq()
-	if seq < img.floor || seq > w.m.next() {
-		err := fmt.Errorf("the log goes on with record %d; %d to %d are possible (%+v)", seq, img.floor, w.m.next(), w.s.Recovery())
+	r := w.s.Recovery()
+	if least := max(img.floor, img.known); seq < least || seq > w.m.next() || r.Lost > 0 {
+		err := fmt.Errorf("the log goes on with record %d; %d to %d are possible (%+v)", seq, least, w.m.next(), r)
 		return nil, errors.Join(err, w.kill())
 	}
+	l.summaries.Add(int64(r.Summaries))
 	if rng.IntN(2) == 0 {
 		w.s.cache.perShard = 1 // leaves are evicted and loaded again all the time
 	}
-	// What has been seen once must stay.
+	// What has been seen once must stay when this process is killed. If power is cut, what was flushed.
 	w.m.truncate(seq)
 	c.mu.Lock()
-	c.m, c.floor = w.m, seq
+	c.m, c.known = w.m, seq
 	c.mu.Unlock()
 	return w, nil
 }
@@ -324,17 +332,19 @@ func (w *world) kill() error {
 	return err
 }
 
-// leave is the image of the end of the process between two operations: where the store has shared memory all that was answered must be there.
+// leave is the image of the end of the process between two operations: all that was answered must be there,
+// if the store's buffers outlive it.
 func (w *world) leave() (crashImage, error) {
-	if w.s.shared == nil {
-		return w.now("killed", w.crasher.fs.Clone()), nil
-	}
 	wal := w.s.wal
 	wal.writeMu.Lock() // nothing is written meanwhile, and so no buffer is given back
 	defer wal.writeMu.Unlock()
-	m, err := w.s.remember()
 	img := w.now("the process ended", w.crasher.fs.Clone())
-	img.memory, img.synced, img.floor = m, img.floor, w.m.next()
+	if !w.s.Outlives() {
+		img.known = w.crasher.known
+		return img, nil
+	}
+	m, err := w.s.remember()
+	img.memory, img.known = m, w.m.next()
 	return img, err
 }
 
@@ -342,7 +352,7 @@ func (w *world) leave() (crashImage, error) {
 func (w *world) now(what string, fs *crashfs.FS) crashImage {
 	w.crasher.mu.Lock()
 	defer w.crasher.mu.Unlock()
-	return crashImage{fs, w.crasher.table, w.m, w.crasher.floor, what, 0, nil, false}
+	return crashImage{fs: fs, table: w.crasher.table, m: w.m, floor: w.crasher.floor, what: what}
 }
 
 // same checks everything that can be read, and Check.
@@ -386,7 +396,11 @@ func (l *lab) verifyOne(img crashImage, depth int, rng *rand.Rand) error {
 	}
 	// Names and contents as nobody else has made them.
 	w.names, w.writes = (depth+1)*1_000_000, uint64(depth+1)<<40
-	err = w.same(rng.IntN(4) == 0)
+	// Check would begin with a checkpoint: half of the time, work goes on without.
+	err = same(w.s, w.m.now(), w.buf)
+	if err == nil && (!work || rng.IntN(2) == 0) {
+		err = w.check(rng.IntN(4) == 0)
+	}
 	if err == nil && work {
 		w.crasher.rate(6)
 		for range 1 + rng.IntN(6) {

@@ -6,7 +6,7 @@ var le = binary.LittleEndian
 
 const (
 	chunkMagic     = "VDISKCHK"
-	chunkHeaderEnd = 44 // what the header uses; the rest is zero
+	chunkHeaderEnd = 56 // what the header uses; the rest is zero
 )
 
 // ChunkHeader is the head of a chunk file: which chunk of which store it is.
@@ -17,6 +17,9 @@ type ChunkHeader struct {
 	Seq uint64
 	// UUID is the store's.
 	UUID [16]byte
+	// Durable is a sequence number: every record before it was durable when the header was
+	// written. 0 says nothing.
+	Durable uint64
 }
 
 // Encode writes the header to dst, which has at least ChunkHeaderSize bytes.
@@ -29,6 +32,10 @@ func (h *ChunkHeader) Encode(dst []byte) {
 	le.PutUint64(dst[16:], h.Seq)
 	copy(dst[24:], h.UUID[:])
 	le.PutUint32(dst[40:], Checksum(dst[:40]))
+	if h.Durable != 0 {
+		le.PutUint64(dst[44:], h.Durable)
+		le.PutUint32(dst[52:], Checksum(dst[:52]))
+	}
 }
 
 // DecodeChunkHeader reads the header at the front of src. The padding is not
@@ -52,6 +59,10 @@ func DecodeChunkHeader(src []byte) (ChunkHeader, error) {
 	h.Slot = le.Uint32(src[12:])
 	h.Seq = le.Uint64(src[16:])
 	copy(h.UUID[:], src[24:40])
+	h.Durable = le.Uint64(src[44:])
+	if got, want := Checksum(src[:52]), le.Uint32(src[52:]); got != want && h.Durable|uint64(want) != 0 {
+		return ChunkHeader{}, corrupt(what, "second checksum %08x, want %08x", got, want)
+	}
 	if h.Slot >= MaxSlots || h.Seq == 0 {
 		return h, corrupt(what, "slot %d, chunk sequence %d", h.Slot, h.Seq)
 	}

@@ -18,7 +18,7 @@ const (
 	// StoreVersion is the version of a store as a whole.
 	// Version 2 added moved records, and the rows of forwarded chunks and records.
 	StoreVersion = 2
-	// layoutVersion is that of chunk headers and leaves.
+	// layoutVersion is that of chunk headers, summaries and leaves.
 	layoutVersion = 1
 
 	// BlockSize is the unit of redirection.

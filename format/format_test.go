@@ -35,6 +35,7 @@ var (
 	testMoved     = Moved{From: MakeEntry(5, 8192, 4128, 2, 0), Mask: 2}
 	testForwards  = []Forward{{Offset: 8192, Mask: 2, To: MakeEntry(9, 4096, 4160, 2, 0)}, {Offset: 12320, Mask: 1, To: MakeEntry(9, 8256, 4144, 1, 0)}}
 	testChunkHd   = ChunkHeader{Slot: 0xabcdef, Seq: 17, UUID: testUUID}
+	testDurable   = ChunkHeader{Slot: 0xabcdef, Seq: 17, UUID: testUUID, Durable: 1 << 41}
 )
 
 // testLeaf has every kind of run, short and long, and distances between slots
@@ -82,6 +83,48 @@ func goldenFile(t testing.TB, name string) []byte {
 	return b
 }
 
+const testSummaryEnd = 1 << 21
+
+// testSummary is the summary of a data, a hole, an event and a moved record, in a file that ends at testSummaryEnd.
+func testSummary() ([]SummaryEntry, SummaryFooter, []byte) {
+	unit := RecordHeader{Seq: 1000, Block: 1<<33 + 3, Branch: 2, Kind: KindData, Codec: S2, Blocks: 5, PayloadLen: 9000}
+	hole := RecordHeader{Seq: 1001, Block: 256, Branch: 3, Kind: KindHole, Blocks: 1, PayloadLen: HoleSize}
+	event := RecordHeader{Seq: 1002, Kind: KindEvent, Blocks: 1, PayloadLen: MaxPayload}
+	b := AppendSummary(nil, &unit, 0)
+	b = AppendSummary(b, &hole, 256)
+	b = AppendSummary(b, &event, 0)
+	moved := RecordHeader{Seq: 1003, Block: 14, Branch: 2, Kind: KindMoved, Codec: S2, Blocks: 2, PayloadLen: MovedSize + 9}
+	b = AppendSummary(b, &moved, 0)
+	f := SummaryFooter{FirstSeq: 1000, Records: 4, EntriesCRC: Checksum(b), End: uint32(ChunkHeaderSize + unit.Size() + hole.Size() + event.Size() + moved.Size())}
+	b = append(b, make([]byte, SummaryFooterSize)...)
+	f.Encode(b[4*SummaryEntrySize:], 17, testSummaryEnd)
+	return []SummaryEntry{
+		{Kind: KindData, Branch: 2, Block: 1<<33 + 3, Blocks: 5, Size: unit.Size()},
+		{Kind: KindHole, Branch: 3, Block: 256, Blocks: 256, Size: hole.Size()},
+		{Kind: KindEvent, Blocks: 1, Size: event.Size()},
+		{Kind: KindMoved, Branch: 2, Block: 14, Blocks: 2, Size: moved.Size()},
+	}, f, b
+}
+
+// decodeSummary reads a whole summary.
+func decodeSummary(b []byte) (entries []SummaryEntry, f SummaryFooter, err error) {
+	at := max(0, len(b)-SummaryFooterSize)
+	if f, err = DecodeSummaryFooter(b[at:], 17, testSummaryEnd); err != nil {
+		return nil, f, err
+	}
+	if err := f.VerifyEntries(b[:at]); err != nil {
+		return nil, f, err
+	}
+	for b = b[:at]; len(b) > 0; b = b[SummaryEntrySize:] {
+		e, err := DecodeSummaryEntry(b)
+		if err != nil {
+			return nil, f, err
+		}
+		entries = append(entries, e)
+	}
+	return entries, f, nil
+}
+
 // goldenPayload returns testUnit as the golden file has it compressed: a codec
 // may compress differently one day, and does on other processors, but what it
 // once wrote it must read.
@@ -117,19 +160,25 @@ func TestGolden(t *testing.T) {
 	moved := make([]byte, MovedSize)
 	testMoved.Encode(moved)
 
+	durableHeader := make([]byte, ChunkHeaderSize)
+	testDurable.Encode(durableHeader)
+	_, _, summary := testSummary()
+
 	golden := map[string][]byte{
-		"store":         infoText,
-		"chunk-header":  chunkHeader,
-		"record-s2":     testRecord(t, RecordHeader{Seq: 1000, Block: 14, Branch: 2, Kind: KindData, Codec: S2, Blocks: 2}, goldenPayload(t, "record-s2", S2)),
-		"record-zstd":   testRecord(t, RecordHeader{Seq: 1004, Block: 14, Branch: 2, Kind: KindData, Codec: Zstd, Blocks: 2}, goldenPayload(t, "record-zstd", Zstd)),
-		"record-raw":    testRecord(t, RecordHeader{Seq: 1001, Block: 1 << 33, Branch: 2, Kind: KindData, Codec: Raw, Blocks: 1}, testUnit[:BlockSize]),
-		"record-hole":   testRecord(t, RecordHeader{Seq: 1002, Block: 5, Branch: 2, Kind: KindHole, Blocks: 1}, hole),
-		"record-event":  testRecord(t, RecordHeader{Seq: 1003, Kind: KindEvent, Blocks: 1}, event),
-		"leaf":          AppendLeaf(nil, testLeaf()),
-		"row-chunk":     chunkRow[:],
-		"record-moved":  testRecord(t, RecordHeader{Seq: 1005, Block: 14, Branch: 2, Kind: KindMoved, Codec: S2, Blocks: 2}, append(moved, goldenPayload(t, "record-s2", S2)...)),
-		"forwards":      AppendForwards(nil, testForwards),
-		"row-forwarded": forwardedRow[:],
+		"chunk-header-durable": durableHeader,
+		"summary":              summary,
+		"store":                infoText,
+		"chunk-header":         chunkHeader,
+		"record-s2":            testRecord(t, RecordHeader{Seq: 1000, Block: 14, Branch: 2, Kind: KindData, Codec: S2, Blocks: 2}, goldenPayload(t, "record-s2", S2)),
+		"record-zstd":          testRecord(t, RecordHeader{Seq: 1004, Block: 14, Branch: 2, Kind: KindData, Codec: Zstd, Blocks: 2}, goldenPayload(t, "record-zstd", Zstd)),
+		"record-raw":           testRecord(t, RecordHeader{Seq: 1001, Block: 1 << 33, Branch: 2, Kind: KindData, Codec: Raw, Blocks: 1}, testUnit[:BlockSize]),
+		"record-hole":          testRecord(t, RecordHeader{Seq: 1002, Block: 5, Branch: 2, Kind: KindHole, Blocks: 1}, hole),
+		"record-event":         testRecord(t, RecordHeader{Seq: 1003, Kind: KindEvent, Blocks: 1}, event),
+		"leaf":                 AppendLeaf(nil, testLeaf()),
+		"row-chunk":            chunkRow[:],
+		"record-moved":         testRecord(t, RecordHeader{Seq: 1005, Block: 14, Branch: 2, Kind: KindMoved, Codec: S2, Blocks: 2}, append(moved, goldenPayload(t, "record-s2", S2)...)),
+		"forwards":             AppendForwards(nil, testForwards),
+		"row-forwarded":        forwardedRow[:],
 	}
 	for name, row := range map[string]any{"row-volume": &testVolume, "row-snapshot": &testSnap, "row-branch": &testBranch, "row-checkpoint": &testCheck} {
 		golden[name], err = AppendRow(nil, row)
@@ -158,6 +207,13 @@ func TestGoldenDecode(t *testing.T) {
 	}
 	if h, err := DecodeChunkHeader(file("chunk-header")); err != nil || h != testChunkHd {
 		t.Error(h, err)
+	}
+	if h, err := DecodeChunkHeader(file("chunk-header-durable")); err != nil || h != testDurable {
+		t.Error(h, err)
+	}
+	wantEntries, wantFooter, _ := testSummary()
+	if entries, f, err := decodeSummary(file("summary")); err != nil || f != wantFooter || !slices.Equal(entries, wantEntries) {
+		t.Error(entries, f, err)
 	}
 	for name, seq := range map[string]uint64{"record-s2": 1000, "record-zstd": 1004, "record-raw": 1001, "record-hole": 1002, "record-event": 1003} {
 		rec := file(name)
@@ -231,7 +287,8 @@ func TestEveryFlippedBitIsFound(t *testing.T) {
 		"leaf":       func(b []byte) error { return DecodeLeaf(b, new(Leaf)) },
 		"row-chunk":  func(b []byte) error { _, err := DecodeChunk(1, b); return err },
 		"row-volume": func(b []byte) error { return DecodeRow(b, new(Volume)) },
-		"chunk-header": func(b []byte) error {
+		"summary":    func(b []byte) error { _, _, err := decodeSummary(b); return err },
+		"chunk-header-durable": func(b []byte) error {
 			if len(b) >= chunkHeaderEnd { // what is cut off is not the padding
 				b = append(b[:chunkHeaderEnd:chunkHeaderEnd], make([]byte, ChunkHeaderSize-chunkHeaderEnd)...)
 			}
@@ -243,8 +300,10 @@ func TestEveryFlippedBitIsFound(t *testing.T) {
 		data := goldenFile(t, name)
 		end := len(data)
 		switch name {
-		case "chunk-header":
+		case "chunk-header-durable":
 			end = chunkHeaderEnd // the rest is padding
+		case "summary":
+			end -= SummaryFooterSize - summaryFooterEnd
 		case "record-s2":
 			h, err := DecodeRecordHeader(data, 17, 1<<20)
 			must(t, err)
@@ -282,6 +341,30 @@ func TestRecordIsBoundToItsPlace(t *testing.T) {
 	}
 	if _, err := DecodeRecordHeader(make([]byte, RecordHeaderSize), 5, 8192); !errors.Is(err, ErrCorrupt) {
 		t.Error("zeros are a record:", err)
+	}
+}
+
+func TestSummaryIsBoundToItsPlace(t *testing.T) {
+	_, f, b := testSummary()
+	b = b[len(b)-SummaryFooterSize:]
+	for _, place := range [][2]uint64{{16, testSummaryEnd}, {17, testSummaryEnd - 16}, {testSummaryEnd, 17}} {
+		if _, err := DecodeSummaryFooter(b, place[0], uint32(place[1])); !errors.Is(err, ErrCorrupt) {
+			t.Error(place, err)
+		}
+	}
+	for name, spoil := range map[string]func(*SummaryFooter){
+		"no sequence":           func(f *SummaryFooter) { f.FirstSeq = 0 },
+		"no records":            func(f *SummaryFooter) { f.Records = 0 },
+		"more than fit":         func(f *SummaryFooter) { f.Records = int(f.End) },
+		"no end":                func(f *SummaryFooter) { f.End = ChunkHeaderSize },
+		"behind the file's end": func(f *SummaryFooter) { f.End = testSummaryEnd },
+	} {
+		bad := f
+		spoil(&bad)
+		bad.Encode(b, 17, testSummaryEnd)
+		if _, err := DecodeSummaryFooter(b, 17, testSummaryEnd); !errors.Is(err, ErrCorrupt) {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }
 

@@ -34,12 +34,16 @@ func rejected(t *testing.T, err error) {
 
 func FuzzChunkHeader(f *testing.F) {
 	f.Add(goldenFile(f, "chunk-header")[:chunkHeaderEnd])
+	f.Add(goldenFile(f, "chunk-header-durable")[:chunkHeaderEnd])
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if _, err := DecodeChunkHeader(b); err != nil {
 			rejected(t, err)
 		}
 		b = append(bytes.Clone(b), make([]byte, ChunkHeaderSize)...)
 		le.PutUint32(b[40:], Checksum(b[:40]))
+		if le.Uint64(b[44:]) != 0 {
+			le.PutUint32(b[52:], Checksum(b[:52]))
+		}
 		h, err := DecodeChunkHeader(b)
 		if err != nil {
 			rejected(t, err)
@@ -84,6 +88,45 @@ func FuzzRecord(f *testing.F) {
 		}
 		if err != nil {
 			rejected(t, err)
+		}
+	})
+}
+
+// FuzzSummary: whatever verifies is made of what AppendSummary makes.
+func FuzzSummary(f *testing.F) {
+	seedGolden(f, "summary")
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if _, _, err := decodeSummary(b); err != nil {
+			rejected(t, err)
+		}
+		if len(b) < SummaryFooterSize {
+			return
+		}
+		b = bytes.Clone(b)
+		at := len(b) - SummaryFooterSize
+		le.PutUint32(b[at+32:], Checksum(b[:at]))
+		le.PutUint32(b[at:], saltedChecksum(17, testSummaryEnd, b[at+4:at+summaryFooterEnd]))
+		entries, footer, err := decodeSummary(b)
+		if err != nil {
+			rejected(t, err)
+			return
+		}
+		var again []byte
+		for _, e := range entries {
+			h := RecordHeader{Block: e.Block, Branch: e.Branch, Kind: e.Kind, Blocks: e.Blocks, PayloadLen: e.Size - RecordHeaderSize}
+			switch e.Kind {
+			case KindHole:
+				h.Blocks, h.PayloadLen = 1, HoleSize
+			case KindEvent: // its length is padded here
+				h.PayloadLen = int(le.Uint32(b[len(again):]) & MaxPayload)
+			}
+			again = AppendSummary(again, &h, e.Blocks)
+		}
+		again = append(again, make([]byte, SummaryFooterSize)...)
+		footer.Encode(again[len(again)-SummaryFooterSize:], 17, testSummaryEnd)
+		clear(b[at+summaryFooterEnd:])
+		if !bytes.Equal(again, b) {
+			t.Fatalf("%x encodes to %x", b, again)
 		}
 	})
 }

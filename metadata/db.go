@@ -55,8 +55,11 @@ type Options struct {
 }
 
 // DB is an open table. Its methods may be called concurrently; bbolt allows
-// one Update at a time and many readers beside it.
-type DB struct{ b *bbolt.DB }
+// one Update at a time, which callers see to, and many readers beside it.
+type DB struct {
+	b    *bbolt.DB
+	note *note // nil: what this process does to the table, the next opening verifies; used by Open, Update and Close
+}
 
 // Open opens the table at path, making an empty one where there is none.
 func Open(path string, o Options) (db *DB, err error) {
@@ -64,14 +67,16 @@ func Open(path string, o Options) (db *DB, err error) {
 	if o.Timeout <= 0 {
 		o.Timeout = time.Millisecond // bbolt takes 0 for "for ever"
 	}
-	if err := checkPages(path); err != nil {
-		return nil, err
+	if !isVerified(path) {
+		if err := checkPages(path); err != nil {
+			return nil, err
+		}
 	}
 	b, err := bbolt.Open(path, 0o600, &bbolt.Options{
 		Timeout:         o.Timeout,
 		NoSync:          o.NoSync,
 		NoGrowSync:      o.NoSync,
-		NoFreelistSync:  true,
+		NoFreelistSync:  false, // without, opening reads all pages to find the free ones
 		FreelistType:    bbolt.FreelistMapType,
 		InitialMmapSize: initialMmap,
 	})
@@ -83,25 +88,47 @@ func Open(path string, o Options) (db *DB, err error) {
 	case err != nil:
 		return nil, fmt.Errorf("open the table: %w", err)
 	}
-	db = &DB{b}
-	err = b.Update(func(tx *bbolt.Tx) error {
-		for _, name := range [][]byte{bucketStore, bucketVolumes, bucketSnapshots, bucketBranches, bucketLeaves, bucketChanges, bucketChunks,
-			bucketForwarded, bucketForwards} {
+	if err := makeBuckets(b); err != nil {
+		b.Close()
+		return nil, err
+	}
+	return &DB{b, newNote(path)}, nil
+}
+
+// makeBuckets makes those that are not there, in a table that is new.
+func makeBuckets(b *bbolt.DB) error {
+	names := [][]byte{bucketStore, bucketVolumes, bucketSnapshots, bucketBranches, bucketLeaves, bucketChanges, bucketChunks,
+		bucketForwarded, bucketForwards}
+	missing := 0
+	err := b.View(func(tx *bbolt.Tx) error {
+		for _, name := range names {
+			if tx.Bucket(name) == nil {
+				missing++
+			}
+		}
+		return nil
+	})
+	if err != nil || missing == 0 {
+		return err // a commit would cost two syncs
+	}
+	return b.Update(func(tx *bbolt.Tx) error {
+		for _, name := range names {
 			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
 				return err
 			}
 		}
 		return nil
 	})
-	if err != nil {
-		b.Close()
-		return nil, err
-	}
-	return db, nil
 }
 
 // Close waits for the readers and closes the file.
-func (d *DB) Close() error { return d.b.Close() }
+func (d *DB) Close() error {
+	err := d.b.Close()
+	if d.note != nil {
+		err = errors.Join(err, d.note.close())
+	}
+	return err
+}
 
 // Size is the size of the table's file in bytes.
 func (d *DB) Size() (n int64, err error) {
@@ -114,8 +141,25 @@ func (d *DB) Size() (n int64, err error) {
 func (d *DB) CheckPages() error { return checkPages(d.b.Path()) }
 
 // Update runs fn in a read-write transaction and commits it; on an error
-// nothing changes. When Update returns nil, the changes are durable.
-func (d *DB) Update(fn func(*Tx) error) (err error) {
+// nothing changes. One at a time. When Update returns nil, the changes are durable.
+func (d *DB) Update(fn func(*Tx) error) error {
+	if d.note != nil && d.note.begin() != nil {
+		d.unverify()
+	}
+	err := d.update(fn)
+	if d.note != nil && (err != nil || d.note.end() != nil) {
+		// Perhaps a sync has failed, and what the next owner would read is not what is on the disk.
+		d.unverify()
+	}
+	return err
+}
+
+func (d *DB) unverify() {
+	d.note.drop()
+	d.note = nil
+}
+
+func (d *DB) update(fn func(*Tx) error) (err error) {
 	defer guard(&err)()
 	return d.b.Update(func(tx *bbolt.Tx) error {
 		t := &Tx{tx: tx}

@@ -8,6 +8,8 @@ import (
 	"io"
 	"os"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -21,6 +23,8 @@ const (
 
 	flagBranch    = 1
 	flagLeaf      = 2
+	flagFree      = 16
+	noFreeList    = 1<<64 - 1
 	flagBucket    = 1 // of a leaf's element: the value is a bucket
 	bucketHeader  = 16
 	maxPageDepth  = 32
@@ -67,12 +71,17 @@ func checkPages(path string) error {
 		return nil
 	}
 	c := &pageChecker{f: f, size: info.Size()}
-	root, err := c.meta()
+	root, free, err := c.meta()
 	if err != nil {
 		return err
 	}
+	// All will be read, in the order of the keys; the disk does better in its own. It is a hint.
+	_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_WILLNEED)
 	c.seen = make([]bool, c.pages)
 	if err := c.tree(root, nil, nil, 0, c.bucket); err != nil {
+		return err
+	}
+	if err := c.freeList(free); err != nil {
 		return err
 	}
 	// A value that does not verify is its reader's to report: with its checksum as stored, or if
@@ -84,7 +93,7 @@ func checkPages(path string) error {
 }
 
 // meta finds the newer of the two meta pages that verifies, as bbolt does.
-func (c *pageChecker) meta() (root uint64, err error) {
+func (c *pageChecker) meta() (root, free uint64, err error) {
 	var newest, found uint64
 	offsets := []int64{0}
 	for at := int64(1 << 10); at <= maxMetaOffset; at *= 2 {
@@ -105,18 +114,48 @@ func (c *pageChecker) meta() (root uint64, err error) {
 			continue
 		}
 		if tx := le.Uint64(m[48:]); found == 0 || tx > newest {
-			newest, root = tx, le.Uint64(m[16:])
+			newest, root, free = tx, le.Uint64(m[16:]), le.Uint64(m[32:])
 			c.page, c.pages = int64(le.Uint32(m[8:])), le.Uint64(m[40:])
 		}
 		found++
 	}
 	if found == 0 {
-		return 0, damaged("no meta page verifies")
+		return 0, 0, damaged("no meta page verifies")
 	}
 	if c.page < 1<<10 || c.page > maxMetaOffset || c.pages > uint64(c.size/c.page)+1<<16 {
-		return 0, damaged("%d pages of %d bytes in a file of %d", c.pages, c.page, c.size)
+		return 0, 0, damaged("%d pages of %d bytes in a file of %d", c.pages, c.page, c.size)
 	}
-	return root, nil
+	return root, free, nil
+}
+
+// freeList proves that no page of the list of free pages is in use: bbolt would write to it. It comes after all trees.
+func (c *pageChecker) freeList(id uint64) error {
+	if id == noFreeList {
+		return nil // bbolt looks for them itself
+	}
+	p, err := c.read(id)
+	if err != nil {
+		return err
+	}
+	if le.Uint16(p[8:]) != flagFree {
+		return damaged("page %d is not a list of free pages", id)
+	}
+	n, ids := uint64(le.Uint16(p[10:])), p[pageHeader:]
+	if n == 0xffff { // more than the count can say
+		n, ids = le.Uint64(ids), ids[8:]
+	}
+	if n > uint64(len(ids)/8) {
+		return damaged("page %d lists %d free pages", id, n)
+	}
+	last := uint64(1)
+	for i := range n {
+		free := le.Uint64(ids[8*i:])
+		if free <= last || free >= c.pages || c.seen[free] {
+			return damaged("page %d is said to be free", free)
+		}
+		last = free
+	}
+	return nil
 }
 
 // read reads a page with its overflow, once.

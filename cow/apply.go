@@ -1,0 +1,191 @@
+package cow
+
+import (
+	"errors"
+	"runtime"
+	"sync"
+	"sync/atomic"
+
+	"github.com/vdisk/vdisk/format"
+)
+
+// A replay applies records by the million. It holds them back in batches, within which the order of records
+// of different leaves means nothing, and applies a batch leaf by leaf, on all processors.
+
+const (
+	batchParts = 64      // that processors take, one after the other; a leaf is in one
+	batchMost  = 2 << 20 // changes in a batch, by default: 32 MiB
+	groupCount = 4096    // into which the leaves of a part fall
+)
+
+// heldChange is what a record does to a leaf.
+type heldChange struct {
+	e     format.Entry // of the first block; 0: a hole
+	index uint32       // of the leaf
+	b     uint16       // of batch.branches
+	first uint8        // block of the leaf
+	last  uint8
+}
+
+// batch is changes that were not applied yet, by part, each in the order of the log.
+type batch struct {
+	s        *Store
+	parts    [batchParts][]heldChange
+	held     int
+	branches []*branch
+
+	mu    sync.Mutex // guards what appliers have no copies of: the store's lists of what is dirty, and accounting for moved blocks
+	moved []bool     // by slot: blocks of the chunk may be elsewhere; no appending changes that, so not within a batch
+}
+
+// hold adds a change of n blocks of a leaf.
+func (t *batch) hold(b *branch, index uint32, first, n int, e format.Entry) error {
+	if t.held == t.s.opts.ReplayBatch || len(t.branches) == 1<<16 {
+		if err := t.apply(); err != nil {
+			return err
+		}
+	}
+	if n := len(t.branches); n == 0 || t.branches[n-1] != b { // one may be there twice
+		t.branches = append(t.branches, b)
+	}
+	p := &t.parts[leafHash(b, index)%batchParts]
+	*p = append(*p, heldChange{e, index, uint16(len(t.branches) - 1), uint8(first), uint8(first + n - 1)})
+	t.held++
+	return nil
+}
+
+// leafHash spreads the leaves over parts and groups.
+func leafHash(b *branch, index uint32) uint32 {
+	return uint32((uint64(b.ID)<<32 | uint64(index)) * 0x9e3779b97f4a7c15 >> 40)
+}
+
+// apply applies what is held.
+func (t *batch) apply() error {
+	if t.held == 0 {
+		return nil
+	}
+	var next atomic.Int32
+	var wg sync.WaitGroup
+	t.moved = t.moved[:0]
+	for _, c := range t.s.slots.table() {
+		t.moved = append(t.moved, c != nil && c.moved > 0)
+	}
+	workers := make([]applier, runtime.GOMAXPROCS(0))
+	for i := range workers {
+		a := &workers[i]
+		a.t, a.live = t, make([]int64, len(t.moved))
+		wg.Go(func() {
+			for n := next.Add(1); n <= batchParts && a.err == nil; n = next.Add(1) {
+				a.err = a.apply(t.parts[n-1])
+			}
+		})
+	}
+	wg.Wait()
+	var errs []error
+	for i := range workers {
+		errs = append(errs, workers[i].err)
+		workers[i].settle()
+	}
+	for i := range t.parts {
+		t.parts[i] = t.parts[i][:0]
+	}
+	t.held, t.branches = 0, t.branches[:0]
+	return errors.Join(errs...)
+}
+
+// applier applies parts of a batch, one after the other, beside others.
+type applier struct {
+	t       *batch
+	live    []int64 // by slot: what the chunk's live bytes change by
+	grouped []heldChange
+	err     error
+}
+
+// apply applies a part, the changes of one leaf after the other.
+func (a *applier) apply(part []heldChange) error {
+	part = a.group(part)
+	for len(part) > 0 {
+		first := part[0]
+		b := a.t.branches[first.b]
+		n := 1
+		for n < len(part) && part[n].index == first.index && a.t.branches[part[n].b] == b {
+			n++
+		}
+		if err := a.applyLeaf(leafKey{b, first.index, head}, part[:n]); err != nil {
+			return err
+		}
+		part = part[n:]
+	}
+	return nil
+}
+
+// group brings the changes of a leaf together, in their order: a counting sort by hash.
+func (a *applier) group(part []heldChange) []heldChange {
+	var next [groupCount]uint32
+	group := func(h *heldChange) uint32 { return leafHash(a.t.branches[h.b], h.index) / batchParts % groupCount }
+	for i := range part {
+		next[group(&part[i])]++
+	}
+	at := uint32(0)
+	for i, n := range next {
+		next[i] = at
+		at += n
+	}
+	if cap(a.grouped) < len(part) {
+		a.grouped = make([]heldChange, len(part)+len(part)/4)
+	}
+	out := a.grouped[:len(part)]
+	for i := range part {
+		g := group(&part[i])
+		out[next[g]] = part[i]
+		next[g]++
+	}
+	return out
+}
+
+func (a *applier) applyLeaf(k leafKey, changes []heldChange) error {
+	s := a.t.s
+	lf, sh, err := s.headLeaf(k)
+	if err != nil {
+		return err
+	}
+	defer sh.mu.Unlock()
+	a.t.mu.Lock()
+	s.own(lf)
+	a.t.mu.Unlock()
+	for _, h := range changes {
+		e := h.e
+		for i := int(h.first); i <= int(h.last); i++ {
+			if h.e != 0 {
+				e = h.e.WithIndex(i - int(h.first))
+			}
+			a.account(put(&lf.Leaf, i, e), -1)
+			a.account(e, +1)
+		}
+	}
+	return nil
+}
+
+func (a *applier) account(e format.Entry, sign int64) {
+	slot := e.Slot()
+	switch {
+	case e.IsHole() || int(slot) >= len(a.live):
+	case a.t.moved[slot]:
+		a.t.mu.Lock()
+		a.t.s.account(e, int(sign))
+		a.t.mu.Unlock()
+	default:
+		a.live[slot] += sign * int64(e.Share())
+	}
+}
+
+// settle adds what was accounted to the chunks.
+func (a *applier) settle() {
+	s := a.t.s
+	for slot, n := range a.live {
+		if c := s.slots.get(uint32(slot)); n != 0 && c != nil {
+			c.live = uint32(int64(c.live) + n)
+			s.markRow(c)
+		}
+	}
+}

@@ -1,0 +1,136 @@
+package metadata
+
+import (
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/vdisk/vdisk/format"
+)
+
+// The note must hold for a table as its owner left it, and for no other.
+func TestVerified(t *testing.T) {
+	change := func(fn func(*verified)) func(t *testing.T, path string) {
+		return func(t *testing.T, path string) {
+			text, err := os.ReadFile(path + VerifiedSuffix)
+			must(t, err)
+			var v verified
+			must(t, json.Unmarshal(text, &v))
+			fn(&v)
+			text, err = json.Marshal(v)
+			must(t, err)
+			must(t, os.WriteFile(path+VerifiedSuffix, text, 0o600))
+		}
+	}
+	rewrite := func(t *testing.T, path string) { // the same bytes, by somebody else
+		whole, err := os.ReadFile(path)
+		must(t, err)
+		must(t, os.WriteFile(path, whole, 0o600))
+	}
+	for name, c := range map[string]struct {
+		do   func(t *testing.T, path string)
+		want bool
+	}{
+		"closed":     {func(*testing.T, string) {}, true},
+		"rewritten":  {rewrite, false},
+		"other boot": {change(func(v *verified) { v.Boot = "another" }), false},
+		"no boot":    {change(func(v *verified) { v.Boot = "" }), false},
+		"in a commit": {func(t *testing.T, path string) {
+			change(func(v *verified) { v.Writing = true })(t, path)
+			rewrite(t, path)
+		}, true},
+		"in a commit, before":         {change(func(v *verified) { v.Writing, v.Size = true, 0 }), true},
+		"in a commit of another boot": {change(func(v *verified) { v.Writing, v.Boot = true, "another" }), false},
+		"no note":                     {func(t *testing.T, path string) { must(t, os.Remove(path+VerifiedSuffix)) }, false},
+		"cut note":                    {func(t *testing.T, path string) { must(t, os.Truncate(path+VerifiedSuffix, 20)) }, false},
+		"moved": {func(t *testing.T, path string) {
+			must(t, os.Rename(path, path+"2"))
+			must(t, os.Rename(path+"2", path))
+		}, false},
+		"exchanged": {func(t *testing.T, path string) {
+			whole, err := os.ReadFile(path)
+			must(t, errors.Join(err, os.WriteFile(path+"2", whole, 0o600), os.Rename(path+"2", path)))
+		}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "t")
+			filled(t, path)
+			c.do(t, path)
+			if got := isVerified(path); got != c.want {
+				t.Errorf("verified: %t", got)
+			}
+			must(t, open(t, path).Close())
+			if !isVerified(path) {
+				t.Error("not verified after it was opened and closed")
+			}
+		})
+	}
+}
+
+// A commit that failed leaves no note: what it wrote may not be what can be read.
+func TestFailedCommitIsNotVerified(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "t")
+	filled(t, path)
+	db := open(t, path)
+	must(t, db.Update(func(tx *Tx) error { return tx.DropChunk(1) }))
+	if !isVerified(path) {
+		t.Error("not verified after a commit")
+	}
+	if err := db.Update(func(*Tx) error { return errLost }); !errors.Is(err, errLost) {
+		t.Fatal(err)
+	}
+	if isVerified(path) {
+		t.Error("verified after a commit that failed")
+	}
+	must(t, db.Update(func(tx *Tx) error { return tx.DropChunk(2) }))
+	must(t, db.Close())
+	if isVerified(path) {
+		t.Error("verified again by one that succeeded")
+	}
+}
+
+var errLost = errors.New("lost")
+
+// A page in use that the list of free pages names would be overwritten.
+func TestDamagedFreeList(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "t")
+	filled(t, path)
+	whole, err := os.ReadFile(path)
+	must(t, err)
+	c := &pageChecker{size: int64(len(whole))}
+	c.f, err = os.Open(path)
+	must(t, err)
+	defer c.f.Close()
+	root, free, err := c.meta()
+	must(t, err)
+	if free == noFreeList {
+		t.Fatal("there is no list")
+	}
+	list := whole[int64(free)*c.page:]
+	if le.Uint16(list[10:]) < 2 {
+		t.Fatal("it is too short")
+	}
+	for name, damage := range map[string]func(p []byte){
+		"a page in use":   func(p []byte) { le.PutUint64(p[16:], root) },
+		"itself":          func(p []byte) { le.PutUint64(p[16:], free) },
+		"a meta page":     func(p []byte) { le.PutUint64(p[16:], 1) },
+		"behind the end":  func(p []byte) { le.PutUint64(p[16+8*(int(le.Uint16(p[10:]))-1):], c.pages) },
+		"one twice":       func(p []byte) { copy(p[24:32], p[16:24]) },
+		"too many":        func(p []byte) { le.PutUint16(p[10:], 2000) },
+		"far too many":    func(p []byte) { le.PutUint16(p[10:], 0xffff); le.PutUint64(p[16:], 1<<60) },
+		"of another kind": func(p []byte) { p[8] = flagLeaf },
+	} {
+		bad := append([]byte(nil), whole...)
+		damage(bad[int64(free)*c.page:])
+		p := filepath.Join(t.TempDir(), "bad")
+		must(t, os.WriteFile(p, bad, 0o600))
+		if db, err := Open(p, Options{NoSync: true}); !errors.Is(err, format.ErrCorrupt) {
+			t.Errorf("%s: %v", name, err)
+			if err == nil {
+				must(t, db.Close())
+			}
+		}
+	}
+}
