@@ -28,8 +28,8 @@ const (
 	ahead = 4
 )
 
-// cleaner is the state of one that cleans. It is used under Store.cleanMu.
-type cleaner struct {
+// mover is the state of one that cleans. It is used under Store.cleanMu.
+type mover struct {
 	s    *Store
 	r    recordReader
 	c    *chunk // being cleaned, with a reference
@@ -145,7 +145,7 @@ func (s *Store) cleanChunk(ctx context.Context, c *chunk, pause func(time.Durati
 		return 0, err
 	}
 	if s.mover == nil {
-		s.mover = &cleaner{s: s, comp: make([]byte, 0, format.MaxCompressed)}
+		s.mover = &mover{s: s, comp: make([]byte, 0, format.MaxCompressed)}
 	}
 	m := s.mover
 	m.c, m.r = c, recordReader{f: f, c: c, win: m.r.win[:0], off: format.ChunkHeaderSize, at: format.ChunkHeaderSize}
@@ -180,7 +180,7 @@ func (s *Store) live() error {
 // batch goes on through the chunk until it has moved or passed over a batch. The reaper is kept
 // out meanwhile: which version of a leaf owns a record changes by it, and by nothing else, once
 // the version's epoch has ended.
-func (m *cleaner) batch() (moved int, more bool, err error) {
+func (m *mover) batch() (moved int, more bool, err error) {
 	s := m.s
 	s.ckptMu.Lock()
 	defer s.ckptMu.Unlock()
@@ -217,7 +217,7 @@ func (m *cleaner) batch() (moved int, more bool, err error) {
 }
 
 // next reads the next record, which is valid until the one after.
-func (m *cleaner) next() (*format.RecordHeader, []byte, error) {
+func (m *mover) next() (*format.RecordHeader, []byte, error) {
 	off := m.r.off
 	head, err := m.r.peek(format.RecordHeaderSize)
 	if err != nil {
@@ -258,7 +258,7 @@ const cleanWindow = 1 << 20
 
 // move moves what lives of one record, and returns the size of what it wrote. Since the table's chunks do not change while
 // ckptMu is held, a name that means this record at the beginning means no other at the end.
-func (m *cleaner) move(h *format.RecordHeader, payload []byte, off uint32) (n int, err error) {
+func (m *mover) move(h *format.RecordHeader, payload []byte, off uint32) (n int, err error) {
 	here := format.MakeEntry(m.c.slot, off, h.Size(), h.Blocks, 0)
 	name, data := here, payload
 	if h.Kind == format.KindMoved {
@@ -298,7 +298,7 @@ func (m *cleaner) move(h *format.RecordHeader, payload []byte, off uint32) (n in
 }
 
 // unlessDead lets damage pass that nobody will ever see.
-func (m *cleaner) unlessDead(h *format.RecordHeader, name format.Entry, damage error) error {
+func (m *mover) unlessDead(h *format.RecordHeader, name format.Entry, damage error) error {
 	mask, _, err := m.owned(h, name)
 	if err == nil && mask != 0 {
 		err = damage
@@ -318,7 +318,7 @@ func ownedIn(l *format.Leaf, h *format.RecordHeader, name format.Entry) (mask ui
 }
 
 // headMask says which blocks of a record are in the head of a volume and nowhere else: put there in the present epoch.
-func (m *cleaner) headMask(h *format.RecordHeader, name format.Entry) (mask uint16, err error) {
+func (m *mover) headMask(h *format.RecordHeader, name format.Entry) (mask uint16, err error) {
 	s := m.s
 	s.mu.Lock()
 	b := s.tables.branches[h.Branch]
@@ -340,7 +340,7 @@ func (m *cleaner) headMask(h *format.RecordHeader, name format.Entry) (mask uint
 }
 
 // rewrite writes blocks of a head again, whose content stays the same.
-func (m *cleaner) rewrite(h *format.RecordHeader, payload []byte, name format.Entry, mask uint16) (n int, err error) {
+func (m *mover) rewrite(h *format.RecordHeader, payload []byte, name format.Entry, mask uint16) (n int, err error) {
 	s := m.s
 	if bits.OnesCount16(mask) == h.Blocks {
 		return s.putMoved(&format.RecordHeader{Block: h.Block, Branch: h.Branch, Kind: format.KindData, Codec: h.Codec, Blocks: h.Blocks,
@@ -433,7 +433,7 @@ func holdsRun(lf *leaf, h *format.RecordHeader, name format.Entry) bool {
 
 // owned says which blocks of a record the version that owns it has. All blocks of a record that live have one owner: they
 // were put together, and when the reaper hands them on it is to one successor. ckptMu is held.
-func (m *cleaner) owned(h *format.RecordHeader, name format.Entry) (mask uint16, epoch uint32, err error) {
+func (m *mover) owned(h *format.RecordHeader, name format.Entry) (mask uint16, epoch uint32, err error) {
 	s := m.s
 	s.mu.Lock()
 	b := s.tables.branches[h.Branch]
@@ -462,7 +462,7 @@ func (m *cleaner) owned(h *format.RecordHeader, name format.Entry) (mask uint16,
 }
 
 // forward copies a whole record, which a version of that epoch owns, and notes where it is now. ckptMu is held.
-func (m *cleaner) forward(h *format.RecordHeader, payload []byte, name format.Entry, mask uint16, epoch uint32) (n int, err error) {
+func (m *mover) forward(h *format.RecordHeader, payload []byte, name format.Entry, mask uint16, epoch uint32) (n int, err error) {
 	s := m.s
 	m.pay = append(m.pay[:0], make([]byte, format.MovedSize)...)
 	format.Moved{From: name, Mask: mask}.Encode(m.pay)
@@ -480,142 +480,4 @@ func (m *cleaner) forward(h *format.RecordHeader, payload []byte, name format.En
 	c, off := s.wal.append(&nh, m.pay)
 	s.cleaned += uint64(nh.Size())
 	return nh.Size(), s.forward(name, mask, format.MakeEntry(c.slot, off, nh.Size(), nh.Blocks, 0))
-}
-
-// urgency is how much the cleaner is needed.
-type urgency uint8
-
-const (
-	idle    urgency = iota
-	tidy            // there is more dead data than there should be
-	pressed         // there is little room
-	hungry          // writers wait for room
-)
-
-// cleanRoutine cleans when there is reason, until quit.
-func (s *Store) cleanRoutine() {
-	tick := time.NewTicker(time.Second)
-	defer tick.Stop()
-	defer func() { // nobody waits for a cleaner that is gone
-		s.mu.Lock()
-		s.helpless = true
-		s.wal.space.Broadcast()
-		s.mu.Unlock()
-	}()
-	for {
-		select {
-		case <-s.quit:
-			return
-		case <-s.cleanWork:
-		case <-tick.C:
-		}
-		for u := s.urgency(); u > idle; u = s.urgency() {
-			if more := s.cleanFor(u); !more {
-				break
-			}
-		}
-	}
-}
-
-// cleanFor cleans one chunk, as fast as the urgency asks, and has the table give it up; false: that is all for now.
-func (s *Store) cleanFor(u urgency) (more bool) {
-	waste := worthwhile
-	if u == tidy {
-		waste = slack / (1 + slack) / 2
-	}
-	var pause func(time.Duration)
-	if u < hungry {
-		pause = s.giveWay
-	}
-	before := s.used()
-	r, err := s.cleanOne(context.Background(), waste, pause)
-	if u == hungry && (r.Chunks == 0 || errors.Is(err, ErrNoSpace)) {
-		// There may be more dead than the table knows, and chunks that it does not have all of.
-		if err = s.settleSpace(context.Background()); err == nil {
-			r, err = s.cleanOne(context.Background(), waste, nil)
-		}
-	}
-	if err == nil && r.Chunks > 0 {
-		err = s.checkpoint()
-	}
-	gain := r.Moved < r.Freed || s.used() < before
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if err != nil && !s.closed && !errors.Is(err, ErrNoSpace) { // of that the writers hear
-		s.log.Error("cleaning failed", "err", err)
-	}
-	s.helpless = u == hungry && (err != nil || !gain) // until a checkpoint has changed something
-	s.starving = false
-	s.wal.space.Broadcast()
-	return gain && err == nil
-}
-
-func (s *Store) used() int64 {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.slots.bytes()
-}
-
-// needRoom is called by writers that find no room, with mu held. It wakes the cleaner; false: that can give none.
-func (s *Store) needRoom() bool {
-	if s.helpless || s.closed || s.opts.CheckpointInterval < 0 {
-		return false
-	}
-	s.starving = true
-	poke(s.cleanWork)
-	return true
-}
-
-// urgency looks at how much room and how much dead data there is.
-func (s *Store) urgency() urgency {
-	free, err := s.fs.Free()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed || s.wal.err() != nil {
-		return idle
-	}
-	if s.starving {
-		return hungry
-	}
-	var used, records, live int64
-	for _, c := range s.slots.all() {
-		used += int64(c.size)
-		if s.mayClean(c) {
-			records += int64(c.end - format.ChunkHeaderSize)
-			live += int64(c.live)
-		}
-	}
-	room := free - spare
-	if s.wal.limit > 0 {
-		room = min(room, s.wal.limit-used)
-	}
-	dead := records - live
-	switch {
-	case err == nil && room < (ahead+1)*s.wal.chunkBytes && !s.helpless && dead > 0:
-		return pressed
-	case float64(dead) > slack*float64(live)+slackBytes:
-		return tidy
-	}
-	return idle
-}
-
-// giveWay lets others go first: where there is other work, twice as long as the last batch took.
-func (s *Store) giveWay(took time.Duration) {
-	s.mu.Lock()
-	others := s.wal.appended - s.cleaned
-	s.mu.Unlock()
-	wait := took / 4
-	if others != s.othersSeen {
-		wait = 2 * took
-	}
-	s.othersSeen = others
-	if s.urgency() == hungry {
-		return
-	}
-	timer := time.NewTimer(min(wait, time.Second))
-	defer timer.Stop()
-	select {
-	case <-s.quit:
-	case <-timer.C:
-	}
 }

@@ -135,7 +135,7 @@ type Store struct {
 	closed       bool
 
 	cleanMu    sync.Mutex // one cleans at a time; taken before ckptMu
-	mover      *cleaner   // guarded by cleanMu
+	mover      *mover     // guarded by cleanMu
 	cleaned    uint64     // bytes that the cleaner appended; guarded by mu
 	othersSeen uint64     // bytes that others had, at the last look; guarded by cleanMu
 	starving   bool       // writers wait for the cleaner; guarded by mu

@@ -1,0 +1,147 @@
+package cow
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/vdisk/vdisk/format"
+)
+
+// urgency is how much the cleaner is needed.
+type urgency uint8
+
+const (
+	idle    urgency = iota
+	tidy            // there is more dead data than there should be
+	pressed         // there is little room
+	hungry          // writers wait for room
+)
+
+// cleanRoutine cleans when there is reason, until quit.
+func (s *Store) cleanRoutine() {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	defer func() { // nobody waits for a cleaner that is gone
+		s.mu.Lock()
+		s.helpless = true
+		s.wal.space.Broadcast()
+		s.mu.Unlock()
+	}()
+	for {
+		select {
+		case <-s.quit:
+			return
+		case <-s.cleanWork:
+		case <-tick.C:
+		}
+		for u := s.urgency(); u > idle; u = s.urgency() {
+			if more := s.cleanFor(u); !more {
+				break
+			}
+		}
+	}
+}
+
+// cleanFor cleans one chunk, as fast as the urgency asks, and has the table give it up; false: that is all for now.
+func (s *Store) cleanFor(u urgency) (more bool) {
+	waste := worthwhile
+	if u == tidy {
+		waste = slack / (1 + slack) / 2
+	}
+	var pause func(time.Duration)
+	if u < hungry {
+		pause = s.giveWay
+	}
+	before := s.used()
+	r, err := s.cleanOne(context.Background(), waste, pause)
+	if u == hungry && (r.Chunks == 0 || errors.Is(err, ErrNoSpace)) {
+		// There may be more dead than the table knows, and chunks that it does not have all of.
+		if err = s.settleSpace(context.Background()); err == nil {
+			r, err = s.cleanOne(context.Background(), waste, nil)
+		}
+	}
+	if err == nil && r.Chunks > 0 {
+		err = s.checkpoint()
+	}
+	gain := r.Moved < r.Freed || s.used() < before
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err != nil && !s.closed && !errors.Is(err, ErrNoSpace) { // of that the writers hear
+		s.log.Error("cleaning failed", "err", err)
+	}
+	s.helpless = u == hungry && (err != nil || !gain) // until a checkpoint has changed something
+	s.starving = false
+	s.wal.space.Broadcast()
+	return gain && err == nil
+}
+
+func (s *Store) used() int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.slots.bytes()
+}
+
+// needRoom is called by writers that find no room, with mu held. It wakes the cleaner; false: that can give none.
+func (s *Store) needRoom() bool {
+	if s.helpless || s.closed || s.opts.CheckpointInterval < 0 {
+		return false
+	}
+	s.starving = true
+	poke(s.cleanWork)
+	return true
+}
+
+// urgency looks at how much room and how much dead data there is.
+func (s *Store) urgency() urgency {
+	free, err := s.fs.Free()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed || s.wal.err() != nil {
+		return idle
+	}
+	if s.starving {
+		return hungry
+	}
+	var used, records, live int64
+	for _, c := range s.slots.all() {
+		used += int64(c.size)
+		if s.mayClean(c) {
+			records += int64(c.end - format.ChunkHeaderSize)
+			live += int64(c.live)
+		}
+	}
+	room := free - spare
+	if s.wal.limit > 0 {
+		room = min(room, s.wal.limit-used)
+	}
+	dead := records - live
+	switch {
+	case err == nil && room < (ahead+1)*s.wal.chunkBytes && !s.helpless && dead > 0:
+		return pressed
+	case float64(dead) > slack*float64(live)+slackBytes:
+		return tidy
+	}
+	return idle
+}
+
+// giveWay lets others go first: where there is other work, twice as long as the last batch took.
+func (s *Store) giveWay(took time.Duration) {
+	s.mu.Lock()
+	others := s.wal.appended - s.cleaned
+	s.mu.Unlock()
+	wait := took / 4
+	if others != s.othersSeen {
+		wait = 2 * took
+	}
+	s.othersSeen = others
+	if s.urgency() == hungry {
+		return
+	}
+	timer := time.NewTimer(min(wait, time.Second))
+	defer timer.Stop()
+	select {
+	case <-s.quit:
+	case <-timer.C:
+	}
+}
