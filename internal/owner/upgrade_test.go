@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/format"
 )
 
 // program puts a program in the place of this test's.
@@ -25,7 +26,7 @@ func program(t *testing.T, text string) string {
 
 func TestUpgrade(t *testing.T) {
 	w := newWorld(t)
-	good := program(t, `echo '{"version":"2.0","store_format":1,"handover":1}'`)
+	good := program(t, fmt.Sprintf(`echo '{"version":"2.0","store_format":%d,"handover":1}'`, format.StoreVersion))
 	replaceable := func() *Owner {
 		opts := w.options(true)
 		opts.Replaceable, opts.Version, opts.program = true, "1.0", good
@@ -39,7 +40,7 @@ func TestUpgrade(t *testing.T) {
 	w.attach(o, "v")
 	write(t, w.d.devices[0].server, "text")
 	for text, want := range map[string]error{
-		`echo '{"version":"0.1","store_format":0,"handover":1}'`: cow.ErrVersion,
+		`echo '{"version":"0.1","store_format":1,"handover":1}'`: cow.ErrVersion,
 		`echo '{"version":"0.1","store_format":1}'`:              ErrUnsupported,
 		`echo hello`: cow.ErrInvalid,
 		`exit 1`:     nil,
