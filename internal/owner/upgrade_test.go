@@ -40,8 +40,8 @@ func TestUpgrade(t *testing.T) {
 	w.attach(o, "v")
 	write(t, w.d.devices[0].server, "text")
 	for text, want := range map[string]error{
-		`echo '{"version":"0.1","store_format":1,"handover":1}'`: cow.ErrVersion,
-		`echo '{"version":"0.1","store_format":1}'`:              ErrUnsupported,
+		`echo '{"version":"0.1","store_format":1,"handover":1}'`:                       cow.ErrVersion,
+		fmt.Sprintf(`echo '{"version":"0.1","store_format":%d}'`, format.StoreVersion): ErrUnsupported,
 		`echo hello`: cow.ErrInvalid,
 		`exit 1`:     nil,
 	} {
