@@ -196,6 +196,13 @@ func (p *batchPort) turn(wait bool) error {
 	return err
 }
 
+func (p *batchPort) flush() (done bool, err error) {
+	if p.filling >= 0 {
+		p.submit()
+	}
+	return p.ringPort.flush()
+}
+
 // submit queues the command for the elements that were added.
 func (p *batchPort) submit() {
 	if p.prep {

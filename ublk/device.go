@@ -207,7 +207,8 @@ func (d *Device) fail(err error) {
 }
 
 // superviseRoutine waits for the end of the queues, whoever caused it, and releases everything in the driver's order:
-// rings (by the queue threads), mappings, char device, and the device itself unless it outlives its server.
+// rings (by the queue threads; those of queues that left, here), mappings, char device, and the device itself unless it
+// outlives its server.
 func (d *Device) superviseRoutine() {
 	d.ending.Wait()
 	d.sizing <- struct{}{} // closing the char device may take the disk away
@@ -268,6 +269,11 @@ func (d *Device) release() {
 		}
 		if d.features&FeatureUserRecovery != 0 && t.tid.Load() != 0 && !t.gone() {
 			keepForever(t)
+		}
+		// Not before: 6.12's driver, when the ring of a living thread is closed with requests waiting to be handed out, loses
+		// those, and the device never becomes quiesced.
+		if t.behind != nil {
+			t.behind.close(false)
 		}
 		if t.buf != nil && (t.queue == nil || t.owned == 0 && t.reading == 0) {
 			_ = unix.Munmap(t.buf)

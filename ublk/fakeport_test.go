@@ -30,6 +30,8 @@ type fakeKernel struct {
 	enterErr func(nth int) error
 	// takes, when set, limits how many elements the nth COMMIT takes; one that takes none is refused with the error.
 	takes func(nth, n int) (int, unix.Errno)
+	// refill, when set, is what a tag gets as soon as it is free.
+	refill func() ioDesc
 
 	mu       sync.Mutex // guards what follows
 	cond     *sync.Cond
@@ -38,6 +40,7 @@ type fakeKernel struct {
 	addrs    []uint64
 	results  chan fakeResult // commits, in their order
 	backlog  []cqe           // completions that no enter has delivered
+	work     []cqe           // requests that wait for an enter with events, which makes them completions
 	entered  int
 	commits  int
 	reads    int
@@ -135,7 +138,7 @@ func (k *fakeKernel) close() {
 	k.closed = true
 }
 
-func (k *fakeKernel) enter(submit, minComplete uint32) error {
+func (k *fakeKernel) enter(submit, minComplete, flags uint32) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.entered++
@@ -153,10 +156,8 @@ func (k *fakeKernel) enter(submit, minComplete uint32) error {
 		*e = sqe{opcode: 0xff} // the kernel is done with it
 	}
 	for {
-		k.deliverTags()
-		if k.pending && k.armed {
-			k.pending, k.armed = false, false
-			k.post(completeWake, 0, 8)
+		if flags&enterGetEvents != 0 {
+			k.deferred()
 		}
 		k.deliver()
 		if err != nil || *k.ring.cqTail-*k.ring.cqHead >= minComplete {
@@ -164,6 +165,17 @@ func (k *fakeKernel) enter(submit, minComplete uint32) error {
 		}
 		k.waits++
 		k.cond.Wait()
+	}
+}
+
+// deferred does the driver's deferred work, as a ring with DEFER_TASKRUN has it done.
+func (k *fakeKernel) deferred() {
+	k.backlog = append(k.backlog, k.work...)
+	k.work = k.work[:0]
+	k.deliverTags()
+	if k.pending && k.armed {
+		k.pending, k.armed = false, false
+		k.post(completeWake, 0, 8)
 	}
 }
 
@@ -232,6 +244,8 @@ func (k *fakeKernel) offer(tag int, addr uint64, from tagOwner, res int32) {
 	k.owner[tag] = tagIdle
 	if k.stopping && k.mode != CopyBatch {
 		k.end(tag)
+	} else if k.refill != nil {
+		k.give(tag, k.refill())
 	}
 	k.cond.Broadcast()
 }
@@ -421,9 +435,22 @@ func (k *fakeKernel) give(tag int, d ioDesc) {
 		k.fifo = append(k.fifo, uint16(tag))
 	} else {
 		k.owner[tag] = tagServer
-		k.post(completeIO, tag, 0)
+		k.work = append(k.work, cqe{userData: userData(completeIO, tag)})
 	}
 	k.cond.Broadcast()
+}
+
+// commands counts the tags that the server has not got: those that an old driver can cancel.
+func (k *fakeKernel) commands() int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	n := len(k.work)
+	for _, o := range k.owner {
+		if o == tagIdle || o == tagQueued {
+			n++
+		}
+	}
+	return n
 }
 
 // fill is the byte that a write brings, and that a read is to return: another one for every fakeIOMax of the disk.

@@ -47,6 +47,7 @@ type programDisk struct {
 
 	mu   sync.Mutex // guards what follows
 	held []*Request
+	seen map[int64]bool // offsets of the requests that it was called with
 	runs sync.WaitGroup // goroutines that answer
 }
 
@@ -54,6 +55,12 @@ func (d *programDisk) planOf(r *Request) behaviour { return d.plan[r.Offset/fake
 
 func (d *programDisk) ServeUBLK(r *Request) error {
 	want := byte(r.Offset/fakeIOMax) + 1
+	d.mu.Lock()
+	if d.seen[r.Offset] {
+		d.t.Errorf("the request at %d was served twice", r.Offset)
+	}
+	d.seen[r.Offset] = true
+	d.mu.Unlock()
 	if r.Op == OpWrite && !allAre(r.Buf, want) {
 		d.t.Errorf("the write at %d brought other bytes than %d", r.Offset, want)
 	}
@@ -127,6 +134,7 @@ type program struct {
 	disk   *programDisk
 	killed bool
 	ended  bool // stopped, killed or broken: there are no more requests
+	leaves bool // told to leave, and not to stay after all
 
 	mu       sync.Mutex // guards faults
 	faults   []error    // of the next enters
@@ -161,6 +169,9 @@ func FuzzLoop(f *testing.F) {
 			f.Add(append([]byte{mode, depth, 6, 1, 6, 2}, append(everything[:40:40], 1)...))
 			f.Add(append([]byte{mode, depth}, append(everything[20:60:60], 5)...))
 			f.Add(append([]byte{mode, depth}, append(everything[30:70:70], 9)...))
+			f.Add(append([]byte{mode, depth}, append(everything[:60:60], 10, 0, 0, 0, 1, 1, 0, 5, 0, 1, 2, 3, 10, 1, 0, 2, 0, 3)...))
+			f.Add(append([]byte{mode, depth}, append(everything[:60:60], 10, 0, 0, 0, 1, 1, 2, 3, 0, 0, 0, 3, 10, 6)...))
+			f.Add(append([]byte{mode, depth}, append(everything[:60:60], 10, 7, 2, 3)...))
 			rng := rand.New(rand.NewPCG(uint64(mode), uint64(depth)))
 			for range 20 {
 				random := []byte{mode, depth}
@@ -175,9 +186,10 @@ func FuzzLoop(f *testing.F) {
 		if len(code) < 2 || len(code) > 2000 {
 			return
 		}
-		p := &program{t: t, code: code, disk: &programDisk{t: t}, expected: map[uint64]int32{}, answered: map[uint64]bool{}}
+		p := &program{t: t, code: code, disk: &programDisk{t: t, seen: map[int64]bool{}}, expected: map[uint64]int32{}, answered: map[uint64]bool{}}
 		mode, depth := CopyPlain+CopyMode(p.next()%3), 1+int(p.next())%40
 		p.q = startFake(t, mode, depth, p.disk, func(error) {})
+		p.q.holds = true
 		p.q.port.files[1] = programFile()
 		p.q.port.enterErr = p.fault
 		go p.q.loop()
@@ -243,6 +255,16 @@ func (p *program) event(op byte) {
 			k.complete(completeIO, 0, -int32(unix.EINVAL))
 			p.killed, p.ended = true, true
 		}
+	case 10:
+		p.tell([]leave{leaveSoon, leaveNot, leaveSoon, leaveNot, leaveSoon, leaveNot, leaveNow, leaveDrop}[arg%8])
+	}
+}
+
+// tell tells the queue to leave or to stay. Once it is to end, that is the last word.
+func (p *program) tell(l leave) {
+	if !p.leaves {
+		p.q.leaveAs(l)
+		p.leaves = l >= leaveNow
 	}
 }
 
@@ -306,7 +328,10 @@ func (p *program) collect() {
 
 // finish ends the loop and checks that nothing is left.
 func (p *program) finish() {
-	p.q.port.stop()
+	p.tell(leaveNot)
+	if !p.leaves {
+		p.q.port.stop()
+	}
 	p.q.port.release()
 	deadline := time.After(20 * time.Second)
 	for {
@@ -318,17 +343,32 @@ func (p *program) finish() {
 			if err != nil && !p.killed || err != nil && !errors.Is(err, errKilled) && !errors.Is(err, unix.EINVAL) {
 				p.t.Errorf("the loop ended with %v", err)
 			}
-			if !p.killed && len(p.answered) != len(p.expected) {
-				p.t.Errorf("%d of %d requests were answered", len(p.answered), len(p.expected))
-			}
-			if err == nil && (p.q.owned != 0 || p.q.reading != 0 || p.q.queue.ended != p.q.depth) {
-				p.t.Errorf("%d requests and %d reads open, %d tags ended", p.q.owned, p.q.reading, p.q.queue.ended)
-			}
+			p.check(err)
 			return
 		case <-deadline:
 			p.t.Fatalf("the loop does not end: %d of %d answered", len(p.answered), len(p.expected))
 		case <-time.After(100 * time.Microsecond):
 			p.collect()
 		}
+	}
+}
+
+// check compares what came to be of the requests with how the loop ended.
+func (p *program) check(err error) {
+	q := p.q
+	switch {
+	case !p.killed && !q.left && len(p.answered) != len(p.expected):
+		p.t.Errorf("%d of %d requests were answered", len(p.answered), len(p.expected))
+	case !p.killed && len(p.answered) != len(p.disk.seen): // what the loop left behind, nobody has seen
+		p.t.Errorf("%d requests were answered, and %d served", len(p.answered), len(p.disk.seen))
+	}
+	if err != nil {
+		return
+	}
+	if q.owned != 0 || q.reading != 0 || q.queue.ended != q.depth && !q.left {
+		p.t.Errorf("%d requests and %d reads open, %d tags ended", q.owned, q.reading, q.queue.ended)
+	}
+	if q.left && !q.port.stopping && q.port.commands() == 0 {
+		p.t.Error("the driver has no command of a queue that left")
 	}
 }

@@ -3,52 +3,156 @@ package ublk
 import "sync/atomic"
 
 // leave is what a queue is told about going away with its disk in use.
-type leave int32
+type leave uint32
 
 const (
 	leaveNot  leave = iota
-	leaveSoon       // hold what arrives, and tell when nothing is with the handler; it may be taken back
-	leaveNow        // end as soon as nothing is with the handler
+	leaveSoon       // rest when nothing is with the handler, and wait for more news; it may be taken back
+	leaveNow        // end when nothing is with the handler
 	leaveDrop       // the same, and what arrives has nobody to go to
 )
 
 // leaver is the part of a queue that ends it while the driver still has requests for it.
+//
+// A queue that is to leave keeps what arrives from the handler. When it gets the handler's last answer it rests: it gives
+// the driver that answer, and enters the ring no more. The driver hands out requests only on the queue's thread, when that
+// enters the ring (DEFER_TASKRUN), so that from here on nothing arrives, however much there is to do: the queues of a device
+// get there one after the other, and then end together.
+//
+// So there is also a command in the driver's hands when the queue ends: that of the last answer, or all if there was none.
+// Before Linux 6.15 the driver notices the end of a queue only by the commands that it can cancel (ublk_uring_cmd_cancel_fn);
+// if the server has every tag, by the block layer's timeout after 30 seconds (ublk_timeout). Later drivers go by the char
+// device's release (ublk_ch_release). In both what was kept, or not handed out, goes to the next server.
 type leaver struct {
-	told    atomic.Int32 // leave, by any goroutine
-	resting atomic.Bool  // nothing is with the handler; for any goroutine
-	holds   bool         // what arrives may be left to the driver, which issues it again; set before the queue starts
+	// told is a leave, and in its upper bits a count that makes each telling another one. One goroutine tells at a time.
+	told  atomic.Uint32
+	rests atomic.Uint32 // the told that the queue rests for, or restsForGood
+	news  chan struct{} // gets one, if there is none, when told or killed changes
+	holds bool          // what arrives may be left to the driver, which issues it again; set before the queue starts
 	// The descriptors are not mapped yet. Set before the queue starts, taken back by its thread.
 	early bool
 
 	// Used by the queue's thread only.
-	seen leave
-	look bool  // look without waiting for what is under way
-	held []int // tags that arrived since leaveSoon and were not handed out
-	left bool  // the loop has ended here
+	seen uint32 // the told that the loop goes by
+	look bool   // look without waiting for what is under way
+	held []int  // tags that arrived and were not handed out
+	left bool   // the loop has ended here
 }
+
+const (
+	leaveMask    = 3
+	restsForGood = ^uint32(0) // the loop has ended
+)
 
 // leaveAs tells the queue, from any goroutine.
 func (q *queue) leaveAs(l leave) {
-	q.told.Store(int32(l))
+	q.told.Store(q.told.Load()&^leaveMask + leaveMask + 1 + uint32(l))
+	q.stir()
 	q.wake()
 }
 
-// mayWait tells whether the loop has seen all that it was told, and may wait for events.
-func (q *queue) mayWait() bool { return !q.look && leave(q.told.Load()) == q.seen }
+// stir ends a rest.
+func (q *queue) stir() {
+	select {
+	case q.news <- struct{}{}:
+	default:
+	}
+}
 
-// mayLeave tells whether the loop ends here. It does so at a moment when nothing is with the handler.
-func (q *queue) mayLeave() bool {
-	l := leave(q.told.Load())
-	q.look = l != q.seen // what the driver handed out before shows up in one more turn
-	q.seen = l
-	if l == leaveNot {
-		q.resting.Store(false)
-		_ = q.guarded((*queue).serveHeld)
+// resting tells, on any goroutine, whether the queue rests because of what it was told last.
+func (q *queue) resting() bool {
+	r := q.rests.Load()
+	return r == restsForGood || r == q.told.Load()
+}
+
+func (q *queue) leaving() bool { return leave(q.seen&leaveMask) != leaveNot }
+
+// idle tells whether nothing is with the handler.
+func (q *queue) idle() bool { return q.owned == 0 && q.reading == 0 }
+
+// finished tells whether nothing is with the handler, nor may come to it. What the driver handed out before it was told
+// to stop, and is not held, shows up in one more turn.
+func (q *queue) finished() bool { return q.idle() && (q.holding() || !q.look) }
+
+// mayWait tells whether the loop has seen all that it was told, and may wait for events.
+func (q *queue) mayWait() bool { return !q.look && q.told.Load() == q.seen }
+
+// leaves tells whether the loop ends here. While the queue rests it does not return.
+func (q *queue) leaves() (bool, error) {
+	for {
+		told := q.told.Load()
+		q.look = told != q.seen
+		q.seen = told
+		if !q.holding() && len(q.held) > 0 {
+			if err := q.guarded((*queue).serveHeld); err != nil {
+				return false, err
+			}
+		}
+		if !q.leaving() {
+			return false, nil
+		}
+		q.commitLater()
+		if !q.finished() {
+			return false, nil
+		}
+		if err := q.flush(); err != nil || !q.idle() {
+			return false, err
+		}
+		q.stats.publish(q.owned)
+		if leave(told&leaveMask) >= leaveNow {
+			return true, nil
+		}
+		if err := q.rest(told); err != nil {
+			return false, err
+		}
+	}
+}
+
+// flush gives the driver all answers.
+func (q *queue) flush() error {
+	for {
+		if q.killed.Load() {
+			return errKilled
+		}
+		if done, err := q.port.flush(); done || err != nil {
+			return err
+		}
+		if err := q.guarded((*queue).reap); err != nil {
+			return err
+		}
+	}
+}
+
+// rest waits until the queue is told something else.
+func (q *queue) rest(told uint32) error {
+	q.rests.Store(told)
+	for q.told.Load() == told {
+		if q.killed.Load() {
+			return errKilled
+		}
+		<-q.news
+	}
+	return nil
+}
+
+// holding tells whether what arrives is kept from the handler.
+func (q *queue) holding() bool {
+	switch leave(q.seen & leaveMask) {
+	case leaveNot:
+		return false
+	case leaveDrop:
+		return true
+	}
+	return q.holds
+}
+
+// hold keeps a request that arrived from the handler: before the descriptors are mapped, and when the queue is to leave.
+func (q *queue) hold(tag int) bool {
+	if !q.early && !q.holding() {
 		return false
 	}
-	rest := !q.look && q.owned == 0 && q.reading == 0
-	q.resting.Store(rest)
-	return rest && l >= leaveNow
+	q.held = append(q.held, tag)
+	return true
 }
 
 // serveHeld hands out what was held, when the queue is to stay.
@@ -59,34 +163,4 @@ func (q *queue) serveHeld() error {
 		q.dispatch(&q.requests[tag], q.port.desc(tag))
 	}
 	return nil
-}
-
-// goAway hands over the last answers. A port may need a second turn for what the driver did not take in the first; what
-// arrives is the driver's to give to somebody else.
-func (q *queue) goAway() error {
-	q.left = true
-	for range 3 {
-		if err := q.port.turn(false); err != nil {
-			return err
-		}
-		for ok := true; ok; {
-			_, ok = q.port.next()
-		}
-	}
-	return nil
-}
-
-// hold keeps a request that arrived from the handler: before the descriptors are mapped, and when the queue is to leave.
-// Then one tag stays with the driver: before Linux 6.15 it notices the end of a queue by the fetches that it can give back,
-// and if there is none, after 30 seconds.
-func (q *queue) hold(tag int) bool {
-	switch {
-	case q.early:
-	case q.seen == leaveNot || !q.holds && q.seen != leaveDrop:
-		return false
-	case q.owned+q.ended+len(q.held)+1 >= q.depth:
-		return false
-	}
-	q.held = append(q.held, tag)
-	return true
 }

@@ -28,6 +28,9 @@ type port interface {
 	arm()
 	// turn submits what was queued and, if wait is true, returns only when there is a completion (or spuriously).
 	turn(wait bool) error
+	// flush submits what was queued, and has the driver hand out nothing. It is to be called until done, with all
+	// completions taken in between.
+	flush() (done bool, err error)
 	// next takes one completion.
 	next() (completion, bool)
 	// desc is the request of a tag whose fetch or commit completed with result 0.
@@ -204,6 +207,14 @@ func (p *ringPort) turn(wait bool) error {
 	return err
 }
 
+func (p *ringPort) flush() (done bool, err error) {
+	if p.err != nil || p.ring.unsubmitted() == 0 {
+		return true, p.err
+	}
+	_, err = p.outcome(p.ring.submit())
+	return false, err
+}
+
 // enter makes one system call. entered is false if it was cut short, and the kernel may not have done all its work.
 func (p *ringPort) enter(wait bool) (entered bool, err error) {
 	if p.err != nil {
@@ -213,7 +224,11 @@ func (p *ringPort) enter(wait bool) (entered bool, err error) {
 	if wait {
 		n = 1
 	}
-	err = p.ring.enter(n)
+	return p.outcome(p.ring.enter(n))
+}
+
+// outcome sorts the results of a system call.
+func (p *ringPort) outcome(err error) (entered bool, _ error) {
 	switch {
 	case err == nil:
 		return true, nil

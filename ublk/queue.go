@@ -68,6 +68,7 @@ func newQueue(mode CopyMode, id, depth, ioMax int, buf []byte, h Handler, report
 	q := &queue{id: id, depth: depth, ioMax: ioMax, handler: h, report: report, requests: make([]Request, depth),
 		stats: newQueueCounters(depth)}
 	q.fetcher, _ = h.(Fetcher)
+	q.news = make(chan struct{}, 1)
 	if mode == CopyUser {
 		q.pool = newPool(buf, ioMax)
 	}
@@ -98,8 +99,12 @@ func (q *queue) start(p port) error {
 // run serves until every tag has ended. After an error the tags that are still ours are lost.
 func (q *queue) run() error {
 	for q.ended < q.depth {
-		if q.mayLeave() {
-			return q.goAway()
+		switch ends, err := q.leaves(); {
+		case err != nil:
+			return err
+		case ends:
+			q.left = true
+			return nil
 		}
 		if err := q.turn(); err != nil {
 			return err
@@ -123,6 +128,10 @@ func (q *queue) turn() error {
 			break
 		}
 		q.asleep.Store(false)
+	}
+	if q.leaving() && q.finished() { // see leaves; and no event would end the wait
+		q.asleep.Store(false)
+		return nil
 	}
 	err := errKilled
 	if !q.killed.Load() {
@@ -181,6 +190,7 @@ func (q *queue) settleWakes() {
 // kill makes run return errKilled soon; on a queue that has ended it does nothing.
 func (q *queue) kill() {
 	q.killed.Store(true)
+	q.stir()
 	q.wake()
 }
 

@@ -1,6 +1,7 @@
 package ublk_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -162,6 +163,38 @@ func TestKillIdle(t *testing.T) {
 				if err == nil {
 					t.Error("a write to a removed device succeeded")
 				}
+			}
+		})
+	}
+}
+
+// TestQuiesceUnderLoad: quiescing answers what the server has, and the users wait for the next one and see no error.
+func TestQuiesceUnderLoad(t *testing.T) {
+	needDriver(t)
+	for _, mode := range copyModes(t) {
+		t.Run(mode.name, func(t *testing.T) {
+			c := serverConfig{ID: new(killID), Memory: memoryFile(t), Size: 16 << 20, Queues: 2, Depth: 16, Copy: mode.mode,
+				Recovery: ublk.RecoverReissue, Handler: "later"}
+			s := startProcess(t, c)
+			fio := startFIO(t, killPath, "--rw=randwrite", "--iodepth=16", "--numjobs=2", "--size=8m", "--offset_increment=8m",
+				"--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--verify_state_save=0")
+			c.Recover = true
+			written := 1 << 20
+			for range 3 {
+				untilWritten(t, killPath, written)
+				written += 1 << 20
+				if answer := s.ask(t, "quiesce"); answer != "OK" {
+					t.Fatalf("quiesce: %s", answer)
+				}
+				mustBecome(t, killID, ublk.KernelQuiesced)
+				if bytes.Contains(fio.out.Bytes(), []byte("error")) {
+					t.Errorf("fio says %s", fio.out.String())
+				}
+				s.kill(t)
+				s = startProcess(t, c)
+			}
+			if err := fio.wait(t, stepLimit); err != nil {
+				t.Error(err)
 			}
 		})
 	}

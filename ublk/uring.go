@@ -94,8 +94,9 @@ type ringParams struct {
 
 // kernel is the other side of a ring's memory. Tests put a driver of their own there.
 type kernel interface {
-	// enter takes submit entries and, when minComplete > 0, waits for that many completions.
-	enter(submit, minComplete uint32) error
+	// enter takes submit entries and, when minComplete > 0, waits for that many completions. Without enterGetEvents in
+	// flags it only takes the entries, and the driver's deferred work stays undone.
+	enter(submit, minComplete, flags uint32) error
 	register(op int, arg unsafe.Pointer, n int) error
 	close()
 }
@@ -256,9 +257,9 @@ func (k *ringFD) register(op int, arg unsafe.Pointer, n int) error {
 // allSignals keeps the runtime's and the process's signals from ending a wait with EINTR: another thread takes them.
 var allSignals = ^uint64(0)
 
-func (k *ringFD) enter(submit, minComplete uint32) error {
+func (k *ringFD) enter(submit, minComplete, flags uint32) error {
 	_, _, errno := unix.Syscall6(unix.SYS_IO_URING_ENTER, uintptr(k.enterFD), uintptr(submit), uintptr(minComplete),
-		uintptr(enterGetEvents|k.enterFlag), uintptr(unsafe.Pointer(&allSignals)), unsafe.Sizeof(allSignals))
+		uintptr(flags|k.enterFlag), uintptr(unsafe.Pointer(&allSignals)), unsafe.Sizeof(allSignals))
 	if errno == 0 {
 		return nil
 	}
@@ -288,7 +289,13 @@ func (r *ring) get() *sqe {
 // taken is read from the ring, not from the result, since a wait that is interrupted hides it.
 func (r *ring) enter(minComplete uint32) error {
 	atomic.StoreUint32(r.sqTail, r.sqNext)
-	return r.kernel.enter(r.unsubmitted(), minComplete)
+	return r.kernel.enter(r.unsubmitted(), minComplete, enterGetEvents)
+}
+
+// submit is enter without events. With DEFER_TASKRUN the driver gets what is submitted, and hands out nothing.
+func (r *ring) submit() error {
+	atomic.StoreUint32(r.sqTail, r.sqNext)
+	return r.kernel.enter(r.unsubmitted(), 0, 0)
 }
 
 // next takes one completion; ok is false when there is none.
