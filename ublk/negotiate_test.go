@@ -56,7 +56,9 @@ func (f *fakeDriver) answer(op uint32, cmd ctrlCmd, buf unsafe.Pointer) unix.Err
 			!strings.HasPrefix(string(unsafe.Slice((*byte)(buf), cmd.pathLen)), charPath(int(cmd.devID))+"\x00") {
 			return unix.EINVAL
 		}
-		buf = unsafe.Add(buf, cmd.pathLen)
+		if cmd.len > cmd.pathLen { // else nothing follows, and the end of the path is the end of the memory
+			buf = unsafe.Add(buf, cmd.pathLen)
+		}
 	}
 	switch op & opMask {
 	case cmdGetDevInfo2 & opMask:
