@@ -25,7 +25,7 @@ guest-test: build ## ublk on real kernels, all of them
 recovery-test: build ## block devices outlive 200 kills and 20 upgrades of their server; on all kernels, about an hour each
 	@for k in newest stable; do \
 		$(GO) run ./internal/guest/cmd/guest run -kernel $$k -timeout 3h -bin bin/vdisk -file recovery.sh=testdata/guest/30-recovery.sh -- \
-			env RECOVERY_KILLS=200 RECOVERY_UPGRADES=20 bash /payload/recovery.sh || exit 1; \
+			env RECOVERY_KILLS=200 RECOVERY_AGAIN=50 RECOVERY_UPGRADES=20 bash /payload/recovery.sh || exit 1; \
 	done
 
 crash-test: ## the engine's power-cut test, long

@@ -1,8 +1,8 @@
 # Block devices outlive their server: it is killed again and again under fio's verification and under a mounted file
 # system, upgraded, killed while it recovers; nobody may see an error or a lost write.
-# RECOVERY_KILLS and RECOVERY_UPGRADES make it longer (make recovery-test).
+# RECOVERY_KILLS, RECOVERY_AGAIN (kills while it recovers) and RECOVERY_UPGRADES make it longer (make recovery-test).
 set -euo pipefail
-kills=${RECOVERY_KILLS:-3} upgrades=${RECOVERY_UPGRADES:-3}
+kills=${RECOVERY_KILLS:-3} again=${RECOVERY_AGAIN:-3} upgrades=${RECOVERY_UPGRADES:-3}
 modprobe ublk_drv
 dmesg -C # what earlier tests broke on purpose is theirs
 export VDISK_STORE=$VDISK_SCRATCH/recovery-store VDISK_LOCK_TIMEOUT=60s # everything is emulated here
@@ -75,15 +75,16 @@ for i in $(seq "$kills"); do
 	murder
 	pause
 	[ "$(v recover)" = "$dev" ] || fail "recover does not print $dev"
+	[ $((i % 20)) != 0 ] || echo "$i kills"
 done
 stopload
 settled
 v recover 2>err
 grep -q 'nothing waits' err || fail "recover says: $(cat err)"
 
-echo "== kills while it recovers"
+echo "== $again kills while it recovers"
 load "$dev"
-for i in $(seq "$kills"); do
+for i in $(seq "$again"); do
 	sleep 0.5
 	murder
 	v recover >/dev/null 2>&1 &
