@@ -126,7 +126,7 @@ func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks
 		if c.seq != r.Seq {
 			return nil, nil, corruptf("chunk %s has the sequence %d, and moved blocks of %d", c.name(), c.seq, r.Seq)
 		}
-		c.moved = r.Blocks
+		c.moved, c.hasMoved = r.Blocks, true
 	}
 	for _, name := range names {
 		slot, ok := parseChunkName(name)
