@@ -20,7 +20,7 @@ test: ## everything, the guest with ublk included where one can be had
 	@$(TOOLS)/test.sh
 
 guest-test: build ## ublk on real kernels, all of them
-	@STAGES=guest GUEST_FLAGS="-kernel all" $(TOOLS)/test.sh
+	@STAGES=guest GUEST_FLAGS="-kernel all -timeout 40m" $(TOOLS)/test.sh
 
 recovery-test: build ## block devices outlive 200 kills and 20 upgrades of their server; on all kernels, about an hour each
 	@for k in newest stable; do \

@@ -91,12 +91,16 @@ func TestModeLimits(t *testing.T) {
 			}
 			shallow = 2
 		}
-		for _, o := range []ublk.Options{
+		limits := []ublk.Options{
 			{Depth: shallow, MaxIOBytes: 4096},
+			{Depth: 3, MaxIOBytes: 32 << 20},
 			{Depth: 4096, MaxIOBytes: 16 << 10, Queues: 2},
 			{Depth: 8, MaxIOBytes: 4 << 20, Queues: 2},
-			{Depth: 3, MaxIOBytes: 32 << 20},
-		} {
+		}
+		if testing.Short() {
+			limits = limits[:2]
+		}
+		for _, o := range limits {
 			t.Run(fmt.Sprintf("depth %d of %d KiB", o.Depth, o.MaxIOBytes>>10), func(t *testing.T) {
 				o.Size, o.Copy = size, mode
 				disk := newRAMDisk(size)

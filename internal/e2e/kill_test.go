@@ -181,6 +181,9 @@ func TestKill(t *testing.T) {
 	start, n := startNBD, *kills
 	if inGuest {
 		start, n = startUblk, max(1, n/10)
+		if testing.Short() {
+			n = min(n, 2)
+		}
 		if out, err := exec.Command("modprobe", "ublk_drv").CombinedOutput(); err != nil {
 			t.Fatalf("%v: %s", err, out)
 		}

@@ -91,11 +91,11 @@ func TestSuite(t *testing.T) {
 
 func TestAddPackage(t *testing.T) {
 	s := &suite{files: map[string]string{}}
-	s.addPackage(goPackage{ImportPath: "example.org/m/p", Dir: t.TempDir()}, "/tmp/1.test", &testOptions{pattern: "Test(A|B)", timeout: time.Minute})
+	s.addPackage(goPackage{ImportPath: "example.org/m/p", Dir: t.TempDir()}, "/tmp/1.test", &testOptions{pattern: "Test(A|B)", timeout: time.Minute, short: true})
 	if s.files["src/example.org/m/p/package.test"] != "/tmp/1.test" {
 		t.Errorf("files %v", s.files)
 	}
-	want := `cd /payload/'src/example.org/m/p' && ./package.test -test.v -test.timeout=1m0s -test.run='Test(A|B)'`
+	want := `cd /payload/'src/example.org/m/p' && ./package.test -test.v -test.timeout=1m0s -test.short -test.run='Test(A|B)'`
 	if s.steps[0].command != want {
 		t.Errorf("got %s, want %s", s.steps[0].command, want)
 	}

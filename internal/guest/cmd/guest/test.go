@@ -37,6 +37,7 @@ func (a *app) testFlags() (fs *flag.FlagSet, o *testOptions) {
 	fs.StringVar(&o.pattern, "run", "", "`regexp` of the tests to run")
 	fs.StringVar(&o.scripts, "scripts", "testdata/guest/*.sh", "`glob` of the scripts to run")
 	fs.DurationVar(&o.timeout, "timeout", 15*time.Minute, "deadline for each kernel")
+	fs.BoolVar(&o.short, "short", false, "have the tests take their short form")
 	fs.IntVar(&o.memory, "memory", 4096, "memory in `MiB`")
 	fs.Func("env", "`NAME=VALUE` for the environment of the tests (repeatable)", func(v string) error {
 		if name, _, ok := strings.Cut(v, "="); !ok || strings.ContainsAny(name, " '") || name == "" {
@@ -53,6 +54,7 @@ type testOptions struct {
 	kernel, pattern, scripts, results string
 	env                               []string
 	timeout                           time.Duration
+	short                             bool
 	memory                            int
 }
 
@@ -230,6 +232,9 @@ func (s *suite) addPackage(p goPackage, binary string, o *testOptions) {
 		s.files[path.Join(dir, "testdata")] = data
 	}
 	command := fmt.Sprintf("cd /payload/%s && ./package.test -test.v -test.timeout=%s", quoteOne(dir), o.timeout)
+	if o.short {
+		command += " -test.short"
+	}
 	if o.pattern != "" {
 		command += " -test.run=" + quoteOne(o.pattern)
 	}
