@@ -17,6 +17,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime/debug"
+	"sync/atomic"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -58,7 +59,8 @@ type Options struct {
 // one Update at a time, which callers see to, and many readers beside it.
 type DB struct {
 	b    *bbolt.DB
-	note *note // nil: what this process does to the table, the next opening verifies; used by Open, Update and Close
+	read atomic.Int64 // leaves, since pages were given back
+	note *note        // nil: what this process does to the table, the next opening verifies; used by Open, Update and Close
 }
 
 // Open opens the table at path, making an empty one where there is none.
@@ -92,7 +94,8 @@ func Open(path string, o Options) (db *DB, err error) {
 		b.Close()
 		return nil, err
 	}
-	return &DB{b, newNote(path)}, nil
+	db = &DB{b: b, note: newNote(path)}
+	return db, db.View(func(tx *Tx) error { tx.giveBack(); return nil }) // bbolt has looked at all pages
 }
 
 // makeBuckets makes those that are not there, in a table that is new.
@@ -162,7 +165,7 @@ func (d *DB) unverify() {
 func (d *DB) update(fn func(*Tx) error) (err error) {
 	defer guard(&err)()
 	return d.b.Update(func(tx *bbolt.Tx) error {
-		t := &Tx{tx: tx}
+		t := &Tx{tx: tx, db: d}
 		if err := t.loadSum(); err != nil {
 			return err
 		}
@@ -177,7 +180,7 @@ func (d *DB) update(fn func(*Tx) error) (err error) {
 // meanwhile. A long one makes the file grow, since no page it sees is reused.
 func (d *DB) View(fn func(*Tx) error) (err error) {
 	defer guard(&err)()
-	return d.b.View(func(tx *bbolt.Tx) error { return fn(&Tx{tx: tx}) })
+	return d.b.View(func(tx *bbolt.Tx) error { return fn(&Tx{tx: tx, db: d}) })
 }
 
 // Begin starts a read-only transaction that the caller ends with Tx.Close.
@@ -187,7 +190,7 @@ func (d *DB) Begin() (tx *Tx, err error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Tx{tx: t}, nil
+	return &Tx{tx: t, db: d}, nil
 }
 
 // Guard runs fn, which uses a transaction of Begin, and turns a panic over a
@@ -212,8 +215,10 @@ func guard(err *error) func() {
 // Tx is a transaction.
 type Tx struct {
 	tx      *bbolt.Tx
-	sum     sum  // of an Update
-	recount bool // a damaged value was replaced: sum is not to be trusted
+	db      *DB
+	leaves  *bbolt.Cursor // for Leaf, once it was needed
+	sum     sum           // of an Update
+	recount bool          // a damaged value was replaced: sum is not to be trusted
 }
 
 // Close ends a transaction of Begin.

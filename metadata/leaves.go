@@ -40,12 +40,16 @@ func parseKey(k []byte) (Version, error) {
 // before v.Epoch, and returns its epoch; 0: there is none (origins are the
 // caller's to follow).
 func (t *Tx) Leaf(v Version, l *format.Leaf) (epoch uint32, err error) {
-	b, err := t.bucket(bucketLeaves)
-	if err != nil {
-		return 0, err
+	if t.leaves == nil { // callers look for one in many branches
+		b, err := t.bucket(bucketLeaves)
+		if err != nil {
+			return 0, err
+		}
+		t.leaves = b.Cursor()
 	}
+	t.read(1)
 	want := v.key()
-	k, val := b.Cursor().Seek(want[:])
+	k, val := t.leaves.Seek(want[:])
 	if len(k) != 12 || !bytes.Equal(k[:8], want[:8]) {
 		return 0, nil
 	}
@@ -74,6 +78,7 @@ func (t *Tx) NextLeaf(branch, from uint32) (leaf uint32, ok bool, err error) {
 // changed in that epoch.
 func (t *Tx) PutLeaf(v Version, value []byte) error {
 	k, c := v.key(), v.changeKey()
+	t.read(1)
 	if err := t.set(bucketLeaves, k[:], value); err != nil {
 		return err
 	}
@@ -127,6 +132,7 @@ func (t *Tx) Versions(fn func(v Version, l *format.Leaf, bad error) error) error
 	}
 	var l format.Leaf
 	return b.ForEach(func(k, val []byte) error {
+		t.read(1)
 		v, err := parseKey(k)
 		if err != nil {
 			return fn(v, nil, err)
