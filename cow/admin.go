@@ -68,7 +68,7 @@ func (s *Store) lookup(r Ref) (*volume, *snapshot, error) {
 	if r.Snapshot == "" {
 		return v, nil, nil
 	}
-	sn := s.tables.find(v, r.Snapshot)
+	sn := v.snapshots[r.Snapshot]
 	if sn == nil {
 		return nil, nil, fmt.Errorf("snapshot %q: %w", r, ErrNotFound)
 	}
@@ -160,7 +160,7 @@ func (s *Store) Snapshot(refs ...Ref) error {
 				return nil, fmt.Errorf("%q names no snapshot, VOL@SNAP: %w", r, ErrInvalid)
 			case err != nil:
 				return nil, err
-			case s.tables.find(v, r.Snapshot) != nil:
+			case v.snapshots[r.Snapshot] != nil:
 				return nil, fmt.Errorf("%s: %w", r, ErrExists)
 			case seen[v]:
 				return nil, fmt.Errorf("%s is named twice: %w", r.Volume, ErrInvalid)
@@ -222,10 +222,8 @@ func (s *Store) Rollback(to Ref) error {
 }
 
 func (s *Store) openSnapshots(v *volume) (n int) {
-	for _, sn := range s.tables.snapshots {
-		if sn.Volume == v.ID {
-			n += sn.open
-		}
+	for _, sn := range v.snapshots {
+		n += sn.open
 	}
 	return n
 }
@@ -252,7 +250,7 @@ func (s *Store) Rename(from, to Ref) error {
 		if err := format.CheckName(to.Snapshot); err != nil {
 			return nil, fmt.Errorf("%v: %w", err, ErrInvalid)
 		}
-		if s.tables.find(v, to.Snapshot) != nil {
+		if v.snapshots[to.Snapshot] != nil {
 			return nil, fmt.Errorf("%s: %w", to, ErrExists)
 		}
 		row := sn.Snapshot
@@ -345,11 +343,9 @@ func (s *Store) Remove(r Ref, recursive bool) error {
 			return nil, fmt.Errorf("it is open; detach it first: %w", ErrBusy)
 		}
 		var names []string
-		for _, sn := range s.tables.snapshots {
-			if sn.Volume == v.ID {
-				names = append(names, v.Name+"@"+sn.Name)
-				ev.Snapshots = append(ev.Snapshots, unnamed(sn))
-			}
+		for _, sn := range v.snapshots {
+			names = append(names, v.Name+"@"+sn.Name)
+			ev.Snapshots = append(ev.Snapshots, unnamed(sn))
 		}
 		if len(names) > 0 && !recursive {
 			slices.Sort(names)
@@ -426,11 +422,9 @@ func (s *Store) describe(v *volume) VolumeInfo {
 	if v.branch.origin != nil {
 		in.Origin = s.pointName(v.branch.origin, v.branch.originEpoch)
 	}
-	for _, sn := range s.tables.snapshots {
-		if sn.Volume == v.ID {
-			in.Snapshots = append(in.Snapshots, SnapshotInfo{Volume: v.Name, Name: sn.Name, Size: sn.Size,
-				Created: sn.Created, Clones: s.clones(sn)})
-		}
+	for _, sn := range v.snapshots {
+		in.Snapshots = append(in.Snapshots, SnapshotInfo{Volume: v.Name, Name: sn.Name, Size: sn.Size,
+			Created: sn.Created, Clones: s.clones(sn)})
 	}
 	slices.SortFunc(in.Snapshots, func(a, b SnapshotInfo) int {
 		if c := a.Created.Compare(b.Created); c != 0 {
@@ -442,15 +436,16 @@ func (s *Store) describe(v *volume) VolumeInfo {
 }
 
 func (s *Store) pointName(b *branch, epoch uint32) string {
-	for _, sn := range s.tables.snapshots {
-		if sn.branch == b && sn.Epoch == epoch && sn.Volume != 0 {
-			return s.tables.volumes[sn.Volume].Name + "@" + sn.Name
-		}
+	if i, found := b.search(epoch); found && b.points[i].Volume != 0 {
+		return s.tables.volumes[b.points[i].Volume].Name + "@" + b.points[i].Name
 	}
 	return "(deleted)"
 }
 
 func (s *Store) clones(sn *snapshot) (names []string) {
+	if sn.branch.forks[sn.Epoch] == 0 {
+		return nil
+	}
 	for _, v := range s.tables.volumes {
 		if v.branch.origin == sn.branch && v.branch.originEpoch == sn.Epoch && v.ID != sn.Volume {
 			names = append(names, v.Name)
@@ -479,8 +474,8 @@ func (s *Store) Usage(ctx context.Context, r Ref) (u Usage, err error) {
 			return err
 		}
 		return s.cache.view(leafKey{d.b, index, d.asOf}, func(lf *leaf) {
-			for _, e := range lf.Entries {
-				if !e.IsHole() {
+			for i := range format.LeafBlocks {
+				if e := lf.entry(i); !e.IsHole() {
 					u.Mapped += format.BlockSize
 					u.Stored += int64(e.Share())
 				}

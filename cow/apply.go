@@ -144,15 +144,11 @@ func (a *applier) group(part []heldChange) []heldChange {
 }
 
 func (a *applier) applyLeaf(k leafKey, changes []heldChange) error {
-	s := a.t.s
-	lf, sh, err := s.headLeaf(k)
+	lf, sh, err := a.own(k)
 	if err != nil {
 		return err
 	}
 	defer sh.mu.Unlock()
-	a.t.mu.Lock()
-	s.own(lf)
-	a.t.mu.Unlock()
 	for _, h := range changes {
 		e := h.e
 		for i := int(h.first); i <= int(h.last); i++ {
@@ -164,6 +160,32 @@ func (a *applier) applyLeaf(k leafKey, changes []heldChange) error {
 		}
 	}
 	return nil
+}
+
+// own returns a leaf that is owned, its shard locked. A log changes no more leaves than the cache of its writer took; where
+// that was larger than this one, this one is, too, until the checkpoint with which Open then ends. A checkpoint in the
+// middle of the log would have to be of a place in it at which a batch is half applied.
+func (a *applier) own(k leafKey) (*openLeaf, *shard, error) {
+	s := a.t.s
+	for {
+		_, sh, err := s.headLeaf(k)
+		if err == nil {
+			var o *openLeaf
+			a.t.mu.Lock()
+			o, err = s.own(k, sh)
+			a.t.mu.Unlock()
+			if err == nil {
+				return o, sh, nil
+			}
+			sh.mu.Unlock()
+		}
+		if !errors.Is(err, errFull) {
+			return nil, nil, err
+		}
+		if err := s.cache.shard(k.b.ID, k.index).grow(); err != nil {
+			return nil, nil, err
+		}
+	}
 }
 
 func (a *applier) account(e format.Entry, sign int64) {

@@ -93,6 +93,11 @@ func BenchmarkFill1M(b *testing.B) {
 			b.Fatal(err)
 		}
 	}
+	b.StopTimer()
+	if err := d.s.Checkpoint(); err != nil {
+		b.Fatal(err)
+	}
+	b.ReportMetric(d.s.cache.perLeaf(min(b.N, 1024)), "map-MiB/TiB")
 }
 
 // BenchmarkSnapshot takes snapshots, and clones of them, of a volume with 1 GiB of

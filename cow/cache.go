@@ -1,56 +1,48 @@
 package cow
 
 import (
+	"errors"
 	"slices"
 	"sync"
-	"sync/atomic"
+	"unsafe"
 
 	"github.com/vdisk/vdisk/format"
 )
 
-// head stands for a branch's newest state in a leafKey.
-const head = ^uint32(0)
+// errFull says that there is no room in the cache beside leaves that a checkpoint has to write.
+var errFull = errors.New("the cache is full of changes")
 
-// leafKey names a cached leaf: the head's, which changes, or a point's, which does not.
-type leafKey struct {
-	b           *branch
-	index, asOf uint32
-}
+const (
+	maxShards = 64
+	// minShard is how little a shard may have: 32 segments.
+	minShard = 1 << 20
+	// MinCacheBytes is the least that Options.CacheBytes gives.
+	MinCacheBytes = 1 << 20
 
-// leaf is a merged leaf in memory. Entries, Changed, epoch and gen change
-// under Store.mu and the shard's lock together; either is enough to read them.
-type leaf struct {
-	key leafKey
-	format.Leaf
-	epoch uint32 // of the version that this is; 0: the branch has none of its own
-	gen   uint64 // generation of the checkpoint that has to write it; 0: it is as in the table
+	// checkpointCopy is what a checkpoint takes for each leaf that it writes: its encoding (1.9 KB) and the page
+	// that it is on in the table (4 KiB).
+	checkpointCopy = 6 << 10
+	// bucketShare of a shard's memory are its buckets: 4 bytes for 96 of leaves, of which the least take 48.
+	bucketShare = 96 / 4
+)
 
-	used atomic.Bool // since the clock hand passed
-}
-
-// touch marks the leaf used; readers share its cache line, so it is written
-// only when it changes.
-func (lf *leaf) touch() {
-	if !lf.used.Load() {
-		lf.used.Store(true)
-	}
-}
-
-const shardCount = 64
-
-// leafCache keeps merged leaves up to a number, by second chance; dirty ones stay.
+// leafCache keeps merged leaves, and images (images.go) in memory of a fixed size. Leaves that are as in the
+// table are packed, and go by second chance when room is needed; dirty ones stay.
 type leafCache struct {
-	perShard int
-	load     func(leafKey, *leaf) error
-	shards   [shardCount]shard
+	load   func(leafKey, *openLeaf) error
+	shards []shard
+	shift  uint // of a hash, to the shard's number
+
+	scratch sync.Pool // *loaded
 }
 
 type shard struct {
-	mu      sync.RWMutex
-	leaves  map[leafKey]*leaf
-	clock   []*leaf
-	hand    int
+	mu sync.RWMutex
+	arena
+	buckets []uint32 // handles
 	loading map[leafKey]*loading
+	mapped  []uint64 // all memory
+	words   int      // how much it is to be; len(mapped) is more while a log is replayed that a larger cache wrote
 }
 
 // loading is one load that others wait for: a second loader could otherwise
@@ -60,106 +52,302 @@ type loading struct {
 	err  error
 }
 
-func newLeafCache(bytes int64, load func(leafKey, *leaf) error) *leafCache {
-	const leafBytes = 8*format.LeafBlocks + 160
-	c := &leafCache{perShard: max(16, int(bytes/leafBytes/shardCount)), load: load}
+// loaded is a leaf that is on its way from the table to the cache.
+type loaded struct {
+	openLeaf
+	packed [headerWords + format.MaxPacked]uint64
+}
+
+// dirtyLimit is how many leaves one checkpoint may write in a cache of so many bytes: a quarter of
+// them is kept for its copies.
+func dirtyLimit(bytes int64) int { return int(max(bytes, MinCacheBytes) / 4 / checkpointCopy) }
+
+func newLeafCache(bytes int64, load func(leafKey, *openLeaf) error) (*leafCache, error) {
+	bytes = max(bytes, MinCacheBytes) / 4 * 3 // the rest is for checkpoints, see dirtyLimit
+	n := 1
+	for n < maxShards && bytes/int64(2*n) >= minShard {
+		n *= 2
+	}
+	c := &leafCache{load: load, shards: make([]shard, n)}
+	c.scratch.New = func() any { return new(loaded) }
+	for c.shift = 64; n > 1; n /= 2 {
+		c.shift--
+	}
+	words := int(bytes / 8 / int64(len(c.shards)))
 	for i := range c.shards {
-		c.shards[i].leaves = make(map[leafKey]*leaf)
-		c.shards[i].loading = make(map[leafKey]*loading)
-	}
-	return c
-}
-
-func (c *leafCache) shard(k leafKey) *shard {
-	h := (uint64(k.b.ID)<<32 | uint64(k.index)) ^ uint64(k.asOf)<<17
-	return &c.shards[h*0x9e3779b97f4a7c15>>58]
-}
-
-// ensure loads a leaf if it is not there. It may be evicted again at once;
-// callers look it up under a lock and come back if it was.
-func (c *leafCache) ensure(k leafKey) error {
-	s := c.shard(k)
-	s.mu.RLock()
-	_, ok := s.leaves[k]
-	s.mu.RUnlock()
-	if ok {
-		return nil
-	}
-	s.mu.Lock()
-	if _, ok := s.leaves[k]; ok {
-		s.mu.Unlock()
-		return nil
-	}
-	if l := s.loading[k]; l != nil {
-		s.mu.Unlock()
-		<-l.done
-		return l.err
-	}
-	l := &loading{done: make(chan struct{})}
-	s.loading[k] = l
-	s.mu.Unlock()
-
-	lf := &leaf{key: k}
-	lf.used.Store(true)
-	l.err = c.load(k, lf)
-
-	s.mu.Lock()
-	delete(s.loading, k)
-	if l.err == nil {
-		s.insert(lf, c.perShard)
-	}
-	s.mu.Unlock()
-	close(l.done)
-	return l.err
-}
-
-// insert adds a leaf and evicts a clean one if the shard is full of them.
-func (s *shard) insert(lf *leaf, limit int) {
-	s.leaves[lf.key] = lf
-	if len(s.clock) < limit {
-		s.clock = append(s.clock, lf)
-		return
-	}
-	for range 2 * len(s.clock) {
-		s.hand = (s.hand + 1) % len(s.clock)
-		old := s.clock[s.hand]
-		switch {
-		case old.gen != 0:
-		case old.used.Load():
-			old.used.Store(false)
-		default:
-			delete(s.leaves, old.key)
-			s.clock[s.hand] = lf
-			return
+		if err := c.shards[i].init(words); err != nil {
+			return nil, errors.Join(err, c.close())
 		}
 	}
-	s.clock = append(s.clock, lf) // all are dirty; the checkpointer has been told
+	return c, nil
 }
 
-// view runs fn on a leaf under the shard's read lock, loading it first if needed.
+func (s *shard) init(words int) (err error) {
+	if s.mapped, err = allocate(words); err != nil {
+		return err
+	}
+	s.words = words
+	s.divide()
+	s.loading = make(map[leafKey]*loading)
+	s.reset(segmentWords, len(s.mem)/segmentWords)
+	return nil
+}
+
+// divide gives the buckets their part of the memory.
+func (s *shard) divide() {
+	buckets := s.words / bucketShare
+	s.buckets = unsafe.Slice((*uint32)(unsafe.Pointer(unsafe.SliceData(s.mapped))), 2*buckets)
+	s.mem = s.mapped[buckets:]
+}
+
+// grow doubles the shard's memory.
+func (s *shard) grow() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	m, err := allocate(2 * len(s.mapped))
+	if err != nil {
+		return err
+	}
+	copy(m, s.mapped)
+	if err := deallocate(s.mapped); err != nil {
+		return err
+	}
+	s.mapped = m
+	s.divide()
+	for n := len(s.mem) / int(s.segWords); len(s.segs) < n; {
+		s.free = append(s.free, uint32(len(s.segs)))
+		s.segs = append(s.segs, segment{})
+	}
+	return nil
+}
+
+// grown says whether a shard has more memory than it is to have.
+func (c *leafCache) grown() bool {
+	for i := range c.shards {
+		s := &c.shards[i]
+		s.mu.RLock()
+		grown := len(s.mapped) > s.words
+		s.mu.RUnlock()
+		if grown {
+			return true
+		}
+	}
+	return false
+}
+
+// shrink takes the memory of shards that have grown back, where nothing is dirty. What else they have is forgotten.
+func (c *leafCache) shrink() {
+	for i := range c.shards {
+		s := &c.shards[i]
+		s.mu.Lock()
+		if len(s.mapped) > s.words && !slices.ContainsFunc(s.segs, func(g segment) bool { return g.dirty > 0 }) {
+			if m, err := allocate(s.words); err == nil && deallocate(s.mapped) == nil {
+				s.mapped = m
+				s.divide()
+				s.reset(s.segWords, len(s.mem)/int(s.segWords))
+			}
+		}
+		s.mu.Unlock()
+	}
+}
+
+// close gives the memory back. What comes later finds nothing.
+func (c *leafCache) close() error {
+	var errs []error
+	for i := range c.shards {
+		s := &c.shards[i]
+		s.mu.Lock()
+		if s.mapped != nil {
+			errs = append(errs, deallocate(s.mapped))
+			s.arena, s.buckets, s.mapped = arena{}, nil, nil
+		}
+		s.mu.Unlock()
+	}
+	return errors.Join(errs...)
+}
+
+// hash is of a leaf's place: all that is of one place is in one bucket.
+func hash(branch, index uint32) uint64 {
+	return (uint64(branch)<<32 | uint64(index)) * 0x9e3779b97f4a7c15
+}
+
+func (c *leafCache) shard(branch, index uint32) *shard {
+	return &c.shards[hash(branch, index)>>c.shift] // a shift by 64 gives 0
+}
+
+// bucket returns the first handle of a place, with the bits of the hash that did not choose the shard.
+func (s *shard) bucket(branch, index uint32) *handle {
+	return &s.buckets[(hash(branch, index)>>16&(1<<32-1))*uint64(len(s.buckets))>>32]
+}
+
+// find returns a leaf that is no image, and where it is; nil if it is not in memory.
+func (s *shard) find(k leafKey) (*leaf, handle) {
+	if s.buckets == nil {
+		return nil, 0
+	}
+	for h := *s.bucket(k.b.ID, k.index); h != 0; {
+		lf := s.at(h)
+		if lf.index == k.index && lf.branch == k.b.ID && lf.asOf == k.asOf && !lf.is(stateImage) {
+			return lf, h
+		}
+		h = lf.next
+	}
+	return nil, 0
+}
+
+// link returns what refers to a leaf.
+func (s *shard) link(h handle) *handle {
+	lf := s.at(h)
+	p := s.bucket(lf.branch, lf.index)
+	for *p != h {
+		p = &s.at(*p).next
+	}
+	return p
+}
+
+// unlink takes a leaf out of its bucket.
+func (s *shard) unlink(h handle) { *s.link(h) = s.at(h).next }
+
+// put makes the memory at h, which was allocated, a leaf of its bucket.
+func (s *shard) put(h handle, state uint32) {
+	lf := s.at(h)
+	p := s.bucket(lf.branch, lf.index)
+	lf.next, *p = *p, h
+	lf.state.Store(state)
+}
+
+// remove takes a leaf out of memory.
+func (s *shard) remove(h handle) {
+	s.setGen(h, 0)
+	s.unlink(h)
+	s.drop(h)
+}
+
+// setGen says which checkpoint has to write a leaf; gen is not 0 for an open one only.
+func (s *shard) setGen(h handle, gen uint64) {
+	o := s.at(h).open()
+	switch {
+	case o == nil || (o.gen == 0) == (gen == 0):
+	case gen == 0:
+		s.segment(h).dirty--
+	default:
+		s.segment(h).dirty++
+	}
+	if o != nil {
+		o.gen = gen
+	}
+}
+
+// ensure loads a leaf if it is not there. It may be evicted again at once; callers look it up under a
+// lock and come back if it was.
+func (c *leafCache) ensure(k leafKey) error {
+	for {
+		s := c.shard(k.b.ID, k.index)
+		s.mu.RLock()
+		lf, _ := s.find(k)
+		s.mu.RUnlock()
+		if lf != nil {
+			return nil
+		}
+		if mine, err := c.fetch(k, nil); mine || err != nil {
+			return err
+		}
+	}
+}
+
+// view runs fn on a leaf under the shard's read lock, or while nobody else can have it.
 func (c *leafCache) view(k leafKey, fn func(*leaf)) error {
-	s := c.shard(k)
+	s := c.shard(k.b.ID, k.index)
 	for {
 		s.mu.RLock()
-		if lf := s.leaves[k]; lf != nil {
+		if lf, _ := s.find(k); lf != nil {
 			lf.touch()
 			fn(lf)
 			s.mu.RUnlock()
 			return nil
 		}
 		s.mu.RUnlock()
-		if err := c.ensure(k); err != nil {
+		// A reader does not need the room that there may not be.
+		if mine, err := c.fetch(k, fn); mine && errors.Is(err, errFull) {
+			return nil
+		} else if mine || err != nil {
 			return err
 		}
 	}
 }
 
+// fetch loads a leaf that was not there, runs fn on it, and then lets others see it. If somebody else was
+// about it already it waits for him, and mine is false.
+func (c *leafCache) fetch(k leafKey, fn func(*leaf)) (mine bool, err error) {
+	s := c.shard(k.b.ID, k.index)
+	s.mu.Lock()
+	if s.buckets == nil {
+		s.mu.Unlock()
+		return true, ErrClosed
+	}
+	if lf, _ := s.find(k); lf != nil {
+		s.mu.Unlock()
+		return false, nil
+	}
+	if l := s.loading[k]; l != nil {
+		s.mu.Unlock()
+		<-l.done
+		return false, l.err
+	}
+	l := &loading{done: make(chan struct{})}
+	s.loading[k] = l
+	s.mu.Unlock()
+
+	ld := c.scratch.Get().(*loaded)
+	defer c.scratch.Put(ld)
+	ld.branch, ld.index, ld.asOf, ld.epoch, ld.gen = k.b.ID, k.index, k.asOf, 0, 0
+	ld.state.Store(uint32(openWords) | stateOpen)
+	l.err = c.load(k, &ld.openLeaf)
+	var words []uint64
+	if l.err == nil {
+		if fn != nil {
+			fn(&ld.leaf)
+		}
+		words = format.AppendPacked(ld.packed[:headerWords], &ld.Leaf)
+	}
+	s.mu.Lock()
+	delete(s.loading, k)
+	err = l.err
+	if err == nil && !s.insert(ld, words) {
+		err = errFull
+	}
+	s.mu.Unlock()
+	close(l.done)
+	return true, err
+}
+
+// insert puts a leaf in that was loaded: packed, if that is smaller. It returns false if there is no room.
+func (s *shard) insert(ld *loaded, packed []uint64) bool {
+	if s.buckets == nil {
+		return false
+	}
+	words, state := packed, uint32(len(packed))
+	if len(packed) >= openWords {
+		words = unsafe.Slice((*uint64)(unsafe.Pointer(&ld.openLeaf)), openWords)
+		state = uint32(openWords) | stateOpen
+	}
+	h := s.alloc(uint32(len(words)))
+	if h == 0 {
+		return false
+	}
+	copy(s.mem[h-1:], words)
+	lf := s.at(h)
+	lf.branch, lf.index, lf.asOf, lf.epoch = ld.branch, ld.index, ld.asOf, ld.epoch
+	s.put(h, state|stateUsed)
+	return true
+}
+
 // lock returns a cached leaf with its shard locked for change, or nil, with
 // nothing locked, when it is not in the cache.
 func (c *leafCache) lock(k leafKey) (*leaf, *shard) {
-	s := c.shard(k)
+	s := c.shard(k.b.ID, k.index)
 	s.mu.Lock()
-	lf := s.leaves[k]
+	lf, _ := s.find(k)
 	if lf == nil {
 		s.mu.Unlock()
 		return nil, nil
@@ -168,32 +356,78 @@ func (c *leafCache) lock(k leafKey) (*leaf, *shard) {
 	return lf, s
 }
 
-// indexes lists, in order, the cached head leaves in [from, to) of a branch and
-// its origins.
+// open makes a leaf that is in memory one that can be changed, or returns nil if there is no room. Other leaves
+// of the shard may move.
+func (s *shard) open(k leafKey) *openLeaf {
+	lf, _ := s.find(k)
+	if o := lf.open(); o != nil {
+		return o
+	}
+	was := leaf{branch: lf.branch, index: lf.index, asOf: lf.asOf, epoch: lf.epoch}
+	var l format.Leaf
+	lf.copyTo(&l)
+	to := s.alloc(uint32(openWords))
+	if to == 0 {
+		return nil
+	}
+	if lf, h := s.find(k); lf != nil { // it may have moved, or gone
+		s.remove(h)
+	}
+	o := (*openLeaf)(s.at(to).pointer())
+	o.branch, o.index, o.asOf, o.epoch = was.branch, was.index, was.asOf, was.epoch
+	o.gen, o.Leaf = 0, l
+	s.put(to, uint32(openWords)|stateOpen|stateUsed)
+	return o
+}
+
+// pack makes a leaf that is as in the table small again, in its place.
+func (s *shard) pack(h handle) {
+	o := s.at(h).open()
+	if o == nil || o.gen != 0 {
+		return
+	}
+	var buf [format.MaxPacked]uint64
+	p := format.AppendPacked(buf[:0], &o.Leaf)
+	words := headerWords + len(p)
+	rest := openWords - words
+	if rest < headerWords {
+		return // the rest is to have a header, too
+	}
+	state := o.state.Load()
+	copy(s.mem[int(h)-1+headerWords:], p)
+	s.at(h).state.Store(state&stateUsed | uint32(words))
+	gone := h + uint32(words)
+	s.at(gone).state.Store(uint32(rest))
+	s.drop(gone)
+}
+
+// indexes lists, in order, the leaves in [from, to) of a branch and its origins that memory has and the table may not.
 func (c *leafCache) indexes(b *branch, from, to uint32) (out []uint32) {
-	if to-from <= shardCount { // fewer look-ups than shards
+	var chain []*branch
+	for ; b != nil; b = b.origin {
+		if b.unwritten.Load() > 0 {
+			chain = append(chain, b)
+		}
+	}
+	if len(chain) == 0 {
+		return nil
+	}
+	if to-from <= 64 { // look-ups are cheaper than all that is dirty
 		for ; from < to; from++ {
-			for o := b; o != nil; o = o.origin {
-				if c.has(leafKey{o, from, head}) {
-					out = append(out, from)
-					break
-				}
+			if slices.ContainsFunc(chain, func(b *branch) bool { return c.has(leafKey{b, from, head}) }) {
+				out = append(out, from)
 			}
 		}
 		return out
 	}
-	chain := map[*branch]bool{}
-	for ; b != nil; b = b.origin {
-		chain[b] = true
-	}
 	for i := range c.shards {
 		s := &c.shards[i]
 		s.mu.RLock()
-		for k := range s.leaves {
-			if k.asOf == head && k.index >= from && k.index < to && chain[k.b] {
-				out = append(out, k.index)
+		s.eachDirty(func(_ handle, o *openLeaf) {
+			if o.index >= from && o.index < to && slices.ContainsFunc(chain, func(b *branch) bool { return b.ID == o.branch }) {
+				out = append(out, o.index)
 			}
-		}
+		})
 		s.mu.RUnlock()
 	}
 	slices.Sort(out)
@@ -201,42 +435,46 @@ func (c *leafCache) indexes(b *branch, from, to uint32) (out []uint32) {
 }
 
 func (c *leafCache) has(k leafKey) bool {
-	s := c.shard(k)
+	s := c.shard(k.b.ID, k.index)
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	return s.leaves[k] != nil
+	lf, _ := s.find(k)
+	return lf != nil
 }
 
-// forget drops the leaves of a key for which fn says so. They must be clean, or
-// never be needed again.
-func (c *leafCache) forget(fn func(leafKey) bool) {
+// eachDirty calls fn for what a checkpoint has to write.
+func (s *shard) eachDirty(fn func(handle, *openLeaf)) {
+	for i := range s.segs {
+		if s.segs[i].dirty == 0 {
+			continue
+		}
+		s.each(uint32(i), func(h handle, lf *leaf) {
+			if lf.dirtyGen() != 0 {
+				fn(h, lf.open())
+			}
+		})
+	}
+}
+
+// forget drops the leaves of a branch: of its head, or of its points too. A dirty head's leaf is a version that a point
+// needs: it becomes an image.
+func (c *leafCache) forget(b *branch, points bool) {
 	for i := range c.shards {
 		s := &c.shards[i]
 		s.mu.Lock()
-		kept := s.clock[:0]
-		for _, lf := range s.clock {
-			if fn(lf.key) {
-				delete(s.leaves, lf.key)
-			} else {
-				kept = append(kept, lf)
-			}
+		for j := range s.segs {
+			s.each(uint32(j), func(h handle, lf *leaf) {
+				switch {
+				case lf.branch != b.ID || lf.asOf != head && !points || lf.is(stateImage):
+				case lf.dirtyGen() != 0:
+					lf.asOf = lf.epoch
+					lf.state.Or(stateImage)
+					b.unwritten.Add(1)
+				default:
+					s.remove(h)
+				}
+			})
 		}
-		clear(s.clock[len(kept):])
-		s.clock, s.hand = kept, 0
 		s.mu.Unlock()
 	}
-}
-
-// peek copies a cached head leaf if it holds a version of its branch at or
-// before asOf, and returns the version's epoch, or 0.
-func (c *leafCache) peek(k leafKey, asOf uint32, l *format.Leaf) uint32 {
-	s := c.shard(k)
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	lf := s.leaves[k]
-	if lf == nil || lf.epoch > asOf || lf.epoch == 0 {
-		return 0
-	}
-	*l = lf.Leaf
-	return lf.epoch
 }

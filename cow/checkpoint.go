@@ -1,6 +1,7 @@
 package cow
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -15,9 +16,8 @@ type generation struct {
 	gen        uint64
 	at         format.Checkpoint
 	appended   uint64
-	leaves     []*leaf
+	leaves     []leafKey
 	encoded    []encodedLeaf
-	arena      []byte
 	volumes    []format.Volume
 	snapshots  []format.Snapshot
 	branches   []format.Branch
@@ -33,7 +33,38 @@ type generation struct {
 
 type encodedLeaf struct {
 	metadata.Version
-	from, to int // in arena
+	gen   uint64
+	value []byte
+}
+
+// values is where a checkpoint keeps the encoded leaves. It goes from one to the next.
+type values struct {
+	blocks [][]byte
+	used   int // blocks that are full, or nearly
+}
+
+const valuesBlock = 1 << 20
+
+func (v *values) encode(l *format.Leaf) []byte {
+	if v.used == len(v.blocks) {
+		v.blocks = append(v.blocks, make([]byte, 0, valuesBlock))
+	}
+	b := v.blocks[v.used]
+	from := len(b)
+	b = format.AppendLeaf(b, l)
+	v.blocks[v.used] = b
+	if cap(b)-len(b) < format.MaxLeafSize {
+		v.used++
+	}
+	return b[from:len(b):len(b)]
+}
+
+// reset makes the memory free.
+func (v *values) reset() {
+	for i := range v.blocks {
+		v.blocks[i] = v.blocks[i][:0]
+	}
+	v.used = 0
 }
 
 // Checkpoint makes the table durable as of now, so that a restart replays nothing that was
@@ -88,6 +119,7 @@ func (s *Store) freeze() *generation {
 	g.at = format.Checkpoint{Seq: s.wal.nextSeq, ChunkSeq: chunkSeq, Offset: off, NextID: s.tables.nextID, NextChunkSeq: s.wal.nextChunk}
 	g.appended = s.wal.appended
 	g.leaves, s.dirty = s.dirty, nil
+	s.writing, s.unwritten = s.unwritten, 0
 	for v := range s.dropping {
 		g.dropLeaves = append(g.dropLeaves, v)
 	}
@@ -100,7 +132,7 @@ func (s *Store) freeze() *generation {
 	g.regions = s.freezeRegions()
 	s.admin = false
 	s.gen++
-	s.behind.Store(false)
+	s.frozen.Broadcast()
 	return g
 }
 
@@ -165,28 +197,36 @@ func (s *Store) takeChunks(g *generation) {
 // encode makes the values of the generation's leaves. A leaf that a writer has met since is not
 // as it was; the writer left an image of it.
 func (s *Store) encode(g *generation) {
-	add := func(v metadata.Version, l *format.Leaf) {
-		from := len(g.arena)
-		g.arena = format.AppendLeaf(g.arena, l)
-		g.encoded = append(g.encoded, encodedLeaf{v, from, len(g.arena)})
+	add := func(o *openLeaf) {
+		g.encoded = append(g.encoded, encodedLeaf{o.version(), o.gen, s.values.encode(&o.Leaf)})
 	}
-	var live []encodedLeaf
-	for _, lf := range g.leaves {
-		sh := s.cache.shard(lf.key)
+	s.values.reset()
+	for _, k := range g.leaves {
+		sh := s.cache.shard(k.b.ID, k.index)
 		sh.mu.RLock()
-		if lf.gen == g.gen {
-			add(metadata.Version{Branch: lf.key.b.ID, Leaf: lf.key.index, Epoch: lf.epoch}, &lf.Leaf)
+		if lf, _ := sh.find(k); lf != nil && lf.dirtyGen() == g.gen {
+			add(lf.open())
 		}
 		sh.mu.RUnlock()
 	}
-	live, g.encoded = g.encoded, nil
-	// Every leaf has been encoded or has its image by now. After a commit that
-	// failed there may be an image and a younger leaf of one version: the leaf comes last.
-	for _, m := range s.pending.upTo(g.gen) {
-		add(m.Version, &m.Leaf)
+	// Every leaf has been encoded or has its image by now.
+	for i := range s.cache.shards {
+		sh := &s.cache.shards[i]
+		sh.mu.RLock()
+		sh.eachDirty(func(_ handle, o *openLeaf) {
+			if o.is(stateImage) && o.gen <= g.gen {
+				add(o)
+			}
+		})
+		sh.mu.RUnlock()
 	}
-	g.encoded = append(g.encoded, live...)
-	slices.SortStableFunc(g.encoded, func(a, b encodedLeaf) int { return compareVersions(a.Version, b.Version) })
+	// After a commit that failed there may be several states of one version: the last comes last.
+	slices.SortFunc(g.encoded, func(a, b encodedLeaf) int {
+		if c := compareVersions(a.Version, b.Version); c != 0 {
+			return c
+		}
+		return cmp.Compare(a.gen, b.gen)
+	})
 }
 
 // compareVersions is the order of the table's keys: ascending inserts are bbolt's cheapest.
@@ -207,7 +247,7 @@ func (g *generation) write(tx *metadata.Tx) error {
 		}
 	}
 	for _, e := range g.encoded {
-		if err := tx.PutLeaf(e.Version, g.arena[e.from:e.to:e.to]); err != nil {
+		if err := tx.PutLeaf(e.Version, e.value); err != nil {
 			return err
 		}
 	}
@@ -236,22 +276,32 @@ func eachID(ids []uint32, drop func(uint32) error) error {
 // settle forgets what is in the table now. Images go before leaves become clean,
 // and with that evictable: a reader that misses one finds the other.
 func (s *Store) settle(g *generation) {
-	s.pending.drop(func(m *image) bool { return m.gen <= g.gen })
-	for _, lf := range g.leaves {
-		sh := s.cache.shard(lf.key)
-		s.mu.Lock()
+	images := map[uint32]int64{} // by branch
+	for i := range s.cache.shards {
+		s.cache.shards[i].settleImages(g.gen, func(branch uint32) { images[branch]++ })
+	}
+	for _, k := range g.leaves {
+		sh := s.cache.shard(k.b.ID, k.index)
 		sh.mu.Lock()
-		if lf.gen == g.gen {
-			lf.gen = 0
+		if lf, h := sh.find(k); lf != nil && lf.dirtyGen() == g.gen {
+			sh.setGen(h, 0)
+			sh.pack(h)
 		}
 		sh.mu.Unlock()
-		s.mu.Unlock()
+		k.b.unwritten.Add(-1)
 	}
+	s.cache.shrink()
 	s.settleRegions(g)
 	s.mu.Lock()
 	for _, v := range g.dropLeaves {
 		delete(s.dropping, v)
 	}
+	for n, count := range images {
+		if b := s.tables.branches[n]; b != nil {
+			b.unwritten.Add(-count)
+		}
+	}
+	s.writing = 0
 	s.cleanable, s.helpless = g.at.ChunkSeq, false
 	s.mu.Unlock()
 	s.committed.Store(g.gen)
@@ -262,14 +312,19 @@ func (s *Store) settle(g *generation) {
 func (s *Store) thaw(g *generation, err error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, lf := range g.leaves {
-		sh := s.cache.shard(lf.key)
+	for _, k := range g.leaves {
+		sh := s.cache.shard(k.b.ID, k.index)
 		sh.mu.Lock()
-		if lf.gen == g.gen {
-			s.markDirty(lf)
+		if lf, h := sh.find(k); lf != nil && lf.dirtyGen() == g.gen {
+			s.markDirty(k, sh, h)
+			s.unwritten-- // it is in writing, too
 		}
 		sh.mu.Unlock()
+		k.b.unwritten.Add(-1)
 	}
+	s.unwritten, s.writing = s.unwritten+s.writing, 0
+	s.failures, s.failure = s.failures+1, err
+	s.frozen.Broadcast()
 	mark := func(set map[uint32]struct{}, ids []uint32) {
 		for _, n := range ids {
 			set[n] = struct{}{}

@@ -37,6 +37,7 @@ type mover struct {
 	comp []byte
 	pay  []byte      // of a moved record
 	leaf format.Leaf // of owned
+	full bool        // the last batch ended where no more leaves may become dirty before a checkpoint
 }
 
 // CleanReport is what Clean did.
@@ -159,7 +160,7 @@ func (s *Store) cleanChunk(ctx context.Context, c *chunk, pause func(time.Durati
 			return moved, err
 		}
 		moved += int64(n)
-		if s.behind.Load() {
+		if m.full {
 			if err := s.checkpoint(); err != nil {
 				return moved, err
 			}
@@ -184,6 +185,7 @@ func (m *mover) batch() (moved int, more bool, err error) {
 	s := m.s
 	s.ckptMu.Lock()
 	defer s.ckptMu.Unlock()
+	m.full = false
 	s.mu.Lock()
 	end, here := m.c.end, s.slots.get(m.c.slot) == m.c && !m.c.dead
 	s.mu.Unlock()
@@ -202,6 +204,9 @@ func (m *mover) batch() (moved int, more bool, err error) {
 			moved += n
 		}
 		switch {
+		case errors.Is(err, errFull):
+			m.r.off, m.full = off, true
+			return moved, true, nil
 		case errors.Is(err, ErrCorrupt):
 			// Copying would make damage look sound. Check names it; the rest of the chunk stays where it is.
 			s.log.Error("a chunk cannot be cleaned; run check", "chunk", m.c.name(), "offset", off, "err", err)
@@ -306,11 +311,22 @@ func (m *mover) unlessDead(h *format.RecordHeader, name format.Entry, damage err
 	return err
 }
 
+// mapping is a leaf of any form.
+type mapping interface {
+	entry(i int) format.Entry
+	isChanged(i int) bool
+}
+
+type unpacked struct{ *format.Leaf }
+
+func (l unpacked) entry(i int) format.Entry { return l.Entries[i] }
+func (l unpacked) isChanged(i int) bool     { return l.IsChanged(i) }
+
 // ownedIn masks the blocks of the record name that l has changed itself.
-func ownedIn(l *format.Leaf, h *format.RecordHeader, name format.Entry) (mask uint16) {
+func ownedIn(l mapping, h *format.RecordHeader, name format.Entry) (mask uint16) {
 	first := int(h.Block % format.LeafBlocks)
 	for i := range h.Blocks {
-		if l.IsChanged(first+i) && l.Entries[first+i] == name.WithIndex(i) {
+		if l.isChanged(first+i) && l.entry(first+i) == name.WithIndex(i) {
 			mask |= 1 << i
 		}
 	}
@@ -333,7 +349,7 @@ func (m *mover) headMask(h *format.RecordHeader, name format.Entry) (mask uint16
 	}
 	err = s.cache.view(leafKey{b, uint32(h.Block / format.LeafBlocks), head}, func(lf *leaf) {
 		if lf.epoch == epoch {
-			mask = ownedIn(&lf.Leaf, h, name)
+			mask = ownedIn(lf, h, name)
 		}
 	})
 	return mask, err
@@ -405,13 +421,23 @@ func (s *Store) putMoved(h *format.RecordHeader, payload []byte, name format.Ent
 			s.mu.Unlock() // evicted meanwhile
 			continue
 		}
-		if b.volume == nil || lf.epoch != b.Epoch || !holdsRun(lf, h, name) {
+		var o *openLeaf
+		var err error
+		switch {
+		case b.volume == nil || lf.epoch != b.Epoch || !holdsRun(lf, h, name):
+			err = errChanged
+		case !s.owned(b, lf) && !s.mayDirty(false):
+			err = errFull
+		default:
+			o, err = s.own(k, sh)
+		}
+		if err != nil {
 			sh.mu.Unlock()
 			s.mu.Unlock()
-			return 0, errChanged
+			return 0, err
 		}
 		c, off := s.wal.append(h, payload)
-		s.applyData(lf, h, c, off)
+		s.applyData(o, h, c, off)
 		sh.mu.Unlock()
 		s.cleaned += uint64(h.Size())
 		s.checkpointDue()
@@ -424,7 +450,7 @@ func (s *Store) putMoved(h *format.RecordHeader, payload []byte, name format.Ent
 func holdsRun(lf *leaf, h *format.RecordHeader, name format.Entry) bool {
 	first := int(h.Block % format.LeafBlocks)
 	for i := range h.Blocks {
-		if !lf.IsChanged(first+i) || lf.Entries[first+i] != name.WithIndex(name.Index()+i) {
+		if !lf.isChanged(first+i) || lf.entry(first+i) != name.WithIndex(name.Index()+i) {
 			return false
 		}
 	}
@@ -442,17 +468,14 @@ func (m *mover) owned(h *format.RecordHeader, name format.Entry) (mask uint16, e
 		return 0, 0, nil
 	}
 	index := uint32(h.Block / format.LeafBlocks)
-	var without leafKey
-	if b.reaping {
-		without = leafKey{b, index, head} // the cache still has what is gone, and the table has all that is left
-	}
 	for asOf := head; asOf > 0; {
-		epoch, err := s.version(b, index, asOf, without, &m.leaf)
+		// While the head is reaped the cache still has what is gone, and the table has all that is left.
+		epoch, err := s.version(b, index, asOf, !b.reaping, &m.leaf)
 		if err != nil || epoch == 0 {
 			return 0, 0, err
 		}
 		if _, gone := s.dropping[metadata.Version{Branch: b.ID, Leaf: index, Epoch: epoch}]; !gone {
-			if mask := ownedIn(&m.leaf, h, name); mask != 0 {
+			if mask := ownedIn(unpacked{&m.leaf}, h, name); mask != 0 {
 				return mask, epoch, nil
 			}
 		}

@@ -84,13 +84,7 @@ func (b *busyStore) open() {
 		b.t.Fatal(err)
 	}
 	b.s = s
-	for i := range s.cache.shards {
-		s.cache.shards[i].mu.Lock()
-	}
-	s.cache.perShard = 1
-	for i := range s.cache.shards {
-		s.cache.shards[i].mu.Unlock()
-	}
+	s.cache.squeeze(3)
 }
 
 func (b *busyStore) openDevices() {

@@ -163,10 +163,7 @@ func TestCheckpointWhileFirstChunkIsMade(t *testing.T) {
 func TestExtentsWhileLeafLeavesMemory(t *testing.T) {
 	dir := setup(t, 1<<30, format.Raw)
 	s := open(t, dir, Options{CheckpointInterval: -1})
-	for i := range s.cache.shards {
-		_ = i
-	}
-	s.cache.perShard = 1
+	s.cache.squeeze(3)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	data := randomBytes(4096, 1)
@@ -200,7 +197,7 @@ func TestExtentsWhileLeafLeavesMemory(t *testing.T) {
 func TestWriteZeroesBesideCheckpoints(t *testing.T) {
 	dir := setup(t, 8<<40, format.Raw)
 	s := open(t, dir, Options{CheckpointInterval: -1})
-	s.cache.perShard = 1
+	s.cache.squeeze(3)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	data, buf := randomBytes(4096, 1), make([]byte, 4096)
@@ -389,8 +386,8 @@ func TestPlanAcrossSlotReuse(t *testing.T) {
 	var bad error
 	var target format.Entry
 	must(t, s.cache.view(leafKey{d.b, 0, head}, func(lf *leaf) {
-		target = lf.Entries[255]
-		bad = pl.plan(&lf.Leaf, buf[:4096], 255*4096)
+		target = lf.entry(255)
+		bad = pl.plan(lf, buf[:4096], 255*4096)
 	}))
 	must(t, bad)
 	old := s.slots.get(target.Slot())
@@ -407,7 +404,7 @@ func TestPlanAcrossSlotReuse(t *testing.T) {
 			must(t, s.Checkpoint())
 		}
 		lf, sh := s.cache.lock(leafKey{d.b, 1, head})
-		e := lf.Entries[0]
+		e := lf.entry(0)
 		sh.mu.Unlock()
 		if e == target && s.slots.get(e.Slot()) != old {
 			break
@@ -416,7 +413,7 @@ func TestPlanAcrossSlotReuse(t *testing.T) {
 	want := make([]byte, 4096)
 	_, err = d.ReadAt(want, 256*4096)
 	must(t, err)
-	must(t, s.cache.view(leafKey{d.b, 1, head}, func(lf *leaf) { bad = pl.plan(&lf.Leaf, buf[4096:], 256*4096) }))
+	must(t, s.cache.view(leafKey{d.b, 1, head}, func(lf *leaf) { bad = pl.plan(lf, buf[4096:], 256*4096) }))
 	must(t, bad)
 	must(t, pl.locate())
 	if err := pl.fetch(); err != nil {

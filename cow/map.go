@@ -1,88 +1,130 @@
 package cow
 
 import (
-	"fmt"
-
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
 
 // loadLeaf fills lf with the leaf of k.b as of k.asOf, merged with everything
 // older: the newest version of the branch itself, or else what its origin had.
-func (s *Store) loadLeaf(k leafKey, lf *leaf) error {
-	asOf := k.asOf
-	for b := k.b; b != nil; b, asOf = b.origin, b.originEpoch {
-		epoch, err := s.version(b, k.index, asOf, k, &lf.Leaf)
-		if err != nil {
-			return fmt.Errorf("branch %d leaf %d: %w", b.ID, k.index, err)
-		}
-		if epoch == 0 {
-			continue
-		}
-		if b == k.b {
-			lf.epoch = epoch
-		} else {
-			lf.Changed = [4]uint64{} // changed there, not here
-		}
-		return nil
+func (s *Store) loadLeaf(k leafKey, lf *openLeaf) error {
+	b, epoch, err := s.newest(k, &lf.Leaf)
+	switch {
+	case err != nil:
+		return err
+	case b == nil:
+		lf.Leaf = format.Leaf{}
+	case b == k.b:
+		lf.epoch = epoch
+	default:
+		lf.Changed = [4]uint64{} // changed there, not here
 	}
-	lf.Leaf = format.Leaf{}
 	return nil
 }
 
-// version reads the newest version of the branch's own at or before asOf into
-// l and returns its epoch, or 0. Memory is looked at first, then the table: a version
-// leaves memory only after the table has it.
-func (s *Store) version(b *branch, index, asOf uint32, loading leafKey, l *format.Leaf) (uint32, error) {
-	if hk := (leafKey{b, index, head}); hk != loading {
-		if epoch := s.cache.peek(hk, asOf, l); epoch != 0 {
-			return epoch, nil
+// newest reads the newest version at or before k, of k.b or else its origins, into l, and says whose
+// and of what epoch it is. Memory is looked at before the table: a version leaves memory only after the table has it.
+func (s *Store) newest(k leafKey, l *format.Leaf) (of *branch, epoch uint32, err error) {
+	var inMemory *branch
+	asOf := k.asOf
+	for b := k.b; b != nil; b, asOf = b.origin, b.originEpoch {
+		if b.unwritten.Load() == 0 {
+			continue
+		}
+		if epoch = s.cache.newest(b, k.index, asOf, b != k.b || k.asOf != head, l); epoch != 0 {
+			inMemory = b
+			break
 		}
 	}
-	inMemory := s.pending.newest(b.ID, index, 1, asOf, func(m *image) { *l = m.Leaf })
-	var t format.Leaf
-	var inTable uint32
-	err := s.meta.View(func(tx *metadata.Tx) (err error) {
-		inTable, err = tx.Leaf(metadata.Version{Branch: b.ID, Leaf: index, Epoch: asOf}, &t)
-		return err
+	err = s.meta.View(func(tx *metadata.Tx) error {
+		asOf := k.asOf
+		for b := k.b; b != nil; b, asOf = b.origin, b.originEpoch {
+			v := metadata.Version{Branch: b.ID, Leaf: k.index, Epoch: asOf}
+			if b == inMemory {
+				of = b
+				return s.newer(tx, v, &epoch, l)
+			}
+			inTable, err := tx.Leaf(v, l)
+			if err != nil || inTable != 0 {
+				of, epoch = b, inTable
+				return err
+			}
+		}
+		return nil
 	})
-	if err != nil {
-		return 0, err
+	return of, epoch, err
+}
+
+// version reads the newest version of the branch's own at or before asOf into l and returns its epoch, or 0. What the
+// head has in memory counts only with withHead.
+func (s *Store) version(b *branch, index, asOf uint32, withHead bool, l *format.Leaf) (epoch uint32, err error) {
+	epoch = s.cache.newest(b, index, asOf, withHead, l)
+	err = s.meta.View(func(tx *metadata.Tx) error {
+		return s.newer(tx, metadata.Version{Branch: b.ID, Leaf: index, Epoch: asOf}, &epoch, l)
+	})
+	return epoch, err
+}
+
+// newer replaces the version of an epoch that memory had, in l, by one that the table has if that is newer.
+func (s *Store) newer(tx *metadata.Tx, v metadata.Version, epoch *uint32, l *format.Leaf) error {
+	t := s.unpacked.Get().(*format.Leaf)
+	defer s.unpacked.Put(t)
+	inTable, err := tx.Leaf(v, t)
+	if err == nil && inTable > *epoch {
+		*epoch, *l = inTable, *t
 	}
-	if inTable > inMemory {
-		*l = t
-		return inTable, nil
-	}
-	return inMemory, nil
+	return err
 }
 
 // own makes a cached head leaf ready to be changed in the branch's present
 // epoch and the present generation. If an earlier epoch's or generation's
-// state of it is still to be written, a copy stays behind. mu and the shard's lock are held.
-func (s *Store) own(lf *leaf) {
-	epoch := lf.key.b.Epoch
-	if lf.gen != 0 && (lf.epoch != epoch || lf.gen != s.gen) {
-		s.pending.push(&image{
-			Version: metadata.Version{Branch: lf.key.b.ID, Leaf: lf.key.index, Epoch: lf.epoch},
-			gen:     lf.gen, Leaf: lf.Leaf,
-		})
+// state of it is still to be written, a copy stays behind. mu and the shard's lock are held. If there is no
+// room it fails with errFull, and nothing has changed; in any case leaves of the shard may have moved.
+func (s *Store) own(k leafKey, sh *shard) (*openLeaf, error) {
+	epoch := k.b.Epoch
+	lf, _ := sh.find(k)
+	o := lf.open()
+	switch {
+	case o != nil && o.gen == s.gen && o.epoch == epoch:
+		return o, nil
+	case o != nil && o.gen != 0:
+		if !sh.pushImage(k) {
+			return nil, errFull
+		}
+		k.b.unwritten.Add(1)
+		s.unwritten++
+	default:
+		if sh.open(k) == nil {
+			return nil, errFull
+		}
 	}
-	if lf.epoch != epoch {
-		lf.epoch, lf.Changed = epoch, [4]uint64{}
+	lf, h := sh.find(k)
+	o = lf.open()
+	if o.epoch != epoch {
+		o.epoch, o.Changed = epoch, [4]uint64{}
 	}
-	s.markDirty(lf)
+	s.markDirty(k, sh, h)
+	return o, nil
 }
 
-func (s *Store) markDirty(lf *leaf) {
-	if lf.gen != s.gen {
-		lf.gen = s.gen
-		s.dirty = append(s.dirty, lf)
+// owned says whether own has nothing to do.
+func (s *Store) owned(b *branch, lf *leaf) bool {
+	return lf.dirtyGen() == s.gen && lf.epoch == b.Epoch
+}
+
+// markDirty has an open leaf written by the next checkpoint. mu and the shard's lock are held.
+func (s *Store) markDirty(k leafKey, sh *shard, h handle) {
+	if sh.at(h).dirtyGen() != s.gen {
+		sh.setGen(h, s.gen)
+		s.dirty = append(s.dirty, k)
+		s.unwritten++
+		k.b.unwritten.Add(1)
 	}
 }
 
 // change maps block i of an owned leaf to e, and keeps the live bytes. mu and
 // the shard's lock are held.
-func (s *Store) change(lf *leaf, i int, e format.Entry) {
+func (s *Store) change(lf *openLeaf, i int, e format.Entry) {
 	s.account(put(&lf.Leaf, i, e), -1)
 	s.account(e, +1)
 }
@@ -121,9 +163,8 @@ func (s *Store) markRow(c *chunk) {
 	}
 }
 
-// applyData maps the blocks of a data record at (c, off), block first of the leaf on.
-func (s *Store) applyData(lf *leaf, h *format.RecordHeader, c *chunk, off uint32) {
-	s.own(lf)
+// applyData maps the blocks of a data record at (c, off), in a leaf that is owned.
+func (s *Store) applyData(lf *openLeaf, h *format.RecordHeader, c *chunk, off uint32) {
 	first := int(h.Block % format.LeafBlocks)
 	e := format.MakeEntry(c.slot, off, h.Size(), h.Blocks, 0)
 	for i := range h.Blocks {
@@ -131,9 +172,8 @@ func (s *Store) applyData(lf *leaf, h *format.RecordHeader, c *chunk, off uint32
 	}
 }
 
-// applyHole unmaps n blocks of a leaf.
-func (s *Store) applyHole(lf *leaf, first, n int) {
-	s.own(lf)
+// applyHole unmaps n blocks of a leaf that is owned.
+func (s *Store) applyHole(lf *openLeaf, first, n int) {
 	for i := first; i < first+n; i++ {
 		s.change(lf, i, 0)
 	}

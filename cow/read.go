@@ -84,7 +84,7 @@ func (d *Device) plan(pl *ReadPlan, p []byte, off int64) error {
 		n := int(min(int64(len(p)), leafSize-off%leafSize))
 		var bad error
 		err := d.s.cache.view(leafKey{d.b, uint32(off / leafSize), d.asOf}, func(lf *leaf) {
-			bad = pl.plan(&lf.Leaf, p[:n], off)
+			bad = pl.plan(lf, p[:n], off)
 		})
 		if err := errors.Join(err, bad); err != nil {
 			pl.release()
@@ -101,13 +101,13 @@ func (d *Device) plan(pl *ReadPlan, p []byte, off int64) error {
 
 // plan adds the pieces of a range within one leaf. The leaf's lock is held, so that an
 // entry that is seen keeps its chunk until the reference is taken.
-func (pl *ReadPlan) plan(l *format.Leaf, p []byte, off int64) error {
+func (pl *ReadPlan) plan(lf *leaf, p []byte, off int64) error {
 	for len(p) > 0 {
 		block, skip := uint64(off/format.BlockSize), int(off%format.BlockSize)
 		i := int(block % format.LeafBlocks)
-		e := l.Entries[i]
+		e := lf.entry(i)
 		n := min(len(p), format.BlockSize-skip)
-		for j := i + 1; n < len(p) && follows(e, l.Entries[j], j-i); j++ {
+		for j := i + 1; n < len(p) && follows(e, lf.entry(j), j-i); j++ {
 			n = min(len(p), n+format.BlockSize)
 		}
 		if e.IsHole() {
@@ -344,11 +344,11 @@ func (d *Device) Extents(off, length int64, fn func(off, length int64, hole bool
 	run := extentRun{fn: fn, start: off, end: off + length, hole: true}
 	first, last := uint64(off)/format.BlockSize, uint64(off+length-1)/format.BlockSize
 	err := d.s.leaves(d.b, uint32(first/format.LeafBlocks), uint32(last/format.LeafBlocks)+1, func(index uint32) error {
-		var entries [format.LeafBlocks]format.Entry
-		if err := d.s.cache.view(leafKey{d.b, index, d.asOf}, func(lf *leaf) { entries = lf.Entries }); err != nil {
+		var l format.Leaf
+		if err := d.s.cache.view(leafKey{d.b, index, d.asOf}, func(lf *leaf) { lf.copyTo(&l) }); err != nil {
 			return err
 		}
-		for i, e := range entries {
+		for i, e := range l.Entries {
 			if !run.to((int64(index)*format.LeafBlocks+int64(i))*format.BlockSize, e.IsHole()) {
 				return errStop
 			}

@@ -1,6 +1,8 @@
 package cow
 
 import (
+	"errors"
+
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -28,21 +30,21 @@ func (s *Store) reapable() bool {
 // nextJob finds a job whose versions are all in the table: a checkpoint has
 // been committed since the name went. mu is held, and ckptMu or nobody checkpoints.
 func (s *Store) nextJob() (job, bool) {
-	committed, needed := s.committed.Load(), s.tables.origins()
-	for _, sn := range s.tables.snapshots {
+	committed := s.committed.Load()
+	for sn := range s.tables.nameless {
 		if sn.branch.stuck || sn.branch.reaping && !sn.branch.reaped {
 			continue // the cache still has what is gone: it would be taken for a successor
 		}
-		if sn.Volume == 0 && sn.dropped <= committed && !needed[point{sn.branch, sn.Epoch}] {
+		if sn.dropped <= committed && sn.branch.forks[sn.Epoch] == 0 {
 			j := job{b: sn.branch, to: sn.Epoch, snap: sn}
-			j.from, j.next = s.tables.neighbours(sn.branch, sn.Epoch)
+			j.from, j.next = sn.branch.neighbours(sn.Epoch)
 			return j, true
 		}
 	}
-	for _, b := range s.tables.branches {
-		if b.volume == nil && b.headless <= committed && !b.reaped && !b.stuck {
+	for b := range s.tables.headless {
+		if b.headless <= committed && !b.stuck {
 			j := job{b: b, to: b.Epoch}
-			j.from, _ = s.tables.neighbours(b, b.Epoch)
+			j.from, _ = b.neighbours(b.Epoch)
 			return j, true
 		}
 	}
@@ -51,20 +53,19 @@ func (s *Store) nextJob() (job, bool) {
 
 // neighbours are the points of a branch before and after an epoch: 0 if there is none before;
 // after the last point the head, if it is not reaped, else 0.
-func (t *tables) neighbours(b *branch, epoch uint32) (before, after uint32) {
-	if !b.reaped && b.Epoch > epoch {
-		after = b.Epoch
+func (b *branch) neighbours(epoch uint32) (before, after uint32) {
+	i, found := b.search(epoch)
+	if i > 0 {
+		before = b.points[i-1].Epoch
 	}
-	for _, sn := range t.snapshots {
-		if sn.branch != b {
-			continue
-		}
-		if sn.Epoch < epoch {
-			before = max(before, sn.Epoch)
-		}
-		if sn.Epoch > epoch && (after == 0 || sn.Epoch < after) {
-			after = sn.Epoch
-		}
+	if found {
+		i++
+	}
+	switch {
+	case i < len(b.points):
+		after = b.points[i].Epoch
+	case !b.reaped && b.Epoch > epoch:
+		after = b.Epoch
 	}
 	return before, after
 }
@@ -79,6 +80,9 @@ func (s *Store) reap() {
 		}
 		j.b.reaping = j.b.reaping || j.snap == nil
 		done, n, err := s.reapSome(j, left)
+		if errors.Is(err, errFull) {
+			break // this checkpoint makes room
+		}
 		if err != nil {
 			// What a damaged version holds cannot be given back; everything else goes on.
 			s.log.Error("space of deleted data stays in use; run check", "branch", j.b.ID, "err", err)
@@ -118,7 +122,12 @@ func (s *Store) reapSome(j job, limit int) (done bool, n int, err error) {
 		return false, 0, err
 	}
 	for _, v := range found {
-		if err := s.reapVersion(j, v); err != nil {
+		err := s.reapVersion(j, v)
+		if errors.Is(err, errFull) {
+			cursor.next = v
+			s.reapCursor[j.b.ID] = cursor
+		}
+		if err != nil {
 			return false, 0, err
 		}
 	}
@@ -173,10 +182,7 @@ func (s *Store) reapVersion(j job, v metadata.Version) error {
 // exact reads the version v, which is in the table and perhaps, changed since, in memory.
 func (s *Store) exact(v metadata.Version, l *format.Leaf) error {
 	b := s.tables.branches[v.Branch]
-	if epoch := s.cache.peek(leafKey{b, v.Leaf, head}, head, l); epoch == v.Epoch {
-		return nil
-	}
-	if s.pending.newest(v.Branch, v.Leaf, v.Epoch, v.Epoch, func(m *image) { *l = m.Leaf }) != 0 {
+	if s.inMemory(b, v, l) {
 		return nil
 	}
 	return s.meta.View(func(tx *metadata.Tx) error {
@@ -188,37 +194,83 @@ func (s *Store) exact(v metadata.Version, l *format.Leaf) error {
 	})
 }
 
+func (s *Store) inMemory(b *branch, v metadata.Version, l *format.Leaf) bool {
+	sh := s.cache.shard(v.Branch, v.Leaf)
+	sh.mu.RLock()
+	defer sh.mu.RUnlock()
+	if lf, _ := sh.find(leafKey{b, v.Leaf, head}); lf != nil && lf.epoch == v.Epoch {
+		lf.copyTo(l)
+		return true
+	}
+	m := sh.image(v.Branch, v.Leaf, v.Epoch, v.Epoch)
+	if m != nil {
+		*l = m.Leaf
+	}
+	return m != nil
+}
+
 // successor runs fn on the version of v's leaf in (j.to, j.next], wherever it is, and has it
 // written with this generation. moved is false if there is none and v has to stay.
 func (s *Store) successor(j job, v metadata.Version, fn func(*format.Leaf)) (moved bool, err error) {
 	if !j.b.reaped {
 		// The cached leaf is the truth of a head: brought in first, it cannot be
 		// loaded by somebody else from what the table has now.
-		lf, sh, err := s.headLeaf(leafKey{j.b, v.Leaf, head})
+		k := leafKey{j.b, v.Leaf, head}
+		lf, sh, err := s.headLeaf(k)
 		if err != nil {
 			return false, err
 		}
 		defer sh.mu.Unlock()
 		switch {
 		case lf.epoch > j.to && lf.epoch <= j.next:
-			fn(&lf.Leaf)
-			s.markDirty(lf)
-			return true, nil
+			o, err := s.reopen(k, sh)
+			if err == nil {
+				fn(&o.Leaf)
+			}
+			return err == nil, err
 		case lf.epoch == v.Epoch && j.next == j.b.Epoch && j.b.volume != nil:
-			lf.epoch = j.b.Epoch
-			s.markDirty(lf)
-			return true, nil
+			o, err := s.reopen(k, sh)
+			if err == nil {
+				o.epoch = j.b.Epoch
+			}
+			return err == nil, err
 		}
+		return s.successorImage(j, v, sh, fn)
 	}
-	if s.pending.newest(v.Branch, v.Leaf, j.to+1, j.next, func(m *image) { fn(&m.Leaf) }) != 0 {
+	sh := s.cache.shard(v.Branch, v.Leaf)
+	sh.mu.Lock()
+	defer sh.mu.Unlock()
+	return s.successorImage(j, v, sh, fn)
+}
+
+// reopen makes a cached head leaf one that this generation writes, in the epoch that it has.
+func (s *Store) reopen(k leafKey, sh *shard) (*openLeaf, error) {
+	if sh.open(k) == nil {
+		return nil, errFull
+	}
+	lf, h := sh.find(k)
+	s.markDirty(k, sh, h)
+	return lf.open(), nil
+}
+
+// successorImage is successor for a version that is not a head's present one. The shard is locked.
+func (s *Store) successorImage(j job, v metadata.Version, sh *shard, fn func(*format.Leaf)) (moved bool, err error) {
+	if m := sh.image(v.Branch, v.Leaf, j.to+1, j.next); m != nil {
+		fn(&m.Leaf)
 		return true, nil
 	}
-	m := &image{gen: s.gen}
-	if m.Version, err = s.inTable(metadata.Version{Branch: v.Branch, Leaf: v.Leaf, Epoch: j.next}, j.to, &m.Leaf); err != nil || m.Epoch == 0 {
+	var l format.Leaf
+	w, err := s.inTable(metadata.Version{Branch: v.Branch, Leaf: v.Leaf, Epoch: j.next}, j.to, &l)
+	if err != nil || w.Epoch == 0 {
 		return false, err
 	}
+	m := sh.addImage(w, s.gen, &l)
+	if m == nil {
+		return false, errFull
+	}
+	s.unwritten++
+	j.b.unwritten.Add(1)
 	fn(&m.Leaf)
-	s.pending.push(m)
 	return true, nil
 }
 
@@ -260,12 +312,12 @@ func (s *Store) inTable(v metadata.Version, after uint32, l *format.Leaf) (metad
 // dropVersion removes a version from memory now, and from the table with this generation.
 func (s *Store) dropVersion(b *branch, v metadata.Version) {
 	s.dropping[v] = struct{}{}
-	s.pending.dropVersion(v)
-	if lf, sh := s.cache.lock(leafKey{b, v.Leaf, head}); lf != nil {
-		if lf.epoch == v.Epoch {
-			lf.gen = 0 // of a head that nobody has: not to be written again
-		}
-		sh.mu.Unlock()
+	sh := s.cache.shard(v.Branch, v.Leaf)
+	sh.mu.Lock()
+	defer sh.mu.Unlock()
+	b.unwritten.Add(-sh.dropImages(v))
+	if lf, h := sh.find(leafKey{b, v.Leaf, head}); lf != nil && lf.epoch == v.Epoch {
+		sh.setGen(h, 0) // of a head that nobody has: not to be written again
 	}
 }
 
@@ -273,24 +325,14 @@ func (s *Store) dropVersion(b *branch, v metadata.Version) {
 func (s *Store) finishJob(j job) {
 	s.admin = true
 	if j.snap != nil {
-		delete(s.tables.snapshots, j.snap.ID)
-		s.tables.dirtySnapshots[j.snap.ID] = struct{}{}
+		s.tables.forget(j.snap)
 	} else {
 		j.b.reaped = true
-		s.cache.forget(func(k leafKey) bool { return k.b == j.b && k.asOf == head })
+		delete(s.tables.headless, j.b)
+		s.cache.forget(j.b, false)
 	}
-	if j.b.reaped && !s.tables.hasPoints(j.b) {
-		delete(s.tables.branches, j.b.ID)
-		s.tables.dirtyBranches[j.b.ID] = struct{}{}
-		s.cache.forget(func(k leafKey) bool { return k.b == j.b })
+	if j.b.reaped && len(j.b.points) == 0 {
+		s.tables.forgetBranch(j.b)
+		s.cache.forget(j.b, true)
 	}
-}
-
-func (t *tables) hasPoints(b *branch) bool {
-	for _, sn := range t.snapshots {
-		if sn.branch == b {
-			return true
-		}
-	}
-	return false
 }

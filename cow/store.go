@@ -38,11 +38,11 @@ type Options struct {
 	FS          storage.FS    // the chunk files; nil: the store's directory
 	LockTimeout time.Duration // how long to wait for the store's lock
 	Holder      string        // what to say of this owner in the lock file, e.g. "vdisk serve"
-	CacheBytes  int64         // for leaves in memory; default 256 MiB
+	CacheBytes  int64         // the most that the map takes in memory (DESIGN.md, section 13); default 256 MiB, at least MinCacheBytes
 	Logger      *slog.Logger  // default: slog.Default()
 
 	// When a checkpoint begins: after so many bytes of log (default 256 MiB),
-	// so many dirty leaves (default a quarter of the cache), so long after a
+	// so many dirty leaves (default and at most a part of the cache, which see), so long after a
 	// change (default 10 s; negative: never by time or size, for tests).
 	CheckpointBytes    int64
 	CheckpointLeaves   int
@@ -80,7 +80,7 @@ func (o *Options) setDefaults() {
 		o.CheckpointBytes = 256 << 20
 	}
 	if o.CheckpointLeaves <= 0 {
-		o.CheckpointLeaves = int(o.CacheBytes / 2048 / 4)
+		o.CheckpointLeaves = dirtyLimit(o.CacheBytes) * 3 / 4
 	}
 	if o.CheckpointInterval == 0 {
 		o.CheckpointInterval = 10 * time.Second
@@ -114,18 +114,24 @@ type Store struct {
 
 	shared *sharedBuffers // nil: the log's buffers are this process's
 
-	cache    *leafCache
-	pending  pending
-	forwards forwards
-	slots    slotTable
-	scratch  sync.Pool // *scratch
+	cache      *leafCache
+	dirtyLimit int // leaves and images in one generation
+	forwards   forwards
+	slots      slotTable
+	scratch    sync.Pool // *scratch
+	unpacked   sync.Pool // *format.Leaf
 
 	// mu orders every change: see DESIGN.md, section 10.
 	mu           sync.Mutex
 	wal          *recordLog
 	tables       tables
-	gen          uint64  // of leaves that become dirty now
-	dirty        []*leaf // of generation gen
+	gen          uint64     // of leaves that become dirty now
+	frozen       *sync.Cond // gen has risen, or a checkpoint has failed
+	dirty        []leafKey  // of generation gen
+	unwritten    int        // dirty leaves and images of generation gen
+	writing      int        // of the generation that a checkpoint writes
+	failures     uint64     // checkpoints that failed
+	failure      error      // of the last of them
 	dirtyRows    []*chunk
 	dirtyRegions []*region                     // of generation gen
 	cleanable    uint64                        // chunks before this sequence number are behind the replay position, and may be cleaned
@@ -142,11 +148,11 @@ type Store struct {
 	cleanWork  chan struct{}
 
 	ckptMu     sync.Mutex            // one checkpoint at a time; guards the fields below
+	values     values                // of the checkpoint that runs
 	pins       int                   // readers of the table that chunk files must outlive
 	zombies    []*chunk              // dead, but pinned or not removed yet
 	reapCursor map[uint32]reapCursor // by branch
 
-	behind    atomic.Bool   // there are so many dirty leaves that writers have to wait for a checkpoint
 	committed atomic.Uint64 // generation of the last checkpoint that committed
 	ckptAt    atomic.Uint64 // recordLog.appended at the last checkpoint
 
@@ -200,8 +206,13 @@ func Open(dir string, o Options) (*Store, error) {
 		tables: newTables(), gen: 1, reapCursor: map[uint32]reapCursor{}, dropping: map[metadata.Version]struct{}{},
 		ckptWork: make(chan struct{}, 1), cleanWork: make(chan struct{}, 1), quit: make(chan struct{})}
 	s.scratch.New = newScratch
-	s.cache = newLeafCache(o.CacheBytes, s.loadLeaf)
+	s.unpacked.New = func() any { return new(format.Leaf) }
+	s.frozen = sync.NewCond(&s.mu)
+	s.dirtyLimit = min(dirtyLimit(o.CacheBytes), 4*o.CheckpointLeaves)
 	s.forwards.load = s.loadForwards
+	if s.cache, err = newLeafCache(o.CacheBytes, s.loadLeaf); err != nil {
+		return nil, errors.Join(fmt.Errorf("open store %s: %w", dir, err), lock.Close())
+	}
 	if err := s.upgrade(); err != nil {
 		return nil, errors.Join(fmt.Errorf("open store %s: %w", dir, noSpace(err)), s.release())
 	}
@@ -295,7 +306,8 @@ func (s *Store) sizeChunks() error {
 
 // goOn makes the log ready for records behind those that were replayed. What is behind its end goes
 // before the next chunk is made, which also makes that durable. The checkpoint that a replay calls
-// for can come later, unless a chunk is left with a summary of records that it does not have.
+// for can come later, unless a chunk is left with a summary of records that it does not have, or the cache had to
+// become larger than it may be.
 func (s *Store) goOn(behind []string) error {
 	r := &s.recovery
 	if r.Records > 0 || len(behind) > 0 || r.DroppedBytes > 0 {
@@ -306,8 +318,9 @@ func (s *Store) goOn(behind []string) error {
 	if r.Lost > 0 {
 		s.log.Error("the log is damaged: records that had been made durable cannot be read any more; run check", "records", r.Lost)
 	}
-	if r.unsettled {
-		if err := s.Checkpoint(); err != nil {
+	if r.unsettled || s.cache.grown() {
+		// A full disk is no reason to keep a store closed whose space others want to give back.
+		if err := s.Checkpoint(); err != nil && (r.unsettled || !errors.Is(err, ErrNoSpace)) {
 			return fmt.Errorf("checkpoint after replay: %w", err)
 		}
 	}
@@ -326,7 +339,7 @@ func (s *Store) release() error {
 	if s.fs != nil && s.opts.FS == nil {
 		errs = append(errs, s.fs.Close())
 	}
-	return errors.Join(append(errs, s.lock.Close())...)
+	return errors.Join(append(errs, s.cache.close(), s.lock.Close())...)
 }
 
 // Close makes everything durable with a last checkpoint and gives the store

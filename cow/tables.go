@@ -1,6 +1,8 @@
 package cow
 
 import (
+	"cmp"
+	"slices"
 	"sync/atomic"
 
 	"github.com/vdisk/vdisk/format"
@@ -8,14 +10,17 @@ import (
 
 // branch is a line of history in memory. Its ID and origin never change.
 type branch struct {
-	format.Branch         // Epoch is guarded by Store.mu
-	origin        *branch // nil: it began empty
-	originEpoch   uint32  // OriginEpoch, without the lock
-	volume        *volume // whose head it is, or nil; guarded by Store.mu
-	stuck         bool    // a version is damaged, and the reaper has given up; guarded by Store.mu
-	reaping       bool    // the head's versions are going; guarded by Store.mu
-	reaped        bool    // they are gone; guarded by Store.mu
-	headless      uint64  // generation in which it lost its volume, while the head's versions wait for the reaper; guarded by Store.mu
+	format.Branch                // Epoch is guarded by Store.mu
+	origin        *branch        // nil: it began empty
+	originEpoch   uint32         // OriginEpoch, without the lock
+	volume        *volume        // whose head it is, or nil; guarded by Store.mu
+	stuck         bool           // a version is damaged, and the reaper has given up; guarded by Store.mu
+	reaping       bool           // the head's versions are going; guarded by Store.mu
+	reaped        bool           // they are gone; guarded by Store.mu
+	points        []*snapshot    // by epoch, with those that have lost their name; guarded by Store.mu
+	forks         map[uint32]int // how many branches begin at an epoch's point; guarded by Store.mu
+	unwritten     atomic.Int64   // dirty leaves and images that no checkpoint has committed
+	headless      uint64         // generation in which it lost its volume, while the head's versions wait for the reaper; guarded by Store.mu
 }
 
 // volume is a volume in memory.
@@ -25,6 +30,7 @@ type volume struct {
 	size          atomic.Int64 // Volume.Size, for devices
 	readers       int          // open handles; guarded by Store.mu
 	writer        bool
+	snapshots     map[string]*snapshot // by name; guarded by Store.mu
 	codec         *codecPool
 }
 
@@ -43,6 +49,8 @@ type tables struct {
 	snapshots map[uint32]*snapshot
 	branches  map[uint32]*branch
 	byName    map[string]*volume
+	nameless  map[*snapshot]struct{} // those of volume 0: the reaper's, when no branch begins there
+	headless  map[*branch]struct{}   // those without a volume that are not reaped
 	nextID    uint32
 
 	dirtyVolumes, dirtySnapshots, dirtyBranches map[uint32]struct{}
@@ -51,7 +59,7 @@ type tables struct {
 func newTables() tables {
 	return tables{
 		volumes: map[uint32]*volume{}, snapshots: map[uint32]*snapshot{}, branches: map[uint32]*branch{},
-		byName: map[string]*volume{}, nextID: 1,
+		byName: map[string]*volume{}, nameless: map[*snapshot]struct{}{}, headless: map[*branch]struct{}{}, nextID: 1,
 		dirtyVolumes: map[uint32]struct{}{}, dirtySnapshots: map[uint32]struct{}{}, dirtyBranches: map[uint32]struct{}{},
 	}
 }
@@ -76,9 +84,10 @@ func (t *tables) putBranch(r format.Branch, gen uint64) error {
 			if b.origin = t.branches[r.OriginBranch]; b.origin == nil {
 				return corruptf("branch %d has the origin %d, which does not exist", r.ID, r.OriginBranch)
 			}
+			b.origin.fork(b.originEpoch, +1)
 		}
-		b.headless = gen // until a volume takes it
 		t.branches[r.ID] = b
+		t.behead(b, gen) // until a volume takes it
 	}
 	b.Epoch = r.Epoch // the rest never changes, and is read without the lock
 	t.usedID(r.ID)
@@ -97,15 +106,16 @@ func (t *tables) putVolume(r format.Volume, gen uint64) error {
 		if err != nil {
 			return corruptf("volume %q: %v", r.Name, err)
 		}
-		v = &volume{codec: pool}
+		v = &volume{codec: pool, snapshots: map[string]*snapshot{}}
 		t.volumes[r.ID] = v
 	} else {
 		delete(t.byName, v.Name)
 		if v.branch != b {
-			v.branch.volume, v.branch.headless = nil, gen
+			t.behead(v.branch, gen)
 		}
 	}
 	v.Volume, v.branch, b.volume = r, b, v
+	delete(t.headless, b)
 	v.size.Store(r.Size)
 	t.byName[r.Name] = v
 	t.usedID(r.ID)
@@ -120,7 +130,7 @@ func (t *tables) dropVolume(n uint32, gen uint64) error {
 	}
 	delete(t.volumes, n)
 	delete(t.byName, v.Name)
-	v.branch.volume, v.branch.headless = nil, gen
+	t.behead(v.branch, gen)
 	t.dirtyVolumes[n] = struct{}{}
 	return nil
 }
@@ -134,9 +144,21 @@ func (t *tables) putSnapshot(r format.Snapshot, gen uint64) error {
 		}
 		s = &snapshot{branch: b}
 		t.snapshots[r.ID] = s
+		i, _ := b.search(r.Epoch)
+		b.points = slices.Insert(b.points, i, s)
 	}
-	if r.Volume == 0 && s.Volume != 0 {
-		s.dropped = gen
+	if v := t.volumes[s.Volume]; v != nil {
+		delete(v.snapshots, s.Name)
+	}
+	if r.Volume == 0 {
+		if s.Volume != 0 {
+			s.dropped = gen
+		}
+		t.nameless[s] = struct{}{}
+	} else if v := t.volumes[r.Volume]; v != nil {
+		v.snapshots[r.Name] = s
+	} else {
+		return corruptf("snapshot %q is of volume %d, which does not exist", r.Name, r.Volume)
 	}
 	s.Snapshot = r
 	t.usedID(r.ID)
@@ -169,29 +191,41 @@ func (t *tables) apply(ev *format.Event, gen uint64) error {
 	return nil
 }
 
-// find returns a named volume's snapshot.
-func (t *tables) find(v *volume, name string) *snapshot {
-	for _, s := range t.snapshots {
-		if s.Volume == v.ID && s.Name == name {
-			return s
-		}
-	}
-	return nil
+// forget removes the row of a point that nobody needs.
+func (t *tables) forget(s *snapshot) {
+	delete(t.snapshots, s.ID)
+	delete(t.nameless, s)
+	s.branch.points = slices.DeleteFunc(s.branch.points, func(p *snapshot) bool { return p == s })
+	t.dirtySnapshots[s.ID] = struct{}{}
 }
 
-// point is a branch's state at the end of an epoch.
-type point struct {
-	b     *branch
-	epoch uint32
+// forgetBranch removes the row of a branch that has neither head nor points.
+func (t *tables) forgetBranch(b *branch) {
+	delete(t.branches, b.ID)
+	delete(t.headless, b)
+	if b.origin != nil {
+		b.origin.fork(b.originEpoch, -1)
+	}
+	t.dirtyBranches[b.ID] = struct{}{}
 }
 
-// origins are the points at which branches start.
-func (t *tables) origins() map[point]bool {
-	set := make(map[point]bool, len(t.branches))
-	for _, b := range t.branches {
-		if b.origin != nil {
-			set[point{b.origin, b.originEpoch}] = true
-		}
+// behead takes a branch's volume away, in a generation.
+func (t *tables) behead(b *branch, gen uint64) {
+	b.volume, b.headless = nil, gen
+	t.headless[b] = struct{}{}
+}
+
+// fork counts the branches that begin at a point.
+func (b *branch) fork(epoch uint32, by int) {
+	if b.forks == nil {
+		b.forks = map[uint32]int{}
 	}
-	return set
+	if b.forks[epoch] += by; b.forks[epoch] == 0 {
+		delete(b.forks, epoch)
+	}
+}
+
+// search finds the first point of the branch at or after an epoch.
+func (b *branch) search(epoch uint32) (i int, found bool) {
+	return slices.BinarySearchFunc(b.points, epoch, func(s *snapshot, epoch uint32) int { return cmp.Compare(s.Epoch, epoch) })
 }

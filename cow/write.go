@@ -18,6 +18,9 @@ const (
 // errChanged says that a block is no longer what a partial write was merged with.
 var errChanged = errors.New("block changed")
 
+// errEvicted says that a leaf has gone since it was brought in.
+var errEvicted = errors.New("leaf evicted")
+
 // scratch is one operation's memory.
 type scratch struct {
 	unit [unitSize]byte // a unit that is merged with what was there
@@ -111,7 +114,7 @@ func (s *Store) holds(ex *expect, lf *leaf, block uint64, n int) bool {
 		if b < block || b >= block+uint64(n) { // none, or another record's
 			return true
 		}
-		e := lf.Entries[b%format.LeafBlocks]
+		e := lf.entry(int(b % format.LeafBlocks))
 		return e == was.e && (e.IsHole() || s.slots.get(e.Slot()) == was.c)
 	}
 	return same(ex.first, ex.wasFirst) && same(ex.last, ex.wasLast)
@@ -162,45 +165,57 @@ func (s *Store) putHole(d *Device, first uint64, n int, ex *expect) error {
 // the leaf changes. n blocks of one leaf are concerned.
 func (s *Store) put(d *Device, h *format.RecordHeader, payload []byte, n int, ex *expect) error {
 	k := leafKey{d.b, uint32(h.Block / format.LeafBlocks), head}
-	hole := h.Kind == format.KindHole
-	for {
-		if s.behind.Load() { // writers are faster than checkpoints: take part
-			if err := s.checkpoint(); err != nil {
-				return err
+	for waited := false; ; waited = true {
+		err := s.cache.ensure(k)
+		if err == nil {
+			err = s.tryPut(d, k, h, payload, n, ex, waited)
+		}
+		if !errors.Is(err, errFull) {
+			if errors.Is(err, errEvicted) {
+				continue
 			}
-		}
-		if err := s.cache.ensure(k); err != nil {
 			return err
 		}
-		s.mu.Lock()
-		if err := s.admit(d, h, n, hole); err != nil {
-			s.mu.Unlock()
+		if err := s.makeRoom(); err != nil {
 			return err
 		}
-		lf, sh := s.cache.lock(k)
-		if lf == nil {
-			s.mu.Unlock() // evicted meanwhile
-			continue
-		}
-		first := int(h.Block % format.LeafBlocks)
-		switch {
-		case !s.holds(ex, lf, h.Block, n):
-			sh.mu.Unlock()
-			s.mu.Unlock()
-			return errChanged
-		case hole && lf.isHole(first, n): // nothing to say
-		case hole:
-			s.wal.append(h, payload)
-			s.applyHole(lf, first, n)
-		default:
-			c, off := s.wal.append(h, payload)
-			s.applyData(lf, h, c, off)
-		}
-		sh.mu.Unlock()
-		s.checkpointDue()
-		s.mu.Unlock()
-		return nil
 	}
+}
+
+// tryPut is put, once. waited says that the writer has waited for a checkpoint.
+func (s *Store) tryPut(d *Device, k leafKey, h *format.RecordHeader, payload []byte, n int, ex *expect, waited bool) error {
+	hole := h.Kind == format.KindHole
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.admit(d, h, n, hole); err != nil {
+		return err
+	}
+	lf, sh := s.cache.lock(k)
+	if lf == nil {
+		return errEvicted
+	}
+	defer sh.mu.Unlock()
+	first := int(h.Block % format.LeafBlocks)
+	switch {
+	case !s.holds(ex, lf, h.Block, n):
+		return errChanged
+	case hole && lf.isHole(first, n):
+		return nil // nothing to say
+	case !s.owned(k.b, lf) && !s.mayDirty(waited):
+		return errFull
+	}
+	o, err := s.own(k, sh)
+	if err != nil {
+		return err
+	}
+	c, off := s.wal.append(h, payload)
+	if hole {
+		s.applyHole(o, first, n)
+	} else {
+		s.applyData(o, h, c, off)
+	}
+	s.checkpointDue()
+	return nil
 }
 
 // admit checks that the store and the volume take the write, and makes room for it. mu is held.
@@ -221,27 +236,55 @@ func (s *Store) admit(d *Device, h *format.RecordHeader, n int, hole bool) error
 	return nil
 }
 
-func (lf *leaf) isHole(first, n int) bool {
-	for _, e := range lf.Entries[first : first+n] {
-		if !e.IsHole() {
-			return false
-		}
+// mayDirty says whether one more leaf may become dirty in this generation. A writer that has waited for a
+// checkpoint has room that the others leave him, so that he need not wait for another. mu is held.
+func (s *Store) mayDirty(waited bool) bool {
+	limit := s.dirtyLimit
+	if !waited {
+		limit -= limit / 8
 	}
-	return true
+	return s.unwritten < limit && s.unwritten+s.writing < 2*s.dirtyLimit
 }
 
-// checkpointDue wakes the checkpointer when a limit is reached, and notes when writers are
-// four limits ahead of it. mu is held.
+// makeRoom waits until a checkpoint has begun to write what fills the cache, or has failed.
+func (s *Store) makeRoom() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	gen, failures := s.gen, s.failures
+	if s.opts.CheckpointInterval < 0 { // nobody else makes any
+		s.mu.Unlock()
+		defer s.mu.Lock()
+		return s.checkpointOf(gen)
+	}
+	for s.gen == gen {
+		if s.failures != failures {
+			return s.failure
+		}
+		poke(s.ckptWork)
+		s.frozen.Wait()
+	}
+	return nil
+}
+
+// checkpointOf returns when a checkpoint of the generation, or a later one, has committed: somebody else's if
+// there is one.
+func (s *Store) checkpointOf(gen uint64) error {
+	s.ckptMu.Lock()
+	defer s.ckptMu.Unlock()
+	if s.committed.Load() >= gen {
+		return nil
+	}
+	return s.checkpointLocked()
+}
+
+// checkpointDue wakes the checkpointer when a limit is reached. mu is held.
 func (s *Store) checkpointDue() {
 	if s.opts.CheckpointInterval < 0 {
 		return
 	}
 	since := int64(s.wal.appended - s.ckptAt.Load())
-	if since >= s.opts.CheckpointBytes || len(s.dirty) >= s.opts.CheckpointLeaves {
+	if since >= s.opts.CheckpointBytes || s.unwritten >= s.opts.CheckpointLeaves {
 		poke(s.ckptWork)
-	}
-	if len(s.dirty) >= 4*s.opts.CheckpointLeaves {
-		s.behind.Store(true)
 	}
 }
 
@@ -299,6 +342,9 @@ func (d *Device) zeroPart(off, length int64) error {
 func (d *Device) punch(first, end uint64) error {
 	if first >= end {
 		return nil
+	}
+	if err := d.s.live(); err != nil { // there may be no leaf to ask for
+		return err
 	}
 	return d.s.leaves(d.b, uint32(first/format.LeafBlocks), uint32((end-1)/format.LeafBlocks)+1, func(index uint32) error {
 		from := max(first, uint64(index)*format.LeafBlocks)

@@ -34,7 +34,9 @@ type app struct {
 	bytes       bool
 	lockTimeout time.Duration
 	maxSize     string
-	maxBytes    int64 // maxSize
+	maxBytes    int64  // maxSize
+	mapCache    string // a size
+	cacheBytes  int64  // mapCache
 	log         *slog.Logger
 }
 
@@ -84,6 +86,9 @@ func interruptible(parent context.Context) (context.Context, func()) {
 	return ctx, func() { signal.Stop(signals); cancel(nil) }
 }
 
+// mapCacheEnv is --map-cache in the environment.
+const mapCacheEnv = "VDISK_MAP_CACHE"
+
 func (a *app) program() *cli.App {
 	cli.VersionFlag = &cli.BoolFlag{Name: "version", Usage: "print the version"}
 	return &cli.App{
@@ -101,6 +106,7 @@ func (a *app) program() *cli.App {
 			&cli.BoolFlag{Name: "verbose", Aliases: []string{"v"}, Usage: "log what happens", EnvVars: []string{"VDISK_VERBOSE"}, Destination: &a.verbose},
 			&cli.DurationFlag{Name: "lock-timeout", Usage: "how long to wait for a busy store", EnvVars: []string{"VDISK_LOCK_TIMEOUT"}, Value: 5 * time.Second, Destination: &a.lockTimeout},
 			&cli.StringFlag{Name: "max-size", Usage: "let the store's data take at most `SIZE` while this process owns it", EnvVars: []string{"VDISK_MAX_SIZE"}, Destination: &a.maxSize},
+			&cli.StringFlag{Name: "map-cache", Usage: "let the map of an owner's volumes take at most `SIZE` of memory", EnvVars: []string{mapCacheEnv}, Value: "256M", Destination: &a.mapCache},
 		},
 		Before: a.prepare,
 		Action: func(c *cli.Context) error {
@@ -139,6 +145,17 @@ func (a *app) prepare(*cli.Context) error {
 		if a.maxBytes < cow.MinMaxBytes {
 			return usagef("--max-size %s: at least %s is needed", a.maxSize, units.BytesSize(cow.MinMaxBytes))
 		}
+	}
+	bytes, err := parseSize(a.mapCache)
+	if err != nil {
+		return fmt.Errorf("--map-cache: %w", err)
+	}
+	if a.cacheBytes = bytes; bytes < cow.MinCacheBytes {
+		return usagef("--map-cache %s: the least is %s", a.mapCache, a.size(cow.MinCacheBytes))
+	}
+	// For a daemon that this command starts, and the programs that follow it in an upgrade, which may be older.
+	if err := os.Setenv(mapCacheEnv, a.mapCache); err != nil {
+		return err
 	}
 	dir, err := filepath.Abs(a.dir)
 	a.dir = dir
@@ -182,7 +199,7 @@ func miscounted(k int, n arity) string {
 
 // options are how to open the store for a command.
 func (a *app) options(c *cli.Context) owner.Options {
-	return owner.Options{LockTimeout: a.lockTimeout, Command: "vdisk " + c.Command.Name, Logger: a.log, Version: version(), MaxBytes: a.maxBytes}
+	return owner.Options{LockTimeout: a.lockTimeout, Command: "vdisk " + c.Command.Name, Logger: a.log, Version: version(), MaxBytes: a.maxBytes, MapCache: a.cacheBytes}
 }
 
 // with opens the store for do.

@@ -68,6 +68,8 @@ type Options struct {
 	MaxBytes int64
 	// Logger gets what happens to devices and services (none).
 	Logger *slog.Logger
+	// MapCache is cow.Options.CacheBytes.
+	MapCache int64
 	// Version is this program's.
 	Version string
 	// Replaceable says that this process can become another version of the program: it ends the owner by CloseWhenDone

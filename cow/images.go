@@ -1,0 +1,104 @@
+package cow
+
+import (
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/metadata"
+)
+
+// An image is a version of a leaf on its way to the table that is not the head's present state: a copy of a
+// dirty leaf as it was before a writer went on in a new epoch or generation, or a version that the reaper
+// changed. It is an openLeaf with stateImage in the shard of its head; asOf and epoch are the version's, and a
+// checkpoint of generation gen or later writes it. Until that has committed, it is where others find the version.
+
+// version names what a checkpoint has to write.
+func (o *openLeaf) version() metadata.Version {
+	return metadata.Version{Branch: o.branch, Leaf: o.index, Epoch: o.epoch}
+}
+
+// pushImage leaves a copy of a dirty head leaf behind. It returns false if there is no room; leaves may move.
+func (s *shard) pushImage(k leafKey) bool {
+	to := s.alloc(uint32(openWords))
+	if to == 0 {
+		return false
+	}
+	_, h := s.find(k)
+	copy(s.mem[to-1:], s.mem[h-1:int(h)-1+openWords])
+	s.putImage(to)
+	return true
+}
+
+// addImage makes an image of a version that was read from the table; nil if there is no room.
+func (s *shard) addImage(v metadata.Version, gen uint64, l *format.Leaf) *openLeaf {
+	to := s.alloc(uint32(openWords))
+	if to == 0 {
+		return nil
+	}
+	o := (*openLeaf)(s.at(to).pointer())
+	o.branch, o.index, o.epoch, o.gen, o.Leaf = v.Branch, v.Leaf, v.Epoch, gen, *l
+	s.putImage(to)
+	return o
+}
+
+func (s *shard) putImage(h handle) {
+	lf := s.at(h)
+	lf.asOf = lf.epoch
+	s.put(h, uint32(openWords)|stateOpen|stateImage)
+	s.segment(h).dirty++
+}
+
+// image finds the image of a leaf with the highest epoch in [from, to], the last one made of it, or nil.
+func (s *shard) image(branch, index, from, to uint32) (best *openLeaf) {
+	if s.buckets == nil {
+		return nil
+	}
+	for h := *s.bucket(branch, index); h != 0; {
+		lf := s.at(h)
+		if lf.branch == branch && lf.index == index && lf.is(stateImage) && lf.epoch >= from && lf.epoch <= to {
+			if o := lf.open(); best == nil || o.epoch > best.epoch || o.epoch == best.epoch && o.gen > best.gen {
+				best = o
+			}
+		}
+		h = lf.next
+	}
+	return best
+}
+
+// dropImages removes the images of one version, and returns how many there were.
+func (s *shard) dropImages(v metadata.Version) (n int64) {
+	for m := s.image(v.Branch, v.Leaf, v.Epoch, v.Epoch); m != nil; n++ {
+		s.remove(s.handle(&m.leaf))
+		m = s.image(v.Branch, v.Leaf, v.Epoch, v.Epoch)
+	}
+	return n
+}
+
+// settleImages removes the images that a checkpoint of generation gen has written.
+func (s *shard) settleImages(gen uint64, dropped func(branch uint32)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.eachDirty(func(h handle, o *openLeaf) {
+		if o.is(stateImage) && o.gen <= gen {
+			dropped(o.branch)
+			s.remove(h)
+		}
+	})
+}
+
+// newest copies to l the newest version that memory has of a branch's leaf at or before asOf, the head's only if
+// withHead, and returns its epoch, or 0.
+func (c *leafCache) newest(b *branch, index, asOf uint32, withHead bool, l *format.Leaf) uint32 {
+	s := c.shard(b.ID, index)
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if withHead {
+		if lf, _ := s.find(leafKey{b, index, head}); lf != nil && lf.epoch <= asOf && lf.epoch != 0 {
+			lf.copyTo(l)
+			return lf.epoch
+		}
+	}
+	if m := s.image(b.ID, index, 1, asOf); m != nil {
+		*l = m.Leaf
+		return m.epoch
+	}
+	return 0
+}

@@ -1,0 +1,117 @@
+package cow
+
+import (
+	"sync/atomic"
+	"unsafe"
+
+	"github.com/vdisk/vdisk/format"
+)
+
+// head stands for a branch's newest state in a leafKey.
+const head = ^uint32(0)
+
+// leafKey names a cached leaf: the head's, which changes, or a point's, which does not.
+type leafKey struct {
+	b           *branch
+	index, asOf uint32
+}
+
+// leaf is a merged leaf in memory: this header, and behind it an openLeaf's fields or a format.Packed. It
+// lies in a shard's arena, where only the shard's lock keeps it from moving. What it says changes under
+// Store.mu and the shard's lock together.
+type leaf struct {
+	next   uint32 // of its bucket
+	branch uint32
+	index  uint32
+	asOf   uint32 // as in leafKey; of an image: its version's epoch
+	epoch  uint32 // of the version that this is; 0: the branch has none of its own
+	state  atomic.Uint32
+}
+
+// openLeaf is a leaf that can be changed.
+type openLeaf struct {
+	leaf
+	gen uint64 // of the checkpoint that has to write it; 0: it is as in the table
+	format.Leaf
+}
+
+// The bits of leaf.state. All but used change under the shard's lock.
+const (
+	stateWords = 1<<10 - 1 // how long it is, with the header
+	stateOpen  = 1 << 10   // an openLeaf
+	stateImage = 1 << 11   // an image, see images.go
+	stateGone  = 1 << 12   // nobody's
+	stateUsed  = 1 << 13   // since the clock hand passed
+)
+
+const (
+	headerWords = int(unsafe.Sizeof(leaf{}) / 8)
+	openWords   = int(unsafe.Sizeof(openLeaf{}) / 8)
+)
+
+func (lf *leaf) is(bit uint32) bool { return lf.state.Load()&bit != 0 }
+
+func (lf *leaf) words() uint32 { return lf.state.Load() & stateWords }
+
+// touch marks the leaf used; readers share its cache line, so it is written
+// only when it changes.
+func (lf *leaf) touch() {
+	if !lf.is(stateUsed) {
+		lf.state.Or(stateUsed)
+	}
+}
+
+// open returns the leaf as one that can be changed, or nil if it is packed.
+func (lf *leaf) open() *openLeaf {
+	if lf.is(stateOpen) {
+		return (*openLeaf)(lf.pointer())
+	}
+	return nil
+}
+
+func (lf *leaf) pointer() unsafe.Pointer { return unsafe.Pointer(lf) }
+
+func (lf *leaf) packed() format.Packed {
+	return unsafe.Slice((*uint64)(unsafe.Add(lf.pointer(), 8*headerWords)), int(lf.words())-headerWords)
+}
+
+// entry returns the entry of block i of the leaf.
+func (lf *leaf) entry(i int) format.Entry {
+	if o := lf.open(); o != nil {
+		return o.Entries[i]
+	}
+	return lf.packed().Entry(i)
+}
+
+func (lf *leaf) isChanged(i int) bool {
+	if o := lf.open(); o != nil {
+		return o.IsChanged(i)
+	}
+	return lf.packed().IsChanged(i)
+}
+
+// copyTo writes the leaf's entries and changed bits to l.
+func (lf *leaf) copyTo(l *format.Leaf) {
+	if o := lf.open(); o != nil {
+		*l = o.Leaf
+	} else {
+		lf.packed().Unpack(l)
+	}
+}
+
+// dirtyGen is the generation of the checkpoint that has to write the leaf, or 0.
+func (lf *leaf) dirtyGen() uint64 {
+	if o := lf.open(); o != nil {
+		return o.gen
+	}
+	return 0
+}
+
+func (lf *leaf) isHole(first, n int) bool {
+	for i := first; i < first+n; i++ {
+		if !lf.entry(i).IsHole() {
+			return false
+		}
+	}
+	return true
+}
