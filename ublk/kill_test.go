@@ -63,12 +63,38 @@ func TestAllTagsHeld(t *testing.T) {
 	}
 }
 
-// TestScanHangs: a server that does not answer the first read of the partition table can be killed; Create does not
-// outlast its context.
+// TestScanHangs: Create does not outlast its context when a server does not answer the first read of the partition table, and
+// such a server can be killed, where the driver's scan is not part of START (Linux 6.19). Before, it holds the driver's lock and the
+// process until the read is answered: a deadlock that only a reboot ends (DESIGN.md, section 11.5).
 func TestScanHangs(t *testing.T) {
 	needDriver(t)
+	scansLater := false
+	t.Run("context", func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		release := make(chan struct{})
+		disk := newRAMDisk(1 << 20)
+		go func() { time.Sleep(4 * time.Second); close(release) }()
+		begin := time.Now()
+		d, err := ublk.Create(ctx, ublk.Options{Size: 1 << 20}, handlerFunc(func(r *ublk.Request) error {
+			go func() { <-release; r.Complete(disk.ServeUBLK(r)) }()
+			return ublk.ErrLater
+		}))
+		if err == nil {
+			scansLater = true
+			closeDevice(t, d)
+		} else if !errors.Is(err, context.DeadlineExceeded) {
+			t.Error(err)
+		}
+		if took := time.Since(begin); took > stepLimit {
+			t.Errorf("Create and Close took %v", took)
+		}
+	})
 	for _, recovery := range []ublk.Recovery{ublk.RecoverNone, ublk.RecoverReissue} {
 		t.Run(fmt.Sprint("recovery ", recovery), func(t *testing.T) {
+			if !scansLater {
+				t.Skip("this kernel's driver reads the partition table in START: a server that is killed in it never ends")
+			}
 			s := spawn(t, serverConfig{ID: new(killID), Memory: memoryFile(t), Size: 1 << 20, Recovery: recovery, Handler: "deaf"})
 			within(t, stepLimit, "the disk", func() error { _, err := os.Stat("/dev/ublkc11"); return err })
 			time.Sleep(500 * time.Millisecond) // START is on its way, or done
@@ -82,24 +108,4 @@ func TestScanHangs(t *testing.T) {
 			remove(t, killID)
 		})
 	}
-	t.Run("context", func(t *testing.T) {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-		defer cancel()
-		release := make(chan struct{})
-		disk := newRAMDisk(1 << 20)
-		go func() { time.Sleep(4 * time.Second); close(release) }()
-		begin := time.Now()
-		d, err := ublk.Create(ctx, ublk.Options{Size: 1 << 20}, handlerFunc(func(r *ublk.Request) error {
-			go func() { <-release; r.Complete(disk.ServeUBLK(r)) }()
-			return ublk.ErrLater
-		}))
-		if err == nil { // the scan is not part of START here (6.19)
-			closeDevice(t, d)
-		} else if !errors.Is(err, context.DeadlineExceeded) {
-			t.Error(err)
-		}
-		if took := time.Since(begin); took > stepLimit {
-			t.Errorf("Create and Close took %v", took)
-		}
-	})
 }

@@ -1,0 +1,137 @@
+#!/bin/bash
+# bench-nbd.sh: vdisk against qemu-nbd on qcow2 and on a raw file (both with O_DIRECT) and nbdkit on a file, all over NBD with fio's own client,
+# taking turns, and a table of medians. Half-compressible data. Environment:
+#   DIR      a folder on the disk to measure (default: a temporary one in the present folder)
+#   SIZE_MB  of the data (1024); RUNTIME, seconds a test (4); ROUNDS (3); PEERS (qcow2 raw nbdkit vdisk)
+set -euo pipefail
+vdisk=$(realpath "$(dirname "$0")/../../bin/vdisk")
+size=${SIZE_MB:-1024} runtime=${RUNTIME:-4} rounds=${ROUNDS:-3}
+made=
+[ -n "${DIR:-}" ] || made=$(mktemp -d "$PWD/bench-nbd.XXXXXX")
+dir=$(realpath "${DIR:-$made}")
+export VDISK_STORE=$dir/store
+server=
+over() {
+	[ -z "$server" ] || { kill "$server" && wait "$server"; } || true
+	rm -rf "$dir/image" "$dir/store" "$dir"/*.sock "$dir/fio.json"
+	[ -z "$made" ] || rmdir "$made"
+}
+trap over EXIT
+trap 'exit 130' INT TERM
+
+drop() { # what the kernel caches of the disk
+	sync
+	echo 1 >/proc/sys/vm/drop_caches || { echo "bench-nbd: cold reads need root" >&2; exit 1; }
+}
+await() {
+	local n
+	for n in $(seq 100); do
+		[ ! -S "$dir/s.sock" ] || return 0
+		sleep 0.1
+	done
+	echo "bench-nbd: the server has made no socket" >&2
+	exit 1
+}
+start() { # target: serves what is there
+	local qemu=(qemu-nbd -t -e 8 -k "$dir/s.sock" --cache=none --aio=io_uring --discard=unmap)
+	rm -f "$dir/s.sock"
+	case $1 in
+	qcow2) "${qemu[@]}" -f qcow2 "$dir/image" & ;;
+	raw) "${qemu[@]}" -f raw "$dir/image" & ;;
+	nbdkit) nbdkit -f -U "$dir/s.sock" file "$dir/image" & ;;
+	vdisk) "$vdisk" -q serve --socket "$dir/s.sock" v & ;;
+	esac
+	server=$!
+	await
+}
+stop() {
+	kill "$server"
+	wait "$server" || true
+	server=
+}
+make_image() { # target
+	case $1 in
+	qcow2) qemu-img create -q -f qcow2 "$dir/image" $((4 * size))M ;;
+	raw | nbdkit) truncate -s $((4 * size))M "$dir/image" ;;
+	vdisk) "$vdisk" -q create v --size $((4 * size))M ;;
+	esac
+}
+snapshot() { # target
+	case $1 in
+	qcow2) stop; qemu-img snapshot -c s "$dir/image"; start qcow2 ;;
+	vdisk) "$vdisk" snapshot v@s ;;
+	esac
+}
+ticks() { awk '{print $14 + $15}' "/proc/$server/stat"; }
+numbers() { # direction: IOPS, p50 in ns, p99, I/Os of fio's JSON
+	awk '/"(read|write|trim)" : /{s = $1} s == want && /"iops" : /{gsub(",", ""); iops = $3}
+		s == want && /"total_ios" : /{gsub(",", ""); n = $3} s == want && /"50.000000" : /{gsub(",", ""); p = $3}
+		s == want && /"99.000000" : /{gsub(",", ""); q = $3} END{print iops, p, q, n}' want="\"$1\"" "$dir/fio.json"
+}
+measure() { # target round test rw bs depth fio's flags...
+	local before iops p50 p99 n dir_=write uri="nbd+unix:///v?socket=$dir/s.sock"
+	[ "$1" = vdisk ] || uri="nbd+unix:///?socket=$dir/s.sock"
+	case $4 in *read) dir_=read ;; esac
+	before=$(ticks)
+	fio --name=x --ioengine=nbd --uri="$uri" --rw="$4" --bs="$5" --iodepth="$6" --size="${size}M" --randrepeat=0 \
+		--buffer_compress_percentage=50 --buffer_compress_chunk=4k --refill_buffers --output-format=json --output="$dir/fio.json" "${@:7}"
+	read -r iops p50 p99 n < <(numbers $dir_)
+	echo "R $3 $1 $2 $iops $p50 $p99 $((($(ticks) - before) * 1000000000 / $(getconf CLK_TCK) / n))"
+}
+timed=(--time_based --runtime="$runtime" --norandommap)
+round() { # target round
+	make_image "$1"
+	start "$1"
+	measure "$1" "$2" 1-fill-1M write 1M 4 --end_fsync=1
+	drop
+	measure "$1" "$2" 2-read-1M-cold read 1M 4
+	measure "$1" "$2" 3-randread-4k-warm randread 4k 32 "${timed[@]}"
+	drop
+	measure "$1" "$2" 4-randread-4k-cold randread 4k 32 "${timed[@]}"
+	measure "$1" "$2" 5-randwrite-4k randwrite 4k 32 "${timed[@]}"
+	measure "$1" "$2" 6-randwrite-4k-fsync-each randwrite 4k 1 --fsync=1 "${timed[@]}"
+	case $1 in qcow2 | vdisk)
+		snapshot "$1"
+		measure "$1" "$2" 7-randwrite-4k-after-snapshot randwrite 4k 32 "${timed[@]}"
+		;;
+	esac
+	measure "$1" "$2" 8-overwrite-all-4k randwrite 4k 32 # every block once
+	drop
+	measure "$1" "$2" 9-read-1M-overwritten-cold read 1M 4
+	if [ "$1" = vdisk ] && "$vdisk" gc --help | grep -q -- --cold; then
+		"$vdisk" -q gc --cold
+		drop
+		measure "$1" "$2" 10-read-1M-cold-pass-cold read 1M 4
+	fi
+	stop
+	rm -rf "$dir/image" "$dir/store"
+}
+mkdir -p "$dir"
+out=$PWD/bench-nbd.out
+for r in $(seq "$rounds"); do
+	for p in ${PEERS:-qcow2 raw nbdkit vdisk}; do round "$p" "$r"; done
+done | tee "$out" | cut -d' ' -f2- >&2
+awk '
+function median(list,    v, n, i, j, t) {
+	n = split(list, v, " ")
+	for (i = 2; i <= n; i++) for (j = i; j > 1 && v[j-1] + 0 > v[j] + 0; j--) { t = v[j]; v[j] = v[j-1]; v[j-1] = t }
+	return n % 2 ? v[(n + 1) / 2] : (v[n/2] + v[n/2+1]) / 2
+}
+$1 == "R" {
+	k = $2 " " $3
+	if (!($2 in seen)) { seen[$2]; test[++tests] = $2 }
+	if (!(k in iops)) targets[$2] = targets[$2] " " $3
+	iops[k] = iops[k] " " $5; p50[k] = p50[k] " " $6; p99[k] = p99[k] " " $7; cpu[k] = cpu[k] " " $8
+}
+END {
+	for (i = 1; i <= tests; i++) {
+		printf "\n%-30s %9s %9s %9s %10s   vdisk is\n", test[i], "IOPS", "p50 us", "p99 us", "CPU us/IO"
+		v = median(iops[test[i] " vdisk"])
+		n = split(targets[test[i]], target, " ")
+		for (j = 1; j <= n; j++) {
+			k = test[i] " " target[j]; m = median(iops[k])
+			printf "  %-28s %9.0f %9.0f %9.0f %10.1f   %s\n", target[j], m, median(p50[k]) / 1000, median(p99[k]) / 1000, median(cpu[k]) / 1000, \
+				(target[j] == "vdisk" || v == 0 || m == 0 ? "" : sprintf("%.2f of it", v / m))
+		}
+	}
+}' "$out"
