@@ -14,7 +14,7 @@ ulimit -n 65536; ulimit -l unlimited; ulimit -u unlimited; ulimit -c 0
 cd /proc/sys/kernel
 echo guest >hostname
 echo 8 >printk
-echo 30 >hung_task_timeout_secs
+echo 60 >hung_task_timeout_secs # before Linux 6.15 the driver may need 30 to see that a server is gone
 echo 10 >hung_task_check_interval_secs
 echo -1 >hung_task_warnings
 echo 60 >watchdog_thresh # emulated processors may wait long for a real one
