@@ -1,8 +1,6 @@
 package cow
 
 import (
-	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -453,34 +451,4 @@ func (s *Store) clones(sn *snapshot) (names []string) {
 	}
 	slices.Sort(names)
 	return names
-}
-
-// Usage is what a volume or snapshot maps.
-type Usage struct {
-	Mapped int64 `json:"mapped"` // bytes of blocks that hold data
-	Stored int64 `json:"stored"` // bytes that their records take in the log, shared ones too
-}
-
-// Usage walks the leaves of a volume or snapshot and adds up what they map.
-func (s *Store) Usage(ctx context.Context, r Ref) (u Usage, err error) {
-	d, err := s.OpenDevice(r, true)
-	if err != nil {
-		return u, err
-	}
-	defer func() { err = errors.Join(err, d.Close()) }()
-	end := blocksOf(d.Size())
-	err = s.leaves(d.b, 0, uint32((end-1)/format.LeafBlocks)+1, func(index uint32) error {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		return s.cache.view(leafKey{d.b, index, d.asOf}, func(lf *leaf) {
-			for i := range format.LeafBlocks {
-				if e := lf.entry(i); !e.IsHole() {
-					u.Mapped += format.BlockSize
-					u.Stored += int64(e.Share())
-				}
-			}
-		})
-	})
-	return u, wrapIf(err, "usage of %s", r)
 }

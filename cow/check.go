@@ -192,14 +192,7 @@ func (c *checker) run(tx *metadata.Tx) error {
 }
 
 // interrupted says whether the caller, or the store's Close, wants the check to end.
-func (c *checker) interrupted() error {
-	select {
-	case <-c.s.quit:
-		return ErrClosed
-	default:
-		return c.ctx.Err()
-	}
-}
+func (c *checker) interrupted() error { return c.s.interrupted(c.ctx) }
 
 func (c *checker) index(tb *metadata.Tables) {
 	for _, b := range tb.Branches {

@@ -27,29 +27,37 @@ func (f *checkForwards) index(rows []format.Forwarded) {
 
 // follow returns where the block is that a version owns as e, and counts it.
 func (f *checkForwards) follow(tx *metadata.Tx, e format.Entry) (format.Entry, error) {
+	to, moved, err := f.find(tx, e)
+	if moved {
+		f.seen[e.Slot()]++
+	}
+	return to, err
+}
+
+// find returns where the block is that somebody has as e, and whether it was moved there.
+func (f *checkForwards) find(tx *metadata.Tx, e format.Entry) (at format.Entry, moved bool, err error) {
 	if _, ok := f.rows[e.Slot()]; !ok {
-		return e, nil
+		return e, false, nil
 	}
 	if k := regionOf(e); k != f.region || f.list == nil {
 		f.region = k
 		f.list, f.bad = tx.Forwards(k)
 	}
 	if f.bad != nil {
-		return e, f.bad
+		return e, false, f.bad
 	}
 	i, ok := slices.BinarySearchFunc(f.list, e.Offset(), func(f format.Forward, off uint32) int { return int(f.Offset) - int(off) })
 	if !ok {
-		return e, nil
+		return e, false, nil
 	}
 	to := f.list[i]
 	switch {
 	case to.To.Blocks() != e.Blocks():
-		return e, corruptf("%v was moved to %v, which has other blocks", e, to.To)
+		return e, false, corruptf("%v was moved to %v, which has other blocks", e, to.To)
 	case to.Mask&(1<<e.Index()) == 0:
-		return e, corruptf("%v was moved to %v, and is counted as dead there", e, to.To)
+		return e, false, corruptf("%v was moved to %v, and is counted as dead there", e, to.To)
 	}
-	f.seen[e.Slot()]++
-	return to.To.WithIndex(e.Index()), nil
+	return to.To.WithIndex(e.Index()), true, nil
 }
 
 // checkForwards compares the rows of moved blocks with the forwards, and with what versions own.

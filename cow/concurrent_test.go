@@ -133,7 +133,11 @@ func (b *busyStore) noise() {
 	})
 	b.again(func(r *rand.Rand) error {
 		time.Sleep(time.Duration(r.IntN(3000)) * time.Microsecond)
-		if r.IntN(8) > 0 {
+		switch {
+		case r.IntN(4) == 0:
+			_, err := b.s.Usage(context.Background())
+			return err
+		case r.IntN(8) > 0:
 			return b.s.Checkpoint()
 		}
 		var problems []error

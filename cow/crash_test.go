@@ -18,6 +18,7 @@ import (
 
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
+	"github.com/vdisk/vdisk/internal/workload"
 )
 
 var crashStates = flag.Int64("crash.states", defaultCrashStates, "crash states that TestCrashStates goes through")
@@ -35,7 +36,7 @@ var opKinds = func() (kinds []string) {
 	for kind, weight := range map[string]int{
 		"write": 30, "discard": 4, "zero": 4, "flush": 4, "drain": 5, "read": 2,
 		"create": 1, "snapshot": 6, "clone": 3, "unsnap": 4, "remove": 1, "rollback": 2, "rename": 2, "resize": 3,
-		"checkpoint": 5, "reap": 1, "clean": 6, "check": 1, "misuse": 1,
+		"checkpoint": 5, "reap": 1, "clean": 6, "check": 1, "misuse": 1, "space": 3,
 	} {
 		kinds = append(kinds, slices.Repeat([]string{kind}, weight)...)
 	}
@@ -262,6 +263,8 @@ func (w *world) operate(o op) error {
 		return w.event(errors.Join(w.check(true), w.s.wal.err()))
 	case "misuse":
 		return w.misuse(name)
+	case "space":
+		return w.space(o, name)
 	default:
 		return w.administer(o, names, name)
 	}
@@ -332,7 +335,7 @@ func (w *world) change(o op, name string, size int64) error {
 func fill(p []byte, kind int, r *rand.Rand) {
 	switch kind {
 	case 0:
-		halfCompressible(r, p)
+		workload.HalfCompressible(r, p)
 	case 1:
 		for i := range p {
 			if i%8 == 0 {

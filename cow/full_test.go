@@ -177,7 +177,7 @@ func TestTableThatDoesNotCommit(t *testing.T) {
 	for range 200 {
 		o := randomOp(rng)
 		switch o.kind {
-		case "check", "reap", "checkpoint":
+		case "check", "reap", "checkpoint", "space":
 			if err := w.s.Checkpoint(); err != nil {
 				failed++
 			}

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/workload"
 	"github.com/vdisk/vdisk/metadata"
 )
 
@@ -176,7 +177,7 @@ const deepSize = 256 << 20
 func deepDevice(b *testing.B, rng *rand.Rand, snapshots, clones int) *Device {
 	d := benchDevice(b, format.S2, deepSize)
 	buf := make([]byte, 4096)
-	halfCompressible(rng, buf)
+	workload.HalfCompressible(rng, buf)
 	write := func(n int) {
 		for range n {
 			if _, err := d.WriteAt(buf, rng.Int64N(deepSize/4096)*4096); err != nil {
@@ -350,7 +351,7 @@ func BenchmarkBig(b *testing.B) {
 	}
 	rng := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 2))
 	buf := make([]byte, 1<<20)
-	halfCompressible(rng, buf)
+	workload.HalfCompressible(rng, buf)
 	b.Run("read", func(b *testing.B) {
 		p := make([]byte, 4096)
 		for range b.N {

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/workload"
 	"github.com/vdisk/vdisk/metadata"
 )
 
@@ -155,7 +156,7 @@ func writeLog(b *testing.B, s *Store, size int64, n uint64) {
 		wg.Go(func() {
 			r := rand.New(rand.NewPCG(1, uint64(i)))
 			buf := make([]byte, 1<<20)
-			halfCompressible(r, buf)
+			workload.HalfCompressible(r, buf)
 			for appended() < end {
 				for range 1000 {
 					at := r.Int64N(256) * 4096

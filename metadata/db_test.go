@@ -158,10 +158,33 @@ func sameVersions(tx *Tx, model map[Version]uint32) error {
 		if !slices.Equal(changes, want) {
 			return fmt.Errorf("branch %d: changes %v, want %v", branch, changes, want)
 		}
+		if err := sameHistory(tx, model, branch); err != nil {
+			return err
+		}
 	}
 	versions, changes, err := tx.Counts()
 	if err != nil || versions != len(model) || changes != len(model) {
 		return fmt.Errorf("%d versions, %d changes, want %d, %v", versions, changes, len(model), err)
+	}
+	return nil
+}
+
+func sameHistory(tx *Tx, model map[Version]uint32, branch uint32) error {
+	var want, got []Version
+	for v := range model {
+		if v.Branch == branch {
+			want = append(want, v)
+		}
+	}
+	slices.SortFunc(want, func(a, b Version) int { return int(a.Leaf*10) - int(a.Epoch) - int(b.Leaf*10) + int(b.Epoch) })
+	err := tx.History(branch, func(v Version, l *format.Leaf) error {
+		if got = append(got, v); *l != *leafOf(model[v]) {
+			return fmt.Errorf("%v has another content", v)
+		}
+		return nil
+	})
+	if err != nil || !slices.Equal(got, want) {
+		return fmt.Errorf("branch %d: history %v, want %v, %w", branch, got, want, err)
 	}
 	return nil
 }

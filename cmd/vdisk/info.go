@@ -164,32 +164,54 @@ func (a *app) refInfo(c *cli.Context, s owner.Store, r cow.Ref) error {
 		return err
 	}
 	j := volumeOf(v)
-	u, err := s.Usage(c.Context, r)
+	refs := []cow.Ref{r}
+	if r.Snapshot == "" {
+		for _, sn := range v.Snapshots {
+			refs = append(refs, cow.Ref{Volume: v.Name, Snapshot: sn.Name})
+		}
+	}
+	us, err := s.Usage(c.Context, refs...)
 	if err != nil {
 		return err
 	}
-	if r.Snapshot == "" {
-		j.Usage = usageOf(u)
-		return a.print(j, func() error { return a.fields(volumeFields(a, j)) })
+	usage := map[string]*usageJSON{}
+	for _, u := range us {
+		usage[u.Ref.String()] = usageOf(u)
 	}
-	for _, sn := range j.Snapshots {
-		if sn.Name == r.String() {
-			sn.Usage = usageOf(u)
-			return a.print(sn, func() error { return a.fields(snapshotFields(a, sn)) })
+	j.Usage = usage[j.Name]
+	for i := range j.Snapshots {
+		sn := &j.Snapshots[i]
+		sn.Usage = usage[sn.Name]
+		if sn.Name == r.String() && sn.Usage != nil {
+			return a.print(sn, func() error { return a.fields(snapshotFields(a, *sn)) })
 		}
 	}
-	return fmt.Errorf("snapshot %v: %w", r, cow.ErrNotFound)
+	if r.Snapshot != "" {
+		return fmt.Errorf("snapshot %v: %w", r, cow.ErrNotFound)
+	}
+	if j.Usage == nil { // removed meanwhile
+		return fmt.Errorf("volume %v: %w", r, cow.ErrNotFound)
+	}
+	return a.print(j, func() error { return a.fields(volumeFields(a, j)) })
 }
 
 func volumeFields(a *app, j volumeJSON) [][2]string {
-	f := [][2]string{
-		{"volume", j.Name}, {"size", a.size(j.Size)}, {"mapped", a.size(j.Usage.Mapped)},
-		{"stored", fmt.Sprintf("%s (ratio %s)", a.size(j.Usage.Stored), ratio(j.Usage.Mapped, j.Usage.Stored))},
+	u := j.Usage
+	f := [][2]string{{"volume", j.Name}, {"size", a.size(j.Size)}}
+	f = append(f, usageFields(a, u)...)
+	if len(j.Snapshots) > 0 {
+		f = append(f, [2]string{"used by snapshots", a.size(*u.UsedBySnapshots) + ", what removing them would free"})
+	}
+	f = append(f, [][2]string{
+		{"used", a.size(u.Used) + ", what removing all of it would free"},
 		{"compress", j.Compress}, {"logical block", fmt.Sprint(j.LogicalBlock)}, {"created", when(j.Created)},
 		{"origin", dash(j.Origin)}, {"device", dash(shown(j.Device, j.DeviceState))},
-	}
+	}...)
 	for _, s := range j.Snapshots {
 		text := fmt.Sprintf("%s  %s  %s", s.Name, a.size(s.Size), when(s.Created))
+		if s.Usage != nil {
+			text += "  exclusive " + a.size(s.Usage.Exclusive)
+		}
 		if len(s.Clones) > 0 {
 			text += "  clones: " + strings.Join(s.Clones, ", ")
 		}
@@ -198,12 +220,21 @@ func volumeFields(a *app, j volumeJSON) [][2]string {
 	return f
 }
 
-func snapshotFields(a *app, j snapshotJSON) [][2]string {
+// usageFields are those that volumes and snapshots have.
+func usageFields(a *app, u *usageJSON) [][2]string {
 	return [][2]string{
-		{"snapshot", j.Name}, {"size", a.size(j.Size)}, {"mapped", a.size(j.Usage.Mapped)},
-		{"stored", fmt.Sprintf("%s (ratio %s)", a.size(j.Usage.Stored), ratio(j.Usage.Mapped, j.Usage.Stored))},
-		{"created", when(j.Created)}, {"clones", dash(strings.Join(j.Clones, ", "))}, {"device", dash(shown(j.Device, j.DeviceState))},
+		{"mapped", a.size(u.Mapped)},
+		{"referenced", fmt.Sprintf("%s (ratio %s)", a.size(u.Referenced), u.ratio())},
+		{"exclusive", fmt.Sprintf("%s, and %s shared with others", a.size(u.Exclusive), a.size(u.Shared))},
 	}
+}
+
+func snapshotFields(a *app, j snapshotJSON) [][2]string {
+	f := append([][2]string{{"snapshot", j.Name}, {"size", a.size(j.Size)}}, usageFields(a, j.Usage)...)
+	return append(f, [][2]string{
+		{"used", a.size(j.Usage.Used) + ", what removing it would free"},
+		{"created", when(j.Created)}, {"clones", dash(strings.Join(j.Clones, ", "))}, {"device", dash(shown(j.Device, j.DeviceState))},
+	}...)
 }
 
 // fields writes names and values in two columns.

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -17,11 +16,18 @@ func (a *app) lsCommand() *cli.Command {
 		Name:      "ls",
 		Category:  groupVolumes,
 		Usage:     "list volumes and snapshots",
-		UsageText: "vdisk ls [-t vol|snap|all] [-o COLUMN,...] [-H] [VOL...]",
+		UsageText: "vdisk ls [-t vol|snap|all] [-l] [-o COLUMN,...] [-H] [VOL...]",
 		Description: "Columns: " + strings.Join(columnNames(), ", ") + ".\n" +
-			"mapped (bytes of data), stored (what they take in the store, shared or not) and ratio read all of a volume's map.",
+			"mapped      bytes of data\n" +
+			"referenced  what these take in the store, after compression and whoever else has them too; ratio: mapped to that\n" +
+			"exclusive   what only it has: removing the snapshot, or rolling the volume back, frees it\n" +
+			"shared      what of the referenced others have too\n" +
+			"usedsnap    what removing all the volume's snapshots would free\n" +
+			"used        what removing it would free; a volume, with all its snapshots\n" +
+			"These are exact, and read the maps of the volumes: about a second for each 50 GiB of blocks written at random. The others cost nothing.",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "type", Aliases: []string{"t"}, Usage: "vol, snap or all", Value: "vol"},
+			&cli.BoolFlag{Name: "long", Aliases: []string{"l"}, Usage: "show what space they take"},
 			&cli.StringFlag{Name: "columns", Aliases: []string{"o"}, Usage: "`COLUMN,...` to show"},
 			&cli.BoolFlag{Name: "script", Aliases: []string{"H"}, Usage: "no header, tabs between columns"},
 		},
@@ -32,7 +38,7 @@ func (a *app) lsCommand() *cli.Command {
 type item struct {
 	volume   volumeJSON
 	snapshot *snapshotJSON
-	usage    usageJSON
+	usage    *usageJSON // nil where nobody asked
 }
 
 // column is one that ls can show.
@@ -59,6 +65,16 @@ func pick(volume func(volumeJSON) string, snapshot func(snapshotJSON) string) fu
 	}
 }
 
+// bytesOf shows a part of the usage; "-" for what was removed meanwhile.
+func bytesOf(part func(*usageJSON) int64) func(*app, item) string {
+	return func(a *app, i item) string {
+		if i.usage == nil {
+			return "-"
+		}
+		return a.size(part(i.usage))
+	}
+}
+
 var columns = []column{
 	{"name", false, pick(func(v volumeJSON) string { return v.Name }, func(s snapshotJSON) string { return s.Name })},
 	{"type", false, pick(func(volumeJSON) string { return "vol" }, func(snapshotJSON) string { return "snap" })},
@@ -68,9 +84,23 @@ var columns = []column{
 		}
 		return a.size(i.volume.Size)
 	}},
-	{"mapped", true, func(a *app, i item) string { return a.size(i.usage.Mapped) }},
-	{"stored", true, func(a *app, i item) string { return a.size(i.usage.Stored) }},
-	{"ratio", true, func(_ *app, i item) string { return ratio(i.usage.Mapped, i.usage.Stored) }},
+	{"mapped", true, bytesOf(func(u *usageJSON) int64 { return u.Mapped })},
+	{"referenced", true, bytesOf(func(u *usageJSON) int64 { return u.Referenced })},
+	{"exclusive", true, bytesOf(func(u *usageJSON) int64 { return u.Exclusive })},
+	{"shared", true, bytesOf(func(u *usageJSON) int64 { return u.Shared })},
+	{"usedsnap", true, func(a *app, i item) string {
+		if i.usage == nil || i.usage.UsedBySnapshots == nil {
+			return "-"
+		}
+		return a.size(*i.usage.UsedBySnapshots)
+	}},
+	{"used", true, bytesOf(func(u *usageJSON) int64 { return u.Used })},
+	{"ratio", true, func(_ *app, i item) string {
+		if i.usage == nil {
+			return "-"
+		}
+		return i.usage.ratio()
+	}},
 	{"compress", false, func(_ *app, i item) string { return i.volume.Compress }},
 	{"block", false, func(_ *app, i item) string { return fmt.Sprint(i.volume.LogicalBlock) }},
 	{"snapshots", false, pick(func(v volumeJSON) string { return fmt.Sprint(len(v.Snapshots)) }, func(snapshotJSON) string { return "" })},
@@ -84,6 +114,9 @@ var columns = []column{
 // defaultColumns need nothing but names to be looked at.
 const defaultColumns = "name,size,compress,snapshots,origin,device,created"
 
+// longColumns are those of ls -l.
+const longColumns = "name,size,used,usedsnap,referenced,exclusive,mapped,ratio,snapshots,origin"
+
 func columnNames() (names []string) {
 	for _, c := range columns {
 		names = append(names, c.name)
@@ -93,7 +126,11 @@ func columnNames() (names []string) {
 
 func chooseColumns(c *cli.Context) (chosen []column, err error) {
 	list := c.String("columns")
-	if list == "" {
+	switch {
+	case list != "":
+	case c.Bool("long"):
+		list = longColumns
+	default:
 		list = defaultColumns
 	}
 	for name := range strings.SplitSeq(list, ",") {
@@ -166,28 +203,41 @@ func itemsOf(volumes []volumeJSON, kind string) (items []item) {
 	return items
 }
 
+// addUsage asks for all items at once, which is much cheaper than one by one.
 func addUsage(c *cli.Context, s owner.Store, items []item) error {
+	byName := map[string]*item{}
+	var refs []cow.Ref // none: all there are
 	for i := range items {
 		name := items[i].volume.Name
 		if items[i].snapshot != nil {
 			name = items[i].snapshot.Name
 		}
-		r, err := cow.ParseRef(name)
-		if err != nil {
-			return err
+		byName[name] = &items[i]
+		if c.NArg() > 0 {
+			r, err := cow.ParseRef(name)
+			if err != nil {
+				return err
+			}
+			refs = append(refs, r)
 		}
-		u, err := s.Usage(c.Context, r)
-		if errors.Is(err, cow.ErrNotFound) {
-			continue // removed meanwhile
+	}
+	if len(items) == 0 {
+		return nil
+	}
+	us, err := s.Usage(c.Context, refs...)
+	if err != nil {
+		return err
+	}
+	for _, u := range us {
+		i := byName[u.Ref.String()]
+		if i == nil {
+			continue // new, or of a type that is not shown
 		}
-		if err != nil {
-			return err
-		}
-		items[i].usage = *usageOf(u)
-		if items[i].snapshot != nil {
-			items[i].snapshot.Usage = usageOf(u)
+		i.usage = usageOf(u)
+		if i.snapshot != nil {
+			i.snapshot.Usage = i.usage
 		} else {
-			items[i].volume.Usage = usageOf(u)
+			i.volume.Usage = i.usage
 		}
 	}
 	return nil

@@ -74,10 +74,14 @@ type snapshotJSON struct {
 	Usage       *usageJSON `json:"usage,omitempty"`
 }
 
-// usageJSON is what a volume or snapshot holds, by itself; clones and snapshots share what they have in common.
+// usageJSON is what a volume or snapshot takes (DESIGN.md, section 7.1).
 type usageJSON struct {
-	Mapped int64 `json:"mapped"` // bytes of blocks that hold data
-	Stored int64 `json:"stored"` // bytes that their records take
+	Mapped          int64  `json:"mapped"`                      // bytes of blocks that hold data
+	Referenced      int64  `json:"referenced"`                  // bytes that these take in the store
+	Exclusive       int64  `json:"exclusive"`                   // what going without it, alone, would free
+	Shared          int64  `json:"shared"`                      // of what it refers to, what others have too
+	UsedBySnapshots *int64 `json:"used_by_snapshots,omitempty"` // of a volume: what removing all its snapshots would free
+	Used            int64  `json:"used"`                        // what removing it would free; a volume, with its snapshots
 }
 
 func volumeOf(v owner.Volume) volumeJSON {
@@ -106,4 +110,10 @@ func deviceOf(v owner.Volume, snapshot string) (path, state string) {
 	return "", ""
 }
 
-func usageOf(u cow.Usage) *usageJSON { return &usageJSON{Mapped: u.Mapped, Stored: u.Stored} }
+func usageOf(u cow.Usage) *usageJSON {
+	j := &usageJSON{Mapped: u.Mapped, Referenced: u.Referenced, Exclusive: u.Exclusive, Shared: u.Shared, Used: u.Used}
+	if u.Ref.Snapshot == "" {
+		j.UsedBySnapshots = &u.UsedBySnapshots
+	}
+	return j
+}

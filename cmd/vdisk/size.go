@@ -36,10 +36,10 @@ func (a *app) size(n int64) string {
 	return units.BytesSize(float64(n))
 }
 
-// ratio shows how many times smaller stored is than mapped.
-func ratio(mapped, stored int64) string {
-	if stored <= 0 || mapped <= 0 {
+// ratio shows how many times smaller what is stored is than what is mapped.
+func (u *usageJSON) ratio() string {
+	if u.Referenced <= 0 || u.Mapped <= 0 {
 		return "-"
 	}
-	return fmt.Sprintf("%.2f", float64(mapped)/float64(stored))
+	return fmt.Sprintf("%.2f", float64(u.Mapped)/float64(u.Referenced))
 }

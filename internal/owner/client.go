@@ -139,9 +139,9 @@ func (c *Client) Volume(ctx context.Context, name string) (v Volume, err error) 
 	return v, c.call(ctx, "volume", request{Name: name}, &v)
 }
 
-// Usage says how much of a volume or snapshot is data, and what it takes in the store.
-func (c *Client) Usage(ctx context.Context, r cow.Ref) (u cow.Usage, err error) {
-	return u, c.call(ctx, "usage", request{Ref: r}, &u)
+// Usage says what volumes and snapshots take: those named, as far as they are there, or all.
+func (c *Client) Usage(ctx context.Context, refs ...cow.Ref) (us []cow.Usage, err error) {
+	return us, c.call(ctx, "space", request{Refs: refs}, &us)
 }
 
 // CreateVolume makes an empty volume.

@@ -108,7 +108,7 @@ func (c *control) routes() *http.ServeMux {
 	plain("info", func(ctx context.Context, _ request) (any, error) { return o.Info(ctx) })
 	plain("volumes", func(ctx context.Context, _ request) (any, error) { return o.Volumes(ctx) })
 	plain("volume", func(ctx context.Context, r request) (any, error) { return o.Volume(ctx, r.Name) })
-	plain("usage", func(ctx context.Context, r request) (any, error) { return o.Usage(ctx, r.Ref) })
+	plain("space", func(ctx context.Context, r request) (any, error) { return o.Usage(ctx, r.Refs...) })
 	plain("create", func(ctx context.Context, r request) (any, error) { return o.CreateVolume(ctx, r.Name, r.Volume) })
 	plain("snapshot", func(ctx context.Context, r request) (any, error) { return nil, o.Snapshot(ctx, r.Refs...) })
 	plain("clone", func(ctx context.Context, r request) (any, error) { return nil, o.Clone(ctx, r.Ref, r.Name) })

@@ -18,7 +18,8 @@ type Store interface {
 	Info(ctx context.Context) (cow.StoreInfo, error)
 	Volumes(ctx context.Context) ([]Volume, error)
 	Volume(ctx context.Context, name string) (Volume, error)
-	Usage(ctx context.Context, r cow.Ref) (cow.Usage, error)
+	// Usage says what volumes and snapshots take: those named, as far as they are there, or all. It reads their maps.
+	Usage(ctx context.Context, refs ...cow.Ref) ([]cow.Usage, error)
 
 	CreateVolume(ctx context.Context, name string, o cow.VolumeOptions) (cow.VolumeInfo, error)
 	Snapshot(ctx context.Context, refs ...cow.Ref) error

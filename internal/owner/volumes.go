@@ -31,9 +31,9 @@ func (o *Owner) Volume(_ context.Context, name string) (Volume, error) {
 	return Volume{VolumeInfo: info, Devices: o.devicesOf(name)}, nil
 }
 
-// Usage says how much of a volume or snapshot is data, and what it takes in the store.
-func (o *Owner) Usage(ctx context.Context, r cow.Ref) (cow.Usage, error) {
-	return o.store.Usage(ctx, r)
+// Usage says what volumes and snapshots take: those named, as far as they are there, or all.
+func (o *Owner) Usage(ctx context.Context, refs ...cow.Ref) ([]cow.Usage, error) {
+	return o.store.Usage(ctx, refs...)
 }
 
 // CreateVolume makes an empty volume.

@@ -100,7 +100,7 @@ run "$vdisk" check --read-data
 
 say "The result"
 read -r logical stored < <("$vdisk" info golden --json | tr -d ' ",' | awk -F: '
-	$1 == "size" && !l {l = $2} $1 == "mapped" {m = $2} $1 == "stored" {s = $2} END {print m, s}')
+	$1 == "size" && !l {l = $2} $1 == "mapped" {m = $2} $1 == "referenced" {s = $2} END {print m, s}')
 awk -v l="$logical" -v s="$stored" -v sn="$snapshot_us" -v cl="$clone_us" 'BEGIN {
 	printf "  %-34s %10.1f MiB\n", "logical size (data of the volume)", l/1048576
 	printf "  %-34s %10.1f MiB\n", "stored size", s/1048576

@@ -1,0 +1,214 @@
+package cow
+
+import (
+	"cmp"
+	"slices"
+	"strings"
+
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/metadata"
+)
+
+// census is what keeps what in one state of the table: DESIGN.md, section 7.1.
+type census struct {
+	tx          *metadata.Tx
+	interrupted func() error
+	forwards    checkForwards
+	moved       []bool // by slot: blocks of the chunk are elsewhere
+	leaf        format.Leaf
+
+	lines     map[uint32]*line
+	refs      []Ref // each volume before its snapshots
+	marks     map[Ref]mark
+	snapshots map[Ref][]mark // by volume
+}
+
+// line is a branch, and who keeps what it has.
+type line struct {
+	format.Branch
+	origin  *line    // nil: it began empty
+	keepers []keeper // by epoch
+
+	scanned bool
+	sums    []amount       // by keeper: what it refers to
+	owned   map[span]int64 // stored bytes by the keepers that see them
+}
+
+// keeper is a point of a branch, or its head, that has a name or at which kept branches begin.
+type keeper struct {
+	epoch uint32
+	named bool
+	forks int
+}
+
+func (k keeper) keeps() bool { return k.named || k.forks > 0 }
+
+// span is the keepers from first to before end.
+type span struct{ first, end int32 }
+
+// mark names a keeper.
+type mark struct {
+	l     *line
+	epoch uint32
+}
+
+// search finds the first keeper at or after an epoch.
+func (l *line) search(epoch uint32) int {
+	i, _ := slices.BinarySearchFunc(l.keepers, epoch, func(k keeper, epoch uint32) int { return cmp.Compare(k.epoch, epoch) })
+	return i
+}
+
+// fork is where the branch begins. It has an origin.
+func (l *line) fork() mark { return mark{l.origin, l.OriginEpoch} }
+
+func (l *line) own(by span, n int64) {
+	if n > 0 {
+		l.owned[by] += n
+	}
+}
+
+func newCensus(tx *metadata.Tx, interrupted func() error) (*census, error) {
+	tb, err := tx.Load()
+	if err != nil {
+		return nil, err
+	}
+	c := &census{tx: tx, interrupted: interrupted, lines: map[uint32]*line{}, marks: map[Ref]mark{}, snapshots: map[Ref][]mark{}}
+	c.forwards.index(tb.Forwarded)
+	for _, r := range tb.Forwarded {
+		if int(r.Slot) >= len(c.moved) {
+			c.moved = append(c.moved, make([]bool, int(r.Slot)+1-len(c.moved))...)
+		}
+		c.moved[r.Slot] = true
+	}
+	for _, b := range tb.Branches { // by id: an origin comes before what begins there
+		l := &line{Branch: b, origin: c.lines[b.OriginBranch]}
+		if b.OriginBranch != 0 && l.origin == nil {
+			return nil, corruptf("branch %d has the origin %d, which does not exist", b.ID, b.OriginBranch)
+		}
+		c.lines[b.ID] = l
+	}
+	if err := c.names(tb); err != nil {
+		return nil, err
+	}
+	return c, c.keep(tb)
+}
+
+// names notes what has a name.
+func (c *census) names(tb *metadata.Tables) error {
+	volumes := map[uint32]Ref{}
+	for _, v := range tb.Volumes {
+		l := c.lines[v.Branch]
+		if l == nil {
+			return corruptf("volume %q is on branch %d, which does not exist", v.Name, v.Branch)
+		}
+		r := Ref{Volume: v.Name}
+		volumes[v.ID], c.marks[r] = r, mark{l, l.Epoch}
+		c.refs = append(c.refs, r)
+		l.keepers = append(l.keepers, keeper{epoch: l.Epoch, named: true})
+	}
+	for _, sn := range tb.Snapshots {
+		l := c.lines[sn.Branch]
+		if l == nil {
+			return corruptf("snapshot %q is of branch %d, which does not exist", sn.Name, sn.Branch)
+		}
+		l.keepers = append(l.keepers, keeper{epoch: sn.Epoch, named: sn.Volume != 0})
+		if v, ok := volumes[sn.Volume]; ok {
+			r := Ref{v.Volume, sn.Name}
+			c.refs = append(c.refs, r)
+			c.marks[r] = mark{l, sn.Epoch}
+			c.snapshots[v] = append(c.snapshots[v], c.marks[r])
+		}
+	}
+	slices.SortFunc(c.refs, func(a, b Ref) int {
+		return cmp.Or(strings.Compare(a.Volume, b.Volume), strings.Compare(a.Snapshot, b.Snapshot))
+	})
+	return nil
+}
+
+// keep finds the keepers of all branches: what begins at a point comes after it, so the last branch is first.
+func (c *census) keep(tb *metadata.Tables) error {
+	for _, b := range slices.Backward(tb.Branches) {
+		l := c.lines[b.ID]
+		l.keepers = slices.DeleteFunc(l.keepers, func(k keeper) bool { return !k.keeps() })
+		slices.SortFunc(l.keepers, func(a, b keeper) int { return cmp.Compare(a.epoch, b.epoch) })
+		if len(l.keepers) == 0 || l.origin == nil {
+			continue
+		}
+		k := slices.IndexFunc(l.origin.keepers, func(k keeper) bool { return k.epoch == l.OriginEpoch })
+		if k < 0 {
+			return corruptf("branch %d begins at epoch %d of branch %d, which is no point", b.ID, b.OriginEpoch, b.OriginBranch)
+		}
+		l.origin.keepers[k].forks++
+	}
+	return nil
+}
+
+// held is what a point or head refers to.
+func (c *census) held(m mark) (amount, error) {
+	if err := c.scan(m.l); err != nil {
+		return amount{}, err
+	}
+	return m.l.sums[m.l.search(m.epoch)], nil
+}
+
+// freed is what it frees when these lose their names.
+func (c *census) freed(ms ...mark) (n int64, err error) {
+	for l, lost := range c.lost(ms) {
+		if err := c.scan(l); err != nil {
+			return 0, err
+		}
+		n += l.freed(lost)
+	}
+	return n, nil
+}
+
+// lost finds, by branch and in order, the keepers that go when these lose their names: with the last keeper of a branch goes
+// the branch, and perhaps the point at which it began.
+func (c *census) lost(ms []mark) map[*line][]int32 {
+	lost := map[*line][]int32{}
+	left := map[mark]keeper{}
+	var loses func(m mark, what func(*keeper))
+	loses = func(m mark, what func(*keeper)) {
+		i := m.l.search(m.epoch)
+		k, known := left[m]
+		if !known {
+			k = m.l.keepers[i]
+		}
+		what(&k)
+		left[m] = k
+		if k.keeps() {
+			return
+		}
+		lost[m.l] = append(lost[m.l], int32(i))
+		if len(lost[m.l]) == len(m.l.keepers) && m.l.origin != nil {
+			loses(m.l.fork(), func(k *keeper) { k.forks-- })
+		}
+	}
+	for _, m := range ms {
+		loses(m, func(k *keeper) { k.named = false })
+	}
+	for _, is := range lost {
+		slices.Sort(is)
+	}
+	return lost
+}
+
+// freed is what only keepers see that are lost.
+func (l *line) freed(lost []int32) (n int64) {
+	if len(lost) == 1 {
+		return l.owned[span{lost[0], lost[0] + 1}]
+	}
+	before := make([]int32, len(l.keepers)+1) // how many lost ones there are before a keeper
+	for _, i := range lost {
+		before[i+1] = 1
+	}
+	for i := range l.keepers {
+		before[i+1] += before[i]
+	}
+	for by, bytes := range l.owned {
+		if before[by.end]-before[by.first] == by.end-by.first {
+			n += bytes
+		}
+	}
+	return n
+}

@@ -1,0 +1,330 @@
+package cow
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/metadata"
+)
+
+// Usage is what a volume or snapshot takes of the store, as DESIGN.md, section 7.1, defines it.
+type Usage struct {
+	Ref             Ref   `json:"ref"`
+	Mapped          int64 `json:"mapped"`            // bytes of blocks that hold data
+	Referenced      int64 `json:"referenced"`        // bytes that these take in the log, shared or not
+	Exclusive       int64 `json:"exclusive"`         // what going without it, alone, frees
+	Shared          int64 `json:"shared"`            // of what it refers to, what stays then
+	UsedBySnapshots int64 `json:"used_by_snapshots"` // of a volume: what the deletion of all its snapshots frees
+	Used            int64 `json:"used"`              // what its deletion frees; of a volume, with its snapshots
+}
+
+// Usage tells what volumes and snapshots take: those named, as far as they are there, or all, each volume before its
+// snapshots. It begins with a checkpoint, and is exact as of then; the store may be in use.
+func (s *Store) Usage(ctx context.Context, refs ...Ref) (us []Usage, err error) {
+	if err := s.beginCheck(); err != nil {
+		return nil, fmt.Errorf("usage: %w", err)
+	}
+	defer s.checks.Done()
+	tx, err := s.readTable()
+	if err != nil {
+		return nil, fmt.Errorf("usage: %w", err)
+	}
+	defer func() { err = errors.Join(err, tx.Close()) }()
+	err = metadata.Guard(func() error {
+		c, err := newCensus(tx, func() error { return s.interrupted(ctx) })
+		if err == nil {
+			us, err = c.usage(refs)
+		}
+		return err
+	})
+	return us, wrapIf(err, "usage")
+}
+
+// interrupted says whether ctx, or the store's Close, wants a long work to end.
+func (s *Store) interrupted(ctx context.Context) error {
+	select {
+	case <-s.quit:
+		return ErrClosed
+	default:
+		return ctx.Err()
+	}
+}
+
+// readTable returns the table as of now. Where no checkpoint can be made any more it is the last one's.
+func (s *Store) readTable() (*metadata.Tx, error) {
+	s.ckptMu.Lock()
+	defer s.ckptMu.Unlock()
+	s.mu.Lock()
+	err := s.usable()
+	s.mu.Unlock()
+	if err == nil && s.changed() {
+		err = s.checkpointLocked()
+	}
+	if err != nil && !errors.Is(err, ErrFailed) && !errors.Is(err, ErrNoSpace) {
+		return nil, err
+	}
+	return s.meta.Begin()
+}
+
+// Room is how many bytes of records fit into the store as it is, without cleaning.
+func (s *Store) Room() (int64, error) {
+	free, err := s.fs.Free()
+	if err != nil {
+		return 0, fmt.Errorf("free space of the store: %w", err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	room := free - spare
+	if s.wal.limit > 0 {
+		room = min(room, s.wal.limit-s.slots.bytes())
+	}
+	return room - s.wal.chunkBytes, nil // one chunk is kept for the cleaner
+}
+
+// usage answers for refs, or for all there are.
+func (c *census) usage(refs []Ref) (us []Usage, err error) {
+	if len(refs) == 0 {
+		refs = c.refs
+	}
+	for _, r := range refs {
+		own, ok := c.marks[r]
+		if !ok {
+			continue
+		}
+		u := Usage{Ref: r}
+		held, err := c.held(own)
+		if err != nil {
+			return nil, err
+		}
+		u.Mapped, u.Referenced = held.mapped, held.stored
+		if u.Exclusive, err = c.freed(own); err != nil {
+			return nil, err
+		}
+		only, err := c.only(own)
+		if err != nil {
+			return nil, err
+		}
+		u.Shared, u.Used = u.Referenced-only, u.Exclusive
+		if snaps := c.snapshots[r]; len(snaps) > 0 {
+			if u.UsedBySnapshots, err = c.freed(snaps...); err != nil {
+				return nil, err
+			}
+			if u.Used, err = c.freed(append(snaps[:len(snaps):len(snaps)], own)...); err != nil {
+				return nil, err
+			}
+		}
+		us = append(us, u)
+	}
+	return us, nil
+}
+
+// amount is what some blocks are.
+type amount struct{ mapped, stored int64 }
+
+func (a *amount) add(b amount, sign int64) {
+	a.mapped += sign * b.mapped
+	a.stored += sign * b.stored
+}
+
+// amountOf adds up what a leaf maps.
+func (c *census) amountOf(l *format.Leaf) (a amount, err error) {
+	for _, e := range l.Entries {
+		if !e.IsHole() {
+			share, err := c.share(e)
+			if err != nil {
+				return a, err
+			}
+			a.add(amount{format.BlockSize, share}, +1)
+		}
+	}
+	return a, nil
+}
+
+// share is what a block takes in the log, where it is now.
+func (c *census) share(e format.Entry) (int64, error) {
+	if slot := e.Slot(); int(slot) >= len(c.moved) || !c.moved[slot] {
+		return int64(e.Share()), nil
+	}
+	at, _, err := c.forwards.find(c.tx, e)
+	return int64(at.Share()), err
+}
+
+// scan goes over all versions of a branch, once, after those of its origins.
+func (c *census) scan(l *line) error {
+	if l.scanned {
+		return nil
+	}
+	l.sums, l.owned = make([]amount, len(l.keepers)+1), map[span]int64{}
+	var begin amount
+	if l.origin != nil {
+		var err error
+		if begin, err = c.held(l.fork()); err != nil {
+			return err
+		}
+	}
+	p := pass{c: c, l: l}
+	if err := c.history(l, p.version); err != nil {
+		return err
+	}
+	for i := range l.sums { // each was the difference to the keeper before
+		l.sums[i].add(begin, +1)
+		begin = l.sums[i]
+	}
+	l.scanned = true
+	return nil
+}
+
+// history is Tx.History for a long work.
+func (c *census) history(l *line, fn func(v metadata.Version, lf *format.Leaf) error) error {
+	n := 0
+	return c.tx.History(l.ID, func(v metadata.Version, lf *format.Leaf) error {
+		if n++; n%64 == 0 {
+			if err := c.interrupted(); err != nil {
+				return err
+			}
+		}
+		return fn(v, lf)
+	})
+}
+
+// pass is a scan at one leaf, of which it sees the newest version first.
+type pass struct {
+	c     *census
+	l     *line
+	begun bool
+	leaf  uint32
+	seen  int32                    // the keepers from here on have a newer version
+	from  [format.LeafBlocks]int32 // the same, for each block's owners
+	base  amount                   // what the branch began with
+}
+
+func (p *pass) version(v metadata.Version, lf *format.Leaf) (err error) {
+	if p.enter(v.Leaf) {
+		if p.base, err = p.c.began(p.l, v.Leaf); err != nil {
+			return err
+		}
+	}
+	first := int32(p.l.search(v.Epoch))
+	if first < p.seen {
+		sum, err := p.c.amountOf(lf)
+		if err != nil {
+			return err
+		}
+		sum.add(p.base, -1)
+		p.l.sums[first].add(sum, +1)
+		p.l.sums[p.seen].add(sum, -1)
+		p.seen = first
+	}
+	var last span
+	var sum int64
+	err = p.owners(first, lf, func(_ int, by span, share int64) {
+		if by != last {
+			p.l.own(last, sum)
+			last, sum = by, 0
+		}
+		sum += share
+	})
+	p.l.own(last, sum)
+	return err
+}
+
+// enter says whether this is another leaf, and then begins it.
+func (p *pass) enter(leaf uint32) bool {
+	if p.begun && leaf == p.leaf {
+		return false
+	}
+	p.begun, p.leaf, p.seen = true, leaf, int32(len(p.l.keepers))
+	for i := range p.from {
+		p.from[i] = p.seen
+	}
+	return true
+}
+
+// owners tells of the blocks that the version owns, and that keepers see, by which keepers that is.
+func (p *pass) owners(first int32, lf *format.Leaf, fn func(i int, by span, share int64)) error {
+	for i, e := range lf.Entries {
+		if !lf.IsChanged(i) {
+			continue
+		}
+		by := span{first, p.from[i]}
+		p.from[i] = min(first, by.end)
+		if e.IsHole() || by.first >= by.end {
+			continue
+		}
+		share, err := p.c.share(e)
+		if err != nil {
+			return err
+		}
+		fn(i, by, share)
+	}
+	return nil
+}
+
+// only is what of the blocks that a keeper refers to goes with it: those that nobody else sees, but for points that go too.
+func (c *census) only(m mark) (n int64, err error) {
+	for l, lost := range c.lost([]mark{m}) {
+		if l == m.l {
+			n += l.freed(lost)
+			continue
+		}
+		k, err := c.seenBy(m, l, lost[0]) // of an origin, it is the point where the branch begins
+		if err != nil {
+			return 0, err
+		}
+		n += k
+	}
+	return n, nil
+}
+
+// seenBy is what m sees of the blocks of an origin that only one of its keepers sees: a point that m alone keeps.
+func (c *census) seenBy(m mark, l *line, only int32) (n int64, err error) {
+	p := pass{c: c, l: l}
+	var now format.Leaf
+	known := false // now is of the leaf
+	err = c.history(l, func(v metadata.Version, lf *format.Leaf) error {
+		if p.enter(v.Leaf) {
+			known = false
+		}
+		var bad error
+		err := p.owners(int32(l.search(v.Epoch)), lf, func(i int, by span, share int64) {
+			if by != (span{only, only + 1}) || bad != nil {
+				return
+			}
+			if !known {
+				_, bad = c.merged(m.l, m.epoch, v.Leaf, &now)
+				known = true
+			}
+			if now.Entries[i] == lf.Entries[i] {
+				n += share
+			}
+		})
+		return errors.Join(err, bad)
+	})
+	return n, err
+}
+
+// began is what a leaf was when the branch began.
+func (c *census) began(l *line, index uint32) (a amount, err error) {
+	if l.origin == nil {
+		return a, nil
+	}
+	found, err := c.merged(l.origin, l.OriginEpoch, index, &c.leaf)
+	if err != nil || !found {
+		return a, err
+	}
+	return c.amountOf(&c.leaf)
+}
+
+// merged reads a leaf as a branch or its origins had it at an epoch; if none did, it is empty.
+func (c *census) merged(l *line, asOf, index uint32, lf *format.Leaf) (found bool, err error) {
+	for ; l != nil; l, asOf = l.origin, l.OriginEpoch {
+		epoch, err := c.tx.Leaf(metadata.Version{Branch: l.ID, Leaf: index, Epoch: asOf}, lf)
+		if err != nil || epoch != 0 {
+			return err == nil, err
+		}
+	}
+	*lf = format.Leaf{}
+	return false, nil
+}
