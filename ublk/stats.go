@@ -85,6 +85,12 @@ func (h *Histogram) Bucket(i int) time.Duration {
 	return time.Duration(uint64(i&(1<<subBits-1)|1<<subBits) << shift)
 }
 
+// Add counts a duration. It may not run beside another method.
+func (h *Histogram) Add(d time.Duration) {
+	h.Counts[bucketOf(d)]++
+	h.Sum += d
+}
+
 // Count is the number of durations.
 func (h *Histogram) Count() uint64 {
 	var n uint64

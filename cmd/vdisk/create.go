@@ -36,22 +36,30 @@ func volumeFlags() []cli.Flag {
 
 // volumeOptions reads the flags of volumeFlags.
 func volumeOptions(c *cli.Context) (o cow.VolumeOptions, err error) {
-	name, level, hasLevel := strings.Cut(c.String("compress"), ":")
-	if o.Codec, err = format.ParseCodec(name); err != nil {
-		return o, usageError{c, fmt.Errorf("--compress: %w", err)}
-	}
-	if hasLevel {
-		if o.Level, err = strconv.Atoi(level); err != nil || o.Level == 0 {
-			return o, usageError{c, fmt.Errorf("--compress %s: the level is no number from 1 on", c.String("compress"))}
-		}
-	}
-	if err := format.CheckLevel(o.Codec, o.Level); err != nil {
-		return o, usageError{c, fmt.Errorf("--compress: %w", err)}
+	if o.Codec, o.Level, err = compression(c); err != nil {
+		return o, err
 	}
 	if o.LogicalBlock = c.Int("logical-block"); o.LogicalBlock != 512 && o.LogicalBlock != 4096 {
 		return o, usageError{c, fmt.Errorf("--logical-block %d: 512 and 4096 are possible", o.LogicalBlock)}
 	}
 	return o, nil
+}
+
+// compression reads the flag --compress.
+func compression(c *cli.Context) (codec format.Codec, level int, err error) {
+	name, text, hasLevel := strings.Cut(c.String("compress"), ":")
+	if codec, err = format.ParseCodec(name); err != nil {
+		return codec, 0, usageError{c, fmt.Errorf("--compress: %w", err)}
+	}
+	if hasLevel {
+		if level, err = strconv.Atoi(text); err != nil || level == 0 {
+			return codec, 0, usageError{c, fmt.Errorf("--compress %s: the level is no number from 1 on", c.String("compress"))}
+		}
+	}
+	if err := format.CheckLevel(codec, level); err != nil {
+		return codec, 0, usageError{c, fmt.Errorf("--compress: %w", err)}
+	}
+	return codec, level, nil
 }
 
 func (a *app) create(c *cli.Context) error {

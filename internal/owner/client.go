@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/bench"
 	"github.com/vdisk/vdisk/internal/owner/sparse"
 )
 
@@ -226,6 +227,29 @@ func (c *Client) Check(ctx context.Context, o cow.CheckOptions, problem func(cow
 			return *line.Report, line.Error
 		case line.Report != nil:
 			return *line.Report, nil
+		}
+	}
+}
+
+// Bench measures the owner's engine on a scratch volume.
+func (c *Client) Bench(ctx context.Context, o bench.Options, each func(bench.Result)) error {
+	resp, err := c.post(ctx, "bench", &request{Bench: o}, nil)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	for d := json.NewDecoder(resp.Body); ; {
+		var line benchLine
+		if err := d.Decode(&line); err != nil {
+			return c.lost(ctx, err)
+		}
+		switch {
+		case line.Result != nil:
+			each(*line.Result)
+		case line.Error != nil:
+			return line.Error
+		case line.Done:
+			return nil
 		}
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/bench"
 	"github.com/vdisk/vdisk/internal/owner/sparse"
 )
 
@@ -84,6 +85,7 @@ type request struct {
 	Serve  ServeOptions      `json:",omitzero"`
 	Check  checkRequest      `json:",omitzero"`
 	Waste  float64           `json:",omitempty"`
+	Bench  bench.Options     `json:",omitzero"`
 }
 
 type checkRequest struct {
@@ -123,6 +125,7 @@ func (c *control) routes() *http.ServeMux {
 	plain("clean", func(ctx context.Context, r request) (any, error) { return o.Clean(ctx, r.Waste) })
 	plain("upgrade", func(ctx context.Context, _ request) (any, error) { return o.upgrade(ctx, 1) })
 	mux.HandleFunc("POST /v1/check", c.check)
+	mux.HandleFunc("POST /v1/bench", c.bench)
 	mux.HandleFunc("POST /v1/import", c.importStream)
 	mux.HandleFunc("POST /v1/export", c.exportStream)
 	mux.HandleFunc("POST /v1/serve", c.serve)
@@ -216,6 +219,27 @@ func (c *control) check(w http.ResponseWriter, r *http.Request) {
 	last := checkLine{Report: &report}
 	if err != nil {
 		last.Error = toWire(err)
+	}
+	lines.write(last)
+}
+
+// benchLine is one line of bench's answer; the last is Done or has an Error.
+type benchLine struct {
+	Result *bench.Result `json:",omitempty"`
+	Done   bool          `json:",omitempty"`
+	Error  *Error        `json:",omitempty"`
+}
+
+func (c *control) bench(w http.ResponseWriter, r *http.Request) {
+	req, err := arguments(r)
+	if err != nil {
+		reply(w, nil, err)
+		return
+	}
+	lines := newLineWriter(w)
+	last := benchLine{Done: true}
+	if err := c.owner.Bench(r.Context(), req.Bench, func(r bench.Result) { lines.write(benchLine{Result: &r}) }); err != nil {
+		last = benchLine{Error: toWire(err)}
 	}
 	lines.write(last)
 }

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/bench"
 	"github.com/vdisk/vdisk/internal/owner/sparse"
 	"github.com/vdisk/vdisk/ublk"
 )
@@ -31,6 +32,8 @@ type Store interface {
 	Check(ctx context.Context, o cow.CheckOptions, problem func(cow.Problem)) (cow.CheckReport, error)
 	// Clean gives back the space of every chunk file of which at least the part waste (0 to 1) is dead.
 	Clean(ctx context.Context, waste float64) (cow.CleanReport, error)
+	// Bench measures the engine, in the process that owns the store, on a scratch volume that it removes. Each step's outcome is passed to each.
+	Bench(ctx context.Context, o bench.Options, each func(bench.Result)) error
 
 	// Import makes a volume with the content of src. o.Size is at least the size of src, or 0 for that size, rounded up to
 	// a logical block. The volume appears with all of its content, durably, or not at all. progress, unless nil, is told

@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/bench"
 	"github.com/vdisk/vdisk/ublk"
 )
 
@@ -114,6 +115,11 @@ func (o *Owner) Remove(_ context.Context, r cow.Ref, recursive bool) error {
 // Clean gives back the space of chunk files that are dead in part.
 func (o *Owner) Clean(ctx context.Context, waste float64) (cow.CleanReport, error) {
 	return o.store.Clean(ctx, waste)
+}
+
+// Bench measures the engine on a scratch volume.
+func (o *Owner) Bench(ctx context.Context, b bench.Options, each func(bench.Result)) error {
+	return bench.Run(ctx, o.store, b, each)
 }
 
 // Check proves the store's structure, and tells of each problem it finds.
