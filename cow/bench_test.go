@@ -37,6 +37,7 @@ func BenchmarkRandomWrite4K(b *testing.B) {
 				b.SetBytes(4096)
 				b.ReportAllocs()
 				b.ResetTimer()
+				cpu := cpuTime()
 				var wg sync.WaitGroup
 				for w := range writers {
 					wg.Go(func() {
@@ -52,6 +53,7 @@ func BenchmarkRandomWrite4K(b *testing.B) {
 				}
 				wg.Wait()
 				b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "blocks/s")
+				b.ReportMetric(float64(cpuTime()-cpu)/float64(b.N), "cpu-ns/op")
 			})
 		}
 	}

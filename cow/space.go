@@ -88,6 +88,14 @@ func (c *census) usage(refs []Ref) (us []Usage, err error) {
 	if len(refs) == 0 {
 		refs = c.refs
 	}
+	if len(refs) == 1 && refs[0].Snapshot != "" {
+		if m, ok := c.marks[refs[0]]; ok {
+			u, done, err := c.snapshot(m)
+			if u.Ref = refs[0]; done || err != nil {
+				return []Usage{u}, err
+			}
+		}
+	}
 	for _, r := range refs {
 		own, ok := c.marks[r]
 		if !ok {
@@ -118,6 +126,103 @@ func (c *census) usage(refs []Ref) (us []Usage, err error) {
 		us = append(us, u)
 	}
 	return us, nil
+}
+
+// snapshot answers for one without a scan of all versions: it looks at the leaves of the snapshot, and at the versions
+// between the keepers before and after it. done is false if other points go with it.
+func (c *census) snapshot(m mark) (u Usage, done bool, err error) {
+	lost := c.lost([]mark{m})
+	if len(lost) > 1 {
+		return u, false, nil
+	}
+	held, err := c.referenced(m)
+	if err == nil && len(lost) == 1 {
+		u.Exclusive, err = c.between(m)
+	}
+	u.Mapped, u.Referenced = held.mapped, held.stored
+	u.Shared, u.Used = u.Referenced-u.Exclusive, u.Exclusive
+	return u, true, err
+}
+
+// referenced adds up the leaves that a keeper sees.
+func (c *census) referenced(m mark) (sum amount, err error) {
+	for index := uint32(0); ; index++ {
+		next, more, err := c.nextLeaf(m.l, index)
+		if err != nil || !more {
+			return sum, err
+		}
+		index = next
+		if _, err := c.merged(m.l, m.epoch, index, &c.leaf); err != nil {
+			return sum, err
+		}
+		a, err := c.amountOf(&c.leaf)
+		if err != nil {
+			return sum, err
+		}
+		sum.add(a, +1)
+	}
+}
+
+// nextLeaf is the first leaf at or after index that the branch or an origin has.
+func (c *census) nextLeaf(l *line, index uint32) (next uint32, more bool, err error) {
+	if err := c.interrupted(); err != nil {
+		return 0, false, err
+	}
+	for ; l != nil; l = l.origin {
+		n, ok, err := c.tx.NextLeaf(l.ID, index)
+		if err != nil {
+			return 0, false, err
+		}
+		if ok && (!more || n < next) {
+			next, more = n, true
+		}
+	}
+	return next, more, nil
+}
+
+// between adds up what only one keeper sees: blocks put after the keeper before it, and overwritten until the next.
+func (c *census) between(m mark) (n int64, err error) {
+	i := m.l.search(m.epoch)
+	after, until := uint32(0), m.l.Epoch
+	if i > 0 {
+		after = m.l.keepers[i-1].epoch
+	}
+	if i+1 < len(m.l.keepers) {
+		until = m.l.keepers[i+1].epoch
+	}
+	leaves := map[uint32]bool{}
+	err = c.tx.Changes(metadata.Version{Branch: m.l.ID, Epoch: after + 1}, m.epoch, func(v metadata.Version) bool {
+		leaves[v.Leaf] = true
+		return true
+	})
+	if err != nil {
+		return 0, err
+	}
+	only := span{int32(i), int32(i) + 1}
+	for index := range leaves {
+		if err := c.interrupted(); err != nil {
+			return 0, err
+		}
+		p := pass{c: c, l: m.l}
+		p.enter(index)
+		for epoch := until; epoch > after; epoch-- {
+			if epoch, err = c.tx.Leaf(metadata.Version{Branch: m.l.ID, Leaf: index, Epoch: epoch}, &c.leaf); err != nil {
+				return 0, err
+			}
+			if epoch <= after {
+				break
+			}
+			err := p.owners(int32(m.l.search(epoch)), &c.leaf, func(_ int, by span, share int64) {
+				if by == only {
+					n += share
+				}
+			})
+			if err != nil {
+				return 0, err
+			}
+		}
+	}
+	return n, nil
 }
 
 // amount is what some blocks are.

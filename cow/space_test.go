@@ -106,7 +106,21 @@ func (w *world) usage() (map[Ref]Usage, error) {
 	if len(said) != n {
 		err = fmt.Errorf("%d things take space, not %d", n, len(said))
 	}
-	return said, errors.Join(err, w.sameLive())
+	return said, errors.Join(err, w.sameAlone(us), w.sameLive())
+}
+
+// sameAlone asks for each by itself: then a snapshot is answered for in another way.
+func (w *world) sameAlone(us []Usage) error {
+	for _, u := range us {
+		alone, err := w.s.Usage(context.Background(), u.Ref)
+		if w.event(err) != nil {
+			return err
+		}
+		if len(alone) != 1 || alone[0] != u {
+			return fmt.Errorf("%+v by itself is %+v", u, alone)
+		}
+	}
+	return nil
 }
 
 func (d disk) mapped() (n int64) {
