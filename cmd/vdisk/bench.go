@@ -23,7 +23,7 @@ func (a *app) benchCommand() *cli.Command {
 			"the store is a temporary one in DIR, for a look at a disk before there is a store on it.\n" +
 			"The data is half compressible; reads come from what was just written, and so from memory where it is large enough.",
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "size", Aliases: []string{"s"}, Usage: "`SIZE` of the scratch volume; up to four times that is written to the disk", Value: "512M"},
+			&cli.StringFlag{Name: "size", Aliases: []string{"s"}, Usage: "`SIZE` of the scratch volume; up to four times that goes to the disk (none: seven)", Value: "512M"},
 			&cli.DurationFlag{Name: "time", Usage: "end a step after `DURATION`", Value: 2 * time.Second},
 			&cli.StringFlag{Name: "compress", Usage: "none, s2, or zstd with a level from 1 (fast) to 19 (small), as zstd:9", Value: "s2"},
 			&cli.PathFlag{Name: "dir", Usage: "measure in a temporary store in `DIR`"},
@@ -109,9 +109,11 @@ func (a *app) measure(c *cli.Context, s owner.Store, o bench.Options) error {
 		return err
 	}
 	return a.print(j, func() error {
-		_, err := fmt.Fprint(a.stdout, "\nThe engine by itself, one request at a time, half-compressible data, in the process that owns the store; CPU is all of that\n"+
-			"process's. NBD, ublk and file systems come on top, and requests at a time help. The disk shows in fills and flushes; reads\n"+
-			"and other writes are memory and CPU. Machines differ, and so do runs: compare medians of several on one machine.\n")
+		_, err := fmt.Fprint(a.stdout, "\n"+
+			"The engine by itself, one request at a time, half-compressible data, in the process that owns the store; CPU is all of that\n"+
+			"process's. NBD, ublk and file systems come on top, and more requests at a time help. The disk shows in the fill and the\n"+
+			"flushes; other writes, and reads, of what was just overwritten at random, are memory and CPU. Machines differ, and so do\n"+
+			"runs: compare medians of several on one machine.\n")
 		return err
 	})
 }
