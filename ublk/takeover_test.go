@@ -29,6 +29,11 @@ func recoveries(t testing.TB) map[string]ublk.Recovery {
 // it makes the device nor when it recovers one.
 func TestDeathWhileFetching(t *testing.T) {
 	needDriver(t)
+	if set, err := ublk.Features(); err != nil {
+		t.Fatal(err)
+	} else if !set.Has(ublk.FeatureQuiesce) { // 6.16, the next to be seen after the change, which came with 6.15
+		t.Skip("this kernel's driver does not cancel the commands of a queue before all of them are there: the server's ring never ends")
+	}
 	for _, mode := range copyModes(t) {
 		if mode.mode == ublk.CopyBatch {
 			continue // it offers no single tags; TestKillRecover covers it
