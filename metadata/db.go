@@ -95,7 +95,8 @@ func Open(path string, o Options) (db *DB, err error) {
 		return nil, err
 	}
 	db = &DB{b: b, note: newNote(path)}
-	return db, db.View(func(tx *Tx) error { tx.giveBack(); return nil }) // bbolt has looked at all pages
+	// Of a table without a list of its free pages, as older programs left them, bbolt has looked at all pages.
+	return db, db.View(func(tx *Tx) error { tx.giveBack(); return nil })
 }
 
 // makeBuckets makes those that are not there, in a table that is new.
