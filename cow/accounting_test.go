@@ -8,6 +8,7 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
 )
 
@@ -48,7 +49,7 @@ func TestSpaceComesBack(t *testing.T) {
 // part: batches of 3 leaves, and the branch has 32.
 func TestPointFollowsHead(t *testing.T) {
 	w := newWorld(t)
-	w.m.create("v", 32<<20)
+	w.m.create("v", 32<<20, format.Raw)
 	if _, err := w.s.CreateVolume("v", VolumeOptions{Size: 32 << 20}); w.event(err) != nil {
 		t.Fatal(err)
 	}

@@ -13,7 +13,11 @@ import (
 )
 
 func benchDevice(b *testing.B, codec format.Codec, size int64) *Device {
-	s, _ := newStore(b, Options{})
+	return benchDeviceOf(b, Options{}, codec, size)
+}
+
+func benchDeviceOf(b *testing.B, o Options, codec format.Codec, size int64) *Device {
+	s, _ := newStore(b, o)
 	if _, err := s.CreateVolume("v", VolumeOptions{Size: size, Codec: codec}); err != nil {
 		b.Fatal(err)
 	}

@@ -281,7 +281,7 @@ func (w *world) create(o op) error {
 		size = 4 << 20
 	}
 	codec := []format.Codec{format.S2, format.S2, format.Zstd, format.Raw}[mix(o.c)%4]
-	w.m.create(name, size)
+	w.m.create(name, size, codec)
 	_, err := w.s.CreateVolume(name, VolumeOptions{Size: size, Codec: codec})
 	return w.event(err)
 }

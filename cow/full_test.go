@@ -9,6 +9,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
 )
 
@@ -103,7 +104,7 @@ func TestFullDisk(t *testing.T) {
 // fillDisk writes to the volume, and to a snapshot's cost, until nothing more is taken.
 func (w *world) fillDisk(t *testing.T) (writes int64) {
 	if _, ok := w.m.now()["v"]; !ok {
-		w.m.create("v", 4<<20)
+		w.m.create("v", 4<<20, format.Raw)
 		if _, err := w.s.CreateVolume("v", VolumeOptions{Size: 4 << 20}); w.event(err) != nil {
 			t.Fatal(err)
 		}

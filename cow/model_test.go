@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"sync"
 
 	"github.com/vdisk/vdisk/format"
 )
@@ -26,6 +27,7 @@ type disk struct {
 // modelVolume is a volume and its snapshots by name. It never changes once made.
 type modelVolume struct {
 	disk
+	codec format.Codec
 	snaps map[string]disk
 }
 
@@ -135,7 +137,7 @@ func (m *model) write(name string, p []byte, off int64) {
 	}
 }
 
-// writeUnit is a record for each run of blocks with data, and for each of zeros.
+// writeUnit is a record for each run of blocks with data, if they compress, or else for each block, and for each run of zeros.
 func (m *model) writeUnit(name string, p []byte, off int64) {
 	first, skip := uint64(off/format.BlockSize), int(off%format.BlockSize)
 	data := make([]byte, blocksOf(int64(skip+len(p)))*format.BlockSize)
@@ -147,10 +149,37 @@ func (m *model) writeUnit(name string, p []byte, off int64) {
 		for n < len(bs) && (bs[n] == nil) == (bs[0] == nil) {
 			n++
 		}
-		m.put(name, first, bs[:n])
-		bs, first = bs[n:], first+uint64(n)
+		step := n
+		if bs[0] != nil && !shrinks(m.now()[name].codec, data[:n*format.BlockSize]) {
+			step = 1
+		}
+		for i := 0; i < n; i += step {
+			m.put(name, first+uint64(i), bs[i:i+step])
+		}
+		bs, data, first = bs[n:], data[n*format.BlockSize:], first+uint64(n)
 	}
 }
+
+// shrinks says whether a unit is stored compressed.
+func shrinks(c format.Codec, unit []byte) bool {
+	pool := compressors()[c]
+	comp := pool.get()
+	defer pool.put(comp)
+	_, as := comp.Compress(make([]byte, 0, format.MaxCompressed), unit)
+	return as != format.Raw
+}
+
+var compressors = sync.OnceValue(func() map[format.Codec]*codecPool {
+	pools := map[format.Codec]*codecPool{}
+	for _, c := range []format.Codec{format.Raw, format.S2, format.Zstd} {
+		pool, err := newCodecPool(c, 0)
+		if err != nil {
+			panic(err)
+		}
+		pools[c] = pool
+	}
+	return pools
+})
 
 func toBlocks(data []byte) []block {
 	bs := make([]block, len(data)/format.BlockSize)
@@ -190,8 +219,8 @@ func (m *model) zero(name string, off, length int64) {
 	m.write(name, make([]byte, off+length-int64(end)*format.BlockSize), int64(end)*format.BlockSize)
 }
 
-func (m *model) create(name string, size int64) {
-	m.record(m.now().with(name, modelVolume{disk: disk{}.resized(size)}))
+func (m *model) create(name string, size int64, c format.Codec) {
+	m.record(m.now().with(name, modelVolume{disk: disk{}.resized(size), codec: c}))
 }
 
 func (m *model) snapshot(refs ...Ref) {
@@ -207,7 +236,7 @@ func (m *model) snapshot(refs ...Ref) {
 }
 
 func (m *model) clone(src Ref, name string) {
-	m.record(m.now().with(name, modelVolume{disk: m.now()[src.Volume].snaps[src.Snapshot]}))
+	m.record(m.now().with(name, modelVolume{disk: m.now()[src.Volume].snaps[src.Snapshot], codec: m.now()[src.Volume].codec}))
 }
 
 func (m *model) rollback(to Ref) {
@@ -286,13 +315,25 @@ func sameDisk(s *Store, r Ref, size int64, want disk, buf []byte) (err error) {
 		return err
 	}
 	defer d.Close()
-	for off := int64(0); off < size; off += int64(len(buf)) {
-		p := buf[:min(int64(len(buf)), size-off)]
+	if err := sameRange(d, 0, size, want, buf); err != nil {
+		return err
+	}
+	// A stretch of it in parts of units, which may be in memory from an earlier look.
+	s.mu.Lock()
+	from := int64(s.wal.nextSeq%uint64(len(want.blocks))) * format.BlockSize
+	s.mu.Unlock()
+	return sameRange(d, from, min(size, from+unitSize), want, buf[:format.BlockSize])
+}
+
+// sameRange compares the bytes from a block on, up to end, as many at a time as buf has.
+func sameRange(d *Device, off, end int64, want disk, buf []byte) error {
+	for ; off < end; off += int64(len(buf)) {
+		p := buf[:min(int64(len(buf)), end-off)]
 		if _, err := d.ReadAt(p, off); err != nil {
 			return err
 		}
 		if at := differ(p, want.blocks[off/format.BlockSize:]); at >= 0 {
-			return fmt.Errorf("%s differs at byte %d", r, off+int64(at))
+			return fmt.Errorf("%s differs at byte %d", d.Ref(), off+int64(at))
 		}
 	}
 	return nil

@@ -22,7 +22,7 @@ type ReadPlan struct {
 	pieces  []piece
 	fetches []Fetch
 	arena   []byte // the records as stored
-	unit    []byte // one unit, when only a part of it is wanted
+	unit    []byte // one unit, when only a part of it is wanted; comes from the cache of units and goes there
 }
 
 // planned is a record that the read needs.
@@ -34,6 +34,7 @@ type planned struct {
 	at    int     // in arena
 	piece int     // its first piece
 	last  int     // its last piece
+	done  bool    // the pieces are filled
 }
 
 // piece is a range of p that a record holds.
@@ -132,7 +133,7 @@ func (pl *ReadPlan) add(e format.Entry, block uint64, dst []byte, skip int) erro
 	pl.pieces = append(pl.pieces, piece{dst: dst, from: e.Index()*format.BlockSize + skip, next: -1})
 	this := len(pl.pieces) - 1
 	// Overwrites leave holes in a unit: its other blocks come soon after, if at all.
-	for i := len(pl.records) - 1; i >= max(0, len(pl.records)-format.UnitBlocks); i-- {
+	for i := len(pl.records) - 1; e.Blocks() > 1 && i >= max(0, len(pl.records)-format.UnitBlocks); i-- {
 		if r := &pl.records[i]; r.was.e.SameRecord(e) && r.was.c == pl.d.s.slots.get(e.Slot()) {
 			pl.pieces[r.last].next, r.last = this, this
 			return nil
@@ -179,6 +180,10 @@ func (pl *ReadPlan) locate() error {
 	var before *planned // the record that the last fetch ends with
 	for i := range pl.records {
 		r := &pl.records[i]
+		if r.e.Blocks() > 1 && !pl.whole(r) && pl.d.s.units.get(r.key(), pl.pieces, r.piece) {
+			r.done, before = true, nil
+			continue
+		}
 		buf := pl.arena[r.at : r.at+r.e.Size()]
 		if pl.d.s.wal.read(r.c, r.e.Offset(), buf) {
 			before = nil
@@ -218,33 +223,44 @@ func (pl *ReadPlan) Finish(err error) error {
 }
 
 func (pl *ReadPlan) finish(r *planned) error {
-	stored := pl.arena[r.at : r.at+r.e.Size()]
-	payload, codec, err := verify(stored, r.c.seq, r.e, r.first)
+	units := &pl.d.s.units
+	whole := pl.whole(r)
+	if r.done || !whole && r.e.Blocks() > 1 && units.get(r.key(), pl.pieces, r.piece) {
+		return nil // the latter: a read of its other blocks, which was under way at the same time, was quicker
+	}
+	payload, codec, err := verify(pl.arena[r.at:r.at+r.e.Size()], r.c.seq, r.e, r.first)
 	if err != nil {
 		return err
 	}
+	if whole {
+		return format.Decompress(codec, pl.pieces[r.piece].dst, payload)
+	}
 	size := r.e.Blocks() * format.BlockSize
-	pc := &pl.pieces[r.piece]
-	if pc.next < 0 && pc.from == 0 && len(pc.dst) == size {
-		return format.Decompress(codec, pc.dst, payload)
-	}
-	if codec == format.Raw {
-		for i := r.piece; i >= 0; i = pl.pieces[i].next {
-			copy(pl.pieces[i].dst, payload[pl.pieces[i].from:])
-		}
-		return nil
-	}
-	if pl.unit == nil {
-		pl.unit = make([]byte, unitSize)
+	if cap(pl.unit) < size {
+		pl.unit = make([]byte, size)
 	}
 	unit := pl.unit[:size]
 	if err := format.Decompress(codec, unit, payload); err != nil {
 		return err
 	}
-	for i := r.piece; i >= 0; i = pl.pieces[i].next {
-		copy(pl.pieces[i].dst, unit[pl.pieces[i].from:])
+	copyPieces(unit, pl.pieces, r.piece)
+	if r.e.Blocks() > 1 {
+		pl.unit = units.put(r.key(), unit)
 	}
 	return nil
+}
+
+// whole says whether the record's unit is wanted in one piece.
+func (pl *ReadPlan) whole(r *planned) bool {
+	pc := &pl.pieces[r.piece]
+	return pc.next < 0 && len(pc.dst) == r.e.Blocks()*format.BlockSize
+}
+
+// copyPieces copies the pieces of a unit, the first of which is at first.
+func copyPieces(unit []byte, pieces []piece, first int) {
+	for i := first; i >= 0; i = pieces[i].next {
+		copy(pieces[i].dst, unit[pieces[i].from:])
+	}
 }
 
 // verify checks that stored is the record that e names: of this life of the
@@ -283,12 +299,43 @@ func (pl *ReadPlan) read(d *Device, p []byte, off int64) error {
 
 // fetch does the second and third step.
 func (pl *ReadPlan) fetch() (err error) {
+	if len(pl.fetches) > 1 {
+		pl.try()
+	}
 	for i := range pl.fetches {
 		if err = pl.fetches[i].Read(); err != nil {
 			break
 		}
 	}
 	return pl.Finish(err)
+}
+
+// try does the fetches that memory has. The disk is at all others then, at once, and done says that there are none.
+func (pl *ReadPlan) try() (done bool) {
+	missing := pl.fetches[:0]
+	for _, f := range pl.fetches {
+		if !f.file.TryReadAt(f.Buf, f.Off) {
+			missing = append(missing, f)
+		}
+	}
+	pl.fetches = missing
+	return len(missing) == 0
+}
+
+// TryReadAt is ReadAt within the device of data that is in memory. Else it has the system begin to read it and returns
+// false: ReadAt waits for it.
+func (d *Device) TryReadAt(p []byte, off int64) (done bool, err error) {
+	sc := d.s.scratch.Get().(*scratch)
+	defer d.s.scratch.Put(sc)
+	pl := &sc.plan
+	if err := d.PlanRead(pl, p, off); err != nil {
+		return false, err
+	}
+	if !pl.try() {
+		pl.release()
+		return false, nil
+	}
+	return true, pl.Finish(nil)
 }
 
 // ReadAt reads len(p) bytes at off, both of any alignment; io.EOF at the end, as io.ReaderAt has it.

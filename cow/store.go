@@ -118,6 +118,7 @@ type Store struct {
 	dirtyLimit int // leaves and images in one generation
 	forwards   forwards
 	slots      slotTable
+	units      unitCache
 	scratch    sync.Pool // *scratch
 	unpacked   sync.Pool // *format.Leaf
 

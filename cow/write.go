@@ -148,8 +148,25 @@ func (d *Device) putData(sc *scratch, data []byte, first uint64, ex *expect) err
 	c := d.v.codec.get()
 	payload, codec := c.Compress(sc.comp, data)
 	d.v.codec.put(c)
+	if codec == format.Raw && h.Blocks > 1 {
+		return d.putSingles(data, first, ex)
+	}
 	h.Codec, h.PayloadLen, h.PayloadCRC = codec, len(payload), format.Checksum(payload)
 	return d.s.put(d, &h, payload, h.Blocks, ex)
+}
+
+// putSingles writes blocks that do not compress, each for itself, so that to read one costs no more than its own size.
+func (d *Device) putSingles(data []byte, first uint64, ex *expect) error {
+	h := format.RecordHeader{Block: first, Branch: d.b.ID, Kind: format.KindData, Codec: format.Raw, Blocks: 1, PayloadLen: format.BlockSize}
+	for ; len(data) > 0; data = data[format.BlockSize:] {
+		block := data[:format.BlockSize]
+		h.PayloadCRC = format.Checksum(block)
+		if err := d.s.put(d, &h, block, 1, ex); err != nil {
+			return err
+		}
+		h.Block++
+	}
+	return nil
 }
 
 // putHole unmaps n blocks of one leaf.

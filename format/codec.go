@@ -117,12 +117,16 @@ func NewCompressor(c Codec, level int) (*Compressor, error) {
 // codec it is stored with: src itself and Raw if compression makes the padded
 // record no smaller, else in dst if its capacity is enough (MaxCompressed
 // always is). dst and src do not overlap.
+//
+// The zeros at the unit's end are left out: blocks are often not full, and S2 takes ten times as long as
+// copying to decode a run that ends where the unit does.
 func (c *Compressor) Compress(dst, src []byte) (out []byte, codec Codec) {
+	full := src[:max(1, contentLen(src))]
 	switch c.codec {
 	case S2:
-		out = s2.Encode(dst[:0], src)
+		out = s2.Encode(dst[:0], full)
 	case Zstd:
-		out = c.zstd.EncodeAll(src, dst[:0])
+		out = c.zstd.EncodeAll(full, dst[:0])
 	default:
 		return src, Raw
 	}
@@ -131,6 +135,19 @@ func (c *Compressor) Compress(dst, src []byte) (out []byte, codec Codec) {
 		return src, Raw
 	}
 	return out, c.codec
+}
+
+// contentLen is the length of p without the zeros at its end.
+func contentLen(p []byte) int {
+	const step = 64
+	n := len(p)
+	for n >= step && IsZero(p[n-step:n]) {
+		n -= step
+	}
+	for n > 0 && p[n-1] == 0 {
+		n--
+	}
+	return n
 }
 
 // zstdDecoder is made when first used. It serves any number of goroutines; as
@@ -144,54 +161,59 @@ var zstdDecoder = sync.OnceValues(func() (*zstd.Decoder, error) {
 		zstd.WithDecodeAllCapLimit(true))
 })
 
-// Decompress fills dst with the unit that src holds; the unit has exactly
-// dst's length. It may be called concurrently.
+// Decompress fills dst with the unit that src holds: dst's length, less zeros at its end that were left out. It may
+// be called concurrently.
 func Decompress(c Codec, dst, src []byte) error {
 	dst = dst[:len(dst):len(dst)]
+	n := 0
 	switch c {
 	case Raw:
 		if len(src) != len(dst) {
 			return corruptUnit(c, len(src), len(dst))
 		}
-		copy(dst, src)
-		return nil
+		n = copy(dst, src)
 	case S2:
 		// s2.Decode makes room for whatever length src claims: ask first.
-		n, err := s2.DecodedLen(src)
-		if err != nil {
+		var err error
+		if n, err = s2.DecodedLen(src); err != nil {
 			return corrupt("s2 unit", "%v", err)
 		}
-		if n != len(dst) {
+		if n > len(dst) {
 			return corruptUnit(c, n, len(dst))
 		}
 		if _, err := s2.Decode(dst, src); err != nil {
 			return corrupt("s2 unit", "%v", err)
 		}
-		return nil
 	case Zstd:
-		return decompressZstd(dst, src)
+		var err error
+		if n, err = decompressZstd(dst, src); err != nil {
+			return err
+		}
+	default:
+		return corrupt("unit", "%v", c)
 	}
-	return corrupt("unit", "%v", c)
-}
-
-func decompressZstd(dst, src []byte) error {
-	dec, err := zstdDecoder()
-	if err != nil {
-		return fmt.Errorf("zstd decoder: %w", err)
-	}
-	out, err := dec.DecodeAll(src, dst[:0])
-	if err != nil {
-		return corrupt("zstd unit", "%v", err)
-	}
-	if len(out) != len(dst) {
-		return corruptUnit(Zstd, len(out), len(dst))
-	}
-	if len(dst) > 0 && &out[0] != &dst[0] {
-		copy(dst, out)
-	}
+	clear(dst[n:])
 	return nil
 }
 
+func decompressZstd(dst, src []byte) (int, error) {
+	dec, err := zstdDecoder()
+	if err != nil {
+		return 0, fmt.Errorf("zstd decoder: %w", err)
+	}
+	out, err := dec.DecodeAll(src, dst[:0])
+	if err != nil {
+		return 0, corrupt("zstd unit", "%v", err)
+	}
+	if len(out) > len(dst) {
+		return 0, corruptUnit(Zstd, len(out), len(dst))
+	}
+	if len(out) > 0 && &out[0] != &dst[0] {
+		copy(dst, out)
+	}
+	return len(out), nil
+}
+
 func corruptUnit(c Codec, got, want int) error {
-	return corrupt(c.String()+" unit", "%d bytes, want %d", got, want)
+	return corrupt(c.String()+" unit", "%d bytes, want at most %d", got, want)
 }

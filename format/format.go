@@ -17,7 +17,8 @@ import (
 const (
 	// StoreVersion is the version of a store as a whole.
 	// Version 2 added moved records, and the rows of forwarded chunks and records.
-	StoreVersion = 2
+	// Version 3 leaves zeros at the end of a compressed unit out.
+	StoreVersion = 3
 	// layoutVersion is that of chunk headers, summaries and leaves.
 	layoutVersion = 1
 

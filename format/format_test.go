@@ -418,9 +418,9 @@ func TestLaterVersionsAreNamed(t *testing.T) {
 	l := AppendLeaf(nil, testLeaf())
 	l[4] = 2
 	le.PutUint32(l, Checksum(l[4:]))
-	_, storeErr := DecodeStoreInfo([]byte(`{"format":"vdisk store","version":3,"shape":"new"}`))
+	_, storeErr := DecodeStoreInfo([]byte(`{"format":"vdisk store","version":4,"shape":"new"}`))
 	for what, err := range map[string]error{"chunk": chunkErr, "leaf": DecodeLeaf(l, new(Leaf)), "store": storeErr} {
-		if !errors.Is(err, ErrVersion) || !strings.Contains(err.Error(), "up to") || what == "store" && !strings.Contains(err.Error(), "version 3") {
+		if !errors.Is(err, ErrVersion) || !strings.Contains(err.Error(), "up to") || what == "store" && !strings.Contains(err.Error(), "version 4") {
 			t.Errorf("%s: %v", what, err)
 		}
 	}

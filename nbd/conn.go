@@ -33,6 +33,7 @@ type conn struct {
 	srv *Server
 	session
 	dev  Device
+	try  TryReader // dev, or nil
 	size uint64
 
 	in     *input
@@ -68,6 +69,7 @@ func newConn(srv *Server, nc net.Conn, s session) *conn {
 		budget:  newBudget(srv.opts.MaxInFlight),
 		tasks:   make(chan task),
 	}
+	c.try, _ = c.dev.(TryReader)
 	c.out = sender{conn: nc, budget: c.budget}
 	c.in = newInput(nc, c.sendBatch)
 	return c
@@ -186,7 +188,7 @@ func (c *conn) check(req request) uint32 {
 	return 0
 }
 
-// readInline reads into the batch.
+// readInline reads into the batch, or gives a read that has to wait to a worker.
 func (c *conn) readInline(req request) {
 	c.room(offsetDataLen + int(req.length))
 	start := len(c.batch.b)
@@ -199,7 +201,16 @@ func (c *conn) readInline(req request) {
 	head := len(b)
 	b = b[:head+int(req.length)]
 	began := time.Now()
-	err := readFull(c.dev, b[head:], int64(req.off))
+	var err error
+	if c.try != nil {
+		var done bool
+		if done, err = c.try.TryReadAt(b[head:], int64(req.off)); !done && err == nil {
+			c.handOver(req)
+			return
+		}
+	} else {
+		err = readFull(c.dev, b[head:], int64(req.off))
+	}
 	c.reads.observe(time.Since(began))
 	if err != nil {
 		b = c.appendError(b[:start], req, wireErrno(err))

@@ -36,6 +36,14 @@ type Extenter interface {
 	Extents(off, length int64, fn func(off, length int64, hole bool) bool) error
 }
 
+// TryReader is implemented by a Device that knows what it can read at once. A connection asks it first, and gives only
+// reads that have to wait to other goroutines.
+type TryReader interface {
+	// TryReadAt is ReadAt, but returns false instead of waiting for a disk. It should have the disk begin to read
+	// then, since ReadAt of the same range follows.
+	TryReadAt(p []byte, off int64) (done bool, err error)
+}
+
 // Export is an open device and how it is to be served.
 type Export struct {
 	Device      Device

@@ -26,7 +26,8 @@
 // The receiver (receive.go) is the only one that reads the socket. A request that is small, and of a
 // kind that the device has lately answered faster than a hand-over costs (pace.go), is done by the
 // receiver itself, straight from or into the socket buffers; its reply waits until no further
-// request has been received, or the batch is full. So one read and one write carry many requests
+// request has been received, or the batch is full. A device that is a TryReader is asked first, and a
+// read that has to wait for a disk goes to a worker, begun by then. So one read and one write carry many requests
 // when a client keeps many in flight, and nothing waits when it does not. Other requests go to
 // workers, which are started as they are needed (work.go). The flusher joins the flushes that arrive
 // while one is under way into the next, so flushes never hold a worker, nor anything else. The

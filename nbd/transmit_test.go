@@ -342,6 +342,77 @@ func TestOutOfOrder(t *testing.T) {
 	c.disconnect()
 }
 
+// sleepy is a device of which some has to be waited for.
+type sleepy struct {
+	Device
+	try    func(p []byte, off int64) (bool, error)
+	begun  atomic.Int64
+	waited atomic.Int64
+}
+
+func (d *sleepy) TryReadAt(p []byte, off int64) (bool, error) {
+	done, err := d.try(p, off)
+	if !done && err == nil {
+		clear(p) // it is arbitrary
+		d.begun.Add(1)
+	}
+	return done, err
+}
+
+func (d *sleepy) ReadAt(p []byte, off int64) (int, error) {
+	d.waited.Add(1)
+	return d.Device.ReadAt(p, off)
+}
+
+// Small reads that have to wait are begun in the order they come, and hold up none that need not.
+func TestTryReader(t *testing.T) {
+	ram := newRAM(1 << 20)
+	for i := range ram.data {
+		ram.data[i] = byte(i / 512)
+	}
+	const slow, bad = 16 << 10, 32 << 10
+	gate := make(chan struct{})
+	ram.onRead = func(_ []byte, off int64) error {
+		if off == slow {
+			<-gate
+		}
+		return nil
+	}
+	d := &sleepy{Device: struct{ Device }{ram}}
+	d.try = func(p []byte, off int64) (bool, error) {
+		switch off {
+		case slow:
+			return false, nil
+		case bad:
+			return false, syscall.ENOMEM
+		}
+		_, err := ram.ReadAt(p, off)
+		return true, err
+	}
+	c := dial(t, exportMap{"disk": {Device: d}}, Options{})
+	c.open("disk", false)
+	for i := range 5 {
+		c.request(0, cmdRead, uint64(100+i), slow, 4096)
+	}
+	for off := 0; off < slow; off += 4096 {
+		c.want(0, 0, cmdRead, uint64(off), 4096)
+	}
+	c.want(errnoNoMem, 0, cmdRead, bad, 512)
+	if d.begun.Load() != 5 {
+		t.Errorf("%d reads were begun", d.begun.Load())
+	}
+	close(gate)
+	for range 5 {
+		if r := c.reply(4096); r.errno != 0 || r.cookie < 100 || r.data != string(ram.data[slow:][:4096]) {
+			t.Errorf("reply %+v", r)
+		}
+	}
+	if d.waited.Load() != 5 {
+		t.Errorf("%d reads waited", d.waited.Load())
+	}
+	c.disconnect()
+}
+
 // One request after the other, and many at once, give what was written.
 func TestPipelining(t *testing.T) {
 	d := newRAM(1 << 20)

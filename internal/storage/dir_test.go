@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -150,5 +151,38 @@ func TestWriteZerosReserves(t *testing.T) {
 	must(t, err)
 	if !bytes.Equal(got, make([]byte, 3<<20+5)) {
 		t.Error(len(got), "bytes")
+	}
+}
+
+func TestTryReadAt(t *testing.T) {
+	d, _ := openDir(t)
+	f, err := d.Create("a", 1<<20)
+	must(t, err)
+	defer f.Close()
+	want := bytes.Repeat([]byte("vdisk"), 40000)
+	_, err = f.WriteAt(want, 1000)
+	must(t, err)
+	got := make([]byte, len(want))
+	if !f.TryReadAt(got, 1000) || !bytes.Equal(got, want) {
+		t.Error("what was just written is not in memory")
+	}
+	// Out of memory, it may or may not be there at once, but soon.
+	must(t, f.Sync())
+	must(t, unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED))
+	clear(got)
+	for i := 0; !f.TryReadAt(got, 1000); i++ {
+		if i == 1000 {
+			t.Fatal("nobody reads it")
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	if !bytes.Equal(got, want) {
+		t.Error("it reads otherwise than it was written")
+	}
+	if n := testing.AllocsPerRun(100, func() { f.TryReadAt(got, 1000) }); n > 0 {
+		t.Errorf("%v allocations", n)
+	}
+	if f.TryReadAt(got, 1<<20-10) || f.TryReadAt(got[:1], 2<<20) {
+		t.Error("there is nothing behind the end")
 	}
 }

@@ -36,6 +36,10 @@ type FS interface {
 // File is an open file. Its methods may be called concurrently.
 type File interface {
 	io.ReaderAt
+	// TryReadAt fills p from off if memory has it all. Else it has the system begin to read it, and returns
+	// false without waiting: ReadAt waits, and tells what is wrong. p is arbitrary then. Where the system cannot
+	// tell, it is ReadAt.
+	TryReadAt(p []byte, off int64) bool
 	io.WriterAt
 	// Sync makes every write and truncation before it durable, with the size
 	// that reading them back needs (fdatasync(2)). After an error what was not
