@@ -1,6 +1,7 @@
 package cow
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -103,6 +104,23 @@ func BenchmarkFill1M(b *testing.B) {
 		b.Fatal(err)
 	}
 	b.ReportMetric(d.s.cache.perLeaf(min(b.N, 1024)), "map-MiB/TiB")
+}
+
+// BenchmarkFlush4K flushes after each random write. Where it writes is the test's directory: TMPDIR should be on a disk.
+func BenchmarkFlush4K(b *testing.B) {
+	const size = 512 << 20
+	d := benchDevice(b, format.S2, size)
+	r := rand.New(rand.NewPCG(1, 2))
+	buf := make([]byte, 1<<20)
+	workload.HalfCompressible(r, buf)
+	b.ReportAllocs()
+	for b.Loop() {
+		at := r.Int64N(256) * 4096
+		_, err := d.WriteAt(buf[at:at+4096], r.Int64N(size/4096)*4096)
+		if err := errors.Join(err, d.Flush()); err != nil {
+			b.Fatal(err)
+		}
+	}
 }
 
 // BenchmarkSnapshot takes snapshots, and clones of them, of a volume with 1 GiB of

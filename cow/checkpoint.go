@@ -356,7 +356,7 @@ func idsOf[T any](rows []T, id func(T) uint32) (ids []uint32) {
 	return ids
 }
 
-// removeDead removes the files of chunks whose rows are gone, unless somebody
+// removeDead removes the files of chunks whose rows are gone, or has the pool keep them, unless somebody
 // who reads an older state of the table still needs them; then a later checkpoint does. ckptMu is held.
 func (s *Store) removeDead(dead []*chunk) error {
 	s.zombies = append(s.zombies, dead...)
@@ -366,6 +366,9 @@ func (s *Store) removeDead(dead []*chunk) error {
 	var errs []error
 	kept := s.zombies[:0]
 	for _, c := range s.zombies {
+		if s.wal.pool.keep(c, s.wal.chunkBytes) {
+			continue
+		}
 		if err := s.removeFile(c); err != nil {
 			errs = append(errs, fmt.Errorf("remove chunk %s: %w", c.name(), err))
 			kept = append(kept, c) // its slot stays taken

@@ -39,6 +39,8 @@ type chunk struct {
 
 	written  uint32 // end of what is in the file; guarded by recordLog.bufMu
 	unsynced bool   // in recordLog.unsynced; guarded by recordLog.writeMu
+	fileSize uint32 // of a chunk that this process made: as it was made
+	prepared uint32 // of such a chunk: end of the blocks that were written at some time; guarded by recordLog.writeMu
 }
 
 func newChunk(slot uint32, seq uint64, fs storage.FS) *chunk {

@@ -51,9 +51,12 @@ type CleanReport struct {
 // waste (at least 0.05, at most 1) is dead. It returns when that is done, or ctx ends.
 func (s *Store) Clean(ctx context.Context, waste float64) (CleanReport, error) {
 	var rep CleanReport
-	before := s.used()
+	before := s.used(true)
 	freed := func() CleanReport {
-		rep.Freed = before - s.used()
+		if _, err := s.wal.pool.empty(); err != nil {
+			s.log.Error("files of dead chunks stay", "err", err)
+		}
+		rep.Freed = before - s.used(true)
 		return rep
 	}
 	// What is deleted comes first: it needs no copying.

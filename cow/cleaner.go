@@ -53,7 +53,7 @@ func (s *Store) cleanFor(u urgency) (more bool) {
 	if u < hungry {
 		pause = s.giveWay
 	}
-	before := s.used()
+	before := s.used(false)
 	r, err := s.cleanOne(context.Background(), waste, pause)
 	if u == hungry && (r.Chunks == 0 || errors.Is(err, ErrNoSpace)) {
 		// There may be more dead than the table knows, and chunks that it does not have all of.
@@ -64,7 +64,7 @@ func (s *Store) cleanFor(u urgency) (more bool) {
 	if err == nil && r.Chunks > 0 {
 		err = s.checkpoint()
 	}
-	gain := r.Moved < r.Freed || s.used() < before
+	gain := r.Moved < r.Freed || s.used(false) < before
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err != nil && !s.closed && !errors.Is(err, ErrNoSpace) { // of that the writers hear
@@ -76,10 +76,15 @@ func (s *Store) cleanFor(u urgency) (more bool) {
 	return gain && err == nil
 }
 
-func (s *Store) used() int64 {
+// used is what the chunk files take, with or without those that are kept for reuse.
+func (s *Store) used(spares bool) int64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.slots.bytes()
+	n := s.slots.bytes()
+	if !spares {
+		n -= s.wal.pool.bytes()
+	}
+	return n
 }
 
 // needRoom is called by writers that find no room, with mu held. It wakes the cleaner; false: that can give none.
@@ -115,6 +120,7 @@ func (s *Store) urgency() urgency {
 	if s.wal.limit > 0 {
 		room = min(room, s.wal.limit-used)
 	}
+	room += s.wal.pool.bytes()
 	dead := records - live
 	switch {
 	case err == nil && room < (ahead+1)*s.wal.chunkBytes && !s.helpless && dead > 0:

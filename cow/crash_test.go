@@ -36,7 +36,7 @@ var opKinds = func() (kinds []string) {
 	for kind, weight := range map[string]int{
 		"write": 30, "discard": 4, "zero": 4, "flush": 4, "drain": 5, "read": 2,
 		"create": 1, "snapshot": 6, "clone": 3, "unsnap": 4, "remove": 1, "rollback": 2, "rename": 2, "resize": 3,
-		"checkpoint": 5, "reap": 1, "clean": 6, "check": 1, "misuse": 1, "space": 3,
+		"checkpoint": 5, "reap": 1, "clean": 6, "check": 1, "misuse": 1, "space": 3, "hold": 3, "churn": 3, "unpool": 1,
 	} {
 		kinds = append(kinds, slices.Repeat([]string{kind}, weight)...)
 	}
@@ -85,9 +85,10 @@ func TestCrashStates(t *testing.T) {
 			})
 		}
 	})
-	t.Logf("crash states: %d in %v, in which %d chunks were replayed from summaries", l.states.Load(), time.Since(start).Round(time.Millisecond), l.summaries.Load())
-	if l.summaries.Load() == 0 && l.states.Load() > 20000 {
-		t.Error("no summary was ever read")
+	t.Logf("crash states: %d in %v, in which %d chunks were replayed from summaries, %d over a former life of their file; %d files were recycled, and %d reads held chunks meanwhile",
+		l.states.Load(), time.Since(start).Round(time.Millisecond), l.summaries.Load(), l.overOld.Load(), l.recycled.Load(), l.held.Load())
+	if (l.summaries.Load() == 0 || l.overOld.Load() == 0 || l.held.Load() == 0) && l.states.Load() > 20000 {
+		t.Error("no summary was ever read, no file recycled, or none while it was read")
 	}
 	fmt.Printf("crash states: %d\n", l.states.Load())
 }
@@ -116,7 +117,7 @@ func (l *lab) run(ops []op, rng *rand.Rand) (at int, err error) {
 	}
 	lazy := rng.IntN(3) == 0 // for long logs
 	for at, o := range ops {
-		if lazy && slices.Contains([]string{"checkpoint", "reap", "check"}, o.kind) {
+		if lazy && slices.Contains([]string{"checkpoint", "reap", "check", "churn"}, o.kind) {
 			o.kind = "flush"
 		}
 		if slices.Contains(restarts, o.kind) {
@@ -151,10 +152,12 @@ func (l *lab) run(ops []op, rng *rand.Rand) (at int, err error) {
 
 // close closes the store for good and looks for files that it left open.
 func (w *world) close() error {
+	err := w.letGo()
 	for name := range w.devs {
 		w.closeDevice(name)
 	}
-	err := w.event(w.s.Close())
+	err = errors.Join(err, w.event(w.s.Close()))
+	w.lab.recycled.Add(int64(w.s.wal.pool.reused))
 	if n := w.crasher.fs.Handles(); n != 0 {
 		err = errors.Join(err, fmt.Errorf("%d files are left open", n))
 	}
@@ -265,6 +268,13 @@ func (w *world) operate(o op) error {
 		return w.misuse(name)
 	case "space":
 		return w.space(o, name)
+	case "hold":
+		return w.hold(o, name, v.size)
+	case "churn":
+		return w.churn(o, name, v.size)
+	case "unpool":
+		_, err := w.s.wal.pool.empty()
+		return err
 	default:
 		return w.administer(o, names, name)
 	}

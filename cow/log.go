@@ -1,13 +1,10 @@
 package cow
 
 import (
-	"errors"
 	"fmt"
-	"io/fs"
 	"slices"
 	"sync"
 	"sync/atomic"
-	"syscall"
 
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
@@ -78,6 +75,7 @@ type recordLog struct {
 	mu         *sync.Mutex // Store.mu
 	uuid       [16]byte
 	slots      *slotTable
+	pool       chunkPool
 	chunkBytes int64 // of a new chunk, where there is room
 	failed     atomic.Pointer[error]
 
@@ -119,6 +117,7 @@ type recordLog struct {
 
 func newRecordLog(fs storage.FS, mu *sync.Mutex, uuid [16]byte, slots *slotTable) *recordLog {
 	l := &recordLog{cleaner: func() bool { return false }, fs: fs, mu: mu, uuid: uuid, slots: slots, space: sync.NewCond(mu),
+		pool:      chunkPool{fs: fs, slots: slots, mu: mu},
 		flushWork: make(chan struct{}, 1), makeWork: make(chan struct{}, 1), syncWork: make(chan struct{}, 1), quit: make(chan struct{})}
 	for range bufferCount {
 		l.free = append(l.free, &buffer{}) // memory comes with the first use
@@ -399,7 +398,7 @@ func (l *recordLog) drainLocked(n int) error {
 		if b.summary != nil {
 			b.finishSummary()
 		}
-		if _, err := c.file.WriteAt(b.data[:b.n], int64(b.off)); err != nil {
+		if err := l.write(b); err != nil {
 			return l.fail(fmt.Errorf("write chunk %s: %w", c.name(), err))
 		}
 		if b.summary != nil {
@@ -407,9 +406,6 @@ func (l *recordLog) drainLocked(n int) error {
 			l.scrap = b.data[:0]
 			l.mu.Unlock()
 			continue
-		}
-		if b.n >= bufferSize/2 {
-			c.file.StartWrite(int64(b.off), int64(b.n)) // or a flush would find all since the last one
 		}
 		l.bufMu.Lock()
 		c.written = b.off + uint32(b.n)
@@ -422,6 +418,42 @@ func (l *recordLog) drainLocked(n int) error {
 		l.mu.Unlock()
 	}
 }
+
+// pageSize is what the page cache reads before a part of it can be written.
+const pageSize = 4096
+
+// write writes a buffer to its place. Zeros behind it make what follows cheaper (DESIGN.md, section 5.1); whatever is there is
+// not the log's yet, as buffers are written in order. writeMu is held.
+func (l *recordLog) write(b *buffer) error {
+	c, data := b.chunk, b.data[:b.n]
+	if b.summary != nil {
+		_, err := c.file.WriteAt(data, int64(b.off))
+		return err
+	}
+	end := b.off + uint32(b.n)
+	pad := min(int(-end%pageSize), len(b.data)-b.n, int(c.fileSize-end))
+	clear(b.data[b.n : b.n+pad])
+	if _, err := c.file.WriteAt(b.data[:b.n+pad], int64(b.off)); err != nil {
+		return err
+	}
+	end += uint32(pad)
+	if b.n >= bufferSize/2 {
+		c.file.StartWrite(int64(b.off), int64(b.n)) // or a flush would find all since the last one
+	} else if end > c.prepared {
+		ahead := min(uint32(l.chunkBytes/64), aheadMost, c.fileSize-end)
+		if _, err := c.file.WriteAt(zerosAhead[:ahead], int64(end)); err != nil {
+			return err
+		}
+		end += ahead
+	}
+	c.prepared = max(c.prepared, end)
+	return nil
+}
+
+// aheadMost is how much is written ahead at once.
+const aheadMost = 1 << 20
+
+var zerosAhead [aheadMost]byte
 
 // sync makes every record appended before the call durable.
 func (l *recordLog) sync() error {
@@ -496,110 +528,6 @@ func (l *recordLog) read(c *chunk, off uint32, p []byte) bool {
 		}
 	}
 	return false
-}
-
-// makeChunk makes the next chunk: file, header, directory entry, all durable
-// before a record can go in.
-func (l *recordLog) makeChunk() {
-	l.mu.Lock()
-	wanted, next := l.wanted, l.next
-	l.wanted = forData
-	slot, seq, used := l.slots.freeSlot(), l.nextChunk, l.slots.bytes()
-	l.mu.Unlock()
-
-	var c *chunk
-	var err error
-	if next == nil {
-		c, err = l.createChunk(slot, seq, wanted, used)
-	} else {
-		_, err = l.chunkSize(forData, used) // it was made from what is kept free; there may be more by now
-	}
-
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.making = false
-	l.madeRound++
-	l.makeErr = err
-	switch {
-	case next != nil:
-		next.reserved = err != nil
-	case err == nil:
-		l.nextChunk = seq + 1 // not before: position() names the chunk that is being made
-		l.next = c
-		l.slots.put(c)
-	default:
-		l.nextChunk = seq + 1
-		if l.wanted > wanted {
-			l.making = true // an event or the cleaner came to wait meanwhile, and may use the reserve
-			poke(l.makeWork)
-		}
-	}
-	l.space.Broadcast()
-}
-
-func (l *recordLog) createChunk(slot uint32, seq uint64, p purpose, used int64) (*chunk, error) {
-	size, err := l.chunkSize(forData, used)
-	c := newChunk(slot, seq, l.fs)
-	if err != nil && p > forData {
-		size, err = l.chunkSize(p, used)
-		c.reserved = true
-	}
-	if err != nil {
-		return nil, err
-	}
-	f, err := l.fs.Create(c.name(), int64(size))
-	if errors.Is(err, fs.ErrExist) { // of an attempt that failed, and whose removal failed too
-		if err = l.fs.Remove(c.name()); err == nil {
-			f, err = l.fs.Create(c.name(), int64(size))
-		}
-	}
-	if err != nil {
-		return nil, fmt.Errorf("make chunk %s: %w", c.name(), err)
-	}
-	l.mu.Lock()
-	durable := l.durable
-	l.mu.Unlock()
-	h := format.ChunkHeader{Slot: slot, Seq: seq, UUID: l.uuid, Durable: durable}
-	head := make([]byte, format.ChunkHeaderSize)
-	h.Encode(head)
-	_, err = f.WriteAt(head, 0)
-	err = errors.Join(err, f.Sync(), l.fs.SyncDir())
-	if err != nil {
-		err = fmt.Errorf("make chunk %s: %w", c.name(), err)
-		return nil, errors.Join(err, f.Close(), l.fs.Remove(c.name()))
-	}
-	c.file, c.size, c.end, c.written = f, size, format.ChunkHeaderSize, format.ChunkHeaderSize
-	return c, nil
-}
-
-// chunkSize is how large a chunk there is room for, where the chunks there are take used bytes.
-func (l *recordLog) chunkSize(p purpose, used int64) (uint32, error) {
-	free, err := l.fs.Free()
-	if err != nil {
-		return 0, fmt.Errorf("free space of the store: %w", err)
-	}
-	keep := int64(spare)
-	if p == forData {
-		keep += l.chunkBytes
-	}
-	room := free - keep
-	if l.limit > 0 {
-		room = min(room, l.limit-used-(keep-spare))
-	}
-	for size := l.chunkBytes; size >= min(minChunkSize, l.chunkBytes); size /= 2 {
-		if room >= size {
-			return uint32(size), nil
-		}
-	}
-	if p == forEvents {
-		return eventChunkSize, nil // if even that is too much, fallocate says so
-	}
-	if l.limit > 0 && l.limit-used < free-spare {
-		return 0, fmt.Errorf("%w: the store's limit is %d MiB, of which %d MiB are kept for the cleaner; raise it, or delete snapshots or volumes",
-			noSpace(syscall.ENOSPC), l.limit>>20, l.chunkBytes>>20)
-	}
-	return 0, fmt.Errorf("%w: %d MiB free on the store's file system, of which %d MiB are kept for deletes, checkpoints and the cleaner; free space there, or delete snapshots or volumes",
-		noSpace(syscall.ENOSPC), free>>20, keep>>20)
 }
 
 // cutIdle queues what is in the active buffer, so that a process that is killed

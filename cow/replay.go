@@ -1,7 +1,6 @@
 package cow
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -431,21 +430,23 @@ func (r *recordReader) load(n int, off uint32) error {
 	return err
 }
 
-// tail is how many bytes behind the end of the log were written, as far as can be
-// seen: up to a stretch of zeros.
+// tail is how many bytes behind the end of the log were written to it, as far as can be seen: up to a stretch
+// without a record of this chunk's. A former life of the file may have left any other bytes there.
 func (r *recordReader) tail() (n int64, err error) {
 	r.readOnly = true
-	for off := r.off; off < format.MaxChunkSize; off += uint32(len(r.win)) {
-		if err := r.load(readWindow, off); err != nil {
-			return n, err
+	end, last := r.off, r.off
+	for r.off-last < readWindow {
+		head, err := r.bytes(format.RecordHeaderSize)
+		if err != nil || head == nil {
+			return int64(last - end), err
 		}
-		used := bytes.TrimRight(r.win, "\x00")
-		if len(used) == 0 {
-			break
+		r.off += format.RecordAlign
+		if h, err := format.DecodeRecordHeader(head, r.c.seq, r.off-format.RecordAlign); err == nil {
+			r.off += uint32(h.Size()) - format.RecordAlign
+			last = r.off
 		}
-		n = int64(off-r.off) + int64(len(used))
 	}
-	return n, nil
+	return int64(last - end), nil
 }
 
 // readFull reads up to len(p) bytes: fewer only at the end of the file.

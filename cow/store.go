@@ -396,7 +396,6 @@ func (s *Store) finish() error {
 func (s *Store) trim(last *chunk) error {
 	s.wal.waitIdle()
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	var err error
 	if last != nil && s.slots.get(last.slot) == last {
 		err = last.file.Truncate(int64(last.size))
@@ -405,7 +404,9 @@ func (s *Store) trim(last *chunk) error {
 		s.slots.remove(c.slot)
 		err = errors.Join(err, c.file.Close(), s.fs.Remove(c.name()))
 	}
-	return err
+	s.mu.Unlock()
+	_, perr := s.wal.pool.empty()
+	return errors.Join(err, perr)
 }
 
 // afterFailure is the pause after a checkpoint that failed: writers would ask for the next at once.
@@ -429,6 +430,9 @@ func (s *Store) checkpointer() {
 			due = true
 		case <-tick.C:
 			s.wal.cutIdle()
+			if err := s.wal.pool.emptyIdle(); err != nil {
+				s.log.Error("the file of a dead chunk stays", "err", err)
+			}
 			due = time.Since(last) >= s.opts.CheckpointInterval && s.changed()
 		}
 		if !due {
@@ -470,6 +474,7 @@ type StoreInfo struct {
 	Chunks     int       `json:"chunks"`
 	ChunkBytes int64     `json:"chunk_bytes"` // of records in chunk files
 	LiveBytes  int64     `json:"live_bytes"`  // of them, what volumes and snapshots refer to
+	SpareBytes int64     `json:"spare_bytes"` // of files of dead chunks, which are kept to be the next ones
 	MetaBytes  int64     `json:"meta_bytes"`  // of the table's file
 	FreeBytes  int64     `json:"free_bytes"`  // of the file system
 }
@@ -491,8 +496,9 @@ func (s *Store) Info() StoreInfo {
 			in.Snapshots++
 		}
 	}
+	in.SpareBytes = s.wal.pool.bytes()
 	for _, c := range s.slots.all() {
-		if c.gone {
+		if c.gone || c.dead {
 			continue
 		}
 		in.Chunks++

@@ -32,6 +32,9 @@ type lab struct {
 
 	states    atomic.Int64                // crash states verified
 	summaries atomic.Int64                // chunks of which they read the summary only
+	overOld   atomic.Int64                // chunks that they replayed over a former life of their file
+	recycled  atomic.Int64                // files that became chunks again
+	held      atomic.Int64                // of them, while a read that was planned held a chunk
 	wrap      func(storage.FS) storage.FS // what stands between the engine and the disk; nil: nothing
 }
 
@@ -235,6 +238,7 @@ type world struct {
 	names   int                // made up so far
 	writes  uint64             // contents made up so far
 	buf     []byte
+	held    *heldRead
 }
 
 // options are for a store of a few megabytes: chunks of half a megabyte, so that they come
@@ -284,6 +288,7 @@ func (l *lab) open(img crashImage, every int, rng *rand.Rand) (*world, error) {
 		return nil, errors.Join(err, w.kill())
 	}
 	l.summaries.Add(int64(r.Summaries))
+	l.overOld.Add(overOld(w.s))
 	// What has been seen once must stay when this process is killed. If power is cut, what was flushed.
 	w.m.truncate(seq)
 	c.mu.Lock()
@@ -345,10 +350,12 @@ func (w *world) seq() uint64 {
 // kill ends the store as SIGKILL does, but for the goroutines and files of this process.
 func (w *world) kill() error {
 	w.crasher.rate(never) // what still happens is after the end
+	err := w.letGo()
 	close(w.s.quit)
 	w.s.wg.Wait()
 	w.s.wal.stop()
-	err := w.s.release()
+	w.lab.recycled.Add(int64(w.s.wal.pool.reused))
+	err = errors.Join(err, w.s.release())
 	if w.s.opts.Outlive { // the image that was taken has a copy
 		err = errors.Join(err, os.Remove(filepath.Join(w.dir, ownerFile)), os.Remove(w.s.shared.path))
 	}

@@ -21,8 +21,9 @@ const (
 // names and never through a symbolic link, so that nothing outside it can be
 // reached.
 type dir struct {
-	path string
-	f    *os.File
+	path       string
+	f          *os.File
+	overwrites bool
 }
 
 // OpenDir opens the directory, and makes it if it does not exist. The last
@@ -39,7 +40,14 @@ func OpenDir(path string) (FS, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open directory: %w", err)
 	}
-	return &dir{path: path, f: f}, nil
+	return &dir{path: path, f: f, overwrites: overwrites(f)}, nil
+}
+
+// overwrites knows the file systems that write over blocks in place, and never share them between files (statfs(2)).
+func overwrites(f *os.File) bool {
+	var st unix.Statfs_t
+	_, err := retry(func() (int, error) { return 0, unix.Fstatfs(int(f.Fd()), &st) })
+	return err == nil && (st.Type == unix.EXT4_SUPER_MAGIC || st.Type == unix.TMPFS_MAGIC)
 }
 
 func syncParent(path string) error {
@@ -154,6 +162,8 @@ func (d *dir) SyncDir() error {
 	}
 	return nil
 }
+
+func (d *dir) Overwrites() bool { return d.overwrites }
 
 func (d *dir) Free() (int64, error) {
 	var st unix.Statfs_t

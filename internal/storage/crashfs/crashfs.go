@@ -266,6 +266,9 @@ func (f *FS) sync(op Op, name string, finish func(err error)) error {
 	return nil
 }
 
+// Overwrites implements storage.FS.
+func (f *FS) Overwrites() bool { return true }
+
 // Free implements storage.FS.
 func (f *FS) Free() (int64, error) {
 	f.mu.Lock()

@@ -1,0 +1,174 @@
+package cow
+
+import (
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"syscall"
+
+	"github.com/vdisk/vdisk/format"
+)
+
+// makeChunk makes the next chunk: file, header, directory entry, all durable
+// before a record can go in.
+func (l *recordLog) makeChunk() {
+	l.mu.Lock()
+	wanted, next, seq := l.wanted, l.next, l.nextChunk
+	l.wanted = forData
+	l.mu.Unlock()
+
+	var c *chunk
+	var err error
+	if next == nil {
+		c, err = l.createChunk(seq, wanted)
+	} else {
+		_, err = l.sizeForData() // it was made from what is kept free; there may be more by now
+	}
+
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.making = false
+	l.madeRound++
+	l.makeErr = err
+	switch {
+	case next != nil:
+		next.reserved = err != nil
+	case err == nil:
+		l.nextChunk = seq + seqStep() // not before: position() names the chunk that is being made
+		l.next = c
+		l.slots.put(c)
+	default:
+		l.nextChunk = seq + seqStep()
+		if l.wanted > wanted {
+			l.making = true // an event or the cleaner came to wait meanwhile, and may use the reserve
+			poke(l.makeWork)
+		}
+	}
+	l.space.Broadcast()
+}
+
+// seqStep is by how much chunk sequence numbers rise: what was written into a file when it was another chunk must not have
+// known it (DESIGN.md, section 5.1). 2^64 last for 2^35 chunks.
+func seqStep() uint64 {
+	var b [4]byte
+	_, _ = rand.Read(b[:]) // never fails: crypto/rand
+	return 1<<28 | uint64(binary.NativeEndian.Uint32(b[:])>>4)
+}
+
+// createChunk makes a chunk of a file from the pool, or a new one. Where there is little room, p says how far it may go.
+func (l *recordLog) createChunk(seq uint64, p purpose) (*chunk, error) {
+	c := l.recycle(seq)
+	if c == nil {
+		var err error
+		if c, err = l.createFile(seq, p); err != nil {
+			return nil, err
+		}
+	}
+	l.mu.Lock()
+	durable := l.durable
+	l.mu.Unlock()
+	h := format.ChunkHeader{Slot: c.slot, Seq: seq, UUID: l.uuid, Durable: durable}
+	head := make([]byte, format.ChunkHeaderSize)
+	h.Encode(head)
+	_, err := c.file.WriteAt(head, 0)
+	// The directory also where the name is old: removals before must not be undone beside this chunk.
+	if err = errors.Join(err, c.file.Sync(), l.fs.SyncDir()); err == nil {
+		c.end, c.written = format.ChunkHeaderSize, format.ChunkHeaderSize
+		return c, nil
+	}
+	err = errors.Join(fmt.Errorf("make chunk %s: %w", c.name(), err), c.file.Close())
+	if rerr := l.fs.Remove(c.name()); rerr != nil {
+		// A replay would end at it, and not find what is in later chunks.
+		return nil, l.fail(errors.Join(err, rerr))
+	}
+	l.mu.Lock()
+	l.slots.remove(c.slot)
+	l.mu.Unlock()
+	return nil, err
+}
+
+// recycle makes a chunk of a file from the pool; nil: of none. Its old life stays in the slot table until the chunk is made.
+func (l *recordLog) recycle(seq uint64) *chunk {
+	if size, err := l.chunkSize(forData, l.chunkBytes); err != nil || int64(size) < l.chunkBytes {
+		return nil
+	}
+	old := l.pool.take()
+	if old == nil {
+		return nil
+	}
+	c := newChunk(old.slot, seq, l.fs)
+	c.file, c.size = old.file, old.size
+	c.fileSize, c.prepared = c.size, c.size
+	return c
+}
+
+func (l *recordLog) createFile(seq uint64, p purpose) (*chunk, error) {
+	l.mu.Lock()
+	c := newChunk(l.slots.freeSlot(), seq, l.fs)
+	l.mu.Unlock()
+	size, err := l.sizeForData()
+	if err != nil && p > forData {
+		size, err = l.chunkSize(p, 0)
+		c.reserved = true
+	}
+	if err != nil {
+		return nil, err
+	}
+	f, err := l.fs.Create(c.name(), int64(size))
+	if errors.Is(err, fs.ErrExist) { // of an attempt that failed, and whose removal failed too
+		if err = l.fs.Remove(c.name()); err == nil {
+			f, err = l.fs.Create(c.name(), int64(size))
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("make chunk %s: %w", c.name(), err)
+	}
+	c.file, c.size, c.fileSize, c.prepared = f, size, size, format.ChunkHeaderSize
+	return c, nil
+}
+
+// sizeForData is how large a new chunk for data can be. Where that is less than it should be, the pool goes first.
+func (l *recordLog) sizeForData() (uint32, error) {
+	size, err := l.chunkSize(forData, 0)
+	if err != nil || int64(size) < l.chunkBytes {
+		if n, _ := l.pool.empty(); n > 0 { // what cannot be deleted takes room: that is the error then
+			size, err = l.chunkSize(forData, 0)
+		}
+	}
+	return size, err
+}
+
+// chunkSize is how large a chunk there is room for, which takes the place of so many bytes.
+func (l *recordLog) chunkSize(p purpose, instead int64) (uint32, error) {
+	free, err := l.fs.Free()
+	if err != nil {
+		return 0, fmt.Errorf("free space of the store: %w", err)
+	}
+	l.mu.Lock()
+	used := l.slots.bytes()
+	l.mu.Unlock()
+	keep := int64(spare)
+	if p == forData {
+		keep += l.chunkBytes
+	}
+	room := free - keep
+	if l.limit > 0 {
+		room = min(room, l.limit-used-(keep-spare))
+	}
+	for size := l.chunkBytes; size >= min(minChunkSize, l.chunkBytes); size /= 2 {
+		if room+instead >= size {
+			return uint32(size), nil
+		}
+	}
+	if p == forEvents {
+		return eventChunkSize, nil // if even that is too much, fallocate says so
+	}
+	if l.limit > 0 && l.limit-used < free-spare {
+		return 0, fmt.Errorf("%w: the store's limit is %d MiB, of which %d MiB are kept for the cleaner; raise it, or delete snapshots or volumes",
+			noSpace(syscall.ENOSPC), l.limit>>20, l.chunkBytes>>20)
+	}
+	return 0, fmt.Errorf("%w: %d MiB free on the store's file system, of which %d MiB are kept for deletes, checkpoints and the cleaner; free space there, or delete snapshots or volumes",
+		noSpace(syscall.ENOSPC), free>>20, keep>>20)
+}

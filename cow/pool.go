@@ -1,0 +1,113 @@
+package cow
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/vdisk/vdisk/internal/storage"
+)
+
+const (
+	// poolSize is how many files the pool keeps: as many chunks as a checkpoint comes after.
+	poolSize = 4
+	// poolIdle is how long they are kept when no chunk is made.
+	poolIdle = 30 * time.Second
+)
+
+// chunkPool keeps the files of dead chunks to be the next chunks: DESIGN.md, section 5.1. They stay in the slot table, as the
+// dead chunks that they were.
+type chunkPool struct {
+	fs    storage.FS
+	slots *slotTable
+
+	mu      *sync.Mutex // Store.mu; guards the fields below
+	spares  []*chunk    // the oldest first
+	touched time.Time   // one came or went last
+	reused  int         // over the life of the process
+}
+
+// keep takes the file of a dead chunk that nobody can begin to read any more, if it can be a chunk of size bytes once more.
+func (p *chunkPool) keep(c *chunk, size int64) bool {
+	p.mu.Lock()
+	fit := len(p.spares) < poolSize && !c.gone && !c.hasMoved && !c.damaged
+	p.mu.Unlock()
+	if !fit || !p.fs.Overwrites() {
+		return false
+	}
+	f, err := c.handle()
+	if err != nil {
+		return false // who deletes it instead will say what is wrong
+	}
+	if n, err := f.Size(); err != nil || n != size {
+		return false
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	c.size = uint32(size)
+	p.spares = append(p.spares, c)
+	p.touched = time.Now()
+	return true
+}
+
+// take returns a spare that nobody reads any more, or nil. It has no references: file and slot are the caller's.
+func (p *chunkPool) take() *chunk {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for i, c := range p.spares {
+		if c.refs.CompareAndSwap(1, 0) { // the table's
+			p.spares = slices.Delete(p.spares, i, i+1)
+			p.touched = time.Now()
+			p.reused++
+			return c
+		}
+	}
+	return nil
+}
+
+// empty deletes the spares, and returns how many. Who reads one still has it open.
+func (p *chunkPool) empty() (deleted int, err error) {
+	p.mu.Lock()
+	spares := p.spares
+	p.spares = nil
+	p.mu.Unlock()
+	var errs []error
+	for _, c := range spares {
+		err := p.fs.Remove(c.name())
+		p.mu.Lock()
+		if err == nil {
+			p.slots.remove(c.slot)
+		} else {
+			errs = append(errs, fmt.Errorf("delete chunk %s: %w", c.name(), err))
+			p.spares = append(p.spares, c)
+		}
+		p.mu.Unlock()
+		if err == nil {
+			c.release()
+			deleted++
+		}
+	}
+	return deleted, errors.Join(errs...)
+}
+
+// emptyIdle is empty if the pool was not used for a while.
+func (p *chunkPool) emptyIdle() error {
+	p.mu.Lock()
+	idle := len(p.spares) > 0 && time.Since(p.touched) > poolIdle
+	p.mu.Unlock()
+	if !idle {
+		return nil
+	}
+	_, err := p.empty()
+	return err
+}
+
+// bytes is the size of the spares. mu is held.
+func (p *chunkPool) bytes() (n int64) {
+	for _, c := range p.spares {
+		n += int64(c.size)
+	}
+	return n
+}

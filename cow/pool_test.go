@@ -1,0 +1,301 @@
+package cow
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/storage/crashfs"
+)
+
+// heldRead is a read that was planned and is not fetched yet.
+type heldRead struct {
+	pl        ReadPlan
+	got, want []byte
+	reused    int // files at that time
+}
+
+// hold plans a read, or fetches the one that was planned, whatever has happened since.
+func (w *world) hold(o op, name string, size int64) error {
+	if w.held != nil {
+		return w.letGo()
+	}
+	d, err := w.device(name)
+	if err != nil {
+		return err
+	}
+	off := int64(mix(o.b)) % size
+	n := min(size-off, 64<<10)
+	h := &heldRead{got: make([]byte, n), want: make([]byte, n), reused: w.reused()}
+	if _, err := d.ReadAt(h.want, off); err != nil {
+		return err
+	}
+	w.held = h
+	return d.PlanRead(&h.pl, h.got, off)
+}
+
+// churn overwrites one range until chunks are dead and their files chunks again, while a read is held.
+func (w *world) churn(o op, name string, size int64) error {
+	if w.held == nil {
+		if err := w.hold(o, name, size); err != nil {
+			return err
+		}
+	}
+	off := int64(mix(o.b)) % size
+	for range 3 {
+		if err := w.put(name, off, min(size-off, 200<<10)); err != nil {
+			return err
+		}
+		if err := w.event(w.s.Checkpoint()); err != nil {
+			return err
+		}
+	}
+	if o.c%2 == 0 {
+		return w.letGo()
+	}
+	return nil
+}
+
+// letGo ends the read that is held.
+func (w *world) letGo() error {
+	h := w.held
+	w.held = nil
+	if h == nil {
+		return nil
+	}
+	if len(h.pl.fetches) > 0 {
+		w.lab.held.Add(int64(w.reused() - h.reused))
+	}
+	if err := h.pl.fetch(); err != nil {
+		return fmt.Errorf("a read that was planned a while ago: %w", err)
+	}
+	if !bytes.Equal(h.got, h.want) {
+		return errors.New("a read that was planned a while ago found something else")
+	}
+	return nil
+}
+
+func (w *world) reused() int {
+	w.s.mu.Lock()
+	defer w.s.mu.Unlock()
+	return w.s.wal.pool.reused
+}
+
+// overOld counts the chunks of the log, after a replay that dropped nothing, with something else behind their records.
+func overOld(s *Store) (n int64) {
+	if s.recovery.DroppedBytes > 0 {
+		return 0
+	}
+	for _, c := range s.slots.all() {
+		if c.inTable || c.gone || c.file == nil {
+			continue
+		}
+		if sum, err := readSummary(c.file, c, c.size); sum != nil || err != nil {
+			continue
+		}
+		p := make([]byte, 2*pageSize)
+		if k, err := readFull(c.file, p, int64(c.end)); err == nil && !format.IsZero(p[:k]) {
+			n++
+		}
+	}
+	return n
+}
+
+// pooled is the slots of the spares.
+func (s *Store) pooled() (slots []uint32) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, c := range s.wal.pool.spares {
+		slots = append(slots, c.slot)
+	}
+	return slots
+}
+
+// overwrite writes so many chunks' worth of the same range, which kills all chunks but the last.
+func (w *world) overwrite(t *testing.T, chunks int) {
+	t.Helper()
+	for i := range chunks * 8 {
+		must(t, w.put("v", int64(i%8)<<16, 64<<10))
+	}
+}
+
+func newPoolWorld(t *testing.T) *world {
+	w := newWorld(t)
+	w.s.wal.chunkBytes = 512 << 10
+	w.m.create("v", 4<<20, format.Raw)
+	_, err := w.s.CreateVolume("v", VolumeOptions{Size: 4 << 20, Codec: format.Raw})
+	must(t, w.event(err))
+	return w
+}
+
+// Files of dead chunks become chunks again; not more are kept than may be, and none after gc or Close.
+func TestPool(t *testing.T) {
+	w := newPoolWorld(t)
+	fs := w.crasher.fs
+	w.overwrite(t, 8)
+	w.must(t, op{kind: "checkpoint"})
+	if n := len(w.s.pooled()); n != poolSize {
+		t.Fatalf("%d files are kept", n)
+	}
+	if in := w.s.Info(); in.SpareBytes != poolSize*512<<10 || in.Chunks > 3 {
+		t.Errorf("%+v", in)
+	}
+	made := fs.Count(crashfs.OpCreate)
+	w.overwrite(t, 3)
+	if n := fs.Count(crashfs.OpCreate); n != made || w.reused() < 3 {
+		t.Errorf("%d files were made, %d recycled", n-made, w.reused())
+	}
+	w.mustBe(t)
+	_, err := w.s.Clean(context.Background(), 0.5)
+	must(t, err)
+	w.s.wal.waitIdle()
+	names, err := fs.List()
+	must(t, err)
+	if in := w.s.Info(); in.SpareBytes != 0 || len(names) != in.Chunks {
+		t.Errorf("after gc: %+v, %v", in, names)
+	}
+	w.overwrite(t, 3)
+	w.must(t, op{kind: "checkpoint"})
+	if len(w.s.pooled()) == 0 {
+		t.Error("nothing is kept")
+	}
+	w.s.mu.Lock()
+	w.s.wal.pool.touched = time.Now().Add(-poolIdle - time.Second)
+	w.s.mu.Unlock()
+	must(t, w.s.wal.pool.emptyIdle())
+	if n := len(w.s.pooled()); n != 0 {
+		t.Errorf("%d files are kept for no use", n)
+	}
+	w.overwrite(t, 3)
+	must(t, w.close())
+	names, err = fs.List()
+	must(t, err)
+	if len(names) > 2 {
+		t.Errorf("after Close: %v", names)
+	}
+}
+
+// A file is not recycled while somebody may read what it held.
+func TestPoolWaitsForReaders(t *testing.T) {
+	w := newPoolWorld(t)
+	w.overwrite(t, 1)
+	w.must(t, op{kind: "flush"})
+	must(t, w.hold(op{}, "v", 4<<20))
+	if len(w.held.pl.fetches) == 0 {
+		t.Fatal("nothing is to be read from a file")
+	}
+	c := w.held.pl.records[0].c
+	for range 4 {
+		w.overwrite(t, 4)
+		w.must(t, op{kind: "checkpoint"})
+	}
+	if w.reused() == 0 || !c.dead || w.s.slots.get(c.slot) != c {
+		t.Errorf("%d files were recycled; that of the chunk that is read: %v", w.reused(), w.s.slots.get(c.slot) != c)
+	}
+	must(t, w.letGo())
+	for range 4 {
+		w.overwrite(t, 4)
+		w.must(t, op{kind: "checkpoint"})
+	}
+	if w.s.slots.get(c.slot) == c {
+		t.Error("the file was not recycled after it was read")
+	}
+	must(t, w.close())
+}
+
+// Where room is short the pool is deleted, and never stands in the way of a chunk.
+func TestPoolGoesFirst(t *testing.T) {
+	w := newPoolWorld(t)
+	w.overwrite(t, 8)
+	w.must(t, op{kind: "checkpoint"})
+	if n := len(w.s.pooled()); n != poolSize {
+		t.Fatalf("%d files are kept", n)
+	}
+	names, err := w.crasher.fs.List()
+	must(t, err)
+	w.crasher.fs.SetCapacity(spare + int64(len(names))<<19) // all of what data leaves free is taken by the pool
+	w.overwrite(t, 3)
+	if free, _ := w.crasher.fs.Free(); free < spare+512<<10 {
+		t.Errorf("%d bytes are free", free)
+	}
+	w.mustBe(t)
+	must(t, w.close())
+}
+
+// Behind the end of the log lies whatever the file was before: even a record with the very next number is not the log's if it was
+// the former life's.
+func TestFormerLifeIsNotReplayed(t *testing.T) {
+	w := newPoolWorld(t)
+	w.overwrite(t, 8)
+	w.must(t, op{kind: "checkpoint"})
+	formerly := map[uint32]uint64{} // sequence numbers, by slot
+	for _, slot := range w.s.pooled() {
+		formerly[slot] = w.s.slots.get(slot).seq
+	}
+	for w.s.wal.current == nil || formerly[w.s.wal.current.slot] == 0 {
+		must(t, w.put("v", 0, 16<<10))
+	}
+	must(t, w.put("v", 0, 16<<10))
+	w.must(t, op{kind: "flush"})
+	c := w.s.wal.current
+	payload := bytes.Repeat([]byte("formerly"), 512)
+	for _, seq := range []uint64{formerly[c.slot], c.seq} {
+		h := format.RecordHeader{Seq: w.seq(), Branch: w.s.tables.byName["v"].Branch, Kind: format.KindData, Blocks: 1,
+			PayloadLen: len(payload), PayloadCRC: format.Checksum(payload)}
+		rec := make([]byte, h.Size())
+		h.Encode(rec, seq, c.end)
+		copy(rec[format.RecordHeaderSize:], payload)
+		img := w.now("killed", w.crasher.fs.Clone())
+		f, err := img.fs.Open(c.name())
+		must(t, err)
+		_, err = f.WriteAt(rec, int64(c.end))
+		must(t, errors.Join(err, f.Close()))
+		if seq == c.seq {
+			img.m = w.m.fork() // the test is right: of this life it would be a write
+			img.m.write("v", payload, 0)
+		}
+		next, err := w.lab.open(img, never, rand.New(rand.NewPCG(1, 1)))
+		must(t, err)
+		if seq == c.seq && next.seq() != w.seq()+1 {
+			t.Error("a record of the present life was not replayed")
+		}
+		next.mustBe(t)
+		must(t, next.kill())
+	}
+	must(t, w.close())
+}
+
+// A chunk that could not be made is gone for good when a younger one has records: a replay would end at it.
+func TestFailedChunkDoesNotComeBack(t *testing.T) {
+	w := newPoolWorld(t)
+	w.overwrite(t, 8)
+	w.must(t, op{kind: "checkpoint"})
+	for w.s.wal.next != nil { // the next chunk is made by the test
+		w.s.mu.Lock()
+		w.s.wal.making = true
+		w.s.mu.Unlock()
+		must(t, w.put("v", 0, 16<<10))
+	}
+	w.crasher.fs.FailAt(crashfs.OpSync, 1, syscall.EIO)
+	w.s.wal.makeChunk()
+	if w.s.wal.next != nil || w.s.wal.err() != nil || w.reused() == 0 {
+		t.Fatalf("the header's sync did not fail, or the log did (%v)", w.s.wal.err())
+	}
+	reused := w.reused()
+	w.overwrite(t, 1)
+	w.must(t, op{kind: "flush"})
+	if w.reused() == reused {
+		t.Fatal("no file was recycled then")
+	}
+	for _, choice := range w.crasher.fs.Choices(1, 8) {
+		img := w.now(choice.String(), w.crasher.fs.Crash(choice))
+		must(t, w.lab.verify(img, 3, rand.New(rand.NewPCG(1, 1))))
+	}
+	must(t, w.close())
+}
