@@ -267,8 +267,15 @@ func (l *recordLog) activate() {
 	l.bufMu.Unlock()
 }
 
-// cut closes the active buffer and queues it for writing. mu is held.
+// cut closes the active buffer and has it written. mu is held.
 func (l *recordLog) cut() {
+	if l.enqueue() {
+		poke(l.flushWork)
+	}
+}
+
+// enqueue closes the active buffer and queues it for writing, if anything is in it. mu is held.
+func (l *recordLog) enqueue() bool {
 	b := l.active
 	l.active = nil
 	switch {
@@ -280,8 +287,9 @@ func (l *recordLog) cut() {
 		l.free = append(l.free, b)
 	default:
 		l.queue = append(l.queue, b)
-		poke(l.flushWork)
+		return true
 	}
+	return false
 }
 
 // forget takes a buffer out of what readers see. bufMu is held.
@@ -471,7 +479,7 @@ func (l *recordLog) sync() error {
 	}
 	l.mu.Lock()
 	goal, seq := l.appended, l.nextSeq
-	l.cut()
+	l.enqueue()
 	n := len(l.queue) // what is cut from here on is not this sync's
 	l.mu.Unlock()
 
