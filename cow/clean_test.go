@@ -98,7 +98,7 @@ func TestOverwriteOfALimitedStore(t *testing.T) {
 // TestMovedBlocksDieAfterReopen: a chunk that was cleaned in part has a row of its moved blocks beside its own. When all of them die
 // at once, in a process that found the row in the table, it goes.
 func TestMovedBlocksDieAfterReopen(t *testing.T) {
-	o := Options{CheckpointInterval: -1, ChunkBytes: 2 << 20}
+	o := Options{CheckpointInterval: -1, ChunkBytes: 1 << 20}
 	s, dir := newStore(t, o)
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 4 << 20, Codec: format.S2})
 	must(t, err)

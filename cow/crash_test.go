@@ -71,6 +71,10 @@ func mix(x uint32) uint64 { return uint64(x) * 0x9e3779b97f4a7c15 >> 16 }
 // model after exactly the records that survived.
 func TestCrashStates(t *testing.T) {
 	l := newLab(t)
+	enough := *crashStates
+	if testing.Short() {
+		enough = min(enough, 2000)
+	}
 	start := time.Now()
 	if err := flag.Set("rapid.nofailfile", "true"); err != nil { // the seed says as much
 		t.Fatal(err)
@@ -79,8 +83,8 @@ func TestCrashStates(t *testing.T) {
 		for i := range runtime.GOMAXPROCS(0) {
 			t.Run(fmt.Sprint(i), func(t *testing.T) {
 				t.Parallel()
-				for l.states.Load() < *crashStates && !t.Failed() {
-					rapid.Check(t, l.crashProperty(*crashStates))
+				for l.states.Load() < enough && !t.Failed() {
+					rapid.Check(t, l.crashProperty(enough))
 				}
 			})
 		}

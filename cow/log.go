@@ -220,7 +220,7 @@ func (l *recordLog) fits(n int, p purpose) bool {
 	room := int(l.current.size) - int(l.current.end) - len(l.entries) - format.SummaryEntrySize - format.SummaryFooterSize
 	switch {
 	case p == forEvents:
-	case p == forData && l.current.reserved, p == forMoves && l.current.size == eventChunkSize:
+	case p == forData && l.current.reserved, p == forMoves && l.current.reserved && l.current.size == eventChunkSize:
 		room = 0
 	case l.next != nil:
 	default:

@@ -4,5 +4,5 @@ package cow
 
 const (
 	raceEnabled        = false
-	defaultCrashStates = 10_500
+	defaultCrashStates = 50_500
 )
