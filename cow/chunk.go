@@ -27,6 +27,7 @@ type chunk struct {
 	size     uint32 // of the file; how far end may go
 	end      uint32 // end of the records
 	live     uint32 // bytes that versions refer to
+	stuck    uint32 // dead bytes of moved records that live in part, which moving them again would not give back; as far as this process knows
 	sealed   bool
 	rowDirty bool   // live, end or moved differ from the table's row
 	reserved bool   // made from the room that is kept for the cleaner and for events
@@ -69,6 +70,9 @@ func (c *chunk) tryAcquire() bool {
 		}
 	}
 }
+
+// unstick takes bytes from stuck, some of which an earlier process may have counted.
+func (c *chunk) unstick(n uint32) { c.stuck -= min(n, c.stuck) }
 
 func (c *chunk) release() {
 	if c.refs.Add(-1) == 0 && c.file != nil {

@@ -63,6 +63,7 @@ func (s *Store) Clean(ctx context.Context, waste float64) (CleanReport, error) {
 	if err := s.settleSpace(ctx); err != nil {
 		return freed(), fmt.Errorf("clean: %w", err)
 	}
+	s.unstick()
 	for {
 		r, err := s.cleanOne(ctx, max(waste, worthwhile), nil)
 		rep.Moved += r.Moved
@@ -73,6 +74,20 @@ func (s *Store) Clean(ctx context.Context, waste float64) (CleanReport, error) {
 		if r.Chunks == 0 || err != nil {
 			return freed(), wrapIf(err, "clean")
 		}
+	}
+}
+
+// unstick forgets what records that live in part cannot give back, if names have gone since it was counted: the head may have
+// become their owner, and writes only what lives.
+func (s *Store) unstick() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.loosened {
+		return
+	}
+	s.loosened = false
+	for _, c := range s.slots.all() {
+		c.stuck = 0
 	}
 }
 
@@ -122,7 +137,7 @@ func (s *Store) victim(waste float64) (best *chunk) {
 			continue
 		}
 		size := float64(c.end - format.ChunkHeaderSize)
-		used := float64(c.live) / size
+		used := float64(c.live+c.stuck) / size
 		if 1-used < waste {
 			continue
 		}

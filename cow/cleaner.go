@@ -113,7 +113,7 @@ func (s *Store) urgency() urgency {
 		used += int64(c.size)
 		if s.mayClean(c) {
 			records += int64(c.end - format.ChunkHeaderSize)
-			live += int64(c.live)
+			live += int64(c.live + c.stuck)
 		}
 	}
 	room := free - spare

@@ -142,6 +142,7 @@ func (s *Store) forward(from format.Entry, mask uint16, to format.Entry) error {
 		}
 		if c := s.slots.get(was.To.Slot()); c != nil {
 			c.live -= n * was.To.Share()
+			c.unstick((uint32(was.To.Blocks()) - n) * was.To.Share())
 			s.markRow(c)
 		}
 	} else {
@@ -151,6 +152,7 @@ func (s *Store) forward(from format.Entry, mask uint16, to format.Entry) error {
 	}
 	s.putForward(r, i, !again, format.Forward{Offset: from.Offset(), Mask: mask, To: to})
 	target.live += n * to.Share()
+	target.stuck += (uint32(to.Blocks()) - n) * to.Share()
 	s.markRow(target)
 	return nil
 }
@@ -178,6 +180,11 @@ func (s *Store) dieMoved(c *chunk, e format.Entry) bool {
 	s.markRow(c)
 	if target := s.slots.get(f.To.Slot()); target != nil {
 		target.live -= f.To.Share()
+		if f.Mask != 0 {
+			target.stuck += f.To.Share()
+		} else {
+			target.unstick(uint32(f.To.Blocks()-1) * f.To.Share())
+		}
 		s.markRow(target)
 	}
 	return true

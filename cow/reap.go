@@ -323,7 +323,7 @@ func (s *Store) dropVersion(b *branch, v metadata.Version) {
 
 // finishJob removes the row that the job was about.
 func (s *Store) finishJob(j job) {
-	s.admin = true
+	s.admin, s.loosened = true, true
 	if j.snap != nil {
 		s.tables.forget(j.snap)
 	} else {

@@ -136,6 +136,7 @@ type Store struct {
 	dirtyRows    []*chunk
 	dirtyRegions []*region                     // of generation gen
 	cleanable    uint64                        // chunks before this sequence number are behind the replay position, and may be cleaned
+	loosened     bool                          // names have been reaped since chunk.stuck was counted
 	admin        bool                          // a table changed since the last checkpoint
 	dropping     map[metadata.Version]struct{} // given up by the reaper, still in the table
 	closed       bool
