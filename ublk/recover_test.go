@@ -446,13 +446,14 @@ func TestRecoveryWays(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			write := func() chan error {
-				fd := openDirect(t, d, unix.O_RDWR)
+			// Both open it while it is served: to open a disk may have to wait for the scan of its partitions, and that for a server.
+			first, second := openDirect(t, d, unix.O_RDWR), openDirect(t, d, unix.O_RDWR)
+			write := func(fd int) chan error {
 				done := make(chan error, 1)
 				go func() { _, err := unix.Pwrite(fd, aligned(4096), 0); _ = unix.Close(fd); done <- err }()
 				return done
 			}
-			owned := write()
+			owned := write(first)
 			<-disk.held
 			broken := errors.New("the ring broke")
 			ublk.KillForTest(d, broken)
@@ -464,7 +465,7 @@ func TestRecoveryWays(t *testing.T) {
 			if !errors.Is(d.Err(), broken) || d.State() != ublk.StateQuiesced {
 				t.Errorf("a device with recovery whose queues broke: %v, %v", d.State(), d.Err())
 			}
-			waiting := write()
+			waiting := write(second)
 			time.Sleep(100 * time.Millisecond)
 			disk.stop.Store(0)
 			again := recoverDevice(t, disk)
