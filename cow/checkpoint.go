@@ -26,6 +26,7 @@ type generation struct {
 	dropLeaves []metadata.Version
 	regions    []frozenRegion
 	forwarded  []format.Forwarded
+	cold       *format.ColdMark
 	back       []uint32 // slots of which no block is elsewhere any more
 	dead       []*chunk // rows to be removed, and after the commit the files
 	rowsOf     []*chunk
@@ -131,6 +132,10 @@ func (s *Store) freeze() *generation {
 	s.takeChunks(g)
 	g.regions = s.freezeRegions()
 	s.admin = false
+	if s.coldNoted {
+		mark := s.coldMark
+		g.cold, s.coldNoted = &mark, false
+	}
 	s.gen++
 	s.frozen.Broadcast()
 	return g
@@ -257,7 +262,14 @@ func (g *generation) write(tx *metadata.Tx) error {
 		eachID(g.dropped.volumes, tx.DropVolume), eachID(g.dropped.snapshots, tx.DropSnapshot), eachID(g.dropped.branches, tx.DropBranch),
 		each(g.dead, func(c **chunk) error { return tx.DropChunk((*c).slot) }),
 		each(g.forwarded, tx.PutForwarded), eachID(g.back, tx.DropForwarded), g.writeRegions(tx),
-		tx.PutCheckpoint(&g.at))
+		g.writeCold(tx), tx.PutCheckpoint(&g.at))
+}
+
+func (g *generation) writeCold(tx *metadata.Tx) error {
+	if g.cold == nil {
+		return nil
+	}
+	return tx.PutCold(g.cold)
 }
 
 func each[T any](rows []T, put func(*T) error) error {
@@ -345,6 +357,7 @@ func (s *Store) thaw(g *generation, err error) error {
 		s.slots.get(slot).hasMoved = true
 	}
 	s.thawRegions(g)
+	s.coldNoted = s.coldNoted || g.cold != nil
 	s.admin = true
 	return err
 }

@@ -65,7 +65,7 @@ func (s *Store) Clean(ctx context.Context, waste float64) (CleanReport, error) {
 	}
 	s.unstick()
 	for {
-		r, err := s.cleanOne(ctx, max(waste, worthwhile), nil)
+		r, err := s.cleanOne(ctx, max(waste, worthwhile), all, nil)
 		rep.Moved += r.Moved
 		rep.Chunks += r.Chunks
 		if err == nil && r.Chunks > 0 {
@@ -106,12 +106,15 @@ func (s *Store) settleSpace(ctx context.Context) error {
 	}
 }
 
-// cleanOne cleans the chunk that promises most. Where there is none, it reports no chunk. pause is called between batches,
-// with how long the last one took; it may be nil.
-func (s *Store) cleanOne(ctx context.Context, waste float64, pause func(time.Duration)) (r CleanReport, err error) {
+// all are all chunks, by sequence number.
+const all = ^uint64(0)
+
+// cleanOne cleans the chunk that promises most, of those with sequence numbers below limit. Where there is none, it reports no chunk. pause is
+// called between batches, with how long the last one took; it may be nil.
+func (s *Store) cleanOne(ctx context.Context, waste float64, limit uint64, pause func(time.Duration)) (r CleanReport, err error) {
 	s.cleanMu.Lock()
 	defer s.cleanMu.Unlock()
-	c := s.victim(waste)
+	c := s.victim(waste, limit)
 	if c == nil {
 		return r, nil
 	}
@@ -128,12 +131,12 @@ func (s *Store) cleanOne(ctx context.Context, waste float64, pause func(time.Dur
 
 // victim chooses by benefit and cost (Rosenblum and Ousterhout, 1992, section 3.5): what it gives, times the age, for what it takes
 // to read all and write what lives. A reference is taken.
-func (s *Store) victim(waste float64) (best *chunk) {
+func (s *Store) victim(waste float64, limit uint64) (best *chunk) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var most float64
 	for _, c := range s.slots.all() {
-		if !s.mayClean(c) {
+		if !s.mayClean(c) || c.seq >= limit {
 			continue
 		}
 		size := float64(c.end - format.ChunkHeaderSize)
@@ -378,7 +381,7 @@ func (m *mover) rewrite(h *format.RecordHeader, payload []byte, name format.Entr
 	s := m.s
 	if bits.OnesCount16(mask) == h.Blocks {
 		return s.putMoved(&format.RecordHeader{Block: h.Block, Branch: h.Branch, Kind: format.KindData, Codec: h.Codec, Blocks: h.Blocks,
-			PayloadLen: len(payload), PayloadCRC: format.Checksum(payload)}, payload, name)
+			PayloadLen: len(payload), PayloadCRC: format.Checksum(payload)}, payload, still(h.Block, h.Blocks, name))
 	}
 	unit := m.unit[:h.Blocks*format.BlockSize]
 	if err := format.Decompress(h.Codec, unit, payload); err != nil {
@@ -398,7 +401,7 @@ func (m *mover) rewrite(h *format.RecordHeader, payload []byte, name format.Entr
 		out, codec := c.Compress(m.comp, unit[i*format.BlockSize:(i+run)*format.BlockSize])
 		pool.put(c)
 		k, err := s.putMoved(&format.RecordHeader{Block: h.Block + uint64(i), Branch: h.Branch, Kind: format.KindData, Codec: codec, Blocks: run,
-			PayloadLen: len(out), PayloadCRC: format.Checksum(out)}, out, name.WithIndex(i))
+			PayloadLen: len(out), PayloadCRC: format.Checksum(out)}, out, still(h.Block+uint64(i), run, name.WithIndex(i)))
 		if n += k; err != nil {
 			return n, err
 		}
@@ -416,8 +419,9 @@ func (s *Store) codecOf(branch uint32) *codecPool {
 	return nil
 }
 
-// putMoved is put for blocks that are to be still what name, the first one's entry, says; else it is errChanged.
-func (s *Store) putMoved(h *format.RecordHeader, payload []byte, name format.Entry) (n int, err error) {
+// putMoved is put for blocks of a head whose content stays the same. same says whether they are still what was copied, with mu and
+// the leaf's lock held; else it is errChanged. It is also if they are not the present epoch's.
+func (s *Store) putMoved(h *format.RecordHeader, payload []byte, same func(*leaf) bool) (n int, err error) {
 	for {
 		s.mu.Lock()
 		b := s.tables.branches[h.Branch]
@@ -442,7 +446,7 @@ func (s *Store) putMoved(h *format.RecordHeader, payload []byte, name format.Ent
 		var o *openLeaf
 		var err error
 		switch {
-		case b.volume == nil || lf.epoch != b.Epoch || !holdsRun(lf, h, name):
+		case b.volume == nil || lf.epoch != b.Epoch || !same(lf):
 			err = errChanged
 		case !s.owned(b, lf) && !s.mayDirty(false):
 			err = errFull
@@ -464,15 +468,17 @@ func (s *Store) putMoved(h *format.RecordHeader, payload []byte, name format.Ent
 	}
 }
 
-// holdsRun says whether the blocks of h are still the ones from name on, and the head's own.
-func holdsRun(lf *leaf, h *format.RecordHeader, name format.Entry) bool {
-	first := int(h.Block % format.LeafBlocks)
-	for i := range h.Blocks {
-		if !lf.isChanged(first+i) || lf.entry(first+i) != name.WithIndex(name.Index()+i) {
-			return false
+// still returns what says whether blocks are still the ones from name on, and the head's own.
+func still(block uint64, n int, name format.Entry) func(*leaf) bool {
+	first := int(block % format.LeafBlocks)
+	return func(lf *leaf) bool {
+		for i := range n {
+			if !lf.isChanged(first+i) || lf.entry(first+i) != name.WithIndex(name.Index()+i) {
+				return false
+			}
 		}
+		return true
 	}
-	return true
 }
 
 // owned says which blocks of a record the version that owns it has. All blocks of a record that live have one owner: they

@@ -110,7 +110,7 @@ func TestMovedBlocksDieAfterReopen(t *testing.T) {
 	_, err = d.WriteAt(p, 0)
 	must(t, errors.Join(err, s.Snapshot(Ref{Volume: "v", Snapshot: "s"}), s.Checkpoint()))
 
-	c := s.victim(0)
+	c := s.victim(0, all)
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	s.cleanMu.Lock()

@@ -54,11 +54,11 @@ func (s *Store) cleanFor(u urgency) (more bool) {
 		pause = s.giveWay
 	}
 	before := s.used(false)
-	r, err := s.cleanOne(context.Background(), waste, pause)
+	r, err := s.cleanOne(context.Background(), waste, all, pause)
 	if u == hungry && (r.Chunks == 0 || errors.Is(err, ErrNoSpace)) {
 		// There may be more dead than the table knows, and chunks that it does not have all of.
 		if err = s.settleSpace(context.Background()); err == nil {
-			r, err = s.cleanOne(context.Background(), waste, nil)
+			r, err = s.cleanOne(context.Background(), waste, all, nil)
 		}
 	}
 	if err == nil && r.Chunks > 0 {

@@ -84,6 +84,7 @@ func (b *busyStore) open() {
 		b.t.Fatal(err)
 	}
 	b.s = s
+	s.coldCodec = quickCodec
 	s.cache.squeeze(3)
 }
 
@@ -145,6 +146,11 @@ func (b *busyStore) noise() {
 			problems = append(problems, fmt.Errorf("check: %+v", p))
 		})
 		return errors.Join(append(problems, err)...)
+	})
+	b.again(func(r *rand.Rand) error {
+		time.Sleep(time.Duration(r.IntN(3000)) * time.Microsecond)
+		_, err := b.s.Cold(context.Background())
+		return err
 	})
 	n := 0
 	b.again(func(r *rand.Rand) error {

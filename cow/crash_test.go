@@ -36,7 +36,7 @@ var opKinds = func() (kinds []string) {
 	for kind, weight := range map[string]int{
 		"write": 30, "discard": 4, "zero": 4, "flush": 4, "drain": 5, "read": 2,
 		"create": 1, "snapshot": 6, "clone": 3, "unsnap": 4, "remove": 1, "rollback": 2, "rename": 2, "resize": 3,
-		"checkpoint": 5, "reap": 1, "clean": 6, "check": 1, "misuse": 1, "space": 3, "hold": 3, "churn": 3, "unpool": 1,
+		"checkpoint": 5, "reap": 1, "clean": 6, "cold": 7, "check": 1, "misuse": 1, "space": 3, "hold": 3, "churn": 3, "unpool": 1,
 	} {
 		kinds = append(kinds, slices.Repeat([]string{kind}, weight)...)
 	}
@@ -265,6 +265,8 @@ func (w *world) operate(o op) error {
 		return nil
 	case "clean":
 		return w.clean(o)
+	case "cold":
+		return w.cold(o)
 	case "check":
 		// A store that has stopped can be checked, too, but that makes nothing durable.
 		return w.event(errors.Join(w.check(true), w.s.wal.err()))
@@ -338,7 +340,7 @@ func (w *world) change(o op, name string, size int64) error {
 	}
 	p := make([]byte, length)
 	w.writes++
-	fill(p, int(mix(o.a^o.c)%5), rand.New(rand.NewPCG(w.writes, 1)))
+	fill(p, int(mix(o.a^o.c)%6), rand.New(rand.NewPCG(w.writes, 1)))
 	w.m.write(name, p, off)
 	_, err = d.WriteAt(p, off)
 	return err
@@ -363,6 +365,10 @@ func fill(p []byte, kind int, r *rand.Rand) {
 	case 2:
 	case 3:
 		copy(p, strings.Repeat(fmt.Sprintf("%x ", r.Uint64()), len(p)/8+1))
+	case 5: // of which zstd makes less than S2
+		for len(p) > 0 {
+			p = p[copy(p, fmt.Sprintf("%06x ", r.IntN(3000)*0x9e3779&0xffffff)):]
+		}
 	default:
 		for len(p) > 0 {
 			n := min(len(p), 512+r.IntN(24<<10))

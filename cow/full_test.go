@@ -178,7 +178,7 @@ func TestTableThatDoesNotCommit(t *testing.T) {
 	for range 200 {
 		o := randomOp(rng)
 		switch o.kind {
-		case "check", "reap", "checkpoint", "space", "churn":
+		case "check", "reap", "checkpoint", "space", "churn", "cold":
 			if err := w.s.Checkpoint(); err != nil {
 				failed++
 			}

@@ -72,15 +72,14 @@ func (d *Device) PlanRead(pl *ReadPlan, p []byte, off int64) error {
 	if err := d.checkRange(off, int64(len(p))); err != nil {
 		return fmt.Errorf("read %s: %w", d.ref, err)
 	}
+	d.s.reads.Add(1)
 	return d.plan(pl, p, off)
 }
 
 // plan is PlanRead without the range check: the last block is whole in the map
 // even where the device ends within it.
 func (d *Device) plan(pl *ReadPlan, p []byte, off int64) error {
-	pl.d = d
-	pl.records, pl.pieces, pl.fetches = pl.records[:0], pl.pieces[:0], pl.fetches[:0]
-	const leafSize = format.LeafBlocks * format.BlockSize
+	pl.begin(d)
 	for len(p) > 0 {
 		n := int(min(int64(len(p)), leafSize-off%leafSize))
 		var bad error
@@ -98,6 +97,12 @@ func (d *Device) plan(pl *ReadPlan, p []byte, off int64) error {
 		return fmt.Errorf("read %s: %w", d.ref, err)
 	}
 	return nil
+}
+
+// begin makes a plan one of d that has nothing yet.
+func (pl *ReadPlan) begin(d *Device) {
+	pl.d = d
+	pl.records, pl.pieces, pl.fetches = pl.records[:0], pl.pieces[:0], pl.fetches[:0]
 }
 
 // plan adds the pieces of a range within one leaf. The leaf's lock is held, so that an

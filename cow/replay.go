@@ -31,7 +31,7 @@ func (s *Store) loadAndReplay() (remove []string, err error) {
 	if err := s.loadTables(tb); err != nil {
 		return nil, err
 	}
-	s.cleanable = cp.ChunkSeq
+	s.cleanable, s.coldMark = cp.ChunkSeq, tb.Cold
 	logChunks, remove, err := s.findChunks(tb, cp)
 	if err != nil {
 		return nil, err

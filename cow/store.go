@@ -48,6 +48,10 @@ type Options struct {
 	CheckpointLeaves   int
 	CheckpointInterval time.Duration
 
+	// ColdAfter is how long a leaf must not have changed for the cold pass to write it once more, compressed better and in order
+	// (default 10 min; negative: never).
+	ColdAfter time.Duration
+
 	// MaxBytes limits what the chunk files take together; 0: the file system does. What has not room is cleaned for, or
 	// fails with ErrNoSpace.
 	MaxBytes int64
@@ -84,6 +88,9 @@ func (o *Options) setDefaults() {
 	}
 	if o.CheckpointInterval == 0 {
 		o.CheckpointInterval = 10 * time.Second
+	}
+	if o.ColdAfter == 0 {
+		o.ColdAfter = 10 * time.Minute
 	}
 	if o.MaxBytes > 0 && o.MaxBytes < MinMaxBytes {
 		o.MaxBytes = MinMaxBytes
@@ -148,6 +155,11 @@ type Store struct {
 	starving   bool       // writers wait for the cleaner; guarded by mu
 	helpless   bool       // it can give nothing back, as things are; guarded by mu
 	cleanWork  chan struct{}
+
+	reads     atomic.Uint64
+	coldMark  place      // everything before was gone over by the cold pass; guarded by mu
+	coldNoted bool       // the table does not have coldMark; guarded by mu
+	coldCodec *codecPool // of cold passes; nil before the first; guarded by mu
 
 	ckptMu     sync.Mutex            // one checkpoint at a time; guards the fields below
 	values     values                // of the checkpoint that runs
@@ -224,6 +236,9 @@ func Open(dir string, o Options) (*Store, error) {
 	s.wg.Go(s.checkpointer)
 	if s.opts.CheckpointInterval >= 0 {
 		s.wg.Go(s.cleanRoutine)
+		if s.opts.ColdAfter > 0 {
+			s.wg.Go(s.coldRoutine)
+		}
 	}
 	return s, nil
 }

@@ -95,7 +95,7 @@ func TestPartsOfUnits(t *testing.T) {
 			}
 			must(t, s.Checkpoint())
 			for range 3 {
-				_, err := s.cleanOne(t.Context(), worthwhile, nil)
+				_, err := s.cleanOne(t.Context(), worthwhile, all, nil)
 				must(t, err)
 			}
 			must(t, s.Checkpoint())
@@ -269,7 +269,7 @@ func TestPartsAmongWriters(t *testing.T) {
 	}
 	b.again(func(r *rand.Rand) error {
 		if r.IntN(50) == 0 {
-			_, err := b.s.cleanOne(t.Context(), worthwhile, nil)
+			_, err := b.s.cleanOne(t.Context(), worthwhile, all, nil)
 			return err
 		}
 		first := r.IntN(blocks)

@@ -281,6 +281,7 @@ func (l *lab) open(img crashImage, every int, rng *rand.Rand) (*world, error) {
 		l.giveBack(dir)
 		return nil, fmt.Errorf("open: %w", err)
 	}
+	w.s.coldCodec = quickCodec
 	seq := w.seq()
 	r := w.s.Recovery()
 	if least := max(img.floor, img.known); seq < least || seq > w.m.next() || r.Lost > 0 {

@@ -28,6 +28,7 @@ var (
 	testVolume    = Volume{ID: 1, Name: "vol.1_a-b", Size: 1 << 40, Codec: S2, LogicalBlock: 4096, Branch: 2, Created: testTime}
 	testSnap      = Snapshot{ID: 3, Volume: 1, Name: "before", Branch: 2, Epoch: 7, Size: 1 << 40, Created: testTime}
 	testBranch    = Branch{ID: 4, Epoch: 1, OriginBranch: 2, OriginEpoch: 7}
+	testCold      = ColdMark{ChunkSeq: 16, Offset: 1 << 21}
 	testCheck     = Checkpoint{Seq: 1 << 40, ChunkSeq: 17, Offset: 1 << 20, NextID: 5, NextChunkSeq: 18}
 	testEvent     = Event{Op: "clone", Volumes: []Volume{testVolume}, Snapshots: []Snapshot{testSnap}, Branches: []Branch{testBranch}, DropVolumes: []uint32{8}}
 	testChunk     = Chunk{Slot: 0xabcdef, Seq: 17, End: 1 << 20, Live: 1<<20 - 4096}
@@ -180,7 +181,7 @@ func TestGolden(t *testing.T) {
 		"forwards":             AppendForwards(nil, testForwards),
 		"row-forwarded":        forwardedRow[:],
 	}
-	for name, row := range map[string]any{"row-volume": &testVolume, "row-snapshot": &testSnap, "row-branch": &testBranch, "row-checkpoint": &testCheck} {
+	for name, row := range map[string]any{"row-volume": &testVolume, "row-snapshot": &testSnap, "row-branch": &testBranch, "row-checkpoint": &testCheck, "row-cold": &testCold} {
 		golden[name], err = AppendRow(nil, row)
 		must(t, err)
 	}
@@ -264,11 +265,12 @@ func TestGoldenDecode(t *testing.T) {
 	var s Snapshot
 	var b Branch
 	var c Checkpoint
-	for name, row := range map[string]any{"row-volume": &v, "row-snapshot": &s, "row-branch": &b, "row-checkpoint": &c} {
+	var m ColdMark
+	for name, row := range map[string]any{"row-volume": &v, "row-snapshot": &s, "row-branch": &b, "row-checkpoint": &c, "row-cold": &m} {
 		must(t, DecodeRow(file(name), row))
 	}
-	if v != testVolume || s != testSnap || b != testBranch || c != testCheck {
-		t.Error(v, s, b, c)
+	if v != testVolume || s != testSnap || b != testBranch || c != testCheck || m != testCold {
+		t.Error(v, s, b, c, m)
 	}
 }
 

@@ -56,6 +56,12 @@ type Checkpoint struct {
 	NextChunkSeq uint64 `json:"next_chunk_seq"`
 }
 
+// ColdMark is a place in the log: everything before it was gone over by the cold pass.
+type ColdMark struct {
+	ChunkSeq uint64 `json:"chunk_seq"`
+	Offset   uint32 `json:"offset"`
+}
+
 const maxVolumeSize = int64(MaxBlocks) * BlockSize
 
 func (v Volume) check() error {
@@ -99,13 +105,20 @@ func (c Checkpoint) check() error {
 	return nil
 }
 
+func (c ColdMark) check() error {
+	if c.Offset%RecordAlign != 0 || c.Offset > MaxChunkSize {
+		return fmt.Errorf("offset %d", c.Offset)
+	}
+	return nil
+}
+
 // row is a row that is stored as JSON, or a pointer to one.
 type row interface{ check() error }
 
 var errNotRow = errors.New("not a row")
 
 // AppendRow appends the encoding of a row to dst: v is a Volume, a Snapshot, a
-// Branch or a Checkpoint, or a pointer to one. It refuses a row that DecodeRow
+// Branch, a Checkpoint or a ColdMark, or a pointer to one. It refuses a row that DecodeRow
 // would reject.
 func AppendRow(dst []byte, v any) ([]byte, error) {
 	r, ok := v.(row)

@@ -42,6 +42,7 @@ var (
 
 	keyCheckpoint = []byte("checkpoint")
 	keySum        = []byte("sum")
+	keyCold       = []byte("cold")
 )
 
 // A commit that outgrows the mapping waits for every reader, a Check among them, and

@@ -16,6 +16,7 @@ type Tables struct {
 	Branches   []format.Branch
 	Chunks     []format.Chunk
 	Forwarded  []format.Forwarded
+	Cold       format.ColdMark // the zero value: no pass has come to its end
 }
 
 // Load reads the tables. Of a table that no checkpoint has been put in yet,
@@ -29,6 +30,11 @@ func (t *Tx) Load() (*Tables, error) {
 	if v := b.Get(keyCheckpoint); v != nil {
 		if err := format.DecodeRow(v, &tb.Checkpoint); err != nil {
 			return nil, fmt.Errorf("checkpoint row: %w", err)
+		}
+	}
+	if v := b.Get(keyCold); v != nil {
+		if err := format.DecodeRow(v, &tb.Cold); err != nil {
+			return nil, fmt.Errorf("cold row: %w", err)
 		}
 	}
 	err = errors.Join(
@@ -83,6 +89,9 @@ func (t *Tx) chunks(out *[]format.Chunk) error {
 
 // PutCheckpoint stores the checkpoint row.
 func (t *Tx) PutCheckpoint(c *format.Checkpoint) error { return t.put(bucketStore, keyCheckpoint, c) }
+
+// PutCold stores how far the cold pass has come.
+func (t *Tx) PutCold(c *format.ColdMark) error { return t.put(bucketStore, keyCold, c) }
 
 // PutVolume stores a volume's row under its id; so do the next two.
 func (t *Tx) PutVolume(v *format.Volume) error { return t.put(bucketVolumes, id(v.ID), v) }

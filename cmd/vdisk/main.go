@@ -37,6 +37,7 @@ type app struct {
 	maxBytes    int64  // maxSize
 	mapCache    string // a size
 	cacheBytes  int64  // mapCache
+	coldAfter   time.Duration
 	log         *slog.Logger
 }
 
@@ -86,8 +87,11 @@ func interruptible(parent context.Context) (context.Context, func()) {
 	return ctx, func() { signal.Stop(signals); cancel(nil) }
 }
 
-// mapCacheEnv is --map-cache in the environment.
-const mapCacheEnv = "VDISK_MAP_CACHE"
+// mapCacheEnv and coldAfterEnv are --map-cache and --cold-after in the environment.
+const (
+	mapCacheEnv  = "VDISK_MAP_CACHE"
+	coldAfterEnv = "VDISK_COLD_AFTER"
+)
 
 func (a *app) program() *cli.App {
 	cli.VersionFlag = &cli.BoolFlag{Name: "version", Usage: "print the version"}
@@ -106,6 +110,7 @@ func (a *app) program() *cli.App {
 			&cli.BoolFlag{Name: "verbose", Aliases: []string{"v"}, Usage: "log what happens", EnvVars: []string{"VDISK_VERBOSE"}, Destination: &a.verbose},
 			&cli.DurationFlag{Name: "lock-timeout", Usage: "how long to wait for a busy store", EnvVars: []string{"VDISK_LOCK_TIMEOUT"}, Value: 5 * time.Second, Destination: &a.lockTimeout},
 			&cli.StringFlag{Name: "max-size", Usage: "let the store's data take at most `SIZE` while this process owns it", EnvVars: []string{"VDISK_MAX_SIZE"}, Destination: &a.maxSize},
+			&cli.DurationFlag{Name: "cold-after", Usage: "compress again, better and in order, what has not changed for `DURATION`, in idle time; 0: never", EnvVars: []string{coldAfterEnv}, Value: 10 * time.Minute, Destination: &a.coldAfter},
 			&cli.StringFlag{Name: "map-cache", Usage: "let the map of an owner's volumes take at most `SIZE` of memory", EnvVars: []string{mapCacheEnv}, Value: "256M", Destination: &a.mapCache},
 		},
 		Before: a.prepare,
@@ -137,6 +142,9 @@ func (a *app) prepare(*cli.Context) error {
 	if a.lockTimeout < 0 {
 		return usagef("--lock-timeout %v is below zero", a.lockTimeout)
 	}
+	if a.coldAfter < 0 {
+		return usagef("--cold-after %v is below zero", a.coldAfter)
+	}
 	if a.maxSize != "" {
 		var err error
 		if a.maxBytes, err = parseSize(a.maxSize); err != nil {
@@ -154,7 +162,7 @@ func (a *app) prepare(*cli.Context) error {
 		return usagef("--map-cache %s: the least is %s", a.mapCache, a.size(cow.MinCacheBytes))
 	}
 	// For a daemon that this command starts, and the programs that follow it in an upgrade, which may be older.
-	if err := os.Setenv(mapCacheEnv, a.mapCache); err != nil {
+	if err := errors.Join(os.Setenv(mapCacheEnv, a.mapCache), os.Setenv(coldAfterEnv, a.coldAfter.String())); err != nil {
 		return err
 	}
 	dir, err := filepath.Abs(a.dir)
@@ -199,7 +207,12 @@ func miscounted(k int, n arity) string {
 
 // options are how to open the store for a command.
 func (a *app) options(c *cli.Context) owner.Options {
-	return owner.Options{LockTimeout: a.lockTimeout, Command: "vdisk " + c.Command.Name, Logger: a.log, Version: version(), MaxBytes: a.maxBytes, MapCache: a.cacheBytes}
+	cold := a.coldAfter
+	if cold == 0 {
+		cold = -1
+	}
+	return owner.Options{LockTimeout: a.lockTimeout, Command: "vdisk " + c.Command.Name, Logger: a.log, Version: version(), MaxBytes: a.maxBytes, MapCache: a.cacheBytes,
+		ColdAfter: cold}
 }
 
 // with opens the store for do.

@@ -205,6 +205,11 @@ func (c *Client) Clean(ctx context.Context, waste float64) (r cow.CleanReport, e
 	return r, c.call(ctx, "clean", request{Waste: waste}, &r)
 }
 
+// Cold makes a whole cold pass.
+func (c *Client) Cold(ctx context.Context) (r cow.ColdReport, err error) {
+	return r, c.call(ctx, "cold", request{}, &r)
+}
+
 // Check proves the store's structure, and tells of each problem it finds.
 func (c *Client) Check(ctx context.Context, o cow.CheckOptions, problem func(cow.Problem)) (cow.CheckReport, error) {
 	var report cow.CheckReport

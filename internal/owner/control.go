@@ -123,6 +123,7 @@ func (c *control) routes() *http.ServeMux {
 	plain("recover", func(ctx context.Context, r request) (any, error) { return o.Recover(ctx, r.Name) })
 	plain("stats", func(ctx context.Context, r request) (any, error) { return o.Stats(ctx, r.Name) })
 	plain("clean", func(ctx context.Context, r request) (any, error) { return o.Clean(ctx, r.Waste) })
+	plain("cold", func(ctx context.Context, _ request) (any, error) { return o.Cold(ctx) })
 	plain("upgrade", func(ctx context.Context, _ request) (any, error) { return o.upgrade(ctx, 1) })
 	mux.HandleFunc("POST /v1/check", c.check)
 	mux.HandleFunc("POST /v1/bench", c.bench)

@@ -47,7 +47,7 @@ type Owner struct {
 
 // own takes the store, which must be there. ctx bounds what is done for others while it is owned.
 func own(ctx context.Context, dir string, o Options) (*Owner, error) {
-	store, err := cow.Open(dir, cow.Options{LockTimeout: o.LockTimeout, Holder: o.Command, Logger: o.Logger, CacheBytes: o.MapCache, MaxBytes: o.MaxBytes,
+	store, err := cow.Open(dir, cow.Options{LockTimeout: o.LockTimeout, Holder: o.Command, Logger: o.Logger, CacheBytes: o.MapCache, MaxBytes: o.MaxBytes, ColdAfter: o.ColdAfter,
 		Outlive: o.Offer && !o.Temporary}) // its clients and devices go on when it is killed
 	if err != nil {
 		return nil, err

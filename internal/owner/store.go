@@ -34,6 +34,8 @@ type Store interface {
 	Clean(ctx context.Context, waste float64) (cow.CleanReport, error)
 	// Bench measures the engine, in the process that owns the store, on a scratch volume that it removes. Each step's outcome is passed to each.
 	Bench(ctx context.Context, o bench.Options, each func(bench.Result)) error
+	// Cold makes a whole cold pass: what has been written is compressed again, better and in order.
+	Cold(ctx context.Context) (cow.ColdReport, error)
 
 	// Import makes a volume with the content of src. o.Size is at least the size of src, or 0 for that size, rounded up to
 	// a logical block. The volume appears with all of its content, durably, or not at all. progress, unless nil, is told
@@ -74,6 +76,8 @@ type Options struct {
 	Logger *slog.Logger
 	// MapCache is cow.Options.CacheBytes.
 	MapCache int64
+	// ColdAfter is cow.Options.ColdAfter.
+	ColdAfter time.Duration
 	// Version is this program's.
 	Version string
 	// Replaceable says that this process can become another version of the program: it ends the owner by CloseWhenDone

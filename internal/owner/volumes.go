@@ -122,6 +122,9 @@ func (o *Owner) Bench(ctx context.Context, b bench.Options, each func(bench.Resu
 	return bench.Run(ctx, o.store, b, each)
 }
 
+// Cold makes a whole cold pass.
+func (o *Owner) Cold(ctx context.Context) (cow.ColdReport, error) { return o.store.Cold(ctx) }
+
 // Check proves the store's structure, and tells of each problem it finds.
 func (o *Owner) Check(ctx context.Context, c cow.CheckOptions, problem func(cow.Problem)) (cow.CheckReport, error) {
 	return o.store.Check(ctx, c, problem)

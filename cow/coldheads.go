@@ -1,0 +1,186 @@
+package cow
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/vdisk/vdisk/format"
+)
+
+// A cold pass over what the heads of volumes have, and nobody else: it is written again, by compare and swap.
+
+// coldUnit is a run of a leaf's own blocks, as it is to be written.
+type coldUnit struct {
+	first, n int
+	h        format.RecordHeader
+	payload  []byte
+}
+
+// runs calls fn for the runs of a leaf's own blocks that can be one unit.
+func runs(l *format.Leaf, fn func(first, n int)) {
+	own := func(i int) bool { return l.IsChanged(i) && !l.Entries[i].IsHole() }
+	for i := 0; i < format.LeafBlocks; {
+		n := 0
+		for i+n < format.LeafBlocks && own(i+n) && (n == 0 || (i+n)%format.UnitBlocks != 0) {
+			n++
+		}
+		if n > 0 {
+			fn(i, n)
+		}
+		i += max(n, 1)
+	}
+}
+
+// settled says whether a leaf is as only the cold pass writes it.
+func settled(l *format.Leaf) bool {
+	ok := true
+	runs(l, func(first, n int) {
+		e := l.Entries[first]
+		ok = ok && n > hotBlocks && e.Blocks() == n && e.Index() == 0
+		for i := 1; ok && i < n; i++ {
+			ok = l.Entries[first+i] == e.WithIndex(i)
+		}
+	})
+	return ok
+}
+
+// head rewrites what the head of a volume has of a leaf and nobody else, if that gains.
+func (p *coldPass) head(k leafKey) error {
+	if p.next == 0 { // else it goes on with what it has read before
+		if err := p.prepare(k); err != nil || len(p.units) == 0 {
+			return err
+		}
+	}
+	return p.rewrite()
+}
+
+// prepare makes the units that a head's leaf is to be rewritten as, or none if that does not gain.
+func (p *coldPass) prepare(k leafKey) error {
+	p.units, p.next = p.units[:0], 0
+	pool := p.s.codecOf(k.b.ID)
+	if pool == nil {
+		return nil // its volume has gone
+	}
+	if pool.codec == format.S2 || pool.codec == format.Zstd && pool.level < p.zstd.level {
+		pool = p.zstd
+	}
+	was, places, err := p.read(k)
+	if err != nil || len(p.units) == 0 {
+		return err
+	}
+	is := 0
+	c := pool.get()
+	defer pool.put(c)
+	p.comp = p.comp[:0]
+	for i := range p.units {
+		u := &p.units[i]
+		room := p.comp[len(p.comp):]
+		out, codec := c.Compress(room, p.data[u.first*format.BlockSize:][:u.n*format.BlockSize])
+		if codec == format.Zstd {
+			// Where that is as good, what reads faster.
+			if alt, as := p.quick.Compress(p.alt, p.data[u.first*format.BlockSize:][:u.n*format.BlockSize]); as == format.S2 &&
+				len(alt) <= len(out)+len(out)/coldGain {
+				out, codec = append(out[:0], alt...), as
+			}
+		}
+		if codec != format.Raw && cap(room) >= len(out) {
+			p.comp = p.comp[:len(p.comp)+len(out)]
+		}
+		u.payload = out
+		u.h = format.RecordHeader{Block: uint64(k.index)*format.LeafBlocks + uint64(u.first), Branch: k.b.ID, Kind: format.KindData,
+			Codec: codec, Blocks: u.n, PayloadLen: len(out), PayloadCRC: format.Checksum(out)}
+		is += u.h.Size()
+	}
+	if was-is < was/coldGain+1 && places < coldPlaces*len(p.units) {
+		p.units = p.units[:0]
+	}
+	p.was, p.is = was, is
+	return nil
+}
+
+// rewrite puts the units in the place of what they were read from, as far as that is still there. After an error it can be gone on with: a
+// leaf that is rewritten in part is not cold any more, and would not be read again.
+func (p *coldPass) rewrite() error {
+	for ; p.next < len(p.units); p.next++ {
+		u := &p.units[p.next]
+		_, err := p.s.putMoved(&u.h, u.payload, func(lf *leaf) bool { return p.unchanged(lf, u) })
+		if errors.Is(err, errChanged) {
+			continue // it is not cold
+		}
+		if err != nil {
+			return err
+		}
+	}
+	p.next = 0
+	p.report.Leaves++
+	p.report.Before += int64(p.was)
+	p.report.Written += int64(p.is)
+	return nil
+}
+
+// unchanged says whether a leaf still has the blocks that were read. Store.mu and the leaf's lock are held.
+func (p *coldPass) unchanged(lf *leaf, u *coldUnit) bool {
+	for i := u.first; i < u.first+u.n; i++ {
+		e := p.leaf.Entries[i]
+		if !lf.isChanged(i) || lf.entry(i) != e || p.s.slots.get(e.Slot()) != p.chunks[i] {
+			return false
+		}
+	}
+	return true
+}
+
+// read reads a head's own blocks of a leaf, if it is cold, and cuts them into units; there are none if it is not. It returns what
+// they take, and in how many places they are.
+func (p *coldPass) read(k leafKey) (size, places int, err error) {
+	s := p.s
+	s.mu.Lock()
+	epoch, here := k.b.Epoch, s.tables.branches[k.b.ID] == k.b && k.b.volume != nil
+	s.mu.Unlock()
+	if !here {
+		return 0, 0, nil
+	}
+	p.plan.begin(&Device{s: s, ref: Ref{Volume: fmt.Sprint("branch ", k.b.ID)}, b: k.b, asOf: head})
+	var bad error
+	err = s.cache.view(k, func(lf *leaf) {
+		lf.copyTo(&p.leaf)
+		if lf.epoch != epoch || !p.isCold(&p.leaf, true) || settled(&p.leaf) {
+			return
+		}
+		runs(&p.leaf, func(first, n int) {
+			p.units = append(p.units, coldUnit{first: first, n: n})
+			bad = errors.Join(bad, p.plan.plan(lf, p.data[first*format.BlockSize:][:n*format.BlockSize],
+				int64(k.index)*leafSize+int64(first)*format.BlockSize))
+		})
+		for i, e := range p.leaf.Entries {
+			p.chunks[i] = s.slots.get(e.Slot())
+		}
+	})
+	if err := errors.Join(err, bad); err != nil {
+		p.plan.release()
+		return 0, 0, err
+	}
+	if err := p.plan.locate(); err != nil {
+		p.plan.release()
+		return 0, 0, err
+	}
+	size, places = p.layout()
+	return size, places, p.plan.fetch()
+}
+
+// layout says what the blocks of the units take, and in how many places of the log they are.
+func (p *coldPass) layout() (size, places int) {
+	var last format.Entry
+	for _, u := range p.units {
+		for _, e := range p.leaf.Entries[u.first : u.first+u.n] {
+			size += int(e.Share())
+			if e.SameRecord(last) {
+				continue
+			}
+			if last == 0 || e.Slot() != last.Slot() || e.Offset() != last.Offset()+uint32(last.Size()) {
+				places++
+			}
+			last = e
+		}
+	}
+	return size, places
+}

@@ -1,0 +1,148 @@
+package cow
+
+import (
+	"errors"
+	"slices"
+
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/metadata"
+)
+
+// A cold pass over what snapshots hold: records are moved and forwarded, like the cleaner's.
+
+// coldRecord is a record of which a version owns blocks.
+type coldRecord struct {
+	name  format.Entry // of its first block
+	block uint64       // the first
+	mask  uint16       // of the blocks that the version owns
+}
+
+// points goes on with what versions of ended epochs have of a leaf: it moves the records of coldSlice blocks, as far as that gains.
+func (p *coldPass) points(l *coldLeaf) error {
+	s, b := p.s, l.b
+	s.ckptMu.Lock() // as in mover.batch
+	defer s.ckptMu.Unlock()
+	s.mu.Lock()
+	asOf, mine := l.epoch, s.tables.branches[b.ID] == b
+	if b.volume != nil {
+		// What the head has of its present epoch changes all the time, until a snapshot ends that; what is before stays.
+		asOf, mine = min(asOf, b.Epoch-1), mine && b.volume.codec.codec != format.Raw
+	}
+	s.mu.Unlock()
+	l.ofPoint = false
+	if asOf == 0 || !mine {
+		return nil
+	}
+	v := metadata.Version{Branch: b.ID, Leaf: l.index}
+	var err error
+	if v.Epoch, err = s.version(b, l.index, asOf, !b.reaping, &p.leaf); err != nil || v.Epoch == 0 {
+		return err
+	}
+	if _, gone := s.dropping[v]; v.Epoch != l.epoch || gone {
+		l.block, l.moved = 0, false
+	}
+	if _, gone := s.dropping[v]; gone || !p.isCold(&p.leaf, false) {
+		l.block = format.LeafBlocks
+	} else if err := p.version(l, v.Epoch); err != nil {
+		l.ofPoint = !errors.Is(err, ErrCorrupt)
+		return err
+	}
+	if l.epoch = v.Epoch; l.block == format.LeafBlocks {
+		l.epoch, l.block, l.moved = v.Epoch-1, 0, false
+	}
+	l.ofPoint = l.epoch > 0
+	return nil
+}
+
+// version moves the next records of a version, which is in p.leaf, as far as they get smaller. ckptMu is held.
+func (p *coldPass) version(l *coldLeaf, epoch uint32) error {
+	var rs []coldRecord
+	end := l.block + coldSlice // a record is before it or behind
+	for i := l.block; i < end; i++ {
+		e := p.leaf.Entries[i]
+		if e.IsHole() || !p.leaf.IsChanged(i) {
+			continue
+		}
+		block := uint64(l.index)*format.LeafBlocks + uint64(i) - uint64(e.Index())
+		at := slices.IndexFunc(rs, func(r coldRecord) bool { return r.name.SameRecord(e) && r.block == block })
+		if at < 0 {
+			at = len(rs)
+			rs = append(rs, coldRecord{name: e.WithIndex(0), block: block})
+		}
+		rs[at].mask |= 1 << e.Index()
+	}
+	for _, r := range rs {
+		is, n, err := p.record(l.b, epoch, r)
+		if err != nil {
+			return err
+		}
+		if n > 0 {
+			if !l.moved {
+				l.moved = true
+				p.report.Leaves++
+			}
+			p.report.Before += int64(is)
+			p.report.Written += int64(n)
+		}
+	}
+	l.block = end
+	return nil
+}
+
+// record moves one record of a version, if it gets smaller: from size is, to n. ckptMu is held.
+func (p *coldPass) record(b *branch, epoch uint32, r coldRecord) (is, n int, err error) {
+	s := p.s
+	at := r.name
+	if to, moved, err := s.forwards.lookup(r.name); err != nil {
+		return 0, 0, err
+	} else if moved {
+		if at = to.To; at.Size() < r.name.Size() {
+			return 0, 0, nil // the cleaner makes nothing smaller
+		}
+	}
+	s.mu.Lock()
+	c := s.slots.get(at.Slot())
+	ok := c != nil && !c.gone && !c.dead
+	s.mu.Unlock()
+	if !ok {
+		return 0, 0, corruptf("%v is in no chunk", at)
+	}
+	stored := p.comp[:at.Size()]
+	if err := s.readRecord(c, at.Offset(), stored); err != nil {
+		return 0, 0, err
+	}
+	payload, codec, err := verify(stored, c.seq, at, r.block)
+	if err != nil || codec == format.Zstd {
+		return 0, 0, err
+	}
+	unit := p.data[:at.Blocks()*format.BlockSize]
+	if err := format.Decompress(codec, unit, payload); err != nil {
+		return 0, 0, err
+	}
+	z := p.zstd.get()
+	defer p.zstd.put(z)
+	out, codec := z.Compress(p.comp[len(stored):len(stored)], unit)
+	h := format.RecordHeader{Block: r.block, Branch: b.ID, Kind: format.KindMoved, Codec: codec, Blocks: at.Blocks(),
+		PayloadLen: format.MovedSize + len(out)}
+	if at.Size()-h.Size() < at.Size()/coldGain+1 {
+		return 0, 0, nil
+	}
+	n, err = p.mover.forward(&h, out, r.name, r.mask, epoch)
+	return at.Size(), n, err
+}
+
+// readRecord reads a record, which may be on its way to its file still.
+func (s *Store) readRecord(c *chunk, off uint32, p []byte) error {
+	if s.wal.read(c, off, p) {
+		return nil
+	}
+	f, err := c.handle()
+	if err != nil {
+		return err
+	}
+	got, err := readFull(f, p, int64(off))
+	if err == nil && got < len(p) {
+		err = corruptf("chunk %s ends at %d", c.name(), int64(off)+int64(got))
+	}
+	return err
+}
