@@ -440,9 +440,13 @@ func (r *recordReader) tail() (n int64, err error) {
 		if err != nil || head == nil {
 			return int64(last - end), err
 		}
+		off := r.off
 		r.off += format.RecordAlign
-		if h, err := format.DecodeRecordHeader(head, r.c.seq, r.off-format.RecordAlign); err == nil {
-			r.off += uint32(h.Size()) - format.RecordAlign
+		if !format.IsRecordHeader(head, r.c.seq, off) {
+			continue
+		}
+		if h, err := format.DecodeRecordHeader(head, r.c.seq, off); err == nil {
+			r.off = off + uint32(h.Size())
 			last = r.off
 		}
 	}

@@ -283,6 +283,9 @@ func TestEveryFlippedBitIsFound(t *testing.T) {
 			if err != nil {
 				return err
 			}
+			if !IsRecordHeader(b, 17, 1<<20) || IsRecordHeader(b, 18, 1<<20) || IsRecordHeader(b, 17, 1<<20+16) {
+				t.Error("IsRecordHeader does not say what DecodeRecordHeader says")
+			}
 			payload := b[RecordHeaderSize:]
 			return h.VerifyPayload(payload[:min(h.PayloadLen, len(payload))])
 		},
