@@ -4,7 +4,8 @@
 #   DIR      a folder on the disk to measure (default: a temporary one in the present folder)
 #   SIZE_MB  of the data (1024); RUNTIME, seconds a test (4); ROUNDS (3); PEERS (qcow2 raw nbdkit vdisk)
 set -euo pipefail
-vdisk=$(realpath "$(dirname "$0")/../../bin/vdisk")
+tools=$(realpath "$(dirname "$0")")
+vdisk=$(realpath "$tools/../../bin/vdisk")
 size=${SIZE_MB:-1024} runtime=${RUNTIME:-4} rounds=${ROUNDS:-3}
 made=
 [ -n "${DIR:-}" ] || made=$(mktemp -d "$PWD/bench-nbd.XXXXXX")
@@ -98,7 +99,7 @@ round() { # target round
 	measure "$1" "$2" 8-overwrite-all-4k randwrite 4k 32 # every block once
 	drop
 	measure "$1" "$2" 9-read-1M-overwritten-cold read 1M 4
-	if [ "$1" = vdisk ] && "$vdisk" gc --help | grep -q -- --cold; then
+	if [ "$1" = vdisk ]; then
 		"$vdisk" -q gc --cold
 		drop
 		measure "$1" "$2" 10-read-1M-cold-pass-cold read 1M 4
@@ -111,12 +112,7 @@ out=$PWD/bench-nbd.out
 for r in $(seq "$rounds"); do
 	for p in ${PEERS:-qcow2 raw nbdkit vdisk}; do round "$p" "$r"; done
 done | tee "$out" | cut -d' ' -f2- >&2
-awk '
-function median(list,    v, n, i, j, t) {
-	n = split(list, v, " ")
-	for (i = 2; i <= n; i++) for (j = i; j > 1 && v[j-1] + 0 > v[j] + 0; j--) { t = v[j]; v[j] = v[j-1]; v[j-1] = t }
-	return n % 2 ? v[(n + 1) / 2] : (v[n/2] + v[n/2+1]) / 2
-}
+awk -f "$tools/median.awk" -f <(cat <<'AWK'
 $1 == "R" {
 	k = $2 " " $3
 	if (!($2 in seen)) { seen[$2]; test[++tests] = $2 }
@@ -134,4 +130,6 @@ END {
 				(target[j] == "vdisk" || v == 0 || m == 0 ? "" : sprintf("%.2f of it", v / m))
 		}
 	}
-}' "$out"
+}
+AWK
+) "$out"

@@ -23,13 +23,7 @@ fi
 out=bin/bench-ublk.out
 go run ./internal/guest/cmd/guest run "${flags[@]}" -- env "GROUPS_=${BENCH:-null file}" "ROUNDS=${ROUNDS:-3}" "RUNTIME=${RUNTIME:-3}" \
 	"FILE_MB=${FILE_MB:-256}" bash bench.sh | tee "$out" | grep --line-buffered -v '^R '
-awk '
-function median(list,    v, n, i, j, t) {
-	n = split(list, v, " ")
-	for (i = 2; i <= n; i++) for (j = i; j > 1 && v[j-1] + 0 > v[j] + 0; j--) { t = v[j]; v[j] = v[j-1]; v[j-1] = t }
-	spread = v[1] > 0 ? (v[n] - v[1]) / 2 / v[int((n + 1) / 2)] * 100 : 0
-	return n % 2 ? v[(n + 1) / 2] : (v[n/2] + v[n/2+1]) / 2
-}
+awk -f internal/tools/median.awk -f <(cat <<'AWK'
 function ratio(x, y) { return y > 0 && x > 0 ? sprintf("%.2f", x / y) : "-" }
 $1 == "R" {
 	k = $3 " " $4
@@ -55,4 +49,6 @@ END {
 			}
 		}
 	}
-}' "$out"
+}
+AWK
+) "$out"
