@@ -121,14 +121,14 @@ func NewCompressor(c Codec, level int) (*Compressor, error) {
 // The zeros at the unit's end are left out: blocks are often not full, and S2 takes ten times as long as
 // copying to decode a run that ends where the unit does.
 func (c *Compressor) Compress(dst, src []byte) (out []byte, codec Codec) {
-	full := src[:max(1, contentLen(src))]
-	switch c.codec {
-	case S2:
-		out = s2.Encode(dst[:0], full)
-	case Zstd:
-		out = c.zstd.EncodeAll(full, dst[:0])
-	default:
+	if c.codec == Raw {
 		return src, Raw
+	}
+	full := src[:max(1, contentLen(src))]
+	if c.codec == S2 {
+		out = s2.Encode(dst[:0], full)
+	} else {
+		out = c.zstd.EncodeAll(full, dst[:0])
 	}
 	blocks := len(src) / BlockSize
 	if len(out) == 0 || recordSize(len(out), blocks) >= recordSize(len(src), blocks) {
@@ -139,10 +139,11 @@ func (c *Compressor) Compress(dst, src []byte) (out []byte, codec Codec) {
 
 // contentLen is the length of p without the zeros at its end.
 func contentLen(p []byte) int {
-	const step = 64
 	n := len(p)
-	for n >= step && IsZero(p[n-step:n]) {
-		n -= step
+	for _, step := range [...]int{1024, 64} {
+		for n >= step && IsZero(p[n-step:n]) {
+			n -= step
+		}
 	}
 	for n > 0 && p[n-1] == 0 {
 		n--
