@@ -15,6 +15,7 @@ import (
 // TestSpaceComesBack builds a deep tree of snapshots and clones and deletes it in random order. With
 // the names the space must go, to the last byte, whatever the order.
 func TestSpaceComesBack(t *testing.T) {
+	t.Parallel()
 	rounds := 8
 	if raceEnabled {
 		rounds = 2

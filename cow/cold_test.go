@@ -141,6 +141,7 @@ func (w *world) end(t *testing.T) {
 
 // TestColdRaces has others change a leaf between its reading and its rewriting.
 func TestColdRaces(t *testing.T) {
+	t.Parallel()
 	const unit = unitSize
 	for _, c := range []struct {
 		name  string
@@ -299,6 +300,7 @@ func TestColdAndSlotReuse(t *testing.T) {
 
 // TestColdGains looks at what a pass writes, and what it leaves.
 func TestColdGains(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name    string
 		codec   format.Codec

@@ -207,6 +207,7 @@ func (b *busyStore) close() {
 // TestLinearizable has clients write and read registers and snapshot them, and asks
 // whether some order of all that explains what each has seen.
 func TestLinearizable(t *testing.T) {
+	t.Parallel()
 	b := newBusyStore(t)
 	b.noise()
 	rounds, each := 300, 40

@@ -157,6 +157,7 @@ func damageCount(n int) int {
 }
 
 func TestDamagedChunks(t *testing.T) {
+	t.Parallel()
 	s := newSound(t)
 	names, err := s.fs.List()
 	if err != nil {
@@ -223,6 +224,7 @@ func replace(t *testing.T, fs storage.FS, name string, p []byte) {
 }
 
 func TestDamagedFormatFile(t *testing.T) {
+	t.Parallel()
 	s := newSound(t)
 	for at := range s.format {
 		for bit := range 8 {
@@ -239,6 +241,7 @@ func TestDamagedFormatFile(t *testing.T) {
 }
 
 func TestDamagedTable(t *testing.T) {
+	t.Parallel()
 	s := newSound(t)
 	rng := rand.New(rand.NewPCG(1, 10))
 	opened := 0

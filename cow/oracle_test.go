@@ -129,6 +129,7 @@ func TestOracle(t *testing.T) {
 
 // TestOracleTrusts shows the same operations the truth.
 func TestOracleTrusts(t *testing.T) {
+	t.Parallel()
 	runs := uint64(40)
 	if raceEnabled {
 		runs = 3

@@ -232,6 +232,7 @@ func TestUsage(t *testing.T) {
 // TestRoundsLeaveNoSpace fills, snapshots, overwrites and deletes, twenty times. Once cleaned, the store takes what it took after the
 // first round, and when all is deleted next to nothing.
 func TestRoundsLeaveNoSpace(t *testing.T) {
+	t.Parallel()
 	const size, chunk = 16 << 20, 512 << 10
 	s, _ := newStore(t, Options{CheckpointInterval: -1, ChunkBytes: chunk})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: size, Codec: format.S2})
