@@ -5,7 +5,7 @@ GO ?= go
 export CGO_ENABLED ?= 1
 TOOLS = internal/tools
 
-.PHONY: build demo test guest-test recovery-test crash-test bench-engine bench-nbd bench-ublk bench-space lint clean
+.PHONY: build demo test guest-test recovery-test crash-test bench-engine bench-nbd bench-ublk bench-guest bench-space lint clean
 
 build: ## bin/vdisk
 	@$(TOOLS)/setup.sh build
@@ -40,6 +40,9 @@ bench-nbd: build ## against qemu-nbd (qcow2, raw) and nbdkit over NBD; see bench
 
 bench-ublk: build ## block devices in a guest, against ublksrv where UBLKSRV_DIR has it; see bench-ublk.sh
 	@$(TOOLS)/bench-ublk.sh
+
+bench-guest: build ## block devices in a guest, against dm-thin, dm-vdo and others; see bench-guest.sh
+	@$(TOOLS)/bench-guest.sh
 
 bench-space: build ## what a Debian root file system takes, beside qcow2; needs root, debootstrap, qemu-img and the network
 	@$(TOOLS)/bench-space.sh

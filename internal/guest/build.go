@@ -222,7 +222,7 @@ func (b *builder) sweep() error {
 		switch {
 		case strings.HasPrefix(e.Name(), "build-"):
 		case strings.HasPrefix(e.Name(), "root-"), strings.HasPrefix(e.Name(), "kernel-"),
-			strings.HasPrefix(e.Name(), "headers-"):
+			strings.HasPrefix(e.Name(), "headers-"), strings.HasPrefix(e.Name(), "package-"):
 			info, err := e.Info()
 			if err != nil || time.Since(info.ModTime()) < staleAfter || b.current(path) {
 				continue

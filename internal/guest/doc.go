@@ -36,6 +36,7 @@
 //	go run ./internal/guest/cmd/guest test -kernel all ./ublk ./cmd/vdisk
 //	go run ./internal/guest/cmd/guest kernels
 //	go run ./internal/guest/cmd/guest headers
+//	go run ./internal/guest/cmd/guest package vdo
 //
 // "guest test" boots once a kernel and runs in it the test binary of each package, in a folder with the package's
 // testdata, and then each script of testdata/guest/*.sh, with bash; vdisk (if there is a ./cmd/vdisk) is on PATH.

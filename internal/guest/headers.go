@@ -19,10 +19,14 @@ func Headers(ctx context.Context, opts Options) ([]string, error) {
 		return nil, err
 	}
 	place := b.headersPath()
-	if opts.Force || !isDir(place) {
-		if err := b.buildHeaders(ctx, place); err != nil {
-			return nil, err
+	err = b.getPackage(ctx, place, headersPackage, opts.Force, func(tree, dir string) error {
+		if err := os.Rename(filepath.Join(tree, "usr/include"), filepath.Join(dir, "include")); err != nil {
+			return err
 		}
+		return os.Rename(filepath.Join(tree, "usr/lib"), filepath.Join(dir, "lib"))
+	})
+	if err != nil {
+		return nil, fmt.Errorf("guest: headers: %w", err)
 	}
 	return []string{filepath.Join(place, "include"), filepath.Join(place, "lib/linux/uapi/x86")}, nil
 }
@@ -31,9 +35,32 @@ func (b *builder) headersPath() string {
 	return filepath.Join(b.dir, "headers-"+recipeHash([]string{"headers 1", headersPackage}))
 }
 
-func (b *builder) buildHeaders(ctx context.Context, place string) error {
+// Package returns a folder with the files of a package of the root image's suite, without those of what it depends on,
+// getting it on first use: for a program that only one run in a guest needs. Unlike a guest it needs no root.
+func Package(ctx context.Context, opts Options, name string) (string, error) {
+	b, err := newBuilder(opts)
+	if err != nil {
+		return "", err
+	}
+	name += "/" + rootSuite
+	place := filepath.Join(b.dir, "package-"+recipeHash([]string{"package 1", name}))
+	files := filepath.Join(place, "files") // the folder of the part itself is as old as the part, this one as old as the package
+	err = b.getPackage(ctx, place, name, opts.Force, func(tree, dir string) error {
+		return os.Rename(tree, filepath.Join(dir, "files"))
+	})
+	if err != nil {
+		return "", fmt.Errorf("guest: package: %w", err)
+	}
+	return files, nil
+}
+
+// getPackage makes a part of what fill takes from the tree of an unpacked package, unless it is there.
+func (b *builder) getPackage(ctx context.Context, place, name string, force bool, fill func(tree, dir string) error) error {
+	if !force && isDir(place) {
+		return nil
+	}
 	if err := os.MkdirAll(b.dir, 0o755); err != nil {
-		return fmt.Errorf("guest: cache folder: %w", err)
+		return fmt.Errorf("cache folder: %w", err)
 	}
 	lock, err := b.takeLock(ctx)
 	if err != nil {
@@ -47,18 +74,12 @@ func (b *builder) buildHeaders(ctx context.Context, place string) error {
 	if _, err := os.Stat(keyring); err != nil {
 		return fmt.Errorf("%w: no %s: install debian-archive-keyring", ErrUnavailable, keyring)
 	}
-	err = b.part(ctx, place, func(ctx context.Context, dir string) error {
-		b.say("getting %s", headersPackage)
-		if err := b.unpack(ctx, []string{headersPackage}, dir+".tree"); err != nil {
+	return b.part(ctx, place, func(ctx context.Context, dir string) error {
+		b.say("getting %s", name)
+		tree := dir + ".tree"
+		if err := b.unpack(ctx, []string{name}, tree); err != nil {
 			return err
 		}
-		if err := os.Rename(filepath.Join(dir+".tree", "usr/include"), filepath.Join(dir, "include")); err != nil {
-			return err
-		}
-		return os.Rename(filepath.Join(dir+".tree", "usr/lib"), filepath.Join(dir, "lib"))
+		return fill(tree, dir)
 	})
-	if err != nil {
-		return fmt.Errorf("guest: headers: %w", err)
-	}
-	return nil
 }

@@ -1,25 +1,13 @@
 #!/bin/bash
 # bench-ublk.sh: our ublk targets, the kernel's null_blk and, where it is found, ublksrv's targets, measured in one boot
-# of a guest in turns, and a table of medians. Environment:
-#   UBLKSRV_DIR  folder of ublksrv's ublk, ublk.null and ublk.loop, static or with their libraries; default: on PATH
+# of a guest in turns, and a table of medians. Environment, beside that of bench-common.sh (UBLKSRV_DIR, KERNEL, ICOUNT):
 #   BENCH        "null", "file" or both (default); ROUNDS (3), RUNTIME (seconds a run, 3), FILE_MB (256)
-#   KERNEL       newest (default) or stable
-#   ICOUNT=1     a guest whose clock counts instructions: figures without the host's load, but of instructions only
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 mkdir -p bin
 for example in null loop; do CGO_ENABLED=0 go build -trimpath -o bin/ "./ublk/examples/$example"; done
-flags=(-kernel "${KERNEL:-newest}" -timeout 60m -memory 4096 -bin bin/null -bin bin/loop -bin bin/vdisk -file bench.sh=testdata/guest/bench/ublk.sh)
-for tool in ublk ublk.null ublk.loop; do
-	path=${UBLKSRV_DIR:+$UBLKSRV_DIR/}$tool
-	path=$(command -v "$path") || continue
-	flags+=(-bin "$path")
-	while read -r lib; do flags+=(-file "lib/$(basename "$lib")=$lib"); done \
-		< <(ldd "$path" 2>/dev/null | awk '$1 ~ /^lib(uring|ublksrv)/ {print $3}')
-done
-if [ "${ICOUNT:-}" = 1 ]; then
-	export VDISK_GUEST_QEMU=$PWD/internal/tools/qemu-icount.sh VDISK_GUEST_ACCEL=tcg
-fi
+. internal/tools/bench-common.sh
+flags+=(-bin bin/null -bin bin/loop -file bench.sh=testdata/guest/bench/ublk.sh)
 out=bin/bench-ublk.out
 go run ./internal/guest/cmd/guest run "${flags[@]}" -- env "GROUPS_=${BENCH:-null file}" "ROUNDS=${ROUNDS:-3}" "RUNTIME=${RUNTIME:-3}" \
 	"FILE_MB=${FILE_MB:-256}" bash bench.sh | tee "$out" | grep --line-buffered -v '^R '

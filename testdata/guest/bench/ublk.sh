@@ -2,24 +2,12 @@
 # a table of its lines "R group test target round IOPS p50(ns) CPU(ns an I/O)".
 # Environment: GROUPS_, ROUNDS, RUNTIME (seconds a run), FILE_MB.
 set -euo pipefail
-modprobe ublk_drv
-export LD_LIBRARY_PATH=/payload/lib VDISK_STORE=$VDISK_SCRATCH/store
-declare -A device pid
-say() { echo "# $*"; }
-await() { # command...: tries for half a minute
-	local n
-	for n in $(seq 300); do "$@" && return; sleep 0.1; done
-	say "waited in vain for: $*"
-	return 1
-}
-# Data that a codec halves, as the engine's benchmarks have it.
-half=(--buffer_compress_percentage=50 --buffer_compress_chunk=4k --refill_buffers)
+. ./lib.sh
+export VDISK_STORE=$VDISK_SCRATCH/store
 fill() { # file
 	fio --name=fill --filename="$1" --rw=write --bs=1M --size="${FILE_MB}M" --end_fsync=1 "${half[@]}" --output=/dev/null
 }
-have_peer() { command -v ublk >/dev/null && command -v "ublk.$1" >/dev/null; }
 
-# Each of these shows a device as a target: its path goes to device[], its server, if there is one, to pid[].
 ours() { # target program flags...
 	local target=$1 out=/tmp/$1.out
 	shift
@@ -27,25 +15,6 @@ ours() { # target program flags...
 	pid[$target]=$!
 	await test -s "$out"
 	device[$target]=$(cat "$out")
-}
-peer() { # target id type flags...: ublksrv
-	local target=$1 id=$2 type=$3
-	shift 3
-	timeout 60 ublk add -t "$type" -n "$id" -d 128 "$@" >/tmp/peer.out 2>&1 || { cat /tmp/peer.out; return 1; }
-	await test -b "/dev/ublkb$id"
-	device[$target]=/dev/ublkb$id
-	pid[$target]=$(ublk list -n "$id" | sed -n 's/.*daemon pid \([0-9]*\).*/\1/p')
-}
-kernel_null() { # target queues
-	local dir=/sys/kernel/config/nullb/$1 setting
-	modprobe null_blk nr_devices=0
-	mountpoint -q /sys/kernel/config || mount -t configfs none /sys/kernel/config
-	mkdir "$dir"
-	for setting in size=65536 "submit_queues=$2" hw_queue_depth=128 irqmode=0 power=1; do
-		echo "${setting#*=}" >"$dir/${setting%%=*}"
-	done
-	device[$1]=/dev/$1 # the folder's name since Linux 5.17
-	await test -b "/dev/$1"
 }
 volume() { # target queues size-of-writes: units of the engine are as large as the writes that make them, up to 16 KiB
 	vdisk -q create "$1" --size "${FILE_MB}M"
@@ -58,21 +27,14 @@ copy() { cp "$VDISK_SCRATCH/base" "$VDISK_SCRATCH/$1"; echo "$VDISK_SCRATCH/$1";
 cpu() { # pid: clock ticks that the process has used, of all its threads, also those that have ended
 	awk '{print $14 + $15}' "/proc/$1/stat"
 }
-numbers() { # awk over fio's JSON: IOPS, p50 of the completion latency, I/Os
-	awk '/"(read|write|trim)" : /{s = $1} s == want && /"iops" : /{gsub(",", ""); iops = $3}
-		s == want && /"total_ios" : /{gsub(",", ""); n = $3} s == want && /"50.000000" : /{gsub(",", ""); p = $3}
-		END{print iops, p, n}' want="\"$1\"" /tmp/fio.json
-}
 measure() { # group test target round rw depth jobs
-	local before=0 after=0 iops p50 n tick
+	local before=0 after=0 iops p50 n tick _
 	[ -z "${pid[$3]:-}" ] || before=$(cpu "${pid[$3]}")
-	fio --name=x --filename="${device[$3]}" --ioengine=io_uring --direct=1 --bs=4k --rw="rand$5" --iodepth="$6" --numjobs="$7" \
-		--group_reporting --runtime="$RUNTIME" --time_based --norandommap --randrepeat=0 --size="${FILE_MB}M" "${half[@]}" \
-		--output-format=json --output=/tmp/fio.json
+	random "$3" "$5" "$6" "$7"
 	[ -z "${pid[$3]:-}" ] || after=$(cpu "${pid[$3]}")
-	read -r iops p50 n < <(numbers "$5")
+	read -r iops p50 _ n < <(numbers "$5")
 	tick=$(getconf CLK_TCK)
-	echo "R $1 $2 $3 $4 $iops ${p50:-0} $(((after - before) * 1000000000 / tick / n))"
+	echo "R $1 $2 $3 $4 $iops $p50 $(((after - before) * 1000000000 / tick / n))"
 }
 tests() { # group suffix test rw depth jobs...: every round in the other direction than the one before
 	local group=$1 round target order

@@ -32,6 +32,7 @@ const usage = `usage: guest COMMAND [flags]
   run      run a command as root in a guest: guest run [flags] -- COMMAND [ARG...]
   shell    open a shell in a guest
   headers  get the newest kernel's user headers and print the folders to pass to cc -I
+  package  get a package of the root image's Debian, unpacked, and print its folder: guest package NAME
   test     run test binaries and scripts in a guest: guest test [flags] [PACKAGE...]
 
 guest COMMAND -h lists the flags.
@@ -54,7 +55,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	a := &app{stdout: stdout, stderr: stderr}
 	commands := map[string]func(context.Context, []string) (int, error){
 		"build": a.build, "kernels": a.kernels, "run": a.run, "shell": a.shell, "test": a.test,
-		"headers": a.headers,
+		"headers": a.headers, "package": a.getPackage,
 	}
 	if len(args) == 0 || commands[args[0]] == nil {
 		io.WriteString(stderr, usage)
@@ -129,6 +130,22 @@ func (a *app) headers(ctx context.Context, args []string) (int, error) {
 		return 0, err
 	}
 	fmt.Fprintln(a.stdout, strings.Join(dirs, string(filepath.ListSeparator)))
+	return 0, nil
+}
+
+func (a *app) getPackage(ctx context.Context, args []string) (int, error) {
+	fs := a.flags("package")
+	if err := fs.Parse(args); err != nil {
+		return 0, err
+	}
+	if fs.NArg() != 1 {
+		return 0, errors.New("package: want one name")
+	}
+	dir, err := guest.Package(ctx, guest.Options{Dir: a.dir, Log: a.stderr}, fs.Arg(0))
+	if err != nil {
+		return 0, err
+	}
+	fmt.Fprintln(a.stdout, dir)
 	return 0, nil
 }
 
