@@ -54,7 +54,7 @@ END {
 	wanted("random write, of ublksrv", of(w, "vdisk"), of(w, "ublksrv"), 1.2)
 	wanted("random read (4 KiB written), of ublksrv", of(r, "vdisk.4k"), of(r, "ublksrv"), 0.9)
 	wanted("random read (1 MiB written), of ublksrv", of(r, "vdisk"), of(r, "ublksrv"), 0.9)
-	wanted("after a snapshot, of before", of(s, "vdisk"), of(w, "vdisk"), 0.95)
+	wanted("after a snapshot, of before", of(s, "vdisk"), of(w, "vdisk.4k"), 0.95)
 	wanted("  dm-thin", of(s, "dm-thin"), of(w, "dm-thin"), "")
 	wanted("  qcow2", of(s, "qcow2"), of(w, "qcow2"), "")
 	for (i = split("read write", rw, " "); i > 0; i--) for (j = split("null_blk ublksrv vdisk", target, " "); j > 0; j--) {

@@ -114,6 +114,7 @@ round() { # target round
 		overwrite vdisk
 		device[vdisk.4k]=${device[vdisk]}
 		measure 2-randread-4k vdisk.4k "$2" read
+		measure 3-randwrite-4k vdisk.4k "$2" write # before the snapshot, with nothing between
 	fi
 	if declare -F "snapshot_$1" >/dev/null; then
 		"snapshot_$1"
