@@ -24,6 +24,7 @@ type Device struct {
 
 	refused  int            // queues whose fetches the driver refused; set before started
 	started  chan struct{}  // closed when every queue thread has reported whether it started
+	over     chan struct{}  // closed, with mu held, when the queues have ended: no attempt begins, and the disk may go
 	mapped   bool           // the descriptors are there; valid once started is closed
 	ending   sync.WaitGroup // queue threads
 	stopping sync.WaitGroup // attempts
@@ -35,7 +36,7 @@ type Device struct {
 	state   State
 	err     error // why the device ended, nil for Stop, Close and Quiesce
 	delErr  error // what DEL said
-	drop    bool  // Stop or Close: the disk is not to outlive the server
+	drop    bool  // Stop, Close or a start that failed: the disk is not to outlive the server
 	attempt *attempt
 }
 
@@ -91,6 +92,7 @@ func newDevice(c *control, info *devInfo, offered Feature, o Options, s State) *
 		features: Feature(info.flags),
 		charFD:   -1,
 		started:  make(chan struct{}),
+		over:     make(chan struct{}),
 		done:     make(chan struct{}),
 		sizing:   make(chan struct{}, 1),
 	}
@@ -211,6 +213,9 @@ func (d *Device) fail(err error) {
 // outlives its server.
 func (d *Device) superviseRoutine() {
 	d.ending.Wait()
+	d.mu.Lock()
+	close(d.over)
+	d.mu.Unlock()
 	d.sizing <- struct{}{} // closing the char device may take the disk away
 	d.release()
 	<-d.sizing
@@ -319,7 +324,7 @@ func (d *Device) undo(cause error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), undoTimeout)
 	defer cancel()
 	d.mu.Lock()
-	d.err = cause
+	d.err, d.drop = cause, true
 	d.mu.Unlock()
 	if err := d.Close(ctx); err != nil && !errors.Is(err, cause) {
 		return errors.Join(cause, err)
@@ -333,6 +338,16 @@ const undoTimeout = 30 * time.Second
 func (d *Device) hasThreads() bool {
 	select {
 	case <-d.started:
+		return true
+	default:
+		return false
+	}
+}
+
+// isOver tells whether the queues have ended, though the device may not have.
+func (d *Device) isOver() bool {
+	select {
+	case <-d.over:
 		return true
 	default:
 		return false

@@ -422,3 +422,48 @@ func TestQueueFailure(t *testing.T) {
 		})
 	}
 }
+
+// TestQueueFailureInClose: a queue that breaks while Close has the file system write back ends the wait for that.
+func TestQueueFailureInClose(t *testing.T) {
+	needDriver(t)
+	held := make(chan struct{}, 1000)
+	disk := newRAMDisk(1 << 20)
+	d, err := ublk.Create(stopCtx(t), ublk.Options{Size: 1 << 20, Recovery: ublk.RecoverReissue}, handlerFunc(func(r *ublk.Request) error {
+		if r.Op != ublk.OpWrite {
+			return disk.ServeUBLK(r)
+		}
+		held <- struct{}{}
+		return ublk.ErrLater // never
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(d.Path(), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt(make([]byte, 64<<10), 0); err != nil {
+		t.Fatal(err)
+	}
+	closed := make(chan error, 1)
+	go func() { closed <- d.Close(stopCtx(t)) }()
+	<-held // it is being written back
+	broken := errors.New("the ring broke")
+	ublk.KillForTest(d, broken)
+	select {
+	case err := <-closed:
+		if !errors.Is(err, broken) {
+			t.Errorf("Close: %v", err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("Close waits for what nobody serves")
+		_ = ublk.StopForTest(d.ID())
+	}
+	_ = f.Close()
+	repeat(t, func() error {
+		if _, err := os.Stat(d.Path()); err == nil {
+			return errors.New("the disk is still there")
+		}
+		return nil
+	})
+}

@@ -23,8 +23,11 @@ func (d *Device) Resize(ctx context.Context, size int64) error {
 	case <-ctx.Done():
 		return fmt.Errorf("ublk: resize device %d: %w", d.id, ctx.Err())
 	}
-	if s := d.State(); s != StateLive {
+	switch s := d.State(); {
+	case s != StateLive:
 		return fmt.Errorf("ublk: resize device %d: it is %v: %w", d.id, s, ErrBusy)
+	case d.isOver():
+		return fmt.Errorf("ublk: resize device %d: it is about to end: %w", d.id, ErrBusy)
 	}
 	if err := d.control.resize(ctx, d.target, uint64(size)>>sectorShift); err != nil {
 		return deviceError("resize", d.id, err)

@@ -98,6 +98,10 @@ func (d *Device) begin(ctx context.Context, kind attemptKind) *attempt {
 		return a
 	}
 	a := &attempt{kind: kind, cancel: func() {}, done: make(chan struct{})}
+	if d.isOver() {
+		d.drop = d.drop || kind == attemptClose
+		return a // which is never done: the device is
+	}
 	next := StateStopping
 	if kind == attemptQuiesce {
 		next = StateQuiescing
@@ -142,7 +146,7 @@ func (d *Device) attemptRoutine(ctx context.Context, a *attempt) {
 	<-d.sizing
 	d.mu.Lock()
 	a.err = err
-	d.drop = err == nil && a.kind != attemptQuiesce
+	d.drop = d.drop || err == nil && a.kind != attemptQuiesce
 	if err != nil {
 		d.attempt = nil
 		d.moveLocked(StateLive)
@@ -163,13 +167,27 @@ func (d *Device) leaveAndDelete() {
 }
 
 // flush has the file system on the block device, or on one of its partitions, write back, as STOP does without recovery.
-// It is done by another process if there is a program for it, because one that waits for its own disk cannot be killed.
+// Nobody would serve what is written after the queues have ended.
 func (d *Device) flush() {
 	if len(users(d.id)) == 0 {
 		return // the last one to close a block device has written back
 	}
-	nodes, _ := filepath.Glob(blockPath(d.id) + "p*")
-	nodes = append(nodes, blockPath(d.id))
+	flushed := make(chan struct{})
+	go func() { // which ends with the disk, at the latest
+		flushBlocks(d.id)
+		close(flushed)
+	}()
+	select {
+	case <-flushed:
+	case <-d.over:
+	}
+}
+
+// flushBlocks is done by another process if there is a program for it, because one that waits for its own disk cannot be
+// killed.
+func flushBlocks(id int) {
+	nodes, _ := filepath.Glob(blockPath(id) + "p*")
+	nodes = append(nodes, blockPath(id))
 	if program, err := exec.LookPath("blockdev"); err == nil {
 		_ = exec.Command(program, append([]string{"--flushbufs"}, nodes...)...).Run()
 		return
