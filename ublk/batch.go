@@ -109,6 +109,7 @@ func newBatchPort(p *ringPort) (port, error) {
 	b := &batchPort{ringPort: p, tags: make([]batchTag, p.depth), filling: -1, current: -1}
 	if err := b.mapTagBuffers(); err != nil {
 		b.close(true)
+		b.free()
 		return nil, err
 	}
 	return b, nil
@@ -360,9 +361,9 @@ func (p *batchPort) nextEnd() (completion, bool) {
 
 func (p *batchPort) close(drained bool) {
 	p.ringPort.close(drained && p.fetches == 0)
-	if !drained {
-		return // the kernel may still use the memory until the thread is gone
-	}
+}
+
+func (p *batchPort) free() {
 	for _, b := range p.elems {
 		_ = unix.Munmap(b.mem)
 	}

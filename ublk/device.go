@@ -272,15 +272,19 @@ func (d *Device) release() {
 		if t.descs != nil {
 			_ = unix.Munmap(t.descs)
 		}
-		if d.features&FeatureUserRecovery != 0 && t.tid.Load() != 0 && !t.gone() {
-			keepForever(t)
+		gone := t.tid.Load() == 0 || d.features&FeatureUserRecovery == 0 && t.ended == t.depth || t.gone()
+		if !gone {
+			keepForever(t) // the kernel may still write to it
 		}
 		// Not before: 6.12's driver, when the ring of a living thread is closed with requests waiting to be handed out, loses
 		// those, and the device never becomes quiesced.
 		if t.behind != nil {
 			t.behind.close(false)
 		}
-		if t.buf != nil && (t.queue == nil || t.owned == 0 && t.reading == 0) {
+		if gone && t.queue != nil && t.port != nil {
+			t.port.free()
+		}
+		if t.buf != nil {
 			_ = unix.Munmap(t.buf)
 		}
 		if t.queue != nil {

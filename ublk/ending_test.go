@@ -3,10 +3,15 @@ package ublk
 import (
 	"context"
 	"errors"
+	"os"
+	"strconv"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 	"unsafe"
+
+	"golang.org/x/sys/unix"
 )
 
 // slowDriver is a driver of one device that waits to be recovered. It answers nothing before answer is closed.
@@ -82,5 +87,54 @@ func testNothingBegins(t *testing.T, want State, ends ...func(*Device, context.C
 	<-d.Done()
 	if got := d.State(); got != want {
 		t.Errorf("in the end the device is %v, want %v", got, want)
+	}
+}
+
+// TestFailedStartKeepsNoMemory: a device whose queues fetched and that could not go on gives its buffers back when its
+// threads are gone. Before Linux 6.15 every recovery begins with such a try.
+func TestFailedStartKeepsNoMemory(t *testing.T) {
+	needNullCommands(t)
+	status := func(field string) (kib int) {
+		status, err := os.ReadFile("/proc/self/status")
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, rest, _ := strings.Cut(string(status), field+":")
+		if kib, err = strconv.Atoi(strings.Fields(rest)[0]); err != nil {
+			t.Fatal(err)
+		}
+		return kib
+	}
+	locked := 0
+	for _, features := range []Feature{0, FeatureUserRecovery | FeatureRecoveryReissue, FeatureBatchIO} {
+		s := newSlowDriver()
+		close(s.answer)
+		const depth, size = 64, 512 << 10
+		o := Options{Size: 1 << 20, Queues: 2, Depth: depth, MaxIOBytes: size, NoAffinity: true}.withDefaults()
+		d := newDevice(newControl(s), &devInfo{devID: 1 << 19, flags: uint64(features)}, ^Feature(0), o, StateRecovering)
+		var err error
+		if d.charFD, err = unix.Open("/dev/null", unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
+			t.Fatal(err)
+		}
+		before := status("RssAnon")
+		if err := d.makeQueues(t.Context(), handlerFunc(func(*Request) error { return nil })); err != nil {
+			t.Fatal(err)
+		}
+		const buffers = 2 * depth * size >> 10
+		if got := status("RssAnon") - before; got < buffers {
+			t.Fatalf("%d KiB more are resident, and the buffers have %d", got, buffers)
+		}
+		err = d.startQueues() // /dev/null takes the fetches, and cannot be mapped
+		if err == nil {
+			t.Fatal("it started")
+		}
+		d.abandon(err)
+		if got := status("RssAnon") - before; got > buffers/4 {
+			t.Errorf("features %v: %d KiB of %d stay", FeatureSet{Bits: features}.Names(), got, buffers)
+		}
+		if got := status("VmLck"); locked > 0 && got > locked {
+			t.Errorf("features %v: %d KiB are locked, and were %d", FeatureSet{Bits: features}.Names(), got, locked)
+		}
+		locked = status("VmLck") // what every ring shares is there from the first on
 	}
 }

@@ -39,6 +39,8 @@ type port interface {
 	interrupt()
 	// close releases the ring; what is still fetched, if the tags are not drained, is cancelled.
 	close(drained bool)
+	// free gives back the port's memory, after close, when the tags are drained or the thread is gone.
+	free()
 }
 
 // completion is one event from the port.
@@ -259,6 +261,8 @@ func (p *ringPort) close(drained bool) {
 	}
 	p.ring.close()
 }
+
+func (p *ringPort) free() {}
 
 // charFiles is the charDevice of a real queue: the char device, and an eventfd that interrupt writes to.
 type charFiles struct{ char, event int }

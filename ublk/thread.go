@@ -180,7 +180,7 @@ func (d *Device) serveQueue(t *queueThread, ready chan<- error) {
 	finished := false
 	defer func() {
 		drained := t.ended == t.depth
-		if !drained && !t.left || t.reading > 0 {
+		if !t.idle() {
 			keepForever(t)
 		}
 		t.rests.Store(restsForGood)
@@ -220,14 +220,14 @@ func nameThread(name string) {
 	}
 }
 
-// abandoned holds the memory of queues that died with tags or reads open: a handler may still write to it, and so may
-// the kernel until the thread is gone, which nobody can wait for.
+// abandoned holds the memory of queues that died with requests or reads open, to which a handler or the kernel may still
+// write, and of those whose thread does not end.
 var abandoned struct {
 	sync.Mutex
 	queues []*queueThread
 }
 
-// threadTimeout bounds the wait for the thread of a queue that left.
+// threadTimeout bounds the wait for the thread of a queue that has not drained.
 const threadTimeout = 5 * time.Second
 
 // gone waits until the thread of a queue that has ended is gone. Until then the driver may copy to its memory, and takes
