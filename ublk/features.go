@@ -37,6 +37,11 @@ const (
 	FeatureDescSize          Feature = 1 << 20
 )
 
+// unspoken are the features that change what the driver expects of a server, or what it does for one, in a way that this
+// package does not know: served as if without them, a disk would show whatever its pages held before.
+const unspoken = FeatureZeroCopy | FeatureNeedGetData | FeatureZoned | FeatureAutoBufReg | FeatureIntegrity |
+	FeatureSharedMemZeroCopy | FeatureDescSize
+
 // FeatureInfo names a feature and the kernel that brought it.
 type FeatureInfo struct {
 	Feature Feature

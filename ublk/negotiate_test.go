@@ -245,3 +245,17 @@ func TestUnprivilegedCommands(t *testing.T) {
 		t.Errorf("delete: %v", err)
 	}
 }
+
+// TestRecoverOfAnotherKind: a device that its driver does not copy the payloads of, or that speaks otherwise to its server,
+// is left to the program that made it.
+func TestRecoverOfAnotherKind(t *testing.T) {
+	f := driverOf("7.3")
+	for _, k := range KnownFeatures {
+		f.devices[3] = &devInfo{devID: 3, state: uint16(KernelQuiesced), serverPID: -1, flags: uint64(FeatureUserRecovery | k.Feature)}
+		_, err := newControl(f).waitOrphan(t.Context(), 3, 0)
+		spoken := unspoken&k.Feature == 0
+		if spoken != (err == nil) || !spoken && (!errors.Is(err, ErrNotRecoverable) || !strings.Contains(err.Error(), k.Name)) {
+			t.Errorf("%s: %v", k.Name, err)
+		}
+	}
+}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/bits"
 	"os"
+	"strings"
 )
 
 // Options describe a device. Zero values mean the default.
@@ -54,7 +55,8 @@ type Options struct {
 	// Unprivileged makes a device that a user without CAP_SYS_ADMIN may make and serve (6.3); see the package
 	// documentation. The driver ignores it for a process that has CAP_SYS_ADMIN.
 	Unprivileged bool
-	// Require names features that Create fails without, with a *FeatureError.
+	// Require names features that Create fails without, with a *FeatureError. Those that need a server of another kind
+	// (zero copy, NEED_GET_DATA, zones, integrity) are refused.
 	Require Feature
 }
 
@@ -118,8 +120,10 @@ func (o Options) withDefaults() Options {
 	return o
 }
 
-// maxQueueMemory bounds the locked memory of one queue.
-const maxQueueMemory = 1 << 30
+const (
+	maxQueueMemory = 1 << 30 // bounds the locked memory of one queue
+	maxHint        = 1 << 30 // the driver shifts 32 bits by what it is told, without a look
+)
 
 // validate checks options that have their defaults.
 func (o Options) validate() error {
@@ -132,8 +136,10 @@ func (o Options) validate() error {
 		{o.LogicalBlock != 512 && o.LogicalBlock != 4096, fmt.Sprintf("LogicalBlock %d: must be 512 or 4096", o.LogicalBlock)},
 		{!powerOfTwo(o.PhysicalBlock) || o.PhysicalBlock < o.LogicalBlock || o.PhysicalBlock > 1<<20,
 			fmt.Sprintf("PhysicalBlock %d: must be a power of two from LogicalBlock to 1 MiB", o.PhysicalBlock)},
-		{!powerOfTwo(o.IOMin) || o.IOMin < o.LogicalBlock, fmt.Sprintf("IOMin %d: must be a power of two, at least LogicalBlock", o.IOMin)},
-		{!powerOfTwo(o.IOOpt) || o.IOOpt < o.LogicalBlock, fmt.Sprintf("IOOpt %d: must be a power of two, at least LogicalBlock", o.IOOpt)},
+		{!powerOfTwo(o.IOMin) || o.IOMin < o.LogicalBlock || o.IOMin > maxHint,
+			fmt.Sprintf("IOMin %d: must be a power of two from LogicalBlock to 1 GiB", o.IOMin)},
+		{!powerOfTwo(o.IOOpt) || o.IOOpt < o.LogicalBlock || o.IOOpt > maxHint,
+			fmt.Sprintf("IOOpt %d: must be a power of two from LogicalBlock to 1 GiB", o.IOOpt)},
 		{o.Size <= 0 || o.Size%int64(max(o.LogicalBlock, 1)) != 0,
 			fmt.Sprintf("Size %d: must be a multiple of the logical block (%d), above zero", o.Size, o.LogicalBlock)},
 		{o.Queues < 1 || o.Queues > maxQueues, fmt.Sprintf("Queues %d: must be 1 to %d", o.Queues, maxQueues)},
@@ -149,6 +155,8 @@ func (o Options) validate() error {
 			"Recovery of an unprivileged device: the driver refuses it, as requests that wait for a server could hold up the machine"},
 		{o.Unprivileged && o.Copy == CopyUser,
 			"CopyUser for an unprivileged device: the driver refuses it, as the kernel could pass on memory that was not filled"},
+		{o.Require&unspoken != 0, fmt.Sprintf("Require %s: this library does not serve that",
+			strings.Join(FeatureSet{Bits: o.Require & unspoken}.Names(), ", "))},
 		{o.FUA && !o.VolatileCache, "FUA without VolatileCache: every answered write is durable anyway"},
 		{o.Discard && o.ReadOnly, "Discard on a read-only device"},
 		{!powerOfTwo(o.DiscardGranularity) || o.DiscardGranularity < o.LogicalBlock || o.DiscardGranularity > 1<<30,

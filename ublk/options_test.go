@@ -38,7 +38,12 @@ func TestOptionsAreChecked(t *testing.T) {
 		"FUA without VolatileCache": func(o *Options) { o.FUA = true },
 		"read-only":                 func(o *Options) { o.Discard, o.ReadOnly = true, true },
 		"DiscardGranularity 100":    func(o *Options) { o.DiscardGranularity = 100 },
-		"ID 2000000":                func(o *Options) { o.ID = new(2000000) },
+		"IOMin 2147483648":          func(o *Options) { o.IOMin = 1 << 31 },
+		"IOOpt 1099511627776":       func(o *Options) { o.IOOpt = 1 << 40 },
+		"Require SUPPORT_ZERO_COPY, NEED_GET_DATA": func(o *Options) {
+			o.Require = FeatureZeroCopy | FeatureNeedGetData | FeatureUpdateSize
+		},
+		"ID 2000000": func(o *Options) { o.ID = new(2000000) },
 	} {
 		o := good
 		change(&o)

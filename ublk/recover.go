@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -29,8 +30,8 @@ const diesWithin = 2 * time.Second
 // features are those that the driver kept; h must serve the same content. When it returns, the device is live, and what
 // waited is being served.
 //
-// It refuses a device that somebody serves (ErrBusy), is not there (ErrNotFound) or cannot be recovered
-// (ErrNotRecoverable). When it fails otherwise, or its process dies in it, the device waits as before and Recover can be
+// It refuses a device that somebody serves (ErrBusy), is not there (ErrNotFound) or cannot be recovered, or not by this
+// package (ErrNotRecoverable). When it fails otherwise, or its process dies in it, the device waits as before and Recover can be
 // tried again.
 func Recover(ctx context.Context, id int, o RecoverOptions, h Handler) (*Device, error) {
 	c, err := openControl()
@@ -101,6 +102,9 @@ func (c *control) waitOrphan(ctx context.Context, id int, cookie uint64) (*devIn
 		switch {
 		case Feature(info.flags)&FeatureUserRecovery == 0:
 			return nil, fmt.Errorf("ublk: recover device %d: %w: it was made without recovery", id, ErrNotRecoverable)
+		case Feature(info.flags)&unspoken != 0:
+			return nil, fmt.Errorf("ublk: recover device %d: %w: it was made with %s, which this library does not serve; the program that made it has to",
+				id, ErrNotRecoverable, strings.Join(FeatureSet{Bits: Feature(info.flags) & unspoken}.Names(), ", "))
 		case cookie != 0 && info.serverFlags != cookie:
 			return nil, fmt.Errorf("ublk: recover device %d: %w: it has another cookie (%#x), so it is not the one that was meant",
 				id, ErrNotRecoverable, info.serverFlags)
