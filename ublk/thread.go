@@ -117,7 +117,6 @@ func (d *Device) newPort(t *queueThread) (port, error) {
 // the end of the device.
 func (d *Device) startQueues() error {
 	ready := make(chan error, len(d.queues))
-	queueThreadsBegin(len(d.queues))
 	for _, t := range d.queues {
 		d.ending.Add(1)
 		go d.queueRoutine(t, ready)
@@ -170,7 +169,6 @@ func (d *Device) serveQueue(t *queueThread, ready chan<- error) {
 	t.flusher.Store(markFlusher())
 	t.tid.Store(int64(unix.Gettid()))
 	defer d.ending.Done()
-	defer queueThreadEnds()
 	p, err := d.newPort(t)
 	if err != nil {
 		ready <- err

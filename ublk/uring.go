@@ -254,12 +254,16 @@ func (k *ringFD) register(op int, arg unsafe.Pointer, n int) error {
 	}
 }
 
-// allSignals keeps the runtime's and the process's signals from ending a wait with EINTR: another thread takes them.
-var allSignals = ^uint64(0)
+// threadSignal is what the runtime, or with cgo the C library, sends to every thread that is to make a system call as one of
+// all (syscall.AllThreadsSyscall, setgid(2)): the process stands still until each has.
+const threadSignal = 33
+
+// mostSignals keeps the runtime's and the process's other signals from ending a wait with EINTR: another thread takes them.
+var mostSignals = ^uint64(1 << (threadSignal - 1))
 
 func (k *ringFD) enter(submit, minComplete, flags uint32) error {
 	_, _, errno := unix.Syscall6(unix.SYS_IO_URING_ENTER, uintptr(k.enterFD), uintptr(submit), uintptr(minComplete),
-		uintptr(flags|k.enterFlag), uintptr(unsafe.Pointer(&allSignals)), unsafe.Sizeof(allSignals))
+		uintptr(flags|k.enterFlag), uintptr(unsafe.Pointer(&mostSignals)), unsafe.Sizeof(mostSignals))
 	if errno == 0 {
 		return nil
 	}
