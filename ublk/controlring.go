@@ -78,8 +78,14 @@ func (c *controlRing) release() {
 	_ = unix.Close(c.fd)
 }
 
+// controlInSys is there when the driver is loaded.
+var controlInSys = "/sys/class/misc/ublk-control"
+
 func controlOpenError(path string, err error) error {
-	switch {
+	switch _, serr := os.Stat(controlInSys); {
+	case errors.Is(err, unix.ENOENT) && serr == nil:
+		return fmt.Errorf("ublk: open %s: %w: the driver is loaded, but this /dev has no such node, as in a container (%w)",
+			path, ErrPermission, err)
 	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENXIO), errors.Is(err, unix.ENODEV):
 		return fmt.Errorf("ublk: open %s: %w (%w)", path, ErrNoDriver, err)
 	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):

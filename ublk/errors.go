@@ -8,10 +8,10 @@ import (
 // Errors that a caller can match with errors.Is. The error that is returned says more: what was being done, to which
 // device, and the errno.
 var (
-	// ErrNoDriver: there is no /dev/ublk-control.
+	// ErrNoDriver: there is no driver, and so no device.
 	ErrNoDriver = errors.New("the kernel has no ublk driver loaded: run 'modprobe ublk_drv' " +
 		"(CONFIG_BLK_DEV_UBLK, Linux 6.0 or later; this library needs 6.1)")
-	// ErrPermission: the process may not open the control device, or lacks CAP_SYS_ADMIN.
+	// ErrPermission: the process may not open the control device, does not have it in its /dev, or lacks CAP_SYS_ADMIN.
 	ErrPermission = errors.New("not permitted: run as root, or with CAP_SYS_ADMIN and access to /dev/ublk-control")
 	// ErrKernelTooOld: the driver or io_uring lacks something that this library cannot do without.
 	ErrKernelTooOld = errors.New("the kernel is too old: Linux 6.1 or later is needed")
