@@ -156,9 +156,15 @@ func (o *Owner) stop(ctx context.Context, d *disk, b block, gone <-chan struct{}
 	}
 }
 
-// giveUp deletes a device that waits: its users' requests fail.
+// giveUp deletes a device that waits: its users' requests fail. Its number may have become another device's.
 func (o *Owner) giveUp(ctx context.Context, d *disk) error {
-	if err := o.opts.driver.Delete(ctx, d.id, true); err != nil && !o.removed(ctx, d) {
+	info, err := o.lookFor(ctx, d)
+	if err == nil {
+		if err = o.opts.driver.Delete(ctx, info.ID, true); err != nil && o.removed(ctx, d) {
+			err = nil
+		}
+	}
+	if err != nil && !errors.Is(err, ublk.ErrNotFound) {
 		return ublkError(fmt.Errorf("giving up %v, %s: %w", d.ref(), pathOf(d.id), err))
 	}
 	o.opts.Logger.Warn("a device that waited was given up", "what", d.ref().String(), "device", pathOf(d.id))

@@ -371,6 +371,30 @@ func TestForce(t *testing.T) {
 	w.close(o)
 }
 
+// TestGiveUpFindsTheDevice: the number that a disk had may be another device's by now, and may not have been told at first.
+func TestGiveUpFindsTheDevice(t *testing.T) {
+	w := newWorld(t)
+	o := w.own(true)
+	w.attach(o, "v")
+	w.kill(o)
+	w.d.fail["devices"] = ublk.ErrPermission
+	o = w.own(true)
+	if err := o.Detach(t.Context(), "v", true); err != nil || w.d.count() != 0 {
+		t.Errorf("a device that was not told of: %v, %d are left", err, w.d.count())
+	}
+	id := w.attach(o, "v").ID
+	w.kill(o)
+	o = w.own(true)
+	w.d.devices[id].info.Cookie++ // somebody deleted it, and made his own
+	if err := o.Detach(t.Context(), "v", true); err != nil || w.d.count() != 1 {
+		t.Errorf("a device of somebody else: %v, %d are left", err, w.d.count())
+	}
+	if got := o.devicesOf(""); len(got) != 0 {
+		t.Error(got)
+	}
+	w.close(o)
+}
+
 func TestResizeAttached(t *testing.T) {
 	w := newWorld(t)
 	o := w.own(true)
