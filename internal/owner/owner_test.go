@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -142,8 +143,13 @@ func TestClientIsAsGoodAsOwner(t *testing.T) {
 		say("export that the user ends", s.Export(ctx, cow.Ref{Volume: "i"}, func(sparse.Source) error { return os.ErrPermission }))
 		say("detach", s.Detach(ctx, "v", false))
 		report, err := s.Check(ctx, cow.CheckOptions{ReadData: true}, func(p cow.Problem) { t.Error(p) })
-		say(fmt.Sprint("check ", report.Entries), err)
+		say(fmt.Sprint("check ", report.Entries > 0), err) // how many there are depends on checkpoints
 		volumes, err := s.Volumes(ctx)
+		isOpen := func(v Volume) bool { return v.Open > 0 }
+		for end := time.Now().Add(10 * time.Second); slices.ContainsFunc(volumes, isOpen) && time.Now().Before(end); {
+			time.Sleep(time.Millisecond) // an owner notices a little later that the client of an export has gone
+			volumes, err = s.Volumes(ctx)
+		}
 		for _, v := range volumes {
 			log = append(log, fmt.Sprint(v.Name, v.Size, v.Codec, v.Origin, len(v.Snapshots), v.Open))
 		}
