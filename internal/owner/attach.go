@@ -46,8 +46,9 @@ func (o *Owner) Attach(ctx context.Context, a AttachOptions) (Device, error) {
 		return Device{}, errors.Join(fmt.Errorf("attaching %v: writing it down: %w", a.Ref, err), o.forget(d))
 	}
 	o.prepareOnce.Do(o.prepareForReclaim)
-	t := newTarget(dev)
-	opts := blockOptions(dev, a, d.cookie, o.report)
+	report := o.reporter(d.name)
+	t := newTarget(dev, report)
+	opts := blockOptions(dev, a, d.cookie, report)
 	if !dev.ReadOnly() && !o.store.Outlives() {
 		// A disk that outlives its server must not lose what that had answered.
 		o.opts.Logger.Warn("the device ends with this process: there is no shared memory", "what", a.Ref.String())
@@ -108,8 +109,17 @@ func blockOptions(dev *cow.Device, a AttachOptions, c cookie, report func(error)
 	}
 }
 
-// report is told by a device's queues what it survives.
-func (o *Owner) report(err error) { o.opts.Logger.Error("a request failed inside", "err", err) }
+// reporter logs the requests of a disk that fail. It takes no lock of the store, in which they may have failed.
+func (o *Owner) reporter(name string) func(error) {
+	return func(err error) {
+		log := o.opts.Logger.With("what", name)
+		var p *ublk.PanicError
+		if errors.As(err, &p) {
+			log = log.With("stack", string(p.Stack))
+		}
+		log.Error("a request failed", "err", err)
+	}
+}
 
 // Detach removes a block device. Without force, one that is in use, or waits for its server, is left alone.
 func (o *Owner) Detach(ctx context.Context, what string, force bool) error {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -447,7 +448,7 @@ func TestInlineRequestsDoNotAllocate(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer dev.Close()
-	target := newTarget(dev)
+	target := newTarget(dev, nil)
 	defer target.close()
 	write := &ublk.Request{Op: ublk.OpWrite, Buf: bytes.Repeat([]byte("some text "), 410)[:4096], Length: 4096}
 	read := &ublk.Request{Op: ublk.OpRead, Buf: make([]byte, 4096), Length: 4096}
@@ -464,4 +465,49 @@ func TestInlineRequestsDoNotAllocate(t *testing.T) {
 	if allocs > 0 && !raceEnabled {
 		t.Errorf("%v allocations", allocs)
 	}
+}
+
+// TestFailedRequestsAreLogged: the disk's user gets an errno, and whoever looks after it the reason, once a second.
+func TestFailedRequestsAreLogged(t *testing.T) {
+	w := newWorld(t)
+	var text bytes.Buffer
+	opts := w.options(true)
+	opts.Logger = slog.New(slog.NewTextHandler(&text, nil))
+	o, err := Own(t.Context(), w.dir, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.attach(o, "v")
+	disk := w.d.devices[0].server.h.(*target)
+	beyond := &ublk.Request{Op: ublk.OpWrite, Buf: make([]byte, 4096), Length: 4096, Offset: 1 << 40}
+	for _, fail := range []struct {
+		says string
+		do   func() error
+	}{
+		{"write of 4096 bytes at 1099511627776: ", func() error { return disk.ServeUBLK(beyond) }},
+		{"read of 4096 bytes at 1099511627776: ", func() error {
+			return disk.ServeUBLK(&ublk.Request{Op: ublk.OpRead, Buf: beyond.Buf, Length: 4096, Offset: beyond.Offset})
+		}},
+		{"owner.(*target).work", func() error { // a worker that panics
+			r := &ublk.Request{Op: ublk.OpRead, Data: "no plan"}
+			return disk.tell(r, disk.work(r))
+		}},
+	} {
+		text.Reset()
+		disk.told.Store(0)
+		for range 5 {
+			if err := fail.do(); err == nil {
+				t.Fatalf("%q succeeds", fail.says)
+			}
+		}
+		if n := strings.Count(text.String(), "level=ERROR"); n < 1 || n > 2 || !strings.Contains(text.String(), fail.says) ||
+			!strings.Contains(text.String(), "what=v ") {
+			t.Errorf("%d lines, want one with %q:\n%s", n, fail.says, text.String())
+		}
+	}
+	text.Reset()
+	if err := disk.ServeUBLK(&ublk.Request{Op: ublk.OpWrite, Buf: make([]byte, 4096), Length: 4096}); err != nil || text.Len() > 0 {
+		t.Errorf("%v, %s", err, text.String())
+	}
+	w.close(o)
 }

@@ -100,8 +100,9 @@ func (o *Owner) tryRecover(ctx context.Context, d *disk) (Device, error) {
 	if have := d.dev.Size(); have < info.Size {
 		return Device{}, fmt.Errorf("%v has %d bytes and %s %d: %w", d.ref(), have, info.Path(), info.Size, cow.ErrInvalid)
 	}
-	t := newTarget(d.dev)
-	b, err := o.opts.driver.Recover(ctx, info.ID, ublk.RecoverOptions{Cookie: uint64(d.cookie), Report: o.report}, t)
+	report := o.reporter(d.ref().String())
+	t := newTarget(d.dev, report)
+	b, err := o.opts.driver.Recover(ctx, info.ID, ublk.RecoverOptions{Cookie: uint64(d.cookie), Report: report}, t)
 	if err != nil {
 		t.close()
 		return Device{}, ublkError(fmt.Errorf("recovering %v, %s: %w", d.ref(), info.Path(), err))

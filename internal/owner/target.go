@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/ublk"
@@ -15,9 +17,13 @@ import (
 // thread: a hand-over costs more than they do. What may wait for the disk, or is large enough to be worth another CPU,
 // goes to the workers.
 type target struct {
-	dev  *cow.Device
-	jobs chan *ublk.Request
-	wg   sync.WaitGroup // workers
+	dev    *cow.Device
+	report func(error) // gets why requests fail: their sender gets no more than an errno
+	jobs   chan *ublk.Request
+	wg     sync.WaitGroup // workers
+
+	told   atomic.Int64 // when report was called last, in Unix seconds
+	untold atomic.Int64 // failures since
 }
 
 const (
@@ -36,8 +42,8 @@ type op struct {
 	err  error // of the fetches, for the worker that finishes
 }
 
-func newTarget(dev *cow.Device) *target {
-	t := &target{dev: dev, jobs: make(chan *ublk.Request, waiting)}
+func newTarget(dev *cow.Device, report func(error)) *target {
+	t := &target{dev: dev, report: report, jobs: make(chan *ublk.Request, waiting)}
 	for range workers {
 		t.wg.Go(t.workRoutine)
 	}
@@ -54,10 +60,10 @@ func (t *target) close() {
 func (t *target) ServeUBLK(r *ublk.Request) error {
 	switch {
 	case r.Op == ublk.OpRead:
-		return t.read(r)
+		return t.tell(r, t.read(r))
 	case r.Op == ublk.OpWrite && !r.FUA && r.Length <= inlineBytes:
 		_, err := t.dev.WriteAt(r.Buf, r.Offset)
-		return err
+		return t.tell(r, err)
 	}
 	t.jobs <- r
 	return ublk.ErrLater
@@ -87,7 +93,7 @@ func (t *target) read(r *ublk.Request) error {
 func (t *target) FetchedUBLK(r *ublk.Request, err error) error {
 	p := r.Data.(*op)
 	if r.Length <= inlineBytes {
-		return p.plan.Finish(err)
+		return t.tell(r, p.plan.Finish(err))
 	}
 	p.err = err
 	t.jobs <- r
@@ -96,15 +102,34 @@ func (t *target) FetchedUBLK(r *ublk.Request, err error) error {
 
 func (t *target) workRoutine() {
 	for r := range t.jobs {
-		r.Complete(t.work(r))
+		r.Complete(t.tell(r, t.work(r)))
 	}
+}
+
+// tell reports a request that fails, and returns err. A disk that is full or damaged may fail them all, so it speaks once a
+// second.
+func (t *target) tell(r *ublk.Request, err error) error {
+	if err == nil || err == ublk.ErrFetch {
+		return err
+	}
+	now, last := time.Now().Unix(), t.told.Load()
+	if now == last || !t.told.CompareAndSwap(last, now) {
+		t.untold.Add(1)
+		return err
+	}
+	why := fmt.Errorf("%v of %d bytes at %d: %w", r.Op, r.Length, r.Offset, err)
+	if n := t.untold.Swap(0); n > 0 {
+		why = fmt.Errorf("%w (and %d others before)", why, n)
+	}
+	t.report(why)
+	return err
 }
 
 // work does a request to its end. A panic fails the request: one that is never answered would hang its process for ever.
 func (t *target) work(r *ublk.Request) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			err = fmt.Errorf("%v at %d: panic: %v\n%s", r.Op, r.Offset, p, debug.Stack())
+			err = &ublk.PanicError{Op: r.Op, Offset: r.Offset, Length: r.Length, Value: p, Stack: debug.Stack()}
 		}
 	}()
 	switch r.Op {
