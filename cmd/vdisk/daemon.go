@@ -61,7 +61,7 @@ func (a *app) daemon(c *cli.Context) error {
 	}
 	for {
 		s, err := a.startOwner(c, o, handover)
-		if err != nil && handover != nil {
+		if err != nil && handover != nil && c.Context.Err() == nil {
 			return handover.Return(version(), err)
 		}
 		if err != nil {
@@ -85,18 +85,19 @@ func (a *app) daemon(c *cli.Context) error {
 	}
 }
 
-// startOwner opens the store, recovers what waits, and tells whoever started this daemon, or executed its program.
+// startOwner opens the store, recovers what waits, and tells whoever started this daemon, or executed its program. When it
+// fails, or is stopped before it is ready, what it has recovered waits again: whoever uses that has asked for nothing.
 func (a *app) startOwner(c *cli.Context, o owner.Options, handover *owner.Handover) (*owner.Owner, error) {
 	s, err := owner.Own(c.Context, a.dir, o)
 	if err == nil {
 		_, err = s.Recover(c.Context, "") // each device's own outcome is logged, and listed
-		if err != nil {
-			err = errors.Join(err, s.Close())
+		if err = errors.Join(err, context.Cause(c.Context)); err != nil {
+			err = errors.Join(err, s.CloseLeaving())
 		}
 	}
 	if c.Bool("ready") && handover == nil {
 		if rerr := owner.Ready(a.dir, err); err == nil && rerr != nil {
-			err = errors.Join(rerr, s.Close())
+			err = errors.Join(rerr, s.CloseLeaving())
 		}
 	}
 	if err != nil {

@@ -239,16 +239,19 @@ func (o *Owner) endServing(ctx context.Context, end func(block) error) error {
 	return errors.Join(errs...)
 }
 
-// closeDisks ends all devices, also those in use. Those that wait go on waiting.
+// closeDisks ends all devices, also those in use, or leaves them to the next owner. Those that wait go on waiting.
 func (o *Owner) closeDisks(ctx context.Context) error {
-	if _, blocks := o.servedDisks(); o.Heir() == nil {
+	end := func(b block) error { return b.Close(ctx) }
+	if _, blocks := o.servedDisks(); o.leaving() {
+		end = func(b block) error { return b.Quiesce(ctx) }
+	} else {
 		for _, b := range blocks {
 			if err := dropMountCopies(b.ID()); err != nil {
 				o.opts.Logger.Warn("mounts of the device in this process's mount namespace hold it", "device", b.Path(), "err", err)
 			}
 		}
 	}
-	err := o.endServing(ctx, func(b block) error { return b.Close(ctx) })
+	err := o.endServing(ctx, end)
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for _, d := range o.disks {

@@ -37,6 +37,7 @@ type Owner struct {
 	stopping bool       // no session begins any more
 	doors    bool       // sessions may begin; shut while an upgrade is tried
 	heir     *Program   // who takes over, after an upgrade
+	leaves   bool       // the disks are for the next owner, whoever that is
 	sessions int        // connections of clients
 	visited  bool       // there has been a session
 	disks    []*disk    // in the order they were attached
@@ -97,6 +98,22 @@ func (o *Owner) CloseWhenIdle(grace time.Duration) error {
 func (o *Owner) CloseWhenDone() error {
 	o.wait(func() bool { return o.heir != nil })
 	return o.close()
+}
+
+// CloseLeaving is Close at once, and the disks stay: their users wait for the next owner.
+func (o *Owner) CloseLeaving() error {
+	o.mu.Lock()
+	o.leaves = true
+	o.mu.Unlock()
+	return o.close()
+}
+
+// leaving tells whether the disks are to outlive the owner. After an upgrade there may be some even so: one whose server
+// broke may have got another since the upgrade looked.
+func (o *Owner) leaving() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.leaves || o.heir != nil
 }
 
 func (o *Owner) close() error {

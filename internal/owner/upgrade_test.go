@@ -12,6 +12,7 @@ import (
 
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/ublk"
 )
 
 // program puts a program in the place of this test's.
@@ -118,5 +119,31 @@ func TestUpgradeRefusedWhileServing(t *testing.T) {
 	cancel()
 	if err := errors.Join(<-ended, o.Close()); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestDisksAreLeft: a disk that is served again between the upgrade's look at the disks and the owner's end is left to the
+// next program like the others, and an owner that ends before it was ready leaves what it had recovered.
+func TestDisksAreLeft(t *testing.T) {
+	w := newWorld(t)
+	o := w.own(true)
+	w.attach(o, "v")
+	o.mu.Lock()
+	o.heir = &Program{Version: "2.0"}
+	o.mu.Unlock()
+	w.close(o)
+	if w.d.count() != 1 || w.d.devices[0].info.State != ublk.KernelQuiesced {
+		t.Fatalf("after an upgrade %d disks are left", w.d.count())
+	}
+	o = w.own(true)
+	w.recovers(o, "", 1)
+	if err := o.CloseLeaving(); err != nil || w.d.count() != 1 {
+		t.Fatalf("%v, %d disks are left", err, w.d.count())
+	}
+	o = w.own(true)
+	w.recovers(o, "", 1)
+	w.close(o)
+	if w.d.count() != 0 {
+		t.Errorf("%d disks are left", w.d.count())
 	}
 }

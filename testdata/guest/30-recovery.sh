@@ -157,6 +157,17 @@ refused 5 "mounted" detach v
 v stats v
 v stats v --interval 100ms --count 2 --json >/dev/null
 
+echo "== an owner that does not become ready"
+murder
+mv "$VDISK_STORE/daemon.log" unready.log
+mkdir "$VDISK_STORE/daemon.log"
+refused 1 "daemon.log" recover # it has recovered them by then, and leaves them
+v devices | grep -qE "^$dev +64MiB +quiesced +v +-" || fail "devices: $(v devices)"
+rmdir "$VDISK_STORE/daemon.log"
+v recover
+echo again >/mnt/a/again
+sync /mnt/a/again
+
 echo "== resize"
 if v resize v 128M 2>err; then
 	[ "$(blockdev --getsize64 "$dev")" = $((128 << 20)) ] || fail "size of $dev"
