@@ -229,6 +229,7 @@ func (s *Store) inherit(uuid [16]byte) error {
 	name, herr := hex.DecodeString(last.Buffers)
 	if err = errors.Join(err, herr); err != nil || len(name) != 16 {
 		s.log.Warn("what the last owner left in memory cannot be found", "file", path, "err", err)
+		s.forgot = true
 		return os.Remove(path)
 	}
 	if last.Boot != now.Boot || last.Dev != now.Dev || last.Ino != now.Ino {
@@ -237,6 +238,7 @@ func (s *Store) inherit(uuid [16]byte) error {
 	b, err := openSharedBuffers(s.opts.SharedMemory, last.Buffers, uuid)
 	if err != nil {
 		s.log.Warn("what the last owner had answered and not written is lost", "err", err)
+		s.forgot = true
 		return os.Remove(path)
 	}
 	n, err := b.restore(s.fs, s.chunkHeader)
@@ -292,6 +294,10 @@ func (s *Store) leaveNothing() error {
 	s.shared = nil
 	return err
 }
+
+// Forgot says that the last owner was killed, and that what it had answered and not written cannot be found: whoever went on
+// when it died may have writes answered that are not in this store.
+func (s *Store) Forgot() bool { return s.forgot }
 
 // Outlives says whether what is answered outlives this process if it is killed, so that the next owner of the store can go on
 // where it ended.

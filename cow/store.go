@@ -120,6 +120,7 @@ type Store struct {
 	meta *metadata.DB
 
 	shared *sharedBuffers // nil: the log's buffers are this process's
+	forgot bool           // see Forgot; set by Open
 
 	cache      *leafCache
 	dirtyLimit int // leaves and images in one generation

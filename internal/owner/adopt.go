@@ -73,7 +73,7 @@ func (o *Owner) deleteDead(ctx context.Context, rec deviceRecord, info ublk.Devi
 
 // hold keeps the volume of a device that waits.
 func (o *Owner) hold(rec deviceRecord, info ublk.DeviceInfo, err error) {
-	d := &disk{cookie: rec.Cookie, name: rec.Ref, readOnly: rec.ReadOnly, id: info.ID, err: err}
+	d := &disk{cookie: rec.Cookie, name: rec.Ref, readOnly: rec.ReadOnly, lost: rec.Lost || o.store.Forgot() && !rec.ReadOnly, id: info.ID, err: err}
 	for _, name := range []string{rec.Ref, rec.Renaming} {
 		r, perr := cow.ParseRef(name)
 		if perr != nil {

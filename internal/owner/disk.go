@@ -20,6 +20,7 @@ type disk struct {
 	cookie   cookie
 	name     string // of the volume or snapshot, as recorded
 	readOnly bool
+	lost     bool        // see deviceRecord
 	dev      *cow.Device // nil: the volume is gone, and the disk cannot be served again
 
 	// Guarded by Owner.mu.
@@ -140,7 +141,7 @@ func (o *Owner) recordRenaming(from, to cow.Ref) error {
 	o.mu.Lock()
 	for _, d := range o.disks {
 		ref := d.ref()
-		one := deviceRecord{Cookie: d.cookie, Ref: ref.String(), ReadOnly: d.readOnly}
+		one := deviceRecord{Cookie: d.cookie, Ref: ref.String(), ReadOnly: d.readOnly, Lost: d.lost}
 		switch {
 		case from.Volume == "" || from.Volume != ref.Volume:
 		case from.Snapshot == "":

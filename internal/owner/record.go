@@ -22,6 +22,7 @@ const recordName = "devices"
 // record is the content of the file.
 type record struct {
 	Boot    string         `json:"boot"`           // the kernel's boot id: no device outlives a boot
+	Dev     uint64         `json:"dev,omitempty"`  // where the store's folder is: a copy of the file system has no devices
 	Heir    *process       `json:"heir,omitempty"` // who the store is meant for next, while it is handed over
 	Devices []deviceRecord `json:"devices"`
 }
@@ -33,6 +34,7 @@ type deviceRecord struct {
 	Ref      string `json:"ref"`
 	Renaming string `json:"renaming,omitempty"` // what Ref is being renamed to: one of the two is there
 	ReadOnly bool   `json:"readonly,omitempty"`
+	Lost     bool   `json:"lost,omitempty"` // what its server had answered cannot be found: it must not be recovered
 }
 
 // cookie is a device's mark in the driver. The high half says which store it is of, the low half is random.
@@ -122,7 +124,7 @@ func bootID() string {
 	return string(b[:min(36, len(b))])
 }
 
-// readRecord reads the file of the store at dir; what is of another boot is nothing.
+// readRecord reads the file of the store at dir; what is of another boot, or was copied with its file system, is nothing.
 func readRecord(dir string) (record, error) {
 	var r record
 	b, err := os.ReadFile(filepath.Join(dir, recordName))
@@ -135,10 +137,23 @@ func readRecord(dir string) (record, error) {
 	if err != nil {
 		return record{}, fmt.Errorf("reading which devices the store has: %w", err)
 	}
-	if r.Boot != bootID() {
+	dev, err := fileSystem(dir)
+	if err != nil {
+		return record{}, err
+	}
+	if r.Boot != bootID() || r.Dev != 0 && r.Dev != dev {
 		return record{}, nil
 	}
 	return r, nil
+}
+
+// fileSystem tells the file systems of folders apart, in this boot.
+func fileSystem(dir string) (uint64, error) {
+	var st syscall.Stat_t
+	if err := syscall.Stat(dir, &st); err != nil {
+		return 0, &os.PathError{Op: "stat", Path: dir, Err: err}
+	}
+	return st.Dev, nil
 }
 
 // write replaces the file in one step. It need not survive the power: no device does.
@@ -150,7 +165,11 @@ func (r record) write(dir string) error {
 		}
 		return nil
 	}
-	r.Boot = bootID()
+	dev, err := fileSystem(dir)
+	if err != nil {
+		return err
+	}
+	r.Boot, r.Dev = bootID(), dev
 	b, err := json.Marshal(r)
 	if err != nil {
 		return err

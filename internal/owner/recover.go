@@ -90,6 +90,11 @@ func (o *Owner) tryRecover(ctx context.Context, d *disk) (Device, error) {
 		return Device{}, fmt.Errorf("%v is gone, and %s has nothing to show: %w: give it up with 'vdisk detach --force %[1]v'",
 			d.ref(), pathOf(d.id), cow.ErrNotFound)
 	}
+	if d.lost {
+		return Device{}, fmt.Errorf("what the last server of %v had answered and not written is lost (its shared memory was not found), and %s "+
+			"would show less than its users have written: %w: give it up with 'vdisk detach --force %[1]v', and check what is on it",
+			d.ref(), pathOf(d.id), ublk.ErrNotRecoverable)
+	}
 	info, err := o.lookFor(ctx, d)
 	if err != nil {
 		return Device{}, err

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -259,6 +260,7 @@ func TestForeignDevices(t *testing.T) {
 		"another cookie":       func(w *world) { w.d.devices[0].info.Cookie++ },
 		"a device that went":   func(w *world) { delete(w.d.devices, 0) },
 		"no driver":            func(w *world) { w.d.fail["devices"] = ublk.ErrNoDriver },
+		"a copied file system": func(w *world) { w.edit(`"dev":`, `"dev":1`) },
 		"a damaged file":       func(w *world) { w.edit("{", "[") },
 		"an id of another use": func(w *world) { w.d.devices[0].info.Cookie = 0 },
 	} {
@@ -392,6 +394,43 @@ func TestGiveUpFindsTheDevice(t *testing.T) {
 	if got := o.devicesOf(""); len(got) != 0 {
 		t.Error(got)
 	}
+	w.close(o)
+}
+
+// TestForgottenAnswers: a disk whose last server had answered what cannot be found any more is not served again, however often
+// the store is opened, except for a snapshot's, which is as it was.
+func TestForgottenAnswers(t *testing.T) {
+	w := newWorld(t)
+	o := w.own(true)
+	snap := cow.Ref{Volume: "v", Snapshot: "s"}
+	if err := o.Snapshot(t.Context(), snap); err != nil {
+		t.Fatal(err)
+	}
+	w.attach(o, "v")
+	w.attach(o, "v@s")
+	w.kill(o)
+	var st syscall.Stat_t
+	if err := syscall.Stat(w.dir, &st); err != nil {
+		t.Fatal(err)
+	}
+	// As left by an owner that was killed, and whose memory somebody has removed.
+	text := fmt.Sprintf(`{"boot":%q,"dev":%d,"ino":%d,"buffers":"%032d"}`, bootID(), st.Dev, st.Ino, 0)
+	if err := os.WriteFile(filepath.Join(w.dir, "owner"), []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	w.close(w.own(false))
+	o = w.own(true)
+	w.recovers(o, "", 1)
+	if d := o.devicesOf("v")[0]; !d.Waits || !strings.Contains(d.Error, "detach --force v'") {
+		t.Error(d)
+	}
+	if err := o.Detach(t.Context(), "v", true); err != nil {
+		t.Error(err)
+	}
+	w.attach(o, "v")
+	w.kill(o)
+	o = w.own(true)
+	w.recovers(o, "", 2) // a new disk, with another past
 	w.close(o)
 }
 
