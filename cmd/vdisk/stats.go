@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -35,41 +36,49 @@ func (a *app) stats(c *cli.Context) error {
 	case c.IsSet("count") && (count < 1 || interval == 0):
 		return usageError{c, fmt.Errorf("--count %d: at least 1 is needed, and --interval", count)}
 	}
-	var before ublk.Stats
-	for n := 1; ; n++ {
-		s, err := a.sample(c)
+	return a.repeatStats(c.Context, interval, count, func() (owner.DeviceStats, error) { return a.sample(c) })
+}
+
+// repeatStats prints the sums once, or, with an interval, what each brought: count times, or for 0 until ctx ends.
+func (a *app) repeatStats(ctx context.Context, interval time.Duration, count int, sample func() (owner.DeviceStats, error)) error {
+	s, err := sample()
+	if err != nil {
+		return err
+	}
+	if interval == 0 {
+		j := statsJSONOf(s.Device, s.Stats, 0)
+		return a.print(j, func() error { return a.printStats(j) })
+	}
+	for n := 0; count == 0 || n < count; n++ {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(interval):
+		}
+		before := s.Stats
+		if s, err = sample(); err != nil {
+			return err
+		}
+		j := statsJSONOf(s.Device, minus(s.Stats, before), interval)
+		if a.json {
+			err = json.NewEncoder(a.stdout).Encode(j)
+		} else {
+			err = a.printStats(j)
+		}
 		if err != nil {
 			return err
 		}
-		if interval == 0 {
-			return a.print(statsJSONOf(s.Device, s.Stats, 0), func() error { return a.printStats(statsJSONOf(s.Device, s.Stats, 0)) })
-		}
-		if n > 1 {
-			j := statsJSONOf(s.Device, minus(s.Stats, before), interval)
-			if a.json {
-				err = json.NewEncoder(a.stdout).Encode(j)
-			} else {
-				err = a.printStats(j)
-			}
-		}
-		if err != nil || n == count+1 {
-			return err
-		}
-		before = s.Stats
-		select {
-		case <-c.Context.Done():
-			return c.Context.Err()
-		case <-time.After(interval):
-		}
 	}
+	return nil
 }
 
 // sample reads the counters in a session of its own, so that nobody has to wait for this command to end.
 func (a *app) sample(c *cli.Context) (s owner.DeviceStats, err error) {
-	return s, a.with(c, func(store owner.Store) error {
+	err = a.with(c, func(store owner.Store) error {
 		s, err = store.Stats(c.Context, c.Args().First())
 		return err
 	})
+	return s, err
 }
 
 // minus is what came between two readings. Counters that went back are those of a new server.

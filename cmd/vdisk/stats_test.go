@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"strings"
 	"testing"
 	"time"
@@ -36,5 +37,25 @@ func TestStats(t *testing.T) {
 	var out bytes.Buffer
 	if err := (&app{stdout: &out}).printStats(j); err != nil || !strings.Contains(out.String(), "write         10        40KiB") {
 		t.Errorf("%v\n%s", err, out.String())
+	}
+}
+
+// TestStatsRepeat: as often as asked for, and until the end without a number.
+func TestStatsRepeat(t *testing.T) {
+	for count, want := range map[int]int{1: 1, 3: 3, 0: 5} {
+		var out bytes.Buffer
+		a := &app{stdout: &out, json: true}
+		ctx, cancel := context.WithCancel(t.Context())
+		readings := 0
+		err := a.repeatStats(ctx, time.Millisecond, count, func() (owner.DeviceStats, error) {
+			if readings++; readings == 6 {
+				cancel()
+			}
+			return owner.DeviceStats{Stats: ublk.Stats{Queues: make([]ublk.QueueStats, 1)}}, nil
+		})
+		cancel()
+		if got := strings.Count(out.String(), "\n"); got < want || count > 0 && got > want || (err != nil) != (count == 0) {
+			t.Errorf("--count %d: %d intervals, %v", count, got, err)
+		}
 	}
 }
