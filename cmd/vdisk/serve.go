@@ -49,13 +49,33 @@ func (a *app) serve(c *cli.Context) error {
 	}
 	opts := a.options(c)
 	opts.Offer = true
-	return use(func(s owner.Store) error {
+	disks := false
+	err = use(func(s owner.Store) (err error) {
 		if passed != nil {
 			o.Once, o.Socket = true, passed.Addr().String()
-			return s.Serve(c.Context, passed, o)
+			err = s.Serve(c.Context, passed, o)
+		} else {
+			err = a.serveSocket(c, s, o)
 		}
-		return a.serveSocket(c, s, o)
+		if o, ok := s.(*owner.Owner); ok {
+			disks = o.LeaveDisks()
+		}
+		return err
 	})(owner.Open(c.Context, a.dir, opts))
+	if disks {
+		err = errors.Join(err, a.handDisksOver(c))
+	}
+	return err
+}
+
+// handDisksOver has a daemon serve what others attached while this process owned the store: they have not asked for its end.
+func (a *app) handDisksOver(c *cli.Context) error {
+	s, _, err := owner.OpenLasting(context.WithoutCancel(c.Context), a.dir, a.options(c), a.daemonArgs())
+	if err != nil {
+		return fmt.Errorf("the disks that were attached meanwhile wait: %w; 'vdisk recover' serves them again", err)
+	}
+	a.note("a daemon serves the disks that were attached meanwhile")
+	return s.Close()
 }
 
 // passedListener returns the socket that this process was started with, or nil.

@@ -100,11 +100,17 @@ func (o *Owner) CloseWhenDone() error {
 	return o.close()
 }
 
-// CloseLeaving is Close at once, and the disks stay: their users wait for the next owner.
-func (o *Owner) CloseLeaving() error {
+// LeaveDisks has the disks stay when the owner closes: their users wait for the next one. It tells whether there are any.
+func (o *Owner) LeaveDisks() bool {
 	o.mu.Lock()
+	defer o.mu.Unlock()
 	o.leaves = true
-	o.mu.Unlock()
+	return slices.ContainsFunc(o.disks, func(d *disk) bool { return d.block != nil })
+}
+
+// CloseLeaving is LeaveDisks, and Close at once.
+func (o *Owner) CloseLeaving() error {
+	o.LeaveDisks()
 	return o.close()
 }
 

@@ -141,6 +141,18 @@ func TestDisksAreLeft(t *testing.T) {
 		t.Fatalf("%v, %d disks are left", err, w.d.count())
 	}
 	o = w.own(true)
+	if o.LeaveDisks() {
+		t.Error("a disk that waits is taken for one that is served")
+	}
+	w.recovers(o, "", 1)
+	if !o.LeaveDisks() {
+		t.Error("the disk is not told of")
+	}
+	w.close(o)
+	if w.d.count() != 1 {
+		t.Fatalf("%d disks are left", w.d.count())
+	}
+	o = w.own(true)
 	w.recovers(o, "", 1)
 	w.close(o)
 	if w.d.count() != 0 {

@@ -212,6 +212,24 @@ wait %% 2>/dev/null || true
 settled
 v check --read-data
 
+echo "== a disk that was attached to an NBD server"
+v serve --socket /tmp/recovery/nbd 2>serve.log >/dev/null &
+for n in $(seq 200); do [ -S "$VDISK_STORE/control.sock" ] && [ -S nbd ] && break; sleep 0.2; done
+dev=$(v attach v)
+mount "$dev" /mnt/a
+server=$(owner)
+kill -INT "$server"
+wait %% 2>/dev/null || true
+[ "$(owner)" != "$server" ] || fail "there is no other owner"
+grep -q 'a daemon serves' serve.log || fail "serve says: $(cat serve.log)"
+echo handed over >/mnt/a/handed
+sync /mnt/a/handed
+umount /mnt/a
+v detach v
+for n in $(seq 100); do [ -e "$VDISK_STORE/control.sock" ] || break; sleep 0.3; done
+settled
+v check --read-data
+
 complaints() { dmesg | grep -E "$1" && fail "the kernel complained" || true; }
 complaints 'hung task|blocked for more|blocked in I/O|I/O error|Oops|BUG:'
 
