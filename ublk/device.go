@@ -29,7 +29,7 @@ type Device struct {
 	ending   sync.WaitGroup // queue threads
 	stopping sync.WaitGroup // attempts
 	done     chan struct{}
-	sizing   chan struct{} // holds the token while the disk's size is changed, or the disk may go
+	sizing   chan struct{} // holds a token while the disk's size is changed
 
 	mu      sync.Mutex // guards what follows
 	opts    Options    // with defaults, and with what the driver made of them
@@ -216,9 +216,8 @@ func (d *Device) superviseRoutine() {
 	d.mu.Lock()
 	close(d.over)
 	d.mu.Unlock()
-	d.sizing <- struct{}{} // closing the char device may take the disk away
-	d.release()
-	<-d.sizing
+	d.waitResize()
+	d.release()       // also while a STOP waits, as it may for this
 	d.stopping.Wait() // a stop holds the block device open until here
 	end, err := StateQuiesced, error(nil)
 	stays := d.outlivesServer()

@@ -90,6 +90,53 @@ func testNothingBegins(t *testing.T, want State, ends ...func(*Device, context.C
 	}
 }
 
+// waitingDriver has a STOP that waits for a request of a server that is no more: the driver fails that when the char
+// device, whose other end is a pipe's, is closed.
+type waitingDriver struct {
+	char  *os.File
+	asked chan struct{} // closed when STOP has begun
+}
+
+func (w *waitingDriver) run(_ context.Context, op uint32, _ ctrlCmd, buf unsafe.Pointer) (int32, error) {
+	switch op {
+	case cmdGetFeatures:
+		*(*uint64)(buf) = uint64(FeatureIoctlEncode)
+	case cmdStopDev:
+		close(w.asked)
+		_, _ = w.char.Read(make([]byte, 1))
+	}
+	return 0, nil
+}
+
+// TestQueuesBreakInStop: the char device is closed though the STOP of Close has not returned, which may be what it waits for.
+func TestQueuesBreakInStop(t *testing.T) {
+	var pipe [2]int
+	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	w := &waitingDriver{char: os.NewFile(uintptr(pipe[0]), "pipe"), asked: make(chan struct{})}
+	defer w.char.Close()
+	d := newDevice(newControl(w), &devInfo{devID: 1 << 19}, FeatureIoctlEncode, Options{Size: 1 << 20}.withDefaults(), StateLive)
+	d.charFD = pipe[1]
+	close(d.started)
+	closed := make(chan error, 1)
+	go func() { closed <- d.Close(t.Context()) }()
+	<-w.asked
+	broken := errors.New("the ring broke")
+	d.mu.Lock()
+	d.err = broken
+	d.mu.Unlock()
+	go d.superviseRoutine() // the queues, of which there are none, have ended
+	select {
+	case err := <-closed:
+		if !errors.Is(err, broken) || d.State() != StateDead {
+			t.Errorf("%v: %v", d.State(), err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("the end of the device waits for STOP, and STOP for that")
+	}
+}
+
 // TestFailedStartKeepsNoMemory: a device whose queues fetched and that could not go on gives its buffers back when its
 // threads are gone. Before Linux 6.15 every recovery begins with such a try.
 func TestFailedStartKeepsNoMemory(t *testing.T) {

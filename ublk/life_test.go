@@ -423,12 +423,19 @@ func TestQueueFailure(t *testing.T) {
 	}
 }
 
-// TestQueueFailureInClose: a queue that breaks while Close has the file system write back ends the wait for that.
+// TestQueueFailureInClose: a queue that breaks while Close has the file system write back, with recovery by itself and
+// without in STOP, ends the wait for that.
 func TestQueueFailureInClose(t *testing.T) {
 	needDriver(t)
+	for name, recovery := range map[string]ublk.Recovery{"recovery": ublk.RecoverReissue, "none": ublk.RecoverNone} {
+		t.Run(name, func(t *testing.T) { queueFailureInClose(t, recovery) })
+	}
+}
+
+func queueFailureInClose(t *testing.T, recovery ublk.Recovery) {
 	held := make(chan struct{}, 1000)
 	disk := newRAMDisk(1 << 20)
-	d, err := ublk.Create(stopCtx(t), ublk.Options{Size: 1 << 20, Recovery: ublk.RecoverReissue}, handlerFunc(func(r *ublk.Request) error {
+	d, err := ublk.Create(stopCtx(t), ublk.Options{Size: 1 << 20, Recovery: recovery}, handlerFunc(func(r *ublk.Request) error {
 		if r.Op != ublk.OpWrite {
 			return disk.ServeUBLK(r)
 		}

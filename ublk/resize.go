@@ -15,7 +15,7 @@ func (d *Device) Resize(ctx context.Context, size int64) error {
 	if d.features&FeatureUpdateSize == 0 {
 		return &FeatureError{Missing: FeatureUpdateSize, Kernel: kernelRelease()}
 	}
-	// The driver does not look whether there is still a disk (before 7.2), so none may go meanwhile.
+	// The driver does not look whether there is still a disk (before 7.2), so none may go meanwhile: see waitResize.
 	select {
 	case d.sizing <- struct{}{}:
 		defer func() { <-d.sizing }()
@@ -43,4 +43,11 @@ func (d *Device) Resize(ctx context.Context, size int64) error {
 	d.opts.Size = size
 	d.mu.Unlock()
 	return nil
+}
+
+// waitResize waits until no change of the size is under way, and is called before the disk may go. None begins any more when
+// the state is not live, or the queues have ended.
+func (d *Device) waitResize() {
+	d.sizing <- struct{}{} // the wait is that for two commands
+	<-d.sizing
 }

@@ -126,7 +126,7 @@ func (d *Device) begin(ctx context.Context, kind attemptKind) *attempt {
 func (d *Device) attemptRoutine(ctx context.Context, a *attempt) {
 	defer d.stopping.Done()
 	defer a.cancel()
-	d.sizing <- struct{}{} // the wait is that for one command
+	d.waitResize()
 	var err error
 	switch {
 	case a.kind == attemptQuiesce:
@@ -143,7 +143,6 @@ func (d *Device) attemptRoutine(ctx context.Context, a *attempt) {
 	if gone(err) {
 		err = nil
 	}
-	<-d.sizing
 	d.mu.Lock()
 	a.err = err
 	d.drop = d.drop || err == nil && a.kind != attemptQuiesce
