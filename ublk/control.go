@@ -162,13 +162,22 @@ func (c *control) ask(ctx context.Context, op uint32, to target, data uint64, pa
 func (c *control) change(ctx context.Context, op uint32, to target, payload []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
 	defer cancel()
+	end, err := c.turn(ctx)
+	if err != nil {
+		return err
+	}
+	defer end()
+	return c.send(ctx, op, to, 0, payload)
+}
+
+// turn waits until no other command changes the set of devices. end is for the next one, and may be called twice.
+func (c *control) turn(ctx context.Context) (end func(), err error) {
 	select {
 	case c.serial <- struct{}{}:
-		defer func() { <-c.serial }()
+		return sync.OnceFunc(func() { <-c.serial }), nil
 	case <-ctx.Done():
-		return ctx.Err()
+		return nil, fmt.Errorf("another command to the driver does not end: %w", ctx.Err())
 	}
-	return c.send(ctx, op, to, 0, payload)
 }
 
 // bytesOf is the memory of a structure without pointers.
@@ -282,9 +291,34 @@ func (c *control) tryStop(to target) error {
 	return c.send(context.Background(), cmdTryStopDev, to, 0, nil)
 }
 
-// del removes the device. It waits until nobody holds the char device or the block device; when ctx ends first, the
-// device goes by itself as soon as they are closed.
-func (c *control) del(ctx context.Context, to target) error { return c.change(ctx, cmdDelDev, to, nil) }
+const (
+	// deleteTimeout bounds the wait for those who hold a device that is deleted.
+	deleteTimeout = 5 * time.Second
+	// deleteTurn is how long a deletion keeps others waiting: the driver does its work first, and then waits without a lock.
+	deleteTurn = time.Second
+)
+
+// errHeld: the device is deleted, and goes by itself as soon as those who hold it open close it.
+var errHeld = errors.New("ublk: the device is held open")
+
+// del removes the device. It waits a while until nobody holds the char device or the block device.
+func (c *control) del(ctx context.Context, to target) error {
+	patient, cancel := context.WithTimeout(ctx, commandTimeout)
+	defer cancel()
+	end, err := c.turn(patient)
+	if err != nil {
+		return err
+	}
+	defer end()
+	defer time.AfterFunc(deleteTurn, end).Stop()
+	bounded, cancel := context.WithTimeout(ctx, deleteTimeout)
+	defer cancel()
+	err = c.send(bounded, cmdDelDev, to, 0, nil)
+	if err != nil && bounded.Err() != nil {
+		return fmt.Errorf("%w (%w)", errHeld, err)
+	}
+	return err
+}
 
 // startRecovery and endRecovery frame the fetches of a new server. END waits for them, and has the requests that wait
 // issued again.

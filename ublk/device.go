@@ -299,18 +299,13 @@ func (d *Device) release() {
 	}
 }
 
-// deleteTimeout bounds the wait for those who hold the device open. The driver then deletes it when they are gone.
-const deleteTimeout = 5 * time.Second
-
 // remove deletes the device.
 func (d *Device) remove(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, deleteTimeout)
-	defer cancel()
 	err := d.control.del(ctx, d.target)
 	switch {
 	case err == nil, errors.Is(err, unix.ENODEV):
 		return nil
-	case ctx.Err() != nil:
+	case errors.Is(err, errHeld):
 		return fmt.Errorf("ublk: device %d is stopped, and goes when its last user closes it (%s): %w",
 			d.id, describeUsers(users(d.id)), ErrBusy)
 	}

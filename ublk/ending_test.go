@@ -137,6 +137,47 @@ func TestQueuesBreakInStop(t *testing.T) {
 	}
 }
 
+// heldDriver has a device 1 that somebody holds: its DEL does not end before it is given up.
+type heldDriver struct {
+	asked   chan struct{} // closed when the DEL of device 1 has begun
+	deleted atomic.Uint32
+}
+
+func (h *heldDriver) run(ctx context.Context, op uint32, cmd ctrlCmd, buf unsafe.Pointer) (int32, error) {
+	switch {
+	case op == cmdGetFeatures:
+		*(*uint64)(buf) = uint64(FeatureIoctlEncode)
+	case op == cmdDelDev && cmd.devID == 1:
+		close(h.asked)
+		<-ctx.Done()
+		return 0, ctx.Err()
+	case op == cmdDelDev:
+		h.deleted.Add(1)
+	}
+	return 0, nil
+}
+
+// TestDeletionsDoNotWait: a device that somebody holds does not keep others from being deleted, nor from being told of what
+// has not been done.
+func TestDeletionsDoNotWait(t *testing.T) {
+	h := &heldDriver{asked: make(chan struct{})}
+	c := newControl(h)
+	device := func(id uint32) *Device {
+		return newDevice(c, &devInfo{devID: id}, FeatureIoctlEncode, Options{Size: 1 << 20}.withDefaults(), StateLive)
+	}
+	held := make(chan error, 1)
+	go func() { held <- device(1).remove(t.Context()) }()
+	<-h.asked
+	for id := range uint32(3) {
+		if err := device(2 + id).remove(t.Context()); err != nil || h.deleted.Load() != 1+id {
+			t.Errorf("device %d: %v; %d were deleted", 2+id, err, h.deleted.Load())
+		}
+	}
+	if err := <-held; !errors.Is(err, ErrBusy) || !strings.Contains(err.Error(), "goes when its last user closes it") {
+		t.Errorf("the device that is held: %v", err)
+	}
+}
+
 // TestFailedStartKeepsNoMemory: a device whose queues fetched and that could not go on gives its buffers back when its
 // threads are gone. Before Linux 6.15 every recovery begins with such a try.
 func TestFailedStartKeepsNoMemory(t *testing.T) {

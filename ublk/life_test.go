@@ -474,3 +474,43 @@ func queueFailureInClose(t *testing.T, recovery ublk.Recovery) {
 		return nil
 	})
 }
+
+// TestCloseIsSideBySide: devices that are open and closed at once lose their disks all, and not one after the other.
+func TestCloseIsSideBySide(t *testing.T) {
+	needDriver(t)
+	var files []*os.File
+	var wg sync.WaitGroup
+	for i := range 4 {
+		o := ublk.Options{Size: 1 << 20, Depth: 4}
+		if i%2 == 0 {
+			o.Recovery = ublk.RecoverReissue
+		}
+		d, err := ublk.Create(stopCtx(t), o, newRAMDisk(1<<20))
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := os.OpenFile(d.Path(), os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files = append(files, f)
+		wg.Go(func() {
+			if err := d.Close(stopCtx(t)); err != nil && !errors.Is(err, ublk.ErrBusy) {
+				t.Error(err)
+			}
+			if _, err := os.Stat(d.Path()); err == nil {
+				t.Errorf("%s is still there", d.Path())
+			}
+		})
+	}
+	wg.Wait()
+	for _, f := range files {
+		_ = f.Close()
+	}
+	repeat(t, func() error {
+		if infos, err := ublk.Devices(context.Background()); err != nil || len(infos) > 0 {
+			return fmt.Errorf("left: %+v, %w", infos, err)
+		}
+		return nil
+	})
+}

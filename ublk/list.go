@@ -138,15 +138,15 @@ func Delete(ctx context.Context, id int, force bool) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, deleteTimeout)
-	defer cancel()
 	info, err := c.getInfo(ctx, id)
 	if err != nil {
 		return err
 	}
 	s, served := serverOf(id, int(info.serverPID))
 	for end := time.Now().Add(udevTime); served && time.Now().Before(end) && s.pid != os.Getpid(); {
-		_ = sleep(ctx, 50*time.Millisecond)
+		if err := sleep(ctx, 50*time.Millisecond); err != nil {
+			return fmt.Errorf("ublk: delete device %d: %w", id, err)
+		}
 		s, served = serverOf(id, int(info.serverPID))
 	}
 	if served {
@@ -164,7 +164,7 @@ func Delete(ctx context.Context, id int, force bool) error {
 	switch {
 	case err == nil, gone(err):
 		return nil
-	case ctx.Err() != nil:
+	case errors.Is(err, errHeld):
 		return fmt.Errorf("ublk: device %d is stopped, and goes when its last user closes it (%s): %w",
 			id, describeUsers(users(id)), ErrBusy)
 	}
