@@ -88,11 +88,14 @@ func (s *Store) own(k leafKey, sh *shard) (*openLeaf, error) {
 	case o != nil && o.gen == s.gen && o.epoch == epoch:
 		return o, nil
 	case o != nil && o.gen != 0:
+		again := o.gen == s.gen // else the image takes the leaf's place in writing
 		if !sh.pushImage(k) {
 			return nil, errFull
 		}
 		k.b.unwritten.Add(1)
-		s.unwritten++
+		if again {
+			s.unwritten++
+		}
 	default:
 		if sh.open(k) == nil {
 			return nil, errFull
