@@ -37,6 +37,7 @@ type mover struct {
 	comp []byte
 	pay  []byte      // of a moved record
 	leaf format.Leaf // of owned
+	line lineage     // of the last record's branch
 	full bool        // the last batch ended where no more leaves may become dirty before a checkpoint
 }
 
@@ -206,7 +207,7 @@ func (m *mover) batch() (moved int, more bool, err error) {
 	s := m.s
 	s.ckptMu.Lock()
 	defer s.ckptMu.Unlock()
-	m.full = false
+	m.full, m.line = false, lineage{}
 	s.mu.Lock()
 	end, here := m.c.end, s.slots.get(m.c.slot) == m.c && !m.c.dead
 	s.mu.Unlock()
@@ -298,24 +299,28 @@ func (m *mover) move(h *format.RecordHeader, payload []byte, off uint32) (n int,
 	if err != nil || moved && to.To != here || !moved && h.Kind == format.KindMoved {
 		return 0, err // it was moved on, or has died
 	}
-	if err := h.VerifyPayload(payload); err != nil {
-		return 0, m.unlessDead(h, name, err)
-	}
-	// The head's own blocks first: once its entry is a new one, nothing has to be forwarded.
+	// The head's own blocks first: once its entry is a new one, nothing has to be forwarded. Damage in what is dead does not matter.
 	for {
-		mask, err := m.headMask(h, name)
-		if err != nil {
+		mask, dead, err := m.headMask(h, name)
+		if err != nil || dead {
 			return n, err
 		}
 		if mask == 0 {
 			break
 		}
+		if err := h.VerifyPayload(payload); err != nil {
+			return n, err
+		}
 		k, err := m.rewrite(h, data, name, mask)
 		if n += k; !errors.Is(err, errChanged) {
 			return n, err
 		}
+		m.line = lineage{}
 	}
 	mask, epoch, err := m.owned(h, name)
+	if err == nil && mask != 0 {
+		err = h.VerifyPayload(payload)
+	}
 	if err != nil || mask == 0 {
 		return n, err
 	}
@@ -323,65 +328,70 @@ func (m *mover) move(h *format.RecordHeader, payload []byte, off uint32) (n int,
 	return n + k, err
 }
 
-// unlessDead lets damage pass that nobody will ever see.
-func (m *mover) unlessDead(h *format.RecordHeader, name format.Entry, damage error) error {
-	mask, _, err := m.owned(h, name)
-	if err == nil && mask != 0 {
-		err = damage
-	}
-	return err
-}
-
-// mapping is a leaf of any form.
-type mapping interface {
-	entry(i int) format.Entry
-	isChanged(i int) bool
-}
-
-type unpacked struct{ *format.Leaf }
-
-func (l unpacked) entry(i int) format.Entry { return l.Entries[i] }
-func (l unpacked) isChanged(i int) bool     { return l.IsChanged(i) }
-
 // ownedIn masks the blocks of the record name that l has changed itself.
-func ownedIn(l mapping, h *format.RecordHeader, name format.Entry) (mask uint16) {
+func ownedIn(l *format.Leaf, h *format.RecordHeader, name format.Entry) (mask uint16) {
 	first := int(h.Block % format.LeafBlocks)
 	for i := range h.Blocks {
-		if l.isChanged(first+i) && l.entry(first+i) == name.WithIndex(i) {
+		if l.IsChanged(first+i) && l.Entries[first+i] == name.WithIndex(i) {
 			mask |= 1 << i
 		}
 	}
 	return mask
 }
 
-// headMask says which blocks of a record are in the head of a volume and nowhere else: put there in the present epoch.
-func (m *mover) headMask(h *format.RecordHeader, name format.Entry) (mask uint16, err error) {
-	s := m.s
-	s.mu.Lock()
-	b := s.tables.branches[h.Branch]
-	written := b != nil && b.volume != nil
-	epoch := uint32(0)
-	if written {
-		epoch = b.Epoch
+// lineage is what the mover knows of a branch, as of the beginning of a batch or of a change that it has met.
+type lineage struct {
+	b       *branch
+	epoch   uint32
+	written bool // it is the head of a volume
+	alone   bool // it has no points, so that the head's versions are all that there are
+}
+
+func (m *mover) lineageOf(branch uint32) *lineage {
+	if m.line.b == nil || m.line.b.ID != branch {
+		m.s.mu.Lock()
+		defer m.s.mu.Unlock()
+		m.line = lineage{}
+		if b := m.s.tables.branches[branch]; b != nil {
+			m.line = lineage{b, b.Epoch, b.volume != nil, len(b.points) == 0}
+		}
 	}
-	s.mu.Unlock()
-	if !written {
-		return 0, nil
+	return &m.line
+}
+
+// headMask says which blocks of a record are in the head of a volume and nowhere else: put there in the present epoch. dead says that
+// the record is nowhere. (If a snapshot is taken meanwhile it may be in that: then its bytes count as live, and it is cleaned another time.)
+func (m *mover) headMask(h *format.RecordHeader, name format.Entry) (mask uint16, dead bool, err error) {
+	l := m.lineageOf(h.Branch)
+	if !l.written {
+		return 0, false, nil
 	}
-	err = s.cache.view(leafKey{b, uint32(h.Block / format.LeafBlocks), head}, func(lf *leaf) {
-		if lf.epoch == epoch {
-			mask = ownedIn(lf, h, name)
+	err = m.s.cache.view(leafKey{l.b, uint32(h.Block / format.LeafBlocks), head}, func(lf *leaf) {
+		first := int(h.Block % format.LeafBlocks)
+		dead = l.alone
+		for i := range h.Blocks {
+			if lf.entry(first+i) != name.WithIndex(i) {
+				continue
+			}
+			dead = false
+			if lf.epoch == l.epoch && lf.isChanged(first+i) {
+				mask |= 1 << i
+			}
 		}
 	})
-	return mask, err
+	return mask, dead, err
 }
 
 // rewrite writes blocks of a head again, whose content stays the same.
 func (m *mover) rewrite(h *format.RecordHeader, payload []byte, name format.Entry, mask uint16) (n int, err error) {
 	s := m.s
 	if bits.OnesCount16(mask) == h.Blocks {
+		crc := h.PayloadCRC
+		if h.Kind == format.KindMoved { // of which the payload is a part
+			crc = format.Checksum(payload)
+		}
 		return s.putMoved(&format.RecordHeader{Block: h.Block, Branch: h.Branch, Kind: format.KindData, Codec: h.Codec, Blocks: h.Blocks,
-			PayloadLen: len(payload), PayloadCRC: format.Checksum(payload)}, payload, still(h.Block, h.Blocks, name))
+			PayloadLen: len(payload), PayloadCRC: crc}, payload, still(h.Block, h.Blocks, name))
 	}
 	unit := m.unit[:h.Blocks*format.BlockSize]
 	if err := format.Decompress(h.Codec, unit, payload); err != nil {
@@ -424,23 +434,22 @@ func (s *Store) codecOf(branch uint32) *codecPool {
 func (s *Store) putMoved(h *format.RecordHeader, payload []byte, same func(*leaf) bool) (n int, err error) {
 	for {
 		s.mu.Lock()
-		b := s.tables.branches[h.Branch]
-		s.mu.Unlock()
-		if b == nil {
-			return 0, errChanged
-		}
-		k := leafKey{b, uint32(h.Block / format.LeafBlocks), head}
-		if err := s.cache.ensure(k); err != nil {
-			return 0, err
-		}
-		s.mu.Lock()
 		if err := errors.Join(s.wal.reserve(h.Size(), forMoves), s.usable()); err != nil {
 			s.mu.Unlock()
 			return 0, err
 		}
+		b := s.tables.branches[h.Branch]
+		if b == nil {
+			s.mu.Unlock()
+			return 0, errChanged
+		}
+		k := leafKey{b, uint32(h.Block / format.LeafBlocks), head}
 		lf, sh := s.cache.lock(k)
 		if lf == nil {
-			s.mu.Unlock() // evicted meanwhile
+			s.mu.Unlock()
+			if err := s.cache.ensure(k); err != nil {
+				return 0, err
+			}
 			continue
 		}
 		var o *openLeaf
@@ -499,7 +508,7 @@ func (m *mover) owned(h *format.RecordHeader, name format.Entry) (mask uint16, e
 			return 0, 0, err
 		}
 		if _, gone := s.dropping[metadata.Version{Branch: b.ID, Leaf: index, Epoch: epoch}]; !gone {
-			if mask := ownedIn(unpacked{&m.leaf}, h, name); mask != 0 {
+			if mask := ownedIn(&m.leaf, h, name); mask != 0 {
 				return mask, epoch, nil
 			}
 		}
