@@ -24,8 +24,8 @@ const (
 	// begins on a disk that has room.
 	slack      = 0.4
 	slackBytes = 256 << 20
-	// ahead is how many chunks' room the cleaner tries to have free.
-	ahead = 4
+	// ahead is for how many chunks the cleaner tries to have room.
+	ahead = 7
 )
 
 // mover is the state of one that cleans. It is used under Store.cleanMu.

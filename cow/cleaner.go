@@ -20,9 +20,11 @@ const (
 
 // cleanRoutine cleans when there is reason, until quit.
 func (s *Store) cleanRoutine() {
+	t := throttle{s: s}
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	defer func() { // nobody waits for a cleaner that is gone
+		s.pacer.set(0)
 		s.mu.Lock()
 		s.helpless = true
 		s.wal.space.Broadcast()
@@ -36,24 +38,23 @@ func (s *Store) cleanRoutine() {
 		case <-tick.C:
 		}
 		for u := s.urgency(); u > idle; u = s.urgency() {
-			if more := s.cleanFor(u); !more {
+			if more := s.cleanFor(u, &t); !more {
 				break
 			}
 		}
+		s.cleaningFailed(t.giveUp())
+		s.pacer.set(0)
 	}
 }
 
 // cleanFor cleans one chunk, as fast as the urgency asks, and has the table give it up; false: that is all for now.
-func (s *Store) cleanFor(u urgency) (more bool) {
+func (s *Store) cleanFor(u urgency, t *throttle) (more bool) {
 	waste := worthwhile
+	pause := func(took time.Duration) { t.batch(took, u == hungry) }
 	if u == tidy {
-		waste = slack / (1 + slack) / 2
+		waste, pause = slack/(1+slack)/2, s.giveWay
 	}
-	var pause func(time.Duration)
-	if u < hungry {
-		pause = s.giveWay
-	}
-	before := s.used(false)
+	before, start := s.used(false), time.Now()
 	r, err := s.cleanOne(context.Background(), waste, all, pause)
 	if u == hungry && (r.Chunks == 0 || errors.Is(err, ErrNoSpace)) {
 		// There may be more dead than the table knows, and chunks that it does not have all of.
@@ -61,19 +62,28 @@ func (s *Store) cleanFor(u urgency) (more bool) {
 			r, err = s.cleanOne(context.Background(), waste, all, nil)
 		}
 	}
-	if err == nil && r.Chunks > 0 {
+	switch {
+	case err != nil || r.Chunks == 0:
+	case u == pressed:
+		err = t.chunk(r.Freed-r.Moved, time.Since(start))
+	default:
 		err = s.checkpoint()
 	}
 	gain := r.Moved < r.Freed || s.used(false) < before
+	s.cleaningFailed(err)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err != nil && !s.closed && !errors.Is(err, ErrNoSpace) { // of that the writers hear
-		s.log.Error("cleaning failed", "err", err)
-	}
 	s.helpless = u == hungry && (err != nil || !gain) // until a checkpoint has changed something
 	s.starving = false
 	s.wal.space.Broadcast()
 	return gain && err == nil
+}
+
+// cleaningFailed says what went wrong, but for want of room, of which the writers hear.
+func (s *Store) cleaningFailed(err error) {
+	if err != nil && !errors.Is(err, ErrNoSpace) && !errors.Is(err, ErrClosed) {
+		s.log.Error("cleaning failed", "err", err)
+	}
 }
 
 // used is what the chunk files take, with or without those that are kept for reuse.
@@ -108,22 +118,18 @@ func (s *Store) urgency() urgency {
 	if s.starving {
 		return hungry
 	}
-	var used, records, live int64
+	var used, owed, records, live int64
 	for _, c := range s.slots.all() {
 		used += int64(c.size)
+		owed += c.owed()
 		if s.mayClean(c) {
 			records += int64(c.end - format.ChunkHeaderSize)
 			live += int64(c.live + c.stuck)
 		}
 	}
-	room := free - spare
-	if s.wal.limit > 0 {
-		room = min(room, s.wal.limit-used)
-	}
-	room += s.wal.pool.bytes()
 	dead := records - live
 	switch {
-	case err == nil && room < (ahead+1)*s.wal.chunkBytes && !s.helpless && dead > 0:
+	case err == nil && s.room(free, used)+owed < ahead*s.wal.chunkBytes && !s.helpless && dead > 0:
 		return pressed
 	case float64(dead) > slack*float64(live)+slackBytes:
 		return tidy

@@ -182,9 +182,5 @@ func (s *Store) roomy() bool {
 	free, err := s.fs.Free()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	room := free - spare
-	if s.wal.limit > 0 {
-		room = min(room, s.wal.limit-s.slots.bytes())
-	}
-	return err == nil && room+s.wal.pool.bytes() >= 2*(ahead+1)*s.wal.chunkBytes
+	return err == nil && s.room(free, s.slots.bytes()) >= 2*ahead*s.wal.chunkBytes
 }

@@ -93,6 +93,7 @@ type recordLog struct {
 	wanted    purpose     // what the chunk is wanted for
 	limit     int64       // bytes that the chunk files may take together; 0: as the file system has room
 	cleaner   func() bool // wakes the cleaner; false: it can give no room back
+	rotated   func()      // is told of each chunk that is full
 	nextSeq   uint64      // of the next record
 	nextChunk uint64      // sequence of the next chunk to be made
 	appended  uint64      // bytes, over the life of the process
@@ -116,7 +117,7 @@ type recordLog struct {
 }
 
 func newRecordLog(fs storage.FS, mu *sync.Mutex, uuid [16]byte, slots *slotTable) *recordLog {
-	l := &recordLog{cleaner: func() bool { return false }, fs: fs, mu: mu, uuid: uuid, slots: slots, space: sync.NewCond(mu),
+	l := &recordLog{cleaner: func() bool { return false }, rotated: func() {}, fs: fs, mu: mu, uuid: uuid, slots: slots, space: sync.NewCond(mu),
 		pool:      chunkPool{fs: fs, slots: slots, mu: mu},
 		flushWork: make(chan struct{}, 1), makeWork: make(chan struct{}, 1), syncWork: make(chan struct{}, 1), quit: make(chan struct{})}
 	for range bufferCount {
@@ -252,6 +253,7 @@ func (l *recordLog) rotate() {
 	l.cut()
 	l.seal()
 	l.current, l.next = l.next, nil
+	l.rotated()
 }
 
 func (l *recordLog) activate() {

@@ -156,6 +156,7 @@ type Store struct {
 	starving   bool       // writers wait for the cleaner; guarded by mu
 	helpless   bool       // it can give nothing back, as things are; guarded by mu
 	cleanWork  chan struct{}
+	pacer      pacer // of what others append, when the cleaner is pressed
 
 	reads     atomic.Uint64
 	coldMark  place      // everything before was gone over by the cold pass; guarded by mu
@@ -277,7 +278,7 @@ func (s *Store) openFiles() error {
 		return err
 	}
 	s.wal = newRecordLog(s.fs, &s.mu, uuid, &s.slots)
-	s.wal.cleaner = s.needRoom
+	s.wal.cleaner, s.wal.rotated = s.needRoom, func() { poke(s.cleanWork) }
 	if err := s.inherit(uuid); err != nil {
 		return err
 	}
@@ -316,7 +317,7 @@ func (s *Store) sizeChunks() error {
 	if s.wal.limit > 0 {
 		room = min(room, s.wal.limit)
 	}
-	for s.wal.chunkBytes = format.MaxChunkSize; s.wal.chunkBytes > minChunkSize && s.wal.chunkBytes > room/64; {
+	for s.wal.chunkBytes = format.MaxChunkSize; s.wal.chunkBytes > minChunkSize && s.wal.chunkBytes > room/128; {
 		s.wal.chunkBytes /= 2
 	}
 	return nil

@@ -181,6 +181,9 @@ func (s *Store) putHole(d *Device, first uint64, n int, ex *expect) error {
 // put is the commit point of a write: under mu, the record gets its place and number, and
 // the leaf changes. n blocks of one leaf are concerned.
 func (s *Store) put(d *Device, h *format.RecordHeader, payload []byte, n int, ex *expect) error {
+	if h.Kind == format.KindData {
+		s.pacer.wait(h.Size())
+	}
 	k := leafKey{d.b, uint32(h.Block / format.LeafBlocks), head}
 	for waited := false; ; waited = true {
 		err := s.cache.ensure(k)
