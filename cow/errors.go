@@ -68,6 +68,14 @@ func noSpace(err error) error {
 	return err
 }
 
+// unreadable makes an error of reading the log what damage is to those who can go on without what they were to read.
+func unreadable(err error) error {
+	if err == nil || errors.Is(err, ErrCorrupt) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", ErrCorrupt, err)
+}
+
 func corruptf(text string, args ...any) error {
 	return fmt.Errorf("%s: %w", fmt.Sprintf(text, args...), ErrCorrupt)
 }

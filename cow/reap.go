@@ -32,13 +32,8 @@ func (s *Store) reapable() bool {
 func (s *Store) nextJob() (job, bool) {
 	committed := s.committed.Load()
 	for sn := range s.tables.nameless {
-		if sn.branch.stuck || sn.branch.reaping && !sn.branch.reaped {
-			continue // the cache still has what is gone: it would be taken for a successor
-		}
-		if sn.dropped <= committed && sn.branch.forks[sn.Epoch] == 0 {
-			j := job{b: sn.branch, to: sn.Epoch, snap: sn}
-			j.from, j.next = sn.branch.neighbours(sn.Epoch)
-			return j, true
+		if sn.isReapable(committed) {
+			return s.begun(sn).job(), true
 		}
 	}
 	for b := range s.tables.headless {
@@ -49,6 +44,32 @@ func (s *Store) nextJob() (job, bool) {
 		}
 	}
 	return job{}, false
+}
+
+// isReapable says whether nobody needs a point that has lost its name, and the table has what the reaper looks at. mu is held.
+func (sn *snapshot) isReapable(committed uint64) bool {
+	b := sn.branch
+	if b.stuck || b.reaping && !b.reaped {
+		return false // the cache still has what is gone: it would be taken for a successor
+	}
+	return sn.Volume == 0 && sn.dropped <= committed && b.forks[sn.Epoch] == 0
+}
+
+// begun returns the point of the branch that the reaper has begun with, if there is one, instead of another: what it has looked at
+// would be looked at again, and with many leaves there would be no end to it. mu is held.
+func (s *Store) begun(sn *snapshot) *snapshot {
+	if cursor, ok := s.reapCursor[sn.branch.ID]; ok {
+		if i, found := sn.branch.search(cursor.to); found && sn.branch.points[i].isReapable(s.committed.Load()) {
+			return sn.branch.points[i]
+		}
+	}
+	return sn
+}
+
+func (sn *snapshot) job() job {
+	j := job{b: sn.branch, to: sn.Epoch, snap: sn}
+	j.from, j.next = sn.branch.neighbours(sn.Epoch)
+	return j
 }
 
 // neighbours are the points of a branch before and after an epoch: 0 if there is none before;
