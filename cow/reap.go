@@ -219,7 +219,8 @@ func (s *Store) inMemory(b *branch, v metadata.Version, l *format.Leaf) bool {
 	sh := s.cache.shard(v.Branch, v.Leaf)
 	sh.mu.RLock()
 	defer sh.mu.RUnlock()
-	if lf, _ := sh.find(leafKey{b, v.Leaf, head}); lf != nil && lf.epoch == v.Epoch {
+	// Of a head that was reaped somebody may have brought a leaf in again, too late; it is not kept up.
+	if lf, _ := sh.find(leafKey{b, v.Leaf, head}); lf != nil && lf.epoch == v.Epoch && !b.reaped {
 		lf.copyTo(l)
 		return true
 	}

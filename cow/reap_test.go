@@ -38,3 +38,33 @@ func TestReaperEndsWithManyLeaves(t *testing.T) {
 	mustCheck(t, s)
 	must(t, errors.Join(d.Close(), s.Close()))
 }
+
+// A leaf of a head that was given up, which somebody late has brought into memory, is not what the reaper goes by.
+func TestLateLookAtAReapedHead(t *testing.T) {
+	w := newWorld(t)
+	w.volume(t, "v", 1<<20, format.S2)
+	for i, n := range []string{"a", "b", "c"} {
+		w.write(t, "v", int64(i)*hotUnit, hotUnit, 0)
+		w.takeSnapshot(t, n)
+	}
+	w.scatter(t, "v", 0)
+	w.must(t, op{kind: "flush"})
+	d, err := w.device("v")
+	must(t, err)
+	p, err := w.s.newColdPass(place{}, w.s.end())
+	must(t, err)
+	if err := p.prepare(leafKey{d.b, 0, head}); err != nil || len(p.units) == 0 {
+		t.Fatalf("%d units: %v", len(p.units), err)
+	}
+	w.closeDevice("v")
+	w.m.rollback(Ref{"v", "a"})
+	must(t, w.event(w.s.Rollback(Ref{"v", "a"})))
+	w.must(t, op{kind: "reap"})
+	must(t, p.rewrite())
+	for _, n := range []string{"b", "c"} {
+		w.m.remove(Ref{"v", n})
+		must(t, w.event(w.s.Remove(Ref{"v", n}, false)))
+		w.must(t, op{kind: "reap"})
+	}
+	w.end(t)
+}
