@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io/fs"
 	"slices"
 	"syscall"
 
@@ -402,9 +403,17 @@ func (s *Store) removeDead(dead []*chunk) error {
 	return errors.Join(errs...)
 }
 
+// removeFile removes the file of a dead chunk, which whoever has a reference can still read: a file that was never opened is
+// opened before. ckptMu is held.
 func (s *Store) removeFile(c *chunk) error {
 	if c.gone {
 		return nil
+	}
+	// Only what has been moved do others still find here, until the chunk's place in the slot table is taken.
+	if c.hasMoved || c.refs.Load() > 1 {
+		if _, err := c.handle(); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
 	}
 	return s.fs.Remove(c.name())
 }

@@ -6,11 +6,14 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
 )
 
@@ -298,4 +301,41 @@ func TestFailedChunkDoesNotComeBack(t *testing.T) {
 		must(t, w.lab.verify(img, 3, rand.New(rand.NewPCG(1, 1))))
 	}
 	must(t, w.close())
+}
+
+// inNewFiles is a disk that does not write over what a file holds.
+type inNewFiles struct{ storage.FS }
+
+func (inNewFiles) Overwrites() bool { return false }
+
+// A read that was planned finds the chunk's file also where that is opened for the first time after it was removed.
+func TestFirstReadOfARemovedFile(t *testing.T) {
+	dir := setup(t, 4<<20, format.Raw)
+	o := Options{CheckpointInterval: -1}
+	s := open(t, dir, o)
+	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+	must(t, err)
+	_, err = d.WriteAt(randomBytes(format.BlockSize, 1), 0)
+	must(t, errors.Join(err, d.Close(), s.Close()))
+
+	fs, err := storage.OpenDir(filepath.Join(dir, chunksDir))
+	must(t, err)
+	o.FS = inNewFiles{fs}
+	s = open(t, dir, o)
+	d, err = s.OpenDevice(Ref{Volume: "v"}, false)
+	must(t, err)
+	pl, got := &ReadPlan{}, make([]byte, format.BlockSize)
+	pl.begin(d)
+	var bad error
+	err = s.cache.view(leafKey{d.b, 0, head}, func(lf *leaf) { bad = pl.plan(lf, got, 0) })
+	must(t, errors.Join(err, bad))
+	must(t, d.Discard(0, format.BlockSize)) // what others do meanwhile
+	must(t, errors.Join(s.Checkpoint(), s.Checkpoint()))
+	if _, err := os.Stat(filepath.Join(dir, chunksDir, pl.records[0].c.name())); !os.IsNotExist(err) {
+		t.Fatalf("the file is there: %v", err)
+	}
+	if err := errors.Join(pl.locate(), pl.fetch()); err != nil {
+		t.Error(err)
+	}
+	must(t, errors.Join(d.Close(), s.Close()))
 }
