@@ -317,12 +317,14 @@ func (s *Store) settle(g *generation) {
 	s.writing = 0
 	s.cleanable, s.helpless = g.at.ChunkSeq, false
 	s.mu.Unlock()
+	s.thawed = false
 	s.committed.Store(g.gen)
 	s.ckptAt.Store(g.appended)
 }
 
 // thaw puts a generation that was not committed back, to be part of the next.
 func (s *Store) thaw(g *generation, err error) error {
+	s.thawed = true
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, k := range g.leaves {

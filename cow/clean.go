@@ -38,7 +38,7 @@ type mover struct {
 	pay  []byte      // of a moved record
 	leaf format.Leaf // of owned
 	line lineage     // of the last record's branch
-	full bool        // the last batch ended where no more leaves may become dirty before a checkpoint
+	full bool        // the last batch ended where a checkpoint has to come first
 }
 
 // CleanReport is what Clean did.
@@ -207,7 +207,11 @@ func (m *mover) batch() (moved int, more bool, err error) {
 	s := m.s
 	s.ckptMu.Lock()
 	defer s.ckptMu.Unlock()
-	m.full, m.line = false, lineage{}
+	m.line = lineage{}
+	// What is moved is logged with the blocks that live. A replay, which begins with the table, has to find the same ones.
+	if m.full = s.thawed; m.full {
+		return 0, true, nil
+	}
 	s.mu.Lock()
 	end, here := m.c.end, s.slots.get(m.c.slot) == m.c && !m.c.dead
 	s.mu.Unlock()
@@ -532,6 +536,13 @@ func (m *mover) forward(h *format.RecordHeader, payload []byte, name format.Entr
 	}
 	if b := s.tables.branches[h.Branch]; b != nil && b.volume != nil && epoch >= b.Epoch {
 		return 0, nil // a head may change it; but then it was the head's before
+	}
+	// A record that cannot be applied would end every replay.
+	switch to, again, err := s.forwards.lookup(name); {
+	case err != nil:
+		return 0, err
+	case again && to.Mask != mask:
+		return 0, corruptf("%v was moved to %v with the blocks %#x, and has %#x", name, to.To, to.Mask, mask)
 	}
 	c, off := s.wal.append(&nh, m.pay)
 	s.cleaned += uint64(nh.Size())

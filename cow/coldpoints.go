@@ -22,6 +22,9 @@ func (p *coldPass) points(l *coldLeaf) error {
 	s, b := p.s, l.b
 	s.ckptMu.Lock() // as in mover.batch
 	defer s.ckptMu.Unlock()
+	if s.thawed {
+		return errFull
+	}
 	s.mu.Lock()
 	asOf, mine := l.epoch, s.tables.branches[b.ID] == b
 	if b.volume != nil {
