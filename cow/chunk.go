@@ -32,6 +32,7 @@ type chunk struct {
 	rowDirty bool   // live, end or moved differ from the table's row
 	reserved bool   // made from the room that is kept for the cleaner and for events
 	moved    uint32 // blocks that are alive, named by entries as here, and elsewhere: see forwards
+	unmoved  bool   // the cleaner's last way through it moved nothing; guarded by Store.cleanMu
 	damaged  bool   // the cleaner met a record that does not verify
 	hasMoved bool   // the table has a row of moved blocks
 	dead     bool   // its row has gone, and its file goes

@@ -49,7 +49,7 @@ type CleanReport struct {
 }
 
 // Clean gives back the space of what was overwritten, discarded and deleted: it cleans every chunk of which at least the part
-// waste (at least 0.05, at most 1) is dead. It returns when that is done, or ctx ends.
+// waste (at least 0.05, at most 1) is dead, but for those that come meanwhile. It returns when that is done, or ctx ends.
 func (s *Store) Clean(ctx context.Context, waste float64) (CleanReport, error) {
 	var rep CleanReport
 	before := s.used(true)
@@ -65,8 +65,8 @@ func (s *Store) Clean(ctx context.Context, waste float64) (CleanReport, error) {
 		return freed(), fmt.Errorf("clean: %w", err)
 	}
 	s.unstick()
-	for {
-		r, err := s.cleanOne(ctx, max(waste, worthwhile), all, nil)
+	for limit := s.end().ChunkSeq; ; {
+		r, err := s.cleanOne(ctx, max(waste, worthwhile), limit, nil)
 		rep.Moved += r.Moved
 		rep.Chunks += r.Chunks
 		if err == nil && r.Chunks > 0 {
@@ -191,7 +191,18 @@ func (s *Store) cleanChunk(ctx context.Context, c *chunk, pause func(time.Durati
 			pause(time.Since(start))
 		}
 	}
+	if moved == 0 && c.unmoved {
+		s.leave(c)
+	}
+	c.unmoved = moved == 0
 	return moved, nil
+}
+
+// leave notes that what lives in a chunk cannot be moved, or it would be chosen again and again.
+func (s *Store) leave(c *chunk) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c.stuck = c.end - format.ChunkHeaderSize - min(c.live, c.end-format.ChunkHeaderSize)
 }
 
 func (s *Store) live() error {
@@ -275,7 +286,7 @@ func (r *recordReader) peek(n int) ([]byte, error) {
 		}
 		got, err := readFull(r.f, r.win[:size], int64(r.off))
 		if err != nil {
-			return nil, err
+			return nil, unreadable(err)
 		}
 		r.win, r.at = r.win[:got], r.off
 		if got < n {

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -228,4 +230,94 @@ func (w *world) fillChunk(t *testing.T) *chunk {
 	}
 	w.must(t, op{kind: "checkpoint"})
 	return c
+}
+
+// Cleaning ends also where a chunk keeps live bytes that nobody owns, which a damaged table can have, and the others are cleaned.
+func TestCleanEndsAtWhatNobodyOwns(t *testing.T) {
+	s, d := halfDead(t, nil)
+	s.mu.Lock()
+	c := s.slots.all()[0]
+	c.live += 4096
+	s.mu.Unlock()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	r, err := s.Clean(ctx, 0.25)
+	if err != nil || r.Chunks < 3 || c.live != 4096 {
+		t.Errorf("%+v, %v; %d bytes live", r, err, c.live)
+	}
+	for _, c := range s.slots.all()[1:] {
+		if c.sealed && c.end-c.live > c.end/2 {
+			t.Errorf("%d of %d bytes live in chunk %s", c.live, c.end, c.name())
+		}
+	}
+	must(t, errors.Join(d.Close(), s.Close()))
+}
+
+// A chunk that cannot be read stays as it is, and the others are cleaned.
+func TestCleanPassesOverWhatCannotBeRead(t *testing.T) {
+	var bad atomic.Bool
+	s, d := halfDead(t, func(name string) error {
+		if bad.Load() && name == chunkName(0) {
+			return syscall.EIO
+		}
+		return nil
+	})
+	must(t, s.Checkpoint())
+	bad.Store(true)
+	r, err := s.Clean(context.Background(), 0.25)
+	must(t, err)
+	if r.Chunks < 3 || !s.slots.get(0).damaged {
+		t.Errorf("%+v", r)
+	}
+	must(t, errors.Join(d.Close(), s.Close()))
+}
+
+// halfDead is a store of some chunks of which half is dead.
+func halfDead(t *testing.T, onRead func(name string) error) (*Store, *Device) {
+	t.Helper()
+	dir := setup(t, 4<<20, format.Raw)
+	fs := newHook(t, dir)
+	fs.onRead = onRead
+	s := open(t, dir, Options{FS: fs, CheckpointInterval: -1, ChunkBytes: 1 << 20})
+	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+	must(t, err)
+	p := randomBytes(4<<20, 1)
+	_, err = d.WriteAt(p, 0)
+	must(t, err)
+	for off := int64(0); off < 4<<20; off += 2 * format.BlockSize {
+		must(t, d.Discard(off, format.BlockSize))
+	}
+	return s, d
+}
+
+// What others write while gc runs, and leave dead, is not its work: it would never end.
+func TestCleanEndsBesideWriters(t *testing.T) {
+	s, _ := newStore(t, Options{CheckpointInterval: -1, ChunkBytes: 256 << 10})
+	const blocks = 2048
+	_, err := s.CreateVolume("v", VolumeOptions{Size: blocks * format.BlockSize, Codec: format.Raw})
+	must(t, err)
+	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+	must(t, err)
+	_, err = d.WriteAt(randomBytes(blocks*format.BlockSize, 1), 0)
+	must(t, err)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	var stop atomic.Bool
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		r, p := rand.New(rand.NewPCG(1, 1)), make([]byte, format.BlockSize)
+		for !stop.Load() {
+			noise(p, r)
+			if _, err := d.WriteAt(p, r.Int64N(blocks)*format.BlockSize); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	})
+	r, err := s.Clean(ctx, 0.05)
+	t.Logf("%+v", r)
+	stop.Store(true)
+	wg.Wait()
+	must(t, err)
+	must(t, errors.Join(d.Close(), s.Close()))
 }

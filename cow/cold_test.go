@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"syscall"
 	"testing"
 	"time"
 
@@ -638,5 +639,38 @@ func TestColdLeavesDamage(t *testing.T) {
 			t.Errorf("read of the other: %v", err)
 		}
 		must(t, errors.Join(d.Close(), s.Close()))
+	}
+}
+
+// TestColdPassesOverWhatCannotBeRead: what one chunk holds cannot be read; a pass goes on to the end all the same.
+func TestColdPassesOverWhatCannotBeRead(t *testing.T) {
+	for _, held := range []bool{false, true} {
+		t.Run(fmt.Sprint(held), func(t *testing.T) {
+			dir := setup(t, 4<<20, format.S2)
+			fs := newHook(t, dir)
+			s := open(t, dir, Options{FS: fs, CheckpointInterval: -1, ChunkBytes: 512 << 10})
+			d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+			must(t, err)
+			p := make([]byte, 4<<20)
+			fill(p, 5, rand.New(rand.NewPCG(1, 1)))
+			_, err = d.WriteAt(p, 0)
+			must(t, err)
+			if held {
+				must(t, s.Snapshot(Ref{"v", "s"}))
+			}
+			must(t, s.Checkpoint())
+			fs.onRead = func(name string) error {
+				if name == chunkName(0) {
+					return syscall.EIO
+				}
+				return nil
+			}
+			rep, err := s.Cold(context.Background())
+			if err != nil || rep.Leaves < 2 || rep.Leaves == 4 {
+				t.Errorf("%+v, %v", rep, err)
+			}
+			fs.onRead = nil
+			must(t, errors.Join(d.Close(), s.Close()))
+		})
 	}
 }

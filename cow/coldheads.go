@@ -164,7 +164,7 @@ func (p *coldPass) read(k leafKey) (size, places int, err error) {
 		return 0, 0, err
 	}
 	size, places = p.layout()
-	return size, places, p.plan.fetch()
+	return size, places, unreadable(p.plan.fetch())
 }
 
 // layout says what the blocks of the units take, and in how many places of the log they are.

@@ -147,5 +147,5 @@ func (s *Store) readRecord(c *chunk, off uint32, p []byte) error {
 	if err == nil && got < len(p) {
 		err = corruptf("chunk %s ends at %d", c.name(), int64(off)+int64(got))
 	}
-	return err
+	return unreadable(err)
 }

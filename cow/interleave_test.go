@@ -23,6 +23,7 @@ type hookFS struct {
 	onCreate func(name string) error
 	onOpen   func(name string) error
 	onWrite  func(name string, n int)
+	onRead   func(name string) error
 	onFree   func() (int64, bool)
 }
 
@@ -63,6 +64,19 @@ type hookFile struct {
 	storage.File
 	h    *hookFS
 	name string
+}
+
+func (f *hookFile) ReadAt(p []byte, off int64) (int, error) {
+	if f.h.onRead != nil {
+		if err := f.h.onRead(f.name); err != nil {
+			return 0, err
+		}
+	}
+	return f.File.ReadAt(p, off)
+}
+
+func (f *hookFile) TryReadAt(p []byte, off int64) bool {
+	return f.h.onRead == nil && f.File.TryReadAt(p, off)
 }
 
 func (f *hookFile) WriteAt(p []byte, off int64) (int, error) {
