@@ -107,7 +107,32 @@ func (s *Store) checkpointLocked() error {
 	}
 	s.opts.OnCommit(true)
 	s.settle(g)
+	s.trimEnds(g.at.ChunkSeq)
 	return s.removeDead(g.dead)
+}
+
+// trimEnds gives back what is allocated behind the records of chunks in which the log ended without a Close, and from which no
+// replay begins any more: those before a sequence number. ckptMu is held.
+func (s *Store) trimEnds(before uint64) {
+	s.ends = slices.DeleteFunc(s.ends, func(c *chunk) bool {
+		if c.seq >= before {
+			return false
+		}
+		s.mu.Lock()
+		here := s.slots.get(c.slot) == c && !c.dead
+		s.mu.Unlock()
+		if !here {
+			return true
+		}
+		if err := c.file.Truncate(int64(c.end)); err != nil {
+			s.log.Warn("what is allocated behind a chunk's records stays", "chunk", c.name(), "err", err)
+			return true
+		}
+		s.mu.Lock()
+		c.size = c.end
+		s.mu.Unlock()
+		return true
+	})
 }
 
 // freeze notes the log's end and takes everything that changed up to it, under the lock: what writers do from

@@ -247,11 +247,13 @@ func (s *Store) replayChunk(t *batch, c *chunk, from uint32) (records int, err e
 	s.markRow(c) // if it is dead the next checkpoint removes it
 	switch {
 	case sum == nil:
+		s.ends = append(s.ends, c)
 		r := &recordReader{f: f, c: c, off: c.end}
 		dropped, err := r.tail()
 		s.recovery.DroppedBytes += dropped
 		return records, err
 	case c.end < sum.End:
+		s.ends = append(s.ends, c)
 		s.recovery.DroppedBytes += int64(sum.End - c.end)
 		s.recovery.unsettled = true
 	}

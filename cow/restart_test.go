@@ -1,6 +1,7 @@
 package cow
 
 import (
+	"bytes"
 	"errors"
 	"flag"
 	"log/slog"
@@ -172,4 +173,44 @@ func writeLog(b *testing.B, s *Store, size int64, n uint64) {
 	if err := d.Close(); err != nil {
 		b.Fatal(err)
 	}
+}
+
+// What was allocated behind a log that ended without a Close is given back once nothing there can be part of it.
+func TestAllocatedBehindTheEndIsGivenBack(t *testing.T) {
+	dir := setup(t, 64<<20, format.Raw)
+	o := Options{CheckpointInterval: -1}
+	data := randomBytes(64<<10, 1)
+	for i := range int64(3) {
+		s := open(t, dir, o)
+		d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+		must(t, err)
+		_, err = d.WriteAt(data, i<<20)
+		must(t, errors.Join(err, d.Flush()))
+		killStore(s)
+	}
+	s := open(t, dir, o)
+	must(t, s.Checkpoint())
+	var size int64
+	names, err := s.fs.List()
+	must(t, err)
+	for _, name := range names {
+		f, err := s.fs.Open(name)
+		must(t, err)
+		n, err := f.Size()
+		must(t, errors.Join(err, f.Close()))
+		size += n
+	}
+	if size > 1<<20 || size != s.used(true) {
+		t.Errorf("%d bytes of log are in files of %d bytes, which are counted as %d", 3*len(data), size, s.used(true))
+	}
+	mustCheck(t, s)
+	d, err := s.OpenDevice(Ref{Volume: "v"}, true)
+	must(t, err)
+	got := make([]byte, len(data))
+	for i := range int64(3) {
+		if _, err := d.ReadAt(got, i<<20); err != nil || !bytes.Equal(got, data) {
+			t.Errorf("read %d: %v", i, err)
+		}
+	}
+	must(t, errors.Join(d.Close(), s.Close()))
 }
