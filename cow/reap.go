@@ -122,12 +122,14 @@ func (s *Store) reap() {
 func (s *Store) reapSome(j job, limit int) (done bool, n int, err error) {
 	cursor, ok := s.reapCursor[j.b.ID]
 	if !ok || cursor.to != j.to {
-		cursor = reapCursor{to: j.to, next: metadata.Version{Branch: j.b.ID, Epoch: j.from + 1}}
+		if cursor, err = s.beginJob(j); err != nil {
+			return false, 0, err
+		}
 	}
 	var found []metadata.Version
 	done = true
 	err = s.meta.View(func(tx *metadata.Tx) error {
-		return tx.Changes(cursor.next, j.to, func(v metadata.Version) bool {
+		return tx.Changes(cursor.next, cursor.last, func(v metadata.Version) bool {
 			if _, gone := s.dropping[v]; gone {
 				return true
 			}
@@ -143,7 +145,7 @@ func (s *Store) reapSome(j job, limit int) (done bool, n int, err error) {
 		return false, 0, err
 	}
 	for _, v := range found {
-		err := s.reapVersion(j, v)
+		err := s.reapLeaf(j, v)
 		if errors.Is(err, errFull) {
 			cursor.next = v
 			s.reapCursor[j.b.ID] = cursor
@@ -160,9 +162,59 @@ func (s *Store) reapSome(j job, limit int) (done bool, n int, err error) {
 	return done, len(found), nil
 }
 
+// reapCursor is how far the reaper has come with a job: with the versions that the job gives up, or with their successors.
 type reapCursor struct {
-	to   uint32
-	next metadata.Version
+	to   uint32           // the job's
+	next metadata.Version // to look at
+	last uint32           // epoch to look at
+}
+
+// reapCount bounds the versions that are counted to find out of which there are fewer.
+const reapCount = 16 << 10
+
+// beginJob begins with what a point has, or with what changed after it until the next point, if that is less: a version without a
+// successor stays as it is, unless it becomes a head's. So the oldest snapshot goes without a look at all that was written before it.
+func (s *Store) beginJob(j job) (c reapCursor, err error) {
+	c = reapCursor{to: j.to, next: metadata.Version{Branch: j.b.ID, Epoch: j.from + 1}, last: j.to}
+	i, isPoint := j.b.search(j.next)
+	if !isPoint || j.b.points[i].made > s.committed.Load() { // else the table has all the successors there are
+		return c, nil
+	}
+	after := reapCursor{to: j.to, next: metadata.Version{Branch: j.b.ID, Epoch: j.to + 1}, last: j.next}
+	err = s.meta.View(func(tx *metadata.Tx) error {
+		count := func(c reapCursor, most int) (n int, err error) {
+			err = tx.Changes(c.next, c.last, func(metadata.Version) bool { n++; return n < most })
+			return n, err
+		}
+		for most := 256; ; most *= 4 { // it takes as long as there are of the fewer
+			has, err := count(c, most)
+			if err != nil {
+				return err
+			}
+			changed, err := count(after, most)
+			if err != nil || has < changed {
+				return err
+			}
+			if changed < most || most >= reapCount {
+				c = after
+				return nil
+			}
+		}
+	})
+	return c, err
+}
+
+// reapLeaf gives up the version that a job is to give up of a leaf: v, or the one whose successor v is.
+func (s *Store) reapLeaf(j job, v metadata.Version) error {
+	if v.Epoch > j.to {
+		var old format.Leaf
+		var err error
+		v.Epoch = j.to
+		if v, err = s.inTable(v, j.from, &old); err != nil || v.Epoch == 0 {
+			return err
+		}
+	}
+	return s.reapVersion(j, v)
 }
 
 // reapVersion gives up one version v. What changed in it and again in its successor w is

@@ -68,3 +68,41 @@ func TestLateLookAtAReapedHead(t *testing.T) {
 	}
 	w.end(t)
 }
+
+// The oldest snapshot goes without a look at everything that the volume had then.
+func TestOldestSnapshotGoesFast(t *testing.T) {
+	s, _ := newStore(t, Options{CheckpointInterval: -1, ReapBatch: 4})
+	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 30, Codec: format.Raw})
+	must(t, err)
+	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+	must(t, err)
+	write := func(from, n int64) {
+		t.Helper()
+		for i := from; i < from+n; i++ {
+			_, err := d.WriteAt(randomBytes(format.BlockSize, uint64(i+1)), i<<20)
+			must(t, err)
+		}
+	}
+	write(0, 400)
+	for i := range int64(4) {
+		must(t, s.Snapshot(Ref{"v", fmt.Sprint(i)}))
+		write(4*i, 6)
+	}
+	must(t, s.Checkpoint())
+	before := s.Info().LiveBytes
+	for i := range 3 {
+		must(t, s.Remove(Ref{"v", fmt.Sprint(i)}, false))
+		n := 0
+		for ; s.changed(); n++ {
+			must(t, s.Checkpoint())
+		}
+		if n > 6 {
+			t.Errorf("%d checkpoints of 4 leaves each, where 6 have changed", n)
+		}
+	}
+	if freed := before - s.Info().LiveBytes; freed != 18*(format.BlockSize+format.RecordHeaderSize) {
+		t.Errorf("%d bytes have become free", freed)
+	}
+	mustCheck(t, s)
+	must(t, errors.Join(d.Close(), s.Close()))
+}

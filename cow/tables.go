@@ -38,6 +38,7 @@ type volume struct {
 type snapshot struct {
 	format.Snapshot
 	branch  *branch
+	made    uint64 // generation in which it was taken; 0: before this process
 	open    int    // handles; guarded by Store.mu
 	dropped uint64 // generation in which the name went; guarded by Store.mu
 }
@@ -142,7 +143,7 @@ func (t *tables) putSnapshot(r format.Snapshot, gen uint64) error {
 		if b == nil {
 			return corruptf("snapshot %q is on branch %d, which does not exist", r.Name, r.Branch)
 		}
-		s = &snapshot{branch: b}
+		s = &snapshot{branch: b, made: gen}
 		t.snapshots[r.ID] = s
 		i, _ := b.search(r.Epoch)
 		b.points = slices.Insert(b.points, i, s)
