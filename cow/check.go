@@ -62,11 +62,14 @@ func (s *Store) Check(ctx context.Context, o CheckOptions, problem func(Problem)
 		return c.report, fmt.Errorf("check: %w", err)
 	}
 	defer s.checks.Done()
-	tx, err := s.pinTable(func(err error) { c.corrupt("table", "%v", err) })
-	if tx != nil {
-		defer s.unpinTable(tx)
-	}
+	tx, pages, err := s.pinTable()
 	if err != nil {
+		return c.report, fmt.Errorf("check: %w", err)
+	}
+	defer s.unpinTable(tx)
+	if err := pages(); errors.Is(err, ErrCorrupt) {
+		c.corrupt("table", "%v", err)
+	} else if err != nil {
 		return c.report, fmt.Errorf("check: %w", err)
 	}
 	if err := metadata.Guard(func() error { return c.run(tx) }); err != nil {
@@ -90,31 +93,31 @@ func (s *Store) beginCheck() error {
 }
 
 // pinTable checkpoints, and holds on to the table as it then is: no chunk file that it names is
-// removed. The table's pages are checked here, before another commit changes them.
-func (s *Store) pinTable(badPage func(error)) (*metadata.Tx, error) {
+// removed. pages checks the table's pages, which may take long; others go on meanwhile.
+func (s *Store) pinTable() (tx *metadata.Tx, pages func() error, err error) {
 	s.ckptMu.Lock()
 	defer s.ckptMu.Unlock()
 	s.mu.Lock()
-	err := s.usable()
+	err = s.usable()
 	s.mu.Unlock()
 	if err == nil {
 		err = s.checkpointLocked()
 	}
 	if err != nil && !errors.Is(err, ErrFailed) {
-		return nil, err
+		return nil, nil, err
 	}
-	tx, err := s.meta.Begin()
-	if err != nil {
-		return nil, err
+	if tx, err = s.meta.Begin(); err != nil {
+		return nil, nil, err
+	}
+	pages, bad := s.meta.Pages()
+	switch {
+	case errors.Is(bad, ErrCorrupt):
+		pages = func() error { return bad }
+	case bad != nil:
+		return nil, nil, errors.Join(bad, tx.Close())
 	}
 	s.pins++
-	if err := s.meta.CheckPages(); err != nil {
-		if !errors.Is(err, ErrCorrupt) {
-			return tx, err
-		}
-		badPage(err)
-	}
-	return tx, nil
+	return tx, pages, nil
 }
 
 func (s *Store) unpinTable(tx *metadata.Tx) {

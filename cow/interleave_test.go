@@ -494,4 +494,21 @@ func TestCloseDuringCheck(t *testing.T) {
 	}
 }
 
+// A check of the table's pages does not keep checkpoints, and so writers, waiting.
+func TestCheckpointWhilePagesAreChecked(t *testing.T) {
+	dir := setup(t, 64<<20, format.Raw)
+	s := open(t, dir, Options{CheckpointInterval: -1})
+	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+	must(t, err)
+	tx, pages, err := s.pinTable()
+	must(t, err)
+	for i := range int64(20) {
+		_, err := d.WriteAt(randomBytes(4096, 1), i<<20)
+		must(t, errors.Join(err, s.Checkpoint()))
+	}
+	must(t, pages())
+	s.unpinTable(tx)
+	must(t, errors.Join(d.Close(), s.Close()))
+}
+
 var _ = os.Stat

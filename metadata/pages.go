@@ -3,6 +3,7 @@ package metadata
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash/fnv"
 	"io"
@@ -43,6 +44,8 @@ type pageChecker struct {
 	size  int64  // of the file
 	page  int64  // size of a page
 	pages uint64 // in use
+	root  uint64 // page
+	free  uint64 // page of the list of free pages
 	seen  []bool
 
 	fields, bodies, stored sum // over the values' checksums as stored, and as computed
@@ -55,33 +58,47 @@ func damaged(text string, args ...any) error {
 // checkPages proves that the pages of the table at path hang together. A file that is not
 // there or empty is one that bbolt will make.
 func checkPages(path string) error {
+	check, err := pagesOf(path)
+	if err != nil {
+		return err
+	}
+	return check()
+}
+
+// pagesOf returns what proves the pages of the table at path as they are now, once.
+func pagesOf(path string) (check func() error, err error) {
 	f, err := os.Open(path)
 	if os.IsNotExist(err) {
-		return nil
+		return func() error { return nil }, nil
 	}
 	if err != nil {
-		return fmt.Errorf("open the table: %w", err)
+		return nil, fmt.Errorf("open the table: %w", err)
 	}
-	defer f.Close()
+	check = f.Close
+	c := &pageChecker{f: f}
 	info, err := f.Stat()
 	if err != nil {
-		return fmt.Errorf("open the table: %w", err)
+		err = fmt.Errorf("open the table: %w", err)
+	} else if c.size = info.Size(); c.size > 0 {
+		err = c.meta()
+		check = c.check
 	}
-	if info.Size() == 0 {
-		return nil
-	}
-	c := &pageChecker{f: f, size: info.Size()}
-	root, free, err := c.meta()
 	if err != nil {
-		return err
+		return nil, errors.Join(err, f.Close())
 	}
+	return check, nil
+}
+
+// check goes over what the meta page refers to, and closes the file.
+func (c *pageChecker) check() error {
+	defer c.f.Close()
 	// All will be read, in the order of the keys; the disk does better in its own. It is a hint.
-	_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_WILLNEED)
+	_ = unix.Fadvise(int(c.f.Fd()), 0, 0, unix.FADV_WILLNEED)
 	c.seen = make([]bool, c.pages)
-	if err := c.tree(root, nil, nil, 0, c.bucket); err != nil {
+	if err := c.tree(c.root, nil, nil, 0, c.bucket); err != nil {
 		return err
 	}
-	if err := c.freeList(free); err != nil {
+	if err := c.freeList(c.free); err != nil {
 		return err
 	}
 	// A value that does not verify is its reader's to report: with its checksum as stored, or if
@@ -93,7 +110,7 @@ func checkPages(path string) error {
 }
 
 // meta finds the newer of the two meta pages that verifies, as bbolt does.
-func (c *pageChecker) meta() (root, free uint64, err error) {
+func (c *pageChecker) meta() error {
 	var newest, found uint64
 	offsets := []int64{0}
 	for at := int64(1 << 10); at <= maxMetaOffset; at *= 2 {
@@ -114,18 +131,18 @@ func (c *pageChecker) meta() (root, free uint64, err error) {
 			continue
 		}
 		if tx := le.Uint64(m[48:]); found == 0 || tx > newest {
-			newest, root, free = tx, le.Uint64(m[16:]), le.Uint64(m[32:])
+			newest, c.root, c.free = tx, le.Uint64(m[16:]), le.Uint64(m[32:])
 			c.page, c.pages = int64(le.Uint32(m[8:])), le.Uint64(m[40:])
 		}
 		found++
 	}
 	if found == 0 {
-		return 0, 0, damaged("no meta page verifies")
+		return damaged("no meta page verifies")
 	}
 	if c.page < 1<<10 || c.page > maxMetaOffset || c.pages > uint64(c.size/c.page)+1<<16 {
-		return 0, 0, damaged("%d pages of %d bytes in a file of %d", c.pages, c.page, c.size)
+		return damaged("%d pages of %d bytes in a file of %d", c.pages, c.page, c.size)
 	}
-	return root, free, nil
+	return nil
 }
 
 // freeList proves that no page of the list of free pages is in use: bbolt would write to it. It comes after all trees.

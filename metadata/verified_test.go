@@ -103,8 +103,8 @@ func TestDamagedFreeList(t *testing.T) {
 	c.f, err = os.Open(path)
 	must(t, err)
 	defer c.f.Close()
-	root, free, err := c.meta()
-	must(t, err)
+	must(t, c.meta())
+	root, free := c.root, c.free
 	if free == noFreeList {
 		t.Fatal("there is no list")
 	}
@@ -132,5 +132,36 @@ func TestDamagedFreeList(t *testing.T) {
 				must(t, db.Close())
 			}
 		}
+	}
+}
+
+// The pages of one state are proved while others are committed, as long as somebody reads that state.
+func TestPagesBesideCommits(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "t")
+	filled(t, path)
+	for _, held := range []bool{true, false} {
+		db := open(t, path)
+		tx, err := db.Begin()
+		must(t, err)
+		check, err := db.Pages()
+		must(t, err)
+		if !held {
+			must(t, tx.Close())
+		}
+		for round := range uint32(20) {
+			must(t, db.Update(func(tx *Tx) error {
+				for leaf := range uint32(10) {
+					must(t, tx.PutLeaf(Version{1 + round%12, leaf, 3 + round}, format.AppendLeaf(nil, leafOf(leaf*7+round))))
+				}
+				return nil
+			}))
+		}
+		if err := check(); (err == nil) != held {
+			t.Errorf("held: %v; %v", held, err)
+		}
+		if held {
+			must(t, tx.Close())
+		}
+		must(t, db.Close())
 	}
 }
