@@ -102,6 +102,8 @@ func (s *Store) checkpointLocked() error {
 			// A sync failed, perhaps that of the meta page: another commit could overwrite
 			// pages that the one on the disk refers to.
 			err = s.wal.fail(err)
+		} else if _, perr := s.wal.pool.empty(); perr != nil { // the next one may have the room
+			err = errors.Join(err, perr)
 		}
 		return s.thaw(g, err)
 	}

@@ -231,6 +231,25 @@ func TestPoolGoesFirst(t *testing.T) {
 	must(t, w.close())
 }
 
+// The pool makes room for the table, too.
+func TestPoolGoesWhereTheTableHasNoRoom(t *testing.T) {
+	w := newPoolWorld(t)
+	w.overwrite(t, 8)
+	w.must(t, op{kind: "checkpoint"})
+	if len(w.s.pooled()) == 0 {
+		t.Fatal("nothing is kept")
+	}
+	w.overwrite(t, 1)
+	undo := limitFileSize(t, 8<<10) // the table's meta pages
+	err := w.s.Checkpoint()
+	undo()
+	if !errors.Is(err, syscall.EFBIG) || len(w.s.pooled()) > 0 {
+		t.Errorf("%v; %d files are kept", err, len(w.s.pooled()))
+	}
+	w.mustBe(t)
+	must(t, w.close())
+}
+
 // Behind the end of the log lies whatever the file was before: even a record with the very next number is not the log's if it was
 // the former life's.
 func TestFormerLifeIsNotReplayed(t *testing.T) {
