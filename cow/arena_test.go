@@ -184,11 +184,12 @@ func TestReplayOfMoreThanFits(t *testing.T) {
 	}
 	cut := o
 	var left []string // what the power leaves
-	cut.OnCommit = func(bool) {
+	cut.OnCommit = func(bool) error {
 		if len(left) < 2 {
 			left = append(left, filepath.Join(t.TempDir(), "left"))
 			must(t, os.CopyFS(left[len(left)-1], os.DirFS(dir)))
 		}
+		return nil
 	}
 	s = open(t, dir, cut)
 	if len(left) != 2 {

@@ -95,8 +95,11 @@ func (s *Store) checkpointLocked() error {
 		return s.thaw(g, fmt.Errorf("checkpoint: %w", err))
 	}
 	s.encode(g)
-	s.opts.OnCommit(false)
-	if err := s.meta.Update(g.write); err != nil {
+	err := s.opts.OnCommit(false)
+	if err == nil {
+		err = s.meta.Update(g.write)
+	}
+	if err != nil {
 		err = fmt.Errorf("checkpoint: commit the table: %w", noSpace(err))
 		if !errors.Is(err, ErrNoSpace) && !errors.Is(err, syscall.EFBIG) {
 			// A sync failed, perhaps that of the meta page: another commit could overwrite
@@ -107,10 +110,10 @@ func (s *Store) checkpointLocked() error {
 		}
 		return s.thaw(g, err)
 	}
-	s.opts.OnCommit(true)
+	err = s.opts.OnCommit(true)
 	s.settle(g)
 	s.trimEnds(g.at.ChunkSeq)
-	return s.removeDead(g.dead)
+	return errors.Join(err, s.removeDead(g.dead))
 }
 
 // trimEnds gives back what is allocated behind the records of chunks in which the log ended without a Close, and from which no

@@ -36,7 +36,7 @@ var opKinds = func() (kinds []string) {
 	for kind, weight := range map[string]int{
 		"write": 30, "discard": 4, "zero": 4, "flush": 4, "drain": 5, "read": 2,
 		"create": 1, "snapshot": 6, "clone": 3, "unsnap": 4, "remove": 1, "rollback": 2, "rename": 2, "resize": 3,
-		"checkpoint": 5, "reap": 1, "clean": 6, "cold": 7, "check": 1, "misuse": 1, "space": 3, "hold": 3, "churn": 3, "unpool": 1,
+		"checkpoint": 5, "reap": 1, "clean": 6, "cold": 7, "check": 1, "misuse": 1, "space": 3, "hold": 3, "churn": 3, "unpool": 1, "uncommitted": 5,
 	} {
 		kinds = append(kinds, slices.Repeat([]string{kind}, weight)...)
 	}
@@ -278,6 +278,8 @@ func (w *world) operate(o op) error {
 		return w.hold(o, name, v.size)
 	case "churn":
 		return w.churn(o, name, v.size)
+	case "uncommitted":
+		return w.uncommitted(o, name)
 	case "unpool":
 		_, err := w.s.wal.pool.empty()
 		return err
@@ -407,4 +409,21 @@ func (w *world) clean(o op) error {
 		err = fmt.Errorf("%d bytes live in chunk %s after it was cleaned", c.live, c.name())
 	}
 	return err
+}
+
+// uncommitted has the table find no room for a while, in which the cleaner works.
+func (w *world) uncommitted(o op, name string) error {
+	w.noRoom = true
+	defer func() { w.noRoom = false }()
+	if err := w.s.Checkpoint(); !errors.Is(err, ErrNoSpace) {
+		return fmt.Errorf("a checkpoint without room for the table: %w", err)
+	}
+	if err := w.clean(o); err != nil && !errors.Is(err, ErrNoSpace) {
+		return err
+	}
+	d, err := w.device(name)
+	if err != nil {
+		return err
+	}
+	return w.event(d.Flush())
 }

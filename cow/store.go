@@ -67,8 +67,8 @@ type Options struct {
 	Outlive bool
 	// SharedMemory is the directory for that; default /dev/shm.
 	SharedMemory string
-	// OnCommit is called around each commit of the table: for tests that cut the power.
-	OnCommit func(done bool)
+	// OnCommit is called around each commit of the table, and with an error before it lets it fail: for tests that cut the power.
+	OnCommit func(done bool) error
 	// NoTableSync leaves out the table's own fdatasyncs: for tests that copy its file.
 	NoTableSync bool
 }
@@ -105,7 +105,7 @@ func (o *Options) setDefaults() {
 		o.SharedMemory = sharedMemory
 	}
 	if o.OnCommit == nil {
-		o.OnCommit = func(bool) {}
+		o.OnCommit = func(bool) error { return nil }
 	}
 }
 

@@ -239,6 +239,7 @@ type world struct {
 	writes  uint64             // contents made up so far
 	buf     []byte
 	held    *heldRead
+	noRoom  bool // for the table
 }
 
 // options are for a store of a few megabytes: chunks of half a megabyte, so that they come
@@ -326,20 +327,24 @@ func (c *leafCache) divide(words, segments int) {
 }
 
 // onCommit cuts the power right before and right after a commit of the table.
-func (w *world) onCommit(done bool) {
+func (w *world) onCommit(done bool) error {
 	if !done {
 		w.crasher.point("before a commit")
-		return
+		if w.noRoom {
+			return ErrNoSpace
+		}
+		return nil
 	}
 	table, err := os.ReadFile(filepath.Join(w.dir, tableFile))
 	if err != nil {
-		panic(err) // the test's own directory
+		return err
 	}
 	w.crasher.mu.Lock()
 	w.crasher.table = table
 	w.crasher.tables++
 	w.crasher.mu.Unlock()
 	w.crasher.point("after a commit")
+	return nil
 }
 
 func (w *world) seq() uint64 {
