@@ -22,6 +22,7 @@ import (
 
 	"go.etcd.io/bbolt"
 	berrors "go.etcd.io/bbolt/errors"
+	"golang.org/x/sys/unix"
 
 	"github.com/vdisk/vdisk/format"
 )
@@ -45,10 +46,10 @@ var (
 	keyCold       = []byte("cold")
 )
 
-// A commit that outgrows the mapping waits for every reader, a Check among them, and
-// every new reader waits for it. So the mapping starts larger than most tables ever get; it
-// costs address space only.
-const initialMmap = 64 << 30
+// A commit that outgrows the mapping waits for every reader, a Check among them, and every new reader waits for it:
+// those that hold a lock which another reader wants wait for ever. So the mapping starts larger than any table gets; it
+// costs address space only. The second is for systems that do not have that much.
+var initialMmaps = [2]int{1 << 40, 64 << 30}
 
 // Options are for Open.
 type Options struct {
@@ -75,14 +76,7 @@ func Open(path string, o Options) (db *DB, err error) {
 			return nil, err
 		}
 	}
-	b, err := bbolt.Open(path, 0o600, &bbolt.Options{
-		Timeout:         o.Timeout,
-		NoSync:          o.NoSync,
-		NoGrowSync:      o.NoSync,
-		NoFreelistSync:  false, // without, opening reads all pages to find the free ones
-		FreelistType:    bbolt.FreelistMapType,
-		InitialMmapSize: initialMmap,
-	})
+	b, err := openTable(path, o)
 	switch {
 	case errors.Is(err, berrors.ErrTimeout):
 		return nil, fmt.Errorf("%s: %w", path, ErrLocked)
@@ -98,6 +92,23 @@ func Open(path string, o Options) (db *DB, err error) {
 	db = &DB{b: b, note: newNote(path)}
 	// Of a table without a list of its free pages, as older programs left them, bbolt has looked at all pages.
 	return db, db.View(func(tx *Tx) error { tx.giveBack(); return nil })
+}
+
+func openTable(path string, o Options) (b *bbolt.DB, err error) {
+	for _, mmap := range initialMmaps {
+		b, err = bbolt.Open(path, 0o600, &bbolt.Options{
+			Timeout:         o.Timeout,
+			NoSync:          o.NoSync,
+			NoGrowSync:      o.NoSync,
+			NoFreelistSync:  false, // without, opening reads all pages to find the free ones
+			FreelistType:    bbolt.FreelistMapType,
+			InitialMmapSize: mmap,
+		})
+		if !errors.Is(err, unix.ENOMEM) {
+			break
+		}
+	}
+	return b, err
 }
 
 // makeBuckets makes those that are not there, in a table that is new.

@@ -10,9 +10,11 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
 
 	"github.com/vdisk/vdisk/format"
@@ -328,4 +330,40 @@ func FuzzCheckPages(f *testing.F) {
 			must(t, db.Close())
 		}
 	})
+}
+
+// The table of 64 TiB of blocks written at random, with as much again for snapshots, fits into its mapping: a commit that has to make
+// it larger would wait for all readers. Where there is not so much address space it is smaller.
+func TestMappingIsLargeEnough(t *testing.T) {
+	mapped := func() (size uint64) {
+		path := filepath.Join(t.TempDir(), "t")
+		db := open(t, path)
+		defer db.Close()
+		maps, err := os.ReadFile("/proc/self/maps")
+		must(t, err)
+		for line := range strings.Lines(string(maps)) {
+			var from, to uint64
+			if strings.HasSuffix(strings.TrimSpace(line), path) {
+				_, err := fmt.Sscanf(line, "%x-%x", &from, &to)
+				must(t, err)
+				size += to - from
+			}
+		}
+		return size
+	}
+	const leaves = 64 << 20
+	if n := mapped(); n < 2*leaves*4096/2 {
+		t.Errorf("%d bytes are mapped", n)
+	}
+	if raceEnabled { // which takes address space by itself
+		return
+	}
+	var old unix.Rlimit
+	must(t, unix.Getrlimit(unix.RLIMIT_AS, &old))
+	must(t, unix.Setrlimit(unix.RLIMIT_AS, &unix.Rlimit{Cur: 500 << 30, Max: old.Max}))
+	n := mapped()
+	must(t, unix.Setrlimit(unix.RLIMIT_AS, &old))
+	if n != 64<<30 {
+		t.Errorf("%d bytes are mapped where there is no room for more", n)
+	}
 }

@@ -2,4 +2,7 @@
 
 package metadata
 
-const damages = 1500
+const (
+	raceEnabled = false
+	damages     = 1500
+)

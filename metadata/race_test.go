@@ -2,4 +2,7 @@
 
 package metadata
 
-const damages = 300
+const (
+	raceEnabled = true
+	damages     = 300
+)
