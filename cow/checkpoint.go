@@ -89,6 +89,7 @@ func (s *Store) checkpoint() error {
 }
 
 func (s *Store) checkpointLocked() error {
+	s.prepareReaping()
 	g := s.freeze()
 	// Data before metadata: what the leaves point to is durable before they are.
 	if err := s.wal.sync(); err != nil {

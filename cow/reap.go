@@ -28,19 +28,29 @@ func (s *Store) reapable() bool {
 }
 
 // nextJob finds a job whose versions are all in the table: a checkpoint has
-// been committed since the name went. mu is held, and ckptMu or nobody checkpoints.
+// been committed since the name went. One that was begun comes first: what it has looked at would be looked at again, and with many leaves
+// there would be no end to it. mu is held, and ckptMu or nobody checkpoints.
 func (s *Store) nextJob() (job, bool) {
 	committed := s.committed.Load()
+	for id, cursor := range s.reapCursor {
+		b := s.tables.branches[id]
+		if b == nil {
+			continue
+		}
+		if i, found := b.search(cursor.to); found && b.points[i].isReapable(committed) {
+			return b.points[i].job(), true
+		} else if !found && b.isReapable(committed) {
+			return b.job(), true
+		}
+	}
 	for sn := range s.tables.nameless {
 		if sn.isReapable(committed) {
-			return s.begun(sn).job(), true
+			return sn.job(), true
 		}
 	}
 	for b := range s.tables.headless {
-		if b.headless <= committed && !b.stuck {
-			j := job{b: b, to: b.Epoch}
-			j.from, _ = b.neighbours(b.Epoch)
-			return j, true
+		if b.isReapable(committed) {
+			return b.job(), true
 		}
 	}
 	return job{}, false
@@ -55,15 +65,15 @@ func (sn *snapshot) isReapable(committed uint64) bool {
 	return sn.Volume == 0 && sn.dropped <= committed && b.forks[sn.Epoch] == 0
 }
 
-// begun returns the point of the branch that the reaper has begun with, if there is one, instead of another: what it has looked at
-// would be looked at again, and with many leaves there would be no end to it. mu is held.
-func (s *Store) begun(sn *snapshot) *snapshot {
-	if cursor, ok := s.reapCursor[sn.branch.ID]; ok {
-		if i, found := sn.branch.search(cursor.to); found && sn.branch.points[i].isReapable(s.committed.Load()) {
-			return sn.branch.points[i]
-		}
-	}
-	return sn
+// isReapable says whether the head of a branch was given up, and is not reaped. mu is held.
+func (b *branch) isReapable(committed uint64) bool {
+	return b.volume == nil && !b.reaped && b.headless <= committed && !b.stuck
+}
+
+func (b *branch) job() job {
+	j := job{b: b, to: b.Epoch}
+	j.from, _ = b.neighbours(b.Epoch)
+	return j
 }
 
 func (sn *snapshot) job() job {
@@ -89,6 +99,51 @@ func (b *branch) neighbours(epoch uint32) (before, after uint32) {
 		after = b.Epoch
 	}
 	return before, after
+}
+
+// prepareReaping brings in what the next batch looks at: mu is not held, which in the batch would keep everybody waiting for the disk.
+// What goes wrong here the batch meets again. ckptMu is held.
+func (s *Store) prepareReaping() {
+	s.mu.Lock()
+	j, ok := s.nextJob()
+	var cursor reapCursor
+	var err error
+	if ok {
+		cursor, err = s.cursorOf(j)
+	}
+	reaped := ok && j.b.reaped
+	s.mu.Unlock()
+	if !ok || err != nil {
+		return
+	}
+	var leaves []uint32
+	_ = s.meta.View(func(tx *metadata.Tx) error {
+		return tx.Changes(cursor.next, cursor.last, func(v metadata.Version) bool {
+			leaves = append(leaves, v.Leaf)
+			return len(leaves) < s.opts.ReapBatch
+		})
+	})
+	var l format.Leaf
+	for _, index := range leaves {
+		if j.next != 0 && !reaped {
+			_ = s.cache.ensure(leafKey{j.b, index, head})
+		}
+		_ = s.meta.View(func(tx *metadata.Tx) error {
+			_, err := tx.Leaf(metadata.Version{Branch: j.b.ID, Leaf: index, Epoch: j.to}, &l)
+			return err
+		})
+	}
+}
+
+// cursorOf is how far the reaper has come with a job, which is begun if it was not. mu is held.
+func (s *Store) cursorOf(j job) (cursor reapCursor, err error) {
+	cursor, ok := s.reapCursor[j.b.ID]
+	if !ok || cursor.to != j.to {
+		if cursor, err = s.beginJob(j); err == nil {
+			s.reapCursor[j.b.ID] = cursor
+		}
+	}
+	return cursor, err
 }
 
 // reap does one batch of work as part of the generation that is being frozen. mu and ckptMu are held: memory is what the
@@ -120,11 +175,9 @@ func (s *Store) reap() {
 
 // reapSome looks at up to limit leaves of a job, going on where the last batch stopped.
 func (s *Store) reapSome(j job, limit int) (done bool, n int, err error) {
-	cursor, ok := s.reapCursor[j.b.ID]
-	if !ok || cursor.to != j.to {
-		if cursor, err = s.beginJob(j); err != nil {
-			return false, 0, err
-		}
+	cursor, err := s.cursorOf(j)
+	if err != nil {
+		return false, 0, err
 	}
 	var found []metadata.Version
 	done = true

@@ -106,3 +106,40 @@ func TestOldestSnapshotGoesFast(t *testing.T) {
 	mustCheck(t, s)
 	must(t, errors.Join(d.Close(), s.Close()))
 }
+
+// What a deletion has to look at comes from the table before the store's lock is taken, which keeps writers waiting.
+func TestReaperReadsWithoutTheLock(t *testing.T) {
+	s, _ := newStore(t, Options{CheckpointInterval: -1})
+	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 30, Codec: format.Raw})
+	must(t, err)
+	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+	must(t, err)
+	for i := range int64(2) {
+		for j := range int64(300) {
+			_, err := d.WriteAt(randomBytes(format.BlockSize, uint64(i+1)), j<<20)
+			must(t, err)
+		}
+		must(t, s.Snapshot(Ref{"v", fmt.Sprint(i)}))
+	}
+	must(t, errors.Join(s.Remove(Ref{"v", "1"}, false), s.Checkpoint()))
+	s.cache.relax() // it forgets everything
+	with, without := 0, 0
+	load := s.cache.load
+	s.cache.load = func(k leafKey, lf *openLeaf) error {
+		if s.mu.TryLock() {
+			s.mu.Unlock()
+			without++
+		} else {
+			with++
+		}
+		return load(k, lf)
+	}
+	for s.changed() {
+		must(t, s.Checkpoint())
+	}
+	if with > 0 || without < 300 {
+		t.Errorf("%d leaves were read with the lock held, %d without", with, without)
+	}
+	mustCheck(t, s)
+	must(t, errors.Join(d.Close(), s.Close()))
+}
