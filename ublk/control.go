@@ -314,6 +314,10 @@ func (c *control) del(ctx context.Context, to target) error {
 	bounded, cancel := context.WithTimeout(ctx, deleteTimeout)
 	defer cancel()
 	err = c.send(bounded, cmdDelDev, to, 0, nil)
+	// The signal that cancels a command can meet the next one of the kernel's worker thread, which has not waited to its end then.
+	for errors.Is(err, unix.EINTR) && bounded.Err() == nil {
+		err = c.send(bounded, cmdDelDev, to, 0, nil)
+	}
 	if err != nil && bounded.Err() != nil {
 		return fmt.Errorf("%w (%w)", errHeld, err)
 	}

@@ -141,6 +141,7 @@ func TestQueuesBreakInStop(t *testing.T) {
 type heldDriver struct {
 	asked   chan struct{} // closed when the DEL of device 1 has begun
 	deleted atomic.Uint32
+	signals atomic.Int32 // DELs of other devices that are interrupted first
 }
 
 func (h *heldDriver) run(ctx context.Context, op uint32, cmd ctrlCmd, buf unsafe.Pointer) (int32, error) {
@@ -151,6 +152,8 @@ func (h *heldDriver) run(ctx context.Context, op uint32, cmd ctrlCmd, buf unsafe
 		close(h.asked)
 		<-ctx.Done()
 		return 0, ctx.Err()
+	case op == cmdDelDev && h.signals.Add(-1) >= 0:
+		return -int32(unix.EINTR), nil
 	case op == cmdDelDev:
 		h.deleted.Add(1)
 	}
@@ -169,6 +172,7 @@ func TestDeletionsDoNotWait(t *testing.T) {
 	go func() { held <- device(1).remove(t.Context()) }()
 	<-h.asked
 	for id := range uint32(3) {
+		h.signals.Store(int32(id)) // a DEL that was cancelled has left them
 		if err := device(2 + id).remove(t.Context()); err != nil || h.deleted.Load() != 1+id {
 			t.Errorf("device %d: %v; %d were deleted", 2+id, err, h.deleted.Load())
 		}
