@@ -60,6 +60,7 @@ var headerConstants = map[string]string{
 	"descSize":        "sizeof(struct ublksrv_io_desc)",
 	"descArea":        "UBLK_MAX_QUEUE_DEPTH * sizeof(struct ublksrv_io_desc)",
 
+	"threadSignal": "", // nptl(7)
 	"opMask":       "", // in ublksrv_get_op
 	"flagFUA":      "UBLK_IO_F_FUA",
 	"flagNoUnmap":  "UBLK_IO_F_NOUNMAP",
