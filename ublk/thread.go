@@ -24,7 +24,7 @@ type queueThread struct {
 	cpus    *unix.CPUSet // where the thread runs, or nil
 	flusher atomic.Bool  // the thread is marked as an I/O flusher
 	tid     atomic.Int64 // of the thread
-	behind  port         // of a queue that left; release closes it when the thread is gone
+	behind  port         // of a queue that has not drained; release closes it when the thread is gone
 }
 
 // copyMode is the mode of a device that the driver granted features.
@@ -182,10 +182,10 @@ func (d *Device) serveQueue(t *queueThread, ready chan<- error) {
 			keepForever(t)
 		}
 		t.rests.Store(restsForGood)
-		if t.left && !drained {
-			t.behind = p
+		if drained {
+			p.close(true)
 		} else {
-			p.close(drained)
+			t.behind = p
 		}
 		if !finished {
 			d.fail(fmt.Errorf("ublk: the handler ended the thread of queue %d", t.id))
