@@ -171,6 +171,11 @@ func (d *Device) flush() {
 	if len(users(d.id)) == 0 {
 		return // the last one to close a block device has written back
 	}
+	d.writeBack()
+}
+
+// writeBack is flush, whoever uses the device.
+func (d *Device) writeBack() {
 	flushed := make(chan struct{})
 	go func() { // which ends with the disk, at the latest
 		flushBlocks(d.id)
@@ -238,6 +243,10 @@ func (d *Device) claimAndStop() error {
 	defer unix.Close(fd)
 	if len(openers(d.id, fd)) > 0 {
 		return unix.EBUSY
+	}
+	if d.features&FeatureUserRecovery != 0 {
+		// Who closed it while this claim holds it open was not the last, and STOP fails what is written then (leaveAndDelete).
+		d.writeBack()
 	}
 	return d.control.stop(d.target)
 }

@@ -300,3 +300,45 @@ func TestRoundsOfProcesses(t *testing.T) {
 		}
 	}
 }
+
+// TestStopWritesBack: Stop does not lose what is in the page cache still, because the last one to use the disk, whom nobody sees, lets
+// go of it later.
+func TestStopWritesBack(t *testing.T) {
+	needDriver(t)
+	for _, recovery := range []ublk.Recovery{ublk.RecoverNone, ublk.RecoverReissue} {
+		disk := newRAMDisk(1 << 20)
+		d, err := ublk.Create(stopCtx(t), ublk.Options{Size: 1 << 20, Recovery: recovery}, disk)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := os.OpenFile(d.Path(), os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, err := unix.Mmap(int(f.Fd()), 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+		if err = errors.Join(err, f.Close()); err != nil {
+			t.Fatal(err)
+		}
+		copy(m, "dirty")
+		if err := d.Stop(stopCtx(t)); !errors.Is(err, ublk.ErrBusy) {
+			t.Errorf("%v: Stop of a disk that is mapped: %v", recovery, err)
+		}
+		stopped := d.State() != ublk.StateLive
+		if stopped == kernelHas(t, ublk.FeatureSafeStop) {
+			t.Errorf("%v: after Stop the device is %v", recovery, d.State())
+		}
+		if stopped && string(disk.data[:5]) != "dirty" {
+			t.Errorf("%v: Stop has not written back", recovery)
+		}
+		if err := unix.Munmap(m); err != nil {
+			t.Fatal(err)
+		}
+		if !stopped {
+			closeDevice(t, d)
+			if string(disk.data[:5]) != "dirty" {
+				t.Errorf("%v: the last use has not written back", recovery)
+			}
+		}
+		repeat(t, devicesGone)
+	}
+}
