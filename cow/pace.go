@@ -35,6 +35,10 @@ func (p *pacer) set(rate float64) {
 	p.on.Store(rate > 0)
 }
 
+// Paced says whether writes may have to wait, since there is little room and the cleaner is about making some. Who also has
+// something else to do lets others write.
+func (d *Device) Paced() bool { return d.s.pacer.on.Load() }
+
 // wait is called before n bytes are appended. No lock is held.
 func (p *pacer) wait(n int) {
 	if p.on.Load() {

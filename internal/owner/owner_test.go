@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -18,6 +19,7 @@ import (
 	"time"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/owner/sparse"
 	"github.com/vdisk/vdisk/ublk"
 )
@@ -510,4 +512,39 @@ func TestFailedRequestsAreLogged(t *testing.T) {
 		t.Errorf("%v, %s", err, text.String())
 	}
 	w.close(o)
+}
+
+// TestPacedWritesAreNotInline: where writes wait for the cleaner, a queue's thread goes on with its reads.
+func TestPacedWritesAreNotInline(t *testing.T) {
+	const size = 128 << 20
+	dir := filepath.Join(t.TempDir(), "paced")
+	if err := cow.Create(dir); err != nil {
+		t.Fatal(err)
+	}
+	s, err := cow.Open(dir, cow.Options{MaxBytes: size * 10 / 7, CacheBytes: 16 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if _, err := s.CreateVolume("v", cow.VolumeOptions{Size: size, Codec: format.Raw}); err != nil {
+		t.Fatal(err)
+	}
+	dev, err := s.OpenDevice(cow.Ref{Volume: "v"}, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
+	target := &target{dev: dev, jobs: make(chan *ublk.Request, 1)} // nobody works
+	rng, inline := rand.New(rand.NewPCG(1, 2)), 0
+	for end := time.Now().Add(time.Minute); ; inline++ {
+		r := &ublk.Request{Op: ublk.OpWrite, Buf: bytes.Repeat([]byte{1}, 4096), Length: 4096, Offset: rng.Int64N(size/4096) * 4096}
+		if err := target.ServeUBLK(r); errors.Is(err, ublk.ErrLater) {
+			break
+		} else if err != nil || time.Now().After(end) {
+			t.Fatalf("%d writes inline, then %v", inline, err)
+		}
+	}
+	if inline < 1000 {
+		t.Errorf("only %d writes were inline", inline)
+	}
 }

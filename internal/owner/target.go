@@ -14,8 +14,8 @@ import (
 // target answers the requests of a block device from a volume or snapshot.
 //
 // Reads are planned and finished on the queue's thread, and fetched on its ring. Small writes are done on the queue's
-// thread: a hand-over costs more than they do. What may wait for the disk, or is large enough to be worth another CPU,
-// goes to the workers.
+// thread: a hand-over costs more than they do. What may wait for the disk or for the cleaner, or is large enough to be worth
+// another CPU, goes to the workers.
 type target struct {
 	dev    *cow.Device
 	report func(error) // gets why requests fail: their sender gets no more than an errno
@@ -61,7 +61,7 @@ func (t *target) ServeUBLK(r *ublk.Request) error {
 	switch {
 	case r.Op == ublk.OpRead:
 		return t.tell(r, t.read(r))
-	case r.Op == ublk.OpWrite && !r.FUA && r.Length <= inlineBytes:
+	case r.Op == ublk.OpWrite && !r.FUA && r.Length <= inlineBytes && !t.dev.Paced():
 		_, err := t.dev.WriteAt(r.Buf, r.Offset)
 		return t.tell(r, err)
 	}
