@@ -333,10 +333,11 @@ func remove(t testing.TB, id int) {
 	})
 }
 
-// mustBecome waits for a state of a device in the driver.
+// mustBecome waits for a state of a device in the driver. Before Linux 6.15 that takes 30 s, the block layer's timeout, where a server died that
+// held every request of a queue.
 func mustBecome(t testing.TB, id int, want ublk.KernelState) {
 	t.Helper()
-	within(t, 30*time.Second, "state", func() error {
+	within(t, stepLimit, "state", func() error {
 		got, err := stateOf(id)
 		if err == nil && got != want {
 			err = fmt.Errorf("device %d is %v, want %v", id, got, want)
