@@ -213,7 +213,7 @@ func TestFailedStartKeepsNoMemory(t *testing.T) {
 			t.Fatal(err)
 		}
 		const buffers = 2 * depth * size >> 10
-		if got := status("RssAnon") - before; got < buffers {
+		if got := status("RssAnon") - before; got < buffers*7/8 { // the count is not exact, and the heap may have become smaller
 			t.Fatalf("%d KiB more are resident, and the buffers have %d", got, buffers)
 		}
 		err = d.startQueues() // /dev/null takes the fetches, and cannot be mapped
