@@ -9,6 +9,9 @@ import "golang.org/x/sys/unix"
 // around one that is read (/sys/kernel/debug/fault_around_bytes), so that it stands for 8 MiB.
 const pagesRead = 128
 
+// residentMost is the size of a table of which no pages are given back: to map them again costs as much as a read.
+const residentMost = 16 << 20
+
 // read counts leaves that a transaction has read or written, and gives pages back when they are many. The transaction
 // keeps the mapping where it is.
 func (t *Tx) read(n int64) {
@@ -22,7 +25,7 @@ func (t *Tx) read(n int64) {
 // giveBack lets the kernel take the table's pages out of this process's memory.
 func (t *Tx) giveBack() {
 	b := t.tx.DB()
-	if size := t.tx.Size(); size > 0 {
+	if size := t.tx.Size(); size > residentMost {
 		// If it fails the memory stays taken, and that is all.
 		_, _, _ = unix.Syscall(unix.SYS_MADVISE, b.Info().Data, uintptr(size), unix.MADV_DONTNEED)
 	}
