@@ -1,54 +1,23 @@
 #!/bin/bash
 # bench-nbd.sh: vdisk against qemu-nbd on qcow2 and on a raw file (both with O_DIRECT) and nbdkit on a file, all over NBD with fio's own client,
-# taking turns, and a table of medians. Half-compressible data. Environment:
-#   DIR      a folder on the disk to measure (default: a temporary one in the present folder)
+# taking turns, and a table of medians. Half-compressible data. Environment: DIR (bench-server.sh)
 #   SIZE_MB  of the data (1024); RUNTIME, seconds a test (4); ROUNDS (3); PEERS (qcow2 raw nbdkit vdisk)
 set -euo pipefail
-tools=$(realpath "$(dirname "$0")")
-vdisk=$(realpath "$tools/../../bin/vdisk")
+. "$(dirname "$0")/bench-server.sh"
 size=${SIZE_MB:-1024} runtime=${RUNTIME:-4} rounds=${ROUNDS:-3}
-made=
-[ -n "${DIR:-}" ] || made=$(mktemp -d "$PWD/bench-nbd.XXXXXX")
-dir=$(realpath "${DIR:-$made}")
-export VDISK_STORE=$dir/store
-server=
-over() {
-	[ -z "$server" ] || { kill "$server" && wait "$server"; } || true
-	rm -rf "$dir/image" "$dir/store" "$dir"/*.sock "$dir/fio.json"
-	[ -z "$made" ] || rmdir "$made"
-}
-trap over EXIT
-trap 'exit 130' INT TERM
 
 drop() { # what the kernel caches of the disk
 	sync
 	echo 1 >/proc/sys/vm/drop_caches || { echo "bench-nbd: cold reads need root" >&2; exit 1; }
 }
-await() {
-	local n
-	for n in $(seq 100); do
-		[ ! -S "$dir/s.sock" ] || return 0
-		sleep 0.1
-	done
-	echo "bench-nbd: the server has made no socket" >&2
-	exit 1
-}
 start() { # target: serves what is there
 	local qemu=(qemu-nbd -t -e 8 -k "$dir/s.sock" --cache=none --aio=io_uring --discard=unmap)
-	rm -f "$dir/s.sock"
 	case $1 in
-	qcow2) "${qemu[@]}" -f qcow2 "$dir/image" & ;;
-	raw) "${qemu[@]}" -f raw "$dir/image" & ;;
-	nbdkit) nbdkit -f -U "$dir/s.sock" file "$dir/image" & ;;
-	vdisk) "$vdisk" -q serve --socket "$dir/s.sock" v & ;;
+	qcow2) serve "${qemu[@]}" -f qcow2 "$dir/image" ;;
+	raw) serve "${qemu[@]}" -f raw "$dir/image" ;;
+	nbdkit) serve nbdkit -f -U "$dir/s.sock" file "$dir/image" ;;
+	vdisk) serve "$vdisk" -q serve --socket "$dir/s.sock" v ;;
 	esac
-	server=$!
-	await
-}
-stop() {
-	kill "$server"
-	wait "$server" || true
-	server=
 }
 make_image() { # target
 	case $1 in
@@ -64,20 +33,12 @@ snapshot() { # target
 	esac
 }
 ticks() { awk '{print $14 + $15}' "/proc/$server/stat"; }
-numbers() { # direction: IOPS, p50 in ns, p99, I/Os of fio's JSON
-	awk '/"(read|write|trim)" : /{s = $1} s == want && /"iops" : /{gsub(",", ""); iops = $3}
-		s == want && /"total_ios" : /{gsub(",", ""); n = $3} s == want && /"50.000000" : /{gsub(",", ""); p = $3}
-		s == want && /"99.000000" : /{gsub(",", ""); q = $3} END{print iops, p, q, n}' want="\"$1\"" "$dir/fio.json"
-}
 measure() { # target round test rw bs depth fio's flags...
-	local before iops p50 p99 n dir_=write uri="nbd+unix:///v?socket=$dir/s.sock"
-	[ "$1" = vdisk ] || uri="nbd+unix:///?socket=$dir/s.sock"
-	case $4 in *read) dir_=read ;; esac
+	local before iops p50 p99 n export=
+	[ "$1" != vdisk ] || export=v
 	before=$(ticks)
-	fio --name=x --ioengine=nbd --uri="$uri" --rw="$4" --bs="$5" --iodepth="$6" --size="${size}M" --randrepeat=0 \
-		--buffer_compress_percentage=50 --buffer_compress_chunk=4k --refill_buffers --output-format=json --output="$dir/fio.json" "${@:7}"
-	read -r iops p50 p99 n < <(numbers $dir_)
-	echo "R $3 $1 $2 $iops $p50 $p99 $((($(ticks) - before) * 1000000000 / $(getconf CLK_TCK) / n))"
+	read -r iops p50 p99 n < <(nbd_fio "$export" --rw="$4" --bs="$5" --iodepth="$6" --size="${size}M" "${@:7}")
+	result "$3 $1 $2 $iops $p50 $p99 $((($(ticks) - before) * 1000000000 / $(getconf CLK_TCK) / n))"
 }
 timed=(--time_based --runtime="$runtime" --norandommap)
 round() { # target round
@@ -107,11 +68,9 @@ round() { # target round
 	stop
 	rm -rf "$dir/image" "$dir/store"
 }
-mkdir -p "$dir"
-out=$PWD/bench-nbd.out
 for r in $(seq "$rounds"); do
 	for p in ${PEERS:-qcow2 raw nbdkit vdisk}; do round "$p" "$r"; done
-done | tee "$out" | cut -d' ' -f2- >&2
+done
 awk -f "$tools/median.awk" -f <(cat <<'AWK'
 $1 == "R" {
 	k = $2 " " $3
