@@ -39,11 +39,15 @@ type leafCache struct {
 type shard struct {
 	mu sync.RWMutex
 	arena
-	buckets []uint32 // handles
+	buckets []uint32    // handles
+	imaged  []leafPlace // where images are; and where some were, until eachImage sees that
 	loading map[leafKey]*loading
 	mapped  []uint64 // all memory
 	words   int      // how much it is to be; len(mapped) is more while a log is replayed that a larger cache wrote
 }
+
+// leafPlace is which leaf of which branch.
+type leafPlace struct{ branch, index uint32 }
 
 // loading is one load that others wait for: a second loader could otherwise
 // put back a leaf that was changed, written and evicted since it read it.
@@ -469,6 +473,7 @@ func (c *leafCache) forget(b *branch, points bool) {
 				case lf.dirtyGen() != 0:
 					lf.asOf = lf.epoch
 					lf.state.Or(stateImage)
+					s.imaged = append(s.imaged, leafPlace{lf.branch, lf.index})
 					b.unwritten.Add(1)
 				default:
 					s.remove(h)

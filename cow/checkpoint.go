@@ -249,13 +249,13 @@ func (s *Store) encode(g *generation) {
 	// Every leaf has been encoded or has its image by now.
 	for i := range s.cache.shards {
 		sh := &s.cache.shards[i]
-		sh.mu.RLock()
-		sh.eachDirty(func(_ handle, o *openLeaf) {
-			if o.is(stateImage) && o.gen <= g.gen {
+		sh.mu.Lock()
+		sh.eachImage(func(_ handle, o *openLeaf) {
+			if o.gen <= g.gen {
 				add(o)
 			}
 		})
-		sh.mu.RUnlock()
+		sh.mu.Unlock()
 	}
 	// After a commit that failed there may be several states of one version: the last comes last.
 	slices.SortFunc(g.encoded, func(a, b encodedLeaf) int {

@@ -1,6 +1,9 @@
 package cow
 
 import (
+	"cmp"
+	"slices"
+
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -44,6 +47,30 @@ func (s *shard) putImage(h handle) {
 	lf.asOf = lf.epoch
 	s.put(h, uint32(openWords)|stateOpen|stateImage)
 	s.segment(h).dirty++
+	s.imaged = append(s.imaged, leafPlace{lf.branch, lf.index})
+}
+
+// eachImage calls fn, which may remove it, for each image. Images are few among what is dirty, so they are not looked for there.
+func (s *shard) eachImage(fn func(handle, *openLeaf)) {
+	if s.buckets == nil {
+		return
+	}
+	slices.SortFunc(s.imaged, func(a, b leafPlace) int {
+		return cmp.Or(cmp.Compare(a.branch, b.branch), cmp.Compare(a.index, b.index))
+	})
+	s.imaged = slices.DeleteFunc(slices.Compact(s.imaged), func(p leafPlace) bool {
+		none := true
+		for h := *s.bucket(p.branch, p.index); h != 0; {
+			lf := s.at(h)
+			this := h
+			h = lf.next
+			if lf.branch == p.branch && lf.index == p.index && lf.is(stateImage) {
+				none = false
+				fn(this, lf.open())
+			}
+		}
+		return none
+	})
 }
 
 // image finds the image of a leaf with the highest epoch in [from, to], the last one made of it, or nil.
@@ -76,8 +103,8 @@ func (s *shard) dropImages(v metadata.Version) (n int64) {
 func (s *shard) settleImages(gen uint64, dropped func(branch uint32)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.eachDirty(func(h handle, o *openLeaf) {
-		if o.is(stateImage) && o.gen <= gen {
+	s.eachImage(func(h handle, o *openLeaf) {
+		if o.gen <= gen {
 			dropped(o.branch)
 			s.remove(h)
 		}
