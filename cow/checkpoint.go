@@ -114,7 +114,11 @@ func (s *Store) checkpointLocked() error {
 	err = s.opts.OnCommit(true)
 	s.settle(g)
 	s.trimEnds(g.at.ChunkSeq)
-	return errors.Join(err, s.removeDead(g.dead))
+	err = errors.Join(err, s.removeDead(g.dead))
+	s.mu.Lock()
+	s.leaving = 0
+	s.mu.Unlock()
+	return err
 }
 
 // trimEnds gives back what is allocated behind the records of chunks in which the log ended without a Close, and from which no
@@ -222,6 +226,7 @@ func (s *Store) takeChunks(g *generation) {
 		}
 		if c.live == 0 && c.sealed && c.seq < g.at.ChunkSeq {
 			c.dead = true
+			s.leaving += int64(c.size)
 			g.dead = append(g.dead, c)
 			continue
 		}
@@ -368,7 +373,7 @@ func (s *Store) thaw(g *generation, err error) error {
 		sh.mu.Unlock()
 		k.b.unwritten.Add(-1)
 	}
-	s.unwritten, s.writing = s.unwritten+s.writing, 0
+	s.unwritten, s.writing, s.leaving = s.unwritten+s.writing, 0, 0
 	s.failures, s.failure = s.failures+1, err
 	s.frozen.Broadcast()
 	mark := func(set map[uint32]struct{}, ids []uint32) {

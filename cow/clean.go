@@ -38,7 +38,9 @@ type mover struct {
 	pay  []byte      // of a moved record
 	leaf format.Leaf // of owned
 	line lineage     // of the last record's branch
-	full bool        // the last batch ended where a checkpoint has to come first
+
+	forwarded bool // records of c may be elsewhere
+	full      bool // the last batch ended where a checkpoint has to come first
 }
 
 // CleanReport is what Clean did.
@@ -112,7 +114,7 @@ const all = ^uint64(0)
 
 // cleanOne cleans the chunk that promises most, of those with sequence numbers below limit. Where there is none, it reports no chunk. pause is
 // called between batches, with how long the last one took; it may be nil.
-func (s *Store) cleanOne(ctx context.Context, waste float64, limit uint64, pause func(time.Duration)) (r CleanReport, err error) {
+func (s *Store) cleanOne(ctx context.Context, waste float64, limit uint64, pause func(time.Duration) error) (r CleanReport, err error) {
 	s.cleanMu.Lock()
 	defer s.cleanMu.Unlock()
 	c := s.victim(waste, limit)
@@ -162,16 +164,14 @@ func (s *Store) mayClean(c *chunk) bool {
 }
 
 // cleanChunk moves what lives in c. cleanMu is held.
-func (s *Store) cleanChunk(ctx context.Context, c *chunk, pause func(time.Duration)) (moved int64, err error) {
-	f, err := c.handle()
-	if err != nil {
-		return 0, err
-	}
+func (s *Store) cleanChunk(ctx context.Context, c *chunk, pause func(time.Duration) error) (moved int64, err error) {
 	if s.mover == nil {
 		s.mover = &mover{s: s, comp: make([]byte, 0, format.MaxCompressed)}
 	}
 	m := s.mover
-	m.c, m.r = c, recordReader{f: f, c: c, win: m.r.win[:0], off: format.ChunkHeaderSize, at: format.ChunkHeaderSize}
+	if err := m.begin(c); err != nil {
+		return 0, err
+	}
 	for more := true; more; {
 		if err := errors.Join(ctx.Err(), s.live()); err != nil {
 			return moved, err
@@ -188,7 +188,9 @@ func (s *Store) cleanChunk(ctx context.Context, c *chunk, pause func(time.Durati
 			}
 		}
 		if pause != nil && more {
-			pause(time.Since(start))
+			if err := pause(time.Since(start)); err != nil {
+				return moved, err
+			}
 		}
 	}
 	if moved == 0 && c.unmoved {
@@ -211,21 +213,27 @@ func (s *Store) live() error {
 	return s.usable()
 }
 
-// batch goes on through the chunk until it has moved or passed over a batch. The reaper is kept
-// out meanwhile: which version of a leaf owns a record changes by it, and by nothing else, once
-// the version's epoch has ended.
+// begin makes c the chunk to be cleaned.
+func (m *mover) begin(c *chunk) error {
+	f, err := c.handle()
+	m.c, m.r = c, recordReader{f: f, c: c, win: m.r.win[:0], off: format.ChunkHeaderSize, at: format.ChunkHeaderSize}
+	return err
+}
+
+// look looks at the state of the chunk, as it is at the beginning of a batch: up to where there are records, and whether it is there at all.
+func (m *mover) look() (end uint32, here bool) {
+	s := m.s
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	m.line, m.forwarded = lineage{}, m.c.moved > 0
+	return m.c.end, s.slots.get(m.c.slot) == m.c && !m.c.dead
+}
+
+// batch goes on through the chunk until it has moved or passed over a batch.
 func (m *mover) batch() (moved int, more bool, err error) {
 	s := m.s
-	s.ckptMu.Lock()
-	defer s.ckptMu.Unlock()
-	m.line = lineage{}
-	// What is moved is logged with the blocks that live. A replay, which begins with the table, has to find the same ones.
-	if m.full = s.thawed; m.full {
-		return 0, true, nil
-	}
-	s.mu.Lock()
-	end, here := m.c.end, s.slots.get(m.c.slot) == m.c && !m.c.dead
-	s.mu.Unlock()
+	m.full = false
+	end, here := m.look()
 	if !here {
 		return 0, false, nil // it has died meanwhile
 	}
@@ -298,49 +306,107 @@ func (r *recordReader) peek(n int) ([]byte, error) {
 
 const cleanWindow = 1 << 20
 
-// move moves what lives of one record, and returns the size of what it wrote. Since the table's chunks do not change while
-// ckptMu is held, a name that means this record at the beginning means no other at the end.
+// record is one that the mover has come to.
+type record struct {
+	h       *format.RecordHeader
+	payload []byte       // as stored
+	data    []byte       // of it, the unit
+	here    format.Entry // of its first block: where it is
+	name    format.Entry // and as the leaves have it
+	of      *chunk       // that name is in, or was
+}
+
+// move moves what lives of one record, and returns the size of what it wrote.
 func (m *mover) move(h *format.RecordHeader, payload []byte, off uint32) (n int, err error) {
-	here := format.MakeEntry(m.c.slot, off, h.Size(), h.Blocks, 0)
-	name, data := here, payload
-	if h.Kind == format.KindMoved {
-		was, err := format.DecodeMoved(h, payload)
-		if err != nil {
-			return 0, err
-		}
-		name, data = was.From, payload[format.MovedSize:]
+	r, err := m.decode(h, payload, off)
+	if err != nil {
+		return 0, err
 	}
-	to, moved, err := m.s.forwards.lookup(name)
-	if err != nil || moved && to.To != here || !moved && h.Kind == format.KindMoved {
-		return 0, err // it was moved on, or has died
-	}
-	// The head's own blocks first: once its entry is a new one, nothing has to be forwarded. Damage in what is dead does not matter.
 	for {
-		mask, dead, err := m.headMask(h, name)
-		if err != nil || dead {
-			return n, err
+		k, rest, err := m.moveOwn(&r)
+		n += k
+		if err == nil && rest {
+			k, err = m.moveHeld(&r)
+			n += k
 		}
-		if mask == 0 {
-			break
-		}
-		if err := h.VerifyPayload(payload); err != nil {
-			return n, err
-		}
-		k, err := m.rewrite(h, data, name, mask)
-		if n += k; !errors.Is(err, errChanged) {
+		if !errors.Is(err, errChanged) {
 			return n, err
 		}
 		m.line = lineage{}
 	}
-	mask, epoch, err := m.owned(h, name)
+}
+
+func (m *mover) decode(h *format.RecordHeader, payload []byte, off uint32) (r record, err error) {
+	here := format.MakeEntry(m.c.slot, off, h.Size(), h.Blocks, 0)
+	r = record{h: h, payload: payload, data: payload, here: here, name: here}
+	if h.Kind == format.KindMoved {
+		was, err := format.DecodeMoved(h, payload)
+		if err != nil {
+			return r, err
+		}
+		r.name, r.data = was.From, payload[format.MovedSize:]
+	}
+	return r, nil
+}
+
+// find looks up what the record's name means; false: another record, or none. Who goes by it later has to see that the name still belongs to r.of:
+// as long as it does, it means the same.
+func (m *mover) find(r *record) (ok bool, err error) {
+	if r.of = m.s.slots.get(r.name.Slot()); r.of == nil {
+		return false, nil
+	}
+	if r.h.Kind == format.KindData && !m.forwarded {
+		return r.of == m.c, nil
+	}
+	to, moved, err := m.s.forwards.lookup(r.name)
+	if moved {
+		return to.To == r.here, err
+	}
+	return r.h.Kind == format.KindData && r.of == m.c, err // else it was moved on, or has died
+}
+
+// moveOwn writes the blocks of a record again that only the head of its volume has: once the head's entry is a new one, nothing has to be forwarded. rest
+// says that there may be others. To replay it is a write, so it needs no more locks than one, and goes on beside a checkpoint.
+func (m *mover) moveOwn(r *record) (n int, rest bool, err error) {
+	if ok, err := m.find(r); !ok {
+		return 0, false, err
+	}
+	mask, rest, err := m.headMask(r.h, r.name)
+	if err != nil || mask == 0 {
+		return 0, rest, err // damage in what is dead does not matter
+	}
+	if err := r.h.VerifyPayload(r.payload); err != nil {
+		return 0, rest, err
+	}
+	n, err = m.rewrite(r, mask)
+	return n, rest, err
+}
+
+// moveHeld copies a record that snapshots or clones have, and notes where it is now. The reaper is kept out meanwhile, which works within checkpoints: which
+// version of a leaf owns a record changes by it, and by nothing else, once the version's epoch has ended.
+func (m *mover) moveHeld(r *record) (n int, err error) {
+	s := m.s
+	s.ckptMu.Lock()
+	defer s.ckptMu.Unlock()
+	// What is moved is logged with the blocks that live. A replay, which begins with the table, has to find the same ones.
+	if s.thawed {
+		return 0, errFull
+	}
+	was := r.of
+	if ok, err := m.find(r); !ok || r.of != was || m.c.dead {
+		if ok && r.of != was {
+			err = errChanged
+		}
+		return 0, err
+	}
+	mask, epoch, err := m.owned(r.h, r.name)
 	if err == nil && mask != 0 {
-		err = h.VerifyPayload(payload)
+		err = r.h.VerifyPayload(r.payload)
 	}
 	if err != nil || mask == 0 {
-		return n, err
+		return 0, err
 	}
-	k, err := m.forward(h, data, name, mask, epoch)
-	return n + k, err
+	return m.forward(r.h, r.data, r.name, mask, epoch)
 }
 
 // ownedIn masks the blocks of the record name that l has changed itself.
@@ -374,42 +440,42 @@ func (m *mover) lineageOf(branch uint32) *lineage {
 	return &m.line
 }
 
-// headMask says which blocks of a record are in the head of a volume and nowhere else: put there in the present epoch. dead says that
-// the record is nowhere. (If a snapshot is taken meanwhile it may be in that: then its bytes count as live, and it is cleaned another time.)
-func (m *mover) headMask(h *format.RecordHeader, name format.Entry) (mask uint16, dead bool, err error) {
+// headMask says which blocks of a record are in the head of a volume and nowhere else: put there in the present epoch. rest says that
+// others may be elsewhere. (If a snapshot is taken meanwhile it may be in that: then its bytes count as live, and it is cleaned another time.)
+func (m *mover) headMask(h *format.RecordHeader, name format.Entry) (mask uint16, rest bool, err error) {
 	l := m.lineageOf(h.Branch)
 	if !l.written {
-		return 0, false, nil
+		return 0, true, nil
 	}
 	err = m.s.cache.view(leafKey{l.b, uint32(h.Block / format.LeafBlocks), head}, func(lf *leaf) {
 		first := int(h.Block % format.LeafBlocks)
-		dead = l.alone
+		rest = !l.alone
 		for i := range h.Blocks {
-			if lf.entry(first+i) != name.WithIndex(i) {
-				continue
-			}
-			dead = false
-			if lf.epoch == l.epoch && lf.isChanged(first+i) {
+			switch {
+			case lf.entry(first+i) != name.WithIndex(i):
+			case lf.epoch == l.epoch && lf.isChanged(first+i):
 				mask |= 1 << i
+			default:
+				rest = true
 			}
 		}
 	})
-	return mask, dead, err
+	return mask, rest, err
 }
 
 // rewrite writes blocks of a head again, whose content stays the same.
-func (m *mover) rewrite(h *format.RecordHeader, payload []byte, name format.Entry, mask uint16) (n int, err error) {
-	s := m.s
+func (m *mover) rewrite(r *record, mask uint16) (n int, err error) {
+	s, h := m.s, r.h
 	if bits.OnesCount16(mask) == h.Blocks {
 		crc := h.PayloadCRC
 		if h.Kind == format.KindMoved { // of which the payload is a part
-			crc = format.Checksum(payload)
+			crc = format.Checksum(r.data)
 		}
 		return s.putMoved(&format.RecordHeader{Block: h.Block, Branch: h.Branch, Kind: format.KindData, Codec: h.Codec, Blocks: h.Blocks,
-			PayloadLen: len(payload), PayloadCRC: crc}, payload, still(h.Block, h.Blocks, name))
+			PayloadLen: len(r.data), PayloadCRC: crc}, r.data, m.still(r, 0, h.Blocks))
 	}
 	unit := m.unit[:h.Blocks*format.BlockSize]
-	if err := format.Decompress(h.Codec, unit, payload); err != nil {
+	if err := format.Decompress(h.Codec, unit, r.data); err != nil {
 		return 0, err
 	}
 	pool := s.codecOf(h.Branch)
@@ -426,7 +492,7 @@ func (m *mover) rewrite(h *format.RecordHeader, payload []byte, name format.Entr
 		out, codec := c.Compress(m.comp, unit[i*format.BlockSize:(i+run)*format.BlockSize])
 		pool.put(c)
 		k, err := s.putMoved(&format.RecordHeader{Block: h.Block + uint64(i), Branch: h.Branch, Kind: format.KindData, Codec: codec, Blocks: run,
-			PayloadLen: len(out), PayloadCRC: format.Checksum(out)}, out, still(h.Block+uint64(i), run, name.WithIndex(i)))
+			PayloadLen: len(out), PayloadCRC: format.Checksum(out)}, out, m.still(r, i, run))
 		if n += k; err != nil {
 			return n, err
 		}
@@ -492,16 +558,16 @@ func (s *Store) putMoved(h *format.RecordHeader, payload []byte, same func(*leaf
 	}
 }
 
-// still returns what says whether blocks are still the ones from name on, and the head's own.
-func still(block uint64, n int, name format.Entry) func(*leaf) bool {
-	first := int(block % format.LeafBlocks)
+// still returns what says whether n blocks of a record, from one on, are still in the head of its volume, as its own.
+func (m *mover) still(r *record, from, n int) func(*leaf) bool {
+	first := int(r.h.Block%format.LeafBlocks) + from
 	return func(lf *leaf) bool {
 		for i := range n {
-			if !lf.isChanged(first+i) || lf.entry(first+i) != name.WithIndex(name.Index()+i) {
+			if !lf.isChanged(first+i) || lf.entry(first+i) != r.name.WithIndex(from+i) {
 				return false
 			}
 		}
-		return true
+		return m.s.slots.get(r.name.Slot()) == r.of // or the entries name something else by now
 	}
 }
 

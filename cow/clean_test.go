@@ -117,7 +117,7 @@ func TestMovedBlocksDieAfterReopen(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	s.cleanMu.Lock()
-	_, err = s.cleanChunk(ctx, c, func(time.Duration) { cancel() })
+	_, err = s.cleanChunk(ctx, c, func(time.Duration) error { cancel(); return nil })
 	s.cleanMu.Unlock()
 	if !errors.Is(err, context.Canceled) || c.moved == 0 || c.live == 0 {
 		t.Fatalf("%v; %d blocks moved, %d bytes are left", err, c.moved, c.live)
@@ -319,5 +319,59 @@ func TestCleanEndsBesideWriters(t *testing.T) {
 	stop.Store(true)
 	wg.Wait()
 	must(t, err)
+	must(t, errors.Join(d.Close(), s.Close()))
+}
+
+// TestNameOfAnotherLife: while the cleaner has a record in its hands the chunk may go, and a new one in its slot have a record of the same block at the same
+// place, which the leaf then names with the same entry. The old content must not come back.
+func TestNameOfAnotherLife(t *testing.T) {
+	s, _ := newStore(t, Options{CheckpointInterval: -1, ChunkBytes: 1 << 20})
+	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 20, Codec: format.Raw})
+	must(t, err)
+	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+	must(t, err)
+	write := func(n byte) {
+		_, err := d.WriteAt(bytes.Repeat([]byte{n}, format.BlockSize), 0)
+		must(t, err)
+	}
+	entry := func() (e format.Entry) {
+		must(t, s.cache.view(leafKey{d.b, 0, head}, func(lf *leaf) { e = lf.entry(0) }))
+		return e
+	}
+	for entry().Offset() != format.ChunkHeaderSize { // in the first chunk there are events
+		write(1)
+	}
+	name := entry()
+	m := &mover{s: s}
+	old := s.slots.get(name.Slot())
+	must(t, m.begin(old))
+	must(t, s.Checkpoint())
+	h, payload, err := m.next()
+	must(t, err)
+	r, err := m.decode(h, payload, format.ChunkHeaderSize)
+	must(t, err)
+	m.look()
+	if ok, err := m.find(&r); !ok || err != nil {
+		t.Fatal(ok, err)
+	}
+	for n := 0; entry() != name || s.slots.get(name.Slot()) == old; n++ {
+		if n == 4000 {
+			t.Fatal("the slot did not come again")
+		}
+		write(2)
+		if n%100 == 0 {
+			must(t, s.Checkpoint())
+		}
+	}
+	if _, err := m.rewrite(&r, 1); !errors.Is(err, errChanged) {
+		t.Error(err)
+	}
+	got := make([]byte, format.BlockSize)
+	_, err = d.ReadAt(got, 0)
+	must(t, err)
+	if got[0] != 2 {
+		t.Errorf("the block has %d again", got[0])
+	}
+	mustCheck(t, s)
 	must(t, errors.Join(d.Close(), s.Close()))
 }

@@ -42,7 +42,7 @@ func (s *Store) cleanRoutine() {
 				break
 			}
 		}
-		s.cleaningFailed(t.giveUp())
+		s.cleaningFailed(t.giveUp(t.room()))
 		s.pacer.set(0)
 	}
 }
@@ -50,7 +50,7 @@ func (s *Store) cleanRoutine() {
 // cleanFor cleans one chunk, as fast as the urgency asks, and has the table give it up; false: that is all for now.
 func (s *Store) cleanFor(u urgency, t *throttle) (more bool) {
 	waste := worthwhile
-	pause := func(took time.Duration) { t.batch(took, u == hungry) }
+	pause := func(took time.Duration) error { return t.batch(took, u == hungry) }
 	if u == tidy {
 		waste, pause = slack/(1+slack)/2, s.giveWay
 	}
@@ -65,7 +65,7 @@ func (s *Store) cleanFor(u urgency, t *throttle) (more bool) {
 	switch {
 	case err != nil || r.Chunks == 0:
 	case u == pressed:
-		err = t.chunk(r.Freed-r.Moved, time.Since(start))
+		t.chunk(r.Freed-r.Moved, time.Since(start))
 	default:
 		err = s.checkpoint()
 	}
@@ -129,7 +129,7 @@ func (s *Store) urgency() urgency {
 	}
 	dead := records - live
 	switch {
-	case err == nil && s.room(free, used)+owed < ahead*s.wal.chunkBytes && !s.helpless && dead > 0:
+	case err == nil && s.room(free, used)+owed+s.leaving < ahead*s.wal.chunkBytes && !s.helpless && dead > 0:
 		return pressed
 	case float64(dead) > slack*float64(live)+slackBytes:
 		return tidy
@@ -137,8 +137,8 @@ func (s *Store) urgency() urgency {
 	return idle
 }
 
-// giveWay lets others go first: where there is other work, twice as long as the last batch took.
-func (s *Store) giveWay(took time.Duration) {
+// giveWay lets others go first: where there is other work, twice as long as the last batch took. It fails when the store closes.
+func (s *Store) giveWay(took time.Duration) error {
 	s.mu.Lock()
 	others := s.wal.appended - s.cleaned
 	s.mu.Unlock()
@@ -148,12 +148,14 @@ func (s *Store) giveWay(took time.Duration) {
 	}
 	s.othersSeen = others
 	if s.urgency() == hungry {
-		return
+		return nil
 	}
 	timer := time.NewTimer(min(wait, time.Second))
 	defer timer.Stop()
 	select {
 	case <-s.quit:
+		return ErrClosed
 	case <-timer.C:
+		return nil
 	}
 }

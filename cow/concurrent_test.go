@@ -116,7 +116,7 @@ func (b *busyStore) again(fn func(r *rand.Rand) error) {
 	})
 }
 
-// noise writes, discards and flushes behind the registers, checkpoints, snapshots and deletes.
+// noise writes, discards and flushes behind the registers, checkpoints, snapshots, deletes, cleans and makes cold passes.
 func (b *busyStore) noise() {
 	b.again(func(r *rand.Rand) error {
 		d := b.devs[[]string{"a", "b"}[r.IntN(2)]]
@@ -150,6 +150,11 @@ func (b *busyStore) noise() {
 	b.again(func(r *rand.Rand) error {
 		time.Sleep(time.Duration(r.IntN(3000)) * time.Microsecond)
 		_, err := b.s.Cold(context.Background())
+		return err
+	})
+	b.again(func(r *rand.Rand) error {
+		time.Sleep(time.Duration(r.IntN(3000)) * time.Microsecond)
+		_, err := b.s.Clean(context.Background(), worthwhile)
 		return err
 	})
 	n := 0

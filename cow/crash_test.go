@@ -36,7 +36,7 @@ var opKinds = func() (kinds []string) {
 	for kind, weight := range map[string]int{
 		"write": 30, "discard": 4, "zero": 4, "flush": 4, "drain": 5, "read": 2,
 		"create": 1, "snapshot": 6, "clone": 3, "unsnap": 4, "remove": 1, "rollback": 2, "rename": 2, "resize": 3,
-		"checkpoint": 5, "reap": 1, "clean": 6, "cold": 7, "check": 1, "misuse": 1, "space": 3, "hold": 3, "churn": 3, "unpool": 1, "uncommitted": 5,
+		"checkpoint": 5, "reap": 1, "clean": 6, "cold": 7, "check": 1, "misuse": 1, "space": 3, "hold": 3, "churn": 3, "unpool": 1, "uncommitted": 5, "beside": 5,
 	} {
 		kinds = append(kinds, slices.Repeat([]string{kind}, weight)...)
 	}
@@ -280,6 +280,8 @@ func (w *world) operate(o op) error {
 		return w.churn(o, name, v.size)
 	case "uncommitted":
 		return w.uncommitted(o, name)
+	case "beside":
+		return w.beside(o)
 	case "unpool":
 		_, err := w.s.wal.pool.empty()
 		return err
@@ -382,9 +384,21 @@ func fill(p []byte, kind int, r *rand.Rand) {
 
 // clean cleans a chunk as the cleaner does, whichever it is, and counts the records that it wrote.
 func (w *world) clean(o op) error {
+	w.s.cleanMu.Lock()
+	defer w.s.cleanMu.Unlock()
+	return w.withChunk(o, func(c *chunk) error {
+		_, err := w.s.cleanChunk(context.Background(), c, nil)
+		w.catchUp()
+		if err == nil && c.live > 0 && !c.damaged {
+			err = fmt.Errorf("%d bytes live in chunk %s after it was cleaned", c.live, c.name())
+		}
+		return err
+	})
+}
+
+// withChunk calls fn with a chunk that may be cleaned, if there is one.
+func (w *world) withChunk(o op, fn func(*chunk) error) error {
 	s := w.s
-	s.cleanMu.Lock()
-	defer s.cleanMu.Unlock()
 	s.mu.Lock()
 	var cs []*chunk
 	for _, c := range s.slots.all() {
@@ -397,18 +411,57 @@ func (w *world) clean(o op) error {
 	if len(cs) == 0 {
 		return nil
 	}
-	c := cs[mix(o.b)%uint64(len(cs))]
-	_, err := s.cleanChunk(context.Background(), c, nil)
+	err := fn(cs[mix(o.b)%uint64(len(cs))])
 	for _, c := range cs {
 		c.release()
 	}
-	for w.m.next() < w.seq() {
-		w.m.record(w.m.now())
+	return err
+}
+
+// beside has the cleaner write blocks of heads again while a checkpoint is made, before its commit, and after it: as many as it can without
+// the checkpoint's lock. Some commits fail.
+func (w *world) beside(o op) error {
+	before := w.m.next()
+	w.noRoom = o.c%4 == 0
+	w.meanwhile = func() error {
+		o.b++
+		return w.withChunk(o, w.rewriteHeads)
 	}
-	if err == nil && c.live > 0 && !c.damaged {
-		err = fmt.Errorf("%d bytes live in chunk %s after it was cleaned", c.live, c.name())
+	defer func() { w.noRoom, w.meanwhile = false, nil }()
+	err := w.s.Checkpoint()
+	switch {
+	case err == nil:
+		w.crasher.durable(before) // what was written beside it is not
+	case w.noRoom && errors.Is(err, ErrNoSpace):
+		return nil
 	}
 	return err
+}
+
+func (w *world) rewriteHeads(c *chunk) error {
+	m := &mover{s: w.s, comp: make([]byte, 0, format.MaxCompressed)}
+	if err := m.begin(c); err != nil {
+		return err
+	}
+	end, here := m.look()
+	for here && m.r.off < end {
+		off := m.r.off
+		h, payload, err := m.next()
+		if err == nil && (h.Kind == format.KindData || h.Kind == format.KindMoved) {
+			var r record
+			if r, err = m.decode(h, payload, off); err == nil {
+				_, _, err = m.moveOwn(&r)
+				w.catchUp()
+			}
+		}
+		if errors.Is(err, errFull) || errors.Is(err, ErrNoSpace) || errors.Is(err, ErrCorrupt) {
+			return nil // the cleaner's to deal with
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // uncommitted has the table find no room for a while, in which the cleaner works.

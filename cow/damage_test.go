@@ -41,6 +41,9 @@ func newSound(t *testing.T) *sound {
 		}
 		w.must(t, o)
 	}
+	for range 10 { // behind the last checkpoint, and in more than one chunk
+		w.must(t, op{"write", rng.Uint32(), rng.Uint32(), 5*rng.Uint32N(1000) + 4})
+	}
 	w.must(t, op{kind: "flush"})
 	img := w.now("sound", w.crasher.fs.Clone())
 	// Without these two, the damage below would miss much.

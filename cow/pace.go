@@ -74,8 +74,10 @@ const (
 	unpaced = 7
 	// leastPace bounds how far they fall behind what the cleaner gains, with no room at all.
 	leastPace = 0.2
-	// giveUpAt is for how many chunks there is room when the table has to give up those that were cleaned.
-	giveUpAt = 1.5
+	// giveUpAt is for how many chunks there is room when the table has to give up those that were cleaned, and waitAt, when the
+	// cleaner, which takes room before it gives any, waits for that.
+	giveUpAt = 2
+	waitAt   = 0.5
 )
 
 // throttle is how a pressed cleaner fits its own work, and the pace of those who write, to the room that there is, which it counts in chunks. Only
@@ -84,54 +86,63 @@ type throttle struct {
 	s      *Store
 	gained float64 // bytes, and the seconds that it took, of the last chunks
 	worked float64
-	commit float64 // seconds of a checkpoint
 	rested time.Duration
+	asked  uint64 // the generation of the last checkpoint that it asked for, or later
 }
 
 // batch comes after each batch of a chunk. The less room there is, the less the cleaner rests; where it does not rest any more, others may write
 // as fast as it makes room. What has been gone through of the chunk, and chunks that the table has not given up yet, are room to come,
 // and count, or the pace would go up and down with every chunk.
-func (t *throttle) batch(took time.Duration, urgent bool) {
+func (t *throttle) batch(took time.Duration, urgent bool) error {
 	now, owed := t.room()
 	room := now + owed + float64(t.s.mover.r.off)/float64(t.s.wal.chunkBytes)
 	if t.gained > 0 && room < unpaced {
-		t.s.pacer.set(t.gained / t.worked * max(1+(room-level)/2, leastPace))
+		t.s.pacer.set(t.gained / t.worked * max(min(1+(room-level)/2, now), leastPace))
 	} else {
 		t.s.pacer.set(0)
 	}
 	if rest := min(1, room-unpaced); rest > 0 && !urgent {
 		start := time.Now()
-		t.s.giveWay(time.Duration(rest * float64(took)))
-		t.rested += time.Since(start)
+		err := t.s.giveWay(time.Duration(rest * float64(took)))
+		if t.rested += time.Since(start); err != nil {
+			return err
+		}
 	}
+	return t.giveUp(now, owed)
 }
 
-// chunk comes after a chunk was cleaned: it has the table give it up, with others, if it is time.
-func (t *throttle) chunk(gain int64, took time.Duration) error {
+// chunk comes after a chunk was cleaned.
+func (t *throttle) chunk(gain int64, took time.Duration) {
 	const keep = 0.9
 	t.gained = keep*t.gained + float64(gain)
 	t.worked = keep*t.worked + (took - t.rested).Seconds()
 	t.rested = 0
-	return t.giveUp()
 }
 
-// giveUp makes a checkpoint if there is little room without those that it brings. Meanwhile others get what there is.
-func (t *throttle) giveUp() error {
-	now, owed := t.room()
-	if now >= giveUpAt || owed == 0 {
+// giveUp has the checkpointer make a checkpoint if there is little room without those chunks that it brings. With next to none
+// it waits until there is.
+func (t *throttle) giveUp(now, owed float64) error {
+	if owed == 0 || now >= giveUpAt {
 		return nil
 	}
-	if t.commit > 0 {
-		t.s.pacer.set(max(now, leastPace) * float64(t.s.wal.chunkBytes) / t.commit)
+	s := t.s
+	s.mu.Lock()
+	gen := s.gen // of the checkpoint that brings them
+	if s.leaving > 0 {
+		gen-- // under way; what has died since is the next one's
 	}
-	start := time.Now()
-	err := t.s.checkpoint()
-	t.commit = time.Since(start).Seconds()
-	t.worked += t.commit
-	return err
+	s.mu.Unlock()
+	if now < waitAt {
+		return s.checkpointOf(gen)
+	}
+	if t.asked < gen {
+		t.asked = gen
+		poke(s.ckptWork)
+	}
+	return nil
 }
 
-// room is for how many chunks data has room now, and will have after a checkpoint.
+// room is for how many chunks data has room now, and will have after a checkpoint, the one under way or the next.
 func (t *throttle) room() (now, owed float64) {
 	s := t.s
 	free, err := s.fs.Free()
@@ -153,7 +164,7 @@ func (t *throttle) room() (now, owed float64) {
 	if l.next != nil && !l.next.reserved {
 		room += int64(l.next.size)
 	}
-	return float64(room) / float64(l.chunkBytes), float64(dead) / float64(l.chunkBytes)
+	return float64(room) / float64(l.chunkBytes), float64(dead+s.leaving) / float64(l.chunkBytes)
 }
 
 // owed is what a chunk will give back with the next checkpoint.

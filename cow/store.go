@@ -142,6 +142,7 @@ type Store struct {
 	failures     uint64     // checkpoints that failed
 	failure      error      // of the last of them
 	dirtyRows    []*chunk
+	leaving      int64                         // bytes of chunks that the checkpoint under way removes
 	dirtyRegions []*region                     // of generation gen
 	cleanable    uint64                        // chunks before this sequence number are behind the replay position, and may be cleaned
 	loosened     bool                          // names have been reaped since chunk.stuck was counted

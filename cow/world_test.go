@@ -240,6 +240,8 @@ type world struct {
 	buf     []byte
 	held    *heldRead
 	noRoom  bool // for the table
+
+	meanwhile func() error // called around commits of the table
 }
 
 // options are for a store of a few megabytes: chunks of half a megabyte, so that they come
@@ -328,6 +330,11 @@ func (c *leafCache) divide(words, segments int) {
 
 // onCommit cuts the power right before and right after a commit of the table.
 func (w *world) onCommit(done bool) error {
+	if w.meanwhile != nil {
+		if err := w.meanwhile(); err != nil {
+			return err
+		}
+	}
 	if !done {
 		w.crasher.point("before a commit")
 		if w.noRoom {
