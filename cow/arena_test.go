@@ -179,8 +179,7 @@ func TestReplayOfMoreThanFits(t *testing.T) {
 			}
 		}
 		must(t, d.Close())
-		mustCheck(t, s)
-		must(t, s.Close())
+		mustEnd(t, s)
 	}
 	cut := o
 	var left []string // what the power leaves

@@ -93,8 +93,7 @@ func TestOverwriteOfALimitedStore(t *testing.T) {
 					t.Fatalf("block %d: %v", b, err)
 				}
 			}
-			mustCheck(t, s)
-			must(t, errors.Join(d.Close(), s.Close()))
+			mustEnd(t, s, d)
 		})
 	}
 }
@@ -132,8 +131,7 @@ func TestMovedBlocksDieAfterReopen(t *testing.T) {
 	for range 4 {
 		must(t, s.Checkpoint())
 	}
-	mustCheck(t, s)
-	must(t, s.Close())
+	mustEnd(t, s)
 }
 
 // TestCleanEndsAtPartsOfRecords: a record that a snapshot holds is moved whole, dead blocks and all. Their space comes back with the rest of the
@@ -372,6 +370,5 @@ func TestNameOfAnotherLife(t *testing.T) {
 	if got[0] != 2 {
 		t.Errorf("the block has %d again", got[0])
 	}
-	mustCheck(t, s)
-	must(t, errors.Join(d.Close(), s.Close()))
+	mustEnd(t, s, d)
 }

@@ -295,8 +295,7 @@ func TestColdAndSlotReuse(t *testing.T) {
 	if !bytes.Equal(got, now) {
 		t.Error("the cold pass has brought old content back")
 	}
-	mustCheck(t, s)
-	must(t, errors.Join(d.Close(), s.Close()))
+	mustEnd(t, s, d)
 }
 
 // TestColdGains looks at what a pass writes, and what it leaves.
@@ -559,8 +558,7 @@ func TestColdIdle(t *testing.T) {
 	if !bytes.Equal(got, p) {
 		t.Error("it reads otherwise")
 	}
-	mustCheck(t, s)
-	must(t, errors.Join(d.Close(), s.Close()))
+	mustEnd(t, s, d)
 }
 
 // TestColdOnAFullStore: where there is little room a pass leaves all as it is.

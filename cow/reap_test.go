@@ -35,8 +35,7 @@ func TestReaperEndsWithManyLeaves(t *testing.T) {
 	if s.changed() {
 		t.Error("there is no end to it")
 	}
-	mustCheck(t, s)
-	must(t, errors.Join(d.Close(), s.Close()))
+	mustEnd(t, s, d)
 }
 
 // A leaf of a head that was given up, which somebody late has brought into memory, is not what the reaper goes by.
@@ -103,8 +102,7 @@ func TestOldestSnapshotGoesFast(t *testing.T) {
 	if freed := before - s.Info().LiveBytes; freed != 18*(format.BlockSize+format.RecordHeaderSize) {
 		t.Errorf("%d bytes have become free", freed)
 	}
-	mustCheck(t, s)
-	must(t, errors.Join(d.Close(), s.Close()))
+	mustEnd(t, s, d)
 }
 
 // What a deletion has to look at comes from the table before the store's lock is taken, which keeps writers waiting.
@@ -140,6 +138,5 @@ func TestReaperReadsWithoutTheLock(t *testing.T) {
 	if with > 0 || without < 300 {
 		t.Errorf("%d leaves were read with the lock held, %d without", with, without)
 	}
-	mustCheck(t, s)
-	must(t, errors.Join(d.Close(), s.Close()))
+	mustEnd(t, s, d)
 }

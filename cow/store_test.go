@@ -31,6 +31,20 @@ func mustCheck(t testing.TB, s *Store) CheckReport {
 	return rep
 }
 
+// mustEnd checks a store, and closes it and devices of it.
+func mustEnd(t testing.TB, s *Store, ds ...*Device) {
+	t.Helper()
+	mustCheck(t, s)
+	for _, d := range ds {
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestSmoke(t *testing.T) {
 	s, dir := newStore(t, Options{})
 	if _, err := s.CreateVolume("v", VolumeOptions{Size: 64 << 20, Codec: format.S2}); err != nil {
