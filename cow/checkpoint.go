@@ -116,6 +116,9 @@ func (s *Store) checkpointLocked() error {
 	s.trimEnds(g.at.ChunkSeq)
 	err = errors.Join(err, s.removeDead(g.dead))
 	s.mu.Lock()
+	if s.leaving > 0 {
+		s.wal.space.Broadcast() // whoever waits for room need not wait for the cleaner, too
+	}
 	s.leaving = 0
 	s.mu.Unlock()
 	return err

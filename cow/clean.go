@@ -399,14 +399,14 @@ func (m *mover) moveHeld(r *record) (n int, err error) {
 		}
 		return 0, err
 	}
-	mask, epoch, err := m.owned(r.h, r.name)
+	mask, err := m.owned(r.h, r.name)
 	if err == nil && mask != 0 {
 		err = r.h.VerifyPayload(r.payload)
 	}
 	if err != nil || mask == 0 {
 		return 0, err
 	}
-	return m.forward(r.h, r.data, r.name, mask, epoch)
+	return m.forward(r.h, r.data, r.name, mask)
 }
 
 // ownedIn masks the blocks of the record name that l has changed itself.
@@ -572,34 +572,42 @@ func (m *mover) still(r *record, from, n int) func(*leaf) bool {
 }
 
 // owned says which blocks of a record the version that owns it has. All blocks of a record that live have one owner: they
-// were put together, and when the reaper hands them on it is to one successor. ckptMu is held.
-func (m *mover) owned(h *format.RecordHeader, name format.Entry) (mask uint16, epoch uint32, err error) {
+// were put together, and when the reaper hands them on it is to one successor. If that is the head of a volume by now, which others may change at any
+// time, it is errChanged. ckptMu is held.
+func (m *mover) owned(h *format.RecordHeader, name format.Entry) (mask uint16, err error) {
 	s := m.s
 	s.mu.Lock()
-	b := s.tables.branches[h.Branch]
+	b, present := s.tables.branches[h.Branch], head
+	if b != nil && b.volume != nil {
+		present = b.Epoch
+	}
 	s.mu.Unlock()
 	if b == nil {
-		return 0, 0, nil
+		return 0, nil
 	}
 	index := uint32(h.Block / format.LeafBlocks)
 	for asOf := head; asOf > 0; {
 		// While the head is reaped the cache still has what is gone, and the table has all that is left.
 		epoch, err := s.version(b, index, asOf, !b.reaping, &m.leaf)
 		if err != nil || epoch == 0 {
-			return 0, 0, err
+			return 0, err
 		}
 		if _, gone := s.dropping[metadata.Version{Branch: b.ID, Leaf: index, Epoch: epoch}]; !gone {
-			if mask := ownedIn(&m.leaf, h, name); mask != 0 {
-				return mask, epoch, nil
+			mask := ownedIn(&m.leaf, h, name)
+			switch {
+			case mask != 0 && epoch >= present:
+				return 0, errChanged
+			case mask != 0:
+				return mask, nil
 			}
 		}
 		asOf = epoch - 1
 	}
-	return 0, 0, nil
+	return 0, nil
 }
 
-// forward copies a whole record, which a version of that epoch owns, and notes where it is now. ckptMu is held.
-func (m *mover) forward(h *format.RecordHeader, payload []byte, name format.Entry, mask uint16, epoch uint32) (n int, err error) {
+// forward copies a whole record, of which a version of an epoch that has ended owns the blocks of mask, and notes where it is now. ckptMu is held.
+func (m *mover) forward(h *format.RecordHeader, payload []byte, name format.Entry, mask uint16) (n int, err error) {
 	s := m.s
 	m.pay = append(m.pay[:0], make([]byte, format.MovedSize)...)
 	format.Moved{From: name, Mask: mask}.Encode(m.pay)
@@ -610,9 +618,6 @@ func (m *mover) forward(h *format.RecordHeader, payload []byte, name format.Entr
 	defer s.mu.Unlock()
 	if err := errors.Join(s.wal.reserve(nh.Size(), forMoves), s.usable()); err != nil {
 		return 0, err
-	}
-	if b := s.tables.branches[h.Branch]; b != nil && b.volume != nil && epoch >= b.Epoch {
-		return 0, nil // a head may change it; but then it was the head's before
 	}
 	// A record that cannot be applied would end every replay.
 	switch to, again, err := s.forwards.lookup(name); {

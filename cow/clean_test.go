@@ -372,3 +372,50 @@ func TestNameOfAnotherLife(t *testing.T) {
 	}
 	mustEnd(t, s, d)
 }
+
+// TestHandedToTheHead: a record that a point held becomes the head's by a checkpoint, while the cleaner is about to move it. What a head has is not
+// forwarded, since it may change, but written again, and nothing is left in the chunk.
+func TestHandedToTheHead(t *testing.T) {
+	s, _ := newStore(t, Options{CheckpointInterval: -1, ChunkBytes: 1 << 20})
+	_, err := s.CreateVolume("v", VolumeOptions{Size: 8 << 20, Codec: format.S2})
+	must(t, err)
+	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+	must(t, err)
+	p := make([]byte, hotUnit)
+	workload.HalfCompressible(rand.New(rand.NewPCG(1, 1)), p)
+	_, err = d.WriteAt(p, 0)
+	must(t, errors.Join(err, s.Snapshot(Ref{Volume: "v", Snapshot: "s"})))
+	c := s.wal.current
+	for off := int64(1 << 20); s.wal.current == c; off += 64 << 10 {
+		_, err := d.WriteAt(randomBytes(64<<10, uint64(off)), off)
+		must(t, err)
+	}
+	must(t, errors.Join(s.Checkpoint(), s.Remove(Ref{Volume: "v", Snapshot: "s"}, false), s.Checkpoint())) // the next one reaps it
+
+	m := &mover{s: s, comp: make([]byte, 0, format.MaxCompressed)}
+	must(t, m.begin(c))
+	m.look()
+	var r record
+	for r.h == nil || r.h.Kind != format.KindData {
+		off := m.r.off
+		h, payload, err := m.next()
+		must(t, err)
+		r, err = m.decode(h, payload, off)
+		must(t, err)
+	}
+	if n, rest, err := m.moveOwn(&r); n != 0 || !rest || err != nil {
+		t.Fatal(n, rest, err)
+	}
+	must(t, s.Checkpoint())
+	if n, err := m.moveHeld(&r); n != 0 || !errors.Is(err, errChanged) {
+		t.Errorf("moved %d bytes of a head: %v", n, err)
+	}
+	s.cleanMu.Lock()
+	_, err = s.cleanChunk(context.Background(), c, nil)
+	s.cleanMu.Unlock()
+	must(t, err)
+	if c.live > 0 || c.moved > 0 {
+		t.Errorf("%d bytes live in the chunk, and %d blocks of it elsewhere", c.live, c.moved)
+	}
+	mustEnd(t, s, d)
+}

@@ -445,7 +445,7 @@ func TestColdPointRaces(t *testing.T) {
 			}
 			c.do(t, w)
 			for l.block < format.LeafBlocks {
-				must(t, p.version(&l, 1))
+				must(t, p.version(&l))
 			}
 			s.ckptMu.Unlock()
 			w.catchUp()

@@ -46,7 +46,7 @@ func (p *coldPass) points(l *coldLeaf) error {
 	}
 	if _, gone := s.dropping[v]; gone || !p.isCold(&p.leaf, false) {
 		l.block = format.LeafBlocks
-	} else if err := p.version(l, v.Epoch); err != nil {
+	} else if err := p.version(l); err != nil {
 		l.ofPoint = !errors.Is(err, ErrCorrupt)
 		return err
 	}
@@ -58,7 +58,7 @@ func (p *coldPass) points(l *coldLeaf) error {
 }
 
 // version moves the next records of a version, which is in p.leaf, as far as they get smaller. ckptMu is held.
-func (p *coldPass) version(l *coldLeaf, epoch uint32) error {
+func (p *coldPass) version(l *coldLeaf) error {
 	var rs []coldRecord
 	end := l.block + coldSlice // a record is before it or behind
 	for i := l.block; i < end; i++ {
@@ -75,7 +75,7 @@ func (p *coldPass) version(l *coldLeaf, epoch uint32) error {
 		rs[at].mask |= 1 << e.Index()
 	}
 	for _, r := range rs {
-		is, n, err := p.record(l.b, epoch, r)
+		is, n, err := p.record(l.b, r)
 		if err != nil {
 			return err
 		}
@@ -93,7 +93,7 @@ func (p *coldPass) version(l *coldLeaf, epoch uint32) error {
 }
 
 // record moves one record of a version, if it gets smaller: from size is, to n. ckptMu is held.
-func (p *coldPass) record(b *branch, epoch uint32, r coldRecord) (is, n int, err error) {
+func (p *coldPass) record(b *branch, r coldRecord) (is, n int, err error) {
 	s := p.s
 	at := r.name
 	if to, moved, err := s.forwards.lookup(r.name); err != nil {
@@ -130,7 +130,7 @@ func (p *coldPass) record(b *branch, epoch uint32, r coldRecord) (is, n int, err
 	if at.Size()-h.Size() < at.Size()/coldGain+1 {
 		return 0, 0, nil
 	}
-	n, err = p.mover.forward(&h, out, r.name, r.mask, epoch)
+	n, err = p.mover.forward(&h, out, r.name, r.mask)
 	return at.Size(), n, err
 }
 

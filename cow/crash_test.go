@@ -36,7 +36,7 @@ var opKinds = func() (kinds []string) {
 	for kind, weight := range map[string]int{
 		"write": 30, "discard": 4, "zero": 4, "flush": 4, "drain": 5, "read": 2,
 		"create": 1, "snapshot": 6, "clone": 3, "unsnap": 4, "remove": 1, "rollback": 2, "rename": 2, "resize": 3,
-		"checkpoint": 5, "reap": 1, "clean": 6, "cold": 7, "check": 1, "misuse": 1, "space": 3, "hold": 3, "churn": 3, "unpool": 1, "uncommitted": 5, "beside": 5,
+		"checkpoint": 5, "reap": 1, "clean": 6, "cold": 7, "check": 1, "misuse": 1, "space": 3, "hold": 3, "churn": 3, "unpool": 1, "uncommitted": 5, "beside": 5, "between": 3,
 	} {
 		kinds = append(kinds, slices.Repeat([]string{kind}, weight)...)
 	}
@@ -282,6 +282,8 @@ func (w *world) operate(o op) error {
 		return w.uncommitted(o, name)
 	case "beside":
 		return w.beside(o)
+	case "between":
+		return w.withChunk(o, w.cleanBetween)
 	case "unpool":
 		_, err := w.s.wal.pool.empty()
 		return err
@@ -460,6 +462,52 @@ func (w *world) rewriteHeads(c *chunk) error {
 		if err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// cleanBetween cleans a chunk, and makes checkpoints, which reap, between the cleaner's looks at what a head has of a record and at what points have.
+func (w *world) cleanBetween(c *chunk) error {
+	m := &mover{s: w.s, comp: make([]byte, 0, format.MaxCompressed)}
+	if err := m.begin(c); err != nil {
+		return err
+	}
+	end, here := m.look()
+	for here && m.r.off < end {
+		off := m.r.off
+		h, payload, err := m.next()
+		if err != nil {
+			return err
+		}
+		if h.Kind != format.KindData && h.Kind != format.KindMoved {
+			continue
+		}
+		r, err := m.decode(h, payload, off)
+		if err != nil {
+			return err
+		}
+		for err = errChanged; errors.Is(err, errChanged); m.line = (lineage{}) {
+			var rest bool
+			_, rest, err = m.moveOwn(&r)
+			w.catchUp()
+			if err != nil || !rest {
+				continue
+			}
+			if off%3 == 0 {
+				if err := w.event(w.s.Checkpoint()); err != nil {
+					return err
+				}
+			}
+			_, err = m.moveHeld(&r)
+			w.catchUp()
+		}
+		if errors.Is(err, errFull) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		end, here = m.look()
 	}
 	return nil
 }

@@ -130,6 +130,7 @@ func (t *throttle) giveUp(now, owed float64) error {
 	gen := s.gen // of the checkpoint that brings them
 	if s.leaving > 0 {
 		gen-- // under way; what has died since is the next one's
+		t.asked = max(t.asked, gen)
 	}
 	s.mu.Unlock()
 	if now < waitAt {

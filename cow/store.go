@@ -281,7 +281,10 @@ func (s *Store) openFiles() error {
 		return err
 	}
 	s.wal = newRecordLog(s.fs, &s.mu, uuid, &s.slots)
-	s.wal.cleaner, s.wal.rotated = s.needRoom, func() { poke(s.cleanWork) }
+	s.wal.cleaner, s.wal.rotated = s.needRoom, func() {
+		s.helpless = false // there was room: what filled it may have overwritten something
+		poke(s.cleanWork)
+	}
 	if err := s.inherit(uuid); err != nil {
 		return err
 	}
