@@ -58,10 +58,10 @@ func (s *Store) Check(ctx context.Context, o CheckOptions, problem func(Problem)
 		}
 		problem(p)
 	}
-	if err := s.beginCheck(); err != nil {
+	if err := s.beginTask(); err != nil {
 		return c.report, fmt.Errorf("check: %w", err)
 	}
-	defer s.checks.Done()
+	defer s.tasks.Done()
 	tx, pages, err := s.pinTable()
 	if err != nil {
 		return c.report, fmt.Errorf("check: %w", err)
@@ -81,14 +81,14 @@ func (s *Store) Check(ctx context.Context, o CheckOptions, problem func(Problem)
 	return c.report, nil
 }
 
-// beginCheck lets Close know of a check, which then waits for it; after Close there is none.
-func (s *Store) beginCheck() error {
+// beginTask lets Close know of a check or the like, which then waits for it; after Close there is none.
+func (s *Store) beginTask() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
 		return ErrClosed
 	}
-	s.checks.Add(1)
+	s.tasks.Add(1)
 	return nil
 }
 

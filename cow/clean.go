@@ -54,6 +54,10 @@ type CleanReport struct {
 // waste (at least 0.05, at most 1) is dead, but for those that come meanwhile. It returns when that is done, or ctx ends.
 func (s *Store) Clean(ctx context.Context, waste float64) (CleanReport, error) {
 	var rep CleanReport
+	if err := s.beginTask(); err != nil {
+		return rep, fmt.Errorf("clean: %w", err)
+	}
+	defer s.tasks.Done()
 	before := s.used(true)
 	freed := func() CleanReport {
 		if _, err := s.wal.pool.empty(); err != nil {
@@ -595,7 +599,9 @@ func (m *mover) owned(h *format.RecordHeader, name format.Entry) (mask uint16, e
 		if _, gone := s.dropping[metadata.Version{Branch: b.ID, Leaf: index, Epoch: epoch}]; !gone {
 			mask := ownedIn(&m.leaf, h, name)
 			switch {
-			case mask != 0 && epoch >= present:
+			case mask != 0 && epoch > present:
+				return 0, corruptf("branch %d leaf %d has a version of epoch %d, and is at %d", b.ID, index, epoch, present)
+			case mask != 0 && epoch == present:
 				return 0, errChanged
 			case mask != 0:
 				return mask, nil

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"sync"
 	"sync/atomic"
@@ -418,4 +419,60 @@ func TestHandedToTheHead(t *testing.T) {
 		t.Errorf("%d bytes live in the chunk, and %d blocks of it elsewhere", c.live, c.moved)
 	}
 	mustEnd(t, s, d)
+}
+
+// TestCleanOfAFutureEpoch: a damaged table may have a version of an epoch that its branch has not come to. The cleaner says so, and ends.
+func TestCleanOfAFutureEpoch(t *testing.T) {
+	s, _ := newStore(t, Options{CheckpointInterval: -1, ChunkBytes: 1 << 20, Logger: slog.New(slog.DiscardHandler)})
+	_, err := s.CreateVolume("v", VolumeOptions{Size: 8 << 20, Codec: format.S2})
+	must(t, err)
+	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+	must(t, errors.Join(err, s.Snapshot(Ref{Volume: "v", Snapshot: "s"})))
+	c := s.wal.current
+	for off := int64(0); s.wal.current == c; off += 64 << 10 {
+		_, err := d.WriteAt(randomBytes(64<<10, uint64(off)), off)
+		must(t, err)
+	}
+	must(t, s.Checkpoint())
+	d.b.Epoch--
+	s.cleanMu.Lock()
+	moved, err := s.cleanChunk(context.Background(), c, nil)
+	s.cleanMu.Unlock()
+	if moved > 0 || err != nil || !c.damaged {
+		t.Errorf("moved %d bytes, %v; damaged: %v", moved, err, c.damaged)
+	}
+	d.b.Epoch++
+	mustEnd(t, s, d)
+}
+
+// TestCloseWaitsForClean: no chunk is made for what is moved once the store is closed.
+func TestCloseWaitsForClean(t *testing.T) {
+	dir := setup(t, 8<<20, format.S2)
+	fs := newHook(t, dir)
+	s := open(t, dir, Options{FS: fs, CheckpointInterval: -1, ChunkBytes: 1 << 20})
+	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+	must(t, err)
+	_, err = d.WriteAt(randomBytes(4<<20, 1), 0)
+	must(t, errors.Join(err, d.Discard(0, 1<<19), s.Checkpoint(), d.Close()))
+	reads, gate := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	fs.onRead = func(string) error {
+		once.Do(func() { close(reads); <-gate })
+		return nil
+	}
+	cleaned, closed := make(chan error, 1), make(chan error, 1)
+	go func() { _, err := s.Clean(context.Background(), worthwhile); cleaned <- err }()
+	<-reads
+	go func() { closed <- s.Close() }()
+	<-s.quit
+	select {
+	case err := <-closed:
+		t.Fatal("Close did not wait:", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	close(gate)
+	if err := <-cleaned; !errors.Is(err, ErrClosed) {
+		t.Error(err)
+	}
+	must(t, <-closed)
 }

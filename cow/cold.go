@@ -118,6 +118,10 @@ func (s *Store) newColdPass(from, to place) (*coldPass, error) {
 
 // Cold makes a whole cold pass, over everything that has been written so far.
 func (s *Store) Cold(ctx context.Context) (ColdReport, error) {
+	if err := s.beginTask(); err != nil {
+		return ColdReport{}, fmt.Errorf("cold pass: %w", err)
+	}
+	defer s.tasks.Done()
 	to := s.end()
 	if err := s.Checkpoint(); err != nil { // the table has everything before to
 		return ColdReport{}, fmt.Errorf("cold pass: %w", err)

@@ -23,10 +23,10 @@ type Usage struct {
 // Usage tells what volumes and snapshots take: those named, as far as they are there, or all, each volume before its
 // snapshots. It begins with a checkpoint, and is exact as of then; the store may be in use.
 func (s *Store) Usage(ctx context.Context, refs ...Ref) (us []Usage, err error) {
-	if err := s.beginCheck(); err != nil {
+	if err := s.beginTask(); err != nil {
 		return nil, fmt.Errorf("usage: %w", err)
 	}
-	defer s.checks.Done()
+	defer s.tasks.Done()
 	tx, err := s.readTable()
 	if err != nil {
 		return nil, fmt.Errorf("usage: %w", err)

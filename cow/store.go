@@ -178,7 +178,7 @@ type Store struct {
 	ckptWork chan struct{}
 	quit     chan struct{}
 	wg       sync.WaitGroup
-	checks   sync.WaitGroup // running checks; Add under mu, while not closed
+	tasks    sync.WaitGroup // long ones that callers run: Check, Clean and the like; Add under mu, while not closed
 
 	recovery Recovery
 }
@@ -385,7 +385,7 @@ func (s *Store) Close() error {
 	s.mu.Unlock()
 	close(s.quit)
 	s.wg.Wait()
-	s.checks.Wait() // they end at quit
+	s.tasks.Wait() // they end at quit
 	err := s.wal.err()
 	if err == nil {
 		// Also when the table cannot be written: the log alone is enough to go on from.
