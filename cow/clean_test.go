@@ -476,3 +476,29 @@ func TestCloseWaitsForClean(t *testing.T) {
 	}
 	must(t, <-closed)
 }
+
+// TestHelpless: the cleaner that can give nothing back says so to those who wait for room, but not if one of them was given a chunk meanwhile: what
+// it has overwritten the cleaner has not seen.
+func TestHelpless(t *testing.T) {
+	dir := setup(t, 8<<20, format.S2)
+	fs := newHook(t, dir)
+	s := open(t, dir, Options{FS: fs, CheckpointInterval: -1, ChunkBytes: 1 << 20})
+	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+	must(t, err)
+	for _, others := range []bool{true, false} {
+		_, err = d.WriteAt(randomBytes(64<<10, 1), 0)
+		must(t, err)
+		fs.onWrite = func(string, int) { // by the checkpoint of a cleaner that found nothing
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			if others {
+				s.wal.rotated(forData)
+			}
+		}
+		s.cleanFor(hungry, &throttle{s: s})
+		if s.helpless == others {
+			t.Errorf("helpless: %v, while others were given a chunk: %v", s.helpless, others)
+		}
+	}
+	mustEnd(t, s, d)
+}

@@ -55,6 +55,7 @@ func (s *Store) cleanFor(u urgency, t *throttle) (more bool) {
 		waste, pause = slack/(1+slack)/2, s.giveWay
 	}
 	before, start := s.used(false), time.Now()
+	taken := s.taken()
 	r, err := s.cleanOne(context.Background(), waste, all, pause)
 	if u == hungry && (r.Chunks == 0 || errors.Is(err, ErrNoSpace)) {
 		// There may be more dead than the table knows, and chunks that it does not have all of.
@@ -73,10 +74,18 @@ func (s *Store) cleanFor(u urgency, t *throttle) (more bool) {
 	s.cleaningFailed(err)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.helpless = u == hungry && (err != nil || !gain) // until a checkpoint has changed something
+	// Until a checkpoint or a writer changes something. One that found room meanwhile may have done so.
+	s.helpless = u == hungry && (err != nil || !gain) && s.roomTaken == taken
 	s.starving = false
 	s.wal.space.Broadcast()
 	return gain && err == nil
+}
+
+// taken counts the chunks that data was given.
+func (s *Store) taken() uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.roomTaken
 }
 
 // cleaningFailed says what went wrong, but for want of room, of which the writers hear.

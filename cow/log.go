@@ -88,18 +88,18 @@ type recordLog struct {
 	sealed    []*chunk // since the last checkpoint
 	next      *chunk   // made in advance
 	making    bool
-	madeRound uint64      // counts the maker's attempts
-	makeErr   error       // of the last attempt
-	wanted    purpose     // what the chunk is wanted for
-	limit     int64       // bytes that the chunk files may take together; 0: as the file system has room
-	cleaner   func() bool // wakes the cleaner; false: it can give no room back
-	rotated   func()      // is told of each chunk that is full
-	nextSeq   uint64      // of the next record
-	nextChunk uint64      // sequence of the next chunk to be made
-	appended  uint64      // bytes, over the life of the process
-	durable   uint64      // every record before this sequence number is
-	entries   []byte      // of the summary of current
-	scrap     []byte      // for the next chunk's
+	madeRound uint64        // counts the maker's attempts
+	makeErr   error         // of the last attempt
+	wanted    purpose       // what the chunk is wanted for
+	limit     int64         // bytes that the chunk files may take together; 0: as the file system has room
+	cleaner   func() bool   // wakes the cleaner; false: it can give no room back
+	rotated   func(purpose) // is told of each chunk that is full, and what the next one is for
+	nextSeq   uint64        // of the next record
+	nextChunk uint64        // sequence of the next chunk to be made
+	appended  uint64        // bytes, over the life of the process
+	durable   uint64        // every record before this sequence number is
+	entries   []byte        // of the summary of current
+	scrap     []byte        // for the next chunk's
 
 	// bufMu guards buffered and chunk.written, for readers of records that are
 	// not in their file yet.
@@ -117,7 +117,7 @@ type recordLog struct {
 }
 
 func newRecordLog(fs storage.FS, mu *sync.Mutex, uuid [16]byte, slots *slotTable) *recordLog {
-	l := &recordLog{cleaner: func() bool { return false }, rotated: func() {}, fs: fs, mu: mu, uuid: uuid, slots: slots, space: sync.NewCond(mu),
+	l := &recordLog{cleaner: func() bool { return false }, rotated: func(purpose) {}, fs: fs, mu: mu, uuid: uuid, slots: slots, space: sync.NewCond(mu),
 		pool:      chunkPool{fs: fs, slots: slots, mu: mu},
 		flushWork: make(chan struct{}, 1), makeWork: make(chan struct{}, 1), syncWork: make(chan struct{}, 1), quit: make(chan struct{})}
 	for range bufferCount {
@@ -190,7 +190,7 @@ func (l *recordLog) reserve(n int, p purpose) error {
 		}
 		if l.current == nil || !l.fits(n, p) {
 			if l.next != nil && (p != forData || !l.next.reserved) {
-				l.rotate()
+				l.rotate(p)
 				continue
 			}
 			if tries > 0 && l.makeErr != nil {
@@ -249,11 +249,11 @@ func (l *recordLog) wantChunk() {
 	}
 }
 
-func (l *recordLog) rotate() {
+func (l *recordLog) rotate(p purpose) {
 	l.cut()
 	l.seal()
 	l.current, l.next = l.next, nil
-	l.rotated()
+	l.rotated(p)
 }
 
 func (l *recordLog) activate() {

@@ -156,6 +156,7 @@ type Store struct {
 	othersSeen uint64     // bytes that others had, at the last look; guarded by cleanMu
 	starving   bool       // writers wait for the cleaner; guarded by mu
 	helpless   bool       // it can give nothing back, as things are; guarded by mu
+	roomTaken  uint64     // chunks that data was given; guarded by mu
 	cleanWork  chan struct{}
 	pacer      pacer // of what others append, when the cleaner is pressed
 
@@ -281,8 +282,11 @@ func (s *Store) openFiles() error {
 		return err
 	}
 	s.wal = newRecordLog(s.fs, &s.mu, uuid, &s.slots)
-	s.wal.cleaner, s.wal.rotated = s.needRoom, func() {
+	s.wal.cleaner, s.wal.rotated = s.needRoom, func(p purpose) {
 		s.helpless = false // there was room: what filled it may have overwritten something
+		if p == forData {
+			s.roomTaken++
+		}
 		poke(s.cleanWork)
 	}
 	if err := s.inherit(uuid); err != nil {
