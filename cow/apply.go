@@ -162,9 +162,9 @@ func (a *applier) applyLeaf(k leafKey, changes []heldChange) error {
 	return nil
 }
 
-// own returns a leaf that is owned, its shard locked. A log changes no more leaves than the cache of its writer took; where
-// that was larger than this one, this one is, too, until the checkpoint with which Open then ends. A checkpoint in the
-// middle of the log would have to be of a place in it at which a batch is half applied.
+// own returns a leaf that is owned, its shard locked. A log changes no more leaves than the cache of its writer took;
+// where that was larger than this one, this one is, too, until the checkpoint with which Open then ends. A checkpoint
+// in the middle of the log would have to be of a place in it at which a batch is half applied.
 func (a *applier) own(k leafKey) (*openLeaf, *shard, error) {
 	s := a.t.s
 	for {

@@ -141,9 +141,9 @@ func TestWritersWaitForCheckpoints(t *testing.T) {
 	must(t, s.Close())
 }
 
-// TestReplayOfMoreThanFits opens a store whose log changes more leaves than the cache takes. When Open returns the cache has
-// its size again. Power that is cut before or after the commit which that takes leaves all there, for the next cache that
-// is too small.
+// TestReplayOfMoreThanFits opens a store whose log changes more leaves than the cache takes. When Open returns the
+// cache has its size again. Power that is cut before or after the commit which that takes leaves all there, for the
+// next cache that is too small.
 func TestReplayOfMoreThanFits(t *testing.T) {
 	dir := setup(t, 1<<30, format.Raw)
 	o := Options{CheckpointInterval: -1, ChunkBytes: 1 << 20}

@@ -106,7 +106,8 @@ func BenchmarkFill1M(b *testing.B) {
 	b.ReportMetric(d.s.cache.perLeaf(min(b.N, 1024)), "map-MiB/TiB")
 }
 
-// BenchmarkFlush4K flushes after each random write. Where it writes is the test's directory: TMPDIR should be on a disk.
+// BenchmarkFlush4K flushes after each random write. Where it writes is the test's directory: TMPDIR should be on a
+// disk.
 func BenchmarkFlush4K(b *testing.B) {
 	const size = 512 << 20
 	d := benchDevice(b, format.S2, size)
@@ -171,7 +172,8 @@ func BenchmarkSnapshot(b *testing.B) {
 	}
 }
 
-// BenchmarkUsage asks what 1000 snapshots of a volume of 1 GiB take, between which 500 blocks changed each, all of them and one.
+// BenchmarkUsage asks what 1000 snapshots of a volume of 1 GiB take, between which 500 blocks changed each, all of
+// them and one.
 func BenchmarkUsage(b *testing.B) {
 	d := benchDevice(b, format.S2, 1<<30)
 	r := rand.New(rand.NewPCG(1, 2))

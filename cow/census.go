@@ -162,8 +162,8 @@ func (c *census) freed(ms ...mark) (n int64, err error) {
 	return n, nil
 }
 
-// lost finds, by branch and in order, the keepers that go when these lose their names: with the last keeper of a branch goes
-// the branch, and perhaps the point at which it began.
+// lost finds, by branch and in order, the keepers that go when these lose their names: with the last keeper of a
+// branch goes the branch, and perhaps the point at which it began.
 func (c *census) lost(ms []mark) map[*line][]int32 {
 	lost := map[*line][]int32{}
 	left := map[mark]keeper{}

@@ -124,8 +124,8 @@ func (s *Store) checkpointLocked() error {
 	return err
 }
 
-// trimEnds gives back what is allocated behind the records of chunks in which the log ended without a Close, and from which no
-// replay begins any more: those before a sequence number. ckptMu is held.
+// trimEnds gives back what is allocated behind the records of chunks in which the log ended without a Close, and from
+// which no replay begins any more: those before a sequence number. ckptMu is held.
 func (s *Store) trimEnds(before uint64) {
 	s.ends = slices.DeleteFunc(s.ends, func(c *chunk) bool {
 		if c.seq >= before {
@@ -444,8 +444,8 @@ func (s *Store) removeDead(dead []*chunk) error {
 	return errors.Join(errs...)
 }
 
-// removeFile removes the file of a dead chunk, which whoever has a reference can still read: a file that was never opened is
-// opened before. ckptMu is held.
+// removeFile removes the file of a dead chunk, which whoever has a reference can still read: a file that was never
+// opened is opened before. ckptMu is held.
 func (s *Store) removeFile(c *chunk) error {
 	if c.gone {
 		return nil

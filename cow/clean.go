@@ -20,8 +20,8 @@ const (
 	cleanBatch = 256 << 10
 	// worthwhile is the part of a chunk that must be dead for cleaning to gain.
 	worthwhile = 0.05
-	// slack and slackBytes are how much dead data there may be, as a part of what lives and beside it, before the cleaner
-	// begins on a disk that has room.
+	// slack and slackBytes are how much dead data there may be, as a part of what lives and beside it, before the
+	// cleaner begins on a disk that has room.
 	slack      = 0.4
 	slackBytes = 256 << 20
 	// ahead is for how many chunks the cleaner tries to have room.
@@ -50,8 +50,9 @@ type CleanReport struct {
 	Freed  int64 `json:"freed_bytes"` // of chunk files
 }
 
-// Clean gives back the space of what was overwritten, discarded and deleted: it cleans every chunk of which at least the part
-// waste (at least 0.05, at most 1) is dead, but for those that come meanwhile. It returns when that is done, or ctx ends.
+// Clean gives back the space of what was overwritten, discarded and deleted: it cleans every chunk of which at least
+// the part waste (at least 0.05, at most 1) is dead, but for those that come meanwhile. It returns when that is done,
+// or ctx ends.
 func (s *Store) Clean(ctx context.Context, waste float64) (CleanReport, error) {
 	var rep CleanReport
 	if err := s.beginTask(); err != nil {
@@ -84,8 +85,8 @@ func (s *Store) Clean(ctx context.Context, waste float64) (CleanReport, error) {
 	}
 }
 
-// unstick forgets what records that live in part cannot give back, if names have gone since it was counted: the head may have
-// become their owner, and writes only what lives.
+// unstick forgets what records that live in part cannot give back, if names have gone since it was counted: the head
+// may have become their owner, and writes only what lives.
 func (s *Store) unstick() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -98,7 +99,8 @@ func (s *Store) unstick() {
 	}
 }
 
-// settleSpace has the table say what is dead: all that was written is behind the replay position, and what was deleted is reaped.
+// settleSpace has the table say what is dead: all that was written is behind the replay position, and what was
+// deleted is reaped.
 func (s *Store) settleSpace(ctx context.Context) error {
 	for {
 		if err := errors.Join(s.Checkpoint(), ctx.Err()); err != nil {
@@ -116,8 +118,8 @@ func (s *Store) settleSpace(ctx context.Context) error {
 // all are all chunks, by sequence number.
 const all = ^uint64(0)
 
-// cleanOne cleans the chunk that promises most, of those with sequence numbers below limit. Where there is none, it reports no chunk. pause is
-// called between batches, with how long the last one took; it may be nil.
+// cleanOne cleans the chunk that promises most, of those with sequence numbers below limit. Where there is none, it
+// reports no chunk. pause is called between batches, with how long the last one took; it may be nil.
 func (s *Store) cleanOne(ctx context.Context, waste float64, limit uint64, pause func(time.Duration) error) (r CleanReport, err error) {
 	s.cleanMu.Lock()
 	defer s.cleanMu.Unlock()
@@ -136,8 +138,8 @@ func (s *Store) cleanOne(ctx context.Context, waste float64, limit uint64, pause
 	return r, err
 }
 
-// victim chooses by benefit and cost (Rosenblum and Ousterhout, 1992, section 3.5): what it gives, times the age, for what it takes
-// to read all and write what lives. A reference is taken.
+// victim chooses by benefit and cost (Rosenblum and Ousterhout, 1992, section 3.5): what it gives, times the age, for
+// what it takes to read all and write what lives. A reference is taken.
 func (s *Store) victim(waste float64, limit uint64) (best *chunk) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -224,7 +226,8 @@ func (m *mover) begin(c *chunk) error {
 	return err
 }
 
-// look looks at the state of the chunk, as it is at the beginning of a batch: up to where there are records, and whether it is there at all.
+// look looks at the state of the chunk, as it is at the beginning of a batch: up to where there are records, and
+// whether it is there at all.
 func (m *mover) look() (end uint32, here bool) {
 	s := m.s
 	s.mu.Lock()
@@ -353,8 +356,8 @@ func (m *mover) decode(h *format.RecordHeader, payload []byte, off uint32) (r re
 	return r, nil
 }
 
-// find looks up what the record's name means; false: another record, or none. Who goes by it later has to see that the name still belongs to r.of:
-// as long as it does, it means the same.
+// find looks up what the record's name means; false: another record, or none. Who goes by it later has to see that
+// the name still belongs to r.of: as long as it does, it means the same.
 func (m *mover) find(r *record) (ok bool, err error) {
 	if r.of = m.s.slots.get(r.name.Slot()); r.of == nil {
 		return false, nil
@@ -369,8 +372,9 @@ func (m *mover) find(r *record) (ok bool, err error) {
 	return r.h.Kind == format.KindData && r.of == m.c, err // else it was moved on, or has died
 }
 
-// moveOwn writes the blocks of a record again that only the head of its volume has: once the head's entry is a new one, nothing has to be forwarded. rest
-// says that there may be others. To replay it is a write, so it needs no more locks than one, and goes on beside a checkpoint.
+// moveOwn writes the blocks of a record again that only the head of its volume has: once the head's entry is a new
+// one, nothing has to be forwarded. rest says that there may be others. To replay it is a write, so it needs no more
+// locks than one, and goes on beside a checkpoint.
 func (m *mover) moveOwn(r *record) (n int, rest bool, err error) {
 	if ok, err := m.find(r); !ok {
 		return 0, false, err
@@ -386,13 +390,15 @@ func (m *mover) moveOwn(r *record) (n int, rest bool, err error) {
 	return n, rest, err
 }
 
-// moveHeld copies a record that snapshots or clones have, and notes where it is now. The reaper is kept out meanwhile, which works within checkpoints: which
-// version of a leaf owns a record changes by it, and by nothing else, once the version's epoch has ended.
+// moveHeld copies a record that snapshots or clones have, and notes where it is now. The reaper is kept out
+// meanwhile, which works within checkpoints: which version of a leaf owns a record changes by it, and by nothing
+// else, once the version's epoch has ended.
 func (m *mover) moveHeld(r *record) (n int, err error) {
 	s := m.s
 	s.ckptMu.Lock()
 	defer s.ckptMu.Unlock()
-	// What is moved is logged with the blocks that live. A replay, which begins with the table, has to find the same ones.
+	// What is moved is logged with the blocks that live. A replay, which begins with the table, has to find the same
+	// ones.
 	if s.thawed {
 		return 0, errFull
 	}
@@ -444,8 +450,9 @@ func (m *mover) lineageOf(branch uint32) *lineage {
 	return &m.line
 }
 
-// headMask says which blocks of a record are in the head of a volume and nowhere else: put there in the present epoch. rest says that
-// others may be elsewhere. (If a snapshot is taken meanwhile it may be in that: then its bytes count as live, and it is cleaned another time.)
+// headMask says which blocks of a record are in the head of a volume and nowhere else: put there in the present
+// epoch. rest says that others may be elsewhere. (If a snapshot is taken meanwhile it may be in that: then its bytes
+// count as live, and it is cleaned another time.)
 func (m *mover) headMask(h *format.RecordHeader, name format.Entry) (mask uint16, rest bool, err error) {
 	l := m.lineageOf(h.Branch)
 	if !l.written {
@@ -514,8 +521,8 @@ func (s *Store) codecOf(branch uint32) *codecPool {
 	return nil
 }
 
-// putMoved is put for blocks of a head whose content stays the same. same says whether they are still what was copied, with mu and
-// the leaf's lock held; else it is errChanged. It is also if they are not the present epoch's.
+// putMoved is put for blocks of a head whose content stays the same. same says whether they are still what was
+// copied, with mu and the leaf's lock held; else it is errChanged. It is also if they are not the present epoch's.
 func (s *Store) putMoved(h *format.RecordHeader, payload []byte, same func(*leaf) bool) (n int, err error) {
 	for {
 		s.mu.Lock()
@@ -575,9 +582,9 @@ func (m *mover) still(r *record, from, n int) func(*leaf) bool {
 	}
 }
 
-// owned says which blocks of a record the version that owns it has. All blocks of a record that live have one owner: they
-// were put together, and when the reaper hands them on it is to one successor. If that is the head of a volume by now, which others may change at any
-// time, it is errChanged. ckptMu is held.
+// owned says which blocks of a record the version that owns it has. All blocks of a record that live have one owner:
+// they were put together, and when the reaper hands them on it is to one successor. If that is the head of a volume
+// by now, which others may change at any time, it is errChanged. ckptMu is held.
 func (m *mover) owned(h *format.RecordHeader, name format.Entry) (mask uint16, err error) {
 	s := m.s
 	s.mu.Lock()
@@ -612,7 +619,8 @@ func (m *mover) owned(h *format.RecordHeader, name format.Entry) (mask uint16, e
 	return 0, nil
 }
 
-// forward copies a whole record, of which a version of an epoch that has ended owns the blocks of mask, and notes where it is now. ckptMu is held.
+// forward copies a whole record, of which a version of an epoch that has ended owns the blocks of mask, and notes
+// where it is now. ckptMu is held.
 func (m *mover) forward(h *format.RecordHeader, payload []byte, name format.Entry, mask uint16) (n int, err error) {
 	s := m.s
 	m.pay = append(m.pay[:0], make([]byte, format.MovedSize)...)

@@ -16,8 +16,9 @@ import (
 
 var cleanerLimit = flag.Float64("cleaner.limit", 1, "GiB that the store may take in BenchmarkCleaner")
 
-// BenchmarkCleaner overwrites blocks of 4 KiB at random in a store whose limit leaves little room, once the cleaner has come to work at
-// the writers' pace. Beside it stands what the same writers did in the same store when it was empty, until the volume was full.
+// BenchmarkCleaner overwrites blocks of 4 KiB at random in a store whose limit leaves little room, once the cleaner
+// has come to work at the writers' pace. Beside it stands what the same writers did in the same store when it was
+// empty, until the volume was full.
 func BenchmarkCleaner(b *testing.B) {
 	for _, c := range []struct {
 		use     float64

@@ -49,8 +49,8 @@ func limited(t testing.TB, use float64) (s *Store, d *Device, blocks int64) {
 	return s, d, blocks
 }
 
-// TestOverwriteOfALimitedStore: however full a store is, overwriting goes on, and the cleaner writes not too much for it: 2.1 times what
-// the user does at 0.7 on a machine with nothing else to do, more where the cleaner comes late.
+// TestOverwriteOfALimitedStore: however full a store is, overwriting goes on, and the cleaner writes not too much for
+// it: 2.1 times what the user does at 0.7 on a machine with nothing else to do, more where the cleaner comes late.
 func TestOverwriteOfALimitedStore(t *testing.T) {
 	if testing.Short() {
 		t.Skip("hundreds of megabytes; the long run has it")
@@ -99,8 +99,8 @@ func TestOverwriteOfALimitedStore(t *testing.T) {
 	}
 }
 
-// TestMovedBlocksDieAfterReopen: a chunk that was cleaned in part has a row of its moved blocks beside its own. When all of them die
-// at once, in a process that found the row in the table, it goes.
+// TestMovedBlocksDieAfterReopen: a chunk that was cleaned in part has a row of its moved blocks beside its own. When
+// all of them die at once, in a process that found the row in the table, it goes.
 func TestMovedBlocksDieAfterReopen(t *testing.T) {
 	o := Options{CheckpointInterval: -1, ChunkBytes: 1 << 20}
 	s, dir := newStore(t, o)
@@ -135,8 +135,8 @@ func TestMovedBlocksDieAfterReopen(t *testing.T) {
 	mustEnd(t, s)
 }
 
-// TestCleanEndsAtPartsOfRecords: a record that a snapshot holds is moved whole, dead blocks and all. Their space comes back with the rest of the
-// record, and moving it again and again for them would never end.
+// TestCleanEndsAtPartsOfRecords: a record that a snapshot holds is moved whole, dead blocks and all. Their space
+// comes back with the rest of the record, and moving it again and again for them would never end.
 func TestCleanEndsAtPartsOfRecords(t *testing.T) {
 	s, _ := newStore(t, Options{CheckpointInterval: -1, ChunkBytes: 1 << 20})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 4 << 20, Codec: format.S2})
@@ -172,8 +172,8 @@ func TestCleanEndsAtPartsOfRecords(t *testing.T) {
 	must(t, errors.Join(d.Close(), s.Close()))
 }
 
-// What the reaper did for a checkpoint that was not committed is neither in the table nor in the log. So nothing may be logged that
-// relies on it: a replay would find other blocks alive than what was moved says.
+// What the reaper did for a checkpoint that was not committed is neither in the table nor in the log. So nothing may
+// be logged that relies on it: a replay would find other blocks alive than what was moved says.
 func TestNothingIsMovedAfterAFailedCommit(t *testing.T) {
 	for _, again := range []bool{false, true} {
 		t.Run(fmt.Sprint(again), func(t *testing.T) {
@@ -231,7 +231,8 @@ func (w *world) fillChunk(t *testing.T) *chunk {
 	return c
 }
 
-// Cleaning ends also where a chunk keeps live bytes that nobody owns, which a damaged table can have, and the others are cleaned.
+// Cleaning ends also where a chunk keeps live bytes that nobody owns, which a damaged table can have, and the others
+// are cleaned.
 func TestCleanEndsAtWhatNobodyOwns(t *testing.T) {
 	s, d := halfDead(t, nil)
 	s.mu.Lock()
@@ -321,8 +322,9 @@ func TestCleanEndsBesideWriters(t *testing.T) {
 	must(t, errors.Join(d.Close(), s.Close()))
 }
 
-// TestNameOfAnotherLife: while the cleaner has a record in its hands the chunk may go, and a new one in its slot have a record of the same block at the same
-// place, which the leaf then names with the same entry. The old content must not come back.
+// TestNameOfAnotherLife: while the cleaner has a record in its hands the chunk may go, and a new one in its slot have
+// a record of the same block at the same place, which the leaf then names with the same entry. The old content must
+// not come back.
 func TestNameOfAnotherLife(t *testing.T) {
 	s, _ := newStore(t, Options{CheckpointInterval: -1, ChunkBytes: 1 << 20})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 20, Codec: format.Raw})
@@ -374,8 +376,9 @@ func TestNameOfAnotherLife(t *testing.T) {
 	mustEnd(t, s, d)
 }
 
-// TestHandedToTheHead: a record that a point held becomes the head's by a checkpoint, while the cleaner is about to move it. What a head has is not
-// forwarded, since it may change, but written again, and nothing is left in the chunk.
+// TestHandedToTheHead: a record that a point held becomes the head's by a checkpoint, while the cleaner is about to
+// move it. What a head has is not forwarded, since it may change, but written again, and nothing is left in the
+// chunk.
 func TestHandedToTheHead(t *testing.T) {
 	s, _ := newStore(t, Options{CheckpointInterval: -1, ChunkBytes: 1 << 20})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 8 << 20, Codec: format.S2})
@@ -421,7 +424,8 @@ func TestHandedToTheHead(t *testing.T) {
 	mustEnd(t, s, d)
 }
 
-// TestCleanOfAFutureEpoch: a damaged table may have a version of an epoch that its branch has not come to. The cleaner says so, and ends.
+// TestCleanOfAFutureEpoch: a damaged table may have a version of an epoch that its branch has not come to. The
+// cleaner says so, and ends.
 func TestCleanOfAFutureEpoch(t *testing.T) {
 	s, _ := newStore(t, Options{CheckpointInterval: -1, ChunkBytes: 1 << 20, Logger: slog.New(slog.DiscardHandler)})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 8 << 20, Codec: format.S2})
@@ -477,8 +481,8 @@ func TestCloseWaitsForClean(t *testing.T) {
 	must(t, <-closed)
 }
 
-// TestHelpless: the cleaner that can give nothing back says so to those who wait for room, but not if one of them was given a chunk meanwhile: what
-// it has overwritten the cleaner has not seen.
+// TestHelpless: the cleaner that can give nothing back says so to those who wait for room, but not if one of them was
+// given a chunk meanwhile: what it has overwritten the cleaner has not seen.
 func TestHelpless(t *testing.T) {
 	dir := setup(t, 8<<20, format.S2)
 	fs := newHook(t, dir)

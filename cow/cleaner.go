@@ -146,7 +146,8 @@ func (s *Store) urgency() urgency {
 	return idle
 }
 
-// giveWay lets others go first: where there is other work, twice as long as the last batch took. It fails when the store closes.
+// giveWay lets others go first: where there is other work, twice as long as the last batch took. It fails when the
+// store closes.
 func (s *Store) giveWay(took time.Duration) error {
 	s.mu.Lock()
 	others := s.wal.appended - s.cleaned

@@ -11,19 +11,20 @@ import (
 )
 
 // The cold pass: DESIGN.md, section 14. It writes leaves that have not changed for a while once more: in address
-// order, in whole units, compressed as well as can be. Like the cleaner it changes no block's content, and like the cleaner it
-// compares and swaps what a head has, and moves what snapshots hold.
+// order, in whole units, compressed as well as can be. Like the cleaner it changes no block's content, and like the
+// cleaner it compares and swaps what a head has, and moves what snapshots hold.
 
 const (
-	// coldLevel is zstd's, the best that there is: 5 % smaller than level 7 for four times the time, 14 MB/s on a core, and 34 MiB of
-	// memory, which the pool gives back when a pass rests.
+	// coldLevel is zstd's, the best that there is: 5 % smaller than level 7 for four times the time, 14 MB/s on a
+	// core, and 34 MiB of memory, which the pool gives back when a pass rests.
 	coldLevel = 11
 	// coldGain is the part of its size by which a leaf, or a record that a snapshot holds, has to get smaller: 1/32.
 	coldGain = 32
-	// coldPlaces is how many times more places than it needs a leaf has to be in to be rewritten for its order. What the pass
-	// writes is in one a run at most, whoever writes beside it.
+	// coldPlaces is how many times more places than it needs a leaf has to be in to be rewritten for its order. What
+	// the pass writes is in one a run at most, whoever writes beside it.
 	coldPlaces = 4
-	// coldSlice is how many blocks of a version that a point holds are worked on with the checkpoint lock held. Units do not cross it.
+	// coldSlice is how many blocks of a version that a point holds are worked on with the checkpoint lock held. Units
+	// do not cross it.
 	coldSlice = 4 * format.UnitBlocks
 	// coldScan is how many leaves of the table are looked at in one transaction.
 	coldScan = 128
@@ -51,8 +52,8 @@ func (s *Store) end() (p place) {
 	return p
 }
 
-// coldPass goes once over all leaves of a store that were written between two places of its log, and not since. One goroutine
-// at a time uses it.
+// coldPass goes once over all leaves of a store that were written between two places of its log, and not since. One
+// goroutine at a time uses it.
 type coldPass struct {
 	s        *Store
 	from, to place
@@ -159,8 +160,8 @@ func (s *Store) coldDone(to place) {
 	s.coldMark, s.coldNoted, s.admin = to, true, true
 }
 
-// step works on one leaf, or looks for some. more is false at the end of the pass. After errBusy and ErrNoSpace it can be gone
-// on with.
+// step works on one leaf, or looks for some. more is false at the end of the pass. After errBusy and ErrNoSpace it
+// can be gone on with.
 func (p *coldPass) step() (more bool, err error) {
 	s := p.s
 	if len(p.due) == 0 {

@@ -246,7 +246,8 @@ func TestColdRaces(t *testing.T) {
 	}
 }
 
-// TestColdAndSlotReuse has a block's entry come again, in another chunk of the same slot, between its reading and its rewriting.
+// TestColdAndSlotReuse has a block's entry come again, in another chunk of the same slot, between its reading and its
+// rewriting.
 func TestColdAndSlotReuse(t *testing.T) {
 	dir := setup(t, 4<<20, format.Raw)
 	s := open(t, dir, Options{CheckpointInterval: -1, ChunkBytes: 64 << 10})
@@ -351,7 +352,8 @@ func TestColdGains(t *testing.T) {
 	}
 }
 
-// TestColdShared: an image that a snapshot and clones have gets smaller, once, for all of them, and its space comes back with the last.
+// TestColdShared: an image that a snapshot and clones have gets smaller, once, for all of them, and its space comes
+// back with the last.
 func TestColdShared(t *testing.T) {
 	w := newWorld(t)
 	w.s.coldCodec = nil
@@ -459,8 +461,8 @@ func TestColdPointRaces(t *testing.T) {
 	}
 }
 
-// TestColdPresentEpoch: a version of the present epoch is not taken for one that a point has, though a snapshot may come the next moment: what was
-// read of it could have changed before.
+// TestColdPresentEpoch: a version of the present epoch is not taken for one that a point has, though a snapshot may
+// come the next moment: what was read of it could have changed before.
 func TestColdPresentEpoch(t *testing.T) {
 	w := newWorld(t)
 	w.volume(t, "v", 1<<20, format.S2)
@@ -478,7 +480,8 @@ func TestColdPresentEpoch(t *testing.T) {
 	must(t, w.close())
 }
 
-// TestColdMark: what a pass has gone over the next one passes over, after a restart too, and what has changed since it does not.
+// TestColdMark: what a pass has gone over the next one passes over, after a restart too, and what has changed since
+// it does not.
 func TestColdMark(t *testing.T) {
 	w := newWorld(t)
 	w.volume(t, "v", 2<<20, format.S2)

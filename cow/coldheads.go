@@ -98,8 +98,8 @@ func (p *coldPass) prepare(k leafKey) error {
 	return nil
 }
 
-// rewrite puts the units in the place of what they were read from, as far as that is still there. After an error it can be gone on with: a
-// leaf that is rewritten in part is not cold any more, and would not be read again.
+// rewrite puts the units in the place of what they were read from, as far as that is still there. After an error it
+// can be gone on with: a leaf that is rewritten in part is not cold any more, and would not be read again.
 func (p *coldPass) rewrite() error {
 	for ; p.next < len(p.units); p.next++ {
 		u := &p.units[p.next]
@@ -129,8 +129,8 @@ func (p *coldPass) unchanged(lf *leaf, u *coldUnit) bool {
 	return true
 }
 
-// read reads a head's own blocks of a leaf, if it is cold, and cuts them into units; there are none if it is not. It returns what
-// they take, and in how many places they are.
+// read reads a head's own blocks of a leaf, if it is cold, and cuts them into units; there are none if it is not. It
+// returns what they take, and in how many places they are.
 func (p *coldPass) read(k leafKey) (size, places int, err error) {
 	s := p.s
 	s.mu.Lock()

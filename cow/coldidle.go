@@ -140,8 +140,8 @@ func (w *coldWorker) work() error {
 	return nil
 }
 
-// clean gives back the space of a chunk that the pass, or others before it, left dead in good part. Where there is none, the pass
-// is over.
+// clean gives back the space of a chunk that the pass, or others before it, left dead in good part. Where there is
+// none, the pass is over.
 func (w *coldWorker) clean() error {
 	s := w.s
 	r, err := s.cleanOne(context.Background(), coldWaste, w.pass.to.ChunkSeq, s.giveWay)

@@ -17,7 +17,8 @@ type coldRecord struct {
 	mask  uint16       // of the blocks that the version owns
 }
 
-// points goes on with what versions of ended epochs have of a leaf: it moves the records of coldSlice blocks, as far as that gains.
+// points goes on with what versions of ended epochs have of a leaf: it moves the records of coldSlice blocks, as far
+// as that gains.
 func (p *coldPass) points(l *coldLeaf) error {
 	s, b := p.s, l.b
 	s.ckptMu.Lock() // as in mover.batch
@@ -28,7 +29,8 @@ func (p *coldPass) points(l *coldLeaf) error {
 	s.mu.Lock()
 	asOf, mine := l.epoch, s.tables.branches[b.ID] == b
 	if b.volume != nil {
-		// What the head has of its present epoch changes all the time, until a snapshot ends that; what is before stays.
+		// What the head has of its present epoch changes all the time, until a snapshot ends that; what is before
+		// stays.
 		asOf, mine = min(asOf, b.Epoch-1), mine && b.volume.codec.codec != format.Raw
 	}
 	s.mu.Unlock()

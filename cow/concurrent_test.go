@@ -116,7 +116,8 @@ func (b *busyStore) again(fn func(r *rand.Rand) error) {
 	})
 }
 
-// noise writes, discards and flushes behind the registers, checkpoints, snapshots, deletes, cleans and makes cold passes.
+// noise writes, discards and flushes behind the registers, checkpoints, snapshots, deletes, cleans and makes cold
+// passes.
 func (b *busyStore) noise() {
 	b.again(func(r *rand.Rand) error {
 		d := b.devs[[]string{"a", "b"}[r.IntN(2)]]

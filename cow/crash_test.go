@@ -420,8 +420,8 @@ func (w *world) withChunk(o op, fn func(*chunk) error) error {
 	return err
 }
 
-// beside has the cleaner write blocks of heads again while a checkpoint is made, before its commit, and after it: as many as it can without
-// the checkpoint's lock. Some commits fail.
+// beside has the cleaner write blocks of heads again while a checkpoint is made, before its commit, and after it: as
+// many as it can without the checkpoint's lock. Some commits fail.
 func (w *world) beside(o op) error {
 	before := w.m.next()
 	w.noRoom = o.c%4 == 0
@@ -466,7 +466,8 @@ func (w *world) rewriteHeads(c *chunk) error {
 	return nil
 }
 
-// cleanBetween cleans a chunk, and makes checkpoints, which reap, between the cleaner's looks at what a head has of a record and at what points have.
+// cleanBetween cleans a chunk, and makes checkpoints, which reap, between the cleaner's looks at what a head has of a
+// record and at what points have.
 func (w *world) cleanBetween(c *chunk) error {
 	m := &mover{s: w.s, comp: make([]byte, 0, format.MaxCompressed)}
 	if err := m.begin(c); err != nil {

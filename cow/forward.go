@@ -10,9 +10,9 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// forwards say where records are that the cleaner moved without changing the entries that name them: those
-// that snapshots hold. They are kept by the place that the entries name, a region of a chunk at a time, in memory as far as they are used or not in the
-// table yet.
+// forwards say where records are that the cleaner moved without changing the entries that name them: those that
+// snapshots hold. They are kept by the place that the entries name, a region of a chunk at a time, in memory as far
+// as they are used or not in the table yet.
 //
 // A region changes under Store.mu and forwards.mu; either is enough to read it.
 type forwards struct {
@@ -82,8 +82,8 @@ func (f *forwards) lookup(e format.Entry) (to format.Forward, ok bool, err error
 	return to, ok, err
 }
 
-// follow returns the entry that e stands for, and its chunk with a reference taken. The reference is taken under mu: until the forward changes,
-// the chunk has a live block.
+// follow returns the entry that e stands for, and its chunk with a reference taken. The reference is taken under mu:
+// until the forward changes, the chunk has a live block.
 func (f *forwards) follow(e format.Entry, slots *slotTable) (format.Entry, *chunk, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -121,8 +121,8 @@ func (s *Store) putForward(r *region, i int, insert bool, f format.Forward) {
 	}
 }
 
-// forward notes that the record which from names is now at to, with the blocks of mask alive, and moves the live bytes. The
-// live path and replay both do. mu is held.
+// forward notes that the record which from names is now at to, with the blocks of mask alive, and moves the live
+// bytes. The live path and replay both do. mu is held.
 func (s *Store) forward(from format.Entry, mask uint16, to format.Entry) error {
 	old, target := s.slots.get(from.Slot()), s.slots.get(to.Slot())
 	if old == nil || target == nil {

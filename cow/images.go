@@ -50,7 +50,8 @@ func (s *shard) putImage(h handle) {
 	s.imaged = append(s.imaged, leafPlace{lf.branch, lf.index})
 }
 
-// eachImage calls fn, which may remove it, for each image. Images are few among what is dirty, so they are not looked for there.
+// eachImage calls fn, which may remove it, for each image. Images are few among what is dirty, so they are not looked
+// for there.
 func (s *shard) eachImage(fn func(handle, *openLeaf)) {
 	if s.buckets == nil {
 		return

@@ -49,15 +49,16 @@ func (l *recordLog) makeChunk() {
 	l.space.Broadcast()
 }
 
-// seqStep is by how much chunk sequence numbers rise: what was written into a file when it was another chunk must not have
-// known it (DESIGN.md, section 5.1). 2^64 last for 2^35 chunks.
+// seqStep is by how much chunk sequence numbers rise: what was written into a file when it was another chunk must not
+// have known it (DESIGN.md, section 5.1). 2^64 last for 2^35 chunks.
 func seqStep() uint64 {
 	var b [4]byte
 	_, _ = rand.Read(b[:]) // never fails: crypto/rand
 	return 1<<28 | uint64(binary.NativeEndian.Uint32(b[:])>>4)
 }
 
-// createChunk makes a chunk of a file from the pool, or a new one. Where there is little room, p says how far it may go.
+// createChunk makes a chunk of a file from the pool, or a new one. Where there is little room, p says how far it may
+// go.
 func (l *recordLog) createChunk(seq uint64, p purpose) (*chunk, error) {
 	c := l.recycle(seq)
 	if c == nil {
@@ -89,7 +90,8 @@ func (l *recordLog) createChunk(seq uint64, p purpose) (*chunk, error) {
 	return nil, err
 }
 
-// recycle makes a chunk of a file from the pool; nil: of none. Its old life stays in the slot table until the chunk is made.
+// recycle makes a chunk of a file from the pool; nil: of none. Its old life stays in the slot table until the chunk
+// is made.
 func (l *recordLog) recycle(seq uint64) *chunk {
 	if size, err := l.chunkSize(forData, l.chunkBytes); err != nil || int64(size) < l.chunkBytes {
 		return nil

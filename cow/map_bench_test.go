@@ -50,8 +50,8 @@ var leafKinds = []struct {
 	blocks int
 }{{"random", 0}, {"sequential4K", 1}, {"sequential16K", 4}, {"sequential64K", 16}}
 
-// BenchmarkMap measures the cache of leaves when it has what is looked for: ns a get and a set, and the memory that it takes
-// a TiB that is mapped.
+// BenchmarkMap measures the cache of leaves when it has what is looked for: ns a get and a set, and the memory that
+// it takes a TiB that is mapped.
 func BenchmarkMap(b *testing.B) {
 	for _, kind := range leafKinds {
 		const leaves = 16 << 10
@@ -107,8 +107,8 @@ func BenchmarkMap(b *testing.B) {
 	}
 }
 
-// perLeaf is what each of so many leaves takes, which are all that is in the cache: bytes a leaf are MiB a TiB. That is what is
-// live, its part of the buckets, and 1 of 48 segments that is kept free.
+// perLeaf is what each of so many leaves takes, which are all that is in the cache: bytes a leaf are MiB a TiB. That
+// is what is live, its part of the buckets, and 1 of 48 segments that is kept free.
 func (c *leafCache) perLeaf(leaves int) float64 {
 	words := uint64(0)
 	for i := range c.shards {
@@ -119,7 +119,8 @@ func (c *leafCache) perLeaf(leaves int) float64 {
 	return float64(8*words) / float64(leaves) * (1 + 1/(8*float64(bucketShare)/2) + 1.0/48)
 }
 
-// reportCPU reports the processor time of an operation, which says more than the clock's on a machine that does something else, too.
+// reportCPU reports the processor time of an operation, which says more than the clock's on a machine that does
+// something else, too.
 func reportCPU(b *testing.B) func() {
 	cpu := func() time.Duration {
 		var u unix.Rusage
@@ -132,7 +133,8 @@ func reportCPU(b *testing.B) func() {
 	return func() { b.ReportMetric(float64((cpu()-start).Nanoseconds())/float64(b.N), "cpu-ns/op") }
 }
 
-// BenchmarkDepth reads random blocks of a volume without history, with 1000 snapshots, and of a clone of a clone 100 deep.
+// BenchmarkDepth reads random blocks of a volume without history, with 1000 snapshots, and of a clone of a clone 100
+// deep.
 func BenchmarkDepth(b *testing.B) {
 	for _, shape := range []struct {
 		name              string
@@ -172,8 +174,8 @@ func BenchmarkDepth(b *testing.B) {
 
 const deepSize = 256 << 20
 
-// deepDevice is a volume whose blocks were all written, and then ten more before each of its snapshots; or with clones, the last
-// clone of the last, so many deep.
+// deepDevice is a volume whose blocks were all written, and then ten more before each of its snapshots; or with
+// clones, the last clone of the last, so many deep.
 func deepDevice(b *testing.B, rng *rand.Rand, snapshots, clones int) *Device {
 	d := benchDevice(b, format.S2, deepSize)
 	buf := make([]byte, 4096)
@@ -216,7 +218,8 @@ const (
 	bigStride = 0x2545f491
 )
 
-// makeBig makes a store with a volume v of 256 GiB, all of which is mapped to blocks that lie in random order in the log.
+// makeBig makes a store with a volume v of 256 GiB, all of which is mapped to blocks that lie in random order in the
+// log.
 func makeBig(final string) error {
 	dir := final + ".tmp"
 	if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(dir, 0o700), Create(dir)); err != nil {
@@ -319,7 +322,8 @@ func memoryOf(name string) float64 {
 }
 
 // BenchmarkBig works with 256 GiB of blocks that were mapped at random (64 Mi entries, 3.3 GB of store, made once in
-// -big.dir): random reads, random writes, and snapshots and clones under a writer. It reports the memory of this process.
+// -big.dir): random reads, random writes, and snapshots and clones under a writer. It reports the memory of this
+// process.
 func BenchmarkBig(b *testing.B) {
 	if *bigDir == "" {
 		b.Skip("-big.dir says where its store is to be made")
@@ -376,8 +380,8 @@ func BenchmarkBig(b *testing.B) {
 	b.Run("snapshot", func(b *testing.B) { benchSnapshots(b, s, write); rss(b) })
 }
 
-// benchSnapshots takes a snapshot and clones it, every 10 ms, while somebody writes, and measures what a small fdatasync of
-// another file takes at the same time.
+// benchSnapshots takes a snapshot and clones it, every 10 ms, while somebody writes, and measures what a small
+// fdatasync of another file takes at the same time.
 func benchSnapshots(b *testing.B, s *Store, write func(*testing.B)) {
 	stop := make(chan struct{})
 	var writer sync.WaitGroup

@@ -137,7 +137,8 @@ func (m *model) write(name string, p []byte, off int64) {
 	}
 }
 
-// writeUnit is a record for each run of blocks with data, if they compress, or else for each block, and for each run of zeros.
+// writeUnit is a record for each run of blocks with data, if they compress, or else for each block, and for each run
+// of zeros.
 func (m *model) writeUnit(name string, p []byte, off int64) {
 	first, skip := uint64(off/format.BlockSize), int(off%format.BlockSize)
 	data := make([]byte, blocksOf(int64(skip+len(p)))*format.BlockSize)

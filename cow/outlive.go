@@ -209,8 +209,8 @@ func (s *Store) newOwnerRecord() (r ownerRecord, err error) {
 	return ownerRecord{Boot: boot, Dev: st.Dev, Ino: st.Ino, Buffers: hex.EncodeToString(name[:])}, err
 }
 
-// inherit takes over what a killed owner had answered and not written. It comes before the first look at the log. What cannot be
-// inherited is logged, not an error: it was not flushed, and a power cut would have taken it as well.
+// inherit takes over what a killed owner had answered and not written. It comes before the first look at the log.
+// What cannot be inherited is logged, not an error: it was not flushed, and a power cut would have taken it as well.
 func (s *Store) inherit(uuid [16]byte) error {
 	path := filepath.Join(s.dir, ownerFile)
 	text, err := os.ReadFile(path)
@@ -251,8 +251,8 @@ func (s *Store) inherit(uuid [16]byte) error {
 	return errors.Join(os.Remove(path), b.remove()) // in this order: nobody looks for buffers that are gone
 }
 
-// outlive gives the log buffers that outlive the process. Where there is no memory for them the store works as well, but
-// what depends on them must not be done: see Outlives.
+// outlive gives the log buffers that outlive the process. Where there is no memory for them the store works as well,
+// but what depends on them must not be done: see Outlives.
 func (s *Store) outlive(uuid [16]byte) {
 	r, err := s.newOwnerRecord()
 	if err == nil {
@@ -295,10 +295,10 @@ func (s *Store) leaveNothing() error {
 	return err
 }
 
-// Forgot says that the last owner was killed, and that what it had answered and not written cannot be found: whoever went on
-// when it died may have writes answered that are not in this store.
+// Forgot says that the last owner was killed, and that what it had answered and not written cannot be found: whoever
+// went on when it died may have writes answered that are not in this store.
 func (s *Store) Forgot() bool { return s.forgot }
 
-// Outlives says whether what is answered outlives this process if it is killed, so that the next owner of the store can go on
-// where it ended.
+// Outlives says whether what is answered outlives this process if it is killed, so that the next owner of the store
+// can go on where it ended.
 func (s *Store) Outlives() bool { return s.shared != nil }

@@ -13,8 +13,9 @@ const (
 	paceMost = 100 * time.Millisecond
 )
 
-// pacer has writers append no more than so many bytes a second. Whoever comes to the end of a grain waits until it is due, behind those
-// who wait for grains before it; the others go on. Who writes more comes to more ends, so all get the same.
+// pacer has writers append no more than so many bytes a second. Whoever comes to the end of a grain waits until it is
+// due, behind those who wait for grains before it; the others go on. Who writes more comes to more ends, so all get
+// the same.
 type pacer struct {
 	on atomic.Bool
 
@@ -35,8 +36,8 @@ func (p *pacer) set(rate float64) {
 	p.on.Store(rate > 0)
 }
 
-// Paced says whether writes may have to wait, since there is little room and the cleaner is about making some. Who also has
-// something else to do lets others write.
+// Paced says whether writes may have to wait, since there is little room and the cleaner is about making some. Who
+// also has something else to do lets others write.
 func (d *Device) Paced() bool { return d.s.pacer.on.Load() }
 
 // wait is called before n bytes are appended. No lock is held.
@@ -74,14 +75,14 @@ const (
 	unpaced = 7
 	// leastPace bounds how far they fall behind what the cleaner gains, with no room at all.
 	leastPace = 0.2
-	// giveUpAt is for how many chunks there is room when the table has to give up those that were cleaned, and waitAt, when the
-	// cleaner, which takes room before it gives any, waits for that.
+	// giveUpAt is for how many chunks there is room when the table has to give up those that were cleaned, and
+	// waitAt, when the cleaner, which takes room before it gives any, waits for that.
 	giveUpAt = 2
 	waitAt   = 0.5
 )
 
-// throttle is how a pressed cleaner fits its own work, and the pace of those who write, to the room that there is, which it counts in chunks. Only
-// the cleaner's goroutine uses it.
+// throttle is how a pressed cleaner fits its own work, and the pace of those who write, to the room that there is,
+// which it counts in chunks. Only the cleaner's goroutine uses it.
 type throttle struct {
 	s      *Store
 	gained float64 // bytes, and the seconds that it took, of the last chunks
@@ -90,9 +91,9 @@ type throttle struct {
 	asked  uint64 // the generation of the last checkpoint that it asked for, or later
 }
 
-// batch comes after each batch of a chunk. The less room there is, the less the cleaner rests; where it does not rest any more, others may write
-// as fast as it makes room. What has been gone through of the chunk, and chunks that the table has not given up yet, are room to come,
-// and count, or the pace would go up and down with every chunk.
+// batch comes after each batch of a chunk. The less room there is, the less the cleaner rests; where it does not rest
+// any more, others may write as fast as it makes room. What has been gone through of the chunk, and chunks that the
+// table has not given up yet, are room to come, and count, or the pace would go up and down with every chunk.
 func (t *throttle) batch(took time.Duration, urgent bool) error {
 	now, owed := t.room()
 	room := now + owed + float64(t.s.mover.r.off)/float64(t.s.wal.chunkBytes)
@@ -119,8 +120,8 @@ func (t *throttle) chunk(gain int64, took time.Duration) {
 	t.rested = 0
 }
 
-// giveUp has the checkpointer make a checkpoint if there is little room without those chunks that it brings. With next to none
-// it waits until there is.
+// giveUp has the checkpointer make a checkpoint if there is little room without those chunks that it brings. With
+// next to none it waits until there is.
 func (t *throttle) giveUp(now, owed float64) error {
 	if owed == 0 || now >= giveUpAt {
 		return nil

@@ -7,7 +7,8 @@ import (
 	"time"
 )
 
-// TestPacer: writers together keep to the pace, each gets as much as the others, none waits for long, and all go on when there is no pace any more.
+// TestPacer: writers together keep to the pace, each gets as much as the others, none waits for long, and all go on
+// when there is no pace any more.
 func TestPacer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const rate, size, writers = 100 << 20, 2112, 3
@@ -65,7 +66,8 @@ func TestPacer(t *testing.T) {
 	})
 }
 
-// TestGiveUpAsksOnce: while a checkpoint is under way that removes chunks, and has not been asked for here, no other is asked for.
+// TestGiveUpAsksOnce: while a checkpoint is under way that removes chunks, and has not been asked for here, no other
+// is asked for.
 func TestGiveUpAsksOnce(t *testing.T) {
 	s := &Store{gen: 8, leaving: 1, ckptWork: make(chan struct{}, 1)}
 	th := throttle{s: s}

@@ -17,8 +17,8 @@ const (
 	poolIdle = 30 * time.Second
 )
 
-// chunkPool keeps the files of dead chunks to be the next chunks: DESIGN.md, section 5.1. They stay in the slot table, as the
-// dead chunks that they were.
+// chunkPool keeps the files of dead chunks to be the next chunks: DESIGN.md, section 5.1. They stay in the slot
+// table, as the dead chunks that they were.
 type chunkPool struct {
 	fs    storage.FS
 	slots *slotTable
@@ -29,7 +29,8 @@ type chunkPool struct {
 	reused  int         // over the life of the process
 }
 
-// keep takes the file of a dead chunk that nobody can begin to read any more, if it can be a chunk of size bytes once more.
+// keep takes the file of a dead chunk that nobody can begin to read any more, if it can be a chunk of size bytes once
+// more.
 func (p *chunkPool) keep(c *chunk, size int64) bool {
 	p.mu.Lock()
 	fit := len(p.spares) < poolSize && !c.gone && !c.hasMoved && !c.damaged

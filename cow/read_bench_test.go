@@ -103,8 +103,8 @@ func (f waitingFile) ReadAt(p []byte, off int64) (int, error) {
 
 func (f waitingFile) TryReadAt(p []byte, off int64) bool { return false }
 
-// BenchmarkReadAmongWriters is the latency of a reader at depth 1 while writers press as fast as they can: from the page
-// cache, and where each read waits 100 µs for the disk.
+// BenchmarkReadAmongWriters is the latency of a reader at depth 1 while writers press as fast as they can: from the
+// page cache, and where each read waits 100 µs for the disk.
 func BenchmarkReadAmongWriters(b *testing.B) {
 	for _, disk := range []string{"cached", "disk"} {
 		for _, writers := range []int{0, 1, 4} {

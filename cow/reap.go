@@ -27,9 +27,9 @@ func (s *Store) reapable() bool {
 	return ok
 }
 
-// nextJob finds a job whose versions are all in the table: a checkpoint has
-// been committed since the name went. One that was begun comes first: what it has looked at would be looked at again, and with many leaves
-// there would be no end to it. mu is held, and ckptMu or nobody checkpoints.
+// nextJob finds a job whose versions are all in the table: a checkpoint has been committed since the name went. One
+// that was begun comes first: what it has looked at would be looked at again, and with many leaves there would be no
+// end to it. mu is held, and ckptMu or nobody checkpoints.
 func (s *Store) nextJob() (job, bool) {
 	committed := s.committed.Load()
 	for id, cursor := range s.reapCursor {
@@ -56,7 +56,8 @@ func (s *Store) nextJob() (job, bool) {
 	return job{}, false
 }
 
-// isReapable says whether nobody needs a point that has lost its name, and the table has what the reaper looks at. mu is held.
+// isReapable says whether nobody needs a point that has lost its name, and the table has what the reaper looks at. mu
+// is held.
 func (sn *snapshot) isReapable(committed uint64) bool {
 	b := sn.branch
 	if b.stuck || b.reaping && !b.reaped {
@@ -101,8 +102,8 @@ func (b *branch) neighbours(epoch uint32) (before, after uint32) {
 	return before, after
 }
 
-// prepareReaping brings in what the next batch looks at: mu is not held, which in the batch would keep everybody waiting for the disk.
-// What goes wrong here the batch meets again. ckptMu is held.
+// prepareReaping brings in what the next batch looks at: mu is not held, which in the batch would keep everybody
+// waiting for the disk. What goes wrong here the batch meets again. ckptMu is held.
 func (s *Store) prepareReaping() {
 	s.mu.Lock()
 	j, ok := s.nextJob()
@@ -146,8 +147,8 @@ func (s *Store) cursorOf(j job) (cursor reapCursor, err error) {
 	return cursor, err
 }
 
-// reap does one batch of work as part of the generation that is being frozen. mu and ckptMu are held: memory is what the
-// table will be, so that what is decided here holds there too.
+// reap does one batch of work as part of the generation that is being frozen. mu and ckptMu are held: memory is what
+// the table will be, so that what is decided here holds there too.
 func (s *Store) reap() {
 	for left := s.opts.ReapBatch; left > 0; {
 		j, ok := s.nextJob()
@@ -215,7 +216,8 @@ func (s *Store) reapSome(j job, limit int) (done bool, n int, err error) {
 	return done, len(found), nil
 }
 
-// reapCursor is how far the reaper has come with a job: with the versions that the job gives up, or with their successors.
+// reapCursor is how far the reaper has come with a job: with the versions that the job gives up, or with their
+// successors.
 type reapCursor struct {
 	to   uint32           // the job's
 	next metadata.Version // to look at
@@ -225,8 +227,9 @@ type reapCursor struct {
 // reapCount bounds the versions that are counted to find out of which there are fewer.
 const reapCount = 16 << 10
 
-// beginJob begins with what a point has, or with what changed after it until the next point, if that is less: a version without a
-// successor stays as it is, unless it becomes a head's. So the oldest snapshot goes without a look at all that was written before it.
+// beginJob begins with what a point has, or with what changed after it until the next point, if that is less: a
+// version without a successor stays as it is, unless it becomes a head's. So the oldest snapshot goes without a look
+// at all that was written before it.
 func (s *Store) beginJob(j job) (c reapCursor, err error) {
 	c = reapCursor{to: j.to, next: metadata.Version{Branch: j.b.ID, Epoch: j.from + 1}, last: j.to}
 	i, isPoint := j.b.search(j.next)

@@ -260,8 +260,8 @@ func (s *Store) replayChunk(t *batch, c *chunk, from uint32) (records int, err e
 	return records, nil
 }
 
-// replaySummary applies what a summary says of the records from an offset on. Only events and moved records are read: what
-// they say is not in it.
+// replaySummary applies what a summary says of the records from an offset on. Only events and moved records are read:
+// what they say is not in it.
 func (s *Store) replaySummary(t *batch, c *chunk, sum *summary, from uint32) (err error) {
 	c.end = from
 	r := &recordReader{f: c.file, c: c, readOnly: true}
@@ -328,7 +328,8 @@ func (s *Store) replayRecords(t *batch, c *chunk, from uint32) error {
 	return r.writeBack()
 }
 
-// replayRecord applies a record, or holds it back in the batch. Events and moved records come with their header and payload.
+// replayRecord applies a record, or holds it back in the batch. Events and moved records come with their header and
+// payload.
 func (s *Store) replayRecord(t *batch, e *format.SummaryEntry, h *format.RecordHeader, payload []byte, c *chunk, off uint32) error {
 	if e.Kind == format.KindEvent || e.Kind == format.KindMoved {
 		if err := t.apply(); err != nil { // what it is about is as before it

@@ -367,7 +367,8 @@ func (p *pass) owners(first int32, lf *format.Leaf, fn func(i int, by span, shar
 	return nil
 }
 
-// only is what of the blocks that a keeper refers to goes with it: those that nobody else sees, but for points that go too.
+// only is what of the blocks that a keeper refers to goes with it: those that nobody else sees, but for points that
+// go too.
 func (c *census) only(m mark) (n int64, err error) {
 	for l, lost := range c.lost([]mark{m}) {
 		if l == m.l {

@@ -229,8 +229,8 @@ func TestUsage(t *testing.T) {
 	}
 }
 
-// TestRoundsLeaveNoSpace fills, snapshots, overwrites and deletes, twenty times. Once cleaned, the store takes what it took after the
-// first round, and when all is deleted next to nothing.
+// TestRoundsLeaveNoSpace fills, snapshots, overwrites and deletes, twenty times. Once cleaned, the store takes what
+// it took after the first round, and when all is deleted next to nothing.
 func TestRoundsLeaveNoSpace(t *testing.T) {
 	t.Parallel()
 	const size, chunk = 16 << 20, 512 << 10
@@ -267,8 +267,8 @@ func TestRoundsLeaveNoSpace(t *testing.T) {
 	must(t, s.Close())
 }
 
-// turn is one round: a fill, a snapshot and a clone of it, all blocks overwritten in any order, and the deletion of both. The cleaner
-// works in between, so that what is deleted has been moved.
+// turn is one round: a fill, a snapshot and a clone of it, all blocks overwritten in any order, and the deletion of
+// both. The cleaner works in between, so that what is deleted has been moved.
 func turn(t *testing.T, s *Store, d *Device, r *rand.Rand, size int64) {
 	t.Helper()
 	p := make([]byte, 1<<20)

@@ -48,26 +48,29 @@ type Options struct {
 	CheckpointLeaves   int
 	CheckpointInterval time.Duration
 
-	// ColdAfter is how long a leaf must not have changed for the cold pass to write it once more, compressed better and in order
-	// (default 10 min; negative: never).
+	// ColdAfter is how long a leaf must not have changed for the cold pass to write it once more, compressed better
+	// and in order (default 10 min; negative: never).
 	ColdAfter time.Duration
 
 	// MaxBytes limits what the chunk files take together; 0: the file system does. What has not room is cleaned for, or
 	// fails with ErrNoSpace.
 	MaxBytes int64
 
-	// ChunkBytes is the size of a new chunk file (default 64 MiB, less where there is little room), ReapBatch
-	// how many leaf versions one checkpoint's batch of the reaper looks at (default 128), and ReplayBatch how many
-	// changes Open applies at once (default 2 Mi). Tests make them small, so that chunks come and go and batches end often.
+	// ChunkBytes is the size of a new chunk file (default 64 MiB, less where there is little room), ReapBatch how
+	// many leaf versions one checkpoint's batch of the reaper looks at (default 128), and ReplayBatch how many
+	// changes Open applies at once (default 2 Mi). Tests make them small, so that chunks come and go and batches end
+	// often.
 	ChunkBytes  int64
 	ReapBatch   int
 	ReplayBatch int
-	// Outlive keeps the log's buffers in shared memory, so that the next owner finds what was answered when this process is
-	// killed; see Store.Outlives. It costs 16 MiB of it. For owners that serve somebody who goes on when they die.
+	// Outlive keeps the log's buffers in shared memory, so that the next owner finds what was answered when this
+	// process is killed; see Store.Outlives. It costs 16 MiB of it. For owners that serve somebody who goes on when
+	// they die.
 	Outlive bool
 	// SharedMemory is the directory for that; default /dev/shm.
 	SharedMemory string
-	// OnCommit is called around each commit of the table, and with an error before it lets it fail: for tests that cut the power.
+	// OnCommit is called around each commit of the table, and with an error before it lets it fail: for tests that
+	// cut the power.
 	OnCommit func(done bool) error
 	// NoTableSync leaves out the table's own fdatasyncs: for tests that copy its file.
 	NoTableSync bool

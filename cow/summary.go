@@ -48,8 +48,8 @@ type summary struct {
 	entries []byte
 }
 
-// readSummary reads the summary of a chunk's file of size bytes; nil if there is none that verifies: then the records are
-// read. That must not come and go: an error of the disk is an error.
+// readSummary reads the summary of a chunk's file of size bytes; nil if there is none that verifies: then the records
+// are read. That must not come and go: an error of the disk is an error.
 func readSummary(f storage.File, c *chunk, size uint32) (*summary, error) {
 	if size < format.ChunkHeaderSize+format.SummaryFooterSize {
 		return nil, nil

@@ -254,8 +254,8 @@ func TestReadsDoNotAllocate(t *testing.T) {
 	must(t, errors.Join(d.Close(), s.Close()))
 }
 
-// TestPartsAmongWriters reads parts of units while those are overwritten, cleaned, and their chunks come and go: each block
-// that is read is that block, whole, and not older than what was there before.
+// TestPartsAmongWriters reads parts of units while those are overwritten, cleaned, and their chunks come and go: each
+// block that is read is that block, whole, and not older than what was there before.
 func TestPartsAmongWriters(t *testing.T) {
 	b := newBusyStore(t)
 	b.noise()

@@ -309,8 +309,8 @@ func (l *lab) open(img crashImage, every int, rng *rand.Rand) (*world, error) {
 	return w, nil
 }
 
-// squeeze leaves each shard memory for so many open leaves, of which one is kept free for what moves: leaves are evicted
-// and loaded again all the time, and writers wait for checkpoints. Shards with dirty leaves stay as they are.
+// squeeze leaves each shard memory for so many open leaves, of which one is kept free for what moves: leaves are
+// evicted and loaded again all the time, and writers wait for checkpoints. Shards with dirty leaves stay as they are.
 func (c *leafCache) squeeze(leaves int) { c.divide(openWords+40, leaves) }
 
 // relax undoes squeeze.

@@ -10,8 +10,9 @@ import (
 const (
 	unitSize = format.UnitBlocks * format.BlockSize
 
-	// hotUnit is how writes are cut: what is written may soon be read or overwritten in part, and a whole unit is read and decompressed for each
-	// block of it. Larger units save another tenth of the space, and double the cost of a random read.
+	// hotUnit is how writes are cut: what is written may soon be read or overwritten in part, and a whole unit is
+	// read and decompressed for each block of it. Larger units save another tenth of the space, and double the cost
+	// of a random read.
 	hotUnit = 4 * format.BlockSize
 )
 

@@ -104,8 +104,8 @@ func DecodeRecordHeader(src []byte, chunkSeq uint64, offset uint32) (RecordHeade
 	return h, nil
 }
 
-// IsRecordHeader says whether the checksum at the front of src is that of a header written for that place: DecodeRecordHeader for
-// those who look for records where most likely there are none.
+// IsRecordHeader says whether the checksum at the front of src is that of a header written for that place:
+// DecodeRecordHeader for those who look for records where most likely there are none.
 func IsRecordHeader(src []byte, chunkSeq uint64, offset uint32) bool {
 	return len(src) >= RecordHeaderSize && saltedChecksum(chunkSeq, offset, src[4:RecordHeaderSize]) == le.Uint32(src)
 }

@@ -152,9 +152,10 @@ func (d *DB) Size() (n int64, err error) {
 	return n, err
 }
 
-// Pages returns what proves that the pages of the table's file hang together and that no row is
-// missing, as Open does, in the state that the table has now. No Update may run meanwhile, but beside the proof, as long as a
-// transaction of now is open: bbolt leaves the pages that such a one sees alone, and the list of free pages with them.
+// Pages returns what proves that the pages of the table's file hang together and that no row is missing, as Open
+// does, in the state that the table has now. No Update may run meanwhile, but beside the proof, as long as a
+// transaction of now is open: bbolt leaves the pages that such a one sees alone, and the list of free pages with
+// them.
 func (d *DB) Pages() (check func() error, err error) { return pagesOf(d.b.Path()) }
 
 // Update runs fn in a read-write transaction and commits it; on an error

@@ -332,8 +332,8 @@ func FuzzCheckPages(f *testing.F) {
 	})
 }
 
-// The table of 64 TiB of blocks written at random, with as much again for snapshots, fits into its mapping: a commit that has to make
-// it larger would wait for all readers. Where there is not so much address space it is smaller.
+// The table of 64 TiB of blocks written at random, with as much again for snapshots, fits into its mapping: a commit
+// that has to make it larger would wait for all readers. Where there is not so much address space it is smaller.
 func TestMappingIsLargeEnough(t *testing.T) {
 	mapped := func() (size uint64) {
 		path := filepath.Join(t.TempDir(), "t")

@@ -2,8 +2,8 @@ package metadata
 
 import "golang.org/x/sys/unix"
 
-// bbolt maps its file, and what of it was read once stays in this process's memory as the kernel counts it, up to the whole
-// table. Giving the pages back leaves them in the page cache, where the next read finds them.
+// bbolt maps its file, and what of it was read once stays in this process's memory as the kernel counts it, up to the
+// whole table. Giving the pages back leaves them in the page cache, where the next read finds them.
 
 // pagesRead bounds how many reads of a leaf there are before the pages are given back. The kernel maps up to 16 pages
 // around one that is read (/sys/kernel/debug/fault_around_bytes), so that it stands for 8 MiB.

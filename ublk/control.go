@@ -294,7 +294,8 @@ func (c *control) tryStop(to target) error {
 const (
 	// deleteTimeout bounds the wait for those who hold a device that is deleted.
 	deleteTimeout = 5 * time.Second
-	// deleteTurn is how long a deletion keeps others waiting: the driver does its work first, and then waits without a lock.
+	// deleteTurn is how long a deletion keeps others waiting: the driver does its work first, and then waits without
+	// a lock.
 	deleteTurn = time.Second
 )
 
@@ -314,7 +315,8 @@ func (c *control) del(ctx context.Context, to target) error {
 	bounded, cancel := context.WithTimeout(ctx, deleteTimeout)
 	defer cancel()
 	err = c.send(bounded, cmdDelDev, to, 0, nil)
-	// The signal that cancels a command can meet the next one of the kernel's worker thread, which has not waited to its end then.
+	// The signal that cancels a command can meet the next one of the kernel's worker thread, which has not waited to
+	// its end then.
 	for errors.Is(err, unix.EINTR) && bounded.Err() == nil {
 		err = c.send(bounded, cmdDelDev, to, 0, nil)
 	}

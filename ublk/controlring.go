@@ -33,8 +33,8 @@ type controlRing struct {
 	pending map[uint64]*ctrlCall
 }
 
-// ctrlCall is one command under way. It stays in controlRing.pending until the kernel has answered, because the kernel may
-// write to buf until then.
+// ctrlCall is one command under way. It stays in controlRing.pending until the kernel has answered, because the
+// kernel may write to buf until then.
 type ctrlCall struct {
 	buf  unsafe.Pointer
 	done chan int32 // gets the result; has room for it

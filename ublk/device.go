@@ -275,8 +275,8 @@ func (d *Device) release() {
 		if !gone {
 			keepForever(t) // the kernel may still write to it
 		}
-		// Not before: 6.12's driver, when the ring of a living thread is closed with requests waiting to be handed out, loses
-		// those, and the device never becomes quiesced.
+		// Not before: 6.12's driver, when the ring of a living thread is closed with requests waiting to be handed
+		// out, loses those, and the device never becomes quiesced.
 		if t.behind != nil {
 			t.behind.close(false)
 		}
@@ -372,9 +372,9 @@ func (d *Device) Features() Feature { return d.features }
 // may page them out, and writing back to this device then waits for itself.
 func (d *Device) MemoryLocked() bool { return d.locked }
 
-// IOFlusher tells whether the queue threads are marked as ones that write back memory (PR_SET_IO_FLUSHER), so that the
-// kernel does not have them wait for that. If not (CAP_SYS_RESOURCE is missing), a machine short of memory may have them
-// wait for themselves.
+// IOFlusher tells whether the queue threads are marked as ones that write back memory (PR_SET_IO_FLUSHER), so that
+// the kernel does not have them wait for that. If not (CAP_SYS_RESOURCE is missing), a machine short of memory may
+// have them wait for themselves.
 func (d *Device) IOFlusher() bool {
 	for _, t := range d.queues {
 		if !t.flusher.Load() {

@@ -48,8 +48,8 @@ func (s *slowDriver) run(ctx context.Context, op uint32, cmd ctrlCmd, buf unsafe
 	return 0, nil
 }
 
-// TestNothingBeginsAtTheEnd: when the queues have ended, and it is not settled yet what becomes of the disk, no attempt begins
-// to end the device a second time, though Close has its say, and Resize leaves alone what may be gone.
+// TestNothingBeginsAtTheEnd: when the queues have ended, and it is not settled yet what becomes of the disk, no
+// attempt begins to end the device a second time, though Close has its say, and Resize leaves alone what may be gone.
 func TestNothingBeginsAtTheEnd(t *testing.T) {
 	t.Run("Stop and Quiesce", func(t *testing.T) {
 		testNothingBegins(t, StateQuiesced, (*Device).Stop, (*Device).Quiesce)
@@ -108,7 +108,8 @@ func (w *waitingDriver) run(_ context.Context, op uint32, _ ctrlCmd, buf unsafe.
 	return 0, nil
 }
 
-// TestQueuesBreakInStop: the char device is closed though the STOP of Close has not returned, which may be what it waits for.
+// TestQueuesBreakInStop: the char device is closed though the STOP of Close has not returned, which may be what it
+// waits for.
 func TestQueuesBreakInStop(t *testing.T) {
 	var pipe [2]int
 	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
@@ -160,8 +161,8 @@ func (h *heldDriver) run(ctx context.Context, op uint32, cmd ctrlCmd, buf unsafe
 	return 0, nil
 }
 
-// TestDeletionsDoNotWait: a device that somebody holds does not keep others from being deleted, nor from being told of what
-// has not been done.
+// TestDeletionsDoNotWait: a device that somebody holds does not keep others from being deleted, nor from being told
+// of what has not been done.
 func TestDeletionsDoNotWait(t *testing.T) {
 	h := &heldDriver{asked: make(chan struct{})}
 	c := newControl(h)

@@ -24,9 +24,9 @@ var (
 	ErrNotFound = errors.New("no such ublk device")
 	// ErrBusy: the block device is open, mounted or otherwise held, or another process serves it.
 	ErrBusy = errors.New("the device is in use")
-	// ErrNotRecoverable: the device cannot be recovered: it was made without Options.Recovery or with features that this
-	// package does not serve, has no disk any more, has another cookie, or an earlier recovery has left it in a state that
-	// the kernel cannot go on from.
+	// ErrNotRecoverable: the device cannot be recovered: it was made without Options.Recovery or with features that
+	// this package does not serve, has no disk any more, has another cookie, or an earlier recovery has left it in a
+	// state that the kernel cannot go on from.
 	ErrNotRecoverable = errors.New("the device cannot be recovered")
 	// ErrStopped is what Device.Err returns when something else than Stop or Close ended the device.
 	ErrStopped = errors.New("the device was stopped from outside this process")

@@ -12,9 +12,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// fakeKernel is a driver behind the memory of a ring, for every copy mode: it takes the submission entries that the real
-// port makes, dispatches the requests that a test gives it, copies payloads as the mode says, checks that the other side
-// keeps to the protocol, and performs reads from byte slices. It is the port's kernel and charDevice.
+// fakeKernel is a driver behind the memory of a ring, for every copy mode: it takes the submission entries that the
+// real port makes, dispatches the requests that a test gives it, copies payloads as the mode says, checks that the
+// other side keeps to the protocol, and performs reads from byte slices. It is the port's kernel and charDevice.
 type fakeKernel struct {
 	t     testing.TB
 	mode  CopyMode

@@ -37,8 +37,8 @@ const (
 	FeatureDescSize          Feature = 1 << 20
 )
 
-// unspoken are the features that change what the driver expects of a server, or what it does for one, in a way that this
-// package does not know: served as if without them, a disk would show whatever its pages held before.
+// unspoken are the features that change what the driver expects of a server, or what it does for one, in a way that
+// this package does not know: served as if without them, a disk would show whatever its pages held before.
 const unspoken = FeatureZeroCopy | FeatureNeedGetData | FeatureZoned | FeatureAutoBufReg | FeatureIntegrity |
 	FeatureSharedMemZeroCopy | FeatureDescSize
 
@@ -133,9 +133,9 @@ func (f Feature) String() string {
 	return fmt.Sprintf("%#x", uint64(f))
 }
 
-// Features asks the driver what it can do, which it answers within 20 seconds or not at all. A driver before Linux 6.5
-// cannot be asked; it is had to add a device and tell what it granted. The kernel's release is set even when there is no
-// answer; the error is then ErrNoDriver, ErrPermission or ErrKernelTooOld.
+// Features asks the driver what it can do, which it answers within 20 seconds or not at all. A driver before Linux
+// 6.5 cannot be asked; it is had to add a device and tell what it granted. The kernel's release is set even when
+// there is no answer; the error is then ErrNoDriver, ErrPermission or ErrKernelTooOld.
 func Features() (FeatureSet, error) {
 	s := FeatureSet{Kernel: kernelRelease()}
 	c, err := openControl()

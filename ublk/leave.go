@@ -14,17 +14,19 @@ const (
 
 // leaver is the part of a queue that ends it while the driver still has requests for it.
 //
-// A queue that is to leave keeps what arrives from the handler. When it gets the handler's last answer it rests: it gives
-// the driver that answer, and enters the ring no more. The driver hands out requests only on the queue's thread, when that
-// enters the ring (DEFER_TASKRUN), so that from here on nothing arrives, however much there is to do: the queues of a device
-// get there one after the other, and then end together.
+// A queue that is to leave keeps what arrives from the handler. When it gets the handler's last answer it rests: it
+// gives the driver that answer, and enters the ring no more. The driver hands out requests only on the queue's
+// thread, when that enters the ring (DEFER_TASKRUN), so that from here on nothing arrives, however much there is to
+// do: the queues of a device get there one after the other, and then end together.
 //
-// So there is also a command in the driver's hands when the queue ends: that of the last answer, or all if there was none.
-// Before Linux 6.15 the driver notices the end of a queue only by the commands that it can cancel (ublk_uring_cmd_cancel_fn);
-// if the server has every tag, by the block layer's timeout after 30 seconds (ublk_timeout). Later drivers go by the char
-// device's release (ublk_ch_release). In both what was kept, or not handed out, goes to the next server.
+// So there is also a command in the driver's hands when the queue ends: that of the last answer, or all if there was
+// none. Before Linux 6.15 the driver notices the end of a queue only by the commands that it can cancel
+// (ublk_uring_cmd_cancel_fn); if the server has every tag, by the block layer's timeout after 30 seconds
+// (ublk_timeout). Later drivers go by the char device's release (ublk_ch_release). In both what was kept, or not
+// handed out, goes to the next server.
 type leaver struct {
-	// told is a leave, and in its upper bits a count that makes each telling another one. One goroutine tells at a time.
+	// told is a leave, and in its upper bits a count that makes each telling another one. One goroutine tells at a
+	// time.
 	told  atomic.Uint32
 	rests atomic.Uint32 // the told that the queue rests for, or restsForGood
 	news  chan struct{} // gets one, if there is none, when told or killed changes
@@ -146,7 +148,8 @@ func (q *queue) holding() bool {
 	return q.holds
 }
 
-// hold keeps a request that arrived from the handler: before the descriptors are mapped, and when the queue is to leave.
+// hold keeps a request that arrived from the handler: before the descriptors are mapped, and when the queue is to
+// leave.
 func (q *queue) hold(tag int) bool {
 	if !q.early && !q.holding() {
 		return false

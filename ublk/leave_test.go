@@ -88,8 +88,8 @@ func soon(r *Request) {
 	time.AfterFunc(time.Duration(rand.IntN(200))*time.Microsecond, func() { r.Complete(nil) })
 }
 
-// TestRestUnderLoad: queues whose drivers always have more to do come to rest one after the other and stay there, for as
-// long as nobody tells them otherwise; then they serve what they held, or leave it to the driver.
+// TestRestUnderLoad: queues whose drivers always have more to do come to rest one after the other and stay there, for
+// as long as nobody tells them otherwise; then they serve what they held, or leave it to the driver.
 func TestRestUnderLoad(t *testing.T) { inEachMode(t, testRestUnderLoad) }
 
 func testRestUnderLoad(t *testing.T, mode CopyMode) {

@@ -54,8 +54,8 @@ func inEachMode(t *testing.T, f func(t *testing.T, mode ublk.CopyMode)) {
 	}
 }
 
-// TestModeVerify writes with four jobs, mixed sizes and flushes, and reads everything back by checksum, with every way of
-// answering.
+// TestModeVerify writes with four jobs, mixed sizes and flushes, and reads everything back by checksum, with every
+// way of answering.
 func TestModeVerify(t *testing.T) {
 	inEachMode(t, func(t *testing.T, mode ublk.CopyMode) {
 		const size = 64 << 20
@@ -199,8 +199,8 @@ func TestModeHeld(t *testing.T) {
 // nullDisk answers everything at once; reads bring what the buffer held.
 var nullDisk = handlerFunc(func(*ublk.Request) error { return nil })
 
-// BenchmarkModes measures the null target in every copy mode: IOPS, median latency, and for a request the CPU time of the
-// queue's thread, with what the driver does on it, and of the process's other threads.
+// BenchmarkModes measures the null target in every copy mode: IOPS, median latency, and for a request the CPU time of
+// the queue's thread, with what the driver does on it, and of the process's other threads.
 func BenchmarkModes(b *testing.B) {
 	needDriver(b)
 	set, err := ublk.Features()
@@ -274,8 +274,8 @@ func cpuTime(t testing.TB) (queues, others int64) {
 	return queues, others
 }
 
-// TestModeStorm collects garbage without a pause and sends signals to every thread while requests are served: nothing is
-// lost, and no buffer is touched by the collector.
+// TestModeStorm collects garbage without a pause and sends signals to every thread while requests are served: nothing
+// is lost, and no buffer is touched by the collector.
 func TestModeStorm(t *testing.T) {
 	inEachMode(t, func(t *testing.T, mode ublk.CopyMode) {
 		const size = 64 << 20

@@ -187,8 +187,8 @@ func TestNegotiation(t *testing.T) {
 	}
 }
 
-// TestMissingFeatures: what a kernel does not have is refused by name, whether it can be asked or only grants less; and no
-// device stays.
+// TestMissingFeatures: what a kernel does not have is refused by name, whether it can be asked or only grants less;
+// and no device stays.
 func TestMissingFeatures(t *testing.T) {
 	ctx := context.Background()
 	for _, k := range []struct {
@@ -246,8 +246,8 @@ func TestUnprivilegedCommands(t *testing.T) {
 	}
 }
 
-// TestRecoverOfAnotherKind: a device that its driver does not copy the payloads of, or that speaks otherwise to its server,
-// is left to the program that made it.
+// TestRecoverOfAnotherKind: a device that its driver does not copy the payloads of, or that speaks otherwise to its
+// server, is left to the program that made it.
 func TestRecoverOfAnotherKind(t *testing.T) {
 	f := driverOf("7.3")
 	for _, k := range KnownFeatures {

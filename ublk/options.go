@@ -196,8 +196,8 @@ func (o Options) required() Feature {
 	return f
 }
 
-// info is what ADD is asked for of a kernel that offers some features: the required ones, and what is of use besides. It is
-// a *FeatureError when it does not offer enough.
+// info is what ADD is asked for of a kernel that offers some features: the required ones, and what is of use besides.
+// It is a *FeatureError when it does not offer enough.
 func (o Options) info(offered Feature) (*devInfo, error) {
 	if missing := o.required() &^ offered; missing != 0 {
 		return nil, &FeatureError{Missing: missing, Kernel: kernelRelease()}

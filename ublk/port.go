@@ -84,7 +84,8 @@ type charDevice interface {
 	interrupt()
 }
 
-// newPort sets up the ring of a queue and the port of its mode; it must be called on the thread that will run the queue.
+// newPort sets up the ring of a queue and the port of its mode; it must be called on the thread that will run the
+// queue.
 func newPort(c portConfig, charFD int) (port, error) {
 	// Twice the depth leaves room for a commit of every tag and as many reads in one turn; more reads than that
 	// cost an extra submission. Completions that outrun the ring are kept by the kernel (NODROP).
@@ -128,8 +129,8 @@ type ringPort struct {
 	err   error  // the first entry that could not be queued; turn reports it
 }
 
-// eventCount is where every ring of the process reads its eventfd to: nobody looks at it. It is never unmapped, because a
-// ring ends some time after its close, and the read with it.
+// eventCount is where every ring of the process reads its eventfd to: nobody looks at it. It is never unmapped,
+// because a ring ends some time after its close, and the read with it.
 var eventCount = sync.OnceValues(func() ([]byte, error) {
 	mem, _, err := mapAnonymous(os.Getpagesize())
 	return mem, err

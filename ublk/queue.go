@@ -50,7 +50,8 @@ type queue struct {
 	leaver
 }
 
-// readSlot is one fetch. It lives in the heap and holds p, so that what the kernel writes to is neither moved nor freed.
+// readSlot is one fetch. It lives in the heap and holds p, so that what the kernel writes to is neither moved nor
+// freed.
 type readSlot struct {
 	r   *Request
 	fd  int
@@ -150,9 +151,9 @@ func (q *queue) turn() error {
 	return q.guarded((*queue).reap)
 }
 
-// yieldEvery is less than the 10 ms (forcePreemptNS in runtime/proc.go) after which the runtime takes the processor of a
-// goroutine that the scheduler has not run anew at every system call that it finds it in, and watches out for that every
-// 20 µs: which costs a busy queue a third of its time.
+// yieldEvery is less than the 10 ms (forcePreemptNS in runtime/proc.go) after which the runtime takes the processor
+// of a goroutine that the scheduler has not run anew at every system call that it finds it in, and watches out for
+// that every 20 µs: which costs a busy queue a third of its time.
 const yieldEvery = 5 * time.Millisecond
 
 // yield lets the scheduler run this goroutine anew.

@@ -11,12 +11,12 @@ import (
 
 // Quiesce ends serving and leaves the disk: its users wait until somebody recovers it. It needs Options.Recovery.
 //
-// With RecoverReissue, which any kernel can, the queues hand out no more, and each rests when nothing is with the handler;
-// when all do they end, however much the users have to do, and what has arrived meanwhile the driver gives to the next
-// server. Until then nothing has changed: when ctx ends first, or Close is called, the queues hand out what they kept and
-// the device goes on serving as if nothing had been. The other ways of recovery need Linux 6.16 (a *FeatureError before),
-// whose driver holds the requests back; it cannot be called back, so that the device ends quiesced in any case, as soon as
-// what is with the handler is answered.
+// With RecoverReissue, which any kernel can, the queues hand out no more, and each rests when nothing is with the
+// handler; when all do they end, however much the users have to do, and what has arrived meanwhile the driver gives
+// to the next server. Until then nothing has changed: when ctx ends first, or Close is called, the queues hand out
+// what they kept and the device goes on serving as if nothing had been. The other ways of recovery need Linux 6.16 (a
+// *FeatureError before), whose driver holds the requests back; it cannot be called back, so that the device ends
+// quiesced in any case, as soon as what is with the handler is answered.
 func (d *Device) Quiesce(ctx context.Context) error {
 	if d.features&FeatureUserRecovery == 0 {
 		return fmt.Errorf("ublk: quiesce device %d: %w: it was made without recovery", d.id, ErrNotRecoverable)

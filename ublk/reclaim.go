@@ -10,8 +10,8 @@ import (
 
 // SetIOFlusher marks every thread of the process, and those that it makes later, as ones that write back memory
 // (PR_SET_IO_FLUSHER, which needs CAP_SYS_RESOURCE): when they need memory, the kernel does not have them wait for
-// devices that may be their own. A server that does its work on other goroutines than the queues' calls it, best before the
-// first device is made. The queue threads are marked in any case.
+// devices that may be their own. A server that does its work on other goroutines than the queues' calls it, best
+// before the first device is made. The queue threads are marked in any case.
 //
 // A program with cgo cannot do it for all threads; the error is then syscall.ENOTSUP.
 func SetIOFlusher() error {

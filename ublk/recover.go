@@ -30,9 +30,9 @@ const diesWithin = 2 * time.Second
 // features are those that the driver kept; h must serve the same content. When it returns, the device is live, and what
 // waited is being served.
 //
-// It refuses a device that somebody serves (ErrBusy), is not there (ErrNotFound) or cannot be recovered, or not by this
-// package (ErrNotRecoverable). When it fails otherwise, or its process dies in it, the device waits as before and Recover can be
-// tried again.
+// It refuses a device that somebody serves (ErrBusy), is not there (ErrNotFound) or cannot be recovered, or not by
+// this package (ErrNotRecoverable). When it fails otherwise, or its process dies in it, the device waits as before
+// and Recover can be tried again.
 func Recover(ctx context.Context, id int, o RecoverOptions, h Handler) (*Device, error) {
 	c, err := openControl()
 	if err != nil {
@@ -81,9 +81,10 @@ func recoverDevice(ctx context.Context, c *control, id int, o RecoverOptions, h 
 	}
 }
 
-// Before Linux 6.15 the driver sets the queues back in START_USER_RECOVERY, and not from every state: when no queue has had
-// a server since the last START it answers EINVAL, and when only some have, it crashes. A recovery that dies in between
-// leaves such a state. So there Recover begins without START and tries to fetch, which tells the states apart:
+// Before Linux 6.15 the driver sets the queues back in START_USER_RECOVERY, and not from every state: when no queue
+// has had a server since the last START it answers EINVAL, and when only some have, it crashes. A recovery that dies
+// in between leaves such a state. So there Recover begins without START and tries to fetch, which tells the states
+// apart:
 //
 //   - every queue refuses: each has had a server, which is gone; START is safe, and then they fetch;
 //   - every queue fetches: there was a START, and no server since;

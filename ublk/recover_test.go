@@ -268,8 +268,8 @@ func TestKilledBeforeLive(t *testing.T) {
 }
 
 // TestKilledStarting kills a server while the kernel reads the partition table. Before Linux 6.19 that happens inside
-// START_DEV, with the driver's lock held, and a server that is killed then cannot end; nothing can be done about it from
-// here (see the package documentation), and the guest would not survive the test.
+// START_DEV, with the driver's lock held, and a server that is killed then cannot end; nothing can be done about it
+// from here (see the package documentation), and the guest would not survive the test.
 func TestKilledStarting(t *testing.T) {
 	needDriver(t)
 	if !kernelHas(t, ublk.FeatureNoAutoPartScan) {
@@ -446,7 +446,8 @@ func TestRecoveryWays(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			// Both open it while it is served: to open a disk may have to wait for the scan of its partitions, and that for a server.
+			// Both open it while it is served: to open a disk may have to wait for the scan of its partitions, and
+			// that for a server.
 			first, second := openDirect(t, d, unix.O_RDWR), openDirect(t, d, unix.O_RDWR)
 			write := func(fd int) chan error {
 				done := make(chan error, 1)

@@ -292,8 +292,8 @@ func (d *faulty) ServeUBLK(r *ublk.Request) error {
 	return nil
 }
 
-// mistake has a disk make its mistake after the workload, in one of a last write to each register, which are concurrent,
-// or in one of the reads that follow: what nobody overwrites everybody can see.
+// mistake has a disk make its mistake after the workload, in one of a last write to each register, which are
+// concurrent, or in one of the reads that follow: what nobody overwrites everybody can see.
 func mistake(t testing.TB, r registers, disk *faulty, f fault, history []porcupine.Operation) []porcupine.Operation {
 	t.Helper()
 	disk.arm(f, 1+rand.IntN(registerBlocks))

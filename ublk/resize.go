@@ -5,8 +5,8 @@ import (
 	"fmt"
 )
 
-// Resize changes the size of a live device (6.16; a *FeatureError before). The handler must be able to serve the larger of
-// the two sizes from before Resize until it has returned.
+// Resize changes the size of a live device (6.16; a *FeatureError before). The handler must be able to serve the
+// larger of the two sizes from before Resize until it has returned.
 func (d *Device) Resize(ctx context.Context, size int64) error {
 	block := int64(d.Options().LogicalBlock)
 	if size <= 0 || size%block != 0 {
@@ -45,8 +45,8 @@ func (d *Device) Resize(ctx context.Context, size int64) error {
 	return nil
 }
 
-// waitResize waits until no change of the size is under way, and is called before the disk may go. None begins any more when
-// the state is not live, or the queues have ended.
+// waitResize waits until no change of the size is under way, and is called before the disk may go. None begins any
+// more when the state is not live, or the queues have ended.
 func (d *Device) waitResize() {
 	d.sizing <- struct{}{} // the wait is that for two commands
 	<-d.sizing

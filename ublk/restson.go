@@ -14,9 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// RestsOn tells the ids of the ublk devices below the file system that path is on, or below path itself if it is a block
-// device, in ascending order. Partitions, device mapper, md, bcache and loop devices are followed, and so are btrfs and
-// overlayfs as far as /proc/self/mountinfo names what they are made of.
+// RestsOn tells the ids of the ublk devices below the file system that path is on, or below path itself if it is a
+// block device, in ascending order. Partitions, device mapper, md, bcache and loop devices are followed, and so are
+// btrfs and overlayfs as far as /proc/self/mountinfo names what they are made of.
 //
 // A server must not keep anything on its own disk: when memory is short, it would wait for itself.
 func RestsOn(path string) ([]int, error) {

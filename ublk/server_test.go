@@ -333,8 +333,8 @@ func remove(t testing.TB, id int) {
 	})
 }
 
-// mustBecome waits for a state of a device in the driver. Before Linux 6.15 that takes 30 s, the block layer's timeout, where a server died that
-// held every request of a queue.
+// mustBecome waits for a state of a device in the driver. Before Linux 6.15 that takes 30 s, the block layer's
+// timeout, where a server died that held every request of a queue.
 func mustBecome(t testing.TB, id int, want ublk.KernelState) {
 	t.Helper()
 	within(t, stepLimit, "state", func() error {

@@ -30,9 +30,9 @@ const (
 
 // Stop ends the device if nobody uses it, and otherwise refuses with ErrBusy and an error that names the users.
 //
-// The kernel writes back what is dirty through the live handler, then the queues end, then the device is deleted. When
-// ctx ends first, the stop goes on; Stop or Close can be called again to wait for it. Stopping a device that has ended is
-// no error; the disk of a quiesced one stays, and Delete removes it.
+// The kernel writes back what is dirty through the live handler, then the queues end, then the device is deleted.
+// When ctx ends first, the stop goes on; Stop or Close can be called again to wait for it. Stopping a device that has
+// ended is no error; the disk of a quiesced one stays, and Delete removes it.
 //
 // From Linux 7.0 on the kernel makes the check and the stop one step. Before, the block device is claimed and the open
 // files of all processes are looked through; a process may still open the device just after.
@@ -157,16 +157,17 @@ func (d *Device) attemptRoutine(ctx context.Context, a *attempt) {
 // leaveAndDelete ends a device with recovery, without STOP: the queues leave when nothing is with the handler, and what
 // comes then fails when the device is deleted.
 //
-// The STOP of a device with recovery fails all requests from its beginning on, and does not end before those are answered
-// that the server has. A server that is killed meanwhile cannot be: the thread in STOP waits for the server's end, and the
-// driver sees that only when the last thread is gone. Left in this way, the disk waits for the next server.
+// The STOP of a device with recovery fails all requests from its beginning on, and does not end before those are
+// answered that the server has. A server that is killed meanwhile cannot be: the thread in STOP waits for the
+// server's end, and the driver sees that only when the last thread is gone. Left in this way, the disk waits for the
+// next server.
 func (d *Device) leaveAndDelete() {
 	d.flush()
 	d.tellQueues(leaveDrop)
 }
 
-// flush has the file system on the block device, or on one of its partitions, write back, as STOP does without recovery.
-// Nobody would serve what is written after the queues have ended.
+// flush has the file system on the block device, or on one of its partitions, write back, as STOP does without
+// recovery. Nobody would serve what is written after the queues have ended.
 func (d *Device) flush() {
 	if len(users(d.id)) == 0 {
 		return // the last one to close a block device has written back
@@ -187,8 +188,8 @@ func (d *Device) writeBack() {
 	}
 }
 
-// flushBlocks is done by another process if there is a program for it, because one that waits for its own disk cannot be
-// killed.
+// flushBlocks is done by another process if there is a program for it, because one that waits for its own disk cannot
+// be killed.
 func flushBlocks(id int) {
 	nodes, _ := filepath.Glob(blockPath(id) + "p*")
 	nodes = append(nodes, blockPath(id))
@@ -245,7 +246,8 @@ func (d *Device) claimAndStop() error {
 		return unix.EBUSY
 	}
 	if d.features&FeatureUserRecovery != 0 {
-		// Who closed it while this claim holds it open was not the last, and STOP fails what is written then (leaveAndDelete).
+		// Who closed it while this claim holds it open was not the last, and STOP fails what is written then
+		// (leaveAndDelete).
 		d.writeBack()
 	}
 	return d.control.stop(d.target)

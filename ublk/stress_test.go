@@ -301,8 +301,8 @@ func TestRoundsOfProcesses(t *testing.T) {
 	}
 }
 
-// TestStopWritesBack: Stop does not lose what is in the page cache still, because the last one to use the disk, whom nobody sees, lets
-// go of it later.
+// TestStopWritesBack: Stop does not lose what is in the page cache still, because the last one to use the disk, whom
+// nobody sees, lets go of it later.
 func TestStopWritesBack(t *testing.T) {
 	needDriver(t)
 	for _, recovery := range []ublk.Recovery{ublk.RecoverNone, ublk.RecoverReissue} {

@@ -25,8 +25,8 @@ func recoveries(t testing.TB) map[string]ublk.Recovery {
 	return all
 }
 
-// TestDeathWhileFetching: a server that dies with some tags offered and some not leaves nothing that hangs, neither when
-// it makes the device nor when it recovers one.
+// TestDeathWhileFetching: a server that dies with some tags offered and some not leaves nothing that hangs, neither
+// when it makes the device nor when it recovers one.
 func TestDeathWhileFetching(t *testing.T) {
 	needDriver(t)
 	if set, err := ublk.Features(); err != nil {
@@ -205,7 +205,8 @@ func TestQuiesceUnderLoad(t *testing.T) {
 	}
 }
 
-// TestKillVerify kills servers under fio at moments of no one's choosing, and fio sees neither an error nor a wrong block.
+// TestKillVerify kills servers under fio at moments of no one's choosing, and fio sees neither an error nor a wrong
+// block.
 func TestKillVerify(t *testing.T) {
 	needDriver(t)
 	for _, mode := range copyModes(t) {

@@ -155,8 +155,8 @@ func (d *Device) queueRoutine(t *queueThread, ready chan<- error) {
 	d.serveQueue(t, ready)
 }
 
-// lockThread keeps the goroutine on its thread, and tells whether that ends with the goroutine: the main thread does not,
-// but the driver waits for the end of a queue's thread.
+// lockThread keeps the goroutine on its thread, and tells whether that ends with the goroutine: the main thread does
+// not, but the driver waits for the end of a queue's thread.
 func lockThread() bool {
 	runtime.LockOSThread()
 	return unix.Gettid() != unix.Getpid()
@@ -218,8 +218,8 @@ func nameThread(name string) {
 	}
 }
 
-// abandoned holds the memory of queues that died with requests or reads open, to which a handler or the kernel may still
-// write, and of those whose thread does not end.
+// abandoned holds the memory of queues that died with requests or reads open, to which a handler or the kernel may
+// still write, and of those whose thread does not end.
 var abandoned struct {
 	sync.Mutex
 	queues []*queueThread
@@ -228,8 +228,8 @@ var abandoned struct {
 // threadTimeout bounds the wait for the thread of a queue that has not drained.
 const threadTimeout = 5 * time.Second
 
-// gone waits until the thread of a queue that has ended is gone. Until then the driver may copy to its memory, and takes
-// it for one that still serves.
+// gone waits until the thread of a queue that has ended is gone. Until then the driver may copy to its memory, and
+// takes it for one that still serves.
 func (t *queueThread) gone() bool {
 	for end := time.Now().Add(threadTimeout); time.Now().Before(end); time.Sleep(time.Millisecond) {
 		if unix.Tgkill(unix.Getpid(), int(t.tid.Load()), 0) == unix.ESRCH {

@@ -116,9 +116,9 @@ type ring struct {
 	cqes           unsafe.Pointer
 }
 
-// queueSetup lists the set-up flags for a queue's ring, best first: NO_SQARRAY (6.6) saves an indirection, DEFER_TASKRUN
-// (6.1) runs the driver's work only when the thread asks for events, SINGLE_ISSUER (6.0) saves locking, COOP_TASKRUN
-// (5.19) saves interrupts.
+// queueSetup lists the set-up flags for a queue's ring, best first: NO_SQARRAY (6.6) saves an indirection,
+// DEFER_TASKRUN (6.1) runs the driver's work only when the thread asks for events, SINGLE_ISSUER (6.0) saves locking,
+// COOP_TASKRUN (5.19) saves interrupts.
 var queueSetup = []uint32{
 	setupCoopTaskrun | setupSingleIssuer | setupDeferTaskrun | setupNoSQArray,
 	setupCoopTaskrun | setupSingleIssuer | setupDeferTaskrun,
@@ -254,11 +254,12 @@ func (k *ringFD) register(op int, arg unsafe.Pointer, n int) error {
 	}
 }
 
-// threadSignal is what the runtime, or with cgo the C library, sends to every thread that is to make a system call as one of
-// all (syscall.AllThreadsSyscall, setgid(2)): the process stands still until each has.
+// threadSignal is what the runtime, or with cgo the C library, sends to every thread that is to make a system call as
+// one of all (syscall.AllThreadsSyscall, setgid(2)): the process stands still until each has.
 const threadSignal = 33
 
-// mostSignals keeps the runtime's and the process's other signals from ending a wait with EINTR: another thread takes them.
+// mostSignals keeps the runtime's and the process's other signals from ending a wait with EINTR: another thread takes
+// them.
 var mostSignals = ^uint64(1 << (threadSignal - 1))
 
 func (k *ringFD) enter(submit, minComplete, flags uint32) error {

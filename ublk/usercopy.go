@@ -17,8 +17,8 @@ const (
 )
 
 // userPort is the port of CopyUser: the commands carry no address, and the payloads are copied by pread and pwrite on
-// the char device. Reads and writes on the ring would do it too, but the char device cannot say that it never blocks, so
-// the ring gives them to a worker thread.
+// the char device. Reads and writes on the ring would do it too, but the char device cannot say that it never blocks,
+// so the ring gives them to a worker thread.
 type userPort struct{ *ringPort }
 
 func (p *userPort) offset(tag int) int64 {

@@ -146,8 +146,9 @@ type process struct {
 
 func (p process) String() string { return fmt.Sprintf("process %d (%s)", p.pid, p.name) }
 
-// serverOf finds the process that has the char device of id open: its server, or one that is about to be. pid is who the
-// driver says it is, which may be gone, and its number somebody else's; it counts if its files may not be looked at.
+// serverOf finds the process that has the char device of id open: its server, or one that is about to be. pid is who
+// the driver says it is, which may be gone, and its number somebody else's; it counts if its files may not be looked
+// at.
 func serverOf(id, pid int) (process, bool) {
 	node := fmt.Sprintf("/ublkc%d", id)
 	procs, _ := os.ReadDir("/proc")

@@ -85,8 +85,9 @@ func (a *app) daemon(c *cli.Context) error {
 	}
 }
 
-// startOwner opens the store, recovers what waits, and tells whoever started this daemon, or executed its program. When it
-// fails, or is stopped before it is ready, what it has recovered waits again: whoever uses that has asked for nothing.
+// startOwner opens the store, recovers what waits, and tells whoever started this daemon, or executed its program.
+// When it fails, or is stopped before it is ready, what it has recovered waits again: whoever uses that has asked for
+// nothing.
 func (a *app) startOwner(c *cli.Context, o owner.Options, handover *owner.Handover) (*owner.Owner, error) {
 	s, err := owner.Own(c.Context, a.dir, o)
 	if err == nil {

@@ -151,8 +151,8 @@ var imageFormats = []struct{ name, magic string }{
 	{"zstd", "\x28\xb5\x2f\xfd"},
 }
 
-// refuseImageFormats keeps a file in another format, which would be of no use as a disk, from being taken for a raw image.
-// It only refuses: what a raw disk begins with is its user's, so no format is ever chosen by it.
+// refuseImageFormats keeps a file in another format, which would be of no use as a disk, from being taken for a raw
+// image. It only refuses: what a raw disk begins with is its user's, so no format is ever chosen by it.
 func refuseImageFormats(f *os.File) error {
 	head := make([]byte, 16)
 	if _, err := f.ReadAt(head, 0); err != nil && err != io.EOF {

@@ -70,8 +70,8 @@ func because(ctx context.Context, err error) error {
 	return fmt.Errorf("%w: %w", cause, err)
 }
 
-// interruptible returns a context that the first SIGINT or SIGTERM ends, with a signalError as cause. A second one kills
-// the process, as if it had not been caught.
+// interruptible returns a context that the first SIGINT or SIGTERM ends, with a signalError as cause. A second one
+// kills the process, as if it had not been caught.
 func interruptible(parent context.Context) (context.Context, func()) {
 	ctx, cancel := context.WithCancelCause(parent)
 	signals := make(chan os.Signal, 1)

@@ -68,7 +68,8 @@ func (a *app) serve(c *cli.Context) error {
 	return err
 }
 
-// handDisksOver has a daemon serve what others attached while this process owned the store: they have not asked for its end.
+// handDisksOver has a daemon serve what others attached while this process owned the store: they have not asked for
+// its end.
 func (a *app) handDisksOver(c *cli.Context) error {
 	s, _, err := owner.OpenLasting(context.WithoutCancel(c.Context), a.dir, a.options(c), a.daemonArgs())
 	if err != nil {

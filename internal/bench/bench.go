@@ -62,7 +62,8 @@ type run struct {
 	buf  []byte
 }
 
-// Run makes a scratch volume, does the steps, and passes each one's outcome to each. It removes the volume whatever happens.
+// Run makes a scratch volume, does the steps, and passes each one's outcome to each. It removes the volume whatever
+// happens.
 func Run(ctx context.Context, s *cow.Store, o Options, each func(Result)) (err error) {
 	o.Size = (o.Size + large - 1) / large * large
 	if o.Size < MinSize || o.Time <= 0 {

@@ -15,9 +15,10 @@ type machine struct{ accel, cpu string }
 
 var kvm = machine{accel: "kvm", cpu: "host"}
 
-// emulated are the machines to try in turn without KVM. QEMU 7.2 gets cmpxchg16b wrong now and then, with which 6.12's allocator
-// panics; kernels go on without it. Emulated processors of QEMU before 8.1 now and then fail to boot (a race on translated code, fixed
-// by its commit deba78709ae8); a boot that does not reach the payload is safe to repeat.
+// emulated are the machines to try in turn without KVM. QEMU 7.2 gets cmpxchg16b wrong now and then, with which
+// 6.12's allocator panics; kernels go on without it. Emulated processors of QEMU before 8.1 now and then fail to boot
+// (a race on translated code, fixed by its commit deba78709ae8); a boot that does not reach the payload is safe to
+// repeat.
 var emulated = []machine{
 	{"tcg,thread=multi", "max,-cx16"},
 	{"tcg,thread=multi", "max"},

@@ -3,7 +3,8 @@ package guest
 import "errors"
 
 var (
-	// ErrUnavailable is matched by errors of a machine that cannot build or run a guest; the text says why and the way out.
+	// ErrUnavailable is matched by errors of a machine that cannot build or run a guest; the text says why and the
+	// way out.
 	ErrUnavailable = errors.New("a guest cannot be had here")
 	// ErrTimeout is matched when a run's deadline passed and QEMU was killed.
 	ErrTimeout = errors.New("guest: deadline passed")

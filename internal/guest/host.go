@@ -97,7 +97,8 @@ func (b *builder) install(ctx context.Context, programs []string) error {
 // mirrors are the addresses of Debian's archive and of its security archive.
 type mirrors struct{ main, security string }
 
-// hostMirrors takes the addresses from the machine's apt sources; an Ubuntu machine names none, so it gets Debian's own.
+// hostMirrors takes the addresses from the machine's apt sources; an Ubuntu machine names none, so it gets Debian's
+// own.
 func hostMirrors() mirrors {
 	var text strings.Builder
 	files := []string{"/etc/apt/sources.list"}

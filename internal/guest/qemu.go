@@ -42,9 +42,10 @@ func baseArgs(m machine, cpus, memory int) []string {
 }
 
 // kernelArgs: panics and oopses reset the machine, which ends QEMU. no_timer_check leaves out a test of the timer's
-// interrupt that panics on emulated processors when the host is busy. tsc=nowatchdog has the kernel trust the time stamp counter, which is the host's
-// clock: the emulated timer that it is compared with is read late, and to give the counter up the kernel patches its own code, which
-// emulated processors of QEMU 7.2 may execute half patched ("Oops: int3" in sched_clock_cpu). The initial console level shows warnings only.
+// interrupt that panics on emulated processors when the host is busy. tsc=nowatchdog has the kernel trust the time
+// stamp counter, which is the host's clock: the emulated timer that it is compared with is read late, and to give the
+// counter up the kernel patches its own code, which emulated processors of QEMU 7.2 may execute half patched ("Oops:
+// int3" in sched_clock_cpu). The initial console level shows warnings only.
 const kernelArgs = "console=ttyS0 panic=-1 oops=panic no_timer_check tsc=nowatchdog quiet loglevel=5 mitigations=off"
 
 // args are QEMU's for this boot; file descriptor 3 is the socket behind the guest's port.

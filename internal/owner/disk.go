@@ -14,8 +14,8 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// disk is a block device of the store. This process serves it, or it waits for a server that recovers it: either way its
-// volume is open, so that nobody changes that behind the disk's back.
+// disk is a block device of the store. This process serves it, or it waits for a server that recovers it: either way
+// its volume is open, so that nobody changes that behind the disk's back.
 type disk struct {
 	cookie   cookie
 	name     string // of the volume or snapshot, as recorded

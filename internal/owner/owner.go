@@ -100,7 +100,8 @@ func (o *Owner) CloseWhenDone() error {
 	return o.close()
 }
 
-// LeaveDisks has the disks stay when the owner closes: their users wait for the next one. It tells whether there are any.
+// LeaveDisks has the disks stay when the owner closes: their users wait for the next one. It tells whether there are
+// any.
 func (o *Owner) LeaveDisks() bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -114,8 +115,8 @@ func (o *Owner) CloseLeaving() error {
 	return o.close()
 }
 
-// leaving tells whether the disks are to outlive the owner. After an upgrade there may be some even so: one whose server
-// broke may have got another since the upgrade looked.
+// leaving tells whether the disks are to outlive the owner. After an upgrade there may be some even so: one whose
+// server broke may have got another since the upgrade looked.
 func (o *Owner) leaving() bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()

@@ -124,7 +124,8 @@ func bootID() string {
 	return string(b[:min(36, len(b))])
 }
 
-// readRecord reads the file of the store at dir; what is of another boot, or was copied with its file system, is nothing.
+// readRecord reads the file of the store at dir; what is of another boot, or was copied with its file system, is
+// nothing.
 func readRecord(dir string) (record, error) {
 	var r record
 	b, err := os.ReadFile(filepath.Join(dir, recordName))

@@ -373,7 +373,8 @@ func TestForce(t *testing.T) {
 	w.close(o)
 }
 
-// TestGiveUpFindsTheDevice: the number that a disk had may be another device's by now, and may not have been told at first.
+// TestGiveUpFindsTheDevice: the number that a disk had may be another device's by now, and may not have been told at
+// first.
 func TestGiveUpFindsTheDevice(t *testing.T) {
 	w := newWorld(t)
 	o := w.own(true)
@@ -397,8 +398,8 @@ func TestGiveUpFindsTheDevice(t *testing.T) {
 	w.close(o)
 }
 
-// TestForgottenAnswers: a disk whose last server had answered what cannot be found any more is not served again, however often
-// the store is opened, except for a snapshot's, which is as it was.
+// TestForgottenAnswers: a disk whose last server had answered what cannot be found any more is not served again,
+// however often the store is opened, except for a snapshot's, which is as it was.
 func TestForgottenAnswers(t *testing.T) {
 	w := newWorld(t)
 	o := w.own(true)

@@ -36,10 +36,10 @@ func shortPath(path string) (short string, release func(), err error) {
 	return short, func() { _ = unix.Close(fd) }, nil
 }
 
-// Listen makes a unix socket at path that only its owner may connect to; for the moment until its mode is set, that is up
-// to the process's umask, which must be 077. A socket that is there already and that
-// nobody listens on is replaced; anything else that is there is an error that matches fs.ErrExist.
-// The caller calls remove when the socket is closed.
+// Listen makes a unix socket at path that only its owner may connect to; for the moment until its mode is set, that
+// is up to the process's umask, which must be 077. A socket that is there already and that nobody listens on is
+// replaced; anything else that is there is an error that matches fs.ErrExist. The caller calls remove when the socket
+// is closed.
 func Listen(path string) (l *net.UnixListener, remove func(), err error) {
 	short, release, err := shortPath(path)
 	if err != nil {

@@ -32,25 +32,28 @@ type Store interface {
 	Check(ctx context.Context, o cow.CheckOptions, problem func(cow.Problem)) (cow.CheckReport, error)
 	// Clean gives back the space of every chunk file of which at least the part waste (0 to 1) is dead.
 	Clean(ctx context.Context, waste float64) (cow.CleanReport, error)
-	// Bench measures the engine, in the process that owns the store, on a scratch volume that it removes. Each step's outcome is passed to each.
+	// Bench measures the engine, in the process that owns the store, on a scratch volume that it removes. Each step's
+	// outcome is passed to each.
 	Bench(ctx context.Context, o bench.Options, each func(bench.Result)) error
 	// Cold makes a whole cold pass: what has been written is compressed again, better and in order.
 	Cold(ctx context.Context) (cow.ColdReport, error)
 
-	// Import makes a volume with the content of src. o.Size is at least the size of src, or 0 for that size, rounded up to
-	// a logical block. The volume appears with all of its content, durably, or not at all. progress, unless nil, is told
-	// how far src has come.
+	// Import makes a volume with the content of src. o.Size is at least the size of src, or 0 for that size, rounded
+	// up to a logical block. The volume appears with all of its content, durably, or not at all. progress, unless
+	// nil, is told how far src has come.
 	Import(ctx context.Context, name string, o cow.VolumeOptions, src sparse.Source, progress func(off int64)) (cow.VolumeInfo, error)
-	// Export calls use with the content of r. A volume that is open for writing is busy: its content is not of one moment.
+	// Export calls use with the content of r. A volume that is open for writing is busy: its content is not of one
+	// moment.
 	Export(ctx context.Context, r cow.Ref, use func(src sparse.Source) error) error
 
 	// Attach makes a block device of a volume or snapshot, which lives as long as the process that owns the store.
 	Attach(ctx context.Context, o AttachOptions) (Device, error)
-	// Detach removes the block device with that path, or that serves the volume or snapshot of that name. A device that is
-	// open, or waits for its server, is left alone (cow.ErrBusy) unless forced: then its users' requests fail.
+	// Detach removes the block device with that path, or that serves the volume or snapshot of that name. A device
+	// that is open, or waits for its server, is left alone (cow.ErrBusy) unless forced: then its users' requests
+	// fail.
 	Detach(ctx context.Context, what string, force bool) error
-	// Recover serves the devices again that wait for a server: the one that what names as for Detach, or all for an empty
-	// what. An empty outcome says that there was nothing to do.
+	// Recover serves the devices again that wait for a server: the one that what names as for Detach, or all for an
+	// empty what. An empty outcome says that there was nothing to do.
 	Recover(ctx context.Context, what string) ([]Recovery, error)
 	// Stats are the counters of a block device, which what names as for Detach.
 	Stats(ctx context.Context, what string) (DeviceStats, error)

@@ -14,8 +14,8 @@ import (
 // target answers the requests of a block device from a volume or snapshot.
 //
 // Reads are planned and finished on the queue's thread, and fetched on its ring. Small writes are done on the queue's
-// thread: a hand-over costs more than they do. What may wait for the disk or for the cleaner, or is large enough to be worth
-// another CPU, goes to the workers.
+// thread: a hand-over costs more than they do. What may wait for the disk or for the cleaner, or is large enough to
+// be worth another CPU, goes to the workers.
 type target struct {
 	dev    *cow.Device
 	report func(error) // gets why requests fail: their sender gets no more than an errno
@@ -106,8 +106,8 @@ func (t *target) workRoutine() {
 	}
 }
 
-// tell reports a request that fails, and returns err. A disk that is full or damaged may fail them all, so it speaks once a
-// second.
+// tell reports a request that fails, and returns err. A disk that is full or damaged may fail them all, so it speaks
+// once a second.
 func (t *target) tell(r *ublk.Request, err error) error {
 	if err == nil || err == ublk.ErrFetch {
 		return err
@@ -125,7 +125,8 @@ func (t *target) tell(r *ublk.Request, err error) error {
 	return err
 }
 
-// work does a request to its end. A panic fails the request: one that is never answered would hang its process for ever.
+// work does a request to its end. A panic fails the request: one that is never answered would hang its process for
+// ever.
 func (t *target) work(r *ublk.Request) (err error) {
 	defer func() {
 		if p := recover(); p != nil {

@@ -21,8 +21,8 @@ import (
 //	the new program is asked what it is → nobody begins a session any more, and those there are end → the devices are
 //	quiesced → the client is answered → the store is closed → the new program is executed, in this process
 //
-// and from the new one: it opens the store, finds the devices waiting, and recovers them. Where that fails it executes the
-// old program again, which it got as an open file, since its path has the new one's file.
+// and from the new one: it opens the store, finds the devices waiting, and recovers them. Where that fails it
+// executes the old program again, which it got as an open file, since its path has the new one's file.
 
 // HandoverVersion is what a program must have in common with the one that it takes over from.
 const HandoverVersion = 1
@@ -226,7 +226,8 @@ func (p *Program) Execute(from string) error {
 	return err
 }
 
-// Return goes back to the program that executed this one, of version self, after cause. It returns only when that fails.
+// Return goes back to the program that executed this one, of version self, after cause. It returns only when that
+// fails.
 func (h *Handover) Return(self string, cause error) error {
 	if h.Back == 0 {
 		return cause
@@ -243,8 +244,8 @@ func (h *Handover) Done() {
 	}
 }
 
-// UpgradeDaemon has the daemon that owns the store at dir hand over to the program that is now where it was started from,
-// and waits until that one answers. Nobody owning the store matches ErrNoOwner.
+// UpgradeDaemon has the daemon that owns the store at dir hand over to the program that is now where it was started
+// from, and waits until that one answers. Nobody owning the store matches ErrNoOwner.
 func UpgradeDaemon(ctx context.Context, dir string, o Options) (Upgrade, error) {
 	if err := refuseWaiting(ctx, dir, o.withDefaults()); err != nil {
 		return Upgrade{}, err

@@ -122,8 +122,8 @@ func TestUpgradeRefusedWhileServing(t *testing.T) {
 	}
 }
 
-// TestDisksAreLeft: a disk that is served again between the upgrade's look at the disks and the owner's end is left to the
-// next program like the others, and an owner that ends before it was ready leaves what it had recovered.
+// TestDisksAreLeft: a disk that is served again between the upgrade's look at the disks and the owner's end is left
+// to the next program like the others, and an owner that ends before it was ready leaves what it had recovered.
 func TestDisksAreLeft(t *testing.T) {
 	w := newWorld(t)
 	o := w.own(true)

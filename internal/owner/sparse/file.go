@@ -19,7 +19,8 @@ type fileSource struct {
 	plain bool  // the file system cannot tell holes from data
 }
 
-// FromFile returns the content of a regular file or a block device. Holes are not read, and blocks of zeros are left out.
+// FromFile returns the content of a regular file or a block device. Holes are not read, and blocks of zeros are left
+// out.
 func FromFile(f *os.File) (Source, error) {
 	fi, err := f.Stat()
 	if err != nil {

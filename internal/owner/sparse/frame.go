@@ -69,8 +69,8 @@ type frames struct {
 	done bool
 }
 
-// Decode returns the content of a framed stream, of the size that was announced for it, or -1 if none was. An incomplete
-// stream is an error, as are frames out of order.
+// Decode returns the content of a framed stream, of the size that was announced for it, or -1 if none was. An
+// incomplete stream is an error, as are frames out of order.
 func Decode(r io.Reader, size int64) Source { return &frames{r: r, size: size} }
 
 func (s *frames) Size() int64 { return s.size }
