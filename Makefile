@@ -5,7 +5,7 @@ GO ?= go
 export CGO_ENABLED ?= 1
 TOOLS = internal/tools
 
-.PHONY: build demo test guest-test recovery-test crash-test bench-engine bench-cleaner bench-nbd bench-ublk bench-guest bench-space lint clean
+.PHONY: build demo test guest-test recovery-test crash-test bench-engine bench-cleaner bench-depth bench-nbd bench-ublk bench-guest bench-space lint clean
 
 build: ## bin/vdisk
 	@$(TOOLS)/setup.sh build
@@ -37,6 +37,10 @@ bench-engine: ## the engine alone; benchstat reads the output
 bench-cleaner: build ## what the cleaner costs who writes over NBD to a store that is nearly full; see bench-cleaner.sh
 	@$(TOOLS)/setup.sh test
 	@$(TOOLS)/bench-cleaner.sh
+
+bench-depth: build ## what snapshots and clones cost who reads over NBD; see bench-depth.sh
+	@$(TOOLS)/setup.sh test
+	@$(TOOLS)/bench-depth.sh
 
 bench-nbd: build ## against qemu-nbd (qcow2, raw) and nbdkit over NBD; see bench-nbd.sh
 	@$(TOOLS)/setup.sh test

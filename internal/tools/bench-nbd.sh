@@ -32,13 +32,10 @@ snapshot() { # target
 	vdisk) "$vdisk" snapshot v@s ;;
 	esac
 }
-ticks() { awk '{print $14 + $15}' "/proc/$server/stat"; }
 measure() { # target round test rw bs depth fio's flags...
-	local before iops p50 p99 n export=
+	local export=
 	[ "$1" != vdisk ] || export=v
-	before=$(ticks)
-	read -r iops p50 p99 n < <(nbd_fio "$export" --rw="$4" --bs="$5" --iodepth="$6" --size="${size}M" "${@:7}")
-	result "$3 $1 $2 $iops $p50 $p99 $((($(ticks) - before) * 1000000000 / $(getconf CLK_TCK) / n))"
+	result "$3 $1 $2 $(with_cpu "$export" --rw="$4" --bs="$5" --iodepth="$6" --size="${size}M" "${@:7}")"
 }
 timed=(--time_based --runtime="$runtime" --norandommap)
 round() { # target round

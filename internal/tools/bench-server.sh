@@ -49,3 +49,10 @@ nbd_fio() { # export, fio's flags...: prints IOPS, p50 in ns, p99, I/Os
 		s == want && /"total_ios" : /{gsub(",", ""); n = $3} s == want && /"50.000000" : /{gsub(",", ""); p = $3}
 		s == want && /"99.000000" : /{gsub(",", ""); q = $3} END{print iops, p, q, n}' want="\"$dir_\"" "$dir/fio.json"
 }
+ticks() { awk '{print $14 + $15}' "/proc/$server/stat"; }
+with_cpu() { # as nbd_fio, but the last is the server's CPU time an I/O, in ns
+	local before iops p50 p99 n
+	before=$(ticks)
+	read -r iops p50 p99 n < <(nbd_fio "$@")
+	echo "$iops $p50 $p99 $((($(ticks) - before) * 1000000000 / $(getconf CLK_TCK) / n))"
+}
