@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"syscall"
 	"time"
 
@@ -20,7 +21,19 @@ import (
 	"github.com/vdisk/vdisk/internal/owner"
 )
 
-func main() { os.Exit(run(os.Args)) }
+func main() {
+	schedule()
+	os.Exit(run(os.Args))
+}
+
+// schedule lets twice as many threads run Go code as there are processors, unless GOMAXPROCS is set: the kernel gives
+// a thread whose flush has ended a processor at once, where Go would have it wait until one that computes, such as a
+// checkpoint, has used up its 10 ms (DESIGN.md, section 10).
+func schedule() {
+	if os.Getenv("GOMAXPROCS") == "" {
+		runtime.GOMAXPROCS(2 * runtime.GOMAXPROCS(0))
+	}
+}
 
 // app is what the commands share: the streams, and the flags that all have.
 type app struct {
