@@ -24,6 +24,10 @@
 // of the loop one system call, however many requests it carries. A handler that copies memory should answer at once. A
 // hand-over to a goroutine costs more than a 4 KiB request does, and pays for work that is worth a core.
 //
+// A queue's thread that requests wake needs one of the GOMAXPROCS that run Go code. Where goroutines of the server have
+// them all, it waits until one of these is preempted, after up to 10 ms. A server that computes beside its queues does
+// well to set GOMAXPROCS higher than the number of processors, and leave it to the kernel who runs.
+//
 // # Life of a device
 //
 //	      Create                               Recover
