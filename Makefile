@@ -58,7 +58,7 @@ bench-space: build ## what a Debian root file system takes, beside qcow2; needs 
 lint:
 	$(GO) vet ./...
 	$(GO) run honnef.co/go/tools/cmd/staticcheck@v0.8.2 ./...
-	$(GO) run mvdan.cc/gofumpt@v0.12.0 -l .
+	files=$$($(GO) run mvdan.cc/gofumpt@v0.12.0 -l .) && echo "$$files" && [ -z "$$files" ]
 
 clean:
 	rm -rf bin

@@ -134,8 +134,10 @@ func (s *Store) CreateVolume(name string, o VolumeOptions) (VolumeInfo, error) {
 			return nil, err
 		}
 		b := format.Branch{ID: s.tables.newID(), Epoch: 1}
-		v := format.Volume{ID: s.tables.newID(), Name: name, Size: o.Size, Codec: o.Codec, Level: o.Level,
-			LogicalBlock: o.LogicalBlock, Branch: b.ID, Created: now()}
+		v := format.Volume{
+			ID: s.tables.newID(), Name: name, Size: o.Size, Codec: o.Codec, Level: o.Level,
+			LogicalBlock: o.LogicalBlock, Branch: b.ID, Created: now(),
+		}
 		return &format.Event{Op: "create", Branches: []format.Branch{b}, Volumes: []format.Volume{v}}, nil
 	})
 	if err != nil {
@@ -168,8 +170,10 @@ func (s *Store) Snapshot(refs ...Ref) error {
 			}
 			seen[v] = true
 			b := v.branch.Branch
-			ev.Snapshots = append(ev.Snapshots, format.Snapshot{ID: s.tables.newID(), Volume: v.ID, Name: r.Snapshot,
-				Branch: b.ID, Epoch: b.Epoch, Size: v.Size, Created: now()})
+			ev.Snapshots = append(ev.Snapshots, format.Snapshot{
+				ID: s.tables.newID(), Volume: v.ID, Name: r.Snapshot,
+				Branch: b.ID, Epoch: b.Epoch, Size: v.Size, Created: now(),
+			})
 			b.Epoch++
 			ev.Branches = append(ev.Branches, b)
 		}
@@ -189,8 +193,10 @@ func (s *Store) Clone(src Ref, name string) error {
 			return nil, err
 		}
 		b := s.branchAt(sn)
-		c := format.Volume{ID: s.tables.newID(), Name: name, Size: sn.Size, Codec: v.Codec, Level: v.Level,
-			LogicalBlock: v.LogicalBlock, Branch: b.ID, Created: now()}
+		c := format.Volume{
+			ID: s.tables.newID(), Name: name, Size: sn.Size, Codec: v.Codec, Level: v.Level,
+			LogicalBlock: v.LogicalBlock, Branch: b.ID, Created: now(),
+		}
 		return &format.Event{Op: "clone", Branches: []format.Branch{b}, Volumes: []format.Volume{c}}, nil
 	})
 	return wrapIf(err, "clone %s", src)
@@ -409,8 +415,10 @@ func (s *Store) Volume(name string) (VolumeInfo, error) {
 }
 
 func (s *Store) describe(v *volume) VolumeInfo {
-	in := VolumeInfo{Name: v.Name, Size: v.Size, Codec: v.Codec.String(), LogicalBlock: v.LogicalBlock,
-		Created: v.Created, Open: v.readers}
+	in := VolumeInfo{
+		Name: v.Name, Size: v.Size, Codec: v.Codec.String(), LogicalBlock: v.LogicalBlock,
+		Created: v.Created, Open: v.readers,
+	}
 	if v.Level != 0 {
 		in.Codec += fmt.Sprintf(":%d", v.Level)
 	}
@@ -421,8 +429,10 @@ func (s *Store) describe(v *volume) VolumeInfo {
 		in.Origin = s.pointName(v.branch.origin, v.branch.originEpoch)
 	}
 	for _, sn := range v.snapshots {
-		in.Snapshots = append(in.Snapshots, SnapshotInfo{Volume: v.Name, Name: sn.Name, Size: sn.Size,
-			Created: sn.Created, Clones: s.clones(sn)})
+		in.Snapshots = append(in.Snapshots, SnapshotInfo{
+			Volume: v.Name, Name: sn.Name, Size: sn.Size,
+			Created: sn.Created, Clones: s.clones(sn),
+		})
 	}
 	slices.SortFunc(in.Snapshots, func(a, b SnapshotInfo) int {
 		if c := a.Created.Compare(b.Created); c != 0 {

@@ -48,8 +48,10 @@ type CheckReport struct {
 // chunks' headers, and bbolt's pages. Every violation is passed to problem; the error is
 // of the check itself.
 func (s *Store) Check(ctx context.Context, o CheckOptions, problem func(Problem)) (CheckReport, error) {
-	c := &checker{s: s, ctx: ctx, o: o, live: map[uint32]int64{}, chunks: map[uint32]format.Chunk{}, branches: map[uint32]format.Branch{},
-		points: map[uint32][]uint32{}}
+	c := &checker{
+		s: s, ctx: ctx, o: o, live: map[uint32]int64{}, chunks: map[uint32]format.Chunk{}, branches: map[uint32]format.Branch{},
+		points: map[uint32][]uint32{},
+	}
 	c.problem = func(p Problem) {
 		if p.Kind == KindLeak {
 			c.report.Leaks++

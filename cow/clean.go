@@ -482,8 +482,10 @@ func (m *mover) rewrite(r *record, mask uint16) (n int, err error) {
 		if h.Kind == format.KindMoved { // of which the payload is a part
 			crc = format.Checksum(r.data)
 		}
-		return s.putMoved(&format.RecordHeader{Block: h.Block, Branch: h.Branch, Kind: format.KindData, Codec: h.Codec, Blocks: h.Blocks,
-			PayloadLen: len(r.data), PayloadCRC: crc}, r.data, m.still(r, 0, h.Blocks))
+		return s.putMoved(&format.RecordHeader{
+			Block: h.Block, Branch: h.Branch, Kind: format.KindData, Codec: h.Codec, Blocks: h.Blocks,
+			PayloadLen: len(r.data), PayloadCRC: crc,
+		}, r.data, m.still(r, 0, h.Blocks))
 	}
 	unit := m.unit[:h.Blocks*format.BlockSize]
 	if err := format.Decompress(h.Codec, unit, r.data); err != nil {
@@ -502,8 +504,10 @@ func (m *mover) rewrite(r *record, mask uint16) (n int, err error) {
 		c := pool.get()
 		out, codec := c.Compress(m.comp, unit[i*format.BlockSize:(i+run)*format.BlockSize])
 		pool.put(c)
-		k, err := s.putMoved(&format.RecordHeader{Block: h.Block + uint64(i), Branch: h.Branch, Kind: format.KindData, Codec: codec, Blocks: run,
-			PayloadLen: len(out), PayloadCRC: format.Checksum(out)}, out, m.still(r, i, run))
+		k, err := s.putMoved(&format.RecordHeader{
+			Block: h.Block + uint64(i), Branch: h.Branch, Kind: format.KindData, Codec: codec, Blocks: run,
+			PayloadLen: len(out), PayloadCRC: format.Checksum(out),
+		}, out, m.still(r, i, run))
 		if n += k; err != nil {
 			return n, err
 		}
@@ -626,8 +630,10 @@ func (m *mover) forward(h *format.RecordHeader, payload []byte, name format.Entr
 	m.pay = append(m.pay[:0], make([]byte, format.MovedSize)...)
 	format.Moved{From: name, Mask: mask}.Encode(m.pay)
 	m.pay = append(m.pay, payload...)
-	nh := format.RecordHeader{Block: h.Block, Branch: h.Branch, Kind: format.KindMoved, Codec: h.Codec, Blocks: h.Blocks,
-		PayloadLen: len(m.pay), PayloadCRC: format.Checksum(m.pay)}
+	nh := format.RecordHeader{
+		Block: h.Block, Branch: h.Branch, Kind: format.KindMoved, Codec: h.Codec, Blocks: h.Blocks,
+		PayloadLen: len(m.pay), PayloadCRC: format.Checksum(m.pay),
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := errors.Join(s.wal.reserve(nh.Size(), forMoves), s.usable()); err != nil {

@@ -104,8 +104,10 @@ func (s *Store) newColdPass(from, to place) (*coldPass, error) {
 		}
 		s.coldCodec = pool
 	}
-	p := &coldPass{s: s, from: from, to: to, zstd: s.coldCodec, mover: mover{s: s},
-		data: make([]byte, leafSize), comp: make([]byte, 0, leafSize*5/4), alt: make([]byte, 0, format.MaxCompressed)}
+	p := &coldPass{
+		s: s, from: from, to: to, zstd: s.coldCodec, mover: mover{s: s},
+		data: make([]byte, leafSize), comp: make([]byte, 0, leafSize*5/4), alt: make([]byte, 0, format.MaxCompressed),
+	}
 	var err error
 	if p.quick, err = format.NewCompressor(format.S2, 0); err != nil {
 		return nil, err

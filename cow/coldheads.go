@@ -87,8 +87,10 @@ func (p *coldPass) prepare(k leafKey) error {
 			p.comp = p.comp[:len(p.comp)+len(out)]
 		}
 		u.payload = out
-		u.h = format.RecordHeader{Block: uint64(k.index)*format.LeafBlocks + uint64(u.first), Branch: k.b.ID, Kind: format.KindData,
-			Codec: codec, Blocks: u.n, PayloadLen: len(out), PayloadCRC: format.Checksum(out)}
+		u.h = format.RecordHeader{
+			Block: uint64(k.index)*format.LeafBlocks + uint64(u.first), Branch: k.b.ID, Kind: format.KindData,
+			Codec: codec, Blocks: u.n, PayloadLen: len(out), PayloadCRC: format.Checksum(out),
+		}
 		is += u.h.Size()
 	}
 	if was-is < was/coldGain+1 && places < coldPlaces*len(p.units) {

@@ -127,8 +127,10 @@ func (p *coldPass) record(b *branch, r coldRecord) (is, n int, err error) {
 	z := p.zstd.get()
 	defer p.zstd.put(z)
 	out, codec := z.Compress(p.comp[len(stored):len(stored)], unit)
-	h := format.RecordHeader{Block: r.block, Branch: b.ID, Kind: format.KindMoved, Codec: codec, Blocks: at.Blocks(),
-		PayloadLen: format.MovedSize + len(out)}
+	h := format.RecordHeader{
+		Block: r.block, Branch: b.ID, Kind: format.KindMoved, Codec: codec, Blocks: at.Blocks(),
+		PayloadLen: format.MovedSize + len(out),
+	}
 	if at.Size()-h.Size() < at.Size()/coldGain+1 {
 		return 0, 0, nil
 	}

@@ -78,8 +78,10 @@ func newBusyStore(t *testing.T) *busyStore {
 }
 
 func (b *busyStore) open() {
-	s, err := Open(b.dir, Options{FS: b.fs, ChunkBytes: 512 << 10, ReapBatch: 3, CheckpointBytes: 256 << 10, CheckpointLeaves: 2,
-		CheckpointInterval: time.Second, NoTableSync: true, Logger: slog.New(slog.DiscardHandler)})
+	s, err := Open(b.dir, Options{
+		FS: b.fs, ChunkBytes: 512 << 10, ReapBatch: 3, CheckpointBytes: 256 << 10, CheckpointLeaves: 2,
+		CheckpointInterval: time.Second, NoTableSync: true, Logger: slog.New(slog.DiscardHandler),
+	})
 	if err != nil {
 		b.t.Fatal(err)
 	}

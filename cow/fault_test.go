@@ -130,8 +130,10 @@ func (l *lab) fault(script []op, kind crashfs.Op, nth int, errno error, rng *ran
 	}
 	choices := fs.Choices(rng.Uint64(), 2)
 	choice := choices[rng.IntN(len(choices))]
-	images := []crashImage{w.now(fmt.Sprintf("after %v, killed", failed), fs.Clone()),
-		w.now(fmt.Sprintf("after %v, %v", failed, choice), fs.Crash(choice))}
+	images := []crashImage{
+		w.now(fmt.Sprintf("after %v, killed", failed), fs.Clone()),
+		w.now(fmt.Sprintf("after %v, %v", failed, choice), fs.Crash(choice)),
+	}
 	if err := w.kill(); err != nil {
 		return err
 	}
@@ -174,8 +176,10 @@ func (w *world) goOn(kind crashfs.Op, failed error) error {
 			return err
 		}
 		_, write := d.WriteAt(make([]byte, 512), 0)
-		for what, err := range map[string]error{"write": write, "flush": d.Flush(), "discard": d.Discard(0, 4096),
-			"snapshot": w.s.Snapshot(Ref{name, "late"}), "checkpoint": w.s.Checkpoint(), "rename": w.s.Rename(Ref{Volume: name}, Ref{Volume: "late"})} {
+		for what, err := range map[string]error{
+			"write": write, "flush": d.Flush(), "discard": d.Discard(0, 4096),
+			"snapshot": w.s.Snapshot(Ref{name, "late"}), "checkpoint": w.s.Checkpoint(), "rename": w.s.Rename(Ref{Volume: name}, Ref{Volume: "late"}),
+		} {
 			if !errors.Is(err, ErrFailed) {
 				return fmt.Errorf("%s after the store stopped: %v", what, err)
 			}

@@ -39,6 +39,7 @@ func (h *hookFS) Create(name string, size int64) (storage.File, error) {
 	}
 	return &hookFile{f, h, name}, nil
 }
+
 func (h *hookFS) Open(name string) (storage.File, error) {
 	if h.onOpen != nil {
 		if err := h.onOpen(name); err != nil {
@@ -51,6 +52,7 @@ func (h *hookFS) Open(name string) (storage.File, error) {
 	}
 	return &hookFile{f, h, name}, nil
 }
+
 func (h *hookFS) Free() (int64, error) {
 	if h.onFree != nil {
 		if n, ok := h.onFree(); ok {

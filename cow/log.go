@@ -117,9 +117,11 @@ type recordLog struct {
 }
 
 func newRecordLog(fs storage.FS, mu *sync.Mutex, uuid [16]byte, slots *slotTable) *recordLog {
-	l := &recordLog{cleaner: func() bool { return false }, rotated: func(purpose) {}, fs: fs, mu: mu, uuid: uuid, slots: slots, space: sync.NewCond(mu),
+	l := &recordLog{
+		cleaner: func() bool { return false }, rotated: func(purpose) {}, fs: fs, mu: mu, uuid: uuid, slots: slots, space: sync.NewCond(mu),
 		pool:      chunkPool{fs: fs, slots: slots, mu: mu},
-		flushWork: make(chan struct{}, 1), makeWork: make(chan struct{}, 1), syncWork: make(chan struct{}, 1), quit: make(chan struct{})}
+		flushWork: make(chan struct{}, 1), makeWork: make(chan struct{}, 1), syncWork: make(chan struct{}, 1), quit: make(chan struct{}),
+	}
 	for range bufferCount {
 		l.free = append(l.free, &buffer{}) // memory comes with the first use
 	}

@@ -185,7 +185,7 @@ var compressors = sync.OnceValue(func() map[format.Codec]*codecPool {
 func toBlocks(data []byte) []block {
 	bs := make([]block, len(data)/format.BlockSize)
 	for i := range bs {
-		if b := (block)(data[i*format.BlockSize:]); *b != [format.BlockSize]byte{} {
+		if b := block(data[i*format.BlockSize:]); *b != [format.BlockSize]byte{} {
 			bs[i] = b
 		}
 	}

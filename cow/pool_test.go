@@ -268,8 +268,10 @@ func TestFormerLifeIsNotReplayed(t *testing.T) {
 	c := w.s.wal.current
 	payload := bytes.Repeat([]byte("formerly"), 512)
 	for _, seq := range []uint64{formerly[c.slot], c.seq} {
-		h := format.RecordHeader{Seq: w.seq(), Branch: w.s.tables.byName["v"].Branch, Kind: format.KindData, Blocks: 1,
-			PayloadLen: len(payload), PayloadCRC: format.Checksum(payload)}
+		h := format.RecordHeader{
+			Seq: w.seq(), Branch: w.s.tables.byName["v"].Branch, Kind: format.KindData, Blocks: 1,
+			PayloadLen: len(payload), PayloadCRC: format.Checksum(payload),
+		}
 		rec := make([]byte, h.Size())
 		h.Encode(rec, seq, c.end)
 		copy(rec[format.RecordHeaderSize:], payload)

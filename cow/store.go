@@ -225,9 +225,11 @@ func Open(dir string, o Options) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{dir: dir, info: info, opts: o, log: o.Logger.With("store", dir), lock: lock, fs: o.FS,
+	s := &Store{
+		dir: dir, info: info, opts: o, log: o.Logger.With("store", dir), lock: lock, fs: o.FS,
 		tables: newTables(), gen: 1, reapCursor: map[uint32]reapCursor{}, dropping: map[metadata.Version]struct{}{},
-		ckptWork: make(chan struct{}, 1), cleanWork: make(chan struct{}, 1), quit: make(chan struct{})}
+		ckptWork: make(chan struct{}, 1), cleanWork: make(chan struct{}, 1), quit: make(chan struct{}),
+	}
 	s.scratch.New = newScratch
 	s.unpacked.New = func() any { return new(format.Leaf) }
 	s.frozen = sync.NewCond(&s.mu)

@@ -247,8 +247,10 @@ type world struct {
 // options are for a store of a few megabytes: chunks of half a megabyte, so that they come
 // and go, and a reaper whose batches end often.
 func (l *lab) options(fs storage.FS) Options {
-	return Options{FS: fs, CheckpointInterval: -1, NoTableSync: true, ChunkBytes: 512 << 10, ReapBatch: 3, ReplayBatch: 20,
-		CacheBytes: 1 << 20, Logger: slog.New(slog.DiscardHandler)}
+	return Options{
+		FS: fs, CheckpointInterval: -1, NoTableSync: true, ChunkBytes: 512 << 10, ReapBatch: 3, ReplayBatch: 20,
+		CacheBytes: 1 << 20, Logger: slog.New(slog.DiscardHandler),
+	}
 }
 
 // open recovers the store that a crash left and checks that it is at a place in its history that

@@ -174,8 +174,10 @@ func (d *Device) putSingles(data []byte, first uint64, ex *expect) error {
 func (s *Store) putHole(d *Device, first uint64, n int, ex *expect) error {
 	var payload [format.HoleSize]byte
 	format.EncodeHole(payload[:], uint64(n))
-	h := format.RecordHeader{Block: first, Branch: d.b.ID, Kind: format.KindHole, Blocks: 1,
-		PayloadLen: len(payload), PayloadCRC: format.Checksum(payload[:])}
+	h := format.RecordHeader{
+		Block: first, Branch: d.b.ID, Kind: format.KindHole, Blocks: 1,
+		PayloadLen: len(payload), PayloadCRC: format.Checksum(payload[:]),
+	}
 	return s.put(d, &h, payload[:], n, ex)
 }
 

@@ -124,8 +124,10 @@ func BenchmarkPacked(b *testing.B) {
 		what string
 		leaf *Leaf
 	}{
-		{"random", randomLeaf(rng, 1<<12)}, {"sparse", sparse},
-		{"sequence16", sequentialLeaf(rng, 16)}, {"sequence1", sequentialLeaf(rng, 1)},
+		{"random", randomLeaf(rng, 1<<12)},
+		{"sparse", sparse},
+		{"sequence16", sequentialLeaf(rng, 16)},
+		{"sequence1", sequentialLeaf(rng, 1)},
 	} {
 		p := AppendPacked(nil, c.leaf)
 		var order [1024]uint8

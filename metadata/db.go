@@ -113,8 +113,10 @@ func openTable(path string, o Options) (b *bbolt.DB, err error) {
 
 // makeBuckets makes those that are not there, in a table that is new.
 func makeBuckets(b *bbolt.DB) error {
-	names := [][]byte{bucketStore, bucketVolumes, bucketSnapshots, bucketBranches, bucketLeaves, bucketChanges, bucketChunks,
-		bucketForwarded, bucketForwards}
+	names := [][]byte{
+		bucketStore, bucketVolumes, bucketSnapshots, bucketBranches, bucketLeaves, bucketChanges, bucketChunks,
+		bucketForwarded, bucketForwards,
+	}
 	missing := 0
 	err := b.View(func(tx *bbolt.Tx) error {
 		for _, name := range names {

@@ -196,8 +196,10 @@ func filled(t testing.TB, path string) *Tables {
 	t.Helper()
 	db := open(t, path)
 	now := time.Unix(1e9, 0).UTC()
-	tb := &Tables{Checkpoint: format.Checkpoint{Seq: 10, ChunkSeq: 3, Offset: 8192, NextID: 50, NextChunkSeq: 9},
-		Cold: format.ColdMark{ChunkSeq: 2, Offset: 4096}}
+	tb := &Tables{
+		Checkpoint: format.Checkpoint{Seq: 10, ChunkSeq: 3, Offset: 8192, NextID: 50, NextChunkSeq: 9},
+		Cold:       format.ColdMark{ChunkSeq: 2, Offset: 4096},
+	}
 	for i := uint32(1); i <= 12; i++ {
 		tb.Branches = append(tb.Branches, format.Branch{ID: i, Epoch: i + 1})
 		tb.Volumes = append(tb.Volumes, format.Volume{ID: 20 + i, Name: fmt.Sprint("v", i), Size: 1 << 20, Codec: format.S2, LogicalBlock: 512, Branch: i, Created: now})

@@ -72,10 +72,12 @@ func BenchmarkFio(b *testing.B) {
 }
 
 func benchFio(b *testing.B, sock, rw, bs string, depth int, extra string) {
-	args := []string{"--name=j", "--ioengine=nbd", "--uri=nbd+unix:///?socket=" + sock, "--rw=" + rw,
+	args := []string{
+		"--name=j", "--ioengine=nbd", "--uri=nbd+unix:///?socket=" + sock, "--rw=" + rw,
 		"--bs=" + bs, "--iodepth=" + strconv.Itoa(depth), "--size=1G", "--time_based", "--runtime=3",
 		"--buffer_compress_percentage=50", "--buffer_compress_chunk=4k", "--refill_buffers",
-		"--output-format=json"}
+		"--output-format=json",
+	}
 	if extra != "" {
 		args = append(args, extra)
 	}

@@ -39,6 +39,7 @@ func (d fuzzDevice) within(off, n int64) error {
 func (d fuzzDevice) ReadAt(p []byte, off int64) (int, error) {
 	return len(p), d.within(off, int64(len(p)))
 }
+
 func (d fuzzDevice) WriteAt(p []byte, off int64) (int, error) {
 	return len(p), d.within(off, int64(len(p)))
 }

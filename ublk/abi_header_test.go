@@ -126,26 +126,36 @@ type headerStruct struct {
 
 var headerStructs = map[string]headerStruct{
 	"ctrlCmd": {"ublksrv_ctrl_cmd", map[string]string{"devID": "dev_id", "queueID": "queue_id", "pathLen": "dev_path_len"}},
-	"devInfo": {"ublksrv_ctrl_dev_info", map[string]string{"queues": "nr_hw_queues", "depth": "queue_depth", "maxIOBytes": "max_io_buf_bytes",
-		"devID": "dev_id", "serverPID": "ublksrv_pid", "serverFlags": "ublksrv_flags", "ownerUID": "owner_uid", "ownerGID": "owner_gid"}},
+	"devInfo": {"ublksrv_ctrl_dev_info", map[string]string{
+		"queues": "nr_hw_queues", "depth": "queue_depth", "maxIOBytes": "max_io_buf_bytes",
+		"devID": "dev_id", "serverPID": "ublksrv_pid", "serverFlags": "ublksrv_flags", "ownerUID": "owner_uid", "ownerGID": "owner_gid",
+	}},
 	"ioDesc": {"ublksrv_io_desc", map[string]string{"opFlags": "op_flags", "sectors": "nr_sectors", "startSector": "start_sector"}},
 	"ioCmd":  {"ublksrv_io_cmd", map[string]string{"queueID": "q_id"}},
-	"paramsBasic": {"ublk_param_basic", map[string]string{"logicalShift": "logical_bs_shift", "physicalShift": "physical_bs_shift",
+	"paramsBasic": {"ublk_param_basic", map[string]string{
+		"logicalShift": "logical_bs_shift", "physicalShift": "physical_bs_shift",
 		"ioOptShift": "io_opt_shift", "ioMinShift": "io_min_shift", "maxSectors": "max_sectors", "chunkSectors": "chunk_sectors",
-		"devSectors": "dev_sectors", "virtBoundary": "virt_boundary_mask"}},
-	"paramsDiscard": {"ublk_param_discard", map[string]string{"alignment": "discard_alignment", "granularity": "discard_granularity",
-		"maxSectors": "max_discard_sectors", "maxZeroesSectors": "max_write_zeroes_sectors", "maxSegments": "max_discard_segments"}},
+		"devSectors": "dev_sectors", "virtBoundary": "virt_boundary_mask",
+	}},
+	"paramsDiscard": {"ublk_param_discard", map[string]string{
+		"alignment": "discard_alignment", "granularity": "discard_granularity",
+		"maxSectors": "max_discard_sectors", "maxZeroesSectors": "max_write_zeroes_sectors", "maxSegments": "max_discard_segments",
+	}},
 	"params":    {"ublk_params", nil},
 	"batchIO":   {"ublk_batch_io", map[string]string{"queueID": "q_id", "elements": "nr_elem", "elemBytes": "elem_bytes"}},
 	"batchElem": {"ublk_elem_header", map[string]string{"bufIndex": "buf_index", "addr": ""}}, // the address follows the header
 
-	"sqe": {"io_uring_sqe", map[string]string{"opFlags": "rw_flags", "userData": "user_data", "bufIndex": "buf_index",
-		"persona": "personality", "fileIdx": "file_index"}},
+	"sqe": {"io_uring_sqe", map[string]string{
+		"opFlags": "rw_flags", "userData": "user_data", "bufIndex": "buf_index",
+		"persona": "personality", "fileIdx": "file_index",
+	}},
 	"cqe":       {"io_uring_cqe", map[string]string{"userData": "user_data"}},
 	"sqOffsets": {"io_sqring_offsets", map[string]string{"mask": "ring_mask", "entries": "ring_entries"}},
 	"cqOffsets": {"io_cqring_offsets", map[string]string{"mask": "ring_mask", "entries": "ring_entries"}},
-	"ringParams": {"io_uring_params", map[string]string{"sqEntries": "sq_entries", "cqEntries": "cq_entries",
-		"sqThreadCPU": "sq_thread_cpu", "sqThreadIdle": "sq_thread_idle", "wqFD": "wq_fd", "sq": "sq_off", "cq": "cq_off"}},
+	"ringParams": {"io_uring_params", map[string]string{
+		"sqEntries": "sq_entries", "cqEntries": "cq_entries",
+		"sqThreadCPU": "sq_thread_cpu", "sqThreadIdle": "sq_thread_idle", "wqFD": "wq_fd", "sq": "sq_off", "cq": "cq_off",
+	}},
 	"ringFDUpdate": {"io_uring_rsrc_update", nil},
 	"pbufReg":      {"io_uring_buf_reg", map[string]string{"addr": "ring_addr", "entries": "ring_entries", "group": "bgid"}},
 	"pbuf":         {"io_uring_buf", map[string]string{"id": "bid", "tail": "resv"}},

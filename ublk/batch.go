@@ -229,8 +229,10 @@ func (p *batchPort) elemCommand(op uint32, kind completionKind, index int) {
 	e.addr = uint64(uintptr(unsafe.Pointer(b.at(b.done))))
 	e.len = uint32((b.n - b.done) * elemSize)
 	e.userData = userData(kind, index)
-	*(*batchIO)(unsafe.Pointer(&e.cmd)) = batchIO{queueID: uint16(p.queue), flags: batchHasBufAddr,
-		elements: uint16(b.n - b.done), elemBytes: elemSize}
+	*(*batchIO)(unsafe.Pointer(&e.cmd)) = batchIO{
+		queueID: uint16(p.queue), flags: batchHasBufAddr,
+		elements: uint16(b.n - b.done), elemBytes: elemSize,
+	}
 }
 
 func (p *batchPort) fetchCommand(id int) {

@@ -45,8 +45,10 @@ func StickForTest(command string, after bool, reached func()) error {
 	if err != nil {
 		return err
 	}
-	op, ok := map[string]uint32{"ADD": cmdAddDev, "SET_PARAMS": cmdSetParams, "START": cmdStartDev, "STOP": cmdStopDev,
-		"START_USER_RECOVERY": cmdStartUserRecovery, "END_USER_RECOVERY": cmdEndUserRecovery}[command]
+	op, ok := map[string]uint32{
+		"ADD": cmdAddDev, "SET_PARAMS": cmdSetParams, "START": cmdStartDev, "STOP": cmdStopDev,
+		"START_USER_RECOVERY": cmdStartUserRecovery, "END_USER_RECOVERY": cmdEndUserRecovery,
+	}[command]
 	if !ok {
 		return errors.New("no such command: " + command)
 	}

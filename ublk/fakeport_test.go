@@ -80,9 +80,11 @@ type fakeResult struct {
 const fakeEvent = 1 << 20 // the file that the port reads to learn of interrupts
 
 func newFakeKernel(t testing.TB, mode CopyMode, depth int, buf []byte) *fakeKernel {
-	k := &fakeKernel{t: t, mode: mode, buf: buf, files: map[int][]byte{}, owner: make([]tagOwner, depth),
+	k := &fakeKernel{
+		t: t, mode: mode, buf: buf, files: map[int][]byte{}, owner: make([]tagOwner, depth),
 		payload: make([][]byte, depth), addrs: make([]uint64, depth),
-		descs: make([]byte, depth*descSize), results: make(chan fakeResult, 4*depth)}
+		descs: make([]byte, depth*descSize), results: make(chan fakeResult, 4*depth),
+	}
 	k.cond = sync.NewCond(&k.mu)
 	k.ring = &ring{kernel: k}
 	const head = 256
@@ -326,8 +328,10 @@ func (k *fakeKernel) deliverTags() {
 			binary.NativeEndian.PutUint16(unsafe.Slice((*byte)(pointer(b.addr)), b.len)[i*tagSize:], tag)
 		}
 		k.fifo = k.fifo[:copy(k.fifo, k.fifo[n:])]
-		k.backlog = append(k.backlog, cqe{userData: k.fetches[0], res: int32(n * tagSize),
-			flags: cqeBuffer | cqeMore | uint32(b.id)<<cqeBufferShift})
+		k.backlog = append(k.backlog, cqe{
+			userData: k.fetches[0], res: int32(n * tagSize),
+			flags: cqeBuffer | cqeMore | uint32(b.id)<<cqeBufferShift,
+		})
 	}
 }
 

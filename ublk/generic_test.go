@@ -66,25 +66,33 @@ func TestParameters(t *testing.T) {
 			"size": "2097152", "ro": "0", "queue/logical_block_size": "512", "queue/physical_block_size": "4096",
 			"queue/minimum_io_size": "4096", "queue/optimal_io_size": "4096", "queue/max_hw_sectors_kb": "256",
 			"queue/write_cache": "write through", "queue/fua": "0", "queue/rotational": "0",
-			"queue/discard_max_hw_bytes": "0", "queue/write_zeroes_max_bytes": "0", "queue/dax": "0", "mq": "1 queues"}},
+			"queue/discard_max_hw_bytes": "0", "queue/write_zeroes_max_bytes": "0", "queue/dax": "0", "mq": "1 queues",
+		}},
 		{"cache", ublk.Options{Size: 1 << 20, VolatileCache: true}, map[string]string{
-			"queue/write_cache": "write back", "queue/fua": "0"}},
+			"queue/write_cache": "write back", "queue/fua": "0",
+		}},
 		{"fua", ublk.Options{Size: 1 << 20, VolatileCache: true, FUA: true}, map[string]string{
-			"queue/write_cache": "write back", "queue/fua": "1"}},
+			"queue/write_cache": "write back", "queue/fua": "1",
+		}},
 		{"read-only", ublk.Options{Size: 1 << 20, ReadOnly: true}, map[string]string{"ro": "1"}},
 		{"blocks of 4 KiB", ublk.Options{Size: 1 << 20, LogicalBlock: 4096, PhysicalBlock: 16384, IOMin: 8192, IOOpt: 131072}, map[string]string{
 			"queue/logical_block_size": "4096", "queue/physical_block_size": "16384",
 			"queue/minimum_io_size": "16384", // the block layer raises it to the physical block
-			"queue/optimal_io_size": "131072"}},
+			"queue/optimal_io_size": "131072",
+		}},
 		{"discard", ublk.Options{Size: 1 << 20, Discard: true}, map[string]string{
 			"queue/discard_granularity": "4096", "queue/discard_max_hw_bytes": "4294963200",
-			"queue/write_zeroes_max_bytes": "4294963200"}},
+			"queue/write_zeroes_max_bytes": "4294963200",
+		}},
 		{"discard of 64 KiB", ublk.Options{Size: 1 << 20, Discard: true, DiscardGranularity: 64 << 10}, map[string]string{
-			"queue/discard_granularity": "65536", "queue/discard_max_hw_bytes": "4294901760"}},
+			"queue/discard_granularity": "65536", "queue/discard_max_hw_bytes": "4294901760",
+		}},
 		{"large", ublk.Options{Size: 1 << 20, MaxIOBytes: 1 << 20, Depth: 8}, map[string]string{
-			"queue/max_hw_sectors_kb": "1024", "mq/0/nr_tags": "8"}},
+			"queue/max_hw_sectors_kb": "1024", "mq/0/nr_tags": "8",
+		}},
 		{"small", ublk.Options{Size: 1 << 20, MaxIOBytes: 4096, Depth: 1}, map[string]string{
-			"queue/max_hw_sectors_kb": "4", "queue/max_sectors_kb": "4", "mq/0/nr_tags": "1"}},
+			"queue/max_hw_sectors_kb": "4", "queue/max_sectors_kb": "4", "mq/0/nr_tags": "1",
+		}},
 		{"two queues", ublk.Options{Size: 1 << 20, Queues: 2}, map[string]string{"mq": "2 queues"}},
 		{"more queues than processors", ublk.Options{Size: 1 << 20, Queues: 64, Depth: 2}, map[string]string{"mq": "2 queues"}},
 	} {

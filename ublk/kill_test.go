@@ -35,8 +35,10 @@ func TestAllTagsHeld(t *testing.T) {
 	for _, mode := range copyModes(t) {
 		for _, depth := range []int{2, 8} {
 			t.Run(fmt.Sprintf("%s depth %d", mode.name, depth), func(t *testing.T) {
-				s := startProcess(t, serverConfig{ID: new(killID), Memory: memoryFile(t), Size: 1 << 20, Queues: 2, Depth: depth,
-					Copy: mode.mode, Handler: "hold"})
+				s := startProcess(t, serverConfig{
+					ID: new(killID), Memory: memoryFile(t), Size: 1 << 20, Queues: 2, Depth: depth,
+					Copy: mode.mode, Handler: "hold",
+				})
 				w := startWriters(killPath, 4*depth) // two queues: more than there are tags
 				within(t, stepLimit, "requests under way", func() error {
 					if n := inFlight(killPath); n < depth {

@@ -43,7 +43,8 @@ func TestMachine(t *testing.T) {
 	memory := memoryFile(t)
 	rapid.Check(t, func(rt *rapid.T) {
 		m := &machine{errs: make(chan error, 100)}
-		m.o = ublk.Options{Size: 1 << 20, Depth: 8,
+		m.o = ublk.Options{
+			Size: 1 << 20, Depth: 8,
 			Queues:   rapid.IntRange(1, 2).Draw(rt, "queues"),
 			Copy:     rapid.SampledFrom(modes).Draw(rt, "copy").mode,
 			Recovery: rapid.SampledFrom([]ublk.Recovery{ublk.RecoverNone, ublk.RecoverReissue}).Draw(rt, "recovery"),

@@ -135,8 +135,14 @@ func TestNegotiation(t *testing.T) {
 		kernel string
 		form   string // of the commands
 	}{
-		{"6.1", "bare"}, {"6.3", "bare"}, {"6.4", "bare"}, {"6.4 without bare numbers", "encoded"}, {"6.5", "encoded"},
-		{"6.12", "encoded"}, {"7.0", "encoded"}, {"7.3", "encoded"},
+		{"6.1", "bare"},
+		{"6.3", "bare"},
+		{"6.4", "bare"},
+		{"6.4 without bare numbers", "encoded"},
+		{"6.5", "encoded"},
+		{"6.12", "encoded"},
+		{"7.0", "encoded"},
+		{"7.3", "encoded"},
 	} {
 		t.Run(k.kernel, func(t *testing.T) {
 			f := driverOf(k.kernel)

@@ -134,33 +134,51 @@ func (o Options) validate() error {
 	}{
 		{o.ID != nil && *o.ID >= 1<<20, fmt.Sprintf("ID %v: must be below 1048576", deref(o.ID))},
 		{o.LogicalBlock != 512 && o.LogicalBlock != 4096, fmt.Sprintf("LogicalBlock %d: must be 512 or 4096", o.LogicalBlock)},
-		{!powerOfTwo(o.PhysicalBlock) || o.PhysicalBlock < o.LogicalBlock || o.PhysicalBlock > 1<<20,
-			fmt.Sprintf("PhysicalBlock %d: must be a power of two from LogicalBlock to 1 MiB", o.PhysicalBlock)},
-		{!powerOfTwo(o.IOMin) || o.IOMin < o.LogicalBlock || o.IOMin > maxHint,
-			fmt.Sprintf("IOMin %d: must be a power of two from LogicalBlock to 1 GiB", o.IOMin)},
-		{!powerOfTwo(o.IOOpt) || o.IOOpt < o.LogicalBlock || o.IOOpt > maxHint,
-			fmt.Sprintf("IOOpt %d: must be a power of two from LogicalBlock to 1 GiB", o.IOOpt)},
-		{o.Size <= 0 || o.Size%int64(max(o.LogicalBlock, 1)) != 0,
-			fmt.Sprintf("Size %d: must be a multiple of the logical block (%d), above zero", o.Size, o.LogicalBlock)},
+		{
+			!powerOfTwo(o.PhysicalBlock) || o.PhysicalBlock < o.LogicalBlock || o.PhysicalBlock > 1<<20,
+			fmt.Sprintf("PhysicalBlock %d: must be a power of two from LogicalBlock to 1 MiB", o.PhysicalBlock),
+		},
+		{
+			!powerOfTwo(o.IOMin) || o.IOMin < o.LogicalBlock || o.IOMin > maxHint,
+			fmt.Sprintf("IOMin %d: must be a power of two from LogicalBlock to 1 GiB", o.IOMin),
+		},
+		{
+			!powerOfTwo(o.IOOpt) || o.IOOpt < o.LogicalBlock || o.IOOpt > maxHint,
+			fmt.Sprintf("IOOpt %d: must be a power of two from LogicalBlock to 1 GiB", o.IOOpt),
+		},
+		{
+			o.Size <= 0 || o.Size%int64(max(o.LogicalBlock, 1)) != 0,
+			fmt.Sprintf("Size %d: must be a multiple of the logical block (%d), above zero", o.Size, o.LogicalBlock),
+		},
 		{o.Queues < 1 || o.Queues > maxQueues, fmt.Sprintf("Queues %d: must be 1 to %d", o.Queues, maxQueues)},
 		{o.Depth < 1 || o.Depth > maxQueueDepth, fmt.Sprintf("Depth %d: must be 1 to %d", o.Depth, maxQueueDepth)},
-		{o.MaxIOBytes < page || o.MaxIOBytes > maxIOBytes || o.MaxIOBytes%page != 0,
-			fmt.Sprintf("MaxIOBytes %d: must be a multiple of %d, at most %d", o.MaxIOBytes, page, maxIOBytes)},
-		{o.Depth > 0 && o.MaxIOBytes > maxQueueMemory/o.Depth,
-			fmt.Sprintf("Depth %d × MaxIOBytes %d: more than 1 GiB of locked memory a queue", o.Depth, o.MaxIOBytes)},
+		{
+			o.MaxIOBytes < page || o.MaxIOBytes > maxIOBytes || o.MaxIOBytes%page != 0,
+			fmt.Sprintf("MaxIOBytes %d: must be a multiple of %d, at most %d", o.MaxIOBytes, page, maxIOBytes),
+		},
+		{
+			o.Depth > 0 && o.MaxIOBytes > maxQueueMemory/o.Depth,
+			fmt.Sprintf("Depth %d × MaxIOBytes %d: more than 1 GiB of locked memory a queue", o.Depth, o.MaxIOBytes),
+		},
 		{o.Copy == CopyBatch && o.Depth == 1, "Depth 1 with CopyBatch: the driver's FIFO of tags takes at least 2"},
 		{o.Copy > CopyBatch, fmt.Sprintf("Copy %d: no such mode", o.Copy)},
 		{o.Recovery > RecoverFailIO, fmt.Sprintf("Recovery %d: no such way", o.Recovery)},
-		{o.Unprivileged && o.Recovery != RecoverNone,
-			"Recovery of an unprivileged device: the driver refuses it, as requests that wait for a server could hold up the machine"},
-		{o.Unprivileged && o.Copy == CopyUser,
-			"CopyUser for an unprivileged device: the driver refuses it, as the kernel could pass on memory that was not filled"},
+		{
+			o.Unprivileged && o.Recovery != RecoverNone,
+			"Recovery of an unprivileged device: the driver refuses it, as requests that wait for a server could hold up the machine",
+		},
+		{
+			o.Unprivileged && o.Copy == CopyUser,
+			"CopyUser for an unprivileged device: the driver refuses it, as the kernel could pass on memory that was not filled",
+		},
 		{o.Require&unspoken != 0, fmt.Sprintf("Require %s: this library does not serve that",
 			strings.Join(FeatureSet{Bits: o.Require & unspoken}.Names(), ", "))},
 		{o.FUA && !o.VolatileCache, "FUA without VolatileCache: every answered write is durable anyway"},
 		{o.Discard && o.ReadOnly, "Discard on a read-only device"},
-		{!powerOfTwo(o.DiscardGranularity) || o.DiscardGranularity < o.LogicalBlock || o.DiscardGranularity > 1<<30,
-			fmt.Sprintf("DiscardGranularity %d: must be a power of two from LogicalBlock to 1 GiB", o.DiscardGranularity)},
+		{
+			!powerOfTwo(o.DiscardGranularity) || o.DiscardGranularity < o.LogicalBlock || o.DiscardGranularity > 1<<30,
+			fmt.Sprintf("DiscardGranularity %d: must be a power of two from LogicalBlock to 1 GiB", o.DiscardGranularity),
+		},
 	}
 	for _, c := range checks {
 		if c.bad {

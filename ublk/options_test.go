@@ -56,8 +56,10 @@ func TestOptionsAreChecked(t *testing.T) {
 
 func TestParams(t *testing.T) {
 	p := Options{Size: 1<<30 + 512, Discard: true, VolatileCache: true, FUA: true}.withDefaults().params()
-	want := paramsBasic{attrs: attrVolatileCache | attrFUA, logicalShift: 9, physicalShift: 12, ioMinShift: 12, ioOptShift: 12,
-		maxSectors: 512, devSectors: 1<<21 + 1}
+	want := paramsBasic{
+		attrs: attrVolatileCache | attrFUA, logicalShift: 9, physicalShift: 12, ioMinShift: 12, ioOptShift: 12,
+		maxSectors: 512, devSectors: 1<<21 + 1,
+	}
 	if p.basic != want || p.types != paramBasic|paramDiscard {
 		t.Errorf("basic %+v, types %d", p.basic, p.types)
 	}

@@ -68,8 +68,10 @@ func nullQueue(t testing.TB, depth int, h Handler) (q *queue, end chan error) {
 	end = make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
-		p, err := newPort(portConfig{mode: CopyPlain, depth: depth, ioMax: fakeIOMax, descs: descs, buf: buf,
-			char: charFiles{event: efd}}, fd)
+		p, err := newPort(portConfig{
+			mode: CopyPlain, depth: depth, ioMax: fakeIOMax, descs: descs, buf: buf,
+			char: charFiles{event: efd},
+		}, fd)
 		if err == nil {
 			if err = q.start(p); err == nil {
 				err = q.run()

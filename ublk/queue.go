@@ -66,8 +66,10 @@ var (
 
 // newQueue makes the queue's state. buf holds depth buffers of ioMax bytes, or with CopyUser a pool of them.
 func newQueue(mode CopyMode, id, depth, ioMax int, buf []byte, h Handler, report func(error)) *queue {
-	q := &queue{id: id, depth: depth, ioMax: ioMax, handler: h, report: report, requests: make([]Request, depth),
-		stats: newQueueCounters(depth)}
+	q := &queue{
+		id: id, depth: depth, ioMax: ioMax, handler: h, report: report, requests: make([]Request, depth),
+		stats: newQueueCounters(depth),
+	}
 	q.fetcher, _ = h.(Fetcher)
 	q.news = make(chan struct{}, 1)
 	if mode == CopyUser {

@@ -126,8 +126,10 @@ func TestServerProcess(t *testing.T) {
 		t.Skip("runs as a process of other tests")
 	}
 	n, _ := strconv.Atoi(os.Getenv("UBLK_TEST_RECOVERY"))
-	o := ublk.Options{ID: new(serverID), Size: serverDisk, Queues: 2, Depth: 16, Recovery: ublk.Recovery(n), Cookie: cookie,
-		VolatileCache: true, FUA: true, Discard: true}
+	o := ublk.Options{
+		ID: new(serverID), Size: serverDisk, Queues: 2, Depth: 16, Recovery: ublk.Recovery(n), Cookie: cookie,
+		VolatileCache: true, FUA: true, Discard: true,
+	}
 	disk := openPhaseDisk(t, os.Getenv("UBLK_TEST_FILE"), serverDisk)
 	ready := func() { fmt.Println("READY") }
 	stick := func(command string, after bool) {

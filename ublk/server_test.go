@@ -369,8 +369,10 @@ type fioRun struct {
 func startFIO(t testing.TB, path string, args ...string) *fioRun {
 	t.Helper()
 	f := &fioRun{done: make(chan error, 1)}
-	f.cmd = exec.Command("fio", append([]string{"--name=f", "--filename=" + path, "--ioengine=libaio", "--direct=1", "--bs=4k",
-		"--group_reporting"}, args...)...)
+	f.cmd = exec.Command("fio", append([]string{
+		"--name=f", "--filename=" + path, "--ioengine=libaio", "--direct=1", "--bs=4k",
+		"--group_reporting",
+	}, args...)...)
 	f.cmd.Stdout, f.cmd.Stderr = &f.out, &f.out
 	f.cmd.Dir = t.TempDir() // fio leaves its verify state there
 	f.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}

@@ -91,8 +91,10 @@ func testStats(t *testing.T, mode CopyMode) {
 		return QueueStats{}
 	}
 	s := wait(func(s QueueStats) bool { return s.Underway == 1 })
-	for op, want := range map[Op]OpStats{OpWrite: {Requests: 30, Bytes: 20 * 4096, Errors: 10}, OpRead: {Requests: 5, Bytes: 5 * 8192},
-		OpFlush: {Requests: 1}, OpDiscard: {}} {
+	for op, want := range map[Op]OpStats{
+		OpWrite: {Requests: 30, Bytes: 20 * 4096, Errors: 10}, OpRead: {Requests: 5, Bytes: 5 * 8192},
+		OpFlush: {Requests: 1}, OpDiscard: {},
+	} {
 		got := &s.Ops[op]
 		if got.Requests != want.Requests || got.Bytes != want.Bytes || got.Errors != want.Errors || got.Latency.Count() != want.Requests {
 			t.Errorf("%v: %d requests, %d bytes, %d errors, want %+v", op, got.Requests, got.Bytes, got.Errors, want)

@@ -69,8 +69,10 @@ func TestStressKill(t *testing.T) {
 		for i, mode := range copyModes(t) {
 			const devices = 3
 			recovery := []ublk.Recovery{ublk.RecoverNone, ublk.RecoverReissue}[i%2]
-			s := startProcess(t, serverConfig{ID: new(20), Memory: memoryFile(t), Size: 8 << 20, Queues: 2, Copy: mode.mode,
-				Recovery: recovery, Devices: devices, Handler: "later"})
+			s := startProcess(t, serverConfig{
+				ID: new(20), Memory: memoryFile(t), Size: 8 << 20, Queues: 2, Copy: mode.mode,
+				Recovery: recovery, Devices: devices, Handler: "later",
+			})
 			var fios []*fioRun
 			for i := range devices {
 				path := fmt.Sprintf("/dev/ublkb%d", 20+i)

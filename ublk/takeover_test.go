@@ -85,8 +85,10 @@ func TestKillRecover(t *testing.T) {
 }
 
 func killRecover(t *testing.T, mode ublk.CopyMode, recovery ublk.Recovery) {
-	c := serverConfig{ID: new(killID), Memory: memoryFile(t), Size: 16 << 20, Queues: 2, Depth: 8, Copy: mode, Recovery: recovery,
-		Handler: "later", DieAt: 40, DieAfter: recovery != ublk.RecoverReissue}
+	c := serverConfig{
+		ID: new(killID), Memory: memoryFile(t), Size: 16 << 20, Queues: 2, Depth: 8, Copy: mode, Recovery: recovery,
+		Handler: "later", DieAt: 40, DieAfter: recovery != ublk.RecoverReissue,
+	}
 	s := startProcess(t, c)
 	load := startLoad(t, killPath, 16<<20)
 	s.wait(t) // it kills itself
@@ -178,8 +180,10 @@ func TestQuiesceUnderLoad(t *testing.T) {
 	needDriver(t)
 	for _, mode := range copyModes(t) {
 		t.Run(mode.name, func(t *testing.T) {
-			c := serverConfig{ID: new(killID), Memory: memoryFile(t), Size: 16 << 20, Queues: 2, Depth: 16, Copy: mode.mode,
-				Recovery: ublk.RecoverReissue, Handler: "later"}
+			c := serverConfig{
+				ID: new(killID), Memory: memoryFile(t), Size: 16 << 20, Queues: 2, Depth: 16, Copy: mode.mode,
+				Recovery: ublk.RecoverReissue, Handler: "later",
+			}
 			s := startProcess(t, c)
 			fio := startFIO(t, killPath, "--rw=randwrite", "--iodepth=16", "--numjobs=2", "--size=8m", "--offset_increment=8m",
 				"--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--verify_state_save=0")
@@ -211,8 +215,10 @@ func TestKillVerify(t *testing.T) {
 	needDriver(t)
 	for _, mode := range copyModes(t) {
 		t.Run(mode.name, func(t *testing.T) {
-			c := serverConfig{ID: new(killID), Memory: memoryFile(t), Size: 16 << 20, Queues: 2, Depth: 32, Copy: mode.mode,
-				Recovery: ublk.RecoverReissue}
+			c := serverConfig{
+				ID: new(killID), Memory: memoryFile(t), Size: 16 << 20, Queues: 2, Depth: 32, Copy: mode.mode,
+				Recovery: ublk.RecoverReissue,
+			}
 			s := startProcess(t, c)
 			fio := startFIO(t, killPath, "--rw=randwrite", "--bsrange=512-64k", "--blockalign=512", "--iodepth=16", "--numjobs=2",
 				"--size=8m", "--offset_increment=8m", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--verify_state_save=0",

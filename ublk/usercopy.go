@@ -25,7 +25,8 @@ func (p *userPort) offset(tag int) int64 {
 	return userCopyBase + int64(p.queue)<<userQueueShift + int64(tag)<<userTagShift
 }
 
-func (p *userPort) load(tag int, b []byte) error  { return transfer(p.char.pread, b, p.offset(tag)) }
+func (p *userPort) load(tag int, b []byte) error { return transfer(p.char.pread, b, p.offset(tag)) }
+
 func (p *userPort) store(tag int, b []byte) error { return transfer(p.char.pwrite, b, p.offset(tag)) }
 
 // transfer calls f until all of b is done.

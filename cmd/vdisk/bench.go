@@ -53,8 +53,10 @@ type benchJSON struct {
 }
 
 func stepOf(r bench.Result) stepJSON {
-	j := stepJSON{Step: r.Name, Operations: r.Operations, Bytes: r.Bytes, Seconds: r.Elapsed.Seconds(),
-		P50: r.P50.Nanoseconds(), P99: r.P99.Nanoseconds()}
+	j := stepJSON{
+		Step: r.Name, Operations: r.Operations, Bytes: r.Bytes, Seconds: r.Elapsed.Seconds(),
+		P50: r.P50.Nanoseconds(), P99: r.P99.Nanoseconds(),
+	}
 	if r.Elapsed > 0 && r.Operations > 0 {
 		j.IOPS, j.Rate = float64(r.Operations)/j.Seconds, float64(r.Bytes)/j.Seconds
 		j.CPU = r.CPU.Nanoseconds() / r.Operations

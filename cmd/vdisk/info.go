@@ -117,8 +117,10 @@ func (a *app) storeInfo(c *cli.Context, s owner.Store) error {
 	if err != nil {
 		return err
 	}
-	j := storeJSON{Store: a.dir, UUID: i.UUID, Version: i.Version, Created: i.Created.UTC(), Volumes: i.Volumes, Snapshots: i.Snapshots,
-		ChunkFiles: i.Chunks, ChunkBytes: i.ChunkBytes, LiveBytes: i.LiveBytes, MetaBytes: i.MetaBytes, FreeBytes: i.FreeBytes, Owner: ownerOf(s, st), Waiting: []deviceJSON{}}
+	j := storeJSON{
+		Store: a.dir, UUID: i.UUID, Version: i.Version, Created: i.Created.UTC(), Volumes: i.Volumes, Snapshots: i.Snapshots,
+		ChunkFiles: i.Chunks, ChunkBytes: i.ChunkBytes, LiveBytes: i.LiveBytes, MetaBytes: i.MetaBytes, FreeBytes: i.FreeBytes, Owner: ownerOf(s, st), Waiting: []deviceJSON{},
+	}
 	for _, d := range st.Devices {
 		if d.Waits {
 			j.Waiting = append(j.Waiting, deviceJSONOf(d))
@@ -129,10 +131,15 @@ func (a *app) storeInfo(c *cli.Context, s owner.Store) error {
 
 func storeFields(a *app, j storeJSON) [][2]string {
 	f := [][2]string{
-		{"store", j.Store}, {"uuid", j.UUID}, {"format", fmt.Sprint(j.Version)}, {"created", when(j.Created)},
-		{"volumes", fmt.Sprint(j.Volumes)}, {"snapshots", fmt.Sprint(j.Snapshots)},
+		{"store", j.Store},
+		{"uuid", j.UUID},
+		{"format", fmt.Sprint(j.Version)},
+		{"created", when(j.Created)},
+		{"volumes", fmt.Sprint(j.Volumes)},
+		{"snapshots", fmt.Sprint(j.Snapshots)},
 		{"log", fmt.Sprintf("%s in %d chunks, %s live", a.size(j.ChunkBytes), j.ChunkFiles, a.size(j.LiveBytes))},
-		{"table", a.size(j.MetaBytes)}, {"free", a.size(j.FreeBytes)},
+		{"table", a.size(j.MetaBytes)},
+		{"free", a.size(j.FreeBytes)},
 	}
 	for _, d := range j.Waiting {
 		text := d.Name + " as " + d.Path + " for a server"
@@ -204,8 +211,11 @@ func volumeFields(a *app, j volumeJSON) [][2]string {
 	}
 	f = append(f, [][2]string{
 		{"used", a.size(u.Used) + ", what removing all of it would free"},
-		{"compress", j.Compress}, {"logical block", fmt.Sprint(j.LogicalBlock)}, {"created", when(j.Created)},
-		{"origin", dash(j.Origin)}, {"device", dash(shown(j.Device, j.DeviceState))},
+		{"compress", j.Compress},
+		{"logical block", fmt.Sprint(j.LogicalBlock)},
+		{"created", when(j.Created)},
+		{"origin", dash(j.Origin)},
+		{"device", dash(shown(j.Device, j.DeviceState))},
 	}...)
 	for _, s := range j.Snapshots {
 		text := fmt.Sprintf("%s  %s  %s", s.Name, a.size(s.Size), when(s.Created))
@@ -233,7 +243,9 @@ func snapshotFields(a *app, j snapshotJSON) [][2]string {
 	f := append([][2]string{{"snapshot", j.Name}, {"size", a.size(j.Size)}}, usageFields(a, j.Usage)...)
 	return append(f, [][2]string{
 		{"used", a.size(j.Usage.Used) + ", what removing it would free"},
-		{"created", when(j.Created)}, {"clones", dash(strings.Join(j.Clones, ", "))}, {"device", dash(shown(j.Device, j.DeviceState))},
+		{"created", when(j.Created)},
+		{"clones", dash(strings.Join(j.Clones, ", "))},
+		{"device", dash(shown(j.Device, j.DeviceState))},
 	}...)
 }
 

@@ -224,8 +224,10 @@ func (a *app) options(c *cli.Context) owner.Options {
 	if cold == 0 {
 		cold = -1
 	}
-	return owner.Options{LockTimeout: a.lockTimeout, Command: "vdisk " + c.Command.Name, Logger: a.log, Version: version(), MaxBytes: a.maxBytes, MapCache: a.cacheBytes,
-		ColdAfter: cold}
+	return owner.Options{
+		LockTimeout: a.lockTimeout, Command: "vdisk " + c.Command.Name, Logger: a.log, Version: version(), MaxBytes: a.maxBytes, MapCache: a.cacheBytes,
+		ColdAfter: cold,
+	}
 }
 
 // with opens the store for do.

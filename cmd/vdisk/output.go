@@ -85,8 +85,10 @@ type usageJSON struct {
 }
 
 func volumeOf(v owner.Volume) volumeJSON {
-	j := volumeJSON{Name: v.Name, Size: v.Size, LogicalBlock: v.LogicalBlock, Compress: v.Codec, Created: v.Created.UTC(),
-		Origin: v.Origin, Open: v.Open, Snapshots: []snapshotJSON{}}
+	j := volumeJSON{
+		Name: v.Name, Size: v.Size, LogicalBlock: v.LogicalBlock, Compress: v.Codec, Created: v.Created.UTC(),
+		Origin: v.Origin, Open: v.Open, Snapshots: []snapshotJSON{},
+	}
 	j.Device, j.DeviceState = deviceOf(v, "")
 	for _, s := range v.Snapshots {
 		j.Snapshots = append(j.Snapshots, snapshotOf(v, s))
@@ -95,8 +97,10 @@ func volumeOf(v owner.Volume) volumeJSON {
 }
 
 func snapshotOf(v owner.Volume, s cow.SnapshotInfo) snapshotJSON {
-	j := snapshotJSON{Name: cow.Ref{Volume: v.Name, Snapshot: s.Name}.String(), Volume: v.Name, Size: s.Size,
-		Created: s.Created.UTC(), Clones: append([]string{}, s.Clones...)}
+	j := snapshotJSON{
+		Name: cow.Ref{Volume: v.Name, Snapshot: s.Name}.String(), Volume: v.Name, Size: s.Size,
+		Created: s.Created.UTC(), Clones: append([]string{}, s.Clones...),
+	}
 	j.Device, j.DeviceState = deviceOf(v, s.Name)
 	return j
 }

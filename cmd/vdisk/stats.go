@@ -134,8 +134,10 @@ type opStatsJSON struct {
 
 func statsJSONOf(d owner.Device, s ublk.Stats, interval time.Duration) statsJSON {
 	total := s.Total()
-	j := statsJSON{Name: d.Ref.String(), Path: d.Path, Seconds: interval.Seconds(), Underway: total.Underway,
-		Ops: opsJSON(&total), Queues: []queueStatsJSON{}}
+	j := statsJSON{
+		Name: d.Ref.String(), Path: d.Path, Seconds: interval.Seconds(), Underway: total.Underway,
+		Ops: opsJSON(&total), Queues: []queueStatsJSON{},
+	}
 	for i := range s.Queues {
 		j.Queues = append(j.Queues, queueStatsJSON{s.Queues[i].Underway, opsJSON(&s.Queues[i])})
 	}
@@ -149,8 +151,10 @@ func opsJSON(q *ublk.QueueStats) []opStatsJSON {
 	list := []opStatsJSON{}
 	for _, op := range operations {
 		s := &q.Ops[op]
-		j := opStatsJSON{Op: op.String(), Requests: s.Requests, Bytes: s.Bytes, Errors: s.Errors, Mean: int64(s.Latency.Mean()),
-			P50: int64(s.Latency.Quantile(0.50)), P99: int64(s.Latency.Quantile(0.99)), Histogram: [][2]uint64{}}
+		j := opStatsJSON{
+			Op: op.String(), Requests: s.Requests, Bytes: s.Bytes, Errors: s.Errors, Mean: int64(s.Latency.Mean()),
+			P50: int64(s.Latency.Quantile(0.50)), P99: int64(s.Latency.Quantile(0.99)), Histogram: [][2]uint64{},
+		}
 		for i, n := range s.Latency.Counts {
 			if n > 0 {
 				j.Histogram = append(j.Histogram, [2]uint64{uint64(s.Latency.Bucket(i)), n})

@@ -261,8 +261,10 @@ func verifyAll(t *testing.T, o owner, writers []*oracle) {
 // startFio loads the last quarter of the volume with writes and fsyncs.
 func startFio(t *testing.T, o owner) *exec.Cmd {
 	t.Helper()
-	args := []string{"--name=load", "--rw=randwrite", "--bs=4k", "--iodepth=8", "--fsync=16", "--offset=48M", "--size=16M",
-		"--time_based", "--runtime=60", "--allow_file_create=0", "--buffer_compress_percentage=50", "--refill_buffers", "--output=/dev/null"}
+	args := []string{
+		"--name=load", "--rw=randwrite", "--bs=4k", "--iodepth=8", "--fsync=16", "--offset=48M", "--size=16M",
+		"--time_based", "--runtime=60", "--allow_file_create=0", "--buffer_compress_percentage=50", "--refill_buffers", "--output=/dev/null",
+	}
 	switch o := o.(type) {
 	case *nbdOwner:
 		args = append(args, "--ioengine=nbd", "--uri=nbd+unix:///v?socket="+o.socket)

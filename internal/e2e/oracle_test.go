@@ -24,8 +24,10 @@ type oracle struct {
 }
 
 func newOracle(name string, first, blocks int64, seed uint64) *oracle {
-	return &oracle{name: name, first: first, blocks: blocks, sent: make([]uint64, blocks), answered: make([]uint64, blocks),
-		rng: rand.New(rand.NewPCG(seed, 1)), buf: aligned(16 * blockSize)}
+	return &oracle{
+		name: name, first: first, blocks: blocks, sent: make([]uint64, blocks), answered: make([]uint64, blocks),
+		rng: rand.New(rand.NewPCG(seed, 1)), buf: aligned(16 * blockSize),
+	}
 }
 
 // aligned returns memory that O_DIRECT takes.

@@ -109,8 +109,10 @@ func TestBootPanicIsSeen(t *testing.T) {
 func TestBootPowerCut(t *testing.T) {
 	img := bootable(t)
 	scratch := filepath.Join(t.TempDir(), "scratch.img")
-	res, _, err := bootRun(t, img, Run{ScratchFile: scratch, ScratchSize: 256 << 20,
-		Script: "echo synced >/scratch/a; sync -f /scratch; echo lost >/scratch/b; vdisk-powercut"})
+	res, _, err := bootRun(t, img, Run{
+		ScratchFile: scratch, ScratchSize: 256 << 20,
+		Script: "echo synced >/scratch/a; sync -f /scratch; echo lost >/scratch/b; vdisk-powercut",
+	})
 	if err != nil || !res.PowerCut {
 		t.Fatalf("got %+v, %v", res, err)
 	}

@@ -51,8 +51,10 @@ func TestKernelChoice(t *testing.T) {
 		t.Errorf("newest: got %q, want %q", newest, want)
 	}
 	got := kernelPackages(offered, newest[0])
-	want = []string{"linux-image-7.3.4+deb13-cloud-amd64", "linux-binary-7.3.4+deb13-cloud-amd64",
-		"linux-modules-7.3.4+deb13-cloud-amd64", "linux-base-7.3.4+deb13-cloud-amd64"}
+	want = []string{
+		"linux-image-7.3.4+deb13-cloud-amd64", "linux-binary-7.3.4+deb13-cloud-amd64",
+		"linux-modules-7.3.4+deb13-cloud-amd64", "linux-base-7.3.4+deb13-cloud-amd64",
+	}
 	if !slices.Equal(got, want) {
 		t.Errorf("packages: got %q, want %q", got, want)
 	}
@@ -98,8 +100,10 @@ func TestFindMirrors(t *testing.T) {
 		sources string
 		want    mirrors
 	}{
-		"one line": {"deb [arch=amd64 signed-by=/k.gpg] https://m.example/x/debian/ trixie main\ndeb http://s.example/debian-security trixie-security main",
-			mirrors{"https://m.example/x/debian", "http://s.example/debian-security"}},
+		"one line": {
+			"deb [arch=amd64 signed-by=/k.gpg] https://m.example/x/debian/ trixie main\ndeb http://s.example/debian-security trixie-security main",
+			mirrors{"https://m.example/x/debian", "http://s.example/debian-security"},
+		},
 		"deb822":     {"Types: deb\nURIs: http://m.example/debian http://n.example/debian\nSuites: trixie\n", mirrors{"http://m.example/debian", "http://m.example/debian-security"}},
 		"comment":    {"# deb http://m.example/debian trixie main\n", mirrors{own, own + "-security"}},
 		"other":      {"deb http://archive.ubuntu.com/ubuntu noble main\ndeb-src http://m.example/debian trixie main\n", mirrors{own, own + "-security"}},

@@ -37,8 +37,10 @@ func qemuProgram() string {
 
 // baseArgs are those of every machine: no devices but those asked for, no network, and a reset ends it.
 func baseArgs(m machine, cpus, memory int) []string {
-	return []string{"-accel", m.accel, "-cpu", m.cpu, "-smp", strconv.Itoa(cpus), "-m", strconv.Itoa(memory),
-		"-nodefaults", "-no-user-config", "-display", "none", "-net", "none", "-no-reboot"}
+	return []string{
+		"-accel", m.accel, "-cpu", m.cpu, "-smp", strconv.Itoa(cpus), "-m", strconv.Itoa(memory),
+		"-nodefaults", "-no-user-config", "-display", "none", "-net", "none", "-no-reboot",
+	}
 }
 
 // kernelArgs: panics and oopses reset the machine, which ends QEMU. no_timer_check leaves out a test of the timer's
@@ -164,8 +166,10 @@ func bootOnce(ctx context.Context, b boot) (*Result, error) {
 	ours.SetReadDeadline(time.Now().Add(5 * time.Second))
 	<-read
 
-	res := &Result{ExitCode: p.exitCode, PowerCut: isClosed(p.cut), Release: b.kernel.Release, Machine: b.machine.accel + " " + b.machine.cpu,
-		Boot: bootTime, Elapsed: time.Since(start)}
+	res := &Result{
+		ExitCode: p.exitCode, PowerCut: isClosed(p.cut), Release: b.kernel.Release, Machine: b.machine.accel + " " + b.machine.cpu,
+		Boot: bootTime, Elapsed: time.Since(start),
+	}
 	text, _ := os.ReadFile(console) // not there when QEMU did not start
 	res.Console = string(text)
 	res.Alerts = findAlerts(res.Console)

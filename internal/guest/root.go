@@ -57,8 +57,10 @@ func (b *builder) makeRoot(ctx context.Context, dir string) error {
 
 func (b *builder) debootstrap(ctx context.Context, tree string) error {
 	b.say("getting Debian %s from %s (about a minute)", rootSuite, b.apt.mirrors.main)
-	args := []string{"--variant=minbase", "--arch=amd64", "--keyring=" + keyring, "--include=" + strings.Join(rootPackages, ","),
-		rootSuite, tree, b.apt.mirrors.main}
+	args := []string{
+		"--variant=minbase", "--arch=amd64", "--keyring=" + keyring, "--include=" + strings.Join(rootPackages, ","),
+		rootSuite, tree, b.apt.mirrors.main,
+	}
 	if _, err := os.Stat("/usr/share/debootstrap/scripts/" + rootSuite); err != nil {
 		args = append(args, "/usr/share/debootstrap/scripts/sid") // a debootstrap older than the suite
 	}

@@ -164,8 +164,10 @@ func newNonce() string {
 type disks struct{ root, modules, payload, scratch, results, initrd string }
 
 func (img *Image) prepare(ctx context.Context, k Kernel, r Run, dir string) (disks, error) {
-	d := disks{root: filepath.Join(img.root, "root.img"), modules: k.modules(),
-		payload: filepath.Join(dir, "payload.tar"), initrd: filepath.Join(dir, "initrd")}
+	d := disks{
+		root: filepath.Join(img.root, "root.img"), modules: k.modules(),
+		payload: filepath.Join(dir, "payload.tar"), initrd: filepath.Join(dir, "initrd"),
+	}
 	if err := img.writeInitrd(k, d.initrd); err != nil {
 		return d, err
 	}

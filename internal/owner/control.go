@@ -214,8 +214,10 @@ func (c *control) check(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	lines := newLineWriter(w)
-	opts := cow.CheckOptions{ReadData: req.Check.ReadData, Volume: req.Check.Volume,
-		Progress: func(done, total int64) { lines.write(checkLine{Progress: &[2]int64{done, total}}) }}
+	opts := cow.CheckOptions{
+		ReadData: req.Check.ReadData, Volume: req.Check.Volume,
+		Progress: func(done, total int64) { lines.write(checkLine{Progress: &[2]int64{done, total}}) },
+	}
 	report, err := c.owner.Check(r.Context(), opts, func(p cow.Problem) { lines.write(checkLine{Problem: &p}) })
 	last := checkLine{Report: &report}
 	if err != nil {

@@ -51,8 +51,10 @@ func availability(err error) Availability {
 // Machine asks the kernel what it offers.
 func Machine() MachineFeatures {
 	set, err := ublk.Features()
-	m := MachineFeatures{Kernel: set.Kernel, Ublk: UblkFeatures{Availability: availability(err), Features: []UblkFeature{}},
-		IOUring: availability(probeRing()), NBDServer: Availability{Available: true}, NBDClient: availability(probeNBD())}
+	m := MachineFeatures{
+		Kernel: set.Kernel, Ublk: UblkFeatures{Availability: availability(err), Features: []UblkFeature{}},
+		IOUring: availability(probeRing()), NBDServer: Availability{Available: true}, NBDClient: availability(probeNBD()),
+	}
 	for _, f := range ublk.KnownFeatures {
 		if set.Has(f.Feature) {
 			m.Ublk.Features = append(m.Ublk.Features, UblkFeature{f.Name, f.Since})

@@ -48,8 +48,10 @@ type Owner struct {
 
 // own takes the store, which must be there. ctx bounds what is done for others while it is owned.
 func own(ctx context.Context, dir string, o Options) (*Owner, error) {
-	store, err := cow.Open(dir, cow.Options{LockTimeout: o.LockTimeout, Holder: o.Command, Logger: o.Logger, CacheBytes: o.MapCache, MaxBytes: o.MaxBytes, ColdAfter: o.ColdAfter,
-		Outlive: o.Offer && !o.Temporary}) // its clients and devices go on when it is killed
+	store, err := cow.Open(dir, cow.Options{
+		LockTimeout: o.LockTimeout, Holder: o.Command, Logger: o.Logger, CacheBytes: o.MapCache, MaxBytes: o.MaxBytes, ColdAfter: o.ColdAfter,
+		Outlive: o.Offer && !o.Temporary,
+	}) // its clients and devices go on when it is killed
 	if err != nil {
 		return nil, err
 	}
@@ -204,9 +206,11 @@ func (o *Owner) Status(context.Context) (Status, error) {
 	if o.stopping || !o.doors {
 		return Status{}, errStopping
 	}
-	s := Status{PID: os.Getpid(), ProcessStart: startOf(os.Getpid()), Command: o.opts.Command, Version: o.opts.Version,
+	s := Status{
+		PID: os.Getpid(), ProcessStart: startOf(os.Getpid()), Command: o.opts.Command, Version: o.opts.Version,
 		Handover: o.opts.Handover, Temporary: o.opts.Temporary, Started: o.started, Reclaim: o.reclaim,
-		Devices: []Device{}, Services: []Service{}}
+		Devices: []Device{}, Services: []Service{},
+	}
 	for _, d := range o.disks {
 		if d.listed() {
 			s.Devices = append(s.Devices, d.info())

@@ -39,8 +39,10 @@ func (o *Owner) prepareForReclaim() {
 	o.mu.Lock()
 	o.reclaim = &r
 	o.mu.Unlock()
-	for name, a := range map[string]Availability{"io_flusher": r.IOFlusher, "locked_memory": r.LockedMemory,
-		"oom_score_adj": r.OOMScore, "mount_namespace": r.MountNamespace} {
+	for name, a := range map[string]Availability{
+		"io_flusher": r.IOFlusher, "locked_memory": r.LockedMemory,
+		"oom_score_adj": r.OOMScore, "mount_namespace": r.MountNamespace,
+	} {
 		if !a.Available {
 			o.opts.Logger.Warn("a disk of this process may wait for itself when memory is short", "lacks", name, "reason", a.Reason)
 		}

@@ -90,8 +90,10 @@ func TestLoop(t *testing.T) {
 		case err := <-end:
 			t.Fatal(err)
 		}
-		verify := []string{"--name=v", "--rw=randwrite", "--bs=4k", "--size=4M", "--verify=crc32c", "--verify_fatal=1", "--direct=1",
-			"--ioengine=io_uring", "--iodepth=8", "--fsync=64", "--randseed=7"}
+		verify := []string{
+			"--name=v", "--rw=randwrite", "--bs=4k", "--size=4M", "--verify=crc32c", "--verify_fatal=1", "--direct=1",
+			"--ioengine=io_uring", "--iodepth=8", "--fsync=64", "--randseed=7",
+		}
 		command(t, "fio", append(verify, "--filename="+path)...)
 		command(t, "blkdiscard", "-o", "32M", "-l", "1M", path)
 		// The kernel asks for zeros that keep their space.

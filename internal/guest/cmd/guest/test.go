@@ -117,8 +117,10 @@ func (a *app) testKernel(ctx context.Context, img *guest.Image, k guest.Kernel, 
 		results = filepath.Join(o.results, k.Name)
 	}
 	os.Remove(filepath.Join(results, stepsFile)) // of an earlier run into the same folder
-	res, err := img.Run(ctx, guest.Run{Kernel: k.Name, Files: s.files, Script: s.script(), Memory: o.memory,
-		Timeout: o.timeout, Results: results, Stdout: a.stdout})
+	res, err := img.Run(ctx, guest.Run{
+		Kernel: k.Name, Files: s.files, Script: s.script(), Memory: o.memory,
+		Timeout: o.timeout, Results: results, Stdout: a.stdout,
+	})
 	if err != nil {
 		fmt.Fprintln(a.stderr, "guest:", strings.TrimPrefix(err.Error(), "guest: "))
 	}
