@@ -449,14 +449,21 @@ func TestCleanOfAFutureEpoch(t *testing.T) {
 	mustEnd(t, s, d)
 }
 
-// TestCloseWaitsForClean: no chunk is made for what is moved once the store is closed.
-func TestCloseWaitsForClean(t *testing.T) {
+// hooked opens a store of small chunks, with nothing running beside its caller, and a volume v of 8 MiB in it.
+func hooked(t *testing.T) (*Store, *Device, *hookFS) {
+	t.Helper()
 	dir := setup(t, 8<<20, format.S2)
 	fs := newHook(t, dir)
 	s := open(t, dir, Options{FS: fs, CheckpointInterval: -1, ChunkBytes: 1 << 20})
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
-	_, err = d.WriteAt(randomBytes(4<<20, 1), 0)
+	return s, d, fs
+}
+
+// TestCloseWaitsForClean: no chunk is made for what is moved once the store is closed.
+func TestCloseWaitsForClean(t *testing.T) {
+	s, d, fs := hooked(t)
+	_, err := d.WriteAt(randomBytes(4<<20, 1), 0)
 	must(t, errors.Join(err, d.Discard(0, 1<<19), s.Checkpoint(), d.Close()))
 	reads, gate := make(chan struct{}), make(chan struct{})
 	var once sync.Once
@@ -484,13 +491,9 @@ func TestCloseWaitsForClean(t *testing.T) {
 // TestHelpless: the cleaner that can give nothing back says so to those who wait for room, but not if one of them was
 // given a chunk meanwhile: what it has overwritten the cleaner has not seen.
 func TestHelpless(t *testing.T) {
-	dir := setup(t, 8<<20, format.S2)
-	fs := newHook(t, dir)
-	s := open(t, dir, Options{FS: fs, CheckpointInterval: -1, ChunkBytes: 1 << 20})
-	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
-	must(t, err)
+	s, d, fs := hooked(t)
 	for _, others := range []bool{true, false} {
-		_, err = d.WriteAt(randomBytes(64<<10, 1), 0)
+		_, err := d.WriteAt(randomBytes(64<<10, 1), 0)
 		must(t, err)
 		fs.onWrite = func(string, int) { // by the checkpoint of a cleaner that found nothing
 			s.mu.Lock()

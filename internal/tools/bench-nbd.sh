@@ -33,9 +33,10 @@ snapshot() { # target
 	esac
 }
 measure() { # target round test rw bs depth fio's flags...
-	local export=
+	local numbers export=
 	[ "$1" != vdisk ] || export=v
-	result "$3 $1 $2 $(with_cpu "$export" --rw="$4" --bs="$5" --iodepth="$6" --size="${size}M" "${@:7}")"
+	numbers=$(with_cpu "$export" --rw="$4" --bs="$5" --iodepth="$6" --size="${size}M" "${@:7}") # a failure ends the script
+	result "$3 $1 $2 $numbers"
 }
 timed=(--time_based --runtime="$runtime" --norandommap)
 round() { # target round

@@ -1,0 +1,456 @@
+package cow
+
+import (
+	"errors"
+	"math/bits"
+
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/metadata"
+)
+
+// mover is the state of one that cleans. It is used under Store.cleanMu.
+type mover struct {
+	s    *Store
+	r    recordReader
+	c    *chunk // being cleaned, with a reference
+	unit [unitSize]byte
+	comp []byte
+	pay  []byte      // of a moved record
+	leaf format.Leaf // of owned
+	line lineage     // of the last record's branch
+
+	forwarded bool // records of c may be elsewhere
+	full      bool // the last batch ended where a checkpoint has to come first
+}
+
+// begin makes c the chunk to be cleaned.
+func (m *mover) begin(c *chunk) error {
+	f, err := c.handle()
+	m.c, m.r = c, recordReader{f: f, c: c, win: m.r.win[:0], off: format.ChunkHeaderSize, at: format.ChunkHeaderSize}
+	return err
+}
+
+// look looks at the state of the chunk, as it is at the beginning of a batch: up to where there are records, and
+// whether it is there at all.
+func (m *mover) look() (end uint32, here bool) {
+	s := m.s
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	m.line, m.forwarded = lineage{}, m.c.moved > 0
+	return m.c.end, s.slots.get(m.c.slot) == m.c && !m.c.dead
+}
+
+// batch goes on through the chunk until it has moved or passed over a batch.
+func (m *mover) batch() (moved int, more bool, err error) {
+	s := m.s
+	m.full = false
+	end, here := m.look()
+	if !here {
+		return 0, false, nil // it has died meanwhile
+	}
+	for from := m.r.off; moved < cleanBatch && m.r.off-from < 16*cleanBatch; {
+		if m.r.off >= end {
+			return moved, false, nil
+		}
+		off := m.r.off
+		h, payload, err := m.next()
+		if err == nil && (h.Kind == format.KindData || h.Kind == format.KindMoved) {
+			var n int
+			n, err = m.move(h, payload, off)
+			moved += n
+		}
+		switch {
+		case errors.Is(err, errFull):
+			m.r.off, m.full = off, true
+			return moved, true, nil
+		case errors.Is(err, ErrCorrupt):
+			// Copying would make damage look sound. Check names it; the rest of the chunk stays where it is.
+			s.log.Error("a chunk cannot be cleaned; run check", "chunk", m.c.name(), "offset", off, "err", err)
+			s.mu.Lock()
+			m.c.damaged = true
+			s.mu.Unlock()
+			return moved, false, nil
+		case err != nil:
+			return moved, false, err
+		}
+	}
+	return moved, true, nil
+}
+
+// next reads the next record, which is valid until the one after.
+func (m *mover) next() (*format.RecordHeader, []byte, error) {
+	off := m.r.off
+	head, err := m.r.peek(format.RecordHeaderSize)
+	if err != nil {
+		return nil, nil, err
+	}
+	h, err := format.DecodeRecordHeader(head, m.c.seq, off)
+	if err != nil {
+		return nil, nil, err
+	}
+	rec, err := m.r.peek(h.Size())
+	if err != nil {
+		return nil, nil, err
+	}
+	m.r.off += uint32(h.Size())
+	return &h, rec[format.RecordHeaderSize:][:h.PayloadLen], nil
+}
+
+// peek is bytes without writing anything back, and with an error where the file ends.
+func (r *recordReader) peek(n int) ([]byte, error) {
+	if r.off < r.at || r.off+uint32(n) > r.at+uint32(len(r.win)) {
+		size := max(n, cleanWindow)
+		if cap(r.win) < size {
+			r.win = make([]byte, size)
+		}
+		got, err := readFull(r.f, r.win[:size], int64(r.off))
+		if err != nil {
+			return nil, unreadable(err)
+		}
+		r.win, r.at = r.win[:got], r.off
+		if got < n {
+			return nil, corruptf("the file ends at %d", r.off+uint32(got))
+		}
+	}
+	return r.win[r.off-r.at:][:n], nil
+}
+
+const cleanWindow = 1 << 20
+
+// record is one that the mover has come to.
+type record struct {
+	h       *format.RecordHeader
+	payload []byte       // as stored
+	data    []byte       // of it, the unit
+	here    format.Entry // of its first block: where it is
+	name    format.Entry // and as the leaves have it
+	of      *chunk       // that name is in, or was
+}
+
+// move moves what lives of one record, and returns the size of what it wrote.
+func (m *mover) move(h *format.RecordHeader, payload []byte, off uint32) (n int, err error) {
+	r, err := m.decode(h, payload, off)
+	if err != nil {
+		return 0, err
+	}
+	for {
+		k, rest, err := m.moveOwn(&r)
+		n += k
+		if err == nil && rest {
+			k, err = m.moveHeld(&r)
+			n += k
+		}
+		if !errors.Is(err, errChanged) {
+			return n, err
+		}
+		m.line = lineage{}
+	}
+}
+
+func (m *mover) decode(h *format.RecordHeader, payload []byte, off uint32) (r record, err error) {
+	here := format.MakeEntry(m.c.slot, off, h.Size(), h.Blocks, 0)
+	r = record{h: h, payload: payload, data: payload, here: here, name: here}
+	if h.Kind == format.KindMoved {
+		was, err := format.DecodeMoved(h, payload)
+		if err != nil {
+			return r, err
+		}
+		r.name, r.data = was.From, payload[format.MovedSize:]
+	}
+	return r, nil
+}
+
+// find looks up what the record's name means; false: another record, or none. Who goes by it later has to see that
+// the name still belongs to r.of: as long as it does, it means the same.
+func (m *mover) find(r *record) (ok bool, err error) {
+	if r.of = m.s.slots.get(r.name.Slot()); r.of == nil {
+		return false, nil
+	}
+	if r.h.Kind == format.KindData && !m.forwarded {
+		return r.of == m.c, nil
+	}
+	to, moved, err := m.s.forwards.lookup(r.name)
+	if moved {
+		return to.To == r.here, err
+	}
+	return r.h.Kind == format.KindData && r.of == m.c, err // else it was moved on, or has died
+}
+
+// moveOwn writes the blocks of a record again that only the head of its volume has: once the head's entry is a new
+// one, nothing has to be forwarded. rest says that there may be others. To replay it is a write, so it needs no more
+// locks than one, and goes on beside a checkpoint.
+func (m *mover) moveOwn(r *record) (n int, rest bool, err error) {
+	if ok, err := m.find(r); !ok {
+		return 0, false, err
+	}
+	mask, rest, err := m.headMask(r.h, r.name)
+	if err != nil || mask == 0 {
+		return 0, rest, err // damage in what is dead does not matter
+	}
+	if err := r.h.VerifyPayload(r.payload); err != nil {
+		return 0, rest, err
+	}
+	n, err = m.rewrite(r, mask)
+	return n, rest, err
+}
+
+// moveHeld copies a record that snapshots or clones have, and notes where it is now. The reaper is kept out
+// meanwhile, which works within checkpoints: which version of a leaf owns a record changes by it, and by nothing
+// else, once the version's epoch has ended.
+func (m *mover) moveHeld(r *record) (n int, err error) {
+	s := m.s
+	s.ckptMu.Lock()
+	defer s.ckptMu.Unlock()
+	// What is moved is logged with the blocks that live. A replay, which begins with the table, has to find the same
+	// ones.
+	if s.thawed {
+		return 0, errFull
+	}
+	was := r.of
+	if ok, err := m.find(r); !ok || r.of != was || m.c.dead {
+		if ok && r.of != was {
+			err = errChanged
+		}
+		return 0, err
+	}
+	mask, err := m.owned(r.h, r.name)
+	if err == nil && mask != 0 {
+		err = r.h.VerifyPayload(r.payload)
+	}
+	if err != nil || mask == 0 {
+		return 0, err
+	}
+	return m.forward(r.h, r.data, r.name, mask)
+}
+
+// ownedIn masks the blocks of the record name that l has changed itself.
+func ownedIn(l *format.Leaf, h *format.RecordHeader, name format.Entry) (mask uint16) {
+	first := int(h.Block % format.LeafBlocks)
+	for i := range h.Blocks {
+		if l.IsChanged(first+i) && l.Entries[first+i] == name.WithIndex(i) {
+			mask |= 1 << i
+		}
+	}
+	return mask
+}
+
+// lineage is what the mover knows of a branch, as of the beginning of a batch or of a change that it has met.
+type lineage struct {
+	b       *branch
+	epoch   uint32
+	written bool // it is the head of a volume
+	alone   bool // it has no points, so that the head's versions are all that there are
+}
+
+func (m *mover) lineageOf(branch uint32) *lineage {
+	if m.line.b == nil || m.line.b.ID != branch {
+		m.s.mu.Lock()
+		defer m.s.mu.Unlock()
+		m.line = lineage{}
+		if b := m.s.tables.branches[branch]; b != nil {
+			m.line = lineage{b, b.Epoch, b.volume != nil, len(b.points) == 0}
+		}
+	}
+	return &m.line
+}
+
+// headMask says which blocks of a record are in the head of a volume and nowhere else: put there in the present
+// epoch. rest says that others may be elsewhere. (If a snapshot is taken meanwhile it may be in that: then its bytes
+// count as live, and it is cleaned another time.)
+func (m *mover) headMask(h *format.RecordHeader, name format.Entry) (mask uint16, rest bool, err error) {
+	l := m.lineageOf(h.Branch)
+	if !l.written {
+		return 0, true, nil
+	}
+	err = m.s.cache.view(leafKey{l.b, uint32(h.Block / format.LeafBlocks), head}, func(lf *leaf) {
+		first := int(h.Block % format.LeafBlocks)
+		rest = !l.alone
+		for i := range h.Blocks {
+			switch {
+			case lf.entry(first+i) != name.WithIndex(i):
+			case lf.epoch == l.epoch && lf.isChanged(first+i):
+				mask |= 1 << i
+			default:
+				rest = true
+			}
+		}
+	})
+	return mask, rest, err
+}
+
+// rewrite writes blocks of a head again, whose content stays the same.
+func (m *mover) rewrite(r *record, mask uint16) (n int, err error) {
+	s, h := m.s, r.h
+	if bits.OnesCount16(mask) == h.Blocks {
+		crc := h.PayloadCRC
+		if h.Kind == format.KindMoved { // of which the payload is a part
+			crc = format.Checksum(r.data)
+		}
+		return s.putMoved(&format.RecordHeader{
+			Block: h.Block, Branch: h.Branch, Kind: format.KindData, Codec: h.Codec, Blocks: h.Blocks,
+			PayloadLen: len(r.data), PayloadCRC: crc,
+		}, r.data, m.still(r, 0, h.Blocks))
+	}
+	unit := m.unit[:h.Blocks*format.BlockSize]
+	if err := format.Decompress(h.Codec, unit, r.data); err != nil {
+		return 0, err
+	}
+	pool := s.codecOf(h.Branch)
+	if pool == nil {
+		return 0, nil // its volume has just gone
+	}
+	for i := 0; i < h.Blocks; {
+		run := bits.TrailingZeros16(^(mask >> i))
+		if run == 0 {
+			i++
+			continue
+		}
+		c := pool.get()
+		out, codec := c.Compress(m.comp, unit[i*format.BlockSize:(i+run)*format.BlockSize])
+		pool.put(c)
+		k, err := s.putMoved(&format.RecordHeader{
+			Block: h.Block + uint64(i), Branch: h.Branch, Kind: format.KindData, Codec: codec, Blocks: run,
+			PayloadLen: len(out), PayloadCRC: format.Checksum(out),
+		}, out, m.still(r, i, run))
+		if n += k; err != nil {
+			return n, err
+		}
+		i += run
+	}
+	return n, nil
+}
+
+func (s *Store) codecOf(branch uint32) *codecPool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if b := s.tables.branches[branch]; b != nil && b.volume != nil {
+		return b.volume.codec
+	}
+	return nil
+}
+
+// putMoved is put for blocks of a head whose content stays the same. same says whether they are still what was
+// copied, with mu and the leaf's lock held; else it is errChanged. It is also if they are not the present epoch's.
+func (s *Store) putMoved(h *format.RecordHeader, payload []byte, same func(*leaf) bool) (n int, err error) {
+	for {
+		s.mu.Lock()
+		if err := errors.Join(s.wal.reserve(h.Size(), forMoves), s.usable()); err != nil {
+			s.mu.Unlock()
+			return 0, err
+		}
+		b := s.tables.branches[h.Branch]
+		if b == nil {
+			s.mu.Unlock()
+			return 0, errChanged
+		}
+		k := leafKey{b, uint32(h.Block / format.LeafBlocks), head}
+		lf, sh := s.cache.lock(k)
+		if lf == nil {
+			s.mu.Unlock()
+			if err := s.cache.ensure(k); err != nil {
+				return 0, err
+			}
+			continue
+		}
+		var o *openLeaf
+		var err error
+		switch {
+		case b.volume == nil || lf.epoch != b.Epoch || !same(lf):
+			err = errChanged
+		case !s.owned(b, lf) && !s.mayDirty(false):
+			err = errFull
+		default:
+			o, err = s.own(k, sh)
+		}
+		if err != nil {
+			sh.mu.Unlock()
+			s.mu.Unlock()
+			return 0, err
+		}
+		c, off := s.wal.append(h, payload)
+		s.applyData(o, h, c, off)
+		sh.mu.Unlock()
+		s.cleaned += uint64(h.Size())
+		s.checkpointDue()
+		s.mu.Unlock()
+		return h.Size(), nil
+	}
+}
+
+// still returns what says whether n blocks of a record, from one on, are still in the head of its volume, as its own.
+func (m *mover) still(r *record, from, n int) func(*leaf) bool {
+	first := int(r.h.Block%format.LeafBlocks) + from
+	return func(lf *leaf) bool {
+		for i := range n {
+			if !lf.isChanged(first+i) || lf.entry(first+i) != r.name.WithIndex(from+i) {
+				return false
+			}
+		}
+		return m.s.slots.get(r.name.Slot()) == r.of // or the entries name something else by now
+	}
+}
+
+// owned says which blocks of a record the version that owns it has. All blocks of a record that live have one owner:
+// they were put together, and when the reaper hands them on it is to one successor. If that is the head of a volume
+// by now, which others may change at any time, it is errChanged. ckptMu is held.
+func (m *mover) owned(h *format.RecordHeader, name format.Entry) (mask uint16, err error) {
+	s := m.s
+	s.mu.Lock()
+	b, present := s.tables.branches[h.Branch], head
+	if b != nil && b.volume != nil {
+		present = b.Epoch
+	}
+	s.mu.Unlock()
+	if b == nil {
+		return 0, nil
+	}
+	index := uint32(h.Block / format.LeafBlocks)
+	for asOf := head; asOf > 0; {
+		// While the head is reaped the cache still has what is gone, and the table has all that is left.
+		epoch, err := s.version(b, index, asOf, !b.reaping, &m.leaf)
+		if err != nil || epoch == 0 {
+			return 0, err
+		}
+		if _, gone := s.dropping[metadata.Version{Branch: b.ID, Leaf: index, Epoch: epoch}]; !gone {
+			mask := ownedIn(&m.leaf, h, name)
+			switch {
+			case mask != 0 && epoch > present:
+				return 0, corruptf("branch %d leaf %d has a version of epoch %d, and is at %d", b.ID, index, epoch, present)
+			case mask != 0 && epoch == present:
+				return 0, errChanged
+			case mask != 0:
+				return mask, nil
+			}
+		}
+		asOf = epoch - 1
+	}
+	return 0, nil
+}
+
+// forward copies a whole record, of which a version of an epoch that has ended owns the blocks of mask, and notes
+// where it is now. ckptMu is held.
+func (m *mover) forward(h *format.RecordHeader, payload []byte, name format.Entry, mask uint16) (n int, err error) {
+	s := m.s
+	m.pay = append(m.pay[:0], make([]byte, format.MovedSize)...)
+	format.Moved{From: name, Mask: mask}.Encode(m.pay)
+	m.pay = append(m.pay, payload...)
+	nh := format.RecordHeader{
+		Block: h.Block, Branch: h.Branch, Kind: format.KindMoved, Codec: h.Codec, Blocks: h.Blocks,
+		PayloadLen: len(m.pay), PayloadCRC: format.Checksum(m.pay),
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := errors.Join(s.wal.reserve(nh.Size(), forMoves), s.usable()); err != nil {
+		return 0, err
+	}
+	// A record that cannot be applied would end every replay.
+	switch to, again, err := s.forwards.lookup(name); {
+	case err != nil:
+		return 0, err
+	case again && to.Mask != mask:
+		return 0, corruptf("%v was moved to %v with the blocks %#x, and has %#x", name, to.To, to.Mask, mask)
+	}
+	c, off := s.wal.append(&nh, m.pay)
+	s.cleaned += uint64(nh.Size())
+	return nh.Size(), s.forward(name, mask, format.MakeEntry(c.slot, off, nh.Size(), nh.Blocks, 0))
+}
