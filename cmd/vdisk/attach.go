@@ -57,7 +57,8 @@ func (a *app) detachCommand() *cli.Command {
 		Usage:     "remove a block device",
 		UsageText: "vdisk detach VOL[@SNAP]|/dev/ublkbN [--force]",
 		Description: "A device that is open or mounted, or that waits for its server, is left alone, unless forced. All that was written to it is\n" +
-			"durable when the command returns.",
+			"durable when the command succeeds. When the volume cannot be flushed, the device stays; --force removes it, and the\n" +
+			"command fails.",
 		Flags: []cli.Flag{&cli.BoolFlag{Name: "force", Aliases: []string{"f"}, Usage: "also what is in use or waits: its users see I/O errors"}},
 	}, func(c *cli.Context) error {
 		return a.with(c, func(s owner.Store) error { return s.Detach(c.Context, c.Args().First(), c.Bool("force")) })

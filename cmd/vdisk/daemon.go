@@ -70,13 +70,16 @@ func (a *app) daemon(c *cli.Context) error {
 		if handover != nil {
 			handover.Done()
 		}
-		err = a.untilEnd(c, s)
+		if err = a.untilEnd(c, s); err != nil {
+			err = closeError{err}
+		}
 		heir := s.Heir()
 		if heir == nil {
 			return err
 		}
 		if err != nil {
-			a.log.Error("closing the store before the upgrade", "err", err) // what it could not do, opening does
+			// The devices have been flushed, or there would be no heir: what could not be done now, opening does.
+			a.log.Error("closing the store before the upgrade", "err", err)
 		}
 		err = heir.Execute(version())
 		a.log.Error("the upgrade failed; going on", "err", err)

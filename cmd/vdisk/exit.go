@@ -44,6 +44,13 @@ type signalError struct{ signal syscall.Signal }
 
 func (e signalError) Error() string { return "stopped by a signal (" + e.signal.String() + ")" }
 
+// closeError is what went wrong in giving a store up. What was written before may not be durable, so it counts for more
+// than the signal that ended the command.
+type closeError struct{ err error }
+
+func (e closeError) Error() string { return e.err.Error() }
+func (e closeError) Unwrap() error { return e.err }
+
 // errLeaks is the outcome of a check that found nothing worse than wasted space.
 var errLeaks = errors.New("space is lost to leaks; the data is sound")
 
@@ -78,12 +85,13 @@ func classify(err error) (exit int, code, hint string) {
 	var signal signalError
 	var locked *cow.LockedError
 	var noStore noStoreError
+	var closing closeError
 	switch {
 	case errors.As(err, &noStore):
 		return exitNotFound, "not-found", "the first 'vdisk create' or 'vdisk import' makes it; --store or VDISK_STORE name another"
 	case errors.As(err, &locked):
 		return exitBusy, "busy", "wait until that has ended, or give a longer --lock-timeout"
-	case errors.As(err, &signal):
+	case errors.As(err, &signal) && !errors.As(err, &closing):
 		return exitSignal + int(signal.signal), "signal", ""
 	case errors.As(err, &usage):
 		if usage.c != nil && usage.c.Command != nil && usage.c.Command.UsageText != "" {

@@ -77,6 +77,10 @@ func because(ctx context.Context, err error) error {
 	if cause == nil || errors.Is(err, cause) {
 		return err
 	}
+	var closing closeError
+	if errors.As(err, &closing) {
+		return fmt.Errorf("%w: %w", cause, closing)
+	}
 	if errors.Is(err, context.Canceled) {
 		return cause
 	}
@@ -259,8 +263,8 @@ func use(do func(owner.Store) error) func(owner.Store, error) error {
 			return err
 		}
 		err = do(s)
-		if cerr := s.Close(); err == nil {
-			err = cerr
+		if cerr := s.Close(); cerr != nil {
+			err = errors.Join(err, closeError{cerr})
 		}
 		return err
 	}

@@ -21,14 +21,11 @@ func (o *Owner) Attach(ctx context.Context, a AttachOptions) (Device, error) {
 	if err := o.lasting(); err != nil {
 		return Device{}, err
 	}
-	for _, d := range o.devicesOf(a.Ref.Volume) {
-		switch {
-		case d.Ref != a.Ref:
-		case d.Waits:
-			return Device{}, d.waits()
-		default:
-			return Device{}, fmt.Errorf("%v is attached already, as %s: %w", a.Ref, d.Path, cow.ErrBusy)
-		}
+	o.mu.Lock()
+	err := o.shown(a.Ref)
+	o.mu.Unlock()
+	if err != nil {
+		return Device{}, err
 	}
 	if err := o.notOnItself(); err != nil {
 		return Device{}, err
@@ -38,9 +35,9 @@ func (o *Owner) Attach(ctx context.Context, a AttachOptions) (Device, error) {
 		return Device{}, o.inUse(a.Ref.Volume, err)
 	}
 	d := &disk{cookie: o.mark.newCookie(), name: a.Ref.String(), readOnly: dev.ReadOnly(), dev: dev, id: -1, busy: true}
-	o.mu.Lock()
-	o.disks = append(o.disks, d)
-	o.mu.Unlock()
+	if err := o.admit(d); err != nil {
+		return Device{}, errors.Join(err, dev.Close())
+	}
 	// First the record, with the cookie, and then the device: so there is never one that nobody knows.
 	if err := o.record(); err != nil {
 		return Device{}, errors.Join(fmt.Errorf("attaching %v: writing it down: %w", a.Ref, err), o.forget(d))
@@ -64,6 +61,35 @@ func (o *Owner) Attach(ctx context.Context, a AttachOptions) (Device, error) {
 	return o.serving(d, b, t), nil
 }
 
+// admit adds a disk that is about to be made, unless there is one of the same volume or snapshot. Both in one step, so
+// that of two that are attached at once only one is made.
+func (o *Owner) admit(d *disk) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if err := o.shown(d.ref()); err != nil {
+		return err
+	}
+	o.disks = append(o.disks, d)
+	return nil
+}
+
+// shown refuses a volume or snapshot that a disk shows already, or is about to: two disks of the same data would not
+// know of each other. Owner.mu is held.
+func (o *Owner) shown(r cow.Ref) error {
+	for _, d := range o.disks {
+		switch {
+		case d.ref() != r:
+		case !d.listed():
+			return fmt.Errorf("%v is being attached by another command: %w", r, cow.ErrBusy)
+		case d.block == nil:
+			return d.info().waits()
+		default:
+			return fmt.Errorf("%v is attached already, as %s: %w", r, pathOf(d.id), cow.ErrBusy)
+		}
+	}
+	return nil
+}
+
 // create makes the device, and loads the driver where that is missing.
 func (o *Owner) create(ctx context.Context, opts ublk.Options, t *target) (block, error) {
 	b, err := o.opts.driver.Create(ctx, opts, t)
@@ -75,13 +101,13 @@ func (o *Owner) create(ctx context.Context, opts ublk.Options, t *target) (block
 
 // serving is the moment from which a disk that was claimed is served.
 func (o *Owner) serving(d *disk, b block, t *target) Device {
-	gone := make(chan struct{})
+	end := &ending{done: make(chan struct{})}
 	o.mu.Lock()
-	d.id, d.block, d.target, d.gone, d.busy, d.err = b.ID(), b, t, gone, false, nil
+	d.id, d.block, d.target, d.end, d.busy, d.err = b.ID(), b, t, end, false, nil
 	o.notifyLocked()
 	info := d.info()
 	o.mu.Unlock()
-	go o.watch(d, b, t, gone)
+	go o.watch(d, b, t, end)
 	return info
 }
 
@@ -137,33 +163,34 @@ func (o *Owner) Detach(ctx context.Context, what string, force bool) error {
 		o.mu.Unlock()
 		return err
 	}
-	b, gone := d.block, d.gone
+	b, end := d.block, d.end
 	o.mu.Unlock()
 	if b == nil {
 		err = o.giveUp(ctx, d)
 	} else {
-		err = o.stop(ctx, d, b, gone, force)
+		err = o.stop(ctx, d, b, end, force)
 	}
 	o.release(d, err)
 	return err
 }
 
-// stop ends a device that is served.
-func (o *Owner) stop(ctx context.Context, d *disk, b block, gone <-chan struct{}, force bool) error {
-	end := b.Stop
-	if force {
-		end = b.Close
+// stop ends a device that is served. One whose volume cannot be flushed stays, unless forced: as long as it is there its
+// users can still save what is on it.
+func (o *Owner) stop(ctx context.Context, d *disk, b block, end *ending, force bool) error {
+	how, ref := b.Close, d.ref()
+	if !force {
+		how = b.Stop
+		if err := flushWithin(ctx, d.dev); err != nil {
+			return fmt.Errorf("%v stays attached as %s: %w ('vdisk detach --force %[1]v' removes it even so)", ref, b.Path(), err)
+		}
 	}
-	ref := d.ref()
-	if err := end(ctx); err != nil && !(force && o.removed(ctx, d)) {
+	if err := how(ctx); err != nil && !(force && o.removed(ctx, d)) {
 		return ublkError(fmt.Errorf("detaching %v: %w", ref, err))
 	}
-	select {
-	case <-gone:
-		return nil
-	case <-ctx.Done():
-		return fmt.Errorf("detaching %v: %s is gone, but the volume is still closing: %w", ref, b.Path(), ctx.Err())
+	if err := end.wait(ctx); err != nil {
+		return fmt.Errorf("%v is detached, %s is gone: %w", ref, b.Path(), err)
 	}
+	return nil
 }
 
 // giveUp deletes a device that waits: its users' requests fail. Its number may have become another device's.

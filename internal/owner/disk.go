@@ -27,9 +27,25 @@ type disk struct {
 	id     int   // -1 until the kernel has given one
 	block  block // nil: it waits
 	target *target
-	gone   chan struct{} // closed when block has ended and all that follows from it is done
-	busy   bool          // it is being attached, recovered or given up
-	err    error         // why it still waits
+	end    *ending // of block
+	busy   bool    // it is being attached, recovered or given up
+	err    error   // why it still waits
+}
+
+// ending is the end of one server of a disk.
+type ending struct {
+	done chan struct{} // closed when the server has ended and all that follows from it is done
+	err  error         // what could not be done at the end, above all the last flush; valid once done is closed
+}
+
+// wait returns when the end is complete, with its error, or when ctx ends.
+func (e *ending) wait(ctx context.Context) error {
+	select {
+	case <-e.done:
+		return e.err
+	case <-ctx.Done():
+		return fmt.Errorf("the volume is still closing: %w", ctx.Err())
+	}
 }
 
 // ref is the present name of what the disk shows.
@@ -156,9 +172,10 @@ func (o *Owner) recordRenaming(from, to cow.Ref) error {
 }
 
 // watch waits for the end of a block device, whoever caused it, and closes what is behind it, or keeps that for the
-// next server where the disk stays.
-func (o *Owner) watch(d *disk, b block, t *target, gone chan struct{}) {
-	defer close(gone)
+// next server where the disk stays. What goes wrong is the result of whatever command ended the device; if none did, it
+// is the result of the owner's end.
+func (o *Owner) watch(d *disk, b block, t *target, end *ending) {
+	defer close(end.done)
 	since := time.Now()
 	<-b.Done()
 	t.close()
@@ -175,22 +192,27 @@ func (o *Owner) watch(d *disk, b block, t *target, gone chan struct{}) {
 	default:
 		log.Info("detached")
 	}
-	if !quiesced {
-		if err := o.forget(d); err != nil {
-			log.Error("closing the volume", "err", err)
-		}
-		return
+	if quiesced {
+		end.err = flushWritten(d.dev)
+	} else {
+		end.err = o.forget(d)
 	}
-	if err := flushWritten(d.dev); err != nil {
-		log.Error("flushing the volume", "err", err)
+	if end.err != nil {
+		log.Error("closing the volume", "err", end.err)
 	}
 	o.mu.Lock()
+	defer o.mu.Unlock()
+	if end.err != nil && !d.busy && !o.stopping {
+		o.unheard = errors.Join(o.unheard, fmt.Errorf("%s ended by itself: %w", b.Path(), end.err))
+	}
+	if !quiesced {
+		return
+	}
 	d.block, d.target, d.err = nil, nil, err
 	if err != nil && !o.stopping && time.Since(since) > again {
 		o.repairs.Go(func() { _, _ = o.Recover(o.life, d.ref().String()) }) // it logs what comes of it
 	}
 	o.notifyLocked()
-	o.mu.Unlock()
 }
 
 // again is how long a disk must have been served for a server that broke to be followed by another at once. One that
@@ -202,37 +224,56 @@ func flushWritten(dev *cow.Device) error {
 	if dev.ReadOnly() {
 		return nil
 	}
-	return dev.Flush()
+	if err := dev.Flush(); err != nil {
+		return fmt.Errorf("what was written to %v and not flushed is not known to be durable: %w", dev.Ref(), err)
+	}
+	return nil
+}
+
+// flushWithin is flushWritten for those who cannot wait for ever. The flush goes on after ctx has ended.
+func flushWithin(ctx context.Context, dev *cow.Device) error {
+	flushed := make(chan error, 1)
+	go func() { flushed <- flushWritten(dev) }() // which ends when the store's disk answers, before its store can close
+	select {
+	case err := <-flushed:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("what was written to %v is still being flushed: %w", dev.Ref(), ctx.Err())
+	}
 }
 
 // servedDisks lists the disks that this process serves, with their block devices.
 func (o *Owner) servedDisks() (disks []*disk, blocks []block) {
+	disks, blocks, _ = o.servedUntil()
+	return disks, blocks
+}
+
+// servedUntil is servedDisks with the block devices' ends.
+func (o *Owner) servedUntil() (disks []*disk, blocks []block, ends []*ending) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for _, d := range o.disks {
 		if d.block != nil {
-			disks, blocks = append(disks, d), append(blocks, d.block)
+			disks, blocks, ends = append(disks, d), append(blocks, d.block), append(ends, d.end)
 		}
 	}
-	return disks, blocks
+	return disks, blocks, ends
 }
 
-// endServing calls end for each block device, in parallel, and waits until those that it ended are gone.
+// endServing calls end for each block device, in parallel, and waits until those that it ended are gone. Its error has
+// also what could not be made durable.
 func (o *Owner) endServing(ctx context.Context, end func(block) error) error {
-	disks, blocks := o.servedDisks()
+	disks, blocks, ends := o.servedUntil()
 	errs := make([]error, len(disks))
 	var wg sync.WaitGroup
 	for i, d := range disks {
 		wg.Go(func() {
-			gone := d.gone
 			if err := end(blocks[i]); err != nil {
 				errs[i] = ublkError(fmt.Errorf("%v, %s: %w", d.ref(), blocks[i].Path(), err))
 				return
 			}
-			select {
-			case <-gone:
-			case <-ctx.Done():
-				errs[i] = fmt.Errorf("%v: the volume is still closing: %w", d.ref(), ctx.Err())
+			if err := ends[i].wait(ctx); err != nil {
+				errs[i] = fmt.Errorf("%s has ended: %w", blocks[i].Path(), err)
 			}
 		})
 	}

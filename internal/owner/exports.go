@@ -87,6 +87,28 @@ type catalog struct {
 	*exports
 	only     []cow.Ref // empty: all
 	readOnly bool
+
+	mu  sync.Mutex // guards err
+	err error      // the first end of a client whose writes could not be made durable
+}
+
+// leave is the end of a client. What could not be made durable then is the result of the service, too: the client may
+// be gone.
+func (c *catalog) leave(h *handle) error {
+	err := c.release(h)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err == nil {
+		c.err = err
+	}
+	return err
+}
+
+// outcome is the error of the service, after it has ended.
+func (c *catalog) outcome() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.err
 }
 
 // List returns the names that clients may open.
@@ -136,7 +158,7 @@ func (c *catalog) Open(name string) (*nbd.Export, error) {
 		Description:    r.String(),
 		PreferredBlock: 4096, // the engine's unit of redirection
 		Close: func() (err error) {
-			once.Do(func() { err = c.release(h) })
+			once.Do(func() { err = c.leave(h) })
 			return err
 		},
 	}, nil

@@ -43,6 +43,7 @@ type Owner struct {
 	disks    []*disk    // in the order they were attached
 	services []*service
 	reclaim  *Reclaim      // nil before the first device
+	unheard  error         // what went wrong at the end of devices that no command ended
 	changed  chan struct{} // closed, and made anew, when one of the above has changed
 }
 
@@ -50,7 +51,7 @@ type Owner struct {
 func own(ctx context.Context, dir string, o Options) (*Owner, error) {
 	store, err := cow.Open(dir, cow.Options{
 		LockTimeout: o.LockTimeout, Holder: o.Command, Logger: o.Logger, CacheBytes: o.MapCache, MaxBytes: o.MaxBytes, ColdAfter: o.ColdAfter,
-		Outlive: o.Offer && !o.Temporary,
+		Outlive: o.Offer && !o.Temporary, FS: o.fs,
 	}) // its clients and devices go on when it is killed
 	if err != nil {
 		return nil, err
@@ -141,7 +142,9 @@ func (o *Owner) close() error {
 	errs = append(errs, o.closeDisks(bounded))
 	errs = append(errs, o.exports.close())
 	errs = append(errs, o.store.Close())
-	return errors.Join(errs...)
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return errors.Join(append(errs, o.unheard)...)
 }
 
 // wait returns when done, which is called with mu held, says so, or life ends.

@@ -64,10 +64,10 @@ func (w *world) close(o *Owner) {
 // kill ends an owner as SIGKILL does: its devices wait, and its file says what they are.
 func (w *world) kill(o *Owner) {
 	w.t.Helper()
+	_, _, ends := o.servedUntil()
 	w.d.loseServers()
-	disks, _ := o.servedDisks()
-	for _, d := range disks {
-		<-d.gone
+	for _, e := range ends {
+		<-e.done
 	}
 	w.close(o)
 }
@@ -465,7 +465,7 @@ func TestLostServer(t *testing.T) {
 	w.attach(o, "v")
 	disks, _ := o.servedDisks()
 	w.d.loseServers()
-	<-disks[0].gone
+	<-disks[0].end.done
 	if got := w.waiting(o); len(got) != 1 {
 		t.Error(got)
 	}

@@ -58,8 +58,9 @@ func (o *Owner) Serve(ctx context.Context, l net.Listener, opts ServeOptions) er
 	}
 	defer o.served(s)
 	defer context.AfterFunc(o.life, cancel)()
-	server := nbd.New(&catalog{exports: o.exports, only: opts.Exports, readOnly: opts.ReadOnly}, nbd.Options{Logger: o.opts.Logger})
-	return serveUntil(ctx, server, s.listener)
+	shown := &catalog{exports: o.exports, only: opts.Exports, readOnly: opts.ReadOnly}
+	err := serveUntil(ctx, nbd.New(shown, nbd.Options{Logger: o.opts.Logger}), s.listener)
+	return errors.Join(err, shown.outcome())
 }
 
 // serveUntil serves until ctx ends, and then lets what is under way finish.

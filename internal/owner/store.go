@@ -9,6 +9,7 @@ import (
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/internal/bench"
 	"github.com/vdisk/vdisk/internal/owner/sparse"
+	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/ublk"
 )
 
@@ -91,6 +92,7 @@ type Options struct {
 
 	// Tests have their own.
 	driver         driver        // the kernel's
+	fs             storage.FS    // of the chunk files: the store's folder
 	program        string        // what an upgrade leads to: the file that this program was started from
 	sessionTimeout time.Duration // how long an upgrade waits for commands that are at work
 }

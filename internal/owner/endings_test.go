@@ -1,0 +1,188 @@
+package owner
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/storage"
+	"github.com/vdisk/vdisk/ublk"
+)
+
+// brittleFS is the store's folder, on a disk that can be made to fail.
+type brittleFS struct {
+	storage.FS
+	broken atomic.Bool
+}
+
+type brittleFile struct {
+	storage.File
+	fs *brittleFS
+}
+
+func (f *brittleFS) file(file storage.File, err error) (storage.File, error) {
+	if err != nil {
+		return nil, err
+	}
+	return &brittleFile{file, f}, nil
+}
+
+func (f *brittleFS) Create(name string, size int64) (storage.File, error) {
+	return f.file(f.FS.Create(name, size))
+}
+
+func (f *brittleFS) Open(name string) (storage.File, error) { return f.file(f.FS.Open(name)) }
+
+func (f *brittleFile) Sync() error {
+	if f.fs.broken.Load() {
+		return syscall.EIO
+	}
+	return f.File.Sync()
+}
+
+// brittle owns a store whose disk can be made to fail.
+func brittle(t *testing.T, ctx context.Context) (*world, *Owner, *brittleFS) {
+	t.Helper()
+	w := newWorld(t)
+	dir, err := storage.OpenDir(w.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = dir.Close() })
+	fs := &brittleFS{FS: dir}
+	opts := w.options(true)
+	opts.fs, opts.Replaceable, opts.program = fs, true, program(t, `echo '{"version":"2.0","store_format":99,"handover":1}'`)
+	o, err := Own(ctx, w.dir, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return w, o, fs
+}
+
+// TestLastFlushFails: what was written and not flushed cannot be made durable. Detach leaves the disk, forced it says
+// so, and so does every other end.
+func TestLastFlushFails(t *testing.T) {
+	notDurable := func(t *testing.T, err error) {
+		t.Helper()
+		if !errors.Is(err, cow.ErrFailed) || !strings.Contains(err.Error(), "not known to be durable") {
+			t.Errorf("want that what was written is not known to be durable, got: %v", err)
+		}
+	}
+	for name, end := range map[string]func(t *testing.T, w *world, o *Owner, stop context.CancelFunc){
+		"detach": func(t *testing.T, w *world, o *Owner, _ context.CancelFunc) {
+			err := o.Detach(t.Context(), "v", false)
+			notDurable(t, err)
+			if w.d.count() != 1 || !strings.Contains(err.Error(), "detach --force") {
+				t.Errorf("%d devices are left, %v", w.d.count(), err)
+			}
+			notDurable(t, o.Detach(t.Context(), "v", true))
+		},
+		"close": func(t *testing.T, _ *world, o *Owner, stop context.CancelFunc) {
+			stop()
+			notDurable(t, o.CloseWhenDone())
+		},
+		"outside": func(t *testing.T, w *world, o *Owner, _ context.CancelFunc) {
+			_, _, ends := o.servedUntil()
+			if err := w.d.devices[0].server.Stop(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			<-ends[0].done
+			notDurable(t, o.CloseWhenIdle(0))
+		},
+		"upgrade": func(t *testing.T, w *world, o *Owner, _ context.CancelFunc) {
+			_, err := o.Upgrade(t.Context())
+			notDurable(t, err)
+			if o.Heir() != nil || w.d.count() != 1 || w.d.devices[0].info.State != ublk.KernelLive {
+				t.Errorf("heir %v, devices %v", o.Heir(), w.d.devices)
+			}
+			notDurable(t, o.Detach(t.Context(), "v", true))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ctx, stop := context.WithCancel(t.Context())
+			defer stop()
+			w, o, fs := brittle(t, ctx)
+			w.attach(o, "v")
+			write(t, w.d.devices[0].server, "data")
+			fs.broken.Store(true)
+			end(t, w, o, stop)
+			if w.d.count() != 0 {
+				t.Errorf("%d devices are left", w.d.count())
+			}
+			if err := o.Close(); err == nil {
+				t.Error("the store closes as if nothing had happened")
+			}
+		})
+	}
+}
+
+// TestLastClientCannotFlush: the last client of an export is gone when its writes turn out not to be durable, so the
+// service says it.
+func TestLastClientCannotFlush(t *testing.T) {
+	_, o, fs := brittle(t, t.Context())
+	x := &catalog{exports: o.exports}
+	e, err := x.Open("v")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := e.Device.WriteAt(bytes.Repeat([]byte("x"), 4096), 0); err != nil {
+		t.Fatal(err)
+	}
+	fs.broken.Store(true)
+	for _, err := range []error{e.Close(), x.outcome()} {
+		if !errors.Is(err, cow.ErrFailed) {
+			t.Error(err)
+		}
+	}
+	if err := o.Close(); err == nil {
+		t.Error("the store closes as if nothing had happened")
+	}
+}
+
+// TestAttachAtOnce: of several that attach one snapshot or volume at once, one does, as when they come one after the
+// other.
+func TestAttachAtOnce(t *testing.T) {
+	w := newWorld(t)
+	o := w.own(true)
+	if err := o.Snapshot(t.Context(), cow.Ref{Volume: "v", Snapshot: "s"}); err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range []AttachOptions{
+		{Ref: cow.Ref{Volume: "v", Snapshot: "s"}},
+		{Ref: cow.Ref{Volume: "v"}, ReadOnly: true},
+		{Ref: cow.Ref{Volume: "v"}},
+	} {
+		before := w.d.count()
+		var attached, busy atomic.Int32
+		var wg sync.WaitGroup
+		for range 8 {
+			wg.Go(func() {
+				switch _, err := o.Attach(t.Context(), a); {
+				case err == nil:
+					attached.Add(1)
+				case errors.Is(err, cow.ErrBusy):
+					busy.Add(1)
+				default:
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		if attached.Load() != 1 || busy.Load() != 7 || w.d.count() != before+1 {
+			t.Errorf("%+v: %d attached, %d busy, %d devices", a, attached.Load(), busy.Load(), w.d.count())
+		}
+		if _, err := o.Attach(t.Context(), a); !errors.Is(err, cow.ErrBusy) {
+			t.Errorf("one after the other: %v", err)
+		}
+		if err := o.Detach(t.Context(), a.Ref.String(), false); err != nil {
+			t.Error(err)
+		}
+	}
+	w.close(o)
+}
