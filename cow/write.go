@@ -52,10 +52,12 @@ func (d *Device) WriteAt(p []byte, off int64) (n int, err error) {
 	return n, nil
 }
 
-// expect is what a merged first and last block were merged with.
+// expect is what must still hold when a record takes its place: that a merged first and last block are what they were
+// merged with, and that the volume has the size that was looked at.
 type expect struct {
 	first, last       uint64 // none: their blocks are covered whole
 	wasFirst, wasLast content
+	size              int64 // of the volume; 0: any
 }
 
 const none = ^uint64(0)
@@ -105,11 +107,14 @@ func (d *Device) readEdges(sc *scratch, buf []byte, first uint64, skip, n int) (
 	return ex, err
 }
 
-// holds says whether the n blocks of the leaf from block on are what was
+// holds reports whether the n blocks of the leaf from block on are what was
 // expected. mu is held.
-func (s *Store) holds(ex *expect, lf *leaf, block uint64, n int) bool {
+func (s *Store) holds(d *Device, ex *expect, lf *leaf, block uint64, n int) bool {
 	if ex == nil {
 		return true
+	}
+	if ex.size != 0 && ex.size != d.v.Size {
+		return false
 	}
 	same := func(b uint64, was content) bool {
 		if b < block || b >= block+uint64(n) { // none, or another record's
@@ -220,7 +225,7 @@ func (s *Store) tryPut(d *Device, k leafKey, h *format.RecordHeader, payload []b
 	defer sh.mu.Unlock()
 	first := int(h.Block % format.LeafBlocks)
 	switch {
-	case !s.holds(ex, lf, h.Block, n):
+	case !s.holds(d, ex, lf, h.Block, n):
 		return errChanged
 	case hole && lf.isHole(first, n):
 		return nil // nothing to say
@@ -273,6 +278,9 @@ func (s *Store) mayDirty(waited bool) bool {
 func (s *Store) makeRoom() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.closed {
+		return ErrClosed
+	}
 	gen, failures := s.gen, s.failures
 	if s.opts.CheckpointInterval < 0 { // nobody else makes any
 		s.mu.Unlock()
@@ -282,6 +290,9 @@ func (s *Store) makeRoom() error {
 	for s.gen == gen {
 		if s.failures != failures {
 			return s.failure
+		}
+		if s.closed {
+			return ErrClosed
 		}
 		poke(s.ckptWork)
 		s.frozen.Wait()
@@ -329,10 +340,19 @@ func (d *Device) Discard(off, length int64) error {
 		return fmt.Errorf("discard %s: %w", d.ref, err)
 	}
 	first, end := blocksOf(off), uint64(off+length)/format.BlockSize
-	if off+length == d.Size() {
-		end = blocksOf(off + length) // a last part of a block has nothing behind it
+	if size := d.Size(); off+length == size && blocksOf(size) > end {
+		err := d.punchTo(first, end+1, size)
+		if !errors.Is(err, errChanged) {
+			return wrapIf(err, "discard %s", d.ref)
+		}
 	}
 	return wrapIf(d.punch(first, end), "discard %s", d.ref)
+}
+
+// punchTo is punch up to the volume's last block, which it has only a part of: there is nothing behind that. If the
+// volume has another size by now, there may be something, and the block stays (errChanged).
+func (d *Device) punchTo(first, end uint64, size int64) error {
+	return d.punchIf(first, end, &expect{first: none, last: none, size: size})
 }
 
 // WriteZeroes makes the range read as zeros. Zeros take no space whether
@@ -362,7 +382,10 @@ func (d *Device) zeroPart(off, length int64) error {
 }
 
 // punch unmaps blocks [first, end), a record a leaf, passing over leaves that map nothing.
-func (d *Device) punch(first, end uint64) error {
+func (d *Device) punch(first, end uint64) error { return d.punchIf(first, end, nil) }
+
+// punchIf is punch as long as what ex says holds.
+func (d *Device) punchIf(first, end uint64, ex *expect) error {
 	if first >= end {
 		return nil
 	}
@@ -372,7 +395,7 @@ func (d *Device) punch(first, end uint64) error {
 	return d.s.leaves(d.b, uint32(first/format.LeafBlocks), uint32((end-1)/format.LeafBlocks)+1, func(index uint32) error {
 		from := max(first, uint64(index)*format.LeafBlocks)
 		to := min(end, (uint64(index)+1)*format.LeafBlocks)
-		return d.s.putHole(d, from, int(to-from), nil)
+		return d.s.putHole(d, from, int(to-from), ex)
 	})
 }
 
