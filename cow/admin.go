@@ -407,6 +407,9 @@ func (s *Store) Volumes() []VolumeInfo {
 func (s *Store) Volume(name string) (VolumeInfo, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.closed {
+		return VolumeInfo{}, ErrClosed
+	}
 	v, _, err := s.lookup(Ref{Volume: name})
 	if err != nil {
 		return VolumeInfo{}, err

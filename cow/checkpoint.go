@@ -72,10 +72,11 @@ func (v *values) reset() {
 // Checkpoint makes the table durable as of now, so that a restart replays nothing that was
 // written before.
 func (s *Store) Checkpoint() error {
-	s.mu.Lock()
-	err := s.usable()
-	s.mu.Unlock()
-	if err != nil {
+	if err := s.beginTask(); err != nil {
+		return err
+	}
+	defer s.tasks.Done()
+	if err := s.live(); err != nil {
 		return err
 	}
 	return s.checkpoint()

@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -16,10 +18,7 @@ import (
 // Create makes a store in dir, which is made if needed. It is no error when dir is a
 // store already. A directory with anything else in it is refused (ErrNotStore).
 func Create(dir string) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return fmt.Errorf("make store: %w", err)
-	}
-	if err := syncDir(filepath.Dir(dir)); err != nil {
+	if err := makeDirs(dir); err != nil {
 		return fmt.Errorf("make store: %w", err)
 	}
 	// A foreign directory is looked at before a lock is written into it, and
@@ -55,6 +54,23 @@ func Create(dir string) error {
 	return nil
 }
 
+// makeDirs makes a directory and those above it that are not there, and makes the name of each durable, from the top
+// down. It does so for the directory itself even if that is there: whoever made it may have been killed before the sync.
+func makeDirs(dir string) error {
+	parent := filepath.Dir(dir)
+	if _, err := os.Stat(parent); errors.Is(err, fs.ErrNotExist) {
+		if err := makeDirs(parent); err != nil {
+			return err
+		}
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		if in, serr := os.Stat(dir); serr != nil || !in.IsDir() {
+			return err
+		}
+	}
+	return syncName(dir)
+}
+
 // onlyLeavings refuses a directory that holds anything but what an interrupted Create leaves.
 func onlyLeavings(dir string) error {
 	names, err := os.ReadDir(dir)
@@ -82,6 +98,9 @@ func makeStore(dir string) error {
 		return err
 	}
 	if err := os.Mkdir(filepath.Join(dir, chunksDir), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	if err := syncDir(filepath.Join(dir, chunksDir)); err != nil {
 		return err
 	}
 	if err := os.Remove(filepath.Join(dir, tableFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -119,7 +138,22 @@ func writeFileDurably(dir, name string, text []byte) error {
 	return syncDir(dir)
 }
 
-func syncDir(dir string) error {
+// syncName makes the name of a directory durable. A parent that may be passed but not read cannot be synced by itself;
+// its file system can.
+func syncName(dir string) error {
+	err := syncDir(filepath.Dir(dir))
+	if !errors.Is(err, fs.ErrPermission) {
+		return err
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(unix.Syncfs(int(d.Fd())), d.Close())
+}
+
+// syncDir makes the names in a directory durable; tests look on.
+var syncDir = func(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {
 		return err

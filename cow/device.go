@@ -134,10 +134,13 @@ func (d *Device) checkRange(off, length int64) error {
 }
 
 func (d *Device) checkWrite(off, length int64) error {
+	if err := d.checkRange(off, length); err != nil {
+		return err
+	}
 	if d.readOnly {
 		return ErrReadOnly
 	}
-	return d.checkRange(off, length)
+	return nil
 }
 
 // codecPool holds the compressors of a volume.

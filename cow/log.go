@@ -90,6 +90,7 @@ type recordLog struct {
 	making    bool
 	madeRound uint64        // counts the maker's attempts
 	makeErr   error         // of the last attempt
+	closed    bool          // nothing is appended any more
 	wanted    purpose       // what the chunk is wanted for
 	limit     int64         // bytes that the chunk files may take together; 0: as the file system has room
 	cleaner   func() bool   // wakes the cleaner; false: it can give no room back
@@ -141,6 +142,12 @@ func (l *recordLog) start() {
 	l.wg.Go(func() { l.each(l.syncWork, func() { _ = l.sync() }) }) // so does sync
 }
 
+// close ends appending: whoever waits for room, and whoever comes later, gets ErrClosed. mu is held.
+func (l *recordLog) close() {
+	l.closed = true
+	l.space.Broadcast()
+}
+
 func (l *recordLog) stop() {
 	close(l.quit)
 	l.wg.Wait()
@@ -190,6 +197,9 @@ func (l *recordLog) reserve(n int, p purpose) error {
 		if err := l.err(); err != nil {
 			return err
 		}
+		if l.closed {
+			return ErrClosed
+		}
 		if l.current == nil || !l.fits(n, p) {
 			if l.next != nil && (p != forData || !l.next.reserved) {
 				l.rotate(p)
@@ -236,7 +246,7 @@ func (l *recordLog) waitForChunk(p purpose) {
 	l.wanted = max(l.wanted, p)
 	round := l.madeRound
 	l.wantChunk()
-	for !l.suits(p) && (l.madeRound == round || p > forData && l.making) && l.err() == nil {
+	for !l.suits(p) && (l.madeRound == round || p > forData && l.making) && l.err() == nil && !l.closed {
 		l.space.Wait()
 	}
 }

@@ -70,6 +70,10 @@ func (s *Store) readTable() (*metadata.Tx, error) {
 
 // Room is how many bytes of records fit into the store as it is, without cleaning.
 func (s *Store) Room() (int64, error) {
+	if err := s.beginTask(); err != nil {
+		return 0, err
+	}
+	defer s.tasks.Done()
 	free, err := s.fs.Free()
 	if err != nil {
 		return 0, fmt.Errorf("free space of the store: %w", err)

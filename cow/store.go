@@ -391,6 +391,8 @@ func (s *Store) Close() error {
 		}
 	}
 	s.closed = true
+	s.wal.close()
+	s.frozen.Broadcast()
 	s.mu.Unlock()
 	close(s.quit)
 	s.wg.Wait()

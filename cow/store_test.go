@@ -3,7 +3,12 @@ package cow
 import (
 	"bytes"
 	"context"
+	"errors"
+	"io/fs"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/vdisk/vdisk/format"
@@ -127,5 +132,41 @@ func TestSmoke(t *testing.T) {
 	t.Logf("%+v", s.Info())
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// Every directory that Create makes has its name made durable, from the top down, and before the store is one.
+func TestCreateSyncsEveryName(t *testing.T) {
+	sync := syncDir
+	defer func() { syncDir = sync }()
+	var synced []string
+	syncDir = func(dir string) error {
+		what := dir
+		if _, err := os.Stat(filepath.Join(dir, formatFile)); err == nil {
+			what += " with its format"
+		}
+		synced = append(synced, what)
+		return sync(dir)
+	}
+	top := t.TempDir()
+	store := filepath.Join(top, "x", "y", "store")
+	must := func(err error) {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(Create(store))
+	want := []string{top, top + "/x", top + "/x/y", store + "/chunks", store + " with its format"}
+	if !slices.Equal(synced, want) {
+		t.Errorf("synced %q, want %q", synced, want)
+	}
+	synced = nil
+	must(Create(store)) // again: it may have been killed before the sync
+	if !slices.Equal(synced, []string{top + "/x/y"}) {
+		t.Errorf("synced %q", synced)
+	}
+	must(os.WriteFile(filepath.Join(top, "file"), nil, 0o600))
+	if err := Create(filepath.Join(top, "file")); !errors.Is(err, fs.ErrExist) {
+		t.Error(err)
 	}
 }
