@@ -236,7 +236,9 @@ func (c *control) getParams(ctx context.Context, to target) (*params, error) {
 	return p, nil
 }
 
-// getInfo asks with the path, as it is not known yet whether the device is an unprivileged one.
+// getInfo asks with the path, as it is not known yet whether the device is an unprivileged one. That the driver does not
+// find the path says nothing of the device: in a container's /dev there may be no such node, or another file. Then it
+// asks without, which is enough for a privileged device.
 func (c *control) getInfo(ctx context.Context, id int) (*devInfo, error) {
 	d, err := c.learn(ctx)
 	if err != nil {
@@ -245,17 +247,24 @@ func (c *control) getInfo(ctx context.Context, id int) (*devInfo, error) {
 	info := new(devInfo)
 	if !d.noInfo2 {
 		err = c.ask(ctx, cmdGetDevInfo2, target{id: id, byPath: true}, 0, bytesOf(info))
-	}
-	if d.noInfo2 || errors.Is(err, unix.EOPNOTSUPP) {
-		err = c.ask(ctx, cmdGetDevInfo, target{id: id}, 0, bytesOf(info))
 		if err == nil {
-			c.setDialect(func(d *dialect) { d.noInfo2 = true })
+			return info, nil
+		}
+		if errors.Is(err, unix.ENODEV) || ctx.Err() != nil {
+			return nil, deviceError("look at", id, err)
 		}
 	}
-	if err != nil {
-		return nil, deviceError("look at", id, err)
+	bare := c.ask(ctx, cmdGetDevInfo, target{id: id}, 0, bytesOf(info))
+	switch {
+	case bare == nil && errors.Is(err, unix.EOPNOTSUPP):
+		c.setDialect(func(d *dialect) { d.noInfo2 = true })
+		return info, nil
+	case bare == nil:
+		return info, nil
+	case errors.Is(bare, unix.ENODEV), err == nil:
+		err = bare
 	}
-	return info, nil
+	return nil, deviceError("look at", id, err)
 }
 
 // target is how the device is spoken to.
@@ -263,14 +272,21 @@ func (i *devInfo) target() target {
 	return target{id: int(i.devID), byPath: Feature(i.flags)&FeatureUnprivileged != 0}
 }
 
+// deviceError tells what a command's error means: ENODEV is the driver's for a device that is not there, ENOENT for a
+// path that is not.
 func deviceError(what string, id int, err error) error {
+	kind := error(nil)
 	switch {
-	case errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENOENT):
-		return fmt.Errorf("ublk: %s device %d: %w (%w)", what, id, ErrNotFound, err)
+	case errors.Is(err, unix.ENODEV):
+		kind = ErrNotFound
+	case errors.Is(err, unix.ENOENT):
+		kind = ErrNoNode
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
-		return fmt.Errorf("ublk: %s device %d: %w (%w)", what, id, ErrPermission, err)
+		kind = ErrPermission
+	default:
+		return fmt.Errorf("ublk: %s device %d: %w", what, id, err)
 	}
-	return fmt.Errorf("ublk: %s device %d: %w", what, id, err)
+	return fmt.Errorf("ublk: %s device %d: %w (%w)", what, id, kind, err)
 }
 
 // start makes the block device appear. The driver waits for the fetches of all tags, and before 6.19 reads the

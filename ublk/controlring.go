@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"sync"
 	"time"
 	"unsafe"
@@ -78,12 +79,31 @@ func (c *controlRing) release() {
 	_ = unix.Close(c.fd)
 }
 
-// controlInSys is there when the driver is loaded.
-var controlInSys = "/sys/class/misc/ublk-control"
+// miscDevices lists the kernel's miscellaneous devices, in every container: "ublk-control" when the driver is loaded.
+var miscDevices = "/proc/misc"
 
+// driverLoaded tells whether the driver is loaded; an error says that it cannot be told.
+func driverLoaded() (bool, error) {
+	text, err := os.ReadFile(miscDevices)
+	if err != nil {
+		return false, fmt.Errorf("whether the driver is loaded cannot be told: %w", err)
+	}
+	for line := range strings.Lines(string(text)) {
+		if f := strings.Fields(line); len(f) == 2 && f[1] == "ublk-control" {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// controlOpenError is ErrNoDriver only where the kernel says so: from a missing node alone it does not follow that
+// there is no device.
 func controlOpenError(path string, err error) error {
-	switch _, serr := os.Stat(controlInSys); {
-	case errors.Is(err, unix.ENOENT) && serr == nil:
+	loaded, lerr := driverLoaded()
+	switch {
+	case errors.Is(err, unix.ENOENT) && lerr != nil:
+		return fmt.Errorf("ublk: open %s: %w (%w; %w)", path, ErrPermission, err, lerr)
+	case errors.Is(err, unix.ENOENT) && loaded:
 		return fmt.Errorf("ublk: open %s: %w: the driver is loaded, but this /dev has no such node, as in a container (%w)",
 			path, ErrPermission, err)
 	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENXIO), errors.Is(err, unix.ENODEV):

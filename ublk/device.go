@@ -31,13 +31,14 @@ type Device struct {
 	done     chan struct{}
 	sizing   chan struct{} // holds a token while the disk's size is changed
 
-	mu      sync.Mutex // guards what follows
-	opts    Options    // with defaults, and with what the driver made of them
-	state   State
-	err     error // why the device ended, nil for Stop, Close and Quiesce
-	delErr  error // what DEL said
-	drop    bool  // Stop, Close or a start that failed: the disk is not to outlive the server
-	attempt *attempt
+	mu       sync.Mutex // guards what follows
+	opts     Options    // with defaults, and with what the driver made of them
+	state    State
+	err      error // why the device ended, nil for Stop, Close and Quiesce
+	delErr   error // what DEL said
+	flushErr error // why Close could not have what is on the disk written back
+	drop     bool  // Stop, Close or a start that failed: the disk is not to outlive the server
+	attempt  *attempt
 }
 
 func charPath(id int) string  { return fmt.Sprintf("/dev/ublkc%d", id) }
@@ -162,7 +163,7 @@ func charOpenError(id int, err error) error {
 		return fmt.Errorf("ublk: open %s: %w (%w; udev has to give an unprivileged device to its owner)",
 			charPath(id), ErrPermission, err)
 	}
-	return fmt.Errorf("ublk: open %s: %w (is /dev a devtmpfs?)", charPath(id), err)
+	return fmt.Errorf("ublk: open %s: %w (%w)", charPath(id), ErrNoNode, err)
 }
 
 // waitForNode waits until devtmpfs shows the block device. A plain file of that name, which a program has made that was

@@ -22,6 +22,10 @@ var (
 	ErrExists = errors.New("the device id is taken: choose another, or let the kernel choose")
 	// ErrNotFound: there is no device with that id.
 	ErrNotFound = errors.New("no such ublk device")
+	// ErrNoNode: there is a device, but this /dev has no node of it, as in a container.
+	ErrNoNode = errors.New("this /dev has no node of the device: run where /dev is the machine's (a devtmpfs)")
+	// ErrUnlisted: which devices there are cannot be told, as in a container without /sys. There may be some.
+	ErrUnlisted = errors.New("the devices of the machine cannot be listed here")
 	// ErrBusy: the block device is open, mounted or otherwise held, or another process serves it.
 	ErrBusy = errors.New("the device is in use")
 	// ErrNotRecoverable: the device cannot be recovered: it was made without Options.Recovery or with features that
@@ -30,6 +34,8 @@ var (
 	ErrNotRecoverable = errors.New("the device cannot be recovered")
 	// ErrStopped is what Device.Err returns when something else than Stop or Close ended the device.
 	ErrStopped = errors.New("the device was stopped from outside this process")
+	// ErrNotFlushed: the device has ended, but what its users wrote without a sync may not have been written back.
+	ErrNotFlushed = errors.New("what is on the disk was not all written back")
 	// ErrInvalid: the options contradict themselves or a limit of the driver.
 	ErrInvalid = errors.New("invalid option")
 )

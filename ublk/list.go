@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // KernelState is what the driver says of a device (UBLK_S_DEV_*).
@@ -56,39 +58,52 @@ type DeviceInfo struct {
 // Path is the block device's path; it exists while the device is live or waits for recovery.
 func (i DeviceInfo) Path() string { return blockPath(i.ID) }
 
-// Devices lists all ublk devices of the machine by their id. A device that goes away meanwhile is left out.
+// Devices lists all ublk devices of the machine by their id. A device that goes away meanwhile is left out. When it
+// cannot tell of all devices there is an error beside those that it can tell of, so that without an error a device that
+// is not in the list is not there. Where sysfs does not list the devices that error is ErrUnlisted.
 func Devices(ctx context.Context) ([]DeviceInfo, error) {
 	c, err := openControl()
 	if err != nil {
 		return nil, err
 	}
-	ids, err := deviceIDs()
-	if err != nil {
-		return nil, err
-	}
-	var all []DeviceInfo
-	for _, id := range ids {
-		info, err := c.describe(ctx, id)
-		if errors.Is(err, ErrNotFound) {
-			continue
-		}
-		if err != nil {
-			return all, err
-		}
-		all = append(all, info)
-	}
-	return all, nil
+	ids, err := deviceIDs(classDir, "/dev")
+	all, derr := c.describeAll(ctx, ids)
+	return all, errors.Join(err, derr)
 }
 
-// deviceIDs finds the ids by the char devices, which exist from ADD to DEL.
-func deviceIDs() ([]int, error) {
-	entries, err := os.ReadDir("/sys/class/ublk-char")
-	if err != nil {
-		if entries, err = os.ReadDir("/dev"); err != nil {
-			return nil, fmt.Errorf("ublk: list devices: %w", err)
+func (c *control) describeAll(ctx context.Context, ids []int) (all []DeviceInfo, err error) {
+	for _, id := range ids {
+		info, derr := c.describe(ctx, id)
+		switch {
+		case derr == nil:
+			all = append(all, info)
+		case !errors.Is(derr, ErrNotFound):
+			err = errors.Join(err, derr)
+		}
+		if ctx.Err() != nil {
+			break
 		}
 	}
-	var ids []int
+	return all, err
+}
+
+// classDir is where sysfs lists the char devices, which exist from ADD to DEL.
+const classDir = "/sys/class/ublk-char"
+
+// deviceIDs finds the ids by the char devices in a folder of sysfs. Where that is not to be had it finds those whose
+// nodes are in dev, which need not be all, with ErrUnlisted.
+func deviceIDs(class, dev string) (ids []int, err error) {
+	entries, rerr := os.ReadDir(class)
+	var st unix.Statfs_t
+	if rerr == nil && unix.Statfs(class, &st) == nil && st.Type != unix.SYSFS_MAGIC {
+		rerr = fmt.Errorf("%s is no part of a sysfs", class)
+	}
+	if rerr != nil {
+		err = fmt.Errorf("ublk: %w: %w", ErrUnlisted, rerr)
+		if entries, rerr = os.ReadDir(dev); rerr != nil {
+			return nil, errors.Join(err, rerr)
+		}
+	}
 	for _, e := range entries {
 		if rest, ok := strings.CutPrefix(e.Name(), "ublkc"); ok {
 			if id, err := strconv.Atoi(rest); err == nil {
@@ -97,7 +112,7 @@ func deviceIDs() ([]int, error) {
 		}
 	}
 	slices.Sort(ids)
-	return ids, nil
+	return ids, err
 }
 
 func (c *control) describe(ctx context.Context, id int) (DeviceInfo, error) {
@@ -138,19 +153,13 @@ func Delete(ctx context.Context, id int, force bool) error {
 	if err != nil {
 		return err
 	}
-	info, err := c.getInfo(ctx, id)
+	return deleteDevice(ctx, c, id, force)
+}
+
+func deleteDevice(ctx context.Context, c *control, id int, force bool) error {
+	info, err := c.unserved(ctx, id)
 	if err != nil {
 		return err
-	}
-	s, served := serverOf(id, int(info.serverPID))
-	for end := time.Now().Add(udevTime); served && time.Now().Before(end) && s.pid != os.Getpid(); {
-		if err := sleep(ctx, 50*time.Millisecond); err != nil {
-			return fmt.Errorf("ublk: delete device %d: %w", id, err)
-		}
-		s, served = serverOf(id, int(info.serverPID))
-	}
-	if served {
-		return fmt.Errorf("ublk: delete device %d: %w: %v serves it, and has to stop it", id, ErrBusy, s)
 	}
 	// A device that is live without a server is about to wait: the driver has not noticed yet.
 	waits := KernelState(info.state) != KernelDead && Feature(info.flags)&FeatureUserRecovery != 0
@@ -169,4 +178,29 @@ func Delete(ctx context.Context, id int, force bool) error {
 			id, describeUsers(users(id)), ErrBusy)
 	}
 	return deviceError("delete", id, err)
+}
+
+// unserved returns what the driver knows of a device when no process serves it.
+func (c *control) unserved(ctx context.Context, id int) (*devInfo, error) {
+	for begin := time.Now(); ; {
+		info, err := c.getInfo(ctx, id)
+		if err != nil {
+			return nil, err
+		}
+		s := serverOf(id, int(info.serverPID))
+		live := KernelState(info.state) == KernelLive
+		since := time.Since(begin)
+		switch {
+		case !s.found && (s.sure || !live):
+			return info, nil
+		case s.found && (since > udevTime || s.pid == os.Getpid()):
+			return nil, fmt.Errorf("ublk: delete device %d: %w: %v serves it, and has to stop it", id, ErrBusy, s)
+		case since > settleDriver:
+			return nil, fmt.Errorf("ublk: delete device %d: %w: the driver says that a process serves it (pid %d) which cannot be seen from here",
+				id, ErrBusy, info.serverPID)
+		}
+		if err := sleep(ctx, 50*time.Millisecond); err != nil {
+			return nil, fmt.Errorf("ublk: delete device %d: %w", id, err)
+		}
+	}
 }

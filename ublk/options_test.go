@@ -88,12 +88,20 @@ func TestNoDriver(t *testing.T) {
 		t.Errorf("no right: %v", err)
 	}
 	// Where the driver is loaded there may be devices, though they cannot be asked about.
-	was := controlInSys
-	controlInSys = t.TempDir()
-	if err := controlOpenError(controlPath, unix.ENOENT); !errors.Is(err, ErrPermission) || errors.Is(err, ErrNoDriver) {
-		t.Errorf("no node in /dev: %v", err)
+	was := miscDevices
+	miscDevices = filepath.Join(t.TempDir(), "misc")
+	for what, text := range map[string]string{"cannot be told": "", "loaded": "259 cpu_dma_latency\n122 ublk-control\n"} {
+		if text != "" {
+			if err := os.WriteFile(miscDevices, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := controlOpenError(controlPath, unix.ENOENT); !errors.Is(err, ErrPermission) || errors.Is(err, ErrNoDriver) {
+			t.Errorf("no node in /dev, the driver %s: %v", what, err)
+		}
+		_ = os.Remove(miscDevices)
 	}
-	controlInSys = was
+	miscDevices = was
 	if _, err := os.Stat(controlPath); err == nil {
 		return // this machine has a driver, and the tests of it are elsewhere
 	}

@@ -112,11 +112,11 @@ func (c *control) waitOrphan(ctx context.Context, id int, cookie uint64) (*devIn
 		case KernelState(info.state) == KernelDead:
 			return nil, fmt.Errorf("ublk: recover device %d: %w: it has no disk (any more); delete it", id, ErrNotRecoverable)
 		}
-		s, served := serverOf(id, int(info.serverPID))
+		s := serverOf(id, int(info.serverPID))
 		switch {
-		case !served && KernelState(info.state) != KernelLive:
-			return info, nil
-		case served && time.Since(begin) > diesWithin:
+		case !s.found && KernelState(info.state) != KernelLive:
+			return info, nil // one that cannot be seen has the driver answer EBUSY
+		case s.found && time.Since(begin) > diesWithin:
 			return nil, fmt.Errorf("ublk: recover device %d: %w: %v serves it", id, ErrBusy, s)
 		}
 		if sleep(ctx, 10*time.Millisecond) != nil {

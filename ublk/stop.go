@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os/exec"
-	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -80,7 +78,7 @@ func (d *Device) waitGone(ctx context.Context) error {
 	if d.err != nil && !errors.Is(d.err, ErrStopped) {
 		return d.err
 	}
-	return d.delErr
+	return errors.Join(d.delErr, d.flushErr)
 }
 
 func (d *Device) stillEnding(ctx context.Context) error {
@@ -162,49 +160,11 @@ func (d *Device) attemptRoutine(ctx context.Context, a *attempt) {
 // server's end, and the driver sees that only when the last thread is gone. Left in this way, the disk waits for the
 // next server.
 func (d *Device) leaveAndDelete() {
-	d.flush()
+	err := d.writeBack() // nobody would serve what is written after the queues have ended
+	d.mu.Lock()
+	d.flushErr = err
+	d.mu.Unlock()
 	d.tellQueues(leaveDrop)
-}
-
-// flush has the file system on the block device, or on one of its partitions, write back, as STOP does without
-// recovery. Nobody would serve what is written after the queues have ended.
-func (d *Device) flush() {
-	if len(users(d.id)) == 0 {
-		return // the last one to close a block device has written back
-	}
-	d.writeBack()
-}
-
-// writeBack is flush, whoever uses the device.
-func (d *Device) writeBack() {
-	flushed := make(chan struct{})
-	go func() { // which ends with the disk, at the latest
-		flushBlocks(d.id)
-		close(flushed)
-	}()
-	select {
-	case <-flushed:
-	case <-d.over:
-	}
-}
-
-// flushBlocks is done by another process if there is a program for it, because one that waits for its own disk cannot
-// be killed.
-func flushBlocks(id int) {
-	nodes, _ := filepath.Glob(blockPath(id) + "p*")
-	nodes = append(nodes, blockPath(id))
-	if program, err := exec.LookPath("blockdev"); err == nil {
-		_ = exec.Command(program, append([]string{"--flushbufs"}, nodes...)...).Run()
-		return
-	}
-	for _, path := range nodes {
-		fd, err := openRetry(path, unix.O_RDONLY|unix.O_NONBLOCK)
-		if err != nil {
-			continue // it is not there, or dead: nothing can be written
-		}
-		_ = unix.IoctlSetInt(fd, unix.BLKFLSBUF, 0)
-		_ = unix.Close(fd)
-	}
 }
 
 // settleTime is how long a device may be open before Stop calls that a use: udev and blkid open a device for a moment
@@ -235,7 +195,7 @@ func (d *Device) tryStop() error { return d.control.tryStop(d.target) }
 // device or opened exclusively, and keeps that from happening until the stop; other opens show as files of a process.
 func (d *Device) claimAndStop() error {
 	fd, err := openRetry(blockPath(d.id), unix.O_RDONLY|unix.O_EXCL|unix.O_NONBLOCK)
-	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENXIO) {
+	if errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENOENT) && diskGone(d.id) {
 		return d.control.stop(d.target)
 	}
 	if err != nil {
@@ -248,7 +208,9 @@ func (d *Device) claimAndStop() error {
 	if d.features&FeatureUserRecovery != 0 {
 		// Who closed it while this claim holds it open was not the last, and STOP fails what is written then
 		// (leaveAndDelete).
-		d.writeBack()
+		if err := d.writeBack(); err != nil {
+			return err
+		}
 	}
 	return d.control.stop(d.target)
 }

@@ -2,11 +2,10 @@ package ublk
 
 import (
 	"bufio"
-	"errors"
 	"fmt"
 	"os"
+	"path"
 	"path/filepath"
-	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -98,77 +97,14 @@ func openers(id, except int) []user {
 	if len(devs) == 0 {
 		return nil
 	}
-	prefix := fmt.Sprintf("/dev/ublkb%d", id)
-	self := strconv.Itoa(os.Getpid())
+	own := fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), except)
+	found, _ := findOpeners(func(link, target string) bool {
+		named := strings.HasPrefix(target, "/dev/") || strings.HasPrefix(path.Base(target), fmt.Sprintf("ublkb%d", id))
+		return named && link != own && devs[deviceBehind(link, unix.S_IFBLK)]
+	})
 	var us []user
-	procs, _ := os.ReadDir("/proc")
-	for _, p := range procs {
-		if _, err := strconv.Atoi(p.Name()); err != nil {
-			continue
-		}
-		dir := "/proc/" + p.Name()
-		fds, err := os.ReadDir(dir + "/fd")
-		if err != nil {
-			continue // gone, or not ours to see
-		}
-		for _, fd := range fds {
-			path := dir + "/fd/" + fd.Name()
-			if p.Name() == self && fd.Name() == strconv.Itoa(except) || !opensBlock(path, prefix, devs) {
-				continue
-			}
-			name, _ := os.ReadFile(dir + "/comm")
-			us = append(us, user{fmt.Sprintf("open in %s (pid %s)", strings.TrimSpace(string(name)), p.Name()), false})
-			break
-		}
+	for _, p := range found {
+		us = append(us, user{fmt.Sprintf("open in %s (pid %d)", p.name, p.pid), false})
 	}
 	return us
-}
-
-// opensBlock tells whether the file behind a /proc link is one of the devices. Links that name another kind of file are
-// told apart by their text, which spares a stat that a dead network file system could hold up.
-func opensBlock(link, prefix string, devs map[string]bool) bool {
-	target, err := os.Readlink(link)
-	if err != nil || !strings.HasPrefix(target, "/dev/") && !strings.HasPrefix(target, prefix) {
-		return false
-	}
-	var st unix.Stat_t
-	if unix.Stat(link, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFBLK {
-		return false
-	}
-	return devs[fmt.Sprintf("%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev))]
-}
-
-// process is one that was found in /proc.
-type process struct {
-	pid  int
-	name string
-}
-
-func (p process) String() string { return fmt.Sprintf("process %d (%s)", p.pid, p.name) }
-
-// serverOf finds the process that has the char device of id open: its server, or one that is about to be. pid is who
-// the driver says it is, which may be gone, and its number somebody else's; it counts if its files may not be looked
-// at.
-func serverOf(id, pid int) (process, bool) {
-	node := fmt.Sprintf("/ublkc%d", id)
-	procs, _ := os.ReadDir("/proc")
-	for _, p := range procs {
-		n, err := strconv.Atoi(p.Name())
-		if err != nil {
-			continue
-		}
-		dir := "/proc/" + p.Name()
-		fds, err := os.ReadDir(dir + "/fd")
-		open := err != nil && errors.Is(err, unix.EACCES) && n == pid
-		for _, fd := range fds {
-			if target, _ := os.Readlink(dir + "/fd/" + fd.Name()); strings.HasSuffix(target, node) {
-				open = true
-			}
-		}
-		if open {
-			name, _ := os.ReadFile(dir + "/comm")
-			return process{n, strings.TrimSpace(string(name))}, true
-		}
-	}
-	return process{}, false
 }
