@@ -36,7 +36,7 @@ var opKinds = func() (kinds []string) {
 	for kind, weight := range map[string]int{
 		"write": 30, "discard": 4, "zero": 4, "flush": 4, "drain": 5, "read": 2,
 		"create": 1, "snapshot": 6, "clone": 3, "unsnap": 4, "remove": 1, "rollback": 2, "rename": 2, "resize": 3,
-		"checkpoint": 5, "reap": 1, "clean": 6, "cold": 7, "check": 1, "misuse": 1, "space": 3, "hold": 3, "churn": 3, "unpool": 1, "uncommitted": 5, "beside": 5, "between": 3,
+		"checkpoint": 5, "reap": 1, "clean": 6, "cold": 7, "check": 1, "misuse": 1, "space": 3, "hold": 3, "churn": 3, "unpool": 1, "skip": 3, "uncommitted": 5, "beside": 5, "between": 3,
 	} {
 		kinds = append(kinds, slices.Repeat([]string{kind}, weight)...)
 	}
@@ -284,6 +284,8 @@ func (w *world) operate(o op) error {
 		return w.beside(o)
 	case "between":
 		return w.withChunk(o, w.cleanBetween)
+	case "skip": // as where room was made for what had then nothing to say
+		return w.s.skipChunk()
 	case "unpool":
 		_, err := w.s.wal.pool.empty()
 		return err

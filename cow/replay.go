@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"slices"
 	"strconv"
 
@@ -36,33 +37,38 @@ func (s *Store) loadAndReplay() (remove []string, err error) {
 	if err != nil {
 		return nil, err
 	}
+	limits, err := firstRecords(logChunks)
+	if err != nil {
+		return nil, err
+	}
 	t := &batch{s: s}
-	ended := false
+	var behind []*chunk // without a record that the log goes on with
+	var dropped []int64 // by chunk of behind: the bytes there
 	for i, c := range logChunks {
 		from := uint32(format.ChunkHeaderSize)
 		if i == 0 && c.seq == cp.ChunkSeq {
 			from = cp.Offset
 		}
-		before := s.recovery.DroppedBytes
-		if !ended {
-			n, err := s.replayChunk(t, c, from)
-			if err != nil {
-				return nil, fmt.Errorf("replay chunk %s: %w", c.name(), err)
-			}
-			if n > 0 { // the log goes on here: what is behind the records of the chunk before was none of it
-				s.recovery.DroppedBytes -= before
-			}
-			// The next chunk goes on with the next sequence number, or nothing does.
-			ended = n == 0 && c.seq > cp.ChunkSeq
+		n, tail, err := s.replayChunk(t, c, from, limits[i])
+		if err != nil {
+			return nil, fmt.Errorf("replay chunk %s: %w", c.name(), err)
 		}
-		if ended && !c.inTable {
-			if s.recovery.DroppedBytes > before {
-				s.recovery.DroppedFiles++
-			}
-			remove = append(remove, c.name())
-			s.slots.remove(c.slot)
-			c.release()
+		if n > 0 || c.seq <= cp.ChunkSeq {
+			// The log goes on here: what is behind the records of the chunks before was none of it. A chunk in
+			// between has no record: room was made that nobody used in the end.
+			behind, dropped, s.recovery.DroppedBytes = nil, nil, 0
+		} else if !c.inTable {
+			behind, dropped = append(behind, c), append(dropped, tail)
 		}
+		s.recovery.DroppedBytes += tail
+	}
+	for i, c := range behind {
+		if dropped[i] > 0 {
+			s.recovery.DroppedFiles++
+		}
+		remove = append(remove, c.name())
+		s.slots.remove(c.slot)
+		c.release()
 	}
 	if err := t.apply(); err != nil {
 		return nil, fmt.Errorf("replay: %w", err)
@@ -210,36 +216,81 @@ func (s *Store) chunkHeader(name string, slot uint32) (h format.ChunkHeader, err
 	return h, err
 }
 
-// replayChunk applies the records of a chunk from an offset on, up to the first that does not verify or does not have
-// the next sequence number. If all of them were made durable once, what its summary says of them is enough.
-func (s *Store) replayChunk(t *batch, c *chunk, from uint32) (records int, err error) {
-	f, err := c.handle()
-	if errors.Is(err, fs.ErrNotExist) {
-		return 0, corruptf("the file is missing")
+// firstRecords returns, for each chunk of the log, the least number that the first record of a later one has. The log
+// of the owner that made the later one ended before it: what is found behind that now, where a record verifies that
+// did not verify for that owner, is not of the log.
+func firstRecords(chunks []*chunk) (limits []uint64, err error) {
+	limits = make([]uint64, len(chunks))
+	limit := uint64(math.MaxUint64)
+	for i := len(chunks) - 1; i >= 0; i-- {
+		limits[i] = limit
+		if i == 0 {
+			break
+		}
+		seq, err := firstRecord(chunks[i])
+		if err != nil {
+			return nil, fmt.Errorf("chunk %s: %w", chunks[i].name(), err)
+		}
+		if seq > 0 {
+			limit = min(limit, seq)
+		}
 	}
+	return limits, nil
+}
+
+// firstRecord returns the number of a chunk's first record; 0: none verifies.
+func firstRecord(c *chunk) (seq uint64, err error) {
+	f, err := c.handle()
 	if err != nil {
 		return 0, err
+	}
+	head := make([]byte, format.RecordHeaderSize)
+	if n, err := readFull(f, head, format.ChunkHeaderSize); err != nil || n < len(head) {
+		return 0, err
+	}
+	h, err := format.DecodeRecordHeader(head, c.seq, format.ChunkHeaderSize)
+	if err != nil {
+		return 0, nil
+	}
+	payload := make([]byte, h.PayloadLen)
+	n, err := readFull(f, payload, format.ChunkHeaderSize+format.RecordHeaderSize)
+	if err != nil || n < len(payload) || h.VerifyPayload(payload) != nil {
+		return 0, err
+	}
+	return h.Seq, nil
+}
+
+// replayChunk applies the records of a chunk from an offset on, up to the first that does not verify, does not have
+// the next sequence number, or has the number limit. If all of them were made durable once, what its summary says of
+// them is enough. It returns how many there were, and how many bytes behind them were written to the log.
+func (s *Store) replayChunk(t *batch, c *chunk, from uint32, limit uint64) (records int, dropped int64, err error) {
+	f, err := c.handle()
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, 0, corruptf("the file is missing")
+	}
+	if err != nil {
+		return 0, 0, err
 	}
 	size, err := f.Size()
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	c.size = uint32(min(size, format.MaxChunkSize))
 	sum, err := readSummary(f, c, c.size)
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	before := s.wal.nextSeq
 	if sum != nil && sum.before(s.wal.durable) {
-		err = s.replaySummary(t, c, sum, from)
+		err = s.replaySummary(t, c, sum, from, limit)
 		if s.wal.nextSeq > before {
 			s.recovery.Summaries++
 		}
 	} else {
-		err = s.replayRecords(t, c, from)
+		err = s.replayRecords(t, c, from, limit)
 	}
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	records = int(s.wal.nextSeq - before)
 	s.recovery.Records += int64(records)
@@ -249,27 +300,25 @@ func (s *Store) replayChunk(t *batch, c *chunk, from uint32) (records int, err e
 	case sum == nil:
 		s.ends = append(s.ends, c)
 		r := &recordReader{f: f, c: c, off: c.end}
-		dropped, err := r.tail()
-		s.recovery.DroppedBytes += dropped
-		return records, err
+		dropped, err = r.tail()
 	case c.end < sum.End:
 		s.ends = append(s.ends, c)
-		s.recovery.DroppedBytes += int64(sum.End - c.end)
+		dropped = int64(sum.End - c.end)
 		s.recovery.unsettled = true
 	}
-	return records, nil
+	return records, dropped, err
 }
 
 // replaySummary applies what a summary says of the records from an offset on. Only events and moved records are read:
 // what they say is not in it.
-func (s *Store) replaySummary(t *batch, c *chunk, sum *summary, from uint32) (err error) {
+func (s *Store) replaySummary(t *batch, c *chunk, sum *summary, from uint32, limit uint64) (err error) {
 	c.end = from
 	r := &recordReader{f: c.file, c: c, readOnly: true}
 	bad := sum.each(func(seq uint64, off uint32, e *format.SummaryEntry) bool {
 		if off < from {
 			return true
 		}
-		if off != c.end || seq != s.wal.nextSeq {
+		if off != c.end || seq != s.wal.nextSeq || seq >= limit {
 			return false
 		}
 		var payload []byte
@@ -298,10 +347,10 @@ func (s *Store) replayed(c *chunk, size int) {
 }
 
 // replayRecords reads and applies the records from an offset on.
-func (s *Store) replayRecords(t *batch, c *chunk, from uint32) error {
+func (s *Store) replayRecords(t *batch, c *chunk, from uint32, limit uint64) error {
 	c.end = from
 	r := &recordReader{f: c.file, c: c, off: from, at: from}
-	for {
+	for s.wal.nextSeq < limit {
 		h, payload, err := r.next(s.wal.nextSeq)
 		if err != nil {
 			return err
