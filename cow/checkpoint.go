@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"slices"
-	"syscall"
 
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
@@ -97,22 +96,10 @@ func (s *Store) checkpointLocked() error {
 		return s.thaw(g, fmt.Errorf("checkpoint: %w", err))
 	}
 	s.encode(g)
-	err := s.opts.OnCommit(false)
-	if err == nil {
-		err = s.meta.Update(g.write)
-	}
-	if err != nil {
-		err = fmt.Errorf("checkpoint: commit the table: %w", noSpace(err))
-		if !errors.Is(err, ErrNoSpace) && !errors.Is(err, syscall.EFBIG) {
-			// A sync failed, perhaps that of the meta page: another commit could overwrite
-			// pages that the one on the disk refers to.
-			err = s.wal.fail(err)
-		} else if _, perr := s.wal.pool.empty(); perr != nil { // the next one may have the room
-			err = errors.Join(err, perr)
-		}
+	if err := s.commit(g); err != nil {
 		return s.thaw(g, err)
 	}
-	err = s.opts.OnCommit(true)
+	err := s.opts.OnCommit(true)
 	s.settle(g)
 	s.trimEnds(g.at.ChunkSeq)
 	err = errors.Join(err, s.removeDead(g.dead))
@@ -123,6 +110,27 @@ func (s *Store) checkpointLocked() error {
 	s.leaving = 0
 	s.mu.Unlock()
 	return err
+}
+
+// commit writes a generation to the table. If there was no room for it, it can be tried again; any other failure is
+// final, whatever its errno: a sync may have failed, perhaps that of the meta page, and then another commit could write
+// over pages that the table on the disk refers to.
+func (s *Store) commit(g *generation) error {
+	err := s.opts.OnCommit(false)
+	tried := err == nil
+	if tried {
+		err = s.meta.Update(g.write)
+	}
+	if err == nil {
+		return nil
+	}
+	full := errors.Is(err, metadata.ErrUnwritten) || !tried && errors.Is(err, ErrNoSpace)
+	err = fmt.Errorf("checkpoint: commit the table: %w", noSpace(err))
+	if !full {
+		return s.wal.fail(err)
+	}
+	_, perr := s.wal.pool.empty() // the next one may have the room
+	return errors.Join(err, perr)
 }
 
 // trimEnds gives back what is allocated behind the records of chunks in which the log ended without a Close, and from

@@ -72,6 +72,9 @@ type Options struct {
 	// OnCommit is called around each commit of the table, and with an error before it lets it fail: for tests that
 	// cut the power.
 	OnCommit func(done bool) error
+	// GrowTable is called before the table's file becomes n bytes larger, and with an error keeps it from that: for
+	// tests whose disk is not the file system's.
+	GrowTable func(n int64) error
 	// NoTableSync leaves out the table's own fdatasyncs: for tests that copy its file.
 	NoTableSync bool
 }
@@ -109,6 +112,9 @@ func (o *Options) setDefaults() {
 	}
 	if o.OnCommit == nil {
 		o.OnCommit = func(bool) error { return nil }
+	}
+	if o.GrowTable == nil {
+		o.GrowTable = func(int64) error { return nil }
 	}
 }
 
@@ -282,7 +288,7 @@ func (s *Store) openFiles() error {
 	if _, err := os.Stat(path); err != nil {
 		return fmt.Errorf("the table is missing: %w", errors.Join(ErrCorrupt, err))
 	}
-	s.meta, err = metadata.Open(path, metadata.Options{Timeout: time.Second, NoSync: s.opts.NoTableSync})
+	s.meta, err = metadata.Open(path, metadata.Options{Timeout: time.Second, NoSync: s.opts.NoTableSync, Allocate: s.allocateTable})
 	if err != nil {
 		return err
 	}

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 
 	"github.com/vdisk/vdisk/internal/storage"
@@ -241,6 +242,8 @@ type world struct {
 	held    *heldRead
 	noRoom  bool // for the table
 
+	noGrowth bool // the table's file may not grow
+
 	meanwhile func() error // called around commits of the table
 }
 
@@ -279,6 +282,12 @@ func (l *lab) open(img crashImage, every int, rng *rand.Rand) (*world, error) {
 	}
 	o := l.options(fs)
 	o.OnCommit, o.Outlive = w.onCommit, img.outlive
+	o.GrowTable = func(int64) error {
+		if w.noGrowth {
+			return syscall.ENOSPC
+		}
+		return nil
+	}
 	if rng.IntN(2) == 0 {
 		o.ChunkBytes = 160 << 10 // logs of many chunks, with summaries
 	}

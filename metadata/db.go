@@ -16,6 +16,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"os"
 	"runtime/debug"
 	"sync/atomic"
 	"time"
@@ -55,14 +56,19 @@ var initialMmaps = [2]int{1 << 40, 64 << 30}
 type Options struct {
 	Timeout time.Duration // how long to wait for bbolt's file lock; 0 is the shortest wait there is
 	NoSync  bool          // tests only: commit without fdatasync
+
+	// Allocate gives the file blocks of its own from one size up to another, which becomes its size. An error, for
+	// want of room above all, leaves the table as it is. Default: the package's Allocate.
+	Allocate func(f *os.File, from, to int64) error
 }
 
-// DB is an open table. Its methods may be called concurrently; bbolt allows
-// one Update at a time, which callers see to, and many readers beside it.
+// DB is an open table. Its methods may be called concurrently; Updates come one
+// after the other, and many readers beside them.
 type DB struct {
 	b    *bbolt.DB
 	read atomic.Int64 // leaves, since pages were given back
-	note *note        // nil: what this process does to the table, the next opening verifies; used by Open, Update and Close
+	room room
+	note *note // nil: what this process does to the table, the next opening verifies; guarded by room.mu, but for Open and Close
 }
 
 // Open opens the table at path, making an empty one where there is none.
@@ -76,7 +82,8 @@ func Open(path string, o Options) (db *DB, err error) {
 			return nil, err
 		}
 	}
-	b, err := openTable(path, o)
+	var f *os.File
+	b, err := openTable(path, o, &f)
 	switch {
 	case errors.Is(err, berrors.ErrTimeout):
 		return nil, fmt.Errorf("%s: %w", path, ErrLocked)
@@ -85,16 +92,21 @@ func Open(path string, o Options) (db *DB, err error) {
 	case err != nil:
 		return nil, fmt.Errorf("open the table: %w", err)
 	}
-	if err := makeBuckets(b); err != nil {
-		b.Close()
-		return nil, err
+	db = &DB{b: b}
+	err = db.initRoom(f, o)
+	if err == nil {
+		err = db.makeBuckets()
 	}
-	db = &DB{b: b, note: newNote(path)}
+	if err != nil {
+		return nil, errors.Join(err, b.Close())
+	}
+	db.note = newNote(path)
 	// Of a table without a list of its free pages, as older programs left them, bbolt has looked at all pages.
 	return db, db.View(func(tx *Tx) error { tx.giveBack(); return nil })
 }
 
-func openTable(path string, o Options) (b *bbolt.DB, err error) {
+// openTable opens the table with bbolt. *file is the one that bbolt uses.
+func openTable(path string, o Options, file **os.File) (b *bbolt.DB, err error) {
 	for _, mmap := range initialMmaps {
 		b, err = bbolt.Open(path, 0o600, &bbolt.Options{
 			Timeout:         o.Timeout,
@@ -103,6 +115,10 @@ func openTable(path string, o Options) (b *bbolt.DB, err error) {
 			NoFreelistSync:  false, // without, opening reads all pages to find the free ones
 			FreelistType:    bbolt.FreelistMapType,
 			InitialMmapSize: mmap,
+			OpenFile: func(name string, flag int, mode os.FileMode) (f *os.File, err error) {
+				*file, err = os.OpenFile(name, flag, mode)
+				return *file, err
+			},
 		})
 		if !errors.Is(err, unix.ENOMEM) {
 			break
@@ -112,13 +128,13 @@ func openTable(path string, o Options) (b *bbolt.DB, err error) {
 }
 
 // makeBuckets makes those that are not there, in a table that is new.
-func makeBuckets(b *bbolt.DB) error {
+func (d *DB) makeBuckets() error {
 	names := [][]byte{
 		bucketStore, bucketVolumes, bucketSnapshots, bucketBranches, bucketLeaves, bucketChanges, bucketChunks,
 		bucketForwarded, bucketForwards,
 	}
 	missing := 0
-	err := b.View(func(tx *bbolt.Tx) error {
+	err := d.b.View(func(tx *bbolt.Tx) error {
 		for _, name := range names {
 			if tx.Bucket(name) == nil {
 				missing++
@@ -129,7 +145,7 @@ func makeBuckets(b *bbolt.DB) error {
 	if err != nil || missing == 0 {
 		return err // a commit would cost two syncs
 	}
-	return b.Update(func(tx *bbolt.Tx) error {
+	err = d.commit(func(tx *bbolt.Tx) error {
 		for _, name := range names {
 			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
 				return err
@@ -137,6 +153,7 @@ func makeBuckets(b *bbolt.DB) error {
 		}
 		return nil
 	})
+	return errors.Join(err, d.measure())
 }
 
 // Close waits for the readers and closes the file.
@@ -161,15 +178,21 @@ func (d *DB) Size() (n int64, err error) {
 func (d *DB) Pages() (check func() error, err error) { return pagesOf(d.b.Path()) }
 
 // Update runs fn in a read-write transaction and commits it; on an error
-// nothing changes. One at a time. When Update returns nil, the changes are durable.
+// nothing changes. When Update returns nil, the changes are durable. After an error of the commit that does not match
+// ErrUnwritten there may be no other Update. fn may be run more than once.
 func (d *DB) Update(fn func(*Tx) error) error {
+	d.room.mu.Lock()
+	defer d.room.mu.Unlock()
 	if d.note != nil && d.note.begin() != nil {
 		d.unverify()
 	}
 	err := d.update(fn)
-	if d.note != nil && (err != nil || d.note.end() != nil) {
+	if d.note != nil && (err != nil && !errors.Is(err, ErrUnwritten) || d.note.end() != nil) {
 		// Perhaps a sync has failed, and what the next owner would read is not what is on the disk.
 		d.unverify()
+	}
+	if merr := d.measure(); err == nil {
+		err = merr
 	}
 	return err
 }
@@ -181,7 +204,7 @@ func (d *DB) unverify() {
 
 func (d *DB) update(fn func(*Tx) error) (err error) {
 	defer guard(&err)()
-	return d.b.Update(func(tx *bbolt.Tx) error {
+	return d.commit(func(tx *bbolt.Tx) error {
 		t := &Tx{tx: tx, db: d}
 		if err := t.loadSum(); err != nil {
 			return err

@@ -1,0 +1,188 @@
+package metadata
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
+	"golang.org/x/sys/unix"
+)
+
+// ErrUnwritten is matched by the error of an Update for which there was no room. No sync has failed and the state on
+// the disk is the one before, so the Update can be tried again. After any other error of an Update it is not known
+// what is on the disk, and another Update could write over pages of the last durable state.
+var ErrUnwritten = errors.New("metadata: no room for the table")
+
+const (
+	growLeast = 64 << 10 // what the file grows by, at least
+	growMost  = 64 << 20 // and at most, unless more is asked for
+
+	// releaseTries is how often an Update that finds no room waits for short readers, which keep pages that an
+	// earlier one has given up from being used again.
+	releaseTries = 6
+)
+
+// room is the space of the table's file. bbolt's own way to grow leaves a file with holes, and finds out about a full
+// disk when it writes, or in a sync, after which nothing is known. So the blocks are allocated here, before bbolt
+// writes anything, and bbolt stays within them (DB.MaxSize). The mutex keeps growing and Updates apart.
+type room struct {
+	mu       sync.Mutex
+	f        *os.File // bbolt's
+	allocate func(f *os.File, from, to int64) error
+	noSync   bool
+	size     int64        // of the file, all of it allocated, or as much of it as is; guarded by mu
+	failed   error        // of a commit or sync: what is on the disk is not known any more; guarded by mu
+	free     atomic.Int64 // bytes of pages that the next Update can use
+	used     atomic.Int64 // bytes of pages in use
+}
+
+// Allocate gives a file blocks of its own from one size up to another, which becomes its size. Where the file system
+// cannot do that, it only sets the size.
+func Allocate(f *os.File, from, to int64) error {
+	for {
+		err := unix.Fallocate(int(f.Fd()), 0, from, to-from)
+		switch {
+		case err == unix.EINTR:
+		case err == unix.EOPNOTSUPP:
+			return f.Truncate(to)
+		case err != nil:
+			return &fs.PathError{Op: "allocate", Path: f.Name(), Err: err}
+		default:
+			return nil
+		}
+	}
+}
+
+// initRoom allocates what older programs left as a hole behind the pages, as far as there is room.
+func (d *DB) initRoom(f *os.File, o Options) error {
+	d.b.AllocSize = 0 // to be exact about what it needs: DB.grow
+	r := &d.room
+	r.f, r.noSync, r.allocate = f, o.NoSync, o.Allocate
+	if r.allocate == nil {
+		r.allocate = Allocate
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return fmt.Errorf("open the table: %w", err)
+	}
+	pages, err := d.Size()
+	if err != nil {
+		return err
+	}
+	r.size = info.Size()
+	if r.size > pages {
+		if err := Allocate(f, pages, r.size); err != nil {
+			r.size = pages
+		}
+	}
+	return d.measure()
+}
+
+// measure finds out how much room there is. room.mu is held, or nobody else has the table yet.
+func (d *DB) measure() error {
+	return d.View(func(tx *Tx) error {
+		page := int64(d.b.Info().PageSize)
+		st := d.b.Stats()
+		free := int64(st.FreePageN+st.PendingPageN) * page
+		d.room.used.Store(tx.tx.Size() - free)
+		d.room.free.Store(free + max(0, d.room.size-tx.tx.Size()))
+		return nil
+	})
+}
+
+// Room is how many bytes of pages the next Update can use without growing the file, and how many are in use. Pages that
+// only a reader keeps from being used are counted as room.
+func (d *DB) Room() (free, used int64) { return d.room.free.Load(), d.room.used.Load() }
+
+// Grow allocates n bytes more for the file. It waits for an Update that runs. If there is no room its error matches
+// ErrUnwritten.
+func (d *DB) Grow(n int64) (err error) {
+	d.room.mu.Lock()
+	defer d.room.mu.Unlock()
+	if d.note != nil && d.note.begin() != nil {
+		d.unverify()
+	}
+	err = d.growTo(d.room.size + n)
+	if d.note != nil && (err != nil && !errors.Is(err, ErrUnwritten) || d.note.end() != nil) {
+		d.unverify()
+	}
+	return errors.Join(err, d.measure())
+}
+
+// growTo makes the file larger. room.mu is held.
+func (d *DB) growTo(size int64) error {
+	r := &d.room
+	if r.failed != nil {
+		return r.failed
+	}
+	if size <= r.size {
+		return nil
+	}
+	size = (size + growLeast - 1) / growLeast * growLeast
+	if err := r.allocate(r.f, r.size, size); err != nil {
+		return fmt.Errorf("%w: from %d to %d bytes: %w", ErrUnwritten, r.size, size, err)
+	}
+	if !r.noSync {
+		if err := r.f.Sync(); err != nil {
+			r.failed = fmt.Errorf("sync the table: %w", err)
+			return r.failed
+		}
+	}
+	r.size = size
+	return nil
+}
+
+// commit runs fn in a transaction and commits it. Where bbolt comes to the end of the file, which it does before it
+// writes, the file grows and fn runs again.
+func (d *DB) commit(fn func(*bbolt.Tx) error) error {
+	r := &d.room
+	if r.failed != nil {
+		return r.failed
+	}
+	step := min(max(r.size/16, growLeast), growMost)
+	for tries := 0; ; {
+		d.b.MaxSize = int(r.size)
+		var failed error
+		err := d.b.Update(func(tx *bbolt.Tx) error { failed = fn(tx); return failed })
+		if err == nil || failed != nil {
+			return err
+		}
+		if !errors.Is(err, berrors.ErrMaxSizeReached) {
+			if err = unwritten(err); !errors.Is(err, ErrUnwritten) {
+				r.failed = err
+			}
+			return err
+		}
+		err = d.growTo(r.size + step)
+		step = min(2*step, max(growMost, step))
+		if err == nil {
+			continue
+		}
+		if !errors.Is(err, ErrUnwritten) || d.b.Stats().PendingPageN == 0 || tries == releaseTries {
+			return err
+		}
+		time.Sleep(time.Millisecond << tries)
+		tries++
+	}
+}
+
+// unwritten marks the error of a write for which there was no room: on file systems that write elsewhere what is
+// written over, blocks that are allocated are not enough. bbolt has synced nothing after it.
+func unwritten(err error) error {
+	var write *fs.PathError
+	if !errors.As(err, &write) || write.Op != "write" {
+		return err
+	}
+	for _, full := range []error{unix.ENOSPC, unix.EDQUOT, unix.EFBIG} {
+		if errors.Is(err, full) {
+			return fmt.Errorf("%w: %w", ErrUnwritten, err)
+		}
+	}
+	return err
+}
