@@ -3,6 +3,7 @@ package cow
 import (
 	"errors"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -66,10 +67,9 @@ func (t *batch) apply() error {
 	}
 	var next atomic.Int32
 	var wg sync.WaitGroup
-	t.moved = t.moved[:0]
-	for _, c := range t.s.slots.table() {
-		t.moved = append(t.moved, c != nil && c.moved > 0)
-	}
+	t.moved = slices.Grow(t.moved[:0], int(t.s.slots.end()))[:t.s.slots.end()]
+	clear(t.moved)
+	t.s.slots.each(func(c *chunk) { t.moved[c.slot] = c.moved > 0 })
 	workers := make([]applier, runtime.GOMAXPROCS(0))
 	for i := range workers {
 		a := &workers[i]

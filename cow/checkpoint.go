@@ -152,6 +152,7 @@ func (s *Store) trimEnds(before uint64) {
 		}
 		s.mu.Lock()
 		c.size = c.end
+		s.slots.recount(c)
 		s.mu.Unlock()
 		return true
 	})
@@ -238,6 +239,7 @@ func (s *Store) takeChunks(g *generation) {
 		}
 		if c.live == 0 && c.sealed && c.seq < g.at.ChunkSeq {
 			c.dead = true
+			s.slots.recount(c)
 			s.leaving += int64(c.size)
 			g.dead = append(g.dead, c)
 			continue
@@ -363,7 +365,10 @@ func (s *Store) settle(g *generation) {
 		}
 	}
 	s.writing = 0
-	s.cleanable, s.helpless = g.at.ChunkSeq, false
+	s.slots.cleanable, s.helpless = g.at.ChunkSeq, false
+	for _, c := range g.rowsOf { // those that are full since the last one, among others
+		s.slots.recount(c)
+	}
 	s.mu.Unlock()
 	s.thawed = false
 	s.committed.Store(g.gen)

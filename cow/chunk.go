@@ -1,9 +1,7 @@
 package cow
 
 import (
-	"errors"
 	"fmt"
-	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -38,6 +36,8 @@ type chunk struct {
 	dead     bool   // its row has gone, and its file goes
 	gone     bool   // the file was removed, moved blocks keep the slot; set before anybody sees the chunk
 	inTable  bool   // the table had a row of it at Open
+	inSlot   bool   // it is in the slot table
+	counted  counted
 
 	written  uint32 // end of what is in the file; guarded by recordLog.bufMu
 	unsynced bool   // in recordLog.unsynced; guarded by recordLog.writeMu
@@ -97,97 +97,4 @@ func (c *chunk) handle() (storage.File, error) {
 
 func (c *chunk) row() format.Chunk {
 	return format.Chunk{Slot: c.slot, Seq: c.seq, End: c.end, Live: c.live}
-}
-
-// slotTable maps slots to chunks. Changes happen under Store.mu; lookups need no lock.
-type slotTable struct{ t atomic.Pointer[[]*chunk] }
-
-func (s *slotTable) get(slot uint32) *chunk {
-	t := s.t.Load()
-	if t == nil || int(slot) >= len(*t) {
-		return nil
-	}
-	return (*t)[slot]
-}
-
-// set replaces the whole table, since readers look at the old one meanwhile; it
-// happens once a chunk.
-func (s *slotTable) set(slot uint32, c *chunk) {
-	var old []*chunk
-	if t := s.t.Load(); t != nil {
-		old = *t
-	}
-	t := make([]*chunk, max(len(old), int(slot)+1))
-	copy(t, old)
-	t[slot] = c
-	s.t.Store(&t)
-}
-
-// putAll is put of many, on a table that nobody looks at yet.
-func (s *slotTable) putAll(cs []*chunk) {
-	var t []*chunk
-	for _, c := range cs {
-		if n := int(c.slot) + 1; n > len(t) {
-			t = slices.Grow(t, n-len(t))[:n]
-		}
-		t[c.slot] = c
-	}
-	s.t.Store(&t)
-}
-
-func (s *slotTable) put(c *chunk)       { s.set(c.slot, c) }
-func (s *slotTable) remove(slot uint32) { s.set(slot, nil) }
-
-// all returns the chunks, by slot.
-func (s *slotTable) all() []*chunk {
-	t := s.t.Load()
-	if t == nil {
-		return nil
-	}
-	var cs []*chunk
-	for _, c := range *t {
-		if c != nil {
-			cs = append(cs, c)
-		}
-	}
-	return cs
-}
-
-// bytes is the size of all chunk files.
-func (s *slotTable) bytes() (n int64) {
-	for _, c := range s.all() {
-		n += int64(c.size)
-	}
-	return n
-}
-
-// table is the chunks by slot; nil where there is none.
-func (s *slotTable) table() []*chunk {
-	if t := s.t.Load(); t != nil {
-		return *t
-	}
-	return nil
-}
-
-func (s *slotTable) freeSlot() uint32 {
-	t := s.t.Load()
-	if t == nil {
-		return 0
-	}
-	for i, c := range *t {
-		if c == nil {
-			return uint32(i)
-		}
-	}
-	return uint32(len(*t))
-}
-
-func (s *slotTable) closeAll() error {
-	var errs []error
-	for _, c := range s.all() {
-		if c.file != nil {
-			errs = append(errs, c.file.Close())
-		}
-	}
-	return errors.Join(errs...)
 }

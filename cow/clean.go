@@ -72,13 +72,19 @@ func (s *Store) Clean(ctx context.Context, waste float64) (CleanReport, error) {
 // may have become their owner, and writes only what lives.
 func (s *Store) unstick() {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !s.loosened {
+	loosened := s.loosened
+	s.loosened = false
+	s.mu.Unlock()
+	if !loosened {
 		return
 	}
-	s.loosened = false
-	for _, c := range s.slots.all() {
-		c.stuck = 0
+	for n := range s.slots.pages { // there may be very many, and others wait for the lock
+		s.mu.Lock()
+		s.slots.page(n, func(c *chunk) {
+			c.stuck = 0
+			s.slots.recount(c)
+		})
+		s.mu.Unlock()
 	}
 }
 
@@ -121,35 +127,15 @@ func (s *Store) cleanOne(ctx context.Context, waste float64, limit uint64, pause
 	return r, err
 }
 
-// victim chooses by benefit and cost (Rosenblum and Ousterhout, 1992, section 3.5): what it gives, times the age, for
-// what it takes to read all and write what lives. A reference is taken.
-func (s *Store) victim(waste float64, limit uint64) (best *chunk) {
+// victim chooses the chunk that cleaning gains most of, and takes a reference. At least the part waste of it is dead.
+func (s *Store) victim(waste float64, limit uint64) *chunk {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var most float64
-	for _, c := range s.slots.all() {
-		if !s.mayClean(c) || c.seq >= limit {
-			continue
-		}
-		size := float64(c.end - format.ChunkHeaderSize)
-		used := float64(c.live+c.stuck) / size
-		if 1-used < waste {
-			continue
-		}
-		age := float64(s.wal.nextChunk - c.seq)
-		if benefit := (1 - used) * age / (1 + used); benefit > most {
-			most, best = benefit, c
-		}
+	c := s.slots.dirtiest(waste, limit, s.wal.nextChunk)
+	if c != nil {
+		c.acquire()
 	}
-	if best != nil {
-		best.acquire()
-	}
-	return best
-}
-
-// mayClean says whether a chunk is one that the table has all of, with something in it. mu is held.
-func (s *Store) mayClean(c *chunk) bool {
-	return c.sealed && !c.gone && !c.dead && !c.damaged && c.seq < s.cleanable && c.live > 0 && c.end > format.ChunkHeaderSize
+	return c
 }
 
 // cleanChunk moves what lives in c. cleanMu is held.
@@ -194,6 +180,7 @@ func (s *Store) leave(c *chunk) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	c.stuck = c.end - format.ChunkHeaderSize - min(c.live, c.end-format.ChunkHeaderSize)
+	s.slots.recount(c)
 }
 
 func (s *Store) live() error {

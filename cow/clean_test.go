@@ -74,7 +74,7 @@ func TestOverwriteOfALimitedStore(t *testing.T) {
 			}
 			s.mu.Lock()
 			appended, cleaned = s.wal.appended-appended, s.cleaned-cleaned
-			used := s.slots.bytes()
+			used := s.slots.files
 			s.mu.Unlock()
 			wa := float64(appended) / float64(appended-cleaned)
 			t.Logf("write amplification %.2f, %d MiB used", wa, used>>20)
@@ -238,6 +238,7 @@ func TestCleanEndsAtWhatNobodyOwns(t *testing.T) {
 	s.mu.Lock()
 	c := s.slots.all()[0]
 	c.live += 4096
+	s.slots.recount(c)
 	s.mu.Unlock()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()

@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"time"
-
-	"github.com/vdisk/vdisk/format"
 )
 
 // urgency is how much the cleaner is needed.
@@ -99,7 +97,7 @@ func (s *Store) cleaningFailed(err error) {
 func (s *Store) used(spares bool) int64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	n := s.slots.bytes()
+	n := s.slots.files
 	if !spares {
 		n -= s.wal.pool.bytes()
 	}
@@ -127,18 +125,10 @@ func (s *Store) urgency() urgency {
 	if s.starving {
 		return hungry
 	}
-	var used, owed, records, live int64
-	for _, c := range s.slots.all() {
-		used += int64(c.size)
-		owed += c.owed()
-		if s.mayClean(c) {
-			records += int64(c.end - format.ChunkHeaderSize)
-			live += int64(c.live + c.stuck)
-		}
-	}
-	dead := records - live
+	live := s.slots.dirtyLive
+	dead := s.slots.dirtyEnds - live
 	switch {
-	case err == nil && s.room(free, used)+owed+s.leaving < ahead*s.wal.chunkBytes && !s.helpless && dead > 0:
+	case err == nil && s.room(free)+s.slots.owed+s.leaving < ahead*s.wal.chunkBytes && !s.helpless && dead > 0:
 		return pressed
 	case float64(dead) > slack*float64(live)+slackBytes:
 		return tidy

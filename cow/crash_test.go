@@ -160,7 +160,7 @@ func (w *world) close() error {
 	for name := range w.devs {
 		w.closeDevice(name)
 	}
-	err = errors.Join(err, w.event(w.s.Close()))
+	err = errors.Join(err, w.s.sumsAgree(), w.event(w.s.Close()))
 	w.lab.recycled.Add(int64(w.s.wal.pool.reused))
 	if n := w.crasher.fs.Handles(); n != 0 {
 		err = errors.Join(err, fmt.Errorf("%d files are left open", n))
@@ -406,7 +406,7 @@ func (w *world) withChunk(o op, fn func(*chunk) error) error {
 	s.mu.Lock()
 	var cs []*chunk
 	for _, c := range s.slots.all() {
-		if s.mayClean(c) {
+		if s.slots.mayClean(c) {
 			c.acquire()
 			cs = append(cs, c)
 		}

@@ -119,7 +119,7 @@ func appended(s *Store) uint64 {
 	return s.wal.appended
 }
 
-func must(t *testing.T, err error) {
+func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)

@@ -354,6 +354,7 @@ func (l *recordLog) seal() {
 		return
 	}
 	c.sealed = true
+	l.slots.recount(c)
 	l.sealed = append(l.sealed, c)
 	l.queueSummary(c)
 	poke(l.syncWork) // so that the header of a chunk to come can say that this one is durable

@@ -108,8 +108,12 @@ func (l *recordLog) recycle(seq uint64) *chunk {
 
 func (l *recordLog) createFile(seq uint64, p purpose) (*chunk, error) {
 	l.mu.Lock()
-	c := newChunk(l.slots.freeSlot(), seq, l.fs)
+	slot, ok := l.slots.freeSlot()
 	l.mu.Unlock()
+	if !ok {
+		return nil, fmt.Errorf("%w: all %d places for chunks are taken; delete snapshots or volumes", ErrNoSpace, format.MaxSlots)
+	}
+	c := newChunk(slot, seq, l.fs)
 	size, err := l.sizeForData()
 	if err != nil && p > forData {
 		size, err = l.chunkSize(p, 0)
@@ -149,7 +153,7 @@ func (l *recordLog) chunkSize(p purpose, instead int64) (uint32, error) {
 		return 0, fmt.Errorf("free space of the store: %w", err)
 	}
 	l.mu.Lock()
-	used := l.slots.bytes()
+	used := l.slots.files
 	l.mu.Unlock()
 	keep := int64(spare)
 	if p == forData {

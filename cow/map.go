@@ -159,7 +159,9 @@ func (s *Store) account(e format.Entry, sign int) {
 	s.markRow(c)
 }
 
+// markRow notes that the accounting of a chunk has changed. mu is held.
 func (s *Store) markRow(c *chunk) {
+	s.slots.recount(c)
 	if !c.rowDirty {
 		c.rowDirty = true
 		s.dirtyRows = append(s.dirtyRows, c)

@@ -68,6 +68,7 @@ func (m *mover) batch() (moved int, more bool, err error) {
 			s.log.Error("a chunk cannot be cleaned; run check", "chunk", m.c.name(), "offset", off, "err", err)
 			s.mu.Lock()
 			m.c.damaged = true
+			s.slots.recount(m.c)
 			s.mu.Unlock()
 			return moved, false, nil
 		case err != nil:

@@ -154,34 +154,21 @@ func (t *throttle) room() (now, owed float64) {
 		free = 0
 	}
 	l := s.wal
-	var used, dead int64
-	for _, c := range s.slots.all() {
-		used += int64(c.size)
-		dead += c.owed()
-	}
-	room := s.room(free, used) - l.chunkBytes // the cleaner's
+	room := s.room(free) - l.chunkBytes // the cleaner's
 	if l.current != nil {
 		room += int64(l.current.size - l.current.end)
 	}
 	if l.next != nil && !l.next.reserved {
 		room += int64(l.next.size)
 	}
-	return float64(room) / float64(l.chunkBytes), float64(dead+s.leaving) / float64(l.chunkBytes)
+	return float64(room) / float64(l.chunkBytes), float64(s.slots.owed+s.leaving) / float64(l.chunkBytes)
 }
 
-// owed is what a chunk will give back with the next checkpoint.
-func (c *chunk) owed() int64 {
-	if c.sealed && c.live == 0 && !c.dead && !c.gone {
-		return int64(c.size)
-	}
-	return 0
-}
-
-// room is how much more the chunk files can take, which take so much. mu is held.
-func (s *Store) room(free, used int64) int64 {
+// room is how much more the chunk files can take, of so many free bytes. mu is held.
+func (s *Store) room(free int64) int64 {
 	room := free - spare
 	if s.wal.limit > 0 {
-		room = min(room, s.wal.limit-used)
+		room = min(room, s.wal.limit-s.slots.files)
 	}
 	return room + s.wal.pool.bytes()
 }

@@ -48,6 +48,7 @@ func (p *chunkPool) keep(c *chunk, size int64) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	c.size = uint32(size)
+	p.slots.recount(c)
 	p.spares = append(p.spares, c)
 	p.touched = time.Now()
 	return true

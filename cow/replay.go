@@ -32,7 +32,7 @@ func (s *Store) loadAndReplay() (remove []string, err error) {
 	if err := s.loadTables(tb); err != nil {
 		return nil, err
 	}
-	s.cleanable, s.coldMark = cp.ChunkSeq, tb.Cold
+	s.slots.cleanable, s.coldMark = cp.ChunkSeq, tb.Cold
 	logChunks, remove, err := s.findChunks(tb, cp)
 	if err != nil {
 		return nil, err
@@ -115,13 +115,11 @@ func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks
 	}
 	known := map[uint32]format.Chunk{}
 	rows := tb.Chunks
-	inTable := make([]*chunk, len(rows))
-	for i, r := range rows {
+	for _, r := range rows {
 		known[r.Slot] = r
-		inTable[i] = s.foundChunk(r, true)
+		s.slots.put(s.foundChunk(r, true))
 		s.wal.nextChunk = max(s.wal.nextChunk, r.Seq+1)
 	}
-	s.slots.putAll(inTable)
 	for _, r := range tb.Forwarded {
 		c := s.slots.get(r.Slot)
 		if c == nil {

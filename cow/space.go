@@ -82,7 +82,7 @@ func (s *Store) Room() (int64, error) {
 	defer s.mu.Unlock()
 	room := free - spare
 	if s.wal.limit > 0 {
-		room = min(room, s.wal.limit-s.slots.bytes())
+		room = min(room, s.wal.limit-s.slots.files)
 	}
 	return room - s.wal.chunkBytes, nil // one chunk is kept for the cleaner
 }

@@ -153,7 +153,6 @@ type Store struct {
 	dirtyRows    []*chunk
 	leaving      int64                         // bytes of chunks that the checkpoint under way removes
 	dirtyRegions []*region                     // of generation gen
-	cleanable    uint64                        // chunks before this sequence number are behind the replay position, and may be cleaned
 	loosened     bool                          // names have been reaped since chunk.stuck was counted
 	admin        bool                          // a table changed since the last checkpoint
 	dropping     map[metadata.Version]struct{} // given up by the reaper, still in the table
@@ -334,7 +333,7 @@ func (s *Store) sizeChunks() error {
 	if err != nil {
 		return fmt.Errorf("free space of the store: %w", err)
 	}
-	room := free + s.slots.bytes()
+	room := free + s.slots.files
 	if s.wal.limit > 0 {
 		room = min(room, s.wal.limit)
 	}
@@ -532,19 +531,15 @@ func (s *Store) Info() StoreInfo {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	in.Volumes = len(s.tables.volumes)
-	for _, sn := range s.tables.snapshots {
-		if sn.Volume != 0 {
-			in.Snapshots++
-		}
-	}
+	in.Snapshots = len(s.tables.snapshots) - len(s.tables.nameless)
 	in.SpareBytes = s.wal.pool.bytes()
-	for _, c := range s.slots.all() {
-		if c.gone || c.dead {
-			continue
+	in.Chunks, in.ChunkBytes, in.LiveBytes = int(s.slots.chunks), s.slots.ends, s.slots.live
+	for _, c := range []*chunk{s.wal.current, s.wal.next} {
+		if c != nil {
+			in.Chunks++
+			in.ChunkBytes += int64(c.end)
+			in.LiveBytes += int64(c.live)
 		}
-		in.Chunks++
-		in.ChunkBytes += int64(c.end)
-		in.LiveBytes += int64(c.live)
 	}
 	return in
 }

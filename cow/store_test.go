@@ -30,7 +30,7 @@ func newStore(t testing.TB, o Options) (*Store, string) {
 func mustCheck(t testing.TB, s *Store) CheckReport {
 	t.Helper()
 	rep, err := s.Check(context.Background(), CheckOptions{ReadData: true}, func(p Problem) { t.Errorf("check: %+v", p) })
-	if err != nil {
+	if err := errors.Join(err, s.sumsAgree()); err != nil {
 		t.Fatal(err)
 	}
 	return rep
