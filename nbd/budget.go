@@ -1,54 +1,122 @@
 package nbd
 
-import "sync"
+import (
+	"sync"
+	"time"
+)
 
-// requestCharge is what a request counts for beside its payload, so that requests without one are
-// bounded too. It is more than the server keeps of it.
-const requestCharge = 1 << 10
+// requestCharge is what a request counts for beside its buffers, so that requests without one are bounded too: the
+// task, and a packet with the heads and the vector of as many chunks as a READ is answered with.
+const requestCharge = 8 << 10
 
-// budget bounds what one connection has under way. Only the receiver acquires; anyone releases.
-type budget struct {
+// memory bounds what the connections of a server have under way, all together. It is shared out in the order in which
+// they asked.
+type memory struct {
 	max int64
 
-	mu    sync.Mutex // guards used
-	freed sync.Cond  // signalled when used shrinks
-	used  int64
+	mu      sync.Mutex // guards the fields below, and those of the budgets
+	used    int64
+	waiting []*budget // whose receivers wait for others to release, the longest first
 }
 
-func newBudget(limit int64) *budget {
-	b := &budget{max: limit}
-	b.freed.L = &b.mu
-	return b
+// budget bounds what one connection has under way. Only the receiver acquires, anyone releases. What is charged is the
+// size of the buffers that hold it, and not the number of bytes in them.
+type budget struct {
+	all *memory
+	max int64
+
+	// Guarded by all.mu.
+	used int64
+	need int64 // what the receiver waits for; 0: it does not wait
+
+	granted chan struct{} // the receiver has got what it needs
 }
 
-// tryAcquire takes n if that is possible now. One request is always possible, however large.
+func newBudget(all *memory, limit int64) *budget {
+	return &budget{all: all, max: limit, granted: make(chan struct{}, 1)}
+}
+
+// fitsHere and fitsAll report whether n more keeps to the connection's limit, and to that of all. One request is
+// always possible, however large. all.mu is held.
+func (b *budget) fitsHere(n int64) bool { return b.used == 0 || b.used+n <= b.max }
+func (m *memory) fitsAll(n int64) bool  { return m.used == 0 || m.used+n <= m.max }
+
+// tryAcquire takes n if that is possible now.
 func (b *budget) tryAcquire(n int64) bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.used > 0 && b.used+n > b.max {
+	m := b.all
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(m.waiting) > 0 || !b.fitsHere(n) || !m.fitsAll(n) {
 		return false
 	}
 	b.used += n
+	m.used += n
 	return true
 }
 
-// acquire waits until n can be taken. It ends because every reply is sent, or dropped when the
-// connection breaks, and releases its charge.
-func (b *budget) acquire(n int64) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for b.used > 0 && b.used+n > b.max {
-		b.freed.Wait()
+// acquire waits until n can be taken. That a reply is sent, or dropped because its connection is broken, releases its
+// charge; so it ends, unless clients take no replies. Each time that it has waited for patience for what other
+// connections hold, it calls starved, which is to see to that.
+func (b *budget) acquire(n int64, patience time.Duration, starved func()) {
+	if b.tryAcquire(n) {
+		return
 	}
-	b.used += n
+	m := b.all
+	m.mu.Lock()
+	b.need = n
+	if b.fitsHere(n) {
+		m.waiting = append(m.waiting, b)
+		m.grant()
+	}
+	m.mu.Unlock()
+	for {
+		timer := time.NewTimer(patience)
+		select {
+		case <-b.granted:
+			timer.Stop()
+			return
+		case <-timer.C:
+			if b.waitsForOthers() {
+				starved()
+			}
+		}
+	}
+}
+
+func (b *budget) waitsForOthers() bool {
+	b.all.mu.Lock()
+	defer b.all.mu.Unlock()
+	return b.need > 0 && b.fitsHere(b.need)
 }
 
 func (b *budget) release(n int64) {
 	if n == 0 {
 		return
 	}
-	b.mu.Lock()
+	m := b.all
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	couldNot := b.need > 0 && !b.fitsHere(b.need)
 	b.used -= n
-	b.mu.Unlock()
-	b.freed.Signal()
+	m.used -= n
+	if couldNot && b.fitsHere(b.need) { // from now on it waits for the others only
+		m.waiting = append(m.waiting, b)
+	}
+	m.grant()
+}
+
+// grant gives those who wait what they need, in their order, as far as it goes. mu is held.
+func (m *memory) grant() {
+	for len(m.waiting) > 0 {
+		b := m.waiting[0]
+		if !m.fitsAll(b.need) {
+			return
+		}
+		m.waiting[0] = nil
+		m.waiting = m.waiting[1:]
+		b.used += b.need
+		m.used += b.need
+		b.need = 0
+		b.granted <- struct{}{}
+	}
 }

@@ -19,13 +19,20 @@ var bufferPools [bufferClasses]sync.Pool
 
 const bufferClasses = 25 - minBufferBits + 1 // 2^25 is MaxPayload
 
+func bufferClass(n int) int {
+	if n <= 1<<minBufferBits {
+		return 0
+	}
+	return bits.Len(uint(n-1)) - minBufferBits
+}
+
+// bufferSize is how much memory a buffer of length n takes.
+func bufferSize(n int) int64 { return 1 << (bufferClass(n) + minBufferBits) }
+
 // newBuffer returns a buffer with length n, at most MaxPayload, whose content is arbitrary. The
 // caller owns it until it calls free.
 func newBuffer(n int) *buffer {
-	class := 0
-	if n > 1<<minBufferBits {
-		class = bits.Len(uint(n-1)) - minBufferBits
-	}
+	class := bufferClass(n)
 	if v := bufferPools[class].Get(); v != nil {
 		buf := v.(*buffer)
 		buf.b = buf.b[:n]

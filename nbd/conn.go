@@ -32,9 +32,9 @@ var ErrProtocol = errors.New("nbd: protocol violation")
 type conn struct {
 	srv *Server
 	session
-	dev  Device
-	try  TryReader // dev, or nil
-	size uint64
+	dev *guard
+	try TryReader // dev, or nil
+	ext Extenter  // dev, or nil
 
 	in     *input
 	out    sender
@@ -51,11 +51,16 @@ type conn struct {
 	wg    sync.WaitGroup // workers and flusher
 	flush flusher
 	ended atomic.Bool // the receiver has ended: long tasks give up
+
+	// receiving is when the receiver began to wait for the rest of a WRITE, in nanoseconds of Unix time; 0: it does not.
+	receiving atomic.Int64
 }
 
 // session is what a negotiation ends in.
 type session struct {
 	export     *Export
+	name       string // the export's, as the client gave it
+	size       uint64
 	structured bool // structured replies
 	allocation bool // base:allocation
 }
@@ -64,12 +69,16 @@ func newConn(srv *Server, nc net.Conn, s session) *conn {
 	c := &conn{
 		srv:     srv,
 		session: s,
-		dev:     s.export.Device,
-		size:    uint64(s.export.Device.Size()),
-		budget:  newBudget(srv.opts.MaxInFlight),
+		dev:     guardOf(s.export.Device),
+		budget:  newBudget(&srv.memory, srv.opts.MaxInFlight),
 		tasks:   make(chan task),
 	}
-	c.try, _ = c.dev.(TryReader)
+	if c.dev.try != nil {
+		c.try = c.dev
+	}
+	if c.dev.ext != nil {
+		c.ext = c.dev
+	}
 	c.out = sender{conn: nc, budget: c.budget}
 	c.in = newInput(nc, c.sendBatch)
 	return c
@@ -90,7 +99,23 @@ func (c *conn) run() error {
 	return err
 }
 
-func (c *conn) receive() error {
+// stalledSince is when the client began to keep the server waiting while requests of it are under way: it takes no
+// replies, or sends no more of a WRITE. It is zero where it does not.
+func (c *conn) stalledSince() time.Time {
+	var first int64
+	for _, since := range []int64{c.out.since.Load(), c.receiving.Load()} {
+		if since != 0 && (first == 0 || since < first) {
+			first = since
+		}
+	}
+	if first == 0 {
+		return time.Time{}
+	}
+	return time.Unix(0, first)
+}
+
+func (c *conn) receive() (err error) {
+	defer recovered(&err)
 	for !c.out.failed.Load() {
 		b, err := c.in.next(requestLen)
 		if err != nil {
@@ -122,8 +147,8 @@ func (c *conn) dispatch(req request) error {
 		return nil
 	}
 	switch {
-	case req.length == 0 && req.typ != cmdFlush && req.flags&cmdFlagFUA == 0:
-		c.replyBatched(req, 0)
+	case req.length == 0 && (req.typ == cmdRead || req.typ == cmdCache || req.typ != cmdFlush && req.flags&cmdFlagFUA == 0):
+		c.replyBatched(req, 0) // FUA means nothing to those that change nothing
 	case req.typ == cmdRead && req.length <= inlineMax && c.reads.inline():
 		c.readInline(req)
 	case req.typ == cmdWrite && req.length <= inlineMax && c.writes.inline():
@@ -132,7 +157,7 @@ func (c *conn) dispatch(req request) error {
 		return c.handOverWrite(req)
 	case req.typ == cmdFlush:
 		c.acquire(requestCharge)
-		c.joinFlush(req.cookie, requestCharge)
+		c.joinFlush(req, requestCharge)
 	default:
 		c.handOver(req)
 	}
@@ -160,10 +185,8 @@ func (c *conn) check(req request) uint32 {
 	if req.typ == cmdFlush {
 		return 0 // offset and length are reserved, and ignored
 	}
-	changes := false
 	switch req.typ {
 	case cmdWrite, cmdTrim, cmdWriteZeroes:
-		changes = true
 		if c.export.ReadOnly {
 			return errnoPerm
 		}
@@ -177,10 +200,13 @@ func (c *conn) check(req request) uint32 {
 		}
 	}
 	if req.off > c.size || uint64(req.length) > c.size-req.off {
-		if changes {
+		if req.typ == cmdWrite || req.typ == cmdWriteZeroes {
 			return errnoNoSpace
 		}
 		return errnoInval
+	}
+	if req.flags&(cmdFlagNoHole|cmdFlagFastZero) == cmdFlagNoHole|cmdFlagFastZero {
+		return errnoNotSup // to make sure of the space is not faster than to write
 	}
 	if req.length > MaxPayload && (req.typ == cmdRead || req.typ == cmdWrite) {
 		return errnoInval
@@ -213,7 +239,7 @@ func (c *conn) readInline(req request) {
 	}
 	c.reads.observe(time.Since(began))
 	if err != nil {
-		b = c.appendError(b[:start], req, wireErrno(err))
+		b = c.appendError(b[:start], req, c.errno(req, err))
 	}
 	c.batch.b = b
 	c.addedReply()
@@ -230,19 +256,22 @@ func (c *conn) writeInline(req request) error {
 	c.writes.observe(time.Since(began))
 	if err == nil && req.flags&cmdFlagFUA != 0 {
 		c.acquire(requestCharge)
-		c.joinFlush(req.cookie, requestCharge)
+		c.joinFlush(req, requestCharge)
 		return nil
 	}
-	c.replyBatched(req, wireErrno(err))
+	c.replyBatched(req, c.errno(req, err))
 	return nil
 }
 
 // handOverWrite receives the payload of a write for a worker.
 func (c *conn) handOverWrite(req request) error {
-	charge := requestCharge + int64(req.length)
+	charge := requestCharge + bufferSize(int(req.length))
 	c.acquire(charge)
 	buf := newBuffer(int(req.length))
-	if err := c.in.readFull(buf.b); err != nil {
+	c.receiving.Store(time.Now().UnixNano())
+	err := c.in.readFull(buf.b)
+	c.receiving.Store(0)
+	if err != nil {
 		buf.free()
 		c.budget.release(charge)
 		return err
@@ -253,8 +282,13 @@ func (c *conn) handOverWrite(req request) error {
 
 func (c *conn) handOver(req request) {
 	charge := int64(requestCharge)
-	if req.typ == cmdRead {
-		charge += int64(req.length)
+	switch req.typ {
+	case cmdRead:
+		charge += bufferSize(int(req.length))
+	case cmdCache:
+		charge += bufferSize(int(min(longStep, req.length)))
+	case cmdBlockStatus:
+		charge = statusCharge(req)
 	}
 	c.acquire(charge)
 	c.give(task{request: req, charge: charge})
@@ -266,7 +300,18 @@ func (c *conn) acquire(n int64) {
 		return
 	}
 	c.sendBatch()
-	c.budget.acquire(n)
+	c.waitFor(n)
+}
+
+// waitFor takes n from the budget, and waits for it.
+func (c *conn) waitFor(n int64) { c.budget.acquire(n, c.srv.opts.stall, c.srv.cutStalled) }
+
+// errno is the error number for what the device answered req. The client learns no more, so the reason is logged.
+func (c *conn) errno(req request, err error) uint32 {
+	if err != nil {
+		c.srv.logFailed(c.name, req, err)
+	}
+	return wireErrno(err)
 }
 
 // replyBatched adds a reply without content to the batch.
@@ -318,10 +363,10 @@ func (c *conn) sendBatch() {
 	if c.batch == nil {
 		return
 	}
-	n := int64(len(c.batch.b))
-	c.budget.acquire(n)
-	p := newPacket(n)
-	p.bufs = append(p.bufs, c.batch)
+	const charge = requestCharge + batchSize
+	c.waitFor(charge)
+	p := newPacket(charge)
+	p.buf = c.batch
 	p.vec = append(p.vec, c.batch.b)
 	c.batch, c.batched = nil, 0
 	c.out.send(p)

@@ -9,9 +9,9 @@ import (
 // Device is what an export serves. All methods are called concurrently, by all connections that
 // have opened the export. Offsets and lengths are in bytes, of any alignment, and within Size.
 //
-// A syscall.Errno in an error's chain tells the client what is wrong: ENOSPC, EDQUOT, EPERM, EACCES,
-// EROFS, EINVAL, ENOMEM, EOVERFLOW, ENOTSUP and ESHUTDOWN have an NBD equivalent; anything else
-// becomes EIO.
+// A syscall.Errno in an error's chain tells the client what is wrong: ENOSPC, EDQUOT, EFBIG, EPERM,
+// EACCES, EROFS, EINVAL, ENOMEM, EOVERFLOW, ENOTSUP and ESHUTDOWN have an NBD equivalent; anything
+// else, a panic too, becomes EIO. All that a client learns is that number; the error itself is logged.
 type Device interface {
 	// ReadAt fills p. Fewer bytes than len(p) are an error to the client, as with io.ReaderAt.
 	ReadAt(p []byte, off int64) (int, error)
@@ -21,9 +21,9 @@ type Device interface {
 	Flush() error
 	// Discard says that the content of the range is no longer needed.
 	Discard(off, length int64) error
-	// WriteZeroes makes the range read as zeroes; with noHole, writes to it must not fail for want
-	// of space later. It is expected to be faster than writing zeroes: clients are told so
-	// (FAST_ZERO). A device for which it is not should return ENOTSUP.
+	// WriteZeroes makes the range read as zeroes. Without noHole it is expected to be faster than
+	// writing zeroes: clients are told so (FAST_ZERO). With noHole the range has to take its space
+	// then, as if it were written, so that writes to it do not fail for want of space later.
 	WriteZeroes(off, length int64, noHole bool) error
 	// Size is asked for when an export is opened; it must not shrink while the export is open.
 	Size() int64
@@ -47,6 +47,7 @@ type TryReader interface {
 // Export is an open device and how it is to be served.
 type Export struct {
 	Device      Device
+	Name        string // in full
 	ReadOnly    bool
 	Description string // free text for people, may be empty
 
@@ -59,20 +60,41 @@ type Export struct {
 	Close func() error
 }
 
-func (e *Export) close() error {
+func (e *Export) close() (err error) {
 	if e.Close == nil {
 		return nil
 	}
+	defer recovered(&err)
 	return e.Close()
 }
 
+func (e *Export) info() Info {
+	return Info{
+		Name: e.Name, Size: e.Device.Size(), ReadOnly: e.ReadOnly, Description: e.Description,
+		MinBlock: e.MinBlock, PreferredBlock: e.PreferredBlock,
+	}
+}
+
+// Info is what clients can ask of an export that they have not opened. The fields are an Export's.
+type Info struct {
+	Name                     string
+	Size                     int64
+	ReadOnly                 bool
+	Description              string
+	MinBlock, PreferredBlock int
+}
+
 // Exports names what clients may open. Its methods are called concurrently.
+//
+// The empty name stands for the export that is meant where none is named, if there is one. Errors that are
+// fs.ErrNotExist tell the client that there is no such export, fs.ErrPermission that it may not have it. The text of
+// all errors is sent to the client.
 type Exports interface {
-	// List returns the names to advertise. Open may know others.
+	// List returns the names to advertise. Describe and Open may know others.
 	List() ([]string, error)
-	// Open opens an export for one connection, or for one question about it. Errors that are
-	// fs.ErrNotExist tell the client that there is no such export, fs.ErrPermission that it may not
-	// have it. The text of other errors is sent to the client.
+	// Describe tells of an export, also of one that could not be opened because it is in use.
+	Describe(name string) (Info, error)
+	// Open opens an export for one connection.
 	Open(name string) (*Export, error)
 }
 
@@ -86,7 +108,7 @@ func wireErrno(err error) uint32 {
 		return errnoIO
 	}
 	switch errno {
-	case syscall.ENOSPC, syscall.EDQUOT:
+	case syscall.ENOSPC, syscall.EDQUOT, syscall.EFBIG:
 		return errnoNoSpace
 	case syscall.EPERM, syscall.EACCES, syscall.EROFS:
 		return errnoPerm
@@ -105,7 +127,7 @@ func wireErrno(err error) uint32 {
 }
 
 // readFull reads as io.ReaderAt promises: an error, io.EOF too, counts only where bytes are missing.
-func readFull(d Device, p []byte, off int64) error {
+func readFull(d io.ReaderAt, p []byte, off int64) error {
 	n, err := d.ReadAt(p, off)
 	if n == len(p) {
 		return nil
@@ -116,7 +138,7 @@ func readFull(d Device, p []byte, off int64) error {
 	return err
 }
 
-func writeFull(d Device, p []byte, off int64) error {
+func writeFull(d io.WriterAt, p []byte, off int64) error {
 	n, err := d.WriteAt(p, off)
 	if err == nil && n < len(p) {
 		err = io.ErrShortWrite

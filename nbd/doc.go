@@ -23,7 +23,7 @@
 //	           | one writev for all that is ready
 //	         socket
 //
-// The receiver (receive.go) is the only one that reads the socket. A request that is small, and of a
+// The receiver (conn.go) is the only one that reads the socket. A request that is small, and of a
 // kind that the device has lately answered faster than a hand-over costs (pace.go), is done by the
 // receiver itself, straight from or into the socket buffers; its reply waits until no further
 // request has been received, or the batch is full. A device that is a TryReader is asked first, and a
@@ -34,6 +34,17 @@
 // sender (send.go) is no goroutine: whoever has a reply while nobody writes, writes, and goes on
 // while others add replies.
 //
-// What a connection can make the server hold is bounded by Options.MaxInFlight (budget.go): the
-// receiver stops reading when that much is received and not yet answered.
+// # What is bounded
+//
+// What a connection can make the server hold is bounded by Options.MaxInFlight, and what all of them
+// can by Options.MaxMemory (budget.go): the receiver stops reading when that much is received and not
+// yet answered. The memory of the buffers counts, and not the bytes in them. A connection that waits
+// for requests holds no buffers.
+//
+// Nothing waits for itself: whoever closes a connection waits until the system call that reads it has
+// returned, so the receiver does nothing else meanwhile (input.go). A client that takes no replies may
+// stay so for as long as it likes, unless others need the memory that it holds. Shutdown returns when
+// its context ends, whatever clients and devices do.
+//
+// A panic of a Device fails the request (guard.go).
 package nbd

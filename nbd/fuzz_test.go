@@ -80,5 +80,6 @@ func FuzzConnection(f *testing.F) {
 
 type fuzzExports func() *Export
 
-func (f fuzzExports) List() ([]string, error)      { return []string{"disk"}, nil }
-func (f fuzzExports) Open(string) (*Export, error) { return f(), nil }
+func (f fuzzExports) List() ([]string, error)       { return []string{"disk"}, nil }
+func (f fuzzExports) Open(string) (*Export, error)  { return f(), nil }
+func (f fuzzExports) Describe(string) (Info, error) { return Info{Name: "disk", Size: 1 << 20}, nil }

@@ -7,16 +7,19 @@ import (
 	"io/fs"
 	"net"
 	"strings"
+	"time"
 )
 
 // errAborted ends a negotiation that the client gave up, which is no error.
 var errAborted = errors.New("nbd: negotiation aborted by the client")
 
 // negotiation is one connection before the transmission phase. Everything is read to the byte, since
-// what follows belongs to the transmission phase. The connection's deadline bounds it.
+// what follows belongs to the transmission phase.
 type negotiation struct {
 	exports  Exports
 	conn     net.Conn
+	timeout  time.Duration // of each step of the client
+	failed   func(error)   // gets errors of exports
 	noZeroes bool
 
 	session
@@ -29,13 +32,14 @@ type option struct {
 	data []byte
 }
 
-// negotiate returns a session with an open export, or an error after which to hang up.
-func negotiate(exports Exports, conn net.Conn) (session, error) {
-	n := &negotiation{exports: exports, conn: conn}
+// run returns a session with an open export, or an error after which to hang up. How many options there are is not
+// limited: a client that lists the exports asks some of each.
+func (n *negotiation) run() (s session, err error) {
+	defer recovered(&err)
 	if err := n.greet(); err != nil {
 		return session{}, err
 	}
-	for range maxOptions {
+	for {
 		opt, err := n.readOption()
 		if err != nil {
 			return session{}, err
@@ -47,14 +51,21 @@ func negotiate(exports Exports, conn net.Conn) (session, error) {
 			return n.session, nil
 		}
 	}
-	return session{}, fmt.Errorf("%w: more than %d options", ErrProtocol, maxOptions)
+}
+
+// within bounds what the connection does until the next call.
+func (n *negotiation) within() error {
+	if err := n.conn.SetDeadline(time.Now().Add(n.timeout)); err != nil {
+		return fmt.Errorf("nbd: negotiation: %w", err)
+	}
+	return nil
 }
 
 func (n *negotiation) greet() error {
 	b := be.AppendUint64(nil, magicInit)
 	b = be.AppendUint64(b, magicOption)
 	b = be.AppendUint16(b, flagFixedNewstyle|flagNoZeroes)
-	if err := n.write(b); err != nil {
+	if err := n.write(b); err != nil { // and bounds the reading
 		return err
 	}
 	var reply [4]byte
@@ -71,6 +82,9 @@ func (n *negotiation) greet() error {
 
 func (n *negotiation) readOption() (option, error) {
 	var head [optionLen]byte
+	if err := n.within(); err != nil {
+		return option{}, err
+	}
 	if err := n.read(head[:]); err != nil {
 		return option{}, err
 	}
@@ -116,54 +130,59 @@ func (n *negotiation) exportName(opt option) error {
 	if len(opt.data) > maxNameLen {
 		return fmt.Errorf("%w: export name of %d bytes", ErrProtocol, len(opt.data))
 	}
-	_, export, err := n.open(string(opt.data))
+	export, info, err := n.open(string(opt.data))
 	if err != nil {
-		return err
+		n.failed(err)
+		return fmt.Errorf("nbd: open export %q: %w", opt.data, err)
 	}
-	b := be.AppendUint64(nil, uint64(export.Device.Size()))
-	b = be.AppendUint16(b, n.transmissionFlags(export))
+	b := be.AppendUint64(nil, uint64(info.Size))
+	b = be.AppendUint16(b, n.transmissionFlags(info))
 	if !n.noZeroes {
 		b = append(b, make([]byte, exportZeroes)...)
 	}
-	return n.begin(string(opt.data), export, b)
+	return n.begin(string(opt.data), export, info, b)
 }
 
 // begin sends the last reply of a negotiation and makes export the session's.
-func (n *negotiation) begin(name string, export *Export, reply []byte) error {
+func (n *negotiation) begin(name string, export *Export, info Info, reply []byte) error {
 	if err := n.write(reply); err != nil {
 		return errors.Join(err, export.close())
 	}
-	n.export = export
+	n.export, n.name, n.size = export, name, uint64(info.Size)
 	n.allocation = n.allocation && n.metaExport == name
 	return nil
 }
 
-// open opens an export by name; the empty name stands for the only one. It returns the full name.
-func (n *negotiation) open(name string) (string, *Export, error) {
-	if name == "" {
-		names, err := n.exports.List()
-		if err != nil {
-			return "", nil, err
+func (n *negotiation) open(name string) (export *Export, info Info, err error) {
+	defer func() {
+		if err != nil && export != nil { // it has panicked
+			err = errors.Join(err, export.close())
 		}
-		if len(names) != 1 {
-			return "", nil, fmt.Errorf("nbd: %d exports, and none is named: %w", len(names), fs.ErrNotExist)
-		}
-		name = names[0]
+	}()
+	defer recovered(&err)
+	if export, err = n.exports.Open(name); err == nil {
+		info = export.info()
 	}
-	export, err := n.exports.Open(name)
-	if err != nil {
-		return "", nil, fmt.Errorf("nbd: open export %q: %w", name, err)
-	}
-	return name, export, nil
+	return export, info, err
+}
+
+func (n *negotiation) describe(name string) (info Info, err error) {
+	defer recovered(&err)
+	return n.exports.Describe(name)
+}
+
+func (n *negotiation) names() (names []string, err error) {
+	defer recovered(&err)
+	return n.exports.List()
 }
 
 func (n *negotiation) list(opt option) error {
 	if len(opt.data) != 0 {
 		return n.refuse(opt, repErrInvalid, "LIST takes no data")
 	}
-	names, err := n.exports.List()
+	names, err := n.names()
 	if err != nil {
-		return n.refuse(opt, repErrPlatform, err.Error())
+		return n.refuseOpen(opt, err)
 	}
 	var b []byte
 	for _, name := range names {
@@ -183,31 +202,37 @@ func (n *negotiation) info(opt option) error {
 	if !d.done() {
 		return n.refuse(opt, repErrInvalid, "malformed INFO or GO")
 	}
-	name, export, err := n.open(asked)
+	if opt.id == optInfo {
+		info, err := n.describe(asked)
+		if err != nil {
+			return n.refuseOpen(opt, err)
+		}
+		return n.write(n.infoReply(opt, info, kinds))
+	}
+	export, info, err := n.open(asked)
 	if err != nil {
 		return n.refuseOpen(opt, err)
 	}
-	b := appendOptReply(nil, opt.id, repInfo,
-		u16(infoExport), u64(uint64(export.Device.Size())), u16(n.transmissionFlags(export)))
-	b = appendOptReply(b, opt.id, repInfo,
-		u16(infoBlockSize), u32(orDefault(export.MinBlock, 1)), u32(orDefault(export.PreferredBlock, 4096)), u32(MaxPayload))
-	if kinds[infoName] {
-		b = appendOptReply(b, opt.id, repInfo, u16(infoName), name)
-	}
-	if kinds[infoDescription] && export.Description != "" {
-		b = appendOptReply(b, opt.id, repInfo, u16(infoDescription), clip(export.Description))
-	}
-	b = appendOptReply(b, opt.id, repAck)
-	if opt.id == optGo {
-		return n.begin(asked, export, b)
-	}
-	closed := export.close() // before the reply, after which a client may expect it to be free
-	return errors.Join(closed, n.write(b))
+	return n.begin(asked, export, info, n.infoReply(opt, info, kinds))
 }
 
-func (n *negotiation) transmissionFlags(e *Export) uint16 {
+func (n *negotiation) infoReply(opt option, info Info, kinds map[uint16]bool) []byte {
+	b := appendOptReply(nil, opt.id, repInfo,
+		u16(infoExport), u64(uint64(info.Size)), u16(n.transmissionFlags(info)))
+	b = appendOptReply(b, opt.id, repInfo,
+		u16(infoBlockSize), u32(orDefault(info.MinBlock, 1)), u32(orDefault(info.PreferredBlock, 4096)), u32(MaxPayload))
+	if kinds[infoName] {
+		b = appendOptReply(b, opt.id, repInfo, u16(infoName), clip(info.Name))
+	}
+	if kinds[infoDescription] && info.Description != "" {
+		b = appendOptReply(b, opt.id, repInfo, u16(infoDescription), clip(info.Description))
+	}
+	return appendOptReply(b, opt.id, repAck)
+}
+
+func (n *negotiation) transmissionFlags(info Info) uint16 {
 	flags := uint16(flagHasFlags | flagSendFlush | flagSendFUA | flagMultiConn | flagSendCache)
-	if e.ReadOnly {
+	if info.ReadOnly {
 		flags |= flagReadOnly
 	} else {
 		flags |= flagSendTrim | flagSendWriteZeroes | flagSendFastZero
@@ -254,17 +279,19 @@ func (n *negotiation) meta(opt option) error {
 	return n.write(appendOptReply(b, opt.id, repAck))
 }
 
-// refuseOpen tells the client why an export cannot be opened.
+// refuseOpen tells the client why an export cannot be opened, described or listed.
 func (n *negotiation) refuseOpen(opt option, err error) error {
+	n.failed(err)
+	typ := uint32(repErrPlatform)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return n.refuse(opt, repErrUnknown, "no such export")
-	case errors.Is(err, fs.ErrPermission):
-		return n.refuse(opt, repErrPolicy, "not permitted")
+		typ = repErrUnknown
+	case errors.Is(err, fs.ErrPermission), errors.Is(err, ErrTooManyConnections):
+		typ = repErrPolicy
 	case errors.Is(err, ErrServerClosed):
-		return n.refuse(opt, repErrShutdown, "shutting down")
+		typ = repErrShutdown
 	}
-	return n.refuse(opt, repErrPlatform, err.Error())
+	return n.refuse(opt, typ, err.Error())
 }
 
 // refuse answers with an error, after which the client may go on.
@@ -284,6 +311,9 @@ func (n *negotiation) read(p []byte) error {
 }
 
 func (n *negotiation) write(p []byte) error {
+	if err := n.within(); err != nil {
+		return err
+	}
 	if _, err := n.conn.Write(p); err != nil {
 		return fmt.Errorf("nbd: negotiation: %w", err)
 	}

@@ -31,7 +31,8 @@ func TestBadRequests(t *testing.T) {
 		c.want(errnoNoSpace, 0, cmdWrite, size, 1<<20, big[:1<<20])
 		c.want(errnoNoSpace, 0, cmdWrite, ^uint64(0)-100, 200, big[:200])
 		c.want(errnoInval, 0, cmdWrite, 0, 33<<20, big)
-		c.want(errnoNoSpace, 0, cmdTrim, size-1, 2)
+		c.want(errnoInval, 0, cmdTrim, size-1, 2)
+		c.want(errnoInval, cmdFlagFUA, cmdTrim, size, 512)
 		c.want(errnoNoSpace, 0, cmdWriteZeroes, 0, ^uint32(0))
 		c.want(errnoInval, 0, cmdCache, size, 1)
 		c.want(errnoInval, 0, 8, 0, 512)
@@ -45,6 +46,12 @@ func TestBadRequests(t *testing.T) {
 			c.want(errnoInval, 0, cmdBlockStatus, 0, 512)
 		}
 		c.want(0, cmdFlagFUA, cmdRead, 0, 512) // ignored there
+		if r := c.want(0, cmdFlagFUA, cmdRead, 0, 0); structured && (r.typ != chunkNone || r.data != "") {
+			t.Errorf("READ of nothing with FUA: chunk type %d with %d bytes", r.typ, len(r.data))
+		}
+		c.want(0, cmdFlagFUA, cmdCache, 0, 0)
+		c.want(0, cmdFlagFUA, cmdTrim, size, 0)
+		c.want(0, cmdFlagFUA, cmdWriteZeroes, 0, 0)
 		c.want(0, 0, cmdRead, 0, 0)
 		c.want(0, 0, cmdRead, size, 0)
 		c.want(0, 0, cmdWrite, 0, 0)
@@ -177,7 +184,7 @@ func TestInFlightBound(t *testing.T) {
 }
 
 func TestBudget(t *testing.T) {
-	b := newBudget(100)
+	b := newBudget(&memory{max: 1 << 20}, 100)
 	if !b.tryAcquire(1000) {
 		t.Fatal("one request must always be possible")
 	}
@@ -185,7 +192,7 @@ func TestBudget(t *testing.T) {
 		t.Fatal("past the limit")
 	}
 	done := make(chan struct{})
-	go func() { b.acquire(60); close(done) }()
+	go func() { b.acquire(60, time.Hour, nil); close(done) }()
 	select {
 	case <-done:
 		t.Fatal("did not wait")
@@ -196,22 +203,6 @@ func TestBudget(t *testing.T) {
 	if b.tryAcquire(41) || !b.tryAcquire(40) {
 		t.Fatal("the limit is not exact")
 	}
-}
-
-func TestTooManyConnections(t *testing.T) {
-	s := New(serveRAM(newRAM(4096)), Options{MaxConnections: 2})
-	a, b := connect(t, s), connect(t, s)
-	a.open("disk", false)
-	b.open("disk", false)
-	c := connect(t, s)
-	if err := c.hungUp(); !errors.Is(err, ErrTooManyConnections) {
-		t.Fatalf("third connection: %v", err)
-	}
-	a.disconnect()
-	d := connect(t, s)
-	d.open("disk", false)
-	d.alive()
-	b.alive()
 }
 
 // Shutdown finishes and answers what it has received, and no more.
@@ -253,27 +244,6 @@ func TestShutdown(t *testing.T) {
 	if err := connect(t, s).hungUp(); !errors.Is(err, ErrServerClosed) {
 		t.Errorf("new connection: %v", err)
 	}
-}
-
-// Shutdown is bounded, though a device hangs.
-func TestShutdownBounded(t *testing.T) {
-	d := newRAM(1 << 20)
-	entered, release := make(chan struct{}), make(chan struct{})
-	d.onRead = func([]byte, int64) error { close(entered); <-release; return nil }
-	c, s := dialServer(t, serveRAM(d), Options{})
-	c.open("disk", false)
-	c.request(0, cmdRead, 5, 0, 1<<19)
-	<-entered
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Millisecond)
-	defer cancel()
-	if err := s.Shutdown(ctx); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("Shutdown: %v", err)
-	}
-	if b, _ := io.ReadAll(c.Conn); len(b) != 0 {
-		t.Errorf("%d bytes after the cut", len(b))
-	}
-	close(release)
-	_ = c.ended()
 }
 
 func TestServe(t *testing.T) {

@@ -11,26 +11,29 @@ const inputSize = 128 << 10
 
 // input buffers what is received. It is used by the receiver alone.
 type input struct {
-	buf  *buffer
-	r, w int // buf.b[r:w] is received and not yet used
+	buf  *buffer // nil where nothing is buffered and none is needed
+	r, w int     // buf.b[r:w] is received and not yet used
 
 	conn net.Conn
 	// idle is called before a read has to wait, so that nothing is held back while the client may
-	// be waiting for it.
+	// be waiting for it. It may wait, and may close the connection.
 	idle func()
 
 	// raw, where conn has it, reads without waiting first: only then is it known that a read waits.
-	// recv is made once, so that a read allocates nothing; dst, n and err are its arguments and
-	// results.
-	raw  syscall.RawConn
-	recv func(fd uintptr) bool
-	dst  []byte
-	n    int
-	err  error
+	// recv is made once, so that a read allocates nothing; the fields after it are its arguments and
+	// results. While raw calls recv, the connection cannot be closed: whoever closes it waits. So
+	// recv does no more than a system call that does not wait.
+	raw     syscall.RawConn
+	recv    func(fd uintptr) bool
+	dst     []byte // nil: the buffer
+	patient bool   // wait, rather than return with nothing
+	nothing bool   // there is nothing to be read
+	n       int
+	err     error
 }
 
 func newInput(conn net.Conn, idle func()) *input {
-	in := &input{buf: newBuffer(inputSize), conn: conn, idle: idle}
+	in := &input{conn: conn, idle: idle}
 	in.recv = in.tryRecv
 	if sc, ok := conn.(syscall.Conn); ok {
 		if raw, err := sc.SyscallConn(); err == nil {
@@ -44,6 +47,9 @@ func (in *input) buffered() int { return in.w - in.r }
 
 // next returns the next n bytes, at most inputSize; they are valid until the next call.
 func (in *input) next(n int) ([]byte, error) {
+	if n == 0 {
+		return nil, nil
+	}
 	if in.buffered() < n {
 		if err := in.fill(n); err != nil {
 			return nil, err
@@ -64,7 +70,7 @@ func (in *input) fill(n int) error {
 		in.r = 0
 	}
 	for in.buffered() < n {
-		got, err := in.read(in.buf.b[in.w:])
+		got, err := in.read(nil)
 		in.w += got
 		if err == io.EOF && in.buffered() > 0 {
 			err = io.ErrUnexpectedEOF
@@ -78,8 +84,11 @@ func (in *input) fill(n int) error {
 
 // readFull fills p, from the socket directly where it is more than what is buffered.
 func (in *input) readFull(p []byte) error {
-	n := copy(p, in.buf.b[in.r:in.w])
-	in.r += n
+	n := 0
+	if in.buffered() > 0 {
+		n = copy(p, in.buf.b[in.r:in.w])
+		in.r += n
+	}
 	for n < len(p) {
 		got, err := in.read(p[n:])
 		n += got
@@ -98,45 +107,66 @@ func (in *input) discard(n int) error {
 	for n > 0 {
 		b, err := in.next(min(n, inputSize))
 		if err != nil {
-			return err
+			return unexpected(err)
 		}
 		n -= len(b)
 	}
 	return nil
 }
 
-// read reads at least one byte, or returns an error.
+// read reads at least one byte, to p or else behind what is buffered, or returns an error.
 func (in *input) read(p []byte) (int, error) {
 	if in.raw == nil {
 		in.idle()
+		if p == nil {
+			p = in.room()
+		}
 		return in.conn.Read(p)
 	}
-	in.dst, in.n, in.err = p, 0, nil
+	n, err := in.receive(p, false)
+	if in.nothing {
+		in.idle()
+		n, err = in.receive(p, true)
+	}
+	return n, err
+}
+
+// receive reads what is there, and waits until there is something if it is patient.
+func (in *input) receive(p []byte, patient bool) (int, error) {
+	in.dst, in.patient, in.nothing, in.n, in.err = p, patient, false, 0, nil
 	err := in.raw.Read(in.recv)
 	in.dst = nil
 	switch {
 	case err != nil: // closed, or past the deadline
+		in.nothing = false
 		return 0, err
 	case in.err != nil:
 		return 0, in.err
-	case in.n == 0:
+	case in.n == 0 && !in.nothing:
 		return 0, io.EOF
 	}
 	return in.n, nil
 }
 
-// tryRecv returns false when nothing is there; the runtime then waits and calls it again.
+// tryRecv returns false when nothing is there and the read is patient; the runtime then waits and calls it again.
 func (in *input) tryRecv(fd uintptr) bool {
+	p := in.dst
+	if p == nil {
+		p = in.room()
+	}
 	for {
-		n, err := syscall.Read(int(fd), in.dst)
+		n, err := syscall.Read(int(fd), p)
 		switch err {
 		case nil:
 			in.n = n
 			return true
 		case syscall.EINTR:
 		case syscall.EAGAIN:
-			in.idle()
-			return false
+			in.nothing = !in.patient
+			if in.patient && in.buffered() == 0 {
+				in.free() // connections that wait hold none
+			}
+			return !in.patient
 		default:
 			in.err = err
 			return true
@@ -144,7 +174,17 @@ func (in *input) tryRecv(fd uintptr) bool {
 	}
 }
 
+// room returns the free part of the buffer.
+func (in *input) room() []byte {
+	if in.buf == nil {
+		in.buf, in.r, in.w = newBuffer(inputSize), 0, 0
+	}
+	return in.buf.b[in.w:]
+}
+
 func (in *input) free() {
-	in.buf.free()
-	in.buf = nil
+	if in.buf != nil {
+		in.buf.free()
+		in.buf, in.r, in.w = nil, 0, 0
+	}
 }

@@ -172,7 +172,10 @@ size = h.get_size()
 assert size == 8 << 20
 h.pwrite(b"hello", 4090, nbd.CMD_FLAG_FUA)
 assert h.pread(7, 4089) == b"\0hello\0"
-h.zero(2, 4091, nbd.CMD_FLAG_NO_HOLE | nbd.CMD_FLAG_FAST_ZERO)
+h.zero(1, 4091, nbd.CMD_FLAG_NO_HOLE)
+h.zero(1, 4092, nbd.CMD_FLAG_FAST_ZERO)
+fails(errno.ENOTSUP, h.zero, 2, 4091, nbd.CMD_FLAG_NO_HOLE | nbd.CMD_FLAG_FAST_ZERO)
+fails(errno.EINVAL, h.trim, 512, size)
 assert h.pread(5, 4090) == b"h\0\0lo"
 h.pwrite(b"x" * 65536, 65536)
 h.trim(65536, 65536, nbd.CMD_FLAG_FUA)

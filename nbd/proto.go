@@ -127,7 +127,6 @@ const (
 	// asks clients to stay within when nothing else is negotiated, and what is announced.
 	MaxPayload = 32 << 20
 
-	maxOptions   = 32       // options in one negotiation; real clients send fewer than ten
 	maxOptionLen = 64 << 10 // bytes of one option's data
 	maxNameLen   = 4096     // bytes of any string, by the specification
 

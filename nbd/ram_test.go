@@ -151,6 +151,33 @@ func (m exportMap) List() ([]string, error) {
 	return names, nil
 }
 
+// Describe does not open, and so does not know who has it.
+func (m exportMap) Describe(name string) (Info, error) {
+	switch name {
+	case "secret":
+		return Info{}, fs.ErrPermission
+	case "busy":
+		return Info{Name: name, Size: ramBlock}, nil
+	}
+	name, e, ok := m.find(name)
+	if !ok {
+		return Info{}, fs.ErrNotExist
+	}
+	info := e.info()
+	info.Name = name
+	return info, nil
+}
+
+// find finds an export; the empty name is the only one.
+func (m exportMap) find(name string) (string, *Export, bool) {
+	if name == "" && len(m) == 1 {
+		for name = range m {
+		}
+	}
+	e, ok := m[name]
+	return name, e, ok
+}
+
 func (m exportMap) Open(name string) (*Export, error) {
 	switch name {
 	case "secret":
@@ -158,7 +185,7 @@ func (m exportMap) Open(name string) (*Export, error) {
 	case "busy":
 		return nil, syscall.EBUSY
 	}
-	e, ok := m[name]
+	_, e, ok := m.find(name)
 	if !ok {
 		return nil, fs.ErrNotExist
 	}

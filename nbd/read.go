@@ -1,5 +1,10 @@
 package nbd
 
+import (
+	"slices"
+	"unsafe"
+)
+
 // Where a read skips holes. Below sparseMin, asking for the extents costs more than it saves; a
 // range with more than maxPieces extents is sent as data from there on.
 const (
@@ -17,29 +22,28 @@ type piece struct {
 func (c *conn) read(t task) {
 	p := newPacket(t.charge)
 	var err error
-	if ext, ok := c.dev.(Extenter); ok && c.structured && t.flags&cmdFlagDF == 0 && t.length >= sparseMin {
-		err = c.readPieces(p, t, ext)
+	if c.ext != nil && c.structured && t.flags&cmdFlagDF == 0 && t.length >= sparseMin {
+		err = c.readPieces(p, t, c.ext)
 	} else {
 		err = c.readWhole(p, t)
 	}
 	if err != nil {
 		p.reset()
-		p.head = c.appendError(p.head, t.request, wireErrno(err))
+		p.head = c.appendError(p.head, t.request, c.errno(t.request, err))
 		p.sealHead()
 	}
 	c.out.send(p)
 }
 
 func (c *conn) readWhole(p *packet, t task) error {
-	buf := newBuffer(int(t.length))
-	p.bufs = append(p.bufs, buf)
+	p.buf = newBuffer(int(t.length))
 	if c.structured {
 		p.head = appendOffsetData(p.head, chunkFlagDone, t.cookie, t.off, t.length)
 	} else {
 		p.head = appendSimple(p.head, t.cookie, 0)
 	}
-	p.vec = append(p.vec, p.head, buf.b)
-	return readFull(c.dev, buf.b, int64(t.off))
+	p.vec = append(p.vec, p.head, p.buf.b)
+	return readFull(c.dev, p.buf.b, int64(t.off))
 }
 
 // readPieces makes a chunk of each extent.
@@ -52,9 +56,19 @@ func (c *conn) readPieces(p *packet, t task, ext Extenter) error {
 		last := &pieces[maxPieces-1]
 		last.length, last.hole = end-last.off, false
 	}
-	heads := newBuffer(len(pieces) * offsetHoleLen)
-	p.bufs = append(p.bufs, heads)
-	h := heads.b[:0]
+	data := int64(0)
+	for _, x := range pieces {
+		if !x.hole {
+			data += x.length
+		}
+	}
+	if data > 0 {
+		p.buf = newBuffer(int(data))
+	}
+	// In one place, since the vector refers to it.
+	h := slices.Grow(p.head, len(pieces)*offsetHoleLen)
+	p.head = h
+	used := int64(0)
 	for i, x := range pieces {
 		var flags uint16
 		if i == len(pieces)-1 {
@@ -67,32 +81,48 @@ func (c *conn) readPieces(p *packet, t task, ext Extenter) error {
 			continue
 		}
 		h = appendOffsetData(h, flags, t.cookie, uint64(x.off), uint32(x.length))
-		buf := newBuffer(int(x.length))
-		p.bufs = append(p.bufs, buf)
-		p.vec = append(p.vec, h[start:], buf.b)
-		if err := readFull(c.dev, buf.b, x.off); err != nil {
+		b := p.buf.b[used:][:x.length]
+		used += x.length
+		p.vec = append(p.vec, h[start:], b)
+		if err := readFull(c.dev, b, x.off); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
+// descriptors is how many descriptors answer a BLOCK_STATUS at most.
+func descriptors(req request) int {
+	if req.flags&cmdFlagReqOne != 0 {
+		return 1
+	}
+	return int(min(maxDescriptors, req.length))
+}
+
+// statusLen is the length of a reply with n of them.
+func statusLen(n int) int { return chunkLen + 4 + 8*n }
+
+// statusCharge is what a BLOCK_STATUS takes until its reply is made: that, and the pieces that it is made of, whose
+// slice may have grown to twice their number.
+func statusCharge(req request) int64 {
+	n := descriptors(req)
+	return requestCharge + bufferSize(statusLen(n)) + 2*int64(unsafe.Sizeof(piece{}))*int64(n)
+}
+
 // blockStatus does a BLOCK_STATUS and replies.
 func (c *conn) blockStatus(t task) {
-	most := maxDescriptors
-	if t.flags&cmdFlagReqOne != 0 {
-		most = 1
-	}
 	pieces := []piece{{off: int64(t.off), length: int64(t.length)}}
-	if ext, ok := c.dev.(Extenter); ok {
+	if c.ext != nil {
 		var err error
-		if pieces, err = extents(ext, int64(t.off), int64(t.length), most); err != nil {
-			c.reply(t, wireErrno(err))
+		if pieces, err = extents(c.ext, int64(t.off), int64(t.length), descriptors(t.request)); err != nil {
+			c.reply(t, c.errno(t.request, err))
 			return
 		}
 	}
-	p := newPacket(t.charge)
-	h := appendChunk(p.head, chunkFlagDone, chunkBlockStatus, t.cookie, uint32(4+8*len(pieces)))
+	n := statusLen(len(pieces))
+	p := newPacket(requestCharge + bufferSize(n))
+	p.buf = newBuffer(n)
+	h := appendChunk(p.buf.b[:0], chunkFlagDone, chunkBlockStatus, t.cookie, uint32(n-chunkLen))
 	h = be.AppendUint32(h, contextAllocationID)
 	for _, x := range pieces {
 		state := uint32(0)
@@ -102,8 +132,9 @@ func (c *conn) blockStatus(t task) {
 		h = be.AppendUint32(h, uint32(x.length))
 		h = be.AppendUint32(h, state)
 	}
-	p.head = h
-	c.out.send(p.sealHead())
+	p.vec = append(p.vec, h)
+	c.budget.release(t.charge - p.charge)
+	c.out.send(p)
 }
 
 // extents returns the first pieces, at most most, of a range that is not empty: in order, without

@@ -5,17 +5,19 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // packet is bytes to send and what they hold until they are sent. The sender owns it once it has it.
 type packet struct {
-	vec    [][]byte  // the bytes, in pieces: of head, and of bufs
-	head   []byte    // headers
-	bufs   []*buffer // freed when sent
-	charge int64     // released to the budget when sent
+	vec    [][]byte // the bytes, in pieces: of head, and of buf
+	head   []byte   // headers
+	buf    *buffer  // freed when sent; may be nil
+	charge int64    // released to the budget when sent
 }
 
-const pooledHead, maxPooledHead = 64, 4 << 10 // bytes of room for headers in a pooled packet
+// Bytes of room for headers in a pooled packet: for one, and for the chunks of a READ.
+const pooledHead, maxPooledHead = 64, maxPieces * offsetHoleLen
 
 var packetPool = sync.Pool{New: func() any { return &packet{head: make([]byte, 0, pooledHead)} }}
 
@@ -27,13 +29,13 @@ func newPacket(charge int64) *packet {
 
 // reset makes p empty, keeping its charge.
 func (p *packet) reset() {
-	for i, b := range p.bufs {
-		b.free()
-		p.bufs[i] = nil
+	if p.buf != nil {
+		p.buf.free()
+		p.buf = nil
 	}
 	clear(p.vec)
-	p.vec, p.head, p.bufs = p.vec[:0], p.head[:0], p.bufs[:0]
-	if cap(p.head) > maxPooledHead { // of a long block status; not worth keeping
+	p.vec, p.head = p.vec[:0], p.head[:0]
+	if cap(p.head) > maxPooledHead { // of many flushes; not worth keeping
 		p.head = make([]byte, 0, pooledHead)
 	}
 }
@@ -57,6 +59,9 @@ type sender struct {
 	// failed is set when a write failed: the connection is closed, packets are dropped, and there is
 	// no point in doing further requests.
 	failed atomic.Bool
+
+	// since is when the write that is under way began, in nanoseconds of Unix time; 0: none is.
+	since atomic.Int64
 
 	// Owned by who set busy.
 	err   error       // why failed is set; written before it is
@@ -109,6 +114,8 @@ func (s *sender) write(packets []*packet) {
 }
 
 func (s *sender) writeVec() error {
+	s.since.Store(time.Now().UnixNano())
+	defer s.since.Store(0)
 	if len(s.vec) == 1 {
 		_, err := s.conn.Write(s.vec[0])
 		return err

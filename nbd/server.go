@@ -15,30 +15,39 @@ import (
 // ErrServerClosed is returned by Serve and ServeConn after Shutdown.
 var ErrServerClosed = errors.New("nbd: server closed")
 
-// ErrTooManyConnections is returned by ServeConn for a connection past Options.MaxConnections.
-var ErrTooManyConnections = errors.New("nbd: too many connections")
+// ErrTooManyConnections is returned by ServeConn for a connection past Options.MaxConnections, and
+// told to its client.
+var ErrTooManyConnections = errors.New("too many NBD connections")
 
 // Options are a Server's limits. Zero values stand for the defaults.
 type Options struct {
-	// MaxConnections is how many connections are served at a time (64). Further ones are closed at
-	// once.
+	// MaxConnections is how many connections are served at a time (10,000). Further ones are told so
+	// and closed. One that waits for requests holds no buffers.
 	MaxConnections int
-	// HandshakeTimeout bounds the whole negotiation of a connection (30 s).
+	// HandshakeTimeout bounds each step of a negotiation: an option of the client and its answer
+	// (30 s).
 	HandshakeTimeout time.Duration
-	// MaxInFlight bounds the bytes of requests, and of their replies, that one connection has under
+	// MaxInFlight bounds the memory of requests, and of their replies, that one connection has under
 	// way (64 MiB). One request is always possible, however large.
 	MaxInFlight int64
+	// MaxMemory bounds the same of all connections together (512 MiB). When it is used up,
+	// connections wait for each other; those whose clients have taken no replies for half a minute
+	// are cut off then, so that they do not keep others waiting.
+	MaxMemory int64
 	// Workers is how many requests of one connection are done at a time, beside the flush and those
 	// that are done as they are received (32).
 	Workers int
-	// Logger gets what goes wrong with connections, and their beginnings and ends at debug level
-	// (none).
+	// Logger gets the requests that fail, and what goes wrong with connections, at most one of them a
+	// second; clients that go away without a word at info level; the beginnings and ends of
+	// connections at debug level (none).
 	Logger *slog.Logger
+
+	stall time.Duration // after which a client is cut off that keeps others waiting; tests have their own
 }
 
 func (o Options) withDefaults() Options {
 	if o.MaxConnections == 0 {
-		o.MaxConnections = 64
+		o.MaxConnections = 10_000
 	}
 	if o.HandshakeTimeout == 0 {
 		o.HandshakeTimeout = 30 * time.Second
@@ -46,11 +55,17 @@ func (o Options) withDefaults() Options {
 	if o.MaxInFlight == 0 {
 		o.MaxInFlight = 64 << 20
 	}
+	if o.MaxMemory == 0 {
+		o.MaxMemory = 512 << 20
+	}
 	if o.Workers == 0 {
 		o.Workers = 32
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.stall == 0 {
+		o.stall = 30 * time.Second
 	}
 	return o
 }
@@ -59,12 +74,25 @@ func (o Options) withDefaults() Options {
 type Server struct {
 	exports Exports
 	opts    Options
+	memory  memory
+	log     sparseLog
+	panics  sparseLog // apart, since they are the server's faults
 
 	mu        sync.Mutex // guards the fields below
 	closed    bool       // Shutdown was called
 	listeners map[net.Listener]struct{}
-	conns     map[net.Conn]bool // true in the transmission phase
-	idle      sync.Cond         // signalled when a connection has ended
+	conns     map[net.Conn]*served
+	refused   int       // of conns
+	idle      sync.Cond // signalled when a connection has ended
+
+	abandoned chan struct{} // closed when Shutdown does not wait any longer
+	abandon   sync.Once
+}
+
+// served is a connection as the server sees it.
+type served struct {
+	refused bool  // it is past the limit, and is told so
+	conn    *conn // nil until the transmission phase
 }
 
 // New returns a server of exports.
@@ -73,15 +101,19 @@ func New(exports Exports, opts Options) *Server {
 		exports:   exports,
 		opts:      opts.withDefaults(),
 		listeners: make(map[net.Listener]struct{}),
-		conns:     make(map[net.Conn]bool),
+		conns:     make(map[net.Conn]*served),
+		abandoned: make(chan struct{}),
 	}
+	s.memory.max = s.opts.MaxMemory
+	s.log.logger, s.panics.logger = s.opts.Logger, s.opts.Logger
 	s.idle.L = &s.mu
 	return s
 }
 
 // Serve accepts connections from l and serves them until Shutdown is called, which makes it return
 // ErrServerClosed, or ctx ends, which cuts the connections off and makes it return ctx's error, or
-// accepting fails. In each case it closes l, and its connections have ended when it returns.
+// accepting fails. In each case it closes l, and its connections have ended when it returns, except
+// when Shutdown did not wait for them.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	defer l.Close()
 	if !s.addListener(l) {
@@ -91,7 +123,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	defer stop()
 	var wg sync.WaitGroup
-	defer wg.Wait()
+	defer s.await(&wg)
 	for {
 		nc, err := accept(ctx, l)
 		if err != nil {
@@ -104,13 +136,26 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 			return fmt.Errorf("nbd: accept: %w", err)
 		}
 		wg.Go(func() {
-			log := s.opts.Logger.With("client", nc.RemoteAddr().String())
-			log.Debug("nbd connection begins")
-			if err := s.ServeConn(ctx, nc); err != nil && ctx.Err() == nil && !errors.Is(err, ErrServerClosed) {
-				log.Warn("nbd connection failed", "err", err)
+			client := nc.RemoteAddr().String()
+			s.opts.Logger.Debug("nbd connection begins", "client", client)
+			if err := s.ServeConn(ctx, nc); err != nil && ctx.Err() == nil {
+				s.logEnd(client, err)
 			}
-			log.Debug("nbd connection ended")
+			s.opts.Logger.Debug("nbd connection ended", "client", client)
 		})
+	}
+}
+
+// await waits for connections, unless they have been given up.
+func (s *Server) await(wg *sync.WaitGroup) {
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		wg.Wait()
+	}()
+	select {
+	case <-ended:
+	case <-s.abandoned:
 	}
 }
 
@@ -139,31 +184,64 @@ func isTemporary(err error) bool {
 // export is closed.
 func (s *Server) ServeConn(ctx context.Context, nc net.Conn) error {
 	defer nc.Close()
-	if err := s.addConn(nc); err != nil {
+	full, err := s.addConn(nc)
+	if err != nil {
 		return err
 	}
 	defer s.removeConn(nc)
 	stop := context.AfterFunc(ctx, func() { nc.Close() })
 	defer stop()
-
-	if err := nc.SetDeadline(time.Now().Add(s.opts.HandshakeTimeout)); err != nil {
-		return fmt.Errorf("nbd: %w", err)
+	if full != nil {
+		s.refuse(nc, full)
+		return full
 	}
-	session, err := negotiate(s.exports, nc)
+	n := &negotiation{exports: s.exports, conn: nc, timeout: s.opts.HandshakeTimeout, failed: s.logPanic}
+	session, err := n.run()
 	if err != nil {
 		return s.reason(ctx, err)
 	}
 	if err := nc.SetDeadline(time.Time{}); err != nil {
 		err = fmt.Errorf("nbd: %w", err)
-		return errors.Join(s.reason(ctx, err), session.export.close())
+		return errors.Join(s.reason(ctx, err), s.closeExport(session))
 	}
 	// After the deadline of the negotiation is gone: Shutdown sets one of its own from here on.
-	if !s.startTransmission(nc) {
-		return errors.Join(ErrServerClosed, session.export.close())
+	c := newConn(s, nc, session)
+	if !s.startTransmission(nc, c) {
+		return errors.Join(ErrServerClosed, s.closeExport(session))
 	}
-	err = newConn(s, nc, session).run()
-	return errors.Join(s.reason(ctx, err), session.export.close())
+	err = c.run()
+	return errors.Join(s.reason(ctx, err), s.closeExport(session))
 }
+
+// closeExport ends a session.
+func (s *Server) closeExport(session session) error {
+	err := session.export.close()
+	if err != nil {
+		err = fmt.Errorf("closing export %q: %w", session.name, err)
+		s.logPanic(err)
+	}
+	return err
+}
+
+// refuseTimeout bounds each step of a client that is refused, and maxRefused how many are at a time: further ones are
+// closed without a word.
+const (
+	refuseTimeout = 5 * time.Second
+	maxRefused    = 64
+)
+
+// refuse tells a client why it is not served: the protocol has no other way to say so than to answer its options.
+func (s *Server) refuse(nc net.Conn, why error) {
+	n := &negotiation{exports: refusing{why}, conn: nc, timeout: min(refuseTimeout, s.opts.HandshakeTimeout), failed: func(error) {}}
+	_, _ = n.run() // whether the client listens does not matter
+}
+
+// refusing are the exports of those who get none.
+type refusing struct{ why error }
+
+func (r refusing) List() ([]string, error)       { return nil, r.why }
+func (r refusing) Describe(string) (Info, error) { return Info{}, r.why }
+func (r refusing) Open(string) (*Export, error)  { return nil, r.why }
 
 // reason says why a connection ended that ended with err.
 func (s *Server) reason(ctx context.Context, err error) error {
@@ -180,7 +258,7 @@ func (s *Server) reason(ctx context.Context, err error) error {
 
 // Shutdown ends the server: no connection is accepted, no request is read, what is under way is
 // finished and answered. It returns nil when all connections have ended. When ctx ends before that,
-// it cuts them off and returns ctx's error without waiting for the devices.
+// it cuts them off and returns ctx's error without waiting for the devices; nor does Serve, then.
 func (s *Server) Shutdown(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() {
 		s.mu.Lock()
@@ -188,30 +266,41 @@ func (s *Server) Shutdown(ctx context.Context) error {
 		s.idle.Broadcast()
 	})
 	defer stop()
+	s.close()
+	s.mu.Lock()
+	for len(s.conns) > 0 && ctx.Err() == nil {
+		s.idle.Wait()
+	}
+	left := make([]net.Conn, 0, len(s.conns))
+	for nc := range s.conns {
+		left = append(left, nc)
+	}
+	s.mu.Unlock()
+	if len(left) == 0 {
+		return nil
+	}
+	for _, nc := range left {
+		nc.Close()
+	}
+	s.abandon.Do(func() { close(s.abandoned) })
+	return fmt.Errorf("nbd: %d connections have not ended: %w", len(left), ctx.Err())
+}
 
+// close ends what has to end at once for Shutdown.
+func (s *Server) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.closed = true
 	for l := range s.listeners {
 		l.Close()
 	}
-	for nc, transmitting := range s.conns {
-		if transmitting {
+	for nc, c := range s.conns {
+		if c.conn != nil {
 			_ = nc.SetReadDeadline(time.Unix(1, 0)) // fails only where nc is closed
 		} else {
 			nc.Close()
 		}
 	}
-	for len(s.conns) > 0 && ctx.Err() == nil {
-		s.idle.Wait()
-	}
-	if len(s.conns) == 0 {
-		return nil
-	}
-	for nc := range s.conns {
-		nc.Close()
-	}
-	return ctx.Err()
 }
 
 func (s *Server) isClosed() bool {
@@ -236,25 +325,32 @@ func (s *Server) removeListener(l net.Listener) {
 	delete(s.listeners, l)
 }
 
-func (s *Server) addConn(nc net.Conn) error {
+// addConn adds a connection. It returns why it is to be refused, or an error where it is not even to be told that.
+func (s *Server) addConn(nc net.Conn) (refuse, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
-		return ErrServerClosed
+		return nil, ErrServerClosed
 	}
-	if len(s.conns) >= s.opts.MaxConnections {
-		return ErrTooManyConnections
+	if len(s.conns)-s.refused < s.opts.MaxConnections {
+		s.conns[nc] = new(served)
+		return nil, nil
 	}
-	s.conns[nc] = false
-	return nil
+	full := fmt.Errorf("%w: the server takes %d at a time", ErrTooManyConnections, s.opts.MaxConnections)
+	if s.refused >= maxRefused {
+		return nil, full
+	}
+	s.refused++
+	s.conns[nc] = &served{refused: true}
+	return full, nil
 }
 
 // startTransmission returns false where the server is closed.
-func (s *Server) startTransmission(nc net.Conn) bool {
+func (s *Server) startTransmission(nc net.Conn, c *conn) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.closed {
-		s.conns[nc] = true
+		s.conns[nc].conn = c
 	}
 	return !s.closed
 }
@@ -262,6 +358,30 @@ func (s *Server) startTransmission(nc net.Conn) bool {
 func (s *Server) removeConn(nc net.Conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.conns[nc].refused {
+		s.refused--
+	}
 	delete(s.conns, nc)
 	s.idle.Broadcast()
+}
+
+// cutStalled cuts the connections off whose clients have kept the server waiting for too long. It is called when
+// others wait for the memory that they hold.
+func (s *Server) cutStalled() {
+	s.mu.Lock()
+	var stalled []net.Conn
+	for nc, c := range s.conns {
+		if c.conn == nil {
+			continue
+		}
+		if since := c.conn.stalledSince(); !since.IsZero() && time.Since(since) >= s.opts.stall {
+			stalled = append(stalled, nc)
+		}
+	}
+	s.mu.Unlock()
+	for _, nc := range stalled {
+		s.opts.Logger.Warn("nbd client cut off: it takes no replies, and others wait for the memory that they need",
+			"client", nc.RemoteAddr().String())
+		nc.Close()
+	}
 }

@@ -194,16 +194,18 @@ func TestTrimAndZeroes(t *testing.T) {
 		d.data[i] = 9
 	}
 	c.want(0, cmdFlagFUA, cmdTrim, 4096, 4096)
-	c.want(0, cmdFlagNoHole|cmdFlagFastZero, cmdWriteZeroes, 16384, 100)
+	c.want(0, cmdFlagNoHole, cmdWriteZeroes, 16384, 100)
+	c.want(0, cmdFlagFastZero, cmdWriteZeroes, 65536, 100)
+	c.want(errnoNotSup, cmdFlagNoHole|cmdFlagFastZero, cmdWriteZeroes, 131072, 100) // not both
 	c.want(0, 0, cmdWriteZeroes, 32768, 100)
 	c.want(0, 0, cmdTrim, 0, 0)
 	for i, b := range d.content() {
-		zero := i >= 4096 && i < 8192 || i >= 16384 && i < 16484 || i >= 32768 && i < 32868
+		zero := i >= 4096 && i < 8192 || i >= 16384 && i < 16484 || i >= 32768 && i < 32868 || i >= 65536 && i < 65636
 		if zero != (b == 0) {
 			t.Fatalf("byte %d is %d", i, b)
 		}
 	}
-	if fmt.Sprint(noHoles) != "[false true false]" {
+	if fmt.Sprint(noHoles) != "[false true false false]" {
 		t.Errorf("noHole: %v", noHoles)
 	}
 	if n := d.flushes.Load(); n != 1 {
@@ -472,6 +474,7 @@ func TestDeviceErrors(t *testing.T) {
 		}{
 			{syscall.ENOSPC, errnoNoSpace},
 			{syscall.EDQUOT, errnoNoSpace},
+			{syscall.EFBIG, errnoNoSpace},
 			{syscall.EPERM, errnoPerm},
 			{syscall.EROFS, errnoPerm},
 			{syscall.EINVAL, errnoInval},

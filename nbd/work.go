@@ -47,9 +47,9 @@ func (c *conn) do(t task) {
 	case cmdTrim:
 		c.changed(t, c.dev.Discard(int64(t.off), int64(t.length)))
 	case cmdWriteZeroes:
-		c.changed(t, c.dev.WriteZeroes(int64(t.off), int64(t.length), t.flags&cmdFlagNoHole != 0))
+		c.changed(t, c.writeZeroes(t))
 	case cmdCache:
-		c.reply(t, wireErrno(c.cache(t)))
+		c.reply(t, c.errno(t.request, c.cache(t)))
 	case cmdBlockStatus:
 		c.blockStatus(t)
 	}
@@ -58,10 +58,10 @@ func (c *conn) do(t task) {
 // changed replies to a request that changed the device, or failed to; with FUA, after a flush.
 func (c *conn) changed(t task, err error) {
 	if err == nil && t.flags&cmdFlagFUA != 0 {
-		c.joinFlush(t.cookie, t.charge)
+		c.joinFlush(t.request, t.charge)
 		return
 	}
-	c.reply(t, wireErrno(err))
+	c.reply(t, c.errno(t.request, err))
 }
 
 func (c *conn) reply(t task, errno uint32) {
@@ -70,13 +70,30 @@ func (c *conn) reply(t task, errno uint32) {
 	c.out.send(p.sealHead())
 }
 
+// longStep is how much of a request that may be of any length, and may take long, is done at a time: it gives up when
+// the connection has ended.
+const longStep = 1 << 20
+
 // cache reads the range, so that whatever caches the device has hold it.
 func (c *conn) cache(t task) error {
-	const step = 1 << 20
-	buf := newBuffer(step)
+	buf := newBuffer(int(min(longStep, t.length)))
 	defer buf.free()
-	for off, end := int64(t.off), int64(t.off)+int64(t.length); off < end && !c.ended.Load(); off += step {
-		if err := readFull(c.dev, buf.b[:min(step, end-off)], off); err != nil {
+	for off, end := int64(t.off), int64(t.off)+int64(t.length); off < end && !c.ended.Load(); off += longStep {
+		if err := readFull(c.dev, buf.b[:min(longStep, end-off)], off); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// writeZeroes zeroes the range: at once where that may be a hole, else as long as it takes to make sure of the space.
+func (c *conn) writeZeroes(t task) error {
+	off, length := int64(t.off), int64(t.length)
+	if t.flags&cmdFlagNoHole == 0 {
+		return c.dev.WriteZeroes(off, length, false)
+	}
+	for end := off + length; off < end && !c.ended.Load(); off += longStep {
+		if err := c.dev.WriteZeroes(off, min(longStep, end-off), true); err != nil {
 			return err
 		}
 	}
@@ -99,11 +116,11 @@ type waiter struct {
 }
 
 // joinFlush sends the reply of a request once a flush that begins after now has ended.
-func (c *conn) joinFlush(cookie uint64, charge int64) {
+func (c *conn) joinFlush(req request, charge int64) {
 	f := &c.flush
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.waiting = append(f.waiting, waiter{cookie, charge})
+	f.waiting = append(f.waiting, waiter{req.cookie, charge})
 	if !f.running {
 		f.running = true
 		c.wg.Add(1) // by the receiver or a worker, so before run waits
@@ -120,7 +137,7 @@ func (c *conn) routineFlush() {
 		taken := f.waiting
 		f.waiting = f.spare[:0]
 		f.mu.Unlock()
-		errno := wireErrno(c.dev.Flush())
+		errno := c.errno(request{typ: cmdFlush}, c.dev.Flush())
 		p := newPacket(0)
 		for _, w := range taken {
 			p.head = appendSimple(p.head, w.cookie, errno)

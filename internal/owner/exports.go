@@ -134,6 +134,42 @@ func (c *catalog) refs() []cow.Ref {
 	return refs
 }
 
+// preferredBlock is the engine's unit of redirection.
+const preferredBlock = 4096
+
+// Describe tells of an export without opening it: while its volume is imported or attached, nobody else can.
+func (c *catalog) Describe(name string) (nbd.Info, error) {
+	r, err := c.resolve(name)
+	if err != nil {
+		return nbd.Info{}, err
+	}
+	info := nbd.Info{
+		Name: r.String(), ReadOnly: c.readOnly || r.Snapshot != "", Description: r.String(), PreferredBlock: preferredBlock,
+	}
+	v, err := c.store.Volume(r.Volume)
+	if err != nil {
+		return info, notExist(err)
+	}
+	info.Size = v.Size
+	if r.Snapshot == "" {
+		return info, nil
+	}
+	i := slices.IndexFunc(v.Snapshots, func(s cow.SnapshotInfo) bool { return s.Name == r.Snapshot })
+	if i < 0 {
+		return info, notExist(fmt.Errorf("snapshot %v: %w", r, cow.ErrNotFound))
+	}
+	info.Size = v.Snapshots[i].Size
+	return info, nil
+}
+
+// notExist gives an error of the engine about what is not there its meaning for NBD.
+func notExist(err error) error {
+	if errors.Is(err, cow.ErrNotFound) {
+		return &kindError{err, fs.ErrNotExist}
+	}
+	return err
+}
+
 // Open opens an export for a client. The empty name is the only export, where there is only one, or else the only
 // volume.
 func (c *catalog) Open(name string) (*nbd.Export, error) {
@@ -143,20 +179,15 @@ func (c *catalog) Open(name string) (*nbd.Export, error) {
 	}
 	h, err := c.acquire(r, c.readOnly || r.Snapshot != "")
 	if err != nil {
-		err = c.explain(r.Volume, err)
-	}
-	if errors.Is(err, cow.ErrNotFound) {
-		return nil, &kindError{err, fs.ErrNotExist}
-	}
-	if err != nil {
-		return nil, err
+		return nil, notExist(c.explain(r.Volume, err))
 	}
 	var once sync.Once
 	return &nbd.Export{
 		Device:         h.dev,
+		Name:           r.String(),
 		ReadOnly:       h.dev.ReadOnly(),
 		Description:    r.String(),
-		PreferredBlock: 4096, // the engine's unit of redirection
+		PreferredBlock: preferredBlock,
 		Close: func() (err error) {
 			once.Do(func() { err = c.leave(h) })
 			return err

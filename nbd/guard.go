@@ -1,0 +1,70 @@
+package nbd
+
+import (
+	"fmt"
+	"runtime/debug"
+)
+
+// PanicError is a panic of a Device or of Exports, which is an I/O error to the client.
+type PanicError struct {
+	Value any
+	Stack []byte
+}
+
+func (e *PanicError) Error() string { return fmt.Sprintf("panic: %v", e.Value) }
+
+// recovered, deferred, makes a panic an error.
+func recovered(err *error) {
+	if v := recover(); v != nil {
+		*err = &PanicError{Value: v, Stack: debug.Stack()}
+	}
+}
+
+// guard is a Device whose panics are errors: one of them must not end the process, which serves others.
+type guard struct {
+	dev Device
+	ext Extenter  // dev, or nil
+	try TryReader // dev, or nil
+}
+
+func guardOf(d Device) *guard {
+	g := &guard{dev: d}
+	g.ext, _ = d.(Extenter)
+	g.try, _ = d.(TryReader)
+	return g
+}
+
+func (g *guard) ReadAt(p []byte, off int64) (n int, err error) {
+	defer recovered(&err)
+	return g.dev.ReadAt(p, off)
+}
+
+func (g *guard) WriteAt(p []byte, off int64) (n int, err error) {
+	defer recovered(&err)
+	return g.dev.WriteAt(p, off)
+}
+
+func (g *guard) Flush() (err error) {
+	defer recovered(&err)
+	return g.dev.Flush()
+}
+
+func (g *guard) Discard(off, length int64) (err error) {
+	defer recovered(&err)
+	return g.dev.Discard(off, length)
+}
+
+func (g *guard) WriteZeroes(off, length int64, noHole bool) (err error) {
+	defer recovered(&err)
+	return g.dev.WriteZeroes(off, length, noHole)
+}
+
+func (g *guard) Extents(off, length int64, fn func(off, length int64, hole bool) bool) (err error) {
+	defer recovered(&err)
+	return g.ext.Extents(off, length, fn)
+}
+
+func (g *guard) TryReadAt(p []byte, off int64) (done bool, err error) {
+	defer recovered(&err)
+	return g.try.TryReadAt(p, off)
+}
