@@ -12,43 +12,54 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/metadata"
 )
 
 // Create makes a store in dir, which is made if needed. It is no error when dir is a
-// store already. A directory with anything else in it is refused (ErrNotStore).
-func Create(dir string) error {
+// store already. A directory with anything else in it is refused (ErrNotStore), and one
+// of another user (ErrForeign).
+func Create(dir string) error { return CreateIn(dir, false) }
+
+// CreateIn is Create, also in a directory of another user if foreign is true.
+func CreateIn(dir string, foreign bool) error {
 	if err := makeDirs(dir); err != nil {
 		return fmt.Errorf("make store: %w", err)
 	}
+	// Others may have the right to change it as yet; what counts is what it holds when they have not.
+	in, err := storage.OpenFolder(dir, true)
+	if err != nil {
+		return fmt.Errorf("make store: %w", err)
+	}
+	defer in.Close()
 	// A foreign directory is looked at before a lock is written into it, and
 	// again under the lock, since another process may be making the store.
-	if _, err := readFormat(dir); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := readFormat(in); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if err := onlyLeavings(dir); err != nil {
+	if err := onlyLeavings(in); err != nil {
 		return err
 	}
-	lock, err := lockStore(dir, 0, "vdisk create")
+	if err := in.Own(foreign); err != nil {
+		return fmt.Errorf("make store: %w", err)
+	}
+	lock, err := lockStore(in, 0, "vdisk create")
 	if err != nil {
 		if errors.Is(err, ErrBusy) {
-			if _, ferr := readFormat(dir); ferr == nil {
+			if _, ferr := readFormat(in); ferr == nil {
 				return nil
 			}
 		}
 		return err
 	}
 	defer lock.Close()
-	if _, err := readFormat(dir); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := readFormat(in); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if err := onlyLeavings(dir); err != nil {
+	if err := onlyLeavings(in); err != nil {
 		return err
 	}
-	if err := os.Chmod(dir, 0o700); err != nil {
-		return fmt.Errorf("make store: %w", err)
-	}
-	if err := makeStore(dir); err != nil {
+	if err := makeStore(in); err != nil {
 		return fmt.Errorf("make store %s: %w", dir, noSpace(err))
 	}
 	return nil
@@ -72,41 +83,53 @@ func makeDirs(dir string) error {
 }
 
 // onlyLeavings refuses a directory that holds anything but what an interrupted Create leaves.
-func onlyLeavings(dir string) error {
-	names, err := os.ReadDir(dir)
+func onlyLeavings(in *storage.Folder) error {
+	names, err := in.Names()
 	if err != nil {
 		return fmt.Errorf("make store: %w", err)
 	}
 	for _, n := range names {
-		switch n.Name() {
+		switch n {
 		case lockFile, tableFile, tableFile + metadata.VerifiedSuffix, formatFile + ".tmp", "lost+found":
 		case chunksDir:
-			if in, err := os.ReadDir(filepath.Join(dir, chunksDir)); err != nil || len(in) > 0 {
-				return fmt.Errorf("%s has chunk files but no %q file, so it is a damaged store or not one: %w", dir, formatFile, ErrNotStore)
+			if !isEmpty(in, chunksDir) {
+				return fmt.Errorf("%s has chunk files but no %q file, so it is a damaged store or not one: %w", in.Path(), formatFile, ErrNotStore)
 			}
 		default:
-			return fmt.Errorf("%s is not empty (it has %q) and is not a store; choose another --store: %w", dir, n.Name(), ErrNotStore)
+			return fmt.Errorf("%s is not empty (it has %q) and is not a store; choose another --store: %w", in.Path(), n, ErrNotStore)
 		}
 	}
 	return nil
 }
 
+// isEmpty tells whether the directory in has an empty directory of that name.
+func isEmpty(in *storage.Folder, name string) bool {
+	sub, err := in.Sub(name)
+	if err != nil {
+		return false
+	}
+	defer sub.Close()
+	names, err := sub.Names()
+	return err == nil && len(names) == 0
+}
+
 // makeStore writes format last: until it is there, there is no store.
-func makeStore(dir string) error {
+func makeStore(in *storage.Folder) error {
 	var uuid [16]byte
 	if _, err := rand.Read(uuid[:]); err != nil {
 		return err
 	}
-	if err := os.Mkdir(filepath.Join(dir, chunksDir), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+	chunks, err := in.Sub(chunksDir)
+	if err != nil {
 		return err
 	}
-	if err := syncDir(filepath.Join(dir, chunksDir)); err != nil {
+	if err := errors.Join(syncDir(chunks.Path()), chunks.Close()); err != nil {
 		return err
 	}
-	if err := os.Remove(filepath.Join(dir, tableFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := in.Remove(tableFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	db, err := metadata.Open(filepath.Join(dir, tableFile), metadata.Options{})
+	db, err := metadata.Open(in.Join(tableFile), metadata.Options{In: in})
 	if err != nil {
 		return err
 	}
@@ -118,24 +141,7 @@ func makeStore(dir string) error {
 	if err != nil {
 		return err
 	}
-	return writeFileDurably(dir, formatFile, text)
-}
-
-// writeFileDurably replaces a file: temporary file, fsync, rename, fsync of the directory.
-func writeFileDurably(dir, name string, text []byte) error {
-	tmp := filepath.Join(dir, name+".tmp")
-	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(text)
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(tmp, filepath.Join(dir, name)); err != nil {
-		return err
-	}
-	return syncDir(dir)
+	return in.Replace(formatFile, text, true)
 }
 
 // syncName makes the name of a directory durable. A parent that may be passed but not read cannot be synced by itself;
@@ -161,14 +167,14 @@ var syncDir = func(dir string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
-func readFormat(dir string) (format.StoreInfo, error) {
-	text, err := os.ReadFile(filepath.Join(dir, formatFile))
+func readFormat(in *storage.Folder) (format.StoreInfo, error) {
+	text, err := in.Read(formatFile)
 	if err != nil {
-		return format.StoreInfo{}, fmt.Errorf("store %s: %w", dir, err)
+		return format.StoreInfo{}, fmt.Errorf("store %s: %w", in.Path(), err)
 	}
 	info, err := format.DecodeStoreInfo(text)
 	if err != nil {
-		return info, fmt.Errorf("store %s: %w", dir, err)
+		return info, fmt.Errorf("store %s: %w", in.Path(), err)
 	}
 	return info, nil
 }

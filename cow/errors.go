@@ -33,6 +33,11 @@ var (
 	ErrNotStore = format.ErrNotStore
 	ErrVersion  = format.ErrVersion
 
+	// Returned for a store that another user could have made or changed, and for a
+	// symbolic link, a FIFO or the like that has the name of one of its files.
+	ErrForeign   = storage.ErrForeign
+	ErrIrregular = storage.ErrIrregular
+
 	// Returned by every change after a write or sync of the log has failed
 	// (the log's end is then unknown), and after Close.
 	ErrFailed = errors.New("the store has stopped after an I/O error")

@@ -3,16 +3,19 @@ package cow
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vdisk/vdisk/internal/storage"
 )
 
 // lockStore takes the store's lock, waiting up to timeout, and writes down who has it.
-func lockStore(dir string, timeout time.Duration, holder string) (*os.File, error) {
-	f, err := os.OpenFile(filepath.Join(dir, lockFile), os.O_RDWR|os.O_CREATE, 0o600)
+func lockStore(in *storage.Folder, timeout time.Duration, holder string) (*os.File, error) {
+	f, err := in.Open(lockFile, os.O_RDWR|os.O_CREATE)
 	if err != nil {
 		return nil, fmt.Errorf("lock store: %w", err)
 	}
@@ -23,10 +26,10 @@ func lockStore(dir string, timeout time.Duration, holder string) (*os.File, erro
 			break
 		}
 		if !errors.Is(err, unix.EWOULDBLOCK) || !time.Now().Before(deadline) {
-			text, _ := os.ReadFile(f.Name()) // best effort: the message is better with it
+			text, _ := io.ReadAll(io.LimitReader(f, 4096)) // best effort: the message is better with it
 			f.Close()
 			if errors.Is(err, unix.EWOULDBLOCK) {
-				return nil, &LockedError{Dir: dir, Holder: holderText(text)}
+				return nil, &LockedError{Dir: in.Path(), Holder: holderText(text)}
 			}
 			return nil, fmt.Errorf("lock store: %w", err)
 		}

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/internal/workload"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -225,7 +226,12 @@ func makeBig(final string) error {
 	if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(dir, 0o700), Create(dir)); err != nil {
 		return err
 	}
-	info, err := readFormat(dir)
+	in, err := storage.OpenFolder(dir, false)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	info, err := readFormat(in)
 	if err != nil {
 		return err
 	}

@@ -106,7 +106,7 @@ func encodeSharedHead(p []byte, uuid [16]byte) {
 }
 
 // openSharedBuffers opens the file of an owner that was killed.
-func openSharedBuffers(dir, name string, uuid [16]byte) (_ *sharedBuffers, err error) {
+func openSharedBuffers(dir, name string, uuid [16]byte, trusts func(uid uint32) bool) (_ *sharedBuffers, err error) {
 	path := filepath.Join(dir, "vdisk-"+name)
 	f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -122,8 +122,8 @@ func openSharedBuffers(dir, name string, uuid [16]byte) (_ *sharedBuffers, err e
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
 		return nil, err
 	}
-	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size != sharedFileSize || st.Uid != uint32(os.Geteuid()) {
-		return nil, fmt.Errorf("%s is not a file of buffers of this user", path)
+	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size != sharedFileSize || !trusts(st.Uid) {
+		return nil, fmt.Errorf("%s is not a file of buffers of the store's owner", path)
 	}
 	if b.mem, err = unix.Mmap(int(f.Fd()), 0, sharedFileSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err != nil {
 		return nil, err
@@ -196,8 +196,8 @@ func (b *sharedBuffers) remove() error {
 
 // newOwnerRecord names buffers that do not exist yet.
 func (s *Store) newOwnerRecord() (r ownerRecord, err error) {
-	var st unix.Stat_t
-	if err := unix.Stat(s.dir, &st); err != nil {
+	st, err := s.in.Stat()
+	if err != nil {
 		return r, err
 	}
 	boot, err := storage.BootID()
@@ -212,8 +212,8 @@ func (s *Store) newOwnerRecord() (r ownerRecord, err error) {
 // inherit takes over what a killed owner had answered and not written. It comes before the first look at the log.
 // What cannot be inherited is logged, not an error: it was not flushed, and a power cut would have taken it as well.
 func (s *Store) inherit(uuid [16]byte) error {
-	path := filepath.Join(s.dir, ownerFile)
-	text, err := os.ReadFile(path)
+	path := s.in.Join(ownerFile)
+	text, err := s.in.Read(ownerFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -230,16 +230,16 @@ func (s *Store) inherit(uuid [16]byte) error {
 	if err = errors.Join(err, herr); err != nil || len(name) != 16 {
 		s.log.Warn("what the last owner left in memory cannot be found", "file", path, "err", err)
 		s.forgot = true
-		return os.Remove(path)
+		return s.in.Remove(ownerFile)
 	}
 	if last.Boot != now.Boot || last.Dev != now.Dev || last.Ino != now.Ino {
-		return os.Remove(path) // of another boot, or copied with the store
+		return s.in.Remove(ownerFile) // of another boot, or copied with the store
 	}
-	b, err := openSharedBuffers(s.opts.SharedMemory, last.Buffers, uuid)
+	b, err := openSharedBuffers(s.opts.SharedMemory, last.Buffers, uuid, s.in.Trusts)
 	if err != nil {
 		s.log.Warn("what the last owner had answered and not written is lost", "err", err)
 		s.forgot = true
-		return os.Remove(path)
+		return s.in.Remove(ownerFile)
 	}
 	n, err := b.restore(s.fs, s.chunkHeader)
 	if err != nil {
@@ -248,7 +248,7 @@ func (s *Store) inherit(uuid [16]byte) error {
 	if n > 0 {
 		s.log.Info("wrote what the last owner had answered and not written", "bytes", n)
 	}
-	return errors.Join(os.Remove(path), b.remove()) // in this order: nobody looks for buffers that are gone
+	return errors.Join(s.in.Remove(ownerFile), b.remove()) // in this order: nobody looks for buffers that are gone
 }
 
 // outlive gives the log buffers that outlive the process. Where there is no memory for them the store works as well,
@@ -278,11 +278,7 @@ func (s *Store) writeOwner(r ownerRecord) error {
 	if err != nil {
 		return err
 	}
-	tmp := filepath.Join(s.dir, ownerFile+".tmp")
-	if err := os.WriteFile(tmp, append(text, '\n'), 0o600); err != nil {
-		return err
-	}
-	return os.Rename(tmp, filepath.Join(s.dir, ownerFile))
+	return s.in.Replace(ownerFile, append(text, '\n'), false)
 }
 
 // leaveNothing removes the buffers after everything in them is durable.
@@ -290,7 +286,7 @@ func (s *Store) leaveNothing() error {
 	if s.shared == nil {
 		return nil
 	}
-	err := errors.Join(os.Remove(filepath.Join(s.dir, ownerFile)), s.shared.remove())
+	err := errors.Join(s.in.Remove(ownerFile), s.shared.remove())
 	s.shared = nil
 	return err
 }

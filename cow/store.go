@@ -15,7 +15,6 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -69,6 +68,8 @@ type Options struct {
 	Outlive bool
 	// SharedMemory is the directory for that; default /dev/shm.
 	SharedMemory string
+	// Foreign opens a store whose directory belongs to another user, or that other users may change (ErrForeign).
+	Foreign bool
 	// OnCommit is called around each commit of the table, and with an error before it lets it fail: for tests that
 	// cut the power.
 	OnCommit func(done bool) error
@@ -121,6 +122,7 @@ func (o *Options) setDefaults() {
 // Store is an open store. Its methods may be called concurrently.
 type Store struct {
 	dir  string
+	in   *storage.Folder // at dir
 	info format.StoreInfo
 	opts Options
 	log  *slog.Logger
@@ -211,14 +213,29 @@ func (s *Store) Recovery() Recovery { return s.recovery }
 // have. The caller owns the store until Close.
 func Open(dir string, o Options) (*Store, error) {
 	o.setDefaults()
-	if _, err := os.Stat(dir); err != nil {
+	in, err := storage.OpenFolder(dir, o.Foreign)
+	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("no store at %s: %w", dir, errors.Join(ErrNotFound, err))
 	}
+	if err != nil {
+		return nil, fmt.Errorf("open store %s: %w", dir, err)
+	}
+	s, err := openIn(in, o)
+	if err != nil {
+		_ = in.Close() // unless release has
+		return nil, err
+	}
+	return s, nil
+}
+
+// openIn opens the store in a directory, which is closed with it.
+func openIn(in *storage.Folder, o Options) (*Store, error) {
+	dir := in.Path()
 	// The format is looked at first so that nothing is written, not even
 	// a lock, into a directory that is not ours.
-	info, err := readFormat(dir)
+	info, err := readFormat(in)
 	if errors.Is(err, fs.ErrNotExist) {
-		if err := onlyLeavings(dir); err != nil {
+		if err := onlyLeavings(in); err != nil {
 			return nil, err
 		}
 		return nil, fmt.Errorf("no store at %s: %w", dir, ErrNotFound)
@@ -226,12 +243,12 @@ func Open(dir string, o Options) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	lock, err := lockStore(dir, o.LockTimeout, o.Holder)
+	lock, err := lockStore(in, o.LockTimeout, o.Holder)
 	if err != nil {
 		return nil, err
 	}
 	s := &Store{
-		dir: dir, info: info, opts: o, log: o.Logger.With("store", dir), lock: lock, fs: o.FS,
+		dir: dir, in: in, info: info, opts: o, log: o.Logger.With("store", dir), lock: lock, fs: o.FS,
 		tables: newTables(), gen: 1, reapCursor: map[uint32]reapCursor{}, dropping: map[metadata.Version]struct{}{},
 		ckptWork: make(chan struct{}, 1), cleanWork: make(chan struct{}, 1), quit: make(chan struct{}),
 	}
@@ -270,7 +287,7 @@ func (s *Store) upgrade() error {
 	if err != nil {
 		return err
 	}
-	return writeFileDurably(s.dir, formatFile, text)
+	return s.in.Replace(formatFile, text, true)
 }
 
 func (s *Store) openFiles() error {
@@ -279,15 +296,16 @@ func (s *Store) openFiles() error {
 		return err
 	}
 	if s.fs == nil {
-		if s.fs, err = storage.OpenDir(filepath.Join(s.dir, chunksDir)); err != nil {
+		chunks, err := s.in.Sub(chunksDir)
+		if err != nil {
 			return err
 		}
+		s.fs = chunks.Files()
 	}
-	path := filepath.Join(s.dir, tableFile)
-	if _, err := os.Stat(path); err != nil {
+	if _, err := s.in.Lstat(tableFile); err != nil {
 		return fmt.Errorf("the table is missing: %w", errors.Join(ErrCorrupt, err))
 	}
-	s.meta, err = metadata.Open(path, metadata.Options{Timeout: time.Second, NoSync: s.opts.NoTableSync, Allocate: s.allocateTable})
+	s.meta, err = metadata.Open(s.in.Join(tableFile), metadata.Options{In: s.in, Timeout: time.Second, NoSync: s.opts.NoTableSync, Allocate: s.allocateTable})
 	if err != nil {
 		return err
 	}
@@ -378,7 +396,7 @@ func (s *Store) release() error {
 	if s.fs != nil && s.opts.FS == nil {
 		errs = append(errs, s.fs.Close())
 	}
-	return errors.Join(append(errs, s.cache.close(), s.lock.Close())...)
+	return errors.Join(append(errs, s.cache.close(), s.lock.Close(), s.in.Close())...)
 }
 
 // Close makes everything durable with a last checkpoint and gives the store

@@ -141,11 +141,7 @@ func TestCreateSyncsEveryName(t *testing.T) {
 	defer func() { syncDir = sync }()
 	var synced []string
 	syncDir = func(dir string) error {
-		what := dir
-		if _, err := os.Stat(filepath.Join(dir, formatFile)); err == nil {
-			what += " with its format"
-		}
-		synced = append(synced, what)
+		synced = append(synced, dir)
 		return sync(dir)
 	}
 	top := t.TempDir()
@@ -156,7 +152,7 @@ func TestCreateSyncsEveryName(t *testing.T) {
 		}
 	}
 	must(Create(store))
-	want := []string{top, top + "/x", top + "/x/y", store + "/chunks", store + " with its format"}
+	want := []string{top, top + "/x", top + "/x/y", store + "/chunks"} // storage.Folder syncs the store itself
 	if !slices.Equal(synced, want) {
 		t.Errorf("synced %q, want %q", synced, want)
 	}

@@ -17,6 +17,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"runtime/debug"
 	"sync/atomic"
 	"time"
@@ -26,6 +27,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/storage"
 )
 
 // ErrLocked says that another process has the file open.
@@ -54,8 +56,9 @@ var initialMmaps = [2]int{1 << 40, 64 << 30}
 
 // Options are for Open.
 type Options struct {
-	Timeout time.Duration // how long to wait for bbolt's file lock; 0 is the shortest wait there is
-	NoSync  bool          // tests only: commit without fdatasync
+	In      *storage.Folder // the directory of the table, which stays the caller's; nil: whatever has its path
+	Timeout time.Duration   // how long to wait for bbolt's file lock; 0 is the shortest wait there is
+	NoSync  bool            // tests only: commit without fdatasync
 
 	// Allocate gives the file blocks of its own from one size up to another, which becomes its size. An error, for
 	// want of room above all, leaves the table as it is. Default: the package's Allocate.
@@ -65,25 +68,53 @@ type Options struct {
 // DB is an open table. Its methods may be called concurrently; Updates come one
 // after the other, and many readers beside them.
 type DB struct {
-	b    *bbolt.DB
-	read atomic.Int64 // leaves, since pages were given back
-	room room
-	note *note // nil: what this process does to the table, the next opening verifies; guarded by room.mu, but for Open and Close
+	b           *bbolt.DB
+	at          place
+	read        atomic.Int64 // leaves, since pages were given back
+	room        room
+	closeFolder func() error // nil: the folder is the caller's
+	note        *note        // nil: what this process does to the table, the next opening verifies; guarded by room.mu, but for Open and Close
+}
+
+// place is where a table is: its file and its note are opened by name in their directory, and never through a link.
+type place struct {
+	in   *storage.Folder
+	name string
 }
 
 // Open opens the table at path, making an empty one where there is none.
-func Open(path string, o Options) (db *DB, err error) {
+func Open(path string, o Options) (*DB, error) {
+	at := place{o.In, filepath.Base(path)}
+	if at.in == nil {
+		var err error
+		if at.in, err = storage.OpenFolder(filepath.Dir(path), true); err != nil {
+			return nil, fmt.Errorf("open the table: %w", err)
+		}
+	}
+	db, err := openAt(at, o)
+	if o.In != nil {
+		return db, err
+	}
+	if err != nil {
+		return nil, errors.Join(err, at.in.Close())
+	}
+	db.closeFolder = at.in.Close
+	return db, nil
+}
+
+func openAt(at place, o Options) (db *DB, err error) {
 	defer guard(&err)()
 	if o.Timeout <= 0 {
 		o.Timeout = time.Millisecond // bbolt takes 0 for "for ever"
 	}
-	if !isVerified(path) {
-		if err := checkPages(path); err != nil {
+	path := at.in.Join(at.name)
+	if !isVerified(at) {
+		if err := checkPages(at); err != nil {
 			return nil, err
 		}
 	}
 	var f *os.File
-	b, err := openTable(path, o, &f)
+	b, err := openTable(at, o, &f)
 	switch {
 	case errors.Is(err, berrors.ErrTimeout):
 		return nil, fmt.Errorf("%s: %w", path, ErrLocked)
@@ -92,7 +123,7 @@ func Open(path string, o Options) (db *DB, err error) {
 	case err != nil:
 		return nil, fmt.Errorf("open the table: %w", err)
 	}
-	db = &DB{b: b}
+	db = &DB{b: b, at: at}
 	err = db.initRoom(f, o)
 	if err == nil {
 		err = db.makeBuckets()
@@ -100,23 +131,23 @@ func Open(path string, o Options) (db *DB, err error) {
 	if err != nil {
 		return nil, errors.Join(err, b.Close())
 	}
-	db.note = newNote(path)
+	db.note = newNote(at)
 	// Of a table without a list of its free pages, as older programs left them, bbolt has looked at all pages.
 	return db, db.View(func(tx *Tx) error { tx.giveBack(); return nil })
 }
 
 // openTable opens the table with bbolt. *file is the one that bbolt uses.
-func openTable(path string, o Options, file **os.File) (b *bbolt.DB, err error) {
+func openTable(at place, o Options, file **os.File) (b *bbolt.DB, err error) {
 	for _, mmap := range initialMmaps {
-		b, err = bbolt.Open(path, 0o600, &bbolt.Options{
+		b, err = bbolt.Open(at.in.Join(at.name), 0o600, &bbolt.Options{
 			Timeout:         o.Timeout,
 			NoSync:          o.NoSync,
 			NoGrowSync:      o.NoSync,
 			NoFreelistSync:  false, // without, opening reads all pages to find the free ones
 			FreelistType:    bbolt.FreelistMapType,
 			InitialMmapSize: mmap,
-			OpenFile: func(name string, flag int, mode os.FileMode) (f *os.File, err error) {
-				*file, err = os.OpenFile(name, flag, mode)
+			OpenFile: func(_ string, flags int, _ os.FileMode) (f *os.File, err error) {
+				*file, err = at.in.Open(at.name, flags)
 				return *file, err
 			},
 		})
@@ -162,6 +193,9 @@ func (d *DB) Close() error {
 	if d.note != nil {
 		err = errors.Join(err, d.note.close())
 	}
+	if d.closeFolder != nil {
+		err = errors.Join(err, d.closeFolder())
+	}
 	return err
 }
 
@@ -175,7 +209,7 @@ func (d *DB) Size() (n int64, err error) {
 // does, in the state that the table has now. No Update may run meanwhile, but beside the proof, as long as a
 // transaction of now is open: bbolt leaves the pages that such a one sees alone, and the list of free pages with
 // them.
-func (d *DB) Pages() (check func() error, err error) { return pagesOf(d.b.Path()) }
+func (d *DB) Pages() (check func() error, err error) { return pagesOf(d.at) }
 
 // Update runs fn in a read-write transaction and commits it; on an error
 // nothing changes. When Update returns nil, the changes are durable. After an error of the commit that does not match

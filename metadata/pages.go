@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"hash/fnv"
 	"io"
+	"io/fs"
 	"os"
 
 	"golang.org/x/sys/unix"
@@ -57,18 +58,18 @@ func damaged(text string, args ...any) error {
 
 // checkPages proves that the pages of the table at path hang together. A file that is not
 // there or empty is one that bbolt will make.
-func checkPages(path string) error {
-	check, err := pagesOf(path)
+func checkPages(at place) error {
+	check, err := pagesOf(at)
 	if err != nil {
 		return err
 	}
 	return check()
 }
 
-// pagesOf returns what proves the pages of the table at path as they are now, once.
-func pagesOf(path string) (check func() error, err error) {
-	f, err := os.Open(path)
-	if os.IsNotExist(err) {
+// pagesOf returns what proves the pages of a table as they are now, once.
+func pagesOf(at place) (check func() error, err error) {
+	f, err := at.in.Open(at.name, os.O_RDONLY)
+	if errors.Is(err, fs.ErrNotExist) {
 		return func() error { return nil }, nil
 	}
 	if err != nil {

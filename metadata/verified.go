@@ -7,8 +7,6 @@ import (
 	"io/fs"
 	"os"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
@@ -34,17 +32,17 @@ type verified struct {
 
 // note is the open file of a verified. nil: there is none.
 type note struct {
-	f     *os.File
-	table string
-	last  verified
+	f    *os.File
+	at   place
+	last verified
 }
 
 const noteSize = 256 // always, so that one write replaces all of it
 
 // stateOf describes the table's file as it is now.
-func stateOf(table string) (v verified, err error) {
-	var st unix.Stat_t
-	if err := unix.Stat(table, &st); err != nil {
+func stateOf(at place) (v verified, err error) {
+	st, err := at.in.Lstat(at.name)
+	if err != nil {
 		return v, err
 	}
 	v = verified{Dev: st.Dev, Ino: st.Ino, Size: st.Size, Changed: st.Ctim.Nano()}
@@ -53,12 +51,12 @@ func stateOf(table string) (v verified, err error) {
 }
 
 // isVerified says whether the table is as an owner of this boot has left it, which had it verified.
-func isVerified(table string) bool {
-	text, err := os.ReadFile(table + VerifiedSuffix)
+func isVerified(at place) bool {
+	text, err := at.in.Read(at.name + VerifiedSuffix)
 	if err != nil {
 		return false
 	}
-	now, err := stateOf(table)
+	now, err := stateOf(at)
 	if err != nil || now.Boot == "" {
 		return false
 	}
@@ -73,16 +71,16 @@ func isVerified(table string) bool {
 }
 
 // newNote says that the table, which this process has open now, is verified.
-func newNote(table string) *note {
-	v, err := stateOf(table)
+func newNote(at place) *note {
+	v, err := stateOf(at)
 	if err != nil {
 		return nil
 	}
-	f, err := os.OpenFile(table+VerifiedSuffix, os.O_WRONLY|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	f, err := at.in.Open(at.name+VerifiedSuffix, os.O_WRONLY|os.O_CREATE)
 	if err != nil {
 		return nil // then the next opening takes longer
 	}
-	n := &note{f: f, table: table, last: v}
+	n := &note{f: f, at: at, last: v}
 	if n.write(v) != nil || f.Truncate(noteSize) != nil {
 		n.drop()
 		return nil
@@ -110,7 +108,7 @@ func (n *note) begin() error {
 
 // end comes after one that has succeeded.
 func (n *note) end() error {
-	v, err := stateOf(n.table)
+	v, err := stateOf(n.at)
 	if err != nil {
 		return err
 	}
@@ -121,7 +119,7 @@ func (n *note) end() error {
 // drop takes the note away for good.
 func (n *note) drop() {
 	_ = n.f.Truncate(0) // if this fails too, ctime tells
-	_ = os.Remove(n.table + VerifiedSuffix)
+	_ = n.at.in.Remove(n.at.name + VerifiedSuffix)
 	_ = n.f.Close()
 }
 

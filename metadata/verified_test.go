@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/storage"
 )
 
 // The note must hold for a table as its owner left it, and for no other.
@@ -58,11 +59,11 @@ func TestVerified(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "t")
 			filled(t, path)
 			c.do(t, path)
-			if got := isVerified(path); got != c.want {
+			if got := verifiedAt(t, path); got != c.want {
 				t.Errorf("verified: %t", got)
 			}
 			must(t, open(t, path).Close())
-			if !isVerified(path) {
+			if !verifiedAt(t, path) {
 				t.Error("not verified after it was opened and closed")
 			}
 		})
@@ -75,18 +76,18 @@ func TestFailedCommitIsNotVerified(t *testing.T) {
 	filled(t, path)
 	db := open(t, path)
 	must(t, db.Update(func(tx *Tx) error { return tx.DropChunk(1) }))
-	if !isVerified(path) {
+	if !verifiedAt(t, path) {
 		t.Error("not verified after a commit")
 	}
 	if err := db.Update(func(*Tx) error { return errLost }); !errors.Is(err, errLost) {
 		t.Fatal(err)
 	}
-	if isVerified(path) {
+	if verifiedAt(t, path) {
 		t.Error("verified after a commit that failed")
 	}
 	must(t, db.Update(func(tx *Tx) error { return tx.DropChunk(2) }))
 	must(t, db.Close())
-	if isVerified(path) {
+	if verifiedAt(t, path) {
 		t.Error("verified again by one that succeeded")
 	}
 }
@@ -168,4 +169,13 @@ func TestPagesBesideCommits(t *testing.T) {
 		}
 		must(t, db.Close())
 	}
+}
+
+func verifiedAt(t *testing.T, path string) bool {
+	in, err := storage.OpenFolder(filepath.Dir(path), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	return isVerified(place{in, filepath.Base(path)})
 }

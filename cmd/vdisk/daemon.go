@@ -45,6 +45,9 @@ func (a *app) daemonArgs() []string {
 	if a.maxSize != "" {
 		args = append(args, "--max-size", a.maxSize)
 	}
+	if a.foreign {
+		args = append(args, "--foreign")
+	}
 	return append(args, "daemon", "--until-idle", "--ready")
 }
 
@@ -100,7 +103,7 @@ func (a *app) startOwner(c *cli.Context, o owner.Options, handover *owner.Handov
 		}
 	}
 	if c.Bool("ready") && handover == nil {
-		if rerr := owner.Ready(a.dir, err); err == nil && rerr != nil {
+		if rerr := owner.Ready(a.dir, a.foreign, err); err == nil && rerr != nil {
 			err = errors.Join(rerr, s.CloseLeaving())
 		}
 	}

@@ -67,6 +67,8 @@ var kinds = []struct {
 	{syscall.EDQUOT, exitNoSpace, "no-space", "raise the quota, or free space"},
 	{cow.ErrCorrupt, exitCorrupt, "corrupt", "'vdisk check' lists all that is damaged; what still reads can be saved with 'vdisk export'"},
 	{cow.ErrVersion, exitUnsupported, "newer-format", "use the version of vdisk that made it, or a later one; nothing was touched"},
+	{cow.ErrForeign, exitFailed, "foreign", "run vdisk as the user whom the store belongs to (sudo -u USER vdisk ...); if you trust all who can change it, --foreign or VDISK_FOREIGN=1 opens it"},
+	{cow.ErrIrregular, exitFailed, "irregular", "find out who put it there, and remove it"},
 	{cow.ErrNotStore, exitFailed, "not-a-store", "give another folder with --store or VDISK_STORE; nothing was touched"},
 	{owner.ErrUnsupported, exitUnsupported, "unsupported", "'vdisk features' shows what this machine offers; 'vdisk serve' (NBD) needs nothing of the kernel"},
 	{cow.ErrNotFound, exitNotFound, "not-found", "'vdisk ls -t all' lists what there is"},

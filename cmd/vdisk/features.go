@@ -49,7 +49,7 @@ type featuresJSON struct {
 // reclaim says what guards the process that serves the store's devices against waiting for itself; where there is none,
 // what would guard one that this user starts.
 func (a *app) reclaim(c *cli.Context) (of string, r owner.Reclaim) {
-	if st, err := owner.Running(c.Context, a.dir); err == nil && st.Reclaim != nil {
+	if st, err := owner.Running(c.Context, a.dir, a.options(c)); err == nil && st.Reclaim != nil {
 		return fmt.Sprintf("pid %d (%s)", st.PID, st.Command), *st.Reclaim
 	}
 	return "a daemon started from here", owner.PrepareForReclaim()

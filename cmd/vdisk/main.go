@@ -47,7 +47,8 @@ type app struct {
 	bytes       bool
 	lockTimeout time.Duration
 	maxSize     string
-	maxBytes    int64  // maxSize
+	maxBytes    int64 // maxSize
+	foreign     bool
 	mapCache    string // a size
 	cacheBytes  int64  // mapCache
 	coldAfter   time.Duration
@@ -126,6 +127,7 @@ func (a *app) program() *cli.App {
 			&cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Usage: "print no notes and no progress", Destination: &a.quiet},
 			&cli.BoolFlag{Name: "verbose", Aliases: []string{"v"}, Usage: "log what happens", EnvVars: []string{"VDISK_VERBOSE"}, Destination: &a.verbose},
 			&cli.DurationFlag{Name: "lock-timeout", Usage: "how long to wait for a busy store", EnvVars: []string{"VDISK_LOCK_TIMEOUT"}, Value: 5 * time.Second, Destination: &a.lockTimeout},
+			&cli.BoolFlag{Name: "foreign", Usage: "also open a store whose folder belongs to another user, or that others may change", EnvVars: []string{"VDISK_FOREIGN"}, Destination: &a.foreign},
 			&cli.StringFlag{Name: "max-size", Usage: "let the store's data take at most `SIZE` while this process owns it", EnvVars: []string{"VDISK_MAX_SIZE"}, Destination: &a.maxSize},
 			&cli.DurationFlag{Name: "cold-after", Usage: "compress again, better and in order, what has not changed for `DURATION`, in idle time; 0: never", EnvVars: []string{coldAfterEnv}, Value: 10 * time.Minute, Destination: &a.coldAfter},
 			&cli.StringFlag{Name: "map-cache", Usage: "let the map of an owner's volumes take at most `SIZE` of memory", EnvVars: []string{mapCacheEnv}, Value: "256M", Destination: &a.mapCache},
@@ -230,7 +232,7 @@ func (a *app) options(c *cli.Context) owner.Options {
 	}
 	return owner.Options{
 		LockTimeout: a.lockTimeout, Command: "vdisk " + c.Command.Name, Logger: a.log, Version: version(), MaxBytes: a.maxBytes, MapCache: a.cacheBytes,
-		ColdAfter: cold,
+		ColdAfter: cold, Foreign: a.foreign,
 	}
 }
 

@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
 
 	"github.com/vdisk/vdisk/cow"
@@ -15,7 +13,7 @@ import (
 // adopt finds the devices that earlier owners left, after the store was opened and before anybody else gets at it.
 // What is not in the kernel any more is dropped, what is dead is deleted, and what waits keeps its volume open.
 func (o *Owner) adopt(ctx context.Context) error {
-	r, err := readRecord(o.dir)
+	r, err := readRecord(o.in)
 	if err != nil {
 		o.opts.Logger.Warn("devices of earlier owners are not known; 'vdisk devices' lists all of this machine", "err", err)
 		return nil
@@ -26,7 +24,7 @@ func (o *Owner) adopt(ctx context.Context) error {
 	if len(r.Devices) > 0 {
 		o.sortOut(ctx, r.Devices)
 	}
-	if _, err := os.Lstat(filepath.Join(o.dir, recordName)); err != nil {
+	if _, err := o.in.Lstat(recordName); err != nil {
 		return nil // as it mostly is
 	}
 	if err := o.record(); err != nil {

@@ -10,29 +10,37 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"path/filepath"
 	"strconv"
 	"time"
 
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/internal/bench"
 	"github.com/vdisk/vdisk/internal/owner/sparse"
+	"github.com/vdisk/vdisk/internal/storage"
 )
 
 // Client is a store that another process owns.
 type Client struct {
-	path string // of the control socket
+	in   *storage.Folder // the store's
+	path string          // of the control socket
 	http *http.Client
 }
 
 // connect reaches the owner of a store: ErrNoOwner when nobody listens, errStopping when the owner is about to go.
-func connect(ctx context.Context, dir string) (*Client, Status, error) {
-	c := &Client{path: filepath.Join(dir, controlName)}
+func connect(ctx context.Context, dir string, o Options) (*Client, Status, error) {
+	in, err := storage.OpenFolder(dir, o.Foreign)
+	if err != nil && !errors.Is(err, cow.ErrForeign) {
+		err = fmt.Errorf("%w: %w", ErrNoOwner, err)
+	}
+	if err != nil {
+		return nil, Status{}, err
+	}
+	c := &Client{in: in, path: in.Join(controlName)}
 	c.http = &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			conn, err := dial(ctx, c.path)
-			if err != nil {
-				return nil, fmt.Errorf("%w: %w", ErrNoOwner, err)
+			conn, err := dialControl(ctx, in)
+			if err != nil { // and not a net.Conn that holds a nil pointer
+				return nil, err
 			}
 			return conn, nil
 		},
@@ -54,7 +62,7 @@ func connect(ctx context.Context, dir string) (*Client, Status, error) {
 // Close ends the session.
 func (c *Client) Close() error {
 	c.http.CloseIdleConnections()
-	return nil
+	return c.in.Close()
 }
 
 // post sends an operation. The caller closes the answer's body.
@@ -339,12 +347,12 @@ func (c *Client) Export(ctx context.Context, ref cow.Ref, use func(sparse.Source
 // Serve has the owner serve NBD clients that connect to l.
 func (c *Client) Serve(ctx context.Context, l net.Listener, o ServeOptions) error {
 	defer l.Close()
-	nc, err := dial(ctx, c.path)
+	nc, err := dialControl(ctx, c.in)
 	if err != nil {
 		return c.lost(ctx, err)
 	}
 	defer nc.Close()
-	stop := context.AfterFunc(ctx, func() { nc.(*net.UnixConn).CloseWrite() })
+	stop := context.AfterFunc(ctx, func() { nc.CloseWrite() })
 	defer stop()
 	b, err := json.Marshal(request{Serve: o})
 	if err != nil {
@@ -363,7 +371,7 @@ func (c *Client) Serve(ctx context.Context, l net.Listener, o ServeOptions) erro
 		defer resp.Body.Close()
 		return answerError(resp)
 	}
-	if err := giveListener(nc.(*net.UnixConn), l); err != nil {
+	if err := giveListener(nc, l); err != nil {
 		return c.lost(ctx, err)
 	}
 	answer := new(Error)

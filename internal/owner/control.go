@@ -28,11 +28,11 @@ type control struct {
 const maxRequest = 1 << 20
 
 // listenControl begins to offer the store. Its lock is held, so whatever socket is there is not in use.
-func listenControl(o *Owner, path string) (*control, error) {
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+func listenControl(o *Owner) (*control, error) {
+	if err := o.in.Remove(controlName); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
-	l, remove, err := Listen(path)
+	l, remove, err := listenIn(o.in, controlName)
 	if err != nil {
 		return nil, err
 	}
@@ -44,7 +44,7 @@ func listenControl(o *Owner, path string) (*control, error) {
 	}
 	go func() {
 		defer close(c.ended)
-		_ = c.http.Serve(l) // it ends by close, or fails and is found out by clients
+		_ = c.http.Serve(ownListener{l}) // it ends by close, or fails and is found out by clients
 	}()
 	return c, nil
 }

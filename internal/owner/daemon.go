@@ -9,12 +9,12 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/storage"
 )
 
 // ReadyFD is the descriptor on which a daemon tells its starter how it went.
@@ -35,13 +35,13 @@ func OpenLasting(ctx context.Context, dir string, o Options, args []string) (c *
 		return nil, false, err
 	}
 	c, err = retry(ctx, o, func() (*Client, error) {
-		c, s, err := connect(ctx, dir)
+		c, s, err := connect(ctx, dir, o)
 		if errors.Is(err, ErrNoOwner) {
 			if err := startDaemon(ctx, dir, args); err != nil {
 				return nil, err
 			}
 			started = true
-			c, s, err = connect(ctx, dir)
+			c, s, err = connect(ctx, dir, o)
 		}
 		if err == nil && s.Temporary {
 			return nil, errors.Join(&cow.LockedError{Dir: dir, Holder: fmt.Sprintf("pid %d (%s)", s.PID, s.Command)}, c.Close())
@@ -95,11 +95,11 @@ func (e *Error) original(dir string) error {
 
 // Ready tells whoever started this daemon that it works (nil), or why it does not. From then on what it prints goes to
 // the store's log: its starter may be gone. A folder that could not be opened as a store gets no log.
-func Ready(dir string, err error) error {
+func Ready(dir string, foreign bool, err error) error {
 	w := os.NewFile(ReadyFD, "ready pipe")
 	syscall.CloseOnExec(ReadyFD)
 	if err == nil {
-		err = printToLog(filepath.Join(dir, daemonLog))
+		err = printToLog(dir, foreign)
 	}
 	answer := readyAnswer
 	if err != nil {
@@ -109,21 +109,26 @@ func Ready(dir string, err error) error {
 	return errors.Join(err, werr, w.Close())
 }
 
-// printToLog connects standard output and standard error with a file.
-func printToLog(path string) error {
-	if fi, err := os.Stat(path); err == nil && fi.Size() > daemonLogBytes {
-		if err := os.Rename(path, path+".old"); err != nil {
+// printToLog connects standard output and standard error with the store's log.
+func printToLog(dir string, foreign bool) error {
+	in, err := storage.OpenFolder(dir, foreign)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	if st, err := in.Lstat(daemonLog); err == nil && st.Size > daemonLogBytes {
+		if err := in.Rename(daemonLog, daemonLog+".old"); err != nil {
 			return err
 		}
 	}
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	f, err := in.Open(daemonLog, os.O_WRONLY|os.O_CREATE|os.O_APPEND)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
 	for _, fd := range []int{1, 2} {
 		if err := unix.Dup3(int(f.Fd()), fd, 0); err != nil {
-			return fmt.Errorf("connecting descriptor %d with %s: %w", fd, path, err)
+			return fmt.Errorf("connecting descriptor %d with %s: %w", fd, f.Name(), err)
 		}
 	}
 	return nil

@@ -168,7 +168,7 @@ func (o *Owner) recordRenaming(from, to cow.Ref) error {
 		r.Devices = append(r.Devices, one)
 	}
 	o.mu.Unlock()
-	return r.write(o.dir)
+	return r.write(o.in)
 }
 
 // watch waits for the end of a block device, whoever caused it, and closes what is behind it, or keeps that for the

@@ -38,6 +38,8 @@ var codes = []struct {
 	{"read-only", cow.ErrReadOnly},
 	{"not-a-store", cow.ErrNotStore},
 	{"newer-format", cow.ErrVersion},
+	{"foreign", cow.ErrForeign},
+	{"irregular", cow.ErrIrregular},
 	{"store-failed", cow.ErrFailed},
 	{"closed", cow.ErrClosed},
 	{"locked", errLocked},

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/ublk"
 )
 
@@ -66,13 +67,18 @@ func storeDevices(ctx context.Context, dir string) (map[cookie]string, mark) {
 	if refuseWaiting(ctx, dir, Options{}.withDefaults()) != nil {
 		return nil, 0
 	}
-	b, err := os.ReadFile(filepath.Join(dir, "format"))
+	in, err := storage.OpenFolder(dir, false)
+	if err != nil {
+		return nil, 0
+	}
+	defer in.Close()
+	b, err := in.Read("format")
 	var info format.StoreInfo
 	if err != nil || json.Unmarshal(b, &info) != nil {
 		return nil, 0
 	}
-	m, err := markOf(dir, info.UUID)
-	r, rerr := readRecord(dir)
+	m, err := markOf(in, info.UUID)
+	r, rerr := readRecord(in)
 	if errors.Join(err, rerr) != nil {
 		return nil, 0
 	}

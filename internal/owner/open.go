@@ -4,12 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/storage"
 )
 
 // retryEvery is how long to wait between two tries to get at a busy store.
@@ -23,7 +22,7 @@ func Open(ctx context.Context, dir string, o Options) (Store, error) {
 		return nil, err
 	}
 	return retry(ctx, o, func() (Store, error) {
-		c, _, err := connect(ctx, dir)
+		c, _, err := connect(ctx, dir, o)
 		if err == nil {
 			return c, nil
 		}
@@ -41,10 +40,10 @@ func Open(ctx context.Context, dir string, o Options) (Store, error) {
 // OpenOrCreate is Open, and makes the store when there is none.
 func OpenOrCreate(ctx context.Context, dir string, o Options) (Store, error) {
 	s, err := Open(ctx, dir, o)
-	if !errors.Is(err, cow.ErrNotFound) {
+	if !errors.Is(err, cow.ErrNotFound) && !errors.Is(err, cow.ErrForeign) { // an empty folder may have any mode as yet
 		return s, err
 	}
-	_, err = retry(ctx, o, func() (struct{}, error) { return struct{}{}, cow.Create(dir) })
+	_, err = retry(ctx, o, func() (struct{}, error) { return struct{}{}, cow.CreateIn(dir, o.Foreign) })
 	if err != nil {
 		return nil, err
 	}
@@ -90,7 +89,12 @@ func retry[T any](ctx context.Context, o Options, f func() (T, error)) (T, error
 
 // Holder says who has the lock of the store at dir, as the lock file tells; empty when it cannot be told.
 func Holder(dir string) string {
-	b, err := os.ReadFile(filepath.Join(dir, "lock"))
+	in, err := storage.OpenFolder(dir, true)
+	if err != nil {
+		return ""
+	}
+	defer in.Close()
+	b, err := in.Read("lock")
 	if err != nil {
 		return ""
 	}

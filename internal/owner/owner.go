@@ -5,17 +5,18 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/storage"
 )
 
 // Owner is the process's hold of a store: the engine, the control socket, the block devices and the NBD services.
 type Owner struct {
 	dir     string
+	in      *storage.Folder // at dir
 	opts    Options
 	store   *cow.Store
 	started time.Time
@@ -51,23 +52,27 @@ type Owner struct {
 func own(ctx context.Context, dir string, o Options) (*Owner, error) {
 	store, err := cow.Open(dir, cow.Options{
 		LockTimeout: o.LockTimeout, Holder: o.Command, Logger: o.Logger, CacheBytes: o.MapCache, MaxBytes: o.MaxBytes, ColdAfter: o.ColdAfter,
-		Outlive: o.Offer && !o.Temporary, FS: o.fs,
+		Outlive: o.Offer && !o.Temporary, FS: o.fs, Foreign: o.Foreign,
 	}) // its clients and devices go on when it is killed
 	if err != nil {
 		return nil, err
 	}
+	in, err := storage.OpenFolder(dir, o.Foreign)
+	if err != nil {
+		return nil, errors.Join(err, store.Close())
+	}
 	life, kill := context.WithCancel(ctx)
-	owner := &Owner{dir: dir, opts: o, store: store, started: time.Now(), life: life, kill: kill, doors: true, changed: make(chan struct{})}
+	owner := &Owner{dir: dir, in: in, opts: o, store: store, started: time.Now(), life: life, kill: kill, doors: true, changed: make(chan struct{})}
 	owner.exports = &exports{store: store, explain: owner.inUse}
-	if owner.mark, err = markOf(dir, store.Info().UUID); err == nil {
+	if owner.mark, err = markOf(in, store.Info().UUID); err == nil {
 		err = owner.adopt(ctx)
 	}
 	if err == nil && o.Offer {
-		owner.control, err = listenControl(owner, filepath.Join(dir, controlName))
+		owner.control, err = listenControl(owner)
 	}
 	if err != nil {
 		kill()
-		return nil, errors.Join(err, owner.closeDisks(ctx), store.Close())
+		return nil, errors.Join(err, owner.closeDisks(ctx), store.Close(), in.Close())
 	}
 	return owner, nil
 }
@@ -141,7 +146,7 @@ func (o *Owner) close() error {
 	o.repairs.Wait() // they end with life
 	errs = append(errs, o.closeDisks(bounded))
 	errs = append(errs, o.exports.close())
-	errs = append(errs, o.store.Close())
+	errs = append(errs, o.store.Close(), o.in.Close())
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return errors.Join(append(errs, o.unheard)...)

@@ -347,13 +347,13 @@ func TestSockets(t *testing.T) {
 	if _, _, err := Listen(path); !errors.Is(err, os.ErrExist) {
 		t.Fatal(err)
 	}
-	c, err := dial(t.Context(), path)
+	c, err := dialPath(t.Context(), path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	_ = c.Close()
 	_ = l.Close() // which leaves the file, as a killed process does
-	if _, err := dial(t.Context(), path); !errors.Is(err, syscall.ECONNREFUSED) {
+	if _, err := dialPath(t.Context(), path); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Fatal(err)
 	}
 	l, removeSecond, err := Listen(path)
@@ -361,7 +361,7 @@ func TestSockets(t *testing.T) {
 		t.Fatal(err)
 	}
 	remove() // of the first, which must leave the second's
-	if c, err = dial(t.Context(), path); err != nil {
+	if c, err = dialPath(t.Context(), path); err != nil {
 		t.Fatal(err)
 	}
 	_ = c.Close()
@@ -402,7 +402,7 @@ func TestPassedSocket(t *testing.T) {
 		return ended
 	}
 	greet := func() net.Conn {
-		c, err := dial(t.Context(), path)
+		c, err := dialPath(t.Context(), path)
 		if err != nil {
 			t.Fatal(err)
 		}

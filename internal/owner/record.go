@@ -9,10 +9,10 @@ import (
 	"hash/crc32"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
+
+	"github.com/vdisk/vdisk/internal/storage"
 )
 
 // recordName is the file in a store that lists its block devices while there are any. A device outlives a process that
@@ -57,12 +57,12 @@ type mark uint32
 
 func (c cookie) mark() mark { return mark(c >> 32) }
 
-// markOf is the mark of the store at dir. The folder's inode is part of it, so that a copy of a store does not take the
+// markOf is the mark of the store in a folder. The folder's inode is part of it, so that a copy of a store does not take the
 // devices of the original for its own.
-func markOf(dir, uuid string) (mark, error) {
-	var st syscall.Stat_t
-	if err := syscall.Stat(dir, &st); err != nil {
-		return 0, &os.PathError{Op: "stat", Path: dir, Err: err}
+func markOf(in *storage.Folder, uuid string) (mark, error) {
+	st, err := in.Stat()
+	if err != nil {
+		return 0, err
 	}
 	sum := crc32.ChecksumIEEE([]byte(fmt.Sprintf("%s %d", uuid, st.Ino)))
 	return mark(max(sum, 1)), nil // 0 is what other programs leave in their devices
@@ -124,11 +124,11 @@ func bootID() string {
 	return string(b[:min(36, len(b))])
 }
 
-// readRecord reads the file of the store at dir; what is of another boot, or was copied with its file system, is
+// readRecord reads the file of the store in a folder; what is of another boot, or was copied with its file system, is
 // nothing.
-func readRecord(dir string) (record, error) {
+func readRecord(in *storage.Folder) (record, error) {
 	var r record
-	b, err := os.ReadFile(filepath.Join(dir, recordName))
+	b, err := in.Read(recordName)
 	if errors.Is(err, fs.ErrNotExist) {
 		return r, nil
 	}
@@ -138,45 +138,32 @@ func readRecord(dir string) (record, error) {
 	if err != nil {
 		return record{}, fmt.Errorf("reading which devices the store has: %w", err)
 	}
-	dev, err := fileSystem(dir)
+	st, err := in.Stat()
 	if err != nil {
 		return record{}, err
 	}
-	if r.Boot != bootID() || r.Dev != 0 && r.Dev != dev {
+	if r.Boot != bootID() || r.Dev != 0 && r.Dev != st.Dev {
 		return record{}, nil
 	}
 	return r, nil
 }
 
-// fileSystem tells the file systems of folders apart, in this boot.
-func fileSystem(dir string) (uint64, error) {
-	var st syscall.Stat_t
-	if err := syscall.Stat(dir, &st); err != nil {
-		return 0, &os.PathError{Op: "stat", Path: dir, Err: err}
-	}
-	return st.Dev, nil
-}
-
 // write replaces the file in one step. It need not survive the power: no device does.
-func (r record) write(dir string) error {
-	path := filepath.Join(dir, recordName)
+func (r record) write(in *storage.Folder) error {
 	if len(r.Devices) == 0 && r.Heir == nil {
-		if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
+		if err := in.Remove(recordName); !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 		return nil
 	}
-	dev, err := fileSystem(dir)
+	st, err := in.Stat()
 	if err != nil {
 		return err
 	}
-	r.Boot, r.Dev = bootID(), dev
+	r.Boot, r.Dev = bootID(), st.Dev
 	b, err := json.Marshal(r)
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(path+".tmp", append(b, '\n'), 0o600); err != nil {
-		return err
-	}
-	return os.Rename(path+".tmp", path)
+	return in.Replace(recordName, append(b, '\n'), false)
 }

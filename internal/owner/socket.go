@@ -13,97 +13,229 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/storage"
 )
 
 // controlName is the control socket's name in a store.
 const controlName = "control.sock"
 
-// sunPath is the size of sockaddr_un.sun_path, with the zero at the end (unix(7)).
-const sunPath = 108
+// SunPath is how long a socket's path can be for most clients: the size of sockaddr_un.sun_path, without the zero at
+// the end (unix(7)).
+const SunPath = 107
 
-// shortPath returns another path of the same file that fits sunPath, however long the folder's path is: the folder by
-// its descriptor. It is good until release is called.
-func shortPath(path string) (short string, release func(), err error) {
-	dir, name := filepath.Split(path)
-	if dir == "" {
-		dir = "."
-	}
-	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return "", nil, &os.PathError{Op: "open", Path: dir, Err: err}
-	}
-	short = "/proc/self/fd/" + strconv.Itoa(fd) + "/" + name
-	return short, func() { _ = unix.Close(fd) }, nil
-}
+// ofFd is the path of an open file, which fits SunPath however long its other paths are.
+func ofFd(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }
 
 // Listen makes a unix socket at path that only its owner may connect to; for the moment until its mode is set, that
 // is up to the process's umask, which must be 077. A socket that is there already and that nobody listens on is
 // replaced; anything else that is there is an error that matches fs.ErrExist. The caller calls remove when the socket
 // is closed.
 func Listen(path string) (l *net.UnixListener, remove func(), err error) {
-	short, release, err := shortPath(path)
+	in, err := storage.OpenFolder(filepath.Dir(path), true) // a socket may be in any folder
 	if err != nil {
 		return nil, nil, err
 	}
-	defer release()
-	if len(short) >= sunPath {
-		return nil, nil, fmt.Errorf("the socket's name %s is too long: %d bytes are possible", filepath.Base(path),
-			sunPath-1-len(short)+len(filepath.Base(path)))
-	}
-	if err := clearSocket(path, short); err != nil {
-		return nil, nil, err
-	}
-	l, err = net.ListenUnix("unix", &net.UnixAddr{Name: short, Net: "unix"})
+	l, rm, err := listenIn(in, filepath.Base(path))
 	if err != nil {
-		return nil, nil, fmt.Errorf("making the socket %s: %w", path, errors.Unwrap(err))
+		return nil, nil, errors.Join(err, in.Close())
+	}
+	return l, func() { rm(); _ = in.Close() }, nil
+}
+
+// listenIn is Listen for a name in a folder, which must stay open until remove was called.
+func listenIn(in *storage.Folder, name string) (l *net.UnixListener, remove func(), err error) {
+	if len(name) > SunPath {
+		return nil, nil, fmt.Errorf("the socket's name %s is too long: %d bytes are possible", name, SunPath)
+	}
+	// It gets its name when it listens, so that nobody finds it closed and takes it for one that was left behind.
+	tmp := storage.Unique(".sock.")
+	l, err = net.ListenUnix("unix", &net.UnixAddr{Name: ofFd(in.Fd()) + "/" + tmp, Net: "unix"})
+	if err != nil {
+		return nil, nil, fmt.Errorf("making the socket %s: %w", in.Join(name), errors.Unwrap(err))
 	}
 	l.SetUnlinkOnClose(false) // the path that it knows is not good for long
-	err = os.Chmod(short, 0o600)
-	made, serr := os.Lstat(short)
-	if err = errors.Join(err, serr); err != nil {
-		return nil, nil, errors.Join(fmt.Errorf("making the socket %s: %w", path, err), l.Close(), os.Remove(path))
-	}
-	return l, func() {
-		// Somebody may have found it closed and put his own in its place.
-		if fi, err := os.Lstat(path); err == nil && os.SameFile(fi, made) && fi.ModTime().Equal(made.ModTime()) {
-			_ = os.Remove(path) // a socket that is left behind is no harm
-		}
-	}, nil
-}
-
-// clearSocket removes a socket that nobody listens on.
-func clearSocket(path, short string) error {
-	fi, err := os.Lstat(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+	made, err := secureSocket(in, tmp)
+	if err == nil {
+		err = nameSocket(in, tmp, name)
 	}
 	if err != nil {
-		return err
+		_ = in.Remove(tmp) // at worst a socket is left that nobody listens on
+		return nil, nil, errors.Join(fmt.Errorf("making the socket %s: %w", in.Join(name), err), l.Close())
 	}
-	if fi.Mode()&os.ModeSocket == 0 {
-		return &os.PathError{Op: "listen", Path: path, Err: fmt.Errorf("%w and is no socket", fs.ErrExist)}
-	}
-	c, err := net.DialTimeout("unix", short, time.Second)
-	if err == nil {
-		_ = c.Close()
-		return &os.PathError{Op: "listen", Path: path, Err: fmt.Errorf("%w, and another process listens on it", fs.ErrExist)}
-	}
-	if !errors.Is(err, syscall.ECONNREFUSED) {
-		return fmt.Errorf("asking who listens on %s: %w", path, err)
-	}
-	if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return nil
+	return l, func() { removeSocket(in, name, made) }, nil
 }
 
-// dial connects to the socket at path, however long that is.
-func dial(ctx context.Context, path string) (net.Conn, error) {
-	short, release, err := shortPath(path)
+// secureSocket gives a socket of this process its mode, and returns what it is known by.
+func secureSocket(in *storage.Folder, name string) (st unix.Stat_t, err error) {
+	fd, st, err := pathTo(in, name)
+	if err != nil {
+		return st, err
+	}
+	defer unix.Close(fd)
+	if st.Uid != uint32(os.Geteuid()) {
+		return st, fmt.Errorf("it belongs to another user: %w", cow.ErrForeign)
+	}
+	return st, os.Chmod(ofFd(fd), 0o600)
+}
+
+// pathTo opens the socket of that name, not its other end (O_PATH).
+func pathTo(in *storage.Folder, name string) (fd int, st unix.Stat_t, err error) {
+	fd, err = unix.Openat(in.Fd(), name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, st, &fs.PathError{Op: "open", Path: in.Join(name), Err: err}
+	}
+	if err = unix.Fstat(fd, &st); err == nil && st.Mode&unix.S_IFMT != unix.S_IFSOCK {
+		err = fmt.Errorf("%w and is no socket", fs.ErrExist)
+	}
+	if err != nil {
+		_ = unix.Close(fd)
+		return -1, st, &fs.PathError{Op: "open", Path: in.Join(name), Err: err}
+	}
+	return fd, st, nil
+}
+
+// sameSocket tells whether two looks saw one socket. A file's number is given again soon, but not within a tick.
+func sameSocket(a, b unix.Stat_t) bool { return a.Dev == b.Dev && a.Ino == b.Ino && a.Mtim == b.Mtim }
+
+// nameSocket gives a socket its name, which nobody may listen at. A socket on which somebody listens keeps its name: of
+// the processes of vdisk one at a time looks at what is there and replaces it, and whatever another program puts there
+// meanwhile is looked at once more when it has gone out of the way.
+func nameSocket(in *storage.Folder, tmp, name string) error {
+	defer lockFolder(in)()
+	for {
+		err := unix.Renameat2(in.Fd(), tmp, in.Fd(), name, unix.RENAME_NOREPLACE)
+		if errors.Is(err, unix.EINVAL) { // a file system that cannot
+			if err = unix.Linkat(in.Fd(), tmp, in.Fd(), name, 0); err == nil {
+				return in.Remove(tmp)
+			}
+		}
+		if !errors.Is(err, unix.EEXIST) {
+			return err
+		}
+		old, err := leftSocket(in, name)
+		if err == nil {
+			err = unix.Renameat2(in.Fd(), tmp, in.Fd(), name, unix.RENAME_EXCHANGE)
+		}
+		if errors.Is(err, unix.EINVAL) {
+			err = in.Remove(name)
+		} else if err == nil {
+			if got, lerr := leftSocket(in, tmp); lerr == nil && sameSocket(old, got) {
+				return in.Remove(tmp)
+			}
+			err = unix.Renameat2(in.Fd(), tmp, in.Fd(), name, unix.RENAME_EXCHANGE)
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+}
+
+// lockFolder keeps other processes of vdisk from changing the names of sockets in a folder until it is unlocked. Anybody
+// who can read the folder can lock it, so it waits for no longer than such a change takes.
+func lockFolder(in *storage.Folder) (unlock func()) {
+	fd, err := unix.Openat(in.Fd(), ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return func() {}
+	}
+	for end := time.Now().Add(time.Second); ; time.Sleep(5 * time.Millisecond) {
+		err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) || time.Now().After(end) {
+			return func() { _ = unix.Close(fd) }
+		}
+	}
+}
+
+// leftSocket is an error unless a socket has the name, and nobody listens on it.
+func leftSocket(in *storage.Folder, name string) (unix.Stat_t, error) {
+	fd, st, err := pathTo(in, name)
+	if err != nil {
+		return st, err
+	}
+	defer unix.Close(fd)
+	for range 2 { // one that has its name and does not listen yet will soon
+		c, err := net.DialTimeout("unix", ofFd(fd), time.Second)
+		if err == nil {
+			_ = c.Close()
+			return st, fmt.Errorf("%w, and another process listens on it", fs.ErrExist)
+		}
+		if !errors.Is(err, syscall.ECONNREFUSED) {
+			return st, fmt.Errorf("asking who listens on it: %w", err)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return st, nil
+}
+
+// removeSocket removes the socket made, unless somebody has found it closed and put his own in its place. At worst a
+// socket is left that nobody listens on.
+func removeSocket(in *storage.Folder, name string, made unix.Stat_t) {
+	defer lockFolder(in)()
+	if st, err := in.Lstat(name); err == nil && sameSocket(st, made) {
+		_ = in.Remove(name)
+	}
+}
+
+// dial connects to the socket of that name in a folder, not through a symbolic link.
+func dial(ctx context.Context, in *storage.Folder, name string) (*net.UnixConn, error) {
+	fd, _, err := pathTo(in, name)
 	if err != nil {
 		return nil, err
 	}
-	defer release()
+	defer unix.Close(fd)
 	var d net.Dialer
-	return d.DialContext(ctx, "unix", short)
+	c, err := d.DialContext(ctx, "unix", ofFd(fd))
+	if err != nil {
+		return nil, err
+	}
+	return c.(*net.UnixConn), nil
+}
+
+// dialControl connects to the owner of the store in a folder. ErrNoOwner: nobody listens. The process that listens must
+// be one that may have the store: whoever can put a socket there must not be believed for that alone.
+func dialControl(ctx context.Context, in *storage.Folder) (*net.UnixConn, error) {
+	c, err := dial(ctx, in, controlName)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrNoOwner, err)
+	}
+	uid, err := peerOf(c)
+	if err == nil && !in.Trusts(uid) {
+		err = fmt.Errorf("the process that listens on %s belongs to user %d: %w", in.Join(controlName), uid, cow.ErrForeign)
+	}
+	if err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	return c, nil
+}
+
+// peerOf is the user of the process at the other end (SO_PEERCRED, unix(7)).
+func peerOf(c *net.UnixConn) (uid uint32, err error) {
+	rc, err := c.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var cred *unix.Ucred
+	cerr := rc.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+	if err = errors.Join(cerr, err); err != nil {
+		return 0, fmt.Errorf("asking who is at the other end of the socket: %w", err)
+	}
+	return cred.Uid, nil
+}
+
+// ownListener accepts connections of this user and root only.
+type ownListener struct{ *net.UnixListener }
+
+// Accept closes the connections of others.
+func (l ownListener) Accept() (net.Conn, error) {
+	for {
+		c, err := l.AcceptUnix()
+		if err != nil {
+			return nil, err
+		}
+		if uid, err := peerOf(c); err == nil && (uid == 0 || uid == uint32(os.Geteuid())) {
+			return c, nil
+		}
+		_ = c.Close()
+	}
 }

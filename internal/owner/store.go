@@ -82,6 +82,8 @@ type Options struct {
 	MapCache int64
 	// ColdAfter is cow.Options.ColdAfter.
 	ColdAfter time.Duration
+	// Foreign opens a store whose folder belongs to another user, or that other users may change: cow.ErrForeign.
+	Foreign bool
 	// Version is this program's.
 	Version string
 	// Replaceable says that this process can become another version of the program: it ends the owner by CloseWhenDone

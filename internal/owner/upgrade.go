@@ -250,7 +250,7 @@ func UpgradeDaemon(ctx context.Context, dir string, o Options) (Upgrade, error) 
 	if err := refuseWaiting(ctx, dir, o.withDefaults()); err != nil {
 		return Upgrade{}, err
 	}
-	c, old, err := connect(ctx, dir)
+	c, old, err := connect(ctx, dir, o)
 	if errors.Is(err, errStopping) {
 		err = fmt.Errorf("%w: %w", cow.ErrBusy, err)
 	}
@@ -266,7 +266,7 @@ func UpgradeDaemon(ctx context.Context, dir string, o Options) (Upgrade, error) 
 	ctx, cancel := context.WithTimeout(ctx, upgradeTimeout)
 	defer cancel()
 	for {
-		now, err := Running(ctx, dir)
+		now, err := Running(ctx, dir, o)
 		switch {
 		case err == nil && now.Handover != "":
 			return u, fmt.Errorf("the new program gave the store back to version %s: %s", now.Version, now.Handover)
@@ -285,8 +285,8 @@ func UpgradeDaemon(ctx context.Context, dir string, o Options) (Upgrade, error) 
 }
 
 // Running asks the process that owns the store and offers it to others; ErrNoOwner when there is none.
-func Running(ctx context.Context, dir string) (Status, error) {
-	c, s, err := connect(ctx, dir)
+func Running(ctx context.Context, dir string, o Options) (Status, error) {
+	c, s, err := connect(ctx, dir, o)
 	if err != nil {
 		return s, err
 	}

@@ -6,7 +6,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -17,12 +16,9 @@ const (
 	fileMode = 0o600
 )
 
-// dir is a real directory. Files are opened relative to its descriptor by plain
-// names and never through a symbolic link, so that nothing outside it can be
-// reached.
+// dir is a real directory.
 type dir struct {
-	path       string
-	f          *os.File
+	in         *Folder
 	overwrites bool
 }
 
@@ -40,7 +36,11 @@ func OpenDir(path string) (FS, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open directory: %w", err)
 	}
-	return &dir{path: path, f: f, overwrites: overwrites(f)}, nil
+	d, err := newFolder(path, f)
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return d.Files(), nil
 }
 
 // overwrites knows the file systems that write over blocks in place, and never share them between files (statfs(2)).
@@ -59,7 +59,7 @@ func syncParent(path string) error {
 }
 
 func (d *dir) Create(name string, size int64) (File, error) {
-	f, err := d.openat(name, unix.O_CREAT|unix.O_EXCL)
+	f, err := d.in.Open(name, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL)
 	if err != nil {
 		return nil, fmt.Errorf("create: %w", noSpace(err))
 	}
@@ -71,39 +71,19 @@ func (d *dir) Create(name string, size int64) (File, error) {
 }
 
 func (d *dir) Open(name string) (File, error) {
-	f, err := d.openat(name, 0)
+	f, err := d.in.Open(name, unix.O_RDWR)
 	if err != nil {
 		return nil, fmt.Errorf("open: %w", err)
-	}
-	info, err := f.Stat()
-	if err == nil && !info.Mode().IsRegular() {
-		err = fmt.Errorf("open %s: %w: not a regular file", f.Name(), fs.ErrInvalid)
-	}
-	if err != nil {
-		return nil, errors.Join(err, f.Close())
 	}
 	return &file{f}, nil
 }
 
-func (d *dir) openat(name string, flags int) (*os.File, error) {
-	path, err := d.join(name)
-	if err != nil {
-		return nil, err
-	}
-	// Even a FIFO put in the file's place does not block a read-write open: fifo(7).
-	flags |= unix.O_RDWR | unix.O_NOFOLLOW | unix.O_CLOEXEC
-	fd, err := retry(func() (int, error) { return unix.Openat(int(d.f.Fd()), name, flags, fileMode) })
-	if err != nil {
-		return nil, &fs.PathError{Op: "openat", Path: path, Err: err}
-	}
-	return os.NewFile(uintptr(fd), path), nil
-}
-
-func (d *dir) join(name string) (string, error) {
+// joined is the path of a file in a directory; the name must be a plain one.
+func joined(dir, name string) (string, error) {
 	if name == "" || name == "." || name == ".." || strings.ContainsAny(name, "/\x00") {
 		return "", fmt.Errorf("name %q: %w", name, fs.ErrInvalid)
 	}
-	return filepath.Join(d.path, name), nil
+	return filepath.Join(dir, name), nil
 }
 
 // reserve gives the new file its size and its space.
@@ -128,48 +108,19 @@ func writeZeros(f *os.File, size int64) error {
 	return nil
 }
 
-func (d *dir) Remove(name string) error {
-	path, err := d.join(name)
-	if err != nil {
-		return fmt.Errorf("remove: %w", err)
-	}
-	if err := unix.Unlinkat(int(d.f.Fd()), name, 0); err != nil {
-		return fmt.Errorf("remove: %w", &fs.PathError{Op: "unlinkat", Path: path, Err: err})
-	}
-	return nil
-}
+func (d *dir) Remove(name string) error { return d.in.Remove(name) }
 
-func (d *dir) List() ([]string, error) {
-	// A descriptor of its own: the position in a directory is the descriptor's.
-	fd, err := retry(func() (int, error) {
-		return unix.Openat(int(d.f.Fd()), ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	})
-	if err != nil {
-		return nil, fmt.Errorf("list %s: %w", d.path, err)
-	}
-	f := os.NewFile(uintptr(fd), d.path)
-	names, err := f.Readdirnames(-1)
-	if err = errors.Join(err, f.Close()); err != nil {
-		return nil, fmt.Errorf("list %s: %w", d.path, err)
-	}
-	slices.Sort(names)
-	return names, nil
-}
+func (d *dir) List() ([]string, error) { return d.in.Names() }
 
-func (d *dir) SyncDir() error {
-	if err := d.f.Sync(); err != nil {
-		return fmt.Errorf("sync directory: %w", noSpace(err))
-	}
-	return nil
-}
+func (d *dir) SyncDir() error { return d.in.Sync() }
 
 func (d *dir) Overwrites() bool { return d.overwrites }
 
 func (d *dir) Free() (int64, error) {
 	var st unix.Statfs_t
-	_, err := retry(func() (int, error) { return 0, unix.Fstatfs(int(d.f.Fd()), &st) })
+	_, err := retry(func() (int, error) { return 0, unix.Fstatfs(d.in.Fd(), &st) })
 	if err != nil {
-		return 0, fmt.Errorf("free space of %s: %w", d.path, err)
+		return 0, fmt.Errorf("free space of %s: %w", d.in.path, err)
 	}
 	unit := st.Frsize // what f_bavail counts in: statvfs(3)
 	if unit == 0 {
@@ -178,7 +129,7 @@ func (d *dir) Free() (int64, error) {
 	return int64(st.Bavail) * unit, nil
 }
 
-func (d *dir) Close() error { return d.f.Close() }
+func (d *dir) Close() error { return d.in.Close() }
 
 type file struct{ *os.File }
 
