@@ -109,6 +109,7 @@ type recordLog struct {
 
 	writeMu  sync.Mutex // one writes buffers at a time, in order
 	unsynced []*chunk   // written to since their last sync; guarded by writeMu
+	out      uint64     // of appended, what is in the chunk files; kept by writeOut alone; guarded by writeMu
 	syncMu   sync.Mutex // one syncs at a time; others join its successor
 	synced   atomic.Uint64
 
@@ -519,6 +520,29 @@ func (l *recordLog) sync() error {
 	l.mu.Lock()
 	l.durable = seq
 	l.mu.Unlock()
+	return nil
+}
+
+// writeOut writes every record that was appended before the call to its chunk file: this process may be killed then,
+// and nothing of it is lost. Durable it is not.
+func (l *recordLog) writeOut() error {
+	l.mu.Lock()
+	target := l.appended
+	l.mu.Unlock()
+	l.writeMu.Lock()
+	defer l.writeMu.Unlock()
+	if l.out >= target {
+		return l.err() // who had its turn before has written ours, too
+	}
+	l.mu.Lock()
+	goal := l.appended
+	l.enqueue()
+	n := len(l.queue)
+	l.mu.Unlock()
+	if err := l.drainLocked(n); err != nil {
+		return err
+	}
+	l.out = goal
 	return nil
 }
 

@@ -251,8 +251,8 @@ func (s *Store) inherit(uuid [16]byte) error {
 	return errors.Join(s.in.Remove(ownerFile), b.remove()) // in this order: nobody looks for buffers that are gone
 }
 
-// outlive gives the log buffers that outlive the process. Where there is no memory for them the store works as well,
-// but what depends on them must not be done: see Outlives.
+// outlive gives the log buffers that outlive the process. Where there is no memory for them, as any user can bring
+// about by filling it, every write goes to its chunk file before it is answered. That is slower, and loses as little.
 func (s *Store) outlive(uuid [16]byte) {
 	r, err := s.newOwnerRecord()
 	if err == nil {
@@ -262,14 +262,23 @@ func (s *Store) outlive(uuid [16]byte) {
 		err = s.writeOwner(r)
 	}
 	if err != nil {
-		s.log.Warn("what is answered and not flushed will be lost if this process is killed", "err", err)
+		s.log.Warn("there is no shared memory for what is answered and not flushed: writes are slower until the store is opened anew", "err", err)
 		if s.shared != nil {
 			_ = s.shared.remove() // the warning is what matters
 			s.shared = nil
 		}
+		s.writeThrough = true
 		return
 	}
 	s.wal.share(s.shared)
+}
+
+// answer is called after a change of a device, and before whoever asked for it is told that it was made.
+func (s *Store) answer() error {
+	if !s.writeThrough {
+		return nil
+	}
+	return s.wal.writeOut()
 }
 
 // writeOwner is not synced: after a power cut it means nothing.
@@ -295,6 +304,6 @@ func (s *Store) leaveNothing() error {
 // went on when it died may have writes answered that are not in this store.
 func (s *Store) Forgot() bool { return s.forgot }
 
-// Outlives says whether what is answered outlives this process if it is killed, so that the next owner of the store
-// can go on where it ended.
-func (s *Store) Outlives() bool { return s.shared != nil }
+// Outlives reports whether what is answered outlives this process if it is killed, so that the next owner of the store
+// can go on where it ended: it is in shared memory or, where there is none, in the chunk files.
+func (s *Store) Outlives() bool { return s.shared != nil || s.writeThrough }

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"sync"
 	"testing"
 )
 
@@ -200,16 +201,68 @@ func TestBuffersOfAGoneChunk(t *testing.T) {
 	}
 }
 
-// A machine without shared memory serves as well, and says that nothing outlives it.
+// Without shared memory what is answered outlives the owner as well: writes, zeros and discards are in the chunk files
+// before they are.
 func TestNoSharedMemory(t *testing.T) {
 	o := sharing(t)
 	o.SharedMemory = filepath.Join(o.SharedMemory, "missing")
-	s, dir := newStore(t, o)
-	if s.Outlives() {
-		t.Error("the store claims shared memory")
-	}
+	dir, content := answered(t, o)
 	if _, err := os.Stat(filepath.Join(dir, ownerFile)); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("there is an owner file (%v)", err)
 	}
-	must(t, s.Close())
+	if !found(t, dir, o, content) {
+		t.Fatal("what was answered is lost")
+	}
+	for name, erase := range map[string]func(d *Device) error{
+		"discard": func(d *Device) error { return d.Discard(8192, 4096) },
+		"zeros":   func(d *Device) error { return d.WriteZeroes(8192, 4096, false) },
+	} {
+		s, err := Open(dir, o)
+		must(t, err)
+		d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+		must(t, err)
+		_, err = d.WriteAt(content, 8192)
+		must(t, errors.Join(err, d.Flush(), erase(d)))
+		s.abandon(t)
+		if !found(t, dir, o, make([]byte, len(content))) {
+			t.Errorf("%s: what was answered is lost", name)
+		}
+	}
+}
+
+// TestWriteThroughTogether: a writer whose turn to write out comes late finds that another has done it, and still
+// nothing that was answered is only in memory.
+func TestWriteThroughTogether(t *testing.T) {
+	o := sharing(t)
+	o.SharedMemory = filepath.Join(o.SharedMemory, "missing")
+	s, dir := newStore(t, o)
+	const writers, each = 8, 40
+	_, err := s.CreateVolume("v", VolumeOptions{Size: writers * each * 4096})
+	must(t, err)
+	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+	must(t, err)
+	block := func(i int) []byte { return bytes.Repeat([]byte{byte(i), byte(i >> 8), 1, 2}, 1024) }
+	var wg sync.WaitGroup
+	for w := range writers {
+		wg.Go(func() {
+			for i := w * each; i < (w+1)*each; i++ {
+				if _, err := d.WriteAt(block(i), int64(i)*4096); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	s.abandon(t)
+	s, err = Open(dir, o)
+	must(t, err)
+	d, err = s.OpenDevice(Ref{Volume: "v"}, false)
+	must(t, err)
+	got := make([]byte, 4096)
+	for i := range writers * each {
+		if _, err := d.ReadAt(got, int64(i)*4096); err != nil || !bytes.Equal(got, block(i)) {
+			t.Fatalf("block %d is lost (%v)", i, err)
+		}
+	}
+	must(t, errors.Join(d.Close(), s.Close()))
 }

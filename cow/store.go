@@ -63,8 +63,8 @@ type Options struct {
 	ReapBatch   int
 	ReplayBatch int
 	// Outlive keeps the log's buffers in shared memory, so that the next owner finds what was answered when this
-	// process is killed; see Store.Outlives. It costs 16 MiB of it. For owners that serve somebody who goes on when
-	// they die.
+	// process is killed; see Store.Outlives. It costs 16 MiB of it; without them, writes are slower. For owners that
+	// serve somebody who goes on when they die.
 	Outlive bool
 	// SharedMemory is the directory for that; default /dev/shm.
 	SharedMemory string
@@ -132,6 +132,8 @@ type Store struct {
 
 	shared *sharedBuffers // nil: the log's buffers are this process's
 	forgot bool           // see Forgot; set by Open
+	// writeThrough: what is answered must be in the chunk files, as the buffers end with this process.
+	writeThrough bool
 
 	cache      *leafCache
 	dirtyLimit int // leaves and images in one generation

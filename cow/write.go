@@ -49,6 +49,9 @@ func (d *Device) WriteAt(p []byte, off int64) (n int, err error) {
 		}
 		n += len(part)
 	}
+	if err := d.s.answer(); err != nil {
+		return 0, fmt.Errorf("write %s at %d: %w", d.ref, off, err)
+	}
 	return n, nil
 }
 
@@ -392,11 +395,12 @@ func (d *Device) punchIf(first, end uint64, ex *expect) error {
 	if err := d.s.live(); err != nil { // there may be no leaf to ask for
 		return err
 	}
-	return d.s.leaves(d.b, uint32(first/format.LeafBlocks), uint32((end-1)/format.LeafBlocks)+1, func(index uint32) error {
+	err := d.s.leaves(d.b, uint32(first/format.LeafBlocks), uint32((end-1)/format.LeafBlocks)+1, func(index uint32) error {
 		from := max(first, uint64(index)*format.LeafBlocks)
 		to := min(end, (uint64(index)+1)*format.LeafBlocks)
 		return d.s.putHole(d, from, int(to-from), ex)
 	})
+	return errors.Join(err, d.s.answer())
 }
 
 // blocksOf is the number of blocks that n bytes touch.

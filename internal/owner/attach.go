@@ -46,11 +46,6 @@ func (o *Owner) Attach(ctx context.Context, a AttachOptions) (Device, error) {
 	report := o.reporter(d.name)
 	t := newTarget(dev, report)
 	opts := blockOptions(dev, a, d.cookie, report)
-	if !dev.ReadOnly() && !o.store.Outlives() {
-		// A disk that outlives its server must not lose what that had answered.
-		o.opts.Logger.Warn("the device ends with this process: there is no shared memory", "what", a.Ref.String())
-		opts.Recovery = ublk.RecoverNone
-	}
 	b, err := o.create(ctx, opts, t)
 	if err != nil {
 		t.close()

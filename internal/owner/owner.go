@@ -52,7 +52,7 @@ type Owner struct {
 func own(ctx context.Context, dir string, o Options) (*Owner, error) {
 	store, err := cow.Open(dir, cow.Options{
 		LockTimeout: o.LockTimeout, Holder: o.Command, Logger: o.Logger, CacheBytes: o.MapCache, MaxBytes: o.MaxBytes, ColdAfter: o.ColdAfter,
-		Outlive: o.Offer && !o.Temporary, FS: o.fs, Foreign: o.Foreign,
+		Outlive: o.Offer && !o.Temporary, SharedMemory: o.sharedMemory, FS: o.fs, Foreign: o.Foreign,
 	}) // its clients and devices go on when it is killed
 	if err != nil {
 		return nil, err
@@ -197,9 +197,9 @@ func (o *Owner) end() {
 	o.notifyLocked()
 }
 
-// lasting refuses what must outlive a temporary owner.
+// lasting refuses what must outlive an owner that is about to end, or that would take with it what it has answered.
 func (o *Owner) lasting() error {
-	if o.opts.Temporary {
+	if !o.store.Outlives() {
 		return fmt.Errorf("%w until the command that uses it ends", &cow.LockedError{Dir: o.dir, Holder: o.holder()})
 	}
 	return nil

@@ -435,6 +435,42 @@ func TestForgottenAnswers(t *testing.T) {
 	w.close(o)
 }
 
+// TestServedWithoutSharedMemory: a disk is attached and recovered as ever where there is no shared memory: what is
+// answered is in the store's files.
+func TestServedWithoutSharedMemory(t *testing.T) {
+	w := newWorld(t)
+	opts := w.options(true)
+	opts.sharedMemory = filepath.Join(t.TempDir(), "missing")
+	for range 2 {
+		o, err := Own(context.Background(), w.dir, opts)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if w.d.count() == 0 {
+			w.attach(o, "v")
+			if got := w.d.devices[0].server.opts.Recovery; got != ublk.RecoverReissue {
+				t.Errorf("the disk ends with its server: recovery %v", got)
+			}
+		} else {
+			w.recovers(o, "", 1)
+		}
+		if !o.store.Outlives() {
+			t.Error("what is answered ends with the owner")
+		}
+		w.kill(o)
+	}
+	// Who does not last serves nothing.
+	opts.Offer = false
+	o, err := Own(context.Background(), w.dir, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := o.Recover(t.Context(), ""); !errors.Is(err, cow.ErrBusy) {
+		t.Error(err)
+	}
+	w.close(o)
+}
+
 func TestResizeAttached(t *testing.T) {
 	w := newWorld(t)
 	o := w.own(true)

@@ -94,6 +94,7 @@ type Options struct {
 
 	// Tests have their own.
 	driver         driver        // the kernel's
+	sharedMemory   string        // the system's
 	fs             storage.FS    // of the chunk files: the store's folder
 	program        string        // what an upgrade leads to: the file that this program was started from
 	sessionTimeout time.Duration // how long an upgrade waits for commands that are at work
