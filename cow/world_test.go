@@ -126,7 +126,12 @@ func (s *Store) remember() (*memoryImage, error) {
 
 // recall puts it back, for a store that is not open.
 func (m *memoryImage) recall(dir string) error {
-	s := &Store{dir: dir}
+	in, err := storage.OpenFolder(dir, false)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	s := &Store{dir: dir, in: in}
 	r, err := s.newOwnerRecord()
 	if err != nil {
 		return err
