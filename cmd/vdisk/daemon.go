@@ -157,9 +157,12 @@ func (a *app) recoverCommand() *cli.Command {
 		Name:      "recover",
 		Category:  groupAccess,
 		Usage:     "serve block devices again whose server was killed, and print their paths",
-		UsageText: "vdisk recover [VOL[@SNAP]|/dev/ublkbN]",
+		UsageText: "vdisk recover [--moved] [VOL[@SNAP]|/dev/ublkbN]",
 		Description: "A block device outlives its server: whoever uses it waits. The store's owner serves it from then on; when there is\n" +
-			"none, a daemon is started, as by attach. Without an argument all devices of the store that wait are recovered.",
+			"none, a daemon is started, as by attach. Without an argument all devices of the store that wait are recovered.\n" +
+			"If the store's file system was mounted anew meanwhile and has another device number, it may as well be a copy of the\n" +
+			"one that the devices are of. --moved says that it is the same.",
+		Flags: []cli.Flag{&cli.BoolFlag{Name: "moved", Usage: "the store's file system was mounted anew, and is no copy"}},
 	}, a.recover)
 }
 
@@ -170,6 +173,11 @@ func (a *app) recover(c *cli.Context) error {
 	}
 	defer s.Close()
 	what := c.Args().First()
+	if c.Bool("moved") {
+		if err := s.Claim(c.Context, what); err != nil {
+			return err
+		}
+	}
 	outcome, err := s.Recover(c.Context, what)
 	if err != nil {
 		return err
@@ -179,16 +187,26 @@ func (a *app) recover(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		for _, d := range st.Devices {
-			if !d.Waits && (what == "" || what == d.Path || what == d.Ref.String()) {
-				outcome = append(outcome, owner.Recovery{Device: d})
-			}
-		}
+		outcome = withServed(outcome, st.Devices, what)
 	}
 	if len(outcome) == 0 {
 		a.note("nothing waits for a server")
 	}
 	return a.printRecovered(outcome)
+}
+
+// withServed adds to an outcome the devices that are served and that what names, or all, each once.
+func withServed(outcome []owner.Recovery, devices []owner.Device, what string) []owner.Recovery {
+	told := map[string]bool{}
+	for _, r := range outcome {
+		told[r.Device.Path] = true
+	}
+	for _, d := range devices {
+		if !d.Waits && !told[d.Path] && (what == "" || what == d.Path || what == d.Ref.String()) {
+			outcome = append(outcome, owner.Recovery{Device: d})
+		}
+	}
+	return outcome
 }
 
 func (a *app) printRecovered(outcome []owner.Recovery) error {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/urfave/cli/v2"
@@ -9,37 +10,58 @@ import (
 )
 
 func (a *app) devicesCommand() *cli.Command {
-	return a.command(arity{0, 0}, &cli.Command{
+	return a.command(arity{0, 1}, &cli.Command{
 		Name:      "devices",
 		Category:  groupAccess,
 		Usage:     "list the ublk devices of this machine, whoever serves them",
-		UsageText: "vdisk devices [--prune]",
+		UsageText: "vdisk devices [--prune [--force] [/dev/ublkbN]]",
 		Description: "NAME is what the store shows on a device; STATE is the driver's, quiesced for one that waits for a server.\n" +
-			"--prune deletes what nobody can want any more: dead devices without a server, and those of this store that it does not know.",
-		Flags: []cli.Flag{&cli.BoolFlag{Name: "prune", Usage: "delete abandoned devices, and print them"}},
+			"--prune deletes dead devices without a server, which nobody can want any more. Or it deletes the one device that is\n" +
+			"named, with --force also if it waits: for one of a store that is lost. What this store has is for detach.",
+		Flags: []cli.Flag{
+			&cli.BoolFlag{Name: "prune", Usage: "delete abandoned devices, or the one that is named, and print them"},
+			&cli.BoolFlag{Name: "force", Aliases: []string{"f"}, Usage: "also the named one that waits for its server: its users see I/O errors"},
+		},
 	}, func(c *cli.Context) error {
-		if c.Bool("prune") {
-			deleted, err := owner.Prune(c.Context, a.dir)
-			if len(deleted) == 0 && err == nil {
-				a.note("there is nothing to delete")
-			}
-			if perr := a.printDevices("deleted", deleted, func(d owner.MachineDevice) []string { return []string{d.Path, d.Abandoned} }); err == nil {
-				err = perr
-			}
-			return err
+		name := c.Args().First()
+		switch {
+		case c.Bool("prune"):
+			return a.prune(c, name)
+		case name != "" || c.Bool("force"):
+			return usagef("a device and --force go with --prune")
 		}
 		list, err := owner.MachineDevices(c.Context, a.dir)
-		if err != nil {
+		if err != nil && len(list) == 0 {
 			return err
 		}
-		return a.printDevices("devices", list, func(d owner.MachineDevice) []string {
+		return errors.Join(err, a.printDevices("devices", list, func(d owner.MachineDevice) []string {
 			server := "-"
 			if d.ServerPID != 0 {
 				server = fmt.Sprintf("%d %s", d.ServerPID, d.Command)
 			}
 			return []string{d.Path, a.size(d.Size), d.State, dash(d.Name), server}
-		}, "DEVICE", "SIZE", "STATE", "NAME", "SERVER")
+		}, "DEVICE", "SIZE", "STATE", "NAME", "SERVER"))
 	})
+}
+
+// prune deletes the device that is named, or all that are abandoned.
+func (a *app) prune(c *cli.Context, name string) error {
+	var deleted []owner.MachineDevice
+	var err error
+	if name != "" {
+		var d owner.MachineDevice
+		if d, err = owner.DeleteDevice(c.Context, a.dir, name, c.Bool("force")); err == nil {
+			deleted = append(deleted, d)
+		}
+	} else if c.Bool("force") {
+		return usagef("--force needs the device that is meant")
+	} else {
+		deleted, err = owner.Prune(c.Context, a.dir)
+	}
+	if len(deleted) == 0 && err == nil {
+		a.note("there is nothing to delete")
+	}
+	return errors.Join(err, a.printDevices("deleted", deleted, func(d owner.MachineDevice) []string { return []string{d.Path, d.Abandoned} }))
 }
 
 // machineDeviceJSON is a ublk device of the machine in the output for programs.

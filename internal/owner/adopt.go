@@ -5,18 +5,19 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// adopt finds the devices that earlier owners left, after the store was opened and before anybody else gets at it.
-// What is not in the kernel any more is dropped, what is dead is deleted, and what waits keeps its volume open.
+// adopt finds the devices that earlier owners left, after the store was opened and before anybody else gets at it. What
+// waits keeps its volume open. An owner that lasts drops what is not in the kernel any more, and deletes what is dead;
+// one that only looks leaves all that to it. What cannot be known stays as it is.
 func (o *Owner) adopt(ctx context.Context) error {
 	r, err := readRecord(o.in)
 	if err != nil {
-		o.opts.Logger.Warn("devices of earlier owners are not known; 'vdisk devices' lists all of this machine", "err", err)
-		return nil
+		return o.adoptUnread(ctx, err)
 	}
 	if r.Heir != nil && *r.Heir != thisProcess() && r.Heir.alive() {
 		return &cow.LockedError{Dir: o.dir, Holder: fmt.Sprintf("pid %d (which is being upgraded)", r.Heir.PID)}
@@ -27,19 +28,57 @@ func (o *Owner) adopt(ctx context.Context) error {
 	if _, err := o.in.Lstat(recordName); err != nil {
 		return nil // as it mostly is
 	}
+	if !o.opts.lasts() && !o.store.Forgot() { // what is lost is known only now: the next owner finds no trace of it
+		return nil
+	}
 	if err := o.record(); err != nil {
 		o.opts.Logger.Warn("writing down the devices", "err", err)
 	}
 	return nil
 }
 
-// sortOut fills o.disks and o.leftovers.
-func (o *Owner) sortOut(ctx context.Context, recorded []deviceRecord) {
+// adoptUnread goes on where the file of devices cannot be read. That does no harm where the kernel has no device that
+// could be in it. Otherwise the store can be looked at, and its volumes stay as they are.
+func (o *Owner) adoptUnread(ctx context.Context, cause error) error {
 	infos, err := o.opts.driver.Devices(ctx)
 	if errors.Is(err, ublk.ErrNoDriver) {
-		return // so there is no device
+		err = nil
 	}
-	unknown := err
+	var waiting []string
+	for _, i := range infos {
+		if cookie(i.Cookie).mark() == o.mark && i.State != ublk.KernelDead {
+			waiting = append(waiting, i.Path())
+		}
+	}
+	if err == nil && len(waiting) == 0 {
+		o.opts.Logger.Warn("the file of devices is not readable; the kernel has none of this store", "err", cause)
+		if !o.opts.lasts() {
+			return nil
+		}
+		return o.record()
+	}
+	o.unread = fmt.Errorf("%w: %w: a device of this store may be waiting (%s): it is given up with 'vdisk devices --prune --force DEVICE'",
+		cause, cow.ErrBusy, orElse(strings.Join(waiting, ", "), fmt.Sprint(err)))
+	if o.opts.lasts() {
+		return o.unread
+	}
+	o.opts.Logger.Warn("which volumes are attached is not known", "err", o.unread)
+	return nil
+}
+
+func orElse(text, other string) string {
+	if text == "" {
+		return other
+	}
+	return text
+}
+
+// sortOut fills o.disks and o.leftovers.
+func (o *Owner) sortOut(ctx context.Context, recorded []deviceRecord) {
+	infos, unknown := o.opts.driver.Devices(ctx)
+	if errors.Is(unknown, ublk.ErrNoDriver) {
+		infos, unknown = nil, nil // so there is no device
+	}
 	for _, rec := range recorded {
 		if rec.Cookie.mark() != o.mark {
 			continue // of the store that this one is a copy of
@@ -48,10 +87,16 @@ func (o *Owner) sortOut(ctx context.Context, recorded []deviceRecord) {
 		switch {
 		case i < 0 && unknown != nil: // it may be there
 			o.hold(rec, ublk.DeviceInfo{ID: -1}, unknown)
-		case i < 0:
+		case i < 0 && o.opts.lasts():
 			o.opts.Logger.Info("a device of an earlier owner is gone", "what", rec.Ref)
-		case infos[i].State == ublk.KernelDead:
+		case i < 0:
+			o.leftovers = append(o.leftovers, rec)
+		case rec.Dev != 0 && infos[i].State != ublk.KernelDead && startOf(infos[i].ServerPID) != "":
+			o.leftovers = append(o.leftovers, rec) // served: by the owner of the store that this is a copy of
+		case infos[i].State == ublk.KernelDead && o.opts.lasts() && rec.Dev == 0:
 			o.deleteDead(ctx, rec, infos[i])
+		case infos[i].State == ublk.KernelDead:
+			o.leftovers = append(o.leftovers, rec)
 		default:
 			o.hold(rec, infos[i], nil)
 		}
@@ -71,7 +116,8 @@ func (o *Owner) deleteDead(ctx context.Context, rec deviceRecord, info ublk.Devi
 
 // hold keeps the volume of a device that waits.
 func (o *Owner) hold(rec deviceRecord, info ublk.DeviceInfo, err error) {
-	d := &disk{cookie: rec.Cookie, name: rec.Ref, readOnly: rec.ReadOnly, lost: rec.Lost || o.store.Forgot() && !rec.ReadOnly, id: info.ID, err: err}
+	d := &disk{cookie: rec.Cookie, name: rec.Ref, readOnly: rec.ReadOnly, id: info.ID, err: err, elsewhere: rec.Dev}
+	d.lost = rec.Lost || o.store.Forgot() && !rec.ReadOnly
 	for _, name := range []string{rec.Ref, rec.Renaming} {
 		r, perr := cow.ParseRef(name)
 		if perr != nil {

@@ -188,9 +188,18 @@ func (o *Owner) stop(ctx context.Context, d *disk, b block, end *ending, force b
 	return nil
 }
 
-// giveUp deletes a device that waits: its users' requests fail. Its number may have become another device's.
+// giveUp deletes a device that waits: its users' requests fail. Its number may have become another device's. One that
+// may be of a store that this is a copy of is only forgotten.
 func (o *Owner) giveUp(ctx context.Context, d *disk) error {
 	info, err := o.lookFor(ctx, d)
+	o.mu.Lock()
+	elsewhere := d.elsewhere != 0
+	o.mu.Unlock()
+	if elsewhere {
+		o.opts.Logger.Warn("a device was forgotten, and not deleted, as it may be of a store that this is a copy of; "+
+			"'vdisk devices --prune --force DEVICE' deletes it", "what", d.ref().String(), "device", pathOf(d.id))
+		return o.forget(d)
+	}
 	if err == nil {
 		if err = o.opts.driver.Delete(ctx, info.ID, true); err != nil && o.removed(ctx, d) {
 			err = nil
@@ -250,6 +259,8 @@ func ublkError(err error) error {
 		{ublk.ErrNoDriver, ErrUnsupported},
 		{ublk.ErrPermission, ErrUnsupported},
 		{ublk.ErrKernelTooOld, ErrUnsupported},
+		{ublk.ErrNoNode, ErrUnsupported},
+		{ublk.ErrUnlisted, ErrUnsupported},
 		{ublk.ErrNoFreeDevice, cow.ErrBusy},
 		{ublk.ErrBusy, cow.ErrBusy},
 		{ublk.ErrInvalid, cow.ErrInvalid},

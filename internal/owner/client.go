@@ -198,6 +198,11 @@ func (c *Client) Detach(ctx context.Context, what string, force bool) error {
 	return c.call(ctx, "detach", request{Name: what, Flag: force}, nil)
 }
 
+// Claim takes devices that wait for this store's.
+func (c *Client) Claim(ctx context.Context, what string) error {
+	return c.call(ctx, "claim", request{Name: what}, nil)
+}
+
 // Recover serves devices again that wait for a server.
 func (c *Client) Recover(ctx context.Context, what string) (r []Recovery, err error) {
 	return r, c.call(ctx, "recover", request{Name: what}, &r)

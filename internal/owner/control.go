@@ -120,6 +120,7 @@ func (c *control) routes() *http.ServeMux {
 	plain("remove", func(ctx context.Context, r request) (any, error) { return nil, o.Remove(ctx, r.Ref, r.Flag) })
 	plain("attach", func(ctx context.Context, r request) (any, error) { return o.Attach(ctx, r.Attach) })
 	plain("detach", func(ctx context.Context, r request) (any, error) { return nil, o.Detach(ctx, r.Name, r.Flag) })
+	plain("claim", func(ctx context.Context, r request) (any, error) { return nil, o.Claim(ctx, r.Name) })
 	plain("recover", func(ctx context.Context, r request) (any, error) { return o.Recover(ctx, r.Name) })
 	plain("stats", func(ctx context.Context, r request) (any, error) { return o.Stats(ctx, r.Name) })
 	plain("clean", func(ctx context.Context, r request) (any, error) { return o.Clean(ctx, r.Waste) })

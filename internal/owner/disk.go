@@ -20,8 +20,11 @@ type disk struct {
 	cookie   cookie
 	name     string // of the volume or snapshot, as recorded
 	readOnly bool
-	lost     bool        // see deviceRecord
-	dev      *cow.Device // nil: the volume is gone, and the disk cannot be served again
+	lost     bool // see deviceRecord
+	// elsewhere is deviceRecord.Dev. As long as it is not 0 the disk may be one of a store that this is a copy of: it is
+	// neither served nor deleted. Guarded by Owner.mu.
+	elsewhere uint64
+	dev       *cow.Device // nil: the volume is gone, and the disk cannot be served again
 
 	// Guarded by Owner.mu.
 	id     int   // -1 until the kernel has given one
@@ -153,11 +156,14 @@ func (o *Owner) record() error { return o.recordRenaming(cow.Ref{}, cow.Ref{}) }
 func (o *Owner) recordRenaming(from, to cow.Ref) error {
 	o.recording.Lock()
 	defer o.recording.Unlock()
+	if o.unread != nil {
+		return o.unread // or what is in the file would be forgotten
+	}
 	r := record{Devices: slices.Clone(o.leftovers), Heir: o.heirProcess()}
 	o.mu.Lock()
 	for _, d := range o.disks {
 		ref := d.ref()
-		one := deviceRecord{Cookie: d.cookie, Ref: ref.String(), ReadOnly: d.readOnly, Lost: d.lost}
+		one := deviceRecord{Cookie: d.cookie, Ref: ref.String(), ReadOnly: d.readOnly, Lost: d.lost, Dev: d.elsewhere}
 		switch {
 		case from.Volume == "" || from.Volume != ref.Volume:
 		case from.Snapshot == "":

@@ -12,6 +12,7 @@ type driver interface {
 	Recover(ctx context.Context, id int, o ublk.RecoverOptions, h ublk.Handler) (block, error)
 	Devices(ctx context.Context) ([]ublk.DeviceInfo, error)
 	Delete(ctx context.Context, id int, force bool) error
+	Server(id int) (pid int, sure bool)
 	RestsOn(path string) ([]int, error)
 }
 
@@ -56,5 +57,7 @@ func (kernel) Devices(ctx context.Context) ([]ublk.DeviceInfo, error) { return u
 func (kernel) Delete(ctx context.Context, id int, force bool) error {
 	return ublk.Delete(ctx, id, force)
 }
+
+func (kernel) Server(id int) (pid int, sure bool) { return ublk.Server(id) }
 
 func (kernel) RestsOn(path string) ([]int, error) { return ublk.RestsOn(path) }

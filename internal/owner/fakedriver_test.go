@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"sync"
 
 	"github.com/vdisk/vdisk/ublk"
@@ -17,6 +18,8 @@ type fakeDriver struct {
 	features ublk.Feature
 	restsOn  []int
 	fail     map[string]error // by operation: the next call fails
+	blind    bool             // not all processes can be seen
+	hidden   bool             // the devices are not listed
 	onCreate func()           // called when the device is added, before it is live
 }
 
@@ -90,7 +93,7 @@ func (d *fakeDriver) Recover(_ context.Context, id int, o ublk.RecoverOptions, h
 func (d *fakeDriver) Devices(context.Context) (list []ublk.DeviceInfo, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if err := d.failing("devices"); err != nil {
+	if err := d.failing("devices"); err != nil || d.hidden {
 		return nil, err
 	}
 	for id := range d.next {
@@ -116,6 +119,15 @@ func (d *fakeDriver) Delete(_ context.Context, id int, force bool) error {
 	}
 	delete(d.devices, id)
 	return nil
+}
+
+func (d *fakeDriver) Server(id int) (pid int, sure bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if dev := d.devices[id]; dev != nil && dev.info.State == ublk.KernelLive {
+		return os.Getpid(), true
+	}
+	return 0, !d.blind
 }
 
 func (d *fakeDriver) RestsOn(string) ([]int, error) { return d.restsOn, nil }

@@ -6,11 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/ublk"
@@ -29,64 +29,62 @@ type MachineDevice struct {
 	Abandoned string // why nobody can want it any more; empty: somebody may
 }
 
-// MachineDevices lists the ublk devices of the machine, and what the store at dir has on them, if there is one.
+// MachineDevices lists the ublk devices of the machine, and what the store at dir has on them, if there is one. Where it
+// cannot tell of all there is an error beside those that it can tell of.
 func MachineDevices(ctx context.Context, dir string) ([]MachineDevice, error) {
-	infos, err := ublk.Devices(ctx)
+	return machineDevices(ctx, kernel{}, dir)
+}
+
+func machineDevices(ctx context.Context, k driver, dir string) ([]MachineDevice, error) {
+	infos, err := k.Devices(ctx)
 	if err != nil {
-		return nil, ublkError(err)
+		err = ublkError(err)
 	}
-	recorded, own := storeDevices(ctx, dir)
+	recorded := storeDevices(ctx, k, dir)
 	list := []MachineDevice{}
 	for _, i := range infos {
 		d := MachineDevice{ID: i.ID, Path: i.Path(), Size: i.Size, ReadOnly: i.ReadOnly, State: i.State.String(), Name: recorded[cookie(i.Cookie)]}
 		if i.ServerPID > 0 && startOf(i.ServerPID) != "" {
 			d.ServerPID, d.Command = i.ServerPID, commandOf(i.ServerPID)
 		}
-		d.Abandoned = abandoned(i, d, own)
+		if i.State == ublk.KernelDead {
+			if pid, sure := k.Server(i.ID); pid == 0 && sure {
+				d.Abandoned = "it is dead, and has no server"
+			}
+		}
 		list = append(list, d)
 	}
-	return list, nil
+	return list, err
 }
 
-// abandoned says why nobody can want a device any more.
-func abandoned(i ublk.DeviceInfo, d MachineDevice, own mark) string {
-	switch {
-	case d.ServerPID != 0, i.State == ublk.KernelLive:
-		return ""
-	case i.State == ublk.KernelDead && !opened(fmt.Sprintf("/dev/ublkc%d", i.ID)):
-		return "it is dead, and has no server"
-	case own != 0 && cookie(i.Cookie).mark() == own && d.Name == "":
-		return "it is this store's, which does not know it any more"
-	}
-	return ""
-}
-
-// storeDevices returns what the store has attached by cookie, and the store's mark; both empty without a store that can
-// be looked at.
-func storeDevices(ctx context.Context, dir string) (map[cookie]string, mark) {
-	if refuseWaiting(ctx, dir, Options{}.withDefaults()) != nil {
-		return nil, 0
+// storeDevices returns what the store has attached, by cookie; nothing without a store that can be looked at. Devices
+// that may be of a store that this is a copy of are not among them.
+func storeDevices(ctx context.Context, k driver, dir string) map[cookie]string {
+	if refuseWaiting(ctx, dir, Options{driver: k}.withDefaults()) != nil {
+		return nil
 	}
 	in, err := storage.OpenFolder(dir, false)
 	if err != nil {
-		return nil, 0
+		return nil
 	}
 	defer in.Close()
 	b, err := in.Read("format")
 	var info format.StoreInfo
 	if err != nil || json.Unmarshal(b, &info) != nil {
-		return nil, 0
+		return nil
 	}
-	m, err := markOf(in, info.UUID)
+	own, err := markOf(in, info.UUID)
 	r, rerr := readRecord(in)
 	if errors.Join(err, rerr) != nil {
-		return nil, 0
+		return nil
 	}
 	names := map[cookie]string{}
 	for _, d := range r.Devices {
-		names[d.Cookie] = d.Ref
+		if d.Dev == 0 && d.Cookie.mark() == own {
+			names[d.Cookie] = d.Ref
+		}
 	}
-	return names, m
+	return names
 }
 
 // commandOf is a process's command line.
@@ -98,21 +96,18 @@ func commandOf(pid int) string {
 	return strings.TrimSpace(strings.ReplaceAll(string(b), "\x00", " "))
 }
 
-// opened tells whether a process has the file open.
-func opened(path string) bool {
-	links, _ := filepath.Glob("/proc/[0-9]*/fd/*")
-	return slices.ContainsFunc(links, func(l string) bool {
-		to, err := os.Readlink(l)
-		return err == nil && to == path
-	})
-}
-
 // pruneDelay is how long a device must be seen dead: one that is being made is that, too, for some milliseconds.
 const pruneDelay = time.Second
 
-// Prune deletes the devices of the machine that nobody can want any more, and returns those that it deleted.
+// Prune deletes the devices of the machine that nobody can want any more, and returns those that it deleted. What waits
+// is not among them, whatever the store's file of devices says: the mark in a device is the same for a store and a
+// block-level copy of it.
 func Prune(ctx context.Context, dir string) (deleted []MachineDevice, err error) {
-	first, err := MachineDevices(ctx, dir)
+	return prune(ctx, kernel{}, dir)
+}
+
+func prune(ctx context.Context, k driver, dir string) (deleted []MachineDevice, err error) {
+	first, err := machineDevices(ctx, k, dir)
 	if err != nil || !slices.ContainsFunc(first, func(d MachineDevice) bool { return d.Abandoned != "" }) {
 		return nil, err
 	}
@@ -121,7 +116,7 @@ func Prune(ctx context.Context, dir string) (deleted []MachineDevice, err error)
 		return nil, context.Cause(ctx)
 	case <-time.After(pruneDelay):
 	}
-	second, err := MachineDevices(ctx, dir)
+	second, err := machineDevices(ctx, k, dir)
 	if err != nil {
 		return nil, err
 	}
@@ -130,11 +125,38 @@ func Prune(ctx context.Context, dir string) (deleted []MachineDevice, err error)
 		if d.Abandoned == "" || !slices.Contains(first, d) {
 			continue
 		}
-		if err := ublk.Delete(ctx, d.ID, d.State != ublk.KernelDead.String()); err != nil && !errors.Is(err, ublk.ErrNotFound) {
+		if err := k.Delete(ctx, d.ID, false); err != nil && !errors.Is(err, ublk.ErrNotFound) {
 			errs = append(errs, ublkError(fmt.Errorf("deleting %s: %w", d.Path, err)))
 			continue
 		}
 		deleted = append(deleted, d)
 	}
 	return deleted, errors.Join(errs...)
+}
+
+// DeleteDevice deletes the device with a path, whosever it is: with force also one that waits for its server. One that
+// the store at dir has is left to Detach, and one that is served to its server.
+func DeleteDevice(ctx context.Context, dir, path string, force bool) (MachineDevice, error) {
+	return deleteDevice(ctx, kernel{}, dir, path, force)
+}
+
+func deleteDevice(ctx context.Context, k driver, dir, path string, force bool) (MachineDevice, error) {
+	list, err := machineDevices(ctx, k, dir)
+	i := slices.IndexFunc(list, func(d MachineDevice) bool { return d.Path == path })
+	if i < 0 {
+		return MachineDevice{}, errors.Join(fmt.Errorf("%s is no ublk device: %w", path, cow.ErrNotFound), err)
+	}
+	d := list[i]
+	if d.Name != "" {
+		return d, fmt.Errorf("%s is the store's, for %s: %w: 'vdisk detach --force %[2]s' gives it up", path, d.Name, cow.ErrBusy)
+	}
+	if err := k.Delete(ctx, d.ID, force); err != nil {
+		err = ublkError(fmt.Errorf("deleting %s: %w", path, err))
+		if !force && d.State != ublk.KernelDead.String() {
+			err = fmt.Errorf("%w; --force deletes one that waits, and its users see I/O errors", err)
+		}
+		return d, err
+	}
+	d.Abandoned = "as was asked for"
+	return d, nil
 }

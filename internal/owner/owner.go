@@ -32,7 +32,8 @@ type Owner struct {
 	repairs     sync.WaitGroup // recoveries of disks whose server broke; Add under mu, while not stopping
 
 	recording sync.Mutex     // guards the file of devices, and leftovers; mu may be taken under it
-	leftovers []deviceRecord // dead devices of an earlier owner that could not be deleted yet
+	leftovers []deviceRecord // devices of earlier owners that are not held, and not known to be gone for good
+	unread    error          // why the file of devices cannot be read, which then is not written; set by own
 
 	mu       sync.Mutex // guards the fields below
 	stopping bool       // no session begins any more
@@ -52,7 +53,7 @@ type Owner struct {
 func own(ctx context.Context, dir string, o Options) (*Owner, error) {
 	store, err := cow.Open(dir, cow.Options{
 		LockTimeout: o.LockTimeout, Holder: o.Command, Logger: o.Logger, CacheBytes: o.MapCache, MaxBytes: o.MaxBytes, ColdAfter: o.ColdAfter,
-		Outlive: o.Offer && !o.Temporary, SharedMemory: o.sharedMemory, FS: o.fs, Foreign: o.Foreign,
+		Outlive: o.lasts(), SharedMemory: o.sharedMemory, FS: o.fs, Foreign: o.Foreign,
 	}) // its clients and devices go on when it is killed
 	if err != nil {
 		return nil, err

@@ -22,7 +22,8 @@ const recordName = "devices"
 // record is the content of the file.
 type record struct {
 	Boot    string         `json:"boot"`           // the kernel's boot id: no device outlives a boot
-	Dev     uint64         `json:"dev,omitempty"`  // where the store's folder is: a copy of the file system has no devices
+	Dev     uint64         `json:"dev,omitempty"`  // which file system the store's folder is on, and
+	Ino     uint64         `json:"ino,omitempty"`  // where there
 	Heir    *process       `json:"heir,omitempty"` // who the store is meant for next, while it is handed over
 	Devices []deviceRecord `json:"devices"`
 }
@@ -34,7 +35,10 @@ type deviceRecord struct {
 	Ref      string `json:"ref"`
 	Renaming string `json:"renaming,omitempty"` // what Ref is being renamed to: one of the two is there
 	ReadOnly bool   `json:"readonly,omitempty"`
-	Lost     bool   `json:"lost,omitempty"` // what its server had answered cannot be found: it must not be recovered
+	Lost     bool   `json:"lost,omitempty"` // what its server had answered is gone: it must not be recovered
+	// Dev is where the store's folder was, if that is another file system than now: the same one, mounted anew, or one
+	// that this is a copy of. Which of the two cannot be told from here.
+	Dev uint64 `json:"dev,omitempty"`
 }
 
 // cookie is a device's mark in the driver. The high half says which store it is of, the low half is random.
@@ -115,35 +119,46 @@ func readStat(pid int) (state, start string) {
 	return fields[0], fields[19]
 }
 
-// bootID changes with every boot (random(4)).
-func bootID() string {
-	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+// readRecord reads the file of the store in a folder. What is of another boot, or came with a copy of the folder, is
+// nothing. Devices that may be those of a store that this is a block-level copy of have Dev.
+func readRecord(in *storage.Folder) (record, error) {
+	r, err := parseRecord(in)
 	if err != nil {
-		return ""
+		return record{}, fmt.Errorf("reading which devices the store has: %w", err)
 	}
-	return string(b[:min(36, len(b))])
+	return r, nil
 }
 
-// readRecord reads the file of the store in a folder; what is of another boot, or was copied with its file system, is
-// nothing.
-func readRecord(in *storage.Folder) (record, error) {
-	var r record
+func parseRecord(in *storage.Folder) (r record, err error) {
 	b, err := in.Read(recordName)
 	if errors.Is(err, fs.ErrNotExist) {
 		return r, nil
 	}
-	if err == nil {
-		err = json.Unmarshal(b, &r)
-	}
 	if err != nil {
-		return record{}, fmt.Errorf("reading which devices the store has: %w", err)
+		return r, err
+	}
+	if err := json.Unmarshal(b, &r); err != nil {
+		return record{}, fmt.Errorf("%s: %w", in.Join(recordName), err)
 	}
 	st, err := in.Stat()
 	if err != nil {
 		return record{}, err
 	}
-	if r.Boot != bootID() || r.Dev != 0 && r.Dev != st.Dev {
+	boot, err := storage.BootID()
+	if err != nil {
+		return record{}, err
+	}
+	if r.Boot != boot || r.Ino != 0 && r.Ino != st.Ino {
 		return record{}, nil
+	}
+	for i := range r.Devices {
+		d := &r.Devices[i]
+		if d.Dev == 0 {
+			d.Dev = r.Dev
+		}
+		if d.Dev == st.Dev {
+			d.Dev = 0
+		}
 	}
 	return r, nil
 }
@@ -160,7 +175,10 @@ func (r record) write(in *storage.Folder) error {
 	if err != nil {
 		return err
 	}
-	r.Boot, r.Dev = bootID(), st.Dev
+	if r.Boot, err = storage.BootID(); err != nil {
+		return err
+	}
+	r.Dev, r.Ino = st.Dev, st.Ino
 	b, err := json.Marshal(r)
 	if err != nil {
 		return err

@@ -8,6 +8,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/ublk"
 )
@@ -99,6 +101,9 @@ func (o *Owner) tryRecover(ctx context.Context, d *disk) (Device, error) {
 	if err != nil {
 		return Device{}, err
 	}
+	if err := o.isOurs(d); err != nil {
+		return Device{}, err
+	}
 	if err := o.notOnItself(); err != nil {
 		return Device{}, err
 	}
@@ -117,6 +122,43 @@ func (o *Owner) tryRecover(ctx context.Context, d *disk) (Device, error) {
 		o.opts.Logger.Warn("mounts of the device in this process's mount namespace hold it", "device", info.Path(), "err", err)
 	}
 	return served, nil
+}
+
+// isOurs refuses a disk that was made when the store was on another file system.
+func (o *Owner) isOurs(d *disk) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if d.elsewhere == 0 {
+		return nil
+	}
+	return fmt.Errorf("%s was made of %v when %s was on another file system (device number %s): if that is a copy of the other, this is "+
+		"not its device: %w: if it is the same one, mounted anew, run 'vdisk recover --moved %[2]v'; if it is a copy, "+
+		"'vdisk detach --force %[2]v' forgets the device here, and leaves it to the other",
+		pathOf(d.id), d.ref(), o.dir, devText(d.elsewhere), cow.ErrBusy)
+}
+
+func devText(dev uint64) string { return fmt.Sprintf("%d:%d", unix.Major(dev), unix.Minor(dev)) }
+
+// Claim takes disks that wait, as Recover finds them, for this store's, although they were made when it was on another
+// file system: whoever calls it knows that it is the same one, mounted anew.
+func (o *Owner) Claim(ctx context.Context, what string) error {
+	if err := o.lasting(); err != nil {
+		return err
+	}
+	waiting, err := o.claimWaiting(what)
+	if err != nil {
+		return err
+	}
+	for _, d := range waiting {
+		o.mu.Lock()
+		d.elsewhere = 0
+		o.mu.Unlock()
+		o.release(d, d.err)
+	}
+	if len(waiting) == 0 {
+		return nil
+	}
+	return o.record()
 }
 
 // lookFor asks the kernel about a disk.

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/ublk"
 )
 
@@ -118,6 +119,15 @@ func (w *world) recovers(o *Owner, what string, want int) {
 	if n != want {
 		w.t.Fatalf("%d recovered of %d, want %d", n, len(outcome), want)
 	}
+}
+
+func bootID(t *testing.T) string {
+	t.Helper()
+	boot, err := storage.BootID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return boot
 }
 
 func write(t *testing.T, b *fakeBlock, text string) {
@@ -231,11 +241,11 @@ func TestRecordedBeforeMade(t *testing.T) {
 	w.kill(o)
 	w.d.devices[1].info.State = ublk.KernelDead
 	w.d.fail["delete"] = errors.New("not today")
-	w.close(w.own(false))
+	w.close(w.own(true))
 	if w.d.count() != 1 || !strings.Contains(w.file(), "cookie") {
 		t.Error("it is not tried again", w.file())
 	}
-	o = w.own(false)
+	o = w.own(true)
 	if got := o.devicesOf(""); len(got) != 0 || w.d.count() != 0 || w.file() != "" {
 		t.Error(got, w.d.count(), w.file())
 	}
@@ -256,12 +266,11 @@ func TestRecordedBeforeMade(t *testing.T) {
 // TestForeignDevices: what the file says is only believed of devices that carry the mark.
 func TestForeignDevices(t *testing.T) {
 	for name, change := range map[string]func(w *world){
-		"another boot":         func(w *world) { w.edit(bootID(), "00000000-1111-2222-3333-444444444444") },
+		"another boot":         func(w *world) { w.edit(bootID(w.t), "00000000-1111-2222-3333-444444444444") },
 		"another cookie":       func(w *world) { w.d.devices[0].info.Cookie++ },
 		"a device that went":   func(w *world) { delete(w.d.devices, 0) },
 		"no driver":            func(w *world) { w.d.fail["devices"] = ublk.ErrNoDriver },
-		"a copied file system": func(w *world) { w.edit(`"dev":`, `"dev":1`) },
-		"a damaged file":       func(w *world) { w.edit("{", "[") },
+		"another folder":       func(w *world) { w.edit(`"ino":`, `"ino":1`) },
 		"an id of another use": func(w *world) { w.d.devices[0].info.Cookie = 0 },
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -415,7 +424,7 @@ func TestForgottenAnswers(t *testing.T) {
 		t.Fatal(err)
 	}
 	// As left by an owner that was killed, and whose memory somebody has removed.
-	text := fmt.Sprintf(`{"boot":%q,"dev":%d,"ino":%d,"buffers":"%032d"}`, bootID(), st.Dev, st.Ino, 0)
+	text := fmt.Sprintf(`{"boot":%q,"dev":%d,"ino":%d,"buffers":"%032d"}`, bootID(t), st.Dev, st.Ino, 0)
 	if err := os.WriteFile(filepath.Join(w.dir, "owner"), []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -56,6 +56,9 @@ type Store interface {
 	// Recover serves the devices again that wait for a server: the one that what names as for Detach, or all for an
 	// empty what. An empty outcome says that there was nothing to do.
 	Recover(ctx context.Context, what string) ([]Recovery, error)
+	// Claim takes devices that wait, named as for Recover, for the store's, although its folder was on another file system
+	// when they were made: the caller knows that it is the same one, mounted anew, and no copy.
+	Claim(ctx context.Context, what string) error
 	// Stats are the counters of a block device, which what names as for Detach.
 	Stats(ctx context.Context, what string) (DeviceStats, error)
 	// Serve serves NBD clients that connect to l until ctx ends, which is no error, and closes l.
@@ -99,6 +102,9 @@ type Options struct {
 	program        string        // what an upgrade leads to: the file that this program was started from
 	sessionTimeout time.Duration // how long an upgrade waits for commands that are at work
 }
+
+// lasts reports whether the owner serves others until it is told to end, and so may change what is said of its devices.
+func (o Options) lasts() bool { return o.Offer && !o.Temporary }
 
 func (o Options) withDefaults() Options {
 	if o.Logger == nil {

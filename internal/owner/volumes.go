@@ -52,11 +52,17 @@ func (o *Owner) Clone(_ context.Context, src cow.Ref, name string) error {
 
 // Rollback gives a volume the content of one of its snapshots.
 func (o *Owner) Rollback(_ context.Context, to cow.Ref) error {
+	if o.unread != nil {
+		return o.unread
+	}
 	return o.inUse(to.Volume, o.store.Rollback(to))
 }
 
 // Rename gives a volume, or a snapshot of the same volume, another name.
 func (o *Owner) Rename(_ context.Context, from, to cow.Ref) error {
+	if o.unread != nil {
+		return o.unread
+	}
 	if len(o.devicesOf(from.Volume)) == 0 {
 		return o.store.Rename(from, to)
 	}
@@ -69,6 +75,9 @@ func (o *Owner) Rename(_ context.Context, from, to cow.Ref) error {
 // Resize changes the size of a volume. A block device grows with it, where the kernel can.
 func (o *Owner) Resize(ctx context.Context, name string, size int64, shrink bool) error {
 	info, err := o.store.Volume(name)
+	if err == nil {
+		err = o.unread
+	}
 	if err != nil {
 		return err
 	}
@@ -109,6 +118,9 @@ func (o *Owner) resizable(name string) (block, error) {
 
 // Remove removes a volume or snapshot.
 func (o *Owner) Remove(_ context.Context, r cow.Ref, recursive bool) error {
+	if o.unread != nil {
+		return o.unread
+	}
 	return o.inUse(r.Volume, o.store.Remove(r, recursive))
 }
 

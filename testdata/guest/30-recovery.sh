@@ -253,14 +253,16 @@ murder
 sed -i 's/"cookie":"\(........\)......../"cookie":"\100000001/' "$VDISK_STORE/devices"
 [ -z "$(v recover 2>err)" ] || fail "recovered a device with another cookie"
 v devices | grep -qE "^$dev +.*quiesced +- +-" || fail "devices: $(v devices)"
-v devices --prune | grep -qF "$dev" || fail "not pruned"
+v devices --prune 2>&1 | grep -q 'nothing to delete' || fail "pruned what waits"
+refused 5 "waits to be recovered" devices --prune "$dev"
+v devices --prune --force "$dev" | grep -qF "$dev" || fail "not deleted"
 [ ! -e "$dev" ] || fail "$dev is still there"
 for n in $(seq 100); do [ -e "$VDISK_STORE/control.sock" ] || break; sleep 0.3; done
 dev=$(v attach v)
 murder
 sed -i 's/"boot":"..../"boot":"0000/' "$VDISK_STORE/devices"
 v ls -H -o name,device | grep -qP '^v\t-$' || fail "ls: $(v ls -H -o name,device)"
-v devices --prune
+v devices --prune --force "$dev"
 [ ! -e "$dev" ] || fail "$dev is still there"
 v devices --prune 2>&1 | grep -q 'nothing to delete' || fail "prune"
 v rm v -r

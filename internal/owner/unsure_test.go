@@ -1,0 +1,216 @@
+package owner
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/ublk"
+)
+
+// waitingWorld is a world in which a device of volume v waits.
+func waitingWorld(t *testing.T) *world {
+	w := newWorld(t)
+	o := w.own(true)
+	w.attach(o, "v")
+	w.kill(o)
+	return w
+}
+
+// looks opens the store as commands do that only look at it.
+func (w *world) looks() *Owner {
+	w.t.Helper()
+	opts := w.options(true)
+	opts.Offer = false
+	o, err := Own(context.Background(), w.dir, opts)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return o
+}
+
+// TestLookingChangesNothing: who only looks at a store forgets no device of it and deletes none, whatever can be known
+// of them; the next owner that serves finds what it can recover.
+func TestLookingChangesNothing(t *testing.T) {
+	for name, change := range map[string]func(w *world){
+		"it waits":                   func(*world) {},
+		"a driver that is not asked": func(w *world) { w.d.fail["devices"] = ublk.ErrPermission },
+		"a list that is not whole":   func(w *world) { w.d.hidden, w.d.fail["devices"] = true, ublk.ErrUnlisted },
+		"no driver":                  func(w *world) { w.d.hidden, w.d.fail["devices"] = true, ublk.ErrNoDriver },
+		"it is gone":                 func(w *world) { w.d.hidden = true },
+		"it is dead":                 func(w *world) { w.d.devices[0].info.State = ublk.KernelDead },
+		"another file system":        func(w *world) { w.edit(`"dev":`, `"dev":1`) },
+		"a file that is damaged":     func(w *world) { w.edit("{", "[") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := waitingWorld(t)
+			before := w.file()
+			for _, look := range []func() *Owner{w.looks, func() *Owner { return w.own(false) }} {
+				change(w)
+				changed := w.file()
+				o := look()
+				if _, err := o.Volumes(t.Context()); err != nil {
+					t.Error(err)
+				}
+				w.close(o)
+				if w.file() != changed || w.d.count() != 1 {
+					t.Errorf("%d devices are left, and the file is %q, was %q", w.d.count(), w.file(), changed)
+				}
+				w.d.hidden = false
+				if err := os.WriteFile(filepath.Join(w.dir, recordName), []byte(before), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if w.d.devices[0].info.State == ublk.KernelDead {
+				return
+			}
+			o := w.own(true)
+			w.recovers(o, "", 1)
+			w.close(o)
+		})
+	}
+}
+
+// TestLostNode: a device that a recovery cannot get at is not forgotten.
+func TestLostNode(t *testing.T) {
+	w := waitingWorld(t)
+	o := w.own(true)
+	for _, err := range []error{ublk.ErrNoNode, ublk.ErrBusy, ublk.ErrPermission} {
+		w.d.fail["recover"] = err
+		w.recovers(o, "", 0)
+		w.d.fail["devices"] = ublk.ErrUnlisted
+		w.d.hidden = true
+		w.recovers(o, "", 0)
+		w.d.hidden = false
+		if got := w.waiting(o); len(got) != 1 || !strings.Contains(w.file(), "cookie") {
+			t.Errorf("%v: %v wait, the file is %q", err, got, w.file())
+		}
+	}
+	w.recovers(o, "", 1)
+	w.close(o)
+}
+
+// TestMovedFileSystem: with another device number it is the same file system, mounted anew, or a copy of it. The disk
+// is kept, and neither served nor deleted before somebody says which.
+func TestMovedFileSystem(t *testing.T) {
+	w := waitingWorld(t)
+	w.edit(`"dev":`, `"dev":1`)
+	o := w.own(true)
+	if got := w.waiting(o); len(got) != 1 {
+		t.Fatal(got)
+	}
+	if err := o.Remove(t.Context(), cow.Ref{Volume: "v"}, true); !errors.Is(err, cow.ErrBusy) {
+		t.Error(err)
+	}
+	w.recovers(o, "", 0)
+	if d := o.devicesOf("v")[0]; !strings.Contains(d.Error, "--moved") {
+		t.Error(d)
+	}
+	w.close(o)
+	moved := w.file()
+	// It is the same one.
+	o = w.own(true)
+	if err := o.Claim(t.Context(), ""); err != nil {
+		t.Fatal(err)
+	}
+	w.recovers(o, "", 1)
+	w.kill(o)
+	o = w.own(true)
+	w.recovers(o, "", 1)
+	w.kill(o)
+	// It is a copy: the device is the other's.
+	if err := os.WriteFile(filepath.Join(w.dir, recordName), []byte(moved), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	o = w.own(true)
+	if err := o.Detach(t.Context(), "v", true); err != nil || w.d.count() != 1 || w.file() != "" {
+		t.Errorf("%v, %d devices are left, the file is %q", err, w.d.count(), w.file())
+	}
+	w.close(o)
+	// It is a copy, and the other is being served.
+	if err := os.WriteFile(filepath.Join(w.dir, recordName), []byte(moved), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	w.d.devices[0].info.State, w.d.devices[0].info.ServerPID = ublk.KernelLive, os.Getpid()
+	o = w.own(true)
+	if got := w.waiting(o); len(got) != 0 {
+		t.Error(got)
+	}
+	w.attach(o, "v")
+	w.close(o)
+	if w.d.count() != 1 || !strings.Contains(w.file(), "cookie") {
+		t.Errorf("%d devices are left, the file is %q", w.d.count(), w.file())
+	}
+}
+
+// TestUnreadableRecord: as long as a device may be in a file that cannot be read, no volume changes.
+func TestUnreadableRecord(t *testing.T) {
+	w := waitingWorld(t)
+	w.edit("{", "[")
+	if _, err := Own(t.Context(), w.dir, w.options(true)); !errors.Is(err, cow.ErrBusy) || !strings.Contains(err.Error(), "/dev/ublkb0") {
+		t.Error(err)
+	}
+	o := w.looks()
+	v := cow.Ref{Volume: "v"}
+	for what, err := range map[string]error{
+		"remove":   o.Remove(t.Context(), v, true),
+		"rename":   o.Rename(t.Context(), v, cow.Ref{Volume: "w"}),
+		"rollback": o.Rollback(t.Context(), cow.Ref{Volume: "v", Snapshot: "s"}),
+		"resize":   o.Resize(t.Context(), "v", 1<<20, true),
+	} {
+		if !errors.Is(err, cow.ErrBusy) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	w.close(o)
+	if _, err := deleteDevice(t.Context(), w.d, w.dir, "/dev/ublkb0", true); err != nil {
+		t.Fatal(err)
+	}
+	w.close(w.own(true))
+	if w.file() != "" {
+		t.Error(w.file())
+	}
+}
+
+// TestPruneKeepsWhatWaits: what waits is deleted only by its name and with force, even if the store does not know it,
+// and what is dead only if nobody can be its server.
+func TestPruneKeepsWhatWaits(t *testing.T) {
+	for name, change := range map[string]func(w *world){
+		"known":                     func(*world) {},
+		"forgotten":                 func(w *world) { w.edit(w.file(), "") },
+		"of what this is a copy of": func(w *world) { w.edit(`"dev":`, `"dev":1`) },
+	} {
+		w := waitingWorld(t)
+		change(w)
+		if deleted, err := prune(t.Context(), w.d, w.dir); len(deleted) != 0 || err != nil || w.d.count() != 1 {
+			t.Errorf("%s: deleted %v (%v)", name, deleted, err)
+		}
+		if _, err := deleteDevice(t.Context(), w.d, w.dir, "/dev/ublkb0", false); !errors.Is(err, cow.ErrBusy) {
+			t.Errorf("%s, without force: %v", name, err)
+		}
+		if _, err := deleteDevice(t.Context(), w.d, w.dir, "/dev/ublkb0", true); (err == nil) != (name != "known") || err != nil && !errors.Is(err, cow.ErrBusy) {
+			t.Errorf("%s, with force: %v", name, err)
+		}
+	}
+	w := waitingWorld(t)
+	w.d.devices[0].info.State = ublk.KernelDead
+	w.d.blind = true
+	if deleted, err := prune(t.Context(), w.d, w.dir); len(deleted) != 0 || err != nil {
+		t.Errorf("deleted %v (%v), which may have a server", deleted, err)
+	}
+	w.d.blind = false
+	w.d.fail["devices"] = ublk.ErrUnlisted
+	if deleted, err := prune(t.Context(), w.d, w.dir); len(deleted) != 0 || !errors.Is(err, ErrUnsupported) {
+		t.Errorf("deleted %v (%v)", deleted, err)
+	}
+	if deleted, err := prune(t.Context(), w.d, w.dir); len(deleted) != 1 || err != nil || w.d.count() != 0 {
+		t.Errorf("deleted %v (%v)", deleted, err)
+	}
+	if _, err := deleteDevice(t.Context(), w.d, w.dir, "/dev/ublkb0", true); !errors.Is(err, cow.ErrNotFound) {
+		t.Error(err)
+	}
+}
