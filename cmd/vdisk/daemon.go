@@ -237,8 +237,9 @@ func (a *app) upgradeCommand() *cli.Command {
 		Category:  groupAccess,
 		Usage:     "have the running daemon become the version of vdisk that is installed now",
 		UsageText: "vdisk upgrade",
-		Description: "The new program must be where the daemon's was started from. Block devices stay: their users notice a pause. The process\n" +
-			"stays the same one. If the new program cannot go on, the old one does. Refused while NBD clients are served.",
+		Description: "The new program must be at the path that the daemon's was started by. Block devices stay: their users notice a pause.\n" +
+			"The process stays the same one. If the new program cannot go on, the old one does. It succeeds when all devices are\n" +
+			"served again. Refused while NBD clients are served.",
 	}, func(c *cli.Context) error {
 		u, err := owner.UpgradeDaemon(c.Context, a.dir, a.options(c))
 		if errors.Is(err, owner.ErrNoOwner) {
@@ -247,6 +248,9 @@ func (a *app) upgradeCommand() *cli.Command {
 		}
 		if err != nil {
 			return err
+		}
+		if u.Same {
+			a.note(u.Program + " is the program that ran already; it was started again")
 		}
 		return a.print(map[string]string{"from": u.From, "to": u.To}, func() error {
 			_, err := fmt.Fprintf(a.stdout, "from %s to %s\n", u.From, u.To)

@@ -59,7 +59,7 @@ func startDaemon(ctx context.Context, dir string, args []string) error {
 	}
 	defer r.Close()
 	cmd := exec.Command("/proc/self/exe", args...)
-	cmd.Args[0] = os.Args[0]
+	cmd.Args[0] = startedFrom // where it finds its successor
 	cmd.Dir = "/"
 	cmd.ExtraFiles = []*os.File{w} // becomes ReadyFD
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}

@@ -73,7 +73,7 @@ func (d *disk) listed() bool { return d.id >= 0 || !d.busy }
 // info is what others are told. Owner.mu is held.
 func (d *disk) info() Device {
 	i := Device{Ref: d.ref(), ID: d.id, Path: pathOf(d.id), ReadOnly: d.readOnly, Waits: d.block == nil}
-	if d.err != nil && i.Waits {
+	if d.err != nil && i.Waits && !d.busy { // else it is being tried again
 		i.Error = oneLine(d.err)
 	}
 	return i

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -42,7 +43,11 @@ type Program struct {
 }
 
 // Upgrade is what an upgrade leads from and to.
-type Upgrade struct{ From, To string }
+type Upgrade struct {
+	From, To string
+	Program  string `json:",omitempty"` // the file that is executed
+	Same     bool   `json:",omitempty"` // which is the very one that runs already
+}
 
 // askProgram has a program say what it is.
 func askProgram(ctx context.Context, path string) (Program, error) {
@@ -61,12 +66,9 @@ func askProgram(ctx context.Context, path string) (Program, error) {
 
 // findHeir checks the program that would take over.
 func (o *Owner) findHeir(ctx context.Context) (*Program, error) {
-	path, err := o.opts.program, error(nil)
+	path := o.opts.program
 	if path == "" {
-		path, err = os.Executable() // where this program was when it was started
-	}
-	if err != nil {
-		return nil, err
+		path = startedFrom
 	}
 	p, err := askProgram(ctx, path)
 	if err != nil {
@@ -99,7 +101,7 @@ func (o *Owner) upgrade(ctx context.Context, asking int) (Upgrade, error) {
 	if err != nil {
 		return u, err
 	}
-	u.To = next.Version
+	u.To, u.Program, u.Same = next.Version, next.Path, runs(next.Path)
 	if err := o.shutDoors(ctx, asking); err != nil {
 		return u, err
 	}
@@ -185,6 +187,8 @@ type Handover struct {
 	From   string // the version of that program
 	Back   int    // a descriptor of that program; 0: there is no way back
 	Failed string // why the way back was taken
+	// Program is the path where the next version is looked for: the one that this process was started from at first.
+	Program string `json:",omitempty"`
 }
 
 const handoverEnv = "VDISK_HANDOVER"
@@ -203,11 +207,15 @@ func TakeHandover() *Handover {
 	if h.Back != 0 {
 		syscall.CloseOnExec(h.Back)
 	}
+	if h.Program != "" {
+		startedFrom = h.Program
+	}
 	return h
 }
 
 // execute replaces the program of this process. It returns only when that fails.
 func execute(path string, h Handover) error {
+	h.Program = startedFrom
 	b, err := json.Marshal(h)
 	if err == nil {
 		err = syscall.Exec(path, os.Args, append(os.Environ(), handoverEnv+"="+string(b)))
@@ -272,7 +280,9 @@ func UpgradeDaemon(ctx context.Context, dir string, o Options) (Upgrade, error) 
 			return u, fmt.Errorf("the new program gave the store back to version %s: %s", now.Version, now.Handover)
 		case err == nil && (now.PID != old.PID || !now.Started.Equal(old.Started)):
 			u.To = now.Version
-			return u, nil
+			if pending, err := servesAgain(old.Devices, now.Devices); !pending {
+				return u, err
+			}
 		case !old.process().alive():
 			return u, errors.New("the daemon ended while it was upgraded: its log is STORE/daemon.log, or its service's; 'vdisk recover' goes on")
 		}
@@ -282,6 +292,30 @@ func UpgradeDaemon(ctx context.Context, dir string, o Options) (Upgrade, error) 
 		case <-time.After(retryEvery):
 		}
 	}
+}
+
+// servesAgain compares the devices before and after an upgrade. pending says that some are still to be recovered;
+// otherwise the error has all that were served before and are not now.
+func servesAgain(before, after []Device) (pending bool, err error) {
+	var errs []error
+	for _, b := range before {
+		if b.Waits {
+			continue // as it did before
+		}
+		i := slices.IndexFunc(after, func(a Device) bool { return a.Path == b.Path })
+		switch {
+		case i < 0:
+			errs = append(errs, fmt.Errorf("%s (%v) is not there any more", b.Path, b.Ref))
+		case after[i].Waits && after[i].Error == "":
+			pending = true
+		case after[i].Waits:
+			errs = append(errs, fmt.Errorf("%s (%v) waits for a server: %s", b.Path, b.Ref, after[i].Error))
+		}
+	}
+	if err = errors.Join(errs...); err != nil {
+		err = fmt.Errorf("the new program runs, but does not serve all that the old one did: %w: 'vdisk recover' tries again", err)
+	}
+	return pending, err
 }
 
 // Running asks the process that owns the store and offers it to others; ErrNoOwner when there is none.

@@ -65,7 +65,7 @@ func TestUpgrade(t *testing.T) {
 		t.Error(err, w.waiting(o))
 	}
 	u, err := o.Upgrade(t.Context())
-	if err != nil || u != (Upgrade{"1.0", "2.0"}) {
+	if err != nil || u != (Upgrade{From: "1.0", To: "2.0", Program: good}) {
 		t.Fatal(u, err)
 	}
 	if _, err := Open(t.Context(), w.dir, w.options(false)); !errors.Is(err, cow.ErrBusy) {
@@ -157,5 +157,56 @@ func TestDisksAreLeft(t *testing.T) {
 	w.close(o)
 	if w.d.count() != 0 {
 		t.Errorf("%d disks are left", w.d.count())
+	}
+}
+
+// TestStartedFrom: the next program is looked for where this one was started by name, wherever its file has gone.
+func TestStartedFrom(t *testing.T) {
+	exe, err := os.Readlink("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	link := filepath.Join(dir, "vdisk")
+	if err := os.Symlink(exe, link); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir)
+	t.Chdir(dir)
+	for arg0, want := range map[string]string{exe: exe, link: link, "vdisk": link, "./vdisk": link, "/bin/true": exe, "nothing": exe, "": exe} {
+		if got := startPath(arg0); got != want {
+			t.Errorf("started as %q: %s, want %s", arg0, got, want)
+		}
+	}
+	// What an upgrade has executed by another path knows where to look from the one before.
+	was := startedFrom
+	defer func() { startedFrom = was }()
+	t.Setenv(handoverEnv, `{"From":"1.0","Program":"/usr/bin/vdisk"}`)
+	if h := TakeHandover(); h == nil || startedFrom != "/usr/bin/vdisk" {
+		t.Errorf("%+v, %s", h, startedFrom)
+	}
+	if runs("/bin/true") || !runs(link) {
+		t.Error("a program is taken for another")
+	}
+}
+
+// TestServesAgain: an upgrade has succeeded when what was served is served again.
+func TestServesAgain(t *testing.T) {
+	served := []Device{{Path: "/dev/ublkb0"}, {Path: "/dev/ublkb1"}, {Path: "/dev/ublkb2", Waits: true, Error: "lost"}}
+	for name, c := range map[string]struct {
+		after   []Device
+		pending bool
+		want    string // in the error
+	}{
+		"all":      {after: served},
+		"not yet":  {after: []Device{{Path: "/dev/ublkb0", Waits: true}, {Path: "/dev/ublkb1"}}, pending: true},
+		"one less": {after: []Device{{Path: "/dev/ublkb1"}}, want: "/dev/ublkb0"},
+		"one down": {after: []Device{{Path: "/dev/ublkb0"}, {Path: "/dev/ublkb1", Waits: true, Error: "somebody serves it"}}, want: "somebody serves it"},
+		"none":     {want: "/dev/ublkb1"},
+	} {
+		pending, err := servesAgain(served, c.after)
+		if pending != c.pending || (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v, %v", name, pending, err)
+		}
 	}
 }
