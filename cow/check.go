@@ -5,15 +5,18 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"syscall"
 
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// Kinds of problems. A leak wastes space; corrupt is everything else.
+// Kinds of problems. A leak wastes space; what is unreadable could not be looked at, and may be sound: access was
+// denied, or the disk or the system failed. Corrupt is everything else.
 const (
-	KindLeak    = "leak"
-	KindCorrupt = "corrupt"
+	KindLeak       = "leak"
+	KindCorrupt    = "corrupt"
+	KindUnreadable = "unreadable"
 )
 
 // Problem is one violation that Check found.
@@ -40,6 +43,8 @@ type CheckReport struct {
 	DataBytes int64 `json:"data_bytes"` // read and verified
 	Leaks     int   `json:"leaks"`
 	Corrupt   int   `json:"corrupt"`
+	// Unreadable is how many records and files could not be looked at.
+	Unreadable int `json:"unreadable"`
 }
 
 // Check proves the table against itself and the chunk files, as of a checkpoint that
@@ -53,9 +58,12 @@ func (s *Store) Check(ctx context.Context, o CheckOptions, problem func(Problem)
 		points: map[uint32][]uint32{},
 	}
 	c.problem = func(p Problem) {
-		if p.Kind == KindLeak {
+		switch p.Kind {
+		case KindLeak:
 			c.report.Leaks++
-		} else {
+		case KindUnreadable:
+			c.report.Unreadable++
+		default:
 			c.report.Corrupt++
 		}
 		problem(p)
@@ -153,6 +161,15 @@ type checker struct {
 
 func (c *checker) corrupt(where, text string, args ...any) {
 	c.problem(Problem{KindCorrupt, where, fmt.Sprintf(text, args...)})
+}
+
+// failed is a problem with a file: its content is wrong, or could not be read.
+func (c *checker) failed(where string, err error) {
+	kind := KindCorrupt
+	if outOfReach(err) || errors.Is(err, syscall.EIO) {
+		kind = KindUnreadable
+	}
+	c.problem(Problem{kind, where, err.Error()})
 }
 
 func (c *checker) run(tx *metadata.Tx) error {
@@ -313,7 +330,7 @@ func (c *checker) entries(tx *metadata.Tx, v metadata.Version, l *format.Leaf) e
 		if c.o.ReadData && (c.o.Volume == "" || c.data[v.Branch]) && !(last != 0 && e.SameRecord(last)) {
 			block := uint64(v.Leaf)*format.LeafBlocks + uint64(i) - uint64(e.Index())
 			if err := c.read(e, block); err != nil {
-				c.corrupt(where(v), "block %d: chunk %s offset %d: %v", i, chunkName(e.Slot()), e.Offset(), err)
+				c.failed(where(v), fmt.Errorf("block %d: chunk %s offset %d: %w", i, chunkName(e.Slot()), e.Offset(), err))
 			}
 		}
 		last = e
@@ -368,7 +385,7 @@ func (c *checker) file(ch format.Chunk) {
 	h, err := c.s.chunkHeader(chunkName(ch.Slot), ch.Slot)
 	switch {
 	case err != nil:
-		c.corrupt(where, "%v", err)
+		c.failed(where, err)
 	case h.Seq != ch.Seq:
 		c.corrupt(where, "its header has the sequence %d, the table says %d", h.Seq, ch.Seq)
 	default:
@@ -380,7 +397,7 @@ func (c *checker) file(ch format.Chunk) {
 			}
 		}
 		if err != nil {
-			c.corrupt(where, "%v", err)
+			c.failed(where, err)
 		}
 	}
 }

@@ -81,7 +81,8 @@ func (c *chunk) release() {
 	}
 }
 
-// handle opens the file at its first use: a store may have very many chunks.
+// handle opens the file at its first use: a store may have very many chunks. It has a descriptor only while it is used
+// (DESIGN.md, section 5.3).
 func (c *chunk) handle() (storage.File, error) {
 	c.open.Lock()
 	defer c.open.Unlock()

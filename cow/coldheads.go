@@ -166,7 +166,7 @@ func (p *coldPass) read(k leafKey) (size, places int, err error) {
 		return 0, 0, err
 	}
 	size, places = p.layout()
-	return size, places, unreadable(p.plan.fetch())
+	return size, places, unreadable(p.plan.Fetch())
 }
 
 // layout says what the blocks of the units take, and in how many places of the log they are.

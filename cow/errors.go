@@ -73,9 +73,20 @@ func noSpace(err error) error {
 	return err
 }
 
+// outOfReach reports whether err is about getting at a file at all. It says nothing of what the file holds, and may be
+// otherwise next time, or for another user.
+func outOfReach(err error) bool {
+	for _, errno := range []syscall.Errno{syscall.EACCES, syscall.EPERM, syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.ESTALE, syscall.EROFS} {
+		if errors.Is(err, errno) {
+			return true
+		}
+	}
+	return false
+}
+
 // unreadable makes an error of reading the log what damage is to those who can go on without what they were to read.
 func unreadable(err error) error {
-	if err == nil || errors.Is(err, ErrCorrupt) {
+	if err == nil || errors.Is(err, ErrCorrupt) || outOfReach(err) {
 		return err
 	}
 	return fmt.Errorf("%w: %w", ErrCorrupt, err)

@@ -432,7 +432,7 @@ func TestPlanAcrossSlotReuse(t *testing.T) {
 	must(t, s.cache.view(leafKey{d.b, 1, head}, func(lf *leaf) { bad = pl.plan(lf, buf[4096:], 256*4096) }))
 	must(t, bad)
 	must(t, pl.locate())
-	if err := pl.fetch(); err != nil {
+	if err := pl.Fetch(); err != nil {
 		t.Fatal(err)
 	}
 	if !bytes.Equal(buf[4096:], want) {

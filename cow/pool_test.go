@@ -75,7 +75,7 @@ func (w *world) letGo() error {
 	if len(h.pl.fetches) > 0 {
 		w.lab.held.Add(int64(w.reused() - h.reused))
 	}
-	if err := h.pl.fetch(); err != nil {
+	if err := h.pl.Fetch(); err != nil {
 		return fmt.Errorf("a read that was planned a while ago: %w", err)
 	}
 	if !bytes.Equal(h.got, h.want) {
@@ -355,7 +355,7 @@ func TestFirstReadOfARemovedFile(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(dir, chunksDir, pl.records[0].c.name())); !os.IsNotExist(err) {
 		t.Fatalf("the file is there: %v", err)
 	}
-	if err := errors.Join(pl.locate(), pl.fetch()); err != nil {
+	if err := errors.Join(pl.locate(), pl.Fetch()); err != nil {
 		t.Error(err)
 	}
 	must(t, errors.Join(d.Close(), s.Close()))

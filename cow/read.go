@@ -49,10 +49,12 @@ type Fetch struct {
 	Buf  []byte
 	Off  int64
 	file storage.File
+	fd   int
+	held bool // fd
 }
 
-// Fd is the file descriptor to read from, valid until Finish.
-func (f *Fetch) Fd() int { return int(f.file.Fd()) }
+// Fd is the file descriptor to read from, after Hold and until Finish.
+func (f *Fetch) Fd() int { return f.fd }
 
 // Read does the fetch in the calling goroutine.
 func (f *Fetch) Read() error {
@@ -212,6 +214,29 @@ func (pl *ReadPlan) locate() error {
 // Fetches is what has to be read before Finish; empty when memory had it all.
 func (pl *ReadPlan) Fetches() []Fetch { return pl.fetches }
 
+// Hold gets the file descriptors of all fetches, for a caller who has them read by others, until Finish; false: it has
+// none, because that many are not to be had now. Fetch waits for them one by one.
+func (pl *ReadPlan) Hold() bool {
+	for i := range pl.fetches {
+		f := &pl.fetches[i]
+		if f.fd, f.held = f.file.Hold(); !f.held {
+			pl.drop()
+			return false
+		}
+	}
+	return true
+}
+
+// drop gives up what Hold has.
+func (pl *ReadPlan) drop() {
+	for i := range pl.fetches {
+		if f := &pl.fetches[i]; f.held {
+			f.file.Release()
+			f.held = false
+		}
+	}
+}
+
 // Finish ends a read that PlanRead planned: with err, the error of the fetches,
 // or after them by verifying and copying. It must be called once.
 func (pl *ReadPlan) Finish(err error) error {
@@ -287,6 +312,7 @@ func verify(stored []byte, chunkSeq uint64, e format.Entry, first uint64) (paylo
 }
 
 func (pl *ReadPlan) release() {
+	pl.drop()
 	for i := range pl.records {
 		pl.records[i].c.release()
 	}
@@ -299,11 +325,11 @@ func (pl *ReadPlan) read(d *Device, p []byte, off int64) error {
 	if err := d.PlanRead(pl, p, off); err != nil {
 		return err
 	}
-	return pl.fetch()
+	return pl.Fetch()
 }
 
-// fetch does the second and third step.
-func (pl *ReadPlan) fetch() (err error) {
+// Fetch does the second and third step: all fetches in the calling goroutine, and Finish.
+func (pl *ReadPlan) Fetch() (err error) {
 	if len(pl.fetches) > 1 {
 		pl.try()
 	}
@@ -381,7 +407,7 @@ func (d *Device) readBlock(sc *scratch, p []byte, block uint64) (was content, er
 	if len(pl.records) > 0 {
 		was = pl.records[0].was
 	}
-	return was, pl.fetch()
+	return was, pl.Fetch()
 }
 
 // Extents calls fn for the runs of data and holes in a range, in order and

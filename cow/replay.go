@@ -143,6 +143,8 @@ func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks
 		}
 		h, err := s.chunkHeader(name, slot)
 		switch {
+		case outOfReach(err):
+			return nil, nil, fmt.Errorf("chunk file %s: %w", name, err)
 		case err != nil:
 			return nil, nil, fmt.Errorf("chunk file %s: %w (move it away to go on without it)", name, err)
 		case isKnown && h.Seq != r.Seq:

@@ -304,8 +304,10 @@ func (s *Store) openFiles() error {
 		}
 		s.fs = chunks.Files()
 	}
-	if _, err := s.in.Lstat(tableFile); err != nil {
+	if _, err := s.in.Lstat(tableFile); errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("the table is missing: %w", errors.Join(ErrCorrupt, err))
+	} else if err != nil {
+		return fmt.Errorf("the table: %w", err)
 	}
 	s.meta, err = metadata.Open(s.in.Join(tableFile), metadata.Options{In: s.in, Timeout: time.Second, NoSync: s.opts.NoTableSync, Allocate: s.allocateTable})
 	if err != nil {

@@ -15,30 +15,31 @@ func (a *app) checkCommand() *cli.Command {
 		Category:    groupMaintenance,
 		Usage:       "prove the structure of the store, or of one volume",
 		UsageText:   "vdisk check [VOL] [--read-data]",
-		Description: "Exit codes: 0 all is well, 6 something is damaged, 7 only space is lost.",
+		Description: "Exit codes: 0 all is well, 6 something is damaged, 1 something could not be looked at, 7 only space is lost.",
 		Flags:       []cli.Flag{&cli.BoolFlag{Name: "read-data", Usage: "read and verify all data as well"}},
 	}, a.check)
 }
 
 // problemJSON is one finding in the output for programs.
 type problemJSON struct {
-	Kind  string `json:"kind"` // corrupt or leak
+	Kind  string `json:"kind"` // corrupt, unreadable or leak
 	Where string `json:"where"`
 	What  string `json:"what"`
 }
 
 // checkJSON is the outcome of a check in the output for programs.
 type checkJSON struct {
-	OK        bool          `json:"ok"`
-	Problems  []problemJSON `json:"problems"`
-	Corrupt   int           `json:"corrupt"`
-	Leaks     int           `json:"leaks"`
-	Branches  int64         `json:"branches"`
-	Leaves    int64         `json:"leaves"`
-	Entries   int64         `json:"entries"`
-	Chunks    int64         `json:"chunk_files"`
-	LiveBytes int64         `json:"live_bytes"`
-	DataBytes int64         `json:"data_bytes"` // read and verified
+	OK         bool          `json:"ok"`
+	Problems   []problemJSON `json:"problems"`
+	Corrupt    int           `json:"corrupt"`
+	Unreadable int           `json:"unreadable"` // could not be looked at
+	Leaks      int           `json:"leaks"`
+	Branches   int64         `json:"branches"`
+	Leaves     int64         `json:"leaves"`
+	Entries    int64         `json:"entries"`
+	Chunks     int64         `json:"chunk_files"`
+	LiveBytes  int64         `json:"live_bytes"`
+	DataBytes  int64         `json:"data_bytes"` // read and verified
 }
 
 func (a *app) check(c *cli.Context) error {
@@ -65,7 +66,7 @@ func (a *app) check(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		j.OK, j.Corrupt, j.Leaks = r.Corrupt+r.Leaks == 0, r.Corrupt, r.Leaks
+		j.OK, j.Corrupt, j.Unreadable, j.Leaks = r.Corrupt+r.Unreadable+r.Leaks == 0, r.Corrupt, r.Unreadable, r.Leaks
 		j.Branches, j.Leaves, j.Entries, j.Chunks, j.LiveBytes, j.DataBytes = r.Branches, r.Versions, r.Entries, r.Chunks, r.LiveBytes, r.DataBytes
 		if err := a.print(j, func() error { return a.checked(j, o.ReadData) }); err != nil {
 			return err
@@ -79,8 +80,12 @@ func (a *app) checked(j checkJSON, readData bool) error {
 	if readData {
 		data = fmt.Sprintf(", %s of data read", a.size(j.DataBytes))
 	}
-	_, err := fmt.Fprintf(a.stdout, "%d branches, %d leaves, %d entries, %d chunks, %s live%s: %d corrupt, %d leaks\n",
-		j.Branches, j.Leaves, j.Entries, j.Chunks, a.size(j.LiveBytes), data, j.Corrupt, j.Leaks)
+	unreadable := ""
+	if j.Unreadable > 0 {
+		unreadable = fmt.Sprintf(", %d not looked at", j.Unreadable)
+	}
+	_, err := fmt.Fprintf(a.stdout, "%d branches, %d leaves, %d entries, %d chunks, %s live%s: %d corrupt, %d leaks%s\n",
+		j.Branches, j.Leaves, j.Entries, j.Chunks, a.size(j.LiveBytes), data, j.Corrupt, j.Leaks, unreadable)
 	return err
 }
 
@@ -88,6 +93,8 @@ func verdict(r cow.CheckReport) error {
 	switch {
 	case r.Corrupt > 0:
 		return fmt.Errorf("the check found %d damaged places: %w", r.Corrupt, cow.ErrCorrupt)
+	case r.Unreadable > 0:
+		return fmt.Errorf("the check could not look at %d places, and proves nothing of them", r.Unreadable)
 	case r.Leaks > 0:
 		return fmt.Errorf("the check found %d leaks: %w", r.Leaks, errLeaks)
 	}

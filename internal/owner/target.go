@@ -38,8 +38,9 @@ const (
 
 // op is a tag's state of a read. There is one for each tag of each queue, made at its first read.
 type op struct {
-	plan cow.ReadPlan
-	err  error // of the fetches, for the worker that finishes
+	plan  cow.ReadPlan
+	err   error // of the fetches, for the worker that finishes
+	fetch bool  // the worker has to fetch, too
 }
 
 func newTarget(dev *cow.Device, report func(error)) *target {
@@ -82,6 +83,11 @@ func (t *target) read(r *ublk.Request) error {
 	if len(fetches) == 0 {
 		return p.plan.Finish(nil)
 	}
+	if !p.plan.Hold() { // this thread must not wait for files that its own requests may have in use
+		p.fetch = true
+		t.jobs <- r
+		return ublk.ErrLater
+	}
 	for i := range fetches {
 		f := &fetches[i]
 		r.Fetch(f.Fd(), f.Buf, f.Off)
@@ -109,7 +115,7 @@ func (t *target) workRoutine() {
 // tell reports a request that fails, and returns err. A disk that is full or damaged may fail them all, so it speaks
 // once a second.
 func (t *target) tell(r *ublk.Request, err error) error {
-	if err == nil || err == ublk.ErrFetch {
+	if err == nil || err == ublk.ErrFetch || err == ublk.ErrLater {
 		return err
 	}
 	now, last := time.Now().Unix(), t.told.Load()
@@ -136,6 +142,10 @@ func (t *target) work(r *ublk.Request) (err error) {
 	switch r.Op {
 	case ublk.OpRead:
 		p := r.Data.(*op)
+		if p.fetch {
+			p.fetch = false
+			return p.plan.Fetch()
+		}
 		return p.plan.Finish(p.err)
 	case ublk.OpWrite:
 		if _, err := t.dev.WriteAt(r.Buf, r.Offset); err != nil || !r.FUA {

@@ -6,7 +6,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -20,6 +22,11 @@ const (
 type dir struct {
 	in         *Folder
 	overwrites bool
+	readOnly   bool
+	files      table
+
+	mu   sync.Mutex // guards live; file.mu may be taken under it
+	live map[string][]*file
 }
 
 // OpenDir opens the directory, and makes it if it does not exist. The last
@@ -43,6 +50,12 @@ func OpenDir(path string) (FS, error) {
 	return d.Files(), nil
 }
 
+func newDir(in *Folder, readOnly bool) *dir {
+	d := &dir{in: in, overwrites: overwrites(in.f), readOnly: readOnly, live: map[string][]*file{}}
+	d.files.limit = descriptorLimit()
+	return d
+}
+
 // overwrites knows the file systems that write over blocks in place, and never share them between files (statfs(2)).
 func overwrites(f *os.File) bool {
 	var st unix.Statfs_t
@@ -59,23 +72,71 @@ func syncParent(path string) error {
 }
 
 func (d *dir) Create(name string, size int64) (File, error) {
-	f, err := d.in.Open(name, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL)
+	if d.readOnly {
+		return nil, fmt.Errorf("create: %w", &fs.PathError{Op: "open", Path: d.in.Join(name), Err: unix.EROFS})
+	}
+	fd, err := d.openFile(name, unix.O_CREAT|unix.O_EXCL, false)
 	if err != nil {
 		return nil, fmt.Errorf("create: %w", noSpace(err))
 	}
-	if err := reserve(f, size); err != nil {
-		err = fmt.Errorf("reserve %d bytes for %s: %w", size, f.Name(), noSpace(err))
-		return nil, errors.Join(err, f.Close(), d.Remove(name))
+	if err := reserve(fd, size); err != nil {
+		err = fmt.Errorf("reserve %d bytes for %s: %w", size, fd.Name(), noSpace(err))
+		return nil, errors.Join(err, fd.Close(), d.Remove(name))
 	}
-	return &file{f}, nil
+	f := &file{d: d, name: name, at: -1}
+	f.wrote.Store(1) // its size
+	f.has(fd)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.live[name] = append(d.live[name], f)
+	return f, nil
 }
 
+// Open takes no descriptor yet.
 func (d *dir) Open(name string) (File, error) {
-	f, err := d.in.Open(name, unix.O_RDWR)
+	path, err := joined(d.in.path, name)
 	if err != nil {
 		return nil, fmt.Errorf("open: %w", err)
 	}
-	return &file{f}, nil
+	d.mu.Lock() // a removal comes before, or knows the file
+	defer d.mu.Unlock()
+	st, err := d.in.Lstat(name)
+	if err != nil {
+		return nil, fmt.Errorf("open: %w", err)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return nil, fmt.Errorf("open: %s is no file: %w", path, ErrIrregular)
+	}
+	f := &file{d: d, name: name, at: -1}
+	d.live[name] = append(d.live[name], f)
+	return f, nil
+}
+
+// forget is the end of a file that is closed.
+func (d *dir) forget(f *file) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if left := slices.DeleteFunc(d.live[f.name], func(x *file) bool { return x == f }); len(left) > 0 {
+		d.live[f.name] = left
+	} else {
+		delete(d.live, f.name)
+	}
+}
+
+func (d *dir) openFile(name string, flags int, hasty bool) (*os.File, error) {
+	if d.readOnly {
+		flags |= unix.O_RDONLY
+	} else {
+		flags |= unix.O_RDWR
+	}
+	// Where all are in use there is one more, but not for those who keep it, for a read on a ring: others need it for
+	// one system call only.
+	if d.files.full() && !d.files.evict(hasty) && hasty {
+		return nil, &fs.PathError{Op: "open", Path: d.in.Join(name), Err: unix.EMFILE}
+	}
+	var f *os.File
+	err := d.files.with(hasty, func() (err error) { f, err = d.in.Open(name, flags); return err })
+	return f, err
 }
 
 // joined is the path of a file in a directory; the name must be a plain one.
@@ -108,9 +169,34 @@ func writeZeros(f *os.File, size int64) error {
 	return nil
 }
 
-func (d *dir) Remove(name string) error { return d.in.Remove(name) }
+func (d *dir) Remove(name string) error {
+	if d.readOnly {
+		return &fs.PathError{Op: "remove", Path: d.in.Join(name), Err: unix.EROFS}
+	}
+	for {
+		d.mu.Lock()
+		i := slices.IndexFunc(d.live[name], func(f *file) bool { return !f.pinned.Load() })
+		if i < 0 {
+			break
+		}
+		f := d.live[name][i]
+		d.mu.Unlock()
+		if err := f.pin(); err != nil {
+			return fmt.Errorf("remove %s, which is open: %w", d.in.Join(name), err)
+		}
+	}
+	defer d.mu.Unlock()
+	if err := d.in.Remove(name); err != nil {
+		return err
+	}
+	delete(d.live, name)
+	return nil
+}
 
-func (d *dir) List() ([]string, error) { return d.in.Names() }
+func (d *dir) List() (names []string, err error) {
+	err = d.files.with(false, func() (err error) { names, err = d.in.Names(); return err })
+	return names, err
+}
 
 func (d *dir) SyncDir() error { return d.in.Sync() }
 
@@ -130,45 +216,6 @@ func (d *dir) Free() (int64, error) {
 }
 
 func (d *dir) Close() error { return d.in.Close() }
-
-type file struct{ *os.File }
-
-func (f *file) TryReadAt(p []byte, off int64) bool {
-	// From 5.9 on the kernel begins to read what it does not find.
-	n, err := unix.Preadv2(int(f.Fd()), [][]byte{p}, off, unix.RWF_NOWAIT)
-	if err == unix.EOPNOTSUPP { // tmpfs has all in memory, and others cannot tell
-		n, err = f.ReadAt(p, off)
-	}
-	return err == nil && n == len(p)
-}
-
-func (f *file) WriteAt(p []byte, off int64) (int, error) {
-	n, err := f.File.WriteAt(p, off)
-	return n, noSpace(err)
-}
-
-func (f *file) Sync() error {
-	_, err := retry(func() (int, error) { return 0, unix.Fdatasync(int(f.Fd())) })
-	if err != nil {
-		return &fs.PathError{Op: "fdatasync", Path: f.Name(), Err: noSpace(err)}
-	}
-	return nil
-}
-
-func (f *file) StartWrite(off, n int64) {
-	// An error here is Sync's to find and to report.
-	_ = unix.SyncFileRange(int(f.Fd()), off, n, unix.SYNC_FILE_RANGE_WRITE)
-}
-
-func (f *file) Truncate(size int64) error { return noSpace(f.File.Truncate(size)) }
-
-func (f *file) Size() (int64, error) {
-	info, err := f.Stat()
-	if err != nil {
-		return 0, err
-	}
-	return info.Size(), nil
-}
 
 // noSpace makes the system's errors about a full disk match ErrNoSpace.
 func noSpace(err error) error {

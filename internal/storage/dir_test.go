@@ -29,16 +29,27 @@ func openDir(t *testing.T) (FS, string) {
 	return d, path
 }
 
+// fdOf is the descriptor of a file that is open and not used otherwise.
+func fdOf(t *testing.T, f File) int {
+	t.Helper()
+	fd, ok := f.Hold()
+	if !ok {
+		t.Fatal("no descriptor")
+	}
+	f.Release()
+	return fd
+}
+
 func TestDirectory(t *testing.T) {
 	d, path := openDir(t)
 	f, err := d.Create("b", 1<<20)
 	must(t, err)
 	var st unix.Stat_t
-	must(t, unix.Fstat(int(f.Fd()), &st))
+	must(t, unix.Fstat(fdOf(t, f), &st))
 	if st.Size != 1<<20 || st.Blocks*512 < 1<<20 || st.Mode&0o777 != fileMode {
 		t.Errorf("size %d, %d blocks, mode %o", st.Size, st.Blocks, st.Mode)
 	}
-	if flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFD, 0); err != nil || flags&unix.FD_CLOEXEC == 0 {
+	if flags, err := unix.FcntlInt(uintptr(fdOf(t, f)), unix.F_GETFD, 0); err != nil || flags&unix.FD_CLOEXEC == 0 {
 		t.Error("descriptor flags", flags, err)
 	}
 	if _, err := f.WriteAt([]byte("hello"), 4096); err != nil {
@@ -131,7 +142,8 @@ func TestFailedCreateLeavesNothing(t *testing.T) {
 func TestFullDiskMatchesErrNoSpace(t *testing.T) {
 	full, err := os.OpenFile("/dev/full", os.O_RDWR, 0)
 	must(t, err)
-	f := &file{full}
+	f := &file{d: &dir{in: &Folder{path: "/dev"}}, name: "full", at: -1}
+	f.has(full)
 	defer f.Close()
 	if _, err := f.WriteAt([]byte("x"), 0); !errors.Is(err, ErrNoSpace) || !errors.Is(err, unix.ENOSPC) {
 		t.Error(err)
@@ -168,7 +180,7 @@ func TestTryReadAt(t *testing.T) {
 	}
 	// Out of memory, it may or may not be there at once, but soon.
 	must(t, f.Sync())
-	must(t, unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED))
+	must(t, unix.Fadvise(fdOf(t, f), 0, 0, unix.FADV_DONTNEED))
 	clear(got)
 	for i := 0; !f.TryReadAt(got, 1000); i++ {
 		if i == 1000 {

@@ -296,7 +296,10 @@ func (d *Folder) Sub(name string) (*Folder, error) {
 }
 
 // Files returns the directory as the engine's file layer, which takes it over.
-func (d *Folder) Files() FS { return &dir{in: d, overwrites: overwrites(d.f)} }
+func (d *Folder) Files() FS { return newDir(d, false) }
+
+// FilesToRead is Files for who changes nothing, and perhaps may not.
+func (d *Folder) FilesToRead() FS { return newDir(d, true) }
 
 // Close releases the directory. Files that are open stay usable.
 func (d *Folder) Close() error { return d.f.Close() }

@@ -19,7 +19,9 @@ type FS interface {
 	// lack of it. If it fails it leaves no file. Neither the file's
 	// size nor its name is durable before File.Sync and FS.SyncDir.
 	Create(name string, size int64) (File, error)
-	// Open opens a file that exists.
+	// Open opens a file that exists. Any number may be open: they share the descriptors that the process may have, and
+	// an operation on a file that has none waits for one where it must. Only if there is none for half a minute is
+	// that an error (EMFILE).
 	Open(name string) (File, error)
 	// Remove removes a file's name; files that are open stay usable.
 	Remove(name string) error
@@ -56,8 +58,9 @@ type File interface {
 	Truncate(size int64) error
 	// Size returns the size.
 	Size() (int64, error)
-	// Fd returns the descriptor, for a ring or poll, while the file is open;
-	// ^uintptr(0) if there is none.
-	Fd() uintptr
+	// Hold returns the descriptor, for a ring, which stays valid until Release; false: there is none, or it would have
+	// to be waited for, and the other methods do. Each Hold that is true has its Release, before Close.
+	Hold() (fd int, ok bool)
+	Release()
 	io.Closer
 }

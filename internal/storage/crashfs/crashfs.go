@@ -385,8 +385,11 @@ func (h *file) Size() (int64, error) {
 	return h.node.now.size, nil
 }
 
-// Fd returns that there is no descriptor.
-func (h *file) Fd() uintptr { return ^uintptr(0) }
+// Hold returns that there is no descriptor.
+func (h *file) Hold() (fd int, ok bool) { return -1, false }
+
+// Release is the end of a Hold that there was not.
+func (h *file) Release() {}
 
 func (h *file) Close() error {
 	h.fs.mu.Lock()

@@ -1,0 +1,70 @@
+package owner
+
+import (
+	"bytes"
+	"errors"
+	"path/filepath"
+	"testing"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/storage"
+	"github.com/vdisk/vdisk/ublk"
+)
+
+// scarce is a directory whose files have no descriptor to hold.
+type scarce struct{ storage.FS }
+
+type scarceFile struct{ storage.File }
+
+func (s scarce) Open(name string) (storage.File, error) {
+	f, err := s.FS.Open(name)
+	return scarceFile{f}, err
+}
+
+func (s scarce) Create(name string, size int64) (storage.File, error) {
+	f, err := s.FS.Create(name, size)
+	return scarceFile{f}, err
+}
+
+func (scarceFile) Hold() (fd int, ok bool) { return -1, false }
+
+// TestReadWithoutDescriptors: where a queue's ring can have no descriptors for a read, a worker does it. The thread of
+// the queue, whose other reads may be what has them all, does not wait.
+func TestReadWithoutDescriptors(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "store")
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(cow.Create(dir))
+	inner, err := storage.OpenDir(filepath.Join(dir, "chunks"))
+	must(err)
+	defer inner.Close()
+	s, err := cow.Open(dir, cow.Options{FS: scarce{inner}})
+	must(err)
+	defer s.Close()
+	_, err = s.CreateVolume("v", cow.VolumeOptions{Size: 1 << 20, Codec: format.Raw})
+	must(err)
+	dev, err := s.OpenDevice(cow.Ref{Volume: "v"}, false)
+	must(err)
+	defer dev.Close()
+	want := bytes.Repeat([]byte("some text "), 410)[:4096]
+	_, err = dev.WriteAt(want, 8192)
+	must(errors.Join(err, dev.Flush()))
+
+	target := &target{dev: dev, jobs: make(chan *ublk.Request, 1)} // nobody works
+	r := &ublk.Request{Op: ublk.OpRead, Buf: make([]byte, 4096), Length: 4096, Offset: 8192}
+	for range 2 {
+		clear(r.Buf)
+		if err := target.ServeUBLK(r); !errors.Is(err, ublk.ErrLater) {
+			t.Fatal("the queue's thread waits:", err)
+		}
+		must(target.work(<-target.jobs))
+		if !bytes.Equal(r.Buf, want) {
+			t.Error("it reads otherwise than it was written")
+		}
+	}
+}

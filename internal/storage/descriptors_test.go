@@ -1,0 +1,248 @@
+package storage
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// few is a directory of n files, each of which holds its number, with descriptors for limit of them.
+func few(t *testing.T, n, limit int) (*dir, []File) {
+	t.Helper()
+	made, _ := openDir(t)
+	d := made.(*dir)
+	d.files.limit = limit
+	var files []File
+	for i := range n {
+		f, err := d.Create(name(i), 8192)
+		must(t, err)
+		files = append(files, f)
+		_, err = f.WriteAt(content(i), 0)
+		must(t, err)
+	}
+	t.Cleanup(func() {
+		for _, f := range files {
+			must(t, f.Close())
+		}
+	})
+	return d, files
+}
+
+func name(i int) string { return fmt.Sprintf("%08x", i) }
+
+func content(i int) []byte { return bytes.Repeat([]byte{byte(i), 'x'}, 2048) }
+
+func (d *dir) check(t *testing.T, i int, f File) {
+	t.Helper()
+	got := make([]byte, 4096)
+	if _, err := f.ReadAt(got, 0); err != nil || !bytes.Equal(got, content(i)) {
+		t.Errorf("file %d: %v", i, err)
+	}
+}
+
+func (t *table) count() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.open)
+}
+
+func TestMoreFilesThanDescriptors(t *testing.T) {
+	d, files := few(t, 40, 6)
+	if n := d.files.count(); n > 6 {
+		t.Errorf("%d files have a descriptor", n)
+	}
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for k := range 400 {
+				i := k * 7 % len(files)
+				d.check(t, i, files[i])
+				if k%50 == 0 {
+					must(t, files[i].Sync())
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if n := d.files.count(); n > 6+8 {
+		t.Errorf("%d files have a descriptor", n)
+	}
+	// What has lost its descriptor can be removed, and read on.
+	for i, f := range files {
+		must(t, d.Remove(name(i)))
+		d.check(t, i, f)
+	}
+	if names, err := d.List(); err != nil || len(names) != 0 {
+		t.Error(names, err)
+	}
+	for i, f := range files { // also beside another file of the same name
+		g, err := d.Create(name(i), 0)
+		must(t, err)
+		_, err = g.WriteAt([]byte("new"), 0)
+		must(t, errors.Join(err, g.Close()))
+		d.check(t, i, f)
+	}
+}
+
+// What is held for a ring stays, and who must not wait is told that there is none.
+func TestHeldDescriptorsStay(t *testing.T) {
+	d, files := few(t, 20, 4)
+	for _, f := range files {
+		must(t, f.Sync())
+	}
+	held := map[int]int{}
+	for i, f := range files {
+		if fd, ok := f.Hold(); ok {
+			held[i] = fd
+		}
+	}
+	if len(held) < 4 {
+		t.Fatalf("%d of 4 could be held", len(held))
+	}
+	if len(held) > 4 {
+		t.Errorf("%d were held where 4 are allowed", len(held))
+	}
+	for i, f := range files { // an operation gets one nevertheless
+		d.check(t, i, f)
+	}
+	for i, fd := range held {
+		var got [1]byte
+		if _, err := unix.Pread(fd, got[:], 0); err != nil || got[0] != byte(i) {
+			t.Errorf("file %d: the held descriptor reads %d, %v", i, got, err)
+		}
+		files[i].Release()
+	}
+	for _, f := range files {
+		if _, ok := f.Hold(); !ok {
+			t.Error("no descriptor where none is in use")
+		} else {
+			f.Release()
+		}
+	}
+}
+
+// A descriptor is not closed before what was written by it is durable, and a failure of that is Sync's to tell.
+func TestEvictionSyncs(t *testing.T) {
+	d, files := few(t, 4, 100)
+	for d.files.evict(false) {
+	}
+	for i, f := range files {
+		if f := f.(*file); f.desc.Load() != nil || !f.clean() {
+			t.Errorf("file %d is open or was not synced", i)
+		}
+		d.check(t, i, f)
+	}
+	if d.files.evict(true); !files[0].(*file).clean() {
+		t.Error("it was synced")
+	}
+	_, err := files[1].WriteAt([]byte{1}, 0)
+	must(t, err)
+	for d.files.evict(true) { // one who must not wait closes only what is clean
+	}
+	if files[1].(*file).desc.Load() == nil {
+		t.Error("a file that was written to was closed without a sync")
+	}
+
+	// A socket cannot be synced.
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+	must(t, err)
+	defer unix.Close(pair[0])
+	f := &file{d: d, name: name(0), at: -1}
+	f.wrote.Store(1)
+	f.has(os.NewFile(uintptr(pair[1]), "socket"))
+	for d.files.evict(false) {
+	}
+	if f.desc.Load() == nil {
+		t.Fatal("closed, although it could not be synced")
+	}
+	for range 2 {
+		if err := f.Sync(); !errors.Is(err, unix.EINVAL) {
+			t.Error("the failure was forgotten:", err)
+		}
+	}
+	must(t, f.desc.Load().Close())
+}
+
+// The process has no descriptors left: those that are not in use are given up, and if all are, who needs one waits.
+func TestNoDescriptorsLeft(t *testing.T) {
+	d, files := few(t, 30, 100)
+	var old unix.Rlimit
+	must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &old))
+	for d.files.evict(false) {
+	}
+	lowest, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0) // the next number
+	must(t, err)
+	must(t, unix.Close(lowest))
+	lim := unix.Rlimit{Cur: uint64(lowest) + 3, Max: old.Max}
+	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &lim))
+	defer func() { must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &old)) }()
+
+	for i, f := range files {
+		d.check(t, i, f)
+	}
+	g, err := d.Create("new", 4096)
+	must(t, err)
+	must(t, g.Close())
+	if names, err := d.List(); err != nil || len(names) != 31 {
+		t.Error(len(names), err)
+	}
+	must(t, d.Remove(name(0)))
+	d.check(t, 0, files[0])
+	must(t, files[0].Close())
+	files[0], err = d.Open("new")
+	must(t, err)
+
+	var held []File
+	for _, f := range files[1:] {
+		if _, ok := f.Hold(); ok {
+			held = append(held, f)
+		}
+	}
+	if len(held) == 0 || len(held) > 3 {
+		t.Fatalf("%d held", len(held))
+	}
+	timer := time.AfterFunc(50*time.Millisecond, func() {
+		for _, f := range held {
+			f.Release()
+		}
+	})
+	defer timer.Stop()
+	d.check(t, 20, files[20])
+}
+
+// Nothing is made or removed in a directory that was opened to be read.
+func TestReadOnlyDirectory(t *testing.T) {
+	_, path := openDir(t)
+	must(t, os.WriteFile(filepath.Join(path, "a"), []byte("hello"), 0o400))
+	must(t, unix.Mkfifo(filepath.Join(path, "fifo"), 0o600))
+	in, err := OpenFolder(path, false)
+	must(t, err)
+	d := in.FilesToRead()
+	defer d.Close()
+	f, err := d.Open("a")
+	must(t, err)
+	got := make([]byte, 5)
+	if _, err := f.ReadAt(got, 0); err != nil || string(got) != "hello" {
+		t.Errorf("%q, %v", got, err)
+	}
+	if _, err := f.WriteAt(got, 0); err == nil {
+		t.Error("written")
+	}
+	must(t, f.Close())
+	if _, err := d.Open("fifo"); !errors.Is(err, ErrIrregular) {
+		t.Error(err)
+	}
+	if _, err := d.Create("b", 0); !errors.Is(err, unix.EROFS) {
+		t.Error("create:", err)
+	}
+	if err := d.Remove("a"); !errors.Is(err, unix.EROFS) {
+		t.Error("remove:", err)
+	}
+}

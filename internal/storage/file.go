@@ -1,0 +1,230 @@
+package storage
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// file is a file of a dir. It has a descriptor while it is used, and until another file needs it.
+type file struct {
+	d    *dir
+	name string
+	desc atomic.Pointer[descriptor]
+
+	wrote  atomic.Uint64 // counts writes and truncations
+	synced atomic.Uint64 // of them, those that are durable
+
+	mu     sync.Mutex // guards opening and closing, and the fields below
+	failed error      // of a sync for which nobody had asked
+	closed bool
+	pinned atomic.Bool // the descriptor must stay: the name goes, or what was written may not be on the disk
+	at     int         // in the table of descriptors, -1: not in it; guarded by table.mu
+}
+
+func (f *file) path() string { return f.d.in.Join(f.name) }
+
+// clean reports whether everything that was written is durable.
+func (f *file) clean() bool { return f.synced.Load() == f.wrote.Load() }
+
+// use returns the descriptor, opening the file if it has none. The caller releases it.
+func (f *file) use() (*descriptor, error) { return f.useIf(false) }
+
+// useIf is use; a hasty caller gets an error where it would have to wait for others' descriptors.
+func (f *file) useIf(hasty bool) (*descriptor, error) {
+	if d := f.desc.Load(); d != nil && d.acquire() {
+		if !d.used.Load() {
+			d.used.Store(true)
+		}
+		return d, nil
+	}
+	return f.open(hasty)
+}
+
+func (f *file) open(hasty bool) (*descriptor, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed {
+		return nil, &fs.PathError{Op: "use", Path: f.path(), Err: fs.ErrClosed}
+	}
+	d, err := f.openLocked(hasty)
+	if err == nil && !d.acquire() { // cannot be: only who holds mu takes the file's own reference
+		err = &fs.PathError{Op: "use", Path: f.path(), Err: fs.ErrClosed}
+	}
+	return d, err
+}
+
+// openLocked sees to it that the file has a descriptor. mu is held.
+func (f *file) openLocked(hasty bool) (*descriptor, error) {
+	if d := f.desc.Load(); d != nil {
+		return d, nil
+	}
+	fd, err := f.d.openFile(f.name, 0, hasty)
+	if err != nil {
+		return nil, err
+	}
+	return f.has(fd), nil
+}
+
+// has gives the file a descriptor. mu is held, or nobody else knows the file.
+func (f *file) has(fd *os.File) *descriptor {
+	d := &descriptor{File: fd}
+	d.refs.Store(1)
+	d.used.Store(true)
+	f.desc.Store(d)
+	f.d.files.add(f)
+	return d
+}
+
+// pin sees to it that the file stays usable without its name.
+func (f *file) pin() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.closed {
+		if _, err := f.openLocked(false); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		f.d.files.remove(f)
+	}
+	f.pinned.Store(true)
+	return nil
+}
+
+func (f *file) Close() error {
+	f.d.forget(f)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed {
+		return &fs.PathError{Op: "close", Path: f.path(), Err: fs.ErrClosed}
+	}
+	f.closed = true
+	f.d.files.remove(f)
+	d := f.desc.Swap(nil)
+	if d == nil {
+		return nil
+	}
+	return d.release()
+}
+
+func (f *file) Hold() (fd int, ok bool) {
+	d, err := f.useIf(true)
+	if err != nil {
+		return -1, false // ReadAt tells
+	}
+	return int(d.Fd()), true
+}
+
+func (f *file) Release() {
+	if d := f.desc.Load(); d != nil { // one that is held stays the file's until Close
+		_ = d.release()
+	}
+}
+
+func (f *file) ReadAt(p []byte, off int64) (int, error) {
+	d, err := f.use()
+	if err != nil {
+		return 0, err
+	}
+	n, err := d.ReadAt(p, off)
+	_ = d.release()
+	return n, err
+}
+
+func (f *file) TryReadAt(p []byte, off int64) bool {
+	d, err := f.use()
+	if err != nil {
+		return false
+	}
+	// From 5.9 on the kernel begins to read what it does not find.
+	n, err := unix.Preadv2(int(d.Fd()), [][]byte{p}, off, unix.RWF_NOWAIT)
+	if err == unix.EOPNOTSUPP { // tmpfs has all in memory, and others cannot tell
+		n, err = d.ReadAt(p, off)
+	}
+	_ = d.release()
+	return err == nil && n == len(p)
+}
+
+func (f *file) WriteAt(p []byte, off int64) (n int, err error) {
+	err = f.change(func(d *descriptor) (err error) { n, err = d.WriteAt(p, off); return err })
+	return n, noSpace(err)
+}
+
+func (f *file) Truncate(size int64) error {
+	return noSpace(f.change(func(d *descriptor) error { return d.Truncate(size) }))
+}
+
+// change does something that Sync makes durable.
+func (f *file) change(do func(*descriptor) error) error {
+	d, err := f.use()
+	if err != nil {
+		return err
+	}
+	f.wrote.Add(1) // before: a sync beside it does not count for it
+	err = do(d)
+	_ = d.release()
+	return err
+}
+
+func (f *file) Sync() error {
+	f.mu.Lock()
+	failed := f.failed
+	f.mu.Unlock()
+	if failed != nil {
+		return failed
+	}
+	// Also of a file to which this process has not written: one before it may have.
+	d, err := f.use()
+	if err != nil {
+		return err
+	}
+	err = f.fdatasync(d)
+	_ = d.release()
+	return err
+}
+
+// syncTo makes durable what is not yet, before d is closed. mu is held.
+func (f *file) syncTo(d *descriptor) error {
+	if f.clean() {
+		return nil
+	}
+	f.failed = f.fdatasync(d)
+	return f.failed
+}
+
+func (f *file) fdatasync(d *descriptor) error {
+	wrote := f.wrote.Load()
+	_, err := retry(func() (int, error) { return 0, unix.Fdatasync(int(d.Fd())) })
+	if err != nil {
+		return &fs.PathError{Op: "fdatasync", Path: f.path(), Err: noSpace(err)}
+	}
+	for was := f.synced.Load(); was < wrote && !f.synced.CompareAndSwap(was, wrote); {
+		was = f.synced.Load()
+	}
+	return nil
+}
+
+func (f *file) StartWrite(off, n int64) {
+	d, err := f.use()
+	if err != nil {
+		return // an error is Sync's to find and to report
+	}
+	_ = unix.SyncFileRange(int(d.Fd()), off, n, unix.SYNC_FILE_RANGE_WRITE)
+	_ = d.release()
+}
+
+func (f *file) Size() (int64, error) {
+	d, err := f.use()
+	if err != nil {
+		return 0, err
+	}
+	info, err := d.Stat()
+	_ = d.release()
+	if err != nil {
+		return 0, err
+	}
+	return info.Size(), nil
+}
