@@ -89,7 +89,7 @@ func (s *Store) checkpoint() error {
 }
 
 func (s *Store) checkpointLocked() error {
-	s.prepareReaping()
+	s.reapForCheckpoint()
 	g := s.freeze()
 	// Data before metadata: what the leaves point to is durable before they are.
 	if err := s.wal.sync(); err != nil {
@@ -164,7 +164,6 @@ func (s *Store) freeze() *generation {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	g := &generation{gen: s.gen}
-	s.reap()
 	chunkSeq, off := s.wal.position()
 	g.at = format.Checkpoint{Seq: s.wal.nextSeq, ChunkSeq: chunkSeq, Offset: off, NextID: s.tables.nextID, NextChunkSeq: s.wal.nextChunk}
 	g.appended = s.wal.appended

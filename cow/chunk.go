@@ -25,7 +25,7 @@ type chunk struct {
 	size     uint32 // of the file; how far end may go
 	end      uint32 // end of the records
 	live     uint32 // bytes that versions refer to
-	stuck    uint32 // dead bytes of moved records that live in part, which moving them again would not give back; as far as this process knows
+	stuck    uint32 // bytes that do not count as live, and that cleaning would not give back; as far as this process knows
 	sealed   bool
 	rowDirty bool   // live, end or moved differ from the table's row
 	reserved bool   // made from the room that is kept for the cleaner and for events
@@ -72,8 +72,16 @@ func (c *chunk) tryAcquire() bool {
 	}
 }
 
-// unstick takes bytes from stuck, some of which an earlier process may have counted.
-func (c *chunk) unstick(n uint32) { c.stuck -= min(n, c.stuck) }
+// die takes n bytes that lived. What is stuck goes with what lives, over which it is taken to be spread evenly. mu is
+// held.
+func (c *chunk) die(n uint32) {
+	if c.stuck > 0 && c.live > 0 {
+		c.stuck -= min(c.stuck, uint32(uint64(c.stuck)*uint64(n)/uint64(c.live)))
+	}
+	if c.live -= n; c.live == 0 {
+		c.stuck = 0
+	}
+}
 
 func (c *chunk) release() {
 	if c.refs.Add(-1) == 0 && c.file != nil {

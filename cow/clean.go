@@ -95,10 +95,7 @@ func (s *Store) settleSpace(ctx context.Context) error {
 		if err := errors.Join(s.Checkpoint(), ctx.Err()); err != nil {
 			return err
 		}
-		s.mu.Lock()
-		more := s.reapable()
-		s.mu.Unlock()
-		if !more {
+		if !s.reapsMore() {
 			return nil
 		}
 	}
@@ -141,7 +138,7 @@ func (s *Store) victim(waste float64, limit uint64) *chunk {
 // cleanChunk moves what lives in c. cleanMu is held.
 func (s *Store) cleanChunk(ctx context.Context, c *chunk, pause func(time.Duration) error) (moved int64, err error) {
 	if s.mover == nil {
-		s.mover = &mover{s: s, comp: make([]byte, 0, format.MaxCompressed)}
+		s.mover = newMover(s)
 	}
 	m := s.mover
 	if err := m.begin(c); err != nil {

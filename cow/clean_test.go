@@ -117,6 +117,8 @@ func TestMovedBlocksDieAfterReopen(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	s.cleanMu.Lock()
+	s.mover = newMover(s)
+	s.mover.most = 64 << 10
 	_, err = s.cleanChunk(ctx, c, func(time.Duration) error { cancel(); return nil })
 	s.cleanMu.Unlock()
 	if !errors.Is(err, context.Canceled) || c.moved == 0 || c.live == 0 {
@@ -344,7 +346,7 @@ func TestNameOfAnotherLife(t *testing.T) {
 		write(1)
 	}
 	name := entry()
-	m := &mover{s: s}
+	m := newMover(s)
 	old := s.slots.get(name.Slot())
 	must(t, m.begin(old))
 	must(t, s.Checkpoint())
@@ -397,7 +399,7 @@ func TestHandedToTheHead(t *testing.T) {
 	}
 	must(t, errors.Join(s.Checkpoint(), s.Remove(Ref{Volume: "v", Snapshot: "s"}, false), s.Checkpoint())) // the next one reaps it
 
-	m := &mover{s: s, comp: make([]byte, 0, format.MaxCompressed)}
+	m := newMover(s)
 	must(t, m.begin(c))
 	m.look()
 	var r record

@@ -55,11 +55,14 @@ func (s *Store) cleanFor(u urgency, t *throttle) (more bool) {
 	before, start := s.used(false), time.Now()
 	taken := s.taken()
 	r, err := s.cleanOne(context.Background(), waste, all, pause)
-	if u == hungry && (r.Chunks == 0 || errors.Is(err, ErrNoSpace)) {
-		// There may be more dead than the table knows, and chunks that it does not have all of.
-		if err = s.settleSpace(context.Background()); err == nil {
-			r, err = s.cleanOne(context.Background(), waste, all, nil)
+	// There may be more dead than the table knows, and chunks that it does not have all of. What one checkpoint brings
+	// may be enough: to reap everything that was deleted can take very long.
+	for more := true; more && u == hungry && (r.Chunks == 0 || errors.Is(err, ErrNoSpace)) && s.used(false) >= before; {
+		if err = s.checkpoint(); err != nil {
+			break
 		}
+		more = s.reapsMore()
+		r, err = s.cleanOne(context.Background(), waste, all, nil)
 	}
 	switch {
 	case err != nil || r.Chunks == 0:
@@ -77,6 +80,13 @@ func (s *Store) cleanFor(u urgency, t *throttle) (more bool) {
 	s.starving = false
 	s.wal.space.Broadcast()
 	return gain && err == nil
+}
+
+// reapsMore reports whether there is more to reap.
+func (s *Store) reapsMore() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.reapable()
 }
 
 // taken counts the chunks that data was given.

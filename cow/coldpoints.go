@@ -102,7 +102,7 @@ func (p *coldPass) record(b *branch, r coldRecord) (is, n int, err error) {
 		return 0, 0, err
 	} else if moved {
 		if at = to.To; at.Size() < r.name.Size() {
-			return 0, 0, nil // the cleaner makes nothing smaller
+			return 0, 0, nil // an earlier pass did it, or the cleaner, which left out what was dead
 		}
 	}
 	s.mu.Lock()
@@ -124,6 +124,7 @@ func (p *coldPass) record(b *branch, r coldRecord) (is, n int, err error) {
 	if err := format.Decompress(codec, unit, payload); err != nil {
 		return 0, 0, err
 	}
+	leaveOut(unit, r.mask)
 	z := p.zstd.get()
 	defer p.zstd.put(z)
 	out, codec := z.Compress(p.comp[len(stored):len(stored)], unit)

@@ -443,7 +443,7 @@ func (w *world) beside(o op) error {
 }
 
 func (w *world) rewriteHeads(c *chunk) error {
-	m := &mover{s: w.s, comp: make([]byte, 0, format.MaxCompressed)}
+	m := newMover(w.s)
 	if err := m.begin(c); err != nil {
 		return err
 	}
@@ -471,7 +471,7 @@ func (w *world) rewriteHeads(c *chunk) error {
 // cleanBetween cleans a chunk, and makes checkpoints, which reap, between the cleaner's looks at what a head has of a
 // record and at what points have.
 func (w *world) cleanBetween(c *chunk) error {
-	m := &mover{s: w.s, comp: make([]byte, 0, format.MaxCompressed)}
+	m := newMover(w.s)
 	if err := m.begin(c); err != nil {
 		return err
 	}

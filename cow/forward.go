@@ -141,12 +141,11 @@ func (s *Store) forward(from format.Entry, mask uint16, to format.Entry) error {
 			return corruptf("a record that was moved from %v has the blocks %#x, not %#x", from, was.Mask, mask)
 		}
 		if c := s.slots.get(was.To.Slot()); c != nil {
-			c.live -= n * was.To.Share()
-			c.unstick((uint32(was.To.Blocks()) - n) * was.To.Share())
+			c.die(n * was.To.Share())
 			s.markRow(c)
 		}
 	} else {
-		old.live -= n * from.Share()
+		old.die(n * from.Share())
 		old.moved += n
 		s.markRow(old)
 	}
@@ -179,12 +178,7 @@ func (s *Store) dieMoved(c *chunk, e format.Entry) bool {
 	c.moved--
 	s.markRow(c)
 	if target := s.slots.get(f.To.Slot()); target != nil {
-		target.live -= f.To.Share()
-		if f.Mask != 0 {
-			target.stuck += f.To.Share()
-		} else {
-			target.unstick(uint32(f.To.Blocks()-1) * f.To.Share())
-		}
+		target.die(f.To.Share())
 		s.markRow(target)
 	}
 	return true

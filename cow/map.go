@@ -155,7 +155,11 @@ func (s *Store) account(e format.Entry, sign int) {
 	if c.moved > 0 && s.dieMoved(c, e) {
 		return // a new entry names no chunk that was cleaned
 	}
-	c.live += uint32(sign) * e.Share()
+	if sign < 0 {
+		c.die(e.Share())
+	} else {
+		c.live += e.Share()
+	}
 	s.markRow(c)
 }
 

@@ -10,21 +10,33 @@ import (
 
 // mover is the state of one that cleans. It is used under Store.cleanMu.
 type mover struct {
-	s    *Store
-	r    recordReader
-	c    *chunk // being cleaned, with a reference
-	unit [unitSize]byte
-	comp []byte
-	pay  []byte      // of a moved record
-	leaf format.Leaf // of owned
-	line lineage     // of the last record's branch
+	s      *Store
+	r      recordReader
+	c      *chunk // being cleaned, with a reference
+	unit   [unitSize]byte
+	comp   []byte
+	pay    []byte      // of a moved record
+	leaf   format.Leaf // of owned
+	line   lineage     // of the last record's branch
+	held   gathered
+	again  []int // of held
+	most   int   // how much is gathered
+	codecs map[format.Codec]*format.Compressor
 
 	forwarded bool // records of c may be elsewhere
 	full      bool // the last batch ended where a checkpoint has to come first
 }
 
+// heldMost is how much of what snapshots hold is moved in one turn of the checkpoint lock.
+const heldMost = 2 << 20
+
+func newMover(s *Store) *mover {
+	return &mover{s: s, comp: make([]byte, 0, format.MaxCompressed), most: heldMost, codecs: map[format.Codec]*format.Compressor{}}
+}
+
 // begin makes c the chunk to be cleaned.
 func (m *mover) begin(c *chunk) error {
+	m.held.reset()
 	f, err := c.handle()
 	m.c, m.r = c, recordReader{f: f, c: c, win: m.r.win[:0], off: format.ChunkHeaderSize, at: format.ChunkHeaderSize}
 	return err
@@ -40,15 +52,25 @@ func (m *mover) look() (end uint32, here bool) {
 	return m.c.end, s.slots.get(m.c.slot) == m.c && !m.c.dead
 }
 
-// batch goes on through the chunk until it has moved or passed over a batch.
+// batch goes on through the chunk until it has moved or passed over a batch. What snapshots hold is gathered, and moved
+// together, at the chunk's end or when there is enough of it.
 func (m *mover) batch() (moved int, more bool, err error) {
-	s := m.s
 	m.full = false
 	end, here := m.look()
 	if !here {
 		return 0, false, nil // it has died meanwhile
 	}
-	for from := m.r.off; moved < cleanBatch && m.r.off-from < 16*cleanBatch; {
+	gathered := len(m.held.data)
+	for from := m.r.off; moved+len(m.held.data)-gathered < cleanBatch && m.r.off-from < 16*cleanBatch; {
+		if len(m.held.data) >= m.most || m.r.off >= end && len(m.held.records) > 0 {
+			var n int
+			n, err = m.moveGathered()
+			moved, gathered = moved+n, 0
+			if err == nil {
+				continue
+			}
+			return m.stopped(moved, m.held.from, err)
+		}
 		if m.r.off >= end {
 			return moved, false, nil
 		}
@@ -59,23 +81,34 @@ func (m *mover) batch() (moved int, more bool, err error) {
 			n, err = m.move(h, payload, off)
 			moved += n
 		}
-		switch {
-		case errors.Is(err, errFull):
-			m.r.off, m.full = off, true
-			return moved, true, nil
-		case errors.Is(err, ErrCorrupt):
-			// Copying would make damage look sound. Check names it; the rest of the chunk stays where it is.
-			s.log.Error("a chunk cannot be cleaned; run check", "chunk", m.c.name(), "offset", off, "err", err)
-			s.mu.Lock()
-			m.c.damaged = true
-			s.slots.recount(m.c)
-			s.mu.Unlock()
-			return moved, false, nil
-		case err != nil:
-			return moved, false, err
+		if err != nil {
+			return m.stopped(moved, off, err)
 		}
 	}
 	return moved, true, nil
+}
+
+// stopped ends a batch with an error at a record: with errFull it goes on there when a checkpoint has been made.
+func (m *mover) stopped(moved int, off uint32, err error) (int, bool, error) {
+	s := m.s
+	switch {
+	case errors.Is(err, errFull):
+		if len(m.held.records) > 0 {
+			off = min(off, m.held.from)
+		}
+		m.r.off, m.full = off, true
+		m.held.reset()
+		return moved, true, nil
+	case errors.Is(err, ErrCorrupt):
+		// Copying would make damage look sound. Check names it; the rest of the chunk stays where it is.
+		s.log.Error("a chunk cannot be cleaned; run check", "chunk", m.c.name(), "offset", off, "err", err)
+		s.mu.Lock()
+		m.c.damaged = true
+		s.slots.recount(m.c)
+		s.mu.Unlock()
+		return moved, false, nil
+	}
+	return moved, false, err
 }
 
 // next reads the next record, which is valid until the one after.
@@ -128,21 +161,101 @@ type record struct {
 	of      *chunk       // that name is in, or was
 }
 
-// move moves what lives of one record, and returns the size of what it wrote.
+// move writes again what only a head has of one record, and returns the size of what it wrote. What may be held by a
+// snapshot is gathered.
 func (m *mover) move(h *format.RecordHeader, payload []byte, off uint32) (n int, err error) {
 	r, err := m.decode(h, payload, off)
 	if err != nil {
 		return 0, err
 	}
+	n, rest, err := m.writeOwn(&r)
+	if err == nil && rest {
+		m.held.add(&r, off)
+	}
+	return n, err
+}
+
+// writeOwn is moveOwn until nobody comes in between.
+func (m *mover) writeOwn(r *record) (n int, rest bool, err error) {
 	for {
-		k, rest, err := m.moveOwn(&r)
+		k, rest, err := m.moveOwn(r)
 		n += k
-		if err == nil && rest {
-			k, err = m.moveHeld(&r)
-			n += k
-		}
 		if !errors.Is(err, errChanged) {
-			return n, err
+			return n, rest, err
+		}
+		m.line = lineage{}
+	}
+}
+
+// gathered are records that snapshots may hold, with copies of what they are.
+type gathered struct {
+	records []record
+	heads   []format.RecordHeader
+	data    []byte
+	from    uint32 // offset of the first
+}
+
+func (g *gathered) reset() { g.records, g.heads, g.data = g.records[:0], g.heads[:0], g.data[:0] }
+
+// add keeps a record, and copies what it refers to. (Where heads and data move to larger memory, earlier records keep
+// the smaller one.)
+func (g *gathered) add(r *record, off uint32) {
+	if len(g.records) == 0 {
+		g.from = off
+	}
+	n := len(g.data)
+	g.heads, g.data = append(g.heads, *r.h), append(g.data, r.payload...)
+	kept := *r
+	kept.h = &g.heads[len(g.heads)-1]
+	kept.payload = g.data[n:]
+	kept.data = kept.payload[len(r.payload)-len(r.data):]
+	g.records = append(g.records, kept)
+}
+
+// moveGathered moves what snapshots hold of the records that were gathered. The reaper is kept out meanwhile, which
+// works within checkpoints: which version of a leaf owns a record changes by it, and by nothing else, once the
+// version's epoch has ended. One turn of the checkpoint lock does for all of them: while much is deleted there is a
+// checkpoint after the other, and the cleaner has to wait for each turn.
+func (m *mover) moveGathered() (moved int, err error) {
+	changed := m.again[:0]
+	m.s.ckptMu.Lock()
+	for i := range m.held.records {
+		r := &m.held.records[i]
+		n, err := m.moveHeld(r)
+		moved += n
+		switch {
+		case errors.Is(err, errChanged):
+			changed = append(changed, i)
+		case err != nil:
+			m.s.ckptMu.Unlock()
+			return moved, err
+		}
+	}
+	m.s.ckptMu.Unlock()
+	m.again = changed
+	m.line = lineage{}
+	for _, i := range changed { // the reaper has handed them to a head: look at them anew
+		n, err := m.moveAgain(&m.held.records[i])
+		if moved += n; err != nil {
+			return moved, err
+		}
+	}
+	m.held.reset()
+	return moved, nil
+}
+
+// moveAgain moves one record, whoever has it.
+func (m *mover) moveAgain(r *record) (moved int, err error) {
+	for {
+		n, rest, err := m.writeOwn(r)
+		if moved += n; err != nil || !rest {
+			return moved, err
+		}
+		m.s.ckptMu.Lock()
+		n, err = m.moveHeld(r)
+		m.s.ckptMu.Unlock()
+		if moved += n; !errors.Is(err, errChanged) {
+			return moved, err
 		}
 		m.line = lineage{}
 	}
@@ -195,16 +308,11 @@ func (m *mover) moveOwn(r *record) (n int, rest bool, err error) {
 	return n, rest, err
 }
 
-// moveHeld copies a record that snapshots or clones have, and notes where it is now. The reaper is kept out
-// meanwhile, which works within checkpoints: which version of a leaf owns a record changes by it, and by nothing
-// else, once the version's epoch has ended.
+// moveHeld copies a record that snapshots or clones have, and notes where it is now. ckptMu is held.
 func (m *mover) moveHeld(r *record) (n int, err error) {
-	s := m.s
-	s.ckptMu.Lock()
-	defer s.ckptMu.Unlock()
 	// What is moved is logged with the blocks that live. A replay, which begins with the table, has to find the same
 	// ones.
-	if s.thawed {
+	if m.s.thawed {
 		return 0, errFull
 	}
 	was := r.of
@@ -221,7 +329,51 @@ func (m *mover) moveHeld(r *record) (n int, err error) {
 	if err != nil || mask == 0 {
 		return 0, err
 	}
-	return m.forward(r.h, r.data, r.name, mask)
+	data, codec, err := m.trim(r, mask)
+	if err != nil {
+		return 0, err
+	}
+	h := *r.h
+	h.Codec = codec
+	return m.forward(&h, data, r.name, mask)
+}
+
+// trim returns the content of a record without the blocks that are not in mask, which are dead: as zeros they take
+// next to nothing. Else their space would not come back as long as a snapshot holds one of their neighbours.
+func (m *mover) trim(r *record, mask uint16) (data []byte, codec format.Codec, err error) {
+	if bits.OnesCount16(mask) == r.h.Blocks {
+		return r.data, r.h.Codec, nil
+	}
+	unit := m.unit[:r.h.Blocks*format.BlockSize]
+	if err := format.Decompress(r.h.Codec, unit, r.data); err != nil {
+		return nil, 0, err
+	}
+	leaveOut(unit, mask)
+	how := r.h.Codec
+	if how == format.Raw { // of zeros in the middle nothing else would come
+		how = format.S2
+	}
+	c := m.codecs[how]
+	if c == nil {
+		if c, err = format.NewCompressor(how, 0); err != nil {
+			return nil, 0, err
+		}
+		m.codecs[how] = c
+	}
+	if out, codec := c.Compress(m.comp, unit); len(out) < len(r.data) {
+		return out, codec, nil
+	}
+	return r.data, r.h.Codec, nil // a better compression made it
+}
+
+// leaveOut makes the blocks of a unit zeros that are not in mask.
+func leaveOut(unit []byte, mask uint16) {
+	for i := 0; len(unit) > 0; i++ {
+		if mask&(1<<i) == 0 {
+			clear(unit[:format.BlockSize])
+		}
+		unit = unit[format.BlockSize:]
+	}
 }
 
 // ownedIn masks the blocks of the record name that l has changed itself.

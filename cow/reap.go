@@ -2,14 +2,19 @@ package cow
 
 import (
 	"errors"
+	"time"
 
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// defaultReapBatch bounds the leaves that one checkpoint's batch looks at, since it
-// runs under Store.mu.
-const defaultReapBatch = 128
+const (
+	// defaultReapBatch bounds the leaves that one batch looks at, since it runs under Store.mu.
+	defaultReapBatch = 128
+	// defaultReapTime is for how long a checkpoint goes on with batches: what it costs beside is shared by more of
+	// them, and what was deleted is the cheapest room that there is.
+	defaultReapTime = 50 * time.Millisecond
+)
 
 // A job is a half-open interval of epochs of a branch, (from, to], whose last state nobody
 // can name any more. next is the end of the interval after it, whose state takes over what it
@@ -147,18 +152,31 @@ func (s *Store) cursorOf(j job) (cursor reapCursor, err error) {
 	return cursor, err
 }
 
-// reap does one batch of work as part of the generation that is being frozen. mu and ckptMu are held: memory is what
-// the table will be, so that what is decided here holds there too.
-func (s *Store) reap() {
+// reapForCheckpoint does what one checkpoint does of the reaper's work, as part of the generation that is about to be
+// frozen. Others may write between two batches: what they change is of the same generation. ckptMu is held.
+func (s *Store) reapForCheckpoint() {
+	start := time.Now()
+	for more := true; more; {
+		s.prepareReaping()
+		s.mu.Lock()
+		more = s.reap() && s.unwritten < s.dirtyLimit/2 && time.Since(start) < s.opts.reapTime
+		s.mu.Unlock()
+	}
+}
+
+// reap does one batch of work, and reports whether this checkpoint can do another. mu and ckptMu are held: memory is
+// what the table will be, so that what is decided here holds there too.
+func (s *Store) reap() (more bool) {
 	for left := s.opts.ReapBatch; left > 0; {
 		j, ok := s.nextJob()
 		if !ok {
-			return
+			return false
 		}
 		j.b.reaping = j.b.reaping || j.snap == nil
 		done, n, err := s.reapSome(j, left)
 		if errors.Is(err, errFull) {
-			break // this checkpoint makes room
+			poke(s.ckptWork) // this checkpoint makes room
+			return false
 		}
 		if err != nil {
 			// What a damaged version holds cannot be given back; everything else goes on.
@@ -171,7 +189,8 @@ func (s *Store) reap() {
 			s.finishJob(j)
 		}
 	}
-	poke(s.ckptWork) // there is more
+	poke(s.ckptWork)
+	return true
 }
 
 // reapSome looks at up to limit leaves of a job, going on where the last batch stopped.

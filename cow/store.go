@@ -56,12 +56,13 @@ type Options struct {
 	MaxBytes int64
 
 	// ChunkBytes is the size of a new chunk file (default 64 MiB, less where there is little room), ReapBatch how
-	// many leaf versions one checkpoint's batch of the reaper looks at (default 128), and ReplayBatch how many
-	// changes Open applies at once (default 2 Mi). Tests make them small, so that chunks come and go and batches end
-	// often.
+	// many leaf versions the reaper looks at in each checkpoint (default: batches of 128, for 50 ms), and ReplayBatch
+	// how many changes Open applies at once (default 2 Mi). Tests make them small, so that chunks come and go and
+	// batches end often.
 	ChunkBytes  int64
 	ReapBatch   int
 	ReplayBatch int
+	reapTime    time.Duration // for how long a checkpoint begins another batch
 	// Outlive keeps the log's buffers in shared memory, so that the next owner finds what was answered when this
 	// process is killed; see Store.Outlives. It costs 16 MiB of it; without them, writes are slower. For owners that
 	// serve somebody who goes on when they die.
@@ -103,7 +104,7 @@ func (o *Options) setDefaults() {
 		o.MaxBytes = MinMaxBytes
 	}
 	if o.ReapBatch <= 0 {
-		o.ReapBatch = defaultReapBatch
+		o.ReapBatch, o.reapTime = defaultReapBatch, defaultReapTime
 	}
 	if o.ReplayBatch <= 0 {
 		o.ReplayBatch = batchMost
