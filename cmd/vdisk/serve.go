@@ -30,12 +30,29 @@ func (a *app) serveCommand() *cli.Command {
 		Flags: []cli.Flag{
 			&cli.PathFlag{Name: "socket", Usage: "make the unix socket `PATH`"},
 			&cli.BoolFlag{Name: "read-only", Usage: "refuse writes"},
+			&cli.IntFlag{Name: "max-connections", Usage: "serve at most `N` clients at a time", DefaultText: "10000, or half of the open files that are allowed"},
+			&cli.StringFlag{Name: "max-memory", Usage: "let the requests of all clients take at most `SIZE` of memory", Value: "512M"},
 		},
 	}, a.serve)
 }
 
+// minServeMemory is the memory of the largest request, and of what answers it.
+const minServeMemory = 64 << 20
+
 func (a *app) serve(c *cli.Context) error {
-	o := owner.ServeOptions{ReadOnly: c.Bool("read-only")}
+	o := owner.ServeOptions{ReadOnly: c.Bool("read-only"), MaxConnections: c.Int("max-connections")}
+	if c.IsSet("max-connections") && o.MaxConnections < 1 {
+		return usageError{c, fmt.Errorf("--max-connections %d: at least 1 is needed", o.MaxConnections)}
+	}
+	if c.IsSet("max-memory") {
+		var err error
+		if o.MaxMemory, err = parseSize(c.String("max-memory")); err != nil {
+			return err
+		}
+		if o.MaxMemory < minServeMemory {
+			return usageError{c, fmt.Errorf("--max-memory %s: at least %s is needed, for one request", c.String("max-memory"), a.size(minServeMemory))}
+		}
+	}
 	for i := range c.NArg() {
 		r, err := ref(c, i)
 		if err != nil {
@@ -59,6 +76,9 @@ func (a *app) serve(c *cli.Context) error {
 		}
 		if o, ok := s.(*owner.Owner); ok {
 			disks = o.LeaveDisks()
+		}
+		if err == nil { // else it ended by itself, with its last client
+			err = context.Cause(c.Context)
 		}
 		return err
 	})(owner.Open(c.Context, a.dir, opts))

@@ -357,7 +357,10 @@ func (c *Client) Serve(ctx context.Context, l net.Listener, o ServeOptions) erro
 		return c.lost(ctx, err)
 	}
 	defer nc.Close()
-	stop := context.AfterFunc(ctx, func() { nc.CloseWrite() })
+	stop := context.AfterFunc(ctx, func() {
+		_ = nc.CloseWrite()                                 // fails where the owner is gone
+		_ = nc.SetReadDeadline(time.Now().Add(stopTimeout)) // it ends its clients in less
+	})
 	defer stop()
 	b, err := json.Marshal(request{Serve: o})
 	if err != nil {

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"sync"
 	"time"
 
 	"github.com/vdisk/vdisk/cow"
@@ -259,6 +260,11 @@ func (c *control) serve(w http.ResponseWriter, r *http.Request) {
 		reply(w, nil, err)
 		return
 	}
+	// The connection counts as a session until the service counts: an upgrade, or the end of an idle owner, must not
+	// come in between.
+	c.owner.begin()
+	registered := sync.OnceFunc(c.owner.end)
+	defer registered()
 	conn, _, err := w.(http.Hijacker).Hijack()
 	if err != nil {
 		reply(w, nil, err)
@@ -267,13 +273,13 @@ func (c *control) serve(w http.ResponseWriter, r *http.Request) {
 	defer conn.Close()
 	l, err := takeListener(conn.(*net.UnixConn))
 	if err == nil {
-		ctx, cancel := context.WithCancel(c.owner.life)
+		ctx, cancel := context.WithCancel(context.Background()) // the client's; the owner's life ends the service, too
 		defer cancel()
 		go func() { // until the client or the deferred Close ends the connection
 			_, _ = conn.Read(make([]byte, 1))
 			cancel()
 		}()
-		err = c.owner.Serve(ctx, l, req.Serve)
+		err = c.owner.serve(ctx, l, req.Serve, registered)
 	}
 	answer := &Error{}
 	if err != nil {

@@ -15,10 +15,11 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// brittleFS is the store's folder, on a disk that can be made to fail.
+// brittleFS is the store's folder, on a disk that can be made to fail, or not to answer.
 type brittleFS struct {
 	storage.FS
 	broken atomic.Bool
+	stuck  atomic.Pointer[chan struct{}] // until it is closed, nothing is synced
 }
 
 type brittleFile struct {
@@ -40,6 +41,9 @@ func (f *brittleFS) Create(name string, size int64) (storage.File, error) {
 func (f *brittleFS) Open(name string) (storage.File, error) { return f.file(f.FS.Open(name)) }
 
 func (f *brittleFile) Sync() error {
+	if stuck := f.fs.stuck.Load(); stuck != nil {
+		<-*stuck
+	}
 	if f.fs.broken.Load() {
 		return syscall.EIO
 	}

@@ -16,8 +16,11 @@ import (
 type exports struct {
 	store   *cow.Store
 	explain func(volume string, err error) error // adds who uses a busy volume
-	mu      sync.Mutex                           // guards open and the handles' users
-	open    []*handle
+
+	// Guards the fields below, and the handles' counts. Nothing that waits for the disk is done under it.
+	mu       sync.Mutex
+	open     []*handle
+	renaming []cow.Ref // may not be opened meanwhile
 }
 
 // handle is an open volume or snapshot.
@@ -25,6 +28,7 @@ type handle struct {
 	dev      *cow.Device
 	readOnly bool // as it was opened
 	users    int
+	flushing int // ends of the last user that are not done; one who comes meanwhile takes part in the handle
 }
 
 // acquire opens r, or takes part in it where it is open.
@@ -37,6 +41,9 @@ func (x *exports) acquire(r cow.Ref, readOnly bool) (*handle, error) {
 			return h, nil
 		}
 	}
+	if slices.ContainsFunc(x.renaming, func(from cow.Ref) bool { return within(r, from) }) {
+		return nil, fmt.Errorf("%v is being renamed: %w", r, cow.ErrBusy)
+	}
 	dev, err := x.store.OpenDevice(r, readOnly)
 	if err != nil {
 		return nil, err
@@ -46,6 +53,11 @@ func (x *exports) acquire(r cow.Ref, readOnly bool) (*handle, error) {
 	return h, nil
 }
 
+// within reports whether r is what, or a snapshot of it.
+func within(r, what cow.Ref) bool {
+	return r == what || what.Snapshot == "" && r.Volume == what.Volume
+}
+
 // release is the end of one user. The last one's writes are made durable, as after any flush.
 func (x *exports) release(h *handle) error {
 	x.mu.Lock()
@@ -53,8 +65,49 @@ func (x *exports) release(h *handle) error {
 	if h.users--; h.users > 0 {
 		return nil
 	}
-	x.open = slices.DeleteFunc(x.open, func(other *handle) bool { return other == h })
-	return errors.Join(flushWritten(h.dev), h.dev.Close())
+	h.flushing++
+	x.mu.Unlock()
+	err := flushWritten(h.dev)
+	x.mu.Lock()
+	h.flushing--
+	i := slices.Index(x.open, h)
+	if h.users > 0 || h.flushing > 0 || i < 0 { // somebody came, who ends it, or close has ended it
+		return err
+	}
+	x.open = slices.Delete(x.open, i, i+1)
+	return errors.Join(err, h.dev.Close())
+}
+
+// keepOut lets no client open what is to be renamed, until the function that it returns is called. It refuses what
+// clients have open: they would ask for the old name when they connect again, and find nothing, or another volume.
+func (x *exports) keepOut(from cow.Ref) (func(), error) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	for _, h := range x.open {
+		if r := h.dev.Ref(); h.users > 0 && within(r, from) {
+			return nil, fmt.Errorf("%v is open by %d NBD client connections, which would not find it again: %w: end them first",
+				r, h.users, cow.ErrBusy)
+		}
+	}
+	x.renaming = append(x.renaming, from)
+	return func() {
+		x.mu.Lock()
+		defer x.mu.Unlock()
+		x.renaming = slices.Delete(x.renaming, slices.Index(x.renaming, from), slices.Index(x.renaming, from)+1)
+	}, nil
+}
+
+// sharing is how many clients have a volume or its snapshots open beyond those that the engine knows of: it sees one
+// for all of a handle.
+func (x *exports) sharing(volume string) (n int) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	for _, h := range x.open {
+		if h.users > 1 && h.dev.Ref().Volume == volume {
+			n += h.users - 1
+		}
+	}
+	return n
 }
 
 // close closes what is still open, after the services have ended.
@@ -75,8 +128,12 @@ func (x *exports) users(volume string) []string {
 	defer x.mu.Unlock()
 	var list []string
 	for _, h := range x.open {
-		if r := h.dev.Ref(); r.Volume == volume {
+		switch r := h.dev.Ref(); {
+		case r.Volume != volume:
+		case h.users > 0:
 			list = append(list, fmt.Sprintf("%v is open by %d NBD client connections", r, h.users))
+		default:
+			list = append(list, fmt.Sprintf("what the last NBD client of %v wrote is being made durable", r))
 		}
 	}
 	return list

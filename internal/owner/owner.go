@@ -81,6 +81,24 @@ func own(ctx context.Context, dir string, o Options) (*Owner, error) {
 // stopTimeout bounds each step of ending: a client's last operation, a device's last requests.
 const stopTimeout = 20 * time.Second
 
+// closeTimeout bounds the closing of the store, which writes what is in memory: only a disk that does not answer takes
+// longer.
+const closeTimeout = 2 * time.Minute
+
+// inTime returns what f returns, or an error when that takes too long; f goes on then.
+func inTime(limit time.Duration, what string, f func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- f() }()
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	select {
+	case err := <-done:
+		return err
+	case <-timer.C:
+		return fmt.Errorf("%s takes more than %v, so it is given up: does its file system answer? What was flushed is safe", what, limit)
+	}
+}
+
 // Close ends the owner: it waits for the clients of the control socket, unless the context that it was opened with has
 // ended, stops the services and the devices, and closes the store.
 func (o *Owner) Close() error {
@@ -147,7 +165,7 @@ func (o *Owner) close() error {
 	o.repairs.Wait() // they end with life
 	errs = append(errs, o.closeDisks(bounded))
 	errs = append(errs, o.exports.close())
-	errs = append(errs, o.store.Close(), o.in.Close())
+	errs = append(errs, inTime(closeTimeout, "closing the store "+o.dir, o.store.Close), o.in.Close())
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return errors.Join(append(errs, o.unheard)...)

@@ -8,7 +8,11 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/nbd"
 )
 
@@ -28,7 +32,16 @@ func (s *service) info() Service {
 
 // Serve serves NBD clients until ctx or the owner ends, or, with Once, the last client has left.
 func (o *Owner) Serve(ctx context.Context, l net.Listener, opts ServeOptions) error {
-	if err := o.lasting(); err != nil {
+	return o.serve(ctx, l, opts, func() {})
+}
+
+// serve is Serve, and calls registered when the service is there for others to see.
+func (o *Owner) serve(asked context.Context, l net.Listener, opts ServeOptions, registered func()) error {
+	err := o.lasting()
+	if err == nil {
+		opts.MaxConnections, err = connections(opts.MaxConnections)
+	}
+	if err != nil {
 		return errors.Join(err, l.Close())
 	}
 	for _, r := range opts.Exports {
@@ -40,14 +53,14 @@ func (o *Owner) Serve(ctx context.Context, l net.Listener, opts ServeOptions) er
 			return errors.Join(err, l.Close())
 		}
 	}
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, cancel := context.WithCancel(asked)
 	defer cancel()
 	s := &service{opts: opts, listener: &countingListener{Listener: l}}
 	if opts.Once {
 		s.listener.last = cancel
 	}
 	o.mu.Lock()
-	stopping := o.stopping
+	stopping := o.stopping || !o.doors
 	if !stopping {
 		o.services = append(o.services, s)
 		o.notifyLocked()
@@ -56,15 +69,42 @@ func (o *Owner) Serve(ctx context.Context, l net.Listener, opts ServeOptions) er
 	if stopping {
 		return errors.Join(errStopping, l.Close())
 	}
+	registered()
 	defer o.served(s)
 	defer context.AfterFunc(o.life, cancel)()
 	shown := &catalog{exports: o.exports, only: opts.Exports, readOnly: opts.ReadOnly}
-	err := serveUntil(ctx, nbd.New(shown, nbd.Options{Logger: o.opts.Logger}), s.listener)
+	limits := nbd.Options{Logger: o.opts.Logger, MaxConnections: opts.MaxConnections, MaxMemory: opts.MaxMemory}
+	err = serveUntil(ctx, nbd.New(shown, limits), s.listener, stopTimeout/2)
+	if o.life.Err() != nil && asked.Err() == nil {
+		err = errors.Join(fmt.Errorf("%s has ended, and these NBD clients were served by it: %w", o.holder(), errStopping), err)
+	}
 	return errors.Join(err, shown.outcome())
 }
 
-// serveUntil serves until ctx ends, and then lets what is under way finish.
-func serveUntil(ctx context.Context, server *nbd.Server, l net.Listener) error {
+// defaultConnections is how many clients a service takes, if there may be so many open files.
+const defaultConnections = 10_000
+
+// connections is how many clients a service takes. Half of the open files are for the store: a client must not be the
+// reason why a chunk file cannot be opened.
+func connections(asked int) (int, error) {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return 0, fmt.Errorf("the limit of open files: %w", err)
+	}
+	most := int(min(limit.Cur/2, 1<<30))
+	switch {
+	case asked < 0:
+		return 0, fmt.Errorf("%d NBD connections: %w", asked, cow.ErrInvalid)
+	case asked == 0:
+		return min(defaultConnections, most), nil
+	case asked > most:
+		return 0, fmt.Errorf("%d NBD connections need twice as many open files, and the limit of the store's owner is %d: %w: raise it (ulimit -n)", asked, limit.Cur, cow.ErrInvalid)
+	}
+	return asked, nil
+}
+
+// serveUntil serves until ctx ends, and then lets what is under way finish, for as long as its patience lasts.
+func serveUntil(ctx context.Context, server *nbd.Server, l net.Listener, patience time.Duration) error {
 	ended := make(chan error, 1)
 	go func() { ended <- server.Serve(context.Background(), l) }()
 	select {
@@ -72,7 +112,7 @@ func serveUntil(ctx context.Context, server *nbd.Server, l net.Listener) error {
 		return fmt.Errorf("serving NBD: %w", err)
 	case <-ctx.Done():
 	}
-	bounded, cancel := context.WithTimeout(context.Background(), stopTimeout/2)
+	bounded, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	err := server.Shutdown(bounded)
 	<-ended

@@ -178,4 +178,8 @@ type ServeOptions struct {
 	Exports  []cow.Ref // empty: every volume and snapshot, also those to come
 	ReadOnly bool
 	Once     bool // end when the last client has left
+
+	// MaxConnections and MaxMemory are nbd.Options'; 0 is the default of each.
+	MaxConnections int   `json:",omitempty"`
+	MaxMemory      int64 `json:",omitempty"`
 }

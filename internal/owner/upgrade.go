@@ -105,6 +105,10 @@ func (o *Owner) upgrade(ctx context.Context, asking int) (Upgrade, error) {
 	if err := o.shutDoors(ctx, asking); err != nil {
 		return u, err
 	}
+	if err := o.noServices(); err != nil { // a session that was waited for may have become one
+		o.openDoors()
+		return u, err
+	}
 	// From here on the client may go: the upgrade is done or undone.
 	bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), quiesceTimeout)
 	defer cancel()
@@ -164,6 +168,13 @@ func (o *Owner) shutDoors(ctx context.Context, asking int) error {
 		}
 	}
 	return nil
+}
+
+func (o *Owner) openDoors() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.doors = true
+	o.notifyLocked()
 }
 
 // Heir is the program to execute after the owner was closed by an upgrade; else nil.

@@ -18,7 +18,7 @@ func (o *Owner) Volumes(context.Context) ([]Volume, error) {
 	infos := o.store.Volumes()
 	volumes := make([]Volume, len(infos))
 	for i, info := range infos {
-		volumes[i] = Volume{VolumeInfo: info, Devices: o.devicesOf(info.Name)}
+		volumes[i] = o.volumeOf(info)
 	}
 	return volumes, nil
 }
@@ -29,7 +29,13 @@ func (o *Owner) Volume(_ context.Context, name string) (Volume, error) {
 	if err != nil {
 		return Volume{}, err
 	}
-	return Volume{VolumeInfo: info, Devices: o.devicesOf(name)}, nil
+	return o.volumeOf(info), nil
+}
+
+// volumeOf adds to what the engine knows who uses a volume.
+func (o *Owner) volumeOf(info cow.VolumeInfo) Volume {
+	info.Open += o.exports.sharing(info.Name)
+	return Volume{VolumeInfo: info, Devices: o.devicesOf(info.Name)}
 }
 
 // Usage says what volumes and snapshots take: those named, as far as they are there, or all.
@@ -63,6 +69,11 @@ func (o *Owner) Rename(_ context.Context, from, to cow.Ref) error {
 	if o.unread != nil {
 		return o.unread
 	}
+	done, err := o.exports.keepOut(from)
+	if err != nil {
+		return fmt.Errorf("renaming %v: %w", from, err)
+	}
+	defer done()
 	if len(o.devicesOf(from.Volume)) == 0 {
 		return o.store.Rename(from, to)
 	}

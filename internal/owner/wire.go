@@ -57,6 +57,19 @@ func giveListener(conn *net.UnixConn, l net.Listener) error {
 	return err
 }
 
+// passedFiles are all that came with a message, also where that is not as it should be: they are open.
+func passedFiles(oob []byte) (files []*os.File, err error) {
+	messages, err := unix.ParseSocketControlMessage(oob)
+	for i := range messages {
+		fds, ferr := unix.ParseUnixRights(&messages[i])
+		err = errors.Join(err, ferr)
+		for _, fd := range fds {
+			files = append(files, os.NewFile(uintptr(fd), "passed socket"))
+		}
+	}
+	return files, err
+}
+
 // takeListener says that it is ready for a listening socket, and receives it.
 func takeListener(conn *net.UnixConn) (net.Listener, error) {
 	if err := conn.SetDeadline(time.Now().Add(passTimeout)); err != nil {
@@ -70,17 +83,16 @@ func takeListener(conn *net.UnixConn) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	messages, err := unix.ParseSocketControlMessage(oob[:n])
-	if err != nil || len(messages) != 1 {
-		return nil, errors.Join(errors.New("no socket came with the request to serve it"), err)
+	files, err := passedFiles(oob[:n])
+	defer func() {
+		for _, f := range files {
+			_ = f.Close() // the listener has its own
+		}
+	}()
+	if err != nil || len(files) != 1 {
+		return nil, errors.Join(fmt.Errorf("%d descriptors came with the request to serve a socket, and one is needed", len(files)), err)
 	}
-	fds, err := unix.ParseUnixRights(&messages[0])
-	if err != nil || len(fds) != 1 {
-		return nil, errors.Join(errors.New("no socket came with the request to serve it"), err)
-	}
-	f := os.NewFile(uintptr(fds[0]), "passed socket")
-	defer f.Close()
-	l, err := net.FileListener(f)
+	l, err := net.FileListener(files[0])
 	if err != nil {
 		return nil, fmt.Errorf("what came with the request to serve it is no listening socket: %w", err)
 	}
