@@ -237,7 +237,7 @@ func TestAdapterClose(t *testing.T) {
 func TestAdapterDoesNotAllocate(t *testing.T) {
 	a := &Adapter{rw: &plainDisk{data: make([]byte, 4096)}}
 	a.work.L = &a.mu
-	q := newQueue(CopyPlain, 0, 1, 4096, make([]byte, 4096), a, nil)
+	q := newQueue(CopyPlain, 0, 1, 4096, make([]byte, 4096), nil, a, nil)
 	r := &q.requests[0]
 	r.Op, r.Buf = OpWrite, r.full
 	if n := testing.AllocsPerRun(100, func() {

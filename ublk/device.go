@@ -19,6 +19,7 @@ type Device struct {
 	kernel   Feature // what the driver offers
 	features Feature // what the device has
 	locked   bool
+	joined   bool // the device has part in the arena
 	charFD   int
 	queues   []*queueThread
 
@@ -287,12 +288,23 @@ func (d *Device) release() {
 		if t.buf != nil {
 			_ = unix.Munmap(t.buf)
 		}
+		switch {
+		case t.queue == nil || t.pool == nil:
+		case gone:
+			t.pool.drop()
+		default:
+			t.pool.lender.forget(t.queue)
+		}
 		if t.queue != nil {
 			t.settleWakes()
 		}
 		if t.efd >= 0 {
 			_ = unix.Close(t.efd)
 		}
+	}
+	if d.joined {
+		buffers().leave(poolBlock(d.opts.MaxIOBytes))
+		d.joined = false
 	}
 	if d.charFD >= 0 {
 		_ = unix.Close(d.charFD)

@@ -113,9 +113,6 @@ func fakeMemory(t testing.TB, n int) []byte {
 // port makes the real port of the mode on this kernel.
 func (k *fakeKernel) port() port {
 	c := portConfig{mode: k.mode, queue: 3, depth: len(k.owner), ioMax: fakeIOMax, descs: k.descs, buf: k.buf, char: k}
-	if k.mode == CopyUser {
-		c.buf = nil
-	}
 	p, err := newPortOn(k.ring, c)
 	if err != nil {
 		k.t.Fatal(err)
@@ -530,13 +527,20 @@ type fakeQueue struct {
 
 func startFake(t testing.TB, mode CopyMode, depth int, h Handler, report func(error)) *fakeQueue {
 	t.Helper()
-	size := depth * fakeIOMax
-	if mode == CopyUser {
-		size = poolSize(depth, fakeIOMax)
+	return startFakeOn(t, newArena(1<<30), mode, depth, h, report)
+}
+
+// startFakeOn is startFake with buffers of a, for CopyUser.
+func startFakeOn(t testing.TB, a *arena, mode CopyMode, depth int, h Handler, report func(error)) *fakeQueue {
+	t.Helper()
+	var buf []byte
+	if mode != CopyUser {
+		buf = make([]byte, depth*fakeIOMax)
+	} else if _, err := a.join(poolBlock(fakeIOMax)); err != nil {
+		t.Fatal(err)
 	}
-	buf := make([]byte, size)
 	f := &fakeQueue{port: newFakeKernel(t, mode, depth, buf), end: make(chan error, 1)}
-	f.queue = newQueue(mode, 3, depth, fakeIOMax, buf, h, report)
+	f.queue = newQueue(mode, 3, depth, fakeIOMax, buf, a, h, report)
 	if err := f.start(f.port.port()); err != nil {
 		t.Fatal(err)
 	}
@@ -569,9 +573,14 @@ func (f *fakeQueue) stopWell(t testing.TB) {
 	if f.owned != 0 || f.reading != 0 || !f.starved.empty() || !f.port.closed {
 		t.Errorf("%d requests and %d reads open at the end", f.owned, f.reading)
 	}
-	if f.pool != nil && f.pool.heads[f.pool.top] == none {
-		t.Error("the pool did not get its memory back")
+	if f.pool == nil {
+		return
 	}
+	f.pool.drop()
+	if f.pool.lent != 0 || f.pool.have != 0 {
+		t.Errorf("the pool has %d chunks, and has lent %d pieces", f.pool.have, f.pool.lent)
+	}
+	f.pool.lender.leave(poolBlock(fakeIOMax))
 }
 
 func (f *fakeQueue) wait() error {

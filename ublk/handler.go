@@ -75,7 +75,8 @@ type Request struct {
 	Data    any // the handler's own; it stays with the tag from one request to the next
 
 	q     *queue
-	full  []byte        // the tag's whole buffer; with CopyUser what the pool has lent it
+	full  []byte        // the tag's whole buffer; with CopyUser what the pool has lent it,
+	page  int           // as this
 	state atomic.Uint32 // requestAnswered → requestServing → requestAnswered, so that only the first answer counts
 	err   error         // the answer; written by whoever moved state to requestAnswered
 	next  *Request      // link in queue.later, or in queue.starved

@@ -100,6 +100,9 @@ func (q *queue) leaves() (bool, error) {
 		if err := q.flush(); err != nil || !q.idle() {
 			return false, err
 		}
+		if q.pool != nil {
+			q.pool.rest()
+		}
 		q.stats.publish(q.owned)
 		if leave(told&leaveMask) >= leaveNow {
 			return true, nil

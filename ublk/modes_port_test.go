@@ -265,30 +265,47 @@ func TestPool(t *testing.T) {
 		if size > c.depth*poolBlock(c.ioMax) || size < poolBlock(c.ioMax) {
 			t.Errorf("%+v: %d bytes", c, size)
 		}
-		p := newPool(make([]byte, size), c.ioMax)
+		a := newArena(size)
+		if _, err := a.join(poolBlock(c.ioMax)); err != nil {
+			t.Fatal(err)
+		}
+		p := newPool(a, nil, c.depth, c.ioMax)
 		rng := rand.New(rand.NewPCG(1, uint64(c.depth)))
 		used := make([]bool, size>>poolShift)
-		var lent [][]byte
-		mark := func(b []byte, v bool) {
-			from := int(uintptr(unsafe.Pointer(&b[0])) - uintptr(unsafe.Pointer(&p.mem[0])))
-			for page := from >> poolShift; page<<poolShift < from+len(b); page++ {
+		type piece struct {
+			b    []byte
+			page int
+		}
+		var lent []piece
+		mark := func(l piece, v bool) {
+			slot, at := l.page>>p.top, l.page&(blockPages(p.top)-1)
+			if unsafe.Pointer(&l.b[0]) != unsafe.Pointer(&p.chunks[slot][at<<poolShift]) {
+				t.Fatalf("%+v: page %d is not where it should be", c, l.page)
+			}
+			for page := l.page; (page-l.page)<<poolShift < len(l.b); page++ {
 				if used[page] == v {
 					t.Fatalf("%+v: page %d twice", c, page)
 				}
 				used[page] = v
 			}
 		}
+		giveBack := func(l piece) {
+			mark(l, false)
+			p.put(l.page, len(l.b))
+		}
 		for range 20000 {
 			if len(lent) > 0 && rng.IntN(2) == 0 {
 				i := rng.IntN(len(lent))
-				mark(lent[i], false)
-				p.put(lent[i])
+				giveBack(lent[i])
 				lent[i] = lent[len(lent)-1]
 				lent = lent[:len(lent)-1]
+				if p.rest(); len(lent) == 0 && p.have != 0 {
+					t.Fatalf("%+v: an unused pool keeps %d chunks", c, p.have)
+				}
 				continue
 			}
 			n := 1 + rng.IntN(c.ioMax)
-			b := p.get(n)
+			b, page := p.get(n)
 			if b == nil {
 				if len(lent) == 0 {
 					t.Fatalf("%+v: no room for %d bytes in an unused pool", c, n)
@@ -298,16 +315,18 @@ func TestPool(t *testing.T) {
 			if len(b) != n {
 				t.Fatalf("%d bytes, want %d", len(b), n)
 			}
-			mark(b, true)
-			lent = append(lent, b)
+			mark(piece{b, page}, true)
+			lent = append(lent, piece{b, page})
 		}
-		for _, b := range lent {
-			p.put(b)
+		for _, l := range lent {
+			giveBack(l)
 		}
 		for i := range size / poolBlock(c.ioMax) {
-			if p.get(c.ioMax) == nil {
+			b, page := p.get(c.ioMax)
+			if b == nil {
 				t.Fatalf("%+v: the pool has grown together to %d blocks only", c, i)
 			}
+			defer p.put(page, len(b))
 		}
 	}
 }

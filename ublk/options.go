@@ -19,7 +19,7 @@ type Options struct {
 	// Depth is how many requests a queue has under way at once, up to 4096; default 64.
 	Depth int
 	// MaxIOBytes is the largest read or write, a multiple of the page size; default 256 KiB. A queue holds
-	// Depth × MaxIOBytes of locked memory.
+	// Depth × MaxIOBytes of locked memory, but with CopyUser only what its requests need at the moment.
 	MaxIOBytes int
 	// LogicalBlock is the unit of addressing: 512 (the default) or 4096.
 	LogicalBlock int
@@ -69,8 +69,9 @@ const (
 	// CopyPlain: the driver copies between the request and the buffer of its tag.
 	CopyPlain
 	// CopyUser: the queue copies, with a system call a request (USER_COPY, 6.5). Requests get their buffers only while
-	// they are served, from a pool of an eighth of Depth × MaxIOBytes, but at least 1 MiB; when it is lent out, the
-	// next requests wait.
+	// they are served, from memory that all such devices of the process share (SetBufferLimit) and that an idle device
+	// has nothing of. A queue has at most an eighth of Depth × MaxIOBytes of it, but at least 1 MiB; when that is lent
+	// out, the next requests wait.
 	CopyUser
 	// CopyBatch: as CopyPlain, but requests and answers travel in lists (BATCH_IO, 7.0).
 	CopyBatch
@@ -213,6 +214,29 @@ func (o Options) required() Feature {
 	}
 	return f
 }
+
+// Memory is about how much memory a device with these options takes while nobody uses it, and at most. It counts the
+// buffers, and what a queue's thread and ring take here and in the kernel.
+func (o Options) Memory() (idle, most int64) {
+	o = o.withDefaults()
+	buffers := o.Depth * o.MaxIOBytes
+	if o.Copy == CopyUser {
+		buffers = poolSize(o.Depth, o.MaxIOBytes)
+	}
+	entries := 2 * o.Depth
+	// An SQE and two CQEs for each entry, the driver's request for each tag, and the thread with its counters.
+	idle = deviceBytes + int64(o.Queues)*int64(entries*(sqeSize+4*cqeSize)+o.Depth*1024+threadBytes)
+	most = idle + int64(o.Queues*buffers)
+	if o.Copy != CopyUser {
+		idle = most
+	}
+	return idle, most
+}
+
+const (
+	deviceBytes = 128 << 10 // the disk in the kernel, with its partitions' and its sysfs's
+	threadBytes = 128 << 10 // two stacks, the runtime's state of a thread, the counters
+)
 
 // info is what ADD is asked for of a kernel that offers some features: the required ones, and what is of use besides.
 // It is a *FeatureError when it does not offer enough.

@@ -90,7 +90,7 @@ func newPort(c portConfig, charFD int) (port, error) {
 	// Twice the depth leaves room for a commit of every tag and as many reads in one turn; more reads than that
 	// cost an extra submission. Completions that outrun the ring are kept by the kernel (NODROP).
 	entries := uint32(max(2*c.depth, 64))
-	r, err := newRing(entries, max(4*entries, 1024), queueSetup...)
+	r, err := newRing(entries, 4*entries, queueSetup...)
 	if err != nil {
 		return nil, err
 	}

@@ -64,7 +64,7 @@ func nullQueue(t testing.TB, depth int, h Handler) (q *queue, end chan error) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	q = newQueue(CopyPlain, 0, depth, fakeIOMax, buf, h, nil)
+	q = newQueue(CopyPlain, 0, depth, fakeIOMax, buf, nil, h, nil)
 	end = make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()

@@ -45,7 +45,9 @@ type queue struct {
 	later  laterList    // answers from other goroutines
 	asleep atomic.Bool  // the loop waits, or is about to: an answer must interrupt it
 	waking atomic.Int32 // goroutines that are about to interrupt
-	killed atomic.Bool
+	// granted: the arena has a chunk for the queue, which it has waited for.
+	granted atomic.Bool
+	killed  atomic.Bool
 
 	leaver
 }
@@ -64,8 +66,9 @@ var (
 	errRefused = errors.New("the driver refused the command")
 )
 
-// newQueue makes the queue's state. buf holds depth buffers of ioMax bytes, or with CopyUser a pool of them.
-func newQueue(mode CopyMode, id, depth, ioMax int, buf []byte, h Handler, report func(error)) *queue {
+// newQueue makes the queue's state. buf holds depth buffers of ioMax bytes; with CopyUser it is nil, and requests get
+// theirs from a.
+func newQueue(mode CopyMode, id, depth, ioMax int, buf []byte, a *arena, h Handler, report func(error)) *queue {
 	q := &queue{
 		id: id, depth: depth, ioMax: ioMax, handler: h, report: report, requests: make([]Request, depth),
 		stats: newQueueCounters(depth),
@@ -73,7 +76,7 @@ func newQueue(mode CopyMode, id, depth, ioMax int, buf []byte, h Handler, report
 	q.fetcher, _ = h.(Fetcher)
 	q.news = make(chan struct{}, 1)
 	if mode == CopyUser {
-		q.pool = newPool(buf, ioMax)
+		q.pool = newPool(a, q, depth, ioMax)
 	}
 	for tag := range q.requests {
 		r := &q.requests[tag]
@@ -120,14 +123,19 @@ func (q *queue) run() error {
 func (q *queue) turn() error {
 	for {
 		q.commitLater()
+		if q.pool != nil {
+			q.pool.rest()
+			q.granted.Store(false)
+		}
 		if !q.starved.empty() {
 			if err := q.guarded((*queue).serveStarved); err != nil {
 				return err
 			}
 		}
-		// An answer that is pushed after this store sees it and interrupts; one pushed before is in the list.
+		// An answer that is pushed after this store sees it and interrupts; one pushed before is in the list. So it is
+		// with a chunk that the arena grants.
 		q.asleep.Store(true)
-		if q.later.empty() {
+		if q.later.empty() && !q.granted.Load() {
 			break
 		}
 		q.asleep.Store(false)
@@ -279,7 +287,7 @@ func (q *queue) dispatchPayload(r *Request) {
 }
 
 func (q *queue) lendBuffer(r *Request) bool {
-	r.full = q.pool.get(r.Length)
+	r.full, r.page = q.pool.get(r.Length)
 	return r.full != nil
 }
 
@@ -428,7 +436,7 @@ func (q *queue) commit(r *Request) {
 		res = -int32(errnoOf(r.err))
 	}
 	if q.pool != nil && r.full != nil {
-		q.pool.put(r.full)
+		q.pool.put(r.page, len(r.full))
 		r.full, r.Buf = nil, nil
 	}
 	q.owned--

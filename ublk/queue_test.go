@@ -67,7 +67,7 @@ func testRequestFields(t *testing.T, mode CopyMode) {
 
 func TestBuffersAreTheTags(t *testing.T) {
 	mem := make([]byte, 4*fakeIOMax)
-	q := newQueue(CopyPlain, 0, 4, fakeIOMax, mem, handlerFunc(nil), nil)
+	q := newQueue(CopyPlain, 0, 4, fakeIOMax, mem, nil, handlerFunc(nil), nil)
 	for tag := range q.requests {
 		full := q.requests[tag].full
 		if len(full) != fakeIOMax || cap(full) != fakeIOMax || &full[0] != &mem[tag*fakeIOMax] {

@@ -160,7 +160,7 @@ type queueCounters struct {
 
 type opCounters struct {
 	bytes, errors, sum counter
-	latency            [histogramSize]counter
+	latency            atomic.Pointer[[histogramSize]counter] // nil before the first answer: most devices see few operations
 }
 
 // answer is one request that was answered.
@@ -216,7 +216,12 @@ func (c *queueCounters) publishRun(as []answer, now time.Duration) int {
 	}
 	took := now - first.arrived
 	o := &c.ops[first.op]
-	o.latency[bucketOf(took)].add(uint64(n))
+	latency := o.latency.Load()
+	if latency == nil {
+		latency = new([histogramSize]counter)
+		o.latency.Store(latency)
+	}
+	latency[bucketOf(took)].add(uint64(n))
 	o.sum.add(uint64(took) * uint64(n))
 	if bytes > 0 {
 		o.bytes.add(bytes)
@@ -233,8 +238,12 @@ func (c *queueCounters) read(s *QueueStats) {
 		from, to := &c.ops[op], &s.Ops[op]
 		to.Bytes, to.Errors = from.bytes.v.Load(), from.errors.v.Load()
 		to.Latency.Sum = time.Duration(from.sum.v.Load())
-		for i := range from.latency {
-			n := from.latency[i].v.Load()
+		latency := from.latency.Load()
+		if latency == nil {
+			continue
+		}
+		for i := range latency {
+			n := latency[i].v.Load()
 			to.Latency.Counts[i] = n
 			to.Requests += n
 		}

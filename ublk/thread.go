@@ -44,11 +44,14 @@ func copyMode(features Feature) CopyMode {
 // The descriptors are only reserved here: the driver shows them when every tag is fetched (see mapDescs).
 func (d *Device) makeQueues(ctx context.Context, h Handler) error {
 	mode := copyMode(d.features)
-	size := d.opts.Depth * d.opts.MaxIOBytes
-	if mode == CopyUser {
-		size = poolSize(d.opts.Depth, d.opts.MaxIOBytes)
-	}
 	d.locked = true
+	if mode == CopyUser {
+		var err error
+		if d.locked, err = buffers().join(poolBlock(d.opts.MaxIOBytes)); err != nil {
+			return err
+		}
+		d.joined = true
+	}
 	for id := range d.opts.Queues {
 		t := &queueThread{efd: -1}
 		d.queues = append(d.queues, t)
@@ -57,15 +60,17 @@ func (d *Device) makeQueues(ctx context.Context, h Handler) error {
 		if err != nil {
 			return fmt.Errorf("ublk: reserve the descriptors of queue %d: %w", id, err)
 		}
-		var locked bool
-		if t.buf, locked, err = mapAnonymous(size); err != nil {
-			return err
+		if mode != CopyUser {
+			var locked bool
+			if t.buf, locked, err = mapAnonymous(d.opts.Depth * d.opts.MaxIOBytes); err != nil {
+				return err
+			}
+			d.locked = d.locked && locked
 		}
-		d.locked = d.locked && locked
 		if t.efd, err = unix.Eventfd(0, unix.EFD_CLOEXEC); err != nil {
 			return fmt.Errorf("ublk: make an eventfd: %w", err)
 		}
-		t.queue = newQueue(mode, id, d.opts.Depth, d.opts.MaxIOBytes, t.buf, h, d.opts.Report)
+		t.queue = newQueue(mode, id, d.opts.Depth, d.opts.MaxIOBytes, t.buf, buffers(), h, d.opts.Report)
 		t.holds = d.features&FeatureRecoveryReissue != 0
 		t.early = true
 		t.cpus = d.queueCPUs(ctx, id)
@@ -106,9 +111,6 @@ func (d *Device) newPort(t *queueThread) (port, error) {
 		buf:   t.buf,
 		char:  charFiles{char: d.charFD, event: t.efd},
 		bare:  d.features&FeatureIoctlEncode == 0,
-	}
-	if c.mode == CopyUser {
-		c.buf = nil
 	}
 	return newPort(c, d.charFD)
 }
