@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/urfave/cli/v2"
@@ -13,13 +14,15 @@ func (a *app) attachCommand() *cli.Command {
 		Name:      "attach",
 		Category:  groupAccess,
 		Usage:     "make a block device (ublk) of a volume or snapshot, and print its path",
-		UsageText: "vdisk attach VOL[@SNAP] [--read-only] [--queues N] [--depth N]",
+		UsageText: "vdisk attach VOL[@SNAP] [--read-only] [--queues N] [--depth N] [--partscan|--no-partscan]",
 		Description: "The device is served by the process that owns the store; when there is none, a daemon is started, which ends\n" +
 			"with the last device. Its log is STORE/daemon.log. Snapshots are read-only. When the process is killed, the device stays and its\n" +
 			"users wait, until 'vdisk recover', or the next attach, brings its server back.",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "read-only", Usage: "refuse writes"},
 			&cli.IntFlag{Name: "queues", Usage: "hardware queues, each with a thread (default: one a CPU, at most 4)"},
+			&cli.BoolFlag{Name: "partscan", Usage: "have the kernel read the partition table (default for volumes)"},
+			&cli.BoolFlag{Name: "no-partscan", Usage: "have it left alone: whoever writes the disk writes the table (default for snapshots; Linux 7.0)"},
 			&cli.IntFlag{Name: "depth", Usage: "requests under way in a queue (default: 64)"},
 		},
 	}, a.attach)
@@ -35,12 +38,23 @@ func (a *app) attach(c *cli.Context) error {
 			return usageError{c, fmt.Errorf("--%s %d: at least 1 is needed", flag, c.Int(flag))}
 		}
 	}
+	scan := ""
+	switch {
+	case c.Bool("partscan") && c.Bool("no-partscan"):
+		return usageError{c, errors.New("--partscan and --no-partscan exclude each other")}
+	case c.Bool("partscan"):
+		scan = "yes"
+	case c.Bool("no-partscan"):
+		scan = "no"
+	}
 	s, _, err := owner.OpenLasting(c.Context, a.dir, a.options(c), a.daemonArgs())
 	if err != nil {
 		return err
 	}
 	defer s.Close()
-	d, err := s.Attach(c.Context, owner.AttachOptions{Ref: r, ReadOnly: c.Bool("read-only"), Queues: c.Int("queues"), Depth: c.Int("depth")})
+	d, err := s.Attach(c.Context, owner.AttachOptions{
+		Ref: r, ReadOnly: c.Bool("read-only"), Queues: c.Int("queues"), Depth: c.Int("depth"), PartScan: scan,
+	})
 	if err != nil {
 		return err
 	}

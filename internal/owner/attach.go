@@ -16,10 +16,16 @@ import (
 // memory, and from there on the engine is what limits.
 const maxQueues = 4
 
+// defaultDepth is how many requests a queue of a device has under way at once by default.
+const defaultDepth = 64
+
 // Attach makes a block device of a volume or snapshot.
 func (o *Owner) Attach(ctx context.Context, a AttachOptions) (Device, error) {
 	if err := o.lasting(); err != nil {
 		return Device{}, err
+	}
+	if !slices.Contains([]string{"", "yes", "no"}, a.PartScan) {
+		return Device{}, fmt.Errorf("a partition scan %q: %w", a.PartScan, cow.ErrInvalid)
 	}
 	o.mu.Lock()
 	err := o.shown(a.Ref)
@@ -44,8 +50,8 @@ func (o *Owner) Attach(ctx context.Context, a AttachOptions) (Device, error) {
 	}
 	o.prepareOnce.Do(o.prepareForReclaim)
 	report := o.reporter(d.name)
-	t := newTarget(dev, report)
 	opts := blockOptions(dev, a, d.cookie, report)
+	t := newTarget(dev, opts.Queues*opts.Depth, report)
 	b, err := o.create(ctx, opts, t)
 	if err != nil {
 		t.close()
@@ -85,13 +91,26 @@ func (o *Owner) shown(r cow.Ref) error {
 	return nil
 }
 
-// create makes the device, and loads the driver where that is missing.
+// create makes the device, and loads the driver where that is missing. A driver that does not leave the copying to its
+// server (before Linux 6.5) has to be given a buffer for every request beforehand.
 func (o *Owner) create(ctx context.Context, opts ublk.Options, t *target) (block, error) {
-	b, err := o.opts.driver.Create(ctx, opts, t)
+	b, err := o.createAs(ctx, opts, t)
 	if errors.Is(err, ublk.ErrNoDriver) && loadDriver(ctx) {
-		b, err = o.opts.driver.Create(ctx, opts, t)
+		b, err = o.createAs(ctx, opts, t)
+	}
+	var missing *ublk.FeatureError
+	if errors.As(err, &missing) && missing.Missing&ublk.FeatureUserCopy != 0 {
+		opts.Copy = ublk.CopyPlain
+		b, err = o.createAs(ctx, opts, t)
 	}
 	return b, err
+}
+
+func (o *Owner) createAs(ctx context.Context, opts ublk.Options, t *target) (block, error) {
+	if err := o.hasMemoryFor(opts); err != nil {
+		return nil, err
+	}
+	return o.opts.driver.Create(ctx, opts, t)
 }
 
 // serving is the moment from which a disk that was claimed is served.
@@ -111,21 +130,31 @@ func blockOptions(dev *cow.Device, a AttachOptions, c cookie, report func(error)
 	if a.Queues == 0 {
 		a.Queues = min(maxQueues, runtime.NumCPU())
 	}
+	if a.Depth == 0 {
+		a.Depth = defaultDepth
+	}
 	writable := !dev.ReadOnly()
+	var need ublk.Feature
+	if a.PartScan == "no" {
+		need = ublk.FeatureNoAutoPartScan
+	}
 	return ublk.Options{
-		Size:            dev.Size(),
-		Queues:          a.Queues,
-		Depth:           a.Depth,
-		LogicalBlock:    dev.LogicalBlock(),
-		PhysicalBlock:   4096,     // the engine's unit of redirection: smaller writes are merged with what is there
-		IOOpt:           64 << 10, // its largest unit of compression
-		ReadOnly:        !writable,
-		VolatileCache:   writable,
-		FUA:             writable,
-		Discard:         writable,
-		Recovery:        ublk.RecoverReissue,
-		Cookie:          uint64(c),
-		NoPartitionScan: a.Ref.Snapshot != "", // a snapshot's partitions are those of its volume, names and all
+		Size:          dev.Size(),
+		Queues:        a.Queues,
+		Depth:         a.Depth,
+		LogicalBlock:  dev.LogicalBlock(),
+		PhysicalBlock: 4096,     // the engine's unit of redirection: smaller writes are merged with what is there
+		IOOpt:         64 << 10, // its largest unit of compression
+		ReadOnly:      !writable,
+		VolatileCache: writable,
+		FUA:           writable,
+		Discard:       writable,
+		Recovery:      ublk.RecoverReissue,
+		Copy:          ublk.CopyUser, // most disks are idle most of the time, and then take no buffers
+		Cookie:        uint64(c),
+		// A snapshot's partitions are those of its volume, names and all.
+		NoPartitionScan: a.PartScan == "no" || a.PartScan == "" && a.Ref.Snapshot != "",
+		Require:         need,
 		Report:          report,
 	}
 }

@@ -13,6 +13,9 @@ import (
 // ErrUnsupported: this machine cannot do it: no ublk driver, no right to use it, too old a kernel.
 var ErrUnsupported = errors.New("not supported on this machine")
 
+// ErrNoMemory: another device would take memory that is not there.
+var ErrNoMemory = errors.New("not enough memory")
+
 // errStopping is what an owner answers that is about to go; the asker may ask the next one.
 var errStopping = errors.New("the owner of the store is stopping")
 
@@ -29,6 +32,7 @@ var codes = []struct {
 }{
 	{"stopping", errStopping},
 	{"unsupported", ErrUnsupported},
+	{"no-memory", ErrNoMemory},
 	{"not-found", cow.ErrNotFound},
 	{"exists", cow.ErrExists},
 	{"busy", cow.ErrBusy},

@@ -1,11 +1,10 @@
 package owner
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -36,6 +35,7 @@ const oomScore = -900
 // prepareForReclaim is done before the first device.
 func (o *Owner) prepareForReclaim() {
 	r := PrepareForReclaim()
+	o.limitBuffers()
 	o.mu.Lock()
 	o.reclaim = &r
 	o.mu.Unlock()
@@ -70,7 +70,7 @@ func ioFlusher() error {
 const capIPCLock = 14
 
 func lockedMemory() error {
-	if has, err := hasCapability(capIPCLock); err == nil && has {
+	if has, err := hasCapability("/proc", capIPCLock); err == nil && has {
 		return nil
 	}
 	var lim unix.Rlimit
@@ -84,8 +84,8 @@ func lockedMemory() error {
 }
 
 // hasCapability looks at the effective set in proc_pid_status(5).
-func hasCapability(bit uint) (bool, error) {
-	b, err := os.ReadFile("/proc/self/status")
+func hasCapability(proc string, bit uint) (bool, error) {
+	b, err := os.ReadFile(proc + "/self/status")
 	if err != nil {
 		return false, err
 	}
@@ -132,12 +132,17 @@ func mountNamespace() error {
 // which would hold the device after the real mount is gone, and be written back while this process, its server, exits.
 // Somebody must serve the device meanwhile.
 func dropMountCopies(id int) error {
-	if mountNamespace() == nil || !aloneInNamespace() {
+	if mountNamespace() == nil {
 		return nil
 	}
 	points, err := mountsOf(id)
 	if err != nil || len(points) == 0 {
 		return err
+	}
+	if alone, err := aloneInNamespace("/proc"); err != nil {
+		return fmt.Errorf("they stay mounted, since others may use them: %w", err)
+	} else if !alone {
+		return nil
 	}
 	// First cut the ties, so that nothing is unmounted for anybody else.
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
@@ -152,18 +157,37 @@ func dropMountCopies(id int) error {
 	return errors.Join(errs...)
 }
 
-// aloneInNamespace tells whether no other process has this process's mount namespace, as far as can be seen.
-func aloneInNamespace() bool {
-	self, err := os.Readlink("/proc/self/ns/mnt")
-	if err != nil {
-		return false
+// capSysPtrace is CAP_SYS_PTRACE of linux/capability.h. Without it other users' processes do not tell their namespaces,
+// and may not even be listed (hidepid).
+const capSysPtrace = 19
+
+// aloneInNamespace tells whether no other process has this process's mount namespace. It is an error when that cannot be
+// known.
+func aloneInNamespace(proc string) (bool, error) {
+	if has, err := hasCapability(proc, capSysPtrace); err != nil || !has {
+		return false, errors.Join(errors.New("who else is in the mount namespace cannot be seen without CAP_SYS_PTRACE"), err)
 	}
-	links, _ := filepath.Glob("/proc/[0-9]*/ns/mnt")
-	mine := fmt.Sprintf("/proc/%d/ns/mnt", os.Getpid())
-	return !slices.ContainsFunc(links, func(l string) bool {
+	self, err := os.Readlink(proc + "/self/ns/mnt")
+	if err != nil {
+		return false, err
+	}
+	links, err := filepath.Glob(proc + "/[0-9]*/ns/mnt")
+	if err != nil {
+		return false, err
+	}
+	mine := fmt.Sprintf("%s/%d/ns/mnt", proc, os.Getpid())
+	for _, l := range links {
 		other, err := os.Readlink(l)
-		return err == nil && other == self && l != mine
-	})
+		switch {
+		case errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH):
+			// It has ended.
+		case err != nil:
+			return false, fmt.Errorf("who else is in the mount namespace cannot be seen: %w", err)
+		case other == self && l != mine:
+			return false, nil
+		}
+	}
+	return true, nil
 }
 
 // mountsOf lists the mount points in this namespace of a device and its partitions (proc_pid_mountinfo(5)).
@@ -179,12 +203,17 @@ func mountsOf(id int) (points []string, err error) {
 		}
 	}
 	text, err := os.ReadFile("/proc/self/mountinfo")
-	for s := bufio.NewScanner(bytes.NewReader(text)); s.Scan(); {
-		if f := strings.Fields(s.Text()); len(f) > 4 && numbers[f[2]] {
+	return mountPoints(numbers, string(text)), err
+}
+
+// mountPoints finds those of the devices with the numbers. Lines may be of any length: the options of an overlay are.
+func mountPoints(numbers map[string]bool, mountinfo string) (points []string) {
+	for line := range strings.Lines(mountinfo) {
+		if f := strings.Fields(line); len(f) > 4 && numbers[f[2]] {
 			points = append(points, unescape(f[4]))
 		}
 	}
-	return points, err
+	return points
 }
 
 // unescape undoes mountinfo's octal escapes of blanks and the like.

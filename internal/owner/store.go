@@ -96,8 +96,9 @@ type Options struct {
 	Handover string
 
 	// Tests have their own.
-	driver         driver        // the kernel's
-	sharedMemory   string        // the system's
+	driver         driver // the kernel's
+	sharedMemory   string // the system's
+	memory         func() []memory
 	fs             storage.FS    // of the chunk files: the store's folder
 	program        string        // what an upgrade leads to: the file that this program was started from
 	sessionTimeout time.Duration // how long an upgrade waits for commands that are at work
@@ -112,6 +113,9 @@ func (o Options) withDefaults() Options {
 	}
 	if o.driver == nil {
 		o.driver = kernel{}
+	}
+	if o.memory == nil {
+		o.memory = func() []memory { return readMemory("/") }
 	}
 	if o.sessionTimeout == 0 {
 		o.sessionTimeout = 10 * time.Second
@@ -162,6 +166,9 @@ type AttachOptions struct {
 	Ref           cow.Ref
 	ReadOnly      bool
 	Queues, Depth int
+	// PartScan is whether the kernel shall read the partition table: "yes", "no" (which a kernel before 7.0 cannot),
+	// or empty: that of a volume, and of a snapshot only where the kernel cannot be kept from it.
+	PartScan string `json:",omitempty"`
 }
 
 // Service is an NBD service.

@@ -32,8 +32,6 @@ const (
 	inlineBytes = 64 << 10
 	// workers is how many requests wait for the disk at the same time. Flushes share one sync, so a few do.
 	workers = 16
-	// waiting is how many requests may wait for a worker before a queue's thread has to wait with them.
-	waiting = 4096
 )
 
 // op is a tag's state of a read. There is one for each tag of each queue, made at its first read.
@@ -43,8 +41,10 @@ type op struct {
 	fetch bool  // the worker has to fetch, too
 }
 
-func newTarget(dev *cow.Device, report func(error)) *target {
-	t := &target{dev: dev, report: report, jobs: make(chan *ublk.Request, waiting)}
+// newTarget makes the target of a device that has at most so many requests under way at once: a queue's thread never
+// waits to hand one over.
+func newTarget(dev *cow.Device, requests int, report func(error)) *target {
+	t := &target{dev: dev, report: report, jobs: make(chan *ublk.Request, requests)}
 	for range workers {
 		t.wg.Go(t.workRoutine)
 	}
