@@ -250,7 +250,7 @@ func (a *app) upgradeCommand() *cli.Command {
 			return err
 		}
 		if u.Same {
-			a.note(u.Program + " is the program that ran already; it was started again")
+			a.note("%s", u.Program+" is the program that ran already; it was started again")
 		}
 		return a.print(map[string]string{"from": u.From, "to": u.To}, func() error {
 			_, err := fmt.Fprintf(a.stdout, "from %s to %s\n", u.From, u.To)

@@ -38,7 +38,7 @@ func (a *app) export(c *cli.Context) error {
 	path := c.Args().Get(1)
 	write := a.toStdout
 	if path == "-" {
-		if isTerminal(a.stdout) {
+		if isTerminal(rawOf(a.stdout)) {
 			return usagef("standard output is a terminal: redirect it, or name a file")
 		}
 	} else {
@@ -63,7 +63,7 @@ func (a *app) export(c *cli.Context) error {
 type sink func(ctx context.Context, src sparse.Source, progress func(int64)) error
 
 func (a *app) toStdout(ctx context.Context, src sparse.Source, progress func(int64)) error {
-	w := bufio.NewWriterSize(a.stdout, 256<<10)
+	w := bufio.NewWriterSize(rawOf(a.stdout), 256<<10)
 	if err := sparse.WriteTo(ctx, w, src, progress); err != nil {
 		return err
 	}

@@ -253,7 +253,7 @@ func snapshotFields(a *app, j snapshotJSON) [][2]string {
 func (a *app) fields(list [][2]string) error {
 	w := tabwriter.NewWriter(a.stdout, 0, 0, 2, ' ', 0)
 	for _, f := range list {
-		fmt.Fprintf(w, "%s\t%s\n", f[0], f[1])
+		fmt.Fprintf(w, "%s\t%s\n", f[0], cell(f[1]))
 	}
 	return w.Flush()
 }

@@ -61,7 +61,7 @@ const defaultStore = "/var/lib/vdisk"
 // run does one command and returns its exit code.
 func run(args []string) int {
 	syscall.Umask(0o077) // what disks hold is for their owner alone: stores, sockets and images
-	a := &app{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr}
+	a := &app{stdin: os.Stdin, stdout: plainWriter{os.Stdout}, stderr: plainWriter{os.Stderr}}
 	ctx, stop := interruptible(context.Background())
 	defer stop()
 	program := a.program()

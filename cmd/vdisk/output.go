@@ -24,12 +24,18 @@ func (a *app) print(v any, text func() error) error {
 // note tells people something beside the output.
 func (a *app) note(format string, args ...any) {
 	if !a.quiet && !a.json {
-		fmt.Fprintf(a.stderr, "note: "+format+"\n", args...)
+		fmt.Fprintf(a.stderr, "note: %s\n", cell(fmt.Sprintf(format, args...)))
 	}
 }
 
 // table writes rows in columns; for scripts, without a header and with tabs.
 func (a *app) table(header []string, rows [][]string, script bool) error {
+	for i, row := range rows {
+		rows[i] = make([]string, len(row))
+		for k, text := range row {
+			rows[i][k] = cell(text)
+		}
+	}
 	if script {
 		for _, row := range rows {
 			if _, err := fmt.Fprintln(a.stdout, strings.Join(row, "\t")); err != nil {

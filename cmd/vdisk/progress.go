@@ -22,11 +22,11 @@ func (a *app) progress(what string, total int64) *bar {
 }
 
 func (a *app) bar(what string, total int64, how ...progressbar.Option) *bar {
-	if a.quiet || a.json || !isTerminal(a.stderr) {
+	if a.quiet || a.json || !isTerminal(rawOf(a.stderr)) {
 		return &bar{}
 	}
 	return &bar{progressbar.NewOptions64(total, append(how,
-		progressbar.OptionSetWriter(a.stderr),
+		progressbar.OptionSetWriter(rawOf(a.stderr)),
 		progressbar.OptionSetDescription(what),
 		progressbar.OptionThrottle(100*time.Millisecond),
 		progressbar.OptionClearOnFinish(),
