@@ -162,6 +162,11 @@ func (c *controlRing) submit(call *ctrlCall, fill func(*sqe)) (id uint64, err er
 	}
 	for c.ring.unsubmitted() > 0 {
 		if err := c.ring.enter(0); err != nil && !transient(err) {
+			if c.ring.unsubmitted() == 0 {
+				break // the kernel has the command even so, and may write to buf: what failed came after that
+			}
+			// Else a later enter would hand it over, when buf is somebody else's memory.
+			c.ring.takeBack()
 			delete(c.pending, id)
 			return 0, fmt.Errorf("ublk: submit a control command: %w", err)
 		}

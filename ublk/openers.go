@@ -21,7 +21,14 @@ type process struct {
 	name string
 }
 
-func (p process) String() string { return fmt.Sprintf("process %d (%s)", p.pid, p.name) }
+func (p process) String() string { return fmt.Sprintf("process %d (%s)", p.pid, printable(p.name)) }
+
+// printable is a text of somebody else's as an error may have it: what would move a terminal's cursor, or change what is
+// shown before it, stands there as Go writes it in a string.
+func printable(text string) string {
+	quoted := strconv.Quote(text)
+	return strings.ReplaceAll(quoted[1:len(quoted)-1], `\"`, `"`)
+}
 
 // findOpeners returns the processes that have a file open that opens recognises, given its link in /proc and what that
 // says. hidden lists the processes whose files may not be looked at.

@@ -1,7 +1,6 @@
 package ublk
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -57,7 +56,11 @@ func (w *blockWalk) file(path string) error {
 	if unix.Major(st.Dev) != 0 {
 		return w.device(devNumber(st.Dev))
 	}
-	for _, source := range mountSources(path) {
+	sources, err := mountSources(path)
+	if err != nil {
+		return err
+	}
+	for _, source := range sources {
 		if err := w.file(source); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
@@ -111,22 +114,25 @@ func (w *blockWalk) device(number string) error {
 // mountSources tells what a file system without a device of its own is made of: its source if that is a device, and the
 // layers of an overlay. The mount of path is the last of those in /proc/self/mountinfo (proc_pid_mountinfo(5)) whose
 // mount point is the longest above it.
-func mountSources(path string) []string {
+func mountSources(path string) ([]string, error) {
 	path, err := filepath.Abs(path)
 	if err == nil {
 		path, err = filepath.EvalSymlinks(path)
 	}
 	if err != nil {
-		return nil
+		return nil, err
 	}
-	f, err := os.Open("/proc/self/mountinfo")
+	mountinfo, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
-		return nil
+		return nil, err
 	}
-	defer f.Close()
+	return sourcesOf(path, string(mountinfo)), nil
+}
+
+func sourcesOf(path, mountinfo string) []string {
 	longest, sources := -1, []string(nil)
-	for s := bufio.NewScanner(f); s.Scan(); {
-		point, found, ok := parseMount(s.Text())
+	for line := range strings.Lines(mountinfo) {
+		point, found, ok := parseMount(line)
 		if ok && len(point) >= longest && under(path, point) {
 			longest, sources = len(point), found
 		}

@@ -297,6 +297,12 @@ func (r *ring) enter(minComplete uint32) error {
 	return r.kernel.enter(r.unsubmitted(), minComplete, enterGetEvents)
 }
 
+// takeBack withdraws the last entry, which the kernel has not taken: it reads entries only in enter.
+func (r *ring) takeBack() {
+	r.sqNext--
+	atomic.StoreUint32(r.sqTail, r.sqNext)
+}
+
 // submit is enter without events. With DEFER_TASKRUN the driver gets what is submitted, and hands out nothing.
 func (r *ring) submit() error {
 	atomic.StoreUint32(r.sqTail, r.sqNext)

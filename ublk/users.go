@@ -1,7 +1,6 @@
 package ublk
 
 import (
-	"bufio"
 	"fmt"
 	"os"
 	"path"
@@ -22,17 +21,18 @@ type user struct {
 func users(id int) []user {
 	var us []user
 	devs := blockNumbers(id)
-	for _, m := range mountsOf(devs) {
-		us = append(us, user{"mounted on " + m, true})
+	mounts, _ := os.ReadFile("/proc/self/mountinfo")
+	for _, m := range mountsOf(devs, string(mounts)) {
+		us = append(us, user{"mounted on " + printable(m), true})
 	}
 	name := fmt.Sprintf("ublkb%d", id)
 	for _, pattern := range []string{"/sys/block/" + name + "/holders/*", "/sys/block/" + name + "/" + name + "p*/holders/*"} {
 		found, _ := filepath.Glob(pattern)
 		for _, f := range found {
-			us = append(us, user{"part of " + filepath.Base(f), true})
+			us = append(us, user{"part of " + printable(filepath.Base(f)), true})
 		}
 	}
-	if swaps, err := os.ReadFile("/proc/swaps"); err == nil && strings.Contains(string(swaps), "/dev/"+name) {
+	if swaps, err := os.ReadFile("/proc/swaps"); err == nil && swapsOn(name, string(swaps)) {
 		us = append(us, user{"used as swap", true})
 	}
 	return append(us, openers(id, -1)...)
@@ -73,22 +73,33 @@ func blockNumbers(id int) map[string]bool {
 	return devs
 }
 
-// mountsOf returns the mount points of the devices, from /proc/self/mountinfo (proc_pid_mountinfo(5): the third field
-// is major:minor, the fifth the mount point).
-func mountsOf(devs map[string]bool) []string {
-	f, err := os.Open("/proc/self/mountinfo")
-	if err != nil {
-		return nil
-	}
-	defer f.Close()
+// mountsOf returns the mount points of the devices in a text like /proc/self/mountinfo (proc_pid_mountinfo(5): the third
+// field is major:minor, the fifth the mount point). Lines may be of any length: the options of an overlay are.
+func mountsOf(devs map[string]bool, mountinfo string) []string {
 	var points []string
-	for s := bufio.NewScanner(f); s.Scan(); {
-		fields := strings.Fields(s.Text())
+	for line := range strings.Lines(mountinfo) {
+		fields := strings.Fields(line)
 		if len(fields) > 4 && devs[fields[2]] {
-			points = append(points, fields[4])
+			points = append(points, unescapeMount(fields[4]))
 		}
 	}
 	return points
+}
+
+// swapsOn tells whether a text like /proc/swaps (proc_swaps(5): the first field is the path) has the block device of
+// that name or one of its partitions.
+func swapsOn(name, swaps string) bool {
+	for line := range strings.Lines(swaps) {
+		fields := strings.Fields(line)
+		if len(fields) == 0 {
+			continue
+		}
+		rest, ok := strings.CutPrefix(fields[0], "/dev/"+name)
+		if ok && (rest == "" || rest[0] == 'p') {
+			return true
+		}
+	}
+	return false
 }
 
 // openers returns the processes that have the block device or a partition open, but for this process's file except.
@@ -104,7 +115,7 @@ func openers(id, except int) []user {
 	})
 	var us []user
 	for _, p := range found {
-		us = append(us, user{fmt.Sprintf("open in %s (pid %d)", p.name, p.pid), false})
+		us = append(us, user{fmt.Sprintf("open in %s (pid %d)", printable(p.name), p.pid), false})
 	}
 	return us
 }
