@@ -113,7 +113,7 @@ func (s *Store) pinTable() (tx *metadata.Tx, pages func() error, err error) {
 	if err == nil {
 		err = s.checkpointLocked()
 	}
-	if err != nil && !errors.Is(err, ErrFailed) {
+	if err != nil && s.readOnly == nil && !errors.Is(err, ErrFailed) {
 		return nil, nil, err
 	}
 	if tx, err = s.meta.Begin(); err != nil {

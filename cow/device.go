@@ -63,6 +63,8 @@ func (s *Store) OpenDevice(r Ref, readOnly bool) (*Device, error) {
 	}
 	d := &Device{s: s, ref: r, v: v, b: v.branch, asOf: head, readOnly: readOnly || sn != nil, block: v.LogicalBlock}
 	switch {
+	case !d.readOnly && s.readOnly != nil:
+		return nil, fmt.Errorf("open %s to write: %w", r, s.readOnly)
 	case sn != nil:
 		d.snap, d.b, d.asOf, d.snapSize = sn, sn.branch, sn.Epoch, sn.Size
 		sn.open++

@@ -3,7 +3,6 @@ package cow
 import (
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"time"
@@ -19,21 +18,8 @@ func lockStore(in *storage.Folder, timeout time.Duration, holder string) (*os.Fi
 	if err != nil {
 		return nil, fmt.Errorf("lock store: %w", err)
 	}
-	deadline := time.Now().Add(timeout)
-	for {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			break
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) || !time.Now().Before(deadline) {
-			text, _ := io.ReadAll(io.LimitReader(f, 4096)) // best effort: the message is better with it
-			f.Close()
-			if errors.Is(err, unix.EWOULDBLOCK) {
-				return nil, &LockedError{Dir: in.Path(), Holder: holderText(text)}
-			}
-			return nil, fmt.Errorf("lock store: %w", err)
-		}
-		time.Sleep(20 * time.Millisecond)
+	if err := flock(f, unix.LOCK_EX, timeout); err != nil {
+		return nil, errors.Join(lockedBy(in, f, err), f.Close())
 	}
 	if holder == "" {
 		holder = filepath.Base(os.Args[0])

@@ -73,7 +73,7 @@ type sharedBuffers struct {
 
 // newSharedBuffers makes the file. Its space is allocated at once: touching memory that the file
 // system has no room for would end the process.
-func newSharedBuffers(dir, name string, uuid [16]byte) (_ *sharedBuffers, err error) {
+func newSharedBuffers(in *storage.Folder, dir, name string, uuid [16]byte) (_ *sharedBuffers, err error) {
 	path := filepath.Join(dir, "vdisk-"+name)
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
@@ -85,6 +85,9 @@ func newSharedBuffers(dir, name string, uuid [16]byte) (_ *sharedBuffers, err er
 			err = errors.Join(err, b.remove())
 		}
 	}()
+	if err := in.Give(f); err != nil { // the next owner of the store may be its user
+		return nil, err
+	}
 	if err := unix.Fallocate(int(f.Fd()), 0, 0, sharedFileSize); err != nil {
 		return nil, fmt.Errorf("allocate %d bytes: %w", sharedFileSize, err)
 	}
@@ -256,7 +259,7 @@ func (s *Store) inherit(uuid [16]byte) error {
 func (s *Store) outlive(uuid [16]byte) {
 	r, err := s.newOwnerRecord()
 	if err == nil {
-		s.shared, err = newSharedBuffers(s.opts.SharedMemory, r.Buffers, uuid)
+		s.shared, err = newSharedBuffers(s.in, s.opts.SharedMemory, r.Buffers, uuid)
 	}
 	if err == nil {
 		err = s.writeOwner(r)

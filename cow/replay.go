@@ -349,7 +349,7 @@ func (s *Store) replayed(c *chunk, size int) {
 // replayRecords reads and applies the records from an offset on.
 func (s *Store) replayRecords(t *batch, c *chunk, from uint32, limit uint64) error {
 	c.end = from
-	r := &recordReader{f: c.file, c: c, off: from, at: from}
+	r := &recordReader{f: c.file, c: c, off: from, at: from, readOnly: s.readOnly != nil}
 	for s.wal.nextSeq < limit {
 		h, payload, err := r.next(s.wal.nextSeq)
 		if err != nil {
@@ -372,7 +372,9 @@ func (s *Store) replayRecords(t *batch, c *chunk, from uint32, limit uint64) err
 		s.replayed(c, e.Size)
 	}
 	if c.end > from {
-		s.wal.needSync(c)
+		if !r.readOnly {
+			s.wal.needSync(c)
+		}
 	}
 	return r.writeBack()
 }

@@ -62,7 +62,7 @@ func (s *Store) readTable() (*metadata.Tx, error) {
 	if err == nil && s.changed() {
 		err = s.checkpointLocked()
 	}
-	if err != nil && !errors.Is(err, ErrFailed) && !errors.Is(err, ErrNoSpace) {
+	if err != nil && s.readOnly == nil && !errors.Is(err, ErrFailed) && !errors.Is(err, ErrNoSpace) {
 		return nil, err
 	}
 	return s.meta.Begin()

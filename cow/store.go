@@ -63,6 +63,9 @@ type Options struct {
 	ReapBatch   int
 	ReplayBatch int
 	reapTime    time.Duration // for how long a checkpoint begins another batch
+	// AllowReadOnly opens a store that cannot be written to, because of its file system or of its folder's permissions,
+	// to be read: see Store.ReadOnly. Nothing is changed then. Else that is an error, which matches ErrReadOnly.
+	AllowReadOnly bool
 	// Outlive keeps the log's buffers in shared memory, so that the next owner finds what was answered when this
 	// process is killed; see Store.Outlives. It costs 16 MiB of it; without them, writes are slower. For owners that
 	// serve somebody who goes on when they die.
@@ -127,9 +130,11 @@ type Store struct {
 	info format.StoreInfo
 	opts Options
 	log  *slog.Logger
-	lock *os.File // holds the flock
+	lock *os.File // holds the flock; nil: there is none, and none is needed
 	fs   storage.FS
 	meta *metadata.DB
+
+	readOnly error // why nothing can be written; nil: it can. Set by Open
 
 	shared *sharedBuffers // nil: the log's buffers are this process's
 	forgot bool           // see Forgot; set by Open
@@ -246,12 +251,21 @@ func openIn(in *storage.Folder, o Options) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	lock, err := lockStore(in, o.LockTimeout, o.Holder)
+	readOnly := unwritable(in)
+	var lock *os.File
+	switch {
+	case readOnly == nil:
+		lock, err = lockStore(in, o.LockTimeout, o.Holder)
+	case o.AllowReadOnly:
+		lock, err = lockToRead(in, o.LockTimeout)
+	default:
+		err = fmt.Errorf("open store %s: %w", dir, readOnly)
+	}
 	if err != nil {
 		return nil, err
 	}
 	s := &Store{
-		dir: dir, in: in, info: info, opts: o, log: o.Logger.With("store", dir), lock: lock, fs: o.FS,
+		dir: dir, in: in, info: info, opts: o, log: o.Logger.With("store", dir), lock: lock, readOnly: readOnly, fs: o.FS,
 		tables: newTables(), gen: 1, reapCursor: map[uint32]reapCursor{}, dropping: map[metadata.Version]struct{}{},
 		ckptWork: make(chan struct{}, 1), cleanWork: make(chan struct{}, 1), quit: make(chan struct{}),
 	}
@@ -269,6 +283,9 @@ func openIn(in *storage.Folder, o Options) (*Store, error) {
 	if err := s.openFiles(); err != nil {
 		return nil, errors.Join(fmt.Errorf("open store %s: %w", dir, noSpace(err)), s.release())
 	}
+	if s.readOnly != nil {
+		return s, nil
+	}
 	s.wg.Go(s.checkpointer)
 	if s.opts.CheckpointInterval >= 0 {
 		s.wg.Go(s.cleanRoutine)
@@ -282,7 +299,7 @@ func openIn(in *storage.Folder, o Options) (*Store, error) {
 // upgrade notes that the store is of this version from now on, before anything is written that an older program would
 // misread.
 func (s *Store) upgrade() error {
-	if s.info.Version == format.StoreVersion {
+	if s.info.Version == format.StoreVersion || s.readOnly != nil {
 		return nil
 	}
 	s.info.Version = format.StoreVersion
@@ -303,14 +320,19 @@ func (s *Store) openFiles() error {
 		if err != nil {
 			return err
 		}
-		s.fs = chunks.Files()
+		if s.fs = chunks.Files(); s.readOnly != nil {
+			s.fs = chunks.FilesToRead()
+		}
 	}
 	if _, err := s.in.Lstat(tableFile); errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("the table is missing: %w", errors.Join(ErrCorrupt, err))
 	} else if err != nil {
 		return fmt.Errorf("the table: %w", err)
 	}
-	s.meta, err = metadata.Open(s.in.Join(tableFile), metadata.Options{In: s.in, Timeout: time.Second, NoSync: s.opts.NoTableSync, Allocate: s.allocateTable})
+	s.meta, err = metadata.Open(s.in.Join(tableFile), metadata.Options{
+		In: s.in, Timeout: time.Second, NoSync: s.opts.NoTableSync, Allocate: s.allocateTable,
+		ReadOnly: s.readOnly != nil,
+	})
 	if err != nil {
 		return err
 	}
@@ -321,6 +343,9 @@ func (s *Store) openFiles() error {
 			s.roomTaken++
 		}
 		poke(s.cleanWork)
+	}
+	if s.readOnly != nil {
+		return s.readLog()
 	}
 	if err := s.inherit(uuid); err != nil {
 		return err
@@ -401,7 +426,10 @@ func (s *Store) release() error {
 	if s.fs != nil && s.opts.FS == nil {
 		errs = append(errs, s.fs.Close())
 	}
-	return errors.Join(append(errs, s.cache.close(), s.lock.Close(), s.in.Close())...)
+	if s.lock != nil {
+		errs = append(errs, s.lock.Close())
+	}
+	return errors.Join(append(errs, s.cache.close(), s.in.Close())...)
 }
 
 // Close makes everything durable with a last checkpoint and gives the store
@@ -425,6 +453,9 @@ func (s *Store) Close() error {
 	close(s.quit)
 	s.wg.Wait()
 	s.tasks.Wait() // they end at quit
+	if s.readOnly != nil {
+		return s.release()
+	}
 	err := s.wal.err()
 	if err == nil {
 		// Also when the table cannot be written: the log alone is enough to go on from.

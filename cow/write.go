@@ -330,6 +330,9 @@ func (d *Device) Flush() error {
 	if d.closed.Load() {
 		return ErrClosed
 	}
+	if d.s.readOnly != nil {
+		return nil // there is nothing to be made durable
+	}
 	if err := d.s.wal.sync(); err != nil {
 		return fmt.Errorf("flush %s: %w", d.ref, err)
 	}

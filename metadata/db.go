@@ -60,6 +60,9 @@ type Options struct {
 	Timeout time.Duration   // how long to wait for bbolt's file lock; 0 is the shortest wait there is
 	NoSync  bool            // tests only: commit without fdatasync
 
+	// ReadOnly opens the table to be read, and changes nothing, not even the note of how it was left.
+	ReadOnly bool
+
 	// Allocate gives the file blocks of its own from one size up to another, which becomes its size. An error, for
 	// want of room above all, leaves the table as it is. Default: the package's Allocate.
 	Allocate func(f *os.File, from, to int64) error
@@ -124,6 +127,16 @@ func openAt(at place, o Options) (db *DB, err error) {
 		return nil, fmt.Errorf("open the table: %w", err)
 	}
 	db = &DB{b: b, at: at}
+	if o.ReadOnly {
+		missing, err := db.missingBuckets()
+		if err == nil && len(missing) > 0 {
+			err = fmt.Errorf("%s was made by an older program: open it once where it can be written to", path)
+		}
+		if err != nil {
+			return nil, errors.Join(err, b.Close())
+		}
+		return db, nil
+	}
 	err = db.initRoom(f, o)
 	if err == nil {
 		err = db.makeBuckets()
@@ -142,6 +155,7 @@ func openTable(at place, o Options, file **os.File) (b *bbolt.DB, err error) {
 		b, err = bbolt.Open(at.in.Join(at.name), 0o600, &bbolt.Options{
 			Timeout:         o.Timeout,
 			NoSync:          o.NoSync,
+			ReadOnly:        o.ReadOnly,
 			NoGrowSync:      o.NoSync,
 			NoFreelistSync:  false, // without, opening reads all pages to find the free ones
 			FreelistType:    bbolt.FreelistMapType,
@@ -158,26 +172,31 @@ func openTable(at place, o Options, file **os.File) (b *bbolt.DB, err error) {
 	return b, err
 }
 
-// makeBuckets makes those that are not there, in a table that is new.
-func (d *DB) makeBuckets() error {
-	names := [][]byte{
-		bucketStore, bucketVolumes, bucketSnapshots, bucketBranches, bucketLeaves, bucketChanges, bucketChunks,
-		bucketForwarded, bucketForwards,
-	}
-	missing := 0
-	err := d.b.View(func(tx *bbolt.Tx) error {
-		for _, name := range names {
+var buckets = [][]byte{
+	bucketStore, bucketVolumes, bucketSnapshots, bucketBranches, bucketLeaves, bucketChanges, bucketChunks,
+	bucketForwarded, bucketForwards,
+}
+
+func (d *DB) missingBuckets() (missing [][]byte, err error) {
+	err = d.b.View(func(tx *bbolt.Tx) error {
+		for _, name := range buckets {
 			if tx.Bucket(name) == nil {
-				missing++
+				missing = append(missing, name)
 			}
 		}
 		return nil
 	})
-	if err != nil || missing == 0 {
+	return missing, err
+}
+
+// makeBuckets makes those that are not there, in a table that is new.
+func (d *DB) makeBuckets() error {
+	missing, err := d.missingBuckets()
+	if err != nil || len(missing) == 0 {
 		return err // a commit would cost two syncs
 	}
 	err = d.commit(func(tx *bbolt.Tx) error {
-		for _, name := range names {
+		for _, name := range missing {
 			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
 				return err
 			}

@@ -121,6 +121,12 @@ func (a *app) serveSocket(c *cli.Context, s owner.Store, o owner.ServeOptions) e
 		return err
 	}
 	path := c.Path("socket")
+	if own, ok := s.(*owner.Owner); ok && own.ReadOnly() != nil {
+		if path == "" {
+			return fmt.Errorf("no socket can be made in the store; name one with --socket: %w", own.ReadOnly())
+		}
+		a.note("exports are read-only: %v", own.ReadOnly())
+	}
 	if path == "" {
 		path = filepath.Join(a.dir, socketName)
 	}

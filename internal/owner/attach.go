@@ -1,6 +1,7 @@
 package owner
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -21,7 +22,7 @@ const defaultDepth = 64
 
 // Attach makes a block device of a volume or snapshot.
 func (o *Owner) Attach(ctx context.Context, a AttachOptions) (Device, error) {
-	if err := o.lasting(); err != nil {
+	if err := cmp.Or(o.ReadOnly(), o.lasting()); err != nil {
 		return Device{}, err
 	}
 	if !slices.Contains([]string{"", "yes", "no"}, a.PartScan) {
@@ -175,6 +176,9 @@ func (o *Owner) reporter(name string) func(error) {
 func (o *Owner) Detach(ctx context.Context, what string, force bool) error {
 	ctx, cancel := context.WithTimeout(ctx, stopTimeout)
 	defer cancel()
+	if err := o.ReadOnly(); err != nil {
+		return err // nothing is known of its devices
+	}
 	o.mu.Lock()
 	d, err := o.find(what)
 	if err == nil && d.block == nil && !force {

@@ -14,8 +14,8 @@ import (
 // retryEvery is how long to wait between two tries to get at a busy store.
 const retryEvery = 25 * time.Millisecond
 
-// Open gives the store at dir: through its owner when it has one that answers, else by owning it until Close. ctx is
-// for all the time the store is open.
+// Open gives the store at dir: through its owner when it has one that answers, else by owning it until Close. One that
+// this process cannot write to can be read. ctx is for all the time the store is open.
 func Open(ctx context.Context, dir string, o Options) (Store, error) {
 	o = o.withDefaults()
 	if err := refuseWaiting(ctx, dir, o); err != nil {
@@ -29,7 +29,7 @@ func Open(ctx context.Context, dir string, o Options) (Store, error) {
 		if !errors.Is(err, ErrNoOwner) {
 			return nil, err
 		}
-		owner, err := own(ctx, dir, withoutWait(o))
+		owner, err := own(ctx, dir, withoutWait(o), true)
 		if err != nil {
 			return nil, err // and not a Store that holds a nil *Owner
 		}
@@ -56,7 +56,7 @@ func Own(ctx context.Context, dir string, o Options) (*Owner, error) {
 	if err := refuseWaiting(ctx, dir, o); err != nil {
 		return nil, err
 	}
-	return retry(ctx, o, func() (*Owner, error) { return own(ctx, dir, withoutWait(o)) })
+	return retry(ctx, o, func() (*Owner, error) { return own(ctx, dir, withoutWait(o), false) })
 }
 
 func withoutWait(o Options) Options {

@@ -49,11 +49,13 @@ type Owner struct {
 	changed  chan struct{} // closed, and made anew, when one of the above has changed
 }
 
-// own takes the store, which must be there. ctx bounds what is done for others while it is owned.
-func own(ctx context.Context, dir string, o Options) (*Owner, error) {
+// own takes the store, which must be there. ctx bounds what is done for others while it is owned. A store that cannot
+// be written to is taken if mayRead: it has neither a control socket nor devices, and others may read it meanwhile.
+func own(ctx context.Context, dir string, o Options, mayRead bool) (*Owner, error) {
 	store, err := cow.Open(dir, cow.Options{
 		LockTimeout: o.LockTimeout, Holder: o.Command, Logger: o.Logger, CacheBytes: o.MapCache, MaxBytes: o.MaxBytes, ColdAfter: o.ColdAfter,
 		Outlive: o.lasts(), SharedMemory: o.sharedMemory, FS: o.fs, Foreign: o.Foreign,
+		AllowReadOnly: mayRead,
 	}) // its clients and devices go on when it is killed
 	if err != nil {
 		return nil, err
@@ -65,6 +67,9 @@ func own(ctx context.Context, dir string, o Options) (*Owner, error) {
 	life, kill := context.WithCancel(ctx)
 	owner := &Owner{dir: dir, in: in, opts: o, store: store, started: time.Now(), life: life, kill: kill, doors: true, changed: make(chan struct{})}
 	owner.exports = &exports{store: store, explain: owner.inUse}
+	if store.ReadOnly() != nil {
+		return owner, nil
+	}
 	if owner.mark, err = markOf(in, store.Info().UUID); err == nil {
 		err = owner.adopt(ctx)
 	}
@@ -225,6 +230,9 @@ func (o *Owner) lasting() error {
 }
 
 func (o *Owner) holder() string { return fmt.Sprintf("pid %d (%s)", os.Getpid(), o.opts.Command) }
+
+// ReadOnly is why the store can only be read, or nil.
+func (o *Owner) ReadOnly() error { return o.store.ReadOnly() }
 
 // Status says who owns the store and what hangs on it.
 func (o *Owner) Status(context.Context) (Status, error) {

@@ -1,6 +1,7 @@
 package owner
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -26,7 +27,7 @@ type Recovery struct {
 // Recover serves the devices that wait for a server: the one that what names by its path, volume or snapshot, or all of
 // them for an empty what. Each is recovered on its own.
 func (o *Owner) Recover(ctx context.Context, what string) ([]Recovery, error) {
-	if err := o.lasting(); err != nil {
+	if err := cmp.Or(o.ReadOnly(), o.lasting()); err != nil {
 		return nil, err
 	}
 	waiting, err := o.claimWaiting(what)

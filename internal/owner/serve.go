@@ -37,7 +37,12 @@ func (o *Owner) Serve(ctx context.Context, l net.Listener, opts ServeOptions) er
 
 // serve is Serve, and calls registered when the service is there for others to see.
 func (o *Owner) serve(asked context.Context, l net.Listener, opts ServeOptions, registered func()) error {
-	err := o.lasting()
+	var err error
+	if o.ReadOnly() != nil {
+		opts.ReadOnly = true
+	} else {
+		err = o.lasting()
+	}
 	if err == nil {
 		opts.MaxConnections, err = connections(opts.MaxConnections)
 	}

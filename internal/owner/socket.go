@@ -77,7 +77,10 @@ func secureSocket(in *storage.Folder, name string) (st unix.Stat_t, err error) {
 	if st.Uid != uint32(os.Geteuid()) {
 		return st, fmt.Errorf("it belongs to another user: %w", cow.ErrForeign)
 	}
-	return st, os.Chmod(ofFd(fd), 0o600)
+	if err := os.Chmod(ofFd(fd), 0o600); err != nil || !in.Gives() {
+		return st, err
+	}
+	return st, os.Chown(ofFd(fd), int(in.Owner()), -1) // who has to replace it, when this process was killed
 }
 
 // pathTo opens the socket of that name, not its other end (O_PATH).

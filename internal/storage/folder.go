@@ -31,7 +31,8 @@ type Folder struct {
 	path string
 	f    *os.File
 	uid  uint32 // its owner
-	ours bool   // nobody but this user, and the system's administrator, can change what is in it
+	gid  uint32
+	ours bool // nobody but this user, and the system's administrator, can change what is in it
 }
 
 // OpenFolder opens the directory at path. Unless foreign is true, it must belong to this user or to root, and nobody
@@ -56,7 +57,7 @@ func newFolder(path string, f *os.File) (*Folder, error) {
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
 		return nil, &fs.PathError{Op: "stat", Path: path, Err: err}
 	}
-	return &Folder{path: path, f: f, uid: st.Uid, ours: trusted(st.Uid) && st.Mode&0o022 == 0}, nil
+	return &Folder{path: path, f: f, uid: st.Uid, gid: st.Gid, ours: trusted(st.Uid) && st.Mode&0o022 == 0}, nil
 }
 
 // trusted tells whether what a user has made can be used as if this user had made it.
@@ -122,17 +123,34 @@ func (d *Folder) Open(name string, flags int) (*os.File, error) {
 		return nil, err
 	}
 	f, err := openRegular(d.Fd(), path, name, flags)
-	if err != nil || d.ours {
+	give := flags&unix.O_CREAT != 0 && d.Gives()
+	if err != nil || d.ours && !give {
 		return f, err
 	}
 	var st unix.Stat_t
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
 		return nil, errors.Join(&fs.PathError{Op: "stat", Path: path, Err: err}, f.Close())
 	}
-	if st.Nlink > 1 || !d.Trusts(st.Uid) { // another name of a file that is not the directory's owner's to change
+	if !d.ours && (st.Nlink > 1 || !d.Trusts(st.Uid)) { // another name of a file that is not the directory's owner's to change
 		return nil, errors.Join(fmt.Errorf("%s belongs to %s and has %d names: %w", path, userName(st.Uid), st.Nlink, ErrIrregular), f.Close())
 	}
+	if give {
+		if err := d.Give(f); err != nil {
+			return nil, errors.Join(err, f.Close())
+		}
+	}
 	return f, nil
+}
+
+// Gives tells whether what this process makes is another user's: root works in that user's folder.
+func (d *Folder) Gives() bool { return d.uid != 0 && os.Geteuid() == 0 }
+
+// Give makes a file that is for the directory its owner's, who could not use one of root's.
+func (d *Folder) Give(f *os.File) error {
+	if !d.Gives() {
+		return nil
+	}
+	return f.Chown(int(d.uid), int(d.gid))
 }
 
 // openRegular opens the regular file of that name in the directory dir; path is for messages.
@@ -269,7 +287,8 @@ func (d *Folder) Sub(name string) (*Folder, error) {
 		return nil, err
 	}
 	err = unix.Mkdirat(d.Fd(), name, dirMode)
-	if err == nil {
+	made := err == nil
+	if made {
 		err = d.Sync()
 	}
 	if err != nil && !errors.Is(err, fs.ErrExist) {
@@ -285,6 +304,11 @@ func (d *Folder) Sub(name string) (*Folder, error) {
 		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
 	}
 	f := os.NewFile(uintptr(fd), path)
+	if made {
+		if err := d.Give(f); err != nil {
+			return nil, errors.Join(err, f.Close())
+		}
+	}
 	sub, err := newFolder(path, f)
 	if err != nil {
 		return nil, errors.Join(err, f.Close())

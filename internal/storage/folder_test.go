@@ -157,3 +157,45 @@ func asNobody(t *testing.T, f func()) {
 	}()
 	<-done
 }
+
+// TestFilesForAnotherUser: what root makes in a user's folder is that user's.
+func TestFilesForAnotherUser(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can give files away")
+	}
+	path := t.TempDir()
+	must(t, os.Chown(path, 65534, 65533))
+	in, err := OpenFolder(path, true)
+	must(t, err)
+	defer in.Close()
+	must(t, in.Replace("format", []byte("x"), true))
+	sub, err := in.Sub("chunks")
+	must(t, err)
+	d := sub.Files()
+	defer d.Close()
+	f, err := d.Create("00000000", 4096)
+	must(t, err)
+	must(t, f.Close())
+	must(t, os.WriteFile(filepath.Join(path, "lock"), nil, 0o600)) // as an older program of root's left it
+	l, err := in.Open("lock", unix.O_RDWR|unix.O_CREAT)
+	must(t, err)
+	must(t, l.Close())
+	for _, name := range []string{"format", "chunks", "chunks/00000000", "lock"} {
+		var st unix.Stat_t
+		must(t, unix.Lstat(filepath.Join(path, name), &st))
+		if st.Uid != 65534 || st.Gid != 65533 {
+			t.Errorf("%s belongs to %d:%d", name, st.Uid, st.Gid)
+		}
+	}
+	// Not what is another user's, or has another name elsewhere.
+	must(t, os.WriteFile(filepath.Join(path, "linked"), nil, 0o600))
+	must(t, os.Link(filepath.Join(path, "linked"), filepath.Join(path, "other")))
+	if _, err := in.Open("linked", unix.O_RDWR|unix.O_CREAT); !errors.Is(err, ErrIrregular) {
+		t.Error(err)
+	}
+	var st unix.Stat_t
+	must(t, unix.Lstat(filepath.Join(path, "linked"), &st))
+	if st.Uid != 0 {
+		t.Error("a file with two names was given away")
+	}
+}

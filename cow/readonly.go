@@ -1,0 +1,128 @@
+package cow
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vdisk/vdisk/internal/storage"
+)
+
+// A store that cannot be written to can be read: DESIGN.md, section 9.1.
+
+// unwritable is why this process cannot write to a store, or nil: its file system, or its folder, does not let it.
+func unwritable(in *storage.Folder) error {
+	for _, name := range []string{".", chunksDir, tableFile, lockFile} {
+		err := unix.Faccessat(in.Fd(), name, unix.W_OK, unix.AT_EACCESS)
+		if errors.Is(err, unix.EROFS) || errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) {
+			return &unwritableError{&fs.PathError{Op: "write to", Path: filepath.Clean(in.Join(name)), Err: err}}
+		}
+	}
+	return nil
+}
+
+// unwritableError is why a store can only be read. It matches ErrReadOnly.
+type unwritableError struct{ err error }
+
+func (e *unwritableError) Error() string   { return fmt.Sprintf("the store can only be read: %v", e.err) }
+func (e *unwritableError) Unwrap() []error { return []error{ErrReadOnly, e.err} }
+
+// ReadOnly is why the store could only be opened to be read, or nil.
+func (s *Store) ReadOnly() error { return s.readOnly }
+
+// lockToRead keeps owners that write away, waiting up to timeout for one that is there; others who read may be there.
+// Without a lock file there is none to be had where nothing can be written; nor has anybody been here who would have
+// made it.
+func lockToRead(in *storage.Folder, timeout time.Duration) (*os.File, error) {
+	f, err := in.Open(lockFile, os.O_RDONLY)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("lock store: %w", err)
+	}
+	if err := flock(f, unix.LOCK_SH, timeout); err != nil {
+		return nil, errors.Join(lockedBy(in, f, err), f.Close())
+	}
+	return f, nil
+}
+
+// flock waits up to timeout for a lock.
+func flock(f *os.File, how int, timeout time.Duration) error {
+	for deadline := time.Now().Add(timeout); ; time.Sleep(20 * time.Millisecond) {
+		err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) || !time.Now().Before(deadline) {
+			return err
+		}
+	}
+}
+
+// lockedBy says who has the lock that could not be had. Those who only read do not write down who they are.
+func lockedBy(in *storage.Folder, f *os.File, err error) error {
+	if !errors.Is(err, unix.EWOULDBLOCK) {
+		return fmt.Errorf("lock store: %w", err)
+	}
+	if unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB) == nil {
+		_ = unix.Flock(int(f.Fd()), unix.LOCK_UN)
+		return &LockedError{Dir: in.Path(), Holder: "a process that reads it and cannot write to it"}
+	}
+	text, _ := io.ReadAll(io.NewSectionReader(f, 0, 4096)) // best effort: the message is better with it
+	return &LockedError{Dir: in.Path(), Holder: holderText(text)}
+}
+
+// leftInMemory refuses a store whose last owner was killed and has left in memory what it had answered, if that can be
+// there still: only an owner that writes brings it to its place.
+func (s *Store) leftInMemory() error {
+	text, err := s.in.Read(ownerFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	var last ownerRecord
+	if err == nil {
+		err = json.Unmarshal(text, &last)
+	}
+	now, nerr := s.newOwnerRecord()
+	if err = errors.Join(err, nerr); err != nil {
+		return fmt.Errorf("what the last owner left in memory is not known: %w", err)
+	}
+	if last.Boot != now.Boot || last.Dev != now.Dev || last.Ino != now.Ino {
+		return nil // of another boot, or copied with the store
+	}
+	path := filepath.Join(s.opts.SharedMemory, "vdisk-"+filepath.Base(last.Buffers))
+	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+		s.log.Warn("what the last owner had answered and not written is not seen", "file", path)
+		s.forgot = true
+		return nil
+	}
+	return fmt.Errorf("the last owner was killed, and what it had answered is in %s: open the store once where it can be written to", path)
+}
+
+// readLog is what openFiles ends with where nothing can be written: from here on every change is refused, and nothing
+// that would make one is started.
+func (s *Store) readLog() error {
+	if err := s.leftInMemory(); err != nil {
+		return err
+	}
+	if _, err := s.loadAndReplay(); err != nil {
+		return err
+	}
+	r := &s.recovery
+	if r.Records > 0 {
+		s.log.Info("read the log", "records", r.Records, "bytes", r.Bytes)
+	}
+	if r.Lost > 0 {
+		s.log.Error("the log is damaged: records that had been made durable cannot be read", "records", r.Lost)
+	}
+	s.wal.failed.Store(&s.readOnly)
+	return nil
+}
