@@ -95,6 +95,8 @@ func classify(err error) (exit int, code, hint string) {
 		return exitNotFound, "not-found", "the first 'vdisk create' or 'vdisk import' makes it; --store or VDISK_STORE name another"
 	case errors.As(err, &locked):
 		return exitBusy, "busy", "wait until that has ended, or give a longer --lock-timeout"
+	case errors.As(err, &closedPipe{}) && !errors.As(err, &closing):
+		return exitSignal + int(syscall.SIGPIPE), "closed-pipe", ""
 	case errors.As(err, &signal) && !errors.As(err, &closing):
 		return exitSignal + int(signal.signal), "signal", ""
 	case errors.As(err, &usage):
@@ -117,6 +119,9 @@ func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", ";
 // fail tells of an error, and returns the exit code.
 func (a *app) fail(err error) int {
 	exit, code, hint := classify(err)
+	if code == "closed-pipe" { // whoever wanted the output has seen enough
+		return exit
+	}
 	if a.json {
 		_ = json.NewEncoder(a.stderr).Encode(struct {
 			Error string `json:"error"`

@@ -69,100 +69,77 @@ func (a *app) importFrom(c *cli.Context, path, name string, o cow.VolumeOptions)
 	})
 }
 
-// source opens what is to be imported; the caller calls the returned function when it is done with it.
+// source opens what is to be imported; the caller calls the returned function when it is done with it. A file, a block
+// device, a FIFO and standard input are judged alike.
 func (a *app) source(ctx context.Context, path string, raw bool) (sparse.Source, func(), error) {
 	if path == "-" {
 		if isTerminal(a.stdin) {
 			return nil, nil, usagef("standard input is a terminal: connect it to an image")
 		}
-		if src, ok := wholeFile(a.stdin); ok {
-			return src, func() {}, nil
-		}
-		return sparse.FromStream(patient{ctx, a.stdin}), func() {}, nil
+		src, err := content(ctx, a.stdin, "standard input", raw)
+		return src, func() {}, err
 	}
-	f, err := os.Open(path)
+	f, err := openPatiently(ctx, path, os.O_RDONLY)
 	if err != nil {
 		return nil, nil, err
 	}
-	fi, err := f.Stat()
-	if err == nil && fi.Mode()&(os.ModeNamedPipe|os.ModeCharDevice) != 0 {
-		return sparse.FromStream(patient{ctx, f}), func() { f.Close() }, nil
-	}
-	src, err := sparse.FromFile(f)
+	src, err := content(ctx, f, path, raw)
 	if err != nil {
-		return nil, nil, errors.Join(err, f.Close())
-	}
-	if raw {
-		return src, func() { f.Close() }, nil
-	}
-	if err := refuseImageFormats(f); err != nil {
 		return nil, nil, errors.Join(err, f.Close())
 	}
 	return src, func() { f.Close() }, nil
 }
 
-// patient is a stream whose reads end with ctx. The read that is then under way is left behind: a blocking read of a
-// pipe or terminal cannot be ended, and the program is about to exit.
-type patient struct {
-	ctx context.Context
-	r   io.Reader
-}
-
-func (p patient) Read(b []byte) (int, error) {
-	type result struct {
-		n   int
-		err error
+// content is what a file or stream holds from where it is; raw takes every format.
+func content(ctx context.Context, f *os.File, name string, raw bool) (sparse.Source, error) {
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, err
 	}
-	done := make(chan result, 1)
-	go func() {
-		n, err := p.r.Read(b)
-		done <- result{n, err}
-	}()
-	select {
-	case r := <-done:
-		return r.n, r.err
-	case <-p.ctx.Done():
-		return 0, context.Cause(p.ctx)
+	if fi.IsDir() {
+		return nil, fmt.Errorf("%s is a folder, and a raw image is needed", name)
 	}
-}
-
-// wholeFile returns the content of a stream that is a file at its beginning, so that holes need not be read.
-func wholeFile(stream io.Reader) (sparse.Source, bool) {
-	f, ok := stream.(*os.File)
-	if !ok {
-		return nil, false
-	}
-	if at, err := f.Seek(0, io.SeekCurrent); err != nil || at != 0 {
-		return nil, false
-	}
-	src, err := sparse.FromFile(f)
-	return src, err == nil
-}
-
-// imageFormats are what an image file that is not raw begins with.
-var imageFormats = []struct{ name, magic string }{
-	{"qcow2", "QFI\xfb"},
-	{"VMDK", "KDMV"},
-	{"VHDX", "vhdxfile"},
-	{"VHD", "conectix"},
-	{"QED", "QED\x00"},
-	{"gzip", "\x1f\x8b\x08"},
-	{"xz", "\xfd7zXZ\x00"},
-	{"zstd", "\x28\xb5\x2f\xfd"},
-}
-
-// refuseImageFormats keeps a file in another format, which would be of no use as a disk, from being taken for a raw
-// image. It only refuses: what a raw disk begins with is its user's, so no format is ever chosen by it.
-func refuseImageFormats(f *os.File) error {
-	head := make([]byte, 16)
-	if _, err := f.ReadAt(head, 0); err != nil && err != io.EOF {
-		return err
-	}
-	for _, k := range imageFormats {
-		if string(head[:len(k.magic)]) == k.magic {
-			return fmt.Errorf("%s looks like %s, and a raw image is needed: convert it (qemu-img convert -O raw) or decompress it; "+
-				"--format raw takes it as it is: %w", f.Name(), k.name, cow.ErrInvalid)
+	if fi.Mode()&(os.ModeNamedPipe|os.ModeCharDevice|os.ModeSocket) == 0 {
+		if at, err := f.Seek(0, io.SeekCurrent); err == nil && at == 0 { // holes need not be read
+			return wholeFile(ctx, f, name, raw)
 		}
 	}
-	return nil
+	r := io.Reader(patient{ctx, f})
+	if !raw {
+		if r, err = newRawStream(r, name); err != nil {
+			return nil, err
+		}
+	}
+	return sparse.FromStream(r), nil
+}
+
+// wholeFile is the content of a regular file or a block device.
+func wholeFile(ctx context.Context, f *os.File, name string, raw bool) (sparse.Source, error) {
+	return patiently(ctx, func() (sparse.Source, error) {
+		if !raw {
+			if err := refuseImageFile(name, f); err != nil {
+				return nil, err
+			}
+		}
+		src, err := sparse.FromFile(f)
+		return patientSource{src, ctx}, err
+	}, nil)
+}
+
+// patientSource is a Source whose reads end with ctx.
+type patientSource struct {
+	sparse.Source
+	ctx context.Context
+}
+
+func (s patientSource) Next(p []byte) (int, int64, error) {
+	type run struct {
+		n   int
+		off int64
+	}
+	r, err := patiently(s.ctx, func() (run, error) {
+		n, off, err := s.Source.Next(p)
+		return run{n, off}, err
+	}, nil)
+	return r.n, r.off, err
 }

@@ -11,6 +11,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -37,7 +38,7 @@ func schedule() {
 
 // app is what the commands share: the streams, and the flags that all have.
 type app struct {
-	stdin          io.Reader
+	stdin          *os.File
 	stdout, stderr io.Writer
 
 	dir         string
@@ -61,9 +62,11 @@ const defaultStore = "/var/lib/vdisk"
 // run does one command and returns its exit code.
 func run(args []string) int {
 	syscall.Umask(0o077) // what disks hold is for their owner alone: stores, sockets and images
-	a := &app{stdin: os.Stdin, stdout: plainWriter{os.Stdout}, stderr: plainWriter{os.Stderr}}
+	// A write to a pipe without a reader must not kill a process in the middle of what it does: output and diagnostics.
+	signal.Ignore(syscall.SIGPIPE)
 	ctx, stop := interruptible(context.Background())
 	defer stop()
+	a := &app{stdin: os.Stdin, stdout: plainWriter{output{ctx, os.Stdout}}, stderr: plainWriter{diagnostics{os.Stderr, new(atomic.Int64)}}}
 	program := a.program()
 	err := program.RunContext(ctx, arrange(program, args))
 	if err == nil {
@@ -88,21 +91,33 @@ func because(ctx context.Context, err error) error {
 	return fmt.Errorf("%w: %w", cause, err)
 }
 
-// interruptible returns a context that the first SIGINT or SIGTERM ends, with a signalError as cause. A second one
-// kills the process, as if it had not been caught.
+// together is how far apart signals are one: timeout(1) sends its signal to the process, and again to its group.
+const together = time.Second
+
+// interruptible returns a context that the first SIGINT, SIGTERM or SIGHUP ends, with a signalError as cause. One that
+// comes later kills the process, as if it had not been caught.
 func interruptible(parent context.Context) (context.Context, func()) {
 	ctx, cancel := context.WithCancelCause(parent)
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+	if !signal.Ignored(syscall.SIGHUP) { // as nohup(1) has it
+		signal.Notify(signals, syscall.SIGHUP)
+	}
+	ended := make(chan struct{})
 	go func() {
 		select {
 		case s := <-signals:
-			signal.Stop(signals)
 			cancel(signalError{s.(syscall.Signal)})
-		case <-ctx.Done():
+		case <-ended:
+			return
+		}
+		select {
+		case <-time.After(together):
+			signal.Stop(signals)
+		case <-ended:
 		}
 	}()
-	return ctx, func() { signal.Stop(signals); cancel(nil) }
+	return ctx, func() { close(ended); signal.Stop(signals); cancel(nil) }
 }
 
 // mapCacheEnv and coldAfterEnv are --map-cache and --cold-after in the environment.

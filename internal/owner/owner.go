@@ -23,6 +23,8 @@ type Owner struct {
 	exports *exports
 	control *control // nil unless Options.Offer
 
+	unfinished unfinished // volumes
+
 	// life ends when the owner is to end at once; operations for others, and services, end with it.
 	life context.Context
 	kill context.CancelFunc
@@ -66,12 +68,16 @@ func own(ctx context.Context, dir string, o Options, mayRead bool) (*Owner, erro
 	}
 	life, kill := context.WithCancel(ctx)
 	owner := &Owner{dir: dir, in: in, opts: o, store: store, started: time.Now(), life: life, kill: kill, doors: true, changed: make(chan struct{})}
+	owner.unfinished.in = in
 	owner.exports = &exports{store: store, explain: owner.inUse}
 	if store.ReadOnly() != nil {
 		return owner, nil
 	}
 	if owner.mark, err = markOf(in, store.Info().UUID); err == nil {
 		err = owner.adopt(ctx)
+	}
+	if err == nil {
+		owner.removeUnfinished()
 	}
 	if err == nil && o.Offer {
 		owner.control, err = listenControl(owner)

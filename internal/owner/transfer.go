@@ -25,15 +25,26 @@ func (o *Owner) Import(ctx context.Context, name string, v cow.VolumeOptions, sr
 		return cow.VolumeInfo{}, err
 	}
 	im := &importing{store: o.store, name: importName(name), fixed: v.Size > 0, opts: v}
-	if err := im.create(src.Size()); err != nil {
+	made, err := im.create(src.Size())
+	if err != nil {
 		return cow.VolumeInfo{}, err
 	}
-	err := im.fill(ctx, src, progress)
+	if err = o.unfinished.add(made); err == nil {
+		err = im.fill(ctx, src, progress)
+	}
 	if err == nil {
 		err = im.finish(name, src.Size())
 	}
 	if err != nil {
-		return cow.VolumeInfo{}, errors.Join(err, o.store.Remove(im.ref(), true))
+		if rerr := o.store.Remove(im.ref(), true); rerr != nil {
+			return cow.VolumeInfo{}, errors.Join(err, rerr) // the next owner tries again
+		}
+	}
+	if derr := o.unfinished.done(made); derr != nil { // there is no such volume any more, so the note says nothing
+		o.opts.Logger.Warn("noting which volumes are unfinished", "err", derr)
+	}
+	if err != nil {
+		return cow.VolumeInfo{}, err
 	}
 	return o.store.Volume(name)
 }
@@ -60,7 +71,7 @@ func (im *importing) roundUp(n int64) int64 {
 	return max(block, (n+block-1)/block*block)
 }
 
-func (im *importing) create(known int64) error {
+func (im *importing) create(known int64) (cow.VolumeInfo, error) {
 	im.size = im.opts.Size
 	if !im.fixed {
 		if im.size = im.roundUp(known); known < 0 {
@@ -69,12 +80,12 @@ func (im *importing) create(known int64) error {
 	}
 	opts := im.opts
 	opts.Size = im.size
-	_, err := im.store.CreateVolume(im.name, opts)
+	v, err := im.store.CreateVolume(im.name, opts)
 	if errors.Is(err, cow.ErrExists) {
-		return fmt.Errorf("volume %s is there from an interrupted or running import: %w: if none is running, remove it with 'vdisk rm %[1]s'",
+		err = fmt.Errorf("volume %s is there from an interrupted or running import: %w: if none is running, remove it with 'vdisk rm %[1]s'",
 			im.name, cow.ErrBusy)
 	}
-	return err
+	return v, err
 }
 
 func (im *importing) fill(ctx context.Context, src sparse.Source, progress func(int64)) (err error) {
@@ -90,8 +101,10 @@ func (im *importing) fill(ctx context.Context, src sparse.Source, progress func(
 		return fromStream(err)
 	}
 	switch {
-	case src.Size() > im.size:
-		return im.tooSmall(src.Size())
+	case src.Size() > im.size: // it ends in zeros
+		if err := im.grow(src.Size()); err != nil {
+			return err
+		}
 	case src.Size() == 0 && !im.fixed:
 		return fmt.Errorf("the content is empty, and a volume has at least one block: %w: give --size with 'vdisk create'", cow.ErrInvalid)
 	}

@@ -1,0 +1,106 @@
+package owner
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/storage"
+)
+
+// unfinishedName is the file in a store that lists the volumes that imports are filling. One that is killed leaves its
+// volume, and the next owner removes that. The name alone would not say so: a user may give a volume any.
+const unfinishedName = "importing"
+
+// unfinished keeps the file.
+type unfinished struct {
+	in   *storage.Folder
+	mu   sync.Mutex // guards list and the file
+	list []unfinishedVolume
+}
+
+// unfinishedVolume is told from another volume that had its name before or gets it later.
+type unfinishedVolume struct {
+	Name    string    `json:"name"`
+	Created time.Time `json:"created"`
+}
+
+func (u *unfinished) write() error {
+	if len(u.list) == 0 {
+		if err := u.in.Remove(unfinishedName); !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		return nil
+	}
+	text, err := json.Marshal(u.list)
+	if err != nil {
+		return err
+	}
+	return u.in.Replace(unfinishedName, append(text, '\n'), true)
+}
+
+// add says that a volume, which has just been made, is of no use until it is finished.
+func (u *unfinished) add(v cow.VolumeInfo) error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.list = append(u.list, unfinishedVolume{v.Name, v.Created})
+	if err := u.write(); err != nil {
+		u.list = u.list[:len(u.list)-1]
+		return fmt.Errorf("noting that volume %s is unfinished: %w", v.Name, err)
+	}
+	return nil
+}
+
+// done says that a volume is finished, or gone.
+func (u *unfinished) done(v cow.VolumeInfo) error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.list = slices.DeleteFunc(u.list, func(x unfinishedVolume) bool { return x.is(v) })
+	return u.write()
+}
+
+func (x unfinishedVolume) is(v cow.VolumeInfo) bool {
+	return x.Name == v.Name && x.Created.Equal(v.Created)
+}
+
+// removeUnfinished removes the volumes that imports of an earlier owner have not finished. One that cannot be removed
+// now, because it is full or has snapshots, stays, and is tried again by the next owner.
+func (o *Owner) removeUnfinished() {
+	u := &o.unfinished
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	text, err := u.in.Read(unfinishedName)
+	if errors.Is(err, fs.ErrNotExist) {
+		return // as it mostly is
+	}
+	if err == nil {
+		err = json.Unmarshal(text, &u.list)
+	}
+	if err != nil {
+		o.opts.Logger.Warn("which volumes were left by imports is not known", "file", u.in.Join(unfinishedName), "err", err)
+		return
+	}
+	u.list = slices.DeleteFunc(u.list, func(x unfinishedVolume) bool {
+		v, err := o.store.Volume(x.Name)
+		if errors.Is(err, cow.ErrNotFound) || err == nil && !x.is(v) {
+			return true // it was finished, or removed
+		}
+		if err == nil {
+			err = o.store.Remove(cow.Ref{Volume: x.Name}, false)
+		}
+		if err != nil {
+			o.opts.Logger.Warn("removing what an import left that was killed", "volume", x.Name, "err", err)
+			return false
+		}
+		o.opts.Logger.Info("removed what an import left that was killed", "volume", x.Name)
+		return true
+	})
+	if err := u.write(); err != nil {
+		o.opts.Logger.Warn("noting which volumes are unfinished", "err", err)
+	}
+}
