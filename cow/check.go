@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"syscall"
+	"time"
 
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
@@ -50,12 +51,22 @@ type CheckReport struct {
 // Check proves the table against itself and the chunk files, as of a checkpoint that
 // it begins with; the store may be in use. It checks the invariants 4 to 6 of DESIGN.md with a
 // full recount of the live bytes, that entries lie in chunks that exist, the
-// chunks' headers, and bbolt's pages. Every violation is passed to problem; the error is
-// of the check itself.
+// chunks' headers, and bbolt's pages. Data is read after that, as far as it is still there. Every violation is passed
+// to problem; the error is of the check itself. Nobody waits for it, and it keeps no space.
 func (s *Store) Check(ctx context.Context, o CheckOptions, problem func(Problem)) (CheckReport, error) {
+	if err := s.beginTask(); err != nil {
+		return CheckReport{}, fmt.Errorf("check: %w", err)
+	}
+	defer s.tasks.Done()
+	c := s.newChecker(ctx, o, problem)
+	err := c.check()
+	return c.report, wrapIf(err, "check")
+}
+
+func (s *Store) newChecker(ctx context.Context, o CheckOptions, problem func(Problem)) *checker {
 	c := &checker{
-		s: s, ctx: ctx, o: o, live: map[uint32]int64{}, chunks: map[uint32]format.Chunk{}, branches: map[uint32]format.Branch{},
-		points: map[uint32][]uint32{},
+		s: s, ctx: ctx, o: o, slice: checkSlice,
+		live: map[uint32]int64{}, chunks: map[uint32]format.Chunk{}, branches: map[uint32]format.Branch{}, points: map[uint32][]uint32{},
 	}
 	c.problem = func(p Problem) {
 		switch p.Kind {
@@ -68,27 +79,39 @@ func (s *Store) Check(ctx context.Context, o CheckOptions, problem func(Problem)
 		}
 		problem(p)
 	}
-	if err := s.beginTask(); err != nil {
-		return c.report, fmt.Errorf("check: %w", err)
+	return c
+}
+
+func (c *checker) check() error {
+	if err := c.structure(); err != nil || !c.o.ReadData {
+		return err
 	}
-	defer s.tasks.Done()
-	tx, pages, err := s.pinTable()
+	return c.readData()
+}
+
+// structure proves the table, in one state of it.
+func (c *checker) structure() (err error) {
+	tx, pages, err := c.s.beginCheck()
 	if err != nil {
-		return c.report, fmt.Errorf("check: %w", err)
+		return err
 	}
-	defer s.unpinTable(tx)
+	defer func() { err = errors.Join(err, tx.Close()) }()
 	if err := pages(); errors.Is(err, ErrCorrupt) {
 		c.corrupt("table", "%v", err)
 	} else if err != nil {
-		return c.report, fmt.Errorf("check: %w", err)
+		return err
 	}
-	if err := metadata.Guard(func() error { return c.run(tx) }); err != nil {
-		if !errors.Is(err, ErrCorrupt) {
-			return c.report, fmt.Errorf("check: %w", err)
-		}
+	return c.guard(func() error { return c.run(tx) })
+}
+
+// guard calls fn, and makes a problem of damage to the table that ends it.
+func (c *checker) guard(fn func() error) error {
+	err := metadata.Guard(fn)
+	if errors.Is(err, ErrCorrupt) {
 		c.corrupt("table", "%v", err)
+		return nil
 	}
-	return c.report, nil
+	return err
 }
 
 // beginTask lets Close know of a check or the like, which then waits for it; after Close there is none.
@@ -102,9 +125,9 @@ func (s *Store) beginTask() error {
 	return nil
 }
 
-// pinTable checkpoints, and holds on to the table as it then is: no chunk file that it names is
-// removed. pages checks the table's pages, which may take long; others go on meanwhile.
-func (s *Store) pinTable() (tx *metadata.Tx, pages func() error, err error) {
+// beginCheck makes a checkpoint, and returns the table as it then is. pages checks the table's pages, which may take
+// long; others go on meanwhile.
+func (s *Store) beginCheck() (tx *metadata.Tx, pages func() error, err error) {
 	s.ckptMu.Lock()
 	defer s.ckptMu.Unlock()
 	s.mu.Lock()
@@ -126,17 +149,7 @@ func (s *Store) pinTable() (tx *metadata.Tx, pages func() error, err error) {
 	case bad != nil:
 		return nil, nil, errors.Join(bad, tx.Close())
 	}
-	s.pins++
 	return tx, pages, nil
-}
-
-func (s *Store) unpinTable(tx *metadata.Tx) {
-	if err := tx.Close(); err != nil {
-		s.log.Error("end of a check's transaction", "err", err)
-	}
-	s.ckptMu.Lock()
-	s.pins--
-	s.ckptMu.Unlock()
 }
 
 // checker is one run of Check.
@@ -152,6 +165,8 @@ type checker struct {
 	live     map[uint32]int64 // by slot: the recount
 	forwards checkForwards
 	data     map[uint32]bool // branches whose data to read; nil: all
+	total    int64           // versions
+	slice    time.Duration   // for how long one state of the table is read
 	buf      []byte
 	unit     []byte
 
@@ -179,6 +194,7 @@ func (c *checker) run(tx *metadata.Tx) error {
 	}
 	c.index(tb)
 	total, changes, err := tx.Counts()
+	c.total = int64(total)
 	if err != nil {
 		return err
 	}
@@ -190,8 +206,8 @@ func (c *checker) run(tx *metadata.Tx) error {
 			return err
 		}
 		c.report.Versions++
-		if c.o.Progress != nil && c.report.Versions%64 == 0 {
-			c.o.Progress(c.report.Versions, int64(total))
+		if c.report.Versions%64 == 0 {
+			c.progress(c.report.Versions)
 		}
 		if bad != nil {
 			c.corrupt(where(v), "%v", bad)
@@ -211,6 +227,18 @@ func (c *checker) run(tx *metadata.Tx) error {
 	}
 	c.accounting(tb)
 	return nil
+}
+
+// progress tells how many versions have been gone over; where data is read, that is done twice.
+func (c *checker) progress(done int64) {
+	if c.o.Progress == nil {
+		return
+	}
+	total := c.total
+	if c.o.ReadData {
+		total *= 2
+	}
+	c.o.Progress(min(done, total), total)
 }
 
 // interrupted says whether the caller, or the store's Close, wants the check to end.
@@ -308,9 +336,8 @@ func (c *checker) origin(tx *metadata.Tx) error {
 	return nil
 }
 
-// entries counts what the version owns, and reads it if wanted.
+// entries counts what the version owns.
 func (c *checker) entries(tx *metadata.Tx, v metadata.Version, l *format.Leaf) error {
-	var last format.Entry
 	for i, name := range l.Entries {
 		if name.IsHole() || !l.IsChanged(i) {
 			continue
@@ -322,47 +349,16 @@ func (c *checker) entries(tx *metadata.Tx, v metadata.Version, l *format.Leaf) e
 			continue
 		}
 		c.live[e.Slot()] += int64(e.Share())
-		ch, ok := c.chunks[e.Slot()]
-		if !ok || e.Offset() < format.ChunkHeaderSize || e.Offset()+uint32(e.Size()) > ch.End {
+		if ch, ok := c.chunks[e.Slot()]; !ok || !contains(ch, e) {
 			c.corrupt(where(v), "block %d is %v, where there is no record", i, e)
-			continue
 		}
-		if c.o.ReadData && (c.o.Volume == "" || c.data[v.Branch]) && !(last != 0 && e.SameRecord(last)) {
-			block := uint64(v.Leaf)*format.LeafBlocks + uint64(i) - uint64(e.Index())
-			if err := c.read(e, block); err != nil {
-				c.failed(where(v), fmt.Errorf("block %d: chunk %s offset %d: %w", i, chunkName(e.Slot()), e.Offset(), err))
-			}
-		}
-		last = e
 	}
 	return nil
 }
 
-// read reads and verifies a record from its file.
-func (c *checker) read(e format.Entry, first uint64) error {
-	if c.buf == nil {
-		c.buf, c.unit = make([]byte, format.MaxDataRecord), make([]byte, unitSize)
-	}
-	ch := c.s.slots.get(e.Slot())
-	if ch == nil {
-		return corruptf("the chunk does not exist")
-	}
-	f, err := ch.handle()
-	if err != nil {
-		return err
-	}
-	stored := c.buf[:min(e.Size(), len(c.buf))]
-	if n, err := readFull(f, stored, int64(e.Offset())); err != nil {
-		return err
-	} else if n < len(stored) {
-		return corruptf("the file ends at %d", int64(e.Offset())+int64(n))
-	}
-	payload, codec, err := verify(stored, ch.seq, e, first)
-	if err != nil {
-		return err
-	}
-	c.report.DataBytes += int64(e.Size())
-	return format.Decompress(codec, c.unit[:e.Blocks()*format.BlockSize], payload)
+// contains reports whether an entry's record lies in a chunk.
+func contains(ch format.Chunk, e format.Entry) bool {
+	return e.Offset() >= format.ChunkHeaderSize && e.Offset()+uint32(e.Size()) <= ch.End
 }
 
 // accounting compares the kept live bytes with the recount, and the rows with the files.
@@ -380,24 +376,31 @@ func (c *checker) accounting(tb *metadata.Tables) {
 	}
 }
 
-func (c *checker) file(ch format.Chunk) {
-	where := "chunk " + chunkName(ch.Slot)
-	h, err := c.s.chunkHeader(chunkName(ch.Slot), ch.Slot)
-	switch {
-	case err != nil:
-		c.failed(where, err)
-	case h.Seq != ch.Seq:
-		c.corrupt(where, "its header has the sequence %d, the table says %d", h.Seq, ch.Seq)
-	default:
-		f, err := c.s.slots.get(ch.Slot).handle()
-		if err == nil {
-			var size int64
-			if size, err = f.Size(); err == nil && size < int64(ch.End) {
-				err = corruptf("it has %d bytes, its records end at %d", size, ch.End)
-			}
+// file checks the file of a chunk.
+func (c *checker) file(row format.Chunk) {
+	where := "chunk " + chunkName(row.Slot)
+	c.holding(row, func(ch *chunk) {
+		h, err := c.s.chunkHeader(chunkName(row.Slot), row.Slot)
+		if err == nil && h.Seq != row.Seq {
+			err = corruptf("its header has the sequence %d, the table says %d", h.Seq, row.Seq)
 		}
-		if err != nil {
+		if err == nil {
+			err = longEnough(ch, row)
+		}
+		if err != nil && !c.hasGone(ch) {
 			c.failed(where, err)
 		}
+	})
+}
+
+func longEnough(ch *chunk, row format.Chunk) error {
+	f, err := ch.handle()
+	if err != nil {
+		return err
 	}
+	size, err := f.Size()
+	if err == nil && size < int64(row.End) {
+		err = corruptf("it has %d bytes, its records end at %d", size, row.End)
+	}
+	return err
 }

@@ -11,9 +11,11 @@ import (
 
 // checkForwards is what a check knows of the records that have been moved.
 type checkForwards struct {
+	all    bool                        // rows are not known
 	rows   map[uint32]format.Forwarded // by slot
 	seen   map[uint32]int64            // by slot: blocks that versions own, and that have been moved
 	region metadata.Region             // of list
+	loaded bool                        // there is one
 	list   []format.Forward
 	bad    error // of region
 }
@@ -36,11 +38,11 @@ func (f *checkForwards) follow(tx *metadata.Tx, e format.Entry) (format.Entry, e
 
 // find returns where the block is that somebody has as e, and whether it was moved there.
 func (f *checkForwards) find(tx *metadata.Tx, e format.Entry) (at format.Entry, moved bool, err error) {
-	if _, ok := f.rows[e.Slot()]; !ok {
+	if _, ok := f.rows[e.Slot()]; !ok && !f.all {
 		return e, false, nil
 	}
-	if k := regionOf(e); k != f.region || f.list == nil {
-		f.region = k
+	if k := regionOf(e); k != f.region || !f.loaded {
+		f.region, f.loaded = k, true
 		f.list, f.bad = tx.Forwards(k)
 	}
 	if f.bad != nil {

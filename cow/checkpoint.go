@@ -424,13 +424,10 @@ func idsOf[T any](rows []T, id func(T) uint32) (ids []uint32) {
 	return ids
 }
 
-// removeDead removes the files of chunks whose rows are gone, or has the pool keep them, unless somebody
-// who reads an older state of the table still needs them; then a later checkpoint does. ckptMu is held.
+// removeDead removes the files of chunks whose rows are gone, or has the pool keep them. What cannot be removed a later
+// checkpoint tries again. ckptMu is held.
 func (s *Store) removeDead(dead []*chunk) error {
 	s.zombies = append(s.zombies, dead...)
-	if s.pins > 0 {
-		return nil
-	}
 	var errs []error
 	kept := s.zombies[:0]
 	for _, c := range s.zombies {

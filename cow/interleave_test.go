@@ -502,14 +502,14 @@ func TestCheckpointWhilePagesAreChecked(t *testing.T) {
 	s := open(t, dir, Options{CheckpointInterval: -1})
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
-	tx, pages, err := s.pinTable()
+	tx, pages, err := s.beginCheck()
 	must(t, err)
 	for i := range int64(20) {
 		_, err := d.WriteAt(randomBytes(4096, 1), i<<20)
 		must(t, errors.Join(err, s.Checkpoint()))
 	}
 	must(t, pages())
-	s.unpinTable(tx)
+	must(t, tx.Close())
 	must(t, errors.Join(d.Close(), s.Close()))
 }
 

@@ -186,9 +186,8 @@ type Store struct {
 	ckptMu     sync.Mutex            // one checkpoint at a time; guards the fields below
 	values     values                // of the checkpoint that runs
 	thawed     bool                  // the last checkpoint has failed: memory may have what neither table nor log do, by the reaper
-	pins       int                   // readers of the table that chunk files must outlive
 	ends       []*chunk              // of the replayed log: more is allocated than they hold, and behind the replay position it goes
-	zombies    []*chunk              // dead, but pinned or not removed yet
+	zombies    []*chunk              // dead, and not removed yet
 	reapCursor map[uint32]reapCursor // by branch; changes under mu, too
 
 	committed atomic.Uint64 // generation of the last checkpoint that committed

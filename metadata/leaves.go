@@ -126,22 +126,36 @@ func (t *Tx) Changes(from Version, to uint32, fn func(Version) bool) error {
 // the newest first. It stops at the first error of fn. The leaf is fn's until it returns.
 // A version that does not decode is handed to fn as bad, with a nil leaf.
 func (t *Tx) Versions(fn func(v Version, l *format.Leaf, bad error) error) error {
+	return t.VersionsFrom(Version{Epoch: ^uint32(0)}, fn)
+}
+
+// VersionsFrom is Versions, beginning with the first that is not before from.
+func (t *Tx) VersionsFrom(from Version, fn func(v Version, l *format.Leaf, bad error) error) error {
 	b, err := t.bucket(bucketLeaves)
 	if err != nil {
 		return err
 	}
 	var l format.Leaf
-	return b.ForEach(func(k, val []byte) error {
+	c := b.Cursor()
+	start := from.key()
+	for k, val := c.Seek(start[:]); k != nil; k, val = c.Next() {
 		t.read(1)
 		v, err := parseKey(k)
+		switch {
+		case err != nil:
+			err = fn(v, nil, err)
+		default:
+			if bad := format.DecodeLeaf(val, &l); bad != nil {
+				err = fn(v, nil, bad)
+			} else {
+				err = fn(v, &l, nil)
+			}
+		}
 		if err != nil {
-			return fn(v, nil, err)
+			return err
 		}
-		if err := format.DecodeLeaf(val, &l); err != nil {
-			return fn(v, nil, err)
-		}
-		return fn(v, &l, nil)
-	})
+	}
+	return nil
 }
 
 // Changed says whether the changes bucket names v; Check compares it with the leaves.

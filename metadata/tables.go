@@ -87,6 +87,22 @@ func (t *Tx) chunks(out *[]format.Chunk) error {
 	})
 }
 
+// Chunk reads the accounting of the chunk in a slot; false: there is none.
+func (t *Tx) Chunk(slot uint32) (c format.Chunk, ok bool, err error) {
+	b, err := t.bucket(bucketChunks)
+	if err != nil {
+		return c, false, err
+	}
+	v := b.Get(id(slot))
+	if v == nil {
+		return c, false, nil
+	}
+	if c, err = format.DecodeChunk(slot, v); err != nil {
+		return c, false, fmt.Errorf("chunk row %x: %w", slot, err)
+	}
+	return c, true, nil
+}
+
 // PutCheckpoint stores the checkpoint row.
 func (t *Tx) PutCheckpoint(c *format.Checkpoint) error { return t.put(bucketStore, keyCheckpoint, c) }
 

@@ -1,0 +1,147 @@
+package cow
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/metadata"
+)
+
+// A check holds on to nothing: no chunk stays for it, and no state of the table for long, since the table's file grows
+// while one is kept. So data is read in slices, each in the table as it is by then. Every record that was there at the
+// beginning and still is gets read. What has been given up meanwhile is no data any more; what the cleaner or the cold
+// pass moved was verified when it was.
+
+const (
+	// checkSlice is for how long one state of the table is read.
+	checkSlice = time.Second
+	// checkLook is after how many versions of leaves the clock is looked at.
+	checkLook = 16
+)
+
+// errSliced ends a slice.
+var errSliced = errors.New("the slice has ended")
+
+// readData reads all records that are referred to.
+func (c *checker) readData() error {
+	next := metadata.Version{Epoch: ^uint32(0)}
+	var done int64
+	for more := true; more; {
+		more = false // damage to the table ends it
+		err := c.guard(func() (err error) {
+			tx, err := c.s.meta.Begin()
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, tx.Close()) }()
+			next, more, err = c.readSlice(tx, next, &done)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// readSlice reads what the versions from next on refer to, until the slice has lasted long enough.
+func (c *checker) readSlice(tx *metadata.Tx, from metadata.Version, done *int64) (next metadata.Version, more bool, err error) {
+	start, n := time.Now(), 0
+	rows := map[uint32]format.Chunk{}
+	forwards := checkForwards{all: true}
+	err = tx.VersionsFrom(from, func(v metadata.Version, l *format.Leaf, bad error) error {
+		if n++; n > 1 && n%checkLook == 0 && time.Since(start) > c.slice {
+			next = v
+			return errSliced
+		}
+		if *done++; *done%64 == 0 {
+			c.progress(c.total + *done)
+		}
+		if err := c.interrupted(); err != nil {
+			return err
+		}
+		if bad != nil || c.data != nil && !c.data[v.Branch] {
+			return nil // what is bad has been said
+		}
+		return c.readVersion(tx, v, l, rows, &forwards)
+	})
+	if errors.Is(err, errSliced) {
+		return next, true, nil
+	}
+	return next, false, err
+}
+
+// readVersion reads what a version owns.
+func (c *checker) readVersion(tx *metadata.Tx, v metadata.Version, l *format.Leaf, rows map[uint32]format.Chunk, forwards *checkForwards) error {
+	var last format.Entry
+	for i, name := range l.Entries {
+		if name.IsHole() || !l.IsChanged(i) {
+			continue
+		}
+		e, _, err := forwards.find(tx, name)
+		if err != nil {
+			continue // it has been said
+		}
+		row, ok := rows[e.Slot()]
+		if !ok {
+			if row, ok, err = tx.Chunk(e.Slot()); err != nil {
+				return err
+			}
+			rows[e.Slot()] = row
+		}
+		if row.Seq == 0 || !contains(row, e) || last != 0 && e.SameRecord(last) {
+			continue
+		}
+		last = e
+		block := uint64(v.Leaf)*format.LeafBlocks + uint64(i) - uint64(e.Index())
+		c.holding(row, func(ch *chunk) {
+			if err := c.read(ch, e, block); err != nil && !c.hasGone(ch) {
+				c.failed(where(v), fmt.Errorf("block %d: chunk %s offset %d: %w", i, chunkName(e.Slot()), e.Offset(), err))
+			}
+		})
+	}
+	return nil
+}
+
+// read reads and verifies a record from its file.
+func (c *checker) read(ch *chunk, e format.Entry, first uint64) error {
+	if c.buf == nil {
+		c.buf, c.unit = make([]byte, format.MaxDataRecord), make([]byte, unitSize)
+	}
+	f, err := ch.handle()
+	if err != nil {
+		return err
+	}
+	stored := c.buf[:min(e.Size(), len(c.buf))]
+	if n, err := readFull(f, stored, int64(e.Offset())); err != nil {
+		return err
+	} else if n < len(stored) {
+		return corruptf("the file ends at %d", int64(e.Offset())+int64(n))
+	}
+	payload, codec, err := verify(stored, ch.seq, e, first)
+	if err != nil {
+		return err
+	}
+	c.report.DataBytes += int64(e.Size())
+	return format.Decompress(codec, c.unit[:e.Blocks()*format.BlockSize], payload)
+}
+
+// holding calls fn with the chunk that a row of the table is of, and a reference to it. Where the chunk has gone since
+// the table was as it is read, nothing is called.
+func (c *checker) holding(row format.Chunk, fn func(*chunk)) {
+	ch := c.s.slots.get(row.Slot)
+	if ch == nil || ch.seq != row.Seq || ch.gone || !ch.tryAcquire() {
+		return
+	}
+	defer ch.release()
+	fn(ch)
+}
+
+// hasGone reports whether a chunk has died: what was seen of its file means nothing.
+func (c *checker) hasGone(ch *chunk) bool {
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	return ch.dead
+}
