@@ -39,9 +39,10 @@ func listenControl(o *Owner) (*control, error) {
 	}
 	c := &control{owner: o, remove: remove, ended: make(chan struct{})}
 	c.http = &http.Server{
-		Handler:     c.routes(),
-		BaseContext: func(net.Listener) context.Context { return o.life },
-		ConnState:   c.count,
+		Handler:           givingUp(c.routes(), standstill),
+		BaseContext:       func(net.Listener) context.Context { return o.life },
+		ConnState:         c.count,
+		ReadHeaderTimeout: standstill,
 	}
 	go func() {
 		defer close(c.ended)
@@ -99,7 +100,12 @@ func (c *control) routes() *http.ServeMux {
 	plain := func(name string, f func(context.Context, request) (any, error)) {
 		mux.HandleFunc("POST /v1/"+name, func(w http.ResponseWriter, r *http.Request) {
 			var req request
-			if err := decode(http.MaxBytesReader(w, r.Body, maxRequest), &req); err != nil {
+			rc := http.NewResponseController(w)
+			err := rc.SetReadDeadline(time.Now().Add(standstill))
+			if err == nil {
+				err = decode(http.MaxBytesReader(w, r.Body, maxRequest), &req)
+			}
+			if err = errors.Join(err, rc.SetReadDeadline(time.Time{})); err != nil {
 				reply(w, nil, err)
 				return
 			}
@@ -193,6 +199,7 @@ func (c *control) exportStream(w http.ResponseWriter, r *http.Request) {
 	begun := false
 	err = c.owner.Export(r.Context(), req.Ref, func(src sparse.Source) error {
 		begun = true
+		waitLonger(w, exportStandstill)
 		w.Header().Set(sizeHeader, fmt.Sprint(src.Size()))
 		return sparse.Encode(r.Context(), w, src, message)
 	})
