@@ -20,6 +20,10 @@ var (
 	// dependants, a store has another owner (LockedError).
 	ErrBusy = errors.New("busy")
 
+	// Returned by Open where the last owner was killed, and what it had answered and not written is in a shared memory
+	// that this process does not have, as that of another container. It also matches ErrBusy.
+	ErrElsewhere = errors.New("the last owner's memory is elsewhere")
+
 	// Returned for arguments: a bad name, size, range or option.
 	ErrInvalid = errors.New("invalid")
 

@@ -3,6 +3,7 @@ package cow
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"time"
@@ -11,6 +12,12 @@ import (
 
 	"github.com/vdisk/vdisk/internal/storage"
 )
+
+// LockFolder keeps owners of the store in a folder away until the lock is closed. It is for those who change what
+// belongs to an owner and not to the store; it waits up to timeout.
+func LockFolder(in *storage.Folder, timeout time.Duration, holder string) (io.Closer, error) {
+	return lockStore(in, timeout, holder)
+}
 
 // lockStore takes the store's lock, waiting up to timeout, and writes down who has it.
 func lockStore(in *storage.Folder, timeout time.Duration, holder string) (*os.File, error) {

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync/atomic"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -34,7 +35,8 @@ type ownerRecord struct {
 	Boot    string `json:"boot"`
 	Dev     uint64 `json:"dev"`
 	Ino     uint64 `json:"ino"`
-	Buffers string `json:"buffers"` // 32 hexadecimal digits
+	Shm     uint64 `json:"shm,omitempty"` // device number of the shared memory's file system
+	Buffers string `json:"buffers"`       // 32 hexadecimal digits
 }
 
 // Layout of the shared file: a page of head, then bufferCount buffers.
@@ -88,6 +90,9 @@ func newSharedBuffers(in *storage.Folder, dir, name string, uuid [16]byte) (_ *s
 	if err := in.Give(f); err != nil { // the next owner of the store may be its user
 		return nil, err
 	}
+	if err := lockBuffers(f); err != nil {
+		return nil, err
+	}
 	if err := unix.Fallocate(int(f.Fd()), 0, 0, sharedFileSize); err != nil {
 		return nil, fmt.Errorf("allocate %d bytes: %w", sharedFileSize, err)
 	}
@@ -98,6 +103,24 @@ func newSharedBuffers(in *storage.Folder, dir, name string, uuid [16]byte) (_ *s
 	encodeSharedHead(b.mem, uuid)
 	return b, nil
 }
+
+// lockBuffers takes the lock that an owner has on its buffers for as long as it lives. So another one that has been
+// told of them, as a copy of the store has, sees that they are in use.
+func lockBuffers(f *os.File) error {
+	err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return fmt.Errorf("%s: %w", f.Name(), errInUse)
+	}
+	return err
+}
+
+// dyingTime is how long an owner that was killed may still have its buffers after it has lost the store's lock.
+var dyingTime = 10 * time.Second
+
+var (
+	errInUse      = errors.New("the process that it belongs to is alive")
+	errNotBuffers = errors.New("it is not what an owner of this store has left")
+)
 
 func encodeSharedHead(p []byte, uuid [16]byte) {
 	copy(p, sharedMagic)
@@ -112,6 +135,9 @@ func encodeSharedHead(p []byte, uuid [16]byte) {
 func openSharedBuffers(dir, name string, uuid [16]byte, trusts func(uid uint32) bool) (_ *sharedBuffers, err error) {
 	path := filepath.Join(dir, "vdisk-"+name)
 	f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if errors.Is(err, unix.ELOOP) {
+		err = fmt.Errorf("%w: %w", errNotBuffers, err)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -126,7 +152,10 @@ func openSharedBuffers(dir, name string, uuid [16]byte, trusts func(uid uint32) 
 		return nil, err
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size != sharedFileSize || !trusts(st.Uid) {
-		return nil, fmt.Errorf("%s is not a file of buffers of the store's owner", path)
+		return nil, fmt.Errorf("%s is not a file of buffers of the store's owner: %w", path, errNotBuffers)
+	}
+	if err := lockBuffers(f); err != nil {
+		return nil, err
 	}
 	if b.mem, err = unix.Mmap(int(f.Fd()), 0, sharedFileSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err != nil {
 		return nil, err
@@ -134,7 +163,7 @@ func openSharedBuffers(dir, name string, uuid [16]byte, trusts func(uid uint32) 
 	want := make([]byte, 44)
 	encodeSharedHead(want, uuid)
 	if string(want) != string(b.mem[:44]) {
-		return nil, fmt.Errorf("%s was written by another version, or for another store", path)
+		return nil, fmt.Errorf("%s was written by another version, or for another store: %w", path, errNotBuffers)
 	}
 	return b, nil
 }
@@ -209,11 +238,16 @@ func (s *Store) newOwnerRecord() (r ownerRecord, err error) {
 	}
 	var name [16]byte
 	_, err = rand.Read(name[:])
-	return ownerRecord{Boot: boot, Dev: st.Dev, Ino: st.Ino, Buffers: hex.EncodeToString(name[:])}, err
+	r = ownerRecord{Boot: boot, Dev: st.Dev, Ino: st.Ino, Buffers: hex.EncodeToString(name[:])}
+	var shm unix.Stat_t
+	if unix.Stat(s.opts.SharedMemory, &shm) == nil { // otherwise there is none
+		r.Shm = shm.Dev
+	}
+	return r, err
 }
 
-// inherit takes over what a killed owner had answered and not written. It comes before the first look at the log.
-// What cannot be inherited is logged, not an error: it was not flushed, and a power cut would have taken it as well.
+// inherit takes over what a killed owner had answered and not written. It comes before the first look at the log, and
+// changes nothing where it cannot know whether there is something to take over.
 func (s *Store) inherit(uuid [16]byte) error {
 	path := s.in.Join(ownerFile)
 	text, err := s.in.Read(ownerFile)
@@ -232,18 +266,35 @@ func (s *Store) inherit(uuid [16]byte) error {
 	name, herr := hex.DecodeString(last.Buffers)
 	if err = errors.Join(err, herr); err != nil || len(name) != 16 {
 		s.log.Warn("what the last owner left in memory cannot be found", "file", path, "err", err)
-		s.forgot = true
-		return s.in.Remove(ownerFile)
+		return s.forget()
 	}
-	if last.Boot != now.Boot || last.Dev != now.Dev || last.Ino != now.Ino {
+	if last.Boot != now.Boot || last.Ino != now.Ino {
 		return s.in.Remove(ownerFile) // of another boot, or copied with the store
 	}
+	moved := last.Dev != now.Dev // or a block-level copy
 	b, err := openSharedBuffers(s.opts.SharedMemory, last.Buffers, uuid, s.in.Trusts)
-	if err != nil {
-		s.log.Warn("what the last owner had answered and not written is lost", "err", err)
-		s.forgot = true
-		return s.in.Remove(ownerFile)
+	for end := time.Now().Add(dyingTime); errors.Is(err, errInUse) && !moved && time.Now().Before(end); {
+		time.Sleep(10 * time.Millisecond)
+		b, err = openSharedBuffers(s.opts.SharedMemory, last.Buffers, uuid, s.in.Trusts)
 	}
+	switch {
+	case err == nil:
+		return s.takeOver(b, moved)
+	case errors.Is(err, errInUse) && moved:
+		return s.in.Remove(ownerFile) // it is a copy: the owner of the other store lives
+	case errors.Is(err, fs.ErrNotExist) && (last.Shm == 0 || last.Shm != now.Shm) && !s.opts.ForgetElsewhere:
+		return &elsewhereError{buffers: "vdisk-" + last.Buffers, dir: s.opts.SharedMemory, there: last.Shm, here: now.Shm}
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, errNotBuffers):
+		s.log.Warn("what the last owner had answered and not written is lost", "err", err)
+		return s.forget()
+	}
+	return fmt.Errorf("what the last owner had answered and not written: %w", err)
+}
+
+// takeOver writes what a killed owner had answered to its place. The buffers of a store on a file system that may have
+// been mounted anew, or be a copy, stay: they may be another's. A copy's log takes no harm from them, since replay ends
+// at the first record that is not there.
+func (s *Store) takeOver(b *sharedBuffers, moved bool) error {
 	n, err := b.restore(s.fs, s.chunkHeader)
 	if err != nil {
 		return errors.Join(fmt.Errorf("writing what the last owner had answered: %w", err), b.close())
@@ -251,8 +302,35 @@ func (s *Store) inherit(uuid [16]byte) error {
 	if n > 0 {
 		s.log.Info("wrote what the last owner had answered and not written", "bytes", n)
 	}
-	return errors.Join(s.in.Remove(ownerFile), b.remove()) // in this order: nobody looks for buffers that are gone
+	end := b.remove
+	if moved {
+		s.log.Warn("the store's file system has another device number than its last owner saw; the memory of that is kept, as this may be a copy",
+			"file", b.path)
+		end = b.close
+	}
+	return errors.Join(s.in.Remove(ownerFile), end()) // in this order: nobody looks for buffers that are gone
 }
+
+// forget goes on without what the last owner had answered and not written. A power cut would have taken it as well.
+func (s *Store) forget() error {
+	s.forgot = true
+	return s.in.Remove(ownerFile)
+}
+
+// elsewhereError matches ErrElsewhere, and ErrBusy.
+type elsewhereError struct {
+	buffers, dir string
+	there, here  uint64 // device numbers; 0: not known
+}
+
+func (e *elsewhereError) Error() string {
+	return fmt.Sprintf("the store's last owner was killed, and what it had answered is in %s of another %s than this one (device number %s, and not %s), "+
+		"as of another container: open the store there", e.buffers, e.dir, devText(e.there), devText(e.here))
+}
+
+func devText(dev uint64) string { return fmt.Sprintf("%d:%d", unix.Major(dev), unix.Minor(dev)) }
+
+func (e *elsewhereError) Is(target error) bool { return target == ErrElsewhere || target == ErrBusy }
 
 // outlive gives the log buffers that outlive the process. Where there is no memory for them, as any user can bring
 // about by filling it, every write goes to its chunk file before it is answered. That is slower, and loses as little.
@@ -310,3 +388,6 @@ func (s *Store) Forgot() bool { return s.forgot }
 // Outlives reports whether what is answered outlives this process if it is killed, so that the next owner of the store
 // can go on where it ended: it is in shared memory or, where there is none, in the chunk files.
 func (s *Store) Outlives() bool { return s.shared != nil || s.writeThrough }
+
+// WritesThrough reports whether that costs a write to a chunk file each time.
+func (s *Store) WritesThrough() bool { return s.writeThrough }

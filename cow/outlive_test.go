@@ -11,6 +11,9 @@ import (
 	"path/filepath"
 	"sync"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // sharing are options for a store whose owner is to be killed.
@@ -97,7 +100,7 @@ func found(t *testing.T, dir string, o Options, content []byte) bool {
 // foreign tells the tests in which what was answered is none of the next owner's business.
 func foreign(t *testing.T) bool {
 	switch path.Base(t.Name()) {
-	case "other_boot", "copied", "moved":
+	case "other_boot", "copied":
 		return true
 	}
 	return false
@@ -127,7 +130,6 @@ func TestForeignBuffersAreIgnored(t *testing.T) {
 	for name, damage := range map[string]func(t *testing.T, dir, buffers string){
 		"other boot":  changeOwner(func(r *ownerRecord) { r.Boot = "00000000-0000-0000-0000-000000000000" }),
 		"copied":      changeOwner(func(r *ownerRecord) { r.Ino++ }),
-		"moved":       changeOwner(func(r *ownerRecord) { r.Dev++ }),
 		"path":        changeOwner(func(r *ownerRecord) { r.Buffers = "../../etc/passwd" }),
 		"empty":       func(t *testing.T, dir, _ string) { must(t, os.WriteFile(filepath.Join(dir, ownerFile), nil, 0o600)) },
 		"gone":        func(t *testing.T, _, buffers string) { must(t, os.Remove(buffers)) },
@@ -174,6 +176,99 @@ func changeHead(at int64) func(t *testing.T, _, buffers string) {
 		must(t, err)
 		_, err = f.WriteAt([]byte{0xee}, at)
 		must(t, errors.Join(err, f.Close()))
+	}
+}
+
+// What a killed owner left is found after the store's file system was mounted anew. As that may be a copy, the memory
+// stays for the other; the copy of a store whose owner lives has nothing to do with it.
+func TestMovedOrCopied(t *testing.T) {
+	o := sharing(t)
+	dir, content := answered(t, o)
+	changeOwner(func(r *ownerRecord) { r.Dev++ })(t, dir, "")
+	if !found(t, dir, o, content) {
+		t.Error("what was answered is lost")
+	}
+	if left := files(t, o.SharedMemory); len(left) != 1 {
+		t.Errorf("left in the shared memory: %v", left)
+	}
+
+	o = sharing(t)
+	s, dir := newStore(t, o)
+	twin := filepath.Join(t.TempDir(), "twin")
+	must(t, os.CopyFS(twin, os.DirFS(dir)))
+	var st unix.Stat_t
+	must(t, unix.Stat(twin, &st))
+	changeOwner(func(r *ownerRecord) { r.Dev, r.Ino = r.Dev+1, st.Ino })(t, twin, "")
+	c, err := Open(twin, o)
+	must(t, err)
+	if c.Forgot() {
+		t.Error("the copy of a store whose owner lives misses its memory")
+	}
+	must(t, c.Close())
+	if left := files(t, o.SharedMemory); len(left) != 1 {
+		t.Errorf("left in the shared memory: %v", left)
+	}
+	must(t, s.Close())
+}
+
+// In another shared memory than the last owner's nothing can be known: nothing changes, and where that memory is the
+// store is opened as if nobody had tried.
+func TestElsewhere(t *testing.T) {
+	for name, shm := range map[string]func(uint64) uint64{"another": func(n uint64) uint64 { return n + 1 }, "not known": func(uint64) uint64 { return 0 }} {
+		t.Run(name, func(t *testing.T) {
+			o := sharing(t)
+			dir, content := answered(t, o)
+			changeOwner(func(r *ownerRecord) { r.Shm = shm(r.Shm) })(t, dir, "")
+			before, err := os.ReadFile(filepath.Join(dir, ownerFile))
+			must(t, err)
+			there := o.SharedMemory
+			o.SharedMemory = t.TempDir()
+			for range 2 {
+				if _, err := Open(dir, o); !errors.Is(err, ErrElsewhere) || !errors.Is(err, ErrBusy) {
+					t.Fatal(err)
+				}
+			}
+			if after, err := os.ReadFile(filepath.Join(dir, ownerFile)); err != nil || !bytes.Equal(after, before) {
+				t.Errorf("%s became %s (%v)", before, after, err)
+			}
+			if name == "another" {
+				o.SharedMemory = there
+				if !found(t, dir, o, content) {
+					t.Error("what was answered is lost")
+				}
+				return
+			}
+			o.ForgetElsewhere = true
+			if found(t, dir, o, content) {
+				t.Error("it was found elsewhere")
+			}
+		})
+	}
+}
+
+// Memory that cannot be looked at is not gone.
+func TestMemoryInUse(t *testing.T) {
+	o := sharing(t)
+	dir, content := answered(t, o)
+	path := filepath.Join(o.SharedMemory, files(t, o.SharedMemory)[0])
+	f, err := os.Open(path)
+	must(t, err)
+	must(t, unix.Flock(int(f.Fd()), unix.LOCK_EX))
+	was := dyingTime
+	defer func() { dyingTime = was }()
+	dyingTime = 50 * time.Millisecond
+	if _, err := Open(dir, o); err == nil {
+		t.Fatal("memory that somebody has was taken")
+	}
+	must(t, f.Close())
+	// The last owner may be dying still.
+	dyingTime = was
+	f, err = os.Open(path)
+	must(t, err)
+	must(t, unix.Flock(int(f.Fd()), unix.LOCK_EX))
+	time.AfterFunc(100*time.Millisecond, func() { _ = f.Close() })
+	if !found(t, dir, o, content) {
+		t.Error("what was answered is lost")
 	}
 }
 

@@ -72,6 +72,9 @@ type Options struct {
 	Outlive bool
 	// SharedMemory is the directory for that; default /dev/shm.
 	SharedMemory string
+	// ForgetElsewhere opens the store also when what its last owner had answered and not written is in another shared
+	// memory than this one, and gives that up; see ErrElsewhere.
+	ForgetElsewhere bool
 	// Foreign opens a store whose directory belongs to another user, or that other users may change (ErrForeign).
 	Foreign bool
 	// OnCommit is called around each commit of the table, and with an error before it lets it fail: for tests that

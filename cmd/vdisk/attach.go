@@ -6,6 +6,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/internal/owner"
 )
 
@@ -75,6 +76,10 @@ func (a *app) detachCommand() *cli.Command {
 			"command fails.",
 		Flags: []cli.Flag{&cli.BoolFlag{Name: "force", Aliases: []string{"f"}, Usage: "also what is in use or waits: its users see I/O errors"}},
 	}, func(c *cli.Context) error {
-		return a.with(c, func(s owner.Store) error { return s.Detach(c.Context, c.Args().First(), c.Bool("force")) })
+		err := a.with(c, func(s owner.Store) error { return s.Detach(c.Context, c.Args().First(), c.Bool("force")) })
+		if errors.Is(err, cow.ErrElsewhere) && c.Bool("force") {
+			err = owner.GiveUp(c.Context, a.dir, c.Args().First(), a.options(c))
+		}
+		return err
 	})
 }

@@ -110,6 +110,9 @@ func (a *app) startOwner(c *cli.Context, o owner.Options, handover *owner.Handov
 	if err != nil {
 		return nil, err
 	}
+	if s.WritesThrough() { // what was logged before is not in the store's log
+		a.log.Warn("there was no room in /dev/shm when the store was opened: writes are slower")
+	}
 	a.log.Info("ready", "store", a.dir, "pid", os.Getpid(), "version", version())
 	a.notify(daemon.SdNotifyReady)
 	return s, nil
@@ -250,7 +253,7 @@ func (a *app) upgradeCommand() *cli.Command {
 			return err
 		}
 		if u.Same {
-			a.note("%s", u.Program+" is the program that ran already; it was started again")
+			a.note("%s is the program that ran already; it was started again", u.Program)
 		}
 		return a.print(map[string]string{"from": u.From, "to": u.To}, func() error {
 			_, err := fmt.Fprintf(a.stdout, "from %s to %s\n", u.From, u.To)

@@ -212,10 +212,15 @@ func (o *Owner) stop(ctx context.Context, d *disk, b block, end *ending, force b
 			return fmt.Errorf("%v stays attached as %s: %w ('vdisk detach --force %[1]v' removes it even so)", ref, b.Path(), err)
 		}
 	}
-	if err := how(ctx); err != nil && !(force && o.removed(ctx, d)) {
+	err := how(ctx)
+	lost := force && errors.Is(err, ublk.ErrNotFlushed) // by what has ended
+	if err != nil && !lost && !(force && o.removed(ctx, d)) {
 		return ublkError(fmt.Errorf("detaching %v: %w", ref, err))
 	}
-	if err := end.wait(ctx); err != nil {
+	if !lost {
+		err = nil
+	}
+	if err := errors.Join(err, end.wait(ctx)); err != nil {
 		return fmt.Errorf("%v is detached, %s is gone: %w", ref, b.Path(), err)
 	}
 	return nil

@@ -274,11 +274,12 @@ func (o *Owner) endServing(ctx context.Context, end func(block) error) error {
 	var wg sync.WaitGroup
 	for i, d := range disks {
 		wg.Go(func() {
-			if err := end(blocks[i]); err != nil {
+			err := end(blocks[i])
+			if err != nil && !errors.Is(err, ublk.ErrNotFlushed) { // which a device says that has ended
 				errs[i] = ublkError(fmt.Errorf("%v, %s: %w", d.ref(), blocks[i].Path(), err))
 				return
 			}
-			if err := ends[i].wait(ctx); err != nil {
+			if err := errors.Join(err, ends[i].wait(ctx)); err != nil {
 				errs[i] = fmt.Errorf("%s has ended: %w", blocks[i].Path(), err)
 			}
 		})

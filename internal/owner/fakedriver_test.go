@@ -187,7 +187,7 @@ func (b *fakeBlock) Close(context.Context) error {
 	b.d.mu.Lock()
 	defer b.d.mu.Unlock()
 	b.end(ublk.StateDead, nil)
-	return nil
+	return b.d.failing("flush")
 }
 
 func (b *fakeBlock) Quiesce(context.Context) error {

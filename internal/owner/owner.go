@@ -54,11 +54,15 @@ type Owner struct {
 // own takes the store, which must be there. ctx bounds what is done for others while it is owned. A store that cannot
 // be written to is taken if mayRead: it has neither a control socket nor devices, and others may read it meanwhile.
 func own(ctx context.Context, dir string, o Options, mayRead bool) (*Owner, error) {
-	store, err := cow.Open(dir, cow.Options{
+	opts := cow.Options{ // its clients and devices go on when it is killed
 		LockTimeout: o.LockTimeout, Holder: o.Command, Logger: o.Logger, CacheBytes: o.MapCache, MaxBytes: o.MaxBytes, ColdAfter: o.ColdAfter,
 		Outlive: o.lasts(), SharedMemory: o.sharedMemory, FS: o.fs, Foreign: o.Foreign,
 		AllowReadOnly: mayRead,
-	}) // its clients and devices go on when it is killed
+	}
+	store, err := cow.Open(dir, opts)
+	if errors.Is(err, cow.ErrElsewhere) {
+		store, err = openElsewhere(ctx, dir, o, opts, err)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -137,6 +141,9 @@ func (o *Owner) CloseWhenDone() error {
 	o.wait(func() bool { return o.heir != nil })
 	return o.close()
 }
+
+// WritesThrough reports whether writes are slower than elsewhere, for lack of shared memory.
+func (o *Owner) WritesThrough() bool { return o.store.WritesThrough() }
 
 // LeaveDisks has the disks stay when the owner closes: their users wait for the next one. It tells whether there are
 // any.

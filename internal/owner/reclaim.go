@@ -228,10 +228,7 @@ func refuseWaiting(ctx context.Context, dir string, o Options) error {
 	if err != nil || len(ids) == 0 {
 		return nil // not there, or on something whose parts cannot be told
 	}
-	infos, err := o.driver.Devices(ctx)
-	if err != nil {
-		return nil
-	}
+	infos, _ := o.driver.Devices(ctx) // those that it can tell of
 	for _, i := range infos {
 		if slices.Contains(ids, i.ID) && (i.State == ublk.KernelQuiesced || i.State == ublk.KernelFailIO) {
 			return fmt.Errorf("the store's folder %s is on %s, which waits for its server: %w: have that device recovered first", dir, i.Path(), cow.ErrBusy)

@@ -94,7 +94,7 @@ func (o *Owner) tryRecover(ctx context.Context, d *disk) (Device, error) {
 			d.ref(), pathOf(d.id), cow.ErrNotFound)
 	}
 	if d.lost {
-		return Device{}, fmt.Errorf("what the last server of %v had answered and not written is lost (its shared memory was not found), and %s "+
+		return Device{}, fmt.Errorf("what the last server of %v had answered and not written is lost (its shared memory is gone), and %s "+
 			"would show less than its users have written: %w: give it up with 'vdisk detach --force %[1]v', and check what is on it",
 			d.ref(), pathOf(d.id), ublk.ErrNotRecoverable)
 	}

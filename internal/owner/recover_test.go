@@ -8,9 +8,10 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/internal/storage"
@@ -128,6 +129,19 @@ func bootID(t *testing.T) string {
 		t.Fatal(err)
 	}
 	return boot
+}
+
+// leaveOwner makes the store look as after an owner that was killed, with memory in the folder shm that is not there.
+func (w *world) leaveOwner(shm string) {
+	w.t.Helper()
+	var st, in unix.Stat_t
+	if err := errors.Join(unix.Stat(w.dir, &st), unix.Stat(shm, &in)); err != nil {
+		w.t.Fatal(err)
+	}
+	text := fmt.Sprintf(`{"boot":%q,"dev":%d,"ino":%d,"shm":%d,"buffers":"%032d"}`, bootID(w.t), st.Dev, st.Ino, in.Dev, 0)
+	if err := os.WriteFile(filepath.Join(w.dir, "owner"), []byte(text), 0o600); err != nil {
+		w.t.Fatal(err)
+	}
 }
 
 func write(t *testing.T, b *fakeBlock, text string) {
@@ -419,15 +433,8 @@ func TestForgottenAnswers(t *testing.T) {
 	w.attach(o, "v")
 	w.attach(o, "v@s")
 	w.kill(o)
-	var st syscall.Stat_t
-	if err := syscall.Stat(w.dir, &st); err != nil {
-		t.Fatal(err)
-	}
 	// As left by an owner that was killed, and whose memory somebody has removed.
-	text := fmt.Sprintf(`{"boot":%q,"dev":%d,"ino":%d,"buffers":"%032d"}`, bootID(t), st.Dev, st.Ino, 0)
-	if err := os.WriteFile(filepath.Join(w.dir, "owner"), []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	w.leaveOwner("/dev/shm")
 	w.close(w.own(false))
 	o = w.own(true)
 	w.recovers(o, "", 1)

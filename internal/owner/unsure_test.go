@@ -214,3 +214,68 @@ func TestPruneKeepsWhatWaits(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestMemoryElsewhere: while a disk waits whose last server's memory may be in another container, the store is opened by
+// nobody who does not have that. Giving the disk up needs no memory, and leaves the other disks what they need.
+func TestMemoryElsewhere(t *testing.T) {
+	w := newWorld(t)
+	o := w.own(true)
+	if _, err := o.CreateVolume(t.Context(), "u", cow.VolumeOptions{Size: 1 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	w.attach(o, "v")
+	w.attach(o, "u")
+	w.kill(o)
+	w.leaveOwner("/proc") // which is not where this process has its shared memory
+	refused := func(want string) {
+		t.Helper()
+		before := w.file()
+		for _, lasting := range []bool{true, false} {
+			if o, err := Own(t.Context(), w.dir, w.options(lasting)); err == nil {
+				w.close(o)
+				t.Fatal("the store is opened")
+			} else if !errors.Is(err, cow.ErrElsewhere) || !errors.Is(err, cow.ErrBusy) || !strings.Contains(err.Error(), want) {
+				t.Error(err)
+			}
+		}
+		if _, err := os.Stat(filepath.Join(w.dir, "owner")); err != nil || w.file() != before {
+			t.Errorf("%v, the file is %q, was %q", err, w.file(), before)
+		}
+	}
+	refused("(v, u)")
+	w.d.hidden, w.d.fail["devices"] = true, ublk.ErrUnlisted
+	if err := GiveUp(t.Context(), w.dir, "v", w.options(false)); !errors.Is(err, ErrUnsupported) {
+		t.Error(err)
+	}
+	w.d.hidden = false
+	if err := GiveUp(t.Context(), w.dir, "nope", w.options(false)); !errors.Is(err, cow.ErrNotFound) {
+		t.Error(err)
+	}
+	if err := GiveUp(t.Context(), w.dir, "v", w.options(false)); err != nil || w.d.count() != 1 {
+		t.Error(err, w.d.count())
+	}
+	refused("(u)")
+	if err := GiveUp(t.Context(), w.dir, "/dev/ublkb1", w.options(false)); err != nil || w.d.count() != 0 || w.file() != "" {
+		t.Error(err, w.d.count(), w.file())
+	}
+	// Nobody needs it any more.
+	o = w.own(true)
+	w.attach(o, "v")
+	w.close(o)
+}
+
+// TestNotWrittenBack: what the kernel could not write back at the end of a disk is told, by whatever ended that.
+func TestNotWrittenBack(t *testing.T) {
+	w := newWorld(t)
+	o := w.own(true)
+	w.attach(o, "v")
+	w.d.fail["flush"] = ublk.ErrNotFlushed
+	if err := o.Detach(t.Context(), "v", true); !errors.Is(err, ublk.ErrNotFlushed) || w.d.count() != 0 || len(o.devicesOf("")) != 0 {
+		t.Errorf("detach: %v, %d devices are left", err, w.d.count())
+	}
+	w.attach(o, "v")
+	w.d.fail["flush"] = ublk.ErrNotFlushed
+	if err := o.Close(); !errors.Is(err, ublk.ErrNotFlushed) || w.d.count() != 0 {
+		t.Errorf("close: %v, %d devices are left", err, w.d.count())
+	}
+}
