@@ -134,9 +134,12 @@ noowner
 v check --read-data
 
 echo "== a copy of the store's file system"
-truncate -s 400M o.img
-mkfs.ext4 -q o.img
-mount -o loop o.img /mnt/orig
+modprobe loop
+o=$VDISK_SCRATCH/o.img c=$VDISK_SCRATCH/c.img
+truncate -s 400M "$o"
+mkfs.ext4 -q "$o"
+first=$(losetup -f --show "$o")
+mount "$first" /mnt/orig
 VDISK_STORE=/mnt/orig/store
 v create c --size 32M
 dev=$(v attach c)
@@ -144,35 +147,39 @@ dd if=/dev/urandom of="$dev" bs=1M count=1 oflag=direct status=none
 sum "$dev" >before
 murder
 fsfreeze -f /mnt/orig
-cp --sparse=always o.img c.img
+cp --sparse=always "$o" "$c"
 fsfreeze -u /mnt/orig
-mount -o loop c.img /mnt/copy
-v --store /mnt/copy/store ls -o name,device | grep -qF "$dev (waits)" || fail "the copy does not say that the disk may be its own"
+second=$(losetup -f --show "$c")
+mount "$second" /mnt/copy
+copy() { v --store /mnt/copy/store "$@"; }
+copy ls -H -o name,device | grep -qF "$dev (waits)" || fail "the copy does not say that the disk may be its own: $(copy ls)"
 refused 5 "recover --moved c" --store /mnt/copy/store recover c
-v --store /mnt/copy/store devices --prune 2>&1 | grep -q 'nothing to delete' || fail "the copy pruned"
-v --store /mnt/copy/store detach --force c
+copy devices --prune 2>&1 | grep -q 'nothing to delete' || fail "the copy pruned"
+copy detach --force c
 [ -b "$dev" ] || fail "the copy deleted the original's device"
-v --store /mnt/copy/store check
+VDISK_STORE=/mnt/copy/store noowner
+copy check
 [ "$(v recover)" = "$dev" ] || fail "the original is not recovered"
 sum "$dev" >after
 cmp before after || fail "the content is another one"
+
 echo "== the same file system, mounted anew"
 murder
-loop=$(losetup -j o.img -O NAME -n | head -1)
 umount /mnt/orig /mnt/copy
-losetup -d "$loop" 2>/dev/null || true
-spare=$(losetup -f --show /dev/null 2>/dev/null || true)
-mount -o loop o.img /mnt/orig
-[ -z "$spare" ] || losetup -d "$spare" || true
-if [ "$(v recover 2>err)" != "$dev" ]; then
-	grep -qF 'recover --moved c' err || fail "$(cat err)"
-	[ "$(v recover --moved c)" = "$dev" ] || fail "not recovered"
-fi
+losetup -d "$first"
+losetup -d "$second"
+first=$(losetup -f --show "$c") # so that the other one gets another number
+second=$(losetup -f --show "$o")
+mount "$second" /mnt/orig
+refused 5 "recover --moved c" recover
+[ "$(v recover --moved)" = "$dev" ] || fail "not recovered"
 sum "$dev" >after
 cmp before after || fail "the content is another one"
 v detach c
 noowner
 v check --read-data
 umount /mnt/orig
+losetup -d "$first"
+losetup -d "$second"
 kill $decoy
 [ "$(v devices --json | grep -c '"path"')" = 0 ] || fail "devices are left: $(v devices)"
