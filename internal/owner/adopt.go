@@ -116,8 +116,10 @@ func (o *Owner) deleteDead(ctx context.Context, rec deviceRecord, info ublk.Devi
 
 // hold keeps the volume of a device that waits.
 func (o *Owner) hold(rec deviceRecord, info ublk.DeviceInfo, err error) {
-	d := &disk{cookie: rec.Cookie, name: rec.Ref, readOnly: rec.ReadOnly, id: info.ID, err: err, elsewhere: rec.Dev}
+	d := &disk{cookie: rec.Cookie, name: rec.Ref, readOnly: rec.ReadOnly, id: info.ID, elsewhere: rec.Dev}
 	d.lost = rec.Lost || o.store.Forgot() && !rec.ReadOnly
+	err = errors.Join(err, d.mayBeAnothers(o.dir))
+	d.err = err
 	for _, name := range []string{rec.Ref, rec.Renaming} {
 		r, perr := cow.ParseRef(name)
 		if perr != nil {

@@ -25,12 +25,13 @@ type Recovery struct {
 }
 
 // Recover serves the devices that wait for a server: the one that what names by its path, volume or snapshot, or all of
-// them for an empty what. Each is recovered on its own.
+// them for an empty what. Each is recovered on its own. Those that somebody else is about to recover or give up are waited
+// for, and are part of the outcome.
 func (o *Owner) Recover(ctx context.Context, what string) ([]Recovery, error) {
 	if err := cmp.Or(o.ReadOnly(), o.lasting()); err != nil {
 		return nil, err
 	}
-	waiting, err := o.claimWaiting(what)
+	waiting, others, err := o.claimWaiting(what)
 	if err != nil {
 		return nil, err
 	}
@@ -43,29 +44,59 @@ func (o *Owner) Recover(ctx context.Context, what string) ([]Recovery, error) {
 		wg.Go(func() { outcome[i] = o.recoverDisk(ctx, d) })
 	}
 	wg.Wait()
-	return outcome, nil
+	return append(outcome, o.outcomeOf(ctx, others)...), nil
 }
 
-// claimWaiting claims the disks that wait and that what names.
-func (o *Owner) claimWaiting(what string) (list []*disk, err error) {
+// outcomeOf waits until nobody has a claim on the disks, and tells what has become of those that are still there.
+func (o *Owner) outcomeOf(ctx context.Context, disks []*disk) (list []Recovery) {
+	ctx, cancel := context.WithTimeout(ctx, recoverTimeout)
+	defer cancel()
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for _, d := range disks {
+		for d.busy && ctx.Err() == nil {
+			changed := o.changed
+			o.mu.Unlock()
+			select {
+			case <-changed:
+			case <-ctx.Done():
+			}
+			o.mu.Lock()
+		}
+		switch {
+		case !slices.Contains(o.disks, d): // given up
+		case d.block != nil:
+			list = append(list, Recovery{Device: d.info()})
+		default:
+			list = append(list, Recovery{Device: d.info(), Error: toWire(cmp.Or(d.err, d.info().waits()))})
+		}
+	}
+	return list
+}
+
+// claimWaiting claims the disks that wait and that what names; others are those that somebody else has a claim on.
+func (o *Owner) claimWaiting(what string) (list, others []*disk, err error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	candidates := o.disks
 	if what != "" {
 		d, err := o.find(what)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		candidates = []*disk{d}
 	}
 	for _, d := range candidates {
-		if d.block != nil || d.busy {
-			continue // served, or about to be
+		switch {
+		case d.block != nil || !d.listed(): // served, or being made
+		case d.busy:
+			others = append(others, d)
+		default:
+			d.busy = true
+			list = append(list, d)
 		}
-		d.busy = true
-		list = append(list, d)
 	}
-	return list, nil
+	return list, others, nil
 }
 
 // recoverDisk recovers one disk, which is claimed.
@@ -129,13 +160,19 @@ func (o *Owner) tryRecover(ctx context.Context, d *disk) (Device, error) {
 func (o *Owner) isOurs(d *disk) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	return d.mayBeAnothers(o.dir)
+}
+
+// mayBeAnothers is why a disk is left alone that was made when the store was on another file system, or nil. Owner.mu is
+// held.
+func (d *disk) mayBeAnothers(dir string) error {
 	if d.elsewhere == 0 {
 		return nil
 	}
 	return fmt.Errorf("%s was made of %v when %s was on another file system (device number %s): if that is a copy of the other, this is "+
 		"not its device: %w: if it is the same one, mounted anew, run 'vdisk recover --moved %[2]v'; if it is a copy, "+
 		"'vdisk detach --force %[2]v' forgets the device here, and leaves it to the other",
-		pathOf(d.id), d.ref(), o.dir, devText(d.elsewhere), cow.ErrBusy)
+		pathOf(d.id), d.ref(), dir, devText(d.elsewhere), cow.ErrBusy)
 }
 
 func devText(dev uint64) string { return fmt.Sprintf("%d:%d", unix.Major(dev), unix.Minor(dev)) }
@@ -146,7 +183,7 @@ func (o *Owner) Claim(ctx context.Context, what string) error {
 	if err := o.lasting(); err != nil {
 		return err
 	}
-	waiting, err := o.claimWaiting(what)
+	waiting, _, err := o.claimWaiting(what)
 	if err != nil {
 		return err
 	}
@@ -154,7 +191,7 @@ func (o *Owner) Claim(ctx context.Context, what string) error {
 		o.mu.Lock()
 		d.elsewhere = 0
 		o.mu.Unlock()
-		o.release(d, d.err)
+		o.release(d, nil) // it is to be tried
 	}
 	if len(waiting) == 0 {
 		return nil

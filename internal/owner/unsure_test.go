@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/ublk"
@@ -106,9 +107,11 @@ func TestMovedFileSystem(t *testing.T) {
 	if err := o.Remove(t.Context(), cow.Ref{Volume: "v"}, true); !errors.Is(err, cow.ErrBusy) {
 		t.Error(err)
 	}
-	w.recovers(o, "", 0)
-	if d := o.devicesOf("v")[0]; !strings.Contains(d.Error, "--moved") {
-		t.Error(d)
+	for range 2 {
+		if d := o.devicesOf("v")[0]; !strings.Contains(d.Error, "--moved") {
+			t.Error(d)
+		}
+		w.recovers(o, "", 0)
 	}
 	w.close(o)
 	moved := w.file()
@@ -278,4 +281,44 @@ func TestNotWrittenBack(t *testing.T) {
 	if err := o.Close(); !errors.Is(err, ublk.ErrNotFlushed) || w.d.count() != 0 {
 		t.Errorf("close: %v, %d devices are left", err, w.d.count())
 	}
+}
+
+// TestRecoverWaitsForOthers: what another command is about to recover is not nothing.
+func TestRecoverWaitsForOthers(t *testing.T) {
+	w := waitingWorld(t)
+	o := w.own(true)
+	mine, _, err := o.claimWaiting("")
+	if err != nil || len(mine) != 1 {
+		t.Fatal(mine, err)
+	}
+	outcome := make(chan []Recovery, 1)
+	go func() {
+		list, err := o.Recover(t.Context(), "")
+		if err != nil {
+			t.Error(err)
+		}
+		outcome <- list
+	}()
+	select {
+	case list := <-outcome:
+		t.Fatalf("it does not wait: %v", list)
+	case <-time.After(50 * time.Millisecond):
+	}
+	o.release(mine[0], errors.New("not today"))
+	if list := <-outcome; len(list) != 1 || list[0].Error == nil || !strings.Contains(list[0].Error.Message, "not today") {
+		t.Error(list)
+	}
+	if mine, _, err = o.claimWaiting("v"); err != nil || len(mine) != 1 {
+		t.Fatal(mine, err)
+	}
+	go func() { list, _ := o.Recover(t.Context(), "v"); outcome <- list }()
+	if r := o.recoverDisk(t.Context(), mine[0]); r.Error != nil {
+		t.Fatal(r.Error)
+	}
+	for _, r := range <-outcome { // nothing, if it came later
+		if r.Error != nil {
+			t.Error(r.Error)
+		}
+	}
+	w.close(o)
 }
