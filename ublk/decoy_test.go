@@ -21,6 +21,8 @@ type oneDevice struct {
 	info2 syscall.Errno // what GET_DEV_INFO2 and GET_DEV_INFO answer
 	info  syscall.Errno
 
+	asked func() // called when the parameters are
+
 	started, deleted int
 }
 
@@ -42,6 +44,10 @@ func (d *oneDevice) run(_ context.Context, op uint32, _ ctrlCmd, buf unsafe.Poin
 			return -int32(d.info), nil
 		}
 		*(*devInfo)(buf) = info
+	case cmdGetParams:
+		if d.asked != nil {
+			d.asked()
+		}
 	case cmdStartUserRecovery:
 		d.started++
 		return -int32(syscall.EIO), nil // which ends the recovery
@@ -176,6 +182,10 @@ func TestNoNodeIsNoProof(t *testing.T) {
 		if ids, err := deviceIDs(class, dev); !errors.Is(err, ErrUnlisted) || len(ids) != 1 || ids[0] != 7 {
 			t.Errorf("%s: %v, %v", what, ids, err)
 		}
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	if list, err := newControl(&oneDevice{asked: cancel}).describeAll(ended, []int{7, 8}); len(list) != 1 || err == nil {
+		t.Errorf("a list that was broken off looks whole: %v", list)
 	}
 	// One device that cannot be asked about does not hide the others.
 	d := &oneDevice{info2: syscall.EIO, info: syscall.EIO}

@@ -81,7 +81,7 @@ func (c *control) describeAll(ctx context.Context, ids []int) (all []DeviceInfo,
 			err = errors.Join(err, derr)
 		}
 		if ctx.Err() != nil {
-			break
+			return all, errors.Join(err, ctx.Err())
 		}
 	}
 	return all, err
@@ -95,7 +95,7 @@ const classDir = "/sys/class/ublk-char"
 func deviceIDs(class, dev string) (ids []int, err error) {
 	entries, rerr := os.ReadDir(class)
 	var st unix.Statfs_t
-	if rerr == nil && unix.Statfs(class, &st) == nil && st.Type != unix.SYSFS_MAGIC {
+	if rerr == nil && (unix.Statfs(class, &st) != nil || st.Type != unix.SYSFS_MAGIC) {
 		rerr = fmt.Errorf("%s is no part of a sysfs", class)
 	}
 	if rerr != nil {
