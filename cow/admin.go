@@ -2,6 +2,7 @@ package cow
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -346,14 +347,13 @@ func (s *Store) Remove(r Ref, recursive bool) error {
 		if v.writer || v.readers > 0 {
 			return nil, fmt.Errorf("it is open; detach it first: %w", ErrBusy)
 		}
-		var names []string
-		for _, sn := range v.snapshots {
-			names = append(names, v.Name+"@"+sn.Name)
-			ev.Snapshots = append(ev.Snapshots, unnamed(sn))
+		if len(v.snapshots) > 0 && !recursive {
+			return nil, fmt.Errorf("it has snapshots (%s); -r removes them with it: %w", someNames(v), ErrBusy)
 		}
-		if len(names) > 0 && !recursive {
-			slices.Sort(names)
-			return nil, fmt.Errorf("it has snapshots (%s); -r removes them with it: %w", strings.Join(names, ", "), ErrBusy)
+		if len(v.snapshots) <= mostNamed {
+			for _, sn := range v.snapshots {
+				ev.Snapshots = append(ev.Snapshots, unnamed(sn))
+			}
 		}
 		ev.DropVolumes = []uint32{v.ID}
 		return ev, nil
@@ -362,6 +362,23 @@ func (s *Store) Remove(r Ref, recursive bool) error {
 		poke(s.ckptWork) // the space is wanted back
 	}
 	return wrapIf(err, "remove %s", r)
+}
+
+// mostNamed is of how many snapshots an event says that they go with their volume. They do in any case; programs
+// before this one have to be told, and an event has an end.
+const mostNamed = 1000
+
+// someNames names a volume's snapshots, or the first and how many there are.
+func someNames(v *volume) string {
+	const most = 5
+	names := slices.Sorted(maps.Keys(v.snapshots))
+	for i, name := range names[:min(most, len(names))] {
+		names[i] = v.Name + "@" + name
+	}
+	if len(names) > most {
+		return fmt.Sprintf("%s and %d more", strings.Join(names[:most], ", "), len(names)-most)
+	}
+	return strings.Join(names, ", ")
 }
 
 func unnamed(sn *snapshot) format.Snapshot {
@@ -394,10 +411,14 @@ type VolumeInfo struct {
 // Volumes describes all volumes, by name.
 func (s *Store) Volumes() []VolumeInfo {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	var out []VolumeInfo
+	clones := s.clones()
+	out := make([]VolumeInfo, 0, len(s.tables.volumes))
 	for _, v := range s.tables.volumes {
-		out = append(out, s.describe(v))
+		out = append(out, s.describe(v, clones))
+	}
+	s.mu.Unlock() // there may be very many, and others wait
+	for i := range out {
+		out[i].sort()
 	}
 	slices.SortFunc(out, func(a, b VolumeInfo) int { return strings.Compare(a.Name, b.Name) })
 	return out
@@ -406,18 +427,31 @@ func (s *Store) Volumes() []VolumeInfo {
 // Volume describes one.
 func (s *Store) Volume(name string) (VolumeInfo, error) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		return VolumeInfo{}, ErrClosed
-	}
 	v, _, err := s.lookup(Ref{Volume: name})
 	if err != nil {
+		s.mu.Unlock()
 		return VolumeInfo{}, err
 	}
-	return s.describe(v), nil
+	in := s.describe(v, s.clones())
+	s.mu.Unlock()
+	in.sort()
+	return in, nil
 }
 
-func (s *Store) describe(v *volume) VolumeInfo {
+// sort brings the snapshots into the order in which they were taken.
+func (in *VolumeInfo) sort() {
+	for i := range in.Snapshots {
+		slices.Sort(in.Snapshots[i].Clones)
+	}
+	slices.SortFunc(in.Snapshots, func(a, b SnapshotInfo) int {
+		if c := a.Created.Compare(b.Created); c != 0 {
+			return c
+		}
+		return strings.Compare(a.Name, b.Name)
+	})
+}
+
+func (s *Store) describe(v *volume, clones map[point][]*volume) VolumeInfo {
 	in := VolumeInfo{
 		Name: v.Name, Size: v.Size, Codec: v.Codec.String(), LogicalBlock: v.LogicalBlock,
 		Created: v.Created, Open: v.readers,
@@ -431,18 +465,18 @@ func (s *Store) describe(v *volume) VolumeInfo {
 	if v.branch.origin != nil {
 		in.Origin = s.pointName(v.branch.origin, v.branch.originEpoch)
 	}
-	for _, sn := range v.snapshots {
-		in.Snapshots = append(in.Snapshots, SnapshotInfo{
-			Volume: v.Name, Name: sn.Name, Size: sn.Size,
-			Created: sn.Created, Clones: s.clones(sn),
-		})
+	if len(v.snapshots) > 0 {
+		in.Snapshots = make([]SnapshotInfo, 0, len(v.snapshots))
 	}
-	slices.SortFunc(in.Snapshots, func(a, b SnapshotInfo) int {
-		if c := a.Created.Compare(b.Created); c != 0 {
-			return c
+	for _, sn := range v.snapshots {
+		si := SnapshotInfo{Volume: v.Name, Name: sn.Name, Size: sn.Size, Created: sn.Created}
+		for _, c := range clones[point{sn.branch, sn.Epoch}] {
+			if c.ID != sn.Volume { // which was rolled back to it
+				si.Clones = append(si.Clones, c.Name)
+			}
 		}
-		return strings.Compare(a.Name, b.Name)
-	})
+		in.Snapshots = append(in.Snapshots, si)
+	}
 	return in
 }
 
@@ -453,15 +487,20 @@ func (s *Store) pointName(b *branch, epoch uint32) string {
 	return "(deleted)"
 }
 
-func (s *Store) clones(sn *snapshot) (names []string) {
-	if sn.branch.forks[sn.Epoch] == 0 {
-		return nil
-	}
+// point is one at which branches begin.
+type point struct {
+	b     *branch
+	epoch uint32
+}
+
+// clones finds the volumes that began at a point. mu is held.
+func (s *Store) clones() map[point][]*volume {
+	clones := map[point][]*volume{}
 	for _, v := range s.tables.volumes {
-		if v.branch.origin == sn.branch && v.branch.originEpoch == sn.Epoch && v.ID != sn.Volume {
-			names = append(names, v.Name)
+		if v.branch.origin != nil {
+			p := point{v.branch.origin, v.branch.originEpoch}
+			clones[p] = append(clones[p], v)
 		}
 	}
-	slices.Sort(names)
-	return names
+	return clones
 }

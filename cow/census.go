@@ -119,23 +119,28 @@ func (c *census) names(tb *metadata.Tables) error {
 			c.snapshots[v] = append(c.snapshots[v], c.marks[r])
 		}
 	}
-	slices.SortFunc(c.refs, func(a, b Ref) int {
-		return cmp.Or(strings.Compare(a.Volume, b.Volume), strings.Compare(a.Snapshot, b.Snapshot))
-	})
+	slices.SortFunc(c.refs, Ref.compare)
 	return nil
+}
+
+// compare orders volumes by name, each before its snapshots.
+func (r Ref) compare(o Ref) int {
+	return cmp.Or(strings.Compare(r.Volume, o.Volume), strings.Compare(r.Snapshot, o.Snapshot))
 }
 
 // keep finds the keepers of all branches: what begins at a point comes after it, so the last branch is first.
 func (c *census) keep(tb *metadata.Tables) error {
+	for _, l := range c.lines {
+		slices.SortFunc(l.keepers, func(a, b keeper) int { return cmp.Compare(a.epoch, b.epoch) })
+	}
 	for _, b := range slices.Backward(tb.Branches) {
 		l := c.lines[b.ID]
 		l.keepers = slices.DeleteFunc(l.keepers, func(k keeper) bool { return !k.keeps() })
-		slices.SortFunc(l.keepers, func(a, b keeper) int { return cmp.Compare(a.epoch, b.epoch) })
 		if len(l.keepers) == 0 || l.origin == nil {
 			continue
 		}
-		k := slices.IndexFunc(l.origin.keepers, func(k keeper) bool { return k.epoch == l.OriginEpoch })
-		if k < 0 {
+		k := l.origin.search(l.OriginEpoch)
+		if k == len(l.origin.keepers) || l.origin.keepers[k].epoch != l.OriginEpoch {
 			return corruptf("branch %d begins at epoch %d of branch %d, which is no point", b.ID, b.OriginEpoch, b.OriginBranch)
 		}
 		l.origin.keepers[k].forks++

@@ -294,8 +294,19 @@ func compareVersions(a, b metadata.Version) int {
 	return 0
 }
 
+// sort brings rows into the order of the table's keys: to insert very many in any other order takes bbolt a time that
+// grows with their square.
+func (g *generation) sort() {
+	slices.SortFunc(g.dropLeaves, compareVersions)
+	slices.SortFunc(g.volumes, func(a, b format.Volume) int { return cmp.Compare(a.ID, b.ID) })
+	slices.SortFunc(g.snapshots, func(a, b format.Snapshot) int { return cmp.Compare(a.ID, b.ID) })
+	slices.SortFunc(g.branches, func(a, b format.Branch) int { return cmp.Compare(a.ID, b.ID) })
+	slices.SortFunc(g.chunks, func(a, b format.Chunk) int { return cmp.Compare(a.Slot, b.Slot) })
+}
+
 // write is the transaction. Dropped leaves go first: none of them is written in the same generation.
 func (g *generation) write(tx *metadata.Tx) error {
+	g.sort()
 	for _, v := range g.dropLeaves {
 		if err := tx.DropLeaf(v); err != nil {
 			return err

@@ -48,7 +48,7 @@ func (s *Store) nextJob() (job, bool) {
 			return b.job(), true
 		}
 	}
-	for sn := range s.tables.nameless {
+	for sn := range s.tables.waiting {
 		if sn.isReapable(committed) {
 			return sn.job(), true
 		}

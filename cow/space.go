@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
@@ -22,7 +23,17 @@ type Usage struct {
 
 // Usage tells what volumes and snapshots take: those named, as far as they are there, or all, each volume before its
 // snapshots. It begins with a checkpoint, and is exact as of then; the store may be in use.
-func (s *Store) Usage(ctx context.Context, refs ...Ref) (us []Usage, err error) {
+func (s *Store) Usage(ctx context.Context, refs ...Ref) ([]Usage, error) {
+	return s.usage(ctx, func(c *census) []Ref {
+		if len(refs) == 0 {
+			return c.refs
+		}
+		return refs
+	})
+}
+
+// usage tells what those take that which chooses.
+func (s *Store) usage(ctx context.Context, which func(*census) []Ref) (us []Usage, err error) {
 	if err := s.beginTask(); err != nil {
 		return nil, fmt.Errorf("usage: %w", err)
 	}
@@ -35,11 +46,26 @@ func (s *Store) Usage(ctx context.Context, refs ...Ref) (us []Usage, err error) 
 	err = metadata.Guard(func() error {
 		c, err := newCensus(tx, func() error { return s.interrupted(ctx) })
 		if err == nil {
-			us, err = c.usage(refs)
+			us, err = c.usage(which(c))
 		}
 		return err
 	})
 	return us, wrapIf(err, "usage")
+}
+
+// VolumeUsage tells what volumes take, each before all of its snapshots, as Usage does. Volumes that are not there are
+// left out.
+func (s *Store) VolumeUsage(ctx context.Context, names ...string) ([]Usage, error) {
+	return s.usage(ctx, func(c *census) []Ref {
+		var refs []Ref
+		for _, name := range names {
+			i, _ := slices.BinarySearchFunc(c.refs, Ref{Volume: name}, Ref.compare)
+			for ; i < len(c.refs) && c.refs[i].Volume == name; i++ {
+				refs = append(refs, c.refs[i])
+			}
+		}
+		return refs
+	})
 }
 
 // interrupted says whether ctx, or the store's Close, wants a long work to end.
@@ -87,11 +113,8 @@ func (s *Store) Room() (int64, error) {
 	return room - s.wal.chunkBytes, nil // one chunk is kept for the cleaner
 }
 
-// usage answers for refs, or for all there are.
+// usage answers for refs.
 func (c *census) usage(refs []Ref) (us []Usage, err error) {
-	if len(refs) == 0 {
-		refs = c.refs
-	}
 	if len(refs) == 1 && refs[0].Snapshot != "" {
 		if m, ok := c.marks[refs[0]]; ok {
 			u, done, err := c.snapshot(m)

@@ -50,7 +50,8 @@ type tables struct {
 	snapshots map[uint32]*snapshot
 	branches  map[uint32]*branch
 	byName    map[string]*volume
-	nameless  map[*snapshot]struct{} // those of volume 0: the reaper's, when no branch begins there
+	nameless  map[*snapshot]struct{} // those of volume 0
+	waiting   map[*snapshot]struct{} // of these, those at which no branch begins: the reaper's
 	headless  map[*branch]struct{}   // those without a volume that are not reaped
 	nextID    uint32
 
@@ -60,7 +61,7 @@ type tables struct {
 func newTables() tables {
 	return tables{
 		volumes: map[uint32]*volume{}, snapshots: map[uint32]*snapshot{}, branches: map[uint32]*branch{},
-		byName: map[string]*volume{}, nameless: map[*snapshot]struct{}{}, headless: map[*branch]struct{}{}, nextID: 1,
+		byName: map[string]*volume{}, nameless: map[*snapshot]struct{}{}, waiting: map[*snapshot]struct{}{}, headless: map[*branch]struct{}{}, nextID: 1,
 		dirtyVolumes: map[uint32]struct{}{}, dirtySnapshots: map[uint32]struct{}{}, dirtyBranches: map[uint32]struct{}{},
 	}
 }
@@ -85,7 +86,7 @@ func (t *tables) putBranch(r format.Branch, gen uint64) error {
 			if b.origin = t.branches[r.OriginBranch]; b.origin == nil {
 				return corruptf("branch %d has the origin %d, which does not exist", r.ID, r.OriginBranch)
 			}
-			b.origin.fork(b.originEpoch, +1)
+			t.fork(b, +1)
 		}
 		t.branches[r.ID] = b
 		t.behead(b, gen) // until a volume takes it
@@ -124,10 +125,16 @@ func (t *tables) putVolume(r format.Volume, gen uint64) error {
 	return nil
 }
 
+// dropVolume removes a volume, and with it the names of its snapshots.
 func (t *tables) dropVolume(n uint32, gen uint64) error {
 	v := t.volumes[n]
 	if v == nil {
 		return corruptf("volume %d is deleted but does not exist", n)
+	}
+	for _, s := range v.snapshots { // of many the event names none
+		s.dropped = gen
+		t.unname(s)
+		t.dirtySnapshots[s.ID] = struct{}{}
 	}
 	delete(t.volumes, n)
 	delete(t.byName, v.Name)
@@ -155,16 +162,27 @@ func (t *tables) putSnapshot(r format.Snapshot, gen uint64) error {
 		if s.Volume != 0 {
 			s.dropped = gen
 		}
-		t.nameless[s] = struct{}{}
 	} else if v := t.volumes[r.Volume]; v != nil {
 		v.snapshots[r.Name] = s
 	} else {
 		return corruptf("snapshot %q is of volume %d, which does not exist", r.Name, r.Volume)
 	}
 	s.Snapshot = r
+	if r.Volume == 0 {
+		t.unname(s)
+	}
 	t.usedID(r.ID)
 	t.dirtySnapshots[r.ID] = struct{}{}
 	return nil
+}
+
+// unname notes that a point has no name any more.
+func (t *tables) unname(s *snapshot) {
+	s.Volume = 0
+	t.nameless[s] = struct{}{}
+	if s.branch.forks[s.Epoch] == 0 {
+		t.waiting[s] = struct{}{}
+	}
 }
 
 // apply installs what an event says: the live path and replay both do.
@@ -196,7 +214,10 @@ func (t *tables) apply(ev *format.Event, gen uint64) error {
 func (t *tables) forget(s *snapshot) {
 	delete(t.snapshots, s.ID)
 	delete(t.nameless, s)
-	s.branch.points = slices.DeleteFunc(s.branch.points, func(p *snapshot) bool { return p == s })
+	delete(t.waiting, s)
+	if i, found := s.branch.search(s.Epoch); found {
+		s.branch.points = slices.Delete(s.branch.points, i, i+1)
+	}
 	t.dirtySnapshots[s.ID] = struct{}{}
 }
 
@@ -205,7 +226,7 @@ func (t *tables) forgetBranch(b *branch) {
 	delete(t.branches, b.ID)
 	delete(t.headless, b)
 	if b.origin != nil {
-		b.origin.fork(b.originEpoch, -1)
+		t.fork(b, -1)
 	}
 	t.dirtyBranches[b.ID] = struct{}{}
 }
@@ -216,13 +237,23 @@ func (t *tables) behead(b *branch, gen uint64) {
 	t.headless[b] = struct{}{}
 }
 
-// fork counts the branches that begin at a point.
-func (b *branch) fork(epoch uint32, by int) {
-	if b.forks == nil {
-		b.forks = map[uint32]int{}
+// fork counts the branches that begin at the point where b begins: one more, or one less.
+func (t *tables) fork(b *branch, by int) {
+	o, epoch := b.origin, b.originEpoch
+	if o.forks == nil {
+		o.forks = map[uint32]int{}
 	}
-	if b.forks[epoch] += by; b.forks[epoch] == 0 {
-		delete(b.forks, epoch)
+	if o.forks[epoch] += by; o.forks[epoch] == 0 {
+		delete(o.forks, epoch)
+	}
+	i, found := o.search(epoch)
+	if !found || o.points[i].Volume != 0 {
+		return
+	}
+	if o.forks[epoch] == 0 {
+		t.waiting[o.points[i]] = struct{}{}
+	} else {
+		delete(t.waiting, o.points[i])
 	}
 }
 

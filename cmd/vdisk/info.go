@@ -171,13 +171,12 @@ func (a *app) refInfo(c *cli.Context, s owner.Store, r cow.Ref) error {
 		return err
 	}
 	j := volumeOf(v)
-	refs := []cow.Ref{r}
-	if r.Snapshot == "" {
-		for _, sn := range v.Snapshots {
-			refs = append(refs, cow.Ref{Volume: v.Name, Snapshot: sn.Name})
-		}
+	var us []cow.Usage
+	if r.Snapshot != "" {
+		us, err = s.Usage(c.Context, r)
+	} else {
+		us, err = s.VolumeUsage(c.Context, v.Name)
 	}
-	us, err := s.Usage(c.Context, refs...)
 	if err != nil {
 		return err
 	}

@@ -206,26 +206,23 @@ func itemsOf(volumes []volumeJSON, kind string) (items []item) {
 
 // addUsage asks for all items at once, which is much cheaper than one by one.
 func addUsage(c *cli.Context, s owner.Store, items []item) error {
-	byName := map[string]*item{}
-	var refs []cow.Ref // none: all there are
-	for i := range items {
-		name := items[i].volume.Name
-		if items[i].snapshot != nil {
-			name = items[i].snapshot.Name
-		}
-		byName[name] = &items[i]
-		if c.NArg() > 0 {
-			r, err := cow.ParseRef(name)
-			if err != nil {
-				return err
-			}
-			refs = append(refs, r)
-		}
-	}
 	if len(items) == 0 {
 		return nil
 	}
-	us, err := s.Usage(c.Context, refs...)
+	byName := map[string]*item{}
+	var volumes []string
+	snapshots := false
+	for i := range items {
+		name := items[i].volume.Name
+		if n := len(volumes); n == 0 || volumes[n-1] != name { // those of one follow one another
+			volumes = append(volumes, name)
+		}
+		if items[i].snapshot != nil {
+			name, snapshots = items[i].snapshot.Name, true
+		}
+		byName[name] = &items[i]
+	}
+	us, err := usageOfItems(c, s, volumes, snapshots)
 	if err != nil {
 		return err
 	}
@@ -242,6 +239,21 @@ func addUsage(c *cli.Context, s owner.Store, items []item) error {
 		}
 	}
 	return nil
+}
+
+// usageOfItems asks what volumes take, with their snapshots if these are shown.
+func usageOfItems(c *cli.Context, s owner.Store, volumes []string, snapshots bool) ([]cow.Usage, error) {
+	switch {
+	case c.NArg() == 0:
+		return s.Usage(c.Context)
+	case snapshots:
+		return s.VolumeUsage(c.Context, volumes...)
+	}
+	refs := make([]cow.Ref, len(volumes))
+	for i, name := range volumes {
+		refs[i].Volume = name
+	}
+	return s.Usage(c.Context, refs...)
 }
 
 // listJSON is {"volumes": [...]}, each with its snapshots; with -t snap {"snapshots": [...]}.

@@ -153,6 +153,11 @@ func (c *Client) Usage(ctx context.Context, refs ...cow.Ref) (us []cow.Usage, er
 	return us, c.call(ctx, "space", request{Refs: refs}, &us)
 }
 
+// VolumeUsage says what volumes take, each with all of its snapshots.
+func (c *Client) VolumeUsage(ctx context.Context, names ...string) (us []cow.Usage, err error) {
+	return us, c.call(ctx, "volume-space", request{Names: names}, &us)
+}
+
 // CreateVolume makes an empty volume.
 func (c *Client) CreateVolume(ctx context.Context, name string, o cow.VolumeOptions) (v cow.VolumeInfo, err error) {
 	return v, c.call(ctx, "create", request{Name: name, Volume: o}, &v)

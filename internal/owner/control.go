@@ -77,6 +77,7 @@ func (c *control) count(_ net.Conn, s http.ConnState) {
 // request is the body of the plain operations; each uses the fields that it needs.
 type request struct {
 	Name   string            `json:",omitempty"`
+	Names  []string          `json:",omitempty"`
 	Ref    cow.Ref           `json:",omitzero"`
 	To     cow.Ref           `json:",omitzero"`
 	Refs   []cow.Ref         `json:",omitempty"`
@@ -118,6 +119,7 @@ func (c *control) routes() *http.ServeMux {
 	plain("volumes", func(ctx context.Context, _ request) (any, error) { return o.Volumes(ctx) })
 	plain("volume", func(ctx context.Context, r request) (any, error) { return o.Volume(ctx, r.Name) })
 	plain("space", func(ctx context.Context, r request) (any, error) { return o.Usage(ctx, r.Refs...) })
+	plain("volume-space", func(ctx context.Context, r request) (any, error) { return o.VolumeUsage(ctx, r.Names...) })
 	plain("create", func(ctx context.Context, r request) (any, error) { return o.CreateVolume(ctx, r.Name, r.Volume) })
 	plain("snapshot", func(ctx context.Context, r request) (any, error) { return nil, o.Snapshot(ctx, r.Refs...) })
 	plain("clone", func(ctx context.Context, r request) (any, error) { return nil, o.Clone(ctx, r.Ref, r.Name) })

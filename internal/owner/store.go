@@ -22,6 +22,7 @@ type Store interface {
 	Volume(ctx context.Context, name string) (Volume, error)
 	// Usage says what volumes and snapshots take: those named, as far as they are there, or all. It reads their maps.
 	Usage(ctx context.Context, refs ...cow.Ref) ([]cow.Usage, error)
+	VolumeUsage(ctx context.Context, names ...string) ([]cow.Usage, error)
 
 	CreateVolume(ctx context.Context, name string, o cow.VolumeOptions) (cow.VolumeInfo, error)
 	Snapshot(ctx context.Context, refs ...cow.Ref) error

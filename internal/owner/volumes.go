@@ -43,6 +43,11 @@ func (o *Owner) Usage(ctx context.Context, refs ...cow.Ref) ([]cow.Usage, error)
 	return o.store.Usage(ctx, refs...)
 }
 
+// VolumeUsage says what volumes take, each with all of its snapshots.
+func (o *Owner) VolumeUsage(ctx context.Context, names ...string) ([]cow.Usage, error) {
+	return o.store.VolumeUsage(ctx, names...)
+}
+
 // CreateVolume makes an empty volume.
 func (o *Owner) CreateVolume(_ context.Context, name string, v cow.VolumeOptions) (cow.VolumeInfo, error) {
 	return o.store.CreateVolume(name, v)
