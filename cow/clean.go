@@ -30,7 +30,7 @@ const (
 type CleanReport struct {
 	Chunks int   `json:"chunks"`      // that were cleaned
 	Moved  int64 `json:"moved_bytes"` // of records, written again
-	Freed  int64 `json:"freed_bytes"` // of chunk files
+	Freed  int64 `json:"freed_bytes"` // by which chunk files take less; 0 if others have written more meanwhile
 }
 
 // Clean gives back the space of what was overwritten, discarded and deleted: it cleans every chunk of which at least
@@ -47,7 +47,7 @@ func (s *Store) Clean(ctx context.Context, waste float64) (CleanReport, error) {
 		if _, err := s.wal.pool.empty(); err != nil {
 			s.log.Error("files of dead chunks stay", "err", err)
 		}
-		rep.Freed = before - s.used(true)
+		rep.Freed = max(0, before-s.used(true))
 		return rep
 	}
 	// What is deleted comes first: it needs no copying.

@@ -27,13 +27,12 @@ func CheckName(s string) error {
 	if len(s) == 0 || len(s) > maxName {
 		return fmt.Errorf("%w: it has %d bytes, not 1 to %d", ErrName, len(s), maxName)
 	}
-	for i := range len(s) {
-		c := s[i]
+	for i, c := range s {
 		alnum := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
 		if alnum || i > 0 && (c == '.' || c == '_' || c == '-') {
 			continue
 		}
-		return fmt.Errorf("%w: %q at byte %d of %q", ErrName, c, i, s)
+		return fmt.Errorf("%w: %q at byte %d of %q", ErrName, c, i, s) // a rune, not one of its bytes
 	}
 	return nil
 }

@@ -46,10 +46,17 @@ func arrange(program *cli.App, args []string) []string {
 				}
 			}
 			*to = append(*to, arg)
-			if taker[name] && !hasValue && len(rest) > 0 {
-				*to = append(*to, rest[0])
-				rest = rest[1:]
+			if !taker.takesValue(arg, name) || hasValue {
+				continue
 			}
+			if len(rest) == 0 { // package cli says so, if nothing follows that it could take for the value
+				if to == &before || command == nil {
+					return append(append(args[:1:1], before...), flags...)
+				}
+				return append(append(append(args[:1:1], before...), command.Name), flags...)
+			}
+			*to = append(*to, rest[0])
+			rest = rest[1:]
 		}
 	}
 	out := append([]string{args[0]}, before...)
@@ -68,6 +75,19 @@ func arrange(program *cli.App, args []string) []string {
 
 // table says of each flag's names whether it takes a value.
 type table map[string]bool
+
+// takesValue tells whether the next argument is the value of a flag, or of the last of several of one letter, as in -Ht.
+func (t table) takesValue(arg, name string) bool {
+	if _, ok := t[name]; ok || strings.HasPrefix(arg, "--") || name == "" {
+		return t[name]
+	}
+	for _, letter := range name {
+		if _, ok := t[string(letter)]; !ok {
+			return false
+		}
+	}
+	return t[name[len(name)-1:]]
+}
 
 func flagTable(flags []cli.Flag) table {
 	t := table{}

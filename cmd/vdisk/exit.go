@@ -65,7 +65,7 @@ var kinds = []struct {
 	{cow.ErrNoSpace, exitNoSpace, "no-space", "nothing was changed by what did not fit; free space on the store's file system, or remove snapshots or volumes (vdisk rm)"},
 	{syscall.ENOSPC, exitNoSpace, "no-space", "free space on that file system"},
 	{syscall.EDQUOT, exitNoSpace, "no-space", "raise the quota, or free space"},
-	{cow.ErrCorrupt, exitCorrupt, "corrupt", "'vdisk check' lists all that is damaged; what still reads can be saved with 'vdisk export'"},
+	{cow.ErrCorrupt, exitCorrupt, "corrupt", "'vdisk check' lists all that is damaged; 'vdisk serve --read-only' and 'qemu-img convert --salvage -O raw URI FILE' save what still reads, with zeros for the rest"},
 	{cow.ErrVersion, exitUnsupported, "newer-format", "use the version of vdisk that made it, or a later one; nothing was touched"},
 	{cow.ErrForeign, exitFailed, "foreign", "run vdisk as the user whom the store belongs to (sudo -u USER vdisk ...); if you trust all who can change it, --foreign or VDISK_FOREIGN=1 opens it"},
 	{cow.ErrIrregular, exitFailed, "irregular", "find out who put it there, and remove it"},

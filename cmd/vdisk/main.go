@@ -173,6 +173,9 @@ func (a *app) prepare(*cli.Context) error {
 		level = slog.LevelDebug
 	}
 	a.log = slog.New(slog.NewTextHandler(a.stderr, &slog.HandlerOptions{Level: level}))
+	if a.dir == "" {
+		return usagef("--store is empty: it names the folder that holds the volumes")
+	}
 	if a.lockTimeout < 0 {
 		return usagef("--lock-timeout %v is below zero", a.lockTimeout)
 	}

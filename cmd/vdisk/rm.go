@@ -17,7 +17,7 @@ func (a *app) rmCommand() *cli.Command {
 		Category:    groupVolumes,
 		Usage:       "remove volumes and snapshots",
 		UsageText:   "vdisk rm VOL[@SNAP]... [-r] [-n]",
-		Description: "Clones of what is removed live on. Space is given back in the background.",
+		Description: "Clones of what is removed live on. Space is given back in the background. If one of several cannot be removed, none is.",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "recursive", Aliases: []string{"r"}, Usage: "remove a volume's snapshots with it"},
 			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "show what would be removed, and do nothing"},
@@ -35,25 +35,40 @@ func (a *app) rmCommand() *cli.Command {
 			if c.Bool("dry-run") {
 				return a.wouldRemove(c, s, refs)
 			}
-			for _, r := range refs {
-				if err := s.Remove(c.Context, r, c.Bool("recursive")); err != nil {
-					return err
-				}
-			}
-			return nil
+			return a.remove(c, s, refs)
 		})
 	})
 }
 
+// remove removes all of the refs, or says why one of them cannot be, and removes none. What changes between the look and
+// the removal may still stop it in the middle; then the error says what is gone.
+func (a *app) remove(c *cli.Context, s owner.Store, refs []cow.Ref) error {
+	if len(refs) > 1 {
+		if _, err := removals(c, s, refs); err != nil {
+			return fmt.Errorf("nothing was removed: %w", err)
+		}
+	}
+	gone := map[cow.Ref]bool{}
+	var removed []string
+	for i, r := range refs {
+		if gone[r] || gone[cow.Ref{Volume: r.Volume}] {
+			continue // named twice
+		}
+		if err := s.Remove(c.Context, r, c.Bool("recursive")); err != nil {
+			if i > 0 {
+				err = fmt.Errorf("%w (removed before: %s)", err, strings.Join(removed, ", "))
+			}
+			return err
+		}
+		gone[r] = true
+		removed = append(removed, r.String())
+	}
+	return nil
+}
+
 // wouldRemove shows what removing the refs would remove, and fails where that would.
 func (a *app) wouldRemove(c *cli.Context, s owner.Store, refs []cow.Ref) error {
-	gone := []string{}
-	var errs []error
-	for _, r := range refs {
-		names, err := removal(c, s, r)
-		gone = append(gone, names...)
-		errs = append(errs, err)
-	}
+	gone, rerr := removals(c, s, refs)
 	err := a.print(map[string]any{"would_remove": gone}, func() error {
 		for _, name := range gone {
 			if _, err := fmt.Fprintln(a.stdout, name); err != nil {
@@ -62,11 +77,30 @@ func (a *app) wouldRemove(c *cli.Context, s owner.Store, refs []cow.Ref) error {
 		}
 		return nil
 	})
-	return errors.Join(append(errs, err)...)
+	return errors.Join(rerr, err)
 }
 
-// removal lists what goes with r.
-func removal(c *cli.Context, s owner.Store, r cow.Ref) ([]string, error) {
+// removals lists what removing the refs, one after the other, would remove, and why it would fail.
+func removals(c *cli.Context, s owner.Store, refs []cow.Ref) ([]string, error) {
+	list := []string{}
+	gone := map[string]bool{}
+	var errs []error
+	for _, r := range refs {
+		if gone[r.String()] || gone[r.Volume] {
+			continue // named twice
+		}
+		names, err := removal(c, s, r, gone)
+		errs = append(errs, err)
+		for _, name := range names {
+			gone[name] = true
+			list = append(list, name)
+		}
+	}
+	return list, errors.Join(errs...)
+}
+
+// removal lists what goes with r when what is in gone has.
+func removal(c *cli.Context, s owner.Store, r cow.Ref, gone map[string]bool) ([]string, error) {
 	v, err := s.Volume(c.Context, r.Volume)
 	if err != nil {
 		return nil, err
@@ -76,7 +110,9 @@ func removal(c *cli.Context, s owner.Store, r cow.Ref) ([]string, error) {
 		if sn.Name == r.Snapshot {
 			return []string{r.String()}, nil
 		}
-		snapshots = append(snapshots, cow.Ref{Volume: r.Volume, Snapshot: sn.Name}.String())
+		if name := (cow.Ref{Volume: r.Volume, Snapshot: sn.Name}).String(); !gone[name] {
+			snapshots = append(snapshots, name)
+		}
 	}
 	switch {
 	case r.Snapshot != "":

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/url"
 	"path/filepath"
+	"strings"
 
 	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/urfave/cli/v2"
@@ -143,7 +144,14 @@ func (a *app) serveSocket(c *cli.Context, s owner.Store, o owner.ServeOptions) e
 	for _, name := range names {
 		uris = append(uris, uri(name, path))
 	}
-	err = a.print(map[string]any{"socket": path, "uris": uris}, func() error {
+	out := map[string]any{"socket": path, "uris": uris}
+	if len(path) > owner.SunPath {
+		text := fmt.Sprintf("the socket's path has %d bytes, and most clients can connect to %d at most: name a shorter one with --socket, "+
+			"or connect from its folder by %s", len(path), owner.SunPath, filepath.Base(path))
+		out["warning"] = text
+		a.note("%s", text)
+	}
+	err = a.print(out, func() error {
 		for _, u := range uris {
 			if _, err := fmt.Fprintln(a.stdout, u); err != nil {
 				return err
@@ -183,6 +191,8 @@ func exportNames(ctx context.Context, s owner.Store, o owner.ServeOptions) (name
 
 // uri is where NBD clients find an export.
 func uri(name, socket string) string {
-	u := url.URL{Scheme: "nbd+unix", Path: "/" + name, RawQuery: "socket=" + (&url.URL{Path: socket}).EscapedPath()}
+	// What separates parameters, or stands for a blank to some clients, is what EscapedPath leaves.
+	path := strings.NewReplacer("&", "%26", ";", "%3B", "=", "%3D", "+", "%2B").Replace((&url.URL{Path: socket}).EscapedPath())
+	u := url.URL{Scheme: "nbd+unix", Path: "/" + name, RawQuery: "socket=" + path}
 	return u.String()
 }

@@ -33,6 +33,9 @@ func (a *app) size(n int64) string {
 	if a.bytes {
 		return strconv.FormatInt(n, 10)
 	}
+	if n < 0 {
+		return "-" + units.BytesSize(-float64(n))
+	}
 	return units.BytesSize(float64(n))
 }
 
