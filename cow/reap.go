@@ -10,7 +10,7 @@ import (
 
 const (
 	// defaultReapBatch bounds the leaves that one batch looks at, since it runs under Store.mu.
-	defaultReapBatch = 128
+	defaultReapBatch = 32
 	// defaultReapTime is for how long a checkpoint goes on with batches: what it costs beside is shared by more of
 	// them, and what was deleted is the cheapest room that there is.
 	defaultReapTime = 50 * time.Millisecond

@@ -56,7 +56,7 @@ type Options struct {
 	MaxBytes int64
 
 	// ChunkBytes is the size of a new chunk file (default 64 MiB, less where there is little room), ReapBatch how
-	// many leaf versions the reaper looks at in each checkpoint (default: batches of 128, for 50 ms), and ReplayBatch
+	// many leaf versions the reaper looks at in each checkpoint (default: batches of 32, for 50 ms), and ReplayBatch
 	// how many changes Open applies at once (default 2 Mi). Tests make them small, so that chunks come and go and
 	// batches end often.
 	ChunkBytes  int64

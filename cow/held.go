@@ -1,0 +1,219 @@
+package cow
+
+import (
+	"errors"
+	"fmt"
+	"math/bits"
+
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/metadata"
+)
+
+// What snapshots hold is moved as it is, and forwarded: DESIGN.md, section 12.
+
+// gathered are records that snapshots may hold, with copies of what they are.
+type gathered struct {
+	records []record
+	heads   []format.RecordHeader
+	data    []byte
+	from    uint32 // offset of the first
+}
+
+func (g *gathered) reset() { g.records, g.heads, g.data = g.records[:0], g.heads[:0], g.data[:0] }
+
+// add keeps a record, and copies what it refers to. (Where heads and data move to larger memory, earlier records keep
+// the smaller one.)
+func (g *gathered) add(r *record, off uint32) {
+	if len(g.records) == 0 {
+		g.from = off
+	}
+	n := len(g.data)
+	g.heads, g.data = append(g.heads, *r.h), append(g.data, r.payload...)
+	kept := *r
+	kept.h = &g.heads[len(g.heads)-1]
+	kept.payload = g.data[n:]
+	kept.data = kept.payload[len(r.payload)-len(r.data):]
+	g.records = append(g.records, kept)
+}
+
+// moveGathered moves what snapshots hold of the records that were gathered. The reaper is kept out meanwhile, which
+// works within checkpoints: which version of a leaf owns a record changes by it, and by nothing else, once the
+// version's epoch has ended. One turn of the checkpoint lock does for all of them: while much is deleted there is a
+// checkpoint after the other, and the cleaner has to wait for each turn.
+func (m *mover) moveGathered() (moved int, err error) {
+	changed := m.again[:0]
+	m.s.ckptMu.Lock()
+	for i := range m.held.records {
+		r := &m.held.records[i]
+		n, err := m.moveHeld(r)
+		moved += n
+		switch {
+		case errors.Is(err, errChanged):
+			changed = append(changed, i)
+		case err != nil:
+			m.s.ckptMu.Unlock()
+			return moved, fmt.Errorf("record at %d: %w", r.here.Offset(), err)
+		}
+	}
+	m.s.ckptMu.Unlock()
+	m.again = changed
+	m.line = lineage{}
+	for _, i := range changed { // the reaper has handed them to a head: look at them anew
+		n, err := m.moveAgain(&m.held.records[i])
+		if moved += n; err != nil {
+			return moved, err
+		}
+	}
+	m.held.reset()
+	return moved, nil
+}
+
+// moveAgain moves one record, whoever has it.
+func (m *mover) moveAgain(r *record) (moved int, err error) {
+	for {
+		n, rest, err := m.writeOwn(r)
+		if moved += n; err != nil || !rest {
+			return moved, err
+		}
+		m.s.ckptMu.Lock()
+		n, err = m.moveHeld(r)
+		m.s.ckptMu.Unlock()
+		if moved += n; !errors.Is(err, errChanged) {
+			return moved, err
+		}
+		m.line = lineage{}
+	}
+}
+
+// moveHeld copies a record that snapshots or clones have, and notes where it is now. ckptMu is held.
+func (m *mover) moveHeld(r *record) (n int, err error) {
+	// What is moved is logged with the blocks that live. A replay, which begins with the table, has to find the same
+	// ones.
+	if m.s.thawed {
+		return 0, errFull
+	}
+	was := r.of
+	if ok, err := m.find(r); !ok || r.of != was || m.c.dead {
+		if ok && r.of != was {
+			err = errChanged
+		}
+		return 0, err
+	}
+	mask, err := m.owned(r.h, r.name)
+	if err == nil && mask != 0 {
+		err = r.h.VerifyPayload(r.payload)
+	}
+	if err != nil || mask == 0 {
+		return 0, err
+	}
+	data, codec, err := m.trim(r, mask)
+	if err != nil {
+		return 0, err
+	}
+	h := *r.h
+	h.Codec = codec
+	return m.forward(&h, data, r.name, mask)
+}
+
+// trim returns the content of a record without the blocks that are not in mask, which are dead: as zeros they take
+// next to nothing. Else their space would not come back as long as a snapshot holds one of their neighbours.
+func (m *mover) trim(r *record, mask uint16) (data []byte, codec format.Codec, err error) {
+	if bits.OnesCount16(mask) == r.h.Blocks {
+		return r.data, r.h.Codec, nil
+	}
+	unit := m.unit[:r.h.Blocks*format.BlockSize]
+	if err := format.Decompress(r.h.Codec, unit, r.data); err != nil {
+		return nil, 0, err
+	}
+	leaveOut(unit, mask)
+	how := r.h.Codec
+	if how == format.Raw { // of zeros in the middle nothing else would come
+		how = format.S2
+	}
+	c := m.codecs[how]
+	if c == nil {
+		if c, err = format.NewCompressor(how, 0); err != nil {
+			return nil, 0, err
+		}
+		m.codecs[how] = c
+	}
+	if out, codec := c.Compress(m.comp, unit); len(out) < len(r.data) {
+		return out, codec, nil
+	}
+	return r.data, r.h.Codec, nil // a better compression made it
+}
+
+// leaveOut makes the blocks of a unit zeros that are not in mask.
+func leaveOut(unit []byte, mask uint16) {
+	for i := 0; len(unit) > 0; i++ {
+		if mask&(1<<i) == 0 {
+			clear(unit[:format.BlockSize])
+		}
+		unit = unit[format.BlockSize:]
+	}
+}
+
+// owned says which blocks of a record the version that owns it has. All blocks of a record that live have one owner:
+// they were put together, and when the reaper hands them on it is to one successor. If that is the head of a volume
+// by now, which others may change at any time, it is errChanged. ckptMu is held.
+func (m *mover) owned(h *format.RecordHeader, name format.Entry) (mask uint16, err error) {
+	s := m.s
+	s.mu.Lock()
+	b, present := s.tables.branches[h.Branch], head
+	if b != nil && b.volume != nil {
+		present = b.Epoch
+	}
+	s.mu.Unlock()
+	if b == nil {
+		return 0, nil
+	}
+	index := uint32(h.Block / format.LeafBlocks)
+	for asOf := head; asOf > 0; {
+		// While the head is reaped the cache still has what is gone, and the table has all that is left.
+		epoch, err := s.version(b, index, asOf, !b.reaping, &m.leaf)
+		if err != nil || epoch == 0 {
+			return 0, err
+		}
+		if _, gone := s.dropping[metadata.Version{Branch: b.ID, Leaf: index, Epoch: epoch}]; !gone {
+			mask := ownedIn(&m.leaf, h, name)
+			switch {
+			case mask != 0 && epoch > present:
+				return 0, corruptf("branch %d leaf %d has a version of epoch %d, and is at %d", b.ID, index, epoch, present)
+			case mask != 0 && epoch == present:
+				return 0, errChanged
+			case mask != 0:
+				return mask, nil
+			}
+		}
+		asOf = epoch - 1
+	}
+	return 0, nil
+}
+
+// forward copies a whole record, of which a version of an epoch that has ended owns the blocks of mask, and notes
+// where it is now. ckptMu is held.
+func (m *mover) forward(h *format.RecordHeader, payload []byte, name format.Entry, mask uint16) (n int, err error) {
+	s := m.s
+	m.pay = append(m.pay[:0], make([]byte, format.MovedSize)...)
+	format.Moved{From: name, Mask: mask}.Encode(m.pay)
+	m.pay = append(m.pay, payload...)
+	nh := format.RecordHeader{
+		Block: h.Block, Branch: h.Branch, Kind: format.KindMoved, Codec: h.Codec, Blocks: h.Blocks,
+		PayloadLen: len(m.pay), PayloadCRC: format.Checksum(m.pay),
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := errors.Join(s.wal.reserve(nh.Size(), forMoves), s.usable()); err != nil {
+		return 0, err
+	}
+	// A record that cannot be applied would end every replay.
+	switch to, again, err := s.forwards.lookup(name); {
+	case err != nil:
+		return 0, err
+	case again && to.Mask != mask:
+		return 0, corruptf("%v was moved to %v with the blocks %#x, and has %#x", name, to.To, to.Mask, mask)
+	}
+	c, off := s.wal.append(&nh, m.pay)
+	s.cleaned += uint64(nh.Size())
+	return nh.Size(), s.forward(name, mask, format.MakeEntry(c.slot, off, nh.Size(), nh.Blocks, 0))
+}
