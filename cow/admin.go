@@ -37,7 +37,11 @@ func (s *Store) transactLocked(build func() (*format.Event, error)) error {
 		}
 		ids := s.tables.nextID
 		ev, err := build()
+		if err == nil {
+			err = s.tables.enoughIDs()
+		}
 		if err != nil || ev == nil {
+			s.tables.nextID = ids // none of them is used
 			return err
 		}
 		payload, err := format.AppendEvent(nil, ev)
@@ -163,6 +167,9 @@ func (s *Store) Snapshot(refs ...Ref) error {
 				return nil, err
 			case v.snapshots[r.Snapshot] != nil:
 				return nil, fmt.Errorf("%s: %w", r, ErrExists)
+			case v.branch.Epoch >= lastEpoch:
+				return nil, fmt.Errorf("%s has had %d snapshots since it was made, cloned or rolled back, and can have no more; go on in a clone of one: %w",
+					r.Volume, lastEpoch-1, ErrExhausted)
 			case seen[v]:
 				return nil, fmt.Errorf("%s is named twice: %w", r.Volume, ErrInvalid)
 			}

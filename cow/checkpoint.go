@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"slices"
 
 	"github.com/vdisk/vdisk/format"
@@ -165,7 +166,7 @@ func (s *Store) freeze() *generation {
 	defer s.mu.Unlock()
 	g := &generation{gen: s.gen}
 	chunkSeq, off := s.wal.position()
-	g.at = format.Checkpoint{Seq: s.wal.nextSeq, ChunkSeq: chunkSeq, Offset: off, NextID: s.tables.nextID, NextChunkSeq: s.wal.nextChunk}
+	g.at = format.Checkpoint{Seq: s.wal.nextSeq, ChunkSeq: chunkSeq, Offset: off, NextID: uint32(min(s.tables.nextID, math.MaxUint32)), NextChunkSeq: s.wal.nextChunk}
 	g.appended = s.wal.appended
 	g.leaves, s.dirty = s.dirty, nil
 	s.writing, s.unwritten = s.unwritten, 0

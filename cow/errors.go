@@ -32,6 +32,9 @@ var (
 	ErrReadOnly error = &errnoError{"read-only", syscall.EROFS}
 	ErrNoSpace        = storage.ErrNoSpace
 
+	// Returned when the store has no number left for something new.
+	ErrExhausted = errors.New("numbers are used up")
+
 	// Returned when the store's files are not what they should be.
 	ErrCorrupt  = format.ErrCorrupt
 	ErrNotStore = format.ErrNotStore

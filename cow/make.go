@@ -1,11 +1,13 @@
 package cow
 
 import (
+	"cmp"
 	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"syscall"
 
 	"github.com/vdisk/vdisk/format"
@@ -21,8 +23,9 @@ func (l *recordLog) makeChunk() {
 
 	var c *chunk
 	var err error
+	used := false
 	if next == nil {
-		c, err = l.createChunk(seq, wanted)
+		c, used, err = l.createChunk(seq, wanted)
 	} else {
 		_, err = l.sizeForData() // it was made from what is kept free; there may be more by now
 	}
@@ -40,7 +43,9 @@ func (l *recordLog) makeChunk() {
 		l.next = c
 		l.slots.put(c)
 	default:
-		l.nextChunk = seq + seqStep()
+		if used {
+			l.nextChunk = seq + seqStep()
+		}
 		if l.wanted > wanted {
 			l.making = true // an event or the cleaner came to wait meanwhile, and may use the reserve
 			poke(l.makeWork)
@@ -57,14 +62,29 @@ func seqStep() uint64 {
 	return 1<<28 | uint64(binary.NativeEndian.Uint32(b[:])>>4)
 }
 
+// Neither number comes again. A chunk that is made has one of its own, and enough for all records that it can hold.
+const (
+	lastChunkSeq  = math.MaxUint64 - 1<<30
+	lastRecordSeq = math.MaxUint64 - 1<<30
+)
+
+// usedChunk notes a sequence number that a chunk has.
+func (l *recordLog) usedChunk(seq uint64) {
+	l.nextChunk = max(l.nextChunk, seq, seq+1) // the second where there is no third
+}
+
 // createChunk makes a chunk of a file from the pool, or a new one. Where there is little room, p says how far it may
-// go.
-func (l *recordLog) createChunk(seq uint64, p purpose) (*chunk, error) {
-	c := l.recycle(seq)
-	if c == nil {
-		var err error
+// go. used reports whether the sequence number may be on the disk now.
+func (l *recordLog) createChunk(seq uint64, p purpose) (c *chunk, used bool, err error) {
+	l.mu.Lock()
+	record := l.nextSeq
+	l.mu.Unlock()
+	if seq > lastChunkSeq || record > lastRecordSeq {
+		return nil, false, fmt.Errorf("the log has come to chunk %d and record %d, and cannot go on; make another store: %w", seq, record, ErrExhausted)
+	}
+	if c = l.recycle(seq); c == nil {
 		if c, err = l.createFile(seq, p); err != nil {
-			return nil, err
+			return nil, false, err
 		}
 	}
 	l.mu.Lock()
@@ -73,21 +93,21 @@ func (l *recordLog) createChunk(seq uint64, p purpose) (*chunk, error) {
 	h := format.ChunkHeader{Slot: c.slot, Seq: seq, UUID: l.uuid, Durable: durable}
 	head := make([]byte, format.ChunkHeaderSize)
 	h.Encode(head)
-	_, err := c.file.WriteAt(head, 0)
+	_, err = c.file.WriteAt(head, 0)
 	// The directory also where the name is old: removals before must not be undone beside this chunk.
 	if err = errors.Join(err, c.file.Sync(), l.fs.SyncDir()); err == nil {
 		c.end, c.written = format.ChunkHeaderSize, format.ChunkHeaderSize
-		return c, nil
+		return c, true, nil
 	}
 	err = errors.Join(fmt.Errorf("make chunk %s: %w", c.name(), err), c.file.Close())
 	if rerr := l.fs.Remove(c.name()); rerr != nil {
 		// A replay would end at it, and not find what is in later chunks.
-		return nil, l.fail(errors.Join(err, rerr))
+		return nil, true, l.fail(errors.Join(err, rerr))
 	}
 	l.mu.Lock()
 	l.slots.remove(c.slot)
 	l.mu.Unlock()
-	return nil, err
+	return nil, true, err
 }
 
 // recycle makes a chunk of a file from the pool; nil: of none. Its old life stays in the slot table until the chunk
@@ -106,12 +126,35 @@ func (l *recordLog) recycle(seq uint64) *chunk {
 	return c
 }
 
+// slotsAbove is how many slots a purpose leaves to those above it, so that what is deleted can give slots back.
+func slotsAbove(p purpose) int {
+	switch p {
+	case forData:
+		return 64
+	case forEvents:
+		return 0
+	}
+	return 32
+}
+
+var errNoSlot = fmt.Errorf("%w: all %d places for chunks are taken; delete snapshots or volumes", noSpace(syscall.ENOSPC), format.MaxSlots)
+
+// slotFor is an error if there is no slot for a purpose.
+func (l *recordLog) slotFor(p purpose) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if format.MaxSlots-l.slots.taken <= slotsAbove(p) {
+		return errNoSlot
+	}
+	return nil
+}
+
 func (l *recordLog) createFile(seq uint64, p purpose) (*chunk, error) {
 	l.mu.Lock()
 	slot, ok := l.slots.freeSlot()
 	l.mu.Unlock()
-	if !ok {
-		return nil, fmt.Errorf("%w: all %d places for chunks are taken; delete snapshots or volumes", ErrNoSpace, format.MaxSlots)
+	if err := l.slotFor(p); err != nil || !ok {
+		return nil, cmp.Or(err, errNoSlot)
 	}
 	c := newChunk(slot, seq, l.fs)
 	size, err := l.sizeForData()
@@ -137,6 +180,9 @@ func (l *recordLog) createFile(seq uint64, p purpose) (*chunk, error) {
 
 // sizeForData is how large a new chunk for data can be. Where that is less than it should be, the pool goes first.
 func (l *recordLog) sizeForData() (uint32, error) {
+	if err := l.slotFor(forData); err != nil {
+		return 0, err
+	}
 	size, err := l.chunkSize(forData, 0)
 	if err != nil || int64(size) < l.chunkBytes {
 		if n, _ := l.pool.empty(); n > 0 { // what cannot be deleted takes room: that is the error then

@@ -1,6 +1,7 @@
 package cow
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -99,7 +100,7 @@ func (s *Store) loadTables(tb *metadata.Tables) error {
 			return err
 		}
 	}
-	t.nextID = max(t.nextID, tb.Checkpoint.NextID)
+	t.nextID = max(t.nextID, uint64(tb.Checkpoint.NextID))
 	clear(t.dirtyVolumes)
 	clear(t.dirtySnapshots)
 	clear(t.dirtyBranches)
@@ -118,7 +119,7 @@ func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks
 	for _, r := range rows {
 		known[r.Slot] = r
 		s.slots.put(s.foundChunk(r, true))
-		s.wal.nextChunk = max(s.wal.nextChunk, r.Seq+1)
+		s.wal.usedChunk(r.Seq)
 	}
 	for _, r := range tb.Forwarded {
 		c := s.slots.get(r.Slot)
@@ -162,7 +163,7 @@ func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks
 			c := s.foundChunk(format.Chunk{Slot: slot, Seq: h.Seq, End: format.ChunkHeaderSize}, false)
 			s.slots.put(c)
 			logChunks = append(logChunks, c)
-			s.wal.nextChunk = max(s.wal.nextChunk, h.Seq+1)
+			s.wal.usedChunk(h.Seq)
 		}
 	}
 	for _, r := range rows {
@@ -173,7 +174,7 @@ func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks
 			return nil, nil, corruptf("chunk file %s, where the log goes on, is missing", chunkName(r.Slot))
 		}
 	}
-	slices.SortFunc(logChunks, func(a, b *chunk) int { return int(int64(a.seq) - int64(b.seq)) })
+	slices.SortFunc(logChunks, func(a, b *chunk) int { return cmp.Compare(a.seq, b.seq) })
 	return logChunks, remove, nil
 }
 

@@ -15,6 +15,7 @@ import (
 type slotTable struct {
 	pages [format.MaxSlots / pageSlots]atomic.Pointer[slotPage] // nil: nothing was ever there
 
+	taken     int    // slots that have a chunk
 	cleanable uint64 // chunks before this sequence number are behind the replay position, and may be cleaned
 	tally
 	dirt [dirtSteps + 1]ageHeap // chunks that may be cleaned, by how much of them is dead
@@ -85,6 +86,7 @@ func (s *slotTable) put(c *chunk) {
 	if old == nil {
 		p.taken[i/64] |= 1 << (i % 64)
 		p.n++
+		s.taken++
 	} else {
 		old.inSlot = false
 		s.recount(old)
@@ -103,6 +105,7 @@ func (s *slotTable) remove(slot uint32) {
 	p.chunks[i].Store(nil)
 	p.taken[i/64] &^= 1 << (i % 64)
 	p.n--
+	s.taken--
 	old.inSlot = false
 	s.recount(old)
 }

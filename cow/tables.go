@@ -2,6 +2,8 @@ package cow
 
 import (
 	"cmp"
+	"fmt"
+	"math"
 	"slices"
 	"sync/atomic"
 
@@ -53,7 +55,7 @@ type tables struct {
 	nameless  map[*snapshot]struct{} // those of volume 0
 	waiting   map[*snapshot]struct{} // of these, those at which no branch begins: the reaper's
 	headless  map[*branch]struct{}   // those without a volume that are not reaped
-	nextID    uint32
+	nextID    uint64                 // more than lastID: there are no more
 
 	dirtyVolumes, dirtySnapshots, dirtyBranches map[uint32]struct{}
 }
@@ -66,14 +68,28 @@ func newTables() tables {
 	}
 }
 
-// newID hands out ids; volumes, snapshots and branches share them.
+// Numbers are given once in the life of a store. Where one is used up, what needs another is refused.
+const (
+	lastID    = math.MaxUint32 - 1 // so that the next one can be written down
+	lastEpoch = head - 1
+)
+
+// newID hands out ids; volumes, snapshots and branches share them. Whoever uses them asks enoughIDs before.
 func (t *tables) newID() uint32 {
 	n := t.nextID
 	t.nextID++
-	return n
+	return uint32(n)
 }
 
-func (t *tables) usedID(n uint32) { t.nextID = max(t.nextID, n+1) }
+// enoughIDs is an error if ids were handed out that there are not.
+func (t *tables) enoughIDs() error {
+	if t.nextID > lastID+1 {
+		return fmt.Errorf("the store has given all %d numbers of volumes, snapshots and branches, which are not given again; make another store: %w", uint32(lastID), ErrExhausted)
+	}
+	return nil
+}
+
+func (t *tables) usedID(n uint32) { t.nextID = max(t.nextID, uint64(n)+1) }
 
 // putBranch, putVolume and putSnapshot install a row as it now is. A row that
 // refers to one that is not there is an error in the log or the table.

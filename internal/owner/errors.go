@@ -40,6 +40,7 @@ var codes = []struct {
 	{"corrupt", cow.ErrCorrupt},
 	{"no-space", cow.ErrNoSpace},
 	{"read-only", cow.ErrReadOnly},
+	{"exhausted", cow.ErrExhausted},
 	{"not-a-store", cow.ErrNotStore},
 	{"newer-format", cow.ErrVersion},
 	{"foreign", cow.ErrForeign},
