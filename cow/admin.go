@@ -10,8 +10,8 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// maxVolume is the largest volume: 64 TiB.
-const maxVolume = 64 << 40
+// MaxVolume is the size of the largest volume: 64 TiB.
+const MaxVolume = 64 << 40
 
 // transact makes one event happen: build says, under mu and after every check, what rows
 // change; the event takes its place in the log and the tables change; and transact
@@ -109,7 +109,7 @@ func checkSize(size int64, block int) error {
 	switch {
 	case size <= 0:
 		return fmt.Errorf("size %d: a volume has at least one block: %w", size, ErrInvalid)
-	case size > maxVolume:
+	case size > MaxVolume:
 		return fmt.Errorf("size %d: the largest volume has 64 TiB: %w", size, ErrInvalid)
 	case size%int64(block) != 0:
 		return fmt.Errorf("size %d is not a multiple of the logical block, %d: %w", size, block, ErrInvalid)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"math"
 	"strconv"
 	"strings"
 
@@ -18,15 +19,30 @@ func parseSize(s string) (int64, error) {
 	if s == "" || strings.ContainsAny(lower, " +-xe_") || !strings.ContainsAny(s[:1], "0123456789") {
 		return 0, usagef("size %q: write a number of bytes, or one with K, M, G or T (1024s), as 10G", s)
 	}
-	if n, err := strconv.ParseInt(s, 10, 64); err == nil {
-		return n, nil
-	}
-	n, err := units.RAMInBytes(s)
-	if err != nil || n < 0 {
+	number, shift := strings.TrimSuffix(strings.TrimSuffix(lower, "b"), "i"), 0
+	if k := strings.IndexByte(sizeUnits, number[len(number)-1]); k >= 0 {
+		number, shift = number[:len(number)-1], 10*(k+1)
+	} else if number != strings.TrimSuffix(lower, "b") {
 		return 0, usagef("size %q: write a number of bytes, or one with K, M, G or T (1024s), as 10G", s)
 	}
-	return n, nil
+	if n, err := strconv.ParseUint(number, 10, 64); err == nil {
+		if n > math.MaxInt64>>shift {
+			return 0, usagef("size %q: that is more than %s", s, units.BytesSize(math.MaxInt64))
+		}
+		return int64(n) << shift, nil
+	}
+	f, err := strconv.ParseFloat(number, 64)
+	switch f *= float64(int64(1) << shift); {
+	case f >= math.MaxInt64:
+		return 0, usagef("size %q: that is more than %s", s, units.BytesSize(math.MaxInt64))
+	case err != nil || !(f >= 0):
+		return 0, usagef("size %q: write a number of bytes, or one with K, M, G or T (1024s), as 10G", s)
+	}
+	return int64(f), nil
 }
+
+// sizeUnits are 1024, 1024 times that, and so on.
+const sizeUnits = "kmgtp"
 
 // size shows a number of bytes.
 func (a *app) size(n int64) string {

@@ -65,6 +65,9 @@ type run struct {
 // Run makes a scratch volume, does the steps, and passes each one's outcome to each. It removes the volume whatever
 // happens.
 func Run(ctx context.Context, s *cow.Store, o Options, each func(Result)) (err error) {
+	if o.Size > cow.MaxVolume {
+		return fmt.Errorf("a scratch volume of %d bytes: the largest volume has 64 TiB: %w", o.Size, cow.ErrInvalid)
+	}
 	o.Size = (o.Size + large - 1) / large * large
 	if o.Size < MinSize || o.Time <= 0 {
 		return fmt.Errorf("a scratch volume of %d bytes for %v: at least 16 MiB and some time are needed: %w", o.Size, o.Time, cow.ErrInvalid)

@@ -65,8 +65,11 @@ type importing struct {
 
 func (im *importing) ref() cow.Ref { return cow.Ref{Volume: im.name} }
 
-// roundUp is the size of a volume that holds n bytes.
+// roundUp is the size of a volume that holds n bytes; where there is none that large, n.
 func (im *importing) roundUp(n int64) int64 {
+	if n > cow.MaxVolume {
+		return n
+	}
 	block := int64(max(im.opts.LogicalBlock, 512))
 	return max(block, (n+block-1)/block*block)
 }
@@ -76,6 +79,8 @@ func (im *importing) create(known int64) (cow.VolumeInfo, error) {
 	if !im.fixed {
 		if im.size = im.roundUp(known); known < 0 {
 			im.size = firstSize
+		} else if known > cow.MaxVolume {
+			return cow.VolumeInfo{}, tooLarge(known)
 		}
 	}
 	opts := im.opts
@@ -115,6 +120,10 @@ func (im *importing) tooSmall(need int64) error {
 	return fmt.Errorf("the content has %d bytes or more, the volume %d: %w: give a larger --size", need, im.size, cow.ErrInvalid)
 }
 
+func tooLarge(n int64) error {
+	return fmt.Errorf("the content has %d bytes or more, and the largest volume has 64 TiB: %w", n, cow.ErrInvalid)
+}
+
 // grow makes the volume at least end bytes large.
 func (im *importing) grow(end int64) error {
 	if end <= im.size {
@@ -123,7 +132,10 @@ func (im *importing) grow(end int64) error {
 	if im.fixed {
 		return im.tooSmall(end)
 	}
-	size := max(2*im.size, im.roundUp(end))
+	if end > cow.MaxVolume {
+		return tooLarge(end)
+	}
+	size := min(max(2*im.size, im.roundUp(end)), cow.MaxVolume)
 	if err := im.store.Resize(im.name, size, false); err != nil {
 		return err
 	}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/bits"
 	"os"
 	"path/filepath"
 	"slices"
@@ -212,8 +213,19 @@ func (d *dir) Free() (int64, error) {
 	if unit == 0 {
 		unit = st.Bsize
 	}
-	return int64(st.Bavail) * unit, nil
+	return bytesOf(st.Bavail, unit), nil
 }
+
+// bytesOf is n units, or the most there can be said: some file systems tell of any number that comes to their mind.
+func bytesOf(n uint64, unit int64) int64 {
+	if hi, lo := bits.Mul64(n, uint64(max(unit, 0))); hi == 0 && lo <= freeMost {
+		return int64(lo)
+	}
+	return freeMost
+}
+
+// freeMost leaves room to add to it.
+const freeMost = 1 << 60
 
 func (d *dir) Close() error { return d.in.Close() }
 
