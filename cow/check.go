@@ -30,7 +30,7 @@ type Problem struct {
 // CheckOptions are for Check.
 type CheckOptions struct {
 	ReadData bool                    // also read, verify and decompress every record that is referred to
-	Volume   string                  // read only the data of this volume's history; "": all
+	Volume   string                  // check only this volume's history and its snapshots; "": all
 	Progress func(done, total int64) // called now and then with leaf versions; may be nil
 }
 
@@ -164,7 +164,7 @@ type checker struct {
 	chunks   map[uint32]format.Chunk
 	live     map[uint32]int64 // by slot: the recount
 	forwards checkForwards
-	data     map[uint32]bool // branches whose data to read; nil: all
+	only     map[uint32]bool // branches to check; nil: all
 	total    int64           // versions
 	slice    time.Duration   // for how long one state of the table is read
 	buf      []byte
@@ -193,6 +193,9 @@ func (c *checker) run(tx *metadata.Tx) error {
 		return err
 	}
 	c.index(tb)
+	if err := c.choose(tb); err != nil {
+		return err
+	}
 	total, changes, err := tx.Counts()
 	c.total = int64(total)
 	if err != nil {
@@ -204,6 +207,9 @@ func (c *checker) run(tx *metadata.Tx) error {
 	err = tx.Versions(func(v metadata.Version, l *format.Leaf, bad error) error {
 		if err := c.interrupted(); err != nil {
 			return err
+		}
+		if c.only != nil && !c.only[v.Branch] {
+			return nil
 		}
 		c.report.Versions++
 		if c.report.Versions%64 == 0 {
@@ -221,6 +227,10 @@ func (c *checker) run(tx *metadata.Tx) error {
 	}
 	if err != nil {
 		return err
+	}
+	if c.only != nil { // what all versions add up to is not known
+		c.files(tb)
+		return nil
 	}
 	if err := c.checkForwards(tx); err != nil {
 		return err
@@ -259,14 +269,32 @@ func (c *checker) index(tb *metadata.Tables) {
 	}
 	c.forwards.index(tb.Forwarded)
 	c.report.Branches, c.report.Chunks = int64(len(tb.Branches)), int64(len(tb.Chunks))
-	for _, v := range tb.Volumes {
-		if c.o.Volume != "" && v.Name == c.o.Volume {
-			c.data = map[uint32]bool{}
-			for b := v.Branch; b != 0; b = c.branches[b].OriginBranch {
-				c.data[b] = true
-			}
+}
+
+// choose finds the branches that a volume's blocks and its snapshots' are on.
+func (c *checker) choose(tb *metadata.Tables) error {
+	if c.o.Volume == "" {
+		return nil
+	}
+	i := slices.IndexFunc(tb.Volumes, func(v format.Volume) bool { return v.Name == c.o.Volume })
+	if i < 0 {
+		return fmt.Errorf("volume %q: %w", c.o.Volume, ErrNotFound)
+	}
+	v := tb.Volumes[i]
+	c.only = map[uint32]bool{}
+	add := func(b uint32) {
+		for ; b != 0 && !c.only[b]; b = c.branches[b].OriginBranch {
+			c.only[b] = true
 		}
 	}
+	add(v.Branch)
+	for _, sn := range tb.Snapshots {
+		if sn.Volume == v.ID {
+			add(sn.Branch)
+		}
+	}
+	c.report.Branches = int64(len(c.only))
+	return nil
 }
 
 func where(v metadata.Version) string {
@@ -373,6 +401,18 @@ func (c *checker) accounting(tb *metadata.Tables) {
 			c.corrupt("chunk "+chunkName(ch.Slot), "%d live bytes are kept, %d are referred to", ch.Live, got)
 		}
 		c.file(ch)
+	}
+}
+
+// files looks at the files of the chunks that were referred to.
+func (c *checker) files(tb *metadata.Tables) {
+	c.report.Chunks = 0
+	for _, row := range tb.Chunks {
+		if got, ok := c.live[row.Slot]; ok {
+			c.report.Chunks++
+			c.report.LiveBytes += got
+			c.file(row)
+		}
 	}
 }
 

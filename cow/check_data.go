@@ -62,7 +62,7 @@ func (c *checker) readSlice(tx *metadata.Tx, from metadata.Version, done *int64)
 		if err := c.interrupted(); err != nil {
 			return err
 		}
-		if bad != nil || c.data != nil && !c.data[v.Branch] {
+		if bad != nil || c.only != nil && !c.only[v.Branch] {
 			return nil // what is bad has been said
 		}
 		return c.readVersion(tx, v, l, rows, &forwards)

@@ -11,12 +11,13 @@ import (
 
 func (a *app) checkCommand() *cli.Command {
 	return a.command(arity{0, 1}, &cli.Command{
-		Name:        "check",
-		Category:    groupMaintenance,
-		Usage:       "prove the structure of the store, or of one volume",
-		UsageText:   "vdisk check [VOL] [--read-data]",
-		Description: "Exit codes: 0 all is well, 6 something is damaged, 1 something could not be looked at, 7 only space is lost.",
-		Flags:       []cli.Flag{&cli.BoolFlag{Name: "read-data", Usage: "read and verify all data as well"}},
+		Name:      "check",
+		Category:  groupMaintenance,
+		Usage:     "prove the structure of the store, or of one volume",
+		UsageText: "vdisk check [VOL] [--read-data]",
+		Description: "Of one volume: its blocks and those of its snapshots and origins. Whether space is lost only the check of the whole\n" +
+			"store tells. Exit codes: 0 all is well, 6 something is damaged, 1 something could not be looked at, 7 only space is lost.",
+		Flags: []cli.Flag{&cli.BoolFlag{Name: "read-data", Usage: "read and verify all data as well"}},
 	}, a.check)
 }
 

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/url"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/coreos/go-systemd/v22/activation"
@@ -181,7 +182,11 @@ func exportNames(ctx context.Context, s owner.Store, o owner.ServeOptions) (name
 		return names, err
 	}
 	for _, r := range o.Exports {
-		if _, err := s.Volume(ctx, r.Volume); err != nil {
+		v, err := s.Volume(ctx, r.Volume)
+		if err == nil && r.Snapshot != "" && !slices.ContainsFunc(v.Snapshots, func(sn cow.SnapshotInfo) bool { return sn.Name == r.Snapshot }) {
+			err = fmt.Errorf("snapshot %v: %w", r, cow.ErrNotFound)
+		}
+		if err != nil {
 			return nil, err
 		}
 		names = append(names, r.String())

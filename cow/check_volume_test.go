@@ -1,0 +1,67 @@
+package cow
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/vdisk/vdisk/format"
+)
+
+// A check of one volume looks at that one's history and snapshots, and at no other's; of one that is not there it says
+// so.
+func TestCheckOfOneVolume(t *testing.T) {
+	s, dir := newStore(t, Options{CheckpointInterval: -1})
+	write := func(name string, off int64, seed uint64) {
+		d, err := s.OpenDevice(Ref{Volume: name}, false)
+		must(t, err)
+		_, err = d.WriteAt(randomBytes(1<<20, seed), off)
+		must(t, errors.Join(err, d.Close()))
+	}
+	for i, name := range []string{"a", "b"} {
+		_, err := s.CreateVolume(name, VolumeOptions{Size: 4 << 20, Codec: format.Raw})
+		must(t, err)
+		write(name, 0, uint64(i+1))
+		s.mu.Lock()
+		s.wal.retire() // each has its chunks
+		s.mu.Unlock()
+	}
+	must(t, s.Snapshot(Ref{"a", "s"}))
+	write("a", 0, 3)
+	must(t, s.Snapshot(Ref{"a", "later"})) // on a branch that is not the volume's any more
+	must(t, s.Rollback(Ref{"a", "s"}))
+	write("a", 1<<20, 4)
+	must(t, s.Clone(Ref{"a", "s"}, "c"))
+	must(t, s.Checkpoint())
+
+	check := func(name string, data bool) (CheckReport, error) {
+		return s.Check(context.Background(), CheckOptions{Volume: name, ReadData: data}, func(Problem) {})
+	}
+	for name, want := range map[string]int64{"": 4 << 20, "a": 3 << 20, "b": 1 << 20, "c": 2 << 20} {
+		rep, err := check(name, true)
+		must(t, err)
+		if blocks := want / format.BlockSize; rep.Corrupt+rep.Leaks > 0 || rep.Entries != blocks || rep.DataBytes < want || rep.DataBytes > want*11/10 {
+			t.Errorf("%q: %+v, want %d blocks", name, rep, blocks)
+		}
+	}
+	for _, data := range []bool{false, true} {
+		if rep, err := check("nobody", data); !errors.Is(err, ErrNotFound) || errors.Is(err, ErrCorrupt) {
+			t.Errorf("%+v, %v", rep, err)
+		}
+	}
+
+	// The first chunk, of a and its clone, has lost its end.
+	must(t, os.Truncate(filepath.Join(dir, chunksDir, chunkName(0)), 8192))
+	for name, bad := range map[string]bool{"": true, "a": true, "b": false, "c": true} {
+		for _, data := range []bool{false, true} {
+			rep, err := check(name, data)
+			must(t, err)
+			if (rep.Corrupt > 0) != bad {
+				t.Errorf("%q, reading data %v: %+v", name, data, rep)
+			}
+		}
+	}
+	must(t, s.Close())
+}
