@@ -95,16 +95,27 @@ func (s *Store) leftInMemory() error {
 	if err = errors.Join(err, nerr); err != nil {
 		return fmt.Errorf("what the last owner left in memory is not known: %w", err)
 	}
-	if last.Boot != now.Boot || last.Dev != now.Dev || last.Ino != now.Ino {
+	if last.Boot != now.Boot || last.Ino != now.Ino {
 		return nil // of another boot, or copied with the store
 	}
-	path := filepath.Join(s.opts.SharedMemory, "vdisk-"+filepath.Base(last.Buffers))
-	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
-		s.log.Warn("what the last owner had answered and not written is not seen", "file", path)
+	name := "vdisk-" + filepath.Base(last.Buffers)
+	path := filepath.Join(s.opts.SharedMemory, name)
+	_, err = os.Lstat(path)
+	switch {
+	case last.Dev != now.Dev:
+		s.log.Warn("the store's file system has another device number than its last owner saw, as a copy has: what that had answered and not written is not read", "file", path)
 		s.forgot = true
 		return nil
+	case err == nil:
+		return fmt.Errorf("the last owner was killed, and what it had answered is in %s: open the store once where it can be written to", path)
+	case !errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("what the last owner had answered and not written: %w", err)
+	case (last.Shm == 0 || last.Shm != now.Shm) && !s.opts.ForgetElsewhere:
+		return &elsewhereError{buffers: name, dir: s.opts.SharedMemory, there: last.Shm, here: now.Shm}
 	}
-	return fmt.Errorf("the last owner was killed, and what it had answered is in %s: open the store once where it can be written to", path)
+	s.log.Warn("what the last owner had answered and not written is lost", "file", path)
+	s.forgot = true
+	return nil
 }
 
 // readLog is what openFiles ends with where nothing can be written: from here on every change is refused, and nothing
