@@ -37,9 +37,8 @@ func (e *unwritableError) Unwrap() []error { return []error{ErrReadOnly, e.err} 
 // ReadOnly is why the store could only be opened to be read, or nil.
 func (s *Store) ReadOnly() error { return s.readOnly }
 
-// lockToRead keeps owners that write away, waiting up to timeout for one that is there; others who read may be there.
-// Without a lock file there is none to be had where nothing can be written; nor has anybody been here who would have
-// made it.
+// lockToRead keeps owners that write away, and waits up to timeout for one that is there. Any number of processes may
+// read. Where there is no lock file none can be made, and no owner has been here, as it would have made one.
 func lockToRead(in *storage.Folder, timeout time.Duration) (*os.File, error) {
 	f, err := in.Open(lockFile, os.O_RDONLY)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -67,7 +66,7 @@ func flock(f *os.File, how int, timeout time.Duration) error {
 	}
 }
 
-// lockedBy says who has the lock that could not be had. Those who only read do not write down who they are.
+// lockedBy is the error about a lock that another process has. Processes that only read do not write down their names.
 func lockedBy(in *storage.Folder, f *os.File, err error) error {
 	if !errors.Is(err, unix.EWOULDBLOCK) {
 		return fmt.Errorf("lock store: %w", err)

@@ -24,7 +24,7 @@ const (
 	retryIn  = 2 * time.Millisecond
 )
 
-// descriptor is an open file with the count of those who use it. The file that it is of counts as one.
+// descriptor is an open file and the number of its users, of which the file itself is one.
 type descriptor struct {
 	*os.File
 	refs atomic.Int32

@@ -52,7 +52,7 @@ func (f *file) open(hasty bool) (*descriptor, error) {
 		return nil, &fs.PathError{Op: "use", Path: f.path(), Err: fs.ErrClosed}
 	}
 	d, err := f.openLocked(hasty)
-	if err == nil && !d.acquire() { // cannot be: only who holds mu takes the file's own reference
+	if err == nil && !d.acquire() { // cannot be: the file's own reference is given up under mu only
 		err = &fs.PathError{Op: "use", Path: f.path(), Err: fs.ErrClosed}
 	}
 	return d, err

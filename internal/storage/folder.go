@@ -322,7 +322,7 @@ func (d *Folder) Sub(name string) (*Folder, error) {
 // Files returns the directory as the engine's file layer, which takes it over.
 func (d *Folder) Files() FS { return newDir(d, false) }
 
-// FilesToRead is Files for who changes nothing, and perhaps may not.
+// FilesToRead is Files of which none can be changed.
 func (d *Folder) FilesToRead() FS { return newDir(d, true) }
 
 // Close releases the directory. Files that are open stay usable.
