@@ -16,6 +16,9 @@ const (
 	hungry          // writers wait for room
 )
 
+// hungryTries is how many chunks are cleaned without a gain before writers hear that there is no room.
+const hungryTries = 4
+
 // cleanRoutine cleans when there is reason, until quit.
 func (s *Store) cleanRoutine() {
 	t := throttle{s: s}
@@ -55,14 +58,22 @@ func (s *Store) cleanFor(u urgency, t *throttle) (more bool) {
 	before, start := s.used(false), time.Now()
 	taken := s.taken()
 	r, err := s.cleanOne(context.Background(), waste, all, pause)
+	gained := func() bool { return r.Moved < r.Freed || s.used(false) < before }
 	// There may be more dead than the table knows, and chunks that it does not have all of. What one checkpoint brings
-	// may be enough: to reap everything that was deleted can take very long.
-	for more := true; more && u == hungry && (r.Chunks == 0 || errors.Is(err, ErrNoSpace)) && s.used(false) >= before; {
-		if err = s.checkpoint(); err != nil {
+	// may be enough: to reap everything that was deleted can take very long. Where there is no more of that, a chunk that
+	// was not given back whole, as somebody took a snapshot of it meanwhile, is no reason to give up either.
+	for tries := 0; u == hungry && (err == nil || errors.Is(err, ErrNoSpace)) && !gained(); tries++ {
+		if err = s.interrupted(context.Background()); err == nil {
+			err = s.checkpoint()
+		}
+		if err != nil {
 			break
 		}
-		more = s.reapsMore()
+		more := s.reapsMore()
 		r, err = s.cleanOne(context.Background(), waste, all, nil)
+		if !more && (r.Chunks == 0 || err != nil || tries == hungryTries) {
+			break
+		}
 	}
 	switch {
 	case err != nil || r.Chunks == 0:
@@ -71,7 +82,7 @@ func (s *Store) cleanFor(u urgency, t *throttle) (more bool) {
 	default:
 		err = s.checkpoint()
 	}
-	gain := r.Moved < r.Freed || s.used(false) < before
+	gain := gained()
 	s.cleaningFailed(err)
 	s.mu.Lock()
 	defer s.mu.Unlock()
