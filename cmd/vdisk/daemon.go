@@ -22,7 +22,7 @@ func (a *app) daemonCommand() *cli.Command {
 		Category:  groupAccess,
 		Usage:     "own the store in the foreground, for attach and all other commands",
 		UsageText: "vdisk daemon",
-		Description: "It recovers the devices that wait for a server, and ends on SIGINT or SIGTERM, and its block devices with it; killed in\n" +
+		Description: "It recovers the devices that wait for a server, and ends on SIGINT, SIGTERM or SIGHUP, and its block devices with it; killed in\n" +
 			"any other way it leaves them waiting for the next. 'vdisk attach' starts one by itself when the store has no owner; start\n" +
 			"it yourself (as a service: init/vdisk@.service) to have the store open at all times. SIGUSR2 has it do what 'vdisk upgrade' does.",
 		Flags: []cli.Flag{

@@ -80,7 +80,7 @@ func own(ctx context.Context, dir string, o Options, mayRead bool) (*Owner, erro
 	if owner.mark, err = markOf(in, store.Info().UUID); err == nil {
 		err = owner.adopt(ctx)
 	}
-	if err == nil {
+	if err == nil && store.ReadOnly() == nil {
 		owner.removeUnfinished()
 	}
 	if err == nil && o.Offer {
