@@ -435,6 +435,9 @@ func (s *Store) Volumes() []VolumeInfo {
 func (s *Store) Volume(name string) (VolumeInfo, error) {
 	s.mu.Lock()
 	v, _, err := s.lookup(Ref{Volume: name})
+	if s.closed {
+		err = ErrClosed
+	}
 	if err != nil {
 		s.mu.Unlock()
 		return VolumeInfo{}, err
