@@ -433,19 +433,25 @@ func (s *Store) Volumes() []VolumeInfo {
 
 // Volume describes one.
 func (s *Store) Volume(name string) (VolumeInfo, error) {
+	in, err := s.unsorted(name)
+	in.sort()
+	return in, err
+}
+
+func (s *Store) unsorted(name string) (VolumeInfo, error) {
 	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return VolumeInfo{}, ErrClosed
+	}
 	v, _, err := s.lookup(Ref{Volume: name})
 	if s.closed {
 		err = ErrClosed
 	}
 	if err != nil {
-		s.mu.Unlock()
 		return VolumeInfo{}, err
 	}
-	in := s.describe(v, s.clones())
-	s.mu.Unlock()
-	in.sort()
-	return in, nil
+	return s.describe(v, s.clones()), nil
 }
 
 // sort brings the snapshots into the order in which they were taken.
