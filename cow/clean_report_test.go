@@ -1,0 +1,46 @@
+package cow
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"testing"
+)
+
+// What others write while the store is cleaned is not taken for space that cleaning has given back, or cost.
+func TestCleanReportBesideWriter(t *testing.T) {
+	var beside func() error // called once, while the table is committed
+	s, _ := newStore(t, Options{ChunkBytes: 1 << 20, CheckpointInterval: -1, OnCommit: func(done bool) error {
+		f := beside
+		if beside = nil; f == nil {
+			return nil
+		}
+		return f()
+	}})
+	_, err := s.CreateVolume("v", VolumeOptions{Size: 16 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	noise := make([]byte, 4<<20)
+	_, _ = rand.NewChaCha8([32]byte{}).Read(noise)
+	beside = func() error {
+		_, err := d.WriteAt(noise, 0)
+		return errors.Join(err, d.Flush())
+	}
+	before := s.used(true)
+	r, err := s.Clean(context.Background(), 0.5)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if beside != nil || s.used(true) <= before {
+		t.Fatal("nothing was written meanwhile")
+	}
+	if r.Freed < 0 {
+		t.Errorf("%d bytes were freed", r.Freed)
+	}
+	mustEnd(t, s, d)
+}
