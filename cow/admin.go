@@ -445,9 +445,6 @@ func (s *Store) unsorted(name string) (VolumeInfo, error) {
 		return VolumeInfo{}, ErrClosed
 	}
 	v, _, err := s.lookup(Ref{Volume: name})
-	if s.closed {
-		err = ErrClosed
-	}
 	if err != nil {
 		return VolumeInfo{}, err
 	}
