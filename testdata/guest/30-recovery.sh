@@ -67,6 +67,16 @@ dev=$(v attach v)
 v features
 [ "$(v features --json | grep -c '"available": false')" = "$(v features --json | grep -A1 -E 'nbd_client' | grep -c false)" ] || fail "not safe when memory is short"
 
+# Beside all this a local user without rights holds what looks like the devices, and fills the shared memory again and again.
+mount -o remount,size=64M /dev/shm
+chmod 1777 /dev/shm
+setpriv --reuid=65534 --regid=65534 --clear-groups perl -e 'open(F, ">/tmp/ublkc0") or die; $0 = "vdisk";
+	for (qw(/dev/ublkc0 /dev/ublkb0)) { sysopen(my $fh, $_, 010000000) or die $!; push @held, $fh }
+	while (getppid() != 1) {
+		open(S, ">/dev/shm/fill") or die; while (syswrite(S, "x" x 1048576)) {}
+		select(undef, undef, undef, rand 2); unlink "/dev/shm/fill"; close S; select(undef, undef, undef, rand 2) }' &
+hostile=$!
+
 echo "== $kills kills under fio"
 load "$dev"
 for i in $(seq "$kills"); do
@@ -270,3 +280,6 @@ v check --read-data
 settled
 complaints 'hung task|blocked for more|blocked in I/O|Oops|BUG:'
 [ "$(v devices --json | grep -c '"path"')" = 0 ] || fail "devices are left: $(v devices)"
+kill $hostile || fail "the hostile user is gone"
+rm -f /dev/shm/fill
+mount -o remount,size=50% /dev/shm
