@@ -532,7 +532,7 @@ func (l *recordLog) writeOut() error {
 	l.writeMu.Lock()
 	defer l.writeMu.Unlock()
 	if l.out >= target {
-		return l.err() // who had its turn before has written ours, too
+		return l.err() // the writer before has written ours, too
 	}
 	l.mu.Lock()
 	goal := l.appended

@@ -354,7 +354,7 @@ func (s *Store) outlive(uuid [16]byte) {
 	s.wal.share(s.shared)
 }
 
-// answer is called after a change of a device, and before whoever asked for it is told that it was made.
+// answer is called after a device has changed, and before the change is answered.
 func (s *Store) answer() error {
 	if !s.writeThrough {
 		return nil

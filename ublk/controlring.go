@@ -82,7 +82,7 @@ func (c *controlRing) release() {
 // miscDevices lists the kernel's miscellaneous devices, in every container: "ublk-control" when the driver is loaded.
 var miscDevices = "/proc/misc"
 
-// driverLoaded tells whether the driver is loaded; an error says that it cannot be told.
+// driverLoaded reports whether the driver is loaded. An error says that it cannot be told.
 func driverLoaded() (bool, error) {
 	text, err := os.ReadFile(miscDevices)
 	if err != nil {

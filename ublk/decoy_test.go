@@ -57,7 +57,7 @@ func (d *oneDevice) run(_ context.Context, op uint32, _ ctrlCmd, buf unsafe.Poin
 	return 0, nil
 }
 
-// holdAs has a process of the user nobody hold a file open whose name is that of a char device.
+// holdAs starts a process of the user nobody that holds a file open. The file's name is that of a char device.
 func holdAs(t *testing.T, name string) {
 	t.Helper()
 	if os.Geteuid() != 0 {

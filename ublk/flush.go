@@ -16,8 +16,8 @@ import (
 // wait for those.
 const holdersTime = 10 * time.Second
 
-// writeBack has the kernel write back what is dirty on the block device, its partitions, and what is built on them: the
-// block device's own cache, and that of the file system on it, wherever that is mounted. Whoever that is need not be
+// writeBack makes the kernel write back what is dirty on the block device, its partitions, and what is built on them: the
+// block device's own cache, and that of the file system on it, wherever that is mounted. A user of the disk need not be
 // visible from here: a file system may be mounted in another mount namespace only.
 func (d *Device) writeBack() error {
 	flushed := make(chan error, 1)
@@ -121,7 +121,7 @@ func flushOneByOne(nodes []string) error {
 	return errors.Join(errs...)
 }
 
-// diskGone tells whether the kernel has no such block device. That there is no node of it does not say so.
+// diskGone reports whether the kernel has no such block device. A missing node does not say so.
 func diskGone(id int) bool {
 	_, err := os.Lstat("/sys/class/block")
 	_, derr := os.Lstat(fmt.Sprintf("/sys/class/block/ublkb%d", id))

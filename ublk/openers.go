@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Who has a device open is told by the device's number alone. A path proves nothing: any user may have a file called
+// A process has a device open if a descriptor of it has the device's number. A path proves nothing: any user may have a file called
 // ublkc0, and may hold even the true node as a mere name (O_PATH), for which no right to it is needed.
 
 // process is one that was found in /proc.
@@ -76,7 +76,7 @@ func deviceBehind(link string, kind uint32) string {
 	return fmt.Sprintf("%d:%d", st.Rdev_major, st.Rdev_minor)
 }
 
-// onlyNames tells whether a descriptor was opened with O_PATH (proc_pid_fdinfo(5)), or cannot be looked at.
+// onlyNames reports whether a descriptor was opened with O_PATH (proc_pid_fdinfo(5)), or cannot be looked at.
 func onlyNames(link string) bool {
 	dir, fd := filepath.Split(link)
 	text, err := os.ReadFile(filepath.Join(filepath.Dir(filepath.Clean(dir)), "fdinfo", fd))
@@ -145,7 +145,7 @@ func charOpener(name, number string, pid int) server {
 // firstPIDs is the initial PID namespace (PROC_PID_INIT_INO of linux/proc_ns.h).
 const firstPIDs = "pid:[4026531836]"
 
-// seesAll tells whether /proc has every process of the machine.
+// seesAll reports whether /proc has every process of the machine.
 func seesAll() bool {
 	ns, err := os.Readlink("/proc/self/ns/pid")
 	return err == nil && ns == firstPIDs

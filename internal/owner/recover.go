@@ -178,7 +178,7 @@ func (d *disk) mayBeAnothers(dir string) error {
 func devText(dev uint64) string { return fmt.Sprintf("%d:%d", unix.Major(dev), unix.Minor(dev)) }
 
 // Claim takes disks that wait, as Recover finds them, for this store's, although they were made when it was on another
-// file system: whoever calls it knows that it is the same one, mounted anew.
+// file system: the caller knows that it is the same one, mounted anew.
 func (o *Owner) Claim(ctx context.Context, what string) error {
 	if err := o.lasting(); err != nil {
 		return err

@@ -34,8 +34,8 @@ func (w *world) looks() *Owner {
 	return o
 }
 
-// TestLookingChangesNothing: who only looks at a store forgets no device of it and deletes none, whatever can be known
-// of them; the next owner that serves finds what it can recover.
+// TestLookingChangesNothing: a command that only looks at a store forgets no device of it and deletes none, whatever can
+// be known of them. The next owner that serves finds what it can recover.
 func TestLookingChangesNothing(t *testing.T) {
 	for name, change := range map[string]func(w *world){
 		"it waits":                   func(*world) {},
@@ -218,8 +218,8 @@ func TestPruneKeepsWhatWaits(t *testing.T) {
 	}
 }
 
-// TestMemoryElsewhere: while a disk waits whose last server's memory may be in another container, the store is opened by
-// nobody who does not have that. Giving the disk up needs no memory, and leaves the other disks what they need.
+// TestMemoryElsewhere: while a disk waits whose last server's memory may be in another container, the store is opened
+// only where that is. Giving the disk up needs no memory, and leaves the other disks what they need.
 func TestMemoryElsewhere(t *testing.T) {
 	w := newWorld(t)
 	o := w.own(true)
