@@ -67,9 +67,9 @@ func (w *overwriter) write() error {
 	return err
 }
 
-// longest is the longest that a write may wait in these tests. It is 2 s on a machine with nothing else to do; what is
-// wrong takes many times longer.
-const longest = 8 * time.Second
+// longest is more than a write waits in these tests on the busiest machine. The promise is 2 s on one with nothing else
+// to do; a writer that stands still waits for ever, or for as long as a deletion takes.
+const longest = 30 * time.Second
 
 // TestWritesGoOnWhileSnapshotsAreRemoved: while many snapshots of another volume go, which takes a checkpoint after the
 // other, the cleaner finds room for a writer on a store that is full, though all that it can move is held by a snapshot.
@@ -142,6 +142,7 @@ func TestCleanerTakesFewTurns(t *testing.T) {
 	}
 	must(t, errors.Join(s.Snapshot(Ref{"v", "a"}), s.Checkpoint()))
 	quit, done := make(chan struct{}), make(chan error, 1)
+	turns, last := 0, s.cleaned
 	go func() {
 		for {
 			select {
@@ -152,6 +153,11 @@ func TestCleanerTakesFewTurns(t *testing.T) {
 			}
 			s.ckptMu.Lock()
 			err := s.checkpointLocked()
+			s.mu.Lock()
+			if s.cleaned != last { // since the checkpoint before
+				turns, last = turns+1, s.cleaned
+			}
+			s.mu.Unlock()
 			time.Sleep(5 * time.Millisecond) // long enough for a mutex to be handed over to who waits
 			s.ckptMu.Unlock()
 			if err != nil {
@@ -160,18 +166,12 @@ func TestCleanerTakesFewTurns(t *testing.T) {
 			}
 		}
 	}()
-	s.mu.Lock()
-	before := s.gen
-	s.mu.Unlock()
 	r, err := s.cleanOne(t.Context(), worthwhile, all, nil)
-	s.mu.Lock()
-	turns := s.gen - before
-	s.mu.Unlock()
 	close(quit)
 	must(t, errors.Join(err, <-done))
-	t.Logf("%+v in %d checkpoints", r, turns)
-	if records := r.Moved / 2112; records < 500 || turns > 16 {
-		t.Errorf("cleaning a chunk of some %d records took %d checkpoints", records, turns)
+	t.Logf("%+v in %d turns", r, turns)
+	if records := r.Moved / 2112; records < 500 || turns > 4 {
+		t.Errorf("cleaning a chunk of some %d records took %d turns", records, turns)
 	}
 	mustEnd(t, s, d)
 }
