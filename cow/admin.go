@@ -1,6 +1,7 @@
 package cow
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -17,23 +18,39 @@ const MaxVolume = 64 << 40
 // change; the event takes its place in the log and the tables change; and transact
 // returns when it is durable. A nil event changes nothing.
 func (s *Store) transact(build func() (*format.Event, error)) error {
-	s.mu.Lock()
-	err := s.transactLocked(build)
-	s.mu.Unlock()
-	if err != nil {
-		return err
-	}
-	return s.wal.sync()
-}
-
-func (s *Store) transactLocked(build func() (*format.Event, error)) error {
-	room := 4096
+	cleared := false
 	for {
-		if err := s.wal.reserve(room, forEvents); err != nil {
+		s.mu.Lock()
+		p, err := s.transactLocked(build)
+		s.mu.Unlock()
+		switch {
+		case err == nil:
+			return s.wal.sync()
+		case errors.Is(err, errFull):
+			err = s.makeRoom(p)
+		case errors.Is(err, ErrNoSpace) && p == forEvents && !cleared:
+			cleared = true
+			if s.clearEvents() == nil {
+				err = nil
+			}
+		}
+		if err != nil {
 			return err
 		}
+	}
+}
+
+// transactLocked is transact but for the sync. It fails with errFull where the table has no room for what p is for.
+func (s *Store) transactLocked(build func() (*format.Event, error)) (p purpose, err error) {
+	// What is refused is refused before anything is done for it, and so also where there is no room.
+	for room := 0; ; {
+		if room > 0 {
+			if err := s.wal.reserve(room, p); err != nil {
+				return p, err
+			}
+		}
 		if err := s.usable(); err != nil { // after reserve, which may have waited
-			return err
+			return p, err
 		}
 		ids := s.tables.nextID
 		ev, err := build()
@@ -42,23 +59,27 @@ func (s *Store) transactLocked(build func() (*format.Event, error)) error {
 		}
 		if err != nil || ev == nil {
 			s.tables.nextID = ids // none of them is used
-			return err
+			return p, err
+		}
+		if p = purposeOf(ev); p == forData && s.tableShort(1, p) > 0 {
+			s.tables.nextID = ids
+			return p, errFull
 		}
 		payload, err := format.AppendEvent(nil, ev)
 		if err != nil {
-			return err
+			return p, err
 		}
 		h := format.RecordHeader{Kind: format.KindEvent, Blocks: 1, PayloadLen: len(payload), PayloadCRC: format.Checksum(payload)}
 		switch {
 		case h.Size() > maxEvent:
-			return fmt.Errorf("%s: too many at once (%d bytes of changes); remove or name fewer first: %w", ev.Op, len(payload), ErrInvalid)
+			return p, fmt.Errorf("%s: too many at once (%d bytes of changes); remove or name fewer first: %w", ev.Op, len(payload), ErrInvalid)
 		case h.Size() > room:
 			room, s.tables.nextID = h.Size(), ids
 			continue // reserve may have to wait, and what build saw may change
 		}
 		s.wal.append(&h, payload)
 		s.admin = true
-		return s.tables.apply(ev, s.gen)
+		return p, s.tables.apply(ev, s.gen)
 	}
 }
 

@@ -120,7 +120,11 @@ func (s *Store) commit(g *generation) error {
 	err := s.opts.OnCommit(false)
 	tried := err == nil
 	if tried {
+		// What it takes was counted before, and there is room. Where the file system does not keep to that, the reserve helps.
 		err = s.meta.Update(g.write)
+		for errors.Is(err, metadata.ErrUnwritten) && s.wal.stock.give(reserveStep) {
+			err = s.meta.Update(g.write)
+		}
 	}
 	if err == nil {
 		return nil
@@ -180,6 +184,7 @@ func (s *Store) freeze() *generation {
 	s.wal.sealed = nil
 	s.takeChunks(g)
 	g.regions = s.freezeRegions()
+	s.writingRegions = len(g.regions)
 	s.admin = false
 	if s.coldNoted {
 		mark := s.coldMark
@@ -375,7 +380,7 @@ func (s *Store) settle(g *generation) {
 			b.unwritten.Add(-count)
 		}
 	}
-	s.writing = 0
+	s.writing, s.writingRegions = 0, 0
 	s.slots.cleanable, s.helpless = g.at.ChunkSeq, false
 	for _, c := range g.rowsOf { // those that are full since the last one, among others
 		s.slots.recount(c)
@@ -401,7 +406,7 @@ func (s *Store) thaw(g *generation, err error) error {
 		sh.mu.Unlock()
 		k.b.unwritten.Add(-1)
 	}
-	s.unwritten, s.writing, s.leaving = s.unwritten+s.writing, 0, 0
+	s.unwritten, s.writing, s.writingRegions, s.leaving = s.unwritten+s.writing, 0, 0, 0
 	s.failures, s.failure = s.failures+1, err
 	s.frozen.Broadcast()
 	mark := func(set map[uint32]struct{}, ids []uint32) {
@@ -441,9 +446,9 @@ func idsOf[T any](rows []T, id func(T) uint32) (ids []uint32) {
 func (s *Store) removeDead(dead []*chunk) error {
 	s.zombies = append(s.zombies, dead...)
 	var errs []error
-	kept := s.zombies[:0]
+	kept, low := s.zombies[:0], s.lowDisk()
 	for _, c := range s.zombies {
-		if s.wal.pool.keep(c, s.wal.chunkBytes) {
+		if !low && s.wal.pool.keep(c, s.wal.chunkBytes) {
 			continue
 		}
 		if err := s.removeFile(c); err != nil {

@@ -155,7 +155,7 @@ func (s *Store) cleanChunk(ctx context.Context, c *chunk, pause func(time.Durati
 		}
 		moved += int64(n)
 		if m.full {
-			if err := s.checkpoint(); err != nil {
+			if err := s.roomToMove(); err != nil {
 				return moved, err
 			}
 		}
@@ -170,6 +170,25 @@ func (s *Store) cleanChunk(ctx context.Context, c *chunk, pause func(time.Durati
 	}
 	c.unmoved = moved == 0
 	return moved, nil
+}
+
+// roomToMove makes room for what the cleaner dirties: with a checkpoint, and in the table.
+func (s *Store) roomToMove() error {
+	if err := s.checkpoint(); err != nil {
+		return err
+	}
+	return s.growToMove()
+}
+
+// growToMove makes room in the table alone.
+func (s *Store) growToMove() error {
+	s.mu.Lock()
+	short := s.tableShort(1, forMoves)
+	s.mu.Unlock()
+	if short <= 0 {
+		return nil
+	}
+	return s.growTable(short, forMoves)
 }
 
 // leave notes that what lives in a chunk cannot be moved, or it would be chosen again and again.

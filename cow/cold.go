@@ -190,6 +190,9 @@ func (p *coldPass) step() (more bool, err error) {
 	}
 	switch {
 	case errors.Is(err, errFull):
+		if err := s.growToMove(); err != nil {
+			return true, err
+		}
 		return true, errBusy
 	case errors.Is(err, ErrCorrupt):
 		s.log.Error("a leaf is left as it is; run check", "branch", l.b.ID, "leaf", l.index, "err", err)

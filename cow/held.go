@@ -92,6 +92,12 @@ func (m *mover) moveHeld(r *record) (n int, err error) {
 	if m.s.thawed {
 		return 0, errFull
 	}
+	m.s.mu.Lock()
+	short := m.s.tableShort(1, forMoves) > 0 // for the forward
+	m.s.mu.Unlock()
+	if short {
+		return 0, errFull
+	}
 	was := r.of
 	if ok, err := m.find(r); !ok || r.of != was || m.c.dead {
 		if ok && r.of != was {

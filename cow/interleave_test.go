@@ -28,7 +28,7 @@ type hookFS struct {
 }
 
 func (h *hookFS) Create(name string, size int64) (storage.File, error) {
-	if h.onCreate != nil {
+	if h.onCreate != nil && name != reserveName {
 		if err := h.onCreate(name); err != nil {
 			return nil, err
 		}
@@ -247,23 +247,25 @@ func TestEventOnFullDiskBesideWriter(t *testing.T) {
 	fs := newHook(t, dir)
 	entered, gate := make(chan struct{}), make(chan struct{})
 	var once sync.Once
-	fs.onFree = func() (int64, bool) { once.Do(func() { close(entered); <-gate }); return 32 << 20, true }
 	s := open(t, dir, Options{FS: fs, CheckpointInterval: -1, ChunkBytes: 64 << 20})
+	fs.onFree = func() (int64, bool) { once.Do(func() { close(entered); <-gate }); return 32 << 20, true }
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	wrote := make(chan error)
 	go func() { _, err := d.WriteAt(randomBytes(4096, 1), 0); wrote <- err }()
 	<-entered
-	snapped := make(chan error)
-	go func() { snapped <- s.Snapshot(Ref{"v", "a"}) }()
+	renamed := make(chan error)
+	go func() { renamed <- s.Rename(Ref{Volume: "v"}, Ref{Volume: "w"}) }()
 	time.Sleep(50 * time.Millisecond)
 	close(gate)
 	t.Logf("write: %v", <-wrote)
-	if err := <-snapped; err != nil {
+	if err := <-renamed; err != nil {
 		t.Errorf("event on a disk with 32 MiB free: %v", err)
 	}
 	time.Sleep(200 * time.Millisecond)
-	t.Logf("again: %v", s.Snapshot(Ref{"v", "b"}))
+	if err := s.Snapshot(Ref{"w", "a"}); !errors.Is(err, ErrNoSpace) {
+		t.Errorf("a new name on a disk with 32 MiB free: %v", err)
+	}
 }
 
 // A flush beside writers that are faster than the disk.
@@ -453,14 +455,14 @@ func TestChunksOfHolesGo(t *testing.T) {
 	for range 5 {
 		must(t, s.Checkpoint())
 	}
-	names, _ := s.fs.List()
+	names := chunkFiles(t, s.fs)
 	t.Logf("chunk files with no live byte after 5 checkpoints: %d; Info %+v", len(names), s.Info())
 	if len(names) > 3+poolSize {
 		t.Errorf("%d files stay", len(names))
 	}
 	killStore(s)
 	s = open(t, dir, Options{CheckpointInterval: -1, ChunkBytes: 64 << 10})
-	names, _ = s.fs.List()
+	names = chunkFiles(t, s.fs)
 	t.Logf("after a restart: %d", len(names))
 }
 

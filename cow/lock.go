@@ -32,7 +32,8 @@ func lockStore(in *storage.Folder, timeout time.Duration, holder string) (*os.Fi
 		holder = filepath.Base(os.Args[0])
 	}
 	text := fmt.Sprintf("pid %d %s\n", os.Getpid(), holder)
-	if err := errors.Join(f.Truncate(0), writeAt0(f, text)); err != nil {
+	// Written over before it is cut: a full file system might not give the block again.
+	if err := errors.Join(writeAt0(f, text), f.Truncate(int64(len(text)))); err != nil {
 		f.Close()
 		return nil, fmt.Errorf("lock store: %w", err)
 	}

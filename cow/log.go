@@ -76,7 +76,9 @@ type recordLog struct {
 	uuid       [16]byte
 	slots      *slotTable
 	pool       chunkPool
-	chunkBytes int64 // of a new chunk, where there is room
+	stock      reserve
+	kept       func() int64 // what of the space that is to stay free the store has already
+	chunkBytes int64        // of a new chunk, where there is room
 	failed     atomic.Pointer[error]
 
 	// Guarded by mu.
@@ -120,7 +122,7 @@ type recordLog struct {
 
 func newRecordLog(fs storage.FS, mu *sync.Mutex, uuid [16]byte, slots *slotTable) *recordLog {
 	l := &recordLog{
-		cleaner: func() bool { return false }, rotated: func(purpose) {}, fs: fs, mu: mu, uuid: uuid, slots: slots, space: sync.NewCond(mu),
+		cleaner: func() bool { return false }, kept: func() int64 { return 0 }, rotated: func(purpose) {}, fs: fs, mu: mu, uuid: uuid, slots: slots, space: sync.NewCond(mu),
 		pool:      chunkPool{fs: fs, slots: slots, mu: mu},
 		flushWork: make(chan struct{}, 1), makeWork: make(chan struct{}, 1), syncWork: make(chan struct{}, 1), quit: make(chan struct{}),
 	}

@@ -171,6 +171,9 @@ func (l *recordLog) createFile(seq uint64, p purpose) (*chunk, error) {
 			f, err = l.fs.Create(c.name(), int64(size))
 		}
 	}
+	for errors.Is(err, ErrNoSpace) && p > forData && l.stock.give(int64(size)) {
+		f, err = l.fs.Create(c.name(), int64(size))
+	}
 	if err != nil {
 		return nil, fmt.Errorf("make chunk %s: %w", c.name(), err)
 	}
@@ -201,23 +204,26 @@ func (l *recordLog) chunkSize(p purpose, instead int64) (uint32, error) {
 	l.mu.Lock()
 	used := l.slots.files
 	l.mu.Unlock()
-	keep := int64(spare)
+	keep, least := int64(spare), min(minChunkSize, l.chunkBytes)
 	if p == forData {
 		keep += l.chunkBytes
 	}
-	room := free - keep
+	room := min(free, free+l.kept()-keep)
 	if l.limit > 0 {
 		room = min(room, l.limit-used-(keep-spare))
 	}
-	for size := l.chunkBytes; size >= min(minChunkSize, l.chunkBytes); size /= 2 {
+	for size := l.chunkBytes; size >= least; size /= 2 {
 		if room+instead >= size {
 			return uint32(size), nil
 		}
 	}
+	if p == forMoves && free+l.stock.bytes() >= least+l.stock.wanted()/2 && (l.limit == 0 || l.limit-used >= least) {
+		return uint32(least), nil // half of the reserve is for what is deleted
+	}
 	if p == forEvents {
 		return eventChunkSize, nil // if even that is too much, fallocate says so
 	}
-	if l.limit > 0 && l.limit-used < free-spare {
+	if l.limit > 0 && l.limit-used < free+l.kept()-spare {
 		return 0, fmt.Errorf("%w: the store's limit is %d MiB, of which %d MiB are kept for the cleaner; raise it, or delete snapshots or volumes",
 			noSpace(syscall.ENOSPC), l.limit>>20, l.chunkBytes>>20)
 	}

@@ -367,7 +367,7 @@ func (s *Store) putMoved(h *format.RecordHeader, payload []byte, same func(*leaf
 		switch {
 		case b.volume == nil || lf.epoch != b.Epoch || !same(lf):
 			err = errChanged
-		case !s.owned(b, lf) && !s.mayDirty(false):
+		case !s.owned(b, lf) && !s.mayDirty(false, forMoves):
 			err = errFull
 		default:
 			o, err = s.own(k, sh)

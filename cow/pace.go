@@ -166,7 +166,7 @@ func (t *throttle) room() (now, owed float64) {
 
 // room is how much more the chunk files can take, of so many free bytes. mu is held.
 func (s *Store) room(free int64) int64 {
-	room := free - spare
+	room := min(free, free+s.kept()-spare)
 	if s.wal.limit > 0 {
 		room = min(room, s.wal.limit-s.slots.files)
 	}

@@ -159,7 +159,7 @@ func (s *Store) reapForCheckpoint() {
 	for more := true; more; {
 		s.prepareReaping()
 		s.mu.Lock()
-		more = s.reap() && s.unwritten < s.dirtyLimit/2 && time.Since(start) < s.opts.reapTime
+		more = s.reap() && s.tableShort(0, forEvents) <= 0 && s.unwritten < s.dirtyLimit/2 && time.Since(start) < s.opts.reapTime
 		s.mu.Unlock()
 	}
 }
@@ -167,6 +167,9 @@ func (s *Store) reapForCheckpoint() {
 // reap does one batch of work, and reports whether this checkpoint can do another. mu and ckptMu are held: memory is
 // what the table will be, so that what is decided here holds there too.
 func (s *Store) reap() (more bool) {
+	if s.thawed {
+		return false // there was no room for the last batch
+	}
 	for left := s.opts.ReapBatch; left > 0; {
 		j, ok := s.nextJob()
 		if !ok {

@@ -134,6 +134,9 @@ func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks
 	}
 	for _, name := range names {
 		slot, ok := parseChunkName(name)
+		if name == reserveName {
+			continue // of a store whose folder is the chunks', too
+		}
 		if !ok {
 			s.log.Warn("there is a file that is not ours among the chunks", "name", name)
 			continue

@@ -191,9 +191,7 @@ func TestAllocatedBehindTheEndIsGivenBack(t *testing.T) {
 	s := open(t, dir, o)
 	must(t, s.Checkpoint())
 	var size int64
-	names, err := s.fs.List()
-	must(t, err)
-	for _, name := range names {
+	for _, name := range chunkFiles(t, s.fs) {
 		f, err := s.fs.Open(name)
 		must(t, err)
 		n, err := f.Size()

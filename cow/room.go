@@ -1,10 +1,67 @@
 package cow
 
 import (
+	"errors"
+	"fmt"
 	"os"
+	"syscall"
 
+	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
+
+// Room for the table: DESIGN.md, section 5.2. What the next commits can take is counted before anything is changed that
+// they have to write, and the table's file has the blocks by then.
+
+const (
+	// leafNeed bounds what a commit takes for one leaf: three pages for its value and what that parts, one for the list
+	// of changes, and one above each.
+	leafNeed = 6 << 12
+	// leafGrowth bounds what one leaf adds to a table that is written whole: value and change, in pages half full.
+	leafGrowth = 8 << 10
+	// rowNeed is what a commit takes for rows of volumes, snapshots, branches and chunks, for each version that it may reap.
+	rowNeed = 8 << 10
+	// growMost is what the table's file grows by at most, if no more is needed.
+	growMost = 16 << 20
+)
+
+// tableShort is how many bytes the table's file is short of what the commits of all that is dirty, and n leaves more,
+// may take, with what is kept from the purpose. What a reaper's batch takes is kept from all. mu is held.
+func (s *Store) tableShort(n int, p purpose) int64 {
+	free, used := s.meta.Room()
+	rows := len(s.tables.dirtyVolumes) + len(s.tables.dirtySnapshots) + len(s.tables.dirtyBranches)
+	leaves := int64(s.unwritten + s.writing + len(s.dropping) + len(s.dirtyRegions) + s.writingRegions + rows/4 + n)
+	need := min(leaves*leafNeed, used+leaves*leafGrowth)
+	batch := int64(s.opts.ReapBatch)
+	need += batch*(leafNeed+rowNeed) + (free+used)/512 // the list of free pages
+	if p == forData {
+		need += batch / 2 * leafNeed // for discards and the cleaner
+	}
+	return need - free
+}
+
+// growTable makes the table's file larger by n bytes, if that leaves free what the purpose may not have.
+func (s *Store) growTable(n int64, p purpose) error {
+	free, err := s.fs.Free()
+	if err != nil {
+		return fmt.Errorf("free space of the store: %w", err)
+	}
+	room := free
+	if p == forData {
+		room = min(room, free+s.wal.stock.bytes()-spare)
+	}
+	_, used := s.meta.Room()
+	for _, step := range []int64{max(n, min(max(used/16, int64(s.opts.ReapBatch)*rowNeed), growMost)), n} {
+		if step > room {
+			continue
+		}
+		if err = s.meta.Grow(step); !errors.Is(err, metadata.ErrUnwritten) {
+			return err
+		}
+	}
+	return fmt.Errorf("%w: the table of blocks needs %d KiB more, and %d MiB are free on the store's file system; free space there, or delete snapshots or volumes",
+		noSpace(syscall.ENOSPC), n>>10, free>>20)
+}
 
 // allocateTable gives the table's file blocks.
 func (s *Store) allocateTable(f *os.File, from, to int64) error {
@@ -12,4 +69,40 @@ func (s *Store) allocateTable(f *os.File, from, to int64) error {
 		return err
 	}
 	return metadata.Allocate(f, from, to)
+}
+
+// purposeOf says how far an event may go into what is kept free: what makes names is data, and all else gives room
+// back or takes next to none.
+func purposeOf(ev *format.Event) purpose {
+	switch ev.Op {
+	case "create", "snapshot", "clone":
+		return forData
+	}
+	return forEvents
+}
+
+// kept is what of the space that is to stay free is in the store's hands already.
+func (s *Store) kept() int64 {
+	free, _ := s.meta.Room()
+	return s.wal.stock.bytes() + min(free, spare/2)
+}
+
+// lowDisk says whether less is free on the file system than is to stay free, so that nothing is kept for later.
+func (s *Store) lowDisk() bool {
+	free, err := s.fs.Free()
+	return err == nil && free+s.kept() < spare+2*s.wal.chunkBytes
+}
+
+// fillReserve is called where nothing depends on it.
+func (s *Store) fillReserve() {
+	if err := s.wal.stock.fill(s.used(true)); err != nil {
+		s.log.Warn("no blocks can be kept for when the file system is full", "err", err)
+	}
+}
+
+// makeElbowRoom has some room free where the file system has none: an owner writes small files.
+func (s *Store) makeElbowRoom() {
+	if free, err := s.fs.Free(); err == nil && free < elbowRoom {
+		s.wal.stock.give(2 * elbowRoom)
+	}
 }

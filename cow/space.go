@@ -106,7 +106,7 @@ func (s *Store) Room() (int64, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	room := free - spare
+	room := min(free, free+s.kept()-spare)
 	if s.wal.limit > 0 {
 		room = min(room, s.wal.limit-s.slots.files)
 	}

@@ -153,23 +153,24 @@ type Store struct {
 	unpacked   sync.Pool // *format.Leaf
 
 	// mu orders every change: see DESIGN.md, section 10.
-	mu           sync.Mutex
-	wal          *recordLog
-	tables       tables
-	gen          uint64     // of leaves that become dirty now
-	frozen       *sync.Cond // gen has risen, or a checkpoint has failed
-	dirty        []leafKey  // of generation gen
-	unwritten    int        // dirty leaves and images of generation gen
-	writing      int        // of the generation that a checkpoint writes
-	failures     uint64     // checkpoints that failed
-	failure      error      // of the last of them
-	dirtyRows    []*chunk
-	leaving      int64                         // bytes of chunks that the checkpoint under way removes
-	dirtyRegions []*region                     // of generation gen
-	loosened     bool                          // names have been reaped since chunk.stuck was counted
-	admin        bool                          // a table changed since the last checkpoint
-	dropping     map[metadata.Version]struct{} // given up by the reaper, still in the table
-	closed       bool
+	mu             sync.Mutex
+	wal            *recordLog
+	tables         tables
+	gen            uint64     // of leaves that become dirty now
+	frozen         *sync.Cond // gen has risen, or a checkpoint has failed
+	dirty          []leafKey  // of generation gen
+	unwritten      int        // dirty leaves and images of generation gen
+	writing        int        // of the generation that a checkpoint writes
+	writingRegions int        // of forwards, the same
+	failures       uint64     // checkpoints that failed
+	failure        error      // of the last of them
+	dirtyRows      []*chunk
+	leaving        int64                         // bytes of chunks that the checkpoint under way removes
+	dirtyRegions   []*region                     // of generation gen
+	loosened       bool                          // names have been reaped since chunk.stuck was counted
+	admin          bool                          // a table changed since the last checkpoint
+	dropping       map[metadata.Version]struct{} // given up by the reaper, still in the table
+	closed         bool
 
 	cleanMu    sync.Mutex // one cleans at a time; taken before ckptMu
 	mover      *mover     // guarded by cleanMu
@@ -279,6 +280,9 @@ func openIn(in *storage.Folder, o Options) (*Store, error) {
 	if s.cache, err = newLeafCache(o.CacheBytes, s.loadLeaf); err != nil {
 		return nil, errors.Join(fmt.Errorf("open store %s: %w", dir, err), lock.Close())
 	}
+	if err := s.openChunks(); err != nil {
+		return nil, errors.Join(fmt.Errorf("open store %s: %w", dir, err), s.release())
+	}
 	if err := s.upgrade(); err != nil {
 		return nil, errors.Join(fmt.Errorf("open store %s: %w", dir, noSpace(err)), s.release())
 	}
@@ -312,20 +316,34 @@ func (s *Store) upgrade() error {
 	return s.in.Replace(formatFile, text, true)
 }
 
-func (s *Store) openFiles() error {
-	uuid, err := s.info.ID()
-	if err != nil {
-		return err
-	}
+// openChunks opens the folder of the chunks, and the reserve, so that there is room for what opening writes.
+func (s *Store) openChunks() (err error) {
+	in := s.fs // of the reserve
 	if s.fs == nil {
 		chunks, err := s.in.Sub(chunksDir)
 		if err != nil {
 			return err
 		}
-		if s.fs = chunks.Files(); s.readOnly != nil {
+		if s.fs, in = chunks.Files(), s.in.Files(); s.readOnly != nil {
 			s.fs = chunks.FilesToRead()
 		}
 	}
+	uuid, err := s.info.ID()
+	if err != nil {
+		return err
+	}
+	s.wal = newRecordLog(s.fs, &s.mu, uuid, &s.slots)
+	if s.readOnly != nil {
+		return nil
+	}
+	if err := s.wal.stock.open(in); err != nil {
+		s.log.Warn("the reserve cannot be used", "err", err)
+	}
+	s.makeElbowRoom()
+	return nil
+}
+
+func (s *Store) openFiles() (err error) {
 	if _, err := s.in.Lstat(tableFile); errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("the table is missing: %w", errors.Join(ErrCorrupt, err))
 	} else if err != nil {
@@ -338,7 +356,8 @@ func (s *Store) openFiles() error {
 	if err != nil {
 		return err
 	}
-	s.wal = newRecordLog(s.fs, &s.mu, uuid, &s.slots)
+	uuid := s.wal.uuid
+	s.wal.kept = s.kept
 	s.wal.cleaner, s.wal.rotated = s.needRoom, func(p purpose) {
 		s.helpless = false // there was room: what filled it may have overwritten something
 		if p == forData {
@@ -362,6 +381,7 @@ func (s *Store) openFiles() error {
 	if err := s.sizeChunks(); err != nil {
 		return err
 	}
+	s.fillReserve()
 	s.wal.start()
 	if err := s.goOn(behind); err != nil {
 		s.wal.stop()
@@ -383,7 +403,7 @@ func (s *Store) sizeChunks() error {
 	if err != nil {
 		return fmt.Errorf("free space of the store: %w", err)
 	}
-	room := free + s.slots.files
+	room := free + s.slots.files + s.wal.stock.bytes()
 	if s.wal.limit > 0 {
 		room = min(room, s.wal.limit)
 	}
@@ -419,6 +439,9 @@ func (s *Store) goOn(behind []string) error {
 // release closes files and gives the lock back.
 func (s *Store) release() error {
 	errs := []error{s.slots.closeAll()}
+	if s.wal != nil {
+		errs = append(errs, s.wal.stock.close())
+	}
 	if s.meta != nil {
 		errs = append(errs, s.meta.Close())
 	}
@@ -526,6 +549,7 @@ func (s *Store) checkpointer() {
 			due = true
 		case <-tick.C:
 			s.wal.cutIdle()
+			s.fillReserve()
 			if err := s.wal.pool.emptyIdle(); err != nil {
 				s.log.Error("the file of a dead chunk stays", "err", err)
 			}
@@ -571,16 +595,16 @@ type StoreInfo struct {
 	ChunkBytes int64     `json:"chunk_bytes"` // of records in chunk files
 	LiveBytes  int64     `json:"live_bytes"`  // of them, what volumes and snapshots refer to
 	SpareBytes int64     `json:"spare_bytes"` // of files of dead chunks, which are kept to be the next ones
-	MetaBytes  int64     `json:"meta_bytes"`  // of the table's file
-	FreeBytes  int64     `json:"free_bytes"`  // of the file system
+	MetaBytes  int64     `json:"meta_bytes"`  // of the table's file, with room for what is to come
+
+	ReserveBytes int64 `json:"reserve_bytes"` // of the file system, kept for deletions and checkpoints on a full one
+	FreeBytes    int64 `json:"free_bytes"`    // of the file system
 }
 
 // Info describes the store.
 func (s *Store) Info() StoreInfo {
 	in := StoreInfo{UUID: s.info.UUID, Created: s.info.Created, Version: s.info.Version}
-	if n, err := s.meta.Size(); err == nil {
-		in.MetaBytes = n
-	}
+	in.MetaBytes, in.ReserveBytes = s.meta.Size(), s.wal.stock.bytes()
 	if n, err := s.fs.Free(); err == nil {
 		in.FreeBytes = n
 	}

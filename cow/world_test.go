@@ -12,7 +12,6 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 
 	"github.com/vdisk/vdisk/internal/storage"
@@ -247,8 +246,6 @@ type world struct {
 	held    *heldRead
 	noRoom  bool // for the table
 
-	noGrowth bool // the table's file may not grow
-
 	meanwhile func() error // called around commits of the table
 }
 
@@ -287,12 +284,7 @@ func (l *lab) open(img crashImage, every int, rng *rand.Rand) (*world, error) {
 	}
 	o := l.options(fs)
 	o.OnCommit, o.Outlive = w.onCommit, img.outlive
-	o.GrowTable = func(int64) error {
-		if w.noGrowth {
-			return syscall.ENOSPC
-		}
-		return nil
-	}
+	o.GrowTable = img.fs.Take // the table is on the same disk
 	if rng.IntN(2) == 0 {
 		o.ChunkBytes = 160 << 10 // logs of many chunks, with summaries
 	}

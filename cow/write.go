@@ -196,18 +196,22 @@ func (s *Store) put(d *Device, h *format.RecordHeader, payload []byte, n int, ex
 		s.pacer.wait(h.Size())
 	}
 	k := leafKey{d.b, uint32(h.Block / format.LeafBlocks), head}
+	cleared := false
 	for waited := false; ; waited = true {
 		err := s.cache.ensure(k)
 		if err == nil {
 			err = s.tryPut(d, k, h, payload, n, ex, waited)
 		}
-		if !errors.Is(err, errFull) {
-			if errors.Is(err, errEvicted) {
-				continue
-			}
+		switch {
+		case errors.Is(err, errEvicted):
+			continue
+		case errors.Is(err, ErrNoSpace) && h.Kind == format.KindHole && !cleared && s.clearEvents() == nil:
+			cleared = true
+			continue
+		case !errors.Is(err, errFull):
 			return err
 		}
-		if err := s.makeRoom(); err != nil {
+		if err := s.makeRoom(purposeIn(h)); err != nil {
 			return err
 		}
 	}
@@ -232,7 +236,7 @@ func (s *Store) tryPut(d *Device, k leafKey, h *format.RecordHeader, payload []b
 		return errChanged
 	case hole && lf.isHole(first, n):
 		return nil // nothing to say
-	case !s.owned(k.b, lf) && !s.mayDirty(waited):
+	case !s.owned(k.b, lf) && !s.mayDirty(waited, purposeIn(h)):
 		return errFull
 	}
 	o, err := s.own(k, sh)
@@ -251,11 +255,7 @@ func (s *Store) tryPut(d *Device, k leafKey, h *format.RecordHeader, payload []b
 
 // admit checks that the store and the volume take the write, and makes room for it. mu is held.
 func (s *Store) admit(d *Device, h *format.RecordHeader, n int, hole bool) error {
-	p := forData
-	if hole {
-		p = forEvents
-	}
-	if err := s.wal.reserve(h.Size(), p); err != nil {
+	if err := s.wal.reserve(h.Size(), purposeIn(h)); err != nil {
 		return err
 	}
 	if err := s.usable(); err != nil { // after reserve, which may have waited
@@ -267,20 +267,46 @@ func (s *Store) admit(d *Device, h *format.RecordHeader, n int, hole bool) error
 	return nil
 }
 
+// clearEvents has a checkpoint give back the chunks that events and holes took from the reserve: nothing in them lives.
+func (s *Store) clearEvents() error {
+	s.mu.Lock()
+	gen := s.gen
+	s.mu.Unlock()
+	return s.checkpointOf(gen)
+}
+
+// purposeIn is what a write takes room for.
+func purposeIn(h *format.RecordHeader) purpose {
+	if h.Kind == format.KindHole {
+		return forEvents
+	}
+	return forData
+}
+
 // mayDirty says whether one more leaf may become dirty in this generation. A writer that has waited for a
 // checkpoint has room that the others leave him, so that he need not wait for another. mu is held.
-func (s *Store) mayDirty(waited bool) bool {
+func (s *Store) mayDirty(waited bool, p purpose) bool {
 	limit := s.dirtyLimit
 	if !waited {
 		limit -= limit / 8
 	}
-	return s.unwritten < limit && s.unwritten+s.writing < 2*s.dirtyLimit
+	return s.unwritten < limit && s.unwritten+s.writing < 2*s.dirtyLimit && s.tableShort(1, p) <= 0
 }
 
-// makeRoom waits until a checkpoint has begun to write what fills the cache, or has failed.
-func (s *Store) makeRoom() error {
+// makeRoom makes room for one more dirty leaf: in the table, or by waiting until a checkpoint has begun to write what
+// fills the cache, or has failed.
+func (s *Store) makeRoom(p purpose) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if short := s.tableShort(1, p); short > 0 {
+		more := s.unwritten+s.writing+len(s.dirtyRegions)+s.writingRegions > 0 || s.reapable() // that a checkpoint can give back
+		s.mu.Unlock()
+		err := s.growTable(short, p)
+		s.mu.Lock()
+		if err == nil || !more {
+			return err
+		}
+	}
 	if s.closed {
 		return ErrClosed
 	}

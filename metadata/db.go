@@ -19,6 +19,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -76,7 +77,12 @@ type DB struct {
 	read        atomic.Int64 // leaves, since pages were given back
 	room        room
 	closeFolder func() error // nil: the folder is the caller's
-	note        *note        // nil: what this process does to the table, the next opening verifies; guarded by room.mu, but for Open and Close
+
+	updating sync.Mutex // one Update at a time
+	failed   error      // of a commit: what is on the disk is not known any more; guarded by updating
+
+	noting sync.Mutex // taken after updating
+	note   *note      // nil: what this process does to the table, the next opening verifies; guarded by noting
 }
 
 // place is where a table is: its file and its note are opened by name in their directory, and never through a link.
@@ -131,6 +137,9 @@ func openAt(at place, o Options) (db *DB, err error) {
 		missing, err := db.missingBuckets()
 		if err == nil && len(missing) > 0 {
 			err = fmt.Errorf("%s was made by an older program: open it once where it can be written to", path)
+		}
+		if err == nil {
+			db.room.size, err = sizeOf(f)
 		}
 		if err != nil {
 			return nil, errors.Join(err, b.Close())
@@ -218,12 +227,6 @@ func (d *DB) Close() error {
 	return err
 }
 
-// Size is the size of the table's file in bytes.
-func (d *DB) Size() (n int64, err error) {
-	err = d.View(func(tx *Tx) error { n = tx.tx.Size(); return nil })
-	return n, err
-}
-
 // Pages returns what proves that the pages of the table's file hang together and that no row is missing, as Open
 // does, in the state that the table has now. No Update may run meanwhile, but beside the proof, as long as a
 // transaction of now is open: bbolt leaves the pages that such a one sees alone, and the list of free pages with
@@ -234,22 +237,27 @@ func (d *DB) Pages() (check func() error, err error) { return pagesOf(d.at) }
 // nothing changes. When Update returns nil, the changes are durable. After an error of the commit that does not match
 // ErrUnwritten there may be no other Update. fn may be run more than once.
 func (d *DB) Update(fn func(*Tx) error) error {
-	d.room.mu.Lock()
-	defer d.room.mu.Unlock()
+	d.updating.Lock()
+	defer d.updating.Unlock()
+	d.noting.Lock()
 	if d.note != nil && d.note.begin() != nil {
 		d.unverify()
 	}
+	d.noting.Unlock()
 	err := d.update(fn)
+	d.noting.Lock()
 	if d.note != nil && (err != nil && !errors.Is(err, ErrUnwritten) || d.note.end() != nil) {
 		// Perhaps a sync has failed, and what the next owner would read is not what is on the disk.
 		d.unverify()
 	}
+	d.noting.Unlock()
 	if merr := d.measure(); err == nil {
 		err = merr
 	}
 	return err
 }
 
+// unverify is called with noting held.
 func (d *DB) unverify() {
 	d.note.drop()
 	d.note = nil

@@ -30,16 +30,19 @@ const (
 
 // room is the space of the table's file. bbolt's own way to grow leaves a file with holes, and finds out about a full
 // disk when it writes, or in a sync, after which nothing is known. So the blocks are allocated here, before bbolt
-// writes anything, and bbolt stays within them (DB.MaxSize). The mutex keeps growing and Updates apart.
+// writes anything, and bbolt stays within them (DB.MaxSize).
+//
+// Nothing is synced here, as that could take away the error of a commit under way, whose descriptor is the same. The
+// commit that first writes behind the old end syncs the size with its pages, before its meta page.
 type room struct {
-	mu       sync.Mutex
 	f        *os.File // bbolt's
 	allocate func(f *os.File, from, to int64) error
-	noSync   bool
-	size     int64        // of the file, all of it allocated, or as much of it as is; guarded by mu
-	failed   error        // of a commit or sync: what is on the disk is not known any more; guarded by mu
 	free     atomic.Int64 // bytes of pages that the next Update can use
 	used     atomic.Int64 // bytes of pages in use
+
+	mu   sync.Mutex
+	size int64 // of the file, all of it allocated, or as much of it as is
+	end  int64 // of the pages, as of the last commit
 }
 
 // Allocate gives a file blocks of its own from one size up to another, which becomes its size. Where the file system
@@ -63,77 +66,91 @@ func Allocate(f *os.File, from, to int64) error {
 func (d *DB) initRoom(f *os.File, o Options) error {
 	d.b.AllocSize = 0 // to be exact about what it needs: DB.grow
 	r := &d.room
-	r.f, r.noSync, r.allocate = f, o.NoSync, o.Allocate
+	r.f, r.allocate = f, o.Allocate
 	if r.allocate == nil {
 		r.allocate = Allocate
 	}
-	info, err := f.Stat()
-	if err != nil {
-		return fmt.Errorf("open the table: %w", err)
-	}
-	pages, err := d.Size()
+	size, err := sizeOf(f)
 	if err != nil {
 		return err
 	}
-	r.size = info.Size()
-	if r.size > pages {
-		if err := Allocate(f, pages, r.size); err != nil {
-			r.size = pages
-		}
+	pages, err := d.pages()
+	if err != nil {
+		return err
+	}
+	r.size = size
+	if r.size > pages && Allocate(f, pages, r.size) != nil {
+		r.size = pages
 	}
 	return d.measure()
 }
 
-// measure finds out how much room there is. room.mu is held, or nobody else has the table yet.
+func sizeOf(f *os.File) (int64, error) {
+	info, err := f.Stat()
+	if err != nil {
+		return 0, fmt.Errorf("open the table: %w", err)
+	}
+	return info.Size(), nil
+}
+
+// pages is the size of the table's pages, in use and free.
+func (d *DB) pages() (n int64, err error) {
+	err = d.View(func(tx *Tx) error { n = tx.tx.Size(); return nil })
+	return n, err
+}
+
+// measure finds out how much room there is. No Update runs.
 func (d *DB) measure() error {
-	return d.View(func(tx *Tx) error {
-		page := int64(d.b.Info().PageSize)
-		st := d.b.Stats()
-		free := int64(st.FreePageN+st.PendingPageN) * page
-		d.room.used.Store(tx.tx.Size() - free)
-		d.room.free.Store(free + max(0, d.room.size-tx.tx.Size()))
-		return nil
-	})
+	end, err := d.pages()
+	if err != nil {
+		return err
+	}
+	st := d.b.Stats()
+	free := int64(st.FreePageN+st.PendingPageN) * int64(d.b.Info().PageSize)
+	r := &d.room
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.end = end
+	r.used.Store(end - free)
+	r.free.Store(free + max(0, r.size-end))
+	return nil
 }
 
 // Room is how many bytes of pages the next Update can use without growing the file, and how many are in use. Pages that
-// only a reader keeps from being used are counted as room.
+// only a reader keeps from being used are counted as room. What an Update under way takes is not known before its end.
 func (d *DB) Room() (free, used int64) { return d.room.free.Load(), d.room.used.Load() }
 
-// Grow allocates n bytes more for the file. It waits for an Update that runs. If there is no room its error matches
-// ErrUnwritten.
-func (d *DB) Grow(n int64) (err error) {
+// Size is the size of the table's file in bytes.
+func (d *DB) Size() int64 {
 	d.room.mu.Lock()
 	defer d.room.mu.Unlock()
+	return d.room.size
+}
+
+// Grow allocates n bytes more for the file. If there is no room its error matches ErrUnwritten.
+func (d *DB) Grow(n int64) (err error) {
+	d.noting.Lock()
+	defer d.noting.Unlock()
 	if d.note != nil && d.note.begin() != nil {
 		d.unverify()
 	}
-	err = d.growTo(d.room.size + n)
-	if d.note != nil && (err != nil && !errors.Is(err, ErrUnwritten) || d.note.end() != nil) {
+	err = d.grow(n)
+	if d.note != nil && d.note.end() != nil {
 		d.unverify()
 	}
-	return errors.Join(err, d.measure())
+	return err
 }
 
-// growTo makes the file larger. room.mu is held.
-func (d *DB) growTo(size int64) error {
+// grow makes the file larger by n bytes or a little more.
+func (d *DB) grow(n int64) error {
 	r := &d.room
-	if r.failed != nil {
-		return r.failed
-	}
-	if size <= r.size {
-		return nil
-	}
-	size = (size + growLeast - 1) / growLeast * growLeast
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	size := (r.size + n + growLeast - 1) / growLeast * growLeast
 	if err := r.allocate(r.f, r.size, size); err != nil {
 		return fmt.Errorf("%w: from %d to %d bytes: %w", ErrUnwritten, r.size, size, err)
 	}
-	if !r.noSync {
-		if err := r.f.Sync(); err != nil {
-			r.failed = fmt.Errorf("sync the table: %w", err)
-			return r.failed
-		}
-	}
+	r.free.Add(size - max(r.size, r.end))
 	r.size = size
 	return nil
 }
@@ -141,13 +158,12 @@ func (d *DB) growTo(size int64) error {
 // commit runs fn in a transaction and commits it. Where bbolt comes to the end of the file, which it does before it
 // writes, the file grows and fn runs again.
 func (d *DB) commit(fn func(*bbolt.Tx) error) error {
-	r := &d.room
-	if r.failed != nil {
-		return r.failed
+	if d.failed != nil {
+		return d.failed
 	}
-	step := min(max(r.size/16, growLeast), growMost)
+	step := min(max(d.Size()/16, growLeast), growMost)
 	for tries := 0; ; {
-		d.b.MaxSize = int(r.size)
+		d.b.MaxSize = int(d.Size())
 		var failed error
 		err := d.b.Update(func(tx *bbolt.Tx) error { failed = fn(tx); return failed })
 		if err == nil || failed != nil {
@@ -155,16 +171,16 @@ func (d *DB) commit(fn func(*bbolt.Tx) error) error {
 		}
 		if !errors.Is(err, berrors.ErrMaxSizeReached) {
 			if err = unwritten(err); !errors.Is(err, ErrUnwritten) {
-				r.failed = err
+				d.failed = err
 			}
 			return err
 		}
-		err = d.growTo(r.size + step)
+		err = d.grow(step)
 		step = min(2*step, max(growMost, step))
 		if err == nil {
 			continue
 		}
-		if !errors.Is(err, ErrUnwritten) || d.b.Stats().PendingPageN == 0 || tries == releaseTries {
+		if d.b.Stats().PendingPageN == 0 || tries == releaseTries {
 			return err
 		}
 		time.Sleep(time.Millisecond << tries)

@@ -42,9 +42,10 @@ type storeJSON struct {
 	ChunkBytes int64        `json:"chunk_bytes"` // of the log's files
 	LiveBytes  int64        `json:"live_bytes"`  // of them, what is referred to
 	MetaBytes  int64        `json:"meta_bytes"`
-	FreeBytes  int64        `json:"free_bytes"` // of the file system
-	Owner      *ownerJSON   `json:"owner"`      // null when no other process has the store open
-	Waiting    []deviceJSON `json:"waiting"`    // devices without a server
+	FreeBytes  int64        `json:"free_bytes"`    // of the file system
+	Reserve    int64        `json:"reserve_bytes"` // of the store: blocks kept for when nothing is free
+	Owner      *ownerJSON   `json:"owner"`         // null when no other process has the store open
+	Waiting    []deviceJSON `json:"waiting"`       // devices without a server
 }
 
 type ownerJSON struct {
@@ -119,7 +120,7 @@ func (a *app) storeInfo(c *cli.Context, s owner.Store) error {
 	}
 	j := storeJSON{
 		Store: a.dir, UUID: i.UUID, Version: i.Version, Created: i.Created.UTC(), Volumes: i.Volumes, Snapshots: i.Snapshots,
-		ChunkFiles: i.Chunks, ChunkBytes: i.ChunkBytes, LiveBytes: i.LiveBytes, MetaBytes: i.MetaBytes, FreeBytes: i.FreeBytes, Owner: ownerOf(s, st), Waiting: []deviceJSON{},
+		ChunkFiles: i.Chunks, ChunkBytes: i.ChunkBytes, LiveBytes: i.LiveBytes, MetaBytes: i.MetaBytes, FreeBytes: i.FreeBytes, Reserve: i.ReserveBytes, Owner: ownerOf(s, st), Waiting: []deviceJSON{},
 	}
 	for _, d := range st.Devices {
 		if d.Waits {
@@ -139,7 +140,7 @@ func storeFields(a *app, j storeJSON) [][2]string {
 		{"snapshots", fmt.Sprint(j.Snapshots)},
 		{"log", fmt.Sprintf("%s in %d chunks, %s live", a.size(j.ChunkBytes), j.ChunkFiles, a.size(j.LiveBytes))},
 		{"table", a.size(j.MetaBytes)},
-		{"free", a.size(j.FreeBytes)},
+		{"free", fmt.Sprintf("%s, and %s kept for when the file system is full", a.size(j.FreeBytes), a.size(j.Reserve))},
 	}
 	for _, d := range j.Waiting {
 		text := d.Name + " as " + d.Path + " for a server"

@@ -153,6 +153,24 @@ func (f *file) WriteAt(p []byte, off int64) (n int, err error) {
 	return n, noSpace(err)
 }
 
+func (f *file) Allocate(size int64) error {
+	return noSpace(f.change(func(d *descriptor) error {
+		info, err := d.Stat()
+		if err != nil {
+			return err
+		}
+		_, err = retry(func() (int, error) { return 0, unix.Fallocate(int(d.Fd()), 0, 0, size) })
+		switch {
+		case err == nil:
+			return nil
+		case errors.Is(err, unix.EOPNOTSUPP):
+			return errors.ErrUnsupported
+		}
+		// It may have got a part.
+		return errors.Join(&fs.PathError{Op: "allocate", Path: d.Name(), Err: err}, d.Truncate(info.Size()))
+	}))
+}
+
 func (f *file) Truncate(size int64) error {
 	return noSpace(f.change(func(d *descriptor) error { return d.Truncate(size) }))
 }

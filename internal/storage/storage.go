@@ -54,6 +54,9 @@ type File interface {
 	// at off, and does not wait. It is a hint, so that a later Sync finds little
 	// left to do; it makes nothing durable.
 	StartWrite(off, n int64)
+	// Allocate makes the file at least size bytes large and has its space reserved, as Create does. An error leaves it
+	// as it was; errors.ErrUnsupported: the file system cannot.
+	Allocate(size int64) error
 	// Truncate sets the size.
 	Truncate(size int64) error
 	// Size returns the size.

@@ -98,7 +98,7 @@ func (f *FS) Crash(choice Choice) *FS {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	image := New()
-	image.capacity = f.capacity
+	image.capacity, image.taken = f.capacity, f.taken
 	names := maps.Clone(f.durable)
 	contents := map[*inode]*content{}
 	rng := rand.New(rand.NewPCG(choice.Seed, 1))
@@ -140,7 +140,7 @@ func (f *FS) Clone() *FS {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	c := New()
-	c.capacity, c.seq = f.capacity, f.seq
+	c.capacity, c.taken, c.seq = f.capacity, f.taken, f.seq
 	copies := map[*inode]*inode{}
 	once := func(n *inode) *inode {
 		if n != nil && copies[n] == nil {

@@ -72,6 +72,7 @@ type FS struct {
 	seq      uint64            // of the last operation
 	capacity int64
 	used     int64 // reserved by the inodes in names
+	taken    int64 // by what is not in this directory
 	handles  int
 	counts   [opCount]int
 	faults   [opCount][]fault
@@ -90,6 +91,18 @@ func (f *FS) SetCapacity(bytes int64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.capacity = bytes
+}
+
+// Take takes bytes of the capacity, as a file that is in another directory, or gives them back (n < 0). It fails as a
+// reservation does.
+func (f *FS) Take(n int64) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if n > f.capacity-f.used-f.taken {
+		return noSpace(syscall.ENOSPC)
+	}
+	f.taken += n
+	return nil
 }
 
 // OnSync has fn called before and after each File.Sync, with the file's name,
@@ -153,7 +166,7 @@ func (f *FS) reserve(n *inode, size int64) error {
 	if more <= 0 || n.unlinked {
 		return nil
 	}
-	if more > f.capacity-f.used {
+	if more > f.capacity-f.used-f.taken {
 		return noSpace(syscall.ENOSPC)
 	}
 	n.reserved = size
@@ -273,7 +286,7 @@ func (f *FS) Overwrites() bool { return true }
 func (f *FS) Free() (int64, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return max(0, f.capacity-f.used), nil
+	return max(0, f.capacity-f.used-f.taken), nil
 }
 
 // Close implements storage.FS. It does nothing.
@@ -342,6 +355,25 @@ func (h *file) WriteAt(p []byte, off int64) (int, error) {
 
 // StartWrite does nothing: what it may write a crash may keep anyway.
 func (h *file) StartWrite(off, n int64) {}
+
+// Allocate implements storage.File. It counts as a truncation.
+func (h *file) Allocate(size int64) error {
+	h.fs.mu.Lock()
+	defer h.fs.mu.Unlock()
+	if err := h.fs.begin(OpTruncate); err != nil {
+		return pathError(OpTruncate, h.name, err)
+	}
+	if h.closed || size < 0 {
+		return pathError(OpTruncate, h.name, h.misuse())
+	}
+	if err := h.fs.reserve(h.node, size); err != nil {
+		return pathError(OpTruncate, h.name, err)
+	}
+	if size > h.node.now.size {
+		h.node.change(op{seq: h.fs.next(), off: size})
+	}
+	return nil
+}
 
 func (h *file) Truncate(size int64) error {
 	h.fs.mu.Lock()

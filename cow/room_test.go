@@ -1,0 +1,216 @@
+package cow
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"strings"
+	"testing"
+
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/storage/crashfs"
+)
+
+// roomStore is a store on a disk of its own, whose table is on it, too.
+func roomStore(t *testing.T, o Options) (s *Store, fs *crashfs.FS, again func() *Store) {
+	t.Helper()
+	fs = crashfs.New()
+	fs.SetCapacity(1 << 30)
+	dir := t.TempDir()
+	must(t, Create(dir))
+	o.FS, o.GrowTable, o.CheckpointInterval, o.Logger = fs, fs.Take, -1, slog.New(slog.DiscardHandler)
+	again = func() *Store { return open(t, dir, o) }
+	return again(), fs, again
+}
+
+// leaveFree has other files take all but n bytes of the disk.
+func leaveFree(t *testing.T, fs *crashfs.FS, n int64) {
+	t.Helper()
+	free, err := fs.Free()
+	must(t, err)
+	must(t, fs.Take(free-n))
+}
+
+// mapLeaves maps all blocks of the first leaves of a device, in an order that makes them as large in the table as can be.
+func mapLeaves(t *testing.T, d *Device, leaves int64) {
+	t.Helper()
+	r, p := rand.New(rand.NewPCG(1, 1)), make([]byte, format.BlockSize)
+	for n, i := range r.Perm(int(leaves) * format.LeafBlocks) {
+		binary.LittleEndian.PutUint64(p, uint64(n)+1)
+		_, err := d.WriteAt(p, int64(i)*format.BlockSize)
+		must(t, err)
+	}
+}
+
+// TestTableCannotFillTheDisk writes a little to every leaf between snapshots: the table grows faster than the log. It
+// has to end with ENOSPC while all can still be given back, and then the store is as good as new.
+func TestTableCannotFillTheDisk(t *testing.T) {
+	s, fs, again := roomStore(t, Options{ChunkBytes: 1 << 20})
+	const leaves = 256
+	_, err := s.CreateVolume("v", VolumeOptions{Size: leaves << 20, Codec: format.S2})
+	must(t, err)
+	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+	must(t, err)
+	mapLeaves(t, d, leaves)
+	must(t, s.Checkpoint())
+	leaveFree(t, fs, spare+8<<20)
+	r, p := rand.New(rand.NewPCG(2, 2)), make([]byte, format.BlockSize)
+	touched := 0
+	for i := 0; err == nil && i < 1000; i++ {
+		err = s.Snapshot(Ref{"v", fmt.Sprint("s", i)})
+		for _, l := range r.Perm(leaves) {
+			if err != nil {
+				break
+			}
+			touched++
+			binary.LittleEndian.PutUint64(p, 1<<40+uint64(touched))
+			_, err = d.WriteAt(p, (int64(l)*format.LeafBlocks+r.Int64N(format.LeafBlocks))*format.BlockSize)
+		}
+	}
+	in := s.Info()
+	t.Logf("full after %d snapshots and %d writes: table %d MiB, log %d MiB, %d KiB free: %v", in.Snapshots, touched, in.MetaBytes>>20, in.ChunkBytes>>20, in.FreeBytes>>10, err)
+	if !errors.Is(err, ErrNoSpace) || in.Snapshots < 5 || s.wal.err() != nil {
+		t.Fatalf("after %d snapshots: %v", in.Snapshots, err)
+	}
+	if kept := in.FreeBytes + in.ReserveBytes; kept < spare {
+		t.Errorf("of what is to stay free %d bytes are left", kept)
+	}
+	must(t, s.Checkpoint())
+	must(t, d.Flush())
+
+	leaveFree(t, fs, 0) // and then somebody takes the rest
+	v, err := s.Volume("v")
+	must(t, err)
+	for _, sn := range v.Snapshots[1:] {
+		must(t, s.Remove(Ref{"v", sn.Name}, false))
+	}
+	must(t, s.settleSpace(context.Background()))
+	must(t, d.Discard(0, d.Size()))
+	must(t, s.Remove(Ref{"v", v.Snapshots[0].Name}, false))
+	must(t, d.Close())
+	must(t, s.Remove(Ref{Volume: "v"}, false))
+	must(t, s.settleSpace(context.Background()))
+	if in := s.Info(); in.ChunkBytes > 1<<20 || in.LiveBytes != 0 {
+		t.Errorf("after the deletion of all: %+v", in)
+	}
+	// From here on in the pages that the table has by now.
+	fs.SetCapacity(2 << 30)
+	for range 2 {
+		must(t, s.Close())
+		s = again()
+		size := s.Info().MetaBytes
+		_, err := s.CreateVolume("w", VolumeOptions{Size: leaves << 20, Codec: format.S2})
+		must(t, err)
+		d, err := s.OpenDevice(Ref{Volume: "w"}, false)
+		must(t, err)
+		mapLeaves(t, d, leaves/4)
+		must(t, s.Checkpoint())
+		if now := s.Info().MetaBytes; now > size {
+			t.Errorf("the table has grown from %d to %d bytes, with all of it free", size, now)
+		}
+		must(t, errors.Join(d.Close(), s.Remove(Ref{Volume: "w"}, false), s.settleSpace(context.Background())))
+	}
+	mustEnd(t, s)
+}
+
+// TestFullByOthers has other files take all of the disk. What gives room back goes on, from the reserve, also after the
+// store is opened again; what takes room does not; and a name that is not there is not found.
+func TestFullByOthers(t *testing.T) {
+	s, fs, again := roomStore(t, Options{ChunkBytes: 4 << 20})
+	_, err := s.CreateVolume("v", VolumeOptions{Size: 64 << 20})
+	must(t, err)
+	fill := func(s *Store) *Device {
+		t.Helper()
+		d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+		must(t, err)
+		for i := range int64(32) {
+			_, err := d.WriteAt(randomBytes(1<<20, uint64(i)), i<<20)
+			must(t, err)
+		}
+		must(t, d.Flush())
+		return d
+	}
+	d := fill(s)
+	must(t, s.Snapshot(Ref{"v", "a"}))
+	for i := range int64(32) { // a part of each chunk
+		_, err := d.WriteAt(randomBytes(256<<10, 100+uint64(i)), i<<20)
+		must(t, err)
+	}
+	must(t, errors.Join(s.Snapshot(Ref{"v", "b"}), d.Flush()))
+	if n := s.Info().ReserveBytes; n < reserveLeast {
+		t.Fatalf("a reserve of %d bytes", n)
+	}
+	leaveFree(t, fs, 0)
+	must(t, d.Close())
+	killStore(s)
+	s = again()
+	if free, err := fs.Free(); err != nil || free < elbowRoom {
+		t.Errorf("%d bytes are free for small files, %v", free, err)
+	}
+	leaveFree(t, fs, 0)
+
+	before := s.wal.nextSeq
+	for what, err := range map[string]error{
+		"remove": s.Remove(Ref{Volume: "nosuch"}, false), "rename": s.Rename(Ref{Volume: "nosuch"}, Ref{Volume: "w"}),
+		"clone": s.Clone(Ref{"v", "nosuch"}, "w"), "snapshot": s.Snapshot(Ref{"nosuch", "a"}),
+	} {
+		if !errors.Is(err, ErrNotFound) {
+			t.Errorf("%s of what is not there: %v", what, err)
+		}
+	}
+	if s.wal.nextSeq != before || s.wal.current != nil {
+		t.Error("what was refused has changed the log")
+	}
+	for what, err := range map[string]error{"snapshot": s.Snapshot(Ref{"v", "c"}), "clone": s.Clone(Ref{"v", "a"}, "w")} {
+		if !errors.Is(err, ErrNoSpace) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	used := s.used(true)
+	must(t, s.Remove(Ref{"v", "a"}, false))
+	must(t, s.settleSpace(context.Background()))
+	_, err = s.Clean(context.Background(), 0.05)
+	must(t, err)
+	if n := s.used(true); n >= used {
+		t.Errorf("%d bytes of chunk files, %d before", n, used)
+	}
+	mustCheck(t, s)
+	leaveFree(t, fs, 0)
+	d, err = s.OpenDevice(Ref{Volume: "v"}, false)
+	must(t, err)
+	must(t, errors.Join(d.Discard(0, d.Size()), s.Remove(Ref{"v", "b"}, false), s.settleSpace(context.Background())))
+	if in := s.Info(); in.LiveBytes != 0 || in.FreeBytes == 0 {
+		t.Errorf("after all was given back: %+v", in)
+	}
+	fs.SetCapacity(2 << 30)
+	s.fillReserve()
+	if n := s.Info().ReserveBytes; n < reserveLeast {
+		t.Errorf("a reserve of %d bytes, with room again", n)
+	}
+	must(t, d.Close())
+	d = fill(s)
+	mustEnd(t, s, d)
+}
+
+// TestManyEventsOnAFullDisk makes more events than the reserve has room for at once: what they took comes back with
+// checkpoints.
+func TestManyEventsOnAFullDisk(t *testing.T) {
+	s, fs, _ := roomStore(t, Options{})
+	names := []Ref{{Volume: strings.Repeat("v", 63)}, {Volume: strings.Repeat("w", 63)}}
+	_, err := s.CreateVolume(names[0].Volume, VolumeOptions{Size: 1 << 20})
+	must(t, err)
+	s.wal.stock.give(reserveLeast - 2*eventChunkSize)
+	leaveFree(t, fs, 0)
+	for i := range 3 * eventChunkSize / 300 {
+		if err := s.Rename(names[i%2], names[1-i%2]); err != nil {
+			t.Fatalf("rename %d: %v", i, err)
+		}
+	}
+	if n := s.used(true); n > 3*eventChunkSize+s.wal.chunkBytes {
+		t.Errorf("%d bytes of chunk files", n)
+	}
+	mustEnd(t, s)
+}
