@@ -30,7 +30,7 @@ type Options struct {
 	// MaxInFlight bounds the memory of requests, and of their replies, that one connection has under
 	// way (64 MiB). One request is always possible, however large.
 	MaxInFlight int64
-	// MaxMemory bounds the same of all connections together (512 MiB). When it is used up,
+	// MaxMemory bounds the same of all connections together (256 MiB). When it is used up,
 	// connections wait for each other; those whose clients have taken no replies for half a minute
 	// are cut off then, so that they do not keep others waiting.
 	MaxMemory int64
@@ -56,7 +56,7 @@ func (o Options) withDefaults() Options {
 		o.MaxInFlight = 64 << 20
 	}
 	if o.MaxMemory == 0 {
-		o.MaxMemory = 512 << 20
+		o.MaxMemory = 256 << 20
 	}
 	if o.Workers == 0 {
 		o.Workers = 32
@@ -256,34 +256,49 @@ func (s *Server) reason(ctx context.Context, err error) error {
 	return err
 }
 
+// cutTimeout is how long Shutdown waits for connections that it has cut off: only a device holds them then.
+const cutTimeout = time.Second
+
 // Shutdown ends the server: no connection is accepted, no request is read, what is under way is
 // finished and answered. It returns nil when all connections have ended. When ctx ends before that,
-// it cuts them off and returns ctx's error without waiting for the devices; nor does Serve, then.
+// it cuts them off and returns an error that is ctx's, a second later at most. It does not wait for
+// devices that do not answer; nor does Serve, then.
 func (s *Server) Shutdown(ctx context.Context) error {
-	stop := context.AfterFunc(ctx, func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		s.idle.Broadcast()
-	})
-	defer stop()
 	s.close()
-	s.mu.Lock()
-	for len(s.conns) > 0 && ctx.Err() == nil {
-		s.idle.Wait()
-	}
-	left := make([]net.Conn, 0, len(s.conns))
-	for nc := range s.conns {
-		left = append(left, nc)
-	}
-	s.mu.Unlock()
+	left := s.awaitIdle(ctx)
 	if len(left) == 0 {
 		return nil
 	}
 	for _, nc := range left {
 		nc.Close()
 	}
+	bounded, cancel := context.WithTimeout(context.Background(), cutTimeout)
+	defer cancel()
+	stuck := s.awaitIdle(bounded)
 	s.abandon.Do(func() { close(s.abandoned) })
-	return fmt.Errorf("nbd: %d connections have not ended: %w", len(left), ctx.Err())
+	if len(stuck) > 0 {
+		return fmt.Errorf("nbd: %d connections wait for their device and were given up: %w", len(stuck), ctx.Err())
+	}
+	return fmt.Errorf("nbd: %d clients took no replies and were cut off: %w", len(left), ctx.Err())
+}
+
+// awaitIdle waits until all connections have ended, or ctx has, and returns those that have not.
+func (s *Server) awaitIdle(ctx context.Context) (left []net.Conn) {
+	stop := context.AfterFunc(ctx, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.idle.Broadcast()
+	})
+	defer stop()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for len(s.conns) > 0 && ctx.Err() == nil {
+		s.idle.Wait()
+	}
+	for nc := range s.conns {
+		left = append(left, nc)
+	}
+	return left
 }
 
 // close ends what has to end at once for Shutdown.

@@ -33,7 +33,7 @@ func (a *app) serveCommand() *cli.Command {
 			&cli.PathFlag{Name: "socket", Usage: "make the unix socket `PATH`"},
 			&cli.BoolFlag{Name: "read-only", Usage: "refuse writes"},
 			&cli.IntFlag{Name: "max-connections", Usage: "serve at most `N` clients at a time", DefaultText: "10000, or half of the open files that are allowed"},
-			&cli.StringFlag{Name: "max-memory", Usage: "let the requests of all clients take at most `SIZE` of memory", Value: "512M"},
+			&cli.StringFlag{Name: "max-memory", Usage: "let the requests of all clients take at most `SIZE` of memory", Value: "256M"},
 		},
 	}, a.serve)
 }
