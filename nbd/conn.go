@@ -47,10 +47,11 @@ type conn struct {
 	writes  pace
 	workers int
 
-	tasks chan task
-	wg    sync.WaitGroup // workers and flusher
-	flush flusher
-	ended atomic.Bool // the receiver has ended: long tasks give up
+	tasks  chan task
+	wg     sync.WaitGroup // workers and flusher
+	flush  flusher
+	ended  atomic.Bool // the receiver has ended: long tasks give up
+	cutOff atomic.Bool // nobody wants replies any more: long tasks give up, and no other begins
 
 	// receiving is when the receiver began to wait for the rest of a WRITE, in nanoseconds of Unix time; 0: it does not.
 	receiving atomic.Int64
@@ -99,6 +100,15 @@ func (c *conn) run() error {
 	return err
 }
 
+// cut ends the connection at once, but for the requests that the device has.
+func (c *conn) cut() {
+	c.cutOff.Store(true)
+	c.out.conn.Close()
+}
+
+// givesUp reports whether a long task is of no more use.
+func (c *conn) givesUp() bool { return c.ended.Load() || c.cutOff.Load() }
+
 // stalledSince is when the client began to keep the server waiting while requests of it are under way: it takes no
 // replies, or sends no more of a WRITE. It is zero where it does not.
 func (c *conn) stalledSince() time.Time {
@@ -116,7 +126,7 @@ func (c *conn) stalledSince() time.Time {
 
 func (c *conn) receive() (err error) {
 	defer recovered(&err)
-	for !c.out.failed.Load() {
+	for !c.out.failed.Load() && !c.cutOff.Load() {
 		b, err := c.in.next(requestLen)
 		if err != nil {
 			return err
@@ -131,6 +141,9 @@ func (c *conn) receive() (err error) {
 		if err := c.dispatch(req); err != nil {
 			return err
 		}
+	}
+	if c.cutOff.Load() {
+		return net.ErrClosed
 	}
 	return c.out.err
 }

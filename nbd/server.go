@@ -269,8 +269,12 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	if len(left) == 0 {
 		return nil
 	}
-	for _, nc := range left {
-		nc.Close()
+	for nc, c := range left {
+		if c != nil {
+			c.cut()
+		} else {
+			nc.Close()
+		}
 	}
 	bounded, cancel := context.WithTimeout(context.Background(), cutTimeout)
 	defer cancel()
@@ -283,7 +287,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 }
 
 // awaitIdle waits until all connections have ended, or ctx has, and returns those that have not.
-func (s *Server) awaitIdle(ctx context.Context) (left []net.Conn) {
+func (s *Server) awaitIdle(ctx context.Context) map[net.Conn]*conn {
 	stop := context.AfterFunc(ctx, func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -295,8 +299,9 @@ func (s *Server) awaitIdle(ctx context.Context) (left []net.Conn) {
 	for len(s.conns) > 0 && ctx.Err() == nil {
 		s.idle.Wait()
 	}
-	for nc := range s.conns {
-		left = append(left, nc)
+	left := make(map[net.Conn]*conn, len(s.conns))
+	for nc, c := range s.conns {
+		left[nc] = c.conn
 	}
 	return left
 }
@@ -384,19 +389,19 @@ func (s *Server) removeConn(nc net.Conn) {
 // others wait for the memory that they hold.
 func (s *Server) cutStalled() {
 	s.mu.Lock()
-	var stalled []net.Conn
-	for nc, c := range s.conns {
+	var stalled []*conn
+	for _, c := range s.conns {
 		if c.conn == nil {
 			continue
 		}
 		if since := c.conn.stalledSince(); !since.IsZero() && time.Since(since) >= s.opts.stall {
-			stalled = append(stalled, nc)
+			stalled = append(stalled, c.conn)
 		}
 	}
 	s.mu.Unlock()
-	for _, nc := range stalled {
+	for _, c := range stalled {
 		s.opts.Logger.Warn("nbd client cut off: it takes no replies, and others wait for the memory that they need",
-			"client", nc.RemoteAddr().String())
-		nc.Close()
+			"client", c.out.conn.RemoteAddr().String(), "export", c.name)
+		c.cut()
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 	"unsafe"
@@ -337,5 +338,29 @@ func TestShutdownWithStuckClients(t *testing.T) {
 	})
 	for _, c := range clients {
 		_ = c.ended()
+	}
+}
+
+// A request that takes long does not hold up a connection that is cut off, nor do those that wait for a worker.
+func TestCutOffGivesUp(t *testing.T) {
+	d := newRAM(512 << 20)
+	var reads atomic.Int64
+	d.onRead = func([]byte, int64) error { reads.Add(1); time.Sleep(20 * time.Millisecond); return nil }
+	c, s := dialServer(t, exportMap{"disk": {Device: struct{ Device }{d}}}, Options{Workers: 4})
+	c.open("disk", true)
+	c.put(strings.Repeat(reqBytes(0, cmdCache, 1, 0, 512<<20), 100)) // 20 minutes' work
+	for reads.Load() == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	soon(t, "Shutdown", func() {
+		if err := s.Shutdown(ctx); !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "took no replies") {
+			t.Errorf("Shutdown: %v", err)
+		}
+	})
+	_ = c.ended()
+	if s.memory.used != 0 {
+		t.Errorf("%d bytes stay charged", s.memory.used)
 	}
 }

@@ -37,6 +37,13 @@ func (c *conn) routineWork(t task) {
 }
 
 func (c *conn) do(t task) {
+	if c.cutOff.Load() {
+		if t.payload != nil {
+			t.payload.free()
+		}
+		c.budget.release(t.charge)
+		return
+	}
 	switch t.typ {
 	case cmdRead:
 		c.read(t)
@@ -78,7 +85,7 @@ const longStep = 1 << 20
 func (c *conn) cache(t task) error {
 	buf := newBuffer(int(min(longStep, t.length)))
 	defer buf.free()
-	for off, end := int64(t.off), int64(t.off)+int64(t.length); off < end && !c.ended.Load(); off += longStep {
+	for off, end := int64(t.off), int64(t.off)+int64(t.length); off < end && !c.givesUp(); off += longStep {
 		if err := readFull(c.dev, buf.b[:min(longStep, end-off)], off); err != nil {
 			return err
 		}
@@ -92,7 +99,7 @@ func (c *conn) writeZeroes(t task) error {
 	if t.flags&cmdFlagNoHole == 0 {
 		return c.dev.WriteZeroes(off, length, false)
 	}
-	for end := off + length; off < end && !c.ended.Load(); off += longStep {
+	for end := off + length; off < end && !c.givesUp(); off += longStep {
 		if err := c.dev.WriteZeroes(off, min(longStep, end-off), true); err != nil {
 			return err
 		}
