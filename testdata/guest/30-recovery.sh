@@ -76,6 +76,50 @@ setpriv --reuid=65534 --regid=65534 --clear-groups perl -e 'open(F, ">/tmp/ublkc
 		open(S, ">/dev/shm/fill") or die; while (syswrite(S, "x" x 1048576)) {}
 		select(undef, undef, undef, rand 2); unlink "/dev/shm/fill"; close S; select(undef, undef, undef, rand 2) }' &
 hostile=$!
+# In a folder of its own it exchanges a store of root's for links to files of root's, while root works with that store.
+# Root's commands may be refused there; they must neither wait nor write elsewhere, and what they say they did is done.
+theirs=$VDISK_SCRATCH/nobody
+mkdir "$theirs"
+VDISK_STORE=$theirs/store v create t --size 1M
+chown 65534:65534 "$theirs"
+echo untouched >canary
+setpriv --reuid=65534 --regid=65534 --clear-groups sh -c "cd $theirs"'
+	while :; do
+		mv store true; mkdir store
+		for f in lock owner owner.tmp devices devices.tmp daemon.log daemon.log.old format meta.db control.sock; do
+			ln -s /tmp/recovery/canary store/$f
+		done
+		ln -s /tmp/recovery store/chunks
+		rm -r store; ln -s /tmp/recovery store; rm store; mkfifo store; rm store
+		mv true store; sleep 0.5
+	done' 2>/dev/null &
+racer=$!
+(
+	n=0
+	while [ ! -e peace ]; do
+		n=$((n + 1)) code=0
+		VDISK_STORE=$theirs/store VDISK_LOCK_TIMEOUT=1s timeout -k 10 120 vdisk snapshot t@$n 2>/dev/null || code=$?
+		[ $code -lt 124 ] || { echo "status $code" >hung; break; }
+		[ $code != 0 ] || echo $n >>taken
+		sleep 1
+	done
+) &
+snapshots=$!
+peace() {
+	touch peace
+	wait $snapshots
+	kill $racer
+	wait $racer 2>/dev/null || true
+	[ ! -e hung ] || fail "a command in a folder of nobody's hangs: $(cat hung)"
+	[ "$(cat canary)" = untouched ] || fail "a file outside of the store was written to: $(cat canary)"
+	[ ! -d "$theirs/true" ] || { rm -rf "$theirs/store"; mv "$theirs/true" "$theirs/store"; }
+	[ -s taken ] || fail "no snapshot was taken beside a hostile user"
+	for n in $(cat taken); do
+		VDISK_STORE=$theirs/store v info "t@$n" >/dev/null || fail "t@$n was taken, and is not there"
+	done
+	VDISK_STORE=$theirs/store v check --read-data
+	echo "$(wc -l <taken) snapshots taken beside a hostile user"
+}
 
 echo "== $kills kills under fio"
 load "$dev"
@@ -124,6 +168,7 @@ stopload
 v detach v
 v check --read-data
 settled
+peace
 
 echo "== a mounted file system"
 dev=$(v attach v)
