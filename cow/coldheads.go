@@ -165,8 +165,12 @@ func (p *coldPass) read(k leafKey) (size, places int, err error) {
 		p.plan.release()
 		return 0, 0, err
 	}
+	if err := unreadable(p.plan.Fetch()); err != nil {
+		return 0, 0, err
+	}
+	p.keepSolid()
 	size, places = p.layout()
-	return size, places, unreadable(p.plan.Fetch())
+	return size, places, nil
 }
 
 // layout says what the blocks of the units take, and in how many places of the log they are.

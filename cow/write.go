@@ -27,6 +27,8 @@ type scratch struct {
 	unit [unitSize]byte // a unit that is merged with what was there
 	comp []byte         // a unit compressed
 	plan ReadPlan
+
+	solid bool // zeros are written as data that takes its space, and not as holes
 }
 
 func newScratch() any { return &scratch{comp: make([]byte, 0, format.MaxCompressed)} }
@@ -129,8 +131,8 @@ func (s *Store) holds(d *Device, ex *expect, lf *leaf, block uint64, n int) bool
 	return same(ex.first, ex.wasFirst) && same(ex.last, ex.wasLast)
 }
 
-// putBlocks writes whole blocks of one unit's range: runs of zeros as holes,
-// what is between them as data.
+// putBlocks writes whole blocks of one unit's range: runs of zeros as holes, unless they are to be solid, and what is
+// between them as data.
 func (d *Device) putBlocks(sc *scratch, data []byte, first uint64, ex *expect) error {
 	for len(data) > 0 {
 		zero := format.IsZero(data[:format.BlockSize])
@@ -139,9 +141,12 @@ func (d *Device) putBlocks(sc *scratch, data []byte, first uint64, ex *expect) e
 			n += format.BlockSize
 		}
 		var err error
-		if zero {
+		switch {
+		case zero && sc.solid:
+			err = d.putSingles(data[:n], first, ex)
+		case zero:
 			err = d.s.putHole(d, first, n/format.BlockSize, ex)
-		} else {
+		default:
 			err = d.putData(sc, data[:n], first, ex)
 		}
 		if err != nil {
@@ -385,32 +390,6 @@ func (d *Device) Discard(off, length int64) error {
 // volume has another size by now, there may be something, and the block stays (errChanged).
 func (d *Device) punchTo(first, end uint64, size int64) error {
 	return d.punchIf(first, end, &expect{first: none, last: none, size: size})
-}
-
-// WriteZeroes makes the range read as zeros. Zeros take no space whether
-// noHole asks for it or not: the log has no place to keep for them.
-func (d *Device) WriteZeroes(off, length int64, noHole bool) error {
-	if err := d.checkWrite(off, length); err != nil {
-		return fmt.Errorf("write zeroes %s: %w", d.ref, err)
-	}
-	first, end := blocksOf(off), uint64(off+length)/format.BlockSize
-	if first >= end { // within one block, or over one boundary
-		return d.zeroPart(off, length)
-	}
-	return errors.Join(
-		d.zeroPart(off, int64(first)*format.BlockSize-off),
-		wrapIf(d.punch(first, end), "write zeroes %s", d.ref),
-		d.zeroPart(int64(end)*format.BlockSize, off+length-int64(end)*format.BlockSize))
-}
-
-var zeros [2 * format.BlockSize]byte
-
-func (d *Device) zeroPart(off, length int64) error {
-	if length == 0 {
-		return nil
-	}
-	_, err := d.WriteAt(zeros[:length], off)
-	return err
 }
 
 // punch unmaps blocks [first, end), a record a leaf, passing over leaves that map nothing.

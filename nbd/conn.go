@@ -94,6 +94,9 @@ func (c *conn) run() error {
 	close(c.tasks)
 	c.wg.Wait()
 	c.in.free()
+	if c.out.failed.Load() { // what the receiver saw follows from it
+		return c.out.err
+	}
 	if err == io.EOF { // without NBD_CMD_DISC, but between requests
 		return nil
 	}

@@ -157,7 +157,10 @@ func (t *target) work(r *ublk.Request) (err error) {
 	case ublk.OpDiscard:
 		return t.dev.Discard(r.Offset, int64(r.Length))
 	case ublk.OpWriteZeroes:
-		return t.dev.WriteZeroes(r.Offset, int64(r.Length), r.NoUnmap)
+		if r.NoUnmap { // no more is asked than to keep the space that there is
+			return t.dev.Zero(r.Offset, int64(r.Length))
+		}
+		return t.dev.WriteZeroes(r.Offset, int64(r.Length), false)
 	}
 	return fmt.Errorf("%v: %w", r.Op, ErrUnsupported)
 }
