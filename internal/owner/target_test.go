@@ -68,3 +68,45 @@ func TestReadWithoutDescriptors(t *testing.T) {
 		}
 	}
 }
+
+// TestNoUnmapKeepsSpace: zeros that are not to unmap leave what is mapped so, and others unmap.
+func TestNoUnmapKeepsSpace(t *testing.T) {
+	o := newWorld(t).own(true)
+	dev, err := o.store.OpenDevice(cow.Ref{Volume: "v"}, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	target := &target{dev: dev}
+	mapped := func() (n int64) {
+		if err := dev.Extents(0, 1<<20, func(_, length int64, hole bool) bool {
+			if !hole {
+				n += length
+			}
+			return true
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	if _, err := dev.WriteAt(bytes.Repeat([]byte("data"), 16<<10), 32<<10); err != nil {
+		t.Fatal(err)
+	}
+	for _, x := range []struct {
+		noUnmap bool
+		want    int64
+	}{{true, 64 << 10}, {false, 0}} {
+		if err := target.work(&ublk.Request{Op: ublk.OpWriteZeroes, Length: 1 << 20, NoUnmap: x.noUnmap}); err != nil {
+			t.Fatal(err)
+		}
+		if n := mapped(); n != x.want {
+			t.Errorf("no unmap %v: %d bytes are mapped, want %d", x.noUnmap, n, x.want)
+		}
+		p := make([]byte, 1<<20)
+		if _, err := dev.ReadAt(p, 0); err != nil || !format.IsZero(p) {
+			t.Errorf("no unmap %v: not zero, or %v", x.noUnmap, err)
+		}
+	}
+	if err := errors.Join(dev.Close(), o.Close()); err != nil {
+		t.Error(err)
+	}
+}
