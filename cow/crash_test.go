@@ -343,7 +343,7 @@ func (w *world) change(o op, name string, size int64) error {
 		w.m.discard(name, off, length)
 		return d.Discard(off, length)
 	case "zero":
-		w.m.zero(name, off, length)
+		w.m.zero(name, off, length, o.a%2 == 0)
 		return d.WriteZeroes(off, length, o.a%2 == 0)
 	}
 	p := make([]byte, length)

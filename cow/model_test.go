@@ -18,6 +18,9 @@ import (
 // block is one block's content; nil is zeros. It never changes once made.
 type block = *[format.BlockSize]byte
 
+// solid is zeros that are no hole.
+var solid = new([format.BlockSize]byte)
+
 // disk is the content of a volume or snapshot. It never changes once made.
 type disk struct {
 	size   int64
@@ -129,29 +132,37 @@ func (m *model) put(name string, first uint64, bs []block) {
 
 func allNil(bs []block) bool { return !slices.ContainsFunc(bs, func(b block) bool { return b != nil }) }
 
-func (m *model) write(name string, p []byte, off int64) {
+func (m *model) write(name string, p []byte, off int64) { m.writeZeros(name, p, off, nil) }
+
+// writeZeros is write where zeros become what is given: holes, or solid.
+func (m *model) writeZeros(name string, p []byte, off int64, zero block) {
 	for len(p) > 0 {
 		n := int(min(int64(len(p)), hotUnit-off%hotUnit))
-		m.writeUnit(name, p[:n], off)
+		m.writeUnit(name, p[:n], off, zero)
 		p, off = p[n:], off+int64(n)
 	}
 }
 
 // writeUnit is a record for each run of blocks with data, if they compress, or else for each block, and for each run
-// of zeros.
-func (m *model) writeUnit(name string, p []byte, off int64) {
+// of zeros, or for each block of them if they are solid.
+func (m *model) writeUnit(name string, p []byte, off int64, zero block) {
 	first, skip := uint64(off/format.BlockSize), int(off%format.BlockSize)
 	data := make([]byte, blocksOf(int64(skip+len(p)))*format.BlockSize)
 	m.now()[name].read(data, first)
 	copy(data[skip:], p)
 	bs := toBlocks(data)
+	for i := range bs {
+		if bs[i] == nil {
+			bs[i] = zero
+		}
+	}
 	for len(bs) > 0 {
 		n := 1
-		for n < len(bs) && (bs[n] == nil) == (bs[0] == nil) {
+		for n < len(bs) && (bs[n] == zero) == (bs[0] == zero) {
 			n++
 		}
 		step := n
-		if bs[0] != nil && !shrinks(m.now()[name].codec, data[:n*format.BlockSize]) {
+		if bs[0] == solid || bs[0] != nil && !shrinks(m.now()[name].codec, data[:n*format.BlockSize]) {
 			step = 1
 		}
 		for i := 0; i < n; i += step {
@@ -209,7 +220,11 @@ func (m *model) discard(name string, off, length int64) {
 	m.punch(name, blocksOf(off), end)
 }
 
-func (m *model) zero(name string, off, length int64) {
+func (m *model) zero(name string, off, length int64, noHole bool) {
+	if noHole {
+		m.writeZeros(name, make([]byte, length), off, solid)
+		return
+	}
 	first, end := blocksOf(off), uint64(off+length)/format.BlockSize
 	if first >= end {
 		m.write(name, make([]byte, length), off)
@@ -270,7 +285,7 @@ func (m *model) resize(name string, size int64) {
 		return
 	}
 	if size < old {
-		m.zero(name, size, old-size)
+		m.zero(name, size, old-size, false)
 	}
 	v := m.now()[name]
 	v.disk = v.resized(size)
