@@ -71,7 +71,7 @@ var kinds = []struct {
 	{cow.ErrIrregular, exitFailed, "irregular", "find out who put it there, and remove it"},
 	{cow.ErrNotStore, exitFailed, "not-a-store", "give another folder with --store or VDISK_STORE; nothing was touched"},
 	{owner.ErrUnsupported, exitUnsupported, "unsupported", "'vdisk features' shows what this machine offers; 'vdisk serve' (NBD) needs nothing of the kernel"},
-	{owner.ErrNoMemory, exitFailed, "no-memory", "detach what is not needed, give the daemon more memory, or attach with fewer --queues or less --depth"},
+	{owner.ErrNoMemory, exitFailed, "no-memory", "detach what is not needed, raise the limit of the machine or the group, or attach with fewer --queues"},
 	{cow.ErrExhausted, exitFailed, "exhausted", ""},
 	{cow.ErrReadOnly, exitFailed, "read-only", "what only reads works: ls, info, check, export, and serve with --socket elsewhere"},
 	{cow.ErrNotFound, exitNotFound, "not-found", "'vdisk ls -t all' lists what there is"},

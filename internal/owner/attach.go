@@ -108,7 +108,7 @@ func (o *Owner) create(ctx context.Context, opts ublk.Options, t *target) (block
 }
 
 func (o *Owner) createAs(ctx context.Context, opts ublk.Options, t *target) (block, error) {
-	if err := o.hasMemoryFor(opts); err != nil {
+	if err := errors.Join(o.hasMemoryFor(opts), o.hasThreadsFor(opts)); err != nil {
 		return nil, err
 	}
 	return o.opts.driver.Create(ctx, opts, t)

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -46,6 +47,53 @@ func (o *Owner) hasMemoryFor(opts ublk.Options) error {
 	return nil
 }
 
+// room is how many more threads one thing allows.
+type room struct {
+	name string
+	left int64
+}
+
+// spareThreads are kept for the runtime, which ends the process where it cannot make a thread, and for other programs.
+const spareThreads = 64
+
+// hasThreadsFor refuses a device whose threads there is no room for.
+func (o *Owner) hasThreadsFor(opts ublk.Options) error {
+	for _, r := range o.opts.threads() {
+		if r.left < int64(opts.Queues)+spareThreads {
+			return fmt.Errorf("%w for threads: a device takes one a queue, here %d, and %s allows %d more, from which %d are kept for others",
+				ErrNoMemory, opts.Queues, r.name, max(r.left, 0), spareThreads)
+		}
+	}
+	return nil
+}
+
+// runtimeThreads is the default of debug.SetMaxThreads, at which the runtime ends the process.
+const runtimeThreads = 10000
+
+// readThreads looks at the files below root, as readMemory does.
+func readThreads(root string) []room {
+	var list []room
+	if own, ok := readFields(filepath.Join(root, "proc/self/status"))["Threads:"]; ok {
+		list = append(list, room{"the Go runtime", runtimeThreads - own})
+	}
+	// proc_loadavg(5): the fourth field is the running and all threads.
+	load, err := os.ReadFile(filepath.Join(root, "proc/loadavg"))
+	if f := strings.Fields(string(load)); err == nil && len(f) > 3 {
+		_, all, _ := strings.Cut(f[3], "/")
+		most := readNumber(filepath.Join(root, "proc/sys/kernel/threads-max"))
+		if n, err := strconv.ParseInt(all, 10, 64); err == nil && most >= 0 {
+			list = append(list, room{"the kernel (kernel.threads-max)", most - n})
+		}
+	}
+	for _, g := range groups(root, "pids") {
+		max, used := readNumber(filepath.Join(g.path, "pids.max")), readNumber(filepath.Join(g.path, "pids.current"))
+		if max >= 0 && used >= 0 {
+			list = append(list, room{"the control group " + g.name + " (pids.max, TasksMax)", max - used})
+		}
+	}
+	return list
+}
+
 // readMemory looks at the files below root, which is / but in tests. What cannot be read bounds nothing.
 func readMemory(root string) []memory {
 	var list []memory
@@ -53,39 +101,55 @@ func readMemory(root string) []memory {
 	if total, ok := info["MemTotal:"]; ok {
 		list = append(list, memory{"the machine", total << 10, info["MemAvailable:"] << 10})
 	}
-	text, err := os.ReadFile(filepath.Join(root, "proc/self/cgroup"))
-	if err != nil {
-		return list
-	}
-	for line := range strings.Lines(string(text)) { // cgroups(7): hierarchy, controllers, path
-		f := strings.SplitN(strings.TrimSuffix(line, "\n"), ":", 3)
-		switch {
-		case len(f) < 3:
-		case f[1] == "":
-			list = append(list, groupMemory(filepath.Join(root, "sys/fs/cgroup"), f[2], "memory.max", "memory.current", "")...)
-		case strings.Contains(","+f[1]+",", ",memory,"):
-			list = append(list, groupMemory(filepath.Join(root, "sys/fs/cgroup/memory"), f[2], "memory.limit_in_bytes",
-				"memory.usage_in_bytes", "total_")...)
+	for _, g := range groups(root, "memory") {
+		limit, usage, prefix := "memory.max", "memory.current", ""
+		if g.old {
+			limit, usage, prefix = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
 		}
+		max, used := readNumber(filepath.Join(g.path, limit)), readNumber(filepath.Join(g.path, usage))
+		if max < 0 || used < 0 || max >= 1<<60 { // the first version has a number for no limit
+			continue
+		}
+		stat := readFields(filepath.Join(g.path, "memory.stat"))
+		files := stat[prefix+"inactive_file"] + stat[prefix+"active_file"]
+		list = append(list, memory{"the control group " + g.name, max, max - used + files})
 	}
 	return list
 }
 
-// groupMemory are the limits of a control group and of those that it is in. In a container the path may be one that
-// cannot be seen from here; then the root is the container's group.
-func groupMemory(root, path, limit, usage, statPrefix string) (list []memory) {
-	for dir := filepath.Clean("/" + path); ; dir = filepath.Dir(dir) {
-		full := filepath.Join(root, dir)
-		max, used := readNumber(filepath.Join(full, limit)), readNumber(filepath.Join(full, usage))
-		if max >= 0 && used >= 0 && max < 1<<60 { // the first version has a number for no limit
-			stat := readFields(filepath.Join(full, "memory.stat"))
-			files := stat[statPrefix+"inactive_file"] + stat[statPrefix+"active_file"]
-			list = append(list, memory{"the control group " + dir, max, max - used + files})
+// group is a control group that this process is in.
+type group struct {
+	name, path string
+	old        bool // of the first version
+}
+
+// groups are the control groups of this process that have a controller, each with those that it is in. In a container
+// the names may be those of the host, which cannot be seen from there; then the root is the container's group.
+func groups(root, controller string) (list []group) {
+	text, err := os.ReadFile(filepath.Join(root, "proc/self/cgroup"))
+	if err != nil {
+		return nil
+	}
+	for line := range strings.Lines(string(text)) { // cgroups(7): hierarchy, controllers, path
+		f := strings.SplitN(strings.TrimSuffix(line, "\n"), ":", 3)
+		if len(f) < 3 {
+			continue
 		}
-		if dir == "/" {
-			return list
+		top, old := filepath.Join(root, "sys/fs/cgroup"), f[1] != ""
+		if old {
+			if !slices.Contains(strings.Split(f[1], ","), controller) {
+				continue
+			}
+			top = filepath.Join(top, controller)
+		}
+		for name := filepath.Clean("/" + f[2]); ; name = filepath.Dir(name) {
+			list = append(list, group{name, filepath.Join(top, name), old})
+			if name == "/" {
+				break
+			}
 		}
 	}
+	return list
 }
 
 // readNumber is negative where there is none, as for "max".

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -78,6 +79,53 @@ func TestReadMemory(t *testing.T) {
 			t.Errorf("%s: %+v, want %+v", name, got, c.want)
 		}
 	}
+}
+
+func TestReadThreads(t *testing.T) {
+	root := fakeRoot(t, map[string]string{
+		"proc/self/status":                    "Name:\tvdisk\nThreads:\t40\n",
+		"proc/loadavg":                        "0.1 0.2 0.3 1/200 77\n",
+		"proc/sys/kernel/threads-max":         "5000\n",
+		"proc/self/cgroup":                    "3:pids:/old\n0::/a/b\n",
+		"sys/fs/cgroup/a/b/pids.max":          "100\n",
+		"sys/fs/cgroup/a/pids.max":            "max\n",
+		"sys/fs/cgroup/a/pids.current":        "50\n",
+		"sys/fs/cgroup/a/b/pids.current":      "30\n",
+		"sys/fs/cgroup/pids/old/pids.max":     "10\n",
+		"sys/fs/cgroup/pids/old/pids.current": "11\n",
+	})
+	var left []int64
+	for _, r := range readThreads(root) {
+		left = append(left, r.left)
+	}
+	if want := []int64{9960, 4800, -1, 70}; !slices.Equal(left, want) {
+		t.Errorf("%v, want %v", left, want)
+	}
+	if got := readThreads(t.TempDir()); len(got) != 0 {
+		t.Errorf("%v of nothing", got)
+	}
+}
+
+// TestAttachNeedsThreads: the runtime ends a process that cannot make a thread, so a device that might need the last
+// ones is refused.
+func TestAttachNeedsThreads(t *testing.T) {
+	w := newWorld(t)
+	opts := w.options(true)
+	left := int64(spareThreads + 1)
+	opts.threads = func() []room { return []room{{"the group", left}} }
+	o, err := Own(t.Context(), w.dir, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := AttachOptions{Ref: cow.Ref{Volume: "v"}, Queues: 2}
+	if _, err := o.Attach(t.Context(), a); !errors.Is(err, ErrNoMemory) || !strings.Contains(err.Error(), "the group allows 65 more") {
+		t.Error(err)
+	}
+	left++
+	if _, err := o.Attach(t.Context(), a); err != nil {
+		t.Error(err)
+	}
+	w.close(o)
 }
 
 // TestAttachNeedsMemory: a device that would take the last memory is refused, with the machine's or the group's name;

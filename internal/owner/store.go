@@ -100,6 +100,7 @@ type Options struct {
 	driver         driver // the kernel's
 	sharedMemory   string // the system's
 	memory         func() []memory
+	threads        func() []room
 	fs             storage.FS    // of the chunk files: the store's folder
 	program        string        // what an upgrade leads to: the file that this program was started from
 	sessionTimeout time.Duration // how long an upgrade waits for commands that are at work
@@ -117,6 +118,9 @@ func (o Options) withDefaults() Options {
 	}
 	if o.memory == nil {
 		o.memory = func() []memory { return readMemory("/") }
+	}
+	if o.threads == nil {
+		o.threads = func() []room { return readThreads("/") }
 	}
 	if o.sessionTimeout == 0 {
 		o.sessionTimeout = 10 * time.Second
