@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"strings"
 	"sync"
 	"time"
@@ -27,6 +28,7 @@ const (
 type controlRing struct {
 	fd     int      // /dev/ublk-control
 	events *os.File // eventfd, signalled by the ring for every completion
+	jobs   chan *controlJob
 
 	mu      sync.Mutex // guards what follows; never held over a wait
 	ring    *ring
@@ -65,6 +67,8 @@ func newControlRing(path string) (_ *controlRing, err error) {
 	if err := c.ring.register(registerEventfd, unsafe.Pointer(&n), 1); err != nil {
 		return nil, fmt.Errorf("ublk: register an eventfd with the control ring: %w", err)
 	}
+	c.jobs = make(chan *controlJob)
+	go c.submitRoutine()
 	go c.answerRoutine()
 	return c, nil
 }
@@ -121,6 +125,34 @@ func openRetry(path string, flags int) (int, error) {
 			return fd, err
 		}
 	}
+}
+
+// controlJob is an entry on its way to submitRoutine.
+type controlJob struct {
+	call *ctrlCall
+	fill func(*sqe)
+	id   uint64
+	err  error
+	done chan struct{} // closed when id and err are there
+}
+
+// submitRoutine hands over all entries, on one thread; it runs as long as the process. The driver's control commands
+// block, so the ring makes a worker thread for the thread that submits one, which stays as long as that does. Submitted
+// by whoever asks, nearly every thread would get one, and become a queue's thread later.
+func (c *controlRing) submitRoutine() {
+	runtime.LockOSThread()
+	for j := range c.jobs {
+		j.id, j.err = c.submit(j.call, j.fill)
+		close(j.done)
+	}
+}
+
+// hand has submitRoutine submit an entry. That does not wait for the command.
+func (c *controlRing) hand(call *ctrlCall, fill func(*sqe)) (id uint64, err error) {
+	j := &controlJob{call: call, fill: fill, done: make(chan struct{})}
+	c.jobs <- j
+	<-j.done
+	return j.id, j.err
 }
 
 // answerRoutine delivers results; it runs as long as the process.
@@ -182,7 +214,7 @@ func (c *controlRing) run(ctx context.Context, op uint32, cmd ctrlCmd, buf unsaf
 	}
 	cmd.addr = uint64(uintptr(buf))
 	call := &ctrlCall{buf: buf, done: make(chan int32, 1)}
-	id, err := c.submit(call, func(e *sqe) {
+	id, err := c.hand(call, func(e *sqe) {
 		e.opcode = opURingCmd
 		e.fd = int32(c.fd)
 		e.off = uint64(op)
@@ -196,7 +228,7 @@ func (c *controlRing) run(ctx context.Context, op uint32, cmd ctrlCmd, buf unsaf
 		return res, nil
 	case <-ctx.Done():
 	}
-	if _, err := c.submit(nil, func(e *sqe) { e.opcode, e.fd, e.addr = opAsyncCancel, -1, id }); err != nil {
+	if _, err := c.hand(nil, func(e *sqe) { e.opcode, e.fd, e.addr = opAsyncCancel, -1, id }); err != nil {
 		return 0, errors.Join(ctx.Err(), err)
 	}
 	select {

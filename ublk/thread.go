@@ -119,30 +119,18 @@ func (d *Device) newPort(t *queueThread) (port, error) {
 // the end of the device.
 func (d *Device) startQueues() error {
 	ready := make(chan error, len(d.queues))
+	for _, t := range d.queues {
+		d.ending.Add(1)
+		go d.queueRoutine(t, ready)
+	}
+	go d.superviseRoutine()
 	var errs error
-	isReady := func() {
+	for range d.queues {
 		err := <-ready
 		if errors.Is(err, errRefused) {
 			d.refused++
 		}
 		errs = errors.Join(errs, err)
-	}
-	// One after the other, where there is time: the driver (since 6.16) has a lock for the fetches, and of queues that
-	// meet there all but one have the ring make a worker thread, which then stays. A recovery has no time: before 6.15
-	// one that dies between its queues leaves a device that cannot be recovered.
-	oneByOne := d.State() == StateStarting
-	d.ending.Add(len(d.queues))
-	go d.superviseRoutine()
-	for _, t := range d.queues {
-		go d.queueRoutine(t, ready)
-		if oneByOne {
-			isReady()
-		}
-	}
-	if !oneByOne {
-		for range d.queues {
-			isReady()
-		}
 	}
 	if errs == nil {
 		errs = d.mapDescs()
