@@ -34,12 +34,13 @@ func (o *Owner) limitBuffers() {
 
 // hasMemoryFor refuses a device that would take the last memory: without it the kernel would sooner or later kill the
 // process that serves all the others. It must be there for the device while it is idle, and for one of its queues at
-// work; from there on requests wait for each other's buffers. And some has to be left.
+// work; from there on requests wait for each other's buffers. And some has to be left: what counts as available are also
+// the pages of programs that run, and a guest of 512 MiB got slow and lost processes from 40 MiB on.
 func (o *Owner) hasMemoryFor(opts ublk.Options) error {
 	idle, most := opts.Memory()
 	need := idle + (most-idle)/int64(max(opts.Queues, 1))
 	for _, m := range o.opts.memory() {
-		if spare := min(max(m.total/64, 16<<20), 256<<20); m.available < need+spare {
+		if spare := min(max(m.total/16, 64<<20), 256<<20); m.available < need+spare {
 			return fmt.Errorf("%w: a device needs up to %d KiB, and %s has %d KiB available, from which %d KiB are kept for others",
 				ErrNoMemory, need>>10, m.name, m.available>>10, spare>>10)
 		}

@@ -171,7 +171,7 @@ func TestAttachNeedsMemory(t *testing.T) {
 	if err := s.Detach(t.Context(), "v", false); err != nil {
 		t.Error(err)
 	}
-	free[0].available = 30 << 20 // enough for the one and not for the other
+	free[0].available = 80 << 20 // enough for the one and not for the other
 	w.d.fail["create"] = old
 	if _, err := s.Attach(t.Context(), a); !errors.Is(err, ErrNoMemory) {
 		t.Error(err)
