@@ -170,6 +170,49 @@ func TestEvictionSyncs(t *testing.T) {
 	must(t, f.desc.Load().Close())
 }
 
+// What is written while a sync is under way is not taken for durable.
+func TestWriteBesideSync(t *testing.T) {
+	d, files := few(t, 2, 100)
+	f := files[0].(*file)
+	must(t, f.change(func(fd *descriptor) error {
+		_, err := fd.WriteAt([]byte{1}, 0)
+		return errors.Join(f.Sync(), err) // the sync may as well come before the write
+	}))
+	if f.clean() {
+		t.Error("a write that ended after the sync counts as durable")
+	}
+	for d.files.evict(true) {
+	}
+	if f.desc.Load() == nil {
+		t.Error("the file was closed without a sync")
+	}
+	must(t, f.Sync())
+	if !f.clean() {
+		t.Error("nothing is durable")
+	}
+}
+
+// Who does not want to wait for the disk does not wait for a sync that makes a descriptor free either.
+func TestTryReadAtSyncsNothing(t *testing.T) {
+	d, files := few(t, 8, 4)
+	for _, f := range files[:4] {
+		_, err := f.WriteAt([]byte{1}, 4096)
+		must(t, err)
+	}
+	if files[6].TryReadAt(make([]byte, 16), 0) {
+		t.Error("read, although all descriptors are of files that were written to")
+	}
+	for i, f := range files[:4] {
+		if f.(*file).clean() {
+			t.Errorf("file %d was synced", i)
+		}
+	}
+	d.check(t, 6, files[6])
+	if !files[6].TryReadAt(make([]byte, 16), 0) {
+		t.Error("not read, although there is a descriptor")
+	}
+}
+
 // The process has no descriptors left: those that are not in use are given up, and if all are, who needs one waits.
 func TestNoDescriptorsLeft(t *testing.T) {
 	d, files := few(t, 30, 100)

@@ -135,7 +135,7 @@ func (f *file) ReadAt(p []byte, off int64) (int, error) {
 }
 
 func (f *file) TryReadAt(p []byte, off int64) bool {
-	d, err := f.use()
+	d, err := f.useIf(true)
 	if err != nil {
 		return false
 	}
@@ -181,27 +181,30 @@ func (f *file) change(do func(*descriptor) error) error {
 	if err != nil {
 		return err
 	}
-	f.wrote.Add(1) // before: a sync beside it does not count for it
 	err = do(d)
+	// After it: a sync that began before its end may not have all of it, and does not count for it. And while the
+	// descriptor is in use, nobody closes it as one by which all is durable.
+	f.wrote.Add(1)
 	_ = d.release()
 	return err
 }
 
 func (f *file) Sync() error {
+	// Also of a file to which this process has not written: one before it may have.
+	d, err := f.use()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = d.release() }()
+	// Looked at while the descriptor is in use, and so kept from those who sync it to close it: the system reports a
+	// failure once, and it may have been to one of them.
 	f.mu.Lock()
 	failed := f.failed
 	f.mu.Unlock()
 	if failed != nil {
 		return failed
 	}
-	// Also of a file to which this process has not written: one before it may have.
-	d, err := f.use()
-	if err != nil {
-		return err
-	}
-	err = f.fdatasync(d)
-	_ = d.release()
-	return err
+	return f.fdatasync(d)
 }
 
 // syncTo makes durable what is not yet, before d is closed. mu is held.
