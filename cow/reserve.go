@@ -47,7 +47,15 @@ func (r *reserve) open(fsys storage.FS) error {
 		return err
 	}
 	size, err := f.Size()
-	if err != nil {
+	if err == nil {
+		// A copy of a store may have a file of holes: nothing was ever written to it. Where the blocks are there, this
+		// takes none.
+		if err = f.Allocate(size); errors.Is(err, errors.ErrUnsupported) {
+			r.not, size = true, 0
+			err = f.Truncate(0)
+		}
+	}
+	if err != nil && !errors.Is(err, storage.ErrNoSpace) { // which some file systems say also where the blocks are there
 		return errors.Join(err, f.Close())
 	}
 	r.file, r.size = f, size

@@ -7,8 +7,12 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
@@ -213,4 +217,23 @@ func TestManyEventsOnAFullDisk(t *testing.T) {
 		t.Errorf("%d bytes of chunk files", n)
 	}
 	mustEnd(t, s)
+}
+
+// TestReserveOfHoles opens a copy of a store: cp leaves out blocks to which nothing was written.
+func TestReserveOfHoles(t *testing.T) {
+	s, dir := newStore(t, Options{})
+	size := s.Info().ReserveBytes
+	must(t, s.Close())
+	path := filepath.Join(dir, reserveName)
+	if size == 0 {
+		t.Skip("the file system has no room for a reserve, or no fallocate")
+	}
+	must(t, errors.Join(os.Truncate(path, 0), os.Truncate(path, size)))
+	s = open(t, dir, Options{})
+	var st unix.Stat_t
+	must(t, unix.Stat(path, &st))
+	if got := st.Blocks * 512; got < size || s.Info().ReserveBytes < size {
+		t.Errorf("the reserve has %d bytes in blocks of %d that it is said to have", got, size)
+	}
+	must(t, s.Close())
 }
