@@ -62,7 +62,7 @@ stopload() {
 }
 pause() { sleep "0.$((RANDOM % 9 + 1))"; }
 
-v create v --size 64M
+v create v --size 128M
 dev=$(v attach v)
 v features
 [ "$(v features --json | grep -c '"available": false')" = "$(v features --json | grep -A1 -E 'nbd_client' | grep -c false)" ] || fail "not safe when memory is short"
@@ -201,7 +201,7 @@ refused 5 "$says" serve --socket /tmp/recovery/s v
 v snapshot v@while-waiting
 v ls -o name,device | grep -qF "v     $dev (waits)" || fail "ls does not show it: $(v ls -o name,device)"
 v info | grep -qE "^waits +v as $dev" || fail "info does not show it"
-v devices | grep -qE "^$dev +64MiB +quiesced +v +-" || fail "devices does not show it: $(v devices)"
+v devices | grep -qE "^$dev +128MiB +quiesced +v +-" || fail "devices does not show it: $(v devices)"
 v attach v@s >other # starts a daemon, which recovers
 [ "$(v recover 2>/dev/null)" = "" ] || fail "attach has not recovered"
 umount /mnt/a
@@ -217,25 +217,25 @@ murder
 mv "$VDISK_STORE/daemon.log" unready.log
 mkdir "$VDISK_STORE/daemon.log"
 refused 1 "daemon.log" recover # it has recovered them by then, and leaves them
-v devices | grep -qE "^$dev +64MiB +quiesced +v +-" || fail "devices: $(v devices)"
+v devices | grep -qE "^$dev +128MiB +quiesced +v +-" || fail "devices: $(v devices)"
 rmdir "$VDISK_STORE/daemon.log"
 v recover
 echo again >/mnt/a/again
 sync /mnt/a/again
 
 echo "== resize"
-if v resize v 128M 2>err; then
-	[ "$(blockdev --getsize64 "$dev")" = $((128 << 20)) ] || fail "size of $dev"
+if v resize v 256M 2>err; then
+	[ "$(blockdev --getsize64 "$dev")" = $((256 << 20)) ] || fail "size of $dev"
 	resize2fs "$dev"
-	[ "$(df -k --output=size /mnt/a | tail -1)" -gt 90000 ] || fail "size of the file system"
+	[ "$(df -k --output=size /mnt/a | tail -1)" -gt 190000 ] || fail "size of the file system"
 	murder
 	v recover
 	dd if=/dev/urandom of=/mnt/a/more bs=1M count=60 conv=fsync status=none
 else
 	case $(uname -r) in 6.1[0-5].*) ;; *) fail "$(cat err)" ;; esac
 	grep -q 'Linux 6.16' err || fail "$(cat err)"
-	[ "$(blockdev --getsize64 "$dev")" = $((64 << 20)) ] || fail "size of $dev"
-	v info v --json | grep -q '"size": 67108864' || fail "the volume has changed"
+	[ "$(blockdev --getsize64 "$dev")" = $((128 << 20)) ] || fail "size of $dev"
+	v info v --json | grep -q '"size": 134217728' || fail "the volume has changed"
 fi
 refused 5 "" resize v 32M --shrink
 
