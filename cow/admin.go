@@ -18,7 +18,7 @@ const MaxVolume = 64 << 40
 // change; the event takes its place in the log and the tables change; and transact
 // returns when it is durable. A nil event changes nothing.
 func (s *Store) transact(build func() (*format.Event, error)) error {
-	cleared := false
+	cleared, refused := false, 0
 	for {
 		s.mu.Lock()
 		p, err := s.transactLocked(build)
@@ -28,6 +28,11 @@ func (s *Store) transact(build func() (*format.Event, error)) error {
 			return s.wal.sync()
 		case errors.Is(err, errFull):
 			err = s.makeRoom(p)
+		case errors.Is(err, errNoNew):
+			more, merr := s.moreForNew(refused)
+			if refused++; more && merr == nil {
+				err = nil
+			}
 		case errors.Is(err, ErrNoSpace) && p == forEvents && !cleared:
 			cleared = true
 			if s.clearEvents() == nil {
@@ -61,9 +66,15 @@ func (s *Store) transactLocked(build func() (*format.Event, error)) (p purpose, 
 			s.tables.nextID = ids // none of them is used
 			return p, err
 		}
-		if p = purposeOf(ev); p == forData && s.tableShort(1, p) > 0 {
-			s.tables.nextID = ids
-			return p, errFull
+		if p = purposeOf(ev); p == forData {
+			err = s.roomForNew(roomForNames, false)
+			if err == nil && s.tableShort(1, p) > 0 {
+				err = errFull
+			}
+			if err != nil {
+				s.tables.nextID = ids
+				return p, err
+			}
 		}
 		payload, err := format.AppendEvent(nil, ev)
 		if err != nil {

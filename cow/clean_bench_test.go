@@ -23,7 +23,7 @@ func BenchmarkCleaner(b *testing.B) {
 	for _, c := range []struct {
 		use     float64
 		writers int
-	}{{0.7, 1}, {0.7, 4}, {0.9, 1}} {
+	}{{0.7, 1}, {0.7, 4}, {0.86, 1}} {
 		b.Run(fmt.Sprintf("use=%v/writers=%d", c.use, c.writers), func(b *testing.B) {
 			l := newCleanerLoad(b, c.use, c.writers)
 			empty := l.run(b, l.blocks, l.nextBlock)

@@ -57,7 +57,7 @@ func TestOverwriteOfALimitedStore(t *testing.T) {
 	}
 	for _, c := range []struct {
 		use, rounds, most float64
-	}{{0.7, 3, 3}, {0.9, 1, 15}} {
+	}{{0.7, 3, 3}, {0.86, 1, 15}} {
 		t.Run(fmt.Sprint(c.use), func(t *testing.T) {
 			s, d, blocks := limited(t, c.use)
 			r := rand.New(rand.NewPCG(2, 2))

@@ -94,6 +94,7 @@ type recordLog struct {
 	makeErr   error         // of the last attempt
 	closed    bool          // nothing is appended any more
 	wanted    purpose       // what the chunk is wanted for
+	capacity  int64         // bytes that there is room for, used or not, as of the last chunk that was made; 0: not known
 	limit     int64         // bytes that the chunk files may take together; 0: as the file system has room
 	cleaner   func() bool   // wakes the cleaner; false: it can give no room back
 	rotated   func(purpose) // is told of each chunk that is full, and what the next one is for

@@ -201,14 +201,16 @@ func (l *recordLog) chunkSize(p purpose, instead int64) (uint32, error) {
 	if err != nil {
 		return 0, fmt.Errorf("free space of the store: %w", err)
 	}
+	kept := l.kept()
 	l.mu.Lock()
 	used := l.slots.files
+	l.noteCapacity(free, kept, used)
 	l.mu.Unlock()
 	keep, least := int64(spare), min(minChunkSize, l.chunkBytes)
 	if p == forData {
 		keep += l.chunkBytes
 	}
-	room := min(free, free+l.kept()-keep)
+	room := min(free, free+kept-keep)
 	if l.limit > 0 {
 		room = min(room, l.limit-used-(keep-spare))
 	}
@@ -223,7 +225,7 @@ func (l *recordLog) chunkSize(p purpose, instead int64) (uint32, error) {
 	if p == forEvents {
 		return eventChunkSize, nil // if even that is too much, fallocate says so
 	}
-	if l.limit > 0 && l.limit-used < free+l.kept()-spare {
+	if l.limit > 0 && l.limit-used < free+kept-spare {
 		return 0, fmt.Errorf("%w: the store's limit is %d MiB, of which %d MiB are kept for the cleaner; raise it, or delete snapshots or volumes",
 			noSpace(syscall.ENOSPC), l.limit>>20, l.chunkBytes>>20)
 	}

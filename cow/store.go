@@ -63,6 +63,7 @@ type Options struct {
 	ReapBatch   int
 	ReplayBatch int
 	reapTime    time.Duration // for how long a checkpoint begins another batch
+	takeAll     bool          // new mappings may take what is kept for overwrites; for tests of the cleaner on stores of few chunks
 	// AllowReadOnly opens a store that cannot be written to, because of its file system or of its folder's permissions,
 	// to be read: see Store.ReadOnly. Nothing is changed then. Else that is an error, which matches ErrReadOnly.
 	AllowReadOnly bool

@@ -29,6 +29,7 @@ type scratch struct {
 	plan ReadPlan
 
 	solid bool // zeros are written as data that takes its space, and not as holes
+	small bool // it is a write that may take the last of what new mappings get
 }
 
 func newScratch() any { return &scratch{comp: make([]byte, 0, format.MaxCompressed)} }
@@ -42,6 +43,7 @@ func (d *Device) WriteAt(p []byte, off int64) (n int, err error) {
 	}
 	sc := d.s.scratch.Get().(*scratch)
 	defer d.s.scratch.Put(sc)
+	sc.small = len(p) <= smallWrite
 	for n < len(p) {
 		at := off + int64(n)
 		part := p[n:]
@@ -143,7 +145,7 @@ func (d *Device) putBlocks(sc *scratch, data []byte, first uint64, ex *expect) e
 		var err error
 		switch {
 		case zero && sc.solid:
-			err = d.putSingles(data[:n], first, ex)
+			err = d.putSingles(sc, data[:n], first, ex)
 		case zero:
 			err = d.s.putHole(d, first, n/format.BlockSize, ex)
 		default:
@@ -163,19 +165,19 @@ func (d *Device) putData(sc *scratch, data []byte, first uint64, ex *expect) err
 	payload, codec := c.Compress(sc.comp, data)
 	d.v.codec.put(c)
 	if codec == format.Raw && h.Blocks > 1 {
-		return d.putSingles(data, first, ex)
+		return d.putSingles(sc, data, first, ex)
 	}
 	h.Codec, h.PayloadLen, h.PayloadCRC = codec, len(payload), format.Checksum(payload)
-	return d.s.put(d, &h, payload, h.Blocks, ex)
+	return d.s.put(d, &h, payload, h.Blocks, ex, sc.small)
 }
 
 // putSingles writes blocks that do not compress, each for itself, so that to read one costs no more than its own size.
-func (d *Device) putSingles(data []byte, first uint64, ex *expect) error {
+func (d *Device) putSingles(sc *scratch, data []byte, first uint64, ex *expect) error {
 	h := format.RecordHeader{Block: first, Branch: d.b.ID, Kind: format.KindData, Codec: format.Raw, Blocks: 1, PayloadLen: format.BlockSize}
 	for ; len(data) > 0; data = data[format.BlockSize:] {
 		block := data[:format.BlockSize]
 		h.PayloadCRC = format.Checksum(block)
-		if err := d.s.put(d, &h, block, 1, ex); err != nil {
+		if err := d.s.put(d, &h, block, 1, ex, sc.small); err != nil {
 			return err
 		}
 		h.Block++
@@ -191,27 +193,33 @@ func (s *Store) putHole(d *Device, first uint64, n int, ex *expect) error {
 		Block: first, Branch: d.b.ID, Kind: format.KindHole, Blocks: 1,
 		PayloadLen: len(payload), PayloadCRC: format.Checksum(payload[:]),
 	}
-	return s.put(d, &h, payload[:], n, ex)
+	return s.put(d, &h, payload[:], n, ex, false)
 }
 
 // put is the commit point of a write: under mu, the record gets its place and number, and
 // the leaf changes. n blocks of one leaf are concerned.
-func (s *Store) put(d *Device, h *format.RecordHeader, payload []byte, n int, ex *expect) error {
+func (s *Store) put(d *Device, h *format.RecordHeader, payload []byte, n int, ex *expect, small bool) error {
 	if h.Kind == format.KindData {
 		s.pacer.wait(h.Size())
 	}
 	k := leafKey{d.b, uint32(h.Block / format.LeafBlocks), head}
-	cleared := false
+	cleared, refused := false, 0
 	for waited := false; ; waited = true {
 		err := s.cache.ensure(k)
 		if err == nil {
-			err = s.tryPut(d, k, h, payload, n, ex, waited)
+			err = s.tryPut(d, k, h, payload, n, ex, waited, small)
 		}
 		switch {
 		case errors.Is(err, errEvicted):
 			continue
 		case errors.Is(err, ErrNoSpace) && h.Kind == format.KindHole && !cleared && s.clearEvents() == nil:
 			cleared = true
+			continue
+		case errors.Is(err, errNoNew):
+			if more, merr := s.moreForNew(refused); !more || merr != nil {
+				return errors.Join(err, merr)
+			}
+			refused++
 			continue
 		case !errors.Is(err, errFull):
 			return err
@@ -223,7 +231,7 @@ func (s *Store) put(d *Device, h *format.RecordHeader, payload []byte, n int, ex
 }
 
 // tryPut is put, once. waited says that the writer has waited for a checkpoint.
-func (s *Store) tryPut(d *Device, k leafKey, h *format.RecordHeader, payload []byte, n int, ex *expect, waited bool) error {
+func (s *Store) tryPut(d *Device, k leafKey, h *format.RecordHeader, payload []byte, n int, ex *expect, waited, small bool) error {
 	hole := h.Kind == format.KindHole
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -241,7 +249,12 @@ func (s *Store) tryPut(d *Device, k leafKey, h *format.RecordHeader, payload []b
 		return errChanged
 	case hole && lf.isHole(first, n):
 		return nil // nothing to say
-	case !s.owned(k.b, lf) && !s.mayDirty(waited, purposeIn(h)):
+	case !hole && isNew(k.b, lf, first, n):
+		if err := s.roomForNew(h.Size(), small); err != nil {
+			return err
+		}
+	}
+	if !s.owned(k.b, lf) && !s.mayDirty(waited, purposeIn(h)) {
 		return errFull
 	}
 	o, err := s.own(k, sh)

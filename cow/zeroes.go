@@ -41,7 +41,7 @@ func (d *Device) zeroPart(off, length int64) error {
 // fill writes zeros that are no hole.
 func (d *Device) fill(off, length int64) error {
 	sc := d.s.scratch.Get().(*scratch)
-	sc.solid = true
+	sc.solid, sc.small = true, length <= smallWrite
 	defer func() {
 		sc.solid = false
 		d.s.scratch.Put(sc)

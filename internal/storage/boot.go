@@ -1,9 +1,21 @@
 package storage
 
-import "os"
+import (
+	"os"
+	"sync/atomic"
+)
 
-// BootID changes with every boot (random(4)).
+var bootID atomic.Pointer[string]
+
+// BootID changes with every boot (random(4)), and so not in the life of a process, which reads it once.
 func BootID() (string, error) {
+	if id := bootID.Load(); id != nil {
+		return *id, nil
+	}
 	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	return string(b[:min(36, len(b))]), err
+	id := string(b[:min(36, len(b))])
+	if err == nil {
+		bootID.Store(&id)
+	}
+	return id, err
 }

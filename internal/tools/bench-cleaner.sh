@@ -2,7 +2,7 @@
 # bench-cleaner.sh: what the cleaner costs who writes, over NBD with fio's own client: random writes of 4 KiB, half-compressible, depth 32, to a
 # store with a limit; first while it is empty, until the volume is full, then over and over, when the cleaner has to work at the pace of the writes.
 # Environment: DIR (bench-server.sh)
-#   LIMIT_MB  of the store (1024); USE, what the volume takes of it, in percent ("70 90"); RUNTIME, seconds (10); ROUNDS (3)
+#   LIMIT_MB  of the store (1024); USE, what the volume takes of it, in percent ("70 85"); RUNTIME, seconds (10); ROUNDS (3)
 set -euo pipefail
 . "$(dirname "$0")/bench-server.sh"
 limit=${LIMIT_MB:-1024}
@@ -24,7 +24,7 @@ round() { # use
 	rm -rf "$dir/store"
 }
 for r in $(seq "${ROUNDS:-3}"); do
-	for u in ${USE:-70 90}; do round "$u"; done
+	for u in ${USE:-70 85}; do round "$u"; done
 done
 awk -f "$tools/median.awk" -f <(cat <<'AWK'
 $1 == "R" {

@@ -1,0 +1,118 @@
+package cow
+
+import (
+	"bytes"
+	"errors"
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	"github.com/vdisk/vdisk/format"
+)
+
+// fullStore is a store of at most 64 MiB with a volume that was written in order, by so many bytes a request, until
+// there was no room. It returns how many blocks are mapped.
+func fullStore(t *testing.T, request int64) (s *Store, d *Device, blocks int64) {
+	t.Helper()
+	s, _ = newStore(t, Options{MaxBytes: 64 << 20, ChunkBytes: 2 << 20})
+	_, err := s.CreateVolume("v", VolumeOptions{Size: 256 << 20})
+	must(t, err)
+	d, err = s.OpenDevice(Ref{Volume: "v"}, false)
+	must(t, err)
+	p := make([]byte, request)
+	r := rand.New(rand.NewPCG(1, 1))
+	for at := int64(0); ; at += request {
+		noise(p, r)
+		n, err := d.WriteAt(p, at)
+		if errors.Is(err, ErrNoSpace) {
+			return s, d, (at + int64(n)) / format.BlockSize
+		}
+		must(t, err)
+	}
+}
+
+// TestFullStoreTakesOverwrites: at a store that takes no new mapping, blocks that only the head has are written over
+// many times, and flushed, without an error.
+func TestFullStoreTakesOverwrites(t *testing.T) {
+	rounds := int64(2)
+	if testing.Short() {
+		rounds = 1
+	}
+	for name, request := range map[string]int64{"large": 1 << 20, "small": format.BlockSize} {
+		t.Run(name, func(t *testing.T) {
+			s, d, blocks := fullStore(t, request)
+			if least := int64(50 << 8); blocks < least {
+				t.Errorf("%d blocks fill a store of 64 MiB", blocks)
+			}
+			if err := s.Snapshot(Ref{"v", "s"}); name == "large" && !errors.Is(err, ErrNoSpace) {
+				t.Errorf("a snapshot, with which all that is written over would be new: %v", err)
+			}
+			r := rand.New(rand.NewPCG(2, 2))
+			p, model := make([]byte, format.BlockSize), map[int64]uint64{}
+			var longest time.Duration
+			for i := range uint64(rounds * blocks) {
+				b := r.Int64N(blocks)
+				model[b] = i
+				noise(p, rand.New(rand.NewPCG(i, 3)))
+				start := time.Now()
+				_, err := d.WriteAt(p, b*format.BlockSize)
+				if i%1000 == 0 {
+					err = errors.Join(err, d.Flush())
+				}
+				if err != nil {
+					t.Fatalf("overwrite %d of %d mapped blocks: %v; %+v", i, blocks, err, s.Info())
+				}
+				longest = max(longest, time.Since(start))
+			}
+			t.Logf("the longest of %d overwrites took %v", rounds*blocks, longest.Round(time.Millisecond))
+			if longest > 20*time.Second {
+				t.Error("a write stood still")
+			}
+			got := make([]byte, format.BlockSize)
+			for b, seed := range model {
+				noise(p, rand.New(rand.NewPCG(seed, 3)))
+				if _, err := d.ReadAt(got, b*format.BlockSize); err != nil || !bytes.Equal(got, p) {
+					t.Fatalf("block %d: %v", b, err)
+				}
+			}
+			if name == "large" { // what a file system's journal needs comes in small requests, and has some more
+				for i := range int64(128) {
+					noise(p, r)
+					_, err := d.WriteAt(p, 200<<20+i*format.BlockSize)
+					must(t, err)
+				}
+			}
+			must(t, d.Discard(0, 16<<20))
+			large := make([]byte, 1<<20)
+			noise(large, r)
+			for at := int64(0); at < 12<<20; at += 1 << 20 {
+				_, err := d.WriteAt(large, at)
+				must(t, err)
+			}
+			mustEnd(t, s, d)
+		})
+	}
+}
+
+// TestFullStoreKeepsWhatSnapshotsHave: what a snapshot has, too, is not given back when it is written over, so that is a
+// new mapping. When the snapshot goes, there is room.
+func TestFullStoreKeepsWhatSnapshotsHave(t *testing.T) {
+	s, d, blocks := fullStore(t, 1<<20)
+	must(t, d.Discard(0, 8<<20))
+	must(t, s.Snapshot(Ref{"v", "s"}))
+	p := make([]byte, 1<<20)
+	r := rand.New(rand.NewPCG(2, 2))
+	write := func() (err error) {
+		for at := int64(16 << 20); at < blocks*format.BlockSize-1<<20 && err == nil; at += 1 << 20 {
+			noise(p, r)
+			_, err = d.WriteAt(p, at)
+		}
+		return err
+	}
+	if err := write(); !errors.Is(err, ErrNoSpace) {
+		t.Fatalf("all of what a snapshot has was written over: %v", err)
+	}
+	must(t, s.Remove(Ref{"v", "s"}, false))
+	must(t, write())
+	mustEnd(t, s, d)
+}
