@@ -237,3 +237,19 @@ func TestReserveOfHoles(t *testing.T) {
 	}
 	must(t, s.Close())
 }
+
+// TestReserveThatWasUsedUp opens a store whose last owner has given all of the reserve to a full disk.
+func TestReserveThatWasUsedUp(t *testing.T) {
+	s, dir := newStore(t, Options{})
+	size := s.Info().ReserveBytes
+	must(t, s.Close())
+	if size == 0 {
+		t.Skip("the file system has no room for a reserve, or no fallocate")
+	}
+	must(t, os.Truncate(filepath.Join(dir, reserveName), 0))
+	s = open(t, dir, Options{})
+	if got := s.Info().ReserveBytes; got < size {
+		t.Errorf("with room again the reserve has %d bytes, and had %d", got, size)
+	}
+	must(t, s.Close())
+}
