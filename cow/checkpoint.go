@@ -382,6 +382,7 @@ func (s *Store) settle(g *generation) {
 	}
 	s.writing, s.writingRegions = 0, 0
 	s.slots.cleanable, s.helpless = g.at.ChunkSeq, false
+	s.wal.committed = g.at.Seq
 	for _, c := range g.rowsOf { // those that are full since the last one, among others
 		s.slots.recount(c)
 	}

@@ -97,7 +97,7 @@ func (c *chunk) handle() (storage.File, error) {
 	if c.file == nil {
 		f, err := c.fs.Open(c.name())
 		if err != nil {
-			return nil, fmt.Errorf("chunk %s: %w", c.name(), err)
+			return nil, fmt.Errorf("chunk %s: %w", c.name(), lost(err))
 		}
 		c.file = f
 	}

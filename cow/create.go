@@ -126,14 +126,17 @@ func makeStore(in *storage.Folder) error {
 	if err := errors.Join(syncDir(chunks.Path()), chunks.Close()); err != nil {
 		return err
 	}
-	if err := in.Remove(tableFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
+	for _, name := range []string{tableFile, tableFile + metadata.VerifiedSuffix} { // of an interrupted Create
+		if err := in.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
 	}
-	db, err := metadata.Open(in.Join(tableFile), metadata.Options{In: in})
+	db, err := metadata.Open(in.Join(tableFile), metadata.Options{In: in, Create: true, Store: uuid})
 	if err != nil {
 		return err
 	}
-	if err := db.Close(); err != nil {
+	err = db.Update(func(*metadata.Tx) error { return nil }) // it says now whose it is
+	if err := errors.Join(err, db.Close()); err != nil {
 		return err
 	}
 	info := format.NewStoreInfo(uuid, time.Now().UTC().Truncate(time.Second))

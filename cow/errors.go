@@ -3,6 +3,8 @@ package cow
 import (
 	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 	"syscall"
 
 	"github.com/vdisk/vdisk/format"
@@ -39,6 +41,10 @@ var (
 	ErrCorrupt  = format.ErrCorrupt
 	ErrNotStore = format.ErrNotStore
 	ErrVersion  = format.ErrVersion
+	// ErrUnusable is matched, beside ErrCorrupt, by an error of Open about the store, in which nothing was changed.
+	ErrUnusable = errors.New("the store cannot be opened")
+	// ErrDamagedLog is matched by a LogDamage.
+	ErrDamagedLog = errors.New("the log is damaged")
 
 	// Returned for a store that another user could have made or changed, and for a
 	// symbolic link, a FIFO or the like that has the name of one of its files.
@@ -72,6 +78,18 @@ func (e *LockedError) Error() string {
 // Unwrap makes a LockedError match ErrBusy.
 func (e *LockedError) Unwrap() error { return ErrBusy }
 
+// unusable makes an error about damage that Open has found match ErrUnusable, too.
+func unusable(err error) error {
+	if !errors.Is(err, ErrCorrupt) {
+		return err
+	}
+	return unusableError{err}
+}
+
+type unusableError struct{ error }
+
+func (e unusableError) Unwrap() []error { return []error{ErrUnusable, e.error} }
+
 // noSpace makes the kernel's ways to say that a disk is full match ErrNoSpace.
 func noSpace(err error) error {
 	if (errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)) && !errors.Is(err, ErrNoSpace) {
@@ -97,6 +115,14 @@ func unreadable(err error) error {
 		return err
 	}
 	return fmt.Errorf("%w: %w", ErrCorrupt, err)
+}
+
+// lost makes it damage that a chunk file is missing, or is shorter than it has to be.
+func lost(err error) error {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return fmt.Errorf("%w: %w", ErrCorrupt, err)
+	}
+	return err
 }
 
 func corruptf(text string, args ...any) error {

@@ -102,6 +102,7 @@ type recordLog struct {
 	nextChunk uint64        // sequence of the next chunk to be made
 	appended  uint64        // bytes, over the life of the process
 	durable   uint64        // every record before this sequence number is
+	committed uint64        // the table is as of this sequence number
 	entries   []byte        // of the summary of current
 	scrap     []byte        // for the next chunk's
 

@@ -88,9 +88,8 @@ func (l *recordLog) createChunk(seq uint64, p purpose) (c *chunk, used bool, err
 		}
 	}
 	l.mu.Lock()
-	durable := l.durable
+	h := format.ChunkHeader{Slot: c.slot, Seq: seq, UUID: l.uuid, Durable: l.durable, Checkpoint: l.committed}
 	l.mu.Unlock()
-	h := format.ChunkHeader{Slot: c.slot, Seq: seq, UUID: l.uuid, Durable: durable}
 	head := make([]byte, format.ChunkHeaderSize)
 	h.Encode(head)
 	_, err = c.file.WriteAt(head, 0)
@@ -166,8 +165,8 @@ func (l *recordLog) createFile(seq uint64, p purpose) (*chunk, error) {
 		return nil, err
 	}
 	f, err := l.fs.Create(c.name(), int64(size))
-	if errors.Is(err, fs.ErrExist) { // of an attempt that failed, and whose removal failed too
-		if err = l.fs.Remove(c.name()); err == nil {
+	if errors.Is(err, fs.ErrExist) { // it was not there when the store was opened
+		if err = l.fs.SetAside(c.name(), fmt.Sprintf("%s-%016x-%s", asUnknown, 0, c.name())); err == nil {
 			f, err = l.fs.Create(c.name(), int64(size))
 		}
 	}

@@ -189,7 +189,8 @@ func (b *sharedBuffers) restore(fsys storage.FS, header func(name string, slot u
 		// A chunk that has gone since is one that a checkpoint needs no more: all of it was in its file.
 		name := chunkName(h.slot)
 		ch, err := header(name, h.slot)
-		if errors.Is(err, fs.ErrNotExist) || err == nil && ch.Seq != h.seq {
+		// Of one whose header is damaged the replay will tell.
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, ErrCorrupt) || isUnreadable(err) || err == nil && ch.Seq != h.seq {
 			continue
 		}
 		if err == nil {
@@ -247,29 +248,32 @@ func (s *Store) newOwnerRecord() (r ownerRecord, err error) {
 }
 
 // inherit takes over what a killed owner had answered and not written. It comes before the first look at the log, and
-// changes nothing where it cannot know whether there is something to take over.
-func (s *Store) inherit(uuid [16]byte) error {
+// changes nothing where it cannot know whether there is something to take over. settled is to be called when the store
+// is known to be sound: the next owner need not look for it any more.
+func (s *Store) inherit(uuid [16]byte) (settled func() error, err error) {
 	path := s.in.Join(ownerFile)
 	text, err := s.in.Read(ownerFile)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return func() error { return nil }, nil
 	}
 	if err != nil {
-		return err
+		return nil, err
 	}
+	settled = func() error { return s.in.Remove(ownerFile) }
 	var last ownerRecord
 	now, err := s.newOwnerRecord()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	err = json.Unmarshal(text, &last)
 	name, herr := hex.DecodeString(last.Buffers)
 	if err = errors.Join(err, herr); err != nil || len(name) != 16 {
 		s.log.Warn("what the last owner left in memory cannot be found", "file", path, "err", err)
-		return s.forget()
+		s.forgot = true // a power cut would have taken it as well
+		return settled, nil
 	}
 	if last.Boot != now.Boot || last.Ino != now.Ino {
-		return s.in.Remove(ownerFile) // of another boot, or copied with the store
+		return settled, nil // of another boot, or copied with the store
 	}
 	moved := last.Dev != now.Dev // or a block-level copy
 	b, err := openSharedBuffers(s.opts.SharedMemory, last.Buffers, uuid, s.in.Trusts)
@@ -281,40 +285,35 @@ func (s *Store) inherit(uuid [16]byte) error {
 	case err == nil:
 		return s.takeOver(b, moved)
 	case errors.Is(err, errInUse) && moved:
-		return s.in.Remove(ownerFile) // it is a copy: the owner of the other store lives
+		return settled, nil // it is a copy: the owner of the other store lives
 	case errors.Is(err, fs.ErrNotExist) && (last.Shm == 0 || last.Shm != now.Shm) && !s.opts.ForgetElsewhere:
-		return &elsewhereError{buffers: "vdisk-" + last.Buffers, dir: s.opts.SharedMemory, there: last.Shm, here: now.Shm}
+		return nil, &elsewhereError{buffers: "vdisk-" + last.Buffers, dir: s.opts.SharedMemory, there: last.Shm, here: now.Shm}
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, errNotBuffers):
 		s.log.Warn("what the last owner had answered and not written is lost", "err", err)
-		return s.forget()
+		s.forgot = true
+		return settled, nil
 	}
-	return fmt.Errorf("what the last owner had answered and not written: %w", err)
+	return nil, fmt.Errorf("what the last owner had answered and not written: %w", err)
 }
 
 // takeOver writes what a killed owner had answered to its place. The buffers of a store on a file system that may have
 // been mounted anew, or be a copy, stay: they may be another's. A copy's log takes no harm from them, since replay ends
 // at the first record that is not there.
-func (s *Store) takeOver(b *sharedBuffers, moved bool) error {
+func (s *Store) takeOver(b *sharedBuffers, moved bool) (settled func() error, err error) {
 	n, err := b.restore(s.fs, s.chunkHeader)
-	if err != nil {
-		return errors.Join(fmt.Errorf("writing what the last owner had answered: %w", err), b.close())
+	if err := errors.Join(err, b.close()); err != nil {
+		return nil, fmt.Errorf("writing what the last owner had answered: %w", err)
 	}
 	if n > 0 {
 		s.log.Info("wrote what the last owner had answered and not written", "bytes", n)
 	}
-	end := b.remove
 	if moved {
 		s.log.Warn("the store's file system has another device number than its last owner saw; the memory of that is kept, as this may be a copy",
 			"file", b.path)
-		end = b.close
+		return func() error { return s.in.Remove(ownerFile) }, nil
 	}
-	return errors.Join(s.in.Remove(ownerFile), end()) // in this order: nobody looks for buffers that are gone
-}
-
-// forget goes on without what the last owner had answered and not written. A power cut would have taken it as well.
-func (s *Store) forget() error {
-	s.forgot = true
-	return s.in.Remove(ownerFile)
+	// In this order: nobody looks for buffers that are gone.
+	return func() error { return errors.Join(s.in.Remove(ownerFile), os.Remove(b.path)) }, nil
 }
 
 // elsewhereError matches ErrElsewhere, and ErrBusy.

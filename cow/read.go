@@ -49,6 +49,7 @@ type Fetch struct {
 	Buf  []byte
 	Off  int64
 	file storage.File
+	slot uint32
 	fd   int
 	held bool // fd
 }
@@ -63,9 +64,9 @@ func (f *Fetch) Read() error {
 		return nil
 	}
 	if err == nil || errors.Is(err, io.EOF) {
-		return io.ErrUnexpectedEOF
+		err = fmt.Errorf("it ends at %d: %w", f.Off+int64(n), io.ErrUnexpectedEOF)
 	}
-	return err
+	return fmt.Errorf("chunk %s: %w", chunkName(f.slot), err)
 }
 
 // PlanRead plans the read of len(p) bytes at off into p, of any alignment and within
@@ -204,7 +205,7 @@ func (pl *ReadPlan) locate() error {
 			if err != nil {
 				return err
 			}
-			pl.fetches = append(pl.fetches, Fetch{Buf: buf, Off: int64(r.e.Offset()), file: file})
+			pl.fetches = append(pl.fetches, Fetch{Buf: buf, Off: int64(r.e.Offset()), file: file, slot: r.c.slot})
 		}
 		before = r
 	}
@@ -242,7 +243,7 @@ func (pl *ReadPlan) drop() {
 func (pl *ReadPlan) Finish(err error) error {
 	defer pl.release()
 	if err != nil {
-		return fmt.Errorf("read %s: %w", pl.d.ref, err)
+		return fmt.Errorf("read %s: %w", pl.d.ref, lost(err))
 	}
 	for i := range pl.records {
 		if err := pl.finish(&pl.records[i]); err != nil {

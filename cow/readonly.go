@@ -124,14 +124,11 @@ func (s *Store) readLog() error {
 		return err
 	}
 	if _, err := s.loadAndReplay(); err != nil {
-		return err
+		return unusable(err)
 	}
 	r := &s.recovery
 	if r.Records > 0 {
 		s.log.Info("read the log", "records", r.Records, "bytes", r.Bytes)
-	}
-	if r.Lost > 0 {
-		s.log.Error("the log is damaged: records that had been made durable cannot be read", "records", r.Lost)
 	}
 	s.wal.failed.Store(&s.readOnly)
 	return nil

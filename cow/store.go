@@ -78,6 +78,9 @@ type Options struct {
 	ForgetElsewhere bool
 	// Foreign opens a store whose directory belongs to another user, or that other users may change (ErrForeign).
 	Foreign bool
+	// Repair is asked, before anything is changed, whether Open shall go on where the log is damaged: it ends the log
+	// there, and sets aside what lies behind. An error of its is Open's. Without it the damage is.
+	Repair func(*LogDamage) error
 	// OnCommit is called around each commit of the table, and with an error before it lets it fail: for tests that
 	// cut the power.
 	OnCommit func(done bool) error
@@ -211,11 +214,11 @@ type Recovery struct {
 	Records      int64 // replayed
 	Bytes        int64 // replayed
 	Summaries    int   // chunks of which only the summary was read
-	DroppedBytes int64 // behind the first record that did not verify; no flush had covered them
+	DroppedBytes int64 // behind the first record that did not verify
 	DroppedFiles int   // chunk files among them
-	Lost         int64 // records among them that had been durable: damage
-
-	unsettled bool // a chunk has a summary of records that were dropped
+	Lost         int64 // records among them that had been durable, and that Options.Repair gave up
+	Damaged      int   // records that are in the log, and whose data cannot be read
+	unsettled    bool  // a chunk has a summary of records that were dropped
 }
 
 // Recovery reports what this Open replayed and dropped.
@@ -284,9 +287,6 @@ func openIn(in *storage.Folder, o Options) (*Store, error) {
 	if err := s.openChunks(); err != nil {
 		return nil, errors.Join(fmt.Errorf("open store %s: %w", dir, err), s.release())
 	}
-	if err := s.upgrade(); err != nil {
-		return nil, errors.Join(fmt.Errorf("open store %s: %w", dir, noSpace(err)), s.release())
-	}
 	if err := s.openFiles(); err != nil {
 		return nil, errors.Join(fmt.Errorf("open store %s: %w", dir, noSpace(err)), s.release())
 	}
@@ -345,19 +345,14 @@ func (s *Store) openChunks() (err error) {
 }
 
 func (s *Store) openFiles() (err error) {
-	if _, err := s.in.Lstat(tableFile); errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("the table is missing: %w", errors.Join(ErrCorrupt, err))
-	} else if err != nil {
-		return fmt.Errorf("the table: %w", err)
-	}
+	uuid := s.wal.uuid
 	s.meta, err = metadata.Open(s.in.Join(tableFile), metadata.Options{
-		In: s.in, Timeout: time.Second, NoSync: s.opts.NoTableSync, Allocate: s.allocateTable,
+		In: s.in, Store: uuid, Timeout: time.Second, NoSync: s.opts.NoTableSync, Allocate: s.allocateTable,
 		ReadOnly: s.readOnly != nil,
 	})
 	if err != nil {
-		return err
+		return unusable(err)
 	}
-	uuid := s.wal.uuid
 	s.wal.kept = s.kept
 	s.wal.cleaner, s.wal.rotated = s.needRoom, func(p purpose) {
 		s.helpless = false // there was room: what filled it may have overwritten something
@@ -369,22 +364,27 @@ func (s *Store) openFiles() (err error) {
 	if s.readOnly != nil {
 		return s.readLog()
 	}
-	if err := s.inherit(uuid); err != nil {
+	settled, err := s.inherit(uuid)
+	if err != nil {
+		return err
+	}
+	// Until here nothing was changed that a store of which one of the parts is missing, or another's, would miss.
+	left, err := s.loadAndReplay()
+	if err != nil {
+		return unusable(err)
+	}
+	if err := errors.Join(settled(), s.upgrade(), s.meta.Adopt()); err != nil {
 		return err
 	}
 	if s.opts.Outlive {
 		s.outlive(uuid)
-	}
-	behind, err := s.loadAndReplay()
-	if err != nil {
-		return err
 	}
 	if err := s.sizeChunks(); err != nil {
 		return err
 	}
 	s.fillReserve()
 	s.wal.start()
-	if err := s.goOn(behind); err != nil {
+	if err := s.goOn(left); err != nil {
 		s.wal.stop()
 		return err
 	}
@@ -418,15 +418,12 @@ func (s *Store) sizeChunks() error {
 // before the next chunk is made, which also makes that durable. The checkpoint that a replay calls
 // for can come later, unless a chunk is left with a summary of records that it does not have, or the cache had to
 // become larger than it may be.
-func (s *Store) goOn(behind []string) error {
+func (s *Store) goOn(left []leaving) error {
 	r := &s.recovery
-	if r.Records > 0 || len(behind) > 0 || r.DroppedBytes > 0 {
+	if r.Records > 0 || len(left) > 0 || r.DroppedBytes > 0 {
 		s.log.Info("replayed the log", "records", r.Records, "bytes", r.Bytes, "summaries", r.Summaries,
 			"droppedBytes", r.DroppedBytes, "droppedFiles", r.DroppedFiles)
 		poke(s.ckptWork)
-	}
-	if r.Lost > 0 {
-		s.log.Error("the log is damaged: records that had been made durable cannot be read any more; run check", "records", r.Lost)
 	}
 	if r.unsettled || s.cache.grown() {
 		// A full disk is no reason to keep a store closed whose space others want to give back.
@@ -434,7 +431,7 @@ func (s *Store) goOn(behind []string) error {
 			return fmt.Errorf("checkpoint after replay: %w", err)
 		}
 	}
-	return s.removeFiles(behind)
+	return s.clear(left)
 }
 
 // release closes files and gives the lock back.

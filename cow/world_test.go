@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"math/rand/v2"
 	"os"
@@ -57,7 +58,7 @@ func newLab(t testing.TB) *lab {
 	}
 	// A table that was made without syncs is as small as can be: bbolt grows it with them only.
 	table := filepath.Join(dir, "small")
-	db, err := metadata.Open(table, metadata.Options{NoSync: true})
+	db, err := metadata.Open(table, metadata.Options{NoSync: true, Create: true})
 	if err == nil {
 		err = db.Close()
 	}
@@ -263,6 +264,10 @@ func (l *lab) options(fs storage.FS) Options {
 func (l *lab) open(img crashImage, every int, rng *rand.Rand) (*world, error) {
 	dir, err := l.dir()
 	if err != nil {
+		return nil, err
+	}
+	// The note that is there is of another table: a later one, perhaps.
+	if err := os.Remove(filepath.Join(dir, tableFile+metadata.VerifiedSuffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
 	if err := os.WriteFile(filepath.Join(dir, tableFile), img.table, 0o600); err != nil {

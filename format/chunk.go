@@ -6,7 +6,7 @@ var le = binary.LittleEndian
 
 const (
 	chunkMagic     = "VDISKCHK"
-	chunkHeaderEnd = 56 // what the header uses; the rest is zero
+	chunkHeaderEnd = 68 // what the header uses; the rest is zero
 )
 
 // ChunkHeader is the head of a chunk file: which chunk of which store it is.
@@ -20,6 +20,9 @@ type ChunkHeader struct {
 	// Durable is a sequence number: every record before it was durable when the header was
 	// written. 0 says nothing.
 	Durable uint64
+	// Checkpoint is a sequence number: when the header was written, a table as of that record had been committed. 0
+	// says nothing.
+	Checkpoint uint64
 }
 
 // Encode writes the header to dst, which has at least ChunkHeaderSize bytes.
@@ -35,6 +38,10 @@ func (h *ChunkHeader) Encode(dst []byte) {
 	if h.Durable != 0 {
 		le.PutUint64(dst[44:], h.Durable)
 		le.PutUint32(dst[52:], Checksum(dst[:52]))
+	}
+	if h.Checkpoint != 0 {
+		le.PutUint64(dst[56:], h.Checkpoint)
+		le.PutUint32(dst[64:], Checksum(dst[:64]))
 	}
 }
 
@@ -62,6 +69,9 @@ func DecodeChunkHeader(src []byte) (ChunkHeader, error) {
 	h.Durable = le.Uint64(src[44:])
 	if got, want := Checksum(src[:52]), le.Uint32(src[52:]); got != want && h.Durable|uint64(want) != 0 {
 		return ChunkHeader{}, corrupt(what, "second checksum %08x, want %08x", got, want)
+	}
+	if Checksum(src[:64]) == le.Uint32(src[64:]) { // else nothing is said: older programs take this for padding
+		h.Checkpoint = le.Uint64(src[56:])
 	}
 	if h.Slot >= MaxSlots || h.Seq == 0 {
 		return h, corrupt(what, "slot %d, chunk sequence %d", h.Slot, h.Seq)

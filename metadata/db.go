@@ -16,9 +16,11 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -48,6 +50,7 @@ var (
 	keyCheckpoint = []byte("checkpoint")
 	keySum        = []byte("sum")
 	keyCold       = []byte("cold")
+	keyStore      = []byte("uuid") // of the store
 )
 
 // A commit that outgrows the mapping waits for every reader, a Check among them, and every new reader waits for it:
@@ -60,6 +63,8 @@ type Options struct {
 	In      *storage.Folder // the directory of the table, which stays the caller's; nil: whatever has its path
 	Timeout time.Duration   // how long to wait for bbolt's file lock; 0 is the shortest wait there is
 	NoSync  bool            // tests only: commit without fdatasync
+	Create  bool            // make an empty table where there is none; else that is damage, and so is an empty file
+	Store   [16]byte        // the table is of this store, or of one that it does not name; zero: of any
 
 	// ReadOnly opens the table to be read, and changes nothing, not even the note of how it was left.
 	ReadOnly bool
@@ -77,9 +82,14 @@ type DB struct {
 	read        atomic.Int64 // leaves, since pages were given back
 	room        room
 	closeFolder func() error // nil: the folder is the caller's
+	verified    bool         // the file is the one that the last owner left in this boot
+	store       [16]byte     // Options.Store
 
 	updating sync.Mutex // one Update at a time
 	failed   error      // of a commit: what is on the disk is not known any more; guarded by updating
+	adopted  bool       // Adopt has been called; guarded by updating
+	named    bool       // the table says whose it is; guarded by updating
+	seq      uint64     // of its checkpoint; guarded by updating
 
 	noting sync.Mutex // taken after updating
 	note   *note      // nil: what this process does to the table, the next opening verifies; guarded by noting
@@ -91,7 +101,8 @@ type place struct {
 	name string
 }
 
-// Open opens the table at path, making an empty one where there is none.
+// Open opens the table at path. It changes nothing: that a table is proved to be sound does not say that it is the
+// right one. What there is to do before the first Update, Adopt does.
 func Open(path string, o Options) (*DB, error) {
 	at := place{o.In, filepath.Base(path)}
 	if at.in == nil {
@@ -117,7 +128,11 @@ func openAt(at place, o Options) (db *DB, err error) {
 		o.Timeout = time.Millisecond // bbolt takes 0 for "for ever"
 	}
 	path := at.in.Join(at.name)
-	if !isVerified(at) {
+	noted, verified := readNote(at)
+	if err := isTable(at, o.Create); err != nil {
+		return nil, err
+	}
+	if !verified {
 		if err := checkPages(at); err != nil {
 			return nil, err
 		}
@@ -132,12 +147,9 @@ func openAt(at place, o Options) (db *DB, err error) {
 	case err != nil:
 		return nil, fmt.Errorf("open the table: %w", err)
 	}
-	db = &DB{b: b, at: at}
+	db = &DB{b: b, at: at, store: o.Store, verified: verified}
 	if o.ReadOnly {
-		missing, err := db.missingBuckets()
-		if err == nil && len(missing) > 0 {
-			err = fmt.Errorf("%s was made by an older program: open it once where it can be written to", path)
-		}
+		err := errors.Join(db.identify(noted), db.made(path))
 		if err == nil {
 			db.room.size, err = sizeOf(f)
 		}
@@ -147,15 +159,93 @@ func openAt(at place, o Options) (db *DB, err error) {
 		return db, nil
 	}
 	err = db.initRoom(f, o)
+	if err == nil && o.Create {
+		err = db.Adopt()
+	}
 	if err == nil {
-		err = db.makeBuckets()
+		err = db.identify(noted)
 	}
 	if err != nil {
 		return nil, errors.Join(err, b.Close())
 	}
-	db.note = newNote(at)
 	// Of a table without a list of its free pages, as older programs left them, bbolt has looked at all pages.
 	return db, db.View(func(tx *Tx) error { tx.giveBack(); return nil })
+}
+
+// isTable refuses what bbolt would make a new table of, unless that is wanted.
+func isTable(at place, create bool) error {
+	st, err := at.in.Lstat(at.name)
+	switch {
+	case create && (err == nil || errors.Is(err, fs.ErrNotExist)):
+		return nil
+	case errors.Is(err, fs.ErrNotExist):
+		return damaged("the file %s is missing", at.in.Join(at.name))
+	case err != nil:
+		return fmt.Errorf("open the table: %w", err)
+	case st.Mode&unix.S_IFMT == unix.S_IFREG && st.Size == 0: // what is no file is refused when it is opened
+		return damaged("the file %s is empty", at.in.Join(at.name))
+	}
+	return nil
+}
+
+// identify looks at what a table says of itself: whose it is, and as of what. noted is the checkpoint that the last
+// owner's note has; 0: none is known. A commit is durable before the note has it, so an older table is one that
+// somebody has put there.
+func (d *DB) identify(noted uint64) error {
+	return d.View(func(tx *Tx) error {
+		for _, name := range firstBuckets {
+			if tx.tx.Bucket(name) == nil {
+				return damaged("bucket %q is missing", name)
+			}
+		}
+		id, err := tx.storeID()
+		if err != nil {
+			return err
+		}
+		var zero [16]byte
+		if d.named = id != zero; d.named && d.store != zero && id != d.store {
+			return damaged("it is of another store, %x", id)
+		}
+		cp, err := tx.checkpoint()
+		if err != nil {
+			return err
+		}
+		if d.seq = cp.Seq; noted > cp.Seq {
+			return damaged("it is older than the one that was here: as of record %d, not %d (if the whole store was put back from a copy, remove %s%s)",
+				cp.Seq, noted, d.at.in.Join(d.at.name), VerifiedSuffix)
+		}
+		return nil
+	})
+}
+
+// Verified reports whether the table is the one that the last owner left, in this boot.
+func (d *DB) Verified() bool { return d.verified }
+
+// Adopt makes the table this process's, which is sure by now that it is the right one: it makes what an older program
+// had not yet, and leaves a note for the next owner. The first Update does, too.
+func (d *DB) Adopt() error {
+	d.updating.Lock()
+	defer d.updating.Unlock()
+	return d.adopt()
+}
+
+// adopt is Adopt. updating is held.
+func (d *DB) adopt() (err error) {
+	if d.adopted {
+		return nil
+	}
+	defer guard(&err)()
+	if err := d.fillRoom(); err != nil {
+		return err
+	}
+	if err := d.makeBuckets(); err != nil {
+		return err
+	}
+	d.adopted = true
+	d.noting.Lock()
+	defer d.noting.Unlock()
+	d.note = newNote(d.at, d.seq)
+	return nil
 }
 
 // openTable opens the table with bbolt. *file is the one that bbolt uses.
@@ -181,14 +271,21 @@ func openTable(at place, o Options, file **os.File) (b *bbolt.DB, err error) {
 	return b, err
 }
 
-var buckets = [][]byte{
-	bucketStore, bucketVolumes, bucketSnapshots, bucketBranches, bucketLeaves, bucketChanges, bucketChunks,
-	bucketForwarded, bucketForwards,
+// firstBuckets are those that every table has.
+var firstBuckets = [][]byte{bucketStore, bucketVolumes, bucketSnapshots, bucketBranches, bucketLeaves, bucketChanges, bucketChunks}
+
+// made refuses a table that lacks what Adopt makes.
+func (d *DB) made(path string) error {
+	missing, err := d.missingBuckets()
+	if err == nil && len(missing) > 0 {
+		err = fmt.Errorf("%s was made by an older program: open it once where it can be written to", path)
+	}
+	return err
 }
 
 func (d *DB) missingBuckets() (missing [][]byte, err error) {
 	err = d.b.View(func(tx *bbolt.Tx) error {
-		for _, name := range buckets {
+		for _, name := range append(slices.Clone(firstBuckets), bucketForwarded, bucketForwards) {
 			if tx.Bucket(name) == nil {
 				missing = append(missing, name)
 			}
@@ -198,7 +295,7 @@ func (d *DB) missingBuckets() (missing [][]byte, err error) {
 	return missing, err
 }
 
-// makeBuckets makes those that are not there, in a table that is new.
+// makeBuckets makes those that are not there, in a table that is new or of an older version.
 func (d *DB) makeBuckets() error {
 	missing, err := d.missingBuckets()
 	if err != nil || len(missing) == 0 {
@@ -239,6 +336,9 @@ func (d *DB) Pages() (check func() error, err error) { return pagesOf(d.at) }
 func (d *DB) Update(fn func(*Tx) error) error {
 	d.updating.Lock()
 	defer d.updating.Unlock()
+	if err := d.adopt(); err != nil {
+		return err
+	}
 	d.noting.Lock()
 	if d.note != nil && d.note.begin() != nil {
 		d.unverify()
@@ -246,6 +346,9 @@ func (d *DB) Update(fn func(*Tx) error) error {
 	d.noting.Unlock()
 	err := d.update(fn)
 	d.noting.Lock()
+	if d.note != nil && err == nil {
+		d.note.last.Checkpoint = d.seq
+	}
 	if d.note != nil && (err != nil && !errors.Is(err, ErrUnwritten) || d.note.end() != nil) {
 		// Perhaps a sync has failed, and what the next owner would read is not what is on the disk.
 		d.unverify()
@@ -265,7 +368,8 @@ func (d *DB) unverify() {
 
 func (d *DB) update(fn func(*Tx) error) (err error) {
 	defer guard(&err)()
-	return d.commit(func(tx *bbolt.Tx) error {
+	seq, named := d.seq, d.named
+	err = d.commit(func(tx *bbolt.Tx) error {
 		t := &Tx{tx: tx, db: d}
 		if err := t.loadSum(); err != nil {
 			return err
@@ -273,8 +377,19 @@ func (d *DB) update(fn func(*Tx) error) (err error) {
 		if err := fn(t); err != nil {
 			return err
 		}
+		if d.store != [16]byte{} && !d.named {
+			if err := t.putStoreID(d.store); err != nil {
+				return err
+			}
+			named = true
+		}
+		seq = max(seq, t.seq)
 		return t.storeSum()
 	})
+	if err == nil {
+		d.seq, d.named = seq, named
+	}
+	return err
 }
 
 // View runs fn in a read-only transaction: one state, whatever is committed
@@ -320,6 +435,7 @@ type Tx struct {
 	leaves  *bbolt.Cursor // for Leaf, once it was needed
 	sum     sum           // of an Update
 	recount bool          // a damaged value was replaced: sum is not to be trusted
+	seq     uint64        // of the checkpoint that was put; 0: none was
 }
 
 // Close ends a transaction of Begin.

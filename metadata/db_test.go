@@ -22,7 +22,7 @@ import (
 
 func open(t testing.TB, path string) *DB {
 	t.Helper()
-	db, err := Open(path, Options{NoSync: true})
+	db, err := Open(path, Options{NoSync: true, Create: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -64,7 +64,7 @@ func TestVersionsAsAMap(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		n++
 		path := filepath.Join(dir, fmt.Sprint(n))
-		db, err := Open(path, Options{NoSync: true})
+		db, err := Open(path, Options{NoSync: true, Create: true})
 		if err != nil {
 			t.Fatal(err)
 		}

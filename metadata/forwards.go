@@ -75,6 +75,9 @@ func (t *Tx) PutForwarded(r *format.Forwarded) error {
 func (t *Tx) DropForwarded(slot uint32) error { return t.drop(bucketForwarded, id(slot)) }
 
 func (t *Tx) forwarded(out *[]format.Forwarded) error {
+	if t.tx.Bucket(bucketForwarded) == nil {
+		return nil // of an older version, and not adopted yet
+	}
 	b, err := t.bucket(bucketForwarded)
 	if err != nil {
 		return err

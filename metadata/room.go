@@ -62,7 +62,7 @@ func Allocate(f *os.File, from, to int64) error {
 	}
 }
 
-// initRoom allocates what older programs left as a hole behind the pages, as far as there is room.
+// initRoom finds out how large the file is.
 func (d *DB) initRoom(f *os.File, o Options) error {
 	d.b.AllocSize = 0 // to be exact about what it needs: DB.grow
 	r := &d.room
@@ -74,14 +74,22 @@ func (d *DB) initRoom(f *os.File, o Options) error {
 	if err != nil {
 		return err
 	}
+	r.size = size
+	return d.measure()
+}
+
+// fillRoom allocates what older programs left as a hole behind the pages, as far as there is room. updating is held.
+func (d *DB) fillRoom() error {
 	pages, err := d.pages()
 	if err != nil {
 		return err
 	}
-	r.size = size
-	if r.size > pages && Allocate(f, pages, r.size) != nil {
+	r := &d.room
+	r.mu.Lock()
+	if r.size > pages && Allocate(r.f, pages, r.size) != nil {
 		r.size = pages
 	}
+	r.mu.Unlock()
 	return d.measure()
 }
 

@@ -40,7 +40,7 @@ func leavesIn(t *testing.T, db *DB) (n int) {
 func TestTableStaysWithinItsBlocks(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "t")
 	full := false
-	db, err := Open(path, Options{Allocate: func(f *os.File, from, to int64) error {
+	db, err := Open(path, Options{Create: true, Allocate: func(f *os.File, from, to int64) error {
 		if full {
 			return unix.ENOSPC
 		}
@@ -99,13 +99,14 @@ func TestTableStaysWithinItsBlocks(t *testing.T) {
 // TestOldTableWithAHole opens a table as bbolt made it larger: with a hole behind its pages.
 func TestOldTableWithAHole(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "t")
-	db, err := Open(path, Options{})
+	db, err := Open(path, Options{Create: true})
 	must(t, err)
 	must(t, putLeaves(db, 0, 10))
 	must(t, db.Close())
 	must(t, os.Truncate(path, 4<<20))
 	db, err = Open(path, Options{})
 	must(t, err)
+	must(t, db.Adopt())
 	var s unix.Stat_t
 	must(t, unix.Stat(path, &s))
 	if free, _ := db.Room(); s.Blocks*512 < s.Size || free < 3<<20 {
@@ -135,7 +136,7 @@ func become(t *testing.T, f *os.File, device string) (undo func()) {
 // that the last durable state refers to count as free in memory.
 func TestFailedSyncIsFinal(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "t")
-	db, err := Open(path, Options{})
+	db, err := Open(path, Options{Create: true})
 	must(t, err)
 	must(t, putLeaves(db, 0, 100))
 	must(t, db.Update(func(tx *Tx) error { return tx.DropLeaf(Version{1, 1, 1}) })) // pages to write to
@@ -180,7 +181,7 @@ func TestWhatIsUnwritten(t *testing.T) {
 // TestWriteWithoutRoom has a write find no room, as on file systems that write elsewhere what is written over. It can be
 // tried again.
 func TestWriteWithoutRoom(t *testing.T) {
-	db, err := Open(filepath.Join(t.TempDir(), "t"), Options{})
+	db, err := Open(filepath.Join(t.TempDir(), "t"), Options{Create: true})
 	must(t, err)
 	must(t, putLeaves(db, 0, 100))
 	must(t, db.Update(func(tx *Tx) error { return tx.DropLeaf(Version{1, 1, 1}) })) // pages to write to

@@ -27,10 +27,8 @@ func (t *Tx) Load() (*Tables, error) {
 	if err != nil {
 		return nil, err
 	}
-	if v := b.Get(keyCheckpoint); v != nil {
-		if err := format.DecodeRow(v, &tb.Checkpoint); err != nil {
-			return nil, fmt.Errorf("checkpoint row: %w", err)
-		}
+	if tb.Checkpoint, err = t.checkpoint(); err != nil {
+		return nil, err
 	}
 	if v := b.Get(keyCold); v != nil {
 		if err := format.DecodeRow(v, &tb.Cold); err != nil {
@@ -103,8 +101,45 @@ func (t *Tx) Chunk(slot uint32) (c format.Chunk, ok bool, err error) {
 	return c, true, nil
 }
 
+func (t *Tx) checkpoint() (cp format.Checkpoint, err error) {
+	b, err := t.bucket(bucketStore)
+	if err != nil {
+		return cp, err
+	}
+	if v := b.Get(keyCheckpoint); v != nil {
+		if err := format.DecodeRow(v, &cp); err != nil {
+			return cp, fmt.Errorf("checkpoint row: %w", err)
+		}
+	}
+	return cp, nil
+}
+
 // PutCheckpoint stores the checkpoint row.
-func (t *Tx) PutCheckpoint(c *format.Checkpoint) error { return t.put(bucketStore, keyCheckpoint, c) }
+func (t *Tx) PutCheckpoint(c *format.Checkpoint) error {
+	t.seq = c.Seq
+	return t.put(bucketStore, keyCheckpoint, c)
+}
+
+// storeID returns which store the table says it is of; zero: it does not say.
+func (t *Tx) storeID() (id [16]byte, err error) {
+	b, err := t.bucket(bucketStore)
+	if err != nil {
+		return id, err
+	}
+	v := b.Get(keyStore)
+	if v == nil {
+		return id, nil
+	}
+	if field, body := valueSums(v); len(v) != 4+len(id) || field != body {
+		return id, fmt.Errorf("the store's id: %w", format.ErrCorrupt)
+	}
+	copy(id[:], v[4:])
+	return id, nil
+}
+
+func (t *Tx) putStoreID(id [16]byte) error {
+	return t.set(bucketStore, keyStore, append(le.AppendUint32(nil, format.Checksum(id[:])), id[:]...))
+}
 
 // PutCold stores how far the cold pass has come.
 func (t *Tx) PutCold(c *format.ColdMark) error { return t.put(bucketStore, keyCold, c) }

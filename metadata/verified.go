@@ -28,6 +28,8 @@ type verified struct {
 	Size    int64  `json:"size"`
 	Changed int64  `json:"ctime"`
 	Writing bool   `json:"writing"` // size and ctime are being changed by a commit
+
+	Checkpoint uint64 `json:"checkpoint,omitempty"` // record as of which the table is, or of an earlier commit
 }
 
 // note is the open file of a verified. nil: there is none.
@@ -50,32 +52,35 @@ func stateOf(at place) (v verified, err error) {
 	return v, err
 }
 
-// isVerified says whether the table is as an owner of this boot has left it, which had it verified.
-func isVerified(at place) bool {
+// readNote reads the note: as of which record the last owner knew the table to be (0: that is not known), in whatever
+// boot; and whether the table is as an owner of this boot has left it, which had it verified.
+func readNote(at place) (checkpoint uint64, isVerified bool) {
 	text, err := at.in.Read(at.name + VerifiedSuffix)
 	if err != nil {
-		return false
-	}
-	now, err := stateOf(at)
-	if err != nil || now.Boot == "" {
-		return false
+		return 0, false
 	}
 	var was verified
 	if json.Unmarshal(bytes.TrimSpace(text), &was) != nil {
-		return false
+		return 0, false
 	}
-	if was.Writing { // the owner was killed in a commit, which leaves the state before it or after it
+	now, err := stateOf(at)
+	if err != nil || now.Boot == "" {
+		return was.Checkpoint, false
+	}
+	now.Checkpoint = was.Checkpoint
+	if was.Writing && now.Size >= was.Size { // the owner was killed in a commit, which leaves the state before it or after it
 		now.Size, now.Changed, now.Writing = was.Size, was.Changed, true
 	}
-	return now == was
+	return was.Checkpoint, now == was
 }
 
-// newNote says that the table, which this process has open now, is verified.
-func newNote(at place) *note {
+// newNote says that the table, which this process has open now, is verified, and as of which record it is.
+func newNote(at place, checkpoint uint64) *note {
 	v, err := stateOf(at)
 	if err != nil {
 		return nil
 	}
+	v.Checkpoint = checkpoint
 	f, err := at.in.Open(at.name+VerifiedSuffix, os.O_WRONLY|os.O_CREATE)
 	if err != nil {
 		return nil // then the next opening takes longer
@@ -112,6 +117,7 @@ func (n *note) end() error {
 	if err != nil {
 		return err
 	}
+	v.Checkpoint = n.last.Checkpoint
 	n.last = v
 	return n.write(v)
 }

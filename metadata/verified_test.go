@@ -177,5 +177,6 @@ func verifiedAt(t *testing.T, path string) bool {
 		t.Fatal(err)
 	}
 	defer in.Close()
-	return isVerified(place{in, filepath.Base(path)})
+	_, verified := readNote(place{in, filepath.Base(path)})
+	return verified
 }

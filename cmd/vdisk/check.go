@@ -14,10 +14,17 @@ func (a *app) checkCommand() *cli.Command {
 		Name:      "check",
 		Category:  groupMaintenance,
 		Usage:     "prove the structure of the store, or of one volume",
-		UsageText: "vdisk check [VOL] [--read-data]",
+		UsageText: "vdisk check [VOL] [--read-data] [--repair]",
 		Description: "Of one volume: its blocks and those of its snapshots and origins. Whether space is lost only the check of the whole\n" +
-			"store tells. Exit codes: 0 all is well, 6 something is damaged, 1 something could not be looked at, 7 only space is lost.",
-		Flags: []cli.Flag{&cli.BoolFlag{Name: "read-data", Usage: "read and verify all data as well"}},
+			"store tells. Exit codes: 0 all is well, 6 something is damaged, 1 something could not be looked at, 7 only space is lost.\n\n" +
+			"Where what has been durable in the log cannot be read any more, no command opens the store, since what was written after\n" +
+			"it would be given up: each says where the damage is and what lies behind it, and changes nothing. If there is no better\n" +
+			"copy of the file that it names, --repair ends the log there. What that takes out is kept in the store's folder\n" +
+			"chunks.aside until you delete it.",
+		Flags: []cli.Flag{
+			&cli.BoolFlag{Name: "read-data", Usage: "read and verify all data as well"},
+			&cli.BoolFlag{Name: "repair", Usage: "where the log is damaged, give up what lies behind, so that the store can be opened"},
+		},
 	}, a.check)
 }
 
@@ -40,7 +47,8 @@ type checkJSON struct {
 	Entries    int64         `json:"entries"`
 	Chunks     int64         `json:"chunk_files"`
 	LiveBytes  int64         `json:"live_bytes"`
-	DataBytes  int64         `json:"data_bytes"` // read and verified
+	DataBytes  int64         `json:"data_bytes"`         // read and verified
+	Repaired   []string      `json:"repaired,omitempty"` // what was given up
 }
 
 func (a *app) check(c *cli.Context) error {
@@ -51,8 +59,18 @@ func (a *app) check(c *cli.Context) error {
 			return err
 		}
 	}
-	return a.during(c, func(s owner.Store) error {
-		j := checkJSON{Problems: []problemJSON{}}
+	j := checkJSON{Problems: []problemJSON{}}
+	opts := a.options(c)
+	opts.Offer, opts.Temporary = true, true
+	if c.Bool("repair") {
+		opts.Repair = func(d *cow.LogDamage) error {
+			if j.Repaired = append(j.Repaired, d.Error()); !a.json {
+				fmt.Fprintf(a.stdout, "given up: %v\n", d)
+			}
+			return nil
+		}
+	}
+	return use(func(s owner.Store) error {
 		bar := a.bar("checking", -1)
 		o := cow.CheckOptions{ReadData: c.Bool("read-data"), Volume: name, Progress: bar.of}
 		r, err := s.Check(c.Context, o, func(p cow.Problem) {
@@ -73,7 +91,7 @@ func (a *app) check(c *cli.Context) error {
 			return err
 		}
 		return verdict(r)
-	})
+	})(owner.Open(c.Context, a.dir, opts))
 }
 
 func (a *app) checked(j checkJSON, readData bool) error {

@@ -65,6 +65,8 @@ var kinds = []struct {
 	{cow.ErrNoSpace, exitNoSpace, "no-space", "nothing was changed by what did not fit; free space on the store's file system, or remove snapshots or volumes (vdisk rm)"},
 	{syscall.ENOSPC, exitNoSpace, "no-space", "free space on that file system"},
 	{syscall.EDQUOT, exitNoSpace, "no-space", "raise the quota, or free space"},
+	{cow.ErrDamagedLog, exitCorrupt, "corrupt", "nothing was changed; put a better copy of that file back, or go on without what lies behind the damage: 'vdisk check --repair'"},
+	{cow.ErrUnusable, exitCorrupt, "corrupt", "nothing was changed; put back the file that is missing, damaged or not this store's, or the whole store from a backup"},
 	{cow.ErrCorrupt, exitCorrupt, "corrupt", "'vdisk check' lists all that is damaged; 'vdisk serve --read-only' and 'qemu-img convert --salvage -O raw URI FILE' save what still reads, with zeros for the rest"},
 	{cow.ErrVersion, exitUnsupported, "newer-format", "use the version of vdisk that made it, or a later one; nothing was touched"},
 	{cow.ErrForeign, exitFailed, "foreign", "run vdisk as the user whom the store belongs to (sudo -u USER vdisk ...); if you trust all who can change it, --foreign or VDISK_FOREIGN=1 opens it"},

@@ -88,6 +88,8 @@ type Options struct {
 	ColdAfter time.Duration
 	// Foreign opens a store whose folder belongs to another user, or that other users may change: cow.ErrForeign.
 	Foreign bool
+	// Repair is cow.Options.Repair.
+	Repair func(*cow.LogDamage) error
 	// Version is this program's.
 	Version string
 	// Replaceable says that this process can become another version of the program: it ends the owner by CloseWhenDone

@@ -25,6 +25,11 @@ type FS interface {
 	Open(name string) (File, error)
 	// Remove removes a file's name; files that are open stay usable.
 	Remove(name string) error
+	// SetAside moves a file to a directory beside this one, to be kept under another name there. The file is in at
+	// least one of the two durably when it returns; that it is not in this one is so after SyncDir.
+	SetAside(name, as string) error
+	// PruneAside removes what was set aside under names that begin with prefix, but the last few of them in order.
+	PruneAside(prefix string, keep int) error
 	// List returns the names in the directory in order.
 	List() ([]string, error)
 	// SyncDir makes every creation and removal before it durable.

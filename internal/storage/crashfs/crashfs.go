@@ -77,6 +77,7 @@ type FS struct {
 	counts   [opCount]int
 	faults   [opCount][]fault
 	onSync   func(name string)
+	aside    []string // names
 }
 
 var _ storage.FS = (*FS)(nil)
@@ -242,6 +243,45 @@ func (f *FS) Remove(name string) error {
 	f.used -= n.reserved
 	n.unlinked = true
 	return nil
+}
+
+// SetAside implements storage.FS. What is set aside is not part of the directory: Aside tells its names.
+func (f *FS) SetAside(name, as string) error {
+	if err := f.Remove(name); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.aside = append(f.aside, as)
+	return nil
+}
+
+// PruneAside implements storage.FS.
+func (f *FS) PruneAside(prefix string, keep int) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	slices.Sort(f.aside)
+	n := 0
+	for _, name := range f.aside {
+		if strings.HasPrefix(name, prefix) {
+			n++
+		}
+	}
+	f.aside = slices.DeleteFunc(f.aside, func(name string) bool {
+		if !strings.HasPrefix(name, prefix) {
+			return false
+		}
+		n--
+		return n >= keep
+	})
+	return nil
+}
+
+// Aside returns the names of what was set aside.
+func (f *FS) Aside() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.aside)
 }
 
 // List implements storage.FS.

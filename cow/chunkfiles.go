@@ -1,0 +1,312 @@
+package cow
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/storage"
+	"github.com/vdisk/vdisk/metadata"
+)
+
+// findChunks matches the chunk files with the table's rows. It returns the chunks of the log
+// from the replay position on, in order, and the files that are neither theirs nor the table's.
+func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks []*chunk, left []leaving, err error) {
+	names, err := s.fs.List()
+	if err != nil {
+		return nil, nil, fmt.Errorf("list the chunks: %w", err)
+	}
+	known, err := s.tableChunks(tb)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := s.proveRows(tb, names); err != nil {
+		return nil, nil, err
+	}
+	var old []leaving // of no row, and before the replay position
+	for _, name := range names {
+		slot, ok := parseChunkName(name)
+		if name == reserveName {
+			continue // of a store whose folder is the chunks', too
+		}
+		if !ok {
+			s.log.Warn("there is a file that is not ours among the chunks", "name", name)
+			continue
+		}
+		r, isKnown := known[slot]
+		if isKnown && r.Seq < cp.ChunkSeq {
+			continue // the table has all of it
+		}
+		h, err := s.chunkHeader(name, slot)
+		if err == nil && isKnown && h.Seq == 0 {
+			err = corruptf("it is missing")
+		}
+		if errors.Is(err, ErrCorrupt) || isUnreadable(err) {
+			if err := s.repair(&LogDamage{Chunk: name, Err: err}); err != nil {
+				return nil, nil, err
+			}
+			if !isKnown {
+				left = append(left, leaving{name: name, as: asDamaged})
+				continue
+			}
+			h, err = format.ChunkHeader{Slot: slot, Seq: r.Seq}, nil
+		}
+		if err != nil {
+			return nil, nil, fmt.Errorf("chunk file %s: %w", name, err)
+		}
+		if err := inTime(h, cp); err != nil {
+			return nil, nil, fmt.Errorf("chunk file %s: %w", name, err)
+		}
+		s.wal.durable = max(s.wal.durable, h.Durable)
+		switch {
+		case isKnown && h.Seq != r.Seq:
+			return nil, nil, corruptf("chunk file %s has the sequence %d, the table says %d", name, h.Seq, r.Seq)
+		case isKnown:
+			logChunks = append(logChunks, s.slots.get(slot))
+		case h.Seq < max(cp.ChunkSeq, 1):
+			old = append(old, leaving{name: name, seq: h.Seq})
+		case s.slots.get(slot) != nil:
+			return nil, nil, corruptf("chunk file %s has the sequence %d, but blocks were moved from its slot", name, h.Seq)
+		default:
+			c := s.foundChunk(format.Chunk{Slot: slot, Seq: h.Seq, End: format.ChunkHeaderSize}, false)
+			s.slots.put(c)
+			logChunks = append(logChunks, c)
+			s.wal.usedChunk(h.Seq)
+		}
+	}
+	whole := true
+	for _, r := range tb.Chunks {
+		if _, found := slices.BinarySearch(names, chunkName(r.Slot)); found {
+			continue
+		}
+		whole = false
+		if r.Seq >= cp.ChunkSeq {
+			logChunks = append(logChunks, s.slots.get(r.Slot)) // where the log goes on: the replay will not find it
+			continue
+		}
+		s.log.Error("a chunk file is missing; run check", "chunk", chunkName(r.Slot))
+	}
+	for i := range old {
+		if err := s.judge(&old[i], cp, whole); err != nil {
+			return nil, nil, err
+		}
+	}
+	slices.SortFunc(logChunks, func(a, b *chunk) int { return cmp.Compare(a.seq, b.seq) })
+	return logChunks, append(left, old...), nil
+}
+
+// inTime refuses a table that is older than what a chunk's header says of it: a commit was durable before the header
+// was written.
+func inTime(h format.ChunkHeader, cp format.Checkpoint) error {
+	if h.Checkpoint > cp.Seq {
+		return corruptf("the table is older than the log: it is as of record %d, and has been as of record %d", cp.Seq, h.Checkpoint)
+	}
+	return nil
+}
+
+// proveRows looks, unless the table is known to be the one that the last owner left, whether the files of the chunks
+// that it has are those chunks. One that is younger has its place in a table that is younger, too. All else is damage to
+// that one chunk, of which its readers and Check tell.
+func (s *Store) proveRows(tb *metadata.Tables, names []string) error {
+	if s.meta.Verified() {
+		return nil
+	}
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	errs := make([]error, min(len(tb.Chunks), headerReaders))
+	for w := range errs {
+		wg.Go(func() {
+			for i := next.Add(1) - 1; i < int64(len(tb.Chunks)) && errs[w] == nil; i = next.Add(1) - 1 {
+				r := tb.Chunks[i]
+				name := chunkName(r.Slot)
+				if _, found := slices.BinarySearch(names, name); !found {
+					continue
+				}
+				h, err := s.chunkHeader(name, r.Slot)
+				if err != nil || r.Seq >= tb.Checkpoint.ChunkSeq {
+					continue
+				}
+				if err = inTime(h, tb.Checkpoint); err == nil && h.Seq > r.Seq {
+					err = corruptf("the table is older than the log: it has the sequence %d for it, and the file has %d", r.Seq, h.Seq)
+				}
+				if err != nil {
+					errs[w] = fmt.Errorf("chunk file %s: %w", name, err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	return cmp.Or(errs...) // one is enough
+}
+
+// headerReaders is how many chunk headers are read at once.
+const headerReaders = 16
+
+// tableChunks puts the chunks that the table has rows of into the slot table, and returns the rows by slot.
+func (s *Store) tableChunks(tb *metadata.Tables) (known map[uint32]format.Chunk, err error) {
+	known = map[uint32]format.Chunk{}
+	for _, r := range tb.Chunks {
+		known[r.Slot] = r
+		s.slots.put(s.foundChunk(r, true))
+		s.wal.usedChunk(r.Seq)
+	}
+	for _, r := range tb.Forwarded {
+		c := s.slots.get(r.Slot)
+		if c == nil {
+			s.slots.put(s.goneChunk(r.Slot, r.Seq, r.Blocks))
+			continue
+		}
+		if c.seq != r.Seq {
+			return nil, corruptf("chunk %s has the sequence %d, and moved blocks of %d", c.name(), c.seq, r.Seq)
+		}
+		c.moved, c.hasMoved = r.Blocks, true
+	}
+	return known, nil
+}
+
+// foundChunk is a chunk that was there when the store was opened.
+func (s *Store) foundChunk(r format.Chunk, inTable bool) *chunk {
+	c := newChunk(r.Slot, r.Seq, s.fs)
+	c.size, c.end, c.live, c.written = r.End, r.End, r.Live, r.End
+	c.sealed, c.inTable = true, inTable
+	if c.live == 0 && inTable {
+		s.markRow(c) // it died with its last owner; the next checkpoint removes it
+	}
+	return c
+}
+
+func parseChunkName(name string) (slot uint32, ok bool) {
+	n, err := strconv.ParseUint(name, 16, 32)
+	return uint32(n), err == nil && n < format.MaxSlots && chunkName(uint32(n)) == name
+}
+
+// chunkHeader reads a chunk file's header. One of zeros, or of which a part is missing, has the sequence 0:
+// power failed while the chunk was made.
+func (s *Store) chunkHeader(name string, slot uint32) (h format.ChunkHeader, err error) {
+	f, err := s.fs.Open(name)
+	if err != nil {
+		return h, err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	head := make([]byte, format.ChunkHeaderSize)
+	n, err := readFull(f, head, 0)
+	if err != nil {
+		return h, err
+	}
+	if n < len(head) || format.IsZero(head) {
+		return format.ChunkHeader{Slot: slot}, nil
+	}
+	h, err = format.DecodeChunkHeader(head)
+	if err == nil && (h.Slot != slot || h.UUID != s.wal.uuid) {
+		err = corruptf("it belongs to slot %d of store %x", h.Slot, h.UUID)
+	}
+	return h, err
+}
+
+// leaving is a chunk file that neither the table nor the log has.
+type leaving struct {
+	name string
+	seq  uint64 // of the chunk; 0: it has no header
+	as   string // set aside as what; "": nothing is in it that anybody needs, and it is removed
+}
+
+// What chunk files are set aside as: DESIGN.md, section 9.
+const (
+	asDropped = "dropped" // it has records behind the end of the log
+	asDamaged = "damaged" // repair took it out of the log
+	asUnknown = "unknown" // it is not known how it came to be here
+
+	droppedKept = 4 // files, of the last times that a log ended before some of its records
+)
+
+// judge decides what becomes of a file before the replay position that no row knows. A chunk dies when a checkpoint
+// takes its row away, and its file goes after that; a chunk that was being made has no record. What is neither is not
+// understood, and nothing is where the table does not fit the other files.
+func (s *Store) judge(f *leaving, cp format.Checkpoint, whole bool) error {
+	slot, _ := parseChunkName(f.name)
+	c := newChunk(slot, f.seq, s.fs)
+	defer c.release()
+	file, err := c.handle()
+	if err != nil {
+		return err
+	}
+	if f.seq == 0 { // it was being made; but a header that has become zeros looks like that, too
+		size, err := file.Size()
+		if err != nil || size < format.ChunkHeaderSize {
+			return err
+		}
+		empty, err := hasOnlyZeros(file)
+		if !empty {
+			f.as = asUnknown
+		}
+		return readable(err)
+	}
+	first, err := firstRecord(c)
+	if err != nil {
+		return err
+	}
+	tail := int64(0)
+	if first == 0 {
+		if tail, err = (&recordReader{f: file, c: c, off: format.ChunkHeaderSize}).tail(); err != nil {
+			return err
+		}
+	}
+	switch {
+	case first >= cp.Seq: // an owner that was about to remove it has put the replay position behind it
+		f.as = asDropped
+	case tail > 0, !whole:
+		f.as = asUnknown
+	}
+	return nil
+}
+
+// hasOnlyZeros reports whether a file has nothing but zeros. What cannot be read is not known to be.
+func hasOnlyZeros(f storage.File) (bool, error) {
+	p := make([]byte, 1<<20)
+	for off := int64(0); ; off += int64(len(p)) {
+		n, err := readFull(f, p, off)
+		if err != nil || !format.IsZero(p[:n]) {
+			return false, err
+		}
+		if n < len(p) {
+			return true, nil
+		}
+	}
+}
+
+// clear removes the files that nobody needs, which may make room for the directory of the others, and sets these aside.
+func (s *Store) clear(left []leaving) error {
+	for _, f := range left {
+		if f.as == "" {
+			if err := s.fs.Remove(f.name); err != nil {
+				return fmt.Errorf("remove chunk file %s: %w", f.name, err)
+			}
+		}
+	}
+	for _, f := range left {
+		if f.as != "" {
+			if err := s.setAside(f.name, f); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// setAside moves a file out of the chunks, to be kept as what f says.
+func (s *Store) setAside(name string, f leaving) error {
+	as := fmt.Sprintf("%s-%016x-%s", f.as, f.seq, f.name)
+	if err := s.fs.SetAside(name, as); err != nil {
+		return fmt.Errorf("set chunk file %s aside: %w", f.name, err)
+	}
+	s.log.Warn("a chunk file was set aside", "chunk", f.name, "as", chunksDir+".aside/"+as)
+	if f.as != asDropped {
+		return nil
+	}
+	return s.fs.PruneAside(asDropped+"-", droppedKept)
+}

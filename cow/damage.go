@@ -1,0 +1,202 @@
+package cow
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"syscall"
+
+	"github.com/vdisk/vdisk/format"
+)
+
+// LogDamage is Open's error about a log that had been longer than it can be read now, or of which that is not known.
+// Nothing was changed. Options.Repair is the way out. It matches ErrDamagedLog and ErrCorrupt.
+type LogDamage struct {
+	Chunk  string // file; "": there is none
+	Offset uint32 // in it; 0: its header
+	Seq    uint64 // of the record there; 0: not known
+	Lost   uint64 // records from there on that are known to have been durable
+	Bytes  int64  // of records that lie behind
+	Files  int    // further chunk files that have some
+	Err    error  // what is wrong there
+}
+
+func (d *LogDamage) Error() string {
+	text := fmt.Sprintf("the log is damaged: chunk file %s at %d, record %d: %v", d.Chunk, d.Offset, d.Seq, d.Err)
+	switch {
+	case d.Chunk == "":
+		text = fmt.Sprintf("the log is damaged at record %d: %v", d.Seq, d.Err)
+	case d.Offset == 0:
+		text = fmt.Sprintf("the log is damaged: the header of chunk file %s: %v", d.Chunk, d.Err)
+	}
+	if d.Lost > 0 {
+		text += fmt.Sprintf("; %d records from there on had been made durable", d.Lost)
+	}
+	if d.Bytes > 0 {
+		text += fmt.Sprintf("; %d bytes of records lie behind, in this and %d further files", d.Bytes, d.Files)
+	}
+	return text
+}
+
+// Unwrap makes a LogDamage match ErrDamagedLog and ErrCorrupt.
+func (d *LogDamage) Unwrap() []error { return []error{ErrDamagedLog, ErrCorrupt, d.Err} }
+
+// repair asks whether to go on without what is damaged. Nothing has been changed yet.
+func (s *Store) repair(d *LogDamage) error {
+	if s.opts.Repair == nil || s.readOnly != nil {
+		return d
+	}
+	if err := s.opts.Repair(d); err != nil {
+		return err
+	}
+	s.recovery.unsettled = true
+	return nil
+}
+
+// isUnreadable reports whether an error is about what a disk holds and does not give back.
+func isUnreadable(err error) bool {
+	for _, e := range []error{syscall.EIO, syscall.EUCLEAN, syscall.EBADMSG, syscall.ENODATA, syscall.EILSEQ} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// readable is an error but for those of isUnreadable, for callers to whom these mean that there is no record.
+func readable(err error) error {
+	if isUnreadable(err) {
+		return nil
+	}
+	return err
+}
+
+// logEnd is where a replay has found the end of the log.
+type logEnd struct {
+	c      *chunk // the last chunk of the log; nil: there is none
+	r      chunkReplay
+	behind []chunkBehind // chunks that it does not go on in
+}
+
+type chunkBehind struct {
+	c *chunk
+	r chunkReplay
+}
+
+// add notes what was found in the next chunk. Where the log goes on in it, what lies behind the records of the chunks
+// before was none of it, and those between have no record: room was made that nobody used in the end.
+func (e *logEnd) add(c *chunk, r chunkReplay, goesOn bool) {
+	if goesOn {
+		*e = logEnd{c: c, r: r}
+	} else {
+		e.behind = append(e.behind, chunkBehind{c, r})
+	}
+}
+
+// endLog decides that the log ends where it was found to, unless that is known to be wrong, or cannot be known: where
+// records had been durable behind the end, or where the disk does not say what is there. It returns what to do with the
+// files behind.
+func (s *Store) endLog(e *logEnd, cp format.Checkpoint) (left []leaving, err error) {
+	l, rec := s.wal, &s.recovery
+	rec.DroppedBytes = e.r.dropped
+	for _, b := range e.behind {
+		rec.DroppedBytes += b.r.dropped
+		if b.r.dropped > 0 {
+			rec.DroppedFiles++
+		}
+	}
+	as := asDropped
+	if d := s.damageAt(e, cp); d != nil {
+		if cp.Seq == 1 && l.nextSeq == 1 { // nor is it a new store: a log was there
+			return nil, corruptf("the table is empty, and the log is not: %v", d)
+		}
+		if err := s.repair(d); err != nil {
+			return nil, err
+		}
+		as, rec.Lost = asDamaged, int64(d.Lost)
+		if e.c != nil && e.r.dropped > 0 {
+			if err := s.copyAside(e.c); err != nil {
+				return nil, err
+			}
+		}
+	}
+	l.durable = max(min(l.durable, l.nextSeq), cp.Seq)
+	for _, b := range e.behind {
+		if b.c.inTable {
+			continue
+		}
+		f := leaving{name: b.c.name(), seq: b.c.seq}
+		if b.r.dropped > 0 || b.r.lost {
+			f.as = as
+		}
+		left = append(left, f)
+		s.slots.remove(b.c.slot)
+		b.c.release()
+	}
+	return left, nil
+}
+
+// damageAt returns what is wrong with the end of the log; nil: nothing that is known.
+func (s *Store) damageAt(e *logEnd, cp format.Checkpoint) *LogDamage {
+	d := &LogDamage{Seq: s.wal.nextSeq, Lost: max(s.wal.durable, s.wal.nextSeq) - s.wal.nextSeq, Bytes: s.recovery.DroppedBytes, Files: s.recovery.DroppedFiles}
+	at := func(c *chunk, off uint32, why error) *LogDamage {
+		d.Chunk, d.Offset, d.Err = c.name(), off, why
+		return d
+	}
+	if e.c != nil && e.r.lost {
+		return at(e.c, e.c.end, e.r.why)
+	}
+	for _, b := range e.behind {
+		if b.r.lost {
+			return at(b.c, b.c.end, b.r.why)
+		}
+	}
+	switch {
+	case cp.Offset > format.ChunkHeaderSize && (e.c == nil || e.c.seq < cp.ChunkSeq):
+		d.Err = corruptf("no chunk file has the sequence %d, with which the log goes on", cp.ChunkSeq)
+	case d.Lost == 0:
+		return nil
+	case len(e.behind) > 0 && (e.c == nil || e.r.dropped == 0):
+		return at(e.behind[0].c, format.ChunkHeaderSize, e.behind[0].r.why)
+	case e.c != nil:
+		return at(e.c, e.c.end, e.r.why)
+	default:
+		d.Err = corruptf("no chunk file has it")
+	}
+	return d
+}
+
+// asideFile is where a copy is made that is to be set aside.
+const asideFile = "aside.tmp"
+
+// copyAside sets a copy of a chunk's file aside: the log ends in it, and what lies behind may be overwritten one day.
+func (s *Store) copyAside(c *chunk) (err error) {
+	from, err := c.handle()
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("keep a copy of chunk file %s: %w", c.name(), noSpace(err))
+		}
+	}()
+	if err := s.fs.Remove(asideFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	to, err := s.fs.Create(asideFile, int64(c.size))
+	if err != nil {
+		return err
+	}
+	p := make([]byte, 4096) // a page: what is beside one that cannot be read can be
+	for off := int64(0); off < int64(c.size) && err == nil; off += int64(len(p)) {
+		var n int
+		if n, err = readFull(from, p, off); readable(err) == nil { // what cannot be read is zeros
+			_, err = to.WriteAt(p[:n], off)
+		}
+	}
+	err = errors.Join(err, to.Sync(), to.Close())
+	if err != nil {
+		return errors.Join(err, s.fs.Remove(asideFile))
+	}
+	return s.setAside(asideFile, leaving{name: c.name(), seq: c.seq, as: asDamaged})
+}
