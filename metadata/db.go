@@ -78,6 +78,7 @@ type Options struct {
 // after the other, and many readers beside them.
 type DB struct {
 	b           *bbolt.DB
+	f           *os.File // b's
 	at          place
 	read        atomic.Int64 // leaves, since pages were given back
 	room        room
@@ -147,7 +148,7 @@ func openAt(at place, o Options) (db *DB, err error) {
 	case err != nil:
 		return nil, fmt.Errorf("open the table: %w", err)
 	}
-	db = &DB{b: b, at: at, store: o.Store, verified: verified}
+	db = &DB{b: b, f: f, at: at, store: o.Store, verified: verified}
 	if o.ReadOnly {
 		err := errors.Join(db.identify(noted), db.made(path))
 		if err == nil {
@@ -327,8 +328,8 @@ func (d *DB) Close() error {
 // Pages returns what proves that the pages of the table's file hang together and that no row is missing, as Open
 // does, in the state that the table has now. No Update may run meanwhile, but beside the proof, as long as a
 // transaction of now is open: bbolt leaves the pages that such a one sees alone, and the list of free pages with
-// them.
-func (d *DB) Pages() (check func() error, err error) { return pagesOf(d.at) }
+// them. It takes no file descriptor: there may be none left.
+func (d *DB) Pages() (check func() error, err error) { return pagesOf(d.f) }
 
 // Update runs fn in a read-write transaction and commits it; on an error
 // nothing changes. When Update returns nil, the changes are durable. After an error of the commit that does not match

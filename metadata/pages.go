@@ -58,8 +58,16 @@ func damaged(text string, args ...any) error {
 
 // checkPages proves that the pages of the table at path hang together. A file that is not
 // there or empty is one that bbolt will make.
-func checkPages(at place) error {
-	check, err := pagesOf(at)
+func checkPages(at place) (err error) {
+	f, err := at.in.Open(at.name, os.O_RDONLY)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("open the table: %w", err)
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	check, err := pagesOf(f)
 	if err != nil {
 		return err
 	}
@@ -67,32 +75,23 @@ func checkPages(at place) error {
 }
 
 // pagesOf returns what proves the pages of a table as they are now, once.
-func pagesOf(at place) (check func() error, err error) {
-	f, err := at.in.Open(at.name, os.O_RDONLY)
-	if errors.Is(err, fs.ErrNotExist) {
-		return func() error { return nil }, nil
-	}
+func pagesOf(f *os.File) (check func() error, err error) {
+	info, err := f.Stat()
 	if err != nil {
 		return nil, fmt.Errorf("open the table: %w", err)
 	}
-	check = f.Close
-	c := &pageChecker{f: f}
-	info, err := f.Stat()
-	if err != nil {
-		err = fmt.Errorf("open the table: %w", err)
-	} else if c.size = info.Size(); c.size > 0 {
-		err = c.meta()
-		check = c.check
+	c := &pageChecker{f: f, size: info.Size()}
+	if c.size == 0 {
+		return func() error { return nil }, nil
 	}
-	if err != nil {
-		return nil, errors.Join(err, f.Close())
+	if err := c.meta(); err != nil {
+		return nil, err
 	}
-	return check, nil
+	return c.check, nil
 }
 
-// check goes over what the meta page refers to, and closes the file.
+// check goes over what the meta page refers to.
 func (c *pageChecker) check() error {
-	defer c.f.Close()
 	// All will be read, in the order of the keys; the disk does better in its own. It is a hint.
 	_ = unix.Fadvise(int(c.f.Fd()), 0, 0, unix.FADV_WILLNEED)
 	c.seen = make([]bool, c.pages)
