@@ -236,10 +236,6 @@ func (s *Store) judge(f *leaving, cp format.Checkpoint, whole bool) error {
 		return err
 	}
 	if f.seq == 0 { // it was being made; but a header that has become zeros looks like that, too
-		size, err := file.Size()
-		if err != nil || size < format.ChunkHeaderSize {
-			return err
-		}
 		empty, err := hasOnlyZeros(file)
 		if !empty {
 			f.as = asUnknown

@@ -121,9 +121,11 @@ func TestUnknownChunkFile(t *testing.T) {
 	clear(p[:format.ChunkHeaderSize]) // rot, or a chunk that was being made
 	must(t, os.WriteFile(filepath.Join(chunks, "0000ffff"), p, 0o600))
 	must(t, os.WriteFile(filepath.Join(chunks, "0000fffe"), make([]byte, 1<<20), 0o600))
+	must(t, os.WriteFile(filepath.Join(chunks, "0000fffd"), p[len(p)-1000:], 0o600)) // shorter than a header
+	must(t, os.WriteFile(filepath.Join(chunks, "0000fffc"), nil, 0o600))
 	session(t, dir, func(s *Store) { mustCheck(t, s) })
 	aside := files(t, chunks+".aside")
-	if len(aside) != 1 || aside[0] != "unknown-0000000000000000-0000ffff" {
+	if len(aside) != 2 || aside[0] != "unknown-0000000000000000-0000fffd" || aside[1] != "unknown-0000000000000000-0000ffff" {
 		t.Errorf("set aside: %v", aside)
 	}
 	if now := files(t, chunks); len(now) != len(names) {
