@@ -10,25 +10,59 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// fullStore is a store of at most 64 MiB with a volume that was written in order, by so many bytes a request, until
-// there was no room. It returns how many blocks are mapped.
-func fullStore(t *testing.T, request int64) (s *Store, d *Device, blocks int64) {
+// limitedStore is a store of at most 64 MiB with a volume of four times that.
+func limitedStore(t *testing.T) (*Store, *Device) {
 	t.Helper()
-	s, _ = newStore(t, Options{MaxBytes: 64 << 20, ChunkBytes: 2 << 20})
+	s, _ := newStore(t, Options{MaxBytes: 64 << 20, ChunkBytes: 2 << 20})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 256 << 20})
 	must(t, err)
-	d, err = s.OpenDevice(Ref{Volume: "v"}, false)
+	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
+	return s, d
+}
+
+// fullStore is a limitedStore with a volume that was written in order, by so many bytes a request, until there was no
+// room. It returns how many blocks are mapped.
+func fullStore(t *testing.T, request int64) (s *Store, d *Device, blocks int64) {
+	t.Helper()
+	s, d = limitedStore(t)
+	return s, d, fillStore(t, d, request)
+}
+
+func fillStore(t *testing.T, d *Device, request int64) (blocks int64) {
+	t.Helper()
 	p := make([]byte, request)
 	r := rand.New(rand.NewPCG(1, 1))
 	for at := int64(0); ; at += request {
 		noise(p, r)
 		n, err := d.WriteAt(p, at)
 		if errors.Is(err, ErrNoSpace) {
-			return s, d, (at + int64(n)) / format.BlockSize
+			return (at + int64(n)) / format.BlockSize
 		}
 		must(t, err)
 	}
+}
+
+// TestFullStoreTakesWhatZerosKept: a range that was zeroed and was to be no hole can be written at a full store.
+func TestFullStoreTakesWhatZerosKept(t *testing.T) {
+	const at, size = 128 << 20, 8 << 20
+	s, d := limitedStore(t)
+	must(t, d.WriteZeroes(at, size, true))
+	fillStore(t, d, 1<<20)
+	p := make([]byte, format.BlockSize)
+	r := rand.New(rand.NewPCG(2, 2))
+	for range 2 {
+		for off := int64(0); off < size; off += format.BlockSize {
+			noise(p, r)
+			if _, err := d.WriteAt(p, at+off); err != nil {
+				t.Fatalf("at %d of what was kept: %v", off, err)
+			}
+		}
+	}
+	if _, err := d.WriteAt(make([]byte, 1), at+size); err != nil { // zeros where nothing is mapped take nothing
+		t.Error(err)
+	}
+	mustEnd(t, s, d)
 }
 
 // TestFullStoreTakesOverwrites: at a store that takes no new mapping, blocks that only the head has are written over
