@@ -71,6 +71,8 @@ func TestRefusedThatStay(t *testing.T) {
 		c.Close()
 		_ = c.ended()
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	if s.refused != 0 || len(s.conns) != 1 {
 		t.Errorf("%d refused, %d connections", s.refused, len(s.conns))
 	}
