@@ -286,6 +286,8 @@ func TestMemoryOfAll(t *testing.T) {
 	}
 	c.alive()
 	c.disconnect()
+	s.memory.mu.Lock()
+	defer s.memory.mu.Unlock()
 	if s.memory.used != 0 || len(s.memory.waiting) != 0 {
 		t.Errorf("%d bytes stay charged, %d wait", s.memory.used, len(s.memory.waiting))
 	}
