@@ -61,13 +61,13 @@ for s in ${STAGES:-vet host race guest}; do
 	host)
 		stage "tests on this machine"
 		get_headers
-		gotest host -count=1 -timeout 15m ./...
+		gotest host -count=1 -timeout 25m ./...
 		echo "power-cut test: $(grep -aoE 'crash states: [0-9]+' bin/host.json | tail -1)"
 		;;
 	race)
 		stage "tests with the race detector (short)"
 		get_headers
-		gotest race -race -short -count=1 -timeout 15m ./...
+		gotest race -race -short -count=1 -timeout 25m ./...
 		;;
 	guest)
 		stage "tests in a guest with ublk"
