@@ -31,7 +31,7 @@ func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks
 	var old []leaving // of no row, and before the replay position
 	for _, name := range names {
 		slot, ok := parseChunkName(name)
-		if name == reserveName {
+		if name == reserveName || name == markName {
 			continue // of a store whose folder is the chunks', too
 		}
 		if !ok {

@@ -162,6 +162,7 @@ func TestLogEndsWhereTheNextOwnerFoundItsEnd(t *testing.T) {
 	_, err = d.WriteAt(randomBytes(100<<10, 2), 1<<20)
 	must(t, errors.Join(err, d.Flush()))
 	killStore(s)
+	forgetMark(t, dir)
 	change(t, path, at+100, flip, 1)
 	s = open(t, dir, o)
 	if r := s.Recovery(); r.DroppedBytes == 0 {

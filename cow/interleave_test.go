@@ -28,7 +28,7 @@ type hookFS struct {
 }
 
 func (h *hookFS) Create(name string, size int64) (storage.File, error) {
-	if h.onCreate != nil && name != reserveName {
+	if h.onCreate != nil && name != reserveName && name != markName {
 		if err := h.onCreate(name); err != nil {
 			return nil, err
 		}
@@ -41,7 +41,7 @@ func (h *hookFS) Create(name string, size int64) (storage.File, error) {
 }
 
 func (h *hookFS) Open(name string) (storage.File, error) {
-	if h.onOpen != nil {
+	if h.onOpen != nil && name != markName {
 		if err := h.onOpen(name); err != nil {
 			return nil, err
 		}

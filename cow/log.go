@@ -77,6 +77,7 @@ type recordLog struct {
 	slots      *slotTable
 	pool       chunkPool
 	stock      reserve
+	mark       durableMark  // of durable
 	kept       func() int64 // what of the space that is to stay free the store has already
 	chunkBytes int64        // of a new chunk, where there is room
 	failed     atomic.Pointer[error]
@@ -520,6 +521,7 @@ func (l *recordLog) sync() error {
 		}
 		c.release()
 	}
+	l.mark.set(seq)
 	l.synced.Store(goal)
 	l.mu.Lock()
 	l.durable = seq

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -132,4 +133,19 @@ func (s *Store) readLog() error {
 	}
 	s.wal.failed.Store(&s.readOnly)
 	return nil
+}
+
+// onlyLooks makes a store that was opened for a look one that can only be read, if going on would take something out
+// of the log for good.
+func (s *Store) onlyLooks(left []leaving) bool {
+	r := &s.recovery
+	keeps := slices.ContainsFunc(left, func(f leaving) bool { return f.as != "" })
+	if !s.opts.Look || r.DroppedBytes == 0 && !r.unsettled && !keeps {
+		return false
+	}
+	s.log.Warn("the log ends before some of its records, as a power cut leaves it; they are kept until a command changes the store",
+		"records", r.Records, "droppedBytes", r.DroppedBytes, "droppedFiles", r.DroppedFiles)
+	s.readOnly = fmt.Errorf("%w: this command only looks, and the log ends before some of its records: a command that changes the store sets them aside", ErrReadOnly)
+	s.wal.failed.Store(&s.readOnly)
+	return true
 }

@@ -67,6 +67,10 @@ type Options struct {
 	// AllowReadOnly opens a store that cannot be written to, because of its file system or of its folder's permissions,
 	// to be read: see Store.ReadOnly. Nothing is changed then. Else that is an error, which matches ErrReadOnly.
 	AllowReadOnly bool
+	// Look is for a command that only looks at the store. Where the log ends before some of its records, which an owner
+	// that writes would set aside, they stay where they are: the store can be read as it is up to there, and
+	// Store.ReadOnly says why no more.
+	Look bool
 	// Outlive keeps the log's buffers in shared memory, so that the next owner finds what was answered when this
 	// process is killed; see Store.Outlives. It costs 16 MiB of it; without them, writes are slower. For owners that
 	// serve somebody who goes on when they die.
@@ -319,14 +323,14 @@ func (s *Store) upgrade() error {
 
 // openChunks opens the folder of the chunks, and the reserve, so that there is room for what opening writes.
 func (s *Store) openChunks() (err error) {
-	in := s.fs // of the reserve
+	in := s.fs // of the reserve and the durable mark
 	if s.fs == nil {
 		chunks, err := s.in.Sub(chunksDir)
 		if err != nil {
 			return err
 		}
 		if s.fs, in = chunks.Files(), s.in.Files(); s.readOnly != nil {
-			s.fs = chunks.FilesToRead()
+			s.fs, in = chunks.FilesToRead(), s.in.FilesToRead()
 		}
 	}
 	uuid, err := s.info.ID()
@@ -334,6 +338,7 @@ func (s *Store) openChunks() (err error) {
 		return err
 	}
 	s.wal = newRecordLog(s.fs, &s.mu, uuid, &s.slots)
+	s.wal.durable = s.wal.mark.open(in, uuid, s.log)
 	if s.readOnly != nil {
 		return nil
 	}
@@ -373,9 +378,13 @@ func (s *Store) openFiles() (err error) {
 	if err != nil {
 		return unusable(err)
 	}
+	if s.onlyLooks(left) {
+		return nil
+	}
 	if err := errors.Join(settled(), s.upgrade(), s.meta.Adopt()); err != nil {
 		return err
 	}
+	s.wal.mark.begin(s.wal.durable)
 	if s.opts.Outlive {
 		s.outlive(uuid)
 	}
@@ -438,7 +447,7 @@ func (s *Store) goOn(left []leaving) error {
 func (s *Store) release() error {
 	errs := []error{s.slots.closeAll()}
 	if s.wal != nil {
-		errs = append(errs, s.wal.stock.close())
+		errs = append(errs, s.wal.stock.close(), s.wal.mark.close())
 	}
 	if s.meta != nil {
 		errs = append(errs, s.meta.Close())
@@ -547,6 +556,7 @@ func (s *Store) checkpointer() {
 			due = true
 		case <-tick.C:
 			s.wal.cutIdle()
+			s.wal.mark.push()
 			s.fillReserve()
 			if err := s.wal.pool.emptyIdle(); err != nil {
 				s.log.Error("the file of a dead chunk stays", "err", err)

@@ -121,6 +121,7 @@ func TestReplayWithoutSummaries(t *testing.T) {
 			for _, path := range chunks {
 				change(t, path, 44, func(p []byte) { clear(p) }, 12)
 			}
+			forgetMark(t, filepath.Dir(filepath.Dir(chunks[0])))
 		}, -1},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -144,6 +145,7 @@ func TestSummaryOfDroppedRecords(t *testing.T) {
 	dir, content, chunks := longLog(t)
 	change(t, chunks[len(chunks)-2], 150<<10, flip, 1)                    // full, and no header says yet that it is durable:
 	change(t, chunks[len(chunks)-1], 44, func(p []byte) { clear(p) }, 12) // one that was made late could
+	forgetMark(t, dir)
 	s, err := Open(dir, Options{CheckpointInterval: -1, ChunkBytes: 256 << 10})
 	must(t, err)
 	if r := s.Recovery(); r.Lost != 0 || r.DroppedBytes == 0 {

@@ -36,6 +36,7 @@ var (
 	testMoved     = Moved{From: MakeEntry(5, 8192, 4128, 2, 0), Mask: 2}
 	testForwards  = []Forward{{Offset: 8192, Mask: 2, To: MakeEntry(9, 4096, 4160, 2, 0)}, {Offset: 12320, Mask: 1, To: MakeEntry(9, 8256, 4144, 1, 0)}}
 	testChunkHd   = ChunkHeader{Slot: 0xabcdef, Seq: 17, UUID: testUUID}
+	testMark      = DurableMark{UUID: testUUID, Seq: 1 << 41}
 	testDurable   = ChunkHeader{Slot: 0xabcdef, Seq: 17, UUID: testUUID, Durable: 1 << 41}
 )
 
@@ -164,9 +165,12 @@ func TestGolden(t *testing.T) {
 	durableHeader := make([]byte, ChunkHeaderSize)
 	testDurable.Encode(durableHeader)
 	_, _, summary := testSummary()
+	mark := make([]byte, DurableMarkSize)
+	testMark.Encode(mark)
 
 	golden := map[string][]byte{
 		"chunk-header-durable": durableHeader,
+		"durable-mark":         mark,
 		"summary":              summary,
 		"store":                infoText,
 		"chunk-header":         chunkHeader,
@@ -208,6 +212,9 @@ func TestGoldenDecode(t *testing.T) {
 	}
 	if h, err := DecodeChunkHeader(file("chunk-header")); err != nil || h != testChunkHd {
 		t.Error(h, err)
+	}
+	if m, err := DecodeDurableMark(file("durable-mark")); err != nil || m != testMark {
+		t.Error(m, err)
 	}
 	if h, err := DecodeChunkHeader(file("chunk-header-durable")); err != nil || h != testDurable {
 		t.Error(h, err)
@@ -289,10 +296,11 @@ func TestEveryFlippedBitIsFound(t *testing.T) {
 			payload := b[RecordHeaderSize:]
 			return h.VerifyPayload(payload[:min(h.PayloadLen, len(payload))])
 		},
-		"leaf":       func(b []byte) error { return DecodeLeaf(b, new(Leaf)) },
-		"row-chunk":  func(b []byte) error { _, err := DecodeChunk(1, b); return err },
-		"row-volume": func(b []byte) error { return DecodeRow(b, new(Volume)) },
-		"summary":    func(b []byte) error { _, _, err := decodeSummary(b); return err },
+		"leaf":         func(b []byte) error { return DecodeLeaf(b, new(Leaf)) },
+		"row-chunk":    func(b []byte) error { _, err := DecodeChunk(1, b); return err },
+		"row-volume":   func(b []byte) error { return DecodeRow(b, new(Volume)) },
+		"summary":      func(b []byte) error { _, _, err := decodeSummary(b); return err },
+		"durable-mark": func(b []byte) error { _, err := DecodeDurableMark(b); return err },
 		"chunk-header-durable": func(b []byte) error {
 			if len(b) >= chunkHeaderEnd { // what is cut off is not the padding
 				b = append(b[:chunkHeaderEnd:chunkHeaderEnd], make([]byte, ChunkHeaderSize-chunkHeaderEnd)...)

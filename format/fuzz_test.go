@@ -56,6 +56,26 @@ func FuzzChunkHeader(f *testing.F) {
 	})
 }
 
+func FuzzDurableMark(f *testing.F) {
+	f.Add(goldenFile(f, "durable-mark"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if _, err := DecodeDurableMark(b); err != nil {
+			rejected(t, err)
+		}
+		b = append(bytes.Clone(b), make([]byte, DurableMarkSize)...)[:DurableMarkSize]
+		le.PutUint32(b, Checksum(b[4:]))
+		m, err := DecodeDurableMark(b)
+		if err != nil {
+			rejected(t, err)
+			return
+		}
+		again := make([]byte, DurableMarkSize)
+		if m.Encode(again); !bytes.Equal(again[4:40], b[4:40]) {
+			t.Fatalf("%x encodes to %x", b, again)
+		}
+	})
+}
+
 func FuzzRecord(f *testing.F) {
 	seedGolden(f, "record-*")
 	f.Fuzz(func(t *testing.T, b []byte) {

@@ -61,8 +61,8 @@ func (a *app) check(c *cli.Context) error {
 	}
 	j := checkJSON{Problems: []problemJSON{}}
 	opts := a.options(c)
-	opts.Offer, opts.Temporary = true, true
-	if c.Bool("repair") {
+	opts.Offer, opts.Temporary, opts.Look = true, true, !c.Bool("repair")
+	if !opts.Look {
 		opts.Repair = func(d *cow.LogDamage) error {
 			if j.Repaired = append(j.Repaired, d.Error()); !a.json {
 				fmt.Fprintf(a.stdout, "given up: %v\n", d)

@@ -40,7 +40,9 @@ func (a *app) export(c *cli.Context) error {
 			return err
 		}
 	}
-	return a.during(c, func(s owner.Store) error {
+	o := a.options(c)
+	o.Offer, o.Temporary, o.Look = true, true, true
+	return use(func(s owner.Store) error {
 		err := s.Export(c.Context, r, func(src sparse.Source) error {
 			bar := a.progress("exporting "+r.String(), src.Size())
 			defer bar.finish()
@@ -50,7 +52,7 @@ func (a *app) export(c *cli.Context) error {
 			return fmt.Errorf("exporting %v to %s: %w", r, path, err)
 		}
 		return nil
-	})
+	})(owner.Open(c.Context, a.dir, o))
 }
 
 // sink writes the content of a disk somewhere.

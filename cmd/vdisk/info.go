@@ -20,13 +20,13 @@ func (a *app) infoCommand() *cli.Command {
 		UsageText: "vdisk info [VOL[@SNAP]]",
 	}, func(c *cli.Context) error {
 		if c.NArg() == 0 {
-			return a.with(c, func(s owner.Store) error { return a.storeInfo(c, s) })
+			return a.look(c, func(s owner.Store) error { return a.storeInfo(c, s) })
 		}
 		r, err := ref(c, 0)
 		if err != nil {
 			return err
 		}
-		return a.with(c, func(s owner.Store) error { return a.refInfo(c, s, r) })
+		return a.look(c, func(s owner.Store) error { return a.refInfo(c, s, r) })
 	})
 }
 

@@ -153,7 +153,7 @@ func (a *app) ls(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	return a.with(c, func(s owner.Store) error {
+	return a.look(c, func(s owner.Store) error {
 		volumes, err := a.selectVolumes(c, s)
 		if err != nil {
 			return err

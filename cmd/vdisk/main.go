@@ -259,6 +259,13 @@ func (a *app) with(c *cli.Context, do func(owner.Store) error) error {
 	return use(do)(owner.Open(c.Context, a.dir, a.options(c)))
 }
 
+// look is with for a command that only looks.
+func (a *app) look(c *cli.Context, do func(owner.Store) error) error {
+	o := a.options(c)
+	o.Look = true
+	return use(do)(owner.Open(c.Context, a.dir, o))
+}
+
 // during is with for a command that may take long: meanwhile others reach the store through it.
 func (a *app) during(c *cli.Context, do func(owner.Store) error) error {
 	o := a.options(c)

@@ -74,7 +74,7 @@ func (a *app) repeatStats(ctx context.Context, interval time.Duration, count int
 
 // sample reads the counters in a session of its own, so that nobody has to wait for this command to end.
 func (a *app) sample(c *cli.Context) (s owner.DeviceStats, err error) {
-	err = a.with(c, func(store owner.Store) error {
+	err = a.look(c, func(store owner.Store) error {
 		s, err = store.Stats(c.Context, c.Args().First())
 		return err
 	})

@@ -57,7 +57,7 @@ func own(ctx context.Context, dir string, o Options, mayRead bool) (*Owner, erro
 	opts := cow.Options{ // its clients and devices go on when it is killed
 		LockTimeout: o.LockTimeout, Holder: o.Command, Logger: o.Logger, CacheBytes: o.MapCache, MaxBytes: o.MaxBytes, ColdAfter: o.ColdAfter,
 		Outlive: o.lasts(), SharedMemory: o.sharedMemory, FS: o.fs, Foreign: o.Foreign,
-		AllowReadOnly: mayRead, Repair: o.Repair,
+		AllowReadOnly: mayRead, Look: o.Look, Repair: o.Repair,
 	}
 	store, err := cow.Open(dir, opts)
 	if errors.Is(err, cow.ErrElsewhere) {

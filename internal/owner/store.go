@@ -88,6 +88,8 @@ type Options struct {
 	ColdAfter time.Duration
 	// Foreign opens a store whose folder belongs to another user, or that other users may change: cow.ErrForeign.
 	Foreign bool
+	// Look is cow.Options.Look: for a command that only looks.
+	Look bool
 	// Repair is cow.Options.Repair.
 	Repair func(*cow.LogDamage) error
 	// Version is this program's.

@@ -155,8 +155,9 @@ func (im *importing) finish(name string, size int64) error {
 
 // Export calls use with the content of a snapshot, or of a volume that nobody writes.
 func (o *Owner) Export(_ context.Context, r cow.Ref, use func(sparse.Source) error) (err error) {
-	// Opening a volume for writing makes sure that nobody else does while it is read.
-	dev, err := o.store.OpenDevice(r, r.Snapshot != "")
+	// Opening a volume for writing makes sure that nobody else does while it is read. Where nothing can be written, nobody
+	// does.
+	dev, err := o.store.OpenDevice(r, r.Snapshot != "" || o.ReadOnly() != nil)
 	if errors.Is(err, cow.ErrBusy) {
 		return o.inUse(r.Volume, fmt.Errorf("%w: take a snapshot and export that", err))
 	}

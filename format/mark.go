@@ -1,0 +1,49 @@
+package format
+
+const (
+	markMagic = "VDISKDUR"
+
+	// DurableMarkSize is the size of an encoded durable mark.
+	DurableMarkSize = 64
+)
+
+// DurableMark says how far a store's log is durable. DESIGN.md, section 3.7.
+type DurableMark struct {
+	// UUID is the store's.
+	UUID [16]byte
+	// Seq is a sequence number: every record before it was durable when the mark was written.
+	Seq uint64
+}
+
+// Encode writes the mark to dst, which has at least DurableMarkSize bytes.
+func (m *DurableMark) Encode(dst []byte) {
+	dst = dst[:DurableMarkSize]
+	clear(dst)
+	copy(dst[4:], markMagic)
+	le.PutUint32(dst[12:], layoutVersion)
+	copy(dst[16:], m.UUID[:])
+	le.PutUint64(dst[32:], m.Seq)
+	le.PutUint32(dst, Checksum(dst[4:]))
+}
+
+// DecodeDurableMark reads the mark at the front of src.
+func DecodeDurableMark(src []byte) (DurableMark, error) {
+	const what = "durable mark"
+	var m DurableMark
+	if len(src) < DurableMarkSize {
+		return m, corrupt(what, "%d bytes, want %d", len(src), DurableMarkSize)
+	}
+	src = src[:DurableMarkSize]
+	if string(src[4:12]) != markMagic {
+		return m, corrupt(what, "magic %q", src[4:12])
+	}
+	if got, want := Checksum(src[4:]), le.Uint32(src); got != want {
+		return m, corrupt(what, "checksum %08x, want %08x", got, want)
+	}
+	if err := checkVersion(what, int(le.Uint32(src[12:])), layoutVersion); err != nil {
+		return m, err
+	}
+	copy(m.UUID[:], src[16:32])
+	m.Seq = le.Uint64(src[32:])
+	return m, nil
+}
