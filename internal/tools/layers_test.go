@@ -1,0 +1,70 @@
+// Package tools holds the scripts behind the Makefile, and a test of the project's structure.
+package tools
+
+import (
+	"encoding/json"
+	"errors"
+	"io"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/vdisk/vdisk"
+
+// layers are the packages from the top down, with what of ours each may import. A package that is missing here may
+// import nothing of ours.
+var layers = map[string][]string{
+	"cmd/vdisk":                {"internal/owner", "internal/owner/sparse", "internal/bench", "internal/storage", "cow", "format", "ublk"},
+	"internal/owner":           {"internal/owner/sparse", "internal/bench", "internal/storage", "cow", "format", "nbd", "ublk"},
+	"internal/bench":           {"internal/workload", "cow", "format", "ublk"},
+	"cow":                      {"metadata", "format", "internal/storage"},
+	"metadata":                 {"format", "internal/storage"},
+	"internal/storage/crashfs": {"internal/storage"},
+	"ublk/examples/loop":       {"ublk"},
+	"ublk/examples/null":       {"ublk"},
+	"ublk/examples/ram":        {"ublk"},
+	"internal/guest/cmd/guest": {"internal/guest"},
+}
+
+// TestLayers holds that imports point down only, that ublk and nbd stand alone, and that format is at the bottom.
+func TestLayers(t *testing.T) {
+	cmd := exec.Command("go", "list", "-json=ImportPath,Imports", module+"/...")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	seen := 0
+	for d := json.NewDecoder(out); ; seen++ {
+		var p struct {
+			ImportPath string
+			Imports    []string
+		}
+		if err := d.Decode(&p); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		name := strings.TrimPrefix(p.ImportPath, module+"/")
+		for _, i := range p.Imports {
+			ours, is := strings.CutPrefix(i, module+"/")
+			if is && !slices.Contains(layers[name], ours) {
+				t.Errorf("%s imports %s, which is not below it", name, ours)
+			}
+		}
+	}
+	if err := cmd.Wait(); err != nil || seen < len(layers) {
+		t.Errorf("go list: %d packages, %v", seen, err)
+	}
+	for name, below := range layers {
+		for _, b := range below {
+			if slices.Contains(layers[b], name) {
+				t.Errorf("%s and %s are above one another", name, b)
+			}
+		}
+	}
+}
