@@ -4,25 +4,38 @@
 GO ?= go
 export CGO_ENABLED ?= 1
 TOOLS = internal/tools
+PREFIX ?= /usr/local
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
+LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
-.PHONY: build demo test guest-test recovery-test crash-test bench-engine bench-cleaner bench-depth bench-nbd bench-ublk bench-guest bench-space lint clean
+.DEFAULT_GOAL = build
+.PHONY: help build install demo test guest-test recovery-test crash-test bench-engine bench-cleaner bench-depth bench-nbd bench-ublk bench-guest bench-space lint clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## bin/vdisk
 	@$(TOOLS)/setup.sh build
-	CGO_ENABLED=0 $(GO) build -trimpath -o bin/vdisk ./cmd/vdisk
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-X main.described=$(VERSION)' -o bin/vdisk ./cmd/vdisk
+
+install: build ## the program and its systemd unit, below DESTDIR and PREFIX (/usr/local)
+	install -D -m 755 bin/vdisk $(DESTDIR)$(PREFIX)/bin/vdisk
+	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
+	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' init/vdisk@.service > $(DESTDIR)$(PREFIX)/lib/systemd/system/vdisk@.service
+	chmod 644 $(DESTDIR)$(PREFIX)/lib/systemd/system/vdisk@.service
 
 demo: build ## the main job, on a real file system image; under three minutes
 	@$(TOOLS)/setup.sh demo
 	@$(TOOLS)/demo.sh
 
-test: ## everything, the guest with ublk included where one can be had
+test: ## all tests; those of the block device in a VM, where one can be had
 	@$(TOOLS)/setup.sh build test
 	@$(TOOLS)/test.sh
 
-guest-test: build ## ublk on real kernels, all of them
+guest-test: build ## the block device on all kernels, in full
 	@STAGES=guest GUEST_FLAGS="-kernel all -timeout 40m" $(TOOLS)/test.sh
 
-recovery-test: build ## block devices outlive 200 kills and 20 upgrades of their server; on all kernels, about an hour each
+recovery-test: build ## 200 kills and 20 upgrades of a block device's server, on all kernels; an hour each
 	@for k in newest stable; do \
 		$(GO) run ./internal/guest/cmd/guest run -kernel $$k -timeout 3h -bin bin/vdisk -file recovery.sh=testdata/guest/30-recovery.sh -- \
 			env RECOVERY_KILLS=200 RECOVERY_AGAIN=50 RECOVERY_UPGRADES=20 bash /payload/recovery.sh || exit 1; \
@@ -34,31 +47,29 @@ crash-test: ## the engine's power-cut test, long
 bench-engine: ## the engine alone; benchstat reads the output
 	$(GO) test -run '^$$' -bench . -count 5 ./cow
 
-bench-cleaner: build ## what the cleaner costs who writes over NBD to a store that is nearly full; see bench-cleaner.sh
+bench-cleaner: build ## what cleaning costs writers over NBD on a nearly full store (bench-cleaner.sh)
 	@$(TOOLS)/setup.sh test
 	@$(TOOLS)/bench-cleaner.sh
 
-bench-depth: build ## what snapshots and clones cost who reads over NBD; see bench-depth.sh
+bench-depth: build ## read cost over NBD by snapshot and clone depth (bench-depth.sh)
 	@$(TOOLS)/setup.sh test
 	@$(TOOLS)/bench-depth.sh
 
-bench-nbd: build ## against qemu-nbd (qcow2, raw) and nbdkit over NBD; see bench-nbd.sh
+bench-nbd: build ## against qemu-nbd (qcow2, raw) and nbdkit over NBD (bench-nbd.sh)
 	@$(TOOLS)/setup.sh test
 	@$(TOOLS)/bench-nbd.sh
 
-bench-ublk: build ## block devices in a guest, against ublksrv where UBLKSRV_DIR has it; see bench-ublk.sh
+bench-ublk: build ## block devices in a guest, against ublksrv if UBLKSRV_DIR has it (bench-ublk.sh)
 	@$(TOOLS)/bench-ublk.sh
 
-bench-guest: build ## block devices in a guest, against dm-thin, dm-vdo and others; see bench-guest.sh
+bench-guest: build ## block devices in a guest, against dm-thin, dm-vdo and others (bench-guest.sh)
 	@$(TOOLS)/bench-guest.sh
 
-bench-space: build ## what a Debian root file system takes, beside qcow2; needs root, debootstrap, qemu-img and the network
+bench-space: build ## the space that a Debian root file system takes, beside qcow2; needs root and debootstrap
 	@$(TOOLS)/bench-space.sh
 
-lint:
-	$(GO) vet ./...
-	$(GO) run honnef.co/go/tools/cmd/staticcheck@v0.8.2 ./...
-	files=$$($(GO) run mvdan.cc/gofumpt@v0.12.0 -l .) && echo "$$files" && [ -z "$$files" ]
+lint: ## what a change must pass beside the tests (.golangci.yml)
+	$(GO) run $(LINT) run ./...
 
-clean:
+clean: ## remove bin/
 	rm -rf bin

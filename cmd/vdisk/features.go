@@ -82,8 +82,14 @@ func (a *app) versionCommand() *cli.Command {
 	})
 }
 
-// version is the module's version, or the commit that the program was built from.
+// described is what git says of the commit that the program was built from; the Makefile sets it.
+var described string
+
+// version is the module's version where the program was installed as one, else the commit.
 func version() string {
+	if described != "" {
+		return described
+	}
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
 		return "unknown"
@@ -93,8 +99,8 @@ func version() string {
 	}
 	for _, s := range info.Settings {
 		if s.Key == "vcs.revision" {
-			return "devel-" + s.Value[:min(12, len(s.Value))]
+			return s.Value[:min(12, len(s.Value))]
 		}
 	}
-	return "devel"
+	return "unknown"
 }
