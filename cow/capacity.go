@@ -7,7 +7,7 @@ import (
 )
 
 // Writing over what only the head of a volume has gives back what it takes, once it is cleaned. So it goes on at a full
-// store, if new mappings stop where the cleaner still finds enough that is dead: DESIGN.md, section 12.
+// store, if new mappings stop where the cleaner still finds enough that is dead: docs/reclaim.md, Cleaning.
 
 const (
 	// newParts is the part of the capacity, in 64ths, that new mappings leave to what is written over, and smallParts what

@@ -9,7 +9,7 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// census is what keeps what in one state of the table: DESIGN.md, section 7.1.
+// census is what keeps what in one state of the table: docs/reclaim.md, Space.
 type census struct {
 	tx          *metadata.Tx
 	interrupted func() error

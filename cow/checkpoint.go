@@ -82,7 +82,7 @@ func (s *Store) Checkpoint() error {
 	return s.checkpoint()
 }
 
-// checkpoint is DESIGN.md, section 8.
+// checkpoint is docs/engine.md, Checkpoint.
 func (s *Store) checkpoint() error {
 	s.ckptMu.Lock()
 	defer s.ckptMu.Unlock()

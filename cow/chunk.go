@@ -90,7 +90,7 @@ func (c *chunk) release() {
 }
 
 // handle opens the file at its first use: a store may have very many chunks. It has a descriptor only while it is used
-// (DESIGN.md, section 5.3).
+// (docs/engine.md, Open files).
 func (c *chunk) handle() (storage.File, error) {
 	c.open.Lock()
 	defer c.open.Unlock()

@@ -215,7 +215,7 @@ type leaving struct {
 	as   string // set aside as what; "": nothing is in it that anybody needs, and it is removed
 }
 
-// What chunk files are set aside as: DESIGN.md, section 9.
+// What chunk files are set aside as: docs/engine.md, Opening.
 const (
 	asDropped = "dropped" // it has records behind the end of the log
 	asDamaged = "damaged" // repair took it out of the log

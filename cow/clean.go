@@ -9,7 +9,7 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// The cleaner: DESIGN.md, section 12. It copies what lives in a chunk to the end of the log, after which a
+// The cleaner: docs/reclaim.md, Cleaning. It copies what lives in a chunk to the end of the log, after which a
 // checkpoint removes the chunk like any other dead one. Blocks that only a volume's head has are
 // written again, by compare and swap on their entries; records that snapshots hold are moved and forwarded.
 

@@ -10,7 +10,7 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// The cold pass: DESIGN.md, section 14. It writes leaves that have not changed for a while once more: in address
+// The cold pass: docs/reclaim.md, The cold pass. It writes leaves that have not changed for a while once more: in address
 // order, in whole units, compressed as well as can be. Like the cleaner it changes no block's content, and like the
 // cleaner it compares and swaps what a head has, and moves what snapshots hold.
 

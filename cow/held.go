@@ -9,7 +9,7 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// What snapshots hold is moved as it is, and forwarded: DESIGN.md, section 12.
+// What snapshots hold is moved as it is, and forwarded: docs/reclaim.md, Cleaning.
 
 // gathered are records that snapshots may hold, with copies of what they are.
 type gathered struct {

@@ -451,7 +451,7 @@ func (l *recordLog) drainLocked(n int) error {
 // pageSize is what the page cache reads before a part of it can be written.
 const pageSize = 4096
 
-// write writes a buffer to its place. Zeros behind it make what follows cheaper (DESIGN.md, section 5.1); whatever is
+// write writes a buffer to its place. Zeros behind it make what follows cheaper (docs/engine.md, Blocks under the log); whatever is
 // there is not the log's yet, as buffers are written in order. writeMu is held.
 func (l *recordLog) write(b *buffer) error {
 	c, data := b.chunk, b.data[:b.n]

@@ -55,7 +55,7 @@ func (l *recordLog) makeChunk() {
 }
 
 // seqStep is by how much chunk sequence numbers rise: what was written into a file when it was another chunk must not
-// have known it (DESIGN.md, section 5.1). 2^64 last for 2^35 chunks.
+// have known it (docs/engine.md, Blocks under the log). 2^64 last for 2^35 chunks.
 func seqStep() uint64 {
 	var b [4]byte
 	_, _ = rand.Read(b[:]) // never fails: crypto/rand

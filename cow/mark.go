@@ -17,7 +17,7 @@ const (
 	markCount = 2
 )
 
-// durableMark is the file that says how far the log is durable: DESIGN.md, section 3.7. Without it what was flushed
+// durableMark is the file that says how far the log is durable: docs/format.md, Durable mark. Without it what was flushed
 // last could not be told from what a crash cut short. It is a hint that is always true, so a failure to write it is no
 // failure of the log.
 type durableMark struct {

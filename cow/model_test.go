@@ -11,8 +11,7 @@ import (
 )
 
 // The model of a store: what it holds after each record of its log, as plain
-// blocks in memory. It knows how an operation is cut into records (DESIGN.md,
-// section 5) and nothing of how they are stored, so the state that a crash left can
+// blocks in memory. It knows how an operation is cut into records (docs/engine.md, Writing) and nothing of how they are stored, so the state that a crash left can
 // be compared with exactly the state that it should be.
 
 // block is one block's content; nil is zeros. It never changes once made.

@@ -21,7 +21,7 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// What was answered outlives the process: DESIGN.md, section 11.3.
+// What was answered outlives the process: docs/ublk.md, Shared buffers.
 
 // ownerFile is in a store while an owner has shared buffers, and after it was killed.
 const ownerFile = "owner"

@@ -17,7 +17,7 @@ const (
 	poolIdle = 30 * time.Second
 )
 
-// chunkPool keeps the files of dead chunks to be the next chunks: DESIGN.md, section 5.1. They stay in the slot
+// chunkPool keeps the files of dead chunks to be the next chunks: docs/engine.md, Blocks under the log. They stay in the slot
 // table, as the dead chunks that they were.
 type chunkPool struct {
 	fs    storage.FS

@@ -16,7 +16,7 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// A store that cannot be written to can be read: DESIGN.md, section 9.1.
+// A store that cannot be written to can be read: docs/engine.md, Read-only stores.
 
 // unwritable is why this process cannot write to a store, or nil: its file system, or its folder, does not let it.
 func unwritable(in *storage.Folder) error {

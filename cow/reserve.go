@@ -22,8 +22,8 @@ const (
 )
 
 // reserve is a file of blocks that the file system has given already, for when it has no others: others fill it, too.
-// What has to go on then takes blocks from it a part at a time, by making the file shorter first. DESIGN.md, section
-// 5.2.
+// What has to go on then takes blocks from it a part at a time, by making the file shorter first. docs/reclaim.md,
+// A full disk.
 type reserve struct {
 	fs storage.FS
 

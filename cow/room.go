@@ -10,7 +10,7 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// Room for the table: DESIGN.md, section 5.2. What the next commits can take is counted before anything is changed that
+// Room for the table: docs/reclaim.md, A full disk. What the next commits can take is counted before anything is changed that
 // they have to write, and the table's file has the blocks by then.
 
 const (

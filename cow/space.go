@@ -10,7 +10,7 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// Usage is what a volume or snapshot takes of the store, as DESIGN.md, section 7.1, defines it.
+// Usage is what a volume or snapshot takes of the store, as docs/reclaim.md, Space, defines it.
 type Usage struct {
 	Ref             Ref   `json:"ref"`
 	Mapped          int64 `json:"mapped"`            // bytes of blocks that hold data

@@ -37,7 +37,7 @@ type Options struct {
 	FS          storage.FS    // the chunk files; nil: the store's directory
 	LockTimeout time.Duration // how long to wait for the store's lock
 	Holder      string        // what to say of this owner in the lock file, e.g. "vdisk serve"
-	CacheBytes  int64         // the most that the map takes in memory (DESIGN.md, section 13); default 256 MiB, at least MinCacheBytes
+	CacheBytes  int64         // the most that the map takes in memory (docs/memory.md, Memory); default 256 MiB, at least MinCacheBytes
 	Logger      *slog.Logger  // default: slog.Default()
 
 	// When a checkpoint begins: after so many bytes of log (default 256 MiB),
@@ -160,7 +160,7 @@ type Store struct {
 	scratch    sync.Pool // *scratch
 	unpacked   sync.Pool // *format.Leaf
 
-	// mu orders every change: see DESIGN.md, section 10.
+	// mu orders every change: see docs/engine.md, Locks and goroutines.
 	mu             sync.Mutex
 	wal            *recordLog
 	tables         tables

@@ -5,7 +5,7 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// A chunk's summary says what a replay needs to know of its records: DESIGN.md, section 3.6.
+// A chunk's summary says what a replay needs to know of its records: docs/format.md, Summary.
 
 // summarize notes a record that is being appended. mu is held.
 func (l *recordLog) summarize(h *format.RecordHeader, payload []byte) {

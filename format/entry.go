@@ -2,7 +2,7 @@ package format
 
 import "fmt"
 
-// The bits of an entry, from the lowest (DESIGN.md, section 3.3).
+// The bits of an entry, from the lowest (docs/format.md, Entry).
 const (
 	entryOffsetBits = 22
 	entryShareBits  = 9

@@ -1,5 +1,5 @@
 // Package format holds the byte formats of a store: chunk headers, records,
-// leaves, table rows, events and codecs. It does no I/O. DESIGN.md, section 3,
+// leaves, table rows, events and codecs. It does no I/O. docs/format.md, The store on disk,
 // is the description; the files in testdata/format are examples of every
 // structure.
 //

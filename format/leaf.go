@@ -14,7 +14,7 @@ func (l *Leaf) IsChanged(i int) bool { return l.Changed[uint(i)/64%4]>>(uint(i)%
 // SetChanged sets the changed bit of block i of the leaf.
 func (l *Leaf) SetChanged(i int) { l.Changed[uint(i)/64%4] |= 1 << (uint(i) % 64) }
 
-// The kinds of runs (DESIGN.md, section 3.4), in the high 2 bits of a byte whose
+// The kinds of runs (docs/format.md, Leaf), in the high 2 bits of a byte whose
 // low 6 hold the count less one, or runLong and one more byte with the count
 // less one.
 const (

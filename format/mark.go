@@ -7,7 +7,7 @@ const (
 	DurableMarkSize = 64
 )
 
-// DurableMark says how far a store's log is durable. DESIGN.md, section 3.7.
+// DurableMark says how far a store's log is durable. docs/format.md, Durable mark.
 type DurableMark struct {
 	// UUID is the store's.
 	UUID [16]byte

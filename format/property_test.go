@@ -76,7 +76,7 @@ func TestRecordRoundTrip(t *testing.T) {
 		if h.Size()%(RecordAlign*blocks) != 0 || h.Size() > MaxDataRecord || !MakeEntry(1, offset, h.Size(), blocks, 0).Valid() {
 			t.Fatal(h.Size())
 		}
-		// The salt is what DESIGN.md says: the place goes before the header.
+		// The salt is what docs/format.md says: the place goes before the header.
 		place := le.AppendUint32(le.AppendUint64(nil, chunk), offset)
 		if want := Checksum(append(place, b[4:]...)); le.Uint32(b) != want {
 			t.Fatalf("checksum %08x, want %08x", le.Uint32(b), want)
@@ -158,7 +158,7 @@ func randomLeaf(rng *rand.Rand, slots int) *Leaf {
 	return l
 }
 
-// TestLeafSize holds the encoding to the sizes that DESIGN.md promises.
+// TestLeafSize holds the encoding to the sizes that docs/format.md promises.
 func TestLeafSize(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 1))
 	most := 0

@@ -1,6 +1,6 @@
 package format
 
-// A chunk's summary (DESIGN.md, section 3.6): an entry for each of its records, in order, and
+// A chunk's summary (docs/format.md, Summary): an entry for each of its records, in order, and
 // then the footer, with which the file ends.
 const (
 	// SummaryEntrySize is the size of a record's entry.

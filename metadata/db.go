@@ -5,7 +5,7 @@
 // It is a checkpoint, never on the path of a write: the engine changes memory
 // and the log, and brings this table up to date now and then, in one
 // transaction a checkpoint (Update). What the buckets and keys are is in
-// DESIGN.md, section 3.5; the bytes of the values are package format's.
+// docs/format.md, The table; the bytes of the values are package format's.
 //
 // bbolt checks its two meta pages only and panics on other damage, or faults
 // when its file was cut. Every method here turns both into an error that

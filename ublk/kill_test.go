@@ -67,8 +67,7 @@ func TestAllTagsHeld(t *testing.T) {
 
 // TestScanHangs: Create does not outlast its context when a server does not answer the first read of the partition
 // table, and such a server can be killed, where the driver's scan is not part of START (Linux 6.19). Before, it holds
-// the driver's lock and the process until the read is answered: a deadlock that only a reboot ends (DESIGN.md,
-// section 11.5).
+// the driver's lock and the process until the read is answered: a deadlock that only a reboot ends (docs/testing.md, The block device).
 func TestScanHangs(t *testing.T) {
 	needDriver(t)
 	scansLater := false

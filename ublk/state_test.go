@@ -41,7 +41,7 @@ func TestTransitions(t *testing.T) {
 		}
 	}
 	if steps != 15 {
-		t.Errorf("%d steps; the package documentation and DESIGN.md show 15", steps)
+		t.Errorf("%d steps; the package documentation and docs/ublk.md show 15", steps)
 	}
 }
 

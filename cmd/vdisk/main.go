@@ -29,7 +29,7 @@ func main() {
 
 // schedule lets twice as many threads run Go code as there are processors, unless GOMAXPROCS is set: the kernel gives
 // a thread whose flush has ended a processor at once, where Go would have it wait until one that computes, such as a
-// checkpoint, has used up its 10 ms (DESIGN.md, section 10).
+// checkpoint, has used up its 10 ms (docs/engine.md, Locks and goroutines).
 func schedule() {
 	if os.Getenv("GOMAXPROCS") == "" {
 		runtime.GOMAXPROCS(2 * runtime.GOMAXPROCS(0))

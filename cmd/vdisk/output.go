@@ -80,7 +80,7 @@ type snapshotJSON struct {
 	Usage       *usageJSON `json:"usage,omitempty"`
 }
 
-// usageJSON is what a volume or snapshot takes (DESIGN.md, section 7.1).
+// usageJSON is what a volume or snapshot takes (docs/reclaim.md, Space).
 type usageJSON struct {
 	Mapped          int64  `json:"mapped"`                      // bytes of blocks that hold data
 	Referenced      int64  `json:"referenced"`                  // bytes that these take in the store

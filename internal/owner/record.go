@@ -16,7 +16,7 @@ import (
 )
 
 // recordName is the file in a store that lists its block devices while there are any. A device outlives a process that
-// is killed; the file tells the next owner what the device shows. DESIGN.md, section 11.2, has the order of writes.
+// is killed; the file tells the next owner what the device shows. docs/ublk.md, Recovery and upgrade, has the order of writes.
 const recordName = "devices"
 
 // record is the content of the file.

@@ -12,7 +12,7 @@ import (
 )
 
 // Files outnumber the descriptors that a process may have. A file has one while it is used, and keeps it until others
-// need it: DESIGN.md, section 5.3.
+// need it: docs/engine.md, Open files.
 
 const (
 	leastDescriptors = 4
