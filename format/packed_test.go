@@ -89,7 +89,7 @@ func TestPackedRoundTrip(t *testing.T) {
 	})
 }
 
-// TestPackedSize states the sizes that docs/memory.md, Memory, promises.
+// TestPackedSize holds packed leaves to the sizes that docs/memory.md, Leaves, promises.
 func TestPackedSize(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 1))
 	wide := sequentialLeaf(rng, 16)
