@@ -86,7 +86,7 @@ func (c *checker) readVersion(tx *metadata.Tx, v metadata.Version, l *format.Lea
 		}
 		row, ok := rows[e.Slot()]
 		if !ok {
-			if row, ok, err = tx.Chunk(e.Slot()); err != nil {
+			if row, _, err = tx.Chunk(e.Slot()); err != nil {
 				return err
 			}
 			rows[e.Slot()] = row

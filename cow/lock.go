@@ -34,8 +34,7 @@ func lockStore(in *storage.Folder, timeout time.Duration, holder string) (*os.Fi
 	text := fmt.Sprintf("pid %d %s\n", os.Getpid(), holder)
 	// Written over before it is cut: a full file system might not give the block again.
 	if err := errors.Join(writeAt0(f, text), f.Truncate(int64(len(text)))); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("lock store: %w", err)
+		return nil, errors.Join(fmt.Errorf("lock store: %w", err), f.Close())
 	}
 	return f, nil
 }

@@ -74,13 +74,12 @@ func (f badFile) ReadAt(p []byte, off int64) (int, error) {
 
 // rotten is a store whose log goes on for many chunks behind its checkpoint, all of it flushed.
 type rotten struct {
-	dir     string
-	o       Options
-	want    [][]byte // by MiB
-	chunk   string   // where the volume's second snapshot is an event
-	event   int64    // its place
-	later   string   // a full chunk behind
-	records int      // before the event
+	dir   string
+	o     Options
+	want  [][]byte // by MiB
+	chunk string   // where the volume's second snapshot is an event
+	event int64    // its place
+	later string   // a full chunk behind
 }
 
 func newRotten(t *testing.T) *rotten {

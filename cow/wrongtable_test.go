@@ -51,7 +51,7 @@ func TestWrongTable(t *testing.T) {
 	session(t, other, func(s *Store) { filledVolume(t, s, "a", 3, 1) })
 
 	path := filepath.Join(dir, tableFile)
-	right, note, theirs := table(dir), table(dir), table(other)
+	right, theirs := table(dir), table(other)
 	note, err := os.ReadFile(path + metadata.VerifiedSuffix)
 	must(t, err)
 	for name, c := range map[string]struct {

@@ -66,7 +66,7 @@ var buffers = sync.OnceValue(func() *arena {
 	if err := unix.Sysinfo(&info); err != nil {
 		return newArena(256 << 20)
 	}
-	return newArena(int(uint64(info.Totalram) * uint64(info.Unit) / arenaShare))
+	return newArena(int(info.Totalram * uint64(info.Unit) / arenaShare))
 })
 
 // SetBufferLimit bounds the buffer memory of all CopyUser devices of the process together; the default is an eighth of

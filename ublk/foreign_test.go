@@ -42,8 +42,13 @@ func TestSwapOnOthers(t *testing.T) {
 // TestForeignNames: what another program calls itself does not reach a terminal as it is.
 func TestForeignNames(t *testing.T) {
 	for _, c := range []struct{ name, want string }{
-		{"sshd", "sshd"}, {"größer \"x\"", "größer \"x\""},
-		{"\x1b[2J\x1b[H", `\x1b[2J\x1b[H`}, {"a\nb\tc\r", `a\nb\tc\r`}, {"\u009b31m", `\u009b31m`}, {"\xff\x9b", `\xff\x9b`}, {"\u202egnp", `\u202egnp`},
+		{"sshd", "sshd"},
+		{"größer \"x\"", "größer \"x\""},
+		{"\x1b[2J\x1b[H", `\x1b[2J\x1b[H`},
+		{"a\nb\tc\r", `a\nb\tc\r`},
+		{"\u009b31m", `\u009b31m`},
+		{"\xff\x9b", `\xff\x9b`},
+		{"\u202egnp", `\u202egnp`},
 	} {
 		if got := (process{7, c.name}).String(); got != "process 7 ("+c.want+")" {
 			t.Errorf("%q is shown as %s", c.name, got)

@@ -87,7 +87,7 @@ func (a *app) source(ctx context.Context, path string, raw bool) (sparse.Source,
 	if err != nil {
 		return nil, nil, errors.Join(err, f.Close())
 	}
-	return src, func() { f.Close() }, nil
+	return src, func() { _ = f.Close() }, nil
 }
 
 // content is what a file or stream holds from where it is; raw takes every format.

@@ -43,7 +43,7 @@ func patiently[T any](ctx context.Context, f func() (T, error), late func(T)) (T
 
 // openPatiently is os.OpenFile, which waits for the other end of a FIFO.
 func openPatiently(ctx context.Context, path string, flags int) (*os.File, error) {
-	return patiently(ctx, func() (*os.File, error) { return os.OpenFile(path, flags, 0o600) }, func(f *os.File) { f.Close() })
+	return patiently(ctx, func() (*os.File, error) { return os.OpenFile(path, flags, 0o600) }, func(f *os.File) { _ = f.Close() })
 }
 
 // patient is a stream whose reads and writes end with ctx. Bytes that are then under way may be used later.

@@ -120,7 +120,7 @@ func serveUntil(ctx context.Context, server *nbd.Server, l net.Listener, patienc
 	bounded, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	err := server.Shutdown(bounded)
-	<-ended
+	<-ended //nolint:errcheck // that it was shut down
 	return err
 }
 

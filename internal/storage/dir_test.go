@@ -145,8 +145,14 @@ func TestFreeDoesNotOverflow(t *testing.T) {
 		unit int64
 		want int64
 	}{
-		{0, 4096, 0}, {10, 4096, 40960}, {1 << 48, 4096, 1 << 60}, {1<<48 - 1, 4096, 1<<60 - 4096}, {1 << 51, 4096, freeMost},
-		{1<<64 - 1, 4096, freeMost}, {1 << 63, 1, freeMost}, {1, -1, 0},
+		{0, 4096, 0},
+		{10, 4096, 40960},
+		{1 << 48, 4096, 1 << 60},
+		{1<<48 - 1, 4096, 1<<60 - 4096},
+		{1 << 51, 4096, freeMost},
+		{1<<64 - 1, 4096, freeMost},
+		{1 << 63, 1, freeMost},
+		{1, -1, 0},
 	} {
 		if got := bytesOf(x.n, x.unit); got != x.want {
 			t.Errorf("%d of %d bytes: %d, want %d", x.n, x.unit, got, x.want)

@@ -35,7 +35,7 @@ func (m *memory) WriteAt(p []byte, off int64) (int, error) {
 func content(t *rapid.T) []byte {
 	size := rapid.IntRange(0, 3*Piece).Draw(t, "size")
 	p := make([]byte, size)
-	random := rand.NewChaCha8([32]byte{byte(rapid.Byte().Draw(t, "seed"))})
+	random := rand.NewChaCha8([32]byte{rapid.Byte().Draw(t, "seed")})
 	for range rapid.IntRange(0, 6).Draw(t, "runs") {
 		if size == 0 {
 			break

@@ -108,8 +108,7 @@ func openBacking(path string, direct, readOnly bool) (*backing, error) {
 		b.align, err = directAlign(f)
 	}
 	if err != nil {
-		f.Close()
-		return nil, err
+		return nil, errors.Join(err, f.Close())
 	}
 	b.size = st.Size()
 	return b, nil
