@@ -6,26 +6,28 @@ var le = binary.LittleEndian
 
 const (
 	chunkMagic     = "VDISKCHK"
-	chunkHeaderEnd = 68 // what the header uses; the rest is zero
+	chunkHeaderEnd = 68 // where the padding begins
 )
 
-// ChunkHeader is the head of a chunk file: which chunk of which store it is.
+// ChunkHeader is the header of a chunk file. It says which chunk of which store the file is.
 type ChunkHeader struct {
-	// Slot is the chunk's place in the directory. It is reused.
+	// Slot is the chunk's place in the directory, less than MaxSlots. A slot is reused after its chunk is
+	// dead.
 	Slot uint32
-	// Seq is the chunk sequence number, which is never reused.
+	// Seq is the chunk sequence number, from 1. It is never used again once the chunk has a record.
 	Seq uint64
-	// UUID is the store's.
+	// UUID is the id of the store.
 	UUID [16]byte
-	// Durable is a sequence number: every record before it was durable when the header was
-	// written. 0 says nothing.
-	Durable uint64
-	// Checkpoint is a sequence number: when the header was written, a table as of that record had been committed. 0
+	// Durable is a sequence number: every record before it was durable when the header was written. 0
 	// says nothing.
+	Durable uint64
+	// Checkpoint is a sequence number: when the header was written, a table as of this record had been
+	// committed. 0 says nothing.
 	Checkpoint uint64
 }
 
-// Encode writes the header to dst, which has at least ChunkHeaderSize bytes.
+// Encode writes the header and its padding to the first ChunkHeaderSize bytes of dst. It panics if dst is
+// shorter.
 func (h *ChunkHeader) Encode(dst []byte) {
 	dst = dst[:ChunkHeaderSize]
 	clear(dst)
@@ -45,8 +47,9 @@ func (h *ChunkHeader) Encode(dst []byte) {
 	}
 }
 
-// DecodeChunkHeader reads the header at the front of src. The padding is not
-// looked at: damage to it costs nothing.
+// DecodeChunkHeader decodes the header at the front of src, which must have ChunkHeaderSize bytes or more. It
+// does not look at the padding, because damage there costs nothing. It returns an error that matches
+// ErrCorrupt or ErrVersion.
 func DecodeChunkHeader(src []byte) (ChunkHeader, error) {
 	const what = "chunk header"
 	var h ChunkHeader
@@ -70,7 +73,8 @@ func DecodeChunkHeader(src []byte) (ChunkHeader, error) {
 	if got, want := Checksum(src[:52]), le.Uint32(src[52:]); got != want && h.Durable|uint64(want) != 0 {
 		return ChunkHeader{}, corrupt(what, "second checksum %08x, want %08x", got, want)
 	}
-	if Checksum(src[:64]) == le.Uint32(src[64:]) { // else nothing is said: older programs take this for padding
+	// If this checksum does not verify, the header says nothing: older programs take it for padding.
+	if Checksum(src[:64]) == le.Uint32(src[64:]) {
 		h.Checkpoint = le.Uint64(src[56:])
 	}
 	if h.Slot >= MaxSlots || h.Seq == 0 {

@@ -9,10 +9,10 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// Codec says how a unit is compressed.
+// Codec is a way to compress a unit.
 type Codec uint8
 
-// The codecs.
+// The codecs, by their number in a record header.
 const (
 	Raw  Codec = 0
 	S2   Codec = 1
@@ -22,18 +22,18 @@ const (
 const (
 	unitSize = UnitBlocks * BlockSize
 
-	// MaxCompressed is the capacity of a buffer that Compress never has to
-	// replace.
+	// MaxCompressed is the capacity in bytes of a buffer that is large enough for Compress with any unit
+	// and codec.
 	MaxCompressed = unitSize + unitSize/6 + 64
 
 	defaultZstdLevel = 3 // zstd(1)'s
 	maxZstdLevel     = 19
 )
 
-// ErrCodec is matched by an error about a codec or a level that there is not.
+// ErrCodec is matched by the error for an unknown codec, or for a level that the codec does not have.
 var ErrCodec = errors.New("invalid compression")
 
-// String returns the codec's name.
+// String returns the codec's name: none, s2 or zstd.
 func (c Codec) String() string {
 	switch c {
 	case Raw:
@@ -46,7 +46,8 @@ func (c Codec) String() string {
 	return fmt.Sprintf("codec %d", uint8(c))
 }
 
-// ParseCodec returns the codec with the given name.
+// ParseCodec returns the codec with the given name, which is none, s2 or zstd. For any other name it returns
+// an error that matches ErrCodec.
 func ParseCodec(name string) (Codec, error) {
 	for _, c := range []Codec{Raw, S2, Zstd} {
 		if c.String() == name {
@@ -56,7 +57,7 @@ func ParseCodec(name string) (Codec, error) {
 	return 0, fmt.Errorf("%w: %q is not none, s2 or zstd", ErrCodec, name)
 }
 
-// MarshalText returns the codec's name.
+// MarshalText returns the codec's name. For an unknown codec it returns an error that matches ErrCodec.
 func (c Codec) MarshalText() ([]byte, error) {
 	if c > Zstd {
 		return nil, fmt.Errorf("%w: %v", ErrCodec, c)
@@ -64,14 +65,14 @@ func (c Codec) MarshalText() ([]byte, error) {
 	return []byte(c.String()), nil
 }
 
-// UnmarshalText is ParseCodec.
+// UnmarshalText sets the codec to the one that ParseCodec returns for text.
 func (c *Codec) UnmarshalText(text []byte) (err error) {
 	*c, err = ParseCodec(string(text))
 	return err
 }
 
-// CheckLevel checks that the codec has the level: zstd has 1 to 19, the others
-// have none. 0 is every codec's default.
+// CheckLevel returns nil if the codec has the level, and otherwise an error that matches ErrCodec. zstd has
+// levels 1 to 19, and the other codecs have none. Level 0 is the default of every codec.
 func CheckLevel(c Codec, level int) error {
 	switch {
 	case c > Zstd:
@@ -84,13 +85,13 @@ func CheckLevel(c Codec, level int) error {
 	return fmt.Errorf("%w: %v has no levels", ErrCodec, c)
 }
 
-// Compressor compresses units. It is reused, by one goroutine at a time.
+// Compressor compresses units. One goroutine at a time may use it, for any number of units.
 type Compressor struct {
 	codec Codec
 	zstd  *zstd.Encoder
 }
 
-// NewCompressor returns a compressor for the codec at the level.
+// NewCompressor returns a compressor for the codec and the level. It returns the error of CheckLevel.
 func NewCompressor(c Codec, level int) (*Compressor, error) {
 	if err := CheckLevel(c, level); err != nil {
 		return nil, err
@@ -106,20 +107,19 @@ func NewCompressor(c Codec, level int) (*Compressor, error) {
 		zstd.WithEncoderConcurrency(1),
 		zstd.WithWindowSize(unitSize),
 		zstd.WithSingleSegment(true),
-		zstd.WithEncoderCRC(false)) // the record has one
+		zstd.WithEncoderCRC(false)) // the record has a checksum
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrCodec, err)
 	}
 	return &Compressor{codec: c, zstd: enc}, nil
 }
 
-// Compress returns src, a unit of whole blocks, as it is to be stored and the
-// codec it is stored with: src itself and Raw if compression makes the padded
-// record no smaller, else in dst if its capacity is enough (MaxCompressed
-// always is). dst and src do not overlap.
+// Compress compresses src, a unit of whole blocks, and returns the bytes to store and the codec to store them
+// with. If compression makes the padded record no smaller, it returns src itself and Raw. Otherwise out lies
+// in dst, if dst has the capacity; MaxCompressed is always enough. dst and src must not overlap.
 //
-// The zeros at the unit's end are left out: blocks are often not full, and S2 takes ten times as long as
-// copying to decode a run that ends where the unit does.
+// Compress leaves out the zeros at the end of the unit. Blocks are often not full, and S2 takes ten times as
+// long as copying to decode a run that ends where the unit does.
 func (c *Compressor) Compress(dst, src []byte) (out []byte, codec Codec) {
 	if c.codec == Raw {
 		return src, Raw
@@ -137,7 +137,7 @@ func (c *Compressor) Compress(dst, src []byte) (out []byte, codec Codec) {
 	return out, c.codec
 }
 
-// contentLen is the length of p without the zeros at its end.
+// contentLen returns the length of p without the zeros at its end.
 func contentLen(p []byte) int {
 	n := len(p)
 	for _, step := range [...]int{1024, 64} {
@@ -151,9 +151,8 @@ func contentLen(p []byte) int {
 	return n
 }
 
-// zstdDecoder is made when first used. It serves any number of goroutines; as
-// many as there are processors at once. It never writes beyond the capacity of
-// the destination.
+// zstdDecoder returns a decoder that is made at its first use. Any number of goroutines may use it, and as
+// many as there are processors decode at once. It never writes beyond the capacity of the destination.
 var zstdDecoder = sync.OnceValues(func() (*zstd.Decoder, error) {
 	return zstd.NewReader(nil,
 		zstd.WithDecoderConcurrency(0),
@@ -162,8 +161,8 @@ var zstdDecoder = sync.OnceValues(func() (*zstd.Decoder, error) {
 		zstd.WithDecodeAllCapLimit(true))
 })
 
-// Decompress fills dst with the unit that src holds: dst's length, less zeros at its end that were left out. It may
-// be called concurrently.
+// Decompress decompresses src into dst, whose length is that of the unit. Zeros that were left out at the end
+// of the unit are filled in. An error about src matches ErrCorrupt. Decompress may be called concurrently.
 func Decompress(c Codec, dst, src []byte) error {
 	dst = dst[:len(dst):len(dst)]
 	n := 0
@@ -174,7 +173,7 @@ func Decompress(c Codec, dst, src []byte) error {
 		}
 		n = copy(dst, src)
 	case S2:
-		// s2.Decode makes room for whatever length src claims: ask first.
+		// s2.Decode allocates whatever length src claims, so check the length first.
 		var err error
 		if n, err = s2.DecodedLen(src); err != nil {
 			return corrupt("s2 unit", "%v", err)

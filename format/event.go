@@ -6,8 +6,8 @@ import (
 	"fmt"
 )
 
-// Event is the payload of an event record: what one operation changed in the
-// tables, as it is afterwards.
+// Event is the payload of an event record. It lists the rows that one operation changed, as they are
+// afterwards, and the ids of the volumes that it deleted.
 type Event struct {
 	// Op names the operation, for people.
 	Op          string     `json:"op"`
@@ -17,8 +17,7 @@ type Event struct {
 	DropVolumes []uint32   `json:"drop_volumes,omitempty"`
 }
 
-// ErrTooLarge is matched by AppendEvent's error about an event that does not
-// fit a record.
+// ErrTooLarge is matched by the error of AppendEvent for an event that is longer than MaxPayload.
 var ErrTooLarge = errors.New("too large")
 
 func (e *Event) check() error {
@@ -35,8 +34,9 @@ func (e *Event) check() error {
 	return errors.Join(errs...)
 }
 
-// AppendEvent appends the payload of the event's record to dst. It refuses an
-// event that DecodeEvent would reject.
+// AppendEvent appends the payload of the event to dst and returns the extended slice. It refuses an event
+// that DecodeEvent would reject. The error for an event of more than MaxPayload bytes matches ErrTooLarge.
+// After an error it returns dst unchanged.
 func AppendEvent(dst []byte, e *Event) ([]byte, error) {
 	if err := e.check(); err != nil {
 		return dst, fmt.Errorf("encode event %s: %w", e.Op, err)
@@ -51,8 +51,8 @@ func AppendEvent(dst []byte, e *Event) ([]byte, error) {
 	return append(dst, text...), nil
 }
 
-// DecodeEvent reads the payload of an event record, whose checksum the record's
-// header has.
+// DecodeEvent decodes the payload of an event record, which is all of src, into e. The caller has verified
+// the payload (RecordHeader.VerifyPayload). The error matches ErrCorrupt.
 func DecodeEvent(src []byte, e *Event) error {
 	if len(src) > MaxPayload {
 		return corrupt("event", "%d bytes", len(src))

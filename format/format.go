@@ -1,11 +1,3 @@
-// Package format holds the byte formats of a store: chunk headers, records,
-// leaves, table rows, events and codecs. It does no I/O. docs/format.md, The store on disk,
-// is the description; the files in testdata/format are examples of every
-// structure.
-//
-// No decoder panics on any input. A decoder that rejects its input returns an
-// error that matches ErrCorrupt or ErrVersion and says what is wrong with what.
-// A decoder allocates at most in proportion to its input.
 package format
 
 import (
@@ -15,47 +7,48 @@ import (
 )
 
 const (
-	// StoreVersion is the version of a store as a whole.
-	// Version 2 added moved records, and the rows of forwarded chunks and records.
-	// Version 3 leaves zeros at the end of a compressed unit out.
+	// StoreVersion is the version of a store as a whole, which its file "format" holds. A program refuses
+	// a store of a higher version. Version 2 added moved records, and the rows of forwarded chunks and
+	// records. Version 3 leaves out the zeros at the end of a compressed unit.
 	StoreVersion = 3
-	// layoutVersion is that of chunk headers, summaries and leaves.
+	// layoutVersion is the version of chunk headers, summaries, durable marks and leaves.
 	layoutVersion = 1
 
-	// BlockSize is the unit of redirection.
+	// BlockSize is the size of a block in bytes. A block is the unit of redirection.
 	BlockSize = 4096
-	// UnitBlocks is the most blocks that are compressed together.
+	// UnitBlocks is the largest number of blocks that are compressed together.
 	UnitBlocks = 16
 	// LeafBlocks is the number of blocks that one leaf maps.
 	LeafBlocks = 256
-	// MaxBlocks is the most blocks of a volume: a leaf's number has 32 bits in
-	// the keys of the leaves bucket.
+	// MaxBlocks is the largest number of blocks of a volume. Keys of the leaves bucket have 32 bits for
+	// the leaf's number.
 	MaxBlocks = LeafBlocks << 32
 
-	// ChunkHeaderSize is where the records of a chunk begin.
+	// ChunkHeaderSize is the size of a chunk header in bytes, and the offset of the first record.
 	ChunkHeaderSize = 4096
-	// MaxChunkSize is what the 22 bits of an entry's offset reach.
+	// MaxChunkSize is the largest size of a chunk in bytes: the reach of the 22 bits of an entry's
+	// offset.
 	MaxChunkSize = RecordAlign << entryOffsetBits
-	// MaxSlots is what the 24 bits of an entry's slot reach.
+	// MaxSlots is the number of slots: the reach of the 24 bits of an entry's slot.
 	MaxSlots = 1 << entrySlotBits
 
-	// RecordHeaderSize is the size of a record's header.
+	// RecordHeaderSize is the size of a record header in bytes.
 	RecordHeaderSize = 32
-	// RecordAlign divides every offset and size in a chunk.
+	// RecordAlign is the alignment in bytes of the offset and the size of every record.
 	RecordAlign = 16
-	// MaxPayload is what the 20 bits of a record's payload length reach. Only
-	// an event is that long: data is at most UnitBlocks * BlockSize.
+	// MaxPayload is the largest payload in bytes: the reach of the 20 bits of a record's payload length.
+	// Only an event can be that long. The payload of a data record has at most UnitBlocks * BlockSize
+	// bytes.
 	MaxPayload = 1<<20 - 1
-	// MaxDataRecord is the size of the largest data record.
+	// MaxDataRecord is the size in bytes of the largest data or moved record.
 	MaxDataRecord = (RecordHeaderSize + MovedSize + UnitBlocks*BlockSize + UnitBlocks*RecordAlign - 1) /
 		(UnitBlocks * RecordAlign) * (UnitBlocks * RecordAlign)
 )
 
 var (
-	// ErrCorrupt is matched by an error about bytes that are not what they
-	// should be.
+	// ErrCorrupt is matched by the error for bytes that do not verify or have an invalid value.
 	ErrCorrupt = errors.New("corrupt")
-	// ErrVersion is matched by an error about a format newer than this package.
+	// ErrVersion is matched by the error for a format that is newer than this package.
 	ErrVersion = errors.New("unsupported format version")
 )
 
@@ -64,9 +57,8 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 // Checksum returns the CRC-32C (Castagnoli) of p.
 func Checksum(p []byte) uint32 { return crc32.Checksum(p, castagnoli) }
 
-// saltedChecksum returns the CRC-32C of a chunk sequence number, an offset and
-// p. The salt is folded in by table: a slice of a local array passed to
-// hash/crc32 would move the array to the heap.
+// saltedChecksum returns the CRC-32C of a chunk sequence number, an offset and p. It folds in the salt by
+// table: hash/crc32 would move a local array that is passed as a slice to the heap.
 func saltedChecksum(chunkSeq uint64, offset uint32, p []byte) uint32 {
 	crc := ^uint32(0)
 	for range 8 {
@@ -84,7 +76,7 @@ func corrupt(what, format string, args ...any) error {
 	return fmt.Errorf("%s: %w: %s", what, ErrCorrupt, fmt.Sprintf(format, args...))
 }
 
-// checkVersion tells damage from a format of the future.
+// checkVersion distinguishes damage (ErrCorrupt) from a format of a later program (ErrVersion).
 func checkVersion(what string, version, newest int) error {
 	switch {
 	case version > newest:
@@ -95,9 +87,9 @@ func checkVersion(what string, version, newest int) error {
 	return nil
 }
 
-// IsZero reports whether every byte of p is zero.
+// IsZero reports whether every byte of p is zero. It is true of an empty p.
 func IsZero(p []byte) bool {
-	// p is all zeros if it begins with one and equals itself shifted by one:
-	// that makes it one vectorised comparison, and most data fails at once.
+	// p is all zeros if it begins with a zero and equals itself shifted by one byte. This is one
+	// vectorised comparison, and most data fails at its first byte.
 	return len(p) == 0 || p[0] == 0 && string(p[1:]) == string(p[:len(p)-1])
 }

@@ -40,8 +40,7 @@ var (
 	testDurable   = ChunkHeader{Slot: 0xabcdef, Seq: 17, UUID: testUUID, Durable: 1 << 41}
 )
 
-// testLeaf has every kind of run, short and long, and distances between slots
-// of one to four bytes.
+// testLeaf has every kind of run, short and long, and distances between slots of one to four bytes.
 func testLeaf() *Leaf {
 	l := new(Leaf)
 	i := 0
@@ -87,7 +86,8 @@ func goldenFile(t testing.TB, name string) []byte {
 
 const testSummaryEnd = 1 << 21
 
-// testSummary is the summary of a data, a hole, an event and a moved record, in a file that ends at testSummaryEnd.
+// testSummary is the summary of a data, a hole, an event and a moved record, in a file that ends at
+// testSummaryEnd.
 func testSummary() ([]SummaryEntry, SummaryFooter, []byte) {
 	unit := RecordHeader{Seq: 1000, Block: 1<<33 + 3, Branch: 2, Kind: KindData, Codec: S2, Blocks: 5, PayloadLen: 9000}
 	hole := RecordHeader{Seq: 1001, Block: 256, Branch: 3, Kind: KindHole, Blocks: 1, PayloadLen: HoleSize}
@@ -127,9 +127,8 @@ func decodeSummary(b []byte) (entries []SummaryEntry, f SummaryFooter, err error
 	return entries, f, nil
 }
 
-// goldenPayload returns testUnit as the golden file has it compressed: a codec
-// may compress differently one day, and does on other processors, but what it
-// once wrote it must read.
+// goldenPayload returns testUnit as the golden file has it compressed. A codec may compress differently in a
+// later version, and does so on other processors, but it must still read what it once wrote.
 func goldenPayload(t testing.TB, name string, c Codec) []byte {
 	if !*update {
 		b := goldenFile(t, name)
@@ -146,8 +145,8 @@ func goldenPayload(t testing.TB, name string, c Codec) []byte {
 	return out
 }
 
-// TestGolden compares the encoding of every structure with that of version 1:
-// stores that exist depend on it.
+// TestGolden compares the encoding of every structure with that of version 1, because existing stores depend
+// on it.
 func TestGolden(t *testing.T) {
 	hole := make([]byte, HoleSize)
 	EncodeHole(hole, 1<<30)
@@ -200,9 +199,8 @@ func TestGolden(t *testing.T) {
 	}
 }
 
-// TestGoldenDecode reads the golden files: what version 1 wrote must be
-// understood, whatever today's encoder writes. (That each is the encoding of
-// the value here, TestGolden says.)
+// TestGoldenDecode decodes the golden files: what version 1 wrote must be understood, whatever the encoder of
+// today writes. TestGolden holds each file to be the encoding of the value here.
 func TestGoldenDecode(t *testing.T) {
 	file := func(name string) []byte { return goldenFile(t, name) }
 	info, err := DecodeStoreInfo(file("store"))
@@ -281,8 +279,7 @@ func TestGoldenDecode(t *testing.T) {
 	}
 }
 
-// TestEveryFlippedBitIsFound: a decoder accepts no golden file with one bit
-// changed.
+// TestEveryFlippedBitIsFound changes each bit of each golden file: no decoder accepts the file then.
 func TestEveryFlippedBitIsFound(t *testing.T) {
 	decoders := map[string]func([]byte) error{
 		"record-s2": func(b []byte) error {
@@ -302,7 +299,7 @@ func TestEveryFlippedBitIsFound(t *testing.T) {
 		"summary":      func(b []byte) error { _, _, err := decodeSummary(b); return err },
 		"durable-mark": func(b []byte) error { _, err := DecodeDurableMark(b); return err },
 		"chunk-header-durable": func(b []byte) error {
-			if len(b) >= chunkHeaderEnd { // what is cut off is not the padding
+			if len(b) >= chunkHeaderEnd { // the padding does not count, so make it whole
 				b = append(b[:chunkHeaderEnd:chunkHeaderEnd], make([]byte, ChunkHeaderSize-chunkHeaderEnd)...)
 			}
 			_, err := DecodeChunkHeader(b)
@@ -338,7 +335,8 @@ func TestEveryFlippedBitIsFound(t *testing.T) {
 	}
 }
 
-// TestChunkHeaderSaysOfTheCheckpoint: what older programs take for padding is right, or says nothing.
+// TestChunkHeaderSaysOfTheCheckpoint changes each bit of the checkpoint, which older programs take for
+// padding: the header then says nothing about a checkpoint, and the rest of it still counts.
 func TestChunkHeaderSaysOfTheCheckpoint(t *testing.T) {
 	h := ChunkHeader{Slot: 3, Seq: 1 << 40, UUID: [16]byte{1, 2}, Durable: 77, Checkpoint: 55}
 	b := make([]byte, ChunkHeaderSize)
@@ -357,8 +355,8 @@ func TestChunkHeaderSaysOfTheCheckpoint(t *testing.T) {
 	}
 }
 
-// TestRecordIsBoundToItsPlace: a record left over from an earlier life of the
-// slot, or one in the wrong place, does not verify.
+// TestRecordIsBoundToItsPlace decodes a record that is left over from an earlier life of the slot, and one in
+// the wrong place. Neither verifies.
 func TestRecordIsBoundToItsPlace(t *testing.T) {
 	h := RecordHeader{Seq: 1, Branch: 1, Kind: KindHole, Blocks: 1, PayloadLen: HoleSize}
 	b := make([]byte, RecordHeaderSize)
@@ -554,8 +552,7 @@ func TestIsZero(t *testing.T) {
 	}
 }
 
-// mixed returns a unit that is random up to a share of it, so that codecs do
-// more or less well.
+// mixed returns a unit with a random part of random length, so that codecs compress it more or less well.
 func mixed(rng *rand.Rand, blocks int) []byte {
 	p := make([]byte, blocks*BlockSize)
 	random := rng.IntN(len(p) + 1)

@@ -2,23 +2,25 @@ package format
 
 import "fmt"
 
-// Forward says where the cleaner has put a unit whose entries name another place.
+// Forward says where the cleaner has put a record whose entries name another place.
 type Forward struct {
-	// Offset is the record's in the chunk that the entries name.
+	// Offset is the offset of the record in the chunk that the entries name.
 	Offset uint32
-	// Mask has a bit for each block of the unit that is alive.
+	// Mask has a bit for each block of the unit that is alive, the lowest for the first block. It is
+	// never 0.
 	Mask uint16
-	// To is the entry of the unit's first block where it is now.
+	// To is the entry of the first block of the unit, where the record is now.
 	To Entry
 }
 
 const (
 	forwardSize = 14
-	// ForwardRegion is how much of a chunk one row of forwards is about.
+	// ForwardRegion is the number of bytes of a chunk that one row of forwards covers.
 	ForwardRegion = 1 << 16
 )
 
-// AppendForwards appends the encoding of a region's forwards, which are in the order of their offsets.
+// AppendForwards appends the encoding of the forwards of one region to dst and returns the extended slice. fs
+// has one or more forwards, in the order of their offsets.
 func AppendForwards(dst []byte, fs []Forward) []byte {
 	at := len(dst)
 	dst = append(dst, 0, 0, 0, 0)
@@ -31,7 +33,9 @@ func AppendForwards(dst []byte, fs []Forward) []byte {
 	return dst
 }
 
-// DecodeForwards reads the forwards of a region.
+// DecodeForwards decodes the forwards of a region, which are all of src. The region is its number in the
+// chunk: offset / ForwardRegion. The forwards are in the order of their offsets. The error matches
+// ErrCorrupt.
 func DecodeForwards(region uint16, src []byte) ([]Forward, error) {
 	what := fmt.Sprintf("forwards of region %d", region)
 	if len(src) < 4+forwardSize || (len(src)-4)%forwardSize != 0 {
@@ -54,15 +58,15 @@ func DecodeForwards(region uint16, src []byte) ([]Forward, error) {
 	return fs, nil
 }
 
-// Forwarded is the row of a chunk of which blocks have been moved: they are alive and in other chunks,
-// and entries name them by this one.
+// Forwarded is the row of a chunk from which blocks were moved. The blocks are alive and lie in other chunks,
+// and entries still name them by this chunk.
 type Forwarded struct {
-	Slot   uint32 // the row's key
-	Seq    uint64 // of the chunk
-	Blocks uint32
+	Slot   uint32 // the slot of the chunk, which is the row's key
+	Seq    uint64 // the sequence number of the chunk
+	Blocks uint32 // the number of live blocks that were moved
 }
 
-// ForwardedRowSize is the size of an encoded Forwarded.
+// ForwardedRowSize is the size in bytes of an encoded Forwarded.
 const ForwardedRowSize = 16
 
 // Encode returns the encoding of the row, without its slot.
@@ -74,7 +78,7 @@ func (r *Forwarded) Encode() [ForwardedRowSize]byte {
 	return b
 }
 
-// DecodeForwarded reads the row of the chunk that was in slot.
+// DecodeForwarded decodes the row of the chunk in slot, which is all of src. The error matches ErrCorrupt.
 func DecodeForwarded(slot uint32, src []byte) (Forwarded, error) {
 	what := fmt.Sprintf("row of forwarded slot %08x", slot)
 	if len(src) != ForwardedRowSize {

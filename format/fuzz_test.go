@@ -9,9 +9,9 @@ import (
 	"testing"
 )
 
-// The fuzz targets hold every decoder to the same: it accepts what encodes to
-// something it understands the same way, and rejects the rest with an error of
-// this package. A checksum is made right where it would keep the fuzzer out.
+// The fuzz targets hold every decoder to the same rule. If it accepts an input, it decodes the encoding of
+// the result to the same result. It rejects any other input with an error of this package. Where a checksum
+// would keep the fuzzer out, the target corrects the checksum.
 
 func seedGolden(f *testing.F, pattern string) {
 	files, err := filepath.Glob(filepath.Join("..", "testdata", "format", pattern))
@@ -80,7 +80,7 @@ func FuzzRecord(f *testing.F) {
 	seedGolden(f, "record-*")
 	f.Fuzz(func(t *testing.T, b []byte) {
 		const chunk, offset = 17, 1 << 20
-		b = bytes.Clone(b) // the fuzzer's own may not be changed
+		b = bytes.Clone(b) // the fuzzer's slice must not be changed
 		if len(b) >= RecordHeaderSize {
 			le.PutUint32(b, saltedChecksum(chunk, offset, b[4:RecordHeaderSize]))
 		}
@@ -112,7 +112,7 @@ func FuzzRecord(f *testing.F) {
 	})
 }
 
-// FuzzSummary: whatever verifies is made of what AppendSummary makes.
+// FuzzSummary holds a summary that verifies to consist of entries that AppendSummary makes.
 func FuzzSummary(f *testing.F) {
 	seedGolden(f, "summary")
 	f.Fuzz(func(t *testing.T, b []byte) {
@@ -254,7 +254,7 @@ func FuzzDecompress(f *testing.F) {
 	})
 }
 
-// FuzzCompress compares compression with the identity.
+// FuzzCompress compresses and decompresses a unit, and compares the result with the unit.
 func FuzzCompress(f *testing.F) {
 	f.Add([]byte("abc"))
 	var comps []*Compressor

@@ -2,25 +2,25 @@ package format
 
 // Leaf is the map of LeafBlocks blocks of one branch as of the end of an epoch.
 type Leaf struct {
-	// Entries say where the blocks are.
+	// Entries has the entry of each block.
 	Entries [LeafBlocks]Entry
-	// Changed has a bit for each block: whether its entry was put in this epoch.
+	// Changed has a bit for each block, the lowest of the first word for block 0. It is set if the entry
+	// was put in this epoch.
 	Changed [LeafBlocks / 64]uint64
 }
 
-// IsChanged reports the changed bit of block i of the leaf.
+// IsChanged reports whether the changed bit of block i is set. i is less than LeafBlocks.
 func (l *Leaf) IsChanged(i int) bool { return l.Changed[uint(i)/64%4]>>(uint(i)%64)&1 != 0 }
 
-// SetChanged sets the changed bit of block i of the leaf.
+// SetChanged sets the changed bit of block i. i is less than LeafBlocks.
 func (l *Leaf) SetChanged(i int) { l.Changed[uint(i)/64%4] |= 1 << (uint(i) % 64) }
 
-// The kinds of runs (docs/format.md, Leaf), in the high 2 bits of a byte whose
-// low 6 hold the count less one, or runLong and one more byte with the count
-// less one.
+// The kinds of runs, as the package comment draws them. A run begins with a byte. Its high 2 bits are the
+// kind. Its low 6 bits are the count less one, or runLong if one more byte holds the count less one.
 const (
 	runHoles   = 0
 	runSingles = 1 // records of one block each
-	runUnit    = 2 // blocks of one record, with consecutive places in it
+	runUnit    = 2 // consecutive blocks of one record
 	runLog     = 3 // records of one block and one size, end to end in the log
 
 	runLong = 63
@@ -28,14 +28,15 @@ const (
 
 const (
 	leafHeaderSize = 40
-	// MaxLeafSize bounds an encoded leaf: every block a run of its own, of
-	// another unit, with the longest distances between slots.
+	// MaxLeafSize bounds the size in bytes of an encoded leaf. In the worst case each block is a run of
+	// its own, of another unit, and the distances between slots are the longest.
 	MaxLeafSize = leafHeaderSize + LeafBlocks*(1+1+4+maxSlotVarint)
-	// A zig-zag of a distance of slots has 25 bits: 4 bytes of 7.
+	// A zig-zag distance of slots has 25 bits: 4 bytes of 7 bits.
 	maxSlotVarint = 4
 )
 
-// AppendLeaf appends the leaf's encoding to dst. Each entry is Valid.
+// AppendLeaf appends the encoding of the leaf to dst and returns the extended slice. All entries of the leaf
+// must be Valid.
 func AppendLeaf(dst []byte, l *Leaf) []byte {
 	start := len(dst)
 	dst = append(dst, 0, 0, 0, 0, layoutVersion, 0, 0, 0)
@@ -71,8 +72,8 @@ func appendRunHead(dst []byte, kind, n int) []byte {
 	return append(dst, byte(kind<<6|runLong), byte(n-1))
 }
 
-// appendPlace appends an entry's offset and share, and its slot as the distance
-// from the slot before it.
+// appendPlace appends an entry's offset and share, and the distance of its slot from the slot prev. It
+// returns the entry's slot.
 func appendPlace(dst []byte, e Entry, prev uint32) ([]byte, uint32) {
 	dst = le.AppendUint32(dst, uint32(e&entryPlaceMask))
 	d := int32(e.Slot()) - int32(prev)
@@ -84,7 +85,7 @@ func appendPlace(dst []byte, e Entry, prev uint32) ([]byte, uint32) {
 	return append(dst, byte(z)), e.Slot()
 }
 
-// nextRun returns the run that entries, which are not none, begin with.
+// nextRun returns the kind and the length of the run that entries begin with. entries is not empty.
 func nextRun(entries []Entry) (kind, n int) {
 	first := entries[0]
 	n = 1
@@ -113,16 +114,16 @@ func nextRun(entries []Entry) (kind, n int) {
 	return runSingles, n
 }
 
-// follows reports whether b's record has one block and a's size, and begins
-// where a's ends.
+// follows reports whether b's record has one block and the size of a's record, and begins where a's record
+// ends.
 func follows(a, b Entry) bool {
-	// Both are Valid, so the sum does not carry out of the offset unless the
-	// record a ends its chunk, and then b would have offset 0, which is not.
+	// Both are Valid. So the sum carries out of the offset only if the record of a ends its chunk. Then b
+	// would have offset 0, and would not be Valid.
 	return b.Blocks() == 1 && b == a+Entry(a.Share()/RecordAlign)
 }
 
-// DecodeLeaf reads an encoded leaf, which is all of src, into l. After an error
-// l holds nothing of use.
+// DecodeLeaf decodes a leaf, which is all of src, into l. The error matches ErrCorrupt or ErrVersion. After
+// an error the content of l is undefined.
 func DecodeLeaf(src []byte, l *Leaf) error {
 	const what = "leaf"
 	if len(src) < leafHeaderSize || len(src) > MaxLeafSize {
@@ -147,8 +148,8 @@ func DecodeLeaf(src []byte, l *Leaf) error {
 	return nil
 }
 
-// decodeRuns reads runs until the entries are covered or a run is invalid; it
-// returns what follows the last good run and the number of entries it covered.
+// decodeRuns decodes runs until all entries are covered or a run is invalid. It returns the bytes behind the
+// last valid run, and the number of entries that the valid runs cover.
 func decodeRuns(src []byte, entries *[LeafBlocks]Entry) (rest []byte, covered int) {
 	var slot uint32
 	for covered < LeafBlocks {
@@ -179,9 +180,9 @@ func decodeRunHead(src []byte) (kind, n int, tail []byte) {
 	return kind, n, src
 }
 
-// decodeRun reads the body of a run into out, which is not empty; slot is the
-// slot of the entry before, and then of the run's last. It returns what follows
-// the run, which is not nil, or nil.
+// decodeRun decodes the body of a run into out, which is not empty. slot is the slot of the place before the
+// run; decodeRun sets it to the slot of the last place in the run. It returns the bytes behind the run, or
+// nil if the run is invalid.
 func decodeRun(src []byte, kind int, slot *uint32, out []Entry) []byte {
 	switch kind {
 	case runHoles:
@@ -225,7 +226,8 @@ func decodeUnit(src []byte, slot *uint32, out []Entry) []byte {
 	return src
 }
 
-// decodeSingles is what nearly all of a leaf written at random is made of.
+// decodeSingles decodes one place for each entry of out. A leaf that was written at random consists of little
+// else.
 func decodeSingles(src []byte, slot *uint32, out []Entry) []byte {
 	prev := *slot
 	for i := range out {
@@ -240,15 +242,15 @@ func decodeSingles(src []byte, slot *uint32, out []Entry) []byte {
 	return src
 }
 
-// validSingle is Valid for what decodePlace returns, in half the time.
+// validSingle is Valid for entries that decodePlace returns, in half the time.
 func (e Entry) validSingle() bool {
 	offset, share := uint32(e&entryOffsetMask), uint32(e>>entryShareAt&entryShareMask)
 	return share >= minRecord/RecordAlign && share <= maxShare &&
 		offset >= ChunkHeaderSize/RecordAlign && offset+share <= 1<<entryOffsetBits
 }
 
-// decodePlace reads what appendPlace wrote: the entry of a single-block record,
-// which may not be Valid, and what follows it, or nil.
+// decodePlace decodes what appendPlace wrote: the entry of a single-block record, which may not be Valid, and
+// the bytes behind it. It returns nil bytes if src is invalid.
 func decodePlace(src []byte, slot *uint32) (Entry, []byte) {
 	if len(src) < 5 {
 		return 0, nil
@@ -269,8 +271,7 @@ func decodePlace(src []byte, slot *uint32) (Entry, []byte) {
 	return entrySet | Entry(s)<<entrySlotAt | Entry(place), src[n:]
 }
 
-// slotVarint reads a varint of 2 to maxSlotVarint bytes and returns their
-// number, or 0.
+// slotVarint decodes a varint of 2 to maxSlotVarint bytes and returns its length, or 0 if it is invalid.
 func slotVarint(src []byte) (z uint32, n int) {
 	if len(src) >= maxSlotVarint {
 		w := le.Uint32(src)

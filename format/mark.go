@@ -3,19 +3,19 @@ package format
 const (
 	markMagic = "VDISKDUR"
 
-	// DurableMarkSize is the size of an encoded durable mark.
+	// DurableMarkSize is the size in bytes of an encoded durable mark.
 	DurableMarkSize = 64
 )
 
-// DurableMark says how far a store's log is durable. docs/format.md, Durable mark.
+// DurableMark says how far the log of a store is durable (docs/format.md, Durable mark).
 type DurableMark struct {
-	// UUID is the store's.
+	// UUID is the id of the store.
 	UUID [16]byte
 	// Seq is a sequence number: every record before it was durable when the mark was written.
 	Seq uint64
 }
 
-// Encode writes the mark to dst, which has at least DurableMarkSize bytes.
+// Encode writes the mark to the first DurableMarkSize bytes of dst. It panics if dst is shorter.
 func (m *DurableMark) Encode(dst []byte) {
 	dst = dst[:DurableMarkSize]
 	clear(dst)
@@ -26,7 +26,7 @@ func (m *DurableMark) Encode(dst []byte) {
 	le.PutUint32(dst, Checksum(dst[4:]))
 }
 
-// DecodeDurableMark reads the mark at the front of src.
+// DecodeDurableMark decodes the mark at the front of src. The error matches ErrCorrupt or ErrVersion.
 func DecodeDurableMark(src []byte) (DurableMark, error) {
 	const what = "durable mark"
 	var m DurableMark

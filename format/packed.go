@@ -2,29 +2,40 @@ package format
 
 import "math/bits"
 
-// Packed is a leaf in memory, as small as it can be and still be looked up in. It never changes.
+// Packed is a leaf in memory, as small as it can be and still be looked up in. It never changes, and any
+// number of goroutines may read it. The words of the slice, of 64 bits each:
 //
-//	word 0     a sequence: the entry of block 0, but the share is the smallest of all, and the index's
-//	           bits say how the changed bits are kept
-//	           groups (bit 63 is 0): the smallest slot of the single-block records; the same bits
-//	4 words    the changed bits, if they are listed
-//	sequence   all blocks are mapped, to records of 1, 2, 4, 8 or 16 blocks that follow one another in the
-//	           log without a gap; 0, 1, 2, 4 or 8 bits a record: its share less the smallest
-//	groups     a word of 16 codes of 4 bits, then what each group of 16 blocks has:
-//	           0 nothing: holes; 1 the entry of a record that is the whole group; 2 to 11 a word of 16
-//	           selectors of 4 bits (0: a hole) and so many words less one, the entries they select;
-//	           12 single-block records, 16 × 6 bytes: offset, share, 1 bit set,
-//	           2 bytes of slot less the smallest; 13 16 entries
+//	+--------+------------------+-------- ... --------+
+//	| word 0 | changed (0 or 4) | a sequence or groups |
+//	+--------+------------------+-------- ... --------+
+//
+// A sequence is a leaf whose blocks are all mapped, to records of 1, 2, 4, 8 or 16 blocks that follow one
+// another in the log without a gap. Bit 63 of word 0 tells a sequence (1) from groups (0).
+//
+//	word 0     sequence: the entry of block 0, with the smallest share of all records
+//	           groups: the smallest slot of the single-block records
+//	           both: the bits of the index say how the changed bits are kept (changedNone, ...)
+//	changed    the changed bits, if they are listed
+//	sequence   0, 1, 2, 4 or 8 bits a record: its share less the smallest share, in units of RecordAlign
+//	groups     a word of 16 codes of 4 bits, then the words of each group of 16 blocks, by its code:
+//
+//	           0        none: all blocks are holes
+//	           1        the entry of a record that is the whole group
+//	           2..11    a word of 16 selectors of 4 bits, then code - 1 words: the entries that the selectors
+//	                    choose, from 1; 0 is a hole
+//	           12       single-block records, 16 × 48 bits: 31 bits of offset and share, a set bit, and 16
+//	                    bits of the slot less the smallest slot; 0 is a hole
+//	           13       16 entries
 type Packed []uint64
 
-// MaxPacked bounds the words of a Packed.
+// MaxPacked bounds the number of words of a Packed.
 const MaxPacked = 2 + 4 + LeafBlocks
 
 // How the changed bits are kept.
 const (
 	changedNone   = 0 // no bit is set
-	changedMapped = 1 // those of the blocks that are not holes
-	changedListed = 2
+	changedMapped = 1 // the bits of exactly the blocks that are not holes are set
+	changedListed = 2 // the bits follow word 0
 )
 
 const (
@@ -41,7 +52,8 @@ const (
 	slotMask     = MaxSlots - 1
 )
 
-// AppendPacked appends the leaf, whose entries are Valid, to dst, which has room for MaxPacked.
+// AppendPacked appends the packed leaf to dst and returns the extended slice. All entries of the leaf must be
+// Valid. It does not allocate if dst has room for MaxPacked words.
 func AppendPacked(dst []uint64, l *Leaf) Packed {
 	mode := uint64(changedMode(l))
 	from := len(dst)
@@ -80,7 +92,7 @@ func changedMode(l *Leaf) int {
 	return changedListed
 }
 
-// mappedBits has a bit for each block that is not a hole.
+// mappedBits returns a bit for each block that is not a hole.
 func mappedBits(l *Leaf) (set [LeafBlocks / 64]uint64) {
 	for w := range set {
 		for i, e := range l.Entries[w*64 : w*64+64] {
@@ -90,8 +102,8 @@ func mappedBits(l *Leaf) (set [LeafBlocks / 64]uint64) {
 	return set
 }
 
-// appendSequence appends the shares of a sequence and returns what goes into word 0, or 0 if the
-// leaf is none.
+// appendSequence appends the shares of a sequence, and returns the extended slice and the bits of word 0. If
+// the leaf is no sequence, the bits are 0.
 func appendSequence(dst []uint64, l *Leaf) ([]uint64, Entry) {
 	first := l.Entries[0]
 	n := first.Blocks()
@@ -113,7 +125,7 @@ func appendSequence(dst []uint64, l *Leaf) ([]uint64, Entry) {
 		}
 		share := e & shares >> entryShareAt
 		low, high = min(low, uint64(share)), max(high, uint64(share))
-		want = e + share*Entry(n) // does not carry out of the offset but to 0, which is not Valid; see follows
+		want = e + share*Entry(n) // carries out of the offset only to 0, which is not Valid; see follows
 	}
 	if high-low > 0xff {
 		return nil, 0
@@ -129,8 +141,9 @@ func appendSequence(dst []uint64, l *Leaf) ([]uint64, Entry) {
 	return dst, first&^shares | Entry(low)<<entryShareAt
 }
 
-// shareWidth is the least number of bits, of those that make whole words of the shares of n-block records, that
-// hold most. It follows from the number of words, which is LeafBlocks / n × width / 64.
+// shareWidth returns the number of bits for each share of the records of n blocks. It is the smallest width
+// that holds most and fills whole words. A reader derives it from the number of words, which is LeafBlocks /
+// n × width / 64.
 func shareWidth(most uint64, n int) int {
 	if most == 0 {
 		return 0
@@ -142,7 +155,7 @@ func shareWidth(most uint64, n int) int {
 	}
 }
 
-// appendGroup appends a group and returns its code. slot is the base of single-block records.
+// appendGroup appends a group and returns its code. slot is the smallest slot of the single-block records.
 func appendGroup(dst []uint64, es *[groupBlocks]Entry, slot uint32) (code int, out []uint64) {
 	mapped, singles := 0, true
 	for _, e := range es {
@@ -154,7 +167,7 @@ func appendGroup(dst []uint64, es *[groupBlocks]Entry, slot uint32) (code int, o
 	if mapped == 0 {
 		return 0, dst
 	}
-	if !singles || mapped <= groupMaxFew { // else all records differ, and are too many
+	if !singles || mapped <= groupMaxFew { // otherwise all records differ, and are too many
 		if code, out = appendFew(dst, es); code != 0 {
 			return code, out
 		}
@@ -179,7 +192,7 @@ func appendGroup(dst []uint64, es *[groupBlocks]Entry, slot uint32) (code int, o
 	return groupSingles, append(dst, w[:]...)
 }
 
-// appendFew appends a group of few records. Its code is 0 if there are more.
+// appendFew appends a group of at most groupMaxFew records. It returns the code 0 if there are more.
 func appendFew(dst []uint64, es *[groupBlocks]Entry) (code int, out []uint64) {
 	var few [groupMaxFew]Entry
 	n, selectors := 0, uint64(0)
@@ -187,7 +200,7 @@ func appendFew(dst []uint64, es *[groupBlocks]Entry) (code int, out []uint64) {
 		if e == 0 {
 			continue
 		}
-		e = e.WithIndex((e.Index() - i) & (groupBlocks - 1)) // what the record's blocks have in common
+		e = e.WithIndex((e.Index() - i) & (groupBlocks - 1)) // the same for all blocks of the record
 		j := n - 1
 		for j >= 0 && few[j] != e {
 			j--
@@ -213,7 +226,7 @@ func appendFew(dst []uint64, es *[groupBlocks]Entry) (code int, out []uint64) {
 
 func (p Packed) mode() int { return int(p[0] >> entryIndexAt & 3) }
 
-// body is where the changed bits end.
+// body returns the index of the word behind the changed bits.
 func (p Packed) body() int {
 	if p.mode() == changedListed {
 		return 5
@@ -221,7 +234,7 @@ func (p Packed) body() int {
 	return 1
 }
 
-// Entry returns the entry of block i.
+// Entry returns the entry of block i. i must be less than LeafBlocks.
 func (p Packed) Entry(i int) Entry {
 	at := p.body()
 	if p[0]>>63 != 0 {
@@ -232,8 +245,8 @@ func (p Packed) Entry(i int) Entry {
 	return p.groupEntry(at+1+groupOffset(codes, g), int(codes>>(4*g)&15), i%groupBlocks)
 }
 
-// groupOffset is how many words the groups before g have: their codes added up, and 3 more
-// where the code is groupEntries.
+// groupOffset returns the number of words of the groups before g: the sum of their codes, and 3 more for each
+// groupEntries.
 func groupOffset(codes uint64, g uint) int {
 	codes &= 1<<(4*g) - 1
 	const nibbles = 0x0f0f_0f0f_0f0f_0f0f
@@ -264,7 +277,7 @@ func (p Packed) groupEntry(at, code, i int) Entry {
 
 const singleBits = 48
 
-// singleAt is where the 48 bits of a single-block record begin in its group.
+// singleAt returns where the 48 bits of a single-block record begin in its group.
 func singleAt(i int) (word int, shift uint) { return i * singleBits / 64, uint(i * singleBits % 64) }
 
 func singleEntry(w *[singlesWords]uint64, i int, slot uint32) Entry {
@@ -279,8 +292,8 @@ func singleEntry(w *[singlesWords]uint64, i int, slot uint32) Entry {
 	return entrySet | Entry(slot+uint32(v>>32&0xffff))<<entrySlotAt | Entry(v&entryPlaceMask)
 }
 
-// sequenceEntry is the entry of block i: its record begins where those before it, whose shares are
-// added up, end.
+// sequenceEntry returns the entry of block i. The record of the block begins where the records before it end,
+// so their shares are added up.
 func sequenceEntry(base Entry, shares []uint64, i int) Entry {
 	n := uint(base.Blocks())
 	log := uint(bits.TrailingZeros(n))
@@ -299,7 +312,7 @@ func sequenceEntry(base Entry, shares []uint64, i int) Entry {
 	return base&^entryIndexMask + Entry(sum<<log) + Entry(share)<<entryShareAt + Entry(uint(i)&(n-1))<<entryIndexAt
 }
 
-// addFields adds up the fields of a word, 1, 2, 4 or 8 bits each.
+// addFields adds up the fields of a word, which have 1, 2, 4 or 8 bits each.
 func addFields(w uint64, width uint) uint64 {
 	const pairs, nibbles, bytes = 0x3333_3333_3333_3333, 0x0f0f_0f0f_0f0f_0f0f, 0x00ff_00ff_00ff_00ff
 	switch width {
@@ -314,7 +327,7 @@ func addFields(w uint64, width uint) uint64 {
 	return (w&bytes + w>>8&bytes) * 0x0001_0001_0001_0001 >> 48
 }
 
-// IsChanged reports the changed bit of block i.
+// IsChanged reports whether the changed bit of block i is set. i must be less than LeafBlocks.
 func (p Packed) IsChanged(i int) bool {
 	switch p.mode() {
 	case changedNone:
@@ -325,7 +338,7 @@ func (p Packed) IsChanged(i int) bool {
 	return p[1+uint(i)/64%4]>>(uint(i)%64)&1 != 0
 }
 
-// Unpack writes the leaf into l.
+// Unpack writes the whole leaf into l.
 func (p Packed) Unpack(l *Leaf) {
 	if at := p.body(); p[0]>>63 != 0 {
 		unpackSequence(Entry(p[0]), p[at:], l)

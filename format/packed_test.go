@@ -7,10 +7,12 @@ import (
 	"pgregory.net/rapid"
 )
 
-// sequentialLeaf is what one writer of whole units of n blocks makes, which compress as they like.
+// sequentialLeaf returns the leaf that one writer of whole units of n blocks makes. The units compress to any
+// length.
 func sequentialLeaf(rng *rand.Rand, n int) *Leaf { return evenLeaf(rng, n, maxShare) }
 
-// evenLeaf is the same, but the units' shares differ by less than spread.
+// evenLeaf returns a leaf like that of sequentialLeaf, but the shares of its units differ by less than
+// spread.
 func evenLeaf(rng *rand.Rand, n, spread int) *Leaf {
 	l := new(Leaf)
 	off := uint32(ChunkHeaderSize)
@@ -29,7 +31,8 @@ func evenLeaf(rng *rand.Rand, n, spread int) *Leaf {
 	return l
 }
 
-// drawPackable draws leaves of the shapes that memory keeps, and of shapes that are nearly so.
+// drawPackable draws leaves of the shapes that have a packed form of their own, and of shapes that nearly
+// have.
 func drawPackable(t *rapid.T) *Leaf {
 	rng := rand.New(rand.NewPCG(rapid.Uint64().Draw(t, "seed"), 0))
 	var l *Leaf
@@ -77,7 +80,7 @@ func TestPackedRoundTrip(t *testing.T) {
 			t.Fatal(len(p))
 		}
 		var got Leaf
-		got.Entries[0], got.Changed[0] = 1, 1 // nothing of the old may be left
+		got.Entries[0], got.Changed[0] = 1, 1 // nothing of the old content may be left
 		if p.Unpack(&got); got != *l {
 			t.Fatal("unpacks to something else")
 		}

@@ -76,7 +76,7 @@ func TestRecordRoundTrip(t *testing.T) {
 		if h.Size()%(RecordAlign*blocks) != 0 || h.Size() > MaxDataRecord || !MakeEntry(1, offset, h.Size(), blocks, 0).Valid() {
 			t.Fatal(h.Size())
 		}
-		// The salt is what docs/format.md says: the place goes before the header.
+		// The salt is as docs/format.md describes: the place comes before the header.
 		place := le.AppendUint32(le.AppendUint64(nil, chunk), offset)
 		if want := Checksum(append(place, b[4:]...)); le.Uint32(b) != want {
 			t.Fatalf("checksum %08x, want %08x", le.Uint32(b), want)
@@ -84,8 +84,8 @@ func TestRecordRoundTrip(t *testing.T) {
 	})
 }
 
-// drawLeaf draws leaves of all the shapes that writing makes: units, parts of
-// units, neighbours in the log, singles, holes.
+// drawLeaf draws leaves of all shapes that writes make: units, parts of units, neighbours in the log, single
+// blocks, holes.
 func drawLeaf(t *rapid.T) *Leaf {
 	l := new(Leaf)
 	for i := 0; i < LeafBlocks; {
@@ -123,7 +123,7 @@ func TestLeafRoundTrip(t *testing.T) {
 		l := drawLeaf(t)
 		b := AppendLeaf([]byte("before"), l)
 		var got Leaf
-		got.Entries[0], got.Changed[0] = 1, 1 // nothing of the old may be left
+		got.Entries[0], got.Changed[0] = 1, 1 // nothing of the old content may be left
 		if err := DecodeLeaf(b[6:], &got); err != nil || got != *l {
 			t.Fatal(err)
 		}
@@ -145,8 +145,7 @@ func TestChangedBits(t *testing.T) {
 	}
 }
 
-// randomLeaf is what random writes of single blocks make: no two entries have
-// anything to do with each other.
+// randomLeaf returns the leaf that random writes of single blocks make. Its entries are unrelated.
 func randomLeaf(rng *rand.Rand, slots int) *Leaf {
 	l := new(Leaf)
 	for i := range l.Entries {
@@ -166,11 +165,11 @@ func TestLeafSize(t *testing.T) {
 		most = max(most, len(AppendLeaf(nil, randomLeaf(rng, 1<<20))))
 	}
 	t.Log("random single blocks:", most)
-	// Two of these, their keys and their headers fit a page of bbolt.
+	// Two of these fit in a page of bbolt, with their keys and their headers.
 	if most > 1950 {
 		t.Errorf("%d bytes for random single blocks", most)
 	}
-	extreme := new(Leaf) // the ends of the slots in turn
+	extreme := new(Leaf) // the first and the last slot in turn
 	fragments := new(Leaf)
 	log := new(Leaf)
 	units := new(Leaf)
@@ -220,7 +219,7 @@ func TestCompressRoundTrip(t *testing.T) {
 			for range 60 {
 				src := mixed(rng, 1+rng.IntN(UnitBlocks))
 				if rng.IntN(2) == 0 {
-					clear(src[1+rng.IntN(len(src)-1):]) // which is left out
+					clear(src[1+rng.IntN(len(src)-1):]) // zeros at the end are left out
 				}
 				kept := slices.Clone(src)
 				out, codec := comp.Compress(buf, src)
@@ -266,7 +265,7 @@ func TestCompressRoundTrip(t *testing.T) {
 	}
 }
 
-// TestDecompressionBomb: a few bytes that claim, or hold, far more than a unit.
+// TestDecompressionBomb decompresses a few bytes that claim to hold, or do hold, far more than a unit.
 func TestDecompressionBomb(t *testing.T) {
 	dst := make([]byte, unitSize)
 	huge := []byte{0xff, 0xff, 0xff, 0xff, 0x0f, 0}

@@ -2,18 +2,18 @@ package format
 
 import "fmt"
 
-// Kind says what a record is.
+// Kind is the kind of a record.
 type Kind uint8
 
 // The kinds of records.
 const (
 	KindData  Kind = 1 // a unit of blocks
-	KindHole  Kind = 2 // a range of blocks that read as zeros from here on
-	KindEvent Kind = 3 // a change of the tables
-	KindMoved Kind = 4 // a unit that the cleaner copied, and whose entries stay as they are
+	KindHole  Kind = 2 // a range of blocks that read as zeros from this record on
+	KindEvent Kind = 3 // a change of the tables of volumes, snapshots and branches
+	KindMoved Kind = 4 // a unit that the cleaner copied; the entries of its blocks stay as they are
 )
 
-// String returns the kind's name.
+// String returns the kind's name: data, hole, event or moved.
 func (k Kind) String() string {
 	switch k {
 	case KindData:
@@ -28,30 +28,30 @@ func (k Kind) String() string {
 	return fmt.Sprintf("kind %d", uint8(k))
 }
 
-// HoleSize is the length of a hole record's payload.
+// HoleSize is the length in bytes of a hole record's payload.
 const HoleSize = 8
 
-// RecordHeader is the head of a record of the log.
+// RecordHeader is the header of a record of the log.
 type RecordHeader struct {
 	// Seq is the record's sequence number, from 1.
 	Seq uint64
-	// Block is the first block; 0 for an event.
+	// Block is the number of the first block, or 0 for an event.
 	Block uint64
-	// Branch is the branch whose blocks these are; 0 for an event.
+	// Branch is the branch to which the blocks belong, or 0 for an event.
 	Branch uint32
 	Kind   Kind
 	Codec  Codec
-	// Blocks is the number of blocks in a data or moved record's unit, which does not
-	// cross a multiple of UnitBlocks; 1 for the other kinds.
+	// Blocks is the number of blocks in the unit of a data or moved record, and 1 for the other kinds. A
+	// unit does not cross a multiple of UnitBlocks.
 	Blocks int
-	// PayloadLen is the length of the payload as stored.
+	// PayloadLen is the length in bytes of the payload as stored.
 	PayloadLen int
 	// PayloadCRC is the Checksum of the payload as stored.
 	PayloadCRC uint32
 }
 
-// Size returns the size of the whole record, padded so that each block of the
-// unit accounts for the same multiple of RecordAlign.
+// Size returns the size in bytes of the whole record. The record is padded so that each block of the unit
+// accounts for the same multiple of RecordAlign.
 func (h *RecordHeader) Size() int { return recordSize(h.PayloadLen, h.Blocks) }
 
 func recordSize(payloadLen, blocks int) int {
@@ -60,8 +60,8 @@ func recordSize(payloadLen, blocks int) int {
 	return n - n%align
 }
 
-// Encode writes the header to the front of dst, RecordHeaderSize bytes, for a
-// record at offset in the chunk with sequence number chunkSeq.
+// Encode writes the header to the first RecordHeaderSize bytes of dst, for a record at offset in the chunk
+// with sequence number chunkSeq. It panics if dst is shorter.
 func (h *RecordHeader) Encode(dst []byte, chunkSeq uint64, offset uint32) {
 	dst = dst[:RecordHeaderSize]
 	le.PutUint32(dst[4:], h.PayloadCRC)
@@ -73,9 +73,9 @@ func (h *RecordHeader) Encode(dst []byte, chunkSeq uint64, offset uint32) {
 	le.PutUint32(dst, saltedChecksum(chunkSeq, offset, dst[4:]))
 }
 
-// DecodeRecordHeader reads the header at the front of src, which was read at
-// offset in the chunk with sequence number chunkSeq. It accepts a header only
-// if it was written for that place and its fields are valid.
+// DecodeRecordHeader decodes the header at the front of src, which was read at offset in the chunk with
+// sequence number chunkSeq. It accepts a header only if it was written for that place and its fields are
+// valid. The error matches ErrCorrupt.
 func DecodeRecordHeader(src []byte, chunkSeq uint64, offset uint32) (RecordHeader, error) {
 	if len(src) < RecordHeaderSize {
 		return RecordHeader{}, corruptRecord(chunkSeq, offset, "%d bytes of header", len(src))
@@ -104,8 +104,9 @@ func DecodeRecordHeader(src []byte, chunkSeq uint64, offset uint32) (RecordHeade
 	return h, nil
 }
 
-// IsRecordHeader says whether the checksum at the front of src is that of a header written for that place:
-// DecodeRecordHeader for those who look for records where most likely there are none.
+// IsRecordHeader reports whether the header checksum at the front of src is that of a header written for this
+// place. It is for callers that look for records where there are most likely none, because unlike
+// DecodeRecordHeader it makes no error.
 func IsRecordHeader(src []byte, chunkSeq uint64, offset uint32) bool {
 	return len(src) >= RecordHeaderSize && saltedChecksum(chunkSeq, offset, src[4:RecordHeaderSize]) == le.Uint32(src)
 }
@@ -114,7 +115,7 @@ func corruptRecord(chunkSeq uint64, offset uint32, format string, args ...any) e
 	return corrupt(fmt.Sprintf("record at %d of chunk %d", offset, chunkSeq), format, args...)
 }
 
-// invalid names what is wrong with the header, or returns "".
+// invalid describes what is wrong with the header, or returns "".
 func (h *RecordHeader) invalid() string {
 	if h.Seq == 0 {
 		return "no sequence number"
@@ -156,7 +157,8 @@ func (h *RecordHeader) invalidData(stored int) string {
 	return ""
 }
 
-// VerifyPayload checks the payload against the header.
+// VerifyPayload returns nil if payload, as stored, has the length and the checksum in the header. Otherwise
+// it returns an error that matches ErrCorrupt.
 func (h *RecordHeader) VerifyPayload(payload []byte) error {
 	if len(payload) == h.PayloadLen && Checksum(payload) == h.PayloadCRC {
 		return nil
@@ -168,10 +170,12 @@ func (h *RecordHeader) VerifyPayload(payload []byte) error {
 	return corrupt(what, "checksum %08x, want %08x", Checksum(payload), h.PayloadCRC)
 }
 
-// EncodeHole writes a hole record's payload to the front of dst, HoleSize bytes.
+// EncodeHole writes the payload of a hole record to the first HoleSize bytes of dst. It panics if dst is
+// shorter.
 func EncodeHole(dst []byte, blocks uint64) { le.PutUint64(dst[:HoleSize], blocks) }
 
-// DecodeHole returns the number of blocks of a hole that begins at block.
+// DecodeHole decodes the payload of a hole record that begins at block. It returns the number of blocks, and
+// an error that matches ErrCorrupt if they do not lie in a volume of MaxBlocks.
 func DecodeHole(payload []byte, block uint64) (blocks uint64, err error) {
 	if len(payload) != HoleSize {
 		return 0, corrupt("hole", "%d bytes, want %d", len(payload), HoleSize)
@@ -183,23 +187,25 @@ func DecodeHole(payload []byte, block uint64) (blocks uint64, err error) {
 	return blocks, nil
 }
 
-// MovedSize is the length of what precedes the unit in the payload of a moved record.
+// MovedSize is the number of bytes before the unit in the payload of a moved record.
 const MovedSize = 16
 
-// Moved says of which record's unit a moved record is a copy: the one that From, the entry of its
-// first block, names in every leaf that has it. Mask has a bit for each block of the unit that was alive.
+// Moved says what a moved record is a copy of. From is the entry of the first block of the unit at the place
+// that the leaves name. Mask has a bit for each block of the unit that was alive, the lowest for the first
+// block.
 type Moved struct {
 	From Entry
 	Mask uint16
 }
 
-// Encode writes m to the front of dst, MovedSize bytes.
+// Encode writes m to the first MovedSize bytes of dst. It panics if dst is shorter.
 func (m Moved) Encode(dst []byte) {
 	le.PutUint64(dst, uint64(m.From))
 	le.PutUint64(dst[8:MovedSize], uint64(m.Mask))
 }
 
-// DecodeMoved reads what precedes the unit in the payload of a moved record.
+// DecodeMoved decodes the bytes before the unit in the payload of a moved record. h is the header of the
+// record. The error matches ErrCorrupt.
 func DecodeMoved(h *RecordHeader, payload []byte) (m Moved, err error) {
 	if len(payload) < MovedSize {
 		return m, corrupt("moved record", "%d bytes", len(payload))

@@ -10,7 +10,8 @@ import (
 	"time"
 )
 
-// Volume is a row of the table of volumes: a named, writable disk.
+// Volume is a row of the table of volumes: a named, writable disk. Size is a number of bytes, and
+// LogicalBlock is 512 or BlockSize. Branch is the branch to whose head the volume writes.
 type Volume struct {
 	ID           uint32    `json:"id"`
 	Name         string    `json:"name"`
@@ -22,8 +23,8 @@ type Volume struct {
 	Created      time.Time `json:"created"`
 }
 
-// Snapshot is a row of the table of snapshots: a named point of a branch.
-// Volume is 0 if the snapshot is deleted but its row is still needed.
+// Snapshot is a row of the table of snapshots: a named point of a branch. Size is the size of the volume in
+// bytes when the snapshot was taken. Volume is 0 if the snapshot is deleted and its row is still needed.
 type Snapshot struct {
 	ID      uint32    `json:"id"`
 	Volume  uint32    `json:"volume"`
@@ -34,8 +35,8 @@ type Snapshot struct {
 	Created time.Time `json:"created"`
 }
 
-// Branch is a row of the table of branches: a line of history and the point of
-// another that it began at, if any (else both are 0).
+// Branch is a row of the table of branches: a line of history, and its current epoch. Origin is the point of
+// another branch at which it began. Both origin fields are 0 if there is none.
 type Branch struct {
 	ID           uint32 `json:"id"`
 	Epoch        uint32 `json:"epoch"`
@@ -43,20 +44,20 @@ type Branch struct {
 	OriginEpoch  uint32 `json:"origin_epoch"`
 }
 
-// Checkpoint says up to which place of the log the tables are durable.
+// Checkpoint is the place in the log as of which the tables are durable: the replay position.
 type Checkpoint struct {
 	// Seq is the sequence number of the first record to replay.
 	Seq uint64 `json:"seq"`
-	// ChunkSeq and Offset are where it is, or will be.
+	// ChunkSeq and Offset say where that record is, or will be: in which chunk, and at which byte of it.
 	ChunkSeq uint64 `json:"chunk_seq"`
 	Offset   uint32 `json:"offset"`
 	// NextID is the next id of a volume, a snapshot or a branch.
 	NextID uint32 `json:"next_id"`
-	// NextChunkSeq is the chunk sequence number of the next chunk made.
+	// NextChunkSeq is the sequence number of the next chunk that is made.
 	NextChunkSeq uint64 `json:"next_chunk_seq"`
 }
 
-// ColdMark is a place in the log: everything before it was gone over by the cold pass.
+// ColdMark is a place in the log: the cold pass has gone over everything before it.
 type ColdMark struct {
 	ChunkSeq uint64 `json:"chunk_seq"`
 	Offset   uint32 `json:"offset"`
@@ -117,9 +118,9 @@ type row interface{ check() error }
 
 var errNotRow = errors.New("not a row")
 
-// AppendRow appends the encoding of a row to dst: v is a Volume, a Snapshot, a
-// Branch, a Checkpoint or a ColdMark, or a pointer to one. It refuses a row that DecodeRow
-// would reject.
+// AppendRow appends the encoding of a row to dst and returns the extended slice. v is a Volume, a Snapshot, a
+// Branch, a Checkpoint or a ColdMark, or a pointer to one. AppendRow refuses a row that DecodeRow would
+// reject, and then returns dst unchanged.
 func AppendRow(dst []byte, v any) ([]byte, error) {
 	r, ok := v.(row)
 	if !ok {
@@ -136,9 +137,9 @@ func AppendRow(dst []byte, v any) ([]byte, error) {
 	return append(dst, text...), nil
 }
 
-// DecodeRow reads an encoded row, which is all of src, into v: a pointer to a row
-// of the type it was encoded from. A field that this version does not know is an
-// error: a format with more fields has another version.
+// DecodeRow decodes a row, which is all of src, into v, a pointer to a row of the type that was encoded. A
+// field that this version does not know is an error, because a format with more fields has another version.
+// The error matches ErrCorrupt, unless v is no pointer to a row.
 func DecodeRow(src []byte, v any) error {
 	what := fmt.Sprintf("row %T", v)
 	p := reflect.ValueOf(v)
@@ -162,7 +163,7 @@ func DecodeRow(src []byte, v any) error {
 	return nil
 }
 
-// decodeJSON decodes src, which is one value of v's fields and no others.
+// decodeJSON decodes src into v. src must be one JSON value, and have no fields but those of v.
 func decodeJSON(src []byte, v any) error {
 	d := json.NewDecoder(bytes.NewReader(src))
 	d.DisallowUnknownFields()
@@ -175,20 +176,19 @@ func decodeJSON(src []byte, v any) error {
 	return nil
 }
 
-// Chunk is a row of the table of chunks: what the log file in a slot is and how
-// much of it is in use.
+// Chunk is a row of the table of chunks: which chunk is in a slot, and how much of it is alive.
 type Chunk struct {
-	// Slot is the row's key.
+	// Slot is the slot of the chunk, which is the row's key.
 	Slot uint32
 	// Seq is the chunk sequence number.
 	Seq uint64
-	// End is where the records end.
+	// End is the offset at which the records end.
 	End uint32
-	// Live is the number of live bytes.
+	// Live is the number of live bytes. It is at most End.
 	Live uint32
 }
 
-// ChunkRowSize is the size of an encoded Chunk.
+// ChunkRowSize is the size in bytes of an encoded Chunk.
 const ChunkRowSize = 20
 
 // Encode returns the encoding of the row, without its slot.
@@ -201,7 +201,7 @@ func (c *Chunk) Encode() [ChunkRowSize]byte {
 	return b
 }
 
-// DecodeChunk reads the row of the chunk in slot.
+// DecodeChunk decodes the row of the chunk in slot, which is all of src. The error matches ErrCorrupt.
 func DecodeChunk(slot uint32, src []byte) (Chunk, error) {
 	what := fmt.Sprintf("row of chunk slot %08x", slot)
 	if len(src) != ChunkRowSize {

@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// halfBlock is a block that compresses to about a half.
+// halfBlock returns a unit that compresses to about half of its size.
 func halfBlock(blocks int) []byte {
 	rng := rand.New(rand.NewPCG(9, 9))
 	p := make([]byte, blocks*BlockSize)
@@ -17,7 +17,7 @@ func halfBlock(blocks int) []byte {
 	return p
 }
 
-// TestHotPathsDoNotAllocate covers what runs for each block written or read.
+// TestHotPathsDoNotAllocate covers the code that runs for each block that is written or read.
 func TestHotPathsDoNotAllocate(t *testing.T) {
 	src, dst := halfBlock(1), make([]byte, BlockSize)
 	comp, err := NewCompressor(S2, 0)

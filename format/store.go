@@ -9,10 +9,9 @@ import (
 )
 
 var (
-	// ErrName is matched by CheckName's errors.
+	// ErrName is matched by the errors of CheckName.
 	ErrName = errors.New("invalid name")
-	// ErrNotStore is matched by DecodeStoreInfo's error about a file that is
-	// not a store's.
+	// ErrNotStore is matched by the error of DecodeStoreInfo for a file that does not belong to a store.
 	ErrNotStore = errors.New("not a vdisk store")
 )
 
@@ -21,8 +20,8 @@ const (
 	storeFormat = "vdisk store"
 )
 
-// CheckName checks the name of a volume or a snapshot: a letter or digit, then
-// at most 62 letters, digits, dots, underscores and hyphens.
+// CheckName returns nil if s can be the name of a volume or a snapshot: an ASCII letter or digit, then at
+// most 62 letters, digits, dots, underscores and hyphens. Otherwise it returns an error that matches ErrName.
 func CheckName(s string) error {
 	if len(s) == 0 || len(s) > maxName {
 		return fmt.Errorf("%w: it has %d bytes, not 1 to %d", ErrName, len(s), maxName)
@@ -32,7 +31,7 @@ func CheckName(s string) error {
 		if alnum || i > 0 && (c == '.' || c == '_' || c == '-') {
 			continue
 		}
-		return fmt.Errorf("%w: %q at byte %d of %q", ErrName, c, i, s) // a rune, not one of its bytes
+		return fmt.Errorf("%w: %q at byte %d of %q", ErrName, c, i, s) // the whole rune, not one of its bytes
 	}
 	return nil
 }
@@ -45,12 +44,12 @@ type StoreInfo struct {
 	Created time.Time `json:"created"`
 }
 
-// NewStoreInfo returns the info of a store of this version.
+// NewStoreInfo returns the info of a new store of version StoreVersion.
 func NewStoreInfo(uuid [16]byte, created time.Time) StoreInfo {
 	return StoreInfo{Format: storeFormat, Version: StoreVersion, UUID: formatUUID(uuid), Created: created}
 }
 
-// ID returns the store's UUID as the chunk headers have it.
+// ID returns the store's UUID in the form that chunk headers hold. The error matches ErrCorrupt.
 func (s *StoreInfo) ID() ([16]byte, error) {
 	var id [16]byte
 	raw := make([]byte, 0, 32)
@@ -81,10 +80,11 @@ func (s *StoreInfo) Encode() ([]byte, error) {
 	return append(text, '\n'), nil
 }
 
-// DecodeStoreInfo reads the content of the file. The error matches ErrNotStore
-// if the file is not a store's, ErrVersion if the store is of a later version.
+// DecodeStoreInfo decodes the content of the file, which is all of src. The error matches ErrNotStore if the
+// file does not belong to a store, ErrVersion if the store is of a later version, and ErrCorrupt if it is
+// damaged.
 func DecodeStoreInfo(src []byte) (StoreInfo, error) {
-	// A later version may have other fields: look at these two first.
+	// A later version may have other fields, so look at these two first.
 	var head struct {
 		Format  string `json:"format"`
 		Version int    `json:"version"`

@@ -1,41 +1,41 @@
 package format
 
-// A chunk's summary (docs/format.md, Summary): an entry for each of its records, in order, and
-// then the footer, with which the file ends.
+// A chunk's summary has an entry for each of its records, in order, and then the footer, with which the file
+// ends (docs/format.md, Summary).
 const (
-	// SummaryEntrySize is the size of a record's entry.
+	// SummaryEntrySize is the size in bytes of the entry of one record.
 	SummaryEntrySize = 12
-	// SummaryFooterSize is the size of the footer.
+	// SummaryFooterSize is the size in bytes of the footer.
 	SummaryFooterSize = 64
 
 	summaryMagic     = "VDISKSUM"
-	summaryFooterEnd = 40 // what the footer uses; the rest is zero
+	summaryFooterEnd = 40 // where the zeros begin
 
-	// The bits of an entry's first 8 bytes, from the lowest: the first block (for an event, the
-	// length of the payload), blocks - 1, kind, and then the size of a data or moved record / 16 / blocks
-	// or the number of blocks of a hole.
+	// The bits of an entry's first 8 bytes, from the lowest. They begin with the first block, or with the
+	// length of an event's payload. Blocks - 1 and the kind follow. The last are the share of a data or
+	// moved record, in units of RecordAlign, or the number of blocks of a hole.
 	summaryBlocksAt = 40
 	summaryKindAt   = 44
 	summaryCountAt  = 48
 )
 
-// SummaryFooter says what a chunk's summary is about.
+// SummaryFooter is the footer of a summary. It says which records the summary lists.
 type SummaryFooter struct {
 	// FirstSeq is the sequence number of the chunk's first record.
 	FirstSeq uint64
-	// Records is the number of records, and so of entries.
+	// Records is the number of records, and so of entries. It is at least 1.
 	Records int
-	// End is where the last record ends in the chunk.
+	// End is the offset in the chunk at which the last record ends.
 	End uint32
 	// EntriesCRC is the Checksum of the entries.
 	EntriesCRC uint32
 }
 
-// Size returns the size of the summary: the entries and the footer.
+// Size returns the size of the summary in bytes: the entries and the footer.
 func (f *SummaryFooter) Size() int { return f.Records*SummaryEntrySize + SummaryFooterSize }
 
-// Encode writes the footer to the front of dst, SummaryFooterSize bytes, for a summary that ends
-// at end in the chunk with sequence number chunkSeq.
+// Encode writes the footer to the first SummaryFooterSize bytes of dst. The summary ends at the offset end,
+// where the file ends, in the chunk with sequence number chunkSeq. Encode panics if dst is shorter.
 func (f *SummaryFooter) Encode(dst []byte, chunkSeq uint64, end uint32) {
 	dst = dst[:SummaryFooterSize]
 	clear(dst)
@@ -48,8 +48,8 @@ func (f *SummaryFooter) Encode(dst []byte, chunkSeq uint64, end uint32) {
 	le.PutUint32(dst, saltedChecksum(chunkSeq, end, dst[4:summaryFooterEnd]))
 }
 
-// DecodeSummaryFooter reads the footer at the front of src, the last bytes of a file of end bytes that
-// is the chunk with sequence number chunkSeq.
+// DecodeSummaryFooter decodes the footer at the front of src, which are the last bytes of a file of end
+// bytes. The file is the chunk with sequence number chunkSeq. The error matches ErrCorrupt or ErrVersion.
 func DecodeSummaryFooter(src []byte, chunkSeq uint64, end uint32) (SummaryFooter, error) {
 	const what = "summary"
 	var f SummaryFooter
@@ -75,7 +75,8 @@ func DecodeSummaryFooter(src []byte, chunkSeq uint64, end uint32) (SummaryFooter
 	return f, nil
 }
 
-// VerifyEntries checks the entries, which lie right before the footer, against it.
+// VerifyEntries returns nil if entries, which lie right before the footer, have the length and the checksum
+// in the footer. Otherwise it returns an error that matches ErrCorrupt.
 func (f *SummaryFooter) VerifyEntries(entries []byte) error {
 	if len(entries) != f.Records*SummaryEntrySize {
 		return corrupt("summary", "%d bytes of entries of %d records", len(entries), f.Records)
@@ -86,8 +87,8 @@ func (f *SummaryFooter) VerifyEntries(entries []byte) error {
 	return nil
 }
 
-// AppendSummary appends a record's entry to dst. holeBlocks is the number of blocks of a hole, at
-// most LeafBlocks.
+// AppendSummary appends the entry of a record to dst and returns the extended slice. holeBlocks is the number
+// of blocks of a hole, at most LeafBlocks. It is not used for other kinds.
 func AppendSummary(dst []byte, h *RecordHeader, holeBlocks int) []byte {
 	w := h.Block
 	switch h.Kind {
@@ -102,16 +103,17 @@ func AppendSummary(dst []byte, h *RecordHeader, holeBlocks int) []byte {
 	return le.AppendUint32(le.AppendUint64(dst, w), h.Branch)
 }
 
-// SummaryEntry is what a summary says of a record: what a replay needs.
+// SummaryEntry is what a replay needs to know of one record.
 type SummaryEntry struct {
 	Kind   Kind
 	Branch uint32
-	Block  uint64 // the first
-	Blocks int    // of the unit or the hole; 1 for an event
-	Size   int    // of the whole record
+	Block  uint64 // the first block; 0 for an event
+	Blocks int    // the number of blocks of the unit or the hole; 1 for an event
+	Size   int    // the size of the whole record in bytes
 }
 
-// DecodeSummaryEntry reads the entry at the front of src, SummaryEntrySize bytes.
+// DecodeSummaryEntry decodes the entry at the front of src. The error matches ErrCorrupt. It panics if src
+// has less than SummaryEntrySize bytes.
 func DecodeSummaryEntry(src []byte) (SummaryEntry, error) {
 	w := le.Uint64(src)
 	n := int(w>>summaryBlocksAt&(UnitBlocks-1)) + 1
