@@ -1,15 +1,3 @@
-// Package metadata is the durable allocation table of a store: a bbolt file
-// that holds the volumes, snapshots and branches, every version of every leaf,
-// and the accounting of the chunks, all as of one place in the log.
-//
-// It is a checkpoint, never on the path of a write: the engine changes memory
-// and the log, and brings this table up to date now and then, in one
-// transaction a checkpoint (Update). What the buckets and keys are is in
-// docs/format.md, The table; the bytes of the values are package format's.
-//
-// bbolt checks its two meta pages only and panics on other damage, or faults
-// when its file was cut. Every method here turns both into an error that
-// matches format.ErrCorrupt.
 package metadata
 
 import (
@@ -33,7 +21,7 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// ErrLocked says that another process has the file open.
+// ErrLocked is matched by the error of Open when another process has the file open.
 var ErrLocked = errors.New("metadata: the table is open in another process")
 
 var (
@@ -50,60 +38,76 @@ var (
 	keyCheckpoint = []byte("checkpoint")
 	keySum        = []byte("sum")
 	keyCold       = []byte("cold")
-	keyStore      = []byte("uuid") // of the store
+	keyStore      = []byte("uuid") // the store's id
 )
 
-// A commit that outgrows the mapping waits for every reader, a Check among them, and every new reader waits for it:
-// those that hold a lock which another reader wants wait for ever. So the mapping starts larger than any table gets; it
-// costs address space only. The second is for systems that do not have that much.
+// initialMmaps are the sizes in bytes of the mapping that bbolt starts with. A commit that outgrows the
+// mapping waits for every reader, a Check among them, and every new reader waits for that commit. Readers
+// that hold a lock which another reader wants would then wait for ever. So the mapping is larger from the
+// start than any table becomes. It costs address space only. The second size is for systems that do not have
+// that much.
 var initialMmaps = [2]int{1 << 40, 64 << 30}
 
-// Options are for Open.
+// Options are the options of Open.
 type Options struct {
-	In      *storage.Folder // the directory of the table, which stays the caller's; nil: whatever has its path
-	Timeout time.Duration   // how long to wait for bbolt's file lock; 0 is the shortest wait there is
-	NoSync  bool            // tests only: commit without fdatasync
-	Create  bool            // make an empty table where there is none; else that is damage, and so is an empty file
-	Store   [16]byte        // the table is of this store, or of one that it does not name; zero: of any
+	// In is the directory of the table. It stays the caller's, who closes it after the DB. If it is nil,
+	// Open opens the directory of the path.
+	In *storage.Folder
+	// Timeout bounds the wait for bbolt's file lock. 0 is the shortest wait there is.
+	Timeout time.Duration
+	// NoSync commits without fdatasync. It is for tests only.
+	NoSync bool
+	// Create makes an empty table if there is none. Without it, a missing or empty file is damage.
+	Create bool
+	// Store is the id of the store that the table must belong to. A table that does not name its store is
+	// accepted. Zero accepts the table of any store.
+	Store [16]byte
 
-	// ReadOnly opens the table to be read, and changes nothing, not even the note of how it was left.
+	// ReadOnly opens the table for reading only. Nothing is changed then, not even the note of how the
+	// table was left.
 	ReadOnly bool
 
-	// Allocate gives the file blocks of its own from one size up to another, which becomes its size. An error, for
-	// want of room above all, leaves the table as it is. Default: the package's Allocate.
+	// Allocate gives the file blocks of its own from one size in bytes up to another, which becomes the
+	// file's size. If it returns an error, as it does above all when the disk is full, the table stays as
+	// it is. The default is the function Allocate of this package.
 	Allocate func(f *os.File, from, to int64) error
 }
 
-// DB is an open table. Its methods may be called concurrently; Updates come one
-// after the other, and many readers beside them.
+// DB is an open table. Its methods may be called concurrently, and none after Close. Updates run one after
+// the other, and any number of readers run beside them.
 type DB struct {
 	b           *bbolt.DB
-	f           *os.File // b's
+	f           *os.File // the file of b
 	at          place
-	read        atomic.Int64 // leaves, since pages were given back
+	read        atomic.Int64 // leaves that were read since pages were given back
 	room        room
 	closeFolder func() error // nil: the folder is the caller's
 	verified    bool         // the file is the one that the last owner left in this boot
 	store       [16]byte     // Options.Store
 
-	updating sync.Mutex // one Update at a time
-	failed   error      // of a commit: what is on the disk is not known any more; guarded by updating
-	adopted  bool       // Adopt has been called; guarded by updating
-	named    bool       // the table says whose it is; guarded by updating
-	seq      uint64     // of its checkpoint; guarded by updating
+	updating sync.Mutex // one Update at a time; guards the fields up to seq
+	failed   error      // a commit failed with this error, and what is on the disk is not known any more
+	adopted  bool       // Adopt has been called
+	named    bool       // the table names its store
+	seq      uint64     // the sequence number of the table's checkpoint
 
 	noting sync.Mutex // taken after updating
-	note   *note      // nil: what this process does to the table, the next opening verifies; guarded by noting
+	note   *note      // nil: the next opening verifies what this process writes; guarded by noting
 }
 
-// place is where a table is: its file and its note are opened by name in their directory, and never through a link.
+// place is where a table is. The table's file and its note are opened by name in their directory, and never
+// through a symbolic link.
 type place struct {
 	in   *storage.Folder
 	name string
 }
 
-// Open opens the table at path. It changes nothing: that a table is proved to be sound does not say that it is the
-// right one. What there is to do before the first Update, Adopt does.
+// Open opens the table at path. It changes nothing, unless Options.Create is set: a table that is proved to
+// be sound may still be the wrong one, so the caller looks at it first. Adopt then makes the changes that are
+// needed before the first Update. With Options.Create, Open calls Adopt itself.
+//
+// The error matches ErrLocked if another process has the file open. It matches format.ErrCorrupt if the table
+// is missing, damaged, of another store, or older than the one that its last owner left.
 func Open(path string, o Options) (*DB, error) {
 	at := place{o.In, filepath.Base(path)}
 	if at.in == nil {
@@ -126,7 +130,7 @@ func Open(path string, o Options) (*DB, error) {
 func openAt(at place, o Options) (db *DB, err error) {
 	defer guard(&err)()
 	if o.Timeout <= 0 {
-		o.Timeout = time.Millisecond // bbolt takes 0 for "for ever"
+		o.Timeout = time.Millisecond // bbolt would wait for ever with 0
 	}
 	path := at.in.Join(at.name)
 	noted, verified := readNote(at)
@@ -169,11 +173,11 @@ func openAt(at place, o Options) (db *DB, err error) {
 	if err != nil {
 		return nil, errors.Join(err, b.Close())
 	}
-	// Of a table without a list of its free pages, as older programs left them, bbolt has looked at all pages.
+	// bbolt has read all pages of a table without a list of its free pages, as older programs left them.
 	return db, db.View(func(tx *Tx) error { tx.giveBack(); return nil })
 }
 
-// isTable refuses what bbolt would make a new table of, unless that is wanted.
+// isTable refuses a file that bbolt would make a new table of, unless the caller wants a new one.
 func isTable(at place, create bool) error {
 	st, err := at.in.Lstat(at.name)
 	switch {
@@ -183,15 +187,15 @@ func isTable(at place, create bool) error {
 		return damaged("the file %s is missing", at.in.Join(at.name))
 	case err != nil:
 		return fmt.Errorf("open the table: %w", err)
-	case st.Mode&unix.S_IFMT == unix.S_IFREG && st.Size == 0: // what is no file is refused when it is opened
+	case st.Mode&unix.S_IFMT == unix.S_IFREG && st.Size == 0: // other kinds of file are refused at opening
 		return damaged("the file %s is empty", at.in.Join(at.name))
 	}
 	return nil
 }
 
-// identify looks at what a table says of itself: whose it is, and as of what. noted is the checkpoint that the last
-// owner's note has; 0: none is known. A commit is durable before the note has it, so an older table is one that
-// somebody has put there.
+// identify verifies that the table belongs to the right store and is not an older one. noted is the
+// checkpoint in the note of the last owner, or 0 if none is known. A commit is durable before the note has
+// its checkpoint, so an older table is one that somebody has put there.
 func (d *DB) identify(noted uint64) error {
 	return d.View(func(tx *Tx) error {
 		for _, name := range firstBuckets {
@@ -219,11 +223,12 @@ func (d *DB) identify(noted uint64) error {
 	})
 }
 
-// Verified reports whether the table is the one that the last owner left, in this boot.
+// Verified reports whether Open took the table as verified, because it is the one that the last owner left in
+// this boot.
 func (d *DB) Verified() bool { return d.verified }
 
-// Adopt makes the table this process's, which is sure by now that it is the right one: it makes what an older program
-// had not yet, and leaves a note for the next owner. The first Update does, too.
+// Adopt makes the table this process's. The caller has made sure that it is the right table. Adopt adds what
+// an older program had not made yet, and leaves a note for the next owner. The first Update does the same.
 func (d *DB) Adopt() error {
 	d.updating.Lock()
 	defer d.updating.Unlock()
@@ -249,7 +254,7 @@ func (d *DB) adopt() (err error) {
 	return nil
 }
 
-// openTable opens the table with bbolt. *file is the one that bbolt uses.
+// openTable opens the table with bbolt. It sets *file to the file that bbolt uses.
 func openTable(at place, o Options, file **os.File) (b *bbolt.DB, err error) {
 	for _, mmap := range initialMmaps {
 		b, err = bbolt.Open(at.in.Join(at.name), 0o600, &bbolt.Options{
@@ -257,7 +262,7 @@ func openTable(at place, o Options, file **os.File) (b *bbolt.DB, err error) {
 			NoSync:          o.NoSync,
 			ReadOnly:        o.ReadOnly,
 			NoGrowSync:      o.NoSync,
-			NoFreelistSync:  false, // without, opening reads all pages to find the free ones
+			NoFreelistSync:  false, // without the list, opening reads all pages to find the free ones
 			FreelistType:    bbolt.FreelistMapType,
 			InitialMmapSize: mmap,
 			OpenFile: func(_ string, flags int, _ os.FileMode) (f *os.File, err error) {
@@ -272,10 +277,10 @@ func openTable(at place, o Options, file **os.File) (b *bbolt.DB, err error) {
 	return b, err
 }
 
-// firstBuckets are those that every table has.
+// firstBuckets are the buckets that every table has.
 var firstBuckets = [][]byte{bucketStore, bucketVolumes, bucketSnapshots, bucketBranches, bucketLeaves, bucketChanges, bucketChunks}
 
-// made refuses a table that lacks what Adopt makes.
+// made refuses a table that lacks a bucket which Adopt would make.
 func (d *DB) made(path string) error {
 	missing, err := d.missingBuckets()
 	if err == nil && len(missing) > 0 {
@@ -296,7 +301,7 @@ func (d *DB) missingBuckets() (missing [][]byte, err error) {
 	return missing, err
 }
 
-// makeBuckets makes those that are not there, in a table that is new or of an older version.
+// makeBuckets makes the buckets that are missing, in a table that is new or of an older version.
 func (d *DB) makeBuckets() error {
 	missing, err := d.missingBuckets()
 	if err != nil || len(missing) == 0 {
@@ -313,7 +318,7 @@ func (d *DB) makeBuckets() error {
 	return errors.Join(err, d.measure())
 }
 
-// Close waits for the readers and closes the file.
+// Close waits for the readers and closes the file. The DB must not be used afterwards.
 func (d *DB) Close() error {
 	err := d.b.Close()
 	if d.note != nil {
@@ -325,15 +330,20 @@ func (d *DB) Close() error {
 	return err
 }
 
-// Pages returns what proves that the pages of the table's file hang together and that no row is missing, as Open
-// does, in the state that the table has now. No Update may run meanwhile, but beside the proof, as long as a
-// transaction of now is open: bbolt leaves the pages that such a one sees alone, and the list of free pages with
-// them. It takes no file descriptor: there may be none left.
+// Pages returns a function that verifies the table in its present state, as Open does: that the pages form
+// trees, and that no row is missing. An error about damage matches format.ErrCorrupt.
+//
+// No Update may run during the call of Pages. check may run beside Updates as long as a transaction that was
+// begun in the same state is open: bbolt does not overwrite the pages that such a transaction sees, nor the
+// list of free pages. check may be called once. It opens no file, because there may be no file descriptor
+// left.
 func (d *DB) Pages() (check func() error, err error) { return pagesOf(d.f) }
 
-// Update runs fn in a read-write transaction and commits it; on an error
-// nothing changes. When Update returns nil, the changes are durable. After an error of the commit that does not match
-// ErrUnwritten there may be no other Update. fn may be run more than once.
+// Update runs fn in a read-write transaction and commits it. When Update returns nil, the changes are
+// durable. If fn returns an error, nothing changes. fn may run more than once.
+//
+// If the error matches ErrUnwritten, nothing has changed, and the Update may be tried again. After any other
+// error of the commit, every later Update returns that error.
 func (d *DB) Update(fn func(*Tx) error) error {
 	d.updating.Lock()
 	defer d.updating.Unlock()
@@ -351,7 +361,7 @@ func (d *DB) Update(fn func(*Tx) error) error {
 		d.note.last.Checkpoint = d.seq
 	}
 	if d.note != nil && (err != nil && !errors.Is(err, ErrUnwritten) || d.note.end() != nil) {
-		// Perhaps a sync has failed, and what the next owner would read is not what is on the disk.
+		// A sync may have failed. Then the next owner would read pages that are not on the disk.
 		d.unverify()
 	}
 	d.noting.Unlock()
@@ -361,7 +371,7 @@ func (d *DB) Update(fn func(*Tx) error) error {
 	return err
 }
 
-// unverify is called with noting held.
+// unverify removes the note. noting is held.
 func (d *DB) unverify() {
 	d.note.drop()
 	d.note = nil
@@ -393,14 +403,15 @@ func (d *DB) update(fn func(*Tx) error) (err error) {
 	return err
 }
 
-// View runs fn in a read-only transaction: one state, whatever is committed
-// meanwhile. A long one makes the file grow, since no page it sees is reused.
+// View runs fn in a read-only transaction. fn sees one state, whatever is committed meanwhile. A long
+// transaction makes the file grow, because no page that it sees is reused. The error matches
+// format.ErrCorrupt if fn meets a damaged page.
 func (d *DB) View(fn func(*Tx) error) (err error) {
 	defer guard(&err)()
 	return d.b.View(func(tx *bbolt.Tx) error { return fn(&Tx{tx: tx, db: d}) })
 }
 
-// Begin starts a read-only transaction that the caller ends with Tx.Close.
+// Begin starts a read-only transaction. The caller ends it with Tx.Close, and uses it in Guard.
 func (d *DB) Begin() (tx *Tx, err error) {
 	defer guard(&err)()
 	t, err := d.b.Begin(false)
@@ -410,15 +421,15 @@ func (d *DB) Begin() (tx *Tx, err error) {
 	return &Tx{tx: t, db: d}, nil
 }
 
-// Guard runs fn, which uses a transaction of Begin, and turns a panic over a
-// damaged page into an error.
+// Guard runs fn, which uses a transaction of Begin. It turns a panic or a memory fault over a damaged page
+// into an error that matches format.ErrCorrupt.
 func Guard(fn func() error) (err error) {
 	defer guard(&err)()
 	return fn()
 }
 
-// guard turns a panic or a memory fault of bbolt over damaged pages into an
-// error. SetPanicOnFault is a setting of the calling goroutine.
+// guard returns the function to defer that turns a panic or a memory fault of bbolt over damaged pages into
+// an error. SetPanicOnFault is a setting of the calling goroutine.
 func guard(err *error) func() {
 	old := debug.SetPanicOnFault(true)
 	return func() {
@@ -429,22 +440,23 @@ func guard(err *error) func() {
 	}
 }
 
-// Tx is a transaction.
+// Tx is a transaction. One goroutine at a time may use it. Methods that put or drop need a transaction of
+// DB.Update. An error that is about damage matches format.ErrCorrupt.
 type Tx struct {
 	tx      *bbolt.Tx
 	db      *DB
-	leaves  *bbolt.Cursor // for Leaf, once it was needed
-	sum     sum           // of an Update
-	recount bool          // a damaged value was replaced: sum is not to be trusted
-	seq     uint64        // of the checkpoint that was put; 0: none was
+	leaves  *bbolt.Cursor // the cursor of Leaf, from its first use
+	sum     sum           // the table's sum with the changes of this Update
+	recount bool          // a damaged value was replaced, so sum is wrong
+	seq     uint64        // the sequence number of the checkpoint that was put; 0: none was
 }
 
-// Close ends a transaction of Begin.
+// Close ends a transaction of Begin. A transaction of Update or View ends by itself.
 func (t *Tx) Close() error { return t.tx.Rollback() }
 
 func id(n uint32) []byte { return binary.BigEndian.AppendUint32(nil, n) }
 
-// bucket returns a bucket, which Open has made.
+// bucket returns a bucket. Adopt has made all of them, so a missing one is damage.
 func (t *Tx) bucket(name []byte) (*bbolt.Bucket, error) {
 	b := t.tx.Bucket(name)
 	if b == nil {

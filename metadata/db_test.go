@@ -29,7 +29,7 @@ func open(t testing.TB, path string) *DB {
 	return db
 }
 
-// memoryDir is a directory in memory where there is one.
+// memoryDir returns a directory in memory, if there is one.
 func memoryDir(t testing.TB) string {
 	dir, err := os.MkdirTemp("/dev/shm", "vdisk-metadata-")
 	if err != nil {
@@ -46,7 +46,7 @@ func must(t testing.TB, err error) {
 	}
 }
 
-// leafOf makes a leaf that tells versions apart.
+// leafOf makes a leaf that differs from those of other versions.
 func leafOf(n uint32) *format.Leaf {
 	var l format.Leaf
 	for i := range int(n%format.LeafBlocks) + 1 {
@@ -56,8 +56,8 @@ func leafOf(n uint32) *format.Leaf {
 	return &l
 }
 
-// TestVersionsAsAMap compares the leaves with a plain map: what the newest version is, which leaves there
-// are, which changed when, over commits, aborts and reopening.
+// TestVersionsAsAMap compares the leaves with a plain map, over commits, aborts and reopening: which version
+// is the newest, which leaves there are, and which changed when.
 func TestVersionsAsAMap(t *testing.T) {
 	dir := memoryDir(t)
 	n := 0
@@ -252,8 +252,8 @@ func TestLocked(t *testing.T) {
 	must(t, db.Close())
 }
 
-// TestDamage flips bits, cuts, and puts pages in the place of others. Whatever opens must
-// hold exactly what it held; the rest is an error, and never a panic.
+// TestDamage flips bits, cuts the file, and copies pages over others. A table that still opens must hold
+// exactly what it held. The rest is an error, and never a panic.
 func TestDamage(t *testing.T) {
 	dir := memoryDir(t)
 	path := filepath.Join(dir, "t")
@@ -269,7 +269,7 @@ func TestDamage(t *testing.T) {
 		switch at := rng.IntN(len(bad)); {
 		case i%8 == 0:
 			bad = bad[:at]
-		case i%8 == 1: // a page that was lost and another that was found
+		case i%8 == 1: // one page in the place of another
 			n := len(bad) / 4096
 			copy(bad[rng.IntN(n)*4096:][:4096], bad[rng.IntN(n)*4096:][:4096])
 		case i%8 == 2:
@@ -283,7 +283,7 @@ func TestDamage(t *testing.T) {
 		got, err := dump(p)
 		switch {
 		case err == nil && got != want && !bytes.Equal(bad[:8192], whole[:8192]):
-			// One of the meta pages is gone: what the other names is the state before.
+			// One of the meta pages is gone. The other names the state before.
 		case err == nil && got != want:
 			t.Errorf("damage %d: it opens and holds something else", i)
 		case err == nil:
@@ -295,7 +295,7 @@ func TestDamage(t *testing.T) {
 	t.Logf("%d damages, %d tables as they were", damages, opened)
 }
 
-// dump is everything that a table holds.
+// dump returns everything that a table holds.
 func dump(path string) (text string, err error) {
 	db, err := Open(path, Options{NoSync: true})
 	if err != nil {
@@ -316,7 +316,7 @@ func dump(path string) (text string, err error) {
 	return text, err
 }
 
-// FuzzCheckPages hands arbitrary files to the check that stands before bbolt.
+// FuzzCheckPages hands arbitrary files to the verification that comes before bbolt.
 func FuzzCheckPages(f *testing.F) {
 	path := filepath.Join(f.TempDir(), "t")
 	filled(f, path)
@@ -334,8 +334,9 @@ func FuzzCheckPages(f *testing.F) {
 	})
 }
 
-// The table of 64 TiB of blocks written at random, with as much again for snapshots, fits into its mapping: a commit
-// that has to make it larger would wait for all readers. Where there is not so much address space it is smaller.
+// TestMappingIsLargeEnough holds the mapping to be large enough for the table of 64 TiB of blocks written at
+// random, with as much again for snapshots. A commit that has to make the mapping larger would wait for all
+// readers. On systems with less address space the mapping is smaller.
 func TestMappingIsLargeEnough(t *testing.T) {
 	mapped := func() (size uint64) {
 		path := filepath.Join(t.TempDir(), "t")
@@ -357,7 +358,7 @@ func TestMappingIsLargeEnough(t *testing.T) {
 	if n := mapped(); n < 2*leaves*4096/2 {
 		t.Errorf("%d bytes are mapped", n)
 	}
-	if raceEnabled { // which takes address space by itself
+	if raceEnabled { // the race detector takes address space itself
 		return
 	}
 	var old unix.Rlimit

@@ -7,10 +7,10 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// Region names a part of a chunk, format.ForwardRegion bytes long, of which records have been moved.
+// Region names a part of a chunk, format.ForwardRegion bytes long, from which records have been moved.
 type Region struct {
-	Slot   uint32
-	Number uint16 // of the region in the chunk
+	Slot   uint32 // the slot of the chunk
+	Number uint16 // the number of the region in the chunk: offset / format.ForwardRegion
 }
 
 func (r Region) key() (k [6]byte) {
@@ -19,7 +19,8 @@ func (r Region) key() (k [6]byte) {
 	return k
 }
 
-// Forwards returns where the records of a region have been moved; nil: none has.
+// Forwards returns where the moved records of a region are, in the order of their offsets. It returns nil if
+// the region has none.
 func (t *Tx) Forwards(r Region) ([]format.Forward, error) {
 	b, err := t.bucket(bucketForwards)
 	if err != nil {
@@ -37,19 +38,20 @@ func (t *Tx) Forwards(r Region) ([]format.Forward, error) {
 	return fs, nil
 }
 
-// PutForwards stores them, format.AppendForwards of one or more.
+// PutForwards stores the forwards of a region, one or more. value is their encoding (format.AppendForwards).
 func (t *Tx) PutForwards(r Region, value []byte) error {
 	k := r.key()
 	return t.set(bucketForwards, k[:], value)
 }
 
-// DropForwards removes them; none is no error.
+// DropForwards removes the forwards of a region. It is no error if there are none.
 func (t *Tx) DropForwards(r Region) error {
 	k := r.key()
 	return t.drop(bucketForwards, k[:])
 }
 
-// EachRegion calls fn for every region that has forwards, by slot and number; bad is what is wrong with it.
+// EachRegion calls fn for every region that has forwards, in the order of slot and number. If a region is
+// damaged, fn gets the damage as bad. EachRegion stops at the first error that fn returns, and returns it.
 func (t *Tx) EachRegion(fn func(r Region, fs []format.Forward, bad error) error) error {
 	b, err := t.bucket(bucketForwards)
 	if err != nil {
@@ -65,18 +67,18 @@ func (t *Tx) EachRegion(fn func(r Region, fs []format.Forward, bad error) error)
 	})
 }
 
-// PutForwarded stores the row of a chunk of which blocks have been moved.
+// PutForwarded stores the row of a chunk from which blocks have been moved.
 func (t *Tx) PutForwarded(r *format.Forwarded) error {
 	v := r.Encode()
 	return t.set(bucketForwarded, id(r.Slot), v[:])
 }
 
-// DropForwarded removes the row of a slot; none is no error.
+// DropForwarded removes the row of a slot. It is no error if there is none.
 func (t *Tx) DropForwarded(slot uint32) error { return t.drop(bucketForwarded, id(slot)) }
 
 func (t *Tx) forwarded(out *[]format.Forwarded) error {
 	if t.tx.Bucket(bucketForwarded) == nil {
-		return nil // of an older version, and not adopted yet
+		return nil // the table is of an older version, and not adopted yet
 	}
 	b, err := t.bucket(bucketForwarded)
 	if err != nil {

@@ -8,13 +8,14 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// Version names one version of one leaf.
+// Version names one version of one leaf: the leaf of a branch as of the end of an epoch. Leaf is the number
+// of the leaf: block / format.LeafBlocks.
 type Version struct {
 	Branch, Leaf, Epoch uint32
 }
 
-// A leaf's key inverts the epoch, so that a seek to (branch, leaf, epoch)
-// lands on the newest version at or before it.
+// key returns the key of the version in the leaves bucket. It inverts the epoch, so that a seek to (branch,
+// leaf, epoch) lands on the newest version at or before that epoch.
 func (v Version) key() (k [12]byte) {
 	binary.BigEndian.PutUint32(k[0:], v.Branch)
 	binary.BigEndian.PutUint32(k[4:], v.Leaf)
@@ -36,11 +37,10 @@ func parseKey(k []byte) (Version, error) {
 	return Version{binary.BigEndian.Uint32(k), binary.BigEndian.Uint32(k[4:]), ^binary.BigEndian.Uint32(k[8:])}, nil
 }
 
-// Leaf decodes into l the newest version of a leaf of the branch itself at or
-// before v.Epoch, and returns its epoch; 0: there is none (origins are the
-// caller's to follow).
+// Leaf decodes into l the newest version of the leaf v.Leaf at or before v.Epoch that v.Branch itself has. It
+// returns the epoch of that version, or 0 if there is none. It does not look at the origins of the branch.
 func (t *Tx) Leaf(v Version, l *format.Leaf) (epoch uint32, err error) {
-	if t.leaves == nil { // callers look for one in many branches
+	if t.leaves == nil { // callers look for one leaf in many branches
 		b, err := t.bucket(bucketLeaves)
 		if err != nil {
 			return 0, err
@@ -59,8 +59,8 @@ func (t *Tx) Leaf(v Version, l *format.Leaf) (epoch uint32, err error) {
 	return ^binary.BigEndian.Uint32(k[8:]), nil
 }
 
-// NextLeaf is the first leaf at or after from that has a version in the branch
-// itself; ok is false where there is none.
+// NextLeaf returns the first leaf at or after from of which the branch itself has a version. ok is false if
+// there is none.
 func (t *Tx) NextLeaf(branch, from uint32) (leaf uint32, ok bool, err error) {
 	b, err := t.bucket(bucketLeaves)
 	if err != nil {
@@ -74,8 +74,8 @@ func (t *Tx) NextLeaf(branch, from uint32) (leaf uint32, ok bool, err error) {
 	return binary.BigEndian.Uint32(k[4:]), true, nil
 }
 
-// PutLeaf stores an encoded version (format.AppendLeaf), and that the leaf
-// changed in that epoch.
+// PutLeaf stores a version, and notes that the leaf changed in that epoch. value is the encoding of the leaf
+// (format.AppendLeaf).
 func (t *Tx) PutLeaf(v Version, value []byte) error {
 	k, c := v.key(), v.changeKey()
 	t.read(1)
@@ -92,7 +92,7 @@ func (t *Tx) PutLeaf(v Version, value []byte) error {
 	return t.set(bucketChanges, c[:], []byte{})
 }
 
-// DropLeaf removes a version.
+// DropLeaf removes a version. It is no error if there is none.
 func (t *Tx) DropLeaf(v Version) error {
 	k, c := v.key(), v.changeKey()
 	if err := t.drop(bucketLeaves, k[:]); err != nil {
@@ -101,8 +101,8 @@ func (t *Tx) DropLeaf(v Version) error {
 	return t.drop(bucketChanges, c[:])
 }
 
-// Changes calls fn for the versions of the branch with an epoch in [from.Epoch, to],
-// by epoch and leaf, starting at from.Leaf in the first epoch, until fn returns false.
+// Changes calls fn for the versions of the branch from.Branch with an epoch in [from.Epoch, to], in the order
+// of epoch and leaf, until fn returns false. It starts at from.Leaf in the first epoch.
 func (t *Tx) Changes(from Version, to uint32, fn func(Version) bool) error {
 	b, err := t.bucket(bucketChanges)
 	if err != nil {
@@ -122,14 +122,14 @@ func (t *Tx) Changes(from Version, to uint32, fn func(Version) bool) error {
 	return nil
 }
 
-// Versions calls fn for every version of every leaf: by branch, leaf, and then
-// the newest first. It stops at the first error of fn. The leaf is fn's until it returns.
-// A version that does not decode is handed to fn as bad, with a nil leaf.
+// Versions calls fn for every version of every leaf: by branch and leaf, and then the newest first. It stops
+// at the first error that fn returns, and returns it. fn may use the leaf only until it returns. For a
+// version that does not decode, fn gets a nil leaf, and the error as bad.
 func (t *Tx) Versions(fn func(v Version, l *format.Leaf, bad error) error) error {
 	return t.VersionsFrom(Version{Epoch: ^uint32(0)}, fn)
 }
 
-// VersionsFrom is Versions, beginning with the first that is not before from.
+// VersionsFrom is Versions, but begins with the first version that is not before from.
 func (t *Tx) VersionsFrom(from Version, fn func(v Version, l *format.Leaf, bad error) error) error {
 	b, err := t.bucket(bucketLeaves)
 	if err != nil {
@@ -158,7 +158,7 @@ func (t *Tx) VersionsFrom(from Version, fn func(v Version, l *format.Leaf, bad e
 	return nil
 }
 
-// Changed says whether the changes bucket names v; Check compares it with the leaves.
+// Changed reports whether the changes bucket names v. Check compares that bucket with the leaves.
 func (t *Tx) Changed(v Version) (bool, error) {
 	b, err := t.bucket(bucketChanges)
 	if err != nil {
@@ -168,7 +168,8 @@ func (t *Tx) Changed(v Version) (bool, error) {
 	return b.Get(k[:]) != nil, nil
 }
 
-// Counts is the number of versions and of entries in the changes bucket.
+// Counts returns the number of versions, and the number of entries in the changes bucket. It reads all pages
+// of both.
 func (t *Tx) Counts() (versions, changes int, err error) {
 	l, err := t.bucket(bucketLeaves)
 	if err != nil {

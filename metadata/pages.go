@@ -15,19 +15,21 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// bbolt's file format, from its internal/common (page.go, meta.go, inode.go); native byte order,
+// bbolt's file format, from its internal/common (page.go, meta.go, inode.go). It has the native byte order,
 // which is little-endian wherever this runs.
 const (
 	pageHeader  = 16 // id 8, flags 2, count 2, overflow 4
-	elementSize = 16 // of a branch: pos 4, ksize 4, page 8; of a leaf: flags 4, pos 4, ksize 4, vsize 4
-	metaSize    = 64 // magic 4, version 4, page size 4, flags 4, root 8, sequence 8, free list 8, pages 8, txid 8, checksum 8
-	metaMagic   = 0xED0CDAED
+	elementSize = 16 // branch page: pos 4, ksize 4, page 8; leaf page: flags 4, pos 4, ksize 4, vsize 4
+	// magic 4, version 4, page size 4, flags 4, root 8, sequence 8, free list 8, pages 8, txid 8,
+	// checksum 8
+	metaSize  = 64
+	metaMagic = 0xED0CDAED
 
 	flagBranch    = 1
 	flagLeaf      = 2
 	flagFree      = 16
 	noFreeList    = 1<<64 - 1
-	flagBucket    = 1 // of a leaf's element: the value is a bucket
+	flagBucket    = 1 // in an element of a leaf page: the value is a bucket
 	bucketHeader  = 16
 	maxPageDepth  = 32
 	maxMetaOffset = 64 << 10 // the largest page size
@@ -35,29 +37,30 @@ const (
 
 var le = binary.LittleEndian
 
-// pageChecker goes over the pages of a table that is not open. bbolt trusts them: it looks
-// at all of them when it opens a file, in a goroutine of its own, where a panic or a
-// fault over damage ends the process. So what it would trip over is found here first, and with it
-// what it would not notice: a damaged key hides what is stored under it, a damaged
-// page number brings back what was there before (bbolt never overwrites a page in use).
+// pageChecker verifies the pages of a table before bbolt opens it. bbolt trusts its pages. When it opens a
+// file, it looks at all of them in a goroutine of its own, where a panic or a fault over damage ends the
+// process. So the damage that bbolt would fail on is found here first, and with it damage that bbolt would
+// not notice: a damaged key hides the rows under it, and a damaged page number brings back older rows (bbolt
+// never overwrites a page in use).
 type pageChecker struct {
 	f     *os.File
-	size  int64  // of the file
-	page  int64  // size of a page
-	pages uint64 // in use
-	root  uint64 // page
-	free  uint64 // page of the list of free pages
-	seen  []bool
+	size  int64  // size of the file in bytes
+	page  int64  // size of a page in bytes
+	pages uint64 // number of pages
+	root  uint64 // the root page
+	free  uint64 // the page of the list of free pages
+	seen  []bool // pages that were read
 
-	fields, bodies, stored sum // over the values' checksums as stored, and as computed
+	// The sum with the values' checksums as stored, the sum with them as computed, and the stored sum.
+	fields, bodies, stored sum
 }
 
 func damaged(text string, args ...any) error {
 	return fmt.Errorf("metadata: damaged table: %s: %w", fmt.Sprintf(text, args...), format.ErrCorrupt)
 }
 
-// checkPages proves that the pages of the table at path hang together. A file that is not
-// there or empty is one that bbolt will make.
+// checkPages verifies the pages of the table at a place. If the file is missing or empty, bbolt will make it,
+// and there is nothing to verify.
 func checkPages(at place) (err error) {
 	f, err := at.in.Open(at.name, os.O_RDONLY)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -74,7 +77,7 @@ func checkPages(at place) (err error) {
 	return check()
 }
 
-// pagesOf returns what proves the pages of a table as they are now, once.
+// pagesOf returns a function that verifies, once, the pages of a table as they are now.
 func pagesOf(f *os.File) (check func() error, err error) {
 	info, err := f.Stat()
 	if err != nil {
@@ -90,9 +93,10 @@ func pagesOf(f *os.File) (check func() error, err error) {
 	return c.check, nil
 }
 
-// check goes over what the meta page refers to.
+// check verifies everything that the meta page refers to.
 func (c *pageChecker) check() error {
-	// All will be read, in the order of the keys; the disk does better in its own. It is a hint.
+	// All pages will be read, in the order of the keys. The disk is faster in its own order. This is a
+	// hint.
 	_ = unix.Fadvise(int(c.f.Fd()), 0, 0, unix.FADV_WILLNEED)
 	c.seen = make([]bool, c.pages)
 	if err := c.tree(c.root, nil, nil, 0, c.bucket); err != nil {
@@ -101,15 +105,16 @@ func (c *pageChecker) check() error {
 	if err := c.freeList(c.free); err != nil {
 		return err
 	}
-	// A value that does not verify is its reader's to report: with its checksum as stored, or if
-	// that is what was damaged, as computed, nothing else is missing.
+	// A value that does not verify is for its reader to report. Either its content is damaged, and the
+	// sum is right with the checksums as stored; or its checksum is damaged, and the sum is right with
+	// the checksums as computed. Then nothing else is missing.
 	if c.fields != c.stored && c.bodies != c.stored {
 		return damaged("its rows sum up to %016x, not to %016x as they should: some are lost, or old ones are back", uint64(c.fields), uint64(c.stored))
 	}
 	return nil
 }
 
-// meta finds the newer of the two meta pages that verifies, as bbolt does.
+// meta finds the newer of the two meta pages that verify, as bbolt does.
 func (c *pageChecker) meta() error {
 	var newest, found uint64
 	offsets := []int64{0}
@@ -145,10 +150,11 @@ func (c *pageChecker) meta() error {
 	return nil
 }
 
-// freeList proves that no page of the list of free pages is in use: bbolt would write to it. It comes after all trees.
+// freeList verifies that no page in the list of free pages is in use, because bbolt would write to it. It
+// comes after all trees.
 func (c *pageChecker) freeList(id uint64) error {
 	if id == noFreeList {
-		return nil // bbolt looks for them itself
+		return nil // bbolt will look for the free pages itself
 	}
 	p, err := c.read(id)
 	if err != nil {
@@ -158,7 +164,7 @@ func (c *pageChecker) freeList(id uint64) error {
 		return damaged("page %d is not a list of free pages", id)
 	}
 	n, ids := uint64(le.Uint16(p[10:])), p[pageHeader:]
-	if n == 0xffff { // more than the count can say
+	if n == 0xffff { // the count does not fit in its field
 		n, ids = le.Uint64(ids), ids[8:]
 	}
 	if n > uint64(len(ids)/8) {
@@ -175,7 +181,7 @@ func (c *pageChecker) freeList(id uint64) error {
 	return nil
 }
 
-// read reads a page with its overflow, once.
+// read reads a page with its overflow pages. It refuses a page that was read before.
 func (c *pageChecker) read(id uint64) ([]byte, error) {
 	if id < 2 || id >= c.pages || int64(id+1)*c.page > c.size {
 		return nil, damaged("page %d of %d is referred to", id, c.pages)
@@ -204,10 +210,10 @@ func (c *pageChecker) read(id uint64) ([]byte, error) {
 	return p, nil
 }
 
-// An entry of a bucket: its key and value, and whether the value is a bucket.
+// entryFunc is called with an entry of a bucket: its key, its value, and whether the value is a bucket.
 type entryFunc func(key, value []byte, bucket bool) error
 
-// tree goes over a tree of pages whose keys are to lie in [from, to); nil: anywhere.
+// tree verifies a tree of pages whose keys must lie in [from, to). A nil bound is no bound.
 func (c *pageChecker) tree(id uint64, from, to []byte, depth int, fn entryFunc) error {
 	if depth > maxPageDepth {
 		return damaged("page %d is too deep", id)
@@ -251,7 +257,7 @@ func (c *pageChecker) branch(p []byte, id uint64, from, to []byte, depth int, fn
 	return nil
 }
 
-// elements goes over a leaf page, or the page within a small bucket's value.
+// elements verifies a leaf page, or the page inside the value of a small bucket.
 func (c *pageChecker) elements(p []byte, id uint64, from, to []byte, fn entryFunc) error {
 	n := int(le.Uint16(p[10:]))
 	if pageHeader+n*elementSize > len(p) {
@@ -273,8 +279,8 @@ func (c *pageChecker) elements(p []byte, id uint64, from, to []byte, fn entryFun
 	return nil
 }
 
-// slice returns the key and value of an element at p[at:]. bbolt packs them without a gap behind the
-// elements, so each begins where the last ended: a wrong count or length shows.
+// slice returns the key and the value of the element at p[at:]. bbolt packs them without a gap behind the
+// elements, so each begins where the last one ended. That shows a wrong count or length.
 func slice(p []byte, at int, next *int, pos, ksize, vsize uint32) (key, value []byte, ok bool) {
 	start := uint64(at) + uint64(pos)
 	mid, end := start+uint64(ksize), start+uint64(ksize)+uint64(vsize)
@@ -289,7 +295,7 @@ func within(key, from, to []byte) bool {
 	return (from == nil || bytes.Compare(key, from) >= 0) && (to == nil || bytes.Compare(key, to) < 0)
 }
 
-// bucket is an entry of the root: a bucket, whose entries are not.
+// bucket verifies an entry of the root. It must be a bucket, and the entries of that bucket must not be.
 func (c *pageChecker) bucket(name, value []byte, isBucket bool) error {
 	if !isBucket || len(value) < bucketHeader {
 		return damaged("%q is not a bucket", name)

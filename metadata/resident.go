@@ -2,18 +2,20 @@ package metadata
 
 import "golang.org/x/sys/unix"
 
-// bbolt maps its file, and what of it was read once stays in this process's memory as the kernel counts it, up to the
-// whole table. Giving the pages back leaves them in the page cache, where the next read finds them.
+// bbolt maps its file. The kernel counts the pages that were read as memory of this process, up to the whole
+// table. Giving the pages back leaves them in the page cache, where the next read finds them.
 
-// pagesRead bounds how many reads of a leaf there are before the pages are given back. The kernel maps up to 16 pages
-// around one that is read (/sys/kernel/debug/fault_around_bytes), so that it stands for 8 MiB.
+// pagesRead is the number of leaves that are read or written before the pages are given back. The kernel maps
+// up to 16 pages around one that is read (/sys/kernel/debug/fault_around_bytes), so 128 leaves stand for 8
+// MiB.
 const pagesRead = 128
 
-// residentMost is the size of a table of which no pages are given back: to map them again costs as much as a read.
+// residentMost is the largest size in bytes of a table whose pages are not given back. To map them again
+// costs as much as a read.
 const residentMost = 16 << 20
 
-// read counts leaves that a transaction has read or written, and gives pages back when they are many. The transaction
-// keeps the mapping where it is.
+// read counts leaves that a transaction has read or written, and gives pages back when there are many. The
+// transaction keeps the mapping in its place.
 func (t *Tx) read(n int64) {
 	if t.db == nil || t.db.read.Add(n) < pagesRead {
 		return
@@ -22,11 +24,11 @@ func (t *Tx) read(n int64) {
 	t.giveBack()
 }
 
-// giveBack lets the kernel take the table's pages out of this process's memory.
+// giveBack lets the kernel take the table's pages out of the memory of this process.
 func (t *Tx) giveBack() {
 	b := t.tx.DB()
 	if size := t.tx.Size(); size > residentMost {
-		// If it fails the memory stays taken, and that is all.
+		// If this fails, the memory stays taken, and nothing else happens.
 		_, _, _ = unix.Syscall(unix.SYS_MADVISE, b.Info().Data, uintptr(size), unix.MADV_DONTNEED)
 	}
 }

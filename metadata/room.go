@@ -14,39 +14,40 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrUnwritten is matched by the error of an Update for which there was no room. No sync has failed and the state on
-// the disk is the one before, so the Update can be tried again. After any other error of an Update it is not known
-// what is on the disk, and another Update could write over pages of the last durable state.
+// ErrUnwritten is matched by the error of an Update or a Grow for which there was no room. No sync has
+// failed, and the state on the disk is the one before, so the Update can be tried again. After any other
+// error of a commit, nobody knows what is on the disk, and another Update could write over pages of the last
+// durable state.
 var ErrUnwritten = errors.New("metadata: no room for the table")
 
 const (
-	growLeast = 64 << 10 // what the file grows by, at least
-	growMost  = 64 << 20 // and at most, unless more is asked for
+	growLeast = 64 << 10 // the smallest step in bytes by which the file grows
+	growMost  = 64 << 20 // the largest step, unless the caller asks for more
 
-	// releaseTries is how often an Update that finds no room waits for short readers, which keep pages that an
-	// earlier one has given up from being used again.
+	// releaseTries is how often an Update that finds no room waits for short readers. They keep pages
+	// that an earlier Update gave up from being used again.
 	releaseTries = 6
 )
 
-// room is the space of the table's file. bbolt's own way to grow leaves a file with holes, and finds out about a full
-// disk when it writes, or in a sync, after which nothing is known. So the blocks are allocated here, before bbolt
-// writes anything, and bbolt stays within them (DB.MaxSize).
+// room is the space of the table's file. On its own, bbolt grows the file as a hole, and learns that the disk
+// is full when it writes, or in a sync, after which nobody knows what is on the disk. So the blocks are
+// allocated here before bbolt writes anything, and bbolt stays within them (DB.MaxSize).
 //
-// Nothing is synced here, as that could take away the error of a commit under way, whose descriptor is the same. The
-// commit that first writes behind the old end syncs the size with its pages, before its meta page.
+// Nothing is synced here. A sync could take the error of a commit under way, which uses the same descriptor.
+// The commit that first writes behind the old end syncs the size with its pages, before its meta page.
 type room struct {
-	f        *os.File // bbolt's
+	f        *os.File // the file that bbolt uses
 	allocate func(f *os.File, from, to int64) error
 	free     atomic.Int64 // bytes of pages that the next Update can use
 	used     atomic.Int64 // bytes of pages in use
 
-	mu   sync.Mutex
-	size int64 // of the file, all of it allocated, or as much of it as is
-	end  int64 // of the pages, as of the last commit
+	mu   sync.Mutex // guards size and end
+	size int64      // size of the file in bytes, as far as it is allocated
+	end  int64      // where the pages ended as of the last commit
 }
 
-// Allocate gives a file blocks of its own from one size up to another, which becomes its size. Where the file system
-// cannot do that, it only sets the size.
+// Allocate gives a file blocks of its own from one size in bytes up to another, which becomes its size. If
+// the file system cannot allocate, it only sets the size.
 func Allocate(f *os.File, from, to int64) error {
 	for {
 		err := unix.Fallocate(int(f.Fd()), 0, from, to-from)
@@ -62,9 +63,9 @@ func Allocate(f *os.File, from, to int64) error {
 	}
 }
 
-// initRoom finds out how large the file is.
+// initRoom finds out the size of the file.
 func (d *DB) initRoom(f *os.File, o Options) error {
-	d.b.AllocSize = 0 // to be exact about what it needs: DB.grow
+	d.b.AllocSize = 0 // so that bbolt asks for exactly the size that it needs: DB.grow
 	r := &d.room
 	r.f, r.allocate = f, o.Allocate
 	if r.allocate == nil {
@@ -78,7 +79,8 @@ func (d *DB) initRoom(f *os.File, o Options) error {
 	return d.measure()
 }
 
-// fillRoom allocates what older programs left as a hole behind the pages, as far as there is room. updating is held.
+// fillRoom allocates what older programs left as a hole behind the pages, as far as there is room. updating
+// is held.
 func (d *DB) fillRoom() error {
 	pages, err := d.pages()
 	if err != nil {
@@ -101,13 +103,13 @@ func sizeOf(f *os.File) (int64, error) {
 	return info.Size(), nil
 }
 
-// pages is the size of the table's pages, in use and free.
+// pages returns the size in bytes of the table's pages, in use and free.
 func (d *DB) pages() (n int64, err error) {
 	err = d.View(func(tx *Tx) error { n = tx.tx.Size(); return nil })
 	return n, err
 }
 
-// measure finds out how much room there is. No Update runs.
+// measure finds out how much room there is. No Update may run.
 func (d *DB) measure() error {
 	end, err := d.pages()
 	if err != nil {
@@ -124,18 +126,20 @@ func (d *DB) measure() error {
 	return nil
 }
 
-// Room is how many bytes of pages the next Update can use without growing the file, and how many are in use. Pages that
-// only a reader keeps from being used are counted as room. What an Update under way takes is not known before its end.
+// Room returns how many bytes of pages the next Update can use without growing the file, and how many bytes
+// of pages are in use. Pages that only a reader keeps from being used count as room. During an Update, Room
+// does not know yet what that Update takes.
 func (d *DB) Room() (free, used int64) { return d.room.free.Load(), d.room.used.Load() }
 
-// Size is the size of the table's file in bytes.
+// Size returns the size of the table's file in bytes.
 func (d *DB) Size() int64 {
 	d.room.mu.Lock()
 	defer d.room.mu.Unlock()
 	return d.room.size
 }
 
-// Grow allocates n bytes more for the file. If there is no room its error matches ErrUnwritten.
+// Grow allocates n more bytes for the file, or a little more. If there is no room, the error matches
+// ErrUnwritten.
 func (d *DB) Grow(n int64) (err error) {
 	d.noting.Lock()
 	defer d.noting.Unlock()
@@ -149,7 +153,7 @@ func (d *DB) Grow(n int64) (err error) {
 	return err
 }
 
-// grow makes the file larger by n bytes or a little more.
+// grow is Grow without the note.
 func (d *DB) grow(n int64) error {
 	r := &d.room
 	r.mu.Lock()
@@ -163,8 +167,8 @@ func (d *DB) grow(n int64) error {
 	return nil
 }
 
-// commit runs fn in a transaction and commits it. Where bbolt comes to the end of the file, which it does before it
-// writes, the file grows and fn runs again.
+// commit runs fn in a transaction and commits it. bbolt finds that it comes to the end of the file before it
+// writes. Then the file grows, and fn runs again.
 func (d *DB) commit(fn func(*bbolt.Tx) error) error {
 	if d.failed != nil {
 		return d.failed
@@ -196,8 +200,8 @@ func (d *DB) commit(fn func(*bbolt.Tx) error) error {
 	}
 }
 
-// unwritten marks the error of a write for which there was no room: on file systems that write elsewhere what is
-// written over, blocks that are allocated are not enough. bbolt has synced nothing after it.
+// unwritten marks the error of a write for which there was no room. On file systems that write elsewhere when
+// they overwrite, allocated blocks are not enough. bbolt syncs nothing after such an error.
 func unwritten(err error) error {
 	var write *fs.PathError
 	if !errors.As(err, &write) || write.Op != "write" {

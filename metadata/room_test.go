@@ -12,7 +12,7 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// putLeaves stores n leaves of some 2 KiB each.
+// putLeaves stores n leaves of about 2 KiB each.
 func putLeaves(db *DB, from, n uint32) error {
 	var l format.Leaf
 	for i := range l.Entries {
@@ -35,8 +35,8 @@ func leavesIn(t *testing.T, db *DB) (n int) {
 	return n
 }
 
-// TestTableStaysWithinItsBlocks has the file system give no more blocks at some point. The commit that needs more
-// changes nothing and can be tried again, and pages that were given up serve later ones.
+// TestTableStaysWithinItsBlocks lets the file system refuse more blocks from some point on. The commit that
+// needs more changes nothing and can be tried again, and pages that were given up serve later commits.
 func TestTableStaysWithinItsBlocks(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "t")
 	full := false
@@ -48,7 +48,7 @@ func TestTableStaysWithinItsBlocks(t *testing.T) {
 	}})
 	must(t, err)
 	must(t, putLeaves(db, 0, 1000))
-	must(t, db.Grow(1<<20)) // for what 100 leaves take until the ones before them are given up
+	must(t, db.Grow(1<<20)) // for 100 leaves, until the 100 before them are given up
 	full = true
 	info, err := os.Stat(path)
 	must(t, err)
@@ -67,7 +67,7 @@ func TestTableStaysWithinItsBlocks(t *testing.T) {
 	if n := leavesIn(t, db); n != 1000 {
 		t.Errorf("%d leaves after a commit that failed", n)
 	}
-	for range 5 { // each in the pages that the one before gave up
+	for range 5 { // each uses the pages that the one before gave up
 		must(t, db.Update(func(tx *Tx) error {
 			for i := range uint32(100) {
 				if err := tx.DropLeaf(Version{1, i, 1}); err != nil {
@@ -96,7 +96,7 @@ func TestTableStaysWithinItsBlocks(t *testing.T) {
 	must(t, db.Close())
 }
 
-// TestOldTableWithAHole opens a table as bbolt made it larger: with a hole behind its pages.
+// TestOldTableWithAHole opens a table whose file bbolt has grown by itself, with a hole behind its pages.
 func TestOldTableWithAHole(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "t")
 	db, err := Open(path, Options{Create: true})
@@ -115,8 +115,8 @@ func TestOldTableWithAHole(t *testing.T) {
 	must(t, db.Close())
 }
 
-// become puts a device in the place of bbolt's file until undo is called. Writes to /dev/null go nowhere, and its syncs
-// fail; writes to /dev/full find no room.
+// become puts a device in the place of bbolt's file until undo is called. Writes to /dev/null go nowhere, and
+// its syncs fail. Writes to /dev/full find no room.
 func become(t *testing.T, f *os.File, device string) (undo func()) {
 	t.Helper()
 	fd := int(f.Fd())
@@ -132,8 +132,8 @@ func become(t *testing.T, f *os.File, device string) (undo func()) {
 	}
 }
 
-// TestFailedSyncIsFinal has a sync fail in a commit, and then work again: nothing more may be written, since the pages
-// that the last durable state refers to count as free in memory.
+// TestFailedSyncIsFinal lets a sync fail in a commit, and later syncs succeed. Nothing more may be written,
+// because in memory the pages that the last durable state refers to count as free.
 func TestFailedSyncIsFinal(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "t")
 	db, err := Open(path, Options{Create: true})
@@ -162,8 +162,8 @@ func TestFailedSyncIsFinal(t *testing.T) {
 	must(t, db.Close())
 }
 
-// TestWhatIsUnwritten tells a write for which there was no room from a sync that says the same: bbolt returns the
-// latter's errno as it is.
+// TestWhatIsUnwritten distinguishes a write for which there was no room from a sync that fails with the same
+// errno, which bbolt returns as it is.
 func TestWhatIsUnwritten(t *testing.T) {
 	for _, errno := range []error{unix.ENOSPC, unix.EDQUOT, unix.EFBIG} {
 		if !errors.Is(unwritten(&fs.PathError{Op: "write", Err: errno}), ErrUnwritten) {
@@ -178,8 +178,8 @@ func TestWhatIsUnwritten(t *testing.T) {
 	}
 }
 
-// TestWriteWithoutRoom has a write find no room, as on file systems that write elsewhere what is written over. It can be
-// tried again.
+// TestWriteWithoutRoom lets a write find no room, as on file systems that write elsewhere when they
+// overwrite. The Update can be tried again.
 func TestWriteWithoutRoom(t *testing.T) {
 	db, err := Open(filepath.Join(t.TempDir(), "t"), Options{Create: true})
 	must(t, err)

@@ -8,7 +8,8 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// Tables is everything but the leaves.
+// Tables is everything in the table but the leaves and the forwards. The rows are in the order of their ids
+// or slots.
 type Tables struct {
 	Checkpoint format.Checkpoint
 	Volumes    []format.Volume
@@ -16,11 +17,10 @@ type Tables struct {
 	Branches   []format.Branch
 	Chunks     []format.Chunk
 	Forwarded  []format.Forwarded
-	Cold       format.ColdMark // the zero value: no pass has come to its end
+	Cold       format.ColdMark // zero: no cold pass has come to its end
 }
 
-// Load reads the tables. Of a table that no checkpoint has been put in yet,
-// the Checkpoint is the zero value.
+// Load reads the tables. If no checkpoint has been put in yet, Checkpoint is the zero value.
 func (t *Tx) Load() (*Tables, error) {
 	var tb Tables
 	b, err := t.bucket(bucketStore)
@@ -48,7 +48,7 @@ func (t *Tx) Load() (*Tables, error) {
 	return &tb, nil
 }
 
-// rows appends the rows of a bucket whose keys are ids to *out.
+// rows appends the rows of a bucket to *out. The keys of the bucket are ids.
 func rows[T any](t *Tx, bucket []byte, out *[]T, idOf func(*T) uint32) error {
 	b, err := t.bucket(bucket)
 	if err != nil {
@@ -85,7 +85,7 @@ func (t *Tx) chunks(out *[]format.Chunk) error {
 	})
 }
 
-// Chunk reads the accounting of the chunk in a slot; false: there is none.
+// Chunk reads the accounting of the chunk in a slot. ok is false if there is none.
 func (t *Tx) Chunk(slot uint32) (c format.Chunk, ok bool, err error) {
 	b, err := t.bucket(bucketChunks)
 	if err != nil {
@@ -120,7 +120,7 @@ func (t *Tx) PutCheckpoint(c *format.Checkpoint) error {
 	return t.put(bucketStore, keyCheckpoint, c)
 }
 
-// storeID returns which store the table says it is of; zero: it does not say.
+// storeID returns the id of the store that the table belongs to, or zero if the table does not say.
 func (t *Tx) storeID() (id [16]byte, err error) {
 	b, err := t.bucket(bucketStore)
 	if err != nil {
@@ -144,31 +144,31 @@ func (t *Tx) putStoreID(id [16]byte) error {
 // PutCold stores how far the cold pass has come.
 func (t *Tx) PutCold(c *format.ColdMark) error { return t.put(bucketStore, keyCold, c) }
 
-// PutVolume stores a volume's row under its id; so do the next two.
+// PutVolume stores the row of a volume under its id.
 func (t *Tx) PutVolume(v *format.Volume) error { return t.put(bucketVolumes, id(v.ID), v) }
 
-// PutSnapshot stores a snapshot's row.
+// PutSnapshot stores the row of a snapshot under its id.
 func (t *Tx) PutSnapshot(v *format.Snapshot) error { return t.put(bucketSnapshots, id(v.ID), v) }
 
-// PutBranch stores a branch's row.
+// PutBranch stores the row of a branch under its id.
 func (t *Tx) PutBranch(v *format.Branch) error { return t.put(bucketBranches, id(v.ID), v) }
 
-// DropVolume removes a row; one that is not there is no error. So do the next two.
+// DropVolume removes the row of the volume with id n. It is no error if there is none.
 func (t *Tx) DropVolume(n uint32) error { return t.drop(bucketVolumes, id(n)) }
 
-// DropSnapshot removes a snapshot's row.
+// DropSnapshot removes the row of the snapshot with id n. It is no error if there is none.
 func (t *Tx) DropSnapshot(n uint32) error { return t.drop(bucketSnapshots, id(n)) }
 
-// DropBranch removes a branch's row.
+// DropBranch removes the row of the branch with id n. It is no error if there is none.
 func (t *Tx) DropBranch(n uint32) error { return t.drop(bucketBranches, id(n)) }
 
-// PutChunk stores the accounting of a chunk.
+// PutChunk stores the accounting of a chunk under its slot.
 func (t *Tx) PutChunk(c *format.Chunk) error {
 	v := c.Encode()
 	return t.set(bucketChunks, id(c.Slot), v[:])
 }
 
-// DropChunk removes the row of a slot.
+// DropChunk removes the row of a slot. It is no error if there is none.
 func (t *Tx) DropChunk(slot uint32) error { return t.drop(bucketChunks, id(slot)) }
 
 func (t *Tx) put(bucket, key []byte, v any) error {

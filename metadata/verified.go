@@ -10,36 +10,38 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// To go over all pages at every opening would make it as slow as the table is large. Who has them verified and keeps
-// the table open reads pages without looking at them as a whole again, however long, and however often they
-// come from the disk anew. To open the table again in the same boot is no different, as long as nobody else has
-// written to the file meanwhile. So the owner leaves a note of how the file is when it has written to it.
+// Reading all pages at every opening would take longer the larger the table is. A process that has verified
+// the pages and keeps the table open does not verify them again, however long it lives, and however often
+// they come from the disk again. Opening the table again in the same boot is no different, as long as nobody
+// else has written to the file meanwhile. So the owner leaves a note of the state of the file each time after
+// it has written to it.
 
-// VerifiedSuffix is appended to the table's name for the file with the note. It is not synced: it means
-// nothing to another boot.
+// VerifiedSuffix is appended to the table's name for the name of the note's file. The note is not synced,
+// because it proves nothing in another boot.
 const VerifiedSuffix = ".verified"
 
-// verified says of which file, in which state, in which boot, the pages hang together. ctime changes with
-// every write (inode(7)), and the system sets it.
+// verified is the content of the note: which file, in which state, in which boot, has verified pages. The
+// system sets the ctime, and changes it with every write (inode(7)).
 type verified struct {
 	Boot    string `json:"boot"`
 	Dev     uint64 `json:"dev"`
 	Ino     uint64 `json:"ino"`
 	Size    int64  `json:"size"`
 	Changed int64  `json:"ctime"`
-	Writing bool   `json:"writing"` // size and ctime are being changed by a commit
+	Writing bool   `json:"writing"` // a commit is changing size and ctime
 
-	Checkpoint uint64 `json:"checkpoint,omitempty"` // record as of which the table is, or of an earlier commit
+	// Checkpoint is the record as of which the table is, or was at an earlier commit.
+	Checkpoint uint64 `json:"checkpoint,omitempty"`
 }
 
-// note is the open file of a verified. nil: there is none.
+// note is an open note file. A nil note is none.
 type note struct {
 	f    *os.File
 	at   place
 	last verified
 }
 
-const noteSize = 256 // always, so that one write replaces all of it
+const noteSize = 256 // constant, so that one write replaces the whole note
 
 // stateOf describes the table's file as it is now.
 func stateOf(at place) (v verified, err error) {
@@ -52,8 +54,9 @@ func stateOf(at place) (v verified, err error) {
 	return v, err
 }
 
-// readNote reads the note: as of which record the last owner knew the table to be (0: that is not known), in whatever
-// boot; and whether the table is as an owner of this boot has left it, which had it verified.
+// readNote reads the note. checkpoint is the record as of which the last owner knew the table to be, in any
+// boot, or 0 if that is not known. isVerified reports whether the table is as an owner in this boot left it,
+// and that owner had verified it.
 func readNote(at place) (checkpoint uint64, isVerified bool) {
 	text, err := at.in.Read(at.name + VerifiedSuffix)
 	if err != nil {
@@ -68,13 +71,15 @@ func readNote(at place) (checkpoint uint64, isVerified bool) {
 		return was.Checkpoint, false
 	}
 	now.Checkpoint = was.Checkpoint
-	if was.Writing && now.Size >= was.Size { // the owner was killed in a commit, which leaves the state before it or after it
+	// The owner was killed in a commit, which leaves the state before it or after it.
+	if was.Writing && now.Size >= was.Size {
 		now.Size, now.Changed, now.Writing = was.Size, was.Changed, true
 	}
 	return was.Checkpoint, now == was
 }
 
-// newNote says that the table, which this process has open now, is verified, and as of which record it is.
+// newNote leaves a note that the table, which this process has open, is verified, and as of which record it
+// is. It returns nil if that fails.
 func newNote(at place, checkpoint uint64) *note {
 	v, err := stateOf(at)
 	if err != nil {
@@ -83,7 +88,7 @@ func newNote(at place, checkpoint uint64) *note {
 	v.Checkpoint = checkpoint
 	f, err := at.in.Open(at.name+VerifiedSuffix, os.O_WRONLY|os.O_CREATE)
 	if err != nil {
-		return nil // then the next opening takes longer
+		return nil // the next opening then takes longer
 	}
 	n := &note{f: f, at: at, last: v}
 	if n.write(v) != nil || f.Truncate(noteSize) != nil {
@@ -105,13 +110,13 @@ func (n *note) write(v verified) error {
 	return err
 }
 
-// begin comes before a commit.
+// begin notes that a commit is about to begin.
 func (n *note) begin() error {
 	n.last.Writing = true
 	return n.write(n.last)
 }
 
-// end comes after one that has succeeded.
+// end notes the state of the file after a commit that has succeeded.
 func (n *note) end() error {
 	v, err := stateOf(n.at)
 	if err != nil {
@@ -122,9 +127,9 @@ func (n *note) end() error {
 	return n.write(v)
 }
 
-// drop takes the note away for good.
+// drop removes the note for good.
 func (n *note) drop() {
-	_ = n.f.Truncate(0) // if this fails too, ctime tells
+	_ = n.f.Truncate(0) // if this fails too, the ctime shows it
 	_ = n.at.in.Remove(n.at.name + VerifiedSuffix)
 	_ = n.f.Close()
 }

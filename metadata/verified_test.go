@@ -11,7 +11,7 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// The note must hold for a table as its owner left it, and for no other.
+// TestVerified holds the note to be believed for a table as its owner left it, and for no other.
 func TestVerified(t *testing.T) {
 	change := func(fn func(*verified)) func(t *testing.T, path string) {
 		return func(t *testing.T, path string) {
@@ -25,7 +25,7 @@ func TestVerified(t *testing.T) {
 			must(t, os.WriteFile(path+VerifiedSuffix, text, 0o600))
 		}
 	}
-	rewrite := func(t *testing.T, path string) { // the same bytes, by somebody else
+	rewrite := func(t *testing.T, path string) { // the same bytes, written by somebody else
 		whole, err := os.ReadFile(path)
 		must(t, err)
 		must(t, os.WriteFile(path, whole, 0o600))
@@ -70,7 +70,8 @@ func TestVerified(t *testing.T) {
 	}
 }
 
-// A commit that failed leaves no note: what it wrote may not be what can be read.
+// TestFailedCommitIsNotVerified lets a commit fail. It leaves no note, because what can be read may not be
+// what it wrote.
 func TestFailedCommitIsNotVerified(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "t")
 	filled(t, path)
@@ -94,7 +95,7 @@ func TestFailedCommitIsNotVerified(t *testing.T) {
 
 var errLost = errors.New("lost")
 
-// A page in use that the list of free pages names would be overwritten.
+// TestDamagedFreeList names a page in use in the list of free pages. bbolt would overwrite that page.
 func TestDamagedFreeList(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "t")
 	filled(t, path)
@@ -136,7 +137,8 @@ func TestDamagedFreeList(t *testing.T) {
 	}
 }
 
-// The pages of one state are proved while others are committed, as long as somebody reads that state.
+// TestPagesBesideCommits verifies the pages of one state while other states are committed, as long as
+// somebody reads that state.
 func TestPagesBesideCommits(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "t")
 	filled(t, path)
@@ -151,7 +153,9 @@ func TestPagesBesideCommits(t *testing.T) {
 		}
 		rounds := uint32(20)
 		if !held {
-			rounds = 500 // bbolt takes a free page at random: not all of a few rounds take one that the state had
+			// bbolt takes free pages at random, so a few rounds may not take one that the state
+			// had.
+			rounds = 500
 		}
 		for round := range rounds {
 			must(t, db.Update(func(tx *Tx) error {
