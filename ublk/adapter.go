@@ -9,10 +9,10 @@ import (
 	"unsafe"
 )
 
-// ReaderWriterAt is what NewReaderWriterAt makes a disk of: a file, or anything that can be read and written at an
-// offset from several goroutines at once.
+// ReaderWriterAt is what NewReaderWriterAt makes a disk of: a file, or any other type that several goroutines
+// can read and write at an offset at the same time.
 //
-// Three methods more are used where there are any:
+// If it has some of these methods too, they are used:
 //
 //	Sync() error                     // what was written before is durable; without it, writes must be so already
 //	Discard(off, n int64) error      // the range's content no longer matters
@@ -32,7 +32,7 @@ type zeroWriter interface {
 	WriteZeroes(off, n int64) error
 }
 
-// Adapter is the Handler that NewReaderWriterAt makes.
+// Adapter is the Handler that NewReaderWriterAt returns.
 type Adapter struct {
 	rw      ReaderWriterAt
 	workers sync.WaitGroup
@@ -44,15 +44,15 @@ type Adapter struct {
 	closed bool
 }
 
-// NewReaderWriterAt makes a Handler of rw, whose calls may block: they are made by a number of goroutines, at most
-// workers at once, beside the queues' threads. More requests than that wait their turn; there are never more than the
-// device has tags. rw is read and written within the device's size only.
+// NewReaderWriterAt returns a Handler that serves requests from rw. The calls of rw may block: at most
+// workers goroutines make them, beside the queues' threads. Further requests wait for a worker; there are
+// never more than the device has tags. rw is read and written only within the device's size.
 //
-// A device with Options.VolatileCache gets flushes, which are Syncs, and with Options.FUA a Sync after each write that
-// asks for one. With Options.Discard, discards fail with EOPNOTSUPP unless rw has Discard, and zeros are written as
-// such where rw has no WriteZeroes or the space must stay allocated.
+// A device with Options.VolatileCache gets flushes, and each calls Sync. With Options.FUA, Sync is also
+// called after each write that asks for it. With Options.Discard, discards fail with EOPNOTSUPP unless rw has
+// Discard; zeros are written as data if rw has no WriteZeroes, or if the space must stay allocated.
 //
-// An error's syscall.Errno is what the disk's user sees, or EIO. A panic of rw is dealt with as one of a Handler.
+// The user of the disk sees the syscall.Errno of an error, or EIO. A panic of rw counts as one of a Handler.
 func NewReaderWriterAt(rw ReaderWriterAt, workers int) *Adapter {
 	a := &Adapter{rw: rw}
 	a.work.L = &a.mu
@@ -62,7 +62,7 @@ func NewReaderWriterAt(rw ReaderWriterAt, workers int) *Adapter {
 	return a
 }
 
-// ServeUBLK gives the request to a worker.
+// ServeUBLK hands the request to a worker.
 func (a *Adapter) ServeUBLK(r *Request) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -80,8 +80,8 @@ func (a *Adapter) ServeUBLK(r *Request) error {
 	return ErrLater
 }
 
-// Close waits until the workers have answered what they were given, and ends them. Call it when the device is done:
-// requests that come later fail. It may be called twice.
+// Close waits until the workers have answered all requests that they were given, and ends them. Call it when
+// the device is done: requests that come later fail. It may be called twice.
 func (a *Adapter) Close() error {
 	a.mu.Lock()
 	a.closed = true
@@ -97,7 +97,7 @@ func (a *Adapter) workRoutine() {
 	}
 }
 
-// take returns the next request, waiting for it; nil when there is none and will be none.
+// take waits for the next request and returns it, or nil if there will be none.
 func (a *Adapter) take() *Request {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -142,7 +142,8 @@ func (a *Adapter) do(r *Request) error {
 	return syscall.EOPNOTSUPP
 }
 
-// read fills Buf. A source that ends within the device is an error: zeros in its place could be lost data.
+// read fills Buf. If the source ends within the device, that is an error: zeros in place of the rest could
+// hide lost data.
 func (a *Adapter) read(r *Request) error {
 	n, err := a.rw.ReadAt(r.Buf, r.Offset)
 	switch {
@@ -180,7 +181,7 @@ var zeros = sync.OnceValue(func() []byte {
 	return b[skip:][:zeroBytes:zeroBytes]
 })
 
-// zero has rw write zeros its own way, or writes them.
+// zero makes rw write zeros in its own way, or writes them as data.
 func (a *Adapter) zero(r *Request) error {
 	off, end := r.Offset, r.Offset+int64(r.Length)
 	if z, ok := a.rw.(zeroWriter); ok && !r.NoUnmap {

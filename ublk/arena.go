@@ -9,14 +9,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// arena is the buffer memory of the process's queues with CopyUser. It is mapped in chunks, each locked and large enough
-// for the largest request of those who take it; queues have some only while they have requests.
+// arena is the buffer memory of the process's queues with CopyUser. It is mapped in chunks, each locked and
+// large enough for the largest request of those who take it; queues have some only while they have requests.
 //
-// It maps a chunk when one is asked for and none is free, up to limit. A chunk that comes back stays mapped for the next
-// one who asks. How many have been free all the time between two looks, beyond a reserve, nobody needs: those are
-// unmapped. The reserve is mapped before the first device is made, so that a queue that needs memory when the machine
-// has none gets it sooner or later: who has to wait is served first, and meanwhile every queue gives back what it has as
-// soon as its requests are done.
+// It maps a chunk when one is asked for and none is free, up to limit. A chunk that comes back stays mapped
+// for the next one who asks. How many have been free all the time between two looks, beyond a reserve, nobody
+// needs: those are unmapped. The reserve is mapped before the first device is made, so that a queue that
+// needs memory when the machine has none gets it sooner or later: who has to wait is served first, and
+// meanwhile every queue gives back what it has as soon as its requests are done.
 type arena struct {
 	wanted atomic.Bool // queues wait
 
@@ -69,9 +69,9 @@ var buffers = sync.OnceValue(func() *arena {
 	return newArena(int(info.Totalram * uint64(info.Unit) / arenaShare))
 })
 
-// SetBufferLimit bounds the buffer memory of all CopyUser devices of the process together; the default is an eighth of
-// the machine's memory. Requests beyond it wait for others to end. Two buffers of the largest size that a device has are
-// always there.
+// SetBufferLimit bounds the buffer memory of all CopyUser devices of the process together. The default is an
+// eighth of the machine's memory. Requests that need more wait until others end. For each maximum request
+// size (Options.MaxIOBytes) in use, two buffers are always there.
 func SetBufferLimit(bytes int64) {
 	a := buffers()
 	a.mu.Lock()
@@ -79,8 +79,8 @@ func SetBufferLimit(bytes int64) {
 	a.limit = int(bytes)
 }
 
-// join is called for a device whose pools take chunks of size, before it is made: the reserve is there from then on.
-// locked tells whether chunks can be locked.
+// join is called before a device is made whose pools take chunks of size. From then on the reserve is there.
+// locked reports whether chunks can be locked.
 func (a *arena) join(size int) (locked bool, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -114,8 +114,8 @@ func (a *arena) leave(size int) {
 	}
 }
 
-// take lends a chunk, or returns nil. With wait q is woken when it may ask again, and is served before those who come
-// later.
+// take lends a chunk, or returns nil. With wait q is woken when it may ask again, and is served before those
+// who come later.
 func (a *arena) take(size int, q *queue, wait bool) []byte {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -222,7 +222,8 @@ func (a *arena) arm() {
 	a.trim.Reset(trimEvery)
 }
 
-// trimRoutine unmaps what nobody has needed since it was armed. It runs for a moment, while there is something to unmap.
+// trimRoutine unmaps what nobody has needed since it was armed. It runs for a moment, while there is
+// something to unmap.
 func (a *arena) trimRoutine() {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -12,19 +12,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// commandTimeout bounds the commands that the driver answers without waiting for a handler or a user of a disk.
+// commandTimeout bounds the commands that the driver answers without waiting for a handler or a user of a
+// disk.
 const commandTimeout = 20 * time.Second
 
 // commander executes control commands: controlRing, or a double in tests.
 type commander interface {
-	// run executes one command and waits for its result, or for ctx. The kernel may write to buf until run returns nil.
+	// run executes one command and waits for its result, or for ctx. The kernel may write to buf until run
+	// returns nil.
 	run(ctx context.Context, op uint32, cmd ctrlCmd, buf unsafe.Pointer) (int32, error)
 }
 
 // control speaks the driver's control protocol, in the dialect of the running kernel.
 //
-// Commands that change the set of devices are serialised, for the driver's sake. Those that only ask are not, nor those
-// whose length depends on a handler or on the users of a disk (START, STOP): one slow disk does not hold up the others.
+// Commands that change the set of devices are serialised, for the driver's sake. Those that only ask are not,
+// nor those whose length depends on a handler or on the users of a disk (START, STOP): one slow disk does not
+// hold up the others.
 type control struct {
 	commander
 	serial chan struct{}
@@ -47,8 +50,8 @@ var (
 	theControl *control
 )
 
-// openControl returns the process's control connection, making it on first use. A failure is not remembered: the
-// driver may be loaded later.
+// openControl returns the process's control connection, making it on first use. A failure is not remembered:
+// the driver may be loaded later.
 func openControl() (*control, error) {
 	controlMu.Lock()
 	defer controlMu.Unlock()
@@ -65,8 +68,8 @@ func openControl() (*control, error) {
 
 func newControl(r commander) *control { return &control{commander: r, serial: make(chan struct{}, 1)} }
 
-// learn finds out the dialect. A kernel before 6.5 takes GET_FEATURES for a command to a device that is not there; it
-// knows the bare numbers, unless it is a 6.4 that was built without them (see exec).
+// learn finds out the dialect. A kernel before 6.5 takes GET_FEATURES for a command to a device that is not
+// there; it knows the bare numbers, unless it is a 6.4 that was built without them (see exec).
 func (c *control) learn(ctx context.Context) (dialect, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -123,8 +126,8 @@ func asError(res int32, err error) error {
 	return err
 }
 
-// target is the device that a command is for. The driver wants the char device's path with every command to an
-// unprivileged device, and checks the caller's right to that.
+// target is the device that a command is for. The driver wants the char device's path with every command to
+// an unprivileged device, and checks the caller's right to that.
 type target struct {
 	id     int
 	byPath bool
@@ -170,7 +173,8 @@ func (c *control) change(ctx context.Context, op uint32, to target, payload []by
 	return c.send(ctx, op, to, 0, payload)
 }
 
-// turn waits until no other command changes the set of devices. end is for the next one, and may be called twice.
+// turn waits until no other command changes the set of devices. end is for the next one, and may be called
+// twice.
 func (c *control) turn(ctx context.Context) (end func(), err error) {
 	select {
 	case c.serial <- struct{}{}:
@@ -183,7 +187,8 @@ func (c *control) turn(ctx context.Context) (end func(), err error) {
 // bytesOf is the memory of a structure without pointers.
 func bytesOf[T any](p *T) []byte { return unsafe.Slice((*byte)(unsafe.Pointer(p)), unsafe.Sizeof(*p)) }
 
-// offered tells what the kernel's driver can do. Before 6.5 only ADD tells, and everything may be asked of it.
+// offered returns what the kernel's driver can do. Before 6.5 only ADD tells, so every feature may be asked
+// for.
 func (c *control) offered(ctx context.Context) (Feature, error) {
 	d, err := c.learn(ctx)
 	if err == nil && !d.asked {
@@ -236,9 +241,9 @@ func (c *control) getParams(ctx context.Context, to target) (*params, error) {
 	return p, nil
 }
 
-// getInfo asks with the path, as it is not known yet whether the device is an unprivileged one. That the driver does not
-// find the path says nothing of the device: in a container's /dev there may be no such node, or another file. Then it
-// asks without, which is enough for a privileged device.
+// getInfo asks with the path, as it is not known yet whether the device is an unprivileged one. That the
+// driver does not find the path says nothing of the device: in a container's /dev there may be no such node,
+// or another file. Then it asks without, which is enough for a privileged device.
 func (c *control) getInfo(ctx context.Context, id int) (*devInfo, error) {
 	d, err := c.learn(ctx)
 	if err != nil {
@@ -272,8 +277,8 @@ func (i *devInfo) target() target {
 	return target{id: int(i.devID), byPath: Feature(i.flags)&FeatureUnprivileged != 0}
 }
 
-// deviceError tells what a command's error means: ENODEV is the driver's for a device that is not there, ENOENT for a
-// path that is not.
+// deviceError gives a command's error its meaning: ENODEV is the driver's for a device that is not there, and
+// ENOENT for a path that is not.
 func deviceError(what string, id int, err error) error {
 	kind := error(nil)
 	switch {
@@ -289,8 +294,8 @@ func deviceError(what string, id int, err error) error {
 	return fmt.Errorf("ublk: %s device %d: %w (%w)", what, id, kind, err)
 }
 
-// start makes the block device appear. The driver waits for the fetches of all tags, and before 6.19 reads the
-// partition table, which the handler serves. The command carries the process that opened the char device.
+// start makes the block device appear. The driver waits for the fetches of all tags, and before 6.19 reads
+// the partition table, which the handler serves. The command carries the process that opened the char device.
 func (c *control) start(ctx context.Context, to target) error {
 	if err := c.send(ctx, cmdStartDev, to, uint64(os.Getpid()), nil); err != nil {
 		return deviceError("start", to.id, err)
@@ -298,8 +303,8 @@ func (c *control) start(ctx context.Context, to target) error {
 	return nil
 }
 
-// stop removes the block device after its dirty data is written and its requests are answered. Once the driver
-// has begun it cannot be called back, so it takes no context.
+// stop removes the block device after its dirty data is written and its requests are answered. Once the
+// driver has begun it cannot be called back, so it takes no context.
 func (c *control) stop(to target) error { return c.send(context.Background(), cmdStopDev, to, 0, nil) }
 
 // tryStop is stop that fails with EBUSY while the block device is open (7.0).
@@ -310,8 +315,8 @@ func (c *control) tryStop(to target) error {
 const (
 	// deleteTimeout bounds the wait for those who hold a device that is deleted.
 	deleteTimeout = 5 * time.Second
-	// deleteTurn is how long a deletion keeps others waiting: the driver does its work first, and then waits without
-	// a lock.
+	// deleteTurn is how long a deletion keeps others waiting: the driver does its work first, and then waits
+	// without a lock.
 	deleteTurn = time.Second
 )
 
@@ -331,8 +336,8 @@ func (c *control) del(ctx context.Context, to target) error {
 	bounded, cancel := context.WithTimeout(ctx, deleteTimeout)
 	defer cancel()
 	err = c.send(bounded, cmdDelDev, to, 0, nil)
-	// The signal that cancels a command can meet the next one of the kernel's worker thread, which has not waited to
-	// its end then.
+	// The signal that cancels a command can meet the next one of the kernel's worker thread, which has not
+	// waited to its end then.
 	for errors.Is(err, unix.EINTR) && bounded.Err() == nil {
 		err = c.send(bounded, cmdDelDev, to, 0, nil)
 	}
@@ -342,8 +347,8 @@ func (c *control) del(ctx context.Context, to target) error {
 	return err
 }
 
-// startRecovery and endRecovery frame the fetches of a new server. END waits for them, and has the requests that wait
-// issued again.
+// startRecovery and endRecovery frame the fetches of a new server. END waits for them, and has the requests
+// that wait issued again.
 func (c *control) startRecovery(ctx context.Context, to target) error {
 	return c.change(ctx, cmdStartUserRecovery, to, nil)
 }
@@ -352,8 +357,8 @@ func (c *control) endRecovery(ctx context.Context, to target) error {
 	return c.send(ctx, cmdEndUserRecovery, to, uint64(os.Getpid()), nil)
 }
 
-// quiesce has the driver hand out nothing more. It waits up to timeout for a command of each queue that it can give
-// back (0: without end), and takes nothing back when there is none.
+// quiesce has the driver hand out nothing more. It waits up to timeout for a command of each queue that it
+// can give back (0: without end), and takes nothing back when there is none.
 func (c *control) quiesce(ctx context.Context, to target, timeout time.Duration) error {
 	return c.send(ctx, cmdQuiesceDev, to, uint64(max(timeout.Milliseconds(), 1)), nil)
 }
@@ -363,7 +368,7 @@ func (c *control) resize(ctx context.Context, to target, sectors uint64) error {
 	return c.ask(ctx, cmdUpdateSize, to, sectors, nil)
 }
 
-// affinity tells the CPUs whose requests come to a queue.
+// affinity returns the CPUs whose requests come to a queue.
 func (c *control) affinity(ctx context.Context, to target, queue int) (*unix.CPUSet, error) {
 	set := new(unix.CPUSet)
 	return set, c.ask(ctx, cmdGetQueueAffinity, to, uint64(queue), bytesOf(set))

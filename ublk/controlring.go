@@ -18,13 +18,13 @@ const (
 	controlPath = "/dev/ublk-control"
 	// controlEntries bounds the commands of a process that are under way at once.
 	controlEntries = 64
-	// cancelGrace is how long a cancelled command may take to come back before it is given up. Commands have been
-	// seen to hang in the driver under create/delete churn (6.18.40, 7.0).
+	// cancelGrace is how long a cancelled command may take to come back before it is given up. Commands have
+	// been seen to hang in the driver under create/delete churn (6.18.40, 7.0).
 	cancelGrace = 3 * time.Second
 )
 
-// controlRing is the process's one connection to /dev/ublk-control. Every command goes through one ring that lives as
-// long as the process, and is answered by one goroutine that sleeps in the runtime's poller.
+// controlRing is the process's one connection to /dev/ublk-control. Every command goes through one ring that
+// lives as long as the process, and is answered by one goroutine that sleeps in the runtime's poller.
 type controlRing struct {
 	fd     int      // /dev/ublk-control
 	events *os.File // eventfd, signalled by the ring for every completion
@@ -36,8 +36,8 @@ type controlRing struct {
 	pending map[uint64]*ctrlCall
 }
 
-// ctrlCall is one command under way. It stays in controlRing.pending until the kernel has answered, because the
-// kernel may write to buf until then.
+// ctrlCall is one command under way. It stays in controlRing.pending until the kernel has answered, because
+// the kernel may write to buf until then.
 type ctrlCall struct {
 	buf  unsafe.Pointer
 	done chan int32 // gets the result; has room for it
@@ -83,10 +83,11 @@ func (c *controlRing) release() {
 	_ = unix.Close(c.fd)
 }
 
-// miscDevices lists the kernel's miscellaneous devices, in every container: "ublk-control" when the driver is loaded.
+// miscDevices lists the kernel's miscellaneous devices, in every container: "ublk-control" when the driver is
+// loaded.
 var miscDevices = "/proc/misc"
 
-// driverLoaded reports whether the driver is loaded. An error says that it cannot be told.
+// driverLoaded reports whether the driver is loaded. It returns an error if that cannot be known.
 func driverLoaded() (bool, error) {
 	text, err := os.ReadFile(miscDevices)
 	if err != nil {
@@ -100,8 +101,8 @@ func driverLoaded() (bool, error) {
 	return false, nil
 }
 
-// controlOpenError is ErrNoDriver only where the kernel says so: from a missing node alone it does not follow that
-// there is no device.
+// controlOpenError is ErrNoDriver only where the kernel says so: from a missing node alone it does not follow
+// that there is no device.
 func controlOpenError(path string, err error) error {
 	loaded, lerr := driverLoaded()
 	switch {
@@ -136,9 +137,9 @@ type controlJob struct {
 	done chan struct{} // closed when id and err are there
 }
 
-// submitRoutine hands over all entries, on one thread; it runs as long as the process. The driver's control commands
-// block, so the ring makes a worker thread for the thread that submits one, which stays as long as that does. Submitted
-// by whoever asks, nearly every thread would get one, and become a queue's thread later.
+// submitRoutine hands over all entries, on one thread; it runs as long as the process. The driver's control
+// commands block, so the ring makes a worker thread for the thread that submits one, which stays as long as
+// that does. Submitted by whoever asks, nearly every thread would get one, and become a queue's thread later.
 func (c *controlRing) submitRoutine() {
 	runtime.LockOSThread()
 	for j := range c.jobs {
@@ -206,8 +207,8 @@ func (c *controlRing) submit(call *ctrlCall, fill func(*sqe)) (id uint64, err er
 	return id, nil
 }
 
-// run executes one command and waits for its result, or for ctx. A command that is given up is cancelled, and when the
-// driver does not even answer that, left to the kernel.
+// run executes one command and waits for its result, or for ctx. A command that is given up is cancelled, and
+// when the driver does not even answer that, left to the kernel.
 func (c *controlRing) run(ctx context.Context, op uint32, cmd ctrlCmd, buf unsafe.Pointer) (int32, error) {
 	if err := ctx.Err(); err != nil {
 		return 0, err

@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Device is one live block device, served by this process.
+// Device is one block device that this process serves.
 type Device struct {
 	id       int
 	control  *control
@@ -45,8 +45,9 @@ type Device struct {
 func charPath(id int) string  { return fmt.Sprintf("/dev/ublkc%d", id) }
 func blockPath(id int) string { return fmt.Sprintf("/dev/ublkb%d", id) }
 
-// Create makes a block device that h serves. When it returns, the device is live: /dev/ublkbN can be opened. Requests
-// may reach h before that, because the kernel reads the partition table. When ctx ends first, everything is undone.
+// Create makes a block device that h serves. When it returns, the device is live and /dev/ublkbN can be
+// opened. Requests may reach h earlier, because the kernel reads the partition table. If ctx ends first,
+// everything is undone.
 func Create(ctx context.Context, o Options, h Handler) (*Device, error) {
 	o = o.withDefaults()
 	if err := o.validate(); err != nil {
@@ -100,8 +101,8 @@ func newDevice(c *control, info *devInfo, offered Feature, o Options, s State) *
 	}
 }
 
-// start takes an added device to live. The order is the driver's: char device, parameters, a fetch for every tag, and
-// START from another thread than the queues'.
+// start takes a device that was added to live. The order is the driver's: char device, parameters, a fetch
+// for every tag, and START from a thread that is not a queue's.
 func (d *Device) start(ctx context.Context, h Handler) error {
 	// First the char device: an unprivileged user may give no commands before udev has handed that over.
 	if err := d.openChar(ctx); err != nil {
@@ -134,10 +135,10 @@ func (d *Device) goLive() error {
 	return nil
 }
 
-// nodeTimeout is how long device nodes may take to appear, and the char device to be left alone by udev.
+// nodeTimeout bounds how long device nodes may take to appear, and how long udev may hold the char device.
 const nodeTimeout = 10 * time.Second
 
-// openChar opens the char device. It has one opener, and udev may be that for a moment.
+// openChar opens the char device. Only one process can have it open, and for a moment that may be udev.
 func (d *Device) openChar(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, nodeTimeout)
 	defer cancel()
@@ -167,8 +168,8 @@ func charOpenError(id int, err error) error {
 	return fmt.Errorf("ublk: open %s: %w (%w)", charPath(id), ErrNoNode, err)
 }
 
-// waitForNode waits until devtmpfs shows the block device. A plain file of that name, which a program has made that was
-// late to open a device that went, stays in the way of devtmpfs: what is written to it goes nowhere.
+// waitForNode waits until devtmpfs shows the block device. A plain file may be in its place: a program made
+// it that opened a device too late, when that had gone. What is written to such a file goes nowhere.
 func waitForNode(ctx context.Context, path string) error {
 	ctx, cancel := context.WithTimeout(ctx, nodeTimeout)
 	defer cancel()
@@ -196,8 +197,8 @@ func sleep(ctx context.Context, t time.Duration) error {
 	}
 }
 
-// fail ends a device that cannot go on: it kills every queue, and the closing of the rings and of the char device makes
-// the driver fail what is open and remove the block device.
+// fail ends a device that cannot go on. It kills every queue. When the rings and the char device are closed,
+// the driver fails the open requests and removes the block device.
 func (d *Device) fail(err error) {
 	d.mu.Lock()
 	if d.err == nil {
@@ -210,9 +211,9 @@ func (d *Device) fail(err error) {
 	}
 }
 
-// superviseRoutine waits for the end of the queues, whoever caused it, and releases everything in the driver's order:
-// rings (by the queue threads; those of queues that left, here), mappings, char device, and the device itself unless it
-// outlives its server.
+// superviseRoutine waits for the end of the queues, for whatever reason, and then releases everything in the
+// driver's order: the rings (which the queue threads close, or superviseRoutine for queues that left), the
+// mappings, the char device, and the device itself unless it outlives its server.
 func (d *Device) superviseRoutine() {
 	d.ending.Wait()
 	d.mu.Lock()
@@ -239,12 +240,12 @@ func (d *Device) superviseRoutine() {
 	close(d.done)
 }
 
-// settleDriver bounds the wait until the driver has noticed that its server is gone. Before Linux 6.15 it may take up
-// to 30 seconds (the block layer's timeout) when the server owned every tag of a queue; whoever recovers the device
+// settleDriver bounds the wait until the driver has noticed that its server is gone. Before Linux 6.15 that
+// may take up to 30 seconds (the block layer's timeout) if the server held every tag of a queue; a recovery
 // waits for that.
 const settleDriver = 5 * time.Second
 
-// outlivesServer tells whether the disk stays, and waits for the driver to see that there is no server.
+// outlivesServer reports whether the disk stays. It waits until the driver sees that there is no server.
 func (d *Device) outlivesServer() bool {
 	if d.features&FeatureUserRecovery == 0 {
 		return false
@@ -267,7 +268,7 @@ func (d *Device) outlivesServer() bool {
 	}
 }
 
-// release gives back all but the device itself.
+// release gives back everything except the device itself.
 func (d *Device) release() {
 	for _, t := range d.queues {
 		if t.descs != nil {
@@ -277,8 +278,8 @@ func (d *Device) release() {
 		if !gone {
 			keepForever(t) // the kernel may still write to it
 		}
-		// Not before: 6.12's driver, when the ring of a living thread is closed with requests waiting to be handed
-		// out, loses those, and the device never becomes quiesced.
+		// Not before: 6.12's driver, when the ring of a living thread is closed with requests waiting to be
+		// handed out, loses those, and the device never becomes quiesced.
 		if t.behind != nil {
 			t.behind.close(false)
 		}
@@ -325,7 +326,7 @@ func (d *Device) remove(ctx context.Context) error {
 	return deviceError("delete", d.id, err)
 }
 
-// undo ends a device that did not start, and returns why, with what went wrong in undoing it.
+// undo ends a device that did not start. It returns the cause, and errors of undoing.
 func (d *Device) undo(cause error) error {
 	if !d.hasThreads() {
 		d.release()
@@ -345,7 +346,7 @@ func (d *Device) undo(cause error) error {
 
 const undoTimeout = 30 * time.Second
 
-// hasThreads tells whether startQueues got to run.
+// hasThreads reports whether startQueues has run.
 func (d *Device) hasThreads() bool {
 	select {
 	case <-d.started:
@@ -355,7 +356,7 @@ func (d *Device) hasThreads() bool {
 	}
 }
 
-// isOver tells whether the queues have ended, though the device may not have.
+// isOver reports whether the queues have ended, even if the device has not.
 func (d *Device) isOver() bool {
 	select {
 	case <-d.over:
@@ -365,29 +366,30 @@ func (d *Device) isOver() bool {
 	}
 }
 
-// ID is the N of /dev/ublkbN.
+// ID returns the N of /dev/ublkbN.
 func (d *Device) ID() int { return d.id }
 
-// Path is the block device's path.
+// Path returns the path of the block device.
 func (d *Device) Path() string { return blockPath(d.id) }
 
-// Options are the options in force: with defaults filled in, and with the queues that the driver gave.
+// Options returns the options in force: with defaults filled in, and with the number of queues that the
+// driver granted.
 func (d *Device) Options() Options {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.opts
 }
 
-// Features are what the driver granted the device.
+// Features returns the features that the driver granted the device.
 func (d *Device) Features() Feature { return d.features }
 
-// MemoryLocked tells whether the I/O buffers are locked in memory. If not (RLIMIT_MEMLOCK), a machine short of memory
-// may page them out, and writing back to this device then waits for itself.
+// MemoryLocked reports whether the I/O buffers are locked in memory. If they are not (RLIMIT_MEMLOCK), a
+// machine that is short of memory may page them out, and writing back to this device then waits for itself.
 func (d *Device) MemoryLocked() bool { return d.locked }
 
-// IOFlusher tells whether the queue threads are marked as ones that write back memory (PR_SET_IO_FLUSHER), so that
-// the kernel does not have them wait for that. If not (CAP_SYS_RESOURCE is missing), a machine short of memory may
-// have them wait for themselves.
+// IOFlusher reports whether the queue threads are marked as I/O flushers (PR_SET_IO_FLUSHER), so that the
+// kernel does not make them wait for memory to be written back. If they are not (CAP_SYS_RESOURCE is
+// missing), they may wait for themselves when the machine is short of memory.
 func (d *Device) IOFlusher() bool {
 	for _, t := range d.queues {
 		if !t.flusher.Load() {
@@ -397,18 +399,19 @@ func (d *Device) IOFlusher() bool {
 	return true
 }
 
-// State is where the device is in its life.
+// State returns the state that the device is in.
 func (d *Device) State() State {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.state
 }
 
-// Done is closed when the device is dead or quiesced: no more requests come, and nothing of it is left in this process.
+// Done returns a channel that is closed when the device is dead or quiesced. Then no more requests come, and
+// nothing of the device is left in this process.
 func (d *Device) Done() <-chan struct{} { return d.done }
 
-// Err is nil until Done is closed. Afterwards it is nil if Stop, Close or Quiesce ended the device, ErrStopped if
-// something outside did, and otherwise what broke.
+// Err returns nil until Done is closed. After that, it returns nil if Stop, Close or Quiesce ended the
+// device, ErrStopped if something outside did, and otherwise the error that ended it.
 func (d *Device) Err() error {
 	select {
 	case <-d.done:
@@ -420,5 +423,6 @@ func (d *Device) Err() error {
 	return d.err
 }
 
-// gone tells the driver's answer to a command to a device that has no disk any more, or is deleted.
+// gone reports whether err is the driver's answer to a command for a device that has no disk any more, or is
+// deleted.
 func gone(err error) bool { return errors.Is(err, syscall.ENODEV) }

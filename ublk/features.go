@@ -9,7 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Feature is one bit of what the driver can do (UBLK_F_*).
+// Feature is a set of bits for what the driver can do (UBLK_F_*).
 type Feature uint64
 
 // The features of the driver up to Linux 7.3.
@@ -37,19 +37,21 @@ const (
 	FeatureDescSize          Feature = 1 << 20
 )
 
-// unspoken are the features that change what the driver expects of a server, or what it does for one, in a way that
-// this package does not know: served as if without them, a disk would show whatever its pages held before.
+// unspoken are the features that change what the driver expects of a server, or what it does for one, in a
+// way that this package does not know. If such a disk were served as if it did not have them, it would show
+// whatever its pages held before.
 const unspoken = FeatureZeroCopy | FeatureNeedGetData | FeatureZoned | FeatureAutoBufReg | FeatureIntegrity |
 	FeatureSharedMemZeroCopy | FeatureDescSize
 
-// FeatureInfo names a feature and the kernel that brought it.
+// FeatureInfo is a feature, its name, and the kernel that brought it.
 type FeatureInfo struct {
 	Feature Feature
 	Name    string // the header's name without UBLK_F_
 	Since   string // the first Linux release that has it
 }
 
-// KnownFeatures lists every feature this package has a name for, in the order of their bits.
+// KnownFeatures lists every feature that this package has a name for, in the order of their bits. It must not
+// be changed.
 var KnownFeatures = []FeatureInfo{
 	{FeatureZeroCopy, "SUPPORT_ZERO_COPY", "6.15"},
 	{FeatureCompInTask, "URING_CMD_COMP_IN_TASK", "6.0"},
@@ -74,7 +76,7 @@ var KnownFeatures = []FeatureInfo{
 	{FeatureDescSize, "IO_DESC_SIZE", "7.3"},
 }
 
-// FeatureError says that the kernel does not do what was asked for. It matches ErrKernelTooOld.
+// FeatureError reports that the kernel lacks features that were asked for. It matches ErrKernelTooOld.
 type FeatureError struct {
 	Missing Feature
 	Kernel  string // release of the running kernel
@@ -104,10 +106,10 @@ type FeatureSet struct {
 	Kernel string // release of the running kernel, as uname tells it
 }
 
-// Has tells whether all of f is offered.
+// Has reports whether all of f is offered.
 func (s FeatureSet) Has(f Feature) bool { return s.Bits&f == f }
 
-// Names lists the offered features by name; a bit without a name is "bit N".
+// Names returns the names of the offered features. A bit without a name is "bit N".
 func (s FeatureSet) Names() []string {
 	var names []string
 	for bit := range 64 {
@@ -118,7 +120,7 @@ func (s FeatureSet) Names() []string {
 	return names
 }
 
-// String names a single feature bit.
+// String returns the name of a single feature bit.
 func (f Feature) String() string {
 	for _, k := range KnownFeatures {
 		if k.Feature == f {
@@ -133,9 +135,10 @@ func (f Feature) String() string {
 	return fmt.Sprintf("%#x", uint64(f))
 }
 
-// Features asks the driver what it can do, which it answers within 20 seconds or not at all. A driver before Linux
-// 6.5 cannot be asked; it is had to add a device and tell what it granted. The kernel's release is set even when
-// there is no answer; the error is then ErrNoDriver, ErrPermission or ErrKernelTooOld.
+// Features asks the driver what it can do. It returns after at most 20 seconds, with the answer or without. A
+// driver before Linux 6.5 cannot be asked, so Features adds a device and looks at what was granted. The
+// kernel's release is set even if there is no answer; the error is then ErrNoDriver, ErrPermission or
+// ErrKernelTooOld.
 func Features() (FeatureSet, error) {
 	s := FeatureSet{Kernel: kernelRelease()}
 	c, err := openControl()
@@ -145,13 +148,14 @@ func Features() (FeatureSet, error) {
 	return s, err
 }
 
-// features is offered, with a device made for kernels that only tell on ADD.
+// features is offered, but makes a device on kernels that tell only on ADD.
 func (c *control) features(ctx context.Context) (Feature, error) {
 	f, err := c.offered(ctx)
 	if err != nil || f != ^Feature(0) {
 		return f, err
 	}
-	// Everything that Linux 6.4 may have, but for UNPRIVILEGED_DEV, which a process with CAP_SYS_ADMIN is not granted.
+	// Everything that Linux 6.4 may have, but for UNPRIVILEGED_DEV, which a process with CAP_SYS_ADMIN is not
+	// granted.
 	ask := FeatureCompInTask | FeatureNeedGetData | FeatureUserRecovery | FeatureRecoveryReissue | FeatureIoctlEncode
 	info := &devInfo{devID: kernelPicks, queues: 1, depth: 1, maxIOBytes: uint32(os.Getpagesize()), flags: uint64(ask)}
 	if err := c.add(ctx, info); err != nil {

@@ -14,19 +14,19 @@ const (
 
 // leaver is the part of a queue that ends it while the driver still has requests for it.
 //
-// A queue that is to leave keeps what arrives from the handler. When it gets the handler's last answer it rests: it
-// gives the driver that answer, and enters the ring no more. The driver hands out requests only on the queue's
-// thread, when that enters the ring (DEFER_TASKRUN), so that from here on nothing arrives, however much there is to
-// do: the queues of a device get there one after the other, and then end together.
+// A queue that is to leave keeps what arrives from the handler. When it gets the handler's last answer it
+// rests: it gives the driver that answer, and enters the ring no more. The driver hands out requests only on
+// the queue's thread, when that enters the ring (DEFER_TASKRUN), so that from here on nothing arrives,
+// however much there is to do: the queues of a device get there one after the other, and then end together.
 //
-// So there is also a command in the driver's hands when the queue ends: that of the last answer, or all if there was
-// none. Before Linux 6.15 the driver notices the end of a queue only by the commands that it can cancel
-// (ublk_uring_cmd_cancel_fn); if the server has every tag, by the block layer's timeout after 30 seconds
-// (ublk_timeout). Later drivers go by the char device's release (ublk_ch_release). In both what was kept, or not
-// handed out, goes to the next server.
+// So there is also a command in the driver's hands when the queue ends: that of the last answer, or all if
+// there was none. Before Linux 6.15 the driver notices the end of a queue only by the commands that it can
+// cancel (ublk_uring_cmd_cancel_fn); if the server has every tag, by the block layer's timeout after 30
+// seconds (ublk_timeout). Later drivers go by the char device's release (ublk_ch_release). In both what was
+// kept, or not handed out, goes to the next server.
 type leaver struct {
-	// told is a leave, and in its upper bits a count that makes each telling another one. One goroutine tells at a
-	// time.
+	// told is a leave, and in its upper bits a count that makes each telling another one. One goroutine tells
+	// at a time.
 	told  atomic.Uint32
 	rests atomic.Uint32 // the told that the queue rests for, or restsForGood
 	news  chan struct{} // gets one, if there is none, when told or killed changes
@@ -61,7 +61,7 @@ func (q *queue) stir() {
 	}
 }
 
-// resting tells, on any goroutine, whether the queue rests because of what it was told last.
+// resting reports, on any goroutine, whether the queue rests because of what it was told last.
 func (q *queue) resting() bool {
 	r := q.rests.Load()
 	return r == restsForGood || r == q.told.Load()
@@ -69,17 +69,17 @@ func (q *queue) resting() bool {
 
 func (q *queue) leaving() bool { return leave(q.seen&leaveMask) != leaveNot }
 
-// idle tells whether nothing is with the handler.
+// idle reports whether the handler has no request.
 func (q *queue) idle() bool { return q.owned == 0 && q.reading == 0 }
 
-// finished tells whether nothing is with the handler, nor may come to it. What the driver handed out before it was told
-// to stop, and is not held, shows up in one more turn.
+// finished reports whether the handler has no request and will get none. A request that the driver handed out
+// before it was told to stop, and that is not held, shows up in one more turn.
 func (q *queue) finished() bool { return q.idle() && (q.holding() || !q.look) }
 
-// mayWait tells whether the loop has seen all that it was told, and may wait for events.
+// mayWait reports whether the loop has seen everything that it was told, and may wait for events.
 func (q *queue) mayWait() bool { return !q.look && q.told.Load() == q.seen }
 
-// leaves tells whether the loop ends here. While the queue rests it does not return.
+// leaves reports whether the loop ends here. It does not return while the queue rests.
 func (q *queue) leaves() (bool, error) {
 	for {
 		told := q.told.Load()
@@ -140,7 +140,7 @@ func (q *queue) rest(told uint32) error {
 	return nil
 }
 
-// holding tells whether what arrives is kept from the handler.
+// holding reports whether requests that arrive are kept from the handler.
 func (q *queue) holding() bool {
 	switch leave(q.seen & leaveMask) {
 	case leaveNot:
@@ -151,8 +151,8 @@ func (q *queue) holding() bool {
 	return q.holds
 }
 
-// hold keeps a request that arrived from the handler: before the descriptors are mapped, and when the queue is to
-// leave.
+// hold keeps a request that arrived from the handler: before the descriptors are mapped, and when the queue
+// is to leave.
 func (q *queue) hold(tag int) bool {
 	if !q.early && !q.holding() {
 		return false

@@ -58,7 +58,7 @@ func (l *leaving) saturate(t testing.TB) {
 	}
 }
 
-// saw tells whether the handler has seen the first n requests.
+// saw reports whether the handler has seen the first n requests.
 func (l *leaving) saw(n int64) bool {
 	for ; l.low < n; l.low++ {
 		if _, ok := l.served.Load(l.low << 9); !ok {
@@ -88,8 +88,9 @@ func soon(r *Request) {
 	time.AfterFunc(time.Duration(rand.IntN(200))*time.Microsecond, func() { r.Complete(nil) })
 }
 
-// TestRestUnderLoad: queues whose drivers always have more to do come to rest one after the other and stay there, for
-// as long as nobody tells them otherwise; then they serve what they held, or leave it to the driver.
+// TestRestUnderLoad: queues whose drivers always have more to do come to rest one after the other and stay
+// there, for as long as nobody tells them otherwise; then they serve what they held, or leave it to the
+// driver.
 func TestRestUnderLoad(t *testing.T) { inEachMode(t, testRestUnderLoad) }
 
 func testRestUnderLoad(t *testing.T, mode CopyMode) {
@@ -145,8 +146,8 @@ func testRestUnderLoad(t *testing.T, mode CopyMode) {
 	}
 }
 
-// TestRestAfterTheLastAnswer: a queue rests after the answer to the last request, though nothing else comes; before, a
-// Quiesce that is given up leaves it as it was.
+// TestRestAfterTheLastAnswer: a queue rests after the answer to the last request, though nothing else comes;
+// before, a Quiesce that is given up leaves it as it was.
 func TestRestAfterTheLastAnswer(t *testing.T) { inEachMode(t, testRestAfterTheLastAnswer) }
 
 func testRestAfterTheLastAnswer(t *testing.T, mode CopyMode) {

@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// KernelState is what the driver says of a device (UBLK_S_DEV_*).
+// KernelState is the state of a device in the driver (UBLK_S_DEV_*).
 type KernelState uint16
 
 // The states of a device in the driver.
@@ -24,7 +24,7 @@ const (
 	KernelFailIO   KernelState = 3 // its server is gone, requests fail until recovery
 )
 
-// String names the state.
+// String returns the name of the state.
 func (s KernelState) String() string {
 	switch s {
 	case KernelDead:
@@ -39,7 +39,7 @@ func (s KernelState) String() string {
 	return fmt.Sprintf("state %d", uint16(s))
 }
 
-// DeviceInfo is one device of the machine, whoever serves it.
+// DeviceInfo describes one device of the machine, whichever process serves it.
 type DeviceInfo struct {
 	ID         int
 	State      KernelState
@@ -55,12 +55,13 @@ type DeviceInfo struct {
 	OwnerGID   int
 }
 
-// Path is the block device's path; it exists while the device is live or waits for recovery.
+// Path returns the path of the block device. It exists while the device is live or waits for recovery.
 func (i DeviceInfo) Path() string { return blockPath(i.ID) }
 
-// Devices lists all ublk devices of the machine by their id. A device that goes away meanwhile is left out. When it
-// cannot tell of all devices there is an error beside those that it can tell of, so that without an error a device that
-// is not in the list is not there. Where sysfs does not list the devices that error is ErrUnlisted.
+// Devices lists all ublk devices of the machine, by id. A device that goes away meanwhile is left out. If
+// Devices cannot describe all of them, it returns an error beside those that it can describe. So without an
+// error, a device that is not in the list is not there. If sysfs does not list the devices, the error is
+// ErrUnlisted.
 func Devices(ctx context.Context) ([]DeviceInfo, error) {
 	c, err := openControl()
 	if err != nil {
@@ -90,8 +91,8 @@ func (c *control) describeAll(ctx context.Context, ids []int) (all []DeviceInfo,
 // classDir is where sysfs lists the char devices, which exist from ADD to DEL.
 const classDir = "/sys/class/ublk-char"
 
-// deviceIDs finds the ids by the char devices in a folder of sysfs. Where that is not to be had it finds those whose
-// nodes are in dev, which need not be all, with ErrUnlisted.
+// deviceIDs finds the ids by the char devices in a folder of sysfs. If there is no sysfs, it returns the ids
+// whose nodes are in dev, which may not be all, with ErrUnlisted.
 func deviceIDs(class, dev string) (ids []int, err error) {
 	entries, rerr := os.ReadDir(class)
 	var st unix.Statfs_t
@@ -140,14 +141,14 @@ func (c *control) describe(ctx context.Context, id int) (DeviceInfo, error) {
 	}, nil
 }
 
-// udevTime is how long somebody who has the char device open may be udev.
+// udevTime is how long an opener of the char device may be udev.
 const udevTime = 500 * time.Millisecond
 
-// Delete removes a device that no process serves, and never one that a process serves: that one has to stop it
-// (ErrBusy). Without force it refuses with ErrBusy, too, when the block device is in use or waits to be recovered. With
-// force, what waits on it fails.
+// Delete removes a device that no process serves. If a process serves it, only that process can stop it
+// (ErrBusy). Without force, Delete also returns ErrBusy if the block device is in use, or waits to be
+// recovered. With force, the requests that wait on it fail.
 //
-// A block device that is open goes when its last user closes it; Delete then returns ErrBusy after a while.
+// A block device that is open goes when its last user closes it. Delete then returns ErrBusy after a while.
 func Delete(ctx context.Context, id int, force bool) error {
 	c, err := openControl()
 	if err != nil {
@@ -180,7 +181,7 @@ func deleteDevice(ctx context.Context, c *control, id int, force bool) error {
 	return deviceError("delete", id, err)
 }
 
-// unserved returns what the driver knows of a device when no process serves it.
+// unserved returns what the driver knows of a device, if no process serves it.
 func (c *control) unserved(ctx context.Context, id int) (*devInfo, error) {
 	for begin := time.Now(); ; {
 		info, err := c.getInfo(ctx, id)

@@ -10,7 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// fakeDriver answers control commands as the driver of one kernel does (drivers/block/ublk_drv.c), without any queues.
+// fakeDriver answers control commands as the driver of one kernel does (drivers/block/ublk_drv.c), without
+// any queues.
 type fakeDriver struct {
 	since    Feature // all that the driver knows
 	features bool    // GET_FEATURES (6.5)
@@ -80,7 +81,7 @@ func (f *fakeDriver) answer(op uint32, cmd ctrlCmd, buf unsafe.Pointer) unix.Err
 	return 0
 }
 
-// isFull tells whether ADD is known by op's form.
+// isFull reports whether ADD is known by op's form.
 func (f *fakeDriver) isFull(op uint32) bool { return op > 0xff && f.encoded }
 
 func (f *fakeDriver) add(cmd ctrlCmd, info *devInfo) unix.Errno {
@@ -193,8 +194,8 @@ func TestNegotiation(t *testing.T) {
 	}
 }
 
-// TestMissingFeatures: what a kernel does not have is refused by name, whether it can be asked or only grants less;
-// and no device stays.
+// TestMissingFeatures: what a kernel does not have is refused by name, whether it can be asked or only grants
+// less; and no device stays.
 func TestMissingFeatures(t *testing.T) {
 	ctx := context.Background()
 	for _, k := range []struct {
@@ -222,7 +223,8 @@ func TestMissingFeatures(t *testing.T) {
 	}
 }
 
-// TestUnprivilegedCommands: every command to an unprivileged device carries the char device's path, to others none.
+// TestUnprivilegedCommands: every command to an unprivileged device carries the char device's path, to others
+// none.
 func TestUnprivilegedCommands(t *testing.T) {
 	ctx := context.Background()
 	f := driverOf("6.12")
@@ -252,8 +254,8 @@ func TestUnprivilegedCommands(t *testing.T) {
 	}
 }
 
-// TestRecoverOfAnotherKind: a device that its driver does not copy the payloads of, or that speaks otherwise to its
-// server, is left to the program that made it.
+// TestRecoverOfAnotherKind: a device that its driver does not copy the payloads of, or that speaks otherwise
+// to its server, is left to the program that made it.
 func TestRecoverOfAnotherKind(t *testing.T) {
 	f := driverOf("7.3")
 	for _, k := range KnownFeatures {

@@ -7,56 +7,61 @@ import (
 	"strings"
 )
 
-// Options describe a device. Zero values mean the default.
+// Options describe a device. A zero value stands for the default.
 type Options struct {
-	// ID asks for /dev/ublkbID; nil, or a negative number, lets the kernel choose.
+	// ID asks for /dev/ublkbID. With nil or a negative number the kernel chooses.
 	ID *int
-	// Size in bytes: a multiple of LogicalBlock, above zero.
+	// Size is in bytes: a multiple of LogicalBlock, above zero.
 	Size int64
-	// Queues is the number of hardware queues, each with a thread and a ring; default 1. The kernel gives no more than
-	// it has CPUs.
+	// Queues is the number of hardware queues, each with a thread and a ring; default 1. The kernel grants no
+	// more queues than it has CPUs.
 	Queues int
-	// Depth is how many requests a queue has under way at once, up to 4096; default 64.
+	// Depth is the number of requests that a queue can have under way, up to 4096; default 64.
 	Depth int
-	// MaxIOBytes is the largest read or write, a multiple of the page size; default 256 KiB. A queue holds
-	// Depth × MaxIOBytes of locked memory, but with CopyUser only what its requests need at the moment.
+	// MaxIOBytes is the size of the largest read or write, a multiple of the page size; default 256 KiB. A
+	// queue holds Depth × MaxIOBytes of locked memory, or with CopyUser only as much as its requests need at
+	// the moment.
 	MaxIOBytes int
 	// LogicalBlock is the unit of addressing: 512 (the default) or 4096.
 	LogicalBlock int
-	// PhysicalBlock is the unit that is written without a read-modify-write; default 4096.
+	// PhysicalBlock is the smallest unit that is written without a read-modify-write; default 4096.
 	PhysicalBlock int
-	// IOMin and IOOpt are hints to file systems: the smallest and the best I/O, powers of two; default PhysicalBlock.
+	// IOMin and IOOpt are hints to file systems: the smallest and the best I/O, powers of two; default
+	// PhysicalBlock.
 	IOMin, IOOpt int
 	// ReadOnly makes the block device refuse writes.
 	ReadOnly bool
-	// VolatileCache says that an answered write is durable only after a flush: the kernel then sends OpFlush.
+	// VolatileCache declares that an answered write is durable only after a flush, so that the kernel sends
+	// OpFlush.
 	VolatileCache bool
-	// FUA has single writes marked as durable (Request.FUA) instead of a flush after them; it needs VolatileCache.
+	// FUA lets the kernel mark single writes as durable (Request.FUA), instead of sending a flush after them.
+	// It needs VolatileCache.
 	FUA bool
-	// Discard has OpDiscard and OpWriteZeroes sent; without it the kernel writes zeros itself.
+	// Discard lets the kernel send OpDiscard and OpWriteZeroes. Without it, the kernel writes zeros as data.
 	Discard bool
 	// DiscardGranularity is the unit that a discard frees; default PhysicalBlock.
 	DiscardGranularity int
-	// Report gets what the device survives but its owner should know, now *PanicError. It is called on a queue's
-	// thread and must not block.
+	// Report is told of faults that the device survives but its owner should know of; at present each is a
+	// *PanicError. It is called on a queue's thread, and must not block.
 	Report func(error)
-	// Copy is how payloads travel between the driver and the handler; the default is CopyPlain, by measurement.
+	// Copy is how payloads travel between the driver and the handler. The default is CopyPlain, which
+	// measured fastest.
 	Copy CopyMode
-	// Recovery is what becomes of the disk when its server goes; by default it goes too.
+	// Recovery is what happens to the disk when its server goes. By default the disk goes too.
 	Recovery Recovery
-	// Cookie is kept by the driver with the device and told by Devices: its owner's mark.
+	// Cookie is a mark of the owner's. The driver keeps it with the device, and Devices returns it.
 	Cookie uint64
-	// NoPartitionScan keeps the kernel from reading the partition table. It is asked of kernels that can (7.0);
-	// Device.Features tells.
+	// NoPartitionScan keeps the kernel from reading the partition table. It takes effect on kernels that can
+	// (7.0); Device.Features tells whether it did.
 	NoPartitionScan bool
-	// NoAffinity leaves the queue threads on all CPUs; by default they stay on those that the block layer maps to
-	// their queue.
+	// NoAffinity lets the queue threads run on all CPUs. By default a thread stays on the CPUs that the block
+	// layer maps to its queue.
 	NoAffinity bool
 	// Unprivileged makes a device that a user without CAP_SYS_ADMIN may make and serve (6.3); see the package
 	// documentation. The driver ignores it for a process that has CAP_SYS_ADMIN.
 	Unprivileged bool
-	// Require names features that Create fails without, with a *FeatureError. Those that need a server of another kind
-	// (zero copy, NEED_GET_DATA, zones, integrity) are refused.
+	// Require names features without which Create fails with a *FeatureError. Create refuses features that
+	// need another kind of server (zero copy, NEED_GET_DATA, zones, integrity).
 	Require Feature
 }
 
@@ -65,35 +70,35 @@ type CopyMode uint8
 
 // The copy modes.
 const (
-	CopyDefault CopyMode = iota // CopyPlain, by measurement
+	CopyDefault CopyMode = iota // CopyPlain, which measured fastest
 	// CopyPlain: the driver copies between the request and the buffer of its tag.
 	CopyPlain
-	// CopyUser: the queue copies, with a system call a request (USER_COPY, 6.5). Requests get their buffers only while
-	// they are served, from memory that all such devices of the process share (SetBufferLimit) and that an idle device
-	// has nothing of. A queue has at most an eighth of Depth × MaxIOBytes of it, but at least 1 MiB; when that is lent
-	// out, the next requests wait.
+	// CopyUser: the queue copies, with one system call for each payload (USER_COPY, 6.5). A request has a
+	// buffer only while it is served. All such devices of the process share the memory for buffers
+	// (SetBufferLimit), and an idle device has none of it. A queue has at most an eighth of Depth ×
+	// MaxIOBytes of it, but at least 1 MiB. When that is lent out, the next requests wait.
 	CopyUser
 	// CopyBatch: as CopyPlain, but requests and answers travel in lists (BATCH_IO, 7.0).
 	CopyBatch
 )
 
-// Recovery is what becomes of a device's disk when its server goes.
+// Recovery is what happens to a device's disk when its server goes.
 type Recovery uint8
 
 // The ways of recovery. All but RecoverNone keep the disk until a server calls Recover, or Delete removes it.
 const (
-	// RecoverNone: the disk goes with its server, and what is open fails.
+	// RecoverNone: the disk goes with its server, and its open requests fail.
 	RecoverNone Recovery = iota
-	// RecoverReissue: requests wait for the next server, and what the last one had not answered is issued again; a
-	// write may so be applied twice.
+	// RecoverReissue: requests wait for the next server. Those that the last server had not answered are
+	// issued again, so a write may be applied twice.
 	RecoverReissue
-	// RecoverEIO: requests wait for the next server, but what the last one had not answered fails.
+	// RecoverEIO: requests wait for the next server, but those that the last server had not answered fail.
 	RecoverEIO
-	// RecoverFailIO: requests fail (EREMOTEIO) until there is a next server (6.13).
+	// RecoverFailIO: requests fail with EREMOTEIO until there is a next server (6.13).
 	RecoverFailIO
 )
 
-// features are the driver's flags of the way of recovery.
+// features returns the driver's flags for this way of recovery.
 func (r Recovery) features() Feature {
 	return [...]Feature{
 		RecoverNone:    0,
@@ -200,7 +205,7 @@ func powerOfTwo(n int) bool { return n > 0 && n&(n-1) == 0 }
 
 func shiftOf(n int) uint8 { return uint8(bits.TrailingZeros(uint(n))) }
 
-// required are the features that the options cannot do without.
+// required returns the features that the options cannot do without.
 func (o Options) required() Feature {
 	f := o.Require | o.Recovery.features()
 	if o.Unprivileged {
@@ -215,8 +220,8 @@ func (o Options) required() Feature {
 	return f
 }
 
-// Memory is about how much memory a device with these options takes while nobody uses it, and at most. It counts the
-// buffers, and what a queue's thread and ring take here and in the kernel.
+// Memory returns about how much memory a device with these options takes: while nobody uses it, and at most.
+// It counts the buffers, and what a queue's thread and ring take in this process and in the kernel.
 func (o Options) Memory() (idle, most int64) {
 	o = o.withDefaults()
 	buffers := o.Depth * o.MaxIOBytes
@@ -224,7 +229,8 @@ func (o Options) Memory() (idle, most int64) {
 		buffers = poolSize(o.Depth, o.MaxIOBytes)
 	}
 	entries := 2 * o.Depth
-	// An SQE and two CQEs for each entry, the driver's request for each tag, and the thread with its counters.
+	// An SQE and two CQEs for each entry, the driver's request for each tag, and the thread with its
+	// counters.
 	idle = deviceBytes + int64(o.Queues)*int64(entries*(sqeSize+4*cqeSize)+o.Depth*1024+threadBytes)
 	most = idle + int64(o.Queues*buffers)
 	if o.Copy != CopyUser {
@@ -238,8 +244,8 @@ const (
 	threadBytes = 128 << 10 // two stacks, the runtime's state of a thread, the counters
 )
 
-// info is what ADD is asked for of a kernel that offers some features: the required ones, and what is of use besides.
-// It is a *FeatureError when it does not offer enough.
+// info returns the arguments of ADD for a kernel that offers some features: those that are required, and
+// those that are useful besides. It returns a *FeatureError if the kernel does not offer enough.
 func (o Options) info(offered Feature) (*devInfo, error) {
 	if missing := o.required() &^ offered; missing != 0 {
 		return nil, &FeatureError{Missing: missing, Kernel: kernelRelease()}
@@ -265,7 +271,7 @@ func (o Options) info(offered Feature) (*devInfo, error) {
 	}, nil
 }
 
-// params is what SET_PARAMS is given.
+// params returns the arguments of SET_PARAMS.
 func (o Options) params() *params {
 	p := &params{types: paramBasic, basic: paramsBasic{
 		logicalShift:  shiftOf(o.LogicalBlock),

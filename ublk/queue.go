@@ -13,12 +13,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// queue is one hardware queue: a loop on one thread that takes requests from its port, hands them to the handler and
-// commits the answers.
+// queue is one hardware queue: a loop on one thread that takes requests from its port, hands them to the
+// handler and commits the answers.
 //
-// A tag is the driver's (its fetch is under way), ours (dispatched, not committed) or ended (the driver aborted it).
-// The loop runs until every tag has ended, which the driver does only after it has drained all requests; or until
-// kill, when the device cannot be saved and closing the ring makes the driver fail what is open.
+// A tag is the driver's (its fetch is under way), ours (dispatched, not committed) or ended (the driver
+// aborted it). The loop runs until every tag has ended, which the driver does only after it has drained all
+// requests; or until kill, when the device cannot be saved and closing the ring makes the driver fail what is
+// open.
 type queue struct {
 	id      int
 	depth   int
@@ -52,8 +53,8 @@ type queue struct {
 	leaver
 }
 
-// readSlot is one fetch. It lives in the heap and holds p, so that what the kernel writes to is neither moved nor
-// freed.
+// readSlot is one fetch. It lives in the heap and holds p, so that what the kernel writes to is neither moved
+// nor freed.
 type readSlot struct {
 	r   *Request
 	fd  int
@@ -66,8 +67,8 @@ var (
 	errRefused = errors.New("the driver refused the command")
 )
 
-// newQueue makes the queue's state. buf holds depth buffers of ioMax bytes; with CopyUser it is nil, and requests get
-// theirs from a.
+// newQueue makes the queue's state. buf holds depth buffers of ioMax bytes; with CopyUser it is nil, and
+// requests get theirs from a.
 func newQueue(mode CopyMode, id, depth, ioMax int, buf []byte, a *arena, h Handler, report func(error)) *queue {
 	q := &queue{
 		id: id, depth: depth, ioMax: ioMax, handler: h, report: report, requests: make([]Request, depth),
@@ -132,8 +133,8 @@ func (q *queue) turn() error {
 				return err
 			}
 		}
-		// An answer that is pushed after this store sees it and interrupts; one pushed before is in the list. So it is
-		// with a chunk that the arena grants.
+		// An answer that is pushed after this store sees it and interrupts; one pushed before is in the list.
+		// So it is with a chunk that the arena grants.
 		q.asleep.Store(true)
 		if q.later.empty() && !q.granted.Load() {
 			break
@@ -161,9 +162,9 @@ func (q *queue) turn() error {
 	return q.guarded((*queue).reap)
 }
 
-// yieldEvery is less than the 10 ms (forcePreemptNS in runtime/proc.go) after which the runtime takes the processor
-// of a goroutine that the scheduler has not run anew at every system call that it finds it in, and watches out for
-// that every 20 µs: which costs a busy queue a third of its time.
+// yieldEvery is less than the 10 ms (forcePreemptNS in runtime/proc.go) after which the runtime takes the
+// processor of a goroutine that the scheduler has not run anew at every system call that it finds it in, and
+// watches out for that every 20 µs: which costs a busy queue a third of its time.
 const yieldEvery = 5 * time.Millisecond
 
 // yield lets the scheduler run this goroutine anew.
@@ -190,8 +191,8 @@ func (q *queue) wake() {
 	q.waking.Add(-1)
 }
 
-// settleWakes returns when no goroutine uses the port any more to wake a loop that has ended. A loop that has ended is
-// not asleep, so none can begin.
+// settleWakes returns when no goroutine uses the port any more to wake a loop that has ended. A loop that has
+// ended is not asleep, so none can begin.
 func (q *queue) settleWakes() {
 	for q.waking.Load() > 0 {
 		runtime.Gosched()
@@ -304,8 +305,8 @@ func (q *queue) servePayload(r *Request) {
 	q.settle(r, q.serve(r))
 }
 
-// serveStarved serves the requests that wait for a buffer, in their order, as long as there are buffers. Because the
-// first keeps the others waiting, it gets the pool's memory together, however large it is.
+// serveStarved serves the requests that wait for a buffer, in their order, as long as there are buffers.
+// Because the first keeps the others waiting, it gets the pool's memory together, however large it is.
 func (q *queue) serveStarved() error {
 	for r := q.starved.head; r != nil && q.lendBuffer(r); r = q.starved.head {
 		q.starved.pop()
@@ -330,8 +331,8 @@ func (q *queue) fetched(r *Request) error {
 	return err
 }
 
-// guarded runs f to its end. A request whose handler panics fails, and f is called again for the rest: so a turn costs
-// one deferred function, and not each of its requests.
+// guarded runs f to its end. A request whose handler panics fails, and f is called again for the rest: so a
+// turn costs one deferred function, and not each of its requests.
 func (q *queue) guarded(f func(*queue) error) error {
 	for {
 		panicked, err := q.untilPanic(f)
@@ -372,7 +373,8 @@ func (q *queue) reportPanic(r *Request, p any) {
 	}
 }
 
-// PanicError is what Options.Report gets for a panic of the handler. The request failed with EIO, the device goes on.
+// PanicError is passed to Options.Report after a panic of the handler. The request has failed with EIO, and
+// the device goes on.
 type PanicError struct {
 	Op     Op
 	Offset int64
@@ -381,7 +383,7 @@ type PanicError struct {
 	Stack  []byte // of the handler
 }
 
-// Error says which request it was.
+// Error names the request.
 func (e *PanicError) Error() string {
 	return fmt.Sprintf("ublk: the handler panicked on %v of %d bytes at %d: %v", e.Op, e.Length, e.Offset, e.Value)
 }
@@ -421,8 +423,8 @@ func (q *queue) settleFetch(r *Request) {
 	q.settle(r, err)
 }
 
-// commit hands the answer of r to the driver, which may reuse the tag at once. A request with fetches under way waits
-// for them, because they write to its memory.
+// commit hands the answer of r to the driver, which may reuse the tag at once. A request with fetches under
+// way waits for them, because they write to its memory.
 func (q *queue) commit(r *Request) {
 	if r.reads > 0 {
 		r.wait = waitCommit

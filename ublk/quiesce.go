@@ -9,14 +9,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Quiesce ends serving and leaves the disk: its users wait until somebody recovers it. It needs Options.Recovery.
+// Quiesce ends serving and leaves the disk, whose users wait until a server recovers it. It needs
+// Options.Recovery.
 //
-// With RecoverReissue, which any kernel can, the queues hand out no more, and each rests when nothing is with the
-// handler; when all do they end, however much the users have to do, and what has arrived meanwhile the driver gives
-// to the next server. Until then nothing has changed: when ctx ends first, or Close is called, the queues hand out
-// what they kept and the device goes on serving as if nothing had been. The other ways of recovery need Linux 6.16 (a
-// *FeatureError before), whose driver holds the requests back; it cannot be called back, so that the device ends
-// quiesced in any case, as soon as what is with the handler is answered.
+// With RecoverReissue, every kernel can do it. The queues hand out no more requests, and each queue rests
+// when the handler has none. When all queues rest, they end, however much the users have to do. The driver
+// gives the requests that have arrived meanwhile to the next server. Until then nothing has changed: if ctx
+// ends first, or Close is called, the queues hand out the requests that they kept, and the device goes on
+// serving as before.
+//
+// The other ways of recovery need Linux 6.16, whose driver holds the requests back; before that, Quiesce
+// returns a *FeatureError. The driver cannot be called back. So the device ends quiesced in any case, as soon
+// as the handler has answered its requests.
 func (d *Device) Quiesce(ctx context.Context) error {
 	if d.features&FeatureUserRecovery == 0 {
 		return fmt.Errorf("ublk: quiesce device %d: %w: it was made without recovery", d.id, ErrNotRecoverable)
@@ -33,7 +37,7 @@ func (d *Device) Quiesce(ctx context.Context) error {
 	return nil
 }
 
-// quiesce has the queues leave, or has them stay when that cannot be.
+// quiesce makes the queues leave, or makes them stay if they cannot leave in time.
 func (d *Device) quiesce(ctx context.Context) error {
 	if d.features&FeatureRecoveryReissue == 0 {
 		return d.quiesceDriver(ctx)
@@ -49,8 +53,8 @@ func (d *Device) quiesce(ctx context.Context) error {
 	return nil
 }
 
-// quiesceDriver has the driver hand out no more. What it answers is of no account once it has begun: it does not say
-// whether a queue has nothing to give back at the moment or for ever.
+// quiesceDriver makes the driver hand out no more requests. Once that has begun, the driver's answer means
+// nothing: it does not tell a queue that has nothing to give back at the moment from one that never will.
 func (d *Device) quiesceDriver(ctx context.Context) error {
 	timeout := commandTimeout
 	if end, ok := ctx.Deadline(); ok {

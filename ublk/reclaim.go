@@ -8,12 +8,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// SetIOFlusher marks every thread of the process, and those that it makes later, as ones that write back memory
-// (PR_SET_IO_FLUSHER, which needs CAP_SYS_RESOURCE): when they need memory, the kernel does not have them wait for
-// devices that may be their own. A server that does its work on other goroutines than the queues' calls it, best
-// before the first device is made. The queue threads are marked in any case.
+// SetIOFlusher marks every thread of the process, and those that it makes later, as I/O flushers
+// (PR_SET_IO_FLUSHER, which needs CAP_SYS_RESOURCE): when they need memory, the kernel does not make them
+// wait for devices that may be their own. A server whose work is done on goroutines other than the queues'
+// should call it, best before it makes its first device. The queue threads are marked in any case.
 //
-// A program with cgo cannot do it for all threads; the error is then syscall.ENOTSUP.
+// A program with cgo cannot do this for all threads; the error is then syscall.ENOTSUP.
 func SetIOFlusher() error {
 	_, _, errno := syscall.AllThreadsSyscall6(unix.SYS_PRCTL, unix.PR_SET_IO_FLUSHER, 1, 0, 0, 0, 0)
 	switch {

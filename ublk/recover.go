@@ -10,29 +10,30 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// RecoverOptions are what the driver does not keep of a device's Options.
+// RecoverOptions are the options of a device that the driver does not keep.
 type RecoverOptions struct {
-	// Cookie is what the device was made with; another one is refused. 0 takes any.
+	// Cookie is the one that the device was made with. A device with another cookie is refused; 0 accepts
+	// any.
 	Cookie uint64
-	// Report and NoAffinity are those of Options.
+	// Report and NoAffinity are as in Options.
 	Report     func(error)
 	NoAffinity bool
 }
 
-// recoverTimeout bounds the wait for the driver to notice that the server is gone. Before Linux 6.15 that may take the
-// block layer's timeout of 30 seconds, if the server owned every tag of a queue when it died.
+// recoverTimeout bounds the wait for the driver to notice that the server is gone. Before Linux 6.15 that may
+// take the block layer's timeout of 30 seconds, if the server held every tag of a queue when it died.
 const recoverTimeout = 60 * time.Second
 
-// diesWithin is how long a server that was killed may still show up with the char device open.
+// diesWithin is how long a server that was killed may still have the char device open.
 const diesWithin = 2 * time.Second
 
-// Recover serves a device again whose server is gone, and that was made with Options.Recovery. Size, queues, limits and
-// features are those that the driver kept; h must serve the same content. When it returns, the device is live, and what
-// waited is being served.
+// Recover serves a device again whose server is gone, and that was made with Options.Recovery. The driver has
+// kept its size, queues, limits and features. h must serve the same content. When Recover returns, the device
+// is live, and the requests that waited are being served.
 //
-// It refuses a device that somebody serves (ErrBusy), is not there (ErrNotFound) or cannot be recovered, or not by
-// this package (ErrNotRecoverable). When it fails otherwise, or its process dies in it, the device waits as before
-// and Recover can be tried again.
+// Recover refuses a device that a process serves (ErrBusy), that is not there (ErrNotFound), or that cannot
+// be recovered, or not by this package (ErrNotRecoverable). If it fails for another reason, or its process
+// dies, the device waits as before, and Recover can be tried again.
 func Recover(ctx context.Context, id int, o RecoverOptions, h Handler) (*Device, error) {
 	c, err := openControl()
 	if err != nil {
@@ -81,19 +82,21 @@ func recoverDevice(ctx context.Context, c *control, id int, o RecoverOptions, h 
 	}
 }
 
-// Before Linux 6.15 the driver sets the queues back in START_USER_RECOVERY, and not from every state: when no queue
-// has had a server since the last START it answers EINVAL, and when only some have, it crashes. A recovery that dies
-// in between leaves such a state. So there Recover begins without START and tries to fetch, which tells the states
-// apart:
+// Before Linux 6.15 the driver sets the queues back in START_USER_RECOVERY, and not from every state: when no
+// queue has had a server since the last START it answers EINVAL, and when only some have, it crashes. A
+// recovery that dies in between leaves such a state. So there Recover begins without START and tries to
+// fetch, which tells the states apart:
 //
 //   - every queue refuses: each has had a server, which is gone; START is safe, and then they fetch;
 //   - every queue fetches: there was a START, and no server since;
 //   - only some fetch: there is no way on.
 //
-// The descriptors are mapped after the fetches, because the driver lets only one process map them until the next START.
+// The descriptors are mapped after the fetches, because the driver lets only one process map them until the
+// next START.
 var errFetchedBefore = errors.New("ublk: every queue of the device has had a server")
 
-// waitOrphan returns what the driver knows of a device that can be recovered, when its server is gone.
+// waitOrphan waits until the server of a device is gone, and returns what the driver knows of the device. It
+// fails if the device cannot be recovered.
 func (c *control) waitOrphan(ctx context.Context, id int, cookie uint64) (*devInfo, error) {
 	for begin := time.Now(); ; {
 		info, err := c.getInfo(ctx, id)
@@ -126,7 +129,7 @@ func (c *control) waitOrphan(ctx context.Context, id int, cookie uint64) (*devIn
 	}
 }
 
-// startRetry has the driver begin a recovery as soon as it has let go of the old server.
+// startRetry makes the driver begin a recovery as soon as it has let go of the old server.
 func startRetry(ctx context.Context, c *control, to target) error {
 	for {
 		err := c.startRecovery(ctx, to)
@@ -166,7 +169,7 @@ func (d *Device) takeOver(ctx context.Context, h Handler) error {
 	return d.goLive()
 }
 
-// abandon ends a device that was not recovered, and leaves the disk as it is.
+// abandon ends a device that was not recovered, and leaves its disk as it is.
 func (d *Device) abandon(cause error) {
 	if !d.hasThreads() {
 		d.release()
@@ -176,7 +179,7 @@ func (d *Device) abandon(cause error) {
 	<-d.done
 }
 
-// optionsOf makes out what a device was made with.
+// optionsOf returns the options that a device was made with.
 func optionsOf(info *devInfo, p *params) Options {
 	o := Options{
 		ID:                 new(int(info.devID)),

@@ -215,7 +215,7 @@ func recoverDevice(t testing.TB, disk ublk.Handler) *ublk.Device {
 	return d
 }
 
-// kernelHas tells whether the running kernel has a feature.
+// kernelHas reports whether the running kernel has a feature.
 func kernelHas(t testing.TB, f ublk.Feature) bool {
 	t.Helper()
 	set, err := ublk.Features()
@@ -252,8 +252,8 @@ func checkDisk(t testing.TB, path string) {
 	}
 }
 
-// TestKilledBeforeLive: what is left of a device whose server died before there was a disk cannot be recovered, and is
-// deleted.
+// TestKilledBeforeLive: what is left of a device whose server died before there was a disk cannot be
+// recovered, and is deleted.
 func TestKilledBeforeLive(t *testing.T) {
 	needDriver(t)
 	for _, phase := range []string{"add", "half", "fetched"} {
@@ -269,9 +269,9 @@ func TestKilledBeforeLive(t *testing.T) {
 	}
 }
 
-// TestKilledStarting kills a server while the kernel reads the partition table. Before Linux 6.19 that happens inside
-// START_DEV, with the driver's lock held, and a server that is killed then cannot end; nothing can be done about it
-// from here (see the package documentation), and the guest would not survive the test.
+// TestKilledStarting kills a server while the kernel reads the partition table. Before Linux 6.19 that
+// happens inside START_DEV, with the driver's lock held, and a server that is killed then cannot end; nothing
+// can be done about it from here (see the package documentation), and the guest would not survive the test.
 func TestKilledStarting(t *testing.T) {
 	needDriver(t)
 	if !kernelHas(t, ublk.FeatureNoAutoPartScan) {
@@ -317,7 +317,8 @@ func TestKilledServing(t *testing.T) {
 	}
 }
 
-// TestKilledRecovering kills the second server in each phase of its recovery; a third one recovers the device.
+// TestKilledRecovering kills the second server in each phase of its recovery; a third one recovers the
+// device.
 func TestKilledRecovering(t *testing.T) {
 	needDriver(t)
 	for _, phase := range []string{"recover-started", "recover-half", "recover-fetched", "recover-ended"} {
@@ -448,8 +449,8 @@ func TestRecoveryWays(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			// Both open it while it is served: to open a disk may have to wait for the scan of its partitions, and
-			// that for a server.
+			// Both open it while it is served: to open a disk may have to wait for the scan of its
+			// partitions, and that for a server.
 			first, second := openDirect(t, d, unix.O_RDWR), openDirect(t, d, unix.O_RDWR)
 			write := func(fd int) chan error {
 				done := make(chan error, 1)

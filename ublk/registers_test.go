@@ -17,8 +17,9 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// A block of 4 KiB is a register: a read returns the last value written. Several threads read, write and discard a few
-// blocks at once, and porcupine says whether what they saw can be explained by some order of their operations.
+// A block of 4 KiB is a register: a read returns the last value written. Several threads read, write and
+// discard a few blocks at once, and porcupine reports whether what they saw can be explained by some order of
+// their operations.
 
 // registerInput is one operation on one register; every write has a value of its own, and a discard writes 0.
 type registerInput struct {
@@ -174,7 +175,8 @@ func (d lateDisk) ServeUBLK(r *ublk.Request) error {
 
 const registerBlocks = 4
 
-// TestRegisters: the device is linearizable, in each way of copying, with answers at once, later and out of order.
+// TestRegisters: the device is linearizable, in each way of copying, with answers at once, later and out of
+// order.
 func TestRegisters(t *testing.T) {
 	needDriver(t)
 	for _, mode := range copyModes(t) {
@@ -214,8 +216,8 @@ const (
 	faultStale       // a read returns what was there before the last write
 )
 
-// faulty is a disk of registers in memory that makes one mistake. It is a handler as well, so that the mistake can be
-// made below a device.
+// faulty is a disk of registers in memory that makes one mistake. It is a handler as well, so that the
+// mistake can be made below a device.
 type faulty struct {
 	mu     sync.Mutex
 	data   [registerBlocks][4096]byte
@@ -231,7 +233,7 @@ func (d *faulty) arm(f fault, n int) {
 	d.fault, d.at = f, n
 }
 
-// now tells whether f is to be made now.
+// now reports whether f is to be made now.
 func (d *faulty) now(f fault) bool {
 	if d.fault != f {
 		return false
@@ -369,7 +371,8 @@ func TestRegistersCatchOnDevice(t *testing.T) {
 	for name, f := range faults {
 		t.Run(name, func(t *testing.T) {
 			disk := &faulty{}
-			// The kernel reads the partition table when it likes, and the mistake is to be made in a read of ours.
+			// The kernel reads the partition table when it likes, and the mistake is to be made in a read of
+			// ours.
 			d := create(t, ublk.Options{Size: registerBlocks * 4096, Queues: 2, Discard: true, NoPartitionScan: true}, disk)
 			r := deviceRegisters{openDirect(t, d, unix.O_RDWR)}
 			history := workload(t, r, 4, registerBlocks, 60)

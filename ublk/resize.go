@@ -5,8 +5,8 @@ import (
 	"fmt"
 )
 
-// Resize changes the size of a live device (6.16; a *FeatureError before). The handler must be able to serve the
-// larger of the two sizes from before Resize until it has returned.
+// Resize changes the size of a live device (Linux 6.16; a *FeatureError before that). From before Resize
+// until it has returned, the handler must be able to serve the larger of the two sizes.
 func (d *Device) Resize(ctx context.Context, size int64) error {
 	block := int64(d.Options().LogicalBlock)
 	if size <= 0 || size%block != 0 {
@@ -15,7 +15,8 @@ func (d *Device) Resize(ctx context.Context, size int64) error {
 	if d.features&FeatureUpdateSize == 0 {
 		return &FeatureError{Missing: FeatureUpdateSize, Kernel: kernelRelease()}
 	}
-	// The driver does not look whether there is still a disk (before 7.2), so none may go meanwhile: see waitResize.
+	// The driver does not look whether there is still a disk (before 7.2), so none may go meanwhile: see
+	// waitResize.
 	select {
 	case d.sizing <- struct{}{}:
 		defer func() { <-d.sizing }()
@@ -45,8 +46,8 @@ func (d *Device) Resize(ctx context.Context, size int64) error {
 	return nil
 }
 
-// waitResize waits until no change of the size is under way, and is called before the disk may go. None begins any
-// more when the state is not live, or the queues have ended.
+// waitResize waits until no change of the size is under way. It is called before the disk may go. Once the
+// state is not live, or the queues have ended, no further change begins.
 func (d *Device) waitResize() {
 	d.sizing <- struct{}{} // the wait is that for two commands
 	<-d.sizing

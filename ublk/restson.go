@@ -13,9 +13,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// RestsOn tells the ids of the ublk devices below the file system that path is on, or below path itself if it is a
-// block device, in ascending order. Partitions, device mapper, md, bcache and loop devices are followed, and so are
-// btrfs and overlayfs as far as /proc/self/mountinfo names what they are made of.
+// RestsOn returns the ids of the ublk devices below the file system that path is on, or below path itself if
+// it is a block device, in ascending order. It follows partitions, device mapper, md, bcache and loop
+// devices, and btrfs and overlayfs as far as /proc/self/mountinfo names the devices below them.
 //
 // A server must not keep anything on its own disk: when memory is short, it would wait for itself.
 func RestsOn(path string) ([]int, error) {
@@ -27,7 +27,7 @@ func RestsOn(path string) ([]int, error) {
 	return slices.Compact(w.ids), nil
 }
 
-// blockWalk goes down from files to block devices to files (of loop devices), each once.
+// blockWalk goes down from files to block devices, and on to files (of loop devices). It visits each once.
 type blockWalk struct {
 	seen map[string]bool
 	ids  []int
@@ -41,7 +41,7 @@ func (w *blockWalk) once(what string) bool {
 	return true
 }
 
-// file goes on with what is below a file.
+// file goes on with the devices below a file.
 func (w *blockWalk) file(path string) error {
 	var st unix.Stat_t
 	if err := unix.Stat(path, &st); err != nil {
@@ -70,7 +70,7 @@ func (w *blockWalk) file(path string) error {
 
 func devNumber(dev uint64) string { return fmt.Sprintf("%d:%d", unix.Major(dev), unix.Minor(dev)) }
 
-// device goes on with what is below a block device, given as major:minor.
+// device goes on with the devices below a block device, given as major:minor.
 func (w *blockWalk) device(number string) error {
 	if !w.once(number) {
 		return nil
@@ -111,9 +111,9 @@ func (w *blockWalk) device(number string) error {
 	return err
 }
 
-// mountSources tells what a file system without a device of its own is made of: its source if that is a device, and the
-// layers of an overlay. The mount of path is the last of those in /proc/self/mountinfo (proc_pid_mountinfo(5)) whose
-// mount point is the longest above it.
+// mountSources returns what a file system without a device of its own is made of: its source if that is a
+// device, and the layers of an overlay. The mount of path is the last one in /proc/self/mountinfo
+// (proc_pid_mountinfo(5)) among those whose mount point is the longest one above path.
 func mountSources(path string) ([]string, error) {
 	path, err := filepath.Abs(path)
 	if err == nil {
@@ -144,7 +144,7 @@ func under(path, dir string) bool {
 	return path == dir || strings.HasPrefix(path, strings.TrimSuffix(dir, "/")+"/")
 }
 
-// parseMount takes the mount point and the sources out of a line of mountinfo.
+// parseMount returns the mount point and the sources in a line of mountinfo.
 func parseMount(line string) (point string, sources []string, ok bool) {
 	head, tail, ok := strings.Cut(line, " - ")
 	fields, rest := strings.Fields(head), strings.Fields(tail)

@@ -2,7 +2,7 @@ package ublk
 
 import "slices"
 
-// State is where a device is in its life; see the package documentation.
+// State is a state in the life of a device; see the package documentation.
 type State int
 
 // The states of a device of this process.
@@ -16,7 +16,7 @@ const (
 	StateQuiesced
 )
 
-// String names the state.
+// String returns the name of the state.
 func (s State) String() string {
 	return [...]string{"starting", "live", "stopping", "dead", "recovering", "quiescing", "quiesced"}[s]
 }
@@ -32,7 +32,8 @@ var transitions = [...][]State{
 	StateQuiesced:   nil,
 }
 
-// moveLocked takes the device to a state if there is such a step, and tells. Nothing else sets the state. d.mu is held.
+// moveLocked moves the device to a state if there is such a transition, and reports whether there is. Nothing
+// else sets the state. d.mu is held.
 func (d *Device) moveLocked(to State) bool {
 	if !slices.Contains(transitions[d.state], to) {
 		return false
@@ -41,5 +42,5 @@ func (d *Device) moveLocked(to State) bool {
 	return true
 }
 
-// ended tells whether the device's life is over.
+// ended reports whether the device's life is over.
 func (s State) ended() bool { return s == StateDead || s == StateQuiesced }

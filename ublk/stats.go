@@ -7,18 +7,18 @@ import (
 	"time"
 )
 
-// Stats are what a device has done since this process began to serve it.
+// Stats are the counters of a device since this process began to serve it.
 type Stats struct {
 	Queues []QueueStats // by queue
 }
 
-// QueueStats are what one queue has done, by operation; the index is the Op.
+// QueueStats are the counters of one queue, by operation. The index is the Op.
 type QueueStats struct {
 	Ops      [OpWriteZeroes + 1]OpStats
 	Underway int // requests that the handler has, or that wait for it
 }
 
-// OpStats are what one queue has done of one operation.
+// OpStats are the counters of one operation of one queue.
 type OpStats struct {
 	Requests uint64    // answered
 	Bytes    uint64    // of those that succeeded
@@ -26,7 +26,7 @@ type OpStats struct {
 	Latency  Histogram // time from a request's arrival in the queue's loop until its answer goes to the driver
 }
 
-// Total adds up the queues.
+// Total returns the sum over the queues.
 func (s Stats) Total() QueueStats {
 	var t QueueStats
 	for i := range s.Queues {
@@ -50,8 +50,8 @@ func (o *OpStats) add(p *OpStats) {
 }
 
 const (
-	// Every power of two of nanoseconds has 2^subBits buckets of the same width, so a bucket's middle is off by at most
-	// 1/2^(subBits+1) of what it counts: 3.2 %.
+	// Every power of two of nanoseconds has 2^subBits buckets of the same width, so a bucket's middle is off
+	// by at most 1/2^(subBits+1) of what it counts: 3.2 %.
 	subBits = 4
 	// maxBits bounds the durations that are told apart: 2^maxBits ns are 18 minutes.
 	maxBits = 40
@@ -59,14 +59,14 @@ const (
 	histogramSize = (maxBits - subBits + 1) << subBits
 )
 
-// Histogram counts durations. Bucket i holds those from Bucket(i) to below Bucket(i+1), the last one also what is
-// longer; a quantile is off by at most 3.2 %.
+// Histogram counts durations. Bucket i holds those from Bucket(i) to below Bucket(i+1); the last bucket also
+// holds all longer ones. A quantile is off by at most 3.2 %.
 type Histogram struct {
 	Counts [histogramSize]uint64
 	Sum    time.Duration
 }
 
-// bucketOf is the bucket of a duration: its highest bits, and which power of two they are of.
+// bucketOf returns the bucket of a duration: its highest bits, and the power of two that they belong to.
 func bucketOf(d time.Duration) int {
 	ns := uint64(max(d, 0))
 	if ns < 1<<subBits {
@@ -76,7 +76,7 @@ func bucketOf(d time.Duration) int {
 	return min(shift<<subBits+int(ns>>shift), histogramSize-1)
 }
 
-// Bucket is the shortest duration that bucket i counts.
+// Bucket returns the shortest duration that bucket i counts.
 func (h *Histogram) Bucket(i int) time.Duration {
 	if i < 2<<subBits {
 		return time.Duration(i)
@@ -85,13 +85,13 @@ func (h *Histogram) Bucket(i int) time.Duration {
 	return time.Duration(uint64(i&(1<<subBits-1)|1<<subBits) << shift)
 }
 
-// Add counts a duration. It may not run beside another method.
+// Add counts a duration. It must not run at the same time as another method.
 func (h *Histogram) Add(d time.Duration) {
 	h.Counts[bucketOf(d)]++
 	h.Sum += d
 }
 
-// Count is the number of durations.
+// Count returns the number of durations.
 func (h *Histogram) Count() uint64 {
 	var n uint64
 	for _, c := range h.Counts {
@@ -100,7 +100,7 @@ func (h *Histogram) Count() uint64 {
 	return n
 }
 
-// Mean is the average duration, 0 without any.
+// Mean returns the average duration, or 0 if there is none.
 func (h *Histogram) Mean() time.Duration {
 	n := h.Count()
 	if n == 0 {
@@ -109,8 +109,8 @@ func (h *Histogram) Mean() time.Duration {
 	return h.Sum / time.Duration(n)
 }
 
-// Quantile is the duration that a part q of all, from 0 to 1, does not exceed: 0.5 is the median. Without any duration
-// it is 0.
+// Quantile returns the duration that a part q (0 to 1) of all durations does not exceed: 0.5 gives the
+// median. It returns 0 if there is no duration.
 func (h *Histogram) Quantile(q float64) time.Duration {
 	rank := max(uint64(math.Ceil(q*float64(h.Count()))), 1)
 	var seen uint64
@@ -130,8 +130,8 @@ func (h *Histogram) Quantile(q float64) time.Duration {
 	return (h.Bucket(last) + h.Bucket(last+1)) / 2
 }
 
-// Stats reads the counters of the device. It may be called at any time, also after the end. Requests, Bytes, Errors and
-// Latency are each exact, but are read one after the other while the queues go on.
+// Stats returns the counters of the device. It may be called at any time, even after the end. Requests,
+// Bytes, Errors and Latency are each exact, but they are read one after another while the queues go on.
 func (d *Device) Stats() Stats {
 	s := Stats{Queues: make([]QueueStats, len(d.queues))}
 	for i, t := range d.queues {
@@ -147,8 +147,8 @@ type counter struct{ v atomic.Uint64 }
 
 func (c *counter) add(n uint64) { c.v.Store(c.v.Load() + n) }
 
-// queueCounters are the live numbers of a queue. Only its thread writes them, once a turn: the requests of a turn begin
-// together when it returns, and their answers go out together with the next one.
+// queueCounters are the live numbers of a queue. Only its thread writes them, once a turn: the requests of a
+// turn begin together when it returns, and their answers go out together with the next one.
 type queueCounters struct {
 	ops      [OpWriteZeroes + 1]opCounters
 	underway atomic.Int64
@@ -186,8 +186,8 @@ func (c *queueCounters) note(a answer) {
 	c.answered = append(c.answered, a)
 }
 
-// publish counts what was answered since the last time. Answers that are alike, which is the rule when the handler
-// answers at once, are counted together.
+// publish counts what was answered since the last time. Answers that are alike, which is the rule when the
+// handler answers at once, are counted together.
 func (c *queueCounters) publish(underway int) {
 	if c.underway.Load() != int64(underway) {
 		c.underway.Store(int64(underway))

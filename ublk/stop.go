@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// attempt is one try to end a device, on a goroutine of its own because the kernel cannot be called back from it.
-// There is one at a time.
+// attempt is one try to end a device. It runs on a goroutine of its own, because the kernel cannot be called
+// back from it. There is one at a time.
 type attempt struct {
 	kind   attemptKind
 	cancel context.CancelFunc // ends an attemptQuiesce; the others cannot be called back
@@ -26,17 +26,18 @@ const (
 	attemptQuiesce                    // but leave the disk
 )
 
-// Stop ends the device if nobody uses it, and otherwise refuses with ErrBusy and an error that names the users.
+// Stop ends the device if nobody uses it. Otherwise it returns ErrBusy, in an error that names the users.
 //
-// The kernel writes back what is dirty through the live handler, then the queues end, then the device is deleted.
-// When ctx ends first, the stop goes on; Stop or Close can be called again to wait for it. Stopping a device that has
-// ended is no error; the disk of a quiesced one stays, and Delete removes it.
+// The kernel writes dirty data back through the live handler, then the queues end, and then the device is
+// deleted. If ctx ends first, the stop goes on; call Stop or Close again to wait for it. Stopping a device
+// that has ended is no error. The disk of a quiesced device stays, and Delete removes it.
 //
-// From Linux 7.0 on the kernel makes the check and the stop one step. Before, the block device is claimed and the open
-// files of all processes are looked through; a process may still open the device just after.
+// From Linux 7.0 on, the kernel makes the check and the stop in one step. Before that, Stop claims the block
+// device and looks through the open files of all processes, so a process may still open the device just after
+// the check.
 func (d *Device) Stop(ctx context.Context) error { return d.end(ctx, attemptStop) }
 
-// Close is Stop that does not ask who uses the device: a mounted file system is synced, and then loses its disk. It
+// Close is Stop without the check for users: a mounted file system is synced, and then loses its disk. Close
 // calls off a Quiesce that is not done yet.
 func (d *Device) Close(ctx context.Context) error { return d.end(ctx, attemptClose) }
 
@@ -49,7 +50,7 @@ func (d *Device) end(ctx context.Context, kind attemptKind) error {
 			case a.err == nil:
 				return d.waitGone(ctx)
 			case a.kind != kind && ctx.Err() == nil:
-				continue // somebody's other attempt was refused; now this one
+				continue // another caller's attempt was refused; now this one
 			case a.kind != kind: // and there is no time left for this one
 				return d.stillEnding(ctx)
 			case kind == attemptClose:
@@ -85,7 +86,8 @@ func (d *Device) stillEnding(ctx context.Context) error {
 	return fmt.Errorf("ublk: device %d is still %v: its requests are not all answered: %w", d.id, d.State(), ctx.Err())
 }
 
-// begin returns the attempt that is under way or has succeeded, or begins one; attemptRoutine takes back a failed one.
+// begin returns the attempt that is under way or has succeeded, or else begins one. attemptRoutine takes back
+// one that failed.
 func (d *Device) begin(ctx context.Context, kind attemptKind) *attempt {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -152,13 +154,13 @@ func (d *Device) attemptRoutine(ctx context.Context, a *attempt) {
 	d.mu.Unlock()
 }
 
-// leaveAndDelete ends a device with recovery, without STOP: the queues leave when nothing is with the handler, and what
-// comes then fails when the device is deleted.
+// leaveAndDelete ends a device with recovery, without STOP: the queues leave when the handler has no request,
+// and what arrives after that fails when the device is deleted.
 //
-// The STOP of a device with recovery fails all requests from its beginning on, and does not end before those are
-// answered that the server has. A server that is killed meanwhile cannot be: the thread in STOP waits for the
-// server's end, and the driver sees that only when the last thread is gone. Left in this way, the disk waits for the
-// next server.
+// The STOP of a device with recovery fails all requests from its beginning on, and does not end before the
+// server has answered those that it has. A server that is killed meanwhile never ends: the thread in STOP
+// waits for the server's end, and the driver sees that only when the last thread is gone. If the server is
+// killed while it leaves in the way used here, the disk waits for the next server.
 func (d *Device) leaveAndDelete() {
 	err := d.writeBack() // nobody would serve what is written after the queues have ended
 	d.mu.Lock()
@@ -167,11 +169,11 @@ func (d *Device) leaveAndDelete() {
 	d.tellQueues(leaveDrop)
 }
 
-// settleTime is how long a device may be open before Stop calls that a use: udev and blkid open a device for a moment
-// after it appears or changes.
+// settleTime is how long a device may be open before Stop counts that as a use: udev and blkid open a device
+// for a moment after it appears or changes.
 const settleTime = 2 * time.Second
 
-// stopIfUnused calls try until it does not say EBUSY, or somebody turns out to hold the device for good.
+// stopIfUnused calls try until it no longer returns EBUSY, or the device turns out to have a lasting user.
 func (d *Device) stopIfUnused(try func() error) error {
 	for deadline := time.Now().Add(settleTime); ; time.Sleep(100 * time.Millisecond) {
 		err := try()
@@ -191,8 +193,9 @@ func (d *Device) stopIfUnused(try func() error) error {
 
 func (d *Device) tryStop() error { return d.control.tryStop(d.target) }
 
-// claimAndStop is TRY_STOP for kernels without it. The exclusive open fails when the device is mounted, part of another
-// device or opened exclusively, and keeps that from happening until the stop; other opens show as files of a process.
+// claimAndStop is TRY_STOP for kernels without it. The exclusive open fails if the device is mounted, part of
+// another device or opened exclusively, and it prevents all of these until the stop. Other opens show among
+// the open files of processes.
 func (d *Device) claimAndStop() error {
 	fd, err := openRetry(blockPath(d.id), unix.O_RDONLY|unix.O_EXCL|unix.O_NONBLOCK)
 	if errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENOENT) && diskGone(d.id) {
@@ -206,8 +209,8 @@ func (d *Device) claimAndStop() error {
 		return unix.EBUSY
 	}
 	if d.features&FeatureUserRecovery != 0 {
-		// Who closed it while this claim holds it open was not the last, and STOP fails what is written then
-		// (leaveAndDelete).
+		// A process that closed the disk while this claim holds it open was not the last to close it, so the
+		// kernel wrote nothing back. STOP would fail those writes (leaveAndDelete).
 		if err := d.writeBack(); err != nil {
 			return err
 		}

@@ -38,8 +38,8 @@ func copyMode(features Feature) CopyMode {
 	return CopyPlain
 }
 
-// makeQueues maps what each queue needs. Descriptors of queue n lie at n times a stride that does not depend on the
-// depth; the length must be exactly that of the depth, and read-only.
+// makeQueues maps what each queue needs. Descriptors of queue n lie at n times a stride that does not depend
+// on the depth; the length must be exactly that of the depth, and read-only.
 //
 // The descriptors are only reserved here: the driver shows them when every tag is fetched (see mapDescs).
 func (d *Device) makeQueues(ctx context.Context, h Handler) error {
@@ -83,8 +83,8 @@ func descBytes(depth int) int { return roundUp(depth*descSize, os.Getpagesize())
 // errMapRefused: the driver takes the descriptors for those of another process.
 var errMapRefused = errors.New("ublk: the driver does not let this process map the descriptors")
 
-// mapDescs maps the driver's descriptors over what makeQueues reserved. Requests may arrive before that, and are held:
-// the driver lifts FAIL_IO from each queue by itself, when its last tag is fetched (since 6.15).
+// mapDescs maps the driver's descriptors over what makeQueues reserved. Requests may arrive before that, and
+// are held: the driver lifts FAIL_IO from each queue by itself, when its last tag is fetched (since 6.15).
 func (d *Device) mapDescs() error {
 	stride := int64(roundUp(descArea, os.Getpagesize()))
 	for id, t := range d.queues {
@@ -115,8 +115,8 @@ func (d *Device) newPort(t *queueThread) (port, error) {
 	return newPort(c, d.charFD)
 }
 
-// startQueues runs a thread for every queue and waits until each has fetched all its tags. From here on supervise owns
-// the end of the device.
+// startQueues runs a thread for every queue and waits until each has fetched all its tags. From here on
+// supervise owns the end of the device.
 func (d *Device) startQueues() error {
 	ready := make(chan error, len(d.queues))
 	for _, t := range d.queues {
@@ -140,8 +140,8 @@ func (d *Device) startQueues() error {
 	return errs
 }
 
-// queueRoutine is the thread of one queue. It never unlocks the thread, so that the thread ends with it and leaves
-// neither its name nor its ring registration to other goroutines.
+// queueRoutine is the thread of one queue. It never unlocks the thread, so that the thread ends with it and
+// leaves neither its name nor its ring registration to other goroutines.
 func (d *Device) queueRoutine(t *queueThread, ready chan<- error) {
 	if !lockThread() {
 		other := make(chan struct{})
@@ -157,8 +157,8 @@ func (d *Device) queueRoutine(t *queueThread, ready chan<- error) {
 	d.serveQueue(t, ready)
 }
 
-// lockThread keeps the goroutine on its thread, and tells whether that ends with the goroutine: the main thread does
-// not, but the driver waits for the end of a queue's thread.
+// lockThread keeps the goroutine on its thread, and reports whether the thread ends with the goroutine. The
+// main thread does not, and the driver waits for the end of a queue's thread.
 func lockThread() bool {
 	runtime.LockOSThread()
 	return unix.Gettid() != unix.Getpid()
@@ -176,7 +176,8 @@ func (d *Device) serveQueue(t *queueThread, ready chan<- error) {
 		ready <- err
 		return
 	}
-	// Deferred for a handler that ends the goroutine (runtime.Goexit): the tags must not stay without a thread.
+	// Deferred for a handler that ends the goroutine (runtime.Goexit): the tags must not stay without a
+	// thread.
 	finished := false
 	defer func() {
 		drained := t.ended == t.depth
@@ -220,8 +221,8 @@ func nameThread(name string) {
 	}
 }
 
-// abandoned holds the memory of queues that died with requests or reads open, to which a handler or the kernel may
-// still write, and of those whose thread does not end.
+// abandoned holds the memory of queues that died with requests or reads open, to which a handler or the
+// kernel may still write, and of those whose thread does not end.
 var abandoned struct {
 	sync.Mutex
 	queues []*queueThread
@@ -230,8 +231,8 @@ var abandoned struct {
 // threadTimeout bounds the wait for the thread of a queue that has not drained.
 const threadTimeout = 5 * time.Second
 
-// gone waits until the thread of a queue that has ended is gone. Until then the driver may copy to its memory, and
-// takes it for one that still serves.
+// gone waits until the thread of a queue that has ended is gone. Until then the driver may copy to its
+// memory, and takes it for one that still serves.
 func (t *queueThread) gone() bool {
 	for end := time.Now().Add(threadTimeout); time.Now().Before(end); time.Sleep(time.Millisecond) {
 		if unix.Tgkill(unix.Getpid(), int(t.tid.Load()), 0) == unix.ESRCH {

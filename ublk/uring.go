@@ -94,15 +94,15 @@ type ringParams struct {
 
 // kernel is the other side of a ring's memory. Tests put a driver of their own there.
 type kernel interface {
-	// enter takes submit entries and, when minComplete > 0, waits for that many completions. Without enterGetEvents in
-	// flags it only takes the entries, and the driver's deferred work stays undone.
+	// enter takes submit entries and, when minComplete > 0, waits for that many completions. Without
+	// enterGetEvents in flags it only takes the entries, and the driver's deferred work stays undone.
 	enter(submit, minComplete, flags uint32) error
 	register(op int, arg unsafe.Pointer, n int) error
 	close()
 }
 
-// ring is one io_uring with 128-byte submission entries. Its memory is the kernel's, outside the Go heap. It is not
-// safe for concurrent use.
+// ring is one io_uring with 128-byte submission entries. Its memory is the kernel's, outside the Go heap. It
+// is not safe for concurrent use.
 type ring struct {
 	kernel  kernel
 	ringMem []byte
@@ -117,8 +117,8 @@ type ring struct {
 }
 
 // queueSetup lists the set-up flags for a queue's ring, best first: NO_SQARRAY (6.6) saves an indirection,
-// DEFER_TASKRUN (6.1) runs the driver's work only when the thread asks for events, SINGLE_ISSUER (6.0) saves locking,
-// COOP_TASKRUN (5.19) saves interrupts.
+// DEFER_TASKRUN (6.1) runs the driver's work only when the thread asks for events, SINGLE_ISSUER (6.0) saves
+// locking, COOP_TASKRUN (5.19) saves interrupts.
 var queueSetup = []uint32{
 	setupCoopTaskrun | setupSingleIssuer | setupDeferTaskrun | setupNoSQArray,
 	setupCoopTaskrun | setupSingleIssuer | setupDeferTaskrun,
@@ -254,12 +254,12 @@ func (k *ringFD) register(op int, arg unsafe.Pointer, n int) error {
 	}
 }
 
-// threadSignal is what the runtime, or with cgo the C library, sends to every thread that is to make a system call as
-// one of all (syscall.AllThreadsSyscall, setgid(2)): the process stands still until each has.
+// threadSignal is what the runtime, or with cgo the C library, sends to every thread that is to make a system
+// call as one of all (syscall.AllThreadsSyscall, setgid(2)): the process stands still until each has.
 const threadSignal = 33
 
-// mostSignals keeps the runtime's and the process's other signals from ending a wait with EINTR: another thread takes
-// them.
+// mostSignals keeps the runtime's and the process's other signals from ending a wait with EINTR: another
+// thread takes them.
 var mostSignals = ^uint64(1 << (threadSignal - 1))
 
 func (k *ringFD) enter(submit, minComplete, flags uint32) error {
@@ -279,7 +279,8 @@ func (k *ringFD) close() {
 	_ = unix.Close(k.fd)
 }
 
-// get returns a cleared entry, or nil when the submission ring is full. The entry is published by the next enter.
+// get returns a cleared entry, or nil when the submission ring is full. The entry is published by the next
+// enter.
 func (r *ring) get() *sqe {
 	if r.sqNext-atomic.LoadUint32(r.sqHead) > r.sqMask {
 		return nil
@@ -290,8 +291,8 @@ func (r *ring) get() *sqe {
 	return e
 }
 
-// enter submits what get returned and, when minComplete > 0, waits for that many completions. Whether entries were
-// taken is read from the ring, not from the result, since a wait that is interrupted hides it.
+// enter submits what get returned and, when minComplete > 0, waits for that many completions. Whether entries
+// were taken is read from the ring, not from the result, since a wait that is interrupted hides it.
 func (r *ring) enter(minComplete uint32) error {
 	atomic.StoreUint32(r.sqTail, r.sqNext)
 	return r.kernel.enter(r.unsubmitted(), minComplete, enterGetEvents)
@@ -303,7 +304,8 @@ func (r *ring) takeBack() {
 	atomic.StoreUint32(r.sqTail, r.sqNext)
 }
 
-// submit is enter without events. With DEFER_TASKRUN the driver gets what is submitted, and hands out nothing.
+// submit is enter without events. With DEFER_TASKRUN the driver gets what is submitted, and hands out
+// nothing.
 func (r *ring) submit() error {
 	atomic.StoreUint32(r.sqTail, r.sqNext)
 	return r.kernel.enter(r.unsubmitted(), 0, 0)
@@ -326,7 +328,8 @@ func (r *ring) nextCQE() (e cqe, ok bool) {
 	return e, true
 }
 
-// transient tells results of enter after which the caller only has to look at the completions and go on.
+// transient reports whether err is a result of enter after which the caller only has to look at the
+// completions and go on.
 func transient(err error) bool {
 	return err == unix.EINTR || err == unix.EAGAIN || err == unix.EBUSY
 }

@@ -16,8 +16,8 @@ type user struct {
 	lasting bool // not a passing open, as udev's are
 }
 
-// users finds out who holds the block device of id: mounts (of this mount namespace), swap, devices built on it and
-// processes that have it open. It is for error messages, and finds what the process may see.
+// users finds out who holds the block device of id: mounts (of this mount namespace), swap, devices built on
+// it and processes that have it open. It is for error messages, and finds what the process may see.
 func users(id int) []user {
 	var us []user
 	devs := blockNumbers(id)
@@ -73,8 +73,9 @@ func blockNumbers(id int) map[string]bool {
 	return devs
 }
 
-// mountsOf returns the mount points of the devices in a text like /proc/self/mountinfo (proc_pid_mountinfo(5): the third
-// field is major:minor, the fifth the mount point). Lines may be of any length: the options of an overlay are.
+// mountsOf returns the mount points of the devices in a text like /proc/self/mountinfo
+// (proc_pid_mountinfo(5): the third field is major:minor, the fifth the mount point). Lines may be of any
+// length: the options of an overlay are.
 func mountsOf(devs map[string]bool, mountinfo string) []string {
 	var points []string
 	for line := range strings.Lines(mountinfo) {
@@ -86,8 +87,8 @@ func mountsOf(devs map[string]bool, mountinfo string) []string {
 	return points
 }
 
-// swapsOn tells whether a text like /proc/swaps (proc_swaps(5): the first field is the path) has the block device of
-// that name or one of its partitions.
+// swapsOn reports whether a text like /proc/swaps (proc_swaps(5): the first field is the path) has the block
+// device of that name or one of its partitions.
 func swapsOn(name, swaps string) bool {
 	for line := range strings.Lines(swaps) {
 		fields := strings.Fields(line)
@@ -102,7 +103,8 @@ func swapsOn(name, swaps string) bool {
 	return false
 }
 
-// openers returns the processes that have the block device or a partition open, but for this process's file except.
+// openers returns the processes that have the block device or a partition open, but for this process's file
+// except.
 func openers(id, except int) []user {
 	devs := blockNumbers(id)
 	if len(devs) == 0 {
