@@ -90,6 +90,9 @@ func (s *Store) transactLocked(build func() (*format.Event, error)) (p purpose, 
 		}
 		s.wal.append(&h, payload)
 		s.admin = true
+		if p == forEvents {
+			s.helpless = false // what has lost its name can be given back
+		}
 		return p, s.tables.apply(ev, s.gen)
 	}
 }

@@ -17,8 +17,8 @@ const (
 	smallWrite = 64 << 10
 	// roomForNames is what a new name leaves to new mappings: all that is written over after a snapshot is new.
 	roomForNames = 1 << 20
-	// cleanerChunks are for the log's end and the cleaner.
-	cleanerChunks = 3
+	// endChunks are for the log's end, beside what the cleaner works in.
+	endChunks = 2
 )
 
 // isNew reports whether a write of n blocks maps any that the head alone does not have: a hole, or one that a snapshot
@@ -45,7 +45,7 @@ func (s *Store) roomForNew(n int, small bool) error {
 	if c := s.wal.current; c != nil {
 		live += int64(c.live)
 	}
-	most := max(0, capacity-capacity*parts/64-cleanerChunks*s.wal.chunkBytes)
+	most := max(0, capacity-capacity*parts/64-endChunks*s.wal.chunkBytes-s.workRoom())
 	if capacity == 0 || s.opts.takeAll || live+int64(n) <= most {
 		return nil
 	}
@@ -83,7 +83,7 @@ func (s *Store) moreForNew(tries int) (bool, error) {
 		return true, nil
 	}
 	s.mu.Lock()
-	gen, more := s.gen, s.admin || s.reapable()
+	gen, more := s.gen, s.awaitsReaper()
 	s.mu.Unlock()
 	if !more {
 		return false, nil

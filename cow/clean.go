@@ -105,13 +105,13 @@ func (s *Store) settleSpace(ctx context.Context) error {
 const all = ^uint64(0)
 
 // cleanOne cleans the chunk that promises most, of those with sequence numbers below limit. Where there is none, it
-// reports no chunk. pause is called between batches, with how long the last one took; it may be nil.
+// reports no chunk; where there are some and no room to clean any, it fails with ErrNoSpace. pause is called between batches, with how long the last one took; it may be nil.
 func (s *Store) cleanOne(ctx context.Context, waste float64, limit uint64, pause func(time.Duration) error) (r CleanReport, err error) {
 	s.cleanMu.Lock()
 	defer s.cleanMu.Unlock()
-	c := s.victim(waste, limit)
+	c, err := s.victim(waste, limit)
 	if c == nil {
-		return r, nil
+		return r, err
 	}
 	defer c.release()
 	r.Chunks = 1
@@ -124,15 +124,24 @@ func (s *Store) cleanOne(ctx context.Context, waste float64, limit uint64, pause
 	return r, err
 }
 
-// victim chooses the chunk that cleaning gains most of, and takes a reference. At least the part waste of it is dead.
-func (s *Store) victim(waste float64, limit uint64) *chunk {
+// victim chooses the chunk that cleaning gains most of, of those that there is room to clean, and takes a reference. At
+// least the part waste of it is dead.
+func (s *Store) victim(waste float64, limit uint64) (*chunk, error) {
+	free, err := s.fs.Free()
+	if err != nil {
+		return nil, fmt.Errorf("free space of the store: %w", err)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	c := s.slots.dirtiest(waste, limit, s.wal.nextChunk)
-	if c != nil {
+	room := s.workable(free)
+	c, tooLarge := s.slots.dirtiest(waste, limit, s.wal.nextChunk, room)
+	switch {
+	case c != nil:
 		c.acquire()
+	case tooLarge:
+		return nil, noWorkRoom(room)
 	}
-	return c
+	return c, nil
 }
 
 // cleanChunk moves what lives in c. cleanMu is held.
@@ -144,6 +153,8 @@ func (s *Store) cleanChunk(ctx context.Context, c *chunk, pause func(time.Durati
 	if err := m.begin(c); err != nil {
 		return 0, err
 	}
+	s.setCleaning(c)
+	defer s.setCleaning(nil)
 	for more := true; more; {
 		if err := errors.Join(ctx.Err(), s.live()); err != nil {
 			return moved, err
@@ -170,6 +181,13 @@ func (s *Store) cleanChunk(ctx context.Context, c *chunk, pause func(time.Durati
 	}
 	c.unmoved = moved == 0
 	return moved, nil
+}
+
+// setCleaning notes which chunk is being cleaned; nil: none.
+func (s *Store) setCleaning(c *chunk) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.cleaning, s.cleanedBefore = c, s.cleaned
 }
 
 // roomToMove makes room for what the cleaner dirties: with a checkpoint, and in the table.

@@ -113,7 +113,8 @@ func TestMovedBlocksDieAfterReopen(t *testing.T) {
 	_, err = d.WriteAt(p, 0)
 	must(t, errors.Join(err, s.Snapshot(Ref{Volume: "v", Snapshot: "s"}), s.Checkpoint()))
 
-	c := s.victim(0, all)
+	c, err := s.victim(0, all)
+	must(t, err)
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	s.cleanMu.Lock()

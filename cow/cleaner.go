@@ -43,7 +43,8 @@ func (s *Store) cleanRoutine() {
 				break
 			}
 		}
-		s.cleaningFailed(t.giveUp(t.room()))
+		now, owed, _ := t.room()
+		s.cleaningFailed(t.giveUp(now, owed))
 		s.pacer.set(0)
 	}
 }
@@ -56,7 +57,7 @@ func (s *Store) cleanFor(u urgency, t *throttle) (more bool) {
 		waste, pause = slack/(1+slack)/2, s.giveWay
 	}
 	before, start := s.used(false), time.Now()
-	taken := s.taken()
+	taken, failed := s.taken(), false
 	r, err := s.cleanOne(context.Background(), waste, all, pause)
 	gained := func() bool { return r.Moved < r.Freed || s.used(false) < before }
 	// There may be more dead than the table knows, and chunks that it does not have all of. What one checkpoint brings
@@ -66,7 +67,7 @@ func (s *Store) cleanFor(u urgency, t *throttle) (more bool) {
 		if err = s.interrupted(context.Background()); err == nil {
 			err = s.checkpoint()
 		}
-		if err != nil {
+		if failed = err != nil; failed {
 			break
 		}
 		more := s.reapsMore()
@@ -76,6 +77,8 @@ func (s *Store) cleanFor(u urgency, t *throttle) (more bool) {
 		}
 	}
 	switch {
+	case u != hungry && r.Chunks == 0 && errors.Is(err, ErrNoSpace) && s.owes():
+		err = s.checkpoint() // with what that gives back there may be room to clean in
 	case err != nil || r.Chunks == 0:
 	case u == pressed:
 		t.chunk(r.Freed-r.Moved, time.Since(start))
@@ -86,18 +89,26 @@ func (s *Store) cleanFor(u urgency, t *throttle) (more bool) {
 	s.cleaningFailed(err)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	// Until a checkpoint or a writer changes something. One that found room meanwhile may have done so.
-	s.helpless = u == hungry && (err != nil || !gain) && s.roomTaken == taken
+	// Until a checkpoint or a writer changes something. One that found room meanwhile may have done so, and so may who
+	// has deleted something since the reaper was asked.
+	s.helpless = u == hungry && (err != nil || !gain) && s.roomTaken == taken && (failed || !s.awaitsReaper())
 	s.starving = false
 	s.wal.space.Broadcast()
 	return gain && err == nil
 }
 
-// reapsMore reports whether there is more to reap.
+// reapsMore reports whether there is more to reap, now or after the next checkpoint.
 func (s *Store) reapsMore() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.reapable()
+	return s.awaitsReaper()
+}
+
+// owes reports whether the next checkpoint gives chunks back.
+func (s *Store) owes() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.slots.owed+s.leaving > 0
 }
 
 // taken counts the chunks that data was given.
@@ -149,7 +160,7 @@ func (s *Store) urgency() urgency {
 	live := s.slots.dirtyLive
 	dead := s.slots.dirtyEnds - live
 	switch {
-	case err == nil && s.room(free)+s.slots.owed+s.leaving < ahead*s.wal.chunkBytes && !s.helpless && dead > 0:
+	case err == nil && s.room(free)+s.slots.owed+s.leaving < (ahead-1)*s.wal.chunkBytes+s.workRoom() && !s.helpless && dead > 0:
 		return pressed
 	case float64(dead) > slack*float64(live)+slackBytes:
 		return tidy

@@ -182,5 +182,5 @@ func (s *Store) roomy() bool {
 	free, err := s.fs.Free()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return err == nil && s.room(free) >= 2*ahead*s.wal.chunkBytes
+	return err == nil && s.room(free) >= (2*ahead-1)*s.wal.chunkBytes+s.workRoom()
 }

@@ -79,6 +79,7 @@ type recordLog struct {
 	stock      reserve
 	mark       durableMark  // of durable
 	kept       func() int64 // what of the space that is to stay free the store has already
+	workKept   func() int64 // what data leaves for the cleaner; mu is held
 	chunkBytes int64        // of a new chunk, where there is room
 	failed     atomic.Pointer[error]
 
@@ -125,7 +126,7 @@ type recordLog struct {
 
 func newRecordLog(fs storage.FS, mu *sync.Mutex, uuid [16]byte, slots *slotTable) *recordLog {
 	l := &recordLog{
-		cleaner: func() bool { return false }, kept: func() int64 { return 0 }, rotated: func(purpose) {}, fs: fs, mu: mu, uuid: uuid, slots: slots, space: sync.NewCond(mu),
+		cleaner: func() bool { return false }, kept: func() int64 { return 0 }, workKept: func() int64 { return 0 }, rotated: func(purpose) {}, fs: fs, mu: mu, uuid: uuid, slots: slots, space: sync.NewCond(mu),
 		pool:      chunkPool{fs: fs, slots: slots, mu: mu},
 		flushWork: make(chan struct{}, 1), makeWork: make(chan struct{}, 1), syncWork: make(chan struct{}, 1), quit: make(chan struct{}),
 	}
@@ -239,7 +240,7 @@ func (l *recordLog) fits(n int, p purpose) bool {
 	room := int(l.current.size) - int(l.current.end) - len(l.entries) - format.SummaryEntrySize - format.SummaryFooterSize
 	switch {
 	case p == forEvents:
-	case p == forData && l.current.reserved, p == forMoves && l.current.reserved && l.current.size == eventChunkSize:
+	case p == forData && l.current.reserved, p == forMoves && l.current.reserved && l.current.forEvents:
 		room = 0
 	case l.next != nil:
 	default:

@@ -159,7 +159,7 @@ func (l *recordLog) createFile(seq uint64, p purpose) (*chunk, error) {
 	size, err := l.sizeForData()
 	if err != nil && p > forData {
 		size, err = l.chunkSize(p, 0)
-		c.reserved = true
+		c.reserved, c.forEvents = true, p == forEvents && size == eventChunkSize
 	}
 	if err != nil {
 		return nil, err
@@ -202,12 +202,15 @@ func (l *recordLog) chunkSize(p purpose, instead int64) (uint32, error) {
 	}
 	kept := l.kept()
 	l.mu.Lock()
-	used := l.slots.files
+	used, work := l.slots.files, l.workKept()
 	l.noteCapacity(free, kept, used)
 	l.mu.Unlock()
 	keep, least := int64(spare), min(minChunkSize, l.chunkBytes)
-	if p == forData {
-		keep += l.chunkBytes
+	switch p {
+	case forData:
+		keep += work
+	case forMoves:
+		least = min(eventChunkSize, l.chunkBytes) // a chunk that fits into it gives back a larger one
 	}
 	room := min(free, free+kept-keep)
 	if l.limit > 0 {
@@ -218,6 +221,7 @@ func (l *recordLog) chunkSize(p purpose, instead int64) (uint32, error) {
 			return uint32(size), nil
 		}
 	}
+	least = min(minChunkSize, l.chunkBytes)
 	if p == forMoves && free+l.stock.bytes() >= least+l.stock.wanted()/2 && (l.limit == 0 || l.limit-used >= least) {
 		return uint32(least), nil // half of the reserve is for what is deleted
 	}
@@ -226,7 +230,7 @@ func (l *recordLog) chunkSize(p purpose, instead int64) (uint32, error) {
 	}
 	if l.limit > 0 && l.limit-used < free+kept-spare {
 		return 0, fmt.Errorf("%w: the store's limit is %d MiB, of which %d MiB are kept for the cleaner; raise it, or delete snapshots or volumes",
-			noSpace(syscall.ENOSPC), l.limit>>20, l.chunkBytes>>20)
+			noSpace(syscall.ENOSPC), l.limit>>20, (keep-spare)>>20)
 	}
 	return 0, fmt.Errorf("%w: %d MiB free on the store's file system, of which %d MiB are kept for deletes, checkpoints and the cleaner; free space there, or delete snapshots or volumes",
 		noSpace(syscall.ENOSPC), free>>20, keep>>20)

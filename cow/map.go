@@ -148,6 +148,9 @@ func (s *Store) account(e format.Entry, sign int) {
 	if e.IsHole() {
 		return
 	}
+	if sign < 0 {
+		s.helpless = false // what dies can be given back
+	}
 	c := s.slots.get(e.Slot())
 	if c == nil {
 		return // a damaged table named a chunk that is not there; Check and reads say so

@@ -95,8 +95,8 @@ type throttle struct {
 // any more, others may write as fast as it makes room. What has been gone through of the chunk, and chunks that the
 // table has not given up yet, are room to come, and count, or the pace would go up and down with every chunk.
 func (t *throttle) batch(took time.Duration, urgent bool) error {
-	now, owed := t.room()
-	room := now + owed + float64(t.s.mover.r.off)/float64(t.s.wal.chunkBytes)
+	now, owed, lent := t.room()
+	room := now + owed - lent + min(1, float64(t.s.mover.r.off)/float64(t.s.wal.chunkBytes))
 	if t.gained > 0 && room < unpaced {
 		t.s.pacer.set(t.gained / t.worked * max(min(1+(room-level)/2, now), leastPace))
 	} else {
@@ -144,8 +144,9 @@ func (t *throttle) giveUp(now, owed float64) error {
 	return nil
 }
 
-// room is for how many chunks data has room now, and will have after a checkpoint, the one under way or the next.
-func (t *throttle) room() (now, owed float64) {
+// room is for how many chunks data has room now, and owed, how many a checkpoint gives back, the one under way or the
+// next. As many as lent of these the cleaner needs by then, and data need not leave them now.
+func (t *throttle) room() (now, owed, lent float64) {
 	s := t.s
 	free, err := s.fs.Free()
 	s.mu.Lock()
@@ -154,14 +155,16 @@ func (t *throttle) room() (now, owed float64) {
 		free = 0
 	}
 	l := s.wal
-	room := s.room(free) - l.chunkBytes // the cleaner's
+	room := s.room(free) - s.workKept()
 	if l.current != nil {
 		room += int64(l.current.size - l.current.end)
 	}
 	if l.next != nil && !l.next.reserved {
 		room += int64(l.next.size)
 	}
-	return float64(room) / float64(l.chunkBytes), float64(s.slots.owed+s.leaving) / float64(l.chunkBytes)
+	back := s.slots.owed + s.leaving
+	chunks := func(n int64) float64 { return float64(n) / float64(l.chunkBytes) }
+	return chunks(room), chunks(back), chunks(min(back, s.workBeyond()))
 }
 
 // room is how much more the chunk files can take, of so many free bytes. mu is held.

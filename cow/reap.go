@@ -2,6 +2,7 @@ package cow
 
 import (
 	"errors"
+	"math"
 	"time"
 
 	"github.com/vdisk/vdisk/format"
@@ -32,11 +33,19 @@ func (s *Store) reapable() bool {
 	return ok
 }
 
+// awaitsReaper says whether there is a job, or will be one with the next checkpoint. mu is held.
+func (s *Store) awaitsReaper() bool {
+	_, ok := s.nextJobAsOf(math.MaxUint64)
+	return ok
+}
+
 // nextJob finds a job whose versions are all in the table: a checkpoint has been committed since the name went. One
 // that was begun comes first: what it has looked at would be looked at again, and with many leaves there would be no
 // end to it. mu is held, and ckptMu or nobody checkpoints.
-func (s *Store) nextJob() (job, bool) {
-	committed := s.committed.Load()
+func (s *Store) nextJob() (job, bool) { return s.nextJobAsOf(s.committed.Load()) }
+
+// nextJobAsOf is nextJob if the generation committed has been committed.
+func (s *Store) nextJobAsOf(committed uint64) (job, bool) {
 	for id, cursor := range s.reapCursor {
 		b := s.tables.branches[id]
 		if b == nil {

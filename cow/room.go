@@ -90,7 +90,10 @@ func (s *Store) kept() int64 {
 // lowDisk says whether less is free on the file system than is to stay free, so that nothing is kept for later.
 func (s *Store) lowDisk() bool {
 	free, err := s.fs.Free()
-	return err == nil && free+s.kept() < spare+2*s.wal.chunkBytes
+	kept := s.kept()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return err == nil && free+kept < spare+s.wal.chunkBytes+s.workRoom()
 }
 
 // fillReserve is called where nothing depends on it.

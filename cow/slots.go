@@ -19,7 +19,13 @@ type slotTable struct {
 	cleanable uint64 // chunks before this sequence number are behind the replay position, and may be cleaned
 	tally
 	dirt [dirtSteps + 1]ageHeap // chunks that may be cleaned, by how much of them is dead
+
+	lives [format.MaxChunkSize/liveStep + 1]int // chunks that are or will be cleaned, by how much of them is alive
+	top   int                                   // there is none behind it
 }
+
+// liveStep is how finely chunks are told apart by what lives in them.
+const liveStep = 256 << 10
 
 // pageSlots is how many slots a page of the table has.
 const pageSlots = 4096
@@ -55,6 +61,7 @@ func (t *tally) add(o *tally, sign int64) {
 type counted struct {
 	tally
 	cleanable bool
+	lives     int // where it is in slotTable.lives; 0: nowhere
 	dirt      int // of chunks that are cleanable: where it is
 	at        int // and its place there
 }
@@ -183,6 +190,7 @@ func (s *slotTable) recount(c *chunk) {
 	s.tally.add(&n.tally, -1)
 	s.tally.add(&now, +1)
 	n.tally = now
+	s.recountLives(c)
 	may := c.inSlot && s.mayClean(c)
 	dirt := 0
 	if may {
@@ -198,6 +206,27 @@ func (s *slotTable) recount(c *chunk) {
 	if may {
 		heap.Push(&s.dirt[dirt], c)
 	}
+}
+
+// recountLives is recount for lives.
+func (s *slotTable) recountLives(c *chunk) {
+	n := 0
+	if c.inSlot && c.sealed && !c.gone && !c.dead && !c.damaged {
+		n = int((c.live + liveStep - 1) / liveStep)
+	}
+	if was := c.counted.lives; n != was {
+		s.lives[was]--
+		s.lives[n]++
+		c.counted.lives, s.top = n, max(s.top, n)
+	}
+}
+
+// mostLive is how much lives in the chunk that has most of it, to a step above.
+func (s *slotTable) mostLive() int64 {
+	for s.top > 0 && s.lives[s.top] == 0 {
+		s.top--
+	}
+	return int64(s.top) * liveStep
 }
 
 // measure is what a chunk adds to the sums.
@@ -238,20 +267,38 @@ func (c *chunk) dirt() int {
 // dirtiest chooses a chunk to be cleaned by benefit and cost (Rosenblum and Ousterhout, 1992, section 3.5): what it
 // gives, times the age, for what it takes to read all and write what lives. At least the part waste of it is dead, to
 // a step below, and its sequence number is below limit. now is the next chunk's. Of those that are equally dead, to a
-// step, the oldest is the best: so one of each step is looked at.
-func (s *slotTable) dirtiest(waste float64, limit, now uint64) (best *chunk) {
+// step, the oldest is the best: so one of each step is looked at. None is chosen that takes more than room to copy;
+// tooLarge reports that nothing was chosen for that reason.
+func (s *slotTable) dirtiest(waste float64, limit, now uint64, room int64) (best *chunk, tooLarge bool) {
 	var most float64
-	for i := int(waste * dirtSteps); i < len(s.dirt); i++ {
-		if len(s.dirt[i]) == 0 || s.dirt[i][0].seq >= limit {
-			continue
+	consider := func(c *chunk) {
+		switch {
+		case c.seq >= limit:
+			return
+		case workFor(c) > room:
+			tooLarge = true
+			return
 		}
-		c := s.dirt[i][0]
 		used := c.used()
 		if benefit := (1 - used) * float64(now-c.seq) / (1 + used); benefit > most {
 			most, best = benefit, c
 		}
 	}
-	return best
+	first := int(waste * dirtSteps)
+	for i := first; i < len(s.dirt); i++ {
+		if len(s.dirt[i]) > 0 {
+			consider(s.dirt[i][0])
+		}
+	}
+	if best != nil || !tooLarge {
+		return best, false
+	}
+	for i := first; i < len(s.dirt); i++ { // a younger one may have less alive: chunks differ in size
+		for _, c := range s.dirt[i] {
+			consider(c)
+		}
+	}
+	return best, tooLarge
 }
 
 // ageHeap is a heap of chunks, the oldest first.

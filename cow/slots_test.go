@@ -2,6 +2,7 @@ package cow
 
 import (
 	"errors"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"strconv"
@@ -86,7 +87,7 @@ func TestDirtiest(t *testing.T) {
 		}
 		s.recount(c)
 		waste, limit := float64(r.IntN(dirtSteps))/dirtSteps, now-r.Uint64N(200)
-		got := s.dirtiest(waste, limit, now)
+		got, _ := s.dirtiest(waste, limit, now, math.MaxInt64)
 		var best *chunk
 		for _, c := range cs {
 			if s.mayClean(c) && c.seq < limit && c.dirt() >= int(waste*dirtSteps) && (best == nil || benefit(c) > benefit(best)) {
@@ -175,7 +176,7 @@ func BenchmarkManyChunks(b *testing.B) {
 			{"room", func() { th.room() }},
 			{"chunkSize", func() { _, _ = s.wal.chunkSize(forData, 0) }},
 			{"put", func() { s.slots.put(cs[5]) }},
-			{"victim", func() { s.victim(0.5, all) }},
+			{"victim", func() { _, _ = s.victim(0.5, all) }},
 			{"freeSlot", func() { s.slots.freeSlot() }},
 			{"Info", func() { s.Info() }},
 		} {

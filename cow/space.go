@@ -110,7 +110,7 @@ func (s *Store) Room() (int64, error) {
 	if s.wal.limit > 0 {
 		room = min(room, s.wal.limit-s.slots.files)
 	}
-	return room - s.wal.chunkBytes, nil // one chunk is kept for the cleaner
+	return room - s.workRoom(), nil
 }
 
 // usage answers for refs.

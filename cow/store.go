@@ -180,15 +180,17 @@ type Store struct {
 	dropping       map[metadata.Version]struct{} // given up by the reaper, still in the table
 	closed         bool
 
-	cleanMu    sync.Mutex // one cleans at a time; taken before ckptMu
-	mover      *mover     // guarded by cleanMu
-	cleaned    uint64     // bytes that the cleaner appended; guarded by mu
-	othersSeen uint64     // bytes that others had, at the last look; guarded by cleanMu
-	starving   bool       // writers wait for the cleaner; guarded by mu
-	helpless   bool       // it can give nothing back, as things are; guarded by mu
-	roomTaken  uint64     // chunks that data was given; guarded by mu
-	cleanWork  chan struct{}
-	pacer      pacer // of what others append, when the cleaner is pressed
+	cleanMu       sync.Mutex // one cleans at a time; taken before ckptMu
+	mover         *mover     // guarded by cleanMu
+	cleaned       uint64     // bytes that the cleaner appended; guarded by mu
+	cleaning      *chunk     // by the cleaner; guarded by mu
+	cleanedBefore uint64     // of cleaned, what was before this chunk; guarded by mu
+	othersSeen    uint64     // bytes that others had, at the last look; guarded by cleanMu
+	starving      bool       // writers wait for the cleaner; guarded by mu
+	helpless      bool       // it can give nothing back, as things are; guarded by mu
+	roomTaken     uint64     // chunks that data was given; guarded by mu
+	cleanWork     chan struct{}
+	pacer         pacer // of what others append, when the cleaner is pressed
 
 	reads     atomic.Uint64
 	coldMark  place      // everything before was gone over by the cold pass; guarded by mu
@@ -358,7 +360,7 @@ func (s *Store) openFiles() (err error) {
 	if err != nil {
 		return unusable(err)
 	}
-	s.wal.kept = s.kept
+	s.wal.kept, s.wal.workKept = s.kept, s.workKept
 	s.wal.cleaner, s.wal.rotated = s.needRoom, func(p purpose) {
 		s.helpless = false // there was room: what filled it may have overwritten something
 		if p == forData {

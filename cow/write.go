@@ -317,7 +317,7 @@ func (s *Store) makeRoom(p purpose) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if short := s.tableShort(1, p); short > 0 {
-		more := s.unwritten+s.writing+len(s.dirtyRegions)+s.writingRegions > 0 || s.reapable() // that a checkpoint can give back
+		more := s.unwritten+s.writing+len(s.dirtyRegions)+s.writingRegions > 0 || s.awaitsReaper() // that a checkpoint can give back
 		s.mu.Unlock()
 		err := s.growTable(short, p)
 		s.mu.Lock()

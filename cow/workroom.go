@@ -1,0 +1,88 @@
+package cow
+
+import (
+	"fmt"
+	"syscall"
+
+	"github.com/vdisk/vdisk/format"
+)
+
+// Room for the cleaner to work in: docs/reclaim.md, Cleaning. A chunk gives nothing back before everything that lives
+// in it has been copied. So data leaves room to copy what lives in any one chunk, and the cleaner begins no chunk that
+// it has no room to finish. What it copied of a chunk that it cannot finish would take that room, and then no chunk
+// could be cleaned, however much is dead.
+//
+// Chunks differ in size: each was made as large as there was room for then.
+
+// workShare bounds the room for chunks that are larger than new ones: an eighth of the capacity. Else an old chunk of 64
+// MiB would keep data from all of a store whose limit is 64 MiB.
+const workShare = 8
+
+// workRoom is the room for chunks that it takes to clean any chunk there is. mu is held.
+func (s *Store) workRoom() int64 {
+	return s.wal.chunkBytes + s.workBeyond()
+}
+
+// workBeyond is what of workRoom is beyond one new chunk. mu is held.
+func (s *Store) workBeyond() int64 {
+	most, chunk := s.slots.mostLive(), s.wal.chunkBytes
+	if most <= max(chunk, liveStep) {
+		return 0
+	}
+	need := most + most/32 + (most/chunk+2)*s.wal.chunkLoss()
+	need += eventChunkSize - need%eventChunkSize
+	if c := s.wal.capacity; c > 0 {
+		need = min(need, chunk+c/workShare)
+	}
+	return need - chunk
+}
+
+// workKept is what data leaves of workRoom at this moment. What the cleaner has copied of the chunk that it is cleaning
+// comes back with that chunk, and what is dead comes back with the next checkpoint. mu is held.
+func (s *Store) workKept() int64 {
+	back := s.slots.owed + s.leaving
+	c := s.cleaning
+	if c != nil {
+		back += int64(s.cleaned - s.cleanedBefore)
+	}
+	keep := s.wal.chunkBytes + max(0, s.workBeyond()-back)
+	if c != nil && int64(c.live) > s.wal.chunkBytes {
+		keep = max(keep, workFor(c)+(int64(c.live)/s.wal.chunkBytes+1)*s.wal.chunkLoss())
+	}
+	return keep
+}
+
+// workFor is what it takes to copy what lives in a chunk. A moved record is a little longer than what it was.
+func workFor(c *chunk) int64 { return int64(c.live) + int64(c.live)/64 }
+
+// chunkLoss is how much of a new chunk moved records cannot have: its header, and the end that is left to events.
+func (l *recordLog) chunkLoss() int64 {
+	return format.ChunkHeaderSize + min(eventRoom, l.chunkBytes/16)
+}
+
+// workable is how much the cleaner can copy, whatever others write meanwhile, if so much is free. mu is held.
+func (s *Store) workable(free int64) int64 {
+	l := s.wal
+	room := s.room(free)
+	room = max(min(room, s.workRoom()), room-ahead*l.chunkBytes) // writers leave the first, and are held back before the second
+	if least := min(minChunkSize, l.chunkBytes); room < least {
+		reserve := free + l.stock.bytes() - l.stock.wanted()/2
+		if l.limit > 0 {
+			reserve = min(reserve, l.limit-s.slots.files)
+		}
+		room = max(room, reserve)
+	}
+	room -= room % min(eventChunkSize, l.chunkBytes)
+	for _, c := range []*chunk{l.current, l.next} {
+		if c != nil && c.reserved && !c.forEvents {
+			room += int64(c.size - c.end)
+		}
+	}
+	return room - (room/l.chunkBytes+1)*l.chunkLoss() - room/64
+}
+
+// noWorkRoom is the error where there is something to be cleaned, and no room to do it in.
+func noWorkRoom(room int64) error {
+	return fmt.Errorf("%w: there is room to copy %d KiB, and every chunk of which a part is dead has more alive; raise the store's limit, free space on its file system, or delete snapshots or volumes",
+		noSpace(syscall.ENOSPC), max(0, room)>>10)
+}
