@@ -203,3 +203,40 @@ func TestCleanerChoosesWhatFits(t *testing.T) {
 		t.Errorf("of small chunks the one that has most alive has %d bytes", n)
 	}
 }
+
+// TestCleanerWorksInLessThanAChunk: with less room than a new chunk takes, the cleaner begins with chunks of which little
+// is alive, and goes on with what these give back.
+func TestCleanerWorksInLessThanAChunk(t *testing.T) {
+	const size, piece, chunk = 24 << 20, 64 << 10, 4 << 20
+	s, _ := newStore(t, Options{ChunkBytes: chunk, CheckpointInterval: -1, takeAll: true})
+	_, err := s.CreateVolume("v", VolumeOptions{Size: 4 * size})
+	must(t, err)
+	d := mustOpen(t, s, "v")
+	p, r := make([]byte, piece), rand.New(rand.NewPCG(1, 4))
+	for round := range 2 { // the second leaves a sixteenth
+		for at := int64(0); at < size; at += piece {
+			if round == 0 || at/piece%16 > 0 {
+				noise(p, r)
+				_, err := d.WriteAt(p, at)
+				must(t, err)
+			}
+		}
+	}
+	must(t, errors.Join(s.Checkpoint(), s.Checkpoint()))
+	s.wal.limit = s.used(true) + chunk/2
+	if _, err := writeNew(t, d, size, size); err == nil {
+		t.Fatal("there is no limit")
+	}
+	must(t, s.Checkpoint())
+	for n := 0; s.cleanFor(hungry, &throttle{s: s}); n++ {
+		if n > 100 {
+			t.Fatal("there is no end of cleaning")
+		}
+	}
+	must(t, s.Checkpoint())
+	in := s.Info()
+	if dead := in.ChunkBytes - in.LiveBytes; dead > chunk {
+		t.Errorf("the cleaner could not give back %d bytes that are dead: %+v", dead, in)
+	}
+	mustEnd(t, s, d)
+}
