@@ -24,8 +24,8 @@ const (
 	batchReplies = 16
 )
 
-// ErrProtocol is in the chain of what ServeConn returns when the client broke the protocol in a way
-// that leaves nothing but to hang up.
+// ErrProtocol is in the chain of ServeConn's error if the client violated the protocol in a way that leaves
+// no choice but to hang up.
 var ErrProtocol = errors.New("nbd: protocol violation")
 
 // conn is one connection in the transmission phase.
@@ -53,7 +53,8 @@ type conn struct {
 	ended  atomic.Bool // the receiver has ended: long tasks give up
 	cutOff atomic.Bool // nobody wants replies any more: long tasks give up, and no other begins
 
-	// receiving is when the receiver began to wait for the rest of a WRITE, in nanoseconds of Unix time; 0: it does not.
+	// receiving is when the receiver began to wait for the rest of a WRITE, in nanoseconds of Unix time; 0:
+	// it does not.
 	receiving atomic.Int64
 }
 
@@ -109,11 +110,11 @@ func (c *conn) cut() {
 	c.out.conn.Close()
 }
 
-// givesUp reports whether a long task is of no more use.
+// givesUp reports whether there is no point in going on with a long task.
 func (c *conn) givesUp() bool { return c.ended.Load() || c.cutOff.Load() }
 
-// stalledSince is when the client began to keep the server waiting while requests of it are under way: it takes no
-// replies, or sends no more of a WRITE. It is zero where it does not.
+// stalledSince returns when the client began to keep the server waiting while requests of it are under way:
+// it takes no replies, or sends no more of a WRITE. It returns zero if the client does neither.
 func (c *conn) stalledSince() time.Time {
 	var first int64
 	for _, since := range []int64{c.out.since.Load(), c.receiving.Load()} {
@@ -322,7 +323,8 @@ func (c *conn) acquire(n int64) {
 // waitFor takes n from the budget, and waits for it.
 func (c *conn) waitFor(n int64) { c.budget.acquire(n, c.srv.opts.stall, c.srv.cutStalled) }
 
-// errno is the error number for what the device answered req. The client learns no more, so the reason is logged.
+// errno returns the error number for the device's answer to req. The client learns no more than that, so the
+// reason is logged.
 func (c *conn) errno(req request, err error) uint32 {
 	if err != nil {
 		c.srv.logFailed(c.name, req, err)

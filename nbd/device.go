@@ -6,57 +6,57 @@ import (
 	"syscall"
 )
 
-// Device is what an export serves. All methods are called concurrently, by all connections that
-// have opened the export. Offsets and lengths are in bytes, of any alignment, and within Size.
+// Device is what an export serves. All methods are called concurrently, by all connections that have opened
+// the export. Offsets and lengths are in bytes, of any alignment, and within Size.
 //
-// A syscall.Errno in an error's chain tells the client what is wrong: ENOSPC, EDQUOT, EFBIG, EPERM,
-// EACCES, EROFS, EINVAL, ENOMEM, EOVERFLOW, ENOTSUP and ESHUTDOWN have an NBD equivalent; anything
-// else, a panic too, becomes EIO. All that a client learns is that number; the error itself is logged.
+// A client learns only an error number from an error; the error itself is logged. These syscall.Errno in the
+// chain of an error have an equivalent in NBD: ENOSPC, EDQUOT, EFBIG, EPERM, EACCES, EROFS, EINVAL, ENOMEM,
+// EOVERFLOW, ENOTSUP and ESHUTDOWN. All other errors, and panics, become EIO.
 type Device interface {
-	// ReadAt fills p. Fewer bytes than len(p) are an error to the client, as with io.ReaderAt.
+	// ReadAt fills p. If it reads fewer bytes than len(p), the client gets an error, as with io.ReaderAt.
 	ReadAt(p []byte, off int64) (int, error)
-	// WriteAt writes p, and keeps no reference to it.
+	// WriteAt writes p. It must not keep a reference to p.
 	WriteAt(p []byte, off int64) (int, error)
-	// Flush returns when everything that any connection was told is done is durable.
+	// Flush returns when every change is durable that any connection has been told is done.
 	Flush() error
-	// Discard says that the content of the range is no longer needed.
+	// Discard declares that the content of the range is no longer needed.
 	Discard(off, length int64) error
-	// WriteZeroes makes the range read as zeroes. Without noHole it is expected to be faster than
-	// writing zeroes: clients are told so (FAST_ZERO). With noHole the range has to take its space
-	// then, as if it were written, so that writes to it do not fail for want of space later.
+	// WriteZeroes makes the range read as zeroes. Without noHole it should be faster than writing zeroes,
+	// since clients are told so (FAST_ZERO). With noHole the range must take its space, as if it were
+	// written, so that later writes to it do not fail for want of space.
 	WriteZeroes(off, length int64, noHole bool) error
-	// Size is asked for when an export is opened; it must not shrink while the export is open.
+	// Size is called when an export is opened. It must not shrink while the export is open.
 	Size() int64
 }
 
-// Extenter is implemented by a Device that knows its holes. Without it, all is reported as data.
+// Extenter is implemented by a Device that knows its holes. Without it, everything is reported as data.
 type Extenter interface {
-	// Extents calls fn with the extents of the range in ascending order, until fn returns false. A
-	// hole reads as zeroes and takes no space. What no call covers is taken to be data.
+	// Extents calls fn with the extents of the range in ascending order, until fn returns false. A hole reads
+	// as zeroes and takes no space. Parts of the range that no call covers count as data.
 	Extents(off, length int64, fn func(off, length int64, hole bool) bool) error
 }
 
-// TryReader is implemented by a Device that knows what it can read at once. A connection asks it first, and gives only
-// reads that have to wait to other goroutines.
+// TryReader is implemented by a Device that knows what it can read at once. A connection asks it first, and
+// hands only reads that have to wait to other goroutines.
 type TryReader interface {
-	// TryReadAt is ReadAt, but returns false instead of waiting for a disk. It should have the disk begin to read
-	// then, since ReadAt of the same range follows.
+	// TryReadAt is ReadAt, but returns false instead of waiting for a disk. It should then make the disk
+	// begin to read, since ReadAt of the same range follows.
 	TryReadAt(p []byte, off int64) (done bool, err error)
 }
 
-// Export is an open device and how it is to be served.
+// Export is an open device, and how it is served.
 type Export struct {
 	Device      Device
 	Name        string // in full
 	ReadOnly    bool
 	Description string // free text for people, may be empty
 
-	// MinBlock and PreferredBlock are announced to clients, powers of two; zero stands for 1 and
-	// 4096. Requests that are not so aligned are served all the same.
+	// MinBlock and PreferredBlock are announced to clients. They are powers of two; zero stands for 1 and
+	// 4096. Requests with a smaller alignment are served too.
 	MinBlock, PreferredBlock int
 
-	// Close, unless nil, is called once when the connection that opened the export needs it no more
-	// and none of its requests is under way.
+	// Close may be nil. Otherwise it is called once, when the connection that opened the export no longer
+	// needs it and none of its requests is under way.
 	Close func() error
 }
 
@@ -75,7 +75,8 @@ func (e *Export) info() Info {
 	}
 }
 
-// Info is what clients can ask of an export that they have not opened. The fields are an Export's.
+// Info is what clients can ask about an export that they have not opened. The fields mean the same as in
+// Export.
 type Info struct {
 	Name                     string
 	Size                     int64
@@ -86,19 +87,19 @@ type Info struct {
 
 // Exports names what clients may open. Its methods are called concurrently.
 //
-// The empty name stands for the export that is meant where none is named, if there is one. Errors that are
-// fs.ErrNotExist tell the client that there is no such export, fs.ErrPermission that it may not have it. The text of
-// all errors is sent to the client.
+// The empty name stands for the default export, if there is one. An error that matches fs.ErrNotExist tells
+// the client that there is no such export; one that matches fs.ErrPermission, that it may not use the export.
+// The text of every error is sent to the client.
 type Exports interface {
-	// List returns the names to advertise. Describe and Open may know others.
+	// List returns the names to advertise. Describe and Open may accept others.
 	List() ([]string, error)
-	// Describe tells of an export, also of one that could not be opened because it is in use.
+	// Describe describes an export, even one that cannot be opened because it is in use.
 	Describe(name string) (Info, error)
 	// Open opens an export for one connection.
 	Open(name string) (*Export, error)
 }
 
-// wireErrno gives the error number for a Device's error.
+// wireErrno returns the error number for a Device's error.
 func wireErrno(err error) uint32 {
 	if err == nil {
 		return 0

@@ -5,22 +5,23 @@ import (
 	"runtime/debug"
 )
 
-// PanicError is a panic of a Device or of Exports, which is an I/O error to the client.
+// PanicError is a panic of a Device or of Exports. The client sees an I/O error.
 type PanicError struct {
 	Value any
 	Stack []byte
 }
 
+// Error names the value of the panic.
 func (e *PanicError) Error() string { return fmt.Sprintf("panic: %v", e.Value) }
 
-// recovered, deferred, makes a panic an error.
+// recovered is deferred, and makes a panic an error.
 func recovered(err *error) {
 	if v := recover(); v != nil {
 		*err = &PanicError{Value: v, Stack: debug.Stack()}
 	}
 }
 
-// guard is a Device whose panics are errors: one of them must not end the process, which serves others.
+// guard is a Device whose panics become errors: a panic must not end the process, which serves other clients.
 type guard struct {
 	dev Device
 	ext Extenter  // dev, or nil

@@ -123,8 +123,8 @@ const (
 )
 
 const (
-	// MaxPayload is the most bytes that one READ or WRITE may carry: 32 MiB, what the specification
-	// asks clients to stay within when nothing else is negotiated, and what is announced.
+	// MaxPayload is the largest payload of one READ or WRITE, 32 MiB. The specification asks clients not to
+	// exceed it unless something else is negotiated, and the server announces it.
 	MaxPayload = 32 << 20
 
 	maxOptionLen = 64 << 10 // bytes of one option's data
@@ -149,7 +149,7 @@ type request struct {
 	length     uint32
 }
 
-// parseRequest decodes requestLen bytes; ok is false where they are no request.
+// parseRequest decodes requestLen bytes. ok is false if they are not a request.
 func parseRequest(b []byte) (r request, ok bool) {
 	_ = b[requestLen-1]
 	return request{

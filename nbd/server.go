@@ -15,31 +15,30 @@ import (
 // ErrServerClosed is returned by Serve and ServeConn after Shutdown.
 var ErrServerClosed = errors.New("nbd: server closed")
 
-// ErrTooManyConnections is returned by ServeConn for a connection past Options.MaxConnections, and
-// told to its client.
+// ErrTooManyConnections is returned by ServeConn for a connection that exceeds Options.MaxConnections. Its
+// client is told so.
 var ErrTooManyConnections = errors.New("too many NBD connections")
 
-// Options are a Server's limits. Zero values stand for the defaults.
+// Options are the limits of a Server. A zero value stands for the default, which is given in parentheses.
 type Options struct {
-	// MaxConnections is how many connections are served at a time (10,000). Further ones are told so
-	// and closed. One that waits for requests holds no buffers.
+	// MaxConnections is the number of connections that are served at a time (10,000). Further ones are told
+	// so, and closed. A connection that waits for requests holds no buffers.
 	MaxConnections int
-	// HandshakeTimeout bounds each step of a negotiation: an option of the client and its answer
-	// (30 s).
+	// HandshakeTimeout bounds each step of a negotiation: an option of the client, and its answer (30 s).
 	HandshakeTimeout time.Duration
-	// MaxInFlight bounds the memory of requests, and of their replies, that one connection has under
-	// way (64 MiB). One request is always possible, however large.
+	// MaxInFlight bounds the memory of the requests that one connection has under way, and of their replies
+	// (64 MiB). One request is always possible, however large.
 	MaxInFlight int64
-	// MaxMemory bounds the same of all connections together (256 MiB). When it is used up,
-	// connections wait for each other; those whose clients have taken no replies for half a minute
-	// are cut off then, so that they do not keep others waiting.
+	// MaxMemory bounds the same for all connections together (256 MiB). When it is used up, connections wait
+	// for each other. Then clients that have taken no replies for half a minute are cut off, so that they do
+	// not keep others waiting.
 	MaxMemory int64
-	// Workers is how many requests of one connection are done at a time, beside the flush and those
-	// that are done as they are received (32).
+	// Workers is the number of requests of one connection that are executed at a time, besides the flush and
+	// those that the receiver executes itself (32).
 	Workers int
-	// Logger gets the requests that fail, and what goes wrong with connections, at most one of them a
-	// second; clients that go away without a word at info level; the beginnings and ends of
-	// connections at debug level (none).
+	// Logger is told of requests and connections that fail, at most one a second, and of panics, at most one
+	// a second; of clients that go away without a word, at info level; and of the begin and end of each
+	// connection, at debug level (none).
 	Logger *slog.Logger
 
 	stall time.Duration // after which a client is cut off that keeps others waiting; tests have their own
@@ -70,7 +69,7 @@ func (o Options) withDefaults() Options {
 	return o
 }
 
-// Server serves exports. Make it with New.
+// Server serves exports. New makes one.
 type Server struct {
 	exports Exports
 	opts    Options
@@ -110,10 +109,14 @@ func New(exports Exports, opts Options) *Server {
 	return s
 }
 
-// Serve accepts connections from l and serves them until Shutdown is called, which makes it return
-// ErrServerClosed, or ctx ends, which cuts the connections off and makes it return ctx's error, or
-// accepting fails. In each case it closes l, and its connections have ended when it returns, except
-// when Shutdown did not wait for them.
+// Serve accepts connections from l and serves them. It ends in one of three ways:
+//
+//   - Shutdown is called: it returns ErrServerClosed.
+//   - ctx ends: it cuts the connections off, and returns ctx's error.
+//   - Accepting fails: it returns that error.
+//
+// In each case it closes l. When it returns, its connections have ended, unless Shutdown gave up waiting for
+// them.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	defer l.Close()
 	if !s.addListener(l) {
@@ -146,7 +149,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	}
 }
 
-// await waits for connections, unless they have been given up.
+// await waits for connections, unless Shutdown gives them up.
 func (s *Server) await(wg *sync.WaitGroup) {
 	ended := make(chan struct{})
 	go func() {
@@ -159,7 +162,8 @@ func (s *Server) await(wg *sync.WaitGroup) {
 	}
 }
 
-// accept retries what passes: a client that is gone already, too many open files for the moment.
+// accept tries again after errors that pass: a client that has gone already, or too many open files at the
+// moment.
 func accept(ctx context.Context, l net.Listener) (net.Conn, error) {
 	for delay := 5 * time.Millisecond; ; delay = min(2*delay, time.Second) {
 		nc, err := l.Accept()
@@ -179,8 +183,8 @@ func isTemporary(err error) bool {
 	return errors.As(err, &t) && t.Temporary()
 }
 
-// ServeConn serves one connection, and closes it. It returns nil when the client ended it properly,
-// and otherwise what ended it. None of its requests is under way any more when it returns, and its
+// ServeConn serves one connection, and closes it. It returns nil if the client ended the connection properly,
+// and otherwise what ended it. When it returns, none of the connection's requests is under way, and its
 // export is closed.
 func (s *Server) ServeConn(ctx context.Context, nc net.Conn) error {
 	defer nc.Close()
@@ -223,27 +227,27 @@ func (s *Server) closeExport(session session) error {
 	return err
 }
 
-// refuseTimeout bounds each step of a client that is refused, and maxRefused how many are at a time: further ones are
-// closed without a word.
+// refuseTimeout bounds each step of a client that is refused, and maxRefused how many are at a time: further
+// ones are closed without a word.
 const (
 	refuseTimeout = 5 * time.Second
 	maxRefused    = 64
 )
 
-// refuse tells a client why it is not served: the protocol has no other way to say so than to answer its options.
+// refuse tells a client why it is not served. The only way to do so in the protocol is to answer its options.
 func (s *Server) refuse(nc net.Conn, why error) {
 	n := &negotiation{exports: refusing{why}, conn: nc, timeout: min(refuseTimeout, s.opts.HandshakeTimeout), failed: func(error) {}}
 	_, _ = n.run() // whether the client listens does not matter
 }
 
-// refusing are the exports of those who get none.
+// refusing are the exports of a client that gets none.
 type refusing struct{ why error }
 
 func (r refusing) List() ([]string, error)       { return nil, r.why }
 func (r refusing) Describe(string) (Info, error) { return Info{}, r.why }
 func (r refusing) Open(string) (*Export, error)  { return nil, r.why }
 
-// reason says why a connection ended that ended with err.
+// reason returns why a connection ended, given the error err that it ended with.
 func (s *Server) reason(ctx context.Context, err error) error {
 	switch {
 	case err == nil, errors.Is(err, errAborted), errors.Is(err, io.EOF):
@@ -259,10 +263,10 @@ func (s *Server) reason(ctx context.Context, err error) error {
 // cutTimeout is how long Shutdown waits for connections that it has cut off: only a device holds them then.
 const cutTimeout = time.Second
 
-// Shutdown ends the server: no connection is accepted, no request is read, what is under way is
-// finished and answered. It returns nil when all connections have ended. When ctx ends before that,
-// it cuts them off and returns an error that is ctx's, a second later at most. It does not wait for
-// devices that do not answer; nor does Serve, then.
+// Shutdown ends the server. No connection is accepted, and no request is read any more; requests that are
+// under way are finished and answered. It returns nil when all connections have ended. If ctx ends before
+// that, it cuts them off, and returns an error that wraps ctx's, at most a second later. It does not wait for
+// devices that do not answer; then Serve does not either.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.close()
 	left := s.awaitIdle(ctx)
@@ -286,7 +290,8 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	return fmt.Errorf("nbd: %d clients took no replies and were cut off: %w", len(left), ctx.Err())
 }
 
-// awaitIdle waits until all connections have ended, or ctx has, and returns those that have not.
+// awaitIdle waits until all connections have ended or ctx has, and returns the connections that have not
+// ended.
 func (s *Server) awaitIdle(ctx context.Context) map[net.Conn]*conn {
 	stop := context.AfterFunc(ctx, func() {
 		s.mu.Lock()
@@ -329,7 +334,7 @@ func (s *Server) isClosed() bool {
 	return s.closed
 }
 
-// addListener returns false where the server is closed.
+// addListener adds l, or returns false if the server is closed.
 func (s *Server) addListener(l net.Listener) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -345,7 +350,8 @@ func (s *Server) removeListener(l net.Listener) {
 	delete(s.listeners, l)
 }
 
-// addConn adds a connection. It returns why it is to be refused, or an error where it is not even to be told that.
+// addConn adds a connection. refuse is why the connection is to be refused. err means that it is not even
+// told that.
 func (s *Server) addConn(nc net.Conn) (refuse, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -365,7 +371,7 @@ func (s *Server) addConn(nc net.Conn) (refuse, err error) {
 	return full, nil
 }
 
-// startTransmission returns false where the server is closed.
+// startTransmission enters the transmission phase, or returns false if the server is closed.
 func (s *Server) startTransmission(nc net.Conn, c *conn) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -385,7 +391,7 @@ func (s *Server) removeConn(nc net.Conn) {
 	s.idle.Broadcast()
 }
 
-// cutStalled cuts the connections off whose clients have kept the server waiting for too long. It is called when
+// cutStalled cuts off connections whose clients have kept the server waiting for too long. It is called when
 // others wait for the memory that they hold.
 func (s *Server) cutStalled() {
 	s.mu.Lock()
