@@ -35,11 +35,11 @@
 //   - The receiver (conn.go, input.go) is a goroutine, and the only one that reads the socket. It executes a
 //     request itself if the request is small, and the device has recently answered that kind of request
 //     faster than a hand-over costs (pace.go). The data then goes straight from or into the socket buffers.
-//     The reply waits until no further request has been received, or the batch is full. So if a client keeps
-//     many requests in flight, one read and one write carry many of them; if it does not, nothing waits.
-//   - Workers (work.go, read.go) execute all other requests. They are started as they are needed. If a device
-//     is a TryReader, the receiver asks it first. A read that has to wait for a disk goes to a worker, and
-//     has begun by then.
+//     If the device is a TryReader, the receiver tries to read first: a read that has to wait for a disk goes
+//     to a worker, and has begun by then. The reply waits until no further request has been received, or the
+//     batch is full. So if a client keeps many requests in flight, one read and one write carry many of them;
+//     if it does not, nothing waits.
+//   - Workers (work.go, read.go) execute all other requests. They are started as they are needed.
 //   - The flusher (work.go) joins all flushes that arrive while one is under way into the next one. So
 //     flushes never occupy a worker, or hold up anything else.
 //   - The sender (send.go) is not a goroutine. A goroutine that has a reply while no other one is writing

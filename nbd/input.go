@@ -21,8 +21,8 @@ type input struct {
 
 	// raw, where conn has it, reads without waiting first: only then is it known that a read waits.
 	// recv is made once, so that a read allocates nothing; the fields after it are its arguments and
-	// results. While raw calls recv, the connection cannot be closed: whoever closes it waits. So
-	// recv does no more than a system call that does not wait.
+	// results. While raw calls recv, the connection cannot be closed: Close waits. So recv makes a system
+	// call that does not wait, and does nothing else.
 	raw     syscall.RawConn
 	recv    func(fd uintptr) bool
 	dst     []byte // nil: the buffer
