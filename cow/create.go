@@ -170,14 +170,43 @@ var syncDir = func(dir string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
+// readFormat reads the file "format". Where that is lost from a store, the error matches ErrUnusable, and neither
+// ErrNotStore nor fs.ErrNotExist.
 func readFormat(in *storage.Folder) (format.StoreInfo, error) {
+	info, err := decodeFormat(in)
+	if !lostFormat(err) || !hasStore(in) {
+		return info, err
+	}
+	// Create writes the file before there is a chunk file, but perhaps after it was looked for here.
+	if info, err = decodeFormat(in); !lostFormat(err) {
+		return info, err
+	}
+	return info, unusable(fmt.Errorf("%w: %v; the table and the chunk files are there; a copy of %s from a backup of this store will do: "+
+		"it changes only when a newer vdisk first opens the store", ErrCorrupt, err, in.Join(formatFile)))
+}
+
+func decodeFormat(in *storage.Folder) (info format.StoreInfo, err error) {
 	text, err := in.Read(formatFile)
-	if err != nil {
-		return format.StoreInfo{}, fmt.Errorf("store %s: %w", in.Path(), err)
+	if err == nil {
+		info, err = format.DecodeStoreInfo(text)
 	}
-	info, err := format.DecodeStoreInfo(text)
 	if err != nil {
-		return info, fmt.Errorf("store %s: %w", in.Path(), err)
+		err = fmt.Errorf("store %s: file %q: %w", in.Path(), formatFile, err)
 	}
-	return info, nil
+	return info, err
+}
+
+// lostFormat reports whether the file is not there or is not what Create or an upgrade has written.
+func lostFormat(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, ErrNotStore) || errors.Is(err, ErrCorrupt)
+}
+
+// hasStore reports whether a directory has a table and chunk files. An interrupted Create leaves no chunk files.
+func hasStore(in *storage.Folder) bool {
+	for _, name := range []string{tableFile, chunksDir} {
+		if _, err := in.Lstat(name); err != nil {
+			return false
+		}
+	}
+	return !isEmpty(in, chunksDir)
 }

@@ -89,6 +89,9 @@ func DecodeStoreInfo(src []byte) (StoreInfo, error) {
 		Format  string `json:"format"`
 		Version int    `json:"version"`
 	}
+	if len(src) == 0 {
+		return StoreInfo{}, fmt.Errorf("%w: it is empty", ErrNotStore)
+	}
 	if err := json.Unmarshal(src, &head); err != nil {
 		return StoreInfo{}, fmt.Errorf("%w: %w", ErrNotStore, err)
 	}
