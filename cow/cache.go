@@ -18,6 +18,9 @@ const (
 	minShard = 1 << 20
 	// MinCacheBytes is the least that Options.CacheBytes gives.
 	MinCacheBytes = 1 << 20
+	// MaxCacheBytes is the most that Options.CacheBytes can be. Only its address space is
+	// taken at first, but what keeps account of it grows with it, and takes memory at once.
+	MaxCacheBytes = 1 << 40
 
 	// checkpointCopy is what a checkpoint takes for each leaf that it writes: its encoding (1.9 KB) and the page
 	// that it is on in the table (4 KiB).

@@ -37,7 +37,7 @@ type Options struct {
 	FS          storage.FS    // the chunk files; nil: the store's directory
 	LockTimeout time.Duration // how long to wait for the store's lock
 	Holder      string        // what to say of this owner in the lock file, e.g. "vdisk serve"
-	CacheBytes  int64         // the most that the map takes in memory (docs/memory.md, Memory); default 256 MiB, at least MinCacheBytes
+	CacheBytes  int64         // the most that the map takes in memory (docs/memory.md, Memory); default 256 MiB, MinCacheBytes to MaxCacheBytes
 	Logger      *slog.Logger  // default: slog.Default()
 
 	// When a checkpoint begins: after so many bytes of log (default 256 MiB),
@@ -99,6 +99,7 @@ func (o *Options) setDefaults() {
 	if o.CacheBytes <= 0 {
 		o.CacheBytes = 256 << 20
 	}
+	o.CacheBytes = min(o.CacheBytes, MaxCacheBytes)
 	if o.Logger == nil {
 		o.Logger = slog.Default()
 	}

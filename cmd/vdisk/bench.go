@@ -8,6 +8,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/internal/bench"
 	"github.com/vdisk/vdisk/internal/owner"
 )
@@ -65,7 +66,7 @@ func stepOf(r bench.Result) stepJSON {
 }
 
 func (a *app) bench(c *cli.Context) error {
-	o, err := benchOptions(c)
+	o, err := a.benchOptions(c)
 	if err != nil {
 		return err
 	}
@@ -81,12 +82,9 @@ func (a *app) bench(c *cli.Context) error {
 	return a.during(c, func(s owner.Store) error { return a.measure(c, s, o) })
 }
 
-func benchOptions(c *cli.Context) (o bench.Options, err error) {
-	if o.Size, err = parseSize(c.String("size")); err != nil {
+func (a *app) benchOptions(c *cli.Context) (o bench.Options, err error) {
+	if o.Size, err = a.sizeBetween("--size", c.String("size"), bench.MinSize, cow.MaxVolume); err != nil {
 		return o, err
-	}
-	if o.Size < bench.MinSize {
-		return o, usageError{c, fmt.Errorf("--size %s: at least 16M is needed", c.String("size"))}
 	}
 	if o.Time = c.Duration("time"); o.Time <= 0 {
 		return o, usageError{c, fmt.Errorf("--time %v is no time", o.Time)}

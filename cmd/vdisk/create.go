@@ -72,11 +72,11 @@ func (a *app) create(c *cli.Context) error {
 		return err
 	}
 	if c.IsSet("size") {
-		if o.Size, err = parseSize(c.String("size")); err != nil {
+		if o.Size, err = a.sizeBetween("--size", c.String("size"), int64(o.LogicalBlock), cow.MaxVolume); err != nil {
 			return err
 		}
-		if o.Size <= 0 || o.Size%int64(o.LogicalBlock) != 0 {
-			return usagef("size %s: a positive multiple of the logical block (%d) is needed", c.String("size"), o.LogicalBlock)
+		if o.Size%int64(o.LogicalBlock) != 0 {
+			return usagef("size %s: a multiple of the logical block (%d) is needed", c.String("size"), o.LogicalBlock)
 		}
 	}
 	if c.IsSet("from") {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -15,7 +16,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/docker/go-units"
 	"github.com/urfave/cli/v2"
 
 	"github.com/vdisk/vdisk/cow"
@@ -66,9 +66,13 @@ func run(args []string) int {
 	signal.Ignore(syscall.SIGPIPE)
 	ctx, stop := interruptible(context.Background())
 	defer stop()
-	a := &app{stdin: os.Stdin, stdout: plainWriter{output{ctx, os.Stdout}}, stderr: plainWriter{diagnostics{os.Stderr, new(atomic.Int64)}}}
+	out := newOutput(ctx, os.Stdout)
+	a := &app{stdin: os.Stdin, stdout: plainWriter{out}, stderr: plainWriter{diagnostics{os.Stderr, new(atomic.Int64)}}}
 	program := a.program()
 	err := program.RunContext(ctx, arrange(program, args))
+	if err == nil {
+		err = out.err()
+	}
 	if err == nil {
 		return exitOK
 	}
@@ -184,19 +188,13 @@ func (a *app) prepare(*cli.Context) error {
 	}
 	if a.maxSize != "" {
 		var err error
-		if a.maxBytes, err = parseSize(a.maxSize); err != nil {
+		if a.maxBytes, err = a.sizeBetween("--max-size", a.maxSize, cow.MinMaxBytes, math.MaxInt64); err != nil {
 			return err
 		}
-		if a.maxBytes < cow.MinMaxBytes {
-			return usagef("--max-size %s: at least %s is needed", a.maxSize, units.BytesSize(cow.MinMaxBytes))
-		}
 	}
-	bytes, err := parseSize(a.mapCache)
-	if err != nil {
-		return fmt.Errorf("--map-cache: %w", err)
-	}
-	if a.cacheBytes = bytes; bytes < cow.MinCacheBytes {
-		return usagef("--map-cache %s: the least is %s", a.mapCache, a.size(cow.MinCacheBytes))
+	var err error
+	if a.cacheBytes, err = a.sizeBetween("--map-cache", a.mapCache, cow.MinCacheBytes, cow.MaxCacheBytes); err != nil {
+		return err
 	}
 	// For a daemon that this command starts, and the programs that follow it in an upgrade, which may be older.
 	if err := errors.Join(os.Setenv(mapCacheEnv, a.mapCache), os.Setenv(coldAfterEnv, a.coldAfter.String())); err != nil {

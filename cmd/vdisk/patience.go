@@ -66,15 +66,32 @@ type closedPipe struct{ error }
 func (e closedPipe) Unwrap() error { return e.error }
 
 // output is standard output. Its writes end with ctx, and do not kill the process when the reader has gone (SIGPIPE).
+// It keeps the first error: not all that writes reports it. The help, which package cli prints, does not.
 type output struct {
 	ctx context.Context
 	*os.File
+	failed *atomic.Pointer[error]
+}
+
+func newOutput(ctx context.Context, f *os.File) output {
+	return output{ctx, f, new(atomic.Pointer[error])}
+}
+
+// err is why output is missing, or nil.
+func (o output) err() error {
+	if err := o.failed.Load(); err != nil {
+		return *err
+	}
+	return nil
 }
 
 func (o output) Write(b []byte) (int, error) {
 	n, err := patient{o.ctx, o.File}.Write(b)
 	if errors.Is(err, syscall.EPIPE) {
 		err = closedPipe{err}
+	}
+	if err != nil {
+		o.failed.CompareAndSwap(nil, &err)
 	}
 	return n, err
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"net/url"
 	"path/filepath"
@@ -48,11 +49,8 @@ func (a *app) serve(c *cli.Context) error {
 	}
 	if c.IsSet("max-memory") {
 		var err error
-		if o.MaxMemory, err = parseSize(c.String("max-memory")); err != nil {
+		if o.MaxMemory, err = a.sizeBetween("--max-memory", c.String("max-memory"), minServeMemory, math.MaxInt64); err != nil {
 			return err
-		}
-		if o.MaxMemory < minServeMemory {
-			return usageError{c, fmt.Errorf("--max-memory %s: at least %s is needed, for one request", c.String("max-memory"), a.size(minServeMemory))}
 		}
 	}
 	for i := range c.NArg() {

@@ -41,6 +41,18 @@ func parseSize(s string) (int64, error) {
 	return int64(f), nil
 }
 
+// sizeBetween reads the size that a flag or an argument gives, which must be between least and most.
+func (a *app) sizeBetween(what, text string, least, most int64) (int64, error) {
+	n, err := parseSize(text)
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w; the range is %s to %s", what, err, a.size(least), a.size(most))
+	}
+	if n < least || n > most {
+		return 0, usagef("%s %s: the range is %s to %s", what, text, a.size(least), a.size(most))
+	}
+	return n, nil
+}
+
 // sizeUnits are 1024, 1024 times that, and so on.
 const sizeUnits = "kmgtp"
 

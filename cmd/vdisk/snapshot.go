@@ -1,8 +1,6 @@
 package main
 
 import (
-	"fmt"
-
 	"github.com/urfave/cli/v2"
 
 	"github.com/vdisk/vdisk/cow"
@@ -132,12 +130,9 @@ func (a *app) resizeCommand() *cli.Command {
 		if err != nil {
 			return err
 		}
-		size, err := parseSize(c.Args().Get(1))
+		size, err := a.sizeBetween("size", c.Args().Get(1), 512, cow.MaxVolume)
 		if err != nil {
 			return err
-		}
-		if size == 0 {
-			return usageError{c, fmt.Errorf("size 0: a volume has at least one block")}
 		}
 		return a.with(c, func(s owner.Store) error { return s.Resize(c.Context, name, size, c.Bool("shrink")) })
 	})
