@@ -128,7 +128,7 @@ func (s *shard) grow() error {
 	return nil
 }
 
-// grown says whether a shard has more memory than it is to have.
+// grown reports whether a shard has more memory than it is to have.
 func (c *leafCache) grown() bool {
 	for i := range c.shards {
 		s := &c.shards[i]

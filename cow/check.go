@@ -251,7 +251,7 @@ func (c *checker) progress(done int64) {
 	c.o.Progress(min(done, total), total)
 }
 
-// interrupted says whether the caller, or the store's Close, wants the check to end.
+// interrupted reports whether the caller, or the store's Close, wants the check to end.
 func (c *checker) interrupted() error { return c.s.interrupted(c.ctx) }
 
 func (c *checker) index(tb *metadata.Tables) {

@@ -253,7 +253,7 @@ func (p *coldPass) look(tx *metadata.Tx, b *branch, index uint32) coldLeaf {
 	return l
 }
 
-// isCold says whether one of a version's own blocks was written between the pass's places, and (whole) none since.
+// isCold reports whether one of a version's own blocks was written between the pass's places, and (whole) none since.
 func (p *coldPass) isCold(l *format.Leaf, whole bool) (cold bool) {
 	for i, e := range l.Entries {
 		if e.IsHole() || !l.IsChanged(i) {

@@ -31,7 +31,7 @@ func runs(l *format.Leaf, fn func(first, n int)) {
 	}
 }
 
-// settled says whether a leaf is as only the cold pass writes it.
+// settled reports whether a leaf is as only the cold pass writes it.
 func settled(l *format.Leaf) bool {
 	ok := true
 	runs(l, func(first, n int) {
@@ -120,7 +120,7 @@ func (p *coldPass) rewrite() error {
 	return nil
 }
 
-// unchanged says whether a leaf still has the blocks that were read. Store.mu and the leaf's lock are held.
+// unchanged reports whether a leaf still has the blocks that were read. Store.mu and the leaf's lock are held.
 func (p *coldPass) unchanged(lf *leaf, u *coldUnit) bool {
 	for i := u.first; i < u.first+u.n; i++ {
 		e := p.leaf.Entries[i]

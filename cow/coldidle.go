@@ -106,12 +106,12 @@ func (w *coldWorker) tick(now time.Time) (err error) {
 	return nil
 }
 
-// idle says whether others have done little since the last tick, and the cleaner has no reason to work.
+// idle reports whether others have done little since the last tick, and the cleaner has no reason to work.
 func (w *coldWorker) idle() bool {
 	return w.s.activity()-w.activity <= coldOthers && w.s.urgency() == idle
 }
 
-// due says whether there is anything for a pass to look at.
+// due reports whether there is anything for a pass to look at.
 func (w *coldWorker) due(now time.Time) bool {
 	return !now.Before(w.next) && before(w.s.marked(), w.clock.horizon(now))
 }
@@ -177,7 +177,7 @@ func (s *Store) marked() place {
 	return s.coldMark
 }
 
-// roomy says whether there is room for what a pass leaves dead until a checkpoint.
+// roomy reports whether there is room for what a pass leaves dead until a checkpoint.
 func (s *Store) roomy() bool {
 	free, err := s.fs.Free()
 	s.mu.Lock()

@@ -102,7 +102,7 @@ func onlyLeavings(in *storage.Folder) error {
 	return nil
 }
 
-// isEmpty tells whether the directory in has an empty directory of that name.
+// isEmpty reports whether the directory in has an empty directory of that name.
 func isEmpty(in *storage.Folder, name string) bool {
 	sub, err := in.Sub(name)
 	if err != nil {

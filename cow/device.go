@@ -106,7 +106,7 @@ func (d *Device) Size() int64 {
 	return d.v.size.Load()
 }
 
-// ReadOnly says whether writes are refused.
+// ReadOnly reports whether writes are refused.
 func (d *Device) ReadOnly() bool { return d.readOnly }
 
 // LogicalBlock is the volume's logical block size in bytes, 512 or 4096.

@@ -145,7 +145,7 @@ func (l *lab) fault(script []op, kind crashfs.Op, nth int, errno error, rng *ran
 	return nil
 }
 
-// isFault says whether an error is about the failure: Check's problems are text.
+// isFault reports whether an error is about the failure: Check's problems are text.
 func isFault(err error, errno error) bool {
 	return err != nil && (errors.Is(err, errno) || strings.Contains(err.Error(), errno.Error()))
 }

@@ -234,7 +234,7 @@ func (l *recordLog) reserve(n int, p purpose) error {
 	}
 }
 
-// fits says whether a record of n bytes may go into the current chunk.
+// fits reports whether a record of n bytes may go into the current chunk.
 func (l *recordLog) fits(n int, p purpose) bool {
 	// The summary, with one entry more, comes behind.
 	room := int(l.current.size) - int(l.current.end) - len(l.entries) - format.SummaryEntrySize - format.SummaryFooterSize
@@ -258,7 +258,7 @@ func (l *recordLog) waitForChunk(p purpose) {
 	}
 }
 
-// suits says whether the next chunk is there, and for p.
+// suits reports whether the next chunk is there, and for p.
 func (l *recordLog) suits(p purpose) bool { return l.next != nil && (p > forData || !l.next.reserved) }
 
 func (l *recordLog) wantChunk() {

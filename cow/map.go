@@ -110,7 +110,7 @@ func (s *Store) own(k leafKey, sh *shard) (*openLeaf, error) {
 	return o, nil
 }
 
-// owned says whether own has nothing to do.
+// owned reports whether own has nothing to do.
 func (s *Store) owned(b *branch, lf *leaf) bool {
 	return lf.dirtyGen() == s.gen && lf.epoch == b.Epoch
 }

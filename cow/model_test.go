@@ -171,7 +171,7 @@ func (m *model) writeUnit(name string, p []byte, off int64, zero block) {
 	}
 }
 
-// shrinks says whether a unit is stored compressed.
+// shrinks reports whether a unit is stored compressed.
 func shrinks(c format.Codec, unit []byte) bool {
 	pool := compressors()[c]
 	comp := pool.get()

@@ -339,7 +339,7 @@ func (s *Store) codecOf(branch uint32) *codecPool {
 	return nil
 }
 
-// putMoved is put for blocks of a head whose content stays the same. same says whether they are still what was
+// putMoved is put for blocks of a head whose content stays the same. same reports whether they are still what was
 // copied, with mu and the leaf's lock held; else it is errChanged. It is also if they are not the present epoch's.
 func (s *Store) putMoved(h *format.RecordHeader, payload []byte, same func(*leaf) bool) (n int, err error) {
 	for {
@@ -387,7 +387,7 @@ func (s *Store) putMoved(h *format.RecordHeader, payload []byte, same func(*leaf
 	}
 }
 
-// still returns what says whether n blocks of a record, from one on, are still in the head of its volume, as its own.
+// still returns what reports whether n blocks of a record, from one on, are still in the head of its volume, as its own.
 func (m *mover) still(r *record, from, n int) func(*leaf) bool {
 	first := int(r.h.Block%format.LeafBlocks) + from
 	return func(lf *leaf) bool {

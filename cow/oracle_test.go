@@ -14,7 +14,7 @@ import (
 // lie is a disk, or an engine, that does not do what it says. A nil function tells the truth.
 type lie struct {
 	write   func(f storage.File, p []byte, off int64) (int, error)
-	sync    func() bool // says whether this sync is left out
+	sync    func() bool // reports whether this sync is left out
 	syncDir func() bool
 }
 
@@ -61,7 +61,7 @@ func (f *lyingFile) Sync() error {
 	return f.File.Sync()
 }
 
-// calledBy says whether a method of the engine is among the callers.
+// calledBy reports whether a method of the engine is among the callers.
 func calledBy(method string) bool {
 	var pcs [64]uintptr
 	frames := runtime.CallersFrames(pcs[:runtime.Callers(2, pcs[:])])

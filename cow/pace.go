@@ -36,7 +36,7 @@ func (p *pacer) set(rate float64) {
 	p.on.Store(rate > 0)
 }
 
-// Paced says whether writes may have to wait, since there is little room and the cleaner is about making some. Who
+// Paced reports whether writes may have to wait, since there is little room and the cleaner is about making some. Who
 // also has something else to do lets others write.
 func (d *Device) Paced() bool { return d.s.pacer.on.Load() }
 

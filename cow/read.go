@@ -129,7 +129,7 @@ func (pl *ReadPlan) plan(lf *leaf, p []byte, off int64) error {
 	return nil
 }
 
-// follows says whether next is what e goes on with, n blocks later.
+// follows reports whether next is what e goes on with, n blocks later.
 func follows(e, next format.Entry, n int) bool {
 	if e.IsHole() {
 		return next.IsHole()
@@ -281,7 +281,7 @@ func (pl *ReadPlan) finish(r *planned) error {
 	return nil
 }
 
-// whole says whether the record's unit is wanted in one piece.
+// whole reports whether the record's unit is wanted in one piece.
 func (pl *ReadPlan) whole(r *planned) bool {
 	pc := &pl.pieces[r.piece]
 	return pc.next < 0 && len(pc.dst) == r.e.Blocks()*format.BlockSize

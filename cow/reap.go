@@ -27,7 +27,7 @@ type job struct {
 	snap     *snapshot // the point's row; nil: the head of a branch without a volume
 }
 
-// reapable says whether there is a job. mu is held.
+// reapable reports whether there is a job. mu is held.
 func (s *Store) reapable() bool {
 	_, ok := s.nextJob()
 	return ok
@@ -70,7 +70,7 @@ func (s *Store) nextJobAsOf(committed uint64) (job, bool) {
 	return job{}, false
 }
 
-// isReapable says whether nobody needs a point that has lost its name, and the table has what the reaper looks at. mu
+// isReapable reports whether nobody needs a point that has lost its name, and the table has what the reaper looks at. mu
 // is held.
 func (sn *snapshot) isReapable(committed uint64) bool {
 	b := sn.branch
@@ -80,7 +80,7 @@ func (sn *snapshot) isReapable(committed uint64) bool {
 	return sn.Volume == 0 && sn.dropped <= committed && b.forks[sn.Epoch] == 0
 }
 
-// isReapable says whether the head of a branch was given up, and is not reaped. mu is held.
+// isReapable reports whether the head of a branch was given up, and is not reaped. mu is held.
 func (b *branch) isReapable(committed uint64) bool {
 	return b.volume == nil && !b.reaped && b.headless <= committed && !b.stuck
 }

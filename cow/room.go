@@ -87,7 +87,7 @@ func (s *Store) kept() int64 {
 	return s.wal.stock.bytes() + min(free, spare/2)
 }
 
-// lowDisk says whether less is free on the file system than is to stay free, so that nothing is kept for later.
+// lowDisk reports whether less is free on the file system than is to stay free, so that nothing is kept for later.
 func (s *Store) lowDisk() bool {
 	free, err := s.fs.Free()
 	kept := s.kept()

@@ -68,7 +68,7 @@ func (s *Store) VolumeUsage(ctx context.Context, names ...string) ([]Usage, erro
 	})
 }
 
-// interrupted says whether ctx, or the store's Close, wants a long work to end.
+// interrupted reports whether ctx, or the store's Close, wants a long work to end.
 func (s *Store) interrupted(ctx context.Context) error {
 	select {
 	case <-s.quit:
@@ -362,7 +362,7 @@ func (p *pass) version(v metadata.Version, lf *format.Leaf) (err error) {
 	return err
 }
 
-// enter says whether this is another leaf, and then begins it.
+// enter reports whether this is another leaf, and then begins it.
 func (p *pass) enter(leaf uint32) bool {
 	if p.begun && leaf == p.leaf {
 		return false

@@ -580,7 +580,7 @@ func (s *Store) checkpointer() {
 	}
 }
 
-// changed says whether a checkpoint would write anything.
+// changed reports whether a checkpoint would write anything.
 func (s *Store) changed() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

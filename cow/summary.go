@@ -93,5 +93,5 @@ func (m *summary) each(fn func(seq uint64, off uint32, e *format.SummaryEntry) b
 	return nil
 }
 
-// before says whether every record of the summary is before seq.
+// before reports whether every record of the summary is before seq.
 func (m *summary) before(seq uint64) bool { return m.FirstSeq+uint64(m.Records) <= seq }

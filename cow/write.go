@@ -301,7 +301,7 @@ func purposeIn(h *format.RecordHeader) purpose {
 	return forData
 }
 
-// mayDirty says whether one more leaf may become dirty in this generation. A writer that has waited for a
+// mayDirty reports whether one more leaf may become dirty in this generation. A writer that has waited for a
 // checkpoint has room that the others leave him, so that he need not wait for another. mu is held.
 func (s *Store) mayDirty(waited bool, p purpose) bool {
 	limit := s.dirtyLimit

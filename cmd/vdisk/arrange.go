@@ -76,7 +76,7 @@ func arrange(program *cli.App, args []string) []string {
 // table says of each flag's names whether it takes a value.
 type table map[string]bool
 
-// takesValue tells whether the next argument is the value of a flag, or of the last of several of one letter, as in -Ht.
+// takesValue reports whether the next argument is the value of a flag, or of the last of several of one letter, as in -Ht.
 func (t table) takesValue(arg, name string) bool {
 	if _, ok := t[name]; ok || strings.HasPrefix(arg, "--") || name == "" {
 		return t[name]

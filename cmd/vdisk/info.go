@@ -77,7 +77,7 @@ func deviceJSONOf(d owner.Device) deviceJSON {
 	return deviceJSON{Name: d.Ref.String(), Path: d.Path, ReadOnly: d.ReadOnly, State: stateOf(d), Error: d.Error}
 }
 
-// stateOf says whether a device is served.
+// stateOf reports whether a device is served.
 func stateOf(d owner.Device) string {
 	if d.Waits {
 		return "waits"

@@ -36,7 +36,7 @@ func rawOf(w io.Writer) io.Writer {
 // cell is a text that is to stay within its place in a line.
 func cell(text string) string { return escape(text, "") }
 
-// isPlain tells whether there is nothing to do, which is the rule.
+// isPlain reports whether there is nothing to do, which is the rule.
 func isPlain(b []byte) bool {
 	for _, c := range b {
 		if (c < ' ' || c > '~') && c != '\n' && c != '\t' {

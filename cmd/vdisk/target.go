@@ -160,7 +160,7 @@ func (u unnamed) Close() error {
 	return u.File.Close()
 }
 
-// becomes gives the file the owner, mode and attributes of the one at path, and tells whether it could, and that one has
+// becomes gives the file the owner, mode and attributes of the one at path, and reports whether it could, and that one has
 // no other name.
 func (u unnamed) becomes(path string) bool {
 	var st unix.Stat_t

@@ -169,7 +169,7 @@ func cpuTime() time.Duration {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
-// more says whether a step goes on, which has moved at most most bytes.
+// more reports whether a step goes on, which has moved at most most bytes.
 func (x *run) more(t *timer, most int64) (bool, error) {
 	if t.Operations%16 == 0 {
 		if x.ctx.Err() != nil {

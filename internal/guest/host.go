@@ -86,7 +86,7 @@ func (b *builder) install(ctx context.Context, programs []string) error {
 		return nil
 	}
 	if err := get("-q", "update"); err != nil {
-		b.say("%v", err) // some foreign source may be down; the install tells whether it matters
+		b.say("%v", err) // some foreign source may be down; the install reports whether it matters
 	}
 	if err := get(args...); err != nil {
 		return fmt.Errorf("%w: apt-get cannot install %s: %w", ErrUnavailable, strings.Join(missing, " "), err)

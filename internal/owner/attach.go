@@ -250,7 +250,7 @@ func (o *Owner) giveUp(ctx context.Context, d *disk) error {
 	return o.forget(d)
 }
 
-// removed tells whether the kernel does not list the disk any more. Its number stays taken for as long as somebody,
+// removed reports whether the kernel does not list the disk any more. Its number stays taken for as long as somebody,
 // as a file system that is still mounted, holds what is left of it; nothing comes of that but errors.
 func (o *Owner) removed(ctx context.Context, d *disk) bool {
 	_, err := o.lookFor(ctx, d)

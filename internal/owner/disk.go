@@ -67,7 +67,7 @@ func pathOf(id int) string {
 	return fmt.Sprintf("/dev/ublkb%d", id)
 }
 
-// listed tells whether others are told of the disk, which they are not while it is being made. Owner.mu is held.
+// listed reports whether others are told of the disk, which they are not while it is being made. Owner.mu is held.
 func (d *disk) listed() bool { return d.id >= 0 || !d.busy }
 
 // info is what others are told. Owner.mu is held.

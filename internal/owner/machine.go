@@ -23,7 +23,7 @@ type MachineFeatures struct {
 	NBDClient Availability `json:"nbd_client"` // the kernel's: nbd-client and /dev/nbdN
 }
 
-// Availability says whether there is something, and if not, why.
+// Availability reports whether there is something, and if not, why.
 type Availability struct {
 	Available bool   `json:"available"`
 	Reason    string `json:"reason,omitempty"`
@@ -86,7 +86,7 @@ func probeNBD() error {
 }
 
 // loadDriver loads the ublk driver as the kernel itself would, so that attaching needs no set-up. It
-// says whether that went well; if not, the driver's absence is what the user has to hear of.
+// reports whether that went well; if not, the driver's absence is what the user has to hear of.
 func loadDriver(ctx context.Context) bool {
 	path, err := os.ReadFile("/proc/sys/kernel/modprobe") // proc(5)
 	if err != nil || os.Geteuid() != 0 {

@@ -145,7 +145,7 @@ func (o *Owner) CloseWhenDone() error {
 // WritesThrough reports whether writes are slower than elsewhere, for lack of shared memory.
 func (o *Owner) WritesThrough() bool { return o.store.WritesThrough() }
 
-// LeaveDisks has the disks stay when the owner closes: their users wait for the next one. It tells whether there are
+// LeaveDisks has the disks stay when the owner closes: their users wait for the next one. It reports whether there are
 // any.
 func (o *Owner) LeaveDisks() bool {
 	o.mu.Lock()
@@ -160,7 +160,7 @@ func (o *Owner) CloseLeaving() error {
 	return o.close()
 }
 
-// leaving tells whether the disks are to outlive the owner. After an upgrade there may be some even so: one whose
+// leaving reports whether the disks are to outlive the owner. After an upgrade there may be some even so: one whose
 // server broke may have got another since the upgrade looked.
 func (o *Owner) leaving() bool {
 	o.mu.Lock()

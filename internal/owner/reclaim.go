@@ -161,7 +161,7 @@ func dropMountCopies(id int) error {
 // and may not even be listed (hidepid).
 const capSysPtrace = 19
 
-// aloneInNamespace tells whether no other process has this process's mount namespace. It is an error when that cannot be
+// aloneInNamespace reports whether no other process has this process's mount namespace. It is an error when that cannot be
 // known.
 func aloneInNamespace(proc string) (bool, error) {
 	if has, err := hasCapability(proc, capSysPtrace); err != nil || !has {

@@ -88,7 +88,7 @@ type process struct {
 
 func thisProcess() process { return process{os.Getpid(), startOf(os.Getpid())} }
 
-// alive tells whether the process is there.
+// alive reports whether the process is there.
 func (p process) alive() bool { return p.Start != "" && startOf(p.PID) == p.Start }
 
 // startOf is empty when there is no such process. One whose first thread is a zombie is there as long as it has others:

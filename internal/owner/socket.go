@@ -99,7 +99,7 @@ func pathTo(in *storage.Folder, name string) (fd int, st unix.Stat_t, err error)
 	return fd, st, nil
 }
 
-// sameSocket tells whether two looks saw one socket. A file's number is given again soon, but not within a tick.
+// sameSocket reports whether two looks saw one socket. A file's number is given again soon, but not within a tick.
 func sameSocket(a, b unix.Stat_t) bool { return a.Dev == b.Dev && a.Ino == b.Ino && a.Mtim == b.Mtim }
 
 // nameSocket gives a socket its name, which nobody may listen at. A socket on which somebody listens keeps its name: of

@@ -158,7 +158,7 @@ func (o *Owner) Check(ctx context.Context, c cow.CheckOptions, problem func(cow.
 	return o.store.Check(ctx, c, problem)
 }
 
-// known tells whether there is such a volume or snapshot.
+// known reports whether there is such a volume or snapshot.
 func (o *Owner) known(r cow.Ref) error {
 	info, err := o.store.Volume(r.Volume)
 	if err != nil || r.Snapshot == "" {

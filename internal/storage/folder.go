@@ -60,7 +60,7 @@ func newFolder(path string, f *os.File) (*Folder, error) {
 	return &Folder{path: path, f: f, uid: st.Uid, gid: st.Gid, ours: trusted(st.Uid) && st.Mode&0o022 == 0}, nil
 }
 
-// trusted tells whether what a user has made can be used as if this user had made it.
+// trusted reports whether what a user has made can be used as if this user had made it.
 func trusted(uid uint32) bool { return uid == 0 || uid == uint32(os.Geteuid()) }
 
 // refusal is the error about a folder that is not ours.
@@ -104,7 +104,7 @@ func (d *Folder) Fd() int { return int(d.f.Fd()) }
 // Owner is the user whom the directory belongs to.
 func (d *Folder) Owner() uint32 { return d.uid }
 
-// Trusts tells whether what the user has made can be used: what this user, root or the directory's owner has. Who
+// Trusts reports whether what the user has made can be used: what this user, root or the directory's owner has. Who
 // opened a foreign directory wanted that.
 func (d *Folder) Trusts(uid uint32) bool { return trusted(uid) || uid == d.uid }
 
@@ -142,7 +142,7 @@ func (d *Folder) Open(name string, flags int) (*os.File, error) {
 	return f, nil
 }
 
-// Gives tells whether what this process makes is another user's: root works in that user's folder.
+// Gives reports whether what this process makes is another user's: root works in that user's folder.
 func (d *Folder) Gives() bool { return d.uid != 0 && os.Geteuid() == 0 }
 
 // Give makes a file that is for the directory its owner's, who could not use one of root's.

@@ -34,7 +34,7 @@ type FS interface {
 	List() ([]string, error)
 	// SyncDir makes every creation and removal before it durable.
 	SyncDir() error
-	// Overwrites says whether writing over what a file holds needs no new space, so that the space of a file
+	// Overwrites reports whether writing over what a file holds needs no new space, so that the space of a file
 	// that was written to stays reserved.
 	Overwrites() bool
 	// Free returns the number of bytes free to this user.
