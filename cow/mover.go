@@ -343,48 +343,41 @@ func (s *Store) codecOf(branch uint32) *codecPool {
 // copied, with mu and the leaf's lock held; else it is errChanged. It is also if they are not the present epoch's.
 func (s *Store) putMoved(h *format.RecordHeader, payload []byte, same func(*leaf) bool) (n int, err error) {
 	for {
-		s.mu.Lock()
-		if err := errors.Join(s.wal.reserve(h.Size(), forMoves), s.usable()); err != nil {
-			s.mu.Unlock()
-			return 0, err
-		}
-		b := s.tables.branches[h.Branch]
-		if b == nil {
-			s.mu.Unlock()
-			return 0, errChanged
-		}
-		k := leafKey{b, uint32(h.Block / format.LeafBlocks), head}
-		lf, sh := s.cache.lock(k)
-		if lf == nil {
-			s.mu.Unlock()
-			if err := s.cache.ensure(k); err != nil {
-				return 0, err
+		k, err := s.tryPutMoved(h, payload, same)
+		if errors.Is(err, errEvicted) {
+			if err = s.cache.ensure(k); err == nil {
+				continue
 			}
-			continue
-		}
-		var o *openLeaf
-		var err error
-		switch {
-		case b.volume == nil || lf.epoch != b.Epoch || !same(lf):
-			err = errChanged
-		case !s.owned(b, lf) && !s.mayDirty(false, forMoves):
-			err = errFull
-		default:
-			o, err = s.own(k, sh)
 		}
 		if err != nil {
-			sh.mu.Unlock()
-			s.mu.Unlock()
 			return 0, err
 		}
-		c, off := s.wal.append(h, payload)
-		s.applyData(o, h, c, off)
-		sh.mu.Unlock()
-		s.cleaned += uint64(h.Size())
-		s.checkpointDue()
-		s.mu.Unlock()
 		return h.Size(), nil
 	}
+}
+
+// tryPutMoved is putMoved, once. It returns the leaf that is concerned.
+func (s *Store) tryPutMoved(h *format.RecordHeader, payload []byte, same func(*leaf) bool) (k leafKey, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := errors.Join(s.wal.reserve(h.Size(), forMoves), s.usable()); err != nil {
+		return k, err
+	}
+	b := s.tables.branches[h.Branch]
+	if b == nil {
+		return k, errChanged
+	}
+	k = leafKey{b, uint32(h.Block / format.LeafBlocks), head}
+	err = s.install(k, h, payload, h.Blocks, forMoves, false, func(lf *leaf) error {
+		if b.volume == nil || lf.epoch != b.Epoch || !same(lf) {
+			return errChanged
+		}
+		return nil
+	})
+	if err == nil {
+		s.cleaned += uint64(h.Size())
+	}
+	return k, err
 }
 
 // still returns what reports whether n blocks of a record, from one on, are still in the head of its volume, as its own.

@@ -1,12 +1,3 @@
-// Package cow is the engine: a store of copy-on-write volumes over a log of
-// compressed records. DESIGN.md defines the terms, the formats, the invariants
-// and the order of writes and syncs that this package keeps.
-//
-// A write goes Device.WriteAt (write.go) → a record in recordLog (log.go) →
-// the leaf that maps it (cache.go, map.go). A checkpoint (checkpoint.go) makes leaves durable
-// in the background. A read goes plan, fetch, finish (read.go). Snapshots, clones
-// and the like are events (admin.go), which are records too. Open replays what
-// no checkpoint has (replay.go).
 package cow
 
 import (

@@ -196,8 +196,7 @@ func (s *Store) putHole(d *Device, first uint64, n int, ex *expect) error {
 	return s.put(d, &h, payload[:], n, ex, false)
 }
 
-// put is the commit point of a write: under mu, the record gets its place and number, and
-// the leaf changes. n blocks of one leaf are concerned.
+// put writes a record of n blocks of one leaf, and tries again where it has to wait for something.
 func (s *Store) put(d *Device, h *format.RecordHeader, payload []byte, n int, ex *expect, small bool) error {
 	if h.Kind == format.KindData {
 		s.pacer.wait(h.Size())
@@ -212,6 +211,8 @@ func (s *Store) put(d *Device, h *format.RecordHeader, payload []byte, n int, ex
 		switch {
 		case errors.Is(err, errEvicted):
 			continue
+		case errors.Is(err, errNothing):
+			return nil
 		case errors.Is(err, ErrNoSpace) && h.Kind == format.KindHole && !cleared && s.clearEvents() == nil:
 			cleared = true
 			continue
@@ -238,37 +239,18 @@ func (s *Store) tryPut(d *Device, k leafKey, h *format.RecordHeader, payload []b
 	if err := s.admit(d, h, n, hole); err != nil {
 		return err
 	}
-	lf, sh := s.cache.lock(k)
-	if lf == nil {
-		return errEvicted
-	}
-	defer sh.mu.Unlock()
 	first := int(h.Block % format.LeafBlocks)
-	switch {
-	case !s.holds(d, ex, lf, h.Block, n):
-		return errChanged
-	case hole && lf.isHole(first, n):
-		return nil // nothing to say
-	case !hole && isNew(k.b, lf, first, n):
-		if err := s.roomForNew(h.Size(), small); err != nil {
-			return err
+	return s.install(k, h, payload, n, purposeIn(h), waited, func(lf *leaf) error {
+		switch {
+		case !s.holds(d, ex, lf, h.Block, n):
+			return errChanged
+		case hole && lf.isHole(first, n):
+			return errNothing
+		case !hole && isNew(k.b, lf, first, n):
+			return s.roomForNew(h.Size(), small)
 		}
-	}
-	if !s.owned(k.b, lf) && !s.mayDirty(waited, purposeIn(h)) {
-		return errFull
-	}
-	o, err := s.own(k, sh)
-	if err != nil {
-		return err
-	}
-	c, off := s.wal.append(h, payload)
-	if hole {
-		s.applyHole(o, first, n)
-	} else {
-		s.applyData(o, h, c, off)
-	}
-	s.checkpointDue()
-	return nil
+		return nil
+	})
 }
 
 // admit checks that the store and the volume take the write, and makes room for it. mu is held.

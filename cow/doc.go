@@ -1,0 +1,43 @@
+// Package cow is the engine: a store of copy-on-write volumes over a log of compressed records, with a bbolt table that
+// says where each block is in the log. DESIGN.md has the terms and the invariants, docs/engine.md the order of writes
+// and syncs, docs/reclaim.md how space comes back.
+//
+// It is made for the programs of this module. What others can rely on is the meaning of a store on disk; the API may
+// change with any minor version.
+//
+// # The way of a write
+//
+//	Device.WriteAt        write.go        cut into units; merge partial blocks; compress: no lock is held
+//	  │
+//	  ├─ Store.mu ─────────────────────────────────────────────────────────────────────────────
+//	  │  recordLog.reserve  log.go        wait for a buffer and a chunk, or for the cleaner; ErrNoSpace
+//	  │  Store.install      commit.go     the commit point, of writers and of the cleaner:
+//	  │    leafCache.lock   cache.go        the leaf that maps the block; if it was evicted, load it and begin again
+//	  │    Store.own        map.go          the leaf becomes one of the branch's present epoch
+//	  │    recordLog.append log.go          the next sequence number, a place in the chunk, a copy in the buffer
+//	  │    Store.applyData  write.go        the leaf's entry; what was there before is accounted dead
+//	  ├────────────────────────────────────────────────────────────────────────────────────────
+//	  ▼
+//	acknowledged
+//	  ┊  recordLog.drain    log.go        the flusher writes full buffers to the chunk file, in order
+//	  ┊  recordLog.sync     log.go        a flush: write the rest, fdatasync the chunks, write the durable mark
+//	  ┊  Store.checkpoint   checkpoint.go changed leaves and rows go to the table in one transaction
+//	  ┊  mover              mover.go      the cleaner copies what lives in a chunk to the log's end
+//
+// Creating, snapshotting, cloning and deleting are events (admin.go), which are records too. [Open] replays what no
+// checkpoint has (replay.go).
+//
+// # The way of a read
+//
+//	Device.PlanRead       read.go         for each block, its entry: from the leaf of the branch, or of its origins
+//	ReadPlan.Fetch        read.go         from the log's buffers, the unit cache, or the chunk files
+//	ReadPlan.Finish       read.go         verify, decompress, copy; holes are zeros
+//
+// # Locks
+//
+// In this order; a goroutine that holds one takes only those below it:
+//
+//	Store.cleanMu → Store.ckptMu → recordLog.syncMu → recordLog.writeMu → Store.mu → shard.mu → forwards.mu
+//
+// docs/engine.md, Locks and goroutines, says what each guards, and which locks take no other.
+package cow
