@@ -15,7 +15,7 @@
 //	  │    leafCache.lock   cache.go        the leaf that maps the block; if it was evicted, load it and begin again
 //	  │    Store.own        map.go          the leaf becomes one of the branch's present epoch
 //	  │    recordLog.append log.go          the next sequence number, a place in the chunk, a copy in the buffer
-//	  │    Store.applyData  write.go        the leaf's entry; what was there before is accounted dead
+//	  │    Store.applyData  map.go          the leaf's entry; what was there before is accounted dead
 //	  ├────────────────────────────────────────────────────────────────────────────────────────
 //	  ▼
 //	acknowledged
