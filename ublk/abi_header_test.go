@@ -191,15 +191,15 @@ func TestHeaderFeatures(t *testing.T) {
 		t.Fatal(err)
 	}
 	found := regexp.MustCompile(`#define UBLK_F_(\w+) \(1UL?L? ?<< ?(\d+)\)`).FindAllSubmatch(out, -1)
-	if len(found) < len(KnownFeatures) {
-		t.Fatalf("the header has %d features, want %d", len(found), len(KnownFeatures))
+	if len(found) < len(knownFeatures) {
+		t.Fatalf("the header has %d features, want %d", len(found), len(knownFeatures))
 	}
 	for _, m := range found {
-		known := slices.ContainsFunc(KnownFeatures, func(k FeatureInfo) bool {
+		known := slices.ContainsFunc(knownFeatures, func(k FeatureInfo) bool {
 			return k.Name == string(m[1]) && fmt.Sprint(uint64(k.Feature)) == shifted(string(m[2]))
 		})
 		if !known {
-			t.Errorf("feature UBLK_F_%s, bit %s, is not among KnownFeatures", m[1], m[2])
+			t.Errorf("feature UBLK_F_%s, bit %s, is not among knownFeatures", m[1], m[2])
 		}
 	}
 }
@@ -223,7 +223,7 @@ func headerAndCompiler(t *testing.T) (cc string, include []string) {
 	}
 	header := filepath.Join(dirs[0], "linux/ublk_cmd.h")
 	text, err := os.ReadFile(header)
-	newest := KnownFeatures[len(KnownFeatures)-1].Name
+	newest := knownFeatures[len(knownFeatures)-1].Name
 	lack := ""
 	if err != nil {
 		lack = err.Error()
@@ -285,7 +285,7 @@ func headerAssertions(t *testing.T) []string {
 			}
 		}
 	}
-	for _, k := range KnownFeatures {
+	for _, k := range knownFeatures {
 		add("UBLK_F_"+k.Name, fmt.Sprintf("%dU", uint64(k.Feature)), "feature "+k.Name)
 	}
 	for _, l := range layout {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -50,9 +51,10 @@ type FeatureInfo struct {
 	Since   string // the first Linux release that has it
 }
 
-// KnownFeatures lists every feature that this package has a name for, in the order of their bits. It must not
-// be changed.
-var KnownFeatures = []FeatureInfo{
+// KnownFeatures returns every feature that this package has a name for, in the order of their bits.
+func KnownFeatures() []FeatureInfo { return slices.Clone(knownFeatures) }
+
+var knownFeatures = []FeatureInfo{
 	{FeatureZeroCopy, "SUPPORT_ZERO_COPY", "6.15"},
 	{FeatureCompInTask, "URING_CMD_COMP_IN_TASK", "6.0"},
 	{FeatureNeedGetData, "NEED_GET_DATA", "6.0"},
@@ -87,7 +89,7 @@ func (e *FeatureError) Error() string {
 	var texts []string
 	for _, name := range (FeatureSet{Bits: e.Missing}).Names() {
 		since := "a later Linux"
-		for _, k := range KnownFeatures {
+		for _, k := range knownFeatures {
 			if k.Name == name {
 				since = "Linux " + k.Since
 			}
@@ -122,7 +124,7 @@ func (s FeatureSet) Names() []string {
 
 // String returns the name of a single feature bit.
 func (f Feature) String() string {
-	for _, k := range KnownFeatures {
+	for _, k := range knownFeatures {
 		if k.Feature == f {
 			return k.Name
 		}

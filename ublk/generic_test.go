@@ -49,7 +49,7 @@ func TestFeaturesAreKnown(t *testing.T) {
 	}
 	for _, name := range set.Names() {
 		if strings.HasPrefix(name, "bit ") {
-			t.Errorf("kernel %s has %s, which KnownFeatures does not name", set.Kernel, name)
+			t.Errorf("kernel %s has %s, which knownFeatures does not name", set.Kernel, name)
 		}
 	}
 }

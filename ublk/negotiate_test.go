@@ -109,7 +109,7 @@ func (f *fakeDriver) add(cmd ctrlCmd, info *devInfo) unix.Errno {
 // upTo is everything that kernels up to one have.
 func upTo(names ...string) Feature {
 	var f Feature
-	for _, k := range KnownFeatures {
+	for _, k := range knownFeatures {
 		for _, n := range names {
 			if k.Since == n {
 				f |= k.Feature
@@ -258,7 +258,7 @@ func TestUnprivilegedCommands(t *testing.T) {
 // to its server, is left to the program that made it.
 func TestRecoverOfAnotherKind(t *testing.T) {
 	f := driverOf("7.3")
-	for _, k := range KnownFeatures {
+	for _, k := range knownFeatures {
 		f.devices[3] = &devInfo{devID: 3, state: uint16(KernelQuiesced), serverPID: -1, flags: uint64(FeatureUserRecovery | k.Feature)}
 		_, err := newControl(f).waitOrphan(t.Context(), 3, 0)
 		spoken := unspoken&k.Feature == 0

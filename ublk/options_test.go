@@ -187,7 +187,7 @@ func TestFeatureNames(t *testing.T) {
 	if got := strings.Join(s.Names(), " "); got != "USER_COPY QUIESCE bit 40" {
 		t.Errorf("names %q", got)
 	}
-	for i, k := range KnownFeatures {
+	for i, k := range knownFeatures {
 		if k.Feature != 1<<i {
 			t.Errorf("%s is not bit %d", k.Name, i)
 		}

@@ -55,7 +55,7 @@ func Machine() MachineFeatures {
 		Kernel: set.Kernel, Ublk: UblkFeatures{Availability: availability(err), Features: []UblkFeature{}},
 		IOUring: availability(probeRing()), NBDServer: Availability{Available: true}, NBDClient: availability(probeNBD()),
 	}
-	for _, f := range ublk.KnownFeatures {
+	for _, f := range ublk.KnownFeatures() {
 		if set.Has(f.Feature) {
 			m.Ublk.Features = append(m.Ublk.Features, UblkFeature{f.Name, f.Since})
 		}
