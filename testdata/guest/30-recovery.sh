@@ -98,8 +98,8 @@ racer=$!
 	n=0
 	while [ ! -e peace ]; do
 		n=$((n + 1)) code=0
-		VDISK_STORE=$theirs/store VDISK_LOCK_TIMEOUT=1s timeout -k 10 120 vdisk snapshot t@$n 2>/dev/null || code=$?
-		[ $code -lt 124 ] || { echo "status $code" >hung; break; }
+		VDISK_STORE=$theirs/store VDISK_LOCK_TIMEOUT=1s timeout -s QUIT -k 10 120 vdisk snapshot t@$n 2>said || code=$?
+		[ $code -lt 124 ] || { echo "status $code" >hung; cat said >>hung; break; } # with the stacks of its goroutines
 		[ $code != 0 ] || echo $n >>taken
 		sleep 1
 	done
