@@ -3,9 +3,7 @@ package ublk
 import (
 	"errors"
 	"fmt"
-	"io"
 	"runtime"
-	"runtime/debug"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -51,15 +49,6 @@ type queue struct {
 	killed  atomic.Bool
 
 	leaver
-}
-
-// readSlot is one fetch. It lives in the heap and holds p, so that what the kernel writes to is neither moved
-// nor freed.
-type readSlot struct {
-	r   *Request
-	fd  int
-	p   []byte
-	off int64
 }
 
 var (
@@ -331,63 +320,6 @@ func (q *queue) fetched(r *Request) error {
 	return err
 }
 
-// guarded runs f to its end. A request whose handler panics fails, and f is called again for the rest: so a
-// turn costs one deferred function, and not each of its requests.
-func (q *queue) guarded(f func(*queue) error) error {
-	for {
-		panicked, err := q.untilPanic(f)
-		if panicked == nil {
-			return err
-		}
-		q.settle(panicked, syscall.EIO)
-	}
-}
-
-func (q *queue) untilPanic(f func(*queue) error) (panicked *Request, err error) {
-	defer func() {
-		r := q.serving
-		if r == nil {
-			return
-		}
-		p := recover()
-		if p == nil { // runtime.Goexit: the thread ends, see Device.queueRoutine
-			return
-		}
-		q.serving, panicked = nil, r
-		q.reportPanic(r, p)
-	}()
-	return nil, f(q)
-}
-
-// recovered is deferred where a request is served on another goroutine: a panic becomes *err.
-func (q *queue) recovered(r *Request, err *error) {
-	if p := recover(); p != nil {
-		*err = syscall.EIO
-		q.reportPanic(r, p)
-	}
-}
-
-func (q *queue) reportPanic(r *Request, p any) {
-	if q.report != nil {
-		q.report(&PanicError{Op: r.op, Offset: r.Offset, Length: r.Length, Value: p, Stack: debug.Stack()})
-	}
-}
-
-// PanicError is passed to Options.Report after a panic of the handler. The request has failed with EIO, and
-// the device goes on.
-type PanicError struct {
-	Op     Op
-	Offset int64
-	Length int
-	Value  any    // of the panic
-	Stack  []byte // of the handler
-}
-
-// Error names the request.
-func (e *PanicError) Error() string {
-	return fmt.Sprintf("ublk: the handler panicked on %v of %d bytes at %d: %v", e.Op, e.Length, e.Offset, e.Value)
-}
-
 // settle acts on what the handler returned for r.
 func (q *queue) settle(r *Request, err error) {
 	if err != nil {
@@ -444,83 +376,4 @@ func (q *queue) commit(r *Request) {
 	q.owned--
 	q.stats.note(answer{arrived: r.arrived, op: r.op, bytes: max(res, 0), failed: res < 0})
 	q.port.commit(r.Tag, res)
-}
-
-// requestFIFO is a list of requests, linked by next.
-type requestFIFO struct{ head, tail *Request }
-
-func (f *requestFIFO) empty() bool { return f.head == nil }
-
-func (f *requestFIFO) push(r *Request) {
-	r.next = nil
-	if f.head == nil {
-		f.head = r
-	} else {
-		f.tail.next = r
-	}
-	f.tail = r
-}
-
-func (f *requestFIFO) pop() {
-	r := f.head
-	f.head, r.next = r.next, nil
-}
-
-// startRead queues one fetch of r.
-func (q *queue) startRead(r *Request, fd int, p []byte, off int64) {
-	if len(q.free) == 0 {
-		q.growReads()
-	}
-	slot := q.free[len(q.free)-1]
-	q.free = q.free[:len(q.free)-1]
-	q.reads[slot] = readSlot{r: r, fd: fd, p: p, off: off}
-	r.reads++
-	q.reading++
-	q.port.read(slot, fd, p, off)
-}
-
-// growReads doubles the slots. It runs until the busiest moment of the queue has been seen, then never again.
-func (q *queue) growReads() {
-	old := len(q.reads)
-	n := max(2*old, q.depth)
-	reads := make([]readSlot, n)
-	copy(reads, q.reads)
-	q.reads = reads
-	q.free = make([]int, 0, n)
-	for slot := old; slot < n; slot++ {
-		q.free = append(q.free, slot)
-	}
-}
-
-// readDone handles the result of one read: n bytes, or a negative errno.
-func (q *queue) readDone(slot, n int) {
-	s := &q.reads[slot]
-	r := s.r
-	switch {
-	case n == -int(unix.EINTR) || n == -int(unix.EAGAIN):
-		q.port.read(slot, s.fd, s.p, s.off)
-		return
-	case n > 0 && n < len(s.p):
-		s.p, s.off = s.p[n:], s.off+int64(n)
-		q.port.read(slot, s.fd, s.p, s.off)
-		return
-	case n < 0 && r.readErr == nil:
-		r.readErr = fmt.Errorf("ublk: fetch of %d bytes at %d: %w", len(s.p), s.off, syscall.Errno(-n))
-	case n == 0 && r.readErr == nil:
-		r.readErr = fmt.Errorf("ublk: fetch of %d bytes at %d: %w", len(s.p), s.off, io.ErrUnexpectedEOF)
-	}
-	*s = readSlot{}
-	q.free = append(q.free, slot)
-	q.reading--
-	if r.reads--; r.reads > 0 {
-		return
-	}
-	wait := r.wait
-	r.wait = waitNone
-	switch wait {
-	case waitFetch:
-		q.settleFetch(r)
-	case waitCommit:
-		q.commit(r)
-	}
 }
