@@ -33,8 +33,8 @@ func (a *app) serveCommand() *cli.Command {
 		Flags: []cli.Flag{
 			&cli.PathFlag{Name: "socket", Usage: "make the unix socket `PATH`"},
 			&cli.BoolFlag{Name: "read-only", Usage: "refuse writes"},
-			&cli.IntFlag{Name: "max-connections", Usage: "serve at most `N` clients at a time", DefaultText: "10000, or half of the open files that are allowed"},
-			&cli.StringFlag{Name: "max-memory", Usage: "let the requests of all clients take at most `SIZE` of memory", Value: "256M"},
+			&cli.IntFlag{Name: "max-connections", Usage: "serve at most `N` clients of this service at a time", DefaultText: "10000, or half of the open files that are allowed"},
+			&cli.StringFlag{Name: "max-memory", Usage: "let the requests of all clients of this service take at most `SIZE` of memory", Value: "256M"},
 		},
 	}, a.serve)
 }

@@ -195,7 +195,7 @@ type ServeOptions struct {
 	ReadOnly bool
 	Once     bool // end when the last client has left
 
-	// MaxConnections and MaxMemory are nbd.Options'; 0 is the default of each.
+	// MaxConnections and MaxMemory are nbd.Options', of this service alone; 0 is the default of each.
 	MaxConnections int   `json:",omitempty"`
 	MaxMemory      int64 `json:",omitempty"`
 }
