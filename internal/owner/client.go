@@ -3,6 +3,7 @@ package owner
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -26,7 +27,12 @@ type Client struct {
 	http *http.Client
 }
 
-// connect reaches the owner of a store: ErrNoOwner when nobody listens, errStopping when the owner is about to go.
+// leastAnswer is how long an owner may take for its first answer, however short Options.LockTimeout is: one that is at
+// work on a busy machine is not to be taken for one that is stopped.
+const leastAnswer = 2 * time.Second
+
+// connect reaches the owner of a store: ErrNoOwner when nobody listens, errStopping when the owner is about to go, and
+// cow.ErrBusy when it listens but does not answer in time. Only this first answer is waited for so long at most.
 func connect(ctx context.Context, dir string, o Options) (*Client, Status, error) {
 	in, err := storage.OpenFolder(dir, o.Foreign)
 	if err != nil && !errors.Is(err, cow.ErrForeign) {
@@ -47,11 +53,18 @@ func connect(ctx context.Context, dir string, o Options) (*Client, Status, error
 		ExpectContinueTimeout: passTimeout,
 		DisableCompression:    true,
 	}}
-	s, err := c.Status(ctx)
+	patience := max(o.LockTimeout, leastAnswer)
+	first, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	s, err := c.Status(first)
 	if err == nil {
 		return c, s, nil
 	}
 	_ = c.Close()
+	if ctx.Err() == nil && first.Err() != nil {
+		return nil, s, fmt.Errorf("the owner of the store at %s (%s) has not answered for %v: %w: if it was stopped, let it go on "+
+			"(kill -CONT PID); if it only is slow, give a longer --lock-timeout", dir, cmp.Or(Holder(dir), "unknown"), patience, cow.ErrBusy)
+	}
 	var netErr *net.OpError
 	if !errors.Is(err, ErrNoOwner) && ctx.Err() == nil && (errors.As(err, &netErr) || errors.Is(err, io.EOF)) {
 		err = fmt.Errorf("%w: %w", errStopping, err) // it closed the door on us: nothing has been asked of it yet
