@@ -20,7 +20,7 @@ func (a *app) benchCommand() *cli.Command {
 		Usage:     "measure the engine with a short load on a scratch volume",
 		UsageText: "vdisk bench [--size SIZE] [--time DURATION] [--compress none|s2|zstd[:N]] [--dir DIR]",
 		Description: "The load runs on a new volume, " + bench.Volume + ", in the store; it is removed at the end, and also when the command\n" +
-			"is interrupted. Where another process owns the store, that process does the work, beside what else it does. With --dir\n" +
+			"is interrupted; if it is killed, the next owner of the store removes it. Where another process owns the store, that process does the work, beside what else it does. With --dir\n" +
 			"the store is a temporary one in DIR, for a look at a disk before there is a store on it.\n" +
 			"The data is half compressible; reads come from what was just written, and so from memory where it is large enough.",
 		Flags: []cli.Flag{

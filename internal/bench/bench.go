@@ -18,7 +18,7 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// Volume is the name of the scratch volume. Run removes it; a process that is killed leaves it.
+// Volume is the name of the scratch volume. Run removes it; a process that is killed leaves it, with snapshots.
 const Volume = "vdisk-bench.scratch"
 
 // MinSize is the smallest volume that there is something to measure with.
@@ -62,9 +62,9 @@ type run struct {
 	buf  []byte
 }
 
-// Run makes a scratch volume, does the steps, and passes each one's outcome to each. It removes the volume whatever
-// happens.
-func Run(ctx context.Context, s *cow.Store, o Options, each func(Result)) (err error) {
+// Run makes a scratch volume, tells made of it, does the steps, and passes each one's outcome to each. It removes the
+// volume whatever happens.
+func Run(ctx context.Context, s *cow.Store, o Options, made func(cow.VolumeInfo) error, each func(Result)) (err error) {
 	if o.Size > cow.MaxVolume {
 		return fmt.Errorf("a scratch volume of %d bytes: the largest volume has 64 TiB: %w", o.Size, cow.ErrInvalid)
 	}
@@ -76,10 +76,14 @@ func Run(ctx context.Context, s *cow.Store, o Options, each func(Result)) (err e
 		return err
 	}
 	o.Volume.Size = o.Size
-	if _, err := s.CreateVolume(Volume, o.Volume); err != nil {
+	v, err := s.CreateVolume(Volume, o.Volume)
+	if err != nil {
 		return leftover(s, err)
 	}
 	defer func() { err = errors.Join(err, s.Remove(cow.Ref{Volume: Volume}, true)) }()
+	if err := made(v); err != nil {
+		return err
+	}
 	d, err := s.OpenDevice(cow.Ref{Volume: Volume}, false)
 	if err != nil {
 		return err
@@ -127,7 +131,7 @@ func leftover(s *cow.Store, err error) error {
 	case v.Open > 0:
 		return fmt.Errorf("a measurement is running: volume %s is open: %w", Volume, cow.ErrBusy)
 	}
-	return fmt.Errorf("volume %s was left by a measurement that was killed; remove it with 'vdisk rm -r %[1]s': %w", Volume, cow.ErrExists)
+	return fmt.Errorf("volume %s is there, and no measurement runs; if nobody needs it, remove it with 'vdisk rm -r %[1]s': %w", Volume, cow.ErrExists)
 }
 
 // timer counts the operations of a step.

@@ -29,7 +29,7 @@ func (o *Owner) Import(ctx context.Context, name string, v cow.VolumeOptions, sr
 	if err != nil {
 		return cow.VolumeInfo{}, err
 	}
-	if err = o.unfinished.add(made); err == nil {
+	if err = o.unfinished.add(made, false); err == nil {
 		err = im.fill(ctx, src, progress)
 	}
 	if err == nil {

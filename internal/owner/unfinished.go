@@ -13,8 +13,9 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// unfinishedName is the file in a store that lists the volumes that imports are filling. One that is killed leaves its
-// volume, and the next owner removes that. The name alone would not say so: a user may give a volume any.
+// unfinishedName is the file in a store that lists the volumes that imports are filling and measurements write to. A
+// process that is killed leaves them, and the next owner removes them. The name alone would not say so: a user may give
+// a volume any.
 const unfinishedName = "importing"
 
 // unfinished keeps the file.
@@ -28,6 +29,7 @@ type unfinished struct {
 type unfinishedVolume struct {
 	Name    string    `json:"name"`
 	Created time.Time `json:"created"`
+	Scratch bool      `json:"scratch,omitempty"` // a measurement's, whose snapshots go with it
 }
 
 func (u *unfinished) write() error {
@@ -45,10 +47,10 @@ func (u *unfinished) write() error {
 }
 
 // add says that a volume, which has just been made, is of no use until it is finished.
-func (u *unfinished) add(v cow.VolumeInfo) error {
+func (u *unfinished) add(v cow.VolumeInfo, scratch bool) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	u.list = append(u.list, unfinishedVolume{v.Name, v.Created})
+	u.list = append(u.list, unfinishedVolume{v.Name, v.Created, scratch})
 	if err := u.write(); err != nil {
 		u.list = u.list[:len(u.list)-1]
 		return fmt.Errorf("noting that volume %s is unfinished: %w", v.Name, err)
@@ -68,7 +70,7 @@ func (x unfinishedVolume) is(v cow.VolumeInfo) bool {
 	return x.Name == v.Name && x.Created.Equal(v.Created)
 }
 
-// removeUnfinished removes the volumes that imports of an earlier owner have not finished. One that cannot be removed
+// removeUnfinished removes the volumes that imports and measurements of an earlier owner have left unfinished. One that cannot be removed
 // now, because it is full or has snapshots, stays, and is tried again by the next owner.
 func (o *Owner) removeUnfinished() {
 	u := &o.unfinished
@@ -82,7 +84,7 @@ func (o *Owner) removeUnfinished() {
 		err = json.Unmarshal(text, &u.list)
 	}
 	if err != nil {
-		o.opts.Logger.Warn("which volumes were left by imports is not known", "file", u.in.Join(unfinishedName), "err", err)
+		o.opts.Logger.Warn("which volumes were left unfinished is not known", "file", u.in.Join(unfinishedName), "err", err)
 		return
 	}
 	u.list = slices.DeleteFunc(u.list, func(x unfinishedVolume) bool {
@@ -91,13 +93,13 @@ func (o *Owner) removeUnfinished() {
 			return true // it was finished, or removed
 		}
 		if err == nil {
-			err = o.store.Remove(cow.Ref{Volume: x.Name}, false)
+			err = o.store.Remove(cow.Ref{Volume: x.Name}, x.Scratch)
 		}
 		if err != nil {
-			o.opts.Logger.Warn("removing what an import left that was killed", "volume", x.Name, "err", err)
+			o.opts.Logger.Warn("removing what a killed import or measurement left", "volume", x.Name, "err", err)
 			return false
 		}
-		o.opts.Logger.Info("removed what an import left that was killed", "volume", x.Name)
+		o.opts.Logger.Info("removed what a killed import or measurement left", "volume", x.Name)
 		return true
 	})
 	if err := u.write(); err != nil {

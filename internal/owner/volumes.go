@@ -147,7 +147,20 @@ func (o *Owner) Clean(ctx context.Context, waste float64) (cow.CleanReport, erro
 
 // Bench measures the engine on a scratch volume.
 func (o *Owner) Bench(ctx context.Context, b bench.Options, each func(bench.Result)) error {
-	return bench.Run(ctx, o.store, b, each)
+	var made []cow.VolumeInfo // none or one
+	err := bench.Run(ctx, o.store, b, func(v cow.VolumeInfo) error {
+		made = append(made, v)
+		return o.unfinished.add(v, true)
+	}, each)
+	for _, v := range made {
+		if now, verr := o.store.Volume(v.Name); verr == nil && now.Created.Equal(v.Created) {
+			continue // it could not be removed; the next owner tries again
+		}
+		if derr := o.unfinished.done(v); derr != nil { // there is no such volume any more, so the note says nothing
+			o.opts.Logger.Warn("noting which volumes are unfinished", "err", derr)
+		}
+	}
+	return err
 }
 
 // Cold makes a whole cold pass.
