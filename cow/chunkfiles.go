@@ -28,14 +28,15 @@ func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks
 	if err := s.proveRows(tb, names); err != nil {
 		return nil, nil, err
 	}
-	var old []leaving // of no row, and before the replay position
+	var strange []string // names that no chunk has
+	var old []leaving    // of no row, and before the replay position
 	for _, name := range names {
 		slot, ok := parseChunkName(name)
 		if name == reserveName || name == markName {
 			continue // of a store whose folder is the chunks', too
 		}
 		if !ok {
-			s.log.Warn("there is a file that is not ours among the chunks", "name", name)
+			strange = append(strange, name)
 			continue
 		}
 		r, isKnown := known[slot]
@@ -79,7 +80,11 @@ func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks
 			s.wal.usedChunk(h.Seq)
 		}
 	}
+	if len(strange) > 0 {
+		s.log.Warn("there are files that are not ours among the chunks", "files", len(strange), "first", firstOf(strange))
+	}
 	whole := true
+	var missing []string
 	for _, r := range tb.Chunks {
 		if _, found := slices.BinarySearch(names, chunkName(r.Slot)); found {
 			continue
@@ -89,7 +94,10 @@ func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks
 			logChunks = append(logChunks, s.slots.get(r.Slot)) // where the log goes on: the replay will not find it
 			continue
 		}
-		s.log.Error("a chunk file is missing; run check", "chunk", chunkName(r.Slot))
+		missing = append(missing, chunkName(r.Slot))
+	}
+	if len(missing) > 0 {
+		s.log.Error("chunk files are missing; run check", "chunks", len(missing), "first", firstOf(missing))
 	}
 	for i := range old {
 		if err := s.judge(&old[i], cp, whole); err != nil {
@@ -99,6 +107,9 @@ func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks
 	slices.SortFunc(logChunks, func(a, b *chunk) int { return cmp.Compare(a.seq, b.seq) })
 	return logChunks, append(left, old...), nil
 }
+
+// firstOf is the first few of names, for a warning that is to be one line however many there are.
+func firstOf(names []string) []string { return names[:min(len(names), 3)] }
 
 // inTime refuses a table that is older than what a chunk's header says of it: a commit was durable before the header
 // was written.
