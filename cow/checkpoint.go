@@ -458,6 +458,9 @@ func (s *Store) removeDead(dead []*chunk) error {
 			continue
 		}
 		s.mu.Lock()
+		if !c.gone {
+			s.slots.removed += int64(c.end)
+		}
 		if c.hasMoved {
 			stub := s.goneChunk(c.slot, c.seq, c.moved)
 			s.slots.put(stub)

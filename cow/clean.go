@@ -30,7 +30,10 @@ const (
 type CleanReport struct {
 	Chunks int   `json:"chunks"`      // that were cleaned
 	Moved  int64 `json:"moved_bytes"` // of records, written again
-	Freed  int64 `json:"freed_bytes"` // by which chunk files take less; 0 if others have written more meanwhile
+	// Freed is what dead chunks held whose files were removed, or taken for new chunks, while Clean ran, less Moved;
+	// at least 0. What others write meanwhile is not counted. What they overwrite is: the chunks that die of it are
+	// removed as well.
+	Freed int64 `json:"freed_bytes"`
 }
 
 // Clean gives back the space of what was overwritten, discarded and deleted: it cleans every chunk of which at least
@@ -42,12 +45,12 @@ func (s *Store) Clean(ctx context.Context, waste float64) (CleanReport, error) {
 		return rep, fmt.Errorf("clean: %w", err)
 	}
 	defer s.tasks.Done()
-	before := s.used(true)
+	before := s.removedBytes()
 	freed := func() CleanReport {
 		if _, err := s.wal.pool.empty(); err != nil {
 			s.log.Error("files of dead chunks stay", "err", err)
 		}
-		rep.Freed = max(0, before-s.used(true))
+		rep.Freed = max(0, s.removedBytes()-before-rep.Moved)
 		return rep
 	}
 	// What is deleted comes first: it needs no copying.
@@ -66,6 +69,13 @@ func (s *Store) Clean(ctx context.Context, waste float64) (CleanReport, error) {
 			return freed(), wrapIf(err, "clean")
 		}
 	}
+}
+
+// removedBytes is what the dead chunks held whose files were removed or taken for new ones.
+func (s *Store) removedBytes() int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.slots.removed
 }
 
 // unstick forgets what records that live in part cannot give back, if names have gone since it was counted: the head

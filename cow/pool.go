@@ -63,6 +63,7 @@ func (p *chunkPool) take() *chunk {
 			p.spares = slices.Delete(p.spares, i, i+1)
 			p.touched = time.Now()
 			p.reused++
+			p.slots.removed += int64(c.end)
 			return c
 		}
 	}
@@ -80,6 +81,7 @@ func (p *chunkPool) empty() (deleted int, err error) {
 		err := p.fs.Remove(c.name())
 		p.mu.Lock()
 		if err == nil {
+			p.slots.removed += int64(c.end)
 			p.slots.remove(c.slot)
 		} else {
 			errs = append(errs, fmt.Errorf("delete chunk %s: %w", c.name(), err))

@@ -22,6 +22,8 @@ type slotTable struct {
 
 	lives [format.MaxChunkSize/liveStep + 1]int // chunks that are or will be cleaned, by how much of them is alive
 	top   int                                   // there is none behind it
+
+	removed int64 // what dead chunks held whose files were removed or taken for new ones, over the life of the process
 }
 
 // liveStep is how finely chunks are told apart by what lives in them.

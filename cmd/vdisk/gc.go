@@ -73,7 +73,7 @@ func (a *app) gc(c *cli.Context) error {
 				fmt.Fprintf(a.stdout, "%s compressed to %s\n", a.size(j.Cold.Before), a.size(j.Cold.Written))
 			}
 			if !c.Bool("dry-run") {
-				fmt.Fprintf(a.stdout, "%d chunk files cleaned, %s moved, the store takes %s less\n", j.Chunks, a.size(j.Moved), a.size(j.Freed))
+				fmt.Fprintf(a.stdout, "%d chunk files cleaned, %s moved, %s given back\n", j.Chunks, a.size(j.Moved), a.size(j.Freed))
 			}
 			_, err := fmt.Fprintf(a.stdout, "%s stored, %s of it dead\n", a.size(j.Stored), a.size(max(0, j.Stored-j.Live)))
 			return err
