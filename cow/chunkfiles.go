@@ -308,10 +308,14 @@ func (s *Store) clear(left []leaving) error {
 // setAside moves a file out of the chunks, to be kept as what f says.
 func (s *Store) setAside(name string, f leaving) error {
 	as := fmt.Sprintf("%s-%016x-%s", f.as, f.seq, f.name)
-	if err := s.fs.SetAside(name, as); err != nil {
+	err := s.fs.SetAside(name, as)
+	for errors.Is(err, ErrNoSpace) && s.wal.stock.give(elbowRoom) { // the folder takes blocks
+		err = s.fs.SetAside(name, as)
+	}
+	if err != nil {
 		return fmt.Errorf("set chunk file %s aside: %w", f.name, err)
 	}
-	s.log.Warn("a chunk file was set aside", "chunk", f.name, "as", chunksDir+".aside/"+as)
+	s.log.Warn("a chunk file was set aside", "chunk", f.name, "as", asideDir+"/"+as)
 	if f.as != asDropped {
 		return nil
 	}

@@ -601,6 +601,9 @@ type StoreInfo struct {
 
 	ReserveBytes int64 `json:"reserve_bytes"` // of the file system, kept for deletions and checkpoints on a full one
 	FreeBytes    int64 `json:"free_bytes"`    // of the file system
+
+	AsideFiles int   `json:"aside_files"` // chunk files that were set aside; -1: they cannot be listed
+	AsideBytes int64 `json:"aside_bytes"` // of these
 }
 
 // Info describes the store.
@@ -609,6 +612,11 @@ func (s *Store) Info() StoreInfo {
 	in.MetaBytes, in.ReserveBytes = s.meta.Size(), s.wal.stock.bytes()
 	if n, err := s.fs.Free(); err == nil {
 		in.FreeBytes = n
+	}
+	var err error
+	if in.AsideFiles, in.AsideBytes, err = s.setAsideSoFar(); err != nil {
+		s.log.Warn("what was set aside cannot be listed", "folder", s.in.Join(asideDir), "err", err)
+		in.AsideFiles, in.AsideBytes = -1, 0
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -44,6 +44,8 @@ type storeJSON struct {
 	MetaBytes  int64        `json:"meta_bytes"`
 	FreeBytes  int64        `json:"free_bytes"`    // of the file system
 	Reserve    int64        `json:"reserve_bytes"` // of the store: blocks kept for when nothing is free
+	AsideFiles int          `json:"aside_files"`   // chunk files in STORE/chunks.aside; -1: they cannot be listed
+	AsideBytes int64        `json:"aside_bytes"`   // of these
 	Owner      *ownerJSON   `json:"owner"`         // null when no other process has the store open
 	Waiting    []deviceJSON `json:"waiting"`       // devices without a server
 }
@@ -120,7 +122,7 @@ func (a *app) storeInfo(c *cli.Context, s owner.Store) error {
 	}
 	j := storeJSON{
 		Store: a.dir, UUID: i.UUID, Version: i.Version, Created: i.Created.UTC(), Volumes: i.Volumes, Snapshots: i.Snapshots,
-		ChunkFiles: i.Chunks, ChunkBytes: i.ChunkBytes, LiveBytes: i.LiveBytes, MetaBytes: i.MetaBytes, FreeBytes: i.FreeBytes, Reserve: i.ReserveBytes, Owner: ownerOf(s, st), Waiting: []deviceJSON{},
+		ChunkFiles: i.Chunks, ChunkBytes: i.ChunkBytes, LiveBytes: i.LiveBytes, MetaBytes: i.MetaBytes, FreeBytes: i.FreeBytes, Reserve: i.ReserveBytes, AsideFiles: i.AsideFiles, AsideBytes: i.AsideBytes, Owner: ownerOf(s, st), Waiting: []deviceJSON{},
 	}
 	for _, d := range st.Devices {
 		if d.Waits {
@@ -141,6 +143,12 @@ func storeFields(a *app, j storeJSON) [][2]string {
 		{"log", fmt.Sprintf("%s in %d chunks, %s live", a.size(j.ChunkBytes), j.ChunkFiles, a.size(j.LiveBytes))},
 		{"table", a.size(j.MetaBytes)},
 		{"free", fmt.Sprintf("%s, and %s kept for when the file system is full", a.size(j.FreeBytes), a.size(j.Reserve))},
+	}
+	switch {
+	case j.AsideFiles < 0:
+		f = append(f, [2]string{"set aside", "the files in chunks.aside cannot be listed"})
+	case j.AsideFiles > 0:
+		f = append(f, [2]string{"set aside", fmt.Sprintf("%d files, %s, in chunks.aside", j.AsideFiles, a.size(j.AsideBytes))})
 	}
 	for _, d := range j.Waiting {
 		text := d.Name + " as " + d.Path + " for a server"
