@@ -14,17 +14,17 @@ func (a *app) attachCommand() *cli.Command {
 	return a.command(arity{1, 1}, &cli.Command{
 		Name:      "attach",
 		Category:  groupAccess,
-		Usage:     "make a block device (ublk) of a volume or snapshot, and print its path",
+		Usage:     "attach a volume or snapshot as a block device (ublk), and print its path",
 		UsageText: "vdisk attach VOL[@SNAP] [--read-only] [--queues N] [--depth N] [--partscan|--no-partscan]",
-		Description: "The device is served by the process that owns the store; when there is none, a daemon is started, which ends\n" +
-			"with the last device. Its log is STORE/daemon.log. Snapshots are read-only. When the process is killed, the device stays and its\n" +
-			"users wait, until 'vdisk recover', or the next attach, brings its server back.",
+		Description: "The process that owns the store serves the device. If there is none, a daemon is started, which ends with its last\n" +
+			"device; its log is STORE/daemon.log. Snapshots are read-only. If the server is killed, the device stays, and I/O waits\n" +
+			"until 'vdisk recover' or the next attach brings a server.",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "read-only", Usage: "refuse writes"},
-			&cli.IntFlag{Name: "queues", Usage: "hardware queues, each with a thread (default: one a CPU, at most 4)"},
-			&cli.BoolFlag{Name: "partscan", Usage: "have the kernel read the partition table (default for volumes)"},
-			&cli.BoolFlag{Name: "no-partscan", Usage: "have it left alone: whoever writes the disk writes the table (default for snapshots; Linux 7.0)"},
-			&cli.IntFlag{Name: "depth", Usage: "requests under way in a queue (default: 64)"},
+			&cli.IntFlag{Name: "queues", Usage: "hardware queues, each with a thread", DefaultText: "one for each CPU, at most 4"},
+			&cli.BoolFlag{Name: "partscan", Usage: "let the kernel read the partition table (default for volumes)"},
+			&cli.BoolFlag{Name: "no-partscan", Usage: "keep the kernel from reading the partition table, which a guest may have written (default for snapshots; Linux 7.0)"},
+			&cli.IntFlag{Name: "depth", Usage: "requests in flight for each queue", DefaultText: "64"},
 		},
 	}, a.attach)
 }
@@ -69,12 +69,12 @@ func (a *app) detachCommand() *cli.Command {
 	return a.command(arity{1, 1}, &cli.Command{
 		Name:      "detach",
 		Category:  groupAccess,
-		Usage:     "remove a block device",
+		Usage:     "detach a block device",
 		UsageText: "vdisk detach VOL[@SNAP]|/dev/ublkbN [--force]",
-		Description: "A device that is open or mounted, or that waits for its server, is left alone, unless forced. All that was written to it is\n" +
-			"durable when the command succeeds. When the volume cannot be flushed, the device stays; --force removes it, and the\n" +
-			"command fails.",
-		Flags: []cli.Flag{&cli.BoolFlag{Name: "force", Aliases: []string{"f"}, Usage: "also what is in use or waits: its users see I/O errors"}},
+		Description: "A device that is open or mounted, or that waits for its server, is refused without --force. All data that was written\n" +
+			"to it is durable when the command succeeds. If the volume cannot be flushed, the device stays; --force then removes it,\n" +
+			"and the command fails.",
+		Flags: []cli.Flag{&cli.BoolFlag{Name: "force", Aliases: []string{"f"}, Usage: "detach even if in use or waiting: users see I/O errors"}},
 	}, func(c *cli.Context) error {
 		err := a.with(c, func(s owner.Store) error { return s.Detach(c.Context, c.Args().First(), c.Bool("force")) })
 		if errors.Is(err, cow.ErrElsewhere) && c.Bool("force") {

@@ -19,10 +19,11 @@ func (a *app) benchCommand() *cli.Command {
 		Category:  groupMaintenance,
 		Usage:     "measure the engine with a short load on a scratch volume",
 		UsageText: "vdisk bench [--size SIZE] [--time DURATION] [--compress none|s2|zstd[:N]] [--dir DIR]",
-		Description: "The load runs on a new volume, " + bench.Volume + ", in the store; it is removed at the end, and also when the command\n" +
-			"is interrupted; if it is killed, the next owner of the store removes it. Where another process owns the store, that process does the work, beside what else it does. With --dir\n" +
-			"the store is a temporary one in DIR, for a look at a disk before there is a store on it.\n" +
-			"The data is half compressible; reads come from what was just written, and so from memory where it is large enough.",
+		Description: "The load runs on a new volume, " + bench.Volume + ", in the store. It is removed at the end, and also if the command is\n" +
+			"interrupted; if the command is killed, the store's next owner removes it. If another process owns the store, that process\n" +
+			"runs the load, beside its other work. With --dir the store is a temporary one in DIR, to measure a disk before there is\n" +
+			"a store on it.\n" +
+			"The data is half compressible. Reads are of data that was just written, so they come from memory if it is large enough.",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "size", Aliases: []string{"s"}, Usage: "`SIZE` of the scratch volume; up to four times that goes to the disk (none: seven)", Value: "512M"},
 			&cli.DurationFlag{Name: "time", Usage: "end a step after `DURATION`", Value: 2 * time.Second},

@@ -13,17 +13,16 @@ func (a *app) checkCommand() *cli.Command {
 	return a.command(arity{0, 1}, &cli.Command{
 		Name:      "check",
 		Category:  groupMaintenance,
-		Usage:     "prove the structure of the store, or of one volume",
+		Usage:     "verify the store, or one volume",
 		UsageText: "vdisk check [VOL] [--read-data] [--repair]",
-		Description: "Of one volume: its blocks and those of its snapshots and origins. Whether space is lost only the check of the whole\n" +
-			"store tells. Exit codes: 0 all is well, 6 something is damaged, 1 something could not be looked at, 7 only space is lost.\n\n" +
-			"Where what has been durable in the log cannot be read any more, no command opens the store, since what was written after\n" +
-			"it would be given up: each says where the damage is and what lies behind it, and changes nothing. If there is no better\n" +
-			"copy of the file that it names, --repair ends the log there. What that takes out is kept in the store's folder\n" +
-			"chunks.aside until you delete it.",
+		Description: "With VOL: its blocks, and those of its snapshots and origins. Only a check of the whole store finds leaked space.\n" +
+			"Exit codes: 0 all is well, 6 something is damaged, 1 something could not be read, 7 only space is leaked.\n" +
+			"If log records that had been durable cannot be read any more, every command refuses the store, names the damaged place\n" +
+			"and what lies behind it, and changes nothing. If there is no better copy of that file, --repair ends the log there. The\n" +
+			"files behind are kept in the store's folder chunks.aside until you delete them.",
 		Flags: []cli.Flag{
-			&cli.BoolFlag{Name: "read-data", Usage: "read and verify all data as well"},
-			&cli.BoolFlag{Name: "repair", Usage: "where the log is damaged, give up what lies behind, so that the store can be opened"},
+			&cli.BoolFlag{Name: "read-data", Usage: "also read and verify all data"},
+			&cli.BoolFlag{Name: "repair", Usage: "if the log is damaged, give up the records behind, so that the store can be opened"},
 		},
 	}, a.check)
 }

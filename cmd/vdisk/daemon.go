@@ -20,11 +20,12 @@ func (a *app) daemonCommand() *cli.Command {
 	return a.command(arity{0, 0}, &cli.Command{
 		Name:      "daemon",
 		Category:  groupAccess,
-		Usage:     "own the store in the foreground, for attach and all other commands",
+		Usage:     "own the store in the foreground",
 		UsageText: "vdisk daemon",
-		Description: "It recovers the devices that wait for a server, and ends on SIGINT, SIGTERM or SIGHUP, and its block devices with it; killed in\n" +
-			"any other way it leaves them waiting for the next. 'vdisk attach' starts one by itself when the store has no owner; start\n" +
-			"it yourself (as a service: init/vdisk@.service) to have the store open at all times. SIGUSR2 has it do what 'vdisk upgrade' does.",
+		Description: "The daemon recovers devices that wait for a server. SIGINT, SIGTERM and SIGHUP end it, and its block devices with it; if\n" +
+			"it is killed in any other way, they wait for the next server. 'vdisk attach' starts a daemon if the store has no owner.\n" +
+			"Start one yourself (as a service: init/vdisk@.service) to keep the store open at all times. SIGUSR2 does what\n" +
+			"'vdisk upgrade' does.",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "until-idle", Usage: "end with the last device, service and client"},
 			&cli.BoolFlag{Name: "ready", Usage: "tell on descriptor 3 how the start went", Hidden: true},
@@ -159,13 +160,13 @@ func (a *app) recoverCommand() *cli.Command {
 	return a.command(arity{0, 1}, &cli.Command{
 		Name:      "recover",
 		Category:  groupAccess,
-		Usage:     "serve block devices again whose server was killed, and print their paths",
+		Usage:     "serve block devices whose server was killed, and print their paths",
 		UsageText: "vdisk recover [--moved] [VOL[@SNAP]|/dev/ublkbN]",
-		Description: "A block device outlives its server: whoever uses it waits. The store's owner serves it from then on; when there is\n" +
-			"none, a daemon is started, as by attach. Without an argument all devices of the store that wait are recovered.\n" +
-			"If the store's file system was mounted anew meanwhile and has another device number, it may as well be a copy of the\n" +
-			"one that the devices are of. --moved says that it is the same.",
-		Flags: []cli.Flag{&cli.BoolFlag{Name: "moved", Usage: "the store's file system was mounted anew, and is no copy"}},
+		Description: "A block device outlives its server: I/O to it waits. This command lets the store's owner serve it again; if there is\n" +
+			"none, a daemon is started, as by attach. Without an argument, all waiting devices of the store are recovered.\n" +
+			"If the store's file system was mounted anew meanwhile and has another device number, it may be a copy of the original.\n" +
+			"--moved asserts that it is the original.",
+		Flags: []cli.Flag{&cli.BoolFlag{Name: "moved", Usage: "assert that the store's file system was mounted anew, and is not a copy"}},
 	}, a.recover)
 }
 
@@ -238,11 +239,11 @@ func (a *app) upgradeCommand() *cli.Command {
 	return a.command(arity{0, 0}, &cli.Command{
 		Name:      "upgrade",
 		Category:  groupAccess,
-		Usage:     "have the running daemon become the version of vdisk that is installed now",
+		Usage:     "replace the running daemon with the installed version of vdisk",
 		UsageText: "vdisk upgrade",
-		Description: "The new program must be at the path that the daemon's was started by. Block devices stay: their users notice a pause.\n" +
-			"The process stays the same one. If the new program cannot go on, the old one does. It succeeds when all devices are\n" +
-			"served again. Refused while NBD clients are served.",
+		Description: "The new program must be at the path from which the daemon was started. Block devices stay: their users notice a pause.\n" +
+			"The process keeps its pid. If the new program cannot take over, the old one continues. The command succeeds when all\n" +
+			"devices are served again. It is refused while NBD clients are served.",
 	}, func(c *cli.Context) error {
 		u, err := owner.UpgradeDaemon(c.Context, a.dir, a.options(c))
 		if errors.Is(err, owner.ErrNoOwner) {

@@ -13,14 +13,15 @@ func (a *app) devicesCommand() *cli.Command {
 	return a.command(arity{0, 1}, &cli.Command{
 		Name:      "devices",
 		Category:  groupAccess,
-		Usage:     "list the ublk devices of this machine, whoever serves them",
+		Usage:     "list all ublk devices of this machine",
 		UsageText: "vdisk devices [--prune [--force] [/dev/ublkbN]]",
-		Description: "NAME is what the store shows on a device; STATE is the driver's, quiesced for one that waits for a server.\n" +
-			"--prune deletes dead devices without a server, which nobody can want any more. Or it deletes the one device that is\n" +
-			"named, with --force also if it waits: for one of a store that is lost. What this store has is for detach.",
+		Description: "NAME is the volume or snapshot that the store serves as the device. STATE is the driver's; 'quiesced' means that the\n" +
+			"device waits for a server.\n" +
+			"--prune deletes dead devices that have no server. With a device it deletes that one, and with --force even if it waits,\n" +
+			"as for a device whose store is lost. Use 'vdisk detach' for this store's devices.",
 		Flags: []cli.Flag{
-			&cli.BoolFlag{Name: "prune", Usage: "delete abandoned devices, or the one that is named, and print them"},
-			&cli.BoolFlag{Name: "force", Aliases: []string{"f"}, Usage: "also the named one that waits for its server: its users see I/O errors"},
+			&cli.BoolFlag{Name: "prune", Usage: "delete dead devices, or the named one, and print them"},
+			&cli.BoolFlag{Name: "force", Aliases: []string{"f"}, Usage: "delete the named device even if it waits for its server: users see I/O errors"},
 		},
 	}, func(c *cli.Context) error {
 		name := c.Args().First()

@@ -54,7 +54,7 @@ func (e closeError) Unwrap() error { return e.err }
 // errLeaks is the outcome of a check that found nothing worse than wasted space.
 var errLeaks = errors.New("space is lost to leaks; the data is sound")
 
-// kinds are what errors are told by, the first that matches.
+// kinds maps errors to exit codes; the first that matches counts.
 var kinds = []struct {
 	err  error
 	exit int
@@ -62,28 +62,28 @@ var kinds = []struct {
 	hint string // the way out, where the error itself cannot tell it
 }{
 	{errLeaks, exitLeaks, "leaks", ""},
-	{cow.ErrNoSpace, exitNoSpace, "no-space", "nothing was changed by what did not fit; free space on the store's file system, or remove snapshots or volumes (vdisk rm)"},
+	{cow.ErrNoSpace, exitNoSpace, "no-space", "the operation changed nothing; free space on the store's file system, or remove snapshots or volumes (vdisk rm)"},
 	{syscall.ENOSPC, exitNoSpace, "no-space", "free space on that file system"},
 	{syscall.EDQUOT, exitNoSpace, "no-space", "raise the quota, or free space"},
-	{cow.ErrDamagedLog, exitCorrupt, "corrupt", "nothing was changed; put a better copy of that file back, or go on without what lies behind the damage: 'vdisk check --repair'"},
-	{cow.ErrUnusable, exitCorrupt, "corrupt", "nothing was changed; put back the file that is missing, damaged or not this store's, or the whole store from a backup"},
-	{cow.ErrCorrupt, exitCorrupt, "corrupt", "'vdisk check' lists all that is damaged; 'vdisk serve --read-only' and 'qemu-img convert --salvage -O raw URI FILE' save what still reads, with zeros for the rest"},
-	{cow.ErrVersion, exitUnsupported, "newer-format", "use the version of vdisk that made it, or a later one; nothing was touched"},
-	{cow.ErrForeign, exitFailed, "foreign", "run vdisk as the user whom the store belongs to (sudo -u USER vdisk ...); if you trust all who can change it, --foreign or VDISK_FOREIGN=1 opens it"},
+	{cow.ErrDamagedLog, exitCorrupt, "corrupt", "nothing was changed; restore that file from a better copy, or give up the records behind the damage: 'vdisk check --repair'"},
+	{cow.ErrUnusable, exitCorrupt, "corrupt", "nothing was changed; restore the missing, damaged or foreign file, or the whole store, from a backup"},
+	{cow.ErrCorrupt, exitCorrupt, "corrupt", "'vdisk check' lists all damage; 'vdisk serve --read-only' and 'qemu-img convert --salvage -O raw URI FILE' save all readable data, with zeros for the rest"},
+	{cow.ErrVersion, exitUnsupported, "newer-format", "nothing was changed; use the version of vdisk that wrote it, or a later one"},
+	{cow.ErrForeign, exitFailed, "foreign", "run vdisk as the store's owner (sudo -u USER vdisk ...); if you trust everybody who can change it, use --foreign or VDISK_FOREIGN=1"},
 	{cow.ErrIrregular, exitFailed, "irregular", "find out who put it there, and remove it"},
-	{cow.ErrNotStore, exitFailed, "not-a-store", "give another folder with --store or VDISK_STORE; nothing was touched"},
-	{owner.ErrUnsupported, exitUnsupported, "unsupported", "'vdisk features' shows what this machine offers; 'vdisk serve' (NBD) needs nothing of the kernel"},
-	{owner.ErrNoMemory, exitFailed, "no-memory", "detach what is not needed, raise the limit of the machine or the group, or attach with fewer --queues"},
+	{cow.ErrNotStore, exitFailed, "not-a-store", "nothing was changed; choose another folder with --store or VDISK_STORE"},
+	{owner.ErrUnsupported, exitUnsupported, "unsupported", "'vdisk features' shows what this machine supports; 'vdisk serve' (NBD) needs no kernel driver"},
+	{owner.ErrNoMemory, exitFailed, "no-memory", "detach unneeded devices, raise the memory limit of the machine or the cgroup, or attach with fewer --queues"},
 	{cow.ErrExhausted, exitFailed, "exhausted", ""},
-	{cow.ErrReadOnly, exitFailed, "read-only", "what only reads works: ls, info, check, export, and serve with --socket elsewhere"},
+	{cow.ErrReadOnly, exitFailed, "read-only", "commands that only read work: ls, info, check, export, and serve with --socket elsewhere"},
 	{cow.ErrNotFound, exitNotFound, "not-found", "'vdisk ls -t all' lists what there is"},
 	{fs.ErrNotExist, exitNotFound, "not-found", ""},
-	{cow.ErrExists, exitExists, "exists", "take another name, or remove or rename what has it (vdisk rm, vdisk rename)"},
+	{cow.ErrExists, exitExists, "exists", "choose another name, or remove or rename the existing one (vdisk rm, vdisk rename)"},
 	{fs.ErrExist, exitExists, "exists", ""},
 	{cow.ErrBusy, exitBusy, "busy", ""},
 	{cow.ErrInvalid, exitUsage, "invalid", ""},
-	{cow.ErrFailed, exitFailed, "store-failed", "look for I/O errors in the kernel's log; what was flushed is safe, and is there after the store's owner is started again"},
-	{fs.ErrPermission, exitFailed, "permission", "stores belong to the user who made them; use that user, or --store"},
+	{cow.ErrFailed, exitFailed, "store-failed", "look for I/O errors in the kernel's log; flushed data is safe, and is there when the store is opened again"},
+	{fs.ErrPermission, exitFailed, "permission", "a store belongs to the user who created it; run as that user, or choose another --store"},
 }
 
 // classify gives an error its exit code, its name for programs, and a hint.
@@ -95,9 +95,9 @@ func classify(err error) (exit int, code, hint string) {
 	var closing closeError
 	switch {
 	case errors.As(err, &noStore):
-		return exitNotFound, "not-found", "the first 'vdisk create' or 'vdisk import' makes it; --store or VDISK_STORE name another"
+		return exitNotFound, "not-found", "the first 'vdisk create' or 'vdisk import' creates it; choose another with --store or VDISK_STORE"
 	case errors.As(err, &locked):
-		return exitBusy, "busy", "wait until that has ended, or give a longer --lock-timeout"
+		return exitBusy, "busy", "wait until that process has ended, or use a longer --lock-timeout"
 	case errors.As(err, &closedPipe{}) && !errors.As(err, &closing):
 		return exitSignal + int(syscall.SIGPIPE), "closed-pipe", ""
 	case errors.As(err, &signal) && !errors.As(err, &closing):

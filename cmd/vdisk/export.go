@@ -15,11 +15,11 @@ func (a *app) exportCommand() *cli.Command {
 	return a.command(arity{2, 2}, &cli.Command{
 		Name:      "export",
 		Category:  groupData,
-		Usage:     "write a volume or snapshot to a raw image",
+		Usage:     "export a volume or snapshot to a raw image",
 		UsageText: "vdisk export VOL[@SNAP] FILE|- [--force]",
-		Description: "FILE is made sparse, and appears when it is complete. A FILE that is there, or a block device, is overwritten\n" +
-			"only with --force, and keeps its owner, mode and names; a block device that is in use is refused. - is standard\n" +
-			"output, which gets the zeros too. A volume that is being written is refused: take a snapshot and export that.",
+		Description: "FILE is sparse, and appears when it is complete. An existing FILE or a block device is overwritten only with --force,\n" +
+			"and keeps its owner, mode and names; a block device that is in use is refused. - is standard output, which also gets the\n" +
+			"zeros. A volume that is open for writing is refused: take a snapshot and export that.",
 		Flags: []cli.Flag{&cli.BoolFlag{Name: "force", Aliases: []string{"f"}, Usage: "overwrite FILE"}},
 	}, a.export)
 }

@@ -15,7 +15,7 @@ func (a *app) featuresCommand() *cli.Command {
 	return a.command(arity{0, 0}, &cli.Command{
 		Name:      "features",
 		Category:  groupAccess,
-		Usage:     "show what this machine offers: ublk, io_uring, NBD, and safety when memory is short",
+		Usage:     "show what this machine supports: ublk, io_uring, NBD, safety when memory is short",
 		UsageText: "vdisk features",
 	}, func(c *cli.Context) error {
 		m := featuresJSON{MachineFeatures: owner.Machine()}

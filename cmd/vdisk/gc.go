@@ -14,16 +14,16 @@ func (a *app) gcCommand() *cli.Command {
 	return a.command(arity{0, 0}, &cli.Command{
 		Name:      "gc",
 		Category:  groupMaintenance,
-		Usage:     "give back the space of what was overwritten, discarded and deleted, now",
+		Usage:     "reclaim the space of overwritten, discarded and deleted data now",
 		UsageText: "vdisk gc [--waste PERCENT] [--cold] [-n]",
-		Description: "It happens by itself where more is dead than should be, or room is short. This does it now, for every chunk file of\n" +
-			"which at least that much is dead, at full speed and beside whatever uses the store.\n\n" +
-			"Data that has not changed for --cold-after is compressed again, better and in larger units, while the store's owner has\n" +
-			"nothing else to do. With --cold that is done now, with all data, first; it takes as long as reading and compressing it.",
+		Description: "Cleaning also runs by itself, when dead data exceeds its limit or space runs low. This command cleans now, at full\n" +
+			"speed, every chunk file of which at least PERCENT is dead. Other commands can use the store meanwhile.\n" +
+			"Data that has not changed for --cold-after is compressed again, better and in larger units, when the store's owner is\n" +
+			"idle. --cold does that first, now, for all data; it takes as long as reading and compressing it.",
 		Flags: []cli.Flag{
 			&cli.IntFlag{Name: "waste", Usage: "clean files of which at least `PERCENT` is dead, 5 to 100", Value: 10},
-			&cli.BoolFlag{Name: "cold", Usage: "first compress all data again"},
-			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "only say how much is dead"},
+			&cli.BoolFlag{Name: "cold", Usage: "first recompress all data"},
+			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "only show how much is dead"},
 		},
 	}, a.gc)
 }

@@ -18,11 +18,11 @@ func (a *app) importCommand() *cli.Command {
 	return a.command(arity{2, 2}, &cli.Command{
 		Name:      "import",
 		Category:  groupData,
-		Usage:     "make a volume from a raw image",
+		Usage:     "import a raw image as a new volume",
 		UsageText: "vdisk import FILE|- VOL [--format raw] [--compress none|s2|zstd[:N]] [--logical-block 512|4096]",
-		Description: "FILE is a raw image, a block device, or - for standard input. The volume is new: one of that name must not be\n" +
-			"there. It appears when all of its content is durable, and has the size of the content, rounded up to a logical\n" +
-			"block. Other formats: qemu-img convert FILE nbd+unix:///VOL?socket=..., with a volume that is served.",
+		Description: "FILE is a raw image, a block device, or - for standard input. The volume must not exist. It appears when all of its\n" +
+			"content is durable, and has the size of the content, rounded up to a logical block. For other formats use\n" +
+			"qemu-img convert FILE nbd+unix:///VOL?socket=..., with a volume that is served.",
 		Flags: append(volumeFlags(), formatFlag()),
 	}, func(c *cli.Context) error {
 		name, err := volumeName(c, 1)
@@ -39,7 +39,7 @@ func (a *app) importCommand() *cli.Command {
 
 // formatFlag is for commands that read an image.
 func formatFlag() cli.Flag {
-	return &cli.StringFlag{Name: "format", Usage: "raw: take the file as it is, even if it looks like an image of another format"}
+	return &cli.StringFlag{Name: "format", Usage: "raw: import the file as it is, even if it looks like an image of another format"}
 }
 
 // importFrom makes a volume from what is at path; o.Size may be 0, for the size of that.

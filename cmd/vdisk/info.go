@@ -16,7 +16,7 @@ func (a *app) infoCommand() *cli.Command {
 	return a.command(arity{0, 1}, &cli.Command{
 		Name:      "info",
 		Category:  groupVolumes,
-		Usage:     "show the store, a volume or a snapshot",
+		Usage:     "describe the store, a volume or a snapshot",
 		UsageText: "vdisk info [VOL[@SNAP]]",
 	}, func(c *cli.Context) error {
 		if c.NArg() == 0 {

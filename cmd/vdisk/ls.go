@@ -28,7 +28,7 @@ func (a *app) lsCommand() *cli.Command {
 			"changed. The others cost nothing.",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "type", Aliases: []string{"t"}, Usage: "vol, snap or all", Value: "vol"},
-			&cli.BoolFlag{Name: "long", Aliases: []string{"l"}, Usage: "show what space they take"},
+			&cli.BoolFlag{Name: "long", Aliases: []string{"l"}, Usage: "show the space that they take"},
 			&cli.StringFlag{Name: "columns", Aliases: []string{"o"}, Usage: "`COLUMN,...` to show"},
 			&cli.BoolFlag{Name: "script", Aliases: []string{"H"}, Usage: "no header, tabs between columns"},
 		},

@@ -13,14 +13,15 @@ import (
 
 func (a *app) rmCommand() *cli.Command {
 	return a.command(arity{1, -1}, &cli.Command{
-		Name:        "rm",
-		Category:    groupVolumes,
-		Usage:       "remove volumes and snapshots",
-		UsageText:   "vdisk rm VOL[@SNAP]... [-r] [-n]",
-		Description: "Clones of what is removed live on. Space is given back in the background. If one of several cannot be removed, none is.",
+		Name:      "rm",
+		Category:  groupVolumes,
+		Usage:     "remove volumes and snapshots",
+		UsageText: "vdisk rm VOL[@SNAP]... [-r] [-n]",
+		Description: "Clones of a removed volume or snapshot stay. Space is reclaimed in the background. If one of several cannot be\n" +
+			"removed, none is.",
 		Flags: []cli.Flag{
-			&cli.BoolFlag{Name: "recursive", Aliases: []string{"r"}, Usage: "remove a volume's snapshots with it"},
-			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "show what would be removed, and do nothing"},
+			&cli.BoolFlag{Name: "recursive", Aliases: []string{"r"}, Usage: "also remove the volume's snapshots"},
+			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "show what would be removed, and remove nothing"},
 		},
 	}, func(c *cli.Context) error {
 		var refs []cow.Ref

@@ -25,16 +25,16 @@ func (a *app) serveCommand() *cli.Command {
 	return a.command(arity{0, -1}, &cli.Command{
 		Name:      "serve",
 		Category:  groupAccess,
-		Usage:     "serve volumes and snapshots over NBD, until it is interrupted",
+		Usage:     "serve volumes and snapshots over NBD until interrupted",
 		UsageText: "vdisk serve [--socket PATH] [--read-only] [VOL[@SNAP]...]",
-		Description: "Without arguments everything in the store is served, also what is made later; exports are named VOL and VOL@SNAP.\n" +
-			"The default socket is STORE/nbd.sock. Under socket activation (LISTEN_FDS) it serves the socket that it was given,\n" +
-			"and ends when the last client leaves: nbdcopy -- [ vdisk serve vm1@monday ] out.img",
+		Description: "Without arguments everything in the store is served, including volumes that are created later. Exports are named VOL\n" +
+			"and VOL@SNAP. The default socket is STORE/nbd.sock. Under socket activation (LISTEN_FDS) the given socket is served,\n" +
+			"until the last client leaves: nbdcopy -- [ vdisk serve vm1@monday ] out.img",
 		Flags: []cli.Flag{
-			&cli.PathFlag{Name: "socket", Usage: "make the unix socket `PATH`"},
+			&cli.PathFlag{Name: "socket", Usage: "create the Unix socket `PATH`"},
 			&cli.BoolFlag{Name: "read-only", Usage: "refuse writes"},
 			&cli.IntFlag{Name: "max-connections", Usage: "serve at most `N` clients of this service at a time", DefaultText: "10000, or half of the open files that are allowed"},
-			&cli.StringFlag{Name: "max-memory", Usage: "let the requests of all clients of this service take at most `SIZE` of memory", Value: "256M"},
+			&cli.StringFlag{Name: "max-memory", Usage: "limit the memory of the requests of this service's clients to `SIZE`", Value: "256M"},
 		},
 	}, a.serve)
 }

@@ -11,9 +11,9 @@ func (a *app) snapshotCommand() *cli.Command {
 	return a.command(arity{1, -1}, &cli.Command{
 		Name:        "snapshot",
 		Category:    groupVolumes,
-		Usage:       "take snapshots, all at one moment",
+		Usage:       "take snapshots, all at the same moment",
 		UsageText:   "vdisk snapshot VOL@SNAP...",
-		Description: "Several snapshots are taken in one atomic step: all of them or none. What a writer has been told is written is in them.",
+		Description: "Several snapshots are taken in one atomic step: all of them or none. They contain every write that had been acknowledged.",
 	}, func(c *cli.Context) error {
 		var refs []cow.Ref
 		for i := range c.NArg() {
@@ -56,9 +56,9 @@ func (a *app) cloneCommand() *cli.Command {
 	return a.command(arity{2, 2}, &cli.Command{
 		Name:        "clone",
 		Category:    groupVolumes,
-		Usage:       "make a volume from a snapshot",
+		Usage:       "create a volume from a snapshot",
 		UsageText:   "vdisk clone VOL@SNAP NEW",
-		Description: "The clone takes no space until it is written to, and lives on when the snapshot or its volume is removed.",
+		Description: "A clone takes no space until it is written to. It stays when the snapshot or its volume is removed.",
 	}, func(c *cli.Context) error {
 		from, err := snapshotRef(c, 0)
 		if err != nil {
@@ -85,9 +85,9 @@ func (a *app) rollbackCommand() *cli.Command {
 	return a.command(arity{1, 1}, &cli.Command{
 		Name:        "rollback",
 		Category:    groupVolumes,
-		Usage:       "give a volume the content of one of its snapshots",
+		Usage:       "return a volume to the content of one of its snapshots",
 		UsageText:   "vdisk rollback VOL@SNAP",
-		Description: "What was written since is lost, unless a snapshot has it: all snapshots stay, newer ones too.",
+		Description: "Writes since the snapshot are lost, unless another snapshot has them. All snapshots stay, newer ones too.",
 	}, func(c *cli.Context) error {
 		to, err := snapshotRef(c, 0)
 		if err != nil {
@@ -122,8 +122,8 @@ func (a *app) resizeCommand() *cli.Command {
 		Category:  groupVolumes,
 		Usage:     "change the size of a volume",
 		UsageText: "vdisk resize VOL SIZE [--shrink]",
-		Description: "NBD clients see the new size when they connect again. The block device of an attached volume grows with it (Linux 6.16).\n" +
-			"Shrinking cuts off what lies behind the new end; snapshots keep it.",
+		Description: "NBD clients see the new size when they reconnect. An attached block device grows at once (Linux 6.16).\n" +
+			"Shrinking cuts off the data behind the new end; snapshots keep it.",
 		Flags: []cli.Flag{&cli.BoolFlag{Name: "shrink", Usage: "allow a smaller size"}},
 	}, func(c *cli.Context) error {
 		name, err := volumeName(c, 0)

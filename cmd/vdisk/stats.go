@@ -17,13 +17,13 @@ func (a *app) statsCommand() *cli.Command {
 	return a.command(arity{1, 1}, &cli.Command{
 		Name:      "stats",
 		Category:  groupAccess,
-		Usage:     "show what a block device does: requests, bytes, latencies",
+		Usage:     "show a block device's requests, bytes and latencies",
 		UsageText: "vdisk stats VOL[@SNAP]|/dev/ublkbN [--interval 1s [--count N]]",
-		Description: "Without --interval the sums since the device was attached or recovered; with it, what each interval brought. Latencies are\n" +
-			"those of the server: the time from a request's arrival to its answer.",
+		Description: "Without --interval: totals since the device was attached or recovered. With it: each interval. Latencies are the\n" +
+			"server's, from a request's arrival to its answer.",
 		Flags: []cli.Flag{
-			&cli.DurationFlag{Name: "interval", Usage: "print again after so long, until interrupted"},
-			&cli.IntFlag{Name: "count", Usage: "how many times"},
+			&cli.DurationFlag{Name: "interval", Usage: "print again after each interval, until interrupted"},
+			&cli.IntFlag{Name: "count", Usage: "print this many times"},
 		},
 	}, a.stats)
 }
