@@ -3,6 +3,7 @@ package owner
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -31,6 +32,7 @@ var quick = Options{Command: "test", LockTimeout: 5 * time.Second}
 func newStore(t *testing.T) string {
 	t.Helper()
 	dir := filepath.Join(t.TempDir(), "store")
+	t.Cleanup(func() { removeBuffers(t, dir) })
 	s, err := OpenOrCreate(t.Context(), dir, quick)
 	if err != nil {
 		t.Fatal(err)
@@ -42,6 +44,21 @@ func newStore(t *testing.T) string {
 		t.Fatal(err)
 	}
 	return dir
+}
+
+// removeBuffers removes the shared memory that an owner has left for the next one, after a failure or as if it was killed.
+func removeBuffers(t *testing.T, dir string) {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(dir, "owner"))
+	if errors.Is(err, os.ErrNotExist) {
+		return
+	}
+	var record struct{ Buffers string }
+	if err := errors.Join(err, json.Unmarshal(text, &record)); err != nil {
+		t.Error(err)
+	} else if err := os.Remove("/dev/shm/vdisk-" + record.Buffers); err != nil && !errors.Is(err, os.ErrNotExist) {
+		t.Error(err)
+	}
 }
 
 // offer owns the store and lets others use it, until the test ends.
