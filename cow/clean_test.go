@@ -18,14 +18,7 @@ import (
 )
 
 // noise fills p with what no codec makes smaller.
-func noise(p []byte, r *rand.Rand) {
-	for i := 0; i+8 <= len(p); i += 8 {
-		x := r.Uint64()
-		for j := range 8 {
-			p[i+j] = byte(x >> (8 * j))
-		}
-	}
-}
+func noise(p []byte, r *rand.Rand) { workload.Random(r, p) }
 
 // limited is a store of at most 128 MiB with a volume that takes the part use of it, filled.
 func limited(t testing.TB, use float64) (s *Store, d *Device, blocks int64) {

@@ -361,15 +361,7 @@ func fill(p []byte, kind int, r *rand.Rand) {
 	case 0:
 		workload.HalfCompressible(r, p)
 	case 1:
-		for i := range p {
-			if i%8 == 0 {
-				x := r.Uint64()
-				for j := i; j < min(len(p), i+8); j++ {
-					p[j] = byte(x)
-					x >>= 8
-				}
-			}
-		}
+		noise(p, r)
 	case 2:
 	case 3:
 		copy(p, strings.Repeat(fmt.Sprintf("%x ", r.Uint64()), len(p)/8+1))

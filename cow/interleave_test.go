@@ -129,9 +129,7 @@ func must(t testing.TB, err error) {
 func randomBytes(n int, seed uint64) []byte {
 	r := rand.New(rand.NewPCG(seed, 1))
 	p := make([]byte, n)
-	for i := range p {
-		p[i] = byte(r.Uint32())
-	}
+	noise(p, r)
 	return p
 }
 
