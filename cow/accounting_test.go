@@ -18,7 +18,7 @@ func TestSpaceComesBack(t *testing.T) {
 	t.Parallel()
 	rounds := 8
 	if raceEnabled {
-		rounds = 2
+		rounds = 1
 	}
 	l := newLab(t)
 	for seed := range rounds {

@@ -53,19 +53,22 @@ func mapLeaves(t *testing.T, d *Device, leaves int64) {
 // has to end with ENOSPC while all can still be given back, and then the store is as good as new.
 func TestTableCannotFillTheDisk(t *testing.T) {
 	s, fs, again := roomStore(t, Options{ChunkBytes: 1 << 20})
-	const leaves = 256
+	leaves, room := int64(256), int64(8<<20)
+	if testing.Short() {
+		leaves, room = 64, 2<<20
+	}
 	_, err := s.CreateVolume("v", VolumeOptions{Size: leaves << 20, Codec: format.S2})
 	must(t, err)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	mapLeaves(t, d, leaves)
 	must(t, s.Checkpoint())
-	leaveFree(t, fs, spare+8<<20)
+	leaveFree(t, fs, spare+room)
 	r, p := rand.New(rand.NewPCG(2, 2)), make([]byte, format.BlockSize)
 	touched := 0
 	for i := 0; err == nil && i < 1000; i++ {
 		err = s.Snapshot(Ref{"v", fmt.Sprint("s", i)})
-		for _, l := range r.Perm(leaves) {
+		for _, l := range r.Perm(int(leaves)) {
 			if err != nil {
 				break
 			}

@@ -229,8 +229,8 @@ func TestUsage(t *testing.T) {
 	}
 }
 
-// TestRoundsLeaveNoSpace fills, snapshots, overwrites and deletes, twenty times. Once cleaned, the store takes what
-// it took after the first round, and when all is deleted next to nothing.
+// TestRoundsLeaveNoSpace fills, snapshots, overwrites and deletes, twenty times, or four in the short form. Once
+// cleaned, the store takes what it took after the first round, and when all is deleted next to nothing.
 func TestRoundsLeaveNoSpace(t *testing.T) {
 	t.Parallel()
 	const size, chunk = 16 << 20, 512 << 10
@@ -240,8 +240,12 @@ func TestRoundsLeaveNoSpace(t *testing.T) {
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	r := rand.New(rand.NewPCG(1, 2))
+	rounds := 20
+	if testing.Short() {
+		rounds = 4
+	}
 	var first StoreInfo
-	for round := range 20 {
+	for round := range rounds {
 		turn(t, s, d, r, size)
 		_, err := s.Clean(t.Context(), worthwhile)
 		must(t, err)
