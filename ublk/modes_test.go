@@ -58,6 +58,9 @@ func inEachMode(t *testing.T, f func(t *testing.T, mode ublk.CopyMode)) {
 // way of answering.
 func TestModeVerify(t *testing.T) {
 	inEachMode(t, func(t *testing.T, mode ublk.CopyMode) {
+		if testing.Short() && mode == ublk.CopyPlain {
+			return // the default, in which TestDeviceVerify does the same
+		}
 		const size = 64 << 20
 		for name, h := range map[string]func(*testing.T) ublk.Handler{
 			"inline": func(*testing.T) ublk.Handler { return newRAMDisk(size) },

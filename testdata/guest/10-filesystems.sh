@@ -22,9 +22,9 @@ for fs in ext4 xfs; do
 	sums /mnt/a >/tmp/at-snapshot
 
 	fio --name=load --directory=/mnt/a/load --rw=randrw --bs=4k --size=64M --numjobs=2 --iodepth=8 --ioengine=libaio \
-		--direct=1 --time_based --runtime=12 --output=/tmp/fio.out &
+		--direct=1 --time_based --runtime=8 --output=/tmp/fio.out &
 	load=$!
-	sleep 4
+	sleep 3
 	vdisk snapshot "$fs@s1"
 	echo changed >/mnt/a/after-the-snapshot
 	rm -r /mnt/a/tree/doc 2>/dev/null || true

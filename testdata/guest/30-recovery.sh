@@ -84,12 +84,13 @@ VDISK_STORE=$theirs/store v create t --size 1M
 chown 65534:65534 "$theirs"
 echo untouched >canary
 setpriv --reuid=65534 --regid=65534 --clear-groups sh -c "cd $theirs"'
+	mkdir links
+	for f in lock owner owner.tmp devices devices.tmp daemon.log daemon.log.old format meta.db control.sock; do
+		ln -s /tmp/recovery/canary links/$f
+	done
+	ln -s /tmp/recovery links/chunks
 	while :; do
-		mv store true; mkdir store
-		for f in lock owner owner.tmp devices devices.tmp daemon.log daemon.log.old format meta.db control.sock; do
-			ln -s /tmp/recovery/canary store/$f
-		done
-		ln -s /tmp/recovery store/chunks
+		mv store true; cp -a links store; sleep 0.1
 		rm -r store; ln -s /tmp/recovery store; rm store; mkfifo store; rm store
 		mv true store; sleep 0.5
 	done' 2>/dev/null &
