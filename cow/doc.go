@@ -19,12 +19,12 @@
 //	  ├────────────────────────────────────────────────────────────────────────────────────────
 //	  ▼
 //	acknowledged
-//	  ┊  recordLog.drain    log.go        the flusher writes full buffers to the chunk file, in order
-//	  ┊  recordLog.sync     log.go        a flush: write the rest, fdatasync the chunks, write the durable mark
+//	  ┊  recordLog.drain    log_write.go  the flusher writes full buffers to the chunk file, in order
+//	  ┊  recordLog.sync     log_write.go  a flush: write the rest, fdatasync the chunks, write the durable mark
 //	  ┊  Store.checkpoint   checkpoint.go changed leaves and rows go to the table in one transaction
 //	  ┊  mover              mover.go      the cleaner copies what lives in a chunk to the log's end
 //
-// Creating, snapshotting, cloning and deleting are events (admin.go), which are records too. [Open] replays what no
+// Creating, snapshotting, cloning and deleting are events (event.go, volume.go), which are records too. [Open] replays what no
 // checkpoint has (replay.go).
 //
 // # The way of a read

@@ -1,0 +1,132 @@
+package cow
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+)
+
+// SnapshotInfo describes a snapshot.
+type SnapshotInfo struct {
+	Volume  string    `json:"volume"`
+	Name    string    `json:"name"`
+	Size    int64     `json:"size"`
+	Created time.Time `json:"created"`
+	Clones  []string  `json:"clones,omitempty"` // volumes that began here
+}
+
+// VolumeInfo describes a volume.
+type VolumeInfo struct {
+	Name         string         `json:"name"`
+	Size         int64          `json:"size"`
+	Codec        string         `json:"codec"` // none, s2, zstd, zstd:N
+	LogicalBlock int            `json:"logical_block"`
+	Created      time.Time      `json:"created"`
+	Origin       string         `json:"origin,omitempty"` // VOL@SNAP it was cloned from or rolled back to
+	Snapshots    []SnapshotInfo `json:"snapshots,omitempty"`
+	Open         int            `json:"open"` // devices
+}
+
+// Volumes describes all volumes, by name.
+func (s *Store) Volumes() []VolumeInfo {
+	s.mu.Lock()
+	clones := s.clones()
+	out := make([]VolumeInfo, 0, len(s.tables.volumes))
+	for _, v := range s.tables.volumes {
+		out = append(out, s.describe(v, clones))
+	}
+	s.mu.Unlock() // there may be very many, and others wait
+	for i := range out {
+		out[i].sort()
+	}
+	slices.SortFunc(out, func(a, b VolumeInfo) int { return strings.Compare(a.Name, b.Name) })
+	return out
+}
+
+// Volume describes one.
+func (s *Store) Volume(name string) (VolumeInfo, error) {
+	in, err := s.unsorted(name)
+	in.sort()
+	return in, err
+}
+
+func (s *Store) unsorted(name string) (VolumeInfo, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return VolumeInfo{}, ErrClosed
+	}
+	v, _, err := s.lookup(Ref{Volume: name})
+	if err != nil {
+		return VolumeInfo{}, err
+	}
+	return s.describe(v, s.clones()), nil
+}
+
+// sort brings the snapshots into the order in which they were taken.
+func (in *VolumeInfo) sort() {
+	for i := range in.Snapshots {
+		slices.Sort(in.Snapshots[i].Clones)
+	}
+	slices.SortFunc(in.Snapshots, func(a, b SnapshotInfo) int {
+		if c := a.Created.Compare(b.Created); c != 0 {
+			return c
+		}
+		return strings.Compare(a.Name, b.Name)
+	})
+}
+
+func (s *Store) describe(v *volume, clones map[point][]*volume) VolumeInfo {
+	in := VolumeInfo{
+		Name: v.Name, Size: v.Size, Codec: v.Codec.String(), LogicalBlock: v.LogicalBlock,
+		Created: v.Created, Open: v.readers,
+	}
+	if v.Level != 0 {
+		in.Codec += fmt.Sprintf(":%d", v.Level)
+	}
+	if v.writer {
+		in.Open++
+	}
+	if v.branch.origin != nil {
+		in.Origin = s.pointName(v.branch.origin, v.branch.originEpoch)
+	}
+	if len(v.snapshots) > 0 {
+		in.Snapshots = make([]SnapshotInfo, 0, len(v.snapshots))
+	}
+	for _, sn := range v.snapshots {
+		si := SnapshotInfo{Volume: v.Name, Name: sn.Name, Size: sn.Size, Created: sn.Created}
+		for _, c := range clones[point{sn.branch, sn.Epoch}] {
+			if c.ID != sn.Volume { // which was rolled back to it
+				si.Clones = append(si.Clones, c.Name)
+			}
+		}
+		in.Snapshots = append(in.Snapshots, si)
+	}
+	return in
+}
+
+func (s *Store) pointName(b *branch, epoch uint32) string {
+	if i, found := b.search(epoch); found && b.points[i].Volume != 0 {
+		return s.tables.volumes[b.points[i].Volume].Name + "@" + b.points[i].Name
+	}
+	return "(deleted)"
+}
+
+// point is one at which branches begin.
+type point struct {
+	b     *branch
+	epoch uint32
+}
+
+// clones finds the volumes that began at a point. mu is held.
+func (s *Store) clones() map[point][]*volume {
+	clones := map[point][]*volume{}
+	for _, v := range s.tables.volumes {
+		if v.branch.origin != nil {
+			p := point{v.branch.origin, v.branch.originEpoch}
+			clones[p] = append(clones[p], v)
+		}
+	}
+	return clones
+}

@@ -1,0 +1,91 @@
+package cow
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/vdisk/vdisk/format"
+)
+
+// transact makes one event happen: build says, under mu and after every check, what rows
+// change; the event takes its place in the log and the tables change; and transact
+// returns when it is durable. A nil event changes nothing.
+func (s *Store) transact(build func() (*format.Event, error)) error {
+	cleared, refused := false, 0
+	for {
+		s.mu.Lock()
+		p, err := s.transactLocked(build)
+		s.mu.Unlock()
+		switch {
+		case err == nil:
+			return s.wal.sync()
+		case errors.Is(err, errFull):
+			err = s.makeRoom(p)
+		case errors.Is(err, errNoNew):
+			more, merr := s.moreForNew(refused)
+			if refused++; more && merr == nil {
+				err = nil
+			}
+		case errors.Is(err, ErrNoSpace) && p == forEvents && !cleared:
+			cleared = true
+			if s.clearEvents() == nil {
+				err = nil
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// transactLocked is transact but for the sync. It fails with errFull where the table has no room for what p is for.
+func (s *Store) transactLocked(build func() (*format.Event, error)) (p purpose, err error) {
+	// What is refused is refused before anything is done for it, and so also where there is no room.
+	for room := 0; ; {
+		if room > 0 {
+			if err := s.wal.reserve(room, p); err != nil {
+				return p, err
+			}
+		}
+		if err := s.usable(); err != nil { // after reserve, which may have waited
+			return p, err
+		}
+		ids := s.tables.nextID
+		ev, err := build()
+		if err == nil {
+			err = s.tables.enoughIDs()
+		}
+		if err != nil || ev == nil {
+			s.tables.nextID = ids // none of them is used
+			return p, err
+		}
+		if p = purposeOf(ev); p == forData {
+			err = s.roomForNew(roomForNames, false)
+			if err == nil && s.tableShort(1, p) > 0 {
+				err = errFull
+			}
+			if err != nil {
+				s.tables.nextID = ids
+				return p, err
+			}
+		}
+		payload, err := format.AppendEvent(nil, ev)
+		if err != nil {
+			return p, err
+		}
+		h := format.RecordHeader{Kind: format.KindEvent, Blocks: 1, PayloadLen: len(payload), PayloadCRC: format.Checksum(payload)}
+		switch {
+		case h.Size() > maxEvent:
+			return p, fmt.Errorf("%s: too many at once (%d bytes of changes); remove or name fewer first: %w", ev.Op, len(payload), ErrInvalid)
+		case h.Size() > room:
+			room, s.tables.nextID = h.Size(), ids
+			continue // reserve may have to wait, and what build saw may change
+		}
+		s.wal.append(&h, payload)
+		s.admin = true
+		if p == forEvents {
+			s.helpless = false // what has lost its name can be given back
+		}
+		return p, s.tables.apply(ev, s.gen)
+	}
+}

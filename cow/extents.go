@@ -1,0 +1,66 @@
+package cow
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/vdisk/vdisk/format"
+)
+
+// Extents calls fn for the runs of data and holes in a range, in order and
+// without a gap, until it returns false.
+func (d *Device) Extents(off, length int64, fn func(off, length int64, hole bool) bool) error {
+	if err := d.checkRange(off, length); err != nil {
+		return fmt.Errorf("extents of %s: %w", d.ref, err)
+	}
+	if length == 0 {
+		return nil
+	}
+	run := extentRun{fn: fn, start: off, end: off + length, hole: true}
+	first, last := uint64(off)/format.BlockSize, uint64(off+length-1)/format.BlockSize
+	err := d.s.leaves(d.b, uint32(first/format.LeafBlocks), uint32(last/format.LeafBlocks)+1, func(index uint32) error {
+		var l format.Leaf
+		if err := d.s.cache.view(leafKey{d.b, index, d.asOf}, func(lf *leaf) { lf.copyTo(&l) }); err != nil {
+			return err
+		}
+		for i, e := range l.Entries {
+			if !run.to((int64(index)*format.LeafBlocks+int64(i))*format.BlockSize, e.IsHole()) {
+				return errStop
+			}
+		}
+		if !run.to((int64(index)+1)*format.LeafBlocks*format.BlockSize, true) {
+			return errStop
+		}
+		return nil
+	})
+	if errors.Is(err, errStop) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("extents of %s: %w", d.ref, err)
+	}
+	if run.start < run.end {
+		fn(run.start, run.end-run.start, run.hole)
+	}
+	return nil
+}
+
+var errStop = errors.New("stop")
+
+// extentRun joins neighbours of one kind.
+type extentRun struct {
+	fn         func(off, length int64, hole bool) bool
+	start, end int64 // what is not reported yet
+	hole       bool  // the kind of what begins at start
+}
+
+// to says that from off on the kind is hole; false: no more is wanted.
+func (r *extentRun) to(off int64, hole bool) bool {
+	off = max(r.start, min(off, r.end))
+	if hole == r.hole {
+		return true
+	}
+	more := off == r.start || r.fn(r.start, off-r.start, r.hole)
+	r.start, r.hole = off, hole
+	return more
+}

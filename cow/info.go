@@ -1,0 +1,51 @@
+package cow
+
+import "time"
+
+// StoreInfo describes a store as a whole.
+type StoreInfo struct {
+	UUID       string    `json:"uuid"`
+	Created    time.Time `json:"created"`
+	Version    int       `json:"version"`
+	Volumes    int       `json:"volumes"`
+	Snapshots  int       `json:"snapshots"`
+	Chunks     int       `json:"chunks"`
+	ChunkBytes int64     `json:"chunk_bytes"` // of records in chunk files
+	LiveBytes  int64     `json:"live_bytes"`  // of them, what volumes and snapshots refer to
+	SpareBytes int64     `json:"spare_bytes"` // of files of dead chunks, which are kept to be the next ones
+	MetaBytes  int64     `json:"meta_bytes"`  // of the table's file, with room for what is to come
+
+	ReserveBytes int64 `json:"reserve_bytes"` // of the file system, kept for deletions and checkpoints on a full one
+	FreeBytes    int64 `json:"free_bytes"`    // of the file system
+
+	AsideFiles int   `json:"aside_files"` // chunk files that were set aside; -1: they cannot be listed
+	AsideBytes int64 `json:"aside_bytes"` // of these
+}
+
+// Info describes the store.
+func (s *Store) Info() StoreInfo {
+	in := StoreInfo{UUID: s.info.UUID, Created: s.info.Created, Version: s.info.Version}
+	in.MetaBytes, in.ReserveBytes = s.meta.Size(), s.wal.stock.bytes()
+	if n, err := s.fs.Free(); err == nil {
+		in.FreeBytes = n
+	}
+	var err error
+	if in.AsideFiles, in.AsideBytes, err = s.setAsideSoFar(); err != nil {
+		s.log.Warn("what was set aside cannot be listed", "folder", s.in.Join(asideDir), "err", err)
+		in.AsideFiles, in.AsideBytes = -1, 0
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	in.Volumes = len(s.tables.volumes)
+	in.Snapshots = len(s.tables.snapshots) - len(s.tables.nameless)
+	in.SpareBytes = s.wal.pool.bytes()
+	in.Chunks, in.ChunkBytes, in.LiveBytes = int(s.slots.chunks), s.slots.ends, s.slots.live
+	for _, c := range []*chunk{s.wal.current, s.wal.next} {
+		if c != nil {
+			in.Chunks++
+			in.ChunkBytes += int64(c.end)
+			in.LiveBytes += int64(c.live)
+		}
+	}
+	return in
+}

@@ -1,0 +1,180 @@
+package cow
+
+import "fmt"
+
+// drain writes every cut buffer to its chunk file.
+func (l *recordLog) drain() error {
+	for {
+		l.writeMu.Lock()
+		err := l.drainLocked(1)
+		l.writeMu.Unlock()
+		l.mu.Lock()
+		idle := len(l.queue) == 0
+		l.mu.Unlock()
+		if err != nil || idle {
+			return err
+		}
+	}
+}
+
+// drainLocked writes the first n cut buffers, or as many as there are.
+func (l *recordLog) drainLocked(n int) error {
+	for i := 0; ; i++ {
+		if err := l.err(); err != nil || i == n {
+			return err // also of a write that another drain had begun
+		}
+		l.mu.Lock()
+		if len(l.queue) == 0 {
+			l.mu.Unlock()
+			return nil
+		}
+		b := l.queue[0]
+		l.queue = l.queue[1:]
+		l.mu.Unlock()
+
+		c := b.chunk
+		if !c.unsynced {
+			c.unsynced = true
+			c.acquire() // until it is synced
+			l.unsynced = append(l.unsynced, c)
+		}
+		if b.summary != nil {
+			b.finishSummary()
+		}
+		if err := l.write(b); err != nil {
+			return l.fail(fmt.Errorf("write chunk %s: %w", c.name(), err))
+		}
+		if b.summary != nil {
+			l.mu.Lock()
+			l.scrap = b.data[:0]
+			l.mu.Unlock()
+			continue
+		}
+		l.bufMu.Lock()
+		c.written = b.off + uint32(b.n)
+		l.forget(b)
+		l.bufMu.Unlock()
+		l.mu.Lock()
+		b.use(0)
+		l.free = append(l.free, b)
+		l.space.Broadcast()
+		l.mu.Unlock()
+	}
+}
+
+// pageSize is what the page cache reads before a part of it can be written.
+const pageSize = 4096
+
+// write writes a buffer to its place. Zeros behind it make what follows cheaper (docs/engine.md, Blocks under the log); whatever is
+// there is not the log's yet, as buffers are written in order. writeMu is held.
+func (l *recordLog) write(b *buffer) error {
+	c, data := b.chunk, b.data[:b.n]
+	if b.summary != nil {
+		_, err := c.file.WriteAt(data, int64(b.off))
+		return err
+	}
+	end := b.off + uint32(b.n)
+	pad := min(int(-end%pageSize), len(b.data)-b.n, int(c.fileSize-end))
+	clear(b.data[b.n : b.n+pad])
+	if _, err := c.file.WriteAt(b.data[:b.n+pad], int64(b.off)); err != nil {
+		return err
+	}
+	end += uint32(pad)
+	if b.n >= bufferSize/2 {
+		c.file.StartWrite(int64(b.off), int64(b.n)) // or a flush would find all since the last one
+	} else if end > c.prepared {
+		ahead := min(uint32(l.chunkBytes/64), aheadMost, c.fileSize-end)
+		if _, err := c.file.WriteAt(zerosAhead[:ahead], int64(end)); err != nil {
+			return err
+		}
+		end += ahead
+	}
+	c.prepared = max(c.prepared, end)
+	return nil
+}
+
+// aheadMost is how much is written ahead at once.
+const aheadMost = 1 << 20
+
+var zerosAhead [aheadMost]byte
+
+// sync makes every record appended before the call durable.
+func (l *recordLog) sync() error {
+	l.mu.Lock()
+	target := l.appended
+	l.mu.Unlock()
+
+	l.syncMu.Lock()
+	defer l.syncMu.Unlock()
+	if err := l.err(); err != nil {
+		return err
+	}
+	if l.synced.Load() >= target {
+		return nil // the sync that we waited for began after our records were in
+	}
+	l.mu.Lock()
+	goal, seq := l.appended, l.nextSeq
+	l.enqueue()
+	n := len(l.queue) // what is cut from here on is not this sync's
+	l.mu.Unlock()
+
+	l.writeMu.Lock()
+	err := l.drainLocked(n)
+	todo := l.unsynced
+	l.unsynced = nil
+	for _, c := range todo {
+		c.unsynced = false
+	}
+	l.writeMu.Unlock()
+	if err != nil {
+		return err
+	}
+	for _, c := range todo {
+		if err := c.file.Sync(); err != nil {
+			return l.fail(fmt.Errorf("sync chunk %s: %w", c.name(), err))
+		}
+		c.release()
+	}
+	l.mark.set(seq)
+	l.synced.Store(goal)
+	l.mu.Lock()
+	l.durable = seq
+	l.mu.Unlock()
+	return nil
+}
+
+// writeOut writes every record that was appended before the call to its chunk file: this process may be killed then,
+// and nothing of it is lost. Durable it is not.
+func (l *recordLog) writeOut() error {
+	l.mu.Lock()
+	target := l.appended
+	l.mu.Unlock()
+	l.writeMu.Lock()
+	defer l.writeMu.Unlock()
+	if l.out >= target {
+		return l.err() // the writer before has written ours, too
+	}
+	l.mu.Lock()
+	goal := l.appended
+	l.enqueue()
+	n := len(l.queue)
+	l.mu.Unlock()
+	if err := l.drainLocked(n); err != nil {
+		return err
+	}
+	l.out = goal
+	return nil
+}
+
+// needSync adds a chunk that replay has read: after a crash of the process its
+// bytes may be in the page cache only.
+func (l *recordLog) needSync(c *chunk) {
+	l.writeMu.Lock()
+	defer l.writeMu.Unlock()
+	c.unsynced = true
+	c.acquire()
+	l.unsynced = append(l.unsynced, c)
+	l.mu.Lock()
+	l.appended++ // so that sync does not take the log for durable
+	l.mu.Unlock()
+}
