@@ -18,6 +18,8 @@ const (
 	cleanBatch = 256 << 10
 	// worthwhile is the part of a chunk that must be dead for cleaning to gain.
 	worthwhile = 0.05
+	// quickWaste is the part of a chunk that must be dead for it to be cleaned before a larger one that takes long.
+	quickWaste = 0.25
 	// slack and slackBytes are how much dead data there may be, as a part of what lives and beside it, before the
 	// cleaner begins on a disk that has room.
 	slack      = 0.4
@@ -135,7 +137,8 @@ func (s *Store) cleanOne(ctx context.Context, waste float64, limit uint64, pause
 }
 
 // victim chooses the chunk that cleaning gains most of, of those that there is room to clean, and takes a reference. At
-// least the part waste of it is dead.
+// least the part waste of it is dead. While writers wait, or the reaper may give back what would be copied, a chunk that
+// is larger than new ones is chosen only if no other gives something back soon.
 func (s *Store) victim(waste float64, limit uint64) (*chunk, error) {
 	free, err := s.fs.Free()
 	if err != nil {
@@ -144,7 +147,14 @@ func (s *Store) victim(waste float64, limit uint64) (*chunk, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	room := s.workable(free)
-	c, tooLarge := s.slots.dirtiest(waste, limit, s.wal.nextChunk, room)
+	var c *chunk
+	var tooLarge bool
+	if s.slots.mostLive() > s.wal.chunkBytes && (s.starving || s.awaitsReaper()) {
+		c, _ = s.slots.dirtiest(max(waste, quickWaste), limit, s.wal.nextChunk, min(room, s.wal.chunkBytes))
+	}
+	if c == nil {
+		c, tooLarge = s.slots.dirtiest(waste, limit, s.wal.nextChunk, room)
+	}
 	switch {
 	case c != nil:
 		c.acquire()

@@ -19,15 +19,17 @@ type mover struct {
 	line   lineage     // of the last record's branch
 	held   gathered
 	again  []int // of held
-	most   int   // how much is gathered
+	most   int   // how much is gathered of a chunk
+	turn   int   // the same, of this one
 	codecs map[format.Codec]*format.Compressor
 
 	forwarded bool // records of c may be elsewhere
 	full      bool // the last batch ended where a checkpoint has to come first
 }
 
-// heldMost is how much of what snapshots hold is moved in one turn of the checkpoint lock.
-const heldMost = 2 << 20
+// heldMost is how much of what snapshots hold is moved in one turn of the checkpoint lock. Of a chunk in which several
+// times as much lives it is heldLarge: while much is deleted the cleaner waits for each turn, and writers for the chunk.
+const heldMost, heldLarge = 2 << 20, 8 << 20
 
 func newMover(s *Store) *mover {
 	return &mover{s: s, comp: make([]byte, 0, format.MaxCompressed), most: heldMost, codecs: map[format.Codec]*format.Compressor{}}
@@ -36,9 +38,23 @@ func newMover(s *Store) *mover {
 // begin makes c the chunk to be cleaned.
 func (m *mover) begin(c *chunk) error {
 	m.held.reset()
+	if cap(m.held.data) > heldLarge/2 {
+		m.held = gathered{} // few chunks need so much memory
+	}
+	m.turn = m.most
+	if m.s.livesIn(c) > heldLarge {
+		m.turn = max(m.most, heldLarge)
+	}
 	f, err := c.handle()
 	m.c, m.r = c, recordReader{f: f, c: c, win: m.r.win[:0], off: format.ChunkHeaderSize, at: format.ChunkHeaderSize}
 	return err
+}
+
+// livesIn is how much lives in a chunk.
+func (s *Store) livesIn(c *chunk) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return int(c.live)
 }
 
 // look looks at the state of the chunk, as it is at the beginning of a batch: up to where there are records, and
@@ -61,7 +77,7 @@ func (m *mover) batch() (moved int, more bool, err error) {
 	}
 	gathered := len(m.held.data)
 	for from := m.r.off; moved+len(m.held.data)-gathered < cleanBatch && m.r.off-from < 16*cleanBatch; {
-		if len(m.held.data) >= m.most || m.r.off >= end && len(m.held.records) > 0 {
+		if len(m.held.data) >= m.turn || m.r.off >= end && len(m.held.records) > 0 {
 			var n int
 			n, err = m.moveGathered()
 			moved, gathered = moved+n, 0

@@ -240,3 +240,49 @@ func TestCleanerWorksInLessThanAChunk(t *testing.T) {
 	}
 	mustEnd(t, s, d)
 }
+
+// TestHungryCleanerTakesSmallChunksFirst: while writers wait, a chunk that gives something back soon is cleaned before a
+// larger one that is older. Of the larger one, much is moved in one turn of the checkpoint lock.
+func TestHungryCleanerTakesSmallChunksFirst(t *testing.T) {
+	s := largeChunks(t, Options{CheckpointInterval: -1}, func(s *Store) *Device { return mustOpen(t, s, "g") })
+	g, h := mustOpen(t, s, "g"), mustOpen(t, s, "h")
+	if took, err := writeNew(t, h, 0, 8<<20); err != nil {
+		t.Fatalf("after %d bytes: %v", took, err)
+	}
+	for at := int64(0); at < 8<<20; at += 128 << 10 {
+		must(t, h.Discard(at, 64<<10))
+	}
+	must(t, errors.Join(g.Discard(0, g.Size()), s.Checkpoint(), s.Checkpoint()))
+	chosen := func() *chunk {
+		c, err := s.victim(worthwhile, all)
+		must(t, err)
+		if c == nil {
+			t.Fatal("there is nothing to clean")
+		}
+		c.release()
+		return c
+	}
+	if c := chosen(); c.end <= smallChunk {
+		t.Errorf("the oldest chunk was not chosen, but one of %d bytes", c.end)
+	}
+	s.starving = true
+	if c := chosen(); c.end > smallChunk {
+		t.Errorf("while writers wait a chunk of %d bytes was chosen", c.end)
+	}
+	s.starving = false
+	m := newMover(s)
+	for _, want := range []struct {
+		live uint32
+		turn int
+	}{{heldLarge, heldMost}, {heldLarge + 1, heldLarge}, {1, heldMost}} {
+		c := chosen()
+		was := c.live
+		c.live = want.live
+		must(t, m.begin(c))
+		c.live = was
+		if m.turn != want.turn {
+			t.Errorf("of a chunk with %d bytes alive, %d are moved in a turn", want.live, m.turn)
+		}
+	}
+	mustEnd(t, s, g, h)
+}
