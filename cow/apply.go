@@ -41,7 +41,7 @@ type batch struct {
 
 // hold adds a change of n blocks of a leaf.
 func (t *batch) hold(b *branch, index uint32, first, n int, e format.Entry) error {
-	if t.held == t.s.opts.ReplayBatch || len(t.branches) == 1<<16 {
+	if t.held == t.s.opts.replayBatch || len(t.branches) == 1<<16 {
 		if err := t.apply(); err != nil {
 			return err
 		}

@@ -146,7 +146,7 @@ func TestWritersWaitForCheckpoints(t *testing.T) {
 // next cache that is too small.
 func TestReplayOfMoreThanFits(t *testing.T) {
 	dir := setup(t, 1<<30, format.Raw)
-	o := Options{CheckpointInterval: -1, ChunkBytes: 1 << 20}
+	o := Options{checkpointInterval: -1, chunkBytes: 1 << 20}
 	s := open(t, dir, o)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
@@ -183,7 +183,7 @@ func TestReplayOfMoreThanFits(t *testing.T) {
 	}
 	cut := o
 	var left []string // what the power leaves
-	cut.OnCommit = func(bool) error {
+	cut.onCommit = func(bool) error {
 		if len(left) < 2 {
 			left = append(left, filepath.Join(t.TempDir(), "left"))
 			must(t, os.CopyFS(left[len(left)-1], os.DirFS(dir)))

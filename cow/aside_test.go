@@ -34,7 +34,7 @@ func TestSetAsideOnFullDisk(t *testing.T) {
 		opens bool
 	}{{"reserve", 1, true}, {"none", 1 << 30, false}} {
 		t.Run(c.name, func(t *testing.T) {
-			s, dir := newStore(t, Options{CheckpointInterval: -1})
+			s, dir := newStore(t, Options{checkpointInterval: -1})
 			if err := s.Close(); err != nil {
 				t.Fatal(err)
 			}
@@ -49,7 +49,7 @@ func TestSetAsideOnFullDisk(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer in.Close()
-			s, err = Open(dir, Options{FS: &fullAside{in.Files(), c.times}, CheckpointInterval: -1, Logger: slog.New(slog.DiscardHandler)})
+			s, err = Open(dir, Options{fs: &fullAside{in.Files(), c.times}, checkpointInterval: -1, Logger: slog.New(slog.DiscardHandler)})
 			if !c.opens {
 				if !errors.Is(err, ErrNoSpace) {
 					t.Fatalf("Open: %v", err)
@@ -57,7 +57,7 @@ func TestSetAsideOnFullDisk(t *testing.T) {
 				if got, err := os.ReadFile(name); err != nil || len(got) != len(content) {
 					t.Fatalf("the file has %d bytes: %v", len(got), err)
 				}
-				s, err = Open(dir, Options{CheckpointInterval: -1, Logger: slog.New(slog.DiscardHandler)}) // there is room again
+				s, err = Open(dir, Options{checkpointInterval: -1, Logger: slog.New(slog.DiscardHandler)}) // there is room again
 			}
 			if err != nil {
 				t.Fatal(err)

@@ -13,7 +13,7 @@ import (
 // limitedStore is a store of at most 64 MiB with a volume of four times that.
 func limitedStore(t *testing.T) (*Store, *Device) {
 	t.Helper()
-	s, _ := newStore(t, Options{MaxBytes: 64 << 20, ChunkBytes: 2 << 20})
+	s, _ := newStore(t, Options{MaxBytes: 64 << 20, chunkBytes: 2 << 20})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 256 << 20})
 	must(t, err)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)

@@ -14,7 +14,7 @@ import (
 // writer on a limited store, and when it goes on it finds nothing wrong with what has gone meanwhile.
 func TestCheckKeepsNoSpace(t *testing.T) {
 	for _, readsData := range []bool{false, true} {
-		s, _ := newStore(t, Options{MaxBytes: 64 << 20, ChunkBytes: 2 << 20})
+		s, _ := newStore(t, Options{MaxBytes: 64 << 20, chunkBytes: 2 << 20})
 		const leaves, blocks = 256, 24 << 20 / format.BlockSize // so many leaves that progress is told
 		_, err := s.CreateVolume("v", VolumeOptions{Size: leaves << 20, Codec: format.Raw})
 		must(t, err)
@@ -56,7 +56,7 @@ func TestCheckKeepsNoSpace(t *testing.T) {
 // TestCheckInSlices: data that is read in many states of the table is read as in one, and damage is found.
 func TestCheckInSlices(t *testing.T) {
 	dir := setup(t, 256<<20, format.S2)
-	s := open(t, dir, Options{CheckpointInterval: -1})
+	s := open(t, dir, Options{checkpointInterval: -1})
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	for i := range int64(200) {

@@ -13,7 +13,7 @@ import (
 // A check of one volume looks at that one's history and snapshots, and at no other's; of one that is not there it says
 // so.
 func TestCheckOfOneVolume(t *testing.T) {
-	s, dir := newStore(t, Options{CheckpointInterval: -1})
+	s, dir := newStore(t, Options{checkpointInterval: -1})
 	write := func(name string, off int64, seed uint64) {
 		d, err := s.OpenDevice(Ref{Volume: name}, false)
 		must(t, err)

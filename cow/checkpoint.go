@@ -44,7 +44,7 @@ func (s *Store) checkpointLocked() error {
 	if err := s.commit(g); err != nil {
 		return s.thaw(g, err)
 	}
-	err := s.opts.OnCommit(true)
+	err := s.opts.onCommit(true)
 	s.settle(g)
 	s.trimEnds(g.at.ChunkSeq)
 	err = errors.Join(err, s.removeDead(g.dead))
@@ -61,7 +61,7 @@ func (s *Store) checkpointLocked() error {
 // final, whatever its errno: a sync may have failed, perhaps that of the meta page, and then another commit could write
 // over pages that the table on the disk refers to.
 func (s *Store) commit(g *generation) error {
-	err := s.opts.OnCommit(false)
+	err := s.opts.onCommit(false)
 	tried := err == nil
 	if tried {
 		// What it takes was counted before, and there is room. Where the file system does not keep to that, the reserve helps.
@@ -350,7 +350,7 @@ const afterFailure = time.Second
 
 // checkpointer runs checkpoints when there is reason, until quit.
 func (s *Store) checkpointer() {
-	if s.opts.CheckpointInterval < 0 {
+	if s.opts.checkpointInterval < 0 {
 		<-s.quit
 		return
 	}
@@ -371,7 +371,7 @@ func (s *Store) checkpointer() {
 			if err := s.wal.pool.emptyIdle(); err != nil {
 				s.log.Error("the file of a dead chunk stays", "err", err)
 			}
-			due = time.Since(last) >= s.opts.CheckpointInterval && s.changed()
+			due = time.Since(last) >= s.opts.checkpointInterval && s.changed()
 		}
 		if !due {
 			continue

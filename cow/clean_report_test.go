@@ -10,7 +10,7 @@ import (
 // What others write while the store is cleaned is not taken for space that cleaning has given back, or cost.
 func TestCleanReportBesideWriter(t *testing.T) {
 	var beside func() error // called once, while the table is committed
-	s, _ := newStore(t, Options{ChunkBytes: 1 << 20, CheckpointInterval: -1, OnCommit: func(done bool) error {
+	s, _ := newStore(t, Options{chunkBytes: 1 << 20, checkpointInterval: -1, onCommit: func(done bool) error {
 		f := beside
 		if beside = nil; f == nil {
 			return nil

@@ -22,7 +22,7 @@ func noise(p []byte, r *rand.Rand) { workload.Random(r, p) }
 
 // limited is a store of at most 128 MiB with a volume that takes the part use of it, filled.
 func limited(t testing.TB, use float64) (s *Store, d *Device, blocks int64) {
-	s, _ = newStore(t, Options{MaxBytes: 128 << 20, ChunkBytes: 2 << 20})
+	s, _ = newStore(t, Options{MaxBytes: 128 << 20, chunkBytes: 2 << 20})
 	blocks = int64(use*(128<<20)) / (format.BlockSize + 32)
 	_, err := s.CreateVolume("v", VolumeOptions{Size: blocks * format.BlockSize, Codec: format.S2})
 	if err == nil {
@@ -95,7 +95,7 @@ func TestOverwriteOfALimitedStore(t *testing.T) {
 // TestMovedBlocksDieAfterReopen: a chunk that was cleaned in part has a row of its moved blocks beside its own. When
 // all of them die at once, in a process that found the row in the table, it goes.
 func TestMovedBlocksDieAfterReopen(t *testing.T) {
-	o := Options{CheckpointInterval: -1, ChunkBytes: 1 << 20}
+	o := Options{checkpointInterval: -1, chunkBytes: 1 << 20}
 	s, dir := newStore(t, o)
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 4 << 20, Codec: format.S2})
 	must(t, err)
@@ -121,7 +121,7 @@ func TestMovedBlocksDieAfterReopen(t *testing.T) {
 	c.release()
 	must(t, errors.Join(d.Close(), s.Close()))
 
-	o.ReapBatch = 1 << 20
+	o.reapBatch = 1 << 20
 	s, err = Open(dir, o)
 	must(t, err)
 	must(t, s.Remove(Ref{Volume: "v"}, true))
@@ -134,7 +134,7 @@ func TestMovedBlocksDieAfterReopen(t *testing.T) {
 // TestCleanEndsAtPartsOfRecords: a record that a snapshot holds is moved whole, dead blocks and all. Their space
 // comes back with the rest of the record, and moving it again and again for them would never end.
 func TestCleanEndsAtPartsOfRecords(t *testing.T) {
-	s, _ := newStore(t, Options{CheckpointInterval: -1, ChunkBytes: 1 << 20})
+	s, _ := newStore(t, Options{checkpointInterval: -1, chunkBytes: 1 << 20})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 4 << 20, Codec: format.S2})
 	must(t, err)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
@@ -275,7 +275,7 @@ func halfDead(t *testing.T, onRead func(name string) error) (*Store, *Device) {
 	dir := setup(t, 4<<20, format.Raw)
 	fs := newHook(t, dir)
 	fs.onRead = onRead
-	s := open(t, dir, Options{FS: fs, CheckpointInterval: -1, ChunkBytes: 1 << 20})
+	s := open(t, dir, Options{fs: fs, checkpointInterval: -1, chunkBytes: 1 << 20})
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	p := randomBytes(4<<20, 1)
@@ -289,7 +289,7 @@ func halfDead(t *testing.T, onRead func(name string) error) (*Store, *Device) {
 
 // What others write while gc runs, and leave dead, is not its work: it would never end.
 func TestCleanEndsBesideWriters(t *testing.T) {
-	s, _ := newStore(t, Options{CheckpointInterval: -1, ChunkBytes: 256 << 10})
+	s, _ := newStore(t, Options{checkpointInterval: -1, chunkBytes: 256 << 10})
 	const blocks = 2048
 	_, err := s.CreateVolume("v", VolumeOptions{Size: blocks * format.BlockSize, Codec: format.Raw})
 	must(t, err)
@@ -323,7 +323,7 @@ func TestCleanEndsBesideWriters(t *testing.T) {
 // a record of the same block at the same place, which the leaf then names with the same entry. The old content must
 // not come back.
 func TestNameOfAnotherLife(t *testing.T) {
-	s, _ := newStore(t, Options{CheckpointInterval: -1, ChunkBytes: 1 << 20})
+	s, _ := newStore(t, Options{checkpointInterval: -1, chunkBytes: 1 << 20})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 20, Codec: format.Raw})
 	must(t, err)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
@@ -377,7 +377,7 @@ func TestNameOfAnotherLife(t *testing.T) {
 // move it. What a head has is not forwarded, since it may change, but written again, and nothing is left in the
 // chunk.
 func TestHandedToTheHead(t *testing.T) {
-	s, _ := newStore(t, Options{CheckpointInterval: -1, ChunkBytes: 1 << 20})
+	s, _ := newStore(t, Options{checkpointInterval: -1, chunkBytes: 1 << 20})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 8 << 20, Codec: format.S2})
 	must(t, err)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
@@ -424,7 +424,7 @@ func TestHandedToTheHead(t *testing.T) {
 // TestCleanOfAFutureEpoch: a damaged table may have a version of an epoch that its branch has not come to. The
 // cleaner says so, and ends.
 func TestCleanOfAFutureEpoch(t *testing.T) {
-	s, _ := newStore(t, Options{CheckpointInterval: -1, ChunkBytes: 1 << 20, Logger: slog.New(slog.DiscardHandler)})
+	s, _ := newStore(t, Options{checkpointInterval: -1, chunkBytes: 1 << 20, Logger: slog.New(slog.DiscardHandler)})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 8 << 20, Codec: format.S2})
 	must(t, err)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
@@ -451,7 +451,7 @@ func hooked(t *testing.T) (*Store, *Device, *hookFS) {
 	t.Helper()
 	dir := setup(t, 8<<20, format.S2)
 	fs := newHook(t, dir)
-	s := open(t, dir, Options{FS: fs, CheckpointInterval: -1, ChunkBytes: 1 << 20})
+	s := open(t, dir, Options{fs: fs, checkpointInterval: -1, chunkBytes: 1 << 20})
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	return s, d, fs

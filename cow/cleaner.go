@@ -138,7 +138,7 @@ func (s *Store) used(spares bool) int64 {
 
 // needRoom is called by writers that find no room, with mu held. It wakes the cleaner; false: that can give none.
 func (s *Store) needRoom() bool {
-	if s.helpless || s.closed || s.opts.CheckpointInterval < 0 {
+	if s.helpless || s.closed || s.opts.checkpointInterval < 0 {
 		return false
 	}
 	s.starving = true

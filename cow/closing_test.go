@@ -19,7 +19,7 @@ func TestEventDuringClose(t *testing.T) {
 		entered, gate := make(chan struct{}), make(chan struct{})
 		var once sync.Once
 		fs.onCreate = func(string) error { once.Do(func() { close(entered); <-gate }); return nil }
-		s := open(t, dir, Options{FS: fs, CheckpointInterval: -1})
+		s := open(t, dir, Options{fs: fs, checkpointInterval: -1})
 		snapped, closed := make(chan error, 1), make(chan error, 1)
 		go func() { snapped <- s.Snapshot(Ref{"v", "a"}) }()
 		<-entered
@@ -34,7 +34,7 @@ func TestEventDuringClose(t *testing.T) {
 			continue
 		}
 		cerr := <-closed
-		s2 := open(t, dir, Options{CheckpointInterval: -1})
+		s2 := open(t, dir, Options{checkpointInterval: -1})
 		v, err := s2.Volume("v")
 		must(t, err)
 		if serr == nil && len(v.Snapshots) == 0 {
@@ -126,9 +126,9 @@ func withDevices(t *testing.T, o Options) (s *Store, d, ro *Device) {
 // After Close everything is refused at once, also where the log's buffers were shared memory, which has gone.
 func TestCallsAfterClose(t *testing.T) {
 	for name, o := range map[string]Options{
-		"heap":   {CheckpointInterval: -1, ChunkBytes: 4 << 20},
-		"shared": {CheckpointInterval: -1, ChunkBytes: 4 << 20, Outlive: true, SharedMemory: t.TempDir()},
-		"idle":   {CheckpointInterval: -1},
+		"heap":   {checkpointInterval: -1, chunkBytes: 4 << 20},
+		"shared": {checkpointInterval: -1, chunkBytes: 4 << 20, Outlive: true, SharedMemory: t.TempDir()},
+		"idle":   {checkpointInterval: -1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s, d, ro := withDevices(t, o)
@@ -146,7 +146,7 @@ func TestCallsAfterClose(t *testing.T) {
 
 // A device that was closed is not to be used, while the store is open.
 func TestCallsAfterDeviceClose(t *testing.T) {
-	s, d, ro := withDevices(t, Options{CheckpointInterval: -1})
+	s, d, ro := withDevices(t, Options{checkpointInterval: -1})
 	must(t, errors.Join(d.Close(), ro.Close()))
 	for what, call := range calls(nil, d, ro) {
 		if what[:4] != "devi" && what[:4] != "snap" || what == "snapshot" {
@@ -161,7 +161,7 @@ func TestCallsAfterDeviceClose(t *testing.T) {
 
 // After the log has failed every change is refused at once, and so is Close's and everything after it.
 func TestCallsAfterFailure(t *testing.T) {
-	s, d, ro := withDevices(t, Options{CheckpointInterval: -1, Outlive: true, SharedMemory: t.TempDir()})
+	s, d, ro := withDevices(t, Options{checkpointInterval: -1, Outlive: true, SharedMemory: t.TempDir()})
 	_ = s.wal.fail(errors.New("the disk is gone"))
 	for what, call := range calls(s, d, ro) {
 		switch what {

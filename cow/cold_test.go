@@ -250,7 +250,7 @@ func TestColdRaces(t *testing.T) {
 // rewriting.
 func TestColdAndSlotReuse(t *testing.T) {
 	dir := setup(t, 4<<20, format.Raw)
-	s := open(t, dir, Options{CheckpointInterval: -1, ChunkBytes: 64 << 10})
+	s := open(t, dir, Options{checkpointInterval: -1, chunkBytes: 64 << 10})
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	write := func(seed uint64, block int64) []byte {
@@ -531,7 +531,7 @@ func TestColdClock(t *testing.T) {
 
 // TestColdIdle: the pass comes by itself, not beside others' work.
 func TestColdIdle(t *testing.T) {
-	s, _ := newStore(t, Options{ColdAfter: 200 * time.Millisecond, CheckpointInterval: 100 * time.Millisecond})
+	s, _ := newStore(t, Options{ColdAfter: 200 * time.Millisecond, checkpointInterval: 100 * time.Millisecond})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 4 << 20, Codec: format.S2})
 	must(t, err)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
@@ -611,7 +611,7 @@ func TestColdGoesOn(t *testing.T) {
 // TestColdLeavesDamage: damage is not copied, and hinders nothing else.
 func TestColdLeavesDamage(t *testing.T) {
 	for _, snapshot := range []bool{false, true} {
-		s, dir := newStore(t, Options{CheckpointInterval: -1, Logger: slog.New(slog.DiscardHandler)})
+		s, dir := newStore(t, Options{checkpointInterval: -1, Logger: slog.New(slog.DiscardHandler)})
 		_, err := s.CreateVolume("v", VolumeOptions{Size: 2 << 20, Codec: format.S2})
 		must(t, err)
 		d, err := s.OpenDevice(Ref{Volume: "v"}, false)
@@ -649,7 +649,7 @@ func TestColdPassesOverWhatCannotBeRead(t *testing.T) {
 		t.Run(fmt.Sprint(held), func(t *testing.T) {
 			dir := setup(t, 4<<20, format.S2)
 			fs := newHook(t, dir)
-			s := open(t, dir, Options{FS: fs, CheckpointInterval: -1, ChunkBytes: 512 << 10})
+			s := open(t, dir, Options{fs: fs, checkpointInterval: -1, chunkBytes: 512 << 10})
 			d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 			must(t, err)
 			p := make([]byte, 4<<20)

@@ -79,8 +79,8 @@ func newBusyStore(t *testing.T) *busyStore {
 
 func (b *busyStore) open() {
 	s, err := Open(b.dir, Options{
-		FS: b.fs, ChunkBytes: 512 << 10, ReapBatch: 3, CheckpointBytes: 256 << 10, CheckpointLeaves: 2,
-		CheckpointInterval: time.Second, NoTableSync: true, Logger: slog.New(slog.DiscardHandler),
+		fs: b.fs, chunkBytes: 512 << 10, reapBatch: 3, checkpointBytes: 256 << 10, checkpointLeaves: 2,
+		checkpointInterval: time.Second, noTableSync: true, Logger: slog.New(slog.DiscardHandler),
 	})
 	if err != nil {
 		b.t.Fatal(err)

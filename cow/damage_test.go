@@ -68,7 +68,7 @@ func (s *sound) holds(fs *crashfs.FS, table, formatText []byte, cut bool) (opene
 		os.WriteFile(filepath.Join(dir, tableFile), table, 0o600)); err != nil {
 		return false, err
 	}
-	st, err := Open(dir, Options{FS: fs, CheckpointInterval: -1, NoTableSync: true, CacheBytes: 1 << 20, Logger: slog.New(slog.DiscardHandler)})
+	st, err := Open(dir, Options{fs: fs, checkpointInterval: -1, noTableSync: true, CacheBytes: 1 << 20, Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		return false, nil
 	}

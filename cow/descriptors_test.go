@@ -33,7 +33,7 @@ func limitFiles(t *testing.T, n int) {
 
 // A store of more chunks than the process may have descriptors is read, written, cleaned and checked as any other.
 func TestMoreChunksThanDescriptors(t *testing.T) {
-	o := Options{CheckpointInterval: -1, ChunkBytes: 128 << 10}
+	o := Options{checkpointInterval: -1, chunkBytes: 128 << 10}
 	s, dir := newStore(t, o)
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 64 << 20, Codec: format.Raw})
 	must(t, err)
@@ -97,7 +97,7 @@ func TestMoreChunksThanDescriptors(t *testing.T) {
 
 // A plan whose fetches others do holds the descriptors of all of them, or of none; then it can be fetched as well.
 func TestPlanWithoutDescriptors(t *testing.T) {
-	s, dir := newStore(t, Options{CheckpointInterval: -1, ChunkBytes: 128 << 10})
+	s, dir := newStore(t, Options{checkpointInterval: -1, chunkBytes: 128 << 10})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 8 << 20, Codec: format.Raw})
 	must(t, err)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
@@ -108,7 +108,7 @@ func TestPlanWithoutDescriptors(t *testing.T) {
 	must(t, errors.Join(d.Close(), s.Close()))
 
 	limitFiles(t, 24) // a store in which a quarter of it, at least 4, can be held
-	s = open(t, dir, Options{CheckpointInterval: -1})
+	s = open(t, dir, Options{checkpointInterval: -1})
 	d, err = s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	plan := func(n int) (*ReadPlan, []byte) {
@@ -164,7 +164,7 @@ func (f *failingFile) Hold() (fd int, ok bool)           { return -1, false }
 
 // What cannot be looked at is not called damage, by whoever looks.
 func TestAccessIsNoDamage(t *testing.T) {
-	s, dir := newStore(t, Options{CheckpointInterval: -1, ChunkBytes: 1 << 20})
+	s, dir := newStore(t, Options{checkpointInterval: -1, chunkBytes: 1 << 20})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 8 << 20, Codec: format.Raw})
 	must(t, err)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
@@ -179,7 +179,7 @@ func TestAccessIsNoDamage(t *testing.T) {
 	defer inner.Close()
 	for errno, damage := range map[syscall.Errno]bool{syscall.EACCES: false, syscall.EMFILE: false, syscall.ENFILE: false, syscall.EIO: false, syscall.EINVAL: true} {
 		f := &failing{FS: inner, name: chunkName(0)}
-		s := open(t, dir, Options{CheckpointInterval: -1, FS: f})
+		s := open(t, dir, Options{checkpointInterval: -1, fs: f})
 		f.err = errno
 		rep, err := s.Check(context.Background(), CheckOptions{ReadData: true}, func(p Problem) {
 			if (p.Kind == KindCorrupt) != damage {
@@ -200,16 +200,16 @@ func TestAccessIsNoDamage(t *testing.T) {
 		must(t, s.Close())
 	}
 	// A header that cannot be read is no reason to move the file away.
-	s = open(t, dir, Options{CheckpointInterval: -1})
+	s = open(t, dir, Options{checkpointInterval: -1})
 	d, err = s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	_, err = d.WriteAt(randomBytes(4096, 3), 0)
 	must(t, errors.Join(err, d.Flush()))
 	name := s.wal.current.name()
 	killStore(s)
-	_, err = Open(dir, Options{CheckpointInterval: -1, FS: &failing{FS: inner, name: name, err: syscall.EACCES}})
+	_, err = Open(dir, Options{checkpointInterval: -1, fs: &failing{FS: inner, name: name, err: syscall.EACCES}})
 	if !errors.Is(err, syscall.EACCES) || errors.Is(err, ErrCorrupt) || strings.Contains(err.Error(), "move it away") {
 		t.Error(err)
 	}
-	mustEnd(t, open(t, dir, Options{CheckpointInterval: -1}))
+	mustEnd(t, open(t, dir, Options{checkpointInterval: -1}))
 }

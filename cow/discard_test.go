@@ -11,7 +11,7 @@ import (
 // The last block of a volume, of which it has only a part, is discarded with that part, but not if the volume has
 // grown since its size was looked at: then there may be data behind.
 func TestDiscardOfTheLastBlockBesideResize(t *testing.T) {
-	s, _ := newStore(t, Options{CheckpointInterval: -1})
+	s, _ := newStore(t, Options{checkpointInterval: -1})
 	const old = 3*format.BlockSize + 3*512
 	_, err := s.CreateVolume("v", VolumeOptions{Size: old, Codec: format.Raw})
 	must(t, err)

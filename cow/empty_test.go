@@ -44,7 +44,7 @@ func TestChunkMadeForNothing(t *testing.T) {
 			var free atomic.Int64
 			free.Store(1 << 30)
 			fs.onFree = func() (int64, bool) { return free.Load(), true }
-			o := Options{FS: fs, CheckpointInterval: -1, ChunkBytes: 4 << 20}
+			o := Options{fs: fs, checkpointInterval: -1, chunkBytes: 4 << 20}
 			s := open(t, dir, o)
 			d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 			must(t, err)
@@ -84,7 +84,7 @@ func TestChunkMadeForNothing(t *testing.T) {
 			must(t, errors.Join(err, d.Flush(), s.Snapshot(Ref{name, "after"})))
 			killStore(s)
 
-			o.FS = nil
+			o.fs = nil
 			s = open(t, dir, o)
 			_, _, err = s.lookup(Ref{name, "after"})
 			if !holdsAt(t, s, name, 8<<20, want) || err != nil {
@@ -97,7 +97,7 @@ func TestChunkMadeForNothing(t *testing.T) {
 
 // Chunks without a record lie anywhere in the log, as a store of an older version may have them.
 func TestEmptyChunks(t *testing.T) {
-	o := Options{CheckpointInterval: -1, ChunkBytes: 1 << 20}
+	o := Options{checkpointInterval: -1, chunkBytes: 1 << 20}
 	s, dir := newStore(t, o)
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 64 << 20, Codec: format.Raw})
 	must(t, err)
@@ -148,7 +148,7 @@ func TestEmptyChunks(t *testing.T) {
 
 // A record does not verify once, and the log goes on before it; later it verifies again. What came later counts.
 func TestLogEndsWhereTheNextOwnerFoundItsEnd(t *testing.T) {
-	o := Options{CheckpointInterval: -1, ChunkBytes: 1 << 20}
+	o := Options{checkpointInterval: -1, chunkBytes: 1 << 20}
 	s, dir := newStore(t, o)
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 64 << 20, Codec: format.Raw})
 	must(t, err)

@@ -12,7 +12,7 @@ import (
 
 // Ids are given once. When they are used up, what needs one is refused, and nothing of others is written over.
 func TestIDsAreUsedUp(t *testing.T) {
-	s, dir := newStore(t, Options{CheckpointInterval: -1})
+	s, dir := newStore(t, Options{checkpointInterval: -1})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 20, Codec: format.Raw})
 	must(t, err)
 	must(t, s.Snapshot(Ref{"v", "a"}))
@@ -42,11 +42,11 @@ func TestIDsAreUsedUp(t *testing.T) {
 		must(t, s.Rename(Ref{Volume: "v"}, Ref{Volume: "w"})) // needs none
 		must(t, s.Rename(Ref{Volume: "w"}, Ref{Volume: "v"}))
 		mustEnd(t, s)
-		s = open(t, dir, Options{CheckpointInterval: -1})
+		s = open(t, dir, Options{checkpointInterval: -1})
 	}
 	must(t, s.Remove(Ref{Volume: "v"}, true))
 	killStore(s) // so that the ids come from the log
-	s = open(t, dir, Options{CheckpointInterval: -1})
+	s = open(t, dir, Options{checkpointInterval: -1})
 	if _, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 20}); !errors.Is(err, ErrExhausted) {
 		t.Error(err)
 	}
@@ -58,7 +58,7 @@ func TestIDsAreUsedUp(t *testing.T) {
 
 // What is refused uses up no number.
 func TestRefusedUsesNoID(t *testing.T) {
-	s, _ := newStore(t, Options{CheckpointInterval: -1})
+	s, _ := newStore(t, Options{checkpointInterval: -1})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 20})
 	must(t, err)
 	before := s.tables.nextID
@@ -75,7 +75,7 @@ func TestRefusedUsesNoID(t *testing.T) {
 
 // A branch has a last epoch. Then its volume can have no snapshot, and a clone goes on.
 func TestEpochsAreUsedUp(t *testing.T) {
-	s, dir := newStore(t, Options{CheckpointInterval: -1})
+	s, dir := newStore(t, Options{checkpointInterval: -1})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 20, Codec: format.Raw})
 	must(t, err)
 	s.tables.byName["v"].branch.Epoch = lastEpoch - 1
@@ -93,7 +93,7 @@ func TestEpochsAreUsedUp(t *testing.T) {
 	}
 	must(t, d.Close())
 	mustEnd(t, s)
-	s = open(t, dir, Options{CheckpointInterval: -1})
+	s = open(t, dir, Options{checkpointInterval: -1})
 	for r, n := range map[Ref]uint64{{Volume: "v"}: 2, {"v", "last"}: 1} {
 		d, err := s.OpenDevice(r, true)
 		must(t, err)
@@ -113,7 +113,7 @@ func TestEpochsAreUsedUp(t *testing.T) {
 
 // When all slots are taken writes are refused before they are acknowledged, and what is deleted gives slots back.
 func TestSlotsAreUsedUp(t *testing.T) {
-	s, _ := newStore(t, Options{CheckpointInterval: -1, ChunkBytes: 1 << 20})
+	s, _ := newStore(t, Options{checkpointInterval: -1, chunkBytes: 1 << 20})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 64 << 20, Codec: format.Raw})
 	must(t, err)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
@@ -162,7 +162,7 @@ func TestLogNumbersAreUsedUp(t *testing.T) {
 		"records":           func(l *recordLog) { l.nextSeq = lastRecordSeq + 1 },
 	} {
 		t.Run(what, func(t *testing.T) {
-			s, _ := newStore(t, Options{CheckpointInterval: -1})
+			s, _ := newStore(t, Options{checkpointInterval: -1})
 			set(s.wal)
 			if _, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 20}); !errors.Is(err, ErrExhausted) {
 				t.Error(err)

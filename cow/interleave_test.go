@@ -136,7 +136,7 @@ func randomBytes(n int, seed uint64) []byte {
 // setup: store with a volume v, cleanly closed.
 func setup(t *testing.T, size int64, c format.Codec) string {
 	t.Helper()
-	s, dir := newStore(t, Options{CheckpointInterval: -1})
+	s, dir := newStore(t, Options{checkpointInterval: -1})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: size, Codec: c})
 	must(t, err)
 	must(t, s.Close())
@@ -150,7 +150,7 @@ func TestCheckpointWhileFirstChunkIsMade(t *testing.T) {
 	entered, gate := make(chan struct{}), make(chan struct{})
 	var once sync.Once
 	fs.onCreate = func(string) error { once.Do(func() { close(entered); <-gate }); return nil }
-	s := open(t, dir, Options{FS: fs, CheckpointInterval: -1})
+	s := open(t, dir, Options{fs: fs, checkpointInterval: -1})
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	data := randomBytes(64<<10, 1)
@@ -162,7 +162,7 @@ func TestCheckpointWhileFirstChunkIsMade(t *testing.T) {
 	must(t, <-done)
 	must(t, d.Flush()) // acknowledged as durable
 	killStore(s)
-	s = open(t, dir, Options{CheckpointInterval: -1})
+	s = open(t, dir, Options{checkpointInterval: -1})
 	t.Logf("recovery: %+v", s.Recovery())
 	d, _ = s.OpenDevice(Ref{Volume: "v"}, false)
 	got := make([]byte, len(data))
@@ -176,7 +176,7 @@ func TestCheckpointWhileFirstChunkIsMade(t *testing.T) {
 // Leaves() misses a leaf that is committed and evicted between the table's look-up and the cache's.
 func TestExtentsWhileLeafLeavesMemory(t *testing.T) {
 	dir := setup(t, 1<<30, format.Raw)
-	s := open(t, dir, Options{CheckpointInterval: -1})
+	s := open(t, dir, Options{checkpointInterval: -1})
 	s.cache.squeeze(3)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
@@ -210,7 +210,7 @@ func TestExtentsWhileLeafLeavesMemory(t *testing.T) {
 // The same through WriteZeroes only: a checkpoint and reads run beside it.
 func TestWriteZeroesBesideCheckpoints(t *testing.T) {
 	dir := setup(t, 8<<40, format.Raw)
-	s := open(t, dir, Options{CheckpointInterval: -1})
+	s := open(t, dir, Options{checkpointInterval: -1})
 	s.cache.squeeze(3)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
@@ -245,7 +245,7 @@ func TestEventOnFullDiskBesideWriter(t *testing.T) {
 	fs := newHook(t, dir)
 	entered, gate := make(chan struct{}), make(chan struct{})
 	var once sync.Once
-	s := open(t, dir, Options{FS: fs, CheckpointInterval: -1, ChunkBytes: 64 << 20})
+	s := open(t, dir, Options{fs: fs, checkpointInterval: -1, chunkBytes: 64 << 20})
 	fs.onFree = func() (int64, bool) { once.Do(func() { close(entered); <-gate }); return 32 << 20, true }
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
@@ -275,7 +275,7 @@ func TestFlushBesideBusyWriters(t *testing.T) {
 			time.Sleep(time.Duration(n) * time.Second / (200 << 20)) // 200 MB/s
 		}
 	}
-	s := open(t, dir, Options{FS: fs, CheckpointInterval: -1})
+	s := open(t, dir, Options{fs: fs, checkpointInterval: -1})
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	var stop atomic.Bool
@@ -314,7 +314,7 @@ func TestFlushBesideBusyWriters(t *testing.T) {
 
 // One damaged leaf of a deleted volume.
 func TestDamagedLeafOfDeletedVolume(t *testing.T) {
-	s, dir := newStore(t, Options{CheckpointInterval: -1})
+	s, dir := newStore(t, Options{checkpointInterval: -1})
 	for _, n := range []string{"v", "w"} {
 		_, err := s.CreateVolume(n, VolumeOptions{Size: 64 << 20})
 		must(t, err)
@@ -340,7 +340,7 @@ func TestDamagedLeafOfDeletedVolume(t *testing.T) {
 	must(t, s.meta.Update(func(tx *metadata.Tx) error { return tx.PutLeaf(v, bytes.Repeat([]byte{7}, 60)) }))
 	killStore(s)
 	for i := range 3 {
-		s, err = Open(dir, Options{CheckpointInterval: -1})
+		s, err = Open(dir, Options{checkpointInterval: -1})
 		if err != nil {
 			t.Fatalf("open %d: %v", i, err)
 		}
@@ -361,7 +361,7 @@ func TestDamagedLeafOfDeletedVolume(t *testing.T) {
 // A failure to open a chunk file, once.
 func TestChunkOpensAfterFailure(t *testing.T) {
 	dir := setup(t, 64<<20, format.Raw)
-	s := open(t, dir, Options{CheckpointInterval: -1})
+	s := open(t, dir, Options{checkpointInterval: -1})
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	_, err = d.WriteAt(randomBytes(4096, 1), 0)
@@ -369,7 +369,7 @@ func TestChunkOpensAfterFailure(t *testing.T) {
 	d.Close()
 	must(t, s.Close())
 	fs := newHook(t, dir)
-	s = open(t, dir, Options{FS: fs, CheckpointInterval: -1})
+	s = open(t, dir, Options{fs: fs, checkpointInterval: -1})
 	d, err = s.OpenDevice(Ref{Volume: "v"}, true)
 	must(t, err)
 	var n atomic.Int32
@@ -390,7 +390,7 @@ func TestChunkOpensAfterFailure(t *testing.T) {
 // One plan over two leaves, a chunk's slot reused in between.
 func TestPlanAcrossSlotReuse(t *testing.T) {
 	dir := setup(t, 64<<20, format.Raw)
-	s := open(t, dir, Options{CheckpointInterval: -1, ChunkBytes: 64 << 10})
+	s := open(t, dir, Options{checkpointInterval: -1, chunkBytes: 64 << 10})
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	A, B := randomBytes(4096, 1), randomBytes(4096, 2)
@@ -443,7 +443,7 @@ func TestPlanAcrossSlotReuse(t *testing.T) {
 // A chunk of holes and events is never given back while the store is open.
 func TestChunksOfHolesGo(t *testing.T) {
 	dir := setup(t, 64<<20, format.Raw)
-	s := open(t, dir, Options{CheckpointInterval: -1, ChunkBytes: 64 << 10})
+	s := open(t, dir, Options{checkpointInterval: -1, chunkBytes: 64 << 10})
 	from := "v"
 	for i := 2; i < 3000; i++ {
 		to := fmt.Sprint("v", i)
@@ -459,7 +459,7 @@ func TestChunksOfHolesGo(t *testing.T) {
 		t.Errorf("%d files stay", len(names))
 	}
 	killStore(s)
-	s = open(t, dir, Options{CheckpointInterval: -1, ChunkBytes: 64 << 10})
+	s = open(t, dir, Options{checkpointInterval: -1, chunkBytes: 64 << 10})
 	names = chunkFiles(t, s.fs)
 	t.Logf("after a restart: %d", len(names))
 }
@@ -467,7 +467,7 @@ func TestChunksOfHolesGo(t *testing.T) {
 // Close while a Check runs.
 func TestCloseDuringCheck(t *testing.T) {
 	dir := setup(t, 64<<20, format.Raw)
-	s := open(t, dir, Options{CheckpointInterval: -1})
+	s := open(t, dir, Options{checkpointInterval: -1})
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	for i := range int64(64) {
@@ -499,7 +499,7 @@ func TestCloseDuringCheck(t *testing.T) {
 // A check of the table's pages does not keep checkpoints, and so writers, waiting.
 func TestCheckpointWhilePagesAreChecked(t *testing.T) {
 	dir := setup(t, 64<<20, format.Raw)
-	s := open(t, dir, Options{CheckpointInterval: -1})
+	s := open(t, dir, Options{checkpointInterval: -1})
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	tx, pages, err := s.beginCheck()

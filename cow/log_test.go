@@ -36,7 +36,7 @@ func (f *slowFile) WriteAt(p []byte, off int64) (int, error) {
 // from its own buffer.
 func TestReadBehindCutBuffer(t *testing.T) {
 	fs := &slowFS{crashfs.New(), make(chan struct{})}
-	s, _ := newStore(t, Options{FS: fs, CheckpointInterval: -1})
+	s, _ := newStore(t, Options{fs: fs, checkpointInterval: -1})
 	s.mu.Lock()
 	for i := range byte(3) {
 		if err := s.wal.reserve(4096, forData); err != nil {

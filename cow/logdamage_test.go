@@ -83,7 +83,7 @@ type rotten struct {
 }
 
 func newRotten(t *testing.T) *rotten {
-	o := Options{CheckpointInterval: -1, ChunkBytes: 1 << 20}
+	o := Options{checkpointInterval: -1, chunkBytes: 1 << 20}
 	s, dir := newStore(t, o)
 	r := &rotten{dir: dir, o: o}
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 64 << 20, Codec: format.Raw})
@@ -156,8 +156,8 @@ func TestDamagedLog(t *testing.T) {
 		"bad sector at an event": {func(t *testing.T, r *rotten) func() {
 			fs, err := storage.OpenDir(filepath.Join(r.dir, chunksDir))
 			must(t, err)
-			r.o.FS = badSector{fs, r.chunk, r.event + 40}
-			return func() { r.o.FS = nil }
+			r.o.fs = badSector{fs, r.chunk, r.event + 40}
+			return func() { r.o.fs = nil }
 		}, 2, false},
 		"chunk header": {flipAt(later, func(*rotten) int64 { return 20 }), 4, true},
 		"header of zeros": {func(t *testing.T, r *rotten) func() {

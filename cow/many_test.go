@@ -37,7 +37,7 @@ func manySnapshots(t *testing.T, s *Store, name string, n int) {
 func TestRemoveWithVeryManySnapshots(t *testing.T) {
 	const n = 10_000
 	dir := setup(t, 64<<20, format.S2)
-	o := Options{CheckpointInterval: -1}
+	o := Options{checkpointInterval: -1}
 	s := open(t, dir, o)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
@@ -91,7 +91,7 @@ func TestRemoveWithVeryManySnapshots(t *testing.T) {
 
 // TestClonesAreListed: each snapshot names its clones, and not the volume that was rolled back to it.
 func TestClonesAreListed(t *testing.T) {
-	s, _ := newStore(t, Options{CheckpointInterval: -1})
+	s, _ := newStore(t, Options{checkpointInterval: -1})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 20})
 	must(t, err)
 	for i := range 3 {

@@ -33,7 +33,7 @@ type flushed struct {
 
 func newFlushed(t *testing.T) *flushed {
 	t.Helper()
-	x := &flushed{o: Options{CheckpointInterval: -1, ChunkBytes: 4 << 20}}
+	x := &flushed{o: Options{checkpointInterval: -1, chunkBytes: 4 << 20}}
 	s, dir := newStore(t, x.o)
 	x.dir = dir
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 64 << 20, Codec: format.Raw})
@@ -226,7 +226,7 @@ func TestMarkThatCannotBeWritten(t *testing.T) {
 		must(t, err)
 		off := from == "the beginning"
 		var text strings.Builder
-		s := open(t, dir, Options{FS: badMark{fs, &off}, CheckpointInterval: -1, Logger: slog.New(slog.NewTextHandler(&text, nil))})
+		s := open(t, dir, Options{fs: badMark{fs, &off}, checkpointInterval: -1, Logger: slog.New(slog.NewTextHandler(&text, nil))})
 		d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 		must(t, err)
 		for i := range 4 {
@@ -238,7 +238,7 @@ func TestMarkThatCannotBeWritten(t *testing.T) {
 		if n := strings.Count(text.String(), "is not written down any more"); n != 1 {
 			t.Errorf("from %s: %d warnings:\n%s", from, n, &text)
 		}
-		mustEnd(t, open(t, dir, Options{FS: fs, CheckpointInterval: -1}))
+		mustEnd(t, open(t, dir, Options{fs: fs, checkpointInterval: -1}))
 	}
 }
 

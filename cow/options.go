@@ -9,65 +9,62 @@ import (
 
 // Options are for Open; the zero value is ready to use.
 type Options struct {
-	FS          storage.FS    // the chunk files; nil: the store's directory
-	LockTimeout time.Duration // how long to wait for the store's lock
-	Holder      string        // what to say of this owner in the lock file, e.g. "vdisk serve"
-	CacheBytes  int64         // the most that the map takes in memory (docs/memory.md, Memory); default 256 MiB, MinCacheBytes to MaxCacheBytes
-	Logger      *slog.Logger  // default: slog.Default()
-
-	// When a checkpoint begins: after so many bytes of log (default 256 MiB),
-	// so many dirty leaves (default and at most a part of the cache, which see), so long after a
-	// change (default 10 s; negative: never by time or size, for tests).
-	CheckpointBytes    int64
-	CheckpointLeaves   int
-	CheckpointInterval time.Duration
-
-	// ColdAfter is how long a leaf must not have changed for the cold pass to write it once more, compressed better
-	// and in order (default 10 min; negative: never).
+	// LockTimeout is how long to wait for the store's lock.
+	LockTimeout time.Duration
+	// Holder names this owner in the lock file, as "vdisk serve".
+	Holder string
+	// Logger gets warnings, errors and what Open found (default: slog.Default()).
+	Logger *slog.Logger
+	// CacheBytes is the most memory that the block map takes (docs/memory.md, Memory): MinCacheBytes to MaxCacheBytes,
+	// default 256 MiB.
+	CacheBytes int64
+	// ColdAfter is how long a leaf must not have changed before the cold pass writes it again, better compressed and in
+	// order (default 10 min; negative: never).
 	ColdAfter time.Duration
-
-	// MaxBytes limits what the chunk files take together; 0: the file system does. What has not room is cleaned for, or
-	// fails with ErrNoSpace.
+	// MaxBytes limits the size of all chunk files together; 0: the file system is the limit. Data that does not fit
+	// waits for the cleaner, or fails with ErrNoSpace.
 	MaxBytes int64
-
-	// ChunkBytes is the size of a new chunk file (default 64 MiB, less where there is little room), ReapBatch how
-	// many leaf versions the reaper looks at in each checkpoint (default: batches of 32, for 50 ms), and ReplayBatch
-	// how many changes Open applies at once (default 2 Mi). Tests make them small, so that chunks come and go and
-	// batches end often.
-	ChunkBytes  int64
-	ReapBatch   int
-	ReplayBatch int
-	reapTime    time.Duration // for how long a checkpoint begins another batch
-	takeAll     bool          // new mappings may take what is kept for overwrites; for tests of the cleaner on stores of few chunks
-	// AllowReadOnly opens a store that cannot be written to, because of its file system or of its folder's permissions,
-	// to be read: see Store.ReadOnly. Nothing is changed then. Else that is an error, which matches ErrReadOnly.
+	// AllowReadOnly opens a store for reading that cannot be written to, because of its file system or its folder's
+	// permissions: see Store.ReadOnly. Nothing is changed then. Without it that is an error that matches ErrReadOnly.
 	AllowReadOnly bool
-	// Look is for a command that only looks at the store. Where the log ends before some of its records, which an owner
-	// that writes would set aside, they stay where they are: the store can be read as it is up to there, and
-	// Store.ReadOnly says why no more.
+	// Look is for a command that only looks at the store. If the log ends before some of its records, an owner that
+	// writes sets these aside; with Look they stay where they are, the store can only be read, as it is up to there, and
+	// Store.ReadOnly says why.
 	Look bool
-	// Outlive keeps the log's buffers in shared memory, so that the next owner finds what was answered when this
-	// process is killed; see Store.Outlives. It costs 16 MiB of it; without them, writes are slower. For owners that
-	// serve somebody who goes on when they die.
+	// Outlive keeps the log's buffers in shared memory, so that the next owner finds what was acknowledged if this
+	// process is killed; see Store.Outlives. Set it when clients outlive this process. It takes 16 MiB of shared memory;
+	// if there is no room for them, writes are slower.
 	Outlive bool
-	// SharedMemory is the directory for that; default /dev/shm.
+	// SharedMemory is the directory for that (default /dev/shm).
 	SharedMemory string
-	// ForgetElsewhere opens the store also when what its last owner had answered and not written is in another shared
-	// memory than this one, and gives that up; see ErrElsewhere.
+	// ForgetElsewhere opens the store even if the writes that its last owner had acknowledged, and not written, are in
+	// another shared memory than this one; they are given up. See ErrElsewhere.
 	ForgetElsewhere bool
-	// Foreign opens a store whose directory belongs to another user, or that other users may change (ErrForeign).
+	// Foreign opens a store whose folder belongs to another user, or that other users may change (ErrForeign).
 	Foreign bool
-	// Repair is asked, before anything is changed, whether Open shall go on where the log is damaged: it ends the log
-	// there, and sets aside what lies behind. An error of its is Open's. Without it the damage is.
+	// Repair is asked, before anything is changed, whether Open shall end a damaged log at the damage and set aside what
+	// lies behind. Its error is Open's. Without Repair, Open returns the damage.
 	Repair func(*LogDamage) error
-	// OnCommit is called around each commit of the table, and with an error before it lets it fail: for tests that
-	// cut the power.
-	OnCommit func(done bool) error
-	// GrowTable is called before the table's file becomes n bytes larger, and with an error keeps it from that: for
-	// tests whose disk is not the file system's.
-	GrowTable func(n int64) error
-	// NoTableSync leaves out the table's own fdatasyncs: for tests that copy its file.
-	NoTableSync bool
+
+	// The rest is for the tests of this package.
+
+	fs storage.FS // the chunk files; nil: the store's folder
+
+	// When a checkpoint begins: after so many bytes of log (default 256 MiB), after so many dirty leaves (default and at
+	// most a part of the cache), or so long after a change (default 10 s; negative: never by itself).
+	checkpointBytes    int64
+	checkpointLeaves   int
+	checkpointInterval time.Duration
+
+	chunkBytes  int64         // size of a new chunk file (default 64 MiB, less where there is little room)
+	reapBatch   int           // leaf versions that are reaped in one batch (default 32)
+	reapTime    time.Duration // for how long a checkpoint begins another batch
+	replayBatch int           // changes that Open applies at once (default 2 Mi)
+	takeAll     bool          // new mappings may take what is kept for overwrites
+
+	onCommit    func(done bool) error // called before and after each commit of the table; an error before lets it fail
+	growTable   func(n int64) error   // called before the table's file grows by n bytes; an error keeps it from that
+	noTableSync bool                  // the table is not synced
 }
 
 func (o *Options) setDefaults() {
@@ -78,14 +75,14 @@ func (o *Options) setDefaults() {
 	if o.Logger == nil {
 		o.Logger = slog.Default()
 	}
-	if o.CheckpointBytes <= 0 {
-		o.CheckpointBytes = 256 << 20
+	if o.checkpointBytes <= 0 {
+		o.checkpointBytes = 256 << 20
 	}
-	if o.CheckpointLeaves <= 0 {
-		o.CheckpointLeaves = dirtyLimit(o.CacheBytes) * 3 / 4
+	if o.checkpointLeaves <= 0 {
+		o.checkpointLeaves = dirtyLimit(o.CacheBytes) * 3 / 4
 	}
-	if o.CheckpointInterval == 0 {
-		o.CheckpointInterval = 10 * time.Second
+	if o.checkpointInterval == 0 {
+		o.checkpointInterval = 10 * time.Second
 	}
 	if o.ColdAfter == 0 {
 		o.ColdAfter = 10 * time.Minute
@@ -93,20 +90,20 @@ func (o *Options) setDefaults() {
 	if o.MaxBytes > 0 && o.MaxBytes < MinMaxBytes {
 		o.MaxBytes = MinMaxBytes
 	}
-	if o.ReapBatch <= 0 {
-		o.ReapBatch, o.reapTime = defaultReapBatch, defaultReapTime
+	if o.reapBatch <= 0 {
+		o.reapBatch, o.reapTime = defaultReapBatch, defaultReapTime
 	}
-	if o.ReplayBatch <= 0 {
-		o.ReplayBatch = batchMost
+	if o.replayBatch <= 0 {
+		o.replayBatch = batchMost
 	}
 	if o.SharedMemory == "" {
 		o.SharedMemory = sharedMemory
 	}
-	if o.OnCommit == nil {
-		o.OnCommit = func(bool) error { return nil }
+	if o.onCommit == nil {
+		o.onCommit = func(bool) error { return nil }
 	}
-	if o.GrowTable == nil {
-		o.GrowTable = func(int64) error { return nil }
+	if o.growTable == nil {
+		o.growTable = func(int64) error { return nil }
 	}
 }
 

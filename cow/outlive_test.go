@@ -18,7 +18,7 @@ import (
 
 // sharing are options for a store whose owner is to be killed.
 func sharing(t *testing.T) Options {
-	return Options{Outlive: true, SharedMemory: t.TempDir(), CheckpointInterval: -1}
+	return Options{Outlive: true, SharedMemory: t.TempDir(), checkpointInterval: -1}
 }
 
 // abandon ends a store as SIGKILL does.

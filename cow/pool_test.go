@@ -329,7 +329,7 @@ func (inNewFiles) Overwrites() bool { return false }
 // A read that was planned finds the chunk's file also where that is opened for the first time after it was removed.
 func TestFirstReadOfARemovedFile(t *testing.T) {
 	dir := setup(t, 4<<20, format.Raw)
-	o := Options{CheckpointInterval: -1}
+	o := Options{checkpointInterval: -1}
 	s := open(t, dir, o)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
@@ -338,7 +338,7 @@ func TestFirstReadOfARemovedFile(t *testing.T) {
 
 	fs, err := storage.OpenDir(filepath.Join(dir, chunksDir))
 	must(t, err)
-	o.FS = inNewFiles{fs}
+	o.fs = inNewFiles{fs}
 	s = open(t, dir, o)
 	d, err = s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)

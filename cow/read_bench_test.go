@@ -121,7 +121,7 @@ func readAmongWriters(b *testing.B, slow bool, writers int) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		o.FS = waitingFS{dir}
+		o.fs = waitingFS{dir}
 	}
 	d := benchDeviceOf(b, o, format.S2, 2*size)
 	r := rand.New(rand.NewPCG(1, 2))

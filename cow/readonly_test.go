@@ -138,7 +138,7 @@ func TestReadOnlyStore(t *testing.T) {
 			}
 			for _, lock := range []bool{true, false} {
 				dir := notRoot(t)
-				unclean(t, dir, Options{CheckpointInterval: -1, ChunkBytes: 1 << 20})
+				unclean(t, dir, Options{checkpointInterval: -1, chunkBytes: 1 << 20})
 				if !lock {
 					must(t, os.Remove(filepath.Join(dir, lockFile)))
 				}
@@ -157,7 +157,7 @@ func TestReadOnlyStore(t *testing.T) {
 		dir := notRoot(t)
 		shared := filepath.Join(filepath.Dir(dir), "shm")
 		must(t, os.Mkdir(shared, 0o755))
-		unclean(t, dir, Options{CheckpointInterval: -1, ChunkBytes: 1 << 20, Outlive: true, SharedMemory: shared})
+		unclean(t, dir, Options{checkpointInterval: -1, chunkBytes: 1 << 20, Outlive: true, SharedMemory: shared})
 		withhold(t, dir)
 		before := stateOf(t, dir)
 		readerProcess(t, dir, "was killed", false)
@@ -167,7 +167,7 @@ func TestReadOnlyStore(t *testing.T) {
 	})
 	t.Run("owner", func(t *testing.T) {
 		dir := notRoot(t)
-		s := open(t, dir, Options{CheckpointInterval: -1})
+		s := open(t, dir, Options{checkpointInterval: -1})
 		withhold(t, dir)
 		readerProcess(t, dir, "in use by pid", false)
 		must(t, s.Close())
@@ -176,7 +176,7 @@ func TestReadOnlyStore(t *testing.T) {
 
 // readOnly is what a process finds that may not write to the store that unclean made.
 func readOnly(t *testing.T, dir, says string) {
-	o := Options{CheckpointInterval: -1, AllowReadOnly: true, SharedMemory: filepath.Join(filepath.Dir(dir), "shm")}
+	o := Options{checkpointInterval: -1, AllowReadOnly: true, SharedMemory: filepath.Join(filepath.Dir(dir), "shm")}
 	if _, err := Open(dir, Options{}); !errors.Is(err, ErrReadOnly) || errors.Is(err, ErrCorrupt) {
 		t.Errorf("open to write: %v", err)
 	}

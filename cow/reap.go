@@ -135,7 +135,7 @@ func (s *Store) prepareReaping() {
 	_ = s.meta.View(func(tx *metadata.Tx) error {
 		return tx.Changes(cursor.next, cursor.last, func(v metadata.Version) bool {
 			leaves = append(leaves, v.Leaf)
-			return len(leaves) < s.opts.ReapBatch
+			return len(leaves) < s.opts.reapBatch
 		})
 	})
 	var l format.Leaf
@@ -179,7 +179,7 @@ func (s *Store) reap() (more bool) {
 	if s.thawed {
 		return false // there was no room for the last batch
 	}
-	for left := s.opts.ReapBatch; left > 0; {
+	for left := s.opts.reapBatch; left > 0; {
 		j, ok := s.nextJob()
 		if !ok {
 			return false

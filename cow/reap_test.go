@@ -12,7 +12,7 @@ import (
 // to look at.
 func TestReaperEndsWithManyLeaves(t *testing.T) {
 	const leaves = 100
-	s, _ := newStore(t, Options{CheckpointInterval: -1, ReapBatch: 1})
+	s, _ := newStore(t, Options{checkpointInterval: -1, reapBatch: 1})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 4 * leaves << 20, Codec: format.Raw})
 	must(t, err)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
@@ -71,7 +71,7 @@ func TestLateLookAtAReapedHead(t *testing.T) {
 
 // The oldest snapshot goes without a look at everything that the volume had then.
 func TestOldestSnapshotGoesFast(t *testing.T) {
-	s, _ := newStore(t, Options{CheckpointInterval: -1, ReapBatch: 4})
+	s, _ := newStore(t, Options{checkpointInterval: -1, reapBatch: 4})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 30, Codec: format.Raw})
 	must(t, err)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
@@ -108,7 +108,7 @@ func TestOldestSnapshotGoesFast(t *testing.T) {
 
 // What a deletion has to look at comes from the table before the store's lock is taken, which keeps writers waiting.
 func TestReaperReadsWithoutTheLock(t *testing.T) {
-	s, _ := newStore(t, Options{CheckpointInterval: -1})
+	s, _ := newStore(t, Options{checkpointInterval: -1})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 30, Codec: format.Raw})
 	must(t, err)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)

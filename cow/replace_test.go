@@ -13,7 +13,7 @@ import (
 // A leaf rots on disk while the store is open, is rewritten from memory, nothing is lost; then Open.
 func TestDamagedLeafIsReplaced(t *testing.T) {
 	dir := setup(t, 64<<20, format.Raw)
-	s := open(t, dir, Options{CheckpointInterval: -1})
+	s := open(t, dir, Options{checkpointInterval: -1})
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	_, err = d.WriteAt(randomBytes(4096, 1), 0)
@@ -44,7 +44,7 @@ func TestDamagedLeafIsReplaced(t *testing.T) {
 	mustCheck(t, s) // finds nothing wrong
 	d.Close()
 	must(t, s.Close())
-	s, err = Open(dir, Options{CheckpointInterval: -1})
+	s, err = Open(dir, Options{checkpointInterval: -1})
 	if err != nil {
 		t.Fatalf("Check found no problem, and: %v", err)
 	}

@@ -40,7 +40,7 @@ func bigStore(b *testing.B, size int64) (dir string) {
 	if err := Create(dir); err != nil {
 		b.Fatal(err)
 	}
-	s, err := Open(dir, Options{CheckpointInterval: -1})
+	s, err := Open(dir, Options{checkpointInterval: -1})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -90,7 +90,7 @@ func BenchmarkOpen(b *testing.B) {
 					}
 				}
 				b.StartTimer()
-				s, err := Open(dir, Options{CheckpointInterval: -1})
+				s, err := Open(dir, Options{checkpointInterval: -1})
 				if err != nil {
 					b.Fatal(err)
 				}
@@ -109,7 +109,7 @@ func BenchmarkOpen(b *testing.B) {
 func BenchmarkRestart(b *testing.B) {
 	size := *restartVolume << 30
 	dir := bigStore(b, size)
-	o := Options{CheckpointInterval: -1, CacheBytes: 2 << 30, Outlive: true, Logger: slog.New(slog.DiscardHandler)}
+	o := Options{checkpointInterval: -1, CacheBytes: 2 << 30, Outlive: true, Logger: slog.New(slog.DiscardHandler)}
 	s, err := Open(dir, o)
 	if err != nil {
 		b.Fatal(err)
@@ -178,7 +178,7 @@ func writeLog(b *testing.B, s *Store, size int64, n uint64) {
 // What was allocated behind a log that ended without a Close is given back once nothing there can be part of it.
 func TestAllocatedBehindTheEndIsGivenBack(t *testing.T) {
 	dir := setup(t, 64<<20, format.Raw)
-	o := Options{CheckpointInterval: -1}
+	o := Options{checkpointInterval: -1}
 	data := randomBytes(64<<10, 1)
 	for i := range int64(3) {
 		s := open(t, dir, o)

@@ -32,7 +32,7 @@ func (s *Store) tableShort(n int, p purpose) int64 {
 	rows := len(s.tables.dirtyVolumes) + len(s.tables.dirtySnapshots) + len(s.tables.dirtyBranches)
 	leaves := int64(s.unwritten + s.writing + len(s.dropping) + len(s.dirtyRegions) + s.writingRegions + rows/4 + n)
 	need := min(leaves*leafNeed, used+leaves*leafGrowth)
-	batch := int64(s.opts.ReapBatch)
+	batch := int64(s.opts.reapBatch)
 	need += batch*(leafNeed+rowNeed) + (free+used)/512 // the list of free pages
 	if p == forData {
 		need += batch / 2 * leafNeed // for discards and the cleaner
@@ -51,7 +51,7 @@ func (s *Store) growTable(n int64, p purpose) error {
 		room = min(room, free+s.wal.stock.bytes()-spare)
 	}
 	_, used := s.meta.Room()
-	for _, step := range []int64{max(n, min(max(used/16, int64(s.opts.ReapBatch)*rowNeed), growMost)), n} {
+	for _, step := range []int64{max(n, min(max(used/16, int64(s.opts.reapBatch)*rowNeed), growMost)), n} {
 		if step > room {
 			continue
 		}
@@ -65,7 +65,7 @@ func (s *Store) growTable(n int64, p purpose) error {
 
 // allocateTable gives the table's file blocks.
 func (s *Store) allocateTable(f *os.File, from, to int64) error {
-	if err := s.opts.GrowTable(to - from); err != nil {
+	if err := s.opts.growTable(to - from); err != nil {
 		return err
 	}
 	return metadata.Allocate(f, from, to)

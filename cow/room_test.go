@@ -25,7 +25,7 @@ func roomStore(t *testing.T, o Options) (s *Store, fs *crashfs.FS, again func() 
 	fs.SetCapacity(1 << 30)
 	dir := t.TempDir()
 	must(t, Create(dir))
-	o.FS, o.GrowTable, o.CheckpointInterval, o.Logger = fs, fs.Take, -1, slog.New(slog.DiscardHandler)
+	o.fs, o.growTable, o.checkpointInterval, o.Logger = fs, fs.Take, -1, slog.New(slog.DiscardHandler)
 	again = func() *Store { return open(t, dir, o) }
 	return again(), fs, again
 }
@@ -52,7 +52,7 @@ func mapLeaves(t *testing.T, d *Device, leaves int64) {
 // TestTableCannotFillTheDisk writes a little to every leaf between snapshots: the table grows faster than the log. It
 // has to end with ENOSPC while all can still be given back, and then the store is as good as new.
 func TestTableCannotFillTheDisk(t *testing.T) {
-	s, fs, again := roomStore(t, Options{ChunkBytes: 1 << 20})
+	s, fs, again := roomStore(t, Options{chunkBytes: 1 << 20})
 	leaves, room := int64(256), int64(8<<20)
 	if testing.Short() {
 		leaves, room = 64, 2<<20
@@ -126,7 +126,7 @@ func TestTableCannotFillTheDisk(t *testing.T) {
 // TestFullByOthers has other files take all of the disk. What gives room back goes on, from the reserve, also after the
 // store is opened again; what takes room does not; and a name that is not there is not found.
 func TestFullByOthers(t *testing.T) {
-	s, fs, again := roomStore(t, Options{ChunkBytes: 4 << 20})
+	s, fs, again := roomStore(t, Options{chunkBytes: 4 << 20})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 64 << 20})
 	must(t, err)
 	fill := func(s *Store) *Device {

@@ -24,7 +24,7 @@ func fillLeaves(t *testing.T, d *Device, n int64) {
 // A page of the table rots while the store is open; then somebody checks.
 func TestCheckOfDamagedPage(t *testing.T) {
 	dir := setup(t, 8<<30, format.Raw)
-	s := open(t, dir, Options{CheckpointInterval: -1})
+	s := open(t, dir, Options{checkpointInterval: -1})
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	fillLeaves(t, d, 1000)

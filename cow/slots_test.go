@@ -160,7 +160,7 @@ func TestSumsFollowChunks(t *testing.T) {
 // everybody else waiting.
 func BenchmarkManyChunks(b *testing.B) {
 	for _, n := range []int{16 << 10, 256 << 10, 1 << 20} {
-		s, _ := newStore(b, Options{CheckpointInterval: -1})
+		s, _ := newStore(b, Options{checkpointInterval: -1})
 		from, cs := bare(n, rand.New(rand.NewPCG(1, 1)))
 		s.slots.cleanable = from.cleanable
 		for _, c := range cs {

@@ -163,7 +163,7 @@ func (w *world) sameLive() error {
 
 // TestUsage goes through what each figure means, with records of one block.
 func TestUsage(t *testing.T) {
-	s, _ := newStore(t, Options{CheckpointInterval: -1})
+	s, _ := newStore(t, Options{checkpointInterval: -1})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 4 << 20, Codec: format.Raw})
 	must(t, err)
 	const record = format.RecordHeaderSize + format.BlockSize
@@ -234,7 +234,7 @@ func TestUsage(t *testing.T) {
 func TestRoundsLeaveNoSpace(t *testing.T) {
 	t.Parallel()
 	const size, chunk = 16 << 20, 512 << 10
-	s, _ := newStore(t, Options{CheckpointInterval: -1, ChunkBytes: chunk})
+	s, _ := newStore(t, Options{checkpointInterval: -1, chunkBytes: chunk})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: size, Codec: format.S2})
 	must(t, err)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)

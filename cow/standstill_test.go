@@ -15,7 +15,7 @@ import (
 
 // slowTable is a store of at most limit bytes whose commits take 20 ms, whatever the disk is.
 func slowTable(t *testing.T, limit int64) *Store {
-	s, _ := newStore(t, Options{MaxBytes: limit, ChunkBytes: 2 << 20, OnCommit: func(done bool) error {
+	s, _ := newStore(t, Options{MaxBytes: limit, chunkBytes: 2 << 20, onCommit: func(done bool) error {
 		if !done {
 			time.Sleep(20 * time.Millisecond)
 		}
@@ -130,7 +130,7 @@ func TestWritesGoOnWhileSnapshotsAreRemoved(t *testing.T) {
 // TestCleanerTakesFewTurns: a chunk of which snapshots hold all is moved in a few turns of the checkpoint lock, however
 // many records it has. While there is a checkpoint after the other, each turn costs one.
 func TestCleanerTakesFewTurns(t *testing.T) {
-	s, _ := newStore(t, Options{CheckpointInterval: -1, ChunkBytes: 4 << 20})
+	s, _ := newStore(t, Options{checkpointInterval: -1, chunkBytes: 4 << 20})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 8 << 20, Codec: format.S2})
 	must(t, err)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
@@ -179,7 +179,7 @@ func TestCleanerTakesFewTurns(t *testing.T) {
 // TestRoomComesBeforeAllIsReaped: where writers wait for room, the cleaner goes on as soon as some of what was deleted
 // has been reaped, and not when all has.
 func TestRoomComesBeforeAllIsReaped(t *testing.T) {
-	s, _ := newStore(t, Options{ChunkBytes: 2 << 20, ReapBatch: 1, CheckpointInterval: -1})
+	s, _ := newStore(t, Options{chunkBytes: 2 << 20, reapBatch: 1, checkpointInterval: -1})
 	const pieces, piece = 512, 64 << 10
 	var ds [2]*Device
 	for i, name := range []string{"g", "h"} {
@@ -213,7 +213,7 @@ func TestRoomComesBeforeAllIsReaped(t *testing.T) {
 // snapshots that come and go. Else it would be moved along for ever, until there is no room left.
 func TestDeadNeighboursComeBack(t *testing.T) {
 	const size, keep = 40 << 20, 6
-	s, _ := newStore(t, Options{MaxBytes: 64 << 20, ChunkBytes: 2 << 20})
+	s, _ := newStore(t, Options{MaxBytes: 64 << 20, chunkBytes: 2 << 20})
 	s.wal.limit, s.opts.takeAll = 34<<20, true // less than Options takes
 	w := newOverwriter(half(t, s, "v", size), size)
 	for n := range 16 {
@@ -237,7 +237,7 @@ func TestCleanLeavesOutWhatIsDead(t *testing.T) {
 	for _, codec := range []format.Codec{format.Raw, format.S2, format.Zstd} {
 		t.Run(codec.String(), func(t *testing.T) {
 			const size = 8 << 20
-			s, _ := newStore(t, Options{CheckpointInterval: -1, ChunkBytes: 1 << 20})
+			s, _ := newStore(t, Options{checkpointInterval: -1, chunkBytes: 1 << 20})
 			_, err := s.CreateVolume("v", VolumeOptions{Size: size, Codec: codec})
 			must(t, err)
 			d, err := s.OpenDevice(Ref{Volume: "v"}, false)

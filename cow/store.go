@@ -119,6 +119,13 @@ type Recovery struct {
 // Recovery reports what this Open replayed and dropped.
 func (s *Store) Recovery() Recovery { return s.recovery }
 
+// OpenOver is Open with the chunk files in files, and not in the store's folder: for tests of this module whose disk
+// fails.
+func OpenOver(dir string, files storage.FS, o Options) (*Store, error) {
+	o.fs = files
+	return Open(dir, o)
+}
+
 // Open opens the store in dir and replays what its last checkpoint does not
 // have. The caller owns the store until Close.
 func Open(dir string, o Options) (*Store, error) {
@@ -167,14 +174,14 @@ func openIn(in *storage.Folder, o Options) (*Store, error) {
 		return nil, err
 	}
 	s := &Store{
-		dir: dir, in: in, info: info, opts: o, log: o.Logger.With("store", dir), lock: lock, readOnly: readOnly, fs: o.FS,
+		dir: dir, in: in, info: info, opts: o, log: o.Logger.With("store", dir), lock: lock, readOnly: readOnly, fs: o.fs,
 		tables: newTables(), gen: 1, reapCursor: map[uint32]reapCursor{}, dropping: map[metadata.Version]struct{}{},
 		ckptWork: make(chan struct{}, 1), cleanWork: make(chan struct{}, 1), quit: make(chan struct{}),
 	}
 	s.scratch.New = newScratch
 	s.unpacked.New = func() any { return new(format.Leaf) }
 	s.frozen = sync.NewCond(&s.mu)
-	s.dirtyLimit = min(dirtyLimit(o.CacheBytes), 4*o.CheckpointLeaves)
+	s.dirtyLimit = min(dirtyLimit(o.CacheBytes), 4*o.checkpointLeaves)
 	s.forwards.load = s.loadForwards
 	if s.cache, err = newLeafCache(o.CacheBytes, s.loadLeaf); err != nil {
 		return nil, errors.Join(fmt.Errorf("open store %s: %w", dir, err), lock.Close())
@@ -189,7 +196,7 @@ func openIn(in *storage.Folder, o Options) (*Store, error) {
 		return s, nil
 	}
 	s.wg.Go(s.checkpointer)
-	if s.opts.CheckpointInterval >= 0 {
+	if s.opts.checkpointInterval >= 0 {
 		s.wg.Go(s.cleanRoutine)
 		if s.opts.ColdAfter > 0 {
 			s.wg.Go(s.coldRoutine)
@@ -243,7 +250,7 @@ func (s *Store) openChunks() (err error) {
 func (s *Store) openFiles() (err error) {
 	uuid := s.wal.uuid
 	s.meta, err = metadata.Open(s.in.Join(tableFile), metadata.Options{
-		In: s.in, Store: uuid, Timeout: time.Second, NoSync: s.opts.NoTableSync, Allocate: s.allocateTable,
+		In: s.in, Store: uuid, Timeout: time.Second, NoSync: s.opts.noTableSync, Allocate: s.allocateTable,
 		ReadOnly: s.readOnly != nil,
 	})
 	if err != nil {
@@ -293,7 +300,7 @@ func (s *Store) openFiles() (err error) {
 
 // sizeChunks makes chunks small where there is little room: the cleaner needs one to work with, and frees whole ones.
 func (s *Store) sizeChunks() error {
-	s.wal.limit, s.wal.chunkBytes = s.opts.MaxBytes, s.opts.ChunkBytes
+	s.wal.limit, s.wal.chunkBytes = s.opts.MaxBytes, s.opts.chunkBytes
 	if s.wal.chunkBytes > 0 && s.wal.chunkBytes <= format.MaxChunkSize {
 		return nil
 	}
@@ -343,7 +350,7 @@ func (s *Store) release() error {
 	if s.shared != nil { // not all of it is known to be in the files
 		errs = append(errs, s.shared.close())
 	}
-	if s.fs != nil && s.opts.FS == nil {
+	if s.fs != nil && s.opts.fs == nil {
 		errs = append(errs, s.fs.Close())
 	}
 	if s.lock != nil {

@@ -22,7 +22,7 @@ func TestStrangeFilesAreOneWarning(t *testing.T) {
 		}
 	}
 	var log bytes.Buffer
-	s, err := Open(dir, Options{CheckpointInterval: -1, Logger: slog.New(slog.NewTextHandler(&log, nil))})
+	s, err := Open(dir, Options{checkpointInterval: -1, Logger: slog.New(slog.NewTextHandler(&log, nil))})
 	if err != nil {
 		t.Fatal(err)
 	}

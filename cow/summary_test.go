@@ -13,7 +13,7 @@ import (
 // longLog makes a store with a log of several chunks, ends it as SIGKILL does, and returns its chunk files.
 func longLog(t *testing.T) (dir string, content []byte, chunks []string) {
 	t.Helper()
-	s, dir := newStore(t, Options{CheckpointInterval: -1, ChunkBytes: 256 << 10})
+	s, dir := newStore(t, Options{checkpointInterval: -1, chunkBytes: 256 << 10})
 	if _, err := s.CreateVolume("v", VolumeOptions{Size: 4 << 20, Codec: format.Raw}); err != nil {
 		t.Fatal(err)
 	}
@@ -44,7 +44,7 @@ func longLog(t *testing.T) (dir string, content []byte, chunks []string) {
 // must be right. It ends it as SIGKILL does.
 func replayed(t *testing.T, dir string, content []byte) (r Recovery, bad int) {
 	t.Helper()
-	s, err := Open(dir, Options{CheckpointInterval: -1})
+	s, err := Open(dir, Options{checkpointInterval: -1})
 	must(t, err)
 	defer s.abandon(t)
 	for _, ref := range []Ref{{Volume: "v"}, {"v", "s"}} {
@@ -146,7 +146,7 @@ func TestSummaryOfDroppedRecords(t *testing.T) {
 	change(t, chunks[len(chunks)-2], 150<<10, flip, 1)                    // full, and no header says yet that it is durable:
 	change(t, chunks[len(chunks)-1], 44, func(p []byte) { clear(p) }, 12) // one that was made late could
 	forgetMark(t, dir)
-	s, err := Open(dir, Options{CheckpointInterval: -1, ChunkBytes: 256 << 10})
+	s, err := Open(dir, Options{checkpointInterval: -1, chunkBytes: 256 << 10})
 	must(t, err)
 	if r := s.Recovery(); r.Lost != 0 || r.DroppedBytes == 0 {
 		t.Fatalf("%+v", r)
@@ -161,7 +161,7 @@ func TestSummaryOfDroppedRecords(t *testing.T) {
 		must(t, errors.Join(err, d.Flush()))
 	}
 	s.abandon(t)
-	s, err = Open(dir, Options{CheckpointInterval: -1})
+	s, err = Open(dir, Options{checkpointInterval: -1})
 	must(t, err)
 	defer s.abandon(t)
 	if r := s.Recovery(); r.Lost != 0 || r.DroppedBytes != 0 {

@@ -40,7 +40,7 @@ func failTableSync(t *testing.T, path string) (undo func()) {
 // write over pages that the table on the disk refers to. What was flushed is in the log.
 func TestFailedSyncOfTheTableIsFinal(t *testing.T) {
 	hook := func() {}
-	s, dir := newStore(t, Options{CheckpointInterval: -1, OnCommit: func(done bool) error {
+	s, dir := newStore(t, Options{checkpointInterval: -1, onCommit: func(done bool) error {
 		if !done {
 			hook()
 		}

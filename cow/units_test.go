@@ -23,7 +23,7 @@ func partStore(t *testing.T, codec format.Codec) (s *Store, d *Device, fs *crash
 	dir := t.TempDir()
 	must(t, Create(dir))
 	fs = crashfs.New()
-	s = open(t, dir, Options{FS: fs, CheckpointInterval: -1, NoTableSync: true, ChunkBytes: 512 << 10})
+	s = open(t, dir, Options{fs: fs, checkpointInterval: -1, noTableSync: true, chunkBytes: 512 << 10})
 	t.Cleanup(func() { must(t, s.Close()) })
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 64 << 20, Codec: codec})
 	must(t, err)
@@ -227,7 +227,7 @@ func TestUnitCache(t *testing.T) {
 
 // TestReadsDoNotAllocate is for reads of parts and wholes, once the cache of units is full.
 func TestReadsDoNotAllocate(t *testing.T) {
-	s, _ := newStore(t, Options{CheckpointInterval: -1})
+	s, _ := newStore(t, Options{checkpointInterval: -1})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 8 << 20, Codec: format.S2})
 	must(t, err)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)

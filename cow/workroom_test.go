@@ -21,7 +21,7 @@ func largeChunks(t *testing.T, o Options, create func(s *Store) *Device) *Store 
 	const size, piece = 16 << 20, 64 << 10
 	dir := t.TempDir()
 	must(t, Create(dir))
-	s := open(t, dir, Options{ChunkBytes: largeChunk, CheckpointInterval: -1, FS: o.FS})
+	s := open(t, dir, Options{chunkBytes: largeChunk, checkpointInterval: -1, fs: o.fs})
 	for _, name := range []string{"g", "h", "k"} {
 		_, err := s.CreateVolume(name, VolumeOptions{Size: 4 * size})
 		must(t, err)
@@ -37,7 +37,7 @@ func largeChunks(t *testing.T, o Options, create func(s *Store) *Device) *Store 
 		}
 	}
 	must(t, errors.Join(g.Close(), k.Close(), s.Close()))
-	o.ChunkBytes, o.takeAll, o.Logger = smallChunk, true, slog.New(slog.DiscardHandler)
+	o.chunkBytes, o.takeAll, o.Logger = smallChunk, true, slog.New(slog.DiscardHandler)
 	s = open(t, dir, o)
 	t.Cleanup(func() { _ = s.Close() }) // where the test has not come to its end
 	return s
@@ -62,7 +62,7 @@ func writeNew(t *testing.T, d *Device, at, n int64) (took int64, err error) {
 // TestCleanerHasRoomForTheLargestChunk: where writers have taken all the room that they can have, the cleaner can still
 // clean chunks that are larger than new ones.
 func TestCleanerHasRoomForTheLargestChunk(t *testing.T) {
-	s := largeChunks(t, Options{MaxBytes: 64 << 20, CheckpointInterval: -1}, func(s *Store) *Device { return mustOpen(t, s, "g") })
+	s := largeChunks(t, Options{MaxBytes: 64 << 20, checkpointInterval: -1}, func(s *Store) *Device { return mustOpen(t, s, "g") })
 	g, h := mustOpen(t, s, "g"), mustOpen(t, s, "h")
 	must(t, g.Discard(0, g.Size()))
 	// The last checkpoint gives up the chunk that died whole, if there is one.
@@ -147,7 +147,7 @@ func TestFullStoreHasRoomAfterDeletion(t *testing.T) {
 				if disk == "disk" {
 					fs = crashfs.New()
 					fs.SetCapacity(spare + 2*room)
-					o = Options{FS: fs, GrowTable: fs.Take}
+					o = Options{fs: fs, growTable: fs.Take}
 				}
 				if c.make == nil {
 					c.make = func(t *testing.T, s *Store) *Device { return mustOpen(t, s, "g") }
@@ -208,7 +208,7 @@ func TestCleanerChoosesWhatFits(t *testing.T) {
 // is alive, and goes on with what these give back.
 func TestCleanerWorksInLessThanAChunk(t *testing.T) {
 	const size, piece, chunk = 24 << 20, 64 << 10, 4 << 20
-	s, _ := newStore(t, Options{ChunkBytes: chunk, CheckpointInterval: -1, takeAll: true})
+	s, _ := newStore(t, Options{chunkBytes: chunk, checkpointInterval: -1, takeAll: true})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 4 * size})
 	must(t, err)
 	d := mustOpen(t, s, "v")
@@ -244,7 +244,7 @@ func TestCleanerWorksInLessThanAChunk(t *testing.T) {
 // TestHungryCleanerTakesSmallChunksFirst: while writers wait, a chunk that gives something back soon is cleaned before a
 // larger one that is older. Of the larger one, much is moved in one turn of the checkpoint lock.
 func TestHungryCleanerTakesSmallChunksFirst(t *testing.T) {
-	s := largeChunks(t, Options{CheckpointInterval: -1}, func(s *Store) *Device { return mustOpen(t, s, "g") })
+	s := largeChunks(t, Options{checkpointInterval: -1}, func(s *Store) *Device { return mustOpen(t, s, "g") })
 	g, h := mustOpen(t, s, "g"), mustOpen(t, s, "h")
 	if took, err := writeNew(t, h, 0, 8<<20); err != nil {
 		t.Fatalf("after %d bytes: %v", took, err)

@@ -254,7 +254,7 @@ type world struct {
 // and go, and a reaper whose batches end often.
 func (l *lab) options(fs storage.FS) Options {
 	return Options{
-		FS: fs, CheckpointInterval: -1, NoTableSync: true, ChunkBytes: 512 << 10, ReapBatch: 3, ReplayBatch: 20,
+		fs: fs, checkpointInterval: -1, noTableSync: true, chunkBytes: 512 << 10, reapBatch: 3, replayBatch: 20,
 		CacheBytes: 1 << 20, Logger: slog.New(slog.DiscardHandler),
 	}
 }
@@ -288,10 +288,10 @@ func (l *lab) open(img crashImage, every int, rng *rand.Rand) (*world, error) {
 		fs = l.wrap(img.fs)
 	}
 	o := l.options(fs)
-	o.OnCommit, o.Outlive = w.onCommit, img.outlive
-	o.GrowTable = img.fs.Take // the table is on the same disk
+	o.onCommit, o.Outlive = w.onCommit, img.outlive
+	o.growTable = img.fs.Take // the table is on the same disk
 	if rng.IntN(2) == 0 {
-		o.ChunkBytes = 160 << 10 // logs of many chunks, with summaries
+		o.chunkBytes = 160 << 10 // logs of many chunks, with summaries
 	}
 	if w.s, err = Open(dir, o); err != nil {
 		l.giveBack(dir)

@@ -311,7 +311,7 @@ func (s *Store) makeRoom(p purpose) error {
 		return ErrClosed
 	}
 	gen, failures := s.gen, s.failures
-	if s.opts.CheckpointInterval < 0 { // nobody else makes any
+	if s.opts.checkpointInterval < 0 { // nobody else makes any
 		s.mu.Unlock()
 		defer s.mu.Lock()
 		return s.checkpointOf(gen)
@@ -342,11 +342,11 @@ func (s *Store) checkpointOf(gen uint64) error {
 
 // checkpointDue wakes the checkpointer when a limit is reached. mu is held.
 func (s *Store) checkpointDue() {
-	if s.opts.CheckpointInterval < 0 {
+	if s.opts.checkpointInterval < 0 {
 		return
 	}
 	since := int64(s.wal.appended - s.ckptAt.Load())
-	if since >= s.opts.CheckpointBytes || s.unwritten >= s.opts.CheckpointLeaves {
+	if since >= s.opts.checkpointBytes || s.unwritten >= s.opts.checkpointLeaves {
 		poke(s.ckptWork)
 	}
 }

@@ -13,7 +13,7 @@ import (
 // session opens a store, works with it, and closes it, as a command does.
 func session(t *testing.T, dir string, work func(s *Store)) {
 	t.Helper()
-	s := open(t, dir, Options{CheckpointInterval: -1, ChunkBytes: 1 << 20})
+	s := open(t, dir, Options{checkpointInterval: -1, chunkBytes: 1 << 20})
 	work(s)
 	must(t, s.Close())
 }
@@ -83,7 +83,7 @@ func TestWrongTable(t *testing.T) {
 			}
 			was := folder(t, dir)
 			for _, o := range []Options{{}, {Outlive: true}, {Repair: func(*LogDamage) error { return nil }}} {
-				o.CheckpointInterval, o.SharedMemory = -1, t.TempDir()
+				o.checkpointInterval, o.SharedMemory = -1, t.TempDir()
 				if s, err := Open(dir, o); !errors.Is(err, ErrCorrupt) {
 					if err == nil {
 						killStore(s)

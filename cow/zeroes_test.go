@@ -13,7 +13,7 @@ import (
 func TestZerosThatAreNoHole(t *testing.T) {
 	const b = format.BlockSize
 	dir := setup(t, 4<<20, format.S2)
-	s := open(t, dir, Options{CheckpointInterval: -1})
+	s := open(t, dir, Options{checkpointInterval: -1})
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	edge := bytes.Repeat([]byte("edge"), b/2) // two blocks
@@ -57,7 +57,7 @@ func TestZerosThatAreNoHole(t *testing.T) {
 		func() { _, err := s.Clean(t.Context(), 0.05); must(t, err) },
 		func() {
 			mustEnd(t, s, d)
-			s = open(t, dir, Options{CheckpointInterval: -1})
+			s = open(t, dir, Options{checkpointInterval: -1})
 			d, err = s.OpenDevice(Ref{Volume: "v"}, false)
 			must(t, err)
 		},
@@ -82,7 +82,7 @@ func TestZerosThatAreNoHole(t *testing.T) {
 // Zero keeps the space that there is, and takes no more.
 func TestZeroKeepsSpace(t *testing.T) {
 	const b = format.BlockSize
-	s, _ := newStore(t, Options{CheckpointInterval: -1})
+	s, _ := newStore(t, Options{checkpointInterval: -1})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 8 << 20, Codec: format.S2})
 	must(t, err)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)

@@ -25,7 +25,7 @@ func openElsewhere(ctx context.Context, dir string, o Options, opts cow.Options,
 		return nil, fmt.Errorf("%w: a disk waits there (%s), which 'vdisk detach --force' gives up", cause, strings.Join(need, ", "))
 	}
 	opts.ForgetElsewhere = true
-	return cow.Open(dir, opts)
+	return openStore(dir, o, opts)
 }
 
 // needMemory lists what waits as a writable disk, as far as it is not known that there is none.

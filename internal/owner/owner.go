@@ -56,10 +56,10 @@ type Owner struct {
 func own(ctx context.Context, dir string, o Options, mayRead bool) (*Owner, error) {
 	opts := cow.Options{ // its clients and devices go on when it is killed
 		LockTimeout: o.LockTimeout, Holder: o.Command, Logger: o.Logger, CacheBytes: o.MapCache, MaxBytes: o.MaxBytes, ColdAfter: o.ColdAfter,
-		Outlive: o.lasts(), SharedMemory: o.sharedMemory, FS: o.fs, Foreign: o.Foreign,
+		Outlive: o.lasts(), SharedMemory: o.sharedMemory, Foreign: o.Foreign,
 		AllowReadOnly: mayRead, Look: o.Look, Repair: o.Repair,
 	}
-	store, err := cow.Open(dir, opts)
+	store, err := openStore(dir, o, opts)
 	if errors.Is(err, cow.ErrElsewhere) {
 		store, err = openElsewhere(ctx, dir, o, opts, err)
 	}
@@ -91,6 +91,14 @@ func own(ctx context.Context, dir string, o Options, mayRead bool) (*Owner, erro
 		return nil, errors.Join(err, owner.closeDisks(ctx), store.Close(), in.Close())
 	}
 	return owner, nil
+}
+
+// openStore opens the engine, over the file layer of a test if there is one.
+func openStore(dir string, o Options, opts cow.Options) (*cow.Store, error) {
+	if o.fs != nil {
+		return cow.OpenOver(dir, o.fs, opts)
+	}
+	return cow.Open(dir, opts)
 }
 
 // stopTimeout bounds each step of ending: a client's last operation, a device's last requests.

@@ -43,7 +43,7 @@ func TestReadWithoutDescriptors(t *testing.T) {
 	inner, err := storage.OpenDir(filepath.Join(dir, "chunks"))
 	must(err)
 	defer inner.Close()
-	s, err := cow.Open(dir, cow.Options{FS: scarce{inner}})
+	s, err := cow.OpenOver(dir, scarce{inner}, cow.Options{})
 	must(err)
 	defer s.Close()
 	_, err = s.CreateVolume("v", cow.VolumeOptions{Size: 1 << 20, Codec: format.Raw})
