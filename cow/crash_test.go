@@ -101,26 +101,30 @@ func TestCrashStates(t *testing.T) {
 func (l *lab) crashProperty(enough int64) func(*rapid.T) {
 	var failed atomic.Bool
 	return func(t *rapid.T) {
-		if l.states.Load() >= enough && !failed.Load() {
+		done := func() bool { return l.states.Load() >= enough && !failed.Load() }
+		if done() {
 			return
 		}
 		ops := genOps().Draw(t, "ops")
 		seed := rapid.Uint64().Draw(t, "seed")
-		if at, err := l.run(ops, rand.New(rand.NewPCG(seed, 0))); err != nil {
+		if at, err := l.run(ops, rand.New(rand.NewPCG(seed, 0)), done); err != nil {
 			failed.Store(true)
 			t.Fatalf("operation %d, %v: %v", at, ops[at], err)
 		}
 	}
 }
 
-// run does the operations on a new store, and verifies every image as it is taken.
-func (l *lab) run(ops []op, rng *rand.Rand) (at int, err error) {
+// run does the operations on a new store until it is done, and verifies every image as it is taken.
+func (l *lab) run(ops []op, rng *rand.Rand, done func() bool) (at int, err error) {
 	w, err := l.open(crashImage{fs: crashfs.New(), table: l.table, m: newModel(1, state{}), floor: 1, what: "new", outlive: true}, 6, rng)
 	if err != nil {
 		return 0, err
 	}
 	lazy := rng.IntN(3) == 0 // for long logs
 	for at, o := range ops {
+		if done() {
+			break
+		}
 		if lazy && slices.Contains([]string{"checkpoint", "reap", "check", "churn"}, o.kind) {
 			o.kind = "flush"
 		}

@@ -146,7 +146,7 @@ func lookFor(t *testing.T, l *lie, runs uint64) (at int, err error) {
 	lab.wrap = l.wrap
 	for seed := range runs {
 		rng := rand.New(rand.NewPCG(seed, 3))
-		if at, err := lab.run(randomRun(rng), rng); err != nil {
+		if at, err := lab.run(randomRun(rng), rng, func() bool { return false }); err != nil {
 			return at, fmt.Errorf("run %d, after %d crash states: %w", seed, lab.states.Load(), err)
 		}
 	}
