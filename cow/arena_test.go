@@ -70,7 +70,7 @@ func TestCacheAgainstModel(t *testing.T) {
 				}
 				s.dirty, s.gen = nil, s.gen+1
 				for i := range c.shards {
-					c.shards[i].settleImages(s.gen, func(uint32) {})
+					c.shards[i].dropWritten(s.gen, func(uint32) {})
 				}
 			case 1, 2, 3:
 				if c.ensure(k) != nil {
@@ -80,7 +80,7 @@ func TestCacheAgainstModel(t *testing.T) {
 				if lf == nil {
 					t.Fatal("evicted by nobody")
 				}
-				if o, err := s.own(k, sh); err == nil {
+				if o, err := s.makeWritable(k, sh); err == nil {
 					l := now[k.index]
 					var made format.Leaf
 					testLeaf(rng, []int{0, 1, 16}[rng.IntN(3)], &made)

@@ -29,7 +29,7 @@ const (
 	bucketShare = 96 / 4
 )
 
-// leafCache keeps merged leaves, and images (images.go) in memory of a fixed size. Leaves that are as in the
+// leafCache keeps merged leaves, and images (preimage.go) in memory of a fixed size. Leaves that are as in the
 // table are packed, and go by second chance when room is needed; dirty ones stay.
 type leafCache struct {
 	load   func(leafKey, *openLeaf) error

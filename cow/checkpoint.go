@@ -35,24 +35,24 @@ func (s *Store) checkpoint() error {
 
 func (s *Store) checkpointLocked() error {
 	s.reapForCheckpoint()
-	g := s.freeze()
+	g := s.beginGeneration()
 	// Data before metadata: what the leaves point to is durable before they are.
 	if err := s.wal.sync(); err != nil {
-		return s.thaw(g, fmt.Errorf("checkpoint: %w", err))
+		return s.abortGeneration(g, fmt.Errorf("checkpoint: %w", err))
 	}
 	s.encode(g)
 	if err := s.commit(g); err != nil {
-		return s.thaw(g, err)
+		return s.abortGeneration(g, err)
 	}
 	err := s.opts.onCommit(true)
-	s.settle(g)
+	s.finishGeneration(g)
 	s.trimEnds(g.at.ChunkSeq)
 	err = errors.Join(err, s.removeDead(g.dead))
 	s.mu.Lock()
-	if s.leaving > 0 {
+	if s.pendingFree > 0 {
 		s.wal.space.Broadcast() // whoever waits for room need not wait for the cleaner, too
 	}
-	s.leaving = 0
+	s.pendingFree = 0
 	s.mu.Unlock()
 	return err
 }
@@ -85,7 +85,7 @@ func (s *Store) commit(g *generation) error {
 // trimEnds gives back what is allocated behind the records of chunks in which the log ended without a Close, and from
 // which no replay begins any more: those before a sequence number. ckptMu is held.
 func (s *Store) trimEnds(before uint64) {
-	s.ends = slices.DeleteFunc(s.ends, func(c *chunk) bool {
+	s.untrimmed = slices.DeleteFunc(s.untrimmed, func(c *chunk) bool {
 		if c.seq >= before {
 			return false
 		}
@@ -107,29 +107,29 @@ func (s *Store) trimEnds(before uint64) {
 	})
 }
 
-// freeze notes the log's end and takes everything that changed up to it, under the lock: what writers do from
+// beginGeneration notes the log's end and takes everything that changed up to it, under the lock: what writers do from
 // here on belongs to the next generation. The reaper's batch is part of this one.
-func (s *Store) freeze() *generation {
+func (s *Store) beginGeneration() *generation {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	g := &generation{gen: s.gen}
 	chunkSeq, off := s.wal.position()
-	g.at = format.Checkpoint{Seq: s.wal.nextSeq, ChunkSeq: chunkSeq, Offset: off, NextID: uint32(min(s.tables.nextID, math.MaxUint32)), NextChunkSeq: s.wal.nextChunk}
+	g.at = format.Checkpoint{Seq: s.wal.nextSeq, ChunkSeq: chunkSeq, Offset: off, NextID: uint32(min(s.catalog.nextID, math.MaxUint32)), NextChunkSeq: s.wal.nextChunk}
 	g.appended = s.wal.appended
 	g.leaves, s.dirty = s.dirty, nil
 	s.writing, s.unwritten = s.unwritten, 0
 	for v := range s.dropping {
 		g.dropLeaves = append(g.dropLeaves, v)
 	}
-	g.takeTables(&s.tables)
+	g.takeTables(&s.catalog)
 	for _, c := range s.wal.sealed {
 		s.markRow(c) // it may be dead already, and nothing changes in it any more
 	}
 	s.wal.sealed = nil
 	s.takeChunks(g)
-	g.regions = s.freezeRegions()
+	g.regions = s.beginRegions()
 	s.writingRegions = len(g.regions)
-	s.admin = false
+	s.catalogDirty = false
 	if s.coldNoted {
 		mark := s.coldMark
 		g.cold, s.coldNoted = &mark, false
@@ -162,7 +162,7 @@ func (s *Store) takeChunks(g *generation) {
 		if c.live == 0 && c.sealed && c.seq < g.at.ChunkSeq {
 			c.dead = true
 			s.slots.recount(c)
-			s.leaving += int64(c.size)
+			s.pendingFree += int64(c.size)
 			g.dead = append(g.dead, c)
 			continue
 		}
@@ -209,10 +209,10 @@ func (s *Store) encode(g *generation) {
 
 // settle forgets what is in the table now. Images go before leaves become clean,
 // and with that evictable: a reader that misses one finds the other.
-func (s *Store) settle(g *generation) {
+func (s *Store) finishGeneration(g *generation) {
 	images := map[uint32]int64{} // by branch
 	for i := range s.cache.shards {
-		s.cache.shards[i].settleImages(g.gen, func(branch uint32) { images[branch]++ })
+		s.cache.shards[i].dropWritten(g.gen, func(branch uint32) { images[branch]++ })
 	}
 	for _, k := range g.leaves {
 		sh := s.cache.shard(k.b.ID, k.index)
@@ -231,25 +231,25 @@ func (s *Store) settle(g *generation) {
 		delete(s.dropping, v)
 	}
 	for n, count := range images {
-		if b := s.tables.branches[n]; b != nil {
+		if b := s.catalog.branches[n]; b != nil {
 			b.unwritten.Add(-count)
 		}
 	}
 	s.writing, s.writingRegions = 0, 0
-	s.slots.cleanable, s.helpless = g.at.ChunkSeq, false
+	s.slots.cleanable, s.cleanerExhausted = g.at.ChunkSeq, false
 	s.wal.committed = g.at.Seq
 	for _, c := range g.rowsOf { // those that are full since the last one, among others
 		s.slots.recount(c)
 	}
 	s.mu.Unlock()
-	s.thawed = false
+	s.lastAborted = false
 	s.committed.Store(g.gen)
 	s.ckptAt.Store(g.appended)
 }
 
-// thaw puts a generation that was not committed back, to be part of the next.
-func (s *Store) thaw(g *generation, err error) error {
-	s.thawed = true
+// abortGeneration puts a generation that was not committed back, to be part of the next.
+func (s *Store) abortGeneration(g *generation, err error) error {
+	s.lastAborted = true
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, k := range g.leaves {
@@ -262,7 +262,7 @@ func (s *Store) thaw(g *generation, err error) error {
 		sh.mu.Unlock()
 		k.b.unwritten.Add(-1)
 	}
-	s.unwritten, s.writing, s.writingRegions, s.leaving = s.unwritten+s.writing, 0, 0, 0
+	s.unwritten, s.writing, s.writingRegions, s.pendingFree = s.unwritten+s.writing, 0, 0, 0
 	s.failures, s.failure = s.failures+1, err
 	s.frozen.Broadcast()
 	mark := func(set map[uint32]struct{}, ids []uint32) {
@@ -270,7 +270,7 @@ func (s *Store) thaw(g *generation, err error) error {
 			set[n] = struct{}{}
 		}
 	}
-	t := &s.tables
+	t := &s.catalog
 	mark(t.dirtyVolumes, append(idsOf(g.volumes, func(v format.Volume) uint32 { return v.ID }), g.dropped.volumes...))
 	mark(t.dirtySnapshots, append(idsOf(g.snapshots, func(v format.Snapshot) uint32 { return v.ID }), g.dropped.snapshots...))
 	mark(t.dirtyBranches, append(idsOf(g.branches, func(v format.Branch) uint32 { return v.ID }), g.dropped.branches...))
@@ -284,19 +284,19 @@ func (s *Store) thaw(g *generation, err error) error {
 	for _, slot := range g.back { // in rowsOf or dead, too
 		s.slots.get(slot).hasMoved = true
 	}
-	s.thawRegions(g)
+	s.abortRegions(g)
 	s.coldNoted = s.coldNoted || g.cold != nil
-	s.admin = true
+	s.catalogDirty = true
 	return err
 }
 
 // removeDead removes the files of chunks whose rows are gone, or has the pool keep them. What cannot be removed a later
 // checkpoint tries again. ckptMu is held.
 func (s *Store) removeDead(dead []*chunk) error {
-	s.zombies = append(s.zombies, dead...)
+	s.pendingRemoval = append(s.pendingRemoval, dead...)
 	var errs []error
-	kept, low := s.zombies[:0], s.lowDisk()
-	for _, c := range s.zombies {
+	kept, low := s.pendingRemoval[:0], s.lowDisk()
+	for _, c := range s.pendingRemoval {
 		if !low && s.wal.pool.keep(c, s.wal.chunkBytes) {
 			continue
 		}
@@ -319,7 +319,7 @@ func (s *Store) removeDead(dead []*chunk) error {
 		s.mu.Unlock()
 		c.release()
 	}
-	s.zombies = kept
+	s.pendingRemoval = kept
 	return errors.Join(errs...)
 }
 
@@ -391,5 +391,5 @@ func (s *Store) checkpointer() {
 func (s *Store) changed() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.admin || len(s.dirty) > 0 || len(s.dirtyRows) > 0 || s.reapable()
+	return s.catalogDirty || len(s.dirty) > 0 || len(s.dirtyRows) > 0 || s.reapable()
 }

@@ -22,23 +22,23 @@ type chunk struct {
 	file storage.File
 
 	// Guarded by Store.mu.
-	size      uint32 // of the file; how far end may go
-	end       uint32 // end of the records
-	live      uint32 // bytes that versions refer to
-	stuck     uint32 // bytes that do not count as live, and that cleaning would not give back; as far as this process knows
-	sealed    bool
-	rowDirty  bool   // live, end or moved differ from the table's row
-	reserved  bool   // made from the room that is kept for the cleaner and for events
-	forEvents bool   // of a reserved one: for events alone
-	moved     uint32 // blocks that are alive, named by entries as here, and elsewhere: see forwards
-	unmoved   bool   // the cleaner's last way through it moved nothing; guarded by Store.cleanMu
-	damaged   bool   // the cleaner met a record that does not verify
-	hasMoved  bool   // the table has a row of moved blocks
-	dead      bool   // its row has gone, and its file goes
-	gone      bool   // the file was removed, moved blocks keep the slot; set before anybody sees the chunk
-	inTable   bool   // the table had a row of it at Open
-	inSlot    bool   // it is in the slot table
-	counted   counted
+	size       uint32 // of the file; how far end may go
+	end        uint32 // end of the records
+	live       uint32 // bytes that versions refer to
+	pinnedDead uint32 // bytes that do not count as live, and that cleaning would not give back; as far as this process knows
+	sealed     bool
+	rowDirty   bool   // live, end or moved differ from the table's row
+	reserved   bool   // made from the room that is kept for the cleaner and for events
+	forEvents  bool   // of a reserved one: for events alone
+	moved      uint32 // blocks that are alive, named by entries as here, and elsewhere: see forwards
+	unmoved    bool   // the cleaner's last way through it moved nothing; guarded by Store.cleanMu
+	damaged    bool   // the cleaner met a record that does not verify
+	hasMoved   bool   // the table has a row of moved blocks
+	dead       bool   // its row has gone, and its file goes
+	gone       bool   // the file was removed, moved blocks keep the slot; set before anybody sees the chunk
+	inTable    bool   // the table had a row of it at Open
+	inSlot     bool   // it is in the slot table
+	counted    counted
 
 	written  uint32 // end of what is in the file; guarded by recordLog.bufMu
 	unsynced bool   // in recordLog.unsynced; guarded by recordLog.writeMu
@@ -73,14 +73,14 @@ func (c *chunk) tryAcquire() bool {
 	}
 }
 
-// die takes n bytes that lived. What is stuck goes with what lives, over which it is taken to be spread evenly. mu is
+// die takes n bytes that lived. What is pinned dead goes with what lives, over which it is taken to be spread evenly. mu is
 // held.
 func (c *chunk) die(n uint32) {
-	if c.stuck > 0 && c.live > 0 {
-		c.stuck -= min(c.stuck, uint32(uint64(c.stuck)*uint64(n)/uint64(c.live)))
+	if c.pinnedDead > 0 && c.live > 0 {
+		c.pinnedDead -= min(c.pinnedDead, uint32(uint64(c.pinnedDead)*uint64(n)/uint64(c.live)))
 	}
 	if c.live -= n; c.live == 0 {
-		c.stuck = 0
+		c.pinnedDead = 0
 	}
 }
 

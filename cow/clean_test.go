@@ -500,8 +500,8 @@ func TestHelpless(t *testing.T) {
 			}
 		}
 		s.cleanFor(hungry, &throttle{s: s})
-		if s.helpless == others {
-			t.Errorf("helpless: %v, while others were given a chunk: %v", s.helpless, others)
+		if s.cleanerExhausted == others {
+			t.Errorf("cleanerExhausted: %v, while others were given a chunk: %v", s.cleanerExhausted, others)
 		}
 	}
 	mustEnd(t, s, d)

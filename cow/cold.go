@@ -112,7 +112,7 @@ func (s *Store) newColdPass(from, to place) (*coldPass, error) {
 	if p.quick, err = format.NewCompressor(format.S2, 0); err != nil {
 		return nil, err
 	}
-	for _, b := range s.tables.branches {
+	for _, b := range s.catalog.branches {
 		p.branches = append(p.branches, b)
 	}
 	slices.SortFunc(p.branches, func(a, b *branch) int { return int(int64(a.ID) - int64(b.ID)) })
@@ -159,7 +159,7 @@ func (s *Store) Cold(ctx context.Context) (ColdReport, error) {
 func (s *Store) coldDone(to place) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.coldMark, s.coldNoted, s.admin = to, true, true
+	s.coldMark, s.coldNoted, s.catalogDirty = to, true, true
 }
 
 // step works on one leaf, or looks for some. more is false at the end of the pass. After errBusy and ErrNoSpace it

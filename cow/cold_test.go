@@ -31,7 +31,7 @@ func (w *world) cold(o op) error {
 	if o.c%3 == 0 {
 		twice := o.b%2 == 1
 		if twice { // what the reaper hands to a head would be new to the second pass
-			if err := w.event(s.settleSpace(context.Background())); err != nil {
+			if err := w.event(s.reclaimDeleted(context.Background())); err != nil {
 				return err
 			}
 		}

@@ -136,7 +136,7 @@ func (p *coldPass) unchanged(lf *leaf, u *coldUnit) bool {
 func (p *coldPass) read(k leafKey) (size, places int, err error) {
 	s := p.s
 	s.mu.Lock()
-	epoch, here := k.b.Epoch, s.tables.branches[k.b.ID] == k.b && k.b.volume != nil
+	epoch, here := k.b.Epoch, s.catalog.branches[k.b.ID] == k.b && k.b.volume != nil
 	s.mu.Unlock()
 	if !here {
 		return 0, 0, nil

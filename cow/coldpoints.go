@@ -23,11 +23,11 @@ func (p *coldPass) points(l *coldLeaf) error {
 	s, b := p.s, l.b
 	s.ckptMu.Lock() // as in mover.batch
 	defer s.ckptMu.Unlock()
-	if s.thawed {
+	if s.lastAborted {
 		return errFull
 	}
 	s.mu.Lock()
-	asOf, mine := l.epoch, s.tables.branches[b.ID] == b
+	asOf, mine := l.epoch, s.catalog.branches[b.ID] == b
 	if b.volume != nil {
 		// What the head has of its present epoch changes all the time, until a snapshot ends that; what is before
 		// stays.

@@ -37,7 +37,7 @@ func CreateIn(dir string, foreign bool) error {
 	if _, err := readFormat(in); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if err := onlyLeavings(in); err != nil {
+	if err := checkUninitialized(in); err != nil {
 		return err
 	}
 	if err := in.Own(foreign); err != nil {
@@ -56,7 +56,7 @@ func CreateIn(dir string, foreign bool) error {
 	if _, err := readFormat(in); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if err := onlyLeavings(in); err != nil {
+	if err := checkUninitialized(in); err != nil {
 		return err
 	}
 	if err := makeStore(in); err != nil {
@@ -82,8 +82,8 @@ func makeDirs(dir string) error {
 	return syncName(dir)
 }
 
-// onlyLeavings refuses a directory that holds anything but what an interrupted Create leaves.
-func onlyLeavings(in *storage.Folder) error {
+// checkUninitialized refuses a directory that holds anything but what an interrupted Create leaves.
+func checkUninitialized(in *storage.Folder) error {
 	names, err := in.Names()
 	if err != nil {
 		return fmt.Errorf("make store: %w", err)

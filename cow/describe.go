@@ -32,8 +32,8 @@ type VolumeInfo struct {
 func (s *Store) Volumes() []VolumeInfo {
 	s.mu.Lock()
 	clones := s.clones()
-	out := make([]VolumeInfo, 0, len(s.tables.volumes))
-	for _, v := range s.tables.volumes {
+	out := make([]VolumeInfo, 0, len(s.catalog.volumes))
+	for _, v := range s.catalog.volumes {
 		out = append(out, s.describe(v, clones))
 	}
 	s.mu.Unlock() // there may be very many, and others wait
@@ -108,7 +108,7 @@ func (s *Store) describe(v *volume, clones map[point][]*volume) VolumeInfo {
 
 func (s *Store) pointName(b *branch, epoch uint32) string {
 	if i, found := b.search(epoch); found && b.points[i].Volume != 0 {
-		return s.tables.volumes[b.points[i].Volume].Name + "@" + b.points[i].Name
+		return s.catalog.volumes[b.points[i].Volume].Name + "@" + b.points[i].Name
 	}
 	return "(deleted)"
 }
@@ -122,7 +122,7 @@ type point struct {
 // clones finds the volumes that began at a point. mu is held.
 func (s *Store) clones() map[point][]*volume {
 	clones := map[point][]*volume{}
-	for _, v := range s.tables.volumes {
+	for _, v := range s.catalog.volumes {
 		if v.branch.origin != nil {
 			p := point{v.branch.origin, v.branch.originEpoch}
 			clones[p] = append(clones[p], v)

@@ -11,21 +11,21 @@
 //	  │
 //	  ├─ Store.mu ─────────────────────────────────────────────────────────────────────────────
 //	  │  recordLog.reserve  log.go        wait for a buffer and a chunk, or for the cleaner; ErrNoSpace
-//	  │  Store.install      commit.go     the commit point, of writers and of the cleaner:
+//	  │  Store.install      install.go    the commit point, of writers and of the cleaner:
 //	  │    leafCache.lock   cache.go        the leaf that maps the block; if it was evicted, load it and begin again
-//	  │    Store.own        map.go          the leaf becomes one of the branch's present epoch
+//	  │    makeWritable     leafmap.go      the leaf becomes one of the branch's present epoch
 //	  │    recordLog.append log.go          the next sequence number, a place in the chunk, a copy in the buffer
-//	  │    Store.applyData  map.go          the leaf's entry; what was there before is accounted dead
+//	  │    Store.applyData  leafmap.go      the leaf's entry; what was there before is accounted dead
 //	  ├────────────────────────────────────────────────────────────────────────────────────────
 //	  ▼
 //	acknowledged
 //	  ┊  recordLog.drain    log_write.go  the flusher writes full buffers to the chunk file, in order
 //	  ┊  recordLog.sync     log_write.go  a flush: write the rest, fdatasync the chunks, write the durable mark
 //	  ┊  Store.checkpoint   checkpoint.go changed leaves and rows go to the table in one transaction
-//	  ┊  mover              mover.go      the cleaner copies what lives in a chunk to the log's end
+//	  ┊  mover              cleaner_copy.go  the cleaner copies what lives in a chunk to the log's end
 //
 // Creating, snapshotting, cloning and deleting are events (event.go, volume.go), which are records too. [Open] replays what no
-// checkpoint has (replay.go).
+// checkpoint has (recover.go).
 //
 // # The way of a read
 //

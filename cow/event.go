@@ -50,13 +50,13 @@ func (s *Store) transactLocked(build func() (*format.Event, error)) (p purpose, 
 		if err := s.usable(); err != nil { // after reserve, which may have waited
 			return p, err
 		}
-		ids := s.tables.nextID
+		ids := s.catalog.nextID
 		ev, err := build()
 		if err == nil {
-			err = s.tables.enoughIDs()
+			err = s.catalog.enoughIDs()
 		}
 		if err != nil || ev == nil {
-			s.tables.nextID = ids // none of them is used
+			s.catalog.nextID = ids // none of them is used
 			return p, err
 		}
 		if p = purposeOf(ev); p == forData {
@@ -65,7 +65,7 @@ func (s *Store) transactLocked(build func() (*format.Event, error)) (p purpose, 
 				err = errFull
 			}
 			if err != nil {
-				s.tables.nextID = ids
+				s.catalog.nextID = ids
 				return p, err
 			}
 		}
@@ -78,14 +78,14 @@ func (s *Store) transactLocked(build func() (*format.Event, error)) (p purpose, 
 		case h.Size() > maxEvent:
 			return p, fmt.Errorf("%s: too many at once (%d bytes of changes); remove or name fewer first: %w", ev.Op, len(payload), ErrInvalid)
 		case h.Size() > room:
-			room, s.tables.nextID = h.Size(), ids
+			room, s.catalog.nextID = h.Size(), ids
 			continue // reserve may have to wait, and what build saw may change
 		}
 		s.wal.append(&h, payload)
-		s.admin = true
+		s.catalogDirty = true
 		if p == forEvents {
-			s.helpless = false // what has lost its name can be given back
+			s.cleanerExhausted = false // what has lost its name can be given back
 		}
-		return p, s.tables.apply(ev, s.gen)
+		return p, s.catalog.apply(ev, s.gen)
 	}
 }

@@ -16,7 +16,7 @@ func TestIDsAreUsedUp(t *testing.T) {
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 20, Codec: format.Raw})
 	must(t, err)
 	must(t, s.Snapshot(Ref{"v", "a"}))
-	s.tables.nextID = lastID - 4
+	s.catalog.nextID = lastID - 4
 	made := 0
 	for i := range 5 {
 		if _, err = s.CreateVolume(fmt.Sprint("n", i), VolumeOptions{Size: 1 << 20}); err == nil {
@@ -61,14 +61,14 @@ func TestRefusedUsesNoID(t *testing.T) {
 	s, _ := newStore(t, Options{checkpointInterval: -1})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 20})
 	must(t, err)
-	before := s.tables.nextID
+	before := s.catalog.nextID
 	for range 3 {
 		if err := s.Snapshot(Ref{"v", "a"}, Ref{"nobody", "a"}); !errors.Is(err, ErrNotFound) {
 			t.Error(err)
 		}
 	}
-	if s.tables.nextID != before {
-		t.Errorf("the next id went from %d to %d", before, s.tables.nextID)
+	if s.catalog.nextID != before {
+		t.Errorf("the next id went from %d to %d", before, s.catalog.nextID)
 	}
 	mustEnd(t, s)
 }
@@ -78,7 +78,7 @@ func TestEpochsAreUsedUp(t *testing.T) {
 	s, dir := newStore(t, Options{checkpointInterval: -1})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 20, Codec: format.Raw})
 	must(t, err)
-	s.tables.byName["v"].branch.Epoch = lastEpoch - 1
+	s.catalog.byName["v"].branch.Epoch = lastEpoch - 1
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	write := func(n uint64) {

@@ -151,7 +151,7 @@ func (s *Store) forward(from format.Entry, mask uint16, to format.Entry) error {
 	}
 	s.putForward(r, i, !again, format.Forward{Offset: from.Offset(), Mask: mask, To: to})
 	target.live += n * to.Share()
-	target.stuck += (uint32(to.Blocks()) - n) * to.Share()
+	target.pinnedDead += (uint32(to.Blocks()) - n) * to.Share()
 	s.markRow(target)
 	return nil
 }
@@ -199,8 +199,8 @@ type frozenRegion struct {
 	list []format.Forward
 }
 
-// freezeRegions takes what the checkpoint of the present generation writes. mu is held.
-func (s *Store) freezeRegions() []frozenRegion {
+// beginRegions takes what the checkpoint of the present generation writes. mu is held.
+func (s *Store) beginRegions() []frozenRegion {
 	frozen := make([]frozenRegion, len(s.dirtyRegions))
 	for i, r := range s.dirtyRegions {
 		frozen[i] = frozenRegion{r, r.list}
@@ -236,8 +236,8 @@ func (s *Store) settleRegions(g *generation) {
 	}
 }
 
-// thawRegions makes them part of the next checkpoint. mu is held.
-func (s *Store) thawRegions(g *generation) {
+// abortRegions makes them part of the next checkpoint. mu is held.
+func (s *Store) abortRegions(g *generation) {
 	s.forwards.mu.Lock()
 	defer s.forwards.mu.Unlock()
 	for _, f := range g.regions {

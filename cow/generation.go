@@ -66,7 +66,7 @@ func (v *values) reset() {
 	v.used = 0
 }
 
-func (g *generation) takeTables(t *tables) {
+func (g *generation) takeTables(t *catalog) {
 	for n := range t.dirtyVolumes {
 		if v := t.volumes[n]; v != nil {
 			g.volumes = append(g.volumes, v.Volume)

@@ -36,8 +36,8 @@ func (s *Store) Info() StoreInfo {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	in.Volumes = len(s.tables.volumes)
-	in.Snapshots = len(s.tables.snapshots) - len(s.tables.nameless)
+	in.Volumes = len(s.catalog.volumes)
+	in.Snapshots = len(s.catalog.snapshots) - len(s.catalog.unnamedPoints)
 	in.SpareBytes = s.wal.pool.bytes()
 	in.Chunks, in.ChunkBytes, in.LiveBytes = int(s.slots.chunks), s.slots.ends, s.slots.live
 	for _, c := range []*chunk{s.wal.current, s.wal.next} {

@@ -39,7 +39,7 @@ type openLeaf struct {
 const (
 	stateWords = 1<<10 - 1 // how long it is, with the header
 	stateOpen  = 1 << 10   // an openLeaf
-	stateImage = 1 << 11   // an image, see images.go
+	stateImage = 1 << 11   // an image, see preimage.go
 	stateGone  = 1 << 12   // nobody's
 	stateUsed  = 1 << 13   // since the clock hand passed
 )

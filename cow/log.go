@@ -84,29 +84,29 @@ type recordLog struct {
 	failed     atomic.Pointer[error]
 
 	// Guarded by mu.
-	space     *sync.Cond // a buffer or a chunk became available, or the attempt failed
-	active    *buffer
-	queue     []*buffer // cut, in order
-	free      []*buffer
-	current   *chunk   // takes records; nil until the first
-	sealed    []*chunk // since the last checkpoint
-	next      *chunk   // made in advance
-	making    bool
-	madeRound uint64        // counts the maker's attempts
-	makeErr   error         // of the last attempt
-	closed    bool          // nothing is appended any more
-	wanted    purpose       // what the chunk is wanted for
-	capacity  int64         // bytes that there is room for, used or not, as of the last chunk that was made; 0: not known
-	limit     int64         // bytes that the chunk files may take together; 0: as the file system has room
-	cleaner   func() bool   // wakes the cleaner; false: it can give no room back
-	rotated   func(purpose) // is told of each chunk that is full, and what the next one is for
-	nextSeq   uint64        // of the next record
-	nextChunk uint64        // sequence of the next chunk to be made
-	appended  uint64        // bytes, over the life of the process
-	durable   uint64        // every record before this sequence number is
-	committed uint64        // the table is as of this sequence number
-	entries   []byte        // of the summary of current
-	scrap     []byte        // for the next chunk's
+	space        *sync.Cond // a buffer or a chunk became available, or the attempt failed
+	active       *buffer
+	queue        []*buffer // cut, in order
+	free         []*buffer
+	current      *chunk   // takes records; nil until the first
+	sealed       []*chunk // since the last checkpoint
+	next         *chunk   // made in advance
+	making       bool
+	madeRound    uint64        // counts the maker's attempts
+	makeErr      error         // of the last attempt
+	closed       bool          // nothing is appended any more
+	wanted       purpose       // what the chunk is wanted for
+	capacity     int64         // bytes that there is room for, used or not, as of the last chunk that was made; 0: not known
+	limit        int64         // bytes that the chunk files may take together; 0: as the file system has room
+	cleaner      func() bool   // wakes the cleaner; false: it can give no room back
+	rotated      func(purpose) // is told of each chunk that is full, and what the next one is for
+	nextSeq      uint64        // of the next record
+	nextChunk    uint64        // sequence of the next chunk to be made
+	appended     uint64        // bytes, over the life of the process
+	durable      uint64        // every record before this sequence number is
+	committed    uint64        // the table is as of this sequence number
+	entries      []byte        // of the summary of current
+	spareEntries []byte        // for the next chunk's
 
 	// bufMu guards buffered and chunk.written, for readers of records that are
 	// not in their file yet.

@@ -46,7 +46,7 @@ func (l *recordLog) drainLocked(n int) error {
 		}
 		if b.summary != nil {
 			l.mu.Lock()
-			l.scrap = b.data[:0]
+			l.spareEntries = b.data[:0]
 			l.mu.Unlock()
 			continue
 		}

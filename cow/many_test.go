@@ -16,12 +16,12 @@ func manySnapshots(t *testing.T, s *Store, name string, n int) {
 	t.Helper()
 	for from := 0; from < n; from += 1000 {
 		must(t, s.transact(func() (*format.Event, error) {
-			v := s.tables.byName[name]
+			v := s.catalog.byName[name]
 			b := v.branch.Branch
 			ev := &format.Event{Op: "snapshot"}
 			for i := from; i < min(n, from+1000); i++ {
 				ev.Snapshots = append(ev.Snapshots, format.Snapshot{
-					ID: s.tables.newID(), Volume: v.ID, Name: fmt.Sprintf("a-snapshot-with-a-name-of-some-length-%08d", i),
+					ID: s.catalog.newID(), Volume: v.ID, Name: fmt.Sprintf("a-snapshot-with-a-name-of-some-length-%08d", i),
 					Branch: b.ID, Epoch: b.Epoch, Size: v.Size, Created: now(),
 				})
 				b.Epoch++
@@ -69,9 +69,9 @@ func TestRemoveWithVeryManySnapshots(t *testing.T) {
 	if in := s.Info(); in.Snapshots != 0 {
 		t.Errorf("%d snapshots are left", in.Snapshots)
 	}
-	must(t, s.settleSpace(t.Context()))
+	must(t, s.reclaimDeleted(t.Context()))
 	s.mu.Lock()
-	left := len(s.tables.snapshots)
+	left := len(s.catalog.snapshots)
 	s.mu.Unlock()
 	if left != 1 {
 		t.Errorf("%d points are left, and one is needed", left)
@@ -82,7 +82,7 @@ func TestRemoveWithVeryManySnapshots(t *testing.T) {
 	if _, err := c.ReadAt(got, 0); err != nil || !bytes.Equal(got, want) {
 		t.Errorf("the clone has other content: %v", err)
 	}
-	must(t, errors.Join(c.Close(), s.Remove(Ref{Volume: "c"}, true), s.settleSpace(t.Context())))
+	must(t, errors.Join(c.Close(), s.Remove(Ref{Volume: "c"}, true), s.reclaimDeleted(t.Context())))
 	if in := s.Info(); in.LiveBytes != 0 {
 		t.Errorf("%+v", in)
 	}

@@ -94,7 +94,7 @@ func BenchmarkMap(b *testing.B) {
 				if lf == nil {
 					b.Fatal("evicted")
 				}
-				o, err := s.own(k, sh)
+				o, err := s.makeWritable(k, sh)
 				if err != nil {
 					b.Fatal(err)
 				}

@@ -32,7 +32,7 @@ type Options struct {
 	// Store.ReadOnly says why.
 	Look bool
 	// Outlive keeps the log's buffers in shared memory, so that the next owner finds what was acknowledged if this
-	// process is killed; see Store.Outlives. Set it when clients outlive this process. It takes 16 MiB of shared memory;
+	// process is killed; see Store.SurvivesKill. Set it when clients outlive this process. It takes 16 MiB of shared memory;
 	// if there is no room for them, writes are slower.
 	Outlive bool
 	// SharedMemory is the directory for that (default /dev/shm).

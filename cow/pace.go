@@ -129,7 +129,7 @@ func (t *throttle) giveUp(now, owed float64) error {
 	s := t.s
 	s.mu.Lock()
 	gen := s.gen // of the checkpoint that brings them
-	if s.leaving > 0 {
+	if s.pendingFree > 0 {
 		gen-- // under way; what has died since is the next one's
 		t.asked = max(t.asked, gen)
 	}
@@ -162,7 +162,7 @@ func (t *throttle) room() (now, owed, lent float64) {
 	if l.next != nil && !l.next.reserved {
 		room += int64(l.next.size)
 	}
-	back := s.slots.owed + s.leaving
+	back := s.slots.owed + s.pendingFree
 	chunks := func(n int64) float64 { return float64(n) / float64(l.chunkBytes) }
 	return chunks(room), chunks(back), chunks(min(back, s.workBeyond()))
 }

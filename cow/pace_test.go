@@ -69,14 +69,14 @@ func TestPacer(t *testing.T) {
 // TestGiveUpAsksOnce: while a checkpoint is under way that removes chunks, and has not been asked for here, no other
 // is asked for.
 func TestGiveUpAsksOnce(t *testing.T) {
-	s := &Store{gen: 8, leaving: 1, ckptWork: make(chan struct{}, 1)}
+	s := &Store{gen: 8, pendingFree: 1, ckptWork: make(chan struct{}, 1)}
 	th := throttle{s: s}
 	for _, c := range []struct {
 		leaving int64
 		gen     uint64
 		asked   int
 	}{{1, 8, 0}, {0, 8, 1}, {0, 8, 0}, {1, 9, 0}, {0, 9, 1}} {
-		s.leaving, s.gen = c.leaving, c.gen
+		s.pendingFree, s.gen = c.leaving, c.gen
 		must(t, th.giveUp(1, 1))
 		if n := len(s.ckptWork); n != c.asked {
 			t.Errorf("%+v: asked for %d", c, n)

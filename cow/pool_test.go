@@ -266,7 +266,7 @@ func TestFormerLifeIsNotReplayed(t *testing.T) {
 	payload := bytes.Repeat([]byte("formerly"), 512)
 	for _, seq := range []uint64{formerly[c.slot], c.seq} {
 		h := format.RecordHeader{
-			Seq: w.seq(), Branch: w.s.tables.byName["v"].Branch, Kind: format.KindData, Blocks: 1,
+			Seq: w.seq(), Branch: w.s.catalog.byName["v"].Branch, Kind: format.KindData, Blocks: 1,
 			PayloadLen: len(payload), PayloadCRC: format.Checksum(payload),
 		}
 		rec := make([]byte, h.Size())

@@ -29,7 +29,7 @@ const (
 // may take, with what is kept from the purpose. What a reaper's batch takes is kept from all. mu is held.
 func (s *Store) tableShort(n int, p purpose) int64 {
 	free, used := s.meta.Room()
-	rows := len(s.tables.dirtyVolumes) + len(s.tables.dirtySnapshots) + len(s.tables.dirtyBranches)
+	rows := len(s.catalog.dirtyVolumes) + len(s.catalog.dirtySnapshots) + len(s.catalog.dirtyBranches)
 	leaves := int64(s.unwritten + s.writing + len(s.dropping) + len(s.dirtyRegions) + s.writingRegions + rows/4 + n)
 	need := min(leaves*leafNeed, used+leaves*leafGrowth)
 	batch := int64(s.opts.reapBatch)

@@ -94,12 +94,12 @@ func TestTableCannotFillTheDisk(t *testing.T) {
 	for _, sn := range v.Snapshots[1:] {
 		must(t, s.Remove(Ref{"v", sn.Name}, false))
 	}
-	must(t, s.settleSpace(context.Background()))
+	must(t, s.reclaimDeleted(context.Background()))
 	must(t, d.Discard(0, d.Size()))
 	must(t, s.Remove(Ref{"v", v.Snapshots[0].Name}, false))
 	must(t, d.Close())
 	must(t, s.Remove(Ref{Volume: "v"}, false))
-	must(t, s.settleSpace(context.Background()))
+	must(t, s.reclaimDeleted(context.Background()))
 	if in := s.Info(); in.ChunkBytes > 1<<20 || in.LiveBytes != 0 {
 		t.Errorf("after the deletion of all: %+v", in)
 	}
@@ -118,7 +118,7 @@ func TestTableCannotFillTheDisk(t *testing.T) {
 		if now := s.Info().MetaBytes; now > size {
 			t.Errorf("the table has grown from %d to %d bytes, with all of it free", size, now)
 		}
-		must(t, errors.Join(d.Close(), s.Remove(Ref{Volume: "w"}, false), s.settleSpace(context.Background())))
+		must(t, errors.Join(d.Close(), s.Remove(Ref{Volume: "w"}, false), s.reclaimDeleted(context.Background())))
 	}
 	mustEnd(t, s)
 }
@@ -178,7 +178,7 @@ func TestFullByOthers(t *testing.T) {
 	}
 	used := s.used(true)
 	must(t, s.Remove(Ref{"v", "a"}, false))
-	must(t, s.settleSpace(context.Background()))
+	must(t, s.reclaimDeleted(context.Background()))
 	_, err = s.Clean(context.Background(), 0.05)
 	must(t, err)
 	if n := s.used(true); n >= used {
@@ -188,7 +188,7 @@ func TestFullByOthers(t *testing.T) {
 	leaveFree(t, fs, 0)
 	d, err = s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
-	must(t, errors.Join(d.Discard(0, d.Size()), s.Remove(Ref{"v", "b"}, false), s.settleSpace(context.Background())))
+	must(t, errors.Join(d.Discard(0, d.Size()), s.Remove(Ref{"v", "b"}, false), s.reclaimDeleted(context.Background())))
 	if in := s.Info(); in.LiveBytes != 0 || in.FreeBytes == 0 {
 		t.Errorf("after all was given back: %+v", in)
 	}

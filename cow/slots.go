@@ -185,7 +185,7 @@ func (s *slotTable) closeAll() error {
 }
 
 // recount brings the sums up to date with a chunk. Whoever changes what they are made of calls it, in the same
-// critical section of Store.mu: size, end, live, stuck, sealed, damaged, dead, gone, and the table's cleanable.
+// critical section of Store.mu: size, end, live, pinnedDead, sealed, damaged, dead, gone, and the table's cleanable.
 func (s *slotTable) recount(c *chunk) {
 	n := &c.counted
 	now := s.measure(c)
@@ -245,7 +245,7 @@ func (s *slotTable) measure(c *chunk) (t tally) {
 		t.owed = int64(c.size)
 	}
 	if s.mayClean(c) {
-		t.dirtyEnds, t.dirtyLive = int64(c.end-format.ChunkHeaderSize), int64(c.live)+int64(c.stuck)
+		t.dirtyEnds, t.dirtyLive = int64(c.end-format.ChunkHeaderSize), int64(c.live)+int64(c.pinnedDead)
 	}
 	return t
 }
@@ -257,13 +257,13 @@ func (s *slotTable) mayClean(c *chunk) bool {
 
 // used is the part of a chunk that cleaning does not give back.
 func (c *chunk) used() float64 {
-	return (float64(c.live) + float64(c.stuck)) / float64(c.end-format.ChunkHeaderSize)
+	return (float64(c.live) + float64(c.pinnedDead)) / float64(c.end-format.ChunkHeaderSize)
 }
 
 // dirt is how many steps of a chunk are dead.
 func (c *chunk) dirt() int {
 	all := uint64(c.end - format.ChunkHeaderSize)
-	return int((all - min(all, uint64(c.live)+uint64(c.stuck))) * dirtSteps / all)
+	return int((all - min(all, uint64(c.live)+uint64(c.pinnedDead))) * dirtSteps / all)
 }
 
 // dirtiest chooses a chunk to be cleaned by benefit and cost (Rosenblum and Ousterhout, 1992, section 3.5): what it

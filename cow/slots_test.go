@@ -79,7 +79,7 @@ func TestDirtiest(t *testing.T) {
 			cs[i] = c
 			s.put(c)
 		case 1:
-			c.stuck = r.Uint32N(1 << 20)
+			c.pinnedDead = r.Uint32N(1 << 20)
 		case 2:
 			c.damaged = r.IntN(20) == 0
 		default:
@@ -152,7 +152,7 @@ func TestSumsFollowChunks(t *testing.T) {
 	c.live--
 	s.mu.Unlock()
 	_, err := s.Clean(t.Context(), worthwhile)
-	must(t, errors.Join(err, s.sumsAgree(), s.Remove(Ref{"v", "a"}, false), s.settleSpace(t.Context()), s.sumsAgree()))
+	must(t, errors.Join(err, s.sumsAgree(), s.Remove(Ref{"v", "a"}, false), s.reclaimDeleted(t.Context()), s.sumsAgree()))
 	mustEnd(t, s, d)
 }
 

@@ -74,7 +74,7 @@ func (w *world) giveUp(o op, name string, said map[Ref]Usage) (want int64, err e
 }
 
 // settle has everything reaped that is deleted.
-func (w *world) settle() error { return w.event(w.s.settleSpace(context.Background())) }
+func (w *world) settle() error { return w.event(w.s.reclaimDeleted(context.Background())) }
 
 // usage is what the store says of all there is, after a comparison with the model and with the live bytes.
 func (w *world) usage() (map[Ref]Usage, error) {

@@ -111,7 +111,7 @@ func TestWritesGoOnWhileSnapshotsAreRemoved(t *testing.T) {
 	reaping := func() bool {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		return len(s.tables.nameless) > 10
+		return len(s.catalog.unnamedPoints) > 10
 	}
 	before, start := w.writes.Load(), time.Now()
 	for reaping() && w.worst < longest {

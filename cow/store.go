@@ -36,8 +36,8 @@ type Store struct {
 
 	readOnly error // why nothing can be written; nil: it can. Set by Open
 
-	shared *sharedBuffers // nil: the log's buffers are this process's
-	forgot bool           // see Forgot; set by Open
+	shared           *sharedBuffers // nil: the log's buffers are this process's
+	lostAcknowledged bool           // see LostAcknowledged; set by Open
 	// writeThrough: what is answered must be in the chunk files, as the buffers end with this process.
 	writeThrough bool
 
@@ -52,7 +52,7 @@ type Store struct {
 	// mu orders every change: see docs/engine.md, Locks and goroutines.
 	mu             sync.Mutex
 	wal            *recordLog
-	tables         tables
+	catalog        catalog
 	gen            uint64     // of leaves that become dirty now
 	frozen         *sync.Cond // gen has risen, or a checkpoint has failed
 	dirty          []leafKey  // of generation gen
@@ -62,36 +62,36 @@ type Store struct {
 	failures       uint64     // checkpoints that failed
 	failure        error      // of the last of them
 	dirtyRows      []*chunk
-	leaving        int64                         // bytes of chunks that the checkpoint under way removes
+	pendingFree    int64                         // bytes of chunks that the checkpoint under way removes
 	dirtyRegions   []*region                     // of generation gen
-	loosened       bool                          // names have been reaped since chunk.stuck was counted
-	admin          bool                          // a table changed since the last checkpoint
+	pinnedStale    bool                          // names have been reaped since chunk.pinnedDead was counted
+	catalogDirty   bool                          // a table changed since the last checkpoint
 	dropping       map[metadata.Version]struct{} // given up by the reaper, still in the table
 	closed         bool
 
-	cleanMu       sync.Mutex // one cleans at a time; taken before ckptMu
-	mover         *mover     // guarded by cleanMu
-	cleaned       uint64     // bytes that the cleaner appended; guarded by mu
-	cleaning      *chunk     // by the cleaner; guarded by mu
-	cleanedBefore uint64     // of cleaned, what was before this chunk; guarded by mu
-	othersSeen    uint64     // bytes that others had, at the last look; guarded by cleanMu
-	starving      bool       // writers wait for the cleaner; guarded by mu
-	helpless      bool       // it can give nothing back, as things are; guarded by mu
-	roomTaken     uint64     // chunks that data was given; guarded by mu
-	cleanWork     chan struct{}
-	pacer         pacer // of what others append, when the cleaner is pressed
+	cleanMu          sync.Mutex // one cleans at a time; taken before ckptMu
+	mover            *mover     // guarded by cleanMu
+	cleaned          uint64     // bytes that the cleaner appended; guarded by mu
+	cleaning         *chunk     // by the cleaner; guarded by mu
+	cleanedBefore    uint64     // of cleaned, what was before this chunk; guarded by mu
+	othersSeen       uint64     // bytes that others had, at the last look; guarded by cleanMu
+	writersWaiting   bool       // writers wait for the cleaner; guarded by mu
+	cleanerExhausted bool       // it can give nothing back, as things are; guarded by mu
+	roomTaken        uint64     // chunks that data was given; guarded by mu
+	cleanWork        chan struct{}
+	pacer            pacer // of what others append, when the cleaner is pressed
 
 	reads     atomic.Uint64
 	coldMark  place      // everything before was gone over by the cold pass; guarded by mu
 	coldNoted bool       // the table does not have coldMark; guarded by mu
 	coldCodec *codecPool // of cold passes; nil before the first; guarded by mu
 
-	ckptMu     sync.Mutex            // one checkpoint at a time; guards the fields below
-	values     values                // of the checkpoint that runs
-	thawed     bool                  // the last checkpoint has failed: memory may have what neither table nor log do, by the reaper
-	ends       []*chunk              // of the replayed log: more is allocated than they hold, and behind the replay position it goes
-	zombies    []*chunk              // dead, and not removed yet
-	reapCursor map[uint32]reapCursor // by branch; changes under mu, too
+	ckptMu         sync.Mutex            // one checkpoint at a time; guards the fields below
+	values         values                // of the checkpoint that runs
+	lastAborted    bool                  // the last checkpoint has failed: memory may have what neither table nor log do, by the reaper
+	untrimmed      []*chunk              // of the replayed log: more is allocated than they hold, and behind the replay position it goes
+	pendingRemoval []*chunk              // dead, and not removed yet
+	reapCursor     map[uint32]reapCursor // by branch; changes under mu, too
 
 	committed atomic.Uint64 // generation of the last checkpoint that committed
 	ckptAt    atomic.Uint64 // recordLog.appended at the last checkpoint
@@ -152,7 +152,7 @@ func openIn(in *storage.Folder, o Options) (*Store, error) {
 	// a lock, into a directory that is not ours.
 	info, err := readFormat(in)
 	if errors.Is(err, fs.ErrNotExist) {
-		if err := onlyLeavings(in); err != nil {
+		if err := checkUninitialized(in); err != nil {
 			return nil, err
 		}
 		return nil, fmt.Errorf("no store at %s: %w", dir, ErrNotFound)
@@ -175,7 +175,7 @@ func openIn(in *storage.Folder, o Options) (*Store, error) {
 	}
 	s := &Store{
 		dir: dir, in: in, info: info, opts: o, log: o.Logger.With("store", dir), lock: lock, readOnly: readOnly, fs: o.fs,
-		tables: newTables(), gen: 1, reapCursor: map[uint32]reapCursor{}, dropping: map[metadata.Version]struct{}{},
+		catalog: newCatalog(), gen: 1, reapCursor: map[uint32]reapCursor{}, dropping: map[metadata.Version]struct{}{},
 		ckptWork: make(chan struct{}, 1), cleanWork: make(chan struct{}, 1), quit: make(chan struct{}),
 	}
 	s.scratch.New = newScratch
@@ -258,7 +258,7 @@ func (s *Store) openFiles() (err error) {
 	}
 	s.wal.kept, s.wal.workKept = s.kept, s.workKept
 	s.wal.cleaner, s.wal.rotated = s.needRoom, func(p purpose) {
-		s.helpless = false // there was room: what filled it may have overwritten something
+		s.cleanerExhausted = false // there was room: what filled it may have overwritten something
 		if p == forData {
 			s.roomTaken++
 		}
@@ -267,7 +267,7 @@ func (s *Store) openFiles() (err error) {
 	if s.readOnly != nil {
 		return s.readLog()
 	}
-	settled, err := s.inherit(uuid)
+	settled, err := s.recoverSharedBuffers(uuid)
 	if err != nil {
 		return err
 	}
@@ -291,7 +291,7 @@ func (s *Store) openFiles() (err error) {
 	}
 	s.fillReserve()
 	s.wal.start()
-	if err := s.goOn(left); err != nil {
+	if err := s.resumeAfterReplay(left); err != nil {
 		s.wal.stop()
 		return err
 	}
@@ -318,11 +318,11 @@ func (s *Store) sizeChunks() error {
 	return nil
 }
 
-// goOn makes the log ready for records behind those that were replayed. What is behind its end goes
+// resumeAfterReplay makes the log ready for records behind those that were replayed. What is behind its end goes
 // before the next chunk is made, which also makes that durable. The checkpoint that a replay calls
 // for can come later, unless a chunk is left with a summary of records that it does not have, or the cache had to
 // become larger than it may be.
-func (s *Store) goOn(left []leaving) error {
+func (s *Store) resumeAfterReplay(left []leaving) error {
 	r := &s.recovery
 	if r.Records > 0 || len(left) > 0 || r.DroppedBytes > 0 {
 		s.log.Info("replayed the log", "records", r.Records, "bytes", r.Bytes, "summaries", r.Summaries,
@@ -367,7 +367,7 @@ func (s *Store) Close() error {
 		s.mu.Unlock()
 		return ErrClosed
 	}
-	for _, v := range s.tables.volumes {
+	for _, v := range s.catalog.volumes {
 		if v.writer || v.readers > 0 {
 			s.mu.Unlock()
 			return fmt.Errorf("close store: volume %s is open: %w", v.Name, ErrBusy)
@@ -390,7 +390,7 @@ func (s *Store) Close() error {
 	}
 	s.wal.stop()
 	if err == nil {
-		err = s.leaveNothing()
+		err = s.removeSharedBuffers()
 	}
 	return errors.Join(err, s.release())
 }

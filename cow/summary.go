@@ -28,7 +28,7 @@ func (l *recordLog) queueSummary(c *chunk) {
 	f.FirstSeq = l.nextSeq - uint64(f.Records)
 	b := &buffer{chunk: c, n: f.Size(), data: l.entries, summary: f}
 	b.off = c.size - uint32(b.n)
-	l.entries, l.scrap = l.scrap, nil
+	l.entries, l.spareEntries = l.spareEntries, nil
 	l.appended += uint64(b.n) // a sync that has not seen it is not enough
 	l.queue = append(l.queue, b)
 	poke(l.flushWork)

@@ -23,7 +23,7 @@ type Usage struct {
 // Usage tells what volumes and snapshots take: those named, as far as they are there, or all, each volume before its
 // snapshots. It begins with a checkpoint, and is exact as of then; the store may be in use.
 func (s *Store) Usage(ctx context.Context, refs ...Ref) ([]Usage, error) {
-	return s.usage(ctx, func(c *census) []Ref {
+	return s.usage(ctx, func(c *usageScan) []Ref {
 		if len(refs) == 0 {
 			return c.refs
 		}
@@ -32,7 +32,7 @@ func (s *Store) Usage(ctx context.Context, refs ...Ref) ([]Usage, error) {
 }
 
 // usage tells what those take that which chooses.
-func (s *Store) usage(ctx context.Context, which func(*census) []Ref) (us []Usage, err error) {
+func (s *Store) usage(ctx context.Context, which func(*usageScan) []Ref) (us []Usage, err error) {
 	if err := s.beginTask(); err != nil {
 		return nil, fmt.Errorf("usage: %w", err)
 	}
@@ -55,7 +55,7 @@ func (s *Store) usage(ctx context.Context, which func(*census) []Ref) (us []Usag
 // VolumeUsage tells what volumes take, each before all of its snapshots, as Usage does. Volumes that are not there are
 // left out.
 func (s *Store) VolumeUsage(ctx context.Context, names ...string) ([]Usage, error) {
-	return s.usage(ctx, func(c *census) []Ref {
+	return s.usage(ctx, func(c *usageScan) []Ref {
 		var refs []Ref
 		for _, name := range names {
 			i, _ := slices.BinarySearchFunc(c.refs, Ref{Volume: name}, Ref.compare)

@@ -15,7 +15,7 @@ const MaxVolume = 64 << 40
 
 // lookup finds what a ref names. mu is held.
 func (s *Store) lookup(r Ref) (*volume, *snapshot, error) {
-	v := s.tables.byName[r.Volume]
+	v := s.catalog.byName[r.Volume]
 	if v == nil {
 		return nil, nil, fmt.Errorf("volume %q: %w", r.Volume, ErrNotFound)
 	}
@@ -42,7 +42,7 @@ func (s *Store) freeName(name string) error {
 	if err := format.CheckName(name); err != nil {
 		return fmt.Errorf("volume name: %v: %w", err, ErrInvalid)
 	}
-	if s.tables.byName[name] != nil {
+	if s.catalog.byName[name] != nil {
 		return fmt.Errorf("volume %q: %w", name, ErrExists)
 	}
 	return nil
@@ -89,9 +89,9 @@ func (s *Store) CreateVolume(name string, o VolumeOptions) (VolumeInfo, error) {
 		if err := s.freeName(name); err != nil {
 			return nil, err
 		}
-		b := format.Branch{ID: s.tables.newID(), Epoch: 1}
+		b := format.Branch{ID: s.catalog.newID(), Epoch: 1}
 		v := format.Volume{
-			ID: s.tables.newID(), Name: name, Size: o.Size, Codec: o.Codec, Level: o.Level,
+			ID: s.catalog.newID(), Name: name, Size: o.Size, Codec: o.Codec, Level: o.Level,
 			LogicalBlock: o.LogicalBlock, Branch: b.ID, Created: now(),
 		}
 		return &format.Event{Op: "create", Branches: []format.Branch{b}, Volumes: []format.Volume{v}}, nil
@@ -130,7 +130,7 @@ func (s *Store) Snapshot(refs ...Ref) error {
 			seen[v] = true
 			b := v.branch.Branch
 			ev.Snapshots = append(ev.Snapshots, format.Snapshot{
-				ID: s.tables.newID(), Volume: v.ID, Name: r.Snapshot,
+				ID: s.catalog.newID(), Volume: v.ID, Name: r.Snapshot,
 				Branch: b.ID, Epoch: b.Epoch, Size: v.Size, Created: now(),
 			})
 			b.Epoch++
@@ -153,7 +153,7 @@ func (s *Store) Clone(src Ref, name string) error {
 		}
 		b := s.branchAt(sn)
 		c := format.Volume{
-			ID: s.tables.newID(), Name: name, Size: sn.Size, Codec: v.Codec, Level: v.Level,
+			ID: s.catalog.newID(), Name: name, Size: sn.Size, Codec: v.Codec, Level: v.Level,
 			LogicalBlock: v.LogicalBlock, Branch: b.ID, Created: now(),
 		}
 		return &format.Event{Op: "clone", Branches: []format.Branch{b}, Volumes: []format.Volume{c}}, nil
@@ -163,7 +163,7 @@ func (s *Store) Clone(src Ref, name string) error {
 
 // branchAt is a new branch that begins at a snapshot's point.
 func (s *Store) branchAt(sn *snapshot) format.Branch {
-	return format.Branch{ID: s.tables.newID(), Epoch: 1, OriginBranch: sn.Branch, OriginEpoch: sn.Epoch}
+	return format.Branch{ID: s.catalog.newID(), Epoch: 1, OriginBranch: sn.Branch, OriginEpoch: sn.Epoch}
 }
 
 // Rollback makes a volume what one of its snapshots is. All its snapshots stay,

@@ -40,7 +40,7 @@ func (s *Store) workBeyond() int64 {
 // workKept is what data leaves of workRoom at this moment. What the cleaner has copied of the chunk that it is cleaning
 // comes back with that chunk, and what is dead comes back with the next checkpoint. mu is held.
 func (s *Store) workKept() int64 {
-	back := s.slots.owed + s.leaving
+	back := s.slots.owed + s.pendingFree
 	c := s.cleaning
 	if c != nil {
 		back += int64(s.cleaned - s.cleanedBefore)

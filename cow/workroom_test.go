@@ -265,11 +265,11 @@ func TestHungryCleanerTakesSmallChunksFirst(t *testing.T) {
 	if c := chosen(); c.end <= smallChunk {
 		t.Errorf("the oldest chunk was not chosen, but one of %d bytes", c.end)
 	}
-	s.starving = true
+	s.writersWaiting = true
 	if c := chosen(); c.end > smallChunk {
 		t.Errorf("while writers wait a chunk of %d bytes was chosen", c.end)
 	}
-	s.starving = false
+	s.writersWaiting = false
 	m := newMover(s)
 	for _, want := range []struct {
 		live uint32

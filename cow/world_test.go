@@ -396,7 +396,7 @@ func (w *world) leave() (crashImage, error) {
 	wal.writeMu.Lock() // nothing is written meanwhile, and so no buffer is given back
 	defer wal.writeMu.Unlock()
 	img := w.now("the process ended", w.crasher.fs.Clone())
-	if !w.s.Outlives() {
+	if !w.s.SurvivesKill() {
 		img.known = w.crasher.known
 		return img, nil
 	}

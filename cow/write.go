@@ -116,7 +116,7 @@ func (d *Device) readEdges(sc *scratch, buf []byte, first uint64, skip, n int) (
 
 // holds reports whether the n blocks of the leaf from block on are what was
 // expected. mu is held.
-func (s *Store) holds(d *Device, ex *expect, lf *leaf, block uint64, n int) bool {
+func (s *Store) unchangedSince(d *Device, ex *expect, lf *leaf, block uint64, n int) bool {
 	if ex == nil {
 		return true
 	}
@@ -242,7 +242,7 @@ func (s *Store) tryPut(d *Device, k leafKey, h *format.RecordHeader, payload []b
 	first := int(h.Block % format.LeafBlocks)
 	return s.install(k, h, payload, n, purposeIn(h), waited, func(lf *leaf) error {
 		switch {
-		case !s.holds(d, ex, lf, h.Block, n):
+		case !s.unchangedSince(d, ex, lf, h.Block, n):
 			return errChanged
 		case hole && lf.isHole(first, n):
 			return errNothing

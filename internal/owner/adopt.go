@@ -28,7 +28,7 @@ func (o *Owner) adopt(ctx context.Context) error {
 	if _, err := o.in.Lstat(recordName); err != nil {
 		return nil // as it mostly is
 	}
-	if !o.opts.lasts() && !o.store.Forgot() { // what is lost is known only now: the next owner finds no trace of it
+	if !o.opts.lasts() && !o.store.LostAcknowledged() { // what is lost is known only now: the next owner finds no trace of it
 		return nil
 	}
 	if err := o.record(); err != nil {
@@ -117,7 +117,7 @@ func (o *Owner) deleteDead(ctx context.Context, rec deviceRecord, info ublk.Devi
 // hold keeps the volume of a device that waits.
 func (o *Owner) hold(rec deviceRecord, info ublk.DeviceInfo, err error) {
 	d := &disk{cookie: rec.Cookie, name: rec.Ref, readOnly: rec.ReadOnly, id: info.ID, elsewhere: rec.Dev}
-	d.lost = rec.Lost || o.store.Forgot() && !rec.ReadOnly
+	d.lost = rec.Lost || o.store.LostAcknowledged() && !rec.ReadOnly
 	err = errors.Join(err, d.mayBeAnothers(o.dir))
 	d.err = err
 	for _, name := range []string{rec.Ref, rec.Renaming} {

@@ -244,7 +244,7 @@ func (o *Owner) end() {
 
 // lasting refuses what must outlive an owner that is about to end, or that would take with it what it has answered.
 func (o *Owner) lasting() error {
-	if !o.store.Outlives() {
+	if !o.store.SurvivesKill() {
 		return fmt.Errorf("%w until the command that uses it ends", &cow.LockedError{Dir: o.dir, Holder: o.holder()})
 	}
 	return nil

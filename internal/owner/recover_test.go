@@ -470,7 +470,7 @@ func TestServedWithoutSharedMemory(t *testing.T) {
 		} else {
 			w.recovers(o, "", 1)
 		}
-		if !o.store.Outlives() {
+		if !o.store.SurvivesKill() {
 			t.Error("what is answered ends with the owner")
 		}
 		w.kill(o)

@@ -9,7 +9,7 @@ import (
 // dead; what did not change in w becomes w's. Without a successor, v stays as the version of
 // the next point, or becomes the present epoch's of a head that is written to (which otherwise
 // would take v for a kept point's), or dies whole where nothing follows.
-func (s *Store) reapVersion(j job, v metadata.Version) error {
+func (s *Store) reapVersion(j deletion, v metadata.Version) error {
 	var old format.Leaf
 	if err := s.exact(v, &old); err != nil {
 		return err
@@ -42,7 +42,7 @@ func (s *Store) reapVersion(j job, v metadata.Version) error {
 
 // exact reads the version v, which is in the table and perhaps, changed since, in memory.
 func (s *Store) exact(v metadata.Version, l *format.Leaf) error {
-	b := s.tables.branches[v.Branch]
+	b := s.catalog.branches[v.Branch]
 	if s.inMemory(b, v, l) {
 		return nil
 	}
@@ -73,7 +73,7 @@ func (s *Store) inMemory(b *branch, v metadata.Version, l *format.Leaf) bool {
 
 // successor runs fn on the version of v's leaf in (j.to, j.next], wherever it is, and has it
 // written with this generation. moved is false if there is none and v has to stay.
-func (s *Store) successor(j job, v metadata.Version, fn func(*format.Leaf)) (moved bool, err error) {
+func (s *Store) successor(j deletion, v metadata.Version, fn func(*format.Leaf)) (moved bool, err error) {
 	if !j.b.reaped {
 		// The cached leaf is the truth of a head: brought in first, it cannot be
 		// loaded by somebody else from what the table has now.
@@ -116,7 +116,7 @@ func (s *Store) reopen(k leafKey, sh *shard) (*openLeaf, error) {
 }
 
 // successorImage is successor for a version that is not a head's present one. The shard is locked.
-func (s *Store) successorImage(j job, v metadata.Version, sh *shard, fn func(*format.Leaf)) (moved bool, err error) {
+func (s *Store) successorImage(j deletion, v metadata.Version, sh *shard, fn func(*format.Leaf)) (moved bool, err error) {
 	if m := sh.image(v.Branch, v.Leaf, j.to+1, j.next); m != nil {
 		fn(&m.Leaf)
 		return true, nil

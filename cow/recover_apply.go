@@ -172,7 +172,7 @@ func (a *applier) own(k leafKey) (*openLeaf, *shard, error) {
 		if err == nil {
 			var o *openLeaf
 			a.t.mu.Lock()
-			o, err = s.own(k, sh)
+			o, err = s.makeWritable(k, sh)
 			a.t.mu.Unlock()
 			if err == nil {
 				return o, sh, nil

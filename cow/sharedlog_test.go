@@ -48,7 +48,7 @@ func files(t *testing.T, dir string) (names []string) {
 func answered(t *testing.T, o Options) (dir string, content []byte) {
 	t.Helper()
 	s, dir := newStore(t, o)
-	if !s.Outlives() {
+	if !s.SurvivesKill() {
 		t.Fatal("the store has no shared memory")
 	}
 	if _, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 20}); err != nil {
@@ -82,8 +82,8 @@ func found(t *testing.T, dir string, o Options, content []byte) bool {
 		t.Fatal(err)
 	}
 	mustCheck(t, s)
-	if s.Forgot() == bytes.Equal(got, content) && !foreign(t) {
-		t.Errorf("forgot: %v", s.Forgot())
+	if s.LostAcknowledged() == bytes.Equal(got, content) && !foreign(t) {
+		t.Errorf("forgot: %v", s.LostAcknowledged())
 	}
 	if err := errors.Join(d.Close(), s.Close()); err != nil {
 		t.Fatal(err)
@@ -201,7 +201,7 @@ func TestMovedOrCopied(t *testing.T) {
 	changeOwner(func(r *ownerRecord) { r.Dev, r.Ino = r.Dev+1, st.Ino })(t, twin, "")
 	c, err := Open(twin, o)
 	must(t, err)
-	if c.Forgot() {
+	if c.LostAcknowledged() {
 		t.Error("the copy of a store whose owner lives misses its memory")
 	}
 	must(t, c.Close())

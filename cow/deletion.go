@@ -17,64 +17,64 @@ const (
 	defaultReapTime = 50 * time.Millisecond
 )
 
-// A job is a half-open interval of epochs of a branch, (from, to], whose last state nobody
+// A deletion is a half-open interval of epochs of a branch, (from, to], whose last state nobody
 // can name any more. next is the end of the interval after it, whose state takes over what it
 // still needs; 0: there is none.
-type job struct {
+type deletion struct {
 	b        *branch
 	from, to uint32
 	next     uint32
 	snap     *snapshot // the point's row; nil: the head of a branch without a volume
 }
 
-// reapable reports whether there is a job. mu is held.
+// reapable reports whether there is a deletion to make. mu is held.
 func (s *Store) reapable() bool {
-	_, ok := s.nextJob()
+	_, ok := s.nextDeletion()
 	return ok
 }
 
-// awaitsReaper says whether there is a job, or will be one with the next checkpoint. mu is held.
+// awaitsReaper reports whether there is a deletion to make, or will be one with the next checkpoint. mu is held.
 func (s *Store) awaitsReaper() bool {
-	_, ok := s.nextJobAsOf(math.MaxUint64)
+	_, ok := s.nextDeletionAsOf(math.MaxUint64)
 	return ok
 }
 
-// nextJob finds a job whose versions are all in the table: a checkpoint has been committed since the name went. One
+// nextDeletion finds a deletion whose versions are all in the table: a checkpoint has been committed since the name went. One
 // that was begun comes first: what it has looked at would be looked at again, and with many leaves there would be no
 // end to it. mu is held, and ckptMu or nobody checkpoints.
-func (s *Store) nextJob() (job, bool) { return s.nextJobAsOf(s.committed.Load()) }
+func (s *Store) nextDeletion() (deletion, bool) { return s.nextDeletionAsOf(s.committed.Load()) }
 
-// nextJobAsOf is nextJob if the generation committed has been committed.
-func (s *Store) nextJobAsOf(committed uint64) (job, bool) {
+// nextDeletionAsOf is nextDeletion if the generation committed has been committed.
+func (s *Store) nextDeletionAsOf(committed uint64) (deletion, bool) {
 	for id, cursor := range s.reapCursor {
-		b := s.tables.branches[id]
+		b := s.catalog.branches[id]
 		if b == nil {
 			continue
 		}
 		if i, found := b.search(cursor.to); found && b.points[i].isReapable(committed) {
-			return b.points[i].job(), true
+			return b.points[i].deletion(), true
 		} else if !found && b.isReapable(committed) {
-			return b.job(), true
+			return b.deletion(), true
 		}
 	}
-	for sn := range s.tables.waiting {
+	for sn := range s.catalog.waiting {
 		if sn.isReapable(committed) {
-			return sn.job(), true
+			return sn.deletion(), true
 		}
 	}
-	for b := range s.tables.headless {
+	for b := range s.catalog.orphaned {
 		if b.isReapable(committed) {
-			return b.job(), true
+			return b.deletion(), true
 		}
 	}
-	return job{}, false
+	return deletion{}, false
 }
 
 // isReapable reports whether nobody needs a point that has lost its name, and the table has what the reaper looks at. mu
 // is held.
 func (sn *snapshot) isReapable(committed uint64) bool {
 	b := sn.branch
-	if b.stuck || b.reaping && !b.reaped {
+	if b.damaged || b.reaping && !b.reaped {
 		return false // the cache still has what is gone: it would be taken for a successor
 	}
 	return sn.Volume == 0 && sn.dropped <= committed && b.forks[sn.Epoch] == 0
@@ -82,17 +82,17 @@ func (sn *snapshot) isReapable(committed uint64) bool {
 
 // isReapable reports whether the head of a branch was given up, and is not reaped. mu is held.
 func (b *branch) isReapable(committed uint64) bool {
-	return b.volume == nil && !b.reaped && b.headless <= committed && !b.stuck
+	return b.volume == nil && !b.reaped && b.orphaned <= committed && !b.damaged
 }
 
-func (b *branch) job() job {
-	j := job{b: b, to: b.Epoch}
+func (b *branch) deletion() deletion {
+	j := deletion{b: b, to: b.Epoch}
 	j.from, _ = b.neighbours(b.Epoch)
 	return j
 }
 
-func (sn *snapshot) job() job {
-	j := job{b: sn.branch, to: sn.Epoch, snap: sn}
+func (sn *snapshot) deletion() deletion {
+	j := deletion{b: sn.branch, to: sn.Epoch, snap: sn}
 	j.from, j.next = sn.branch.neighbours(sn.Epoch)
 	return j
 }
@@ -120,7 +120,7 @@ func (b *branch) neighbours(epoch uint32) (before, after uint32) {
 // waiting for the disk. What goes wrong here the batch meets again. ckptMu is held.
 func (s *Store) prepareReaping() {
 	s.mu.Lock()
-	j, ok := s.nextJob()
+	j, ok := s.nextDeletion()
 	var cursor reapCursor
 	var err error
 	if ok {
@@ -150,11 +150,11 @@ func (s *Store) prepareReaping() {
 	}
 }
 
-// cursorOf is how far the reaper has come with a job, which is begun if it was not. mu is held.
-func (s *Store) cursorOf(j job) (cursor reapCursor, err error) {
+// cursorOf is how far the reaper has come with a deletion, which is begun if it was not. mu is held.
+func (s *Store) cursorOf(j deletion) (cursor reapCursor, err error) {
 	cursor, ok := s.reapCursor[j.b.ID]
 	if !ok || cursor.to != j.to {
-		if cursor, err = s.beginJob(j); err == nil {
+		if cursor, err = s.beginDeletion(j); err == nil {
 			s.reapCursor[j.b.ID] = cursor
 		}
 	}
@@ -176,16 +176,16 @@ func (s *Store) reapForCheckpoint() {
 // reap does one batch of work, and reports whether this checkpoint can do another. mu and ckptMu are held: memory is
 // what the table will be, so that what is decided here holds there too.
 func (s *Store) reap() (more bool) {
-	if s.thawed {
+	if s.lastAborted {
 		return false // there was no room for the last batch
 	}
 	for left := s.opts.reapBatch; left > 0; {
-		j, ok := s.nextJob()
+		j, ok := s.nextDeletion()
 		if !ok {
 			return false
 		}
 		j.b.reaping = j.b.reaping || j.snap == nil
-		done, n, err := s.reapSome(j, left)
+		done, n, err := s.deleteBatch(j, left)
 		if errors.Is(err, errFull) {
 			poke(s.ckptWork) // this checkpoint makes room
 			return false
@@ -193,20 +193,20 @@ func (s *Store) reap() (more bool) {
 		if err != nil {
 			// What a damaged version holds cannot be given back; everything else goes on.
 			s.log.Error("space of deleted data stays in use; run check", "branch", j.b.ID, "err", err)
-			j.b.stuck = true
+			j.b.damaged = true
 			continue
 		}
 		left -= n + 1
 		if done {
-			s.finishJob(j)
+			s.finishDeletion(j)
 		}
 	}
 	poke(s.ckptWork)
 	return true
 }
 
-// reapSome looks at up to limit leaves of a job, going on where the last batch stopped.
-func (s *Store) reapSome(j job, limit int) (done bool, n int, err error) {
+// deleteBatch looks at up to limit leaves of a deletion, going on where the last batch stopped.
+func (s *Store) deleteBatch(j deletion, limit int) (done bool, n int, err error) {
 	cursor, err := s.cursorOf(j)
 	if err != nil {
 		return false, 0, err
@@ -247,10 +247,10 @@ func (s *Store) reapSome(j job, limit int) (done bool, n int, err error) {
 	return done, len(found), nil
 }
 
-// reapCursor is how far the reaper has come with a job: with the versions that the job gives up, or with their
+// reapCursor is how far the reaper has come with a deletion: with the versions that it gives up, or with their
 // successors.
 type reapCursor struct {
-	to   uint32           // the job's
+	to   uint32           // the deletion's
 	next metadata.Version // to look at
 	last uint32           // epoch to look at
 }
@@ -258,10 +258,10 @@ type reapCursor struct {
 // reapCount bounds the versions that are counted to find out of which there are fewer.
 const reapCount = 16 << 10
 
-// beginJob begins with what a point has, or with what changed after it until the next point, if that is less: a
+// beginDeletion begins with what a point has, or with what changed after it until the next point, if that is less: a
 // version without a successor stays as it is, unless it becomes a head's. So the oldest snapshot goes without a look
 // at all that was written before it.
-func (s *Store) beginJob(j job) (c reapCursor, err error) {
+func (s *Store) beginDeletion(j deletion) (c reapCursor, err error) {
 	c = reapCursor{to: j.to, next: metadata.Version{Branch: j.b.ID, Epoch: j.from + 1}, last: j.to}
 	i, isPoint := j.b.search(j.next)
 	if !isPoint || j.b.points[i].made > s.committed.Load() { // else the table has all the successors there are
@@ -291,8 +291,8 @@ func (s *Store) beginJob(j job) (c reapCursor, err error) {
 	return c, err
 }
 
-// reapLeaf gives up the version that a job is to give up of a leaf: v, or the one whose successor v is.
-func (s *Store) reapLeaf(j job, v metadata.Version) error {
+// reapLeaf gives up the version that a deletion is to give up of a leaf: v, or the one whose successor v is.
+func (s *Store) reapLeaf(j deletion, v metadata.Version) error {
 	if v.Epoch > j.to {
 		var old format.Leaf
 		var err error
@@ -316,18 +316,18 @@ func (s *Store) dropVersion(b *branch, v metadata.Version) {
 	}
 }
 
-// finishJob removes the row that the job was about.
-func (s *Store) finishJob(j job) {
-	s.admin, s.loosened = true, true
+// finishDeletion removes the row that the deletion was about.
+func (s *Store) finishDeletion(j deletion) {
+	s.catalogDirty, s.pinnedStale = true, true
 	if j.snap != nil {
-		s.tables.forget(j.snap)
+		s.catalog.forget(j.snap)
 	} else {
 		j.b.reaped = true
-		delete(s.tables.headless, j.b)
+		delete(s.catalog.orphaned, j.b)
 		s.cache.forget(j.b, false)
 	}
 	if j.b.reaped && len(j.b.points) == 0 {
-		s.tables.forgetBranch(j.b)
+		s.catalog.forgetBranch(j.b)
 		s.cache.forget(j.b, true)
 	}
 }

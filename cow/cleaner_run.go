@@ -56,10 +56,10 @@ func (s *Store) Clean(ctx context.Context, waste float64) (CleanReport, error) {
 		return rep
 	}
 	// What is deleted comes first: it needs no copying.
-	if err := s.settleSpace(ctx); err != nil {
+	if err := s.reclaimDeleted(ctx); err != nil {
 		return freed(), fmt.Errorf("clean: %w", err)
 	}
-	s.unstick()
+	s.unpin()
 	for limit := s.end().ChunkSeq; ; {
 		r, err := s.cleanOne(ctx, max(waste, worthwhile), limit, nil)
 		rep.Moved += r.Moved
@@ -80,12 +80,12 @@ func (s *Store) removedBytes() int64 {
 	return s.slots.removed
 }
 
-// unstick forgets what records that live in part cannot give back, if names have gone since it was counted: the head
+// unpin forgets what records that live in part cannot give back, if names have gone since it was counted: the head
 // may have become their owner, and writes only what lives.
-func (s *Store) unstick() {
+func (s *Store) unpin() {
 	s.mu.Lock()
-	loosened := s.loosened
-	s.loosened = false
+	loosened := s.pinnedStale
+	s.pinnedStale = false
 	s.mu.Unlock()
 	if !loosened {
 		return
@@ -93,16 +93,16 @@ func (s *Store) unstick() {
 	for n := range s.slots.pages { // there may be very many, and others wait for the lock
 		s.mu.Lock()
 		s.slots.page(n, func(c *chunk) {
-			c.stuck = 0
+			c.pinnedDead = 0
 			s.slots.recount(c)
 		})
 		s.mu.Unlock()
 	}
 }
 
-// settleSpace has the table say what is dead: all that was written is behind the replay position, and what was
+// reclaimDeleted has the table say what is dead: all that was written is behind the replay position, and what was
 // deleted is reaped.
-func (s *Store) settleSpace(ctx context.Context) error {
+func (s *Store) reclaimDeleted(ctx context.Context) error {
 	for {
 		if err := errors.Join(s.Checkpoint(), ctx.Err()); err != nil {
 			return err
@@ -149,7 +149,7 @@ func (s *Store) victim(waste float64, limit uint64) (*chunk, error) {
 	room := s.workable(free)
 	var c *chunk
 	var tooLarge bool
-	if s.slots.mostLive() > s.wal.chunkBytes && (s.starving || s.awaitsReaper()) {
+	if s.slots.mostLive() > s.wal.chunkBytes && (s.writersWaiting || s.awaitsReaper()) {
 		c, _ = s.slots.dirtiest(max(waste, quickWaste), limit, s.wal.nextChunk, min(room, s.wal.chunkBytes))
 	}
 	if c == nil {
@@ -197,7 +197,7 @@ func (s *Store) cleanChunk(ctx context.Context, c *chunk, pause func(time.Durati
 		}
 	}
 	if moved == 0 && c.unmoved {
-		s.leave(c)
+		s.markUncleanable(c)
 	}
 	c.unmoved = moved == 0
 	return moved, nil
@@ -230,10 +230,10 @@ func (s *Store) growToMove() error {
 }
 
 // leave notes that what lives in a chunk cannot be moved, or it would be chosen again and again.
-func (s *Store) leave(c *chunk) {
+func (s *Store) markUncleanable(c *chunk) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	c.stuck = c.end - format.ChunkHeaderSize - min(c.live, c.end-format.ChunkHeaderSize)
+	c.pinnedDead = c.end - format.ChunkHeaderSize - min(c.live, c.end-format.ChunkHeaderSize)
 	s.slots.recount(c)
 }
 

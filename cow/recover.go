@@ -63,7 +63,7 @@ func (s *Store) loadAndReplay() (left []leaving, err error) {
 }
 
 func (s *Store) loadTables(tb *metadata.Tables) error {
-	t := &s.tables
+	t := &s.catalog
 	// Ids rise, and a branch is younger than its origin.
 	for _, b := range tb.Branches {
 		if err := t.putBranch(b, 0); err != nil {
@@ -196,7 +196,7 @@ func (s *Store) replayChunk(t *batch, c *chunk, from uint32, limit uint64) (r ch
 		return r, nil
 	}
 	if r.dropped == 0 { // else it stays: nobody knows why the record before it does not verify
-		s.ends = append(s.ends, c)
+		s.untrimmed = append(s.untrimmed, c)
 	}
 	return r, err
 }
@@ -294,12 +294,12 @@ func (s *Store) replayRecord(t *batch, e *format.SummaryEntry, h *format.RecordH
 		if err := format.DecodeEvent(payload, &ev); err != nil {
 			return err
 		}
-		s.admin = true
-		return s.tables.apply(&ev, s.gen)
+		s.catalogDirty = true
+		return s.catalog.apply(&ev, s.gen)
 	case format.KindMoved:
 		return s.replayMoved(h, payload, c, off)
 	}
-	b := s.tables.branches[e.Branch]
+	b := s.catalog.branches[e.Branch]
 	if b == nil {
 		return corruptf("branch %d does not exist", e.Branch)
 	}

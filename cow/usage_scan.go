@@ -9,70 +9,70 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// census is what keeps what in one state of the table: docs/reclaim.md, Space.
-type census struct {
+// usageScan is what keeps what in one state of the table: docs/reclaim.md, Space.
+type usageScan struct {
 	tx          *metadata.Tx
 	interrupted func() error
 	forwards    checkForwards
 	moved       []bool // by slot: blocks of the chunk are elsewhere
 	leaf        format.Leaf
 
-	lines     map[uint32]*line
+	lines     map[uint32]*branchRefs
 	refs      []Ref // each volume before its snapshots
-	marks     map[Ref]mark
-	snapshots map[Ref][]mark // by volume
+	marks     map[Ref]pointRef
+	snapshots map[Ref][]pointRef // by volume
 }
 
 // line is a branch, and who keeps what it has.
-type line struct {
+type branchRefs struct {
 	format.Branch
-	origin  *line    // nil: it began empty
-	keepers []keeper // by epoch
+	origin  *branchRefs // nil: it began empty
+	keepers []reference // by epoch
 
 	scanned bool
-	sums    []amount       // by keeper: what it refers to
-	owned   map[span]int64 // stored bytes by the keepers that see them
+	sums    []amount           // by keeper: what it refers to
+	owned   map[refRange]int64 // stored bytes by the keepers that see them
 }
 
 // keeper is a point of a branch, or its head, that has a name or at which kept branches begin.
-type keeper struct {
+type reference struct {
 	epoch uint32
 	named bool
 	forks int
 }
 
-func (k keeper) keeps() bool { return k.named || k.forks > 0 }
+func (k reference) keeps() bool { return k.named || k.forks > 0 }
 
 // span is the keepers from first to before end.
-type span struct{ first, end int32 }
+type refRange struct{ first, end int32 }
 
 // mark names a keeper.
-type mark struct {
-	l     *line
+type pointRef struct {
+	l     *branchRefs
 	epoch uint32
 }
 
 // search finds the first keeper at or after an epoch.
-func (l *line) search(epoch uint32) int {
-	i, _ := slices.BinarySearchFunc(l.keepers, epoch, func(k keeper, epoch uint32) int { return cmp.Compare(k.epoch, epoch) })
+func (l *branchRefs) search(epoch uint32) int {
+	i, _ := slices.BinarySearchFunc(l.keepers, epoch, func(k reference, epoch uint32) int { return cmp.Compare(k.epoch, epoch) })
 	return i
 }
 
 // fork is where the branch begins. It has an origin.
-func (l *line) fork() mark { return mark{l.origin, l.OriginEpoch} }
+func (l *branchRefs) fork() pointRef { return pointRef{l.origin, l.OriginEpoch} }
 
-func (l *line) own(by span, n int64) {
+func (l *branchRefs) own(by refRange, n int64) {
 	if n > 0 {
 		l.owned[by] += n
 	}
 }
 
-func newCensus(tx *metadata.Tx, interrupted func() error) (*census, error) {
+func newCensus(tx *metadata.Tx, interrupted func() error) (*usageScan, error) {
 	tb, err := tx.Load()
 	if err != nil {
 		return nil, err
 	}
-	c := &census{tx: tx, interrupted: interrupted, lines: map[uint32]*line{}, marks: map[Ref]mark{}, snapshots: map[Ref][]mark{}}
+	c := &usageScan{tx: tx, interrupted: interrupted, lines: map[uint32]*branchRefs{}, marks: map[Ref]pointRef{}, snapshots: map[Ref][]pointRef{}}
 	c.forwards.index(tb.Forwarded)
 	for _, r := range tb.Forwarded {
 		if int(r.Slot) >= len(c.moved) {
@@ -81,7 +81,7 @@ func newCensus(tx *metadata.Tx, interrupted func() error) (*census, error) {
 		c.moved[r.Slot] = true
 	}
 	for _, b := range tb.Branches { // by id: an origin comes before what begins there
-		l := &line{Branch: b, origin: c.lines[b.OriginBranch]}
+		l := &branchRefs{Branch: b, origin: c.lines[b.OriginBranch]}
 		if b.OriginBranch != 0 && l.origin == nil {
 			return nil, corruptf("branch %d has the origin %d, which does not exist", b.ID, b.OriginBranch)
 		}
@@ -94,7 +94,7 @@ func newCensus(tx *metadata.Tx, interrupted func() error) (*census, error) {
 }
 
 // names notes what has a name.
-func (c *census) names(tb *metadata.Tables) error {
+func (c *usageScan) names(tb *metadata.Tables) error {
 	volumes := map[uint32]Ref{}
 	for _, v := range tb.Volumes {
 		l := c.lines[v.Branch]
@@ -102,20 +102,20 @@ func (c *census) names(tb *metadata.Tables) error {
 			return corruptf("volume %q is on branch %d, which does not exist", v.Name, v.Branch)
 		}
 		r := Ref{Volume: v.Name}
-		volumes[v.ID], c.marks[r] = r, mark{l, l.Epoch}
+		volumes[v.ID], c.marks[r] = r, pointRef{l, l.Epoch}
 		c.refs = append(c.refs, r)
-		l.keepers = append(l.keepers, keeper{epoch: l.Epoch, named: true})
+		l.keepers = append(l.keepers, reference{epoch: l.Epoch, named: true})
 	}
 	for _, sn := range tb.Snapshots {
 		l := c.lines[sn.Branch]
 		if l == nil {
 			return corruptf("snapshot %q is of branch %d, which does not exist", sn.Name, sn.Branch)
 		}
-		l.keepers = append(l.keepers, keeper{epoch: sn.Epoch, named: sn.Volume != 0})
+		l.keepers = append(l.keepers, reference{epoch: sn.Epoch, named: sn.Volume != 0})
 		if v, ok := volumes[sn.Volume]; ok {
 			r := Ref{v.Volume, sn.Name}
 			c.refs = append(c.refs, r)
-			c.marks[r] = mark{l, sn.Epoch}
+			c.marks[r] = pointRef{l, sn.Epoch}
 			c.snapshots[v] = append(c.snapshots[v], c.marks[r])
 		}
 	}
@@ -129,13 +129,13 @@ func (r Ref) compare(o Ref) int {
 }
 
 // keep finds the keepers of all branches: what begins at a point comes after it, so the last branch is first.
-func (c *census) keep(tb *metadata.Tables) error {
+func (c *usageScan) keep(tb *metadata.Tables) error {
 	for _, l := range c.lines {
-		slices.SortFunc(l.keepers, func(a, b keeper) int { return cmp.Compare(a.epoch, b.epoch) })
+		slices.SortFunc(l.keepers, func(a, b reference) int { return cmp.Compare(a.epoch, b.epoch) })
 	}
 	for _, b := range slices.Backward(tb.Branches) {
 		l := c.lines[b.ID]
-		l.keepers = slices.DeleteFunc(l.keepers, func(k keeper) bool { return !k.keeps() })
+		l.keepers = slices.DeleteFunc(l.keepers, func(k reference) bool { return !k.keeps() })
 		if len(l.keepers) == 0 || l.origin == nil {
 			continue
 		}
@@ -149,7 +149,7 @@ func (c *census) keep(tb *metadata.Tables) error {
 }
 
 // held is what a point or head refers to.
-func (c *census) held(m mark) (amount, error) {
+func (c *usageScan) held(m pointRef) (amount, error) {
 	if err := c.scan(m.l); err != nil {
 		return amount{}, err
 	}
@@ -157,7 +157,7 @@ func (c *census) held(m mark) (amount, error) {
 }
 
 // freed is what it frees when these lose their names.
-func (c *census) freed(ms ...mark) (n int64, err error) {
+func (c *usageScan) freed(ms ...pointRef) (n int64, err error) {
 	for l, lost := range c.lost(ms) {
 		if err := c.scan(l); err != nil {
 			return 0, err
@@ -169,11 +169,11 @@ func (c *census) freed(ms ...mark) (n int64, err error) {
 
 // lost finds, by branch and in order, the keepers that go when these lose their names: with the last keeper of a
 // branch goes the branch, and perhaps the point at which it began.
-func (c *census) lost(ms []mark) map[*line][]int32 {
-	lost := map[*line][]int32{}
-	left := map[mark]keeper{}
-	var loses func(m mark, what func(*keeper))
-	loses = func(m mark, what func(*keeper)) {
+func (c *usageScan) lost(ms []pointRef) map[*branchRefs][]int32 {
+	lost := map[*branchRefs][]int32{}
+	left := map[pointRef]reference{}
+	var loses func(m pointRef, what func(*reference))
+	loses = func(m pointRef, what func(*reference)) {
 		i := m.l.search(m.epoch)
 		k, known := left[m]
 		if !known {
@@ -186,11 +186,11 @@ func (c *census) lost(ms []mark) map[*line][]int32 {
 		}
 		lost[m.l] = append(lost[m.l], int32(i))
 		if len(lost[m.l]) == len(m.l.keepers) && m.l.origin != nil {
-			loses(m.l.fork(), func(k *keeper) { k.forks-- })
+			loses(m.l.fork(), func(k *reference) { k.forks-- })
 		}
 	}
 	for _, m := range ms {
-		loses(m, func(k *keeper) { k.named = false })
+		loses(m, func(k *reference) { k.named = false })
 	}
 	for _, is := range lost {
 		slices.Sort(is)
@@ -199,9 +199,9 @@ func (c *census) lost(ms []mark) map[*line][]int32 {
 }
 
 // freed is what only keepers see that are lost.
-func (l *line) freed(lost []int32) (n int64) {
+func (l *branchRefs) freed(lost []int32) (n int64) {
 	if len(lost) == 1 {
-		return l.owned[span{lost[0], lost[0] + 1}]
+		return l.owned[refRange{lost[0], lost[0] + 1}]
 	}
 	before := make([]int32, len(l.keepers)+1) // how many lost ones there are before a keeper
 	for _, i := range lost {

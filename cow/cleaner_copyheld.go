@@ -89,7 +89,7 @@ func (m *mover) moveAgain(r *record) (moved int, err error) {
 func (m *mover) moveHeld(r *record) (n int, err error) {
 	// What is moved is logged with the blocks that live. A replay, which begins with the table, has to find the same
 	// ones.
-	if m.s.thawed {
+	if m.s.lastAborted {
 		return 0, errFull
 	}
 	m.s.mu.Lock()
@@ -105,7 +105,7 @@ func (m *mover) moveHeld(r *record) (n int, err error) {
 		}
 		return 0, err
 	}
-	mask, err := m.owned(r.h, r.name)
+	mask, err := m.ownedMask(r.h, r.name)
 	if err == nil && mask != 0 {
 		err = r.h.VerifyPayload(r.payload)
 	}
@@ -162,10 +162,10 @@ func leaveOut(unit []byte, mask uint16) {
 // owned says which blocks of a record the version that owns it has. All blocks of a record that live have one owner:
 // they were put together, and when the reaper hands them on it is to one successor. If that is the head of a volume
 // by now, which others may change at any time, it is errChanged. ckptMu is held.
-func (m *mover) owned(h *format.RecordHeader, name format.Entry) (mask uint16, err error) {
+func (m *mover) ownedMask(h *format.RecordHeader, name format.Entry) (mask uint16, err error) {
 	s := m.s
 	s.mu.Lock()
-	b, present := s.tables.branches[h.Branch], head
+	b, present := s.catalog.branches[h.Branch], head
 	if b != nil && b.volume != nil {
 		present = b.Epoch
 	}

@@ -100,8 +100,8 @@ func (s *shard) dropImages(v metadata.Version) (n int64) {
 	return n
 }
 
-// settleImages removes the images that a checkpoint of generation gen has written.
-func (s *shard) settleImages(gen uint64, dropped func(branch uint32)) {
+// dropWritten removes the images that a checkpoint of generation gen has written.
+func (s *shard) dropWritten(gen uint64, dropped func(branch uint32)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.eachImage(func(h handle, o *openLeaf) {

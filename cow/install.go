@@ -24,10 +24,10 @@ func (s *Store) install(k leafKey, h *format.RecordHeader, payload []byte, n int
 	if err := check(lf); err != nil {
 		return err
 	}
-	if !s.owned(k.b, lf) && !s.mayDirty(waited, p) {
+	if !s.isWritable(k.b, lf) && !s.mayDirty(waited, p) {
 		return errFull
 	}
-	o, err := s.own(k, sh)
+	o, err := s.makeWritable(k, sh)
 	if err != nil {
 		return err
 	}

@@ -16,13 +16,13 @@ type branch struct {
 	origin        *branch        // nil: it began empty
 	originEpoch   uint32         // OriginEpoch, without the lock
 	volume        *volume        // whose head it is, or nil; guarded by Store.mu
-	stuck         bool           // a version is damaged, and the reaper has given up; guarded by Store.mu
+	damaged       bool           // a version is damaged, and the reaper has given up; guarded by Store.mu
 	reaping       bool           // the head's versions are going; guarded by Store.mu
 	reaped        bool           // they are gone; guarded by Store.mu
 	points        []*snapshot    // by epoch, with those that have lost their name; guarded by Store.mu
 	forks         map[uint32]int // how many branches begin at an epoch's point; guarded by Store.mu
 	unwritten     atomic.Int64   // dirty leaves and images that no checkpoint has committed
-	headless      uint64         // generation in which it lost its volume, while the head's versions wait for the reaper; guarded by Store.mu
+	orphaned      uint64         // generation in which it lost its volume, while the head's versions wait for the reaper; guarded by Store.mu
 }
 
 // volume is a volume in memory.
@@ -47,23 +47,23 @@ type snapshot struct {
 
 // tables are the volumes, snapshots and branches in memory; all guarded by
 // Store.mu. The dirty sets name the rows that the next checkpoint writes or removes.
-type tables struct {
-	volumes   map[uint32]*volume
-	snapshots map[uint32]*snapshot
-	branches  map[uint32]*branch
-	byName    map[string]*volume
-	nameless  map[*snapshot]struct{} // those of volume 0
-	waiting   map[*snapshot]struct{} // of these, those at which no branch begins: the reaper's
-	headless  map[*branch]struct{}   // those without a volume that are not reaped
-	nextID    uint64                 // more than lastID: there are no more
+type catalog struct {
+	volumes       map[uint32]*volume
+	snapshots     map[uint32]*snapshot
+	branches      map[uint32]*branch
+	byName        map[string]*volume
+	unnamedPoints map[*snapshot]struct{} // those of volume 0
+	waiting       map[*snapshot]struct{} // of these, those at which no branch begins: the reaper's
+	orphaned      map[*branch]struct{}   // those without a volume that are not reaped
+	nextID        uint64                 // more than lastID: there are no more
 
 	dirtyVolumes, dirtySnapshots, dirtyBranches map[uint32]struct{}
 }
 
-func newTables() tables {
-	return tables{
+func newCatalog() catalog {
+	return catalog{
 		volumes: map[uint32]*volume{}, snapshots: map[uint32]*snapshot{}, branches: map[uint32]*branch{},
-		byName: map[string]*volume{}, nameless: map[*snapshot]struct{}{}, waiting: map[*snapshot]struct{}{}, headless: map[*branch]struct{}{}, nextID: 1,
+		byName: map[string]*volume{}, unnamedPoints: map[*snapshot]struct{}{}, waiting: map[*snapshot]struct{}{}, orphaned: map[*branch]struct{}{}, nextID: 1,
 		dirtyVolumes: map[uint32]struct{}{}, dirtySnapshots: map[uint32]struct{}{}, dirtyBranches: map[uint32]struct{}{},
 	}
 }
@@ -75,26 +75,26 @@ const (
 )
 
 // newID hands out ids; volumes, snapshots and branches share them. Whoever uses them asks enoughIDs before.
-func (t *tables) newID() uint32 {
+func (t *catalog) newID() uint32 {
 	n := t.nextID
 	t.nextID++
 	return uint32(n)
 }
 
 // enoughIDs is an error if ids were handed out that there are not.
-func (t *tables) enoughIDs() error {
+func (t *catalog) enoughIDs() error {
 	if t.nextID > lastID+1 {
 		return fmt.Errorf("the store has given all %d numbers of volumes, snapshots and branches, which are not given again; make another store: %w", uint32(lastID), ErrExhausted)
 	}
 	return nil
 }
 
-func (t *tables) usedID(n uint32) { t.nextID = max(t.nextID, uint64(n)+1) }
+func (t *catalog) usedID(n uint32) { t.nextID = max(t.nextID, uint64(n)+1) }
 
 // putBranch, putVolume and putSnapshot install a row as it now is. A row that
 // refers to one that is not there is an error in the log or the table.
 
-func (t *tables) putBranch(r format.Branch, gen uint64) error {
+func (t *catalog) putBranch(r format.Branch, gen uint64) error {
 	b := t.branches[r.ID]
 	if b == nil {
 		b = &branch{Branch: r, originEpoch: r.OriginEpoch}
@@ -105,7 +105,7 @@ func (t *tables) putBranch(r format.Branch, gen uint64) error {
 			t.fork(b, +1)
 		}
 		t.branches[r.ID] = b
-		t.behead(b, gen) // until a volume takes it
+		t.orphan(b, gen) // until a volume takes it
 	}
 	b.Epoch = r.Epoch // the rest never changes, and is read without the lock
 	t.usedID(r.ID)
@@ -113,7 +113,7 @@ func (t *tables) putBranch(r format.Branch, gen uint64) error {
 	return nil
 }
 
-func (t *tables) putVolume(r format.Volume, gen uint64) error {
+func (t *catalog) putVolume(r format.Volume, gen uint64) error {
 	b := t.branches[r.Branch]
 	if b == nil {
 		return corruptf("volume %q is on branch %d, which does not exist", r.Name, r.Branch)
@@ -129,11 +129,11 @@ func (t *tables) putVolume(r format.Volume, gen uint64) error {
 	} else {
 		delete(t.byName, v.Name)
 		if v.branch != b {
-			t.behead(v.branch, gen)
+			t.orphan(v.branch, gen)
 		}
 	}
 	v.Volume, v.branch, b.volume = r, b, v
-	delete(t.headless, b)
+	delete(t.orphaned, b)
 	v.size.Store(r.Size)
 	t.byName[r.Name] = v
 	t.usedID(r.ID)
@@ -142,7 +142,7 @@ func (t *tables) putVolume(r format.Volume, gen uint64) error {
 }
 
 // dropVolume removes a volume, and with it the names of its snapshots.
-func (t *tables) dropVolume(n uint32, gen uint64) error {
+func (t *catalog) dropVolume(n uint32, gen uint64) error {
 	v := t.volumes[n]
 	if v == nil {
 		return corruptf("volume %d is deleted but does not exist", n)
@@ -154,12 +154,12 @@ func (t *tables) dropVolume(n uint32, gen uint64) error {
 	}
 	delete(t.volumes, n)
 	delete(t.byName, v.Name)
-	t.behead(v.branch, gen)
+	t.orphan(v.branch, gen)
 	t.dirtyVolumes[n] = struct{}{}
 	return nil
 }
 
-func (t *tables) putSnapshot(r format.Snapshot, gen uint64) error {
+func (t *catalog) putSnapshot(r format.Snapshot, gen uint64) error {
 	s := t.snapshots[r.ID]
 	if s == nil {
 		b := t.branches[r.Branch]
@@ -193,16 +193,16 @@ func (t *tables) putSnapshot(r format.Snapshot, gen uint64) error {
 }
 
 // unname notes that a point has no name any more.
-func (t *tables) unname(s *snapshot) {
+func (t *catalog) unname(s *snapshot) {
 	s.Volume = 0
-	t.nameless[s] = struct{}{}
+	t.unnamedPoints[s] = struct{}{}
 	if s.branch.forks[s.Epoch] == 0 {
 		t.waiting[s] = struct{}{}
 	}
 }
 
 // apply installs what an event says: the live path and replay both do.
-func (t *tables) apply(ev *format.Event, gen uint64) error {
+func (t *catalog) apply(ev *format.Event, gen uint64) error {
 	for _, r := range ev.Branches {
 		if err := t.putBranch(r, gen); err != nil {
 			return err
@@ -227,9 +227,9 @@ func (t *tables) apply(ev *format.Event, gen uint64) error {
 }
 
 // forget removes the row of a point that nobody needs.
-func (t *tables) forget(s *snapshot) {
+func (t *catalog) forget(s *snapshot) {
 	delete(t.snapshots, s.ID)
-	delete(t.nameless, s)
+	delete(t.unnamedPoints, s)
 	delete(t.waiting, s)
 	if i, found := s.branch.search(s.Epoch); found {
 		s.branch.points = slices.Delete(s.branch.points, i, i+1)
@@ -238,23 +238,23 @@ func (t *tables) forget(s *snapshot) {
 }
 
 // forgetBranch removes the row of a branch that has neither head nor points.
-func (t *tables) forgetBranch(b *branch) {
+func (t *catalog) forgetBranch(b *branch) {
 	delete(t.branches, b.ID)
-	delete(t.headless, b)
+	delete(t.orphaned, b)
 	if b.origin != nil {
 		t.fork(b, -1)
 	}
 	t.dirtyBranches[b.ID] = struct{}{}
 }
 
-// behead takes a branch's volume away, in a generation.
-func (t *tables) behead(b *branch, gen uint64) {
-	b.volume, b.headless = nil, gen
-	t.headless[b] = struct{}{}
+// orphan takes a branch's volume away, in a generation.
+func (t *catalog) orphan(b *branch, gen uint64) {
+	b.volume, b.orphaned = nil, gen
+	t.orphaned[b] = struct{}{}
 }
 
 // fork counts the branches that begin at the point where b begins: one more, or one less.
-func (t *tables) fork(b *branch, by int) {
+func (t *catalog) fork(b *branch, by int) {
 	o, epoch := b.origin, b.originEpoch
 	if o.forks == nil {
 		o.forks = map[uint32]int{}

@@ -273,7 +273,7 @@ func (m *mover) lineageOf(branch uint32) *lineage {
 		m.s.mu.Lock()
 		defer m.s.mu.Unlock()
 		m.line = lineage{}
-		if b := m.s.tables.branches[branch]; b != nil {
+		if b := m.s.catalog.branches[branch]; b != nil {
 			m.line = lineage{b, b.Epoch, b.volume != nil, len(b.points) == 0}
 		}
 	}
@@ -349,7 +349,7 @@ func (m *mover) rewrite(r *record, mask uint16) (n int, err error) {
 func (s *Store) codecOf(branch uint32) *codecPool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if b := s.tables.branches[branch]; b != nil && b.volume != nil {
+	if b := s.catalog.branches[branch]; b != nil && b.volume != nil {
 		return b.volume.codec
 	}
 	return nil
@@ -379,7 +379,7 @@ func (s *Store) tryPutMoved(h *format.RecordHeader, payload []byte, same func(*l
 	if err := errors.Join(s.wal.reserve(h.Size(), forMoves), s.usable()); err != nil {
 		return k, err
 	}
-	b := s.tables.branches[h.Branch]
+	b := s.catalog.branches[h.Branch]
 	if b == nil {
 		return k, errChanged
 	}

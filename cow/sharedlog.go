@@ -247,10 +247,10 @@ func (s *Store) newOwnerRecord() (r ownerRecord, err error) {
 	return r, err
 }
 
-// inherit takes over what a killed owner had answered and not written. It comes before the first look at the log, and
+// recoverSharedBuffers takes over what a killed owner had answered and not written. It comes before the first look at the log, and
 // changes nothing where it cannot know whether there is something to take over. settled is to be called when the store
 // is known to be sound: the next owner need not look for it any more.
-func (s *Store) inherit(uuid [16]byte) (settled func() error, err error) {
+func (s *Store) recoverSharedBuffers(uuid [16]byte) (settled func() error, err error) {
 	path := s.in.Join(ownerFile)
 	text, err := s.in.Read(ownerFile)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -269,7 +269,7 @@ func (s *Store) inherit(uuid [16]byte) (settled func() error, err error) {
 	name, herr := hex.DecodeString(last.Buffers)
 	if err = errors.Join(err, herr); err != nil || len(name) != 16 {
 		s.log.Warn("what the last owner left in memory cannot be found", "file", path, "err", err)
-		s.forgot = true // a power cut would have taken it as well
+		s.lostAcknowledged = true // a power cut would have taken it as well
 		return settled, nil
 	}
 	if last.Boot != now.Boot || last.Ino != now.Ino {
@@ -290,7 +290,7 @@ func (s *Store) inherit(uuid [16]byte) (settled func() error, err error) {
 		return nil, &elsewhereError{buffers: "vdisk-" + last.Buffers, dir: s.opts.SharedMemory, there: last.Shm, here: now.Shm}
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, errNotBuffers):
 		s.log.Warn("what the last owner had answered and not written is lost", "err", err)
-		s.forgot = true
+		s.lostAcknowledged = true
 		return settled, nil
 	}
 	return nil, fmt.Errorf("what the last owner had answered and not written: %w", err)
@@ -370,8 +370,8 @@ func (s *Store) writeOwner(r ownerRecord) error {
 	return s.in.Replace(ownerFile, append(text, '\n'), false)
 }
 
-// leaveNothing removes the buffers after everything in them is durable.
-func (s *Store) leaveNothing() error {
+// removeSharedBuffers removes the buffers after everything in them is durable.
+func (s *Store) removeSharedBuffers() error {
 	if s.shared == nil {
 		return nil
 	}
@@ -380,13 +380,13 @@ func (s *Store) leaveNothing() error {
 	return err
 }
 
-// Forgot says that the last owner was killed, and that what it had answered and not written cannot be found: whoever
+// LostAcknowledged says that the last owner was killed, and that what it had answered and not written cannot be found: whoever
 // went on when it died may have writes answered that are not in this store.
-func (s *Store) Forgot() bool { return s.forgot }
+func (s *Store) LostAcknowledged() bool { return s.lostAcknowledged }
 
-// Outlives reports whether what is answered outlives this process if it is killed, so that the next owner of the store
+// SurvivesKill reports whether what is answered outlives this process if it is killed, so that the next owner of the store
 // can go on where it ended: it is in shared memory or, where there is none, in the chunk files.
-func (s *Store) Outlives() bool { return s.shared != nil || s.writeThrough }
+func (s *Store) SurvivesKill() bool { return s.shared != nil || s.writeThrough }
 
 // WritesThrough reports whether that costs a write to a chunk file each time.
 func (s *Store) WritesThrough() bool { return s.writeThrough }

@@ -80,7 +80,7 @@ func (s *Store) newer(tx *metadata.Tx, v metadata.Version, epoch *uint32, l *for
 // epoch and the present generation. If an earlier epoch's or generation's
 // state of it is still to be written, a copy stays behind. mu and the shard's lock are held. If there is no
 // room it fails with errFull, and nothing has changed; in any case leaves of the shard may have moved.
-func (s *Store) own(k leafKey, sh *shard) (*openLeaf, error) {
+func (s *Store) makeWritable(k leafKey, sh *shard) (*openLeaf, error) {
 	epoch := k.b.Epoch
 	lf, _ := sh.find(k)
 	o := lf.open()
@@ -111,7 +111,7 @@ func (s *Store) own(k leafKey, sh *shard) (*openLeaf, error) {
 }
 
 // owned reports whether own has nothing to do.
-func (s *Store) owned(b *branch, lf *leaf) bool {
+func (s *Store) isWritable(b *branch, lf *leaf) bool {
 	return lf.dirtyGen() == s.gen && lf.epoch == b.Epoch
 }
 
@@ -149,7 +149,7 @@ func (s *Store) account(e format.Entry, sign int) {
 		return
 	}
 	if sign < 0 {
-		s.helpless = false // what dies can be given back
+		s.cleanerExhausted = false // what dies can be given back
 	}
 	c := s.slots.get(e.Slot())
 	if c == nil {

@@ -27,7 +27,7 @@ func (s *Store) cleanRoutine() {
 	defer func() { // nobody waits for a cleaner that is gone
 		s.pacer.set(0)
 		s.mu.Lock()
-		s.helpless = true
+		s.cleanerExhausted = true
 		s.wal.space.Broadcast()
 		s.mu.Unlock()
 	}()
@@ -91,8 +91,8 @@ func (s *Store) cleanFor(u urgency, t *throttle) (more bool) {
 	defer s.mu.Unlock()
 	// Until a checkpoint or a writer changes something. One that found room meanwhile may have done so, and so may who
 	// has deleted something since the reaper was asked.
-	s.helpless = u == hungry && (err != nil || !gain) && s.roomTaken == taken && (failed || !s.awaitsReaper())
-	s.starving = false
+	s.cleanerExhausted = u == hungry && (err != nil || !gain) && s.roomTaken == taken && (failed || !s.awaitsReaper())
+	s.writersWaiting = false
 	s.wal.space.Broadcast()
 	return gain && err == nil
 }
@@ -108,7 +108,7 @@ func (s *Store) reapsMore() bool {
 func (s *Store) owes() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.slots.owed+s.leaving > 0
+	return s.slots.owed+s.pendingFree > 0
 }
 
 // taken counts the chunks that data was given.
@@ -138,10 +138,10 @@ func (s *Store) used(spares bool) int64 {
 
 // needRoom is called by writers that find no room, with mu held. It wakes the cleaner; false: that can give none.
 func (s *Store) needRoom() bool {
-	if s.helpless || s.closed || s.opts.checkpointInterval < 0 {
+	if s.cleanerExhausted || s.closed || s.opts.checkpointInterval < 0 {
 		return false
 	}
-	s.starving = true
+	s.writersWaiting = true
 	poke(s.cleanWork)
 	return true
 }
@@ -154,13 +154,13 @@ func (s *Store) urgency() urgency {
 	if s.closed || s.wal.err() != nil {
 		return idle
 	}
-	if s.starving {
+	if s.writersWaiting {
 		return hungry
 	}
 	live := s.slots.dirtyLive
 	dead := s.slots.dirtyEnds - live
 	switch {
-	case err == nil && s.room(free)+s.slots.owed+s.leaving < (ahead-1)*s.wal.chunkBytes+s.workRoom() && !s.helpless && dead > 0:
+	case err == nil && s.room(free)+s.slots.owed+s.pendingFree < (ahead-1)*s.wal.chunkBytes+s.workRoom() && !s.cleanerExhausted && dead > 0:
 		return pressed
 	case float64(dead) > slack*float64(live)+slackBytes:
 		return tidy

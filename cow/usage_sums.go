@@ -55,7 +55,7 @@ func (s *Store) Room() (int64, error) {
 }
 
 // usage answers for refs.
-func (c *census) usage(refs []Ref) (us []Usage, err error) {
+func (c *usageScan) usage(refs []Ref) (us []Usage, err error) {
 	if len(refs) == 1 && refs[0].Snapshot != "" {
 		if m, ok := c.marks[refs[0]]; ok {
 			u, done, err := c.snapshot(m)
@@ -98,8 +98,8 @@ func (c *census) usage(refs []Ref) (us []Usage, err error) {
 
 // snapshot answers for one without a scan of all versions: it looks at the leaves of the snapshot, and at the versions
 // between the keepers before and after it. done is false if other points go with it.
-func (c *census) snapshot(m mark) (u Usage, done bool, err error) {
-	lost := c.lost([]mark{m})
+func (c *usageScan) snapshot(m pointRef) (u Usage, done bool, err error) {
+	lost := c.lost([]pointRef{m})
 	if len(lost) > 1 {
 		return u, false, nil
 	}
@@ -113,7 +113,7 @@ func (c *census) snapshot(m mark) (u Usage, done bool, err error) {
 }
 
 // referenced adds up the leaves that a keeper sees.
-func (c *census) referenced(m mark) (sum amount, err error) {
+func (c *usageScan) referenced(m pointRef) (sum amount, err error) {
 	for index := uint32(0); ; index++ {
 		next, more, err := c.nextLeaf(m.l, index)
 		if err != nil || !more {
@@ -132,7 +132,7 @@ func (c *census) referenced(m mark) (sum amount, err error) {
 }
 
 // nextLeaf is the first leaf at or after index that the branch or an origin has.
-func (c *census) nextLeaf(l *line, index uint32) (next uint32, more bool, err error) {
+func (c *usageScan) nextLeaf(l *branchRefs, index uint32) (next uint32, more bool, err error) {
 	if err := c.interrupted(); err != nil {
 		return 0, false, err
 	}
@@ -149,7 +149,7 @@ func (c *census) nextLeaf(l *line, index uint32) (next uint32, more bool, err er
 }
 
 // between adds up what only one keeper sees: blocks put after the keeper before it, and overwritten until the next.
-func (c *census) between(m mark) (n int64, err error) {
+func (c *usageScan) between(m pointRef) (n int64, err error) {
 	i := m.l.search(m.epoch)
 	after, until := uint32(0), m.l.Epoch
 	if i > 0 {
@@ -166,7 +166,7 @@ func (c *census) between(m mark) (n int64, err error) {
 	if err != nil {
 		return 0, err
 	}
-	only := span{int32(i), int32(i) + 1}
+	only := refRange{int32(i), int32(i) + 1}
 	for index := range leaves {
 		if err := c.interrupted(); err != nil {
 			return 0, err
@@ -180,7 +180,7 @@ func (c *census) between(m mark) (n int64, err error) {
 			if epoch <= after {
 				break
 			}
-			err := p.owners(int32(m.l.search(epoch)), &c.leaf, func(_ int, by span, share int64) {
+			err := p.owners(int32(m.l.search(epoch)), &c.leaf, func(_ int, by refRange, share int64) {
 				if by == only {
 					n += share
 				}
@@ -202,7 +202,7 @@ func (a *amount) add(b amount, sign int64) {
 }
 
 // amountOf adds up what a leaf maps.
-func (c *census) amountOf(l *format.Leaf) (a amount, err error) {
+func (c *usageScan) amountOf(l *format.Leaf) (a amount, err error) {
 	for _, e := range l.Entries {
 		if !e.IsHole() {
 			share, err := c.share(e)
@@ -216,7 +216,7 @@ func (c *census) amountOf(l *format.Leaf) (a amount, err error) {
 }
 
 // share is what a block takes in the log, where it is now.
-func (c *census) share(e format.Entry) (int64, error) {
+func (c *usageScan) share(e format.Entry) (int64, error) {
 	if slot := e.Slot(); int(slot) >= len(c.moved) || !c.moved[slot] {
 		return int64(e.Share()), nil
 	}
@@ -225,11 +225,11 @@ func (c *census) share(e format.Entry) (int64, error) {
 }
 
 // scan goes over all versions of a branch, once, after those of its origins.
-func (c *census) scan(l *line) error {
+func (c *usageScan) scan(l *branchRefs) error {
 	if l.scanned {
 		return nil
 	}
-	l.sums, l.owned = make([]amount, len(l.keepers)+1), map[span]int64{}
+	l.sums, l.owned = make([]amount, len(l.keepers)+1), map[refRange]int64{}
 	var begin amount
 	if l.origin != nil {
 		var err error
@@ -250,7 +250,7 @@ func (c *census) scan(l *line) error {
 }
 
 // history is Tx.History for a long work.
-func (c *census) history(l *line, fn func(v metadata.Version, lf *format.Leaf) error) error {
+func (c *usageScan) history(l *branchRefs, fn func(v metadata.Version, lf *format.Leaf) error) error {
 	n := 0
 	return c.tx.History(l.ID, func(v metadata.Version, lf *format.Leaf) error {
 		if n++; n%64 == 0 {
@@ -264,8 +264,8 @@ func (c *census) history(l *line, fn func(v metadata.Version, lf *format.Leaf) e
 
 // pass is a scan at one leaf, of which it sees the newest version first.
 type pass struct {
-	c     *census
-	l     *line
+	c     *usageScan
+	l     *branchRefs
 	begun bool
 	leaf  uint32
 	seen  int32                    // the keepers from here on have a newer version
@@ -290,9 +290,9 @@ func (p *pass) version(v metadata.Version, lf *format.Leaf) (err error) {
 		p.l.sums[p.seen].add(sum, -1)
 		p.seen = first
 	}
-	var last span
+	var last refRange
 	var sum int64
-	err = p.owners(first, lf, func(_ int, by span, share int64) {
+	err = p.owners(first, lf, func(_ int, by refRange, share int64) {
 		if by != last {
 			p.l.own(last, sum)
 			last, sum = by, 0
@@ -316,12 +316,12 @@ func (p *pass) enter(leaf uint32) bool {
 }
 
 // owners tells of the blocks that the version owns, and that keepers see, by which keepers that is.
-func (p *pass) owners(first int32, lf *format.Leaf, fn func(i int, by span, share int64)) error {
+func (p *pass) owners(first int32, lf *format.Leaf, fn func(i int, by refRange, share int64)) error {
 	for i, e := range lf.Entries {
 		if !lf.IsChanged(i) {
 			continue
 		}
-		by := span{first, p.from[i]}
+		by := refRange{first, p.from[i]}
 		p.from[i] = min(first, by.end)
 		if e.IsHole() || by.first >= by.end {
 			continue
@@ -337,8 +337,8 @@ func (p *pass) owners(first int32, lf *format.Leaf, fn func(i int, by span, shar
 
 // only is what of the blocks that a keeper refers to goes with it: those that nobody else sees, but for points that
 // go too.
-func (c *census) only(m mark) (n int64, err error) {
-	for l, lost := range c.lost([]mark{m}) {
+func (c *usageScan) only(m pointRef) (n int64, err error) {
+	for l, lost := range c.lost([]pointRef{m}) {
 		if l == m.l {
 			n += l.freed(lost)
 			continue
@@ -353,7 +353,7 @@ func (c *census) only(m mark) (n int64, err error) {
 }
 
 // seenBy is what m sees of the blocks of an origin that only one of its keepers sees: a point that m alone keeps.
-func (c *census) seenBy(m mark, l *line, only int32) (n int64, err error) {
+func (c *usageScan) seenBy(m pointRef, l *branchRefs, only int32) (n int64, err error) {
 	p := pass{c: c, l: l}
 	var now format.Leaf
 	known := false // now is of the leaf
@@ -362,8 +362,8 @@ func (c *census) seenBy(m mark, l *line, only int32) (n int64, err error) {
 			known = false
 		}
 		var bad error
-		err := p.owners(int32(l.search(v.Epoch)), lf, func(i int, by span, share int64) {
-			if by != (span{only, only + 1}) || bad != nil {
+		err := p.owners(int32(l.search(v.Epoch)), lf, func(i int, by refRange, share int64) {
+			if by != (refRange{only, only + 1}) || bad != nil {
 				return
 			}
 			if !known {
@@ -380,7 +380,7 @@ func (c *census) seenBy(m mark, l *line, only int32) (n int64, err error) {
 }
 
 // began is what a leaf was when the branch began.
-func (c *census) began(l *line, index uint32) (a amount, err error) {
+func (c *usageScan) began(l *branchRefs, index uint32) (a amount, err error) {
 	if l.origin == nil {
 		return a, nil
 	}
@@ -392,7 +392,7 @@ func (c *census) began(l *line, index uint32) (a amount, err error) {
 }
 
 // merged reads a leaf as a branch or its origins had it at an epoch; if none did, it is empty.
-func (c *census) merged(l *line, asOf, index uint32, lf *format.Leaf) (found bool, err error) {
+func (c *usageScan) merged(l *branchRefs, asOf, index uint32, lf *format.Leaf) (found bool, err error) {
 	for ; l != nil; l, asOf = l.origin, l.OriginEpoch {
 		epoch, err := c.tx.Leaf(metadata.Version{Branch: l.ID, Leaf: index, Epoch: asOf}, lf)
 		if err != nil || epoch != 0 {
