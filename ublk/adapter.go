@@ -77,7 +77,7 @@ func (a *Adapter) ServeUBLK(r *Request) error {
 	}
 	a.tail = r
 	a.work.Signal()
-	return ErrLater
+	return ErrAsync
 }
 
 // Close waits until the workers have answered all requests that they were given, and ends them. Call it when

@@ -241,7 +241,7 @@ func TestAdapterDoesNotAllocate(t *testing.T) {
 	r := &q.requests[0]
 	r.Op, r.Buf = OpWrite, r.full
 	if n := testing.AllocsPerRun(100, func() {
-		if err := a.ServeUBLK(r); !errors.Is(err, ErrLater) {
+		if err := a.ServeUBLK(r); !errors.Is(err, ErrAsync) {
 			t.Fatal(err)
 		}
 		if err := a.serve(a.take()); err != nil {

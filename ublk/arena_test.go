@@ -30,7 +30,7 @@ func (a *arena) mappedBytes() int {
 func TestIdleQueuesHaveNoMemory(t *testing.T) {
 	a := newArena(1 << 30)
 	held := make(chan *Request, 64)
-	q := startFakeOn(t, a, CopyUser, 64, handlerFunc(func(r *Request) error { held <- r; return ErrLater }), nil)
+	q := startFakeOn(t, a, CopyUser, 64, handlerFunc(func(r *Request) error { held <- r; return ErrAsync }), nil)
 	go q.loop()
 	const n = 8
 	for i := range n {
@@ -112,7 +112,7 @@ func TestArenaIsShared(t *testing.T) {
 		q := startFakeOn(t, a, CopyUser, 32, handlerFunc(func(r *Request) error {
 			err := h(r)
 			time.AfterFunc(time.Duration(rand.IntN(3000))*time.Microsecond, func() { r.Complete(err) })
-			return ErrLater
+			return ErrAsync
 		}), nil)
 		go q.loop()
 		queues = append(queues, q)

@@ -105,7 +105,7 @@ type elemBuf struct {
 	n, done int
 }
 
-func newBatchPort(p *ringPort) (port, error) {
+func newBatchPort(p *ringPort) (transport, error) {
 	b := &batchPort{ringPort: p, tags: make([]batchTag, p.depth), filling: -1, current: -1}
 	if err := b.mapTagBuffers(); err != nil {
 		b.close(true)

@@ -28,7 +28,7 @@ type laterDisk struct{ *ramDisk }
 
 func (d laterDisk) ServeUBLK(r *ublk.Request) error {
 	go func() { r.Complete(d.ramDisk.ServeUBLK(r)) }()
-	return ublk.ErrLater
+	return ublk.ErrAsync
 }
 
 // fileDisk is a loop device: it reads on the queue's ring and writes with system calls.

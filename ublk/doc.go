@@ -16,7 +16,7 @@
 // four ways:
 //
 //   - It returns nil or an error: the request is done.
-//   - It returns [ErrLater], and calls [Request.Complete] from any goroutine.
+//   - It returns [ErrAsync], and calls [Request.Complete] from any goroutine.
 //   - It calls [Request.Fetch] and returns [ErrFetch]. The queue's ring then reads files without blocking the
 //     thread. Afterwards it calls the handler's [Fetcher] method, if there is one, or else answers the
 //     request.

@@ -111,8 +111,8 @@ func fakeMemory(t testing.TB, n int) []byte {
 }
 
 // port makes the real port of the mode on this kernel.
-func (k *fakeKernel) port() port {
-	c := portConfig{mode: k.mode, queue: 3, depth: len(k.owner), ioMax: fakeIOMax, descs: k.descs, buf: k.buf, char: k}
+func (k *fakeKernel) port() transport {
+	c := transportConfig{mode: k.mode, queue: 3, depth: len(k.owner), ioMax: fakeIOMax, descs: k.descs, buf: k.buf, char: k}
 	p, err := newPortOn(k.ring, c)
 	if err != nil {
 		k.t.Fatal(err)

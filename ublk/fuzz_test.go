@@ -18,7 +18,7 @@ const (
 	answerNow behaviour = iota
 	answerError
 	answerPanic
-	answerLaterFirst // Complete before ErrLater is returned
+	answerLaterFirst // Complete before ErrAsync is returned
 	answerLaterElsewhere
 	answerHeld // until an event releases it
 	answerTwice
@@ -90,15 +90,15 @@ func (d *programDisk) answer(r *Request, b behaviour) error {
 		panic("as planned")
 	case answerLaterFirst:
 		r.Complete(nil)
-		return ErrLater
+		return ErrAsync
 	case answerLaterElsewhere, answerFetchLater:
 		d.runs.Go(func() { r.Complete(nil) })
-		return ErrLater
+		return ErrAsync
 	case answerHeld:
 		d.mu.Lock()
 		d.held = append(d.held, r)
 		d.mu.Unlock()
-		return ErrLater
+		return ErrAsync
 	case answerTwice:
 		r.Complete(nil)
 		return syscall.ENOSPC // too late

@@ -35,9 +35,9 @@ func (o Op) String() string {
 	return "unknown"
 }
 
-// ErrLater is what a handler returns if it answers later, with [Request.Complete]. It must be returned as it
+// ErrAsync is what a handler returns if it answers later, with [Request.Complete]. It must be returned as it
 // is, not wrapped.
-var ErrLater = errors.New("ublk: the request is answered later")
+var ErrAsync = errors.New("ublk: the request is answered later")
 
 // ErrFetch is what a handler returns after [Request.Fetch]. It must be returned as it is, not wrapped.
 var ErrFetch = errors.New("ublk: the request waits for its fetches")
@@ -48,7 +48,7 @@ var ErrFetch = errors.New("ublk: the request waits for its fetches")
 // while it runs, nothing else of the queue moves. An answer must not wait for requests that are still to
 // come, since they may be waiting for this request's memory.
 //
-// The result answers the request. nil is success. ErrLater and ErrFetch mean that the answer comes later. Any
+// The result answers the request. nil is success. ErrAsync and ErrFetch mean that the answer comes later. Any
 // other error fails the request with the syscall.Errno that it wraps, or with EIO. A panic fails the request
 // with EIO, and is passed to Options.Report.
 type Handler interface {
@@ -109,7 +109,7 @@ const (
 	waitCommit         // it is answered already: commit
 )
 
-// Complete answers a request for which the handler returned ErrLater. nil is success; an error counts as one
+// Complete answers a request for which the handler returned ErrAsync. nil is success; an error counts as one
 // from ServeUBLK. Complete may be called from any goroutine, even before ServeUBLK has returned, and must be
 // called exactly once. The request and its Buf must not be touched afterwards.
 func (r *Request) Complete(err error) {

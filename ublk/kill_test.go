@@ -81,7 +81,7 @@ func TestScanHangs(t *testing.T) {
 		begin := time.Now()
 		d, err := ublk.Create(ctx, ublk.Options{Size: 1 << 20}, handlerFunc(func(r *ublk.Request) error {
 			go func() { <-release; r.Complete(disk.ServeUBLK(r)) }()
-			return ublk.ErrLater
+			return ublk.ErrAsync
 		}))
 		if err == nil {
 			scansLater = true

@@ -225,7 +225,7 @@ func TestCloseIsBounded(t *testing.T) {
 		defer mu.Unlock()
 		if holding && r.Op == ublk.OpWrite {
 			held = append(held, r)
-			return ublk.ErrLater
+			return ublk.ErrAsync
 		}
 		return disk.ServeUBLK(r)
 	}))
@@ -390,7 +390,7 @@ func TestQueueFailure(t *testing.T) {
 				if how == "goexit" {
 					runtime.Goexit()
 				}
-				return ublk.ErrLater // never
+				return ublk.ErrAsync // never
 			}))
 			if err != nil {
 				t.Fatal(err)
@@ -444,7 +444,7 @@ func queueFailureInClose(t *testing.T, recovery ublk.Recovery) {
 			return disk.ServeUBLK(r)
 		}
 		held <- struct{}{}
-		return ublk.ErrLater // never
+		return ublk.ErrAsync // never
 	}))
 	if err != nil {
 		t.Fatal(err)

@@ -54,7 +54,7 @@ func testPayloads(t *testing.T, mode CopyMode) {
 	h := correct(t)
 	for name, h := range map[string]Handler{
 		"inline": h,
-		"later":  handlerFunc(func(r *Request) error { go func() { r.Complete(h(r)) }(); return ErrLater }),
+		"later":  handlerFunc(func(r *Request) error { go func() { r.Complete(h(r)) }(); return ErrAsync }),
 	} {
 		t.Run(name, func(t *testing.T) { load(t, runFake(t, mode, 40, h, nil), 2000) })
 	}
@@ -233,7 +233,7 @@ func TestStarvedRequests(t *testing.T) {
 			return nil
 		}
 		held <- r
-		return ErrLater
+		return ErrAsync
 	}), nil)
 	for i := range depth - 1 {
 		n := fakeIOMax
@@ -353,7 +353,7 @@ func TestBatchLayout(t *testing.T) {
 			t.Errorf("%s is %#x, want %#x", name, c.got, c.want)
 		}
 	}
-	if off := (&userPort{&ringPort{portConfig: portConfig{queue: 4095}}}).offset(4095); off != 0x80000000+4095<<41+4095<<25 {
+	if off := (&userPort{&ringPort{transportConfig: transportConfig{queue: 4095}}}).offset(4095); off != 0x80000000+4095<<41+4095<<25 {
 		t.Errorf("payload offset %#x", off)
 	}
 }
@@ -368,7 +368,7 @@ func TestRingIsRegistered(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Close(fd)
-	p, err := newPort(portConfig{depth: 4}, fd)
+	p, err := newPort(transportConfig{depth: 4}, fd)
 	if err != nil {
 		t.Fatal(err)
 	}

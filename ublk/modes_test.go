@@ -173,7 +173,7 @@ func TestModeHeld(t *testing.T) {
 			mu.Lock()
 			defer mu.Unlock()
 			held = append(held, r)
-			return ublk.ErrLater
+			return ublk.ErrAsync
 		}))
 		stop := make(chan struct{})
 		var answering sync.WaitGroup

@@ -25,7 +25,7 @@ type queue struct {
 	handler Handler
 	fetcher Fetcher // handler, if it is one
 	report  func(error)
-	port    port
+	port    transport
 
 	stats *queueCounters
 
@@ -48,7 +48,7 @@ type queue struct {
 	granted atomic.Bool
 	killed  atomic.Bool
 
-	leaver
+	drainer
 }
 
 var (
@@ -64,7 +64,7 @@ func newQueue(mode CopyMode, id, depth, ioMax int, buf []byte, a *arena, h Handl
 		stats: newQueueCounters(depth),
 	}
 	q.fetcher, _ = h.(Fetcher)
-	q.news = make(chan struct{}, 1)
+	q.wakeup = make(chan struct{}, 1)
 	if mode == CopyUser {
 		q.pool = newPool(a, q, depth, ioMax)
 	}
@@ -79,7 +79,7 @@ func newQueue(mode CopyMode, id, depth, ioMax int, buf []byte, a *arena, h Handl
 }
 
 // start offers every tag to the driver and looks whether it took them.
-func (q *queue) start(p port) error {
+func (q *queue) start(p transport) error {
 	q.port = p
 	for tag := range q.requests {
 		p.fetch(tag)
@@ -89,7 +89,7 @@ func (q *queue) start(p port) error {
 		return err
 	}
 	q.now = q.stats.now()
-	return q.guarded((*queue).reap)
+	return q.withRecover((*queue).reap)
 }
 
 // run serves until every tag has ended. After an error the tags that are still ours are lost.
@@ -118,7 +118,7 @@ func (q *queue) turn() error {
 			q.granted.Store(false)
 		}
 		if !q.starved.empty() {
-			if err := q.guarded((*queue).serveStarved); err != nil {
+			if err := q.withRecover((*queue).serveStarved); err != nil {
 				return err
 			}
 		}
@@ -148,7 +148,7 @@ func (q *queue) turn() error {
 	if q.now-q.yielded > yieldEvery && q.now-last < yieldEvery { // a request that ends a long wait does not wait for this
 		q.yield()
 	}
-	return q.guarded((*queue).reap)
+	return q.withRecover((*queue).reap)
 }
 
 // yieldEvery is less than the 10 ms (forcePreemptNS in runtime/proc.go) after which the runtime takes the
@@ -191,7 +191,7 @@ func (q *queue) settleWakes() {
 // kill makes run return errKilled soon; on a queue that has ended it does nothing.
 func (q *queue) kill() {
 	q.killed.Store(true)
-	q.stir()
+	q.notify()
 	q.wake()
 }
 
@@ -324,7 +324,7 @@ func (q *queue) fetched(r *Request) error {
 func (q *queue) settle(r *Request, err error) {
 	if err != nil {
 		switch err {
-		case ErrLater:
+		case ErrAsync:
 			return
 		case ErrFetch:
 			q.settleFetch(r)

@@ -6,9 +6,9 @@ import (
 	"syscall"
 )
 
-// guarded runs f to its end. A request whose handler panics fails, and f is called again for the rest: so a
+// withRecover runs f to its end. A request whose handler panics fails, and f is called again for the rest: so a
 // turn costs one deferred function, and not each of its requests.
-func (q *queue) guarded(f func(*queue) error) error {
+func (q *queue) withRecover(f func(*queue) error) error {
 	for {
 		panicked, err := q.untilPanic(f)
 		if panicked == nil {

@@ -146,7 +146,7 @@ func testLater(t *testing.T, mode CopyMode) {
 		"after a while":     func(r *Request) { time.AfterFunc(5*time.Millisecond, func() { r.Complete(nil) }) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			q := runFake(t, mode, 2, handlerFunc(func(r *Request) error { complete(r); return ErrLater }), nil)
+			q := runFake(t, mode, 2, handlerFunc(func(r *Request) error { complete(r); return ErrAsync }), nil)
 			for range 20 {
 				if res := q.do(t, desc(OpWrite, 0, 0, 4096)); res != 4096 {
 					t.Errorf("result %d", res)
@@ -188,7 +188,7 @@ func testNoAnswerIsLost(t *testing.T, mode CopyMode) {
 			}
 		})
 	}
-	q := runFake(t, mode, depth, handlerFunc(func(r *Request) error { work <- r; return ErrLater }), nil)
+	q := runFake(t, mode, depth, handlerFunc(func(r *Request) error { work <- r; return ErrAsync }), nil)
 	go func() {
 		for range total {
 			q.port.dispatch(desc(OpWrite, 0, 0, 512))
@@ -325,7 +325,7 @@ func testAnswerWaitsForReads(t *testing.T, mode CopyMode) {
 	for name, h := range map[string]handlerFunc{
 		"error":    func(r *Request) error { r.Fetch(1, r.Buf, 0); return syscall.ENOMEM },
 		"panic":    func(r *Request) error { r.Fetch(1, r.Buf, 0); panic("x") },
-		"complete": func(r *Request) error { r.Fetch(1, r.Buf, 0); go r.Complete(syscall.ENOMEM); return ErrLater },
+		"complete": func(r *Request) error { r.Fetch(1, r.Buf, 0); go r.Complete(syscall.ENOMEM); return ErrAsync },
 	} {
 		t.Run(name, func(t *testing.T) {
 			q := startFake(t, mode, 1, h, nil)
@@ -394,7 +394,7 @@ func TestStopWithRequestsOpen(t *testing.T) { inEachMode(t, testStopWithRequests
 
 func testStopWithRequestsOpen(t *testing.T, mode CopyMode) {
 	open := make(chan *Request, 8)
-	q := startFake(t, mode, 8, handlerFunc(func(r *Request) error { open <- r; return ErrLater }), nil)
+	q := startFake(t, mode, 8, handlerFunc(func(r *Request) error { open <- r; return ErrAsync }), nil)
 	go q.loop()
 	for range 8 {
 		q.port.dispatch(desc(OpWrite, 0, 0, 512))
@@ -425,7 +425,7 @@ func TestNoAllocations(t *testing.T) { inEachMode(t, testNoAllocations) }
 
 func testNoAllocations(t *testing.T, mode CopyMode) {
 	inline := handlerFunc(func(r *Request) error { return nil })
-	later := handlerFunc(func(r *Request) error { r.Complete(nil); return ErrLater })
+	later := handlerFunc(func(r *Request) error { r.Complete(nil); return ErrAsync })
 	fetch := fetchHandler{
 		func(r *Request) error {
 			r.Fetch(1, r.Buf[:512], 0)
@@ -487,7 +487,7 @@ func testNoAnswerIsLostAtTheEdge(t *testing.T, mode CopyMode) {
 	})
 	defer answering.Wait()
 	defer stop.Store(true)
-	q := runFake(t, mode, 1, handlerFunc(func(r *Request) error { mailbox.Store(r); return ErrLater }), nil)
+	q := runFake(t, mode, 1, handlerFunc(func(r *Request) error { mailbox.Store(r); return ErrAsync }), nil)
 	begin := time.Now()
 	for i := 0; i < total && time.Since(begin) < 3*time.Second; i++ { // a busy machine may take minutes for all
 		if res := q.do(t, desc(OpFlush, 0, 0, 0)); res != 0 {

@@ -75,7 +75,7 @@ func TestQuiesceRefused(t *testing.T) {
 		defer mu.Unlock()
 		if holding && r.Op == ublk.OpWrite {
 			held = append(held, r)
-			return ublk.ErrLater
+			return ublk.ErrAsync
 		}
 		return disk.ServeUBLK(r)
 	}))

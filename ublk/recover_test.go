@@ -43,7 +43,7 @@ func openPhaseDisk(t testing.TB, path string, size int64) *phaseDisk {
 func (d *phaseDisk) ServeUBLK(r *ublk.Request) (err error) {
 	if d.stop.Load() == 1+uint32(r.Op) {
 		d.held <- struct{}{}
-		return ublk.ErrLater
+		return ublk.ErrAsync
 	}
 	switch r.Op {
 	case ublk.OpRead:

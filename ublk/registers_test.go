@@ -170,7 +170,7 @@ func (d lateDisk) ServeUBLK(r *ublk.Request) error {
 		time.Sleep(after * time.Microsecond)
 		r.Complete(err)
 	}()
-	return ublk.ErrLater
+	return ublk.ErrAsync
 }
 
 const registerBlocks = 4

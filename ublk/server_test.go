@@ -146,13 +146,13 @@ func (c *serverConfig) handler() (ublk.Handler, error) {
 	return handlerFunc(func(r *ublk.Request) error {
 		switch {
 		case c.Handler == "deaf" || c.Handler == "hold" && r.Op == ublk.OpWrite:
-			return ublk.ErrLater
+			return ublk.ErrAsync
 		case c.Handler == "later":
 			go func() {
 				time.Sleep(time.Duration(rand.IntN(2000)) * time.Microsecond)
 				r.Complete(apply(r))
 			}()
-			return ublk.ErrLater
+			return ublk.ErrAsync
 		}
 		return apply(r)
 	}), nil

@@ -27,7 +27,7 @@ func TestCallsOfAllThreads(t *testing.T) {
 		return
 	}
 	waits := make(chan struct{}, 2)
-	q, end := nullQueue(t, 2, handlerFunc(func(*Request) error { waits <- struct{}{}; return ErrLater }))
+	q, end := nullQueue(t, 2, handlerFunc(func(*Request) error { waits <- struct{}{}; return ErrAsync }))
 	<-waits
 	<-waits
 	for !q.asleep.Load() {

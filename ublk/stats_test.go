@@ -62,7 +62,7 @@ func testStats(t *testing.T, mode CopyMode) {
 		switch {
 		case r.Op == OpDiscard:
 			hold <- r
-			return ErrLater
+			return ErrAsync
 		case r.Op == OpWrite && r.Offset == 0:
 			return syscall.ENOSPC
 		case r.Op == OpRead:

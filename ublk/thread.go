@@ -24,7 +24,7 @@ type queueThread struct {
 	cpus    *unix.CPUSet // where the thread runs, or nil
 	flusher atomic.Bool  // the thread is marked as an I/O flusher
 	tid     atomic.Int64 // of the thread
-	behind  port         // of a queue that has not drained; release closes it when the thread is gone
+	behind  transport    // of a queue that has not drained; release closes it when the thread is gone
 }
 
 // copyMode is the mode of a device that the driver granted features.
@@ -101,16 +101,16 @@ func (d *Device) mapDescs() error {
 }
 
 // newPort makes the port of a queue on its thread.
-func (d *Device) newPort(t *queueThread) (port, error) {
-	c := portConfig{
-		mode:  copyMode(d.features),
-		queue: t.id,
-		depth: d.opts.Depth,
-		ioMax: d.opts.MaxIOBytes,
-		descs: t.descs,
-		buf:   t.buf,
-		char:  charFiles{char: d.charFD, event: t.efd},
-		bare:  d.features&FeatureIoctlEncode == 0,
+func (d *Device) newPort(t *queueThread) (transport, error) {
+	c := transportConfig{
+		mode:          copyMode(d.features),
+		queue:         t.id,
+		depth:         d.opts.Depth,
+		ioMax:         d.opts.MaxIOBytes,
+		descs:         t.descs,
+		buf:           t.buf,
+		char:          charFiles{char: d.charFD, event: t.efd},
+		legacyOpcodes: d.features&FeatureIoctlEncode == 0,
 	}
 	return newPort(c, d.charFD)
 }

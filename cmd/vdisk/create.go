@@ -90,11 +90,11 @@ func (a *app) create(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		return a.made(owner.Volume{VolumeInfo: v})
+		return a.printVolume(owner.Volume{VolumeInfo: v})
 	})
 }
 
-// made shows a new volume to programs; people know what they asked for.
-func (a *app) made(v owner.Volume) error {
+// printVolume shows a new volume to programs; people know what they asked for.
+func (a *app) printVolume(v owner.Volume) error {
 	return a.print(volumeOf(v), func() error { return nil })
 }

@@ -42,7 +42,7 @@ func TestCloseErrorsCount(t *testing.T) {
 		err := use(func(owner.Store) error { return c.do })(failingClose{err: c.closed}, nil)
 		got := exitOK
 		if err != nil {
-			got, _, _ = classify(because(c.ctx, err))
+			got, _, _ = classify(withCause(c.ctx, err))
 		}
 		if got != c.want || c.closed != nil && !errors.Is(err, c.closed) {
 			t.Errorf("%s: exit %d, want %d (%v)", c.name, got, c.want, err)

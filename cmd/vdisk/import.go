@@ -65,7 +65,7 @@ func (a *app) importFrom(c *cli.Context, path, name string, o cow.VolumeOptions)
 		if o.Size == 0 && v.Size != src.Size() {
 			a.note("%s has %d bytes; volume %s has %d, a multiple of %d", path, src.Size(), name, v.Size, v.LogicalBlock)
 		}
-		return a.made(owner.Volume{VolumeInfo: v})
+		return a.printVolume(owner.Volume{VolumeInfo: v})
 	})
 }
 

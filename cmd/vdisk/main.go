@@ -23,14 +23,14 @@ import (
 )
 
 func main() {
-	schedule()
+	setGOMAXPROCS()
 	os.Exit(run(os.Args))
 }
 
-// schedule lets twice as many threads run Go code as there are processors, unless GOMAXPROCS is set: the kernel gives
+// setGOMAXPROCS lets twice as many threads run Go code as there are processors, unless GOMAXPROCS is set: the kernel gives
 // a thread whose flush has ended a processor at once, where Go would have it wait until one that computes, such as a
 // checkpoint, has used up its 10 ms (docs/engine.md, Locks and goroutines).
-func schedule() {
+func setGOMAXPROCS() {
 	if os.Getenv("GOMAXPROCS") == "" {
 		runtime.GOMAXPROCS(2 * runtime.GOMAXPROCS(0))
 	}
@@ -69,18 +69,18 @@ func run(args []string) int {
 	out := newOutput(ctx, os.Stdout)
 	a := &app{stdin: os.Stdin, stdout: plainWriter{out}, stderr: plainWriter{diagnostics{os.Stderr, new(atomic.Int64)}}}
 	program := a.program()
-	err := program.RunContext(ctx, arrange(program, args))
+	err := program.RunContext(ctx, reorderArgs(program, args))
 	if err == nil {
 		err = out.err()
 	}
 	if err == nil {
 		return exitOK
 	}
-	return a.fail(because(ctx, err))
+	return a.fail(withCause(ctx, err))
 }
 
-// because puts the signal that ended ctx, if one did, before the error that followed from it.
-func because(ctx context.Context, err error) error {
+// withCause puts the signal that ended ctx, if one did, before the error that followed from it.
+func withCause(ctx context.Context, err error) error {
 	cause := context.Cause(ctx)
 	if cause == nil || errors.Is(err, cause) {
 		return err

@@ -27,13 +27,13 @@ func (a *app) snapshotCommand() *cli.Command {
 			if err := s.Snapshot(c.Context, refs...); err != nil {
 				return err
 			}
-			return a.taken(c, s, refs)
+			return a.printSnapshots(c, s, refs)
 		})
 	})
 }
 
-// taken shows new snapshots to programs.
-func (a *app) taken(c *cli.Context, s owner.Store, refs []cow.Ref) error {
+// printSnapshots shows new snapshots to programs.
+func (a *app) printSnapshots(c *cli.Context, s owner.Store, refs []cow.Ref) error {
 	if !a.json {
 		return nil
 	}
@@ -76,7 +76,7 @@ func (a *app) cloneCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			return a.made(v)
+			return a.printVolume(v)
 		})
 	})
 }

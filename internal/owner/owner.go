@@ -37,18 +37,18 @@ type Owner struct {
 	leftovers []deviceRecord // devices of earlier owners that are not held, and not known to be gone for good
 	unread    error          // why the file of devices cannot be read, which then is not written; set by own
 
-	mu       sync.Mutex // guards the fields below
-	stopping bool       // no session begins any more
-	doors    bool       // sessions may begin; shut while an upgrade is tried
-	heir     *Program   // who takes over, after an upgrade
-	leaves   bool       // the disks are for the next owner, whoever that is
-	sessions int        // connections of clients
-	visited  bool       // there has been a session
-	disks    []*disk    // in the order they were attached
-	services []*service
-	reclaim  *Reclaim      // nil before the first device
-	unheard  error         // what went wrong at the end of devices that no command ended
-	changed  chan struct{} // closed, and made anew, when one of the above has changed
+	mu          sync.Mutex // guards the fields below
+	stopping    bool       // no session begins any more
+	accepting   bool       // sessions may begin; shut while an upgrade is tried
+	successor   *Program   // who takes over, after an upgrade
+	keepDevices bool       // the disks are for the next owner, whoever that is
+	sessions    int        // connections of clients
+	hadSession  bool       // there has been a session
+	disks       []*disk    // in the order they were attached
+	services    []*service
+	reclaim     *Reclaim      // nil before the first device
+	unheard     error         // what went wrong at the end of devices that no command ended
+	changed     chan struct{} // closed, and made anew, when one of the above has changed
 }
 
 // own takes the store, which must be there. ctx bounds what is done for others while it is owned. A store that cannot
@@ -71,7 +71,7 @@ func own(ctx context.Context, dir string, o Options, mayRead bool) (*Owner, erro
 		return nil, errors.Join(err, store.Close())
 	}
 	life, kill := context.WithCancel(ctx)
-	owner := &Owner{dir: dir, in: in, opts: o, store: store, started: time.Now(), life: life, kill: kill, doors: true, changed: make(chan struct{})}
+	owner := &Owner{dir: dir, in: in, opts: o, store: store, started: time.Now(), life: life, kill: kill, accepting: true, changed: make(chan struct{})}
 	owner.unfinished.in = in
 	owner.exports = &exports{store: store, explain: owner.inUse}
 	if store.ReadOnly() != nil {
@@ -137,8 +137,8 @@ func (o *Owner) CloseWhenIdle(grace time.Duration) error {
 	until := o.started.Add(grace)
 	o.wait(func() bool {
 		served := slices.ContainsFunc(o.disks, func(d *disk) bool { return d.block != nil || d.busy })
-		idle := o.doors && o.sessions == 0 && !served && len(o.services) == 0
-		o.stopping = o.stopping || o.heir != nil || idle && (o.visited || time.Now().After(until))
+		idle := o.accepting && o.sessions == 0 && !served && len(o.services) == 0
+		o.stopping = o.stopping || o.successor != nil || idle && (o.hadSession || time.Now().After(until))
 		return o.stopping
 	})
 	return o.close()
@@ -146,7 +146,7 @@ func (o *Owner) CloseWhenIdle(grace time.Duration) error {
 
 // CloseWhenDone is Close when the context that the owner was opened with has ended, or after Upgrade.
 func (o *Owner) CloseWhenDone() error {
-	o.wait(func() bool { return o.heir != nil })
+	o.wait(func() bool { return o.successor != nil })
 	return o.close()
 }
 
@@ -158,7 +158,7 @@ func (o *Owner) WritesThrough() bool { return o.store.WritesThrough() }
 func (o *Owner) LeaveDisks() bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.leaves = true
+	o.keepDevices = true
 	return slices.ContainsFunc(o.disks, func(d *disk) bool { return d.block != nil })
 }
 
@@ -173,7 +173,7 @@ func (o *Owner) CloseLeaving() error {
 func (o *Owner) leaving() bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.leaves || o.heir != nil
+	return o.keepDevices || o.successor != nil
 }
 
 func (o *Owner) close() error {
@@ -231,7 +231,7 @@ func (o *Owner) begin() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.sessions++
-	o.visited = true
+	o.hadSession = true
 	o.notifyLocked()
 }
 
@@ -259,7 +259,7 @@ func (o *Owner) ReadOnly() error { return o.store.ReadOnly() }
 func (o *Owner) Status(context.Context) (Status, error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.stopping || !o.doors {
+	if o.stopping || !o.accepting {
 		return Status{}, errStopping
 	}
 	s := Status{

@@ -555,7 +555,7 @@ func TestPacedWritesAreNotInline(t *testing.T) {
 	rng, inline := rand.New(rand.NewPCG(1, 2)), 0
 	for end := time.Now().Add(time.Minute); ; inline++ {
 		r := &ublk.Request{Op: ublk.OpWrite, Buf: bytes.Repeat([]byte{1}, 4096), Length: 4096, Offset: rng.Int64N(size/4096) * 4096}
-		if err := target.ServeUBLK(r); errors.Is(err, ublk.ErrLater) {
+		if err := target.ServeUBLK(r); errors.Is(err, ublk.ErrAsync) {
 			break
 		} else if err != nil || time.Now().After(end) {
 			t.Fatalf("%d writes inline, then %v", inline, err)

@@ -65,7 +65,7 @@ func (o *Owner) serve(asked context.Context, l net.Listener, opts ServeOptions, 
 		s.listener.last = cancel
 	}
 	o.mu.Lock()
-	stopping := o.stopping || !o.doors
+	stopping := o.stopping || !o.accepting
 	if !stopping {
 		o.services = append(o.services, s)
 		o.notifyLocked()

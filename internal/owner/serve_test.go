@@ -445,7 +445,7 @@ func TestServiceThatBegins(t *testing.T) {
 	eventually(t, func() bool {
 		o.mu.Lock()
 		defer o.mu.Unlock()
-		return !o.doors
+		return !o.accepting
 	})
 	l, remove, err := Listen(filepath.Join(t.TempDir(), "s"))
 	if err != nil {

@@ -67,7 +67,7 @@ func (t *target) ServeUBLK(r *ublk.Request) error {
 		return t.tell(r, err)
 	}
 	t.jobs <- r
-	return ublk.ErrLater
+	return ublk.ErrAsync
 }
 
 func (t *target) read(r *ublk.Request) error {
@@ -86,7 +86,7 @@ func (t *target) read(r *ublk.Request) error {
 	if !p.plan.Hold() { // this thread must not wait for files that its own requests may have in use
 		p.fetch = true
 		t.jobs <- r
-		return ublk.ErrLater
+		return ublk.ErrAsync
 	}
 	for i := range fetches {
 		f := &fetches[i]
@@ -103,7 +103,7 @@ func (t *target) FetchedUBLK(r *ublk.Request, err error) error {
 	}
 	p.err = err
 	t.jobs <- r
-	return ublk.ErrLater
+	return ublk.ErrAsync
 }
 
 func (t *target) workRoutine() {
@@ -115,7 +115,7 @@ func (t *target) workRoutine() {
 // tell reports a request that fails, and returns err. A disk that is full or damaged may fail them all, so it speaks
 // once a second.
 func (t *target) tell(r *ublk.Request, err error) error {
-	if err == nil || err == ublk.ErrFetch || err == ublk.ErrLater {
+	if err == nil || err == ublk.ErrFetch || err == ublk.ErrAsync {
 		return err
 	}
 	now, last := time.Now().Unix(), t.told.Load()

@@ -59,7 +59,7 @@ func TestReadWithoutDescriptors(t *testing.T) {
 	r := &ublk.Request{Op: ublk.OpRead, Buf: make([]byte, 4096), Length: 4096, Offset: 8192}
 	for range 2 {
 		clear(r.Buf)
-		if err := target.ServeUBLK(r); !errors.Is(err, ublk.ErrLater) {
+		if err := target.ServeUBLK(r); !errors.Is(err, ublk.ErrAsync) {
 			t.Fatal("the queue's thread waits:", err)
 		}
 		must(target.work(<-target.jobs))

@@ -114,9 +114,9 @@ func (o *Owner) upgrade(ctx context.Context, asking int) (Upgrade, error) {
 	defer cancel()
 	err = o.endServing(bounded, func(b block) error { return b.Quiesce(bounded) })
 	o.mu.Lock()
-	o.doors = err != nil
+	o.accepting = err != nil
 	if err == nil {
-		o.heir = next
+		o.successor = next
 	}
 	o.mu.Unlock()
 	if err != nil {
@@ -150,10 +150,10 @@ func (o *Owner) shutDoors(ctx context.Context, asking int) error {
 	defer cancel()
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if !o.doors || o.stopping {
+	if !o.accepting || o.stopping {
 		return errStopping
 	}
-	o.doors = false
+	o.accepting = false
 	for o.sessions > asking {
 		changed := o.changed
 		o.mu.Unlock()
@@ -163,7 +163,7 @@ func (o *Owner) shutDoors(ctx context.Context, asking int) error {
 		}
 		o.mu.Lock()
 		if ctx.Err() != nil && o.sessions > asking {
-			o.doors = true
+			o.accepting = true
 			return fmt.Errorf("%d other commands are at work with the store: %w: try again when they have ended", o.sessions-asking, cow.ErrBusy)
 		}
 	}
@@ -173,7 +173,7 @@ func (o *Owner) shutDoors(ctx context.Context, asking int) error {
 func (o *Owner) openDoors() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.doors = true
+	o.accepting = true
 	o.notifyLocked()
 }
 
@@ -181,7 +181,7 @@ func (o *Owner) openDoors() {
 func (o *Owner) Heir() *Program {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.heir
+	return o.successor
 }
 
 // heirProcess is who the store is meant for next, if it is handed over.

@@ -129,7 +129,7 @@ func TestDisksAreLeft(t *testing.T) {
 	o := w.own(true)
 	w.attach(o, "v")
 	o.mu.Lock()
-	o.heir = &Program{Version: "2.0"}
+	o.successor = &Program{Version: "2.0"}
 	o.mu.Unlock()
 	w.close(o)
 	if w.d.count() != 1 || w.d.devices[0].info.State != ublk.KernelQuiesced {

@@ -12,7 +12,7 @@ const (
 	leaveDrop       // the same, and what arrives has nobody to go to
 )
 
-// leaver is the part of a queue that ends it while the driver still has requests for it.
+// drainer is the part of a queue that ends it while the driver still has requests for it.
 //
 // A queue that is to leave keeps what arrives from the handler. When it gets the handler's last answer it
 // rests: it gives the driver that answer, and enters the ring no more. The driver hands out requests only on
@@ -24,18 +24,18 @@ const (
 // cancel (ublk_uring_cmd_cancel_fn); if the server has every tag, by the block layer's timeout after 30
 // seconds (ublk_timeout). Later drivers go by the char device's release (ublk_ch_release). In both what was
 // kept, or not handed out, goes to the next server.
-type leaver struct {
-	// told is a leave, and in its upper bits a count that makes each telling another one. One goroutine tells
+type drainer struct {
+	// command is a leave, and in its upper bits a count that makes each telling another one. One goroutine tells
 	// at a time.
-	told  atomic.Uint32
-	rests atomic.Uint32 // the told that the queue rests for, or restsForGood
-	news  chan struct{} // gets one, if there is none, when told or killed changes
-	holds bool          // what arrives may be left to the driver, which issues it again; set before the queue starts
+	command atomic.Uint32
+	rests   atomic.Uint32 // the command that the queue rests for, or restsForGood
+	wakeup  chan struct{} // gets one, if there is none, when command or killed changes
+	holds   bool          // what arrives may be left to the driver, which issues it again; set before the queue starts
 	// The descriptors are not mapped yet. Set before the queue starts, taken back by its thread.
 	early bool
 
 	// Used by the queue's thread only.
-	seen uint32 // the told that the loop goes by
+	seen uint32 // the command that the loop goes by
 	look bool   // look without waiting for what is under way
 	held []int  // tags that arrived and were not handed out
 	left bool   // the loop has ended here
@@ -48,15 +48,15 @@ const (
 
 // leaveAs tells the queue, from any goroutine.
 func (q *queue) leaveAs(l leave) {
-	q.told.Store(q.told.Load()&^leaveMask + leaveMask + 1 + uint32(l))
-	q.stir()
+	q.command.Store(q.command.Load()&^leaveMask + leaveMask + 1 + uint32(l))
+	q.notify()
 	q.wake()
 }
 
-// stir ends a rest.
-func (q *queue) stir() {
+// notify ends a rest.
+func (q *queue) notify() {
 	select {
-	case q.news <- struct{}{}:
+	case q.wakeup <- struct{}{}:
 	default:
 	}
 }
@@ -64,7 +64,7 @@ func (q *queue) stir() {
 // resting reports, on any goroutine, whether the queue rests because of what it was told last.
 func (q *queue) resting() bool {
 	r := q.rests.Load()
-	return r == restsForGood || r == q.told.Load()
+	return r == restsForGood || r == q.command.Load()
 }
 
 func (q *queue) leaving() bool { return leave(q.seen&leaveMask) != leaveNot }
@@ -77,16 +77,16 @@ func (q *queue) idle() bool { return q.owned == 0 && q.reading == 0 }
 func (q *queue) finished() bool { return q.idle() && (q.holding() || !q.look) }
 
 // mayWait reports whether the loop has seen everything that it was told, and may wait for events.
-func (q *queue) mayWait() bool { return !q.look && q.told.Load() == q.seen }
+func (q *queue) mayWait() bool { return !q.look && q.command.Load() == q.seen }
 
 // leaves reports whether the loop ends here. It does not return while the queue rests.
 func (q *queue) leaves() (bool, error) {
 	for {
-		told := q.told.Load()
+		told := q.command.Load()
 		q.look = told != q.seen
 		q.seen = told
 		if !q.holding() && len(q.held) > 0 {
-			if err := q.guarded((*queue).serveHeld); err != nil {
+			if err := q.withRecover((*queue).serveHeld); err != nil {
 				return false, err
 			}
 		}
@@ -122,7 +122,7 @@ func (q *queue) flush() error {
 		if done, err := q.port.flush(); done || err != nil {
 			return err
 		}
-		if err := q.guarded((*queue).reap); err != nil {
+		if err := q.withRecover((*queue).reap); err != nil {
 			return err
 		}
 	}
@@ -131,11 +131,11 @@ func (q *queue) flush() error {
 // rest waits until the queue is told something else.
 func (q *queue) rest(told uint32) error {
 	q.rests.Store(told)
-	for q.told.Load() == told {
+	for q.command.Load() == told {
 		if q.killed.Load() {
 			return errKilled
 		}
-		<-q.news
+		<-q.wakeup
 	}
 	return nil
 }

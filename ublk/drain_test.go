@@ -28,7 +28,7 @@ func startLeaving(t testing.TB, mode CopyMode, depth int, answer func(*Request))
 			t.Errorf("the request at %d was served twice", r.Offset)
 		}
 		answer(r)
-		return ErrLater
+		return ErrAsync
 	}), nil)
 	l.holds = true
 	go l.loop()

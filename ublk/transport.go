@@ -13,7 +13,7 @@ import (
 
 // port is what the queue loop needs of the driver; each copy mode has its own. All of it but interrupt is called by the
 // queue's thread only. fetch, commit, read and arm only queue work; turn hands it over.
-type port interface {
+type transport interface {
 	// fetch offers tag to the driver for its first request.
 	fetch(tag int)
 	// commit answers the request of tag with result (bytes, or a negative errno) and asks for the next.
@@ -63,15 +63,15 @@ const (
 	completeTags
 )
 
-// portConfig is what a port is made of.
-type portConfig struct {
-	mode         CopyMode
-	queue, depth int
-	ioMax        int
-	descs        []byte // the driver's descriptors of this queue
-	buf          []byte // the tags' buffers, one after the other; nil for CopyUser
-	char         charDevice
-	bare         bool // the driver knows the commands by their bare numbers, as up to Linux 6.3
+// transportConfig is what a port is made of.
+type transportConfig struct {
+	mode          CopyMode
+	queue, depth  int
+	ioMax         int
+	descs         []byte // the driver's descriptors of this queue
+	buf           []byte // the tags' buffers, one after the other; nil for CopyUser
+	char          charDevice
+	legacyOpcodes bool // the driver knows the commands by their bare numbers, as up to Linux 6.3
 }
 
 // charDevice is what a port does with files outside its ring.
@@ -86,7 +86,7 @@ type charDevice interface {
 
 // newPort sets up the ring of a queue and the port of its mode; it must be called on the thread that will run the
 // queue.
-func newPort(c portConfig, charFD int) (port, error) {
+func newPort(c transportConfig, charFD int) (transport, error) {
 	// Twice the depth leaves room for a commit of every tag and as many reads in one turn; more reads than that
 	// cost an extra submission. Completions that outrun the ring are kept by the kernel (NODROP).
 	entries := uint32(max(2*c.depth, 64))
@@ -104,13 +104,13 @@ func newPort(c portConfig, charFD int) (port, error) {
 }
 
 // newPortOn makes the port of c's mode on a ring that it then owns.
-func newPortOn(r *ring, c portConfig) (port, error) {
+func newPortOn(r *ring, c transportConfig) (transport, error) {
 	count, err := eventCount()
 	if err != nil {
 		r.close()
 		return nil, err
 	}
-	p := &ringPort{portConfig: c, ring: r, count: count}
+	p := &ringPort{transportConfig: c, ring: r, count: count}
 	switch c.mode {
 	case CopyUser:
 		return &userPort{p}, nil
@@ -123,7 +123,7 @@ func newPortOn(r *ring, c portConfig) (port, error) {
 // ringPort is the port of CopyPlain, and what the other modes share: every tag has a command of its own, and the driver
 // copies between the request and the tag's buffer.
 type ringPort struct {
-	portConfig
+	transportConfig
 	ring  *ring
 	count []byte // where the reads of the eventfd go
 	err   error  // the first entry that could not be queued; turn reports it
@@ -150,7 +150,7 @@ func (p *ringPort) command(op uint32, tag int, result int32) {
 	}
 	e.opcode = opURingCmd
 	e.flags = sqeFixedFile // file 0: the char device
-	if p.bare {
+	if p.legacyOpcodes {
 		op &= opMask
 	}
 	e.off = uint64(op)

@@ -7,10 +7,10 @@ import (
 	"github.com/urfave/cli/v2"
 )
 
-// arrange puts the arguments into the order that package cli understands: it takes what follows the first argument of a
+// reorderArgs puts the arguments into the order that package cli understands: it takes what follows the first argument of a
 // command that is no flag for an argument, even "--size 10G". Flags of the program move to before the command, flags of
 // the command to right behind it, and the rest follows "--".
-func arrange(program *cli.App, args []string) []string {
+func reorderArgs(program *cli.App, args []string) []string {
 	global := flagTable(program.Flags)
 	global.add(cli.HelpFlag, cli.VersionFlag)
 	rest := args[1:]

@@ -68,7 +68,7 @@ func nullQueue(t testing.TB, depth int, h Handler) (q *queue, end chan error) {
 	end = make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
-		p, err := newPort(portConfig{
+		p, err := newPort(transportConfig{
 			mode: CopyPlain, depth: depth, ioMax: fakeIOMax, descs: descs, buf: buf,
 			char: charFiles{event: efd},
 		}, fd)
@@ -105,10 +105,10 @@ func TestRingServesLater(t *testing.T) {
 		if n := served.Add(1); n == 20000 {
 			close(enough)
 		} else if n > 20000 {
-			return ErrLater // never: the kill must cope
+			return ErrAsync // never: the kill must cope
 		}
 		work <- r
-		return ErrLater
+		return ErrAsync
 	}))
 	for range 2 {
 		go func() {
@@ -197,7 +197,7 @@ func TestRingSetupFallback(t *testing.T) {
 func BenchmarkLoop(b *testing.B) {
 	for name, answer := range map[string]func(*Request) error{
 		"inline": func(*Request) error { return nil },
-		"later":  func(r *Request) error { r.Complete(nil); return ErrLater },
+		"later":  func(r *Request) error { r.Complete(nil); return ErrAsync },
 	} {
 		for _, depth := range []int{1, 32} {
 			b.Run(fmt.Sprintf("%s/depth%d", name, depth), func(b *testing.B) {
