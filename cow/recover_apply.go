@@ -57,7 +57,7 @@ func (t *batch) hold(b *branch, index uint32, first, n int, e format.Entry) erro
 
 // leafHash spreads the leaves over parts and groups.
 func leafHash(b *branch, index uint32) uint32 {
-	return uint32((uint64(b.ID)<<32 | uint64(index)) * 0x9e3779b97f4a7c15 >> 40)
+	return uint32(hash(b.ID, index) >> 40)
 }
 
 // apply applies what is held.
