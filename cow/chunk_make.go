@@ -13,8 +13,8 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// makeChunk makes the next chunk: file, header, directory entry, all durable
-// before a record can go in.
+// makeChunk makes the next chunk. Its file, its header and its directory entry are durable before a record
+// can go into it.
 func (l *recordLog) makeChunk() {
 	l.mu.Lock()
 	wanted, next, seq := l.wanted, l.next, l.nextChunk
@@ -27,7 +27,7 @@ func (l *recordLog) makeChunk() {
 	if next == nil {
 		c, used, err = l.createChunk(seq, wanted)
 	} else {
-		_, err = l.sizeForData() // it was made from what is kept free; there may be more by now
+		_, err = l.sizeForData() // next was made from what is kept free; there may be room for data now
 	}
 
 	l.mu.Lock()
@@ -39,7 +39,7 @@ func (l *recordLog) makeChunk() {
 	case next != nil:
 		next.reserved = err != nil
 	case err == nil:
-		l.nextChunk = seq + seqStep() // not before: position() names the chunk that is being made
+		l.nextChunk = seq + seqStep() // not earlier, because position() names the chunk that is being made
 		l.next = c
 		l.slots.put(c)
 	default:
@@ -47,34 +47,37 @@ func (l *recordLog) makeChunk() {
 			l.nextChunk = seq + seqStep()
 		}
 		if l.wanted > wanted {
-			l.making = true // an event or the cleaner came to wait meanwhile, and may use the reserve
+			l.making = true // an event or the cleaner began to wait meanwhile, and may use the reserve
 			poke(l.makeWork)
 		}
 	}
 	l.space.Broadcast()
 }
 
-// seqStep is by how much chunk sequence numbers rise: what was written into a file when it was another chunk must not
-// have known it (docs/engine.md, Blocks under the log). 2^64 last for 2^35 chunks.
+// seqStep returns a random step from one chunk sequence number to the next. The step is random because
+// content that was written into a file in an earlier life must not have known the file's later sequence
+// number (docs/engine.md, Blocks under the log). 2^64 numbers are enough for 2^35 chunks.
 func seqStep() uint64 {
 	var b [4]byte
-	_, _ = rand.Read(b[:]) // never fails: crypto/rand
+	_, _ = rand.Read(b[:]) // crypto/rand never fails
 	return 1<<28 | uint64(binary.NativeEndian.Uint32(b[:])>>4)
 }
 
-// Neither number comes again. A chunk that is made has one of its own, and enough for all records that it can hold.
+// A chunk is made only if the next sequence numbers are at most these, because numbers never start over. Then
+// the chunk has a number of its own, and there are enough numbers for all records that it can hold.
 const (
 	lastChunkSeq  = math.MaxUint64 - 1<<30
 	lastRecordSeq = math.MaxUint64 - 1<<30
 )
 
-// usedChunk notes a sequence number that a chunk has.
+// usedChunk notes that a chunk has the sequence number seq, so that it is not given again.
 func (l *recordLog) usedChunk(seq uint64) {
-	l.nextChunk = max(l.nextChunk, seq, seq+1) // the second where there is no third
+	l.nextChunk = max(l.nextChunk, seq, seq+1) // seq alone if seq+1 overflows
 }
 
-// createChunk makes a chunk of a file from the pool, or a new one. Where there is little room, p says how far it may
-// go. used reports whether the sequence number may be on the disk now.
+// createChunk makes a chunk from a file of the pool, or from a new file. If room is short, p says how far
+// into the kept space it may go. used reports whether the sequence number may be on the disk now, even if
+// there is an error. If the failed chunk's file cannot be removed, the log fails.
 func (l *recordLog) createChunk(seq uint64, p purpose) (c *chunk, used bool, err error) {
 	l.mu.Lock()
 	record := l.nextSeq
@@ -93,14 +96,14 @@ func (l *recordLog) createChunk(seq uint64, p purpose) (c *chunk, used bool, err
 	head := make([]byte, format.ChunkHeaderSize)
 	h.Encode(head)
 	_, err = c.file.WriteAt(head, 0)
-	// The directory also where the name is old: removals before must not be undone beside this chunk.
+	// Sync the directory even if the name is old: earlier removals must not be undone once this chunk exists.
 	if err = errors.Join(err, c.file.Sync(), l.fs.SyncDir()); err == nil {
 		c.end, c.written = format.ChunkHeaderSize, format.ChunkHeaderSize
 		return c, true, nil
 	}
 	err = errors.Join(fmt.Errorf("make chunk %s: %w", c.name(), err), c.file.Close())
 	if rerr := l.fs.Remove(c.name()); rerr != nil {
-		// A replay would end at it, and not find what is in later chunks.
+		// A replay would end at this file and miss the records in later chunks.
 		return nil, true, l.fail(errors.Join(err, rerr))
 	}
 	l.mu.Lock()
@@ -109,8 +112,8 @@ func (l *recordLog) createChunk(seq uint64, p purpose) (c *chunk, used bool, err
 	return nil, true, err
 }
 
-// recycle makes a chunk of a file from the pool; nil: of none. Its old life stays in the slot table until the chunk
-// is made.
+// recycle makes a chunk from a file of the pool. It returns nil if no file can be used. The file's old chunk
+// stays in the slot table until the new chunk is made.
 func (l *recordLog) recycle(seq uint64) *chunk {
 	if size, err := l.chunkSize(forData, l.chunkBytes); err != nil || int64(size) < l.chunkBytes {
 		return nil
@@ -125,7 +128,8 @@ func (l *recordLog) recycle(seq uint64) *chunk {
 	return c
 }
 
-// slotsAbove is how many slots a purpose leaves to those above it, so that what is deleted can give slots back.
+// slotsAbove returns the number of slots that a purpose leaves to higher purposes, so that deleting can still
+// give slots back.
 func slotsAbove(p purpose) int {
 	switch p {
 	case forData:
@@ -138,7 +142,7 @@ func slotsAbove(p purpose) int {
 
 var errNoSlot = fmt.Errorf("%w: all %d places for chunks are taken; delete snapshots or volumes", noSpace(syscall.ENOSPC), format.MaxSlots)
 
-// slotFor is an error if there is no slot for a purpose.
+// slotFor returns errNoSlot if there is no slot for p.
 func (l *recordLog) slotFor(p purpose) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -148,6 +152,8 @@ func (l *recordLog) slotFor(p purpose) error {
 	return nil
 }
 
+// createFile makes a chunk from a new file. If there is no room for data and p is a higher purpose, it takes
+// room from what is kept free, and from the reserve.
 func (l *recordLog) createFile(seq uint64, p purpose) (*chunk, error) {
 	l.mu.Lock()
 	slot, ok := l.slots.freeSlot()
@@ -165,7 +171,7 @@ func (l *recordLog) createFile(seq uint64, p purpose) (*chunk, error) {
 		return nil, err
 	}
 	f, err := l.fs.Create(c.name(), int64(size))
-	if errors.Is(err, fs.ErrExist) { // it was not there when the store was opened
+	if errors.Is(err, fs.ErrExist) { // the file was not there when the store was opened
 		if err = l.fs.SetAside(c.name(), fmt.Sprintf("%s-%016x-%s", asUnknown, 0, c.name())); err == nil {
 			f, err = l.fs.Create(c.name(), int64(size))
 		}
@@ -180,21 +186,24 @@ func (l *recordLog) createFile(seq uint64, p purpose) (*chunk, error) {
 	return c, nil
 }
 
-// sizeForData is how large a new chunk for data can be. Where that is less than it should be, the pool goes first.
+// sizeForData returns the size that a new chunk for data can have. If that is less than the usual size, it
+// first deletes the files in the pool.
 func (l *recordLog) sizeForData() (uint32, error) {
 	if err := l.slotFor(forData); err != nil {
 		return 0, err
 	}
 	size, err := l.chunkSize(forData, 0)
 	if err != nil || int64(size) < l.chunkBytes {
-		if n, _ := l.pool.empty(); n > 0 { // what cannot be deleted takes room: that is the error then
+		if n, _ := l.pool.empty(); n > 0 { // if one cannot be deleted, chunkSize reports the lack of room
 			size, err = l.chunkSize(forData, 0)
 		}
 	}
 	return size, err
 }
 
-// chunkSize is how large a chunk there is room for, which takes the place of so many bytes.
+// chunkSize returns the largest size for a new chunk that there is room for. The chunk takes the place of
+// instead bytes that are already used. If there is not even room for the smallest chunk, the error matches
+// ErrNoSpace.
 func (l *recordLog) chunkSize(p purpose, instead int64) (uint32, error) {
 	free, err := l.fs.Free()
 	if err != nil {
@@ -210,7 +219,7 @@ func (l *recordLog) chunkSize(p purpose, instead int64) (uint32, error) {
 	case forData:
 		keep += work
 	case forMoves:
-		least = min(eventChunkSize, l.chunkBytes) // a chunk that fits into it gives back a larger one
+		least = min(eventChunkSize, l.chunkBytes) // moves into a small chunk give back a larger one
 	}
 	room := min(free, free+kept-keep)
 	if l.limit > 0 {
@@ -223,10 +232,10 @@ func (l *recordLog) chunkSize(p purpose, instead int64) (uint32, error) {
 	}
 	least = min(minChunkSize, l.chunkBytes)
 	if p == forMoves && free+l.stock.bytes() >= least+l.stock.wanted()/2 && (l.limit == 0 || l.limit-used >= least) {
-		return uint32(least), nil // half of the reserve is for what is deleted
+		return uint32(least), nil // the other half of the reserve is for deletes
 	}
 	if p == forEvents {
-		return eventChunkSize, nil // if even that is too much, fallocate says so
+		return eventChunkSize, nil // if even that is too much, fallocate fails
 	}
 	if l.limit > 0 && l.limit-used < free+kept-spare {
 		return 0, fmt.Errorf("%w: the store's limit is %d MiB, of which %d MiB are kept for the cleaner; raise it, or delete snapshots or volumes",

@@ -12,45 +12,47 @@ import (
 
 const (
 	bufferSize  = 1 << 20
-	bufferCount = 16 // 16 MiB of acknowledged, unwritten data; then writers wait for the disk
+	bufferCount = 16 // 16 MiB of acknowledged, unwritten data; beyond that, writers wait for the disk
 
 	// maxEvent bounds the JSON of one event, so that it fits a buffer.
 	maxEvent = bufferSize / 2
 
-	// eventRoom is what data leaves free at the end of a chunk when the next
-	// chunk is not there, so that names can be deleted and blocks discarded on a full disk.
+	// eventRoom is the space that data leaves free at the end of a chunk while there is no next chunk, so
+	// that names can be deleted and blocks discarded on a full disk.
 	eventRoom = 64 << 10
 
-	// spare is the free space of the file system below which no chunk is made for data or by the cleaner:
-	// checkpoints, deletes and discards go on from it. The cleaner has room for one chunk more than data.
+	// spare is the free space of the file system below which no chunk is made for data or for the cleaner:
+	// checkpoints, deletes and discards use it to go on. The cleaner has room for one chunk more than data
+	// has.
 	spare = 64 << 20
 
 	minChunkSize   = 4 << 20 // for data, on a disk that is nearly full
 	eventChunkSize = 1 << 20 // for events, from the reserve
 )
 
-// purpose is what room in the log is for: the higher, the further it may go into what is kept free.
+// purpose says what room in the log is wanted for. A higher purpose may use more of the space that is kept
+// free.
 type purpose uint8
 
 const (
 	forData   purpose = iota
-	forMoves          // the cleaner's, which give back more than they take
-	forEvents         // and holes: what is deleted gives room
+	forMoves          // for the cleaner, which gives back more than it takes
+	forEvents         // for events and holes: deleting gives back room
 )
 
-// buffer holds records on their way to one chunk file. Bytes before the log's end
-// never change; the buffer is recycled when they are in the file.
+// buffer holds records on their way to one chunk file. Bytes before the log's end never change. The buffer is
+// reused once its bytes are in the file.
 type buffer struct {
 	chunk *chunk
-	off   uint32 // in the chunk, of data[0]
-	n     int    // bytes used; guarded by Store.mu until the buffer is cut, constant then
+	off   uint32 // offset of data[0] in the chunk
+	n     int    // bytes used; guarded by Store.mu until the buffer is cut, constant from then on
 	data  []byte
-	head  *slotHead // what the next owner is told of it; nil: nothing, the memory is this process's
+	head  *slotHead // tells the next owner what the buffer holds; nil: the memory is private to this process
 
-	summary *format.SummaryFooter // not nil: it holds no records, but the chunk's summary
+	summary *format.SummaryFooter // not nil: the buffer holds the chunk's summary, not records
 }
 
-// begin says what the buffer is for, which must hold nothing.
+// begin assigns an empty buffer to the end of chunk c.
 func (b *buffer) begin(c *chunk) {
 	b.chunk, b.off, b.n = c, c.end, 0
 	if b.head != nil {
@@ -58,7 +60,7 @@ func (b *buffer) begin(c *chunk) {
 	}
 }
 
-// use says that the first n bytes hold records.
+// use marks the first n bytes as holding records.
 func (b *buffer) use(n int) {
 	b.n = n
 	if b.head != nil {
@@ -66,8 +68,8 @@ func (b *buffer) use(n int) {
 	}
 }
 
-// recordLog is the append end of the log. Records enter it under Store.mu, in
-// sequence order; buffers leave it in the same order.
+// recordLog is the append end of the log. Records enter it under Store.mu, in the order of their sequence
+// numbers; buffers leave it in the same order.
 //
 //	append → active buffer → (cut) → queue → (drain) → chunk file → (sync) → durable
 type recordLog struct {
@@ -77,49 +79,48 @@ type recordLog struct {
 	slots      *slotTable
 	pool       chunkPool
 	stock      reserve
-	mark       durableMark  // of durable
-	kept       func() int64 // what of the space that is to stay free the store has already
-	workKept   func() int64 // what data leaves for the cleaner; mu is held
-	chunkBytes int64        // of a new chunk, where there is room
+	mark       durableMark  // the file that records durable
+	kept       func() int64 // returns the part of the space to keep free that the store already holds
+	workKept   func() int64 // returns the space that data leaves to the cleaner; mu is held
+	chunkBytes int64        // size of a new chunk, if there is room
 	failed     atomic.Pointer[error]
 
 	// Guarded by mu.
-	space        *sync.Cond // a buffer or a chunk became available, or the attempt failed
+	space        *sync.Cond // a buffer became available, or an attempt to make a chunk ended
 	active       *buffer
-	queue        []*buffer // cut, in order
+	queue        []*buffer // cut buffers, in order
 	free         []*buffer
-	current      *chunk   // takes records; nil until the first
-	sealed       []*chunk // since the last checkpoint
+	current      *chunk   // takes the records; nil until the first record
+	sealed       []*chunk // chunks sealed since the last checkpoint
 	next         *chunk   // made in advance
 	making       bool
-	madeRound    uint64        // counts the maker's attempts
-	makeErr      error         // of the last attempt
-	closed       bool          // nothing is appended any more
-	wanted       purpose       // what the chunk is wanted for
-	capacity     int64         // bytes that there is room for, used or not, as of the last chunk that was made; 0: not known
-	limit        int64         // bytes that the chunk files may take together; 0: as the file system has room
-	cleaner      func() bool   // wakes the cleaner; false: it can give no room back
-	rotated      func(purpose) // is told of each chunk that is full, and what the next one is for
-	nextSeq      uint64        // of the next record
-	nextChunk    uint64        // sequence of the next chunk to be made
-	appended     uint64        // bytes, over the life of the process
-	durable      uint64        // every record before this sequence number is
+	madeRound    uint64        // counts the attempts to make a chunk
+	makeErr      error         // error of the last attempt
+	closed       bool          // nothing more is appended
+	wanted       purpose       // highest purpose that waits for a new chunk
+	capacity     int64         // room in bytes, used or not, when a chunk was last made; 0: not known
+	limit        int64         // of all chunk files together, in bytes; 0: the file system's room
+	cleaner      func() bool   // wakes the cleaner; returns false if the cleaner can give back no room
+	rotated      func(purpose) // called for each full chunk, with the purpose of the next one
+	nextSeq      uint64        // sequence number of the next record
+	nextChunk    uint64        // sequence number of the next chunk to be made
+	appended     uint64        // bytes appended over the life of the process
+	durable      uint64        // every record before this sequence number is durable
 	committed    uint64        // the table is as of this sequence number
-	entries      []byte        // of the summary of current
-	spareEntries []byte        // for the next chunk's
+	entries      []byte        // summary entries of the current chunk
+	spareEntries []byte        // memory for the entries of the next chunk
 
-	// bufMu guards buffered and chunk.written, for readers of records that are
-	// not in their file yet.
+	// bufMu guards buffered and chunk.written, for readers of records that are not in their file yet.
 	bufMu    sync.RWMutex
 	buffered []*buffer
 
-	writeMu  sync.Mutex // one writes buffers at a time, in order
-	unsynced []*chunk   // written to since their last sync; guarded by writeMu
-	out      uint64     // of appended, what is in the chunk files; kept by writeOut alone; guarded by writeMu
-	syncMu   sync.Mutex // one syncs at a time; others join its successor
+	writeMu  sync.Mutex // held while buffers are written, so that they are written one at a time and in order
+	unsynced []*chunk   // chunks written to since their last sync; guarded by writeMu
+	out      uint64     // the part of appended that writeOut has put into the chunk files; guarded by writeMu
+	syncMu   sync.Mutex // held during a sync; callers that arrive meanwhile share the next one
 	synced   atomic.Uint64
 
-	flushWork, makeWork, syncWork chan struct{} // capacity 1: "there is work"
+	flushWork, makeWork, syncWork chan struct{} // capacity 1: a value means that there is work
 	quit                          chan struct{}
 	wg                            sync.WaitGroup
 }
@@ -131,12 +132,12 @@ func newRecordLog(fs storage.FS, mu *sync.Mutex, uuid [16]byte, slots *slotTable
 		flushWork: make(chan struct{}, 1), makeWork: make(chan struct{}, 1), syncWork: make(chan struct{}, 1), quit: make(chan struct{}),
 	}
 	for range bufferCount {
-		l.free = append(l.free, &buffer{}) // memory comes with the first use
+		l.free = append(l.free, &buffer{}) // the memory is allocated at the first use
 	}
 	return l
 }
 
-// share gives the buffers memory that outlives the process. It comes before the first record.
+// share gives the buffers memory that outlives the process. It must be called before the first record.
 func (l *recordLog) share(m *sharedBuffers) {
 	for i, b := range l.free {
 		b.data, b.head = m.data(i), m.head(i)
@@ -146,10 +147,10 @@ func (l *recordLog) share(m *sharedBuffers) {
 func (l *recordLog) start() {
 	l.wg.Go(func() { l.each(l.flushWork, func() { _ = l.drain() }) }) // drain keeps its error in failed
 	l.wg.Go(func() { l.each(l.makeWork, l.makeChunk) })
-	l.wg.Go(func() { l.each(l.syncWork, func() { _ = l.sync() }) }) // so does sync
+	l.wg.Go(func() { l.each(l.syncWork, func() { _ = l.sync() }) }) // sync does, too
 }
 
-// close ends appending: whoever waits for room, and whoever comes later, gets ErrClosed. mu is held.
+// close ends appending: all current and later waiters for room get ErrClosed. The caller holds mu.
 func (l *recordLog) close() {
 	l.closed = true
 	l.space.Broadcast()
@@ -178,7 +179,7 @@ func poke(c chan struct{}) {
 	}
 }
 
-// fail makes err final: nothing is appended, written or synced any more.
+// fail makes err final: nothing is appended, written or synced any more. It returns the first such error.
 func (l *recordLog) fail(err error) error {
 	err = fmt.Errorf("%w: %w", ErrFailed, err)
 	l.failed.CompareAndSwap(nil, &err)
@@ -195,9 +196,9 @@ func (l *recordLog) err() error {
 	return nil
 }
 
-// reserve makes room for a record of n bytes. mu is held; while reserve waits for
-// a buffer or a chunk it is not. Where there is no room for data, it waits for the cleaner as long as that has
-// something to give back.
+// reserve makes room for a record of n bytes. The caller holds mu; reserve releases it while it waits for a
+// buffer or a chunk. If there is no room for data, reserve waits for the cleaner as long as the cleaner has
+// something to give back. It returns the log's final error, ErrClosed, or the error of making a chunk.
 func (l *recordLog) reserve(n int, p purpose) error {
 	tries := 0
 	for {
@@ -236,7 +237,7 @@ func (l *recordLog) reserve(n int, p purpose) error {
 
 // fits reports whether a record of n bytes may go into the current chunk.
 func (l *recordLog) fits(n int, p purpose) bool {
-	// The summary, with one entry more, comes behind.
+	// Leave room for the summary, with one more entry for this record.
 	room := int(l.current.size) - int(l.current.end) - len(l.entries) - format.SummaryEntrySize - format.SummaryFooterSize
 	switch {
 	case p == forEvents:
@@ -258,7 +259,7 @@ func (l *recordLog) waitForChunk(p purpose) {
 	}
 }
 
-// suits reports whether the next chunk is there, and for p.
+// suits reports whether the next chunk exists and may be used for p.
 func (l *recordLog) suits(p purpose) bool { return l.next != nil && (p > forData || !l.next.reserved) }
 
 func (l *recordLog) wantChunk() {
@@ -288,14 +289,15 @@ func (l *recordLog) activate() {
 	l.bufMu.Unlock()
 }
 
-// cut closes the active buffer and has it written. mu is held.
+// cut closes the active buffer and wakes the flusher to write it. The caller holds mu.
 func (l *recordLog) cut() {
 	if l.enqueue() {
 		poke(l.flushWork)
 	}
 }
 
-// enqueue closes the active buffer and queues it for writing, if anything is in it. mu is held.
+// enqueue closes the active buffer and, if it holds anything, queues it for writing. It reports whether it
+// queued a buffer. The caller holds mu.
 func (l *recordLog) enqueue() bool {
 	b := l.active
 	l.active = nil
@@ -313,13 +315,13 @@ func (l *recordLog) enqueue() bool {
 	return false
 }
 
-// forget takes a buffer out of what readers see. bufMu is held.
+// forget removes a buffer from those that readers search. The caller holds bufMu.
 func (l *recordLog) forget(b *buffer) {
 	l.buffered = slices.DeleteFunc(l.buffered, func(x *buffer) bool { return x == b })
 }
 
-// append adds a record for which reserve has made room, gives it the next
-// sequence number, and returns where it is. mu is held.
+// append adds a record for which reserve has made room, gives it the next sequence number, and returns its
+// place. The caller holds mu.
 func (l *recordLog) append(h *format.RecordHeader, payload []byte) (c *chunk, off uint32) {
 	h.Seq = l.nextSeq
 	l.nextSeq++
@@ -338,8 +340,9 @@ func (l *recordLog) append(h *format.RecordHeader, payload []byte) (c *chunk, of
 	return c, off
 }
 
-// retire seals the current chunk, so that the log goes on in another, and cuts it to what it
-// holds: its size is to be made the file's. mu is held.
+// retire seals the current chunk, so that the log goes on in another, and returns it; nil if there is none.
+// It reduces the chunk's size to what the chunk holds. The caller must truncate the file to that size. The
+// caller holds mu.
 func (l *recordLog) retire() *chunk {
 	l.cut()
 	c := l.current
@@ -354,7 +357,7 @@ func (l *recordLog) retire() *chunk {
 	return c
 }
 
-// seal ends the current chunk with its summary. mu is held.
+// seal ends the current chunk and queues its summary. The caller holds mu.
 func (l *recordLog) seal() {
 	c := l.current
 	if c == nil {
@@ -364,7 +367,7 @@ func (l *recordLog) seal() {
 	l.slots.recount(c)
 	l.sealed = append(l.sealed, c)
 	l.queueSummary(c)
-	poke(l.syncWork) // so that the header of a chunk to come can say that this one is durable
+	poke(l.syncWork) // so that the header of a later chunk can say that this one is durable
 }
 
 // waitIdle waits until no chunk is being made.
@@ -376,8 +379,8 @@ func (l *recordLog) waitIdle() {
 	}
 }
 
-// position is where the next record will be: the replay position of a
-// checkpoint of the present state. mu is held.
+// position returns the place of the next record, which is the replay position for a checkpoint of the present
+// state. The caller holds mu.
 func (l *recordLog) position() (chunkSeq uint64, off uint32) {
 	switch {
 	case l.current != nil:
@@ -389,15 +392,15 @@ func (l *recordLog) position() (chunkSeq uint64, off uint32) {
 	}
 }
 
-// read copies a record into p if it is still in a buffer.
+// read copies a record into p if the record is still in a buffer, and reports whether it was.
 func (l *recordLog) read(c *chunk, off uint32, p []byte) bool {
 	l.bufMu.RLock()
 	defer l.bufMu.RUnlock()
 	if off+uint32(len(p)) <= c.written {
 		return false
 	}
-	// From the newest back: a buffer that was cut before it was full says nothing
-	// of what lies behind its end, which the next buffer has.
+	// Search from the newest buffer back. A buffer that was cut before it was full does not have the bytes
+	// behind its end; the next buffer has them.
 	for _, b := range slices.Backward(l.buffered) {
 		if b.chunk == c && off >= b.off {
 			copy(p, b.data[off-b.off:])
@@ -407,8 +410,8 @@ func (l *recordLog) read(c *chunk, off uint32, p []byte) bool {
 	return false
 }
 
-// cutIdle queues what is in the active buffer, so that a process that is killed
-// loses little of what it acknowledged without a flush.
+// cutIdle queues the active buffer, so that a process that is killed loses little of what it acknowledged
+// without a flush.
 func (l *recordLog) cutIdle() {
 	l.mu.Lock()
 	l.cut()

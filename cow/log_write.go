@@ -17,11 +17,11 @@ func (l *recordLog) drain() error {
 	}
 }
 
-// drainLocked writes the first n cut buffers, or as many as there are.
+// drainLocked writes the first n cut buffers, or all if there are fewer. The caller holds writeMu.
 func (l *recordLog) drainLocked(n int) error {
 	for i := 0; ; i++ {
 		if err := l.err(); err != nil || i == n {
-			return err // also of a write that another drain had begun
+			return err // also the error of a write that another drain had begun
 		}
 		l.mu.Lock()
 		if len(l.queue) == 0 {
@@ -35,7 +35,7 @@ func (l *recordLog) drainLocked(n int) error {
 		c := b.chunk
 		if !c.unsynced {
 			c.unsynced = true
-			c.acquire() // until it is synced
+			c.acquire() // released once the chunk is synced
 			l.unsynced = append(l.unsynced, c)
 		}
 		if b.summary != nil {
@@ -62,11 +62,12 @@ func (l *recordLog) drainLocked(n int) error {
 	}
 }
 
-// pageSize is what the page cache reads before a part of it can be written.
+// pageSize is the size of a page. To write part of a page, the page cache has to read all of it first.
 const pageSize = 4096
 
-// write writes a buffer to its place. Zeros behind it make what follows cheaper (docs/engine.md, Blocks under the log); whatever is
-// there is not the log's yet, as buffers are written in order. writeMu is held.
+// write writes a buffer to its place in the chunk file. It also writes zeros behind the buffer, which makes
+// later writes and flushes cheaper (docs/engine.md, Blocks under the log). The log has nothing there yet,
+// since buffers are written in order. The caller holds writeMu.
 func (l *recordLog) write(b *buffer) error {
 	c, data := b.chunk, b.data[:b.n]
 	if b.summary != nil {
@@ -81,7 +82,7 @@ func (l *recordLog) write(b *buffer) error {
 	}
 	end += uint32(pad)
 	if b.n >= bufferSize/2 {
-		c.file.StartWrite(int64(b.off), int64(b.n)) // or a flush would find all since the last one
+		c.file.StartWrite(int64(b.off), int64(b.n)) // so that a flush need not write it all
 	} else if end > c.prepared {
 		ahead := min(uint32(l.chunkBytes/64), aheadMost, c.fileSize-end)
 		if _, err := c.file.WriteAt(zerosAhead[:ahead], int64(end)); err != nil {
@@ -93,7 +94,7 @@ func (l *recordLog) write(b *buffer) error {
 	return nil
 }
 
-// aheadMost is how much is written ahead at once.
+// aheadMost is the most that is written ahead at once.
 const aheadMost = 1 << 20
 
 var zerosAhead [aheadMost]byte
@@ -110,12 +111,12 @@ func (l *recordLog) sync() error {
 		return err
 	}
 	if l.synced.Load() >= target {
-		return nil // the sync that we waited for began after our records were in
+		return nil // the sync that this call waited for began after our records were appended
 	}
 	l.mu.Lock()
 	goal, seq := l.appended, l.nextSeq
 	l.enqueue()
-	n := len(l.queue) // what is cut from here on is not this sync's
+	n := len(l.queue) // buffers that are cut after this are not part of this sync
 	l.mu.Unlock()
 
 	l.writeMu.Lock()
@@ -143,8 +144,8 @@ func (l *recordLog) sync() error {
 	return nil
 }
 
-// writeOut writes every record that was appended before the call to its chunk file: this process may be killed then,
-// and nothing of it is lost. Durable it is not.
+// writeOut writes every record that was appended before the call to its chunk file, so that none is lost if
+// this process is killed. It does not make them durable.
 func (l *recordLog) writeOut() error {
 	l.mu.Lock()
 	target := l.appended
@@ -152,7 +153,7 @@ func (l *recordLog) writeOut() error {
 	l.writeMu.Lock()
 	defer l.writeMu.Unlock()
 	if l.out >= target {
-		return l.err() // the writer before has written ours, too
+		return l.err() // the previous writer has written our records, too
 	}
 	l.mu.Lock()
 	goal := l.appended
@@ -166,8 +167,8 @@ func (l *recordLog) writeOut() error {
 	return nil
 }
 
-// needSync adds a chunk that replay has read: after a crash of the process its
-// bytes may be in the page cache only.
+// needSync marks a chunk that replay has read as not synced: after a crash of the process, its bytes may be
+// only in the page cache.
 func (l *recordLog) needSync(c *chunk) {
 	l.writeMu.Lock()
 	defer l.writeMu.Unlock()
@@ -175,6 +176,6 @@ func (l *recordLog) needSync(c *chunk) {
 	c.acquire()
 	l.unsynced = append(l.unsynced, c)
 	l.mu.Lock()
-	l.appended++ // so that sync does not take the log for durable
+	l.appended++ // so that sync does not take the log to be durable
 	l.mu.Unlock()
 }
