@@ -7,28 +7,29 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// mover is the state of one that cleans. It is used under Store.cleanMu.
+// mover is the state of the cleaner or of the cold pass while it moves data. Store.cleanMu guards it.
 type mover struct {
 	s      *Store
 	r      recordReader
-	c      *chunk // being cleaned, with a reference
+	c      *chunk // being cleaned; the caller holds a reference
 	unit   [unitSize]byte
 	comp   []byte
-	pay    []byte      // of a moved record
-	leaf   format.Leaf // of owned
+	pay    []byte      // payload of a moved record
+	leaf   format.Leaf // buffer of ownedMask
 	line   lineage     // of the last record's branch
 	held   gathered
-	again  []int // of held
-	most   int   // how much is gathered of a chunk
-	turn   int   // the same, of this one
+	again  []int // indexes in held of records to look at again
+	most   int   // bytes to gather before held is moved
+	turn   int   // the same, for this chunk
 	codecs map[format.Codec]*format.Compressor
 
-	forwarded bool // records of c may be elsewhere
-	full      bool // the last batch ended where a checkpoint has to come first
+	forwarded bool // records of c may have been moved elsewhere
+	full      bool // the last batch stopped because a checkpoint has to come first
 }
 
-// heldMost is how much of what snapshots hold is moved in one turn of the checkpoint lock. Of a chunk in which several
-// times as much lives it is heldLarge: while much is deleted the cleaner waits for each turn, and writers for the chunk.
+// heldMost is how many bytes of records that snapshots hold are moved in one turn of the checkpoint lock. For
+// a chunk with more than heldLarge bytes of live data it is heldLarge: while much is being deleted, the
+// cleaner waits for each turn, and writers wait for the chunk.
 const heldMost, heldLarge = 2 << 20, 8 << 20
 
 func newMover(s *Store) *mover {
@@ -39,7 +40,7 @@ func newMover(s *Store) *mover {
 func (m *mover) begin(c *chunk) error {
 	m.held.reset()
 	if cap(m.held.data) > heldLarge/2 {
-		m.held = gathered{} // few chunks need so much memory
+		m.held = gathered{} // few chunks need that much memory
 	}
 	m.turn = m.most
 	if m.s.livesIn(c) > heldLarge {
@@ -50,15 +51,15 @@ func (m *mover) begin(c *chunk) error {
 	return err
 }
 
-// livesIn is how much lives in a chunk.
+// livesIn returns the live bytes of a chunk.
 func (s *Store) livesIn(c *chunk) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return int(c.live)
 }
 
-// look looks at the state of the chunk, as it is at the beginning of a batch: up to where there are records, and
-// whether it is there at all.
+// look reads the state of the chunk at the beginning of a batch: where its records end, and whether the chunk
+// still exists.
 func (m *mover) look() (end uint32, here bool) {
 	s := m.s
 	s.mu.Lock()
@@ -67,13 +68,14 @@ func (m *mover) look() (end uint32, here bool) {
 	return m.c.end, s.slots.get(m.c.slot) == m.c && !m.c.dead
 }
 
-// batch goes on through the chunk until it has moved or passed over a batch. What snapshots hold is gathered, and moved
-// together, at the chunk's end or when there is enough of it.
+// batch goes on through the chunk until it has moved or passed over a batch. Records that snapshots may hold
+// are gathered, and moved together when there are enough or at the chunk's end. It returns the bytes that it
+// wrote, and whether there is more to do in the chunk.
 func (m *mover) batch() (moved int, more bool, err error) {
 	m.full = false
 	end, here := m.look()
 	if !here {
-		return 0, false, nil // it has died meanwhile
+		return 0, false, nil // the chunk has died meanwhile
 	}
 	gathered := len(m.held.data)
 	for from := m.r.off; moved+len(m.held.data)-gathered < cleanBatch && m.r.off-from < 16*cleanBatch; {
@@ -103,7 +105,8 @@ func (m *mover) batch() (moved int, more bool, err error) {
 	return moved, true, nil
 }
 
-// stopped ends a batch with an error at a record: with errFull it goes on there when a checkpoint has been made.
+// stopped ends a batch at a record that returned an error. After errFull, the next batch goes on at that
+// record once a checkpoint has been made.
 func (m *mover) stopped(moved int, off uint32, err error) (int, bool, error) {
 	s := m.s
 	switch {
@@ -115,7 +118,8 @@ func (m *mover) stopped(moved int, off uint32, err error) (int, bool, error) {
 		m.held.reset()
 		return moved, true, nil
 	case errors.Is(err, ErrCorrupt):
-		// Copying would make damage look sound. Check names it; the rest of the chunk stays where it is.
+		// A copy would make damaged data look sound. Check reports the damage; the rest of the chunk stays
+		// where it is.
 		s.log.Error("a chunk cannot be cleaned; run check", "chunk", m.c.name(), "offset", off, "err", err)
 		s.mu.Lock()
 		m.c.damaged = true
@@ -126,7 +130,7 @@ func (m *mover) stopped(moved int, off uint32, err error) (int, bool, error) {
 	return moved, false, err
 }
 
-// next reads the next record, which is valid until the one after.
+// next reads the next record. The record is valid until the next call.
 func (m *mover) next() (*format.RecordHeader, []byte, error) {
 	off := m.r.off
 	head, err := m.r.peek(format.RecordHeaderSize)
@@ -145,7 +149,7 @@ func (m *mover) next() (*format.RecordHeader, []byte, error) {
 	return &h, rec[format.RecordHeaderSize:][:h.PayloadLen], nil
 }
 
-// peek is bytes without writing anything back, and with an error where the file ends.
+// peek is like bytes, but it writes nothing back, and returns ErrCorrupt if the file ends early.
 func (r *recordReader) peek(n int) ([]byte, error) {
 	if r.off < r.at || r.off+uint32(n) > r.at+uint32(len(r.win)) {
 		size := max(n, cleanWindow)
@@ -166,18 +170,18 @@ func (r *recordReader) peek(n int) ([]byte, error) {
 
 const cleanWindow = 1 << 20
 
-// record is one that the mover has come to.
+// record is a record that the mover has come to.
 type record struct {
 	h       *format.RecordHeader
 	payload []byte       // as stored
-	data    []byte       // of it, the unit
-	here    format.Entry // of its first block: where it is
-	name    format.Entry // and as the leaves have it
-	of      *chunk       // that name is in, or was
+	data    []byte       // the part of payload that is the unit
+	here    format.Entry // entry of its first block at its present place
+	name    format.Entry // the entry that leaves have for that block
+	of      *chunk       // chunk in name's slot when find looked
 }
 
-// move writes again what only a head has of one record, and returns the size of what it wrote. What may be held by a
-// snapshot is gathered.
+// move rewrites the blocks of a record that only a head has, and returns the size of what it wrote. If a
+// snapshot may hold other blocks of the record, the record is gathered.
 func (m *mover) move(h *format.RecordHeader, payload []byte, off uint32) (n int, err error) {
 	r, err := m.decode(h, payload, off)
 	if err != nil {
@@ -190,7 +194,7 @@ func (m *mover) move(h *format.RecordHeader, payload []byte, off uint32) (n int,
 	return n, err
 }
 
-// writeOwn is moveOwn until nobody comes in between.
+// writeOwn repeats moveOwn until no other writer interferes.
 func (m *mover) writeOwn(r *record) (n int, rest bool, err error) {
 	for {
 		k, rest, err := m.moveOwn(r)
@@ -215,8 +219,9 @@ func (m *mover) decode(h *format.RecordHeader, payload []byte, off uint32) (r re
 	return r, nil
 }
 
-// find looks up what the record's name means; false: another record, or none. Who goes by it later has to see that
-// the name still belongs to r.of: as long as it does, it means the same.
+// find looks up what the record's name means now, and sets r.of. It returns false if the name means another
+// record, or none. Code that relies on the result later must check that r.of is still in the name's slot; as
+// long as it is, the name means the same.
 func (m *mover) find(r *record) (ok bool, err error) {
 	if r.of = m.s.slots.get(r.name.Slot()); r.of == nil {
 		return false, nil
@@ -228,19 +233,19 @@ func (m *mover) find(r *record) (ok bool, err error) {
 	if moved {
 		return to.To == r.here, err
 	}
-	return r.h.Kind == format.KindData && r.of == m.c, err // else it was moved on, or has died
+	return r.h.Kind == format.KindData && r.of == m.c, err // otherwise it was moved on, or has died
 }
 
-// moveOwn writes the blocks of a record again that only the head of its volume has: once the head's entry is a new
-// one, nothing has to be forwarded. rest says that there may be others. To replay it is a write, so it needs no more
-// locks than one, and goes on beside a checkpoint.
+// moveOwn rewrites those blocks of a record that only the head of its volume has. The head's entry becomes a
+// new one, so nothing has to be forwarded. rest is true if the record may have other live blocks. For a
+// replay this is an ordinary write; so it takes no more locks than a write, and runs beside a checkpoint.
 func (m *mover) moveOwn(r *record) (n int, rest bool, err error) {
 	if ok, err := m.find(r); !ok {
 		return 0, false, err
 	}
 	mask, rest, err := m.headMask(r.h, r.name)
 	if err != nil || mask == 0 {
-		return 0, rest, err // damage in what is dead does not matter
+		return 0, rest, err // damage in dead data does not matter
 	}
 	if err := r.h.VerifyPayload(r.payload); err != nil {
 		return 0, rest, err
@@ -249,7 +254,7 @@ func (m *mover) moveOwn(r *record) (n int, rest bool, err error) {
 	return n, rest, err
 }
 
-// ownedIn masks the blocks of the record name that l has changed itself.
+// ownedIn returns a mask of the blocks of the record name that l owns: their changed bits are set.
 func ownedIn(l *format.Leaf, h *format.RecordHeader, name format.Entry) (mask uint16) {
 	first := int(h.Block % format.LeafBlocks)
 	for i := range h.Blocks {
@@ -260,12 +265,13 @@ func ownedIn(l *format.Leaf, h *format.RecordHeader, name format.Entry) (mask ui
 	return mask
 }
 
-// lineage is what the mover knows of a branch, as of the beginning of a batch or of a change that it has met.
+// lineage is what the mover knows of a branch, as of the beginning of a batch or of the last change that it
+// noticed.
 type lineage struct {
 	b       *branch
 	epoch   uint32
-	written bool // it is the head of a volume
-	alone   bool // it has no points, so that the head's versions are all that there are
+	written bool // a volume writes to its head
+	alone   bool // it has no points, so the head's versions are its only ones
 }
 
 func (m *mover) lineageOf(branch uint32) *lineage {
@@ -280,9 +286,9 @@ func (m *mover) lineageOf(branch uint32) *lineage {
 	return &m.line
 }
 
-// headMask says which blocks of a record are in the head of a volume and nowhere else: put there in the present
-// epoch. rest says that others may be elsewhere. (If a snapshot is taken meanwhile it may be in that: then its bytes
-// count as live, and it is cleaned another time.)
+// headMask returns a mask of those blocks of a record that a volume's head put there in its present epoch,
+// and that nothing else has. rest is true if the record may have other live blocks. (A snapshot that is taken
+// meanwhile may hold the blocks, too. Then their bytes count as live, and they are cleaned another time.)
 func (m *mover) headMask(h *format.RecordHeader, name format.Entry) (mask uint16, rest bool, err error) {
 	l := m.lineageOf(h.Branch)
 	if !l.written {
@@ -304,12 +310,12 @@ func (m *mover) headMask(h *format.RecordHeader, name format.Entry) (mask uint16
 	return mask, rest, err
 }
 
-// rewrite writes blocks of a head again, whose content stays the same.
+// rewrite writes those blocks of a head again that mask selects. Their content stays the same.
 func (m *mover) rewrite(r *record, mask uint16) (n int, err error) {
 	s, h := m.s, r.h
 	if bits.OnesCount16(mask) == h.Blocks {
 		crc := h.PayloadCRC
-		if h.Kind == format.KindMoved { // of which the payload is a part
+		if h.Kind == format.KindMoved { // its payload begins with a Moved, so its checksum is another
 			crc = format.Checksum(r.data)
 		}
 		return s.putMoved(&format.RecordHeader{
@@ -323,7 +329,7 @@ func (m *mover) rewrite(r *record, mask uint16) (n int, err error) {
 	}
 	pool := s.codecOf(h.Branch)
 	if pool == nil {
-		return 0, nil // its volume has just gone
+		return 0, nil // its volume has just been deleted
 	}
 	for i := 0; i < h.Blocks; {
 		run := bits.TrailingZeros16(^(mask >> i))
@@ -355,8 +361,9 @@ func (s *Store) codecOf(branch uint32) *codecPool {
 	return nil
 }
 
-// putMoved is put for blocks of a head whose content stays the same. same reports whether they are still what was
-// copied, with mu and the leaf's lock held; else it is errChanged. It is also if they are not the present epoch's.
+// putMoved writes blocks of a head again with the same content, and returns the size of the record. same
+// reports whether the blocks are still those that were copied; it is called with mu and the leaf's lock held.
+// If they are not, or are not of the present epoch, putMoved returns errChanged.
 func (s *Store) putMoved(h *format.RecordHeader, payload []byte, same func(*leaf) bool) (n int, err error) {
 	for {
 		k, err := s.tryPutMoved(h, payload, same)
@@ -372,7 +379,7 @@ func (s *Store) putMoved(h *format.RecordHeader, payload []byte, same func(*leaf
 	}
 }
 
-// tryPutMoved is putMoved, once. It returns the leaf that is concerned.
+// tryPutMoved tries putMoved once. It returns the key of the leaf that it changes.
 func (s *Store) tryPutMoved(h *format.RecordHeader, payload []byte, same func(*leaf) bool) (k leafKey, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -396,7 +403,8 @@ func (s *Store) tryPutMoved(h *format.RecordHeader, payload []byte, same func(*l
 	return k, err
 }
 
-// still returns what reports whether n blocks of a record, from one on, are still in the head of its volume, as its own.
+// still returns a function that reports whether n blocks of a record, beginning with block from, are still
+// the own blocks of its volume's head.
 func (m *mover) still(r *record, from, n int) func(*leaf) bool {
 	first := int(r.h.Block%format.LeafBlocks) + from
 	return func(lf *leaf) bool {
@@ -405,6 +413,6 @@ func (m *mover) still(r *record, from, n int) func(*leaf) bool {
 				return false
 			}
 		}
-		return m.s.slots.get(r.name.Slot()) == r.of // or the entries name something else by now
+		return m.s.slots.get(r.name.Slot()) == r.of // otherwise the entries mean another record by now
 	}
 }

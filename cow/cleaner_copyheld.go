@@ -9,20 +9,20 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// What snapshots hold is moved as it is, and forwarded: docs/reclaim.md, Cleaning.
+// Records that snapshots hold are moved as they are, and forwarded: docs/reclaim.md, Cleaning.
 
-// gathered are records that snapshots may hold, with copies of what they are.
+// gathered is a list of records that snapshots may hold, with copies of their headers and payloads.
 type gathered struct {
 	records []record
 	heads   []format.RecordHeader
 	data    []byte
-	from    uint32 // offset of the first
+	from    uint32 // offset of the first record
 }
 
 func (g *gathered) reset() { g.records, g.heads, g.data = g.records[:0], g.heads[:0], g.data[:0] }
 
-// add keeps a record, and copies what it refers to. (Where heads and data move to larger memory, earlier records keep
-// the smaller one.)
+// add keeps a record, and copies its header and payload. (When heads or data grow into new memory, earlier
+// records keep the old memory.)
 func (g *gathered) add(r *record, off uint32) {
 	if len(g.records) == 0 {
 		g.from = off
@@ -36,10 +36,12 @@ func (g *gathered) add(r *record, off uint32) {
 	g.records = append(g.records, kept)
 }
 
-// moveGathered moves what snapshots hold of the records that were gathered. The reaper is kept out meanwhile, which
-// works within checkpoints: which version of a leaf owns a record changes by it, and by nothing else, once the
-// version's epoch has ended. One turn of the checkpoint lock does for all of them: while much is deleted there is a
-// checkpoint after the other, and the cleaner has to wait for each turn.
+// moveGathered moves those of the gathered records that snapshots hold. It holds the checkpoint lock, which
+// keeps out the reaper, because the reaper works within checkpoints. Once a version's epoch has ended, only
+// the reaper changes which version of a leaf owns a record.
+//
+// All records are moved in one turn of the lock: while much is being deleted, one checkpoint follows another,
+// and the cleaner has to wait for each turn.
 func (m *mover) moveGathered() (moved int, err error) {
 	changed := m.again[:0]
 	m.s.ckptMu.Lock()
@@ -58,7 +60,7 @@ func (m *mover) moveGathered() (moved int, err error) {
 	m.s.ckptMu.Unlock()
 	m.again = changed
 	m.line = lineage{}
-	for _, i := range changed { // the reaper has handed them to a head: look at them anew
+	for _, i := range changed { // the reaper has handed these to a head: look at them again
 		n, err := m.moveAgain(&m.held.records[i])
 		if moved += n; err != nil {
 			return moved, err
@@ -68,7 +70,7 @@ func (m *mover) moveGathered() (moved int, err error) {
 	return moved, nil
 }
 
-// moveAgain moves one record, whoever has it.
+// moveAgain moves one record, whether a head or a point owns it.
 func (m *mover) moveAgain(r *record) (moved int, err error) {
 	for {
 		n, rest, err := m.writeOwn(r)
@@ -85,15 +87,17 @@ func (m *mover) moveAgain(r *record) (moved int, err error) {
 	}
 }
 
-// moveHeld copies a record that snapshots or clones have, and notes where it is now. ckptMu is held.
+// moveHeld copies a record that snapshots or clones hold, and notes where it is now. It returns errFull if a
+// checkpoint has to come first, and errChanged if the record has another owner by now. The caller holds
+// ckptMu.
 func (m *mover) moveHeld(r *record) (n int, err error) {
-	// What is moved is logged with the blocks that live. A replay, which begins with the table, has to find the same
-	// ones.
+	// A moved record is logged with a mask of its live blocks, and a replay, which begins with the table, has
+	// to find the same blocks alive. After an aborted checkpoint, memory and table differ.
 	if m.s.lastAborted {
 		return 0, errFull
 	}
 	m.s.mu.Lock()
-	short := m.s.tableShort(1, forMoves) > 0 // for the forward
+	short := m.s.tableShort(1, forMoves) > 0 // room for the forward
 	m.s.mu.Unlock()
 	if short {
 		return 0, errFull
@@ -121,8 +125,9 @@ func (m *mover) moveHeld(r *record) (n int, err error) {
 	return m.forward(&h, data, r.name, mask)
 }
 
-// trim returns the content of a record without the blocks that are not in mask, which are dead: as zeros they take
-// next to nothing. Else their space would not come back as long as a snapshot holds one of their neighbours.
+// trim returns the content of a record with the blocks outside mask, which are dead, as zeros. Zeros take
+// next to nothing. Otherwise the space of the dead blocks would not come back as long as a snapshot holds one
+// of their neighbours.
 func (m *mover) trim(r *record, mask uint16) (data []byte, codec format.Codec, err error) {
 	if bits.OnesCount16(mask) == r.h.Blocks {
 		return r.data, r.h.Codec, nil
@@ -133,7 +138,7 @@ func (m *mover) trim(r *record, mask uint16) (data []byte, codec format.Codec, e
 	}
 	leaveOut(unit, mask)
 	how := r.h.Codec
-	if how == format.Raw { // of zeros in the middle nothing else would come
+	if how == format.Raw { // Raw would store the zeros at full size
 		how = format.S2
 	}
 	c := m.codecs[how]
@@ -146,10 +151,10 @@ func (m *mover) trim(r *record, mask uint16) (data []byte, codec format.Codec, e
 	if out, codec := c.Compress(m.comp, unit); len(out) < len(r.data) {
 		return out, codec, nil
 	}
-	return r.data, r.h.Codec, nil // a better compression made it
+	return r.data, r.h.Codec, nil // it was compressed better than that
 }
 
-// leaveOut makes the blocks of a unit zeros that are not in mask.
+// leaveOut zeroes the blocks of a unit that are not in mask.
 func leaveOut(unit []byte, mask uint16) {
 	for i := 0; len(unit) > 0; i++ {
 		if mask&(1<<i) == 0 {
@@ -159,9 +164,10 @@ func leaveOut(unit []byte, mask uint16) {
 	}
 }
 
-// owned says which blocks of a record the version that owns it has. All blocks of a record that live have one owner:
-// they were put together, and when the reaper hands them on it is to one successor. If that is the head of a volume
-// by now, which others may change at any time, it is errChanged. ckptMu is held.
+// ownedMask returns a mask of those blocks of a record that the version that owns the record has. All live
+// blocks of a record have one owner: they were put together, and the reaper hands them on to a single
+// successor. If the owner is the present epoch of a volume's head by now, others may change it at any time,
+// and ownedMask returns errChanged. The caller holds ckptMu.
 func (m *mover) ownedMask(h *format.RecordHeader, name format.Entry) (mask uint16, err error) {
 	s := m.s
 	s.mu.Lock()
@@ -175,7 +181,8 @@ func (m *mover) ownedMask(h *format.RecordHeader, name format.Entry) (mask uint1
 	}
 	index := uint32(h.Block / format.LeafBlocks)
 	for asOf := head; asOf > 0; {
-		// While the head is reaped the cache still has what is gone, and the table has all that is left.
+		// While the head is being reaped, the cache still has what is gone, and the table has all that is
+		// left.
 		epoch, err := s.version(b, index, asOf, !b.reaping, &m.leaf)
 		if err != nil || epoch == 0 {
 			return 0, err
@@ -196,8 +203,8 @@ func (m *mover) ownedMask(h *format.RecordHeader, name format.Entry) (mask uint1
 	return 0, nil
 }
 
-// forward copies a whole record, of which a version of an epoch that has ended owns the blocks of mask, and notes
-// where it is now. ckptMu is held.
+// forward copies a whole record, and notes where it is now. A version of an ended epoch owns those of its
+// blocks that are in mask. The caller holds ckptMu.
 func (m *mover) forward(h *format.RecordHeader, payload []byte, name format.Entry, mask uint16) (n int, err error) {
 	s := m.s
 	m.pay = append(m.pay[:0], make([]byte, format.MovedSize)...)
@@ -212,7 +219,7 @@ func (m *mover) forward(h *format.RecordHeader, payload []byte, name format.Entr
 	if err := errors.Join(s.wal.reserve(nh.Size(), forMoves), s.usable()); err != nil {
 		return 0, err
 	}
-	// A record that cannot be applied would end every replay.
+	// A record that cannot be applied would stop every replay.
 	switch to, again, err := s.forwards.lookup(name); {
 	case err != nil:
 		return 0, err

@@ -6,25 +6,25 @@ import (
 	"time"
 )
 
-// urgency is how much the cleaner is needed.
+// urgency is how urgently the cleaner is needed.
 type urgency uint8
 
 const (
 	idle    urgency = iota
 	tidy            // there is more dead data than there should be
-	pressed         // there is little room
+	pressed         // room is short
 	hungry          // writers wait for room
 )
 
-// hungryTries is how many chunks are cleaned without a gain before writers hear that there is no room.
+// hungryTries is how many chunks the cleaner cleans without a gain before waiting writers get ENOSPC.
 const hungryTries = 4
 
-// cleanRoutine cleans when there is reason, until quit.
+// cleanRoutine cleans whenever there is reason to, until the store closes (quit).
 func (s *Store) cleanRoutine() {
 	t := throttle{s: s}
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
-	defer func() { // nobody waits for a cleaner that is gone
+	defer func() { // no writer may wait for a cleaner that has ended
 		s.pacer.set(0)
 		s.mu.Lock()
 		s.cleanerExhausted = true
@@ -49,7 +49,8 @@ func (s *Store) cleanRoutine() {
 	}
 }
 
-// cleanFor cleans one chunk, as fast as the urgency asks, and has the table give it up; false: that is all for now.
+// cleanFor cleans one chunk at the speed that the urgency allows, and starts the checkpoint that gives the
+// chunk's space back (if pressed, throttle.giveUp starts it). It reports whether cleaning should go on now.
 func (s *Store) cleanFor(u urgency, t *throttle) (more bool) {
 	waste := worthwhile
 	pause := func(took time.Duration) error { return t.batch(took, u == hungry) }
@@ -60,9 +61,10 @@ func (s *Store) cleanFor(u urgency, t *throttle) (more bool) {
 	taken, failed := s.taken(), false
 	r, err := s.cleanOne(context.Background(), waste, all, pause)
 	gained := func() bool { return r.Moved < r.Freed || s.used(false) < before }
-	// There may be more dead than the table knows, and chunks that it does not have all of. What one checkpoint brings
-	// may be enough: to reap everything that was deleted can take very long. Where there is no more of that, a chunk that
-	// was not given back whole, as somebody took a snapshot of it meanwhile, is no reason to give up either.
+	// More may be dead than the table knows, and some chunks may not lie before the replay position yet. One
+	// checkpoint may be enough to change that. Do not wait until everything deleted is reaped: that can take
+	// very long. Nor is it a reason to give up if a cleaned chunk was not given back whole, because a
+	// snapshot was taken meanwhile, and the reaper has nothing left.
 	for tries := 0; u == hungry && (err == nil || errors.Is(err, ErrNoSpace)) && !gained(); tries++ {
 		if err = s.interrupted(context.Background()); err == nil {
 			err = s.checkpoint()
@@ -78,7 +80,7 @@ func (s *Store) cleanFor(u urgency, t *throttle) (more bool) {
 	}
 	switch {
 	case u != hungry && r.Chunks == 0 && errors.Is(err, ErrNoSpace) && s.owes():
-		err = s.checkpoint() // with what that gives back there may be room to clean in
+		err = s.checkpoint() // what it gives back may be room to clean in
 	case err != nil || r.Chunks == 0:
 	case u == pressed:
 		t.chunk(r.Freed-r.Moved, time.Since(start))
@@ -89,8 +91,9 @@ func (s *Store) cleanFor(u urgency, t *throttle) (more bool) {
 	s.cleaningFailed(err)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	// Until a checkpoint or a writer changes something. One that found room meanwhile may have done so, and so may who
-	// has deleted something since the reaper was asked.
+	// cleanerExhausted holds until a checkpoint or a writer changes something. Do not set it if a writer
+	// found room meanwhile (roomTaken), or if something was deleted since the reaper was last asked
+	// (awaitsReaper): the cleaner may have something to gain again.
 	s.cleanerExhausted = u == hungry && (err != nil || !gain) && s.roomTaken == taken && (failed || !s.awaitsReaper())
 	s.writersWaiting = false
 	s.wal.space.Broadcast()
@@ -104,28 +107,29 @@ func (s *Store) reapsMore() bool {
 	return s.awaitsReaper()
 }
 
-// owes reports whether the next checkpoint gives chunks back.
+// owes reports whether the checkpoint under way or the next one gives chunks back.
 func (s *Store) owes() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.slots.owed+s.pendingFree > 0
 }
 
-// taken counts the chunks that data was given.
+// taken returns how many chunks have been made for data.
 func (s *Store) taken() uint64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.roomTaken
 }
 
-// cleaningFailed says what went wrong, but for want of room, of which the writers hear.
+// cleaningFailed logs an error of the cleaner. It does not log ErrNoSpace, which writers get instead, or
+// ErrClosed.
 func (s *Store) cleaningFailed(err error) {
 	if err != nil && !errors.Is(err, ErrNoSpace) && !errors.Is(err, ErrClosed) {
 		s.log.Error("cleaning failed", "err", err)
 	}
 }
 
-// used is what the chunk files take, with or without those that are kept for reuse.
+// used returns the bytes that the chunk files take, with or without the files that the pool keeps for reuse.
 func (s *Store) used(spares bool) int64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -136,7 +140,8 @@ func (s *Store) used(spares bool) int64 {
 	return n
 }
 
-// needRoom is called by writers that find no room, with mu held. It wakes the cleaner; false: that can give none.
+// needRoom wakes the cleaner for a writer that finds no room. It returns false if the cleaner can give none.
+// The caller holds mu.
 func (s *Store) needRoom() bool {
 	if s.cleanerExhausted || s.closed || s.opts.checkpointInterval < 0 {
 		return false
@@ -146,7 +151,7 @@ func (s *Store) needRoom() bool {
 	return true
 }
 
-// urgency looks at how much room and how much dead data there is.
+// urgency decides how urgently the cleaner is needed, from the room left and the amount of dead data.
 func (s *Store) urgency() urgency {
 	free, err := s.fs.Free()
 	s.mu.Lock()
@@ -168,8 +173,9 @@ func (s *Store) urgency() urgency {
 	return idle
 }
 
-// giveWay lets others go first: where there is other work, twice as long as the last batch took. It fails when the
-// store closes.
+// giveWay waits after a batch that took so long, so that other work goes first: twice as long if others
+// appended since the last call, else a quarter as long, and at most a second. It does not wait if writers are
+// waiting for room. It returns ErrClosed when the store closes.
 func (s *Store) giveWay(took time.Duration) error {
 	s.mu.Lock()
 	others := s.wal.appended - s.cleaned

@@ -9,38 +9,39 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// The cleaner: docs/reclaim.md, Cleaning. It copies what lives in a chunk to the end of the log, after which a
-// checkpoint removes the chunk like any other dead one. Blocks that only a volume's head has are
-// written again, by compare and swap on their entries; records that snapshots hold are moved and forwarded.
+// The cleaner: docs/reclaim.md, Cleaning. It copies the live data of a chunk to the end of the log. A
+// checkpoint then removes the chunk like any other dead one. Blocks that only a volume's head has are written
+// again, by compare and swap on their entries; records that snapshots hold are moved and forwarded.
 
 const (
-	// cleanBatch is how much the cleaner moves before it lets checkpoints, and others, in between.
+	// cleanBatch is how many bytes the cleaner moves before it lets checkpoints and other work run.
 	cleanBatch = 256 << 10
-	// worthwhile is the part of a chunk that must be dead for cleaning to gain.
+	// worthwhile is the part of a chunk that must be dead for cleaning to gain anything.
 	worthwhile = 0.05
-	// quickWaste is the part of a chunk that must be dead for it to be cleaned before a larger one that takes long.
+	// quickWaste is the part of a chunk that must be dead for it to be cleaned before a larger chunk, which
+	// takes long.
 	quickWaste = 0.25
-	// slack and slackBytes are how much dead data there may be, as a part of what lives and beside it, before the
-	// cleaner begins on a disk that has room.
+	// slack and slackBytes bound the dead data on a disk that has room: cleaning starts when dead data
+	// exceeds slack of the live data plus slackBytes.
 	slack      = 0.4
 	slackBytes = 256 << 20
-	// ahead is for how many chunks the cleaner tries to have room.
+	// ahead is for how many chunks the cleaner tries to keep room.
 	ahead = 7
 )
 
-// CleanReport is what Clean did.
+// CleanReport says what Clean did.
 type CleanReport struct {
-	Chunks int   `json:"chunks"`      // that were cleaned
-	Moved  int64 `json:"moved_bytes"` // of records, written again
-	// Freed is what dead chunks held whose files were removed, or taken for new chunks, while Clean ran, less Moved;
-	// at least 0. What others write meanwhile is not counted. What they overwrite is: the chunks that die of it are
-	// removed as well.
+	Chunks int   `json:"chunks"`      // chunks cleaned
+	Moved  int64 `json:"moved_bytes"` // bytes of records written again
+	// Freed is the bytes in dead chunks whose files were removed, or reused for new chunks, while Clean ran,
+	// less Moved; at least 0. What others write meanwhile is not counted. What they overwrite is counted,
+	// because the chunks that die of it are removed as well.
 	Freed int64 `json:"freed_bytes"`
 }
 
-// Clean gives back the space of what was overwritten, discarded and deleted: it cleans every chunk of which at least
-// the part waste (at least 0.05, at most 1) is dead, but for those that come meanwhile. It returns when that is done,
-// or ctx ends.
+// Clean gives back the space of data that was overwritten, discarded or deleted. It cleans every chunk that
+// existed when cleaning began and of which at least the part waste (at least 0.05, at most 1) is dead. It
+// returns when that is done, or when ctx ends.
 func (s *Store) Clean(ctx context.Context, waste float64) (CleanReport, error) {
 	var rep CleanReport
 	if err := s.beginTask(); err != nil {
@@ -55,7 +56,7 @@ func (s *Store) Clean(ctx context.Context, waste float64) (CleanReport, error) {
 		rep.Freed = max(0, s.removedBytes()-before-rep.Moved)
 		return rep
 	}
-	// What is deleted comes first: it needs no copying.
+	// Deleted data comes first: it needs no copying.
 	if err := s.reclaimDeleted(ctx); err != nil {
 		return freed(), fmt.Errorf("clean: %w", err)
 	}
@@ -73,15 +74,17 @@ func (s *Store) Clean(ctx context.Context, waste float64) (CleanReport, error) {
 	}
 }
 
-// removedBytes is what the dead chunks held whose files were removed or taken for new ones.
+// removedBytes returns how many bytes were in the dead chunks whose files were removed or reused for new
+// chunks.
 func (s *Store) removedBytes() int64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.slots.removed
 }
 
-// unpin forgets what records that live in part cannot give back, if names have gone since it was counted: the head
-// may have become their owner, and writes only what lives.
+// unpin resets pinnedDead in all chunks if names have been reaped since it was counted (pinnedStale): the
+// head may have become the owner of records that are partly dead, and the cleaner writes only the live blocks
+// of a head's record.
 func (s *Store) unpin() {
 	s.mu.Lock()
 	loosened := s.pinnedStale
@@ -90,7 +93,7 @@ func (s *Store) unpin() {
 	if !loosened {
 		return
 	}
-	for n := range s.slots.pages { // there may be very many, and others wait for the lock
+	for n := range s.slots.pages { // one lock a page: there may be very many chunks, and others wait for mu
 		s.mu.Lock()
 		s.slots.page(n, func(c *chunk) {
 			c.pinnedDead = 0
@@ -100,8 +103,8 @@ func (s *Store) unpin() {
 	}
 }
 
-// reclaimDeleted has the table say what is dead: all that was written is behind the replay position, and what was
-// deleted is reaped.
+// reclaimDeleted makes checkpoints until the table knows everything that is dead: all that was written lies
+// before the replay position, and everything deleted is reaped.
 func (s *Store) reclaimDeleted(ctx context.Context) error {
 	for {
 		if err := errors.Join(s.Checkpoint(), ctx.Err()); err != nil {
@@ -113,11 +116,12 @@ func (s *Store) reclaimDeleted(ctx context.Context) error {
 	}
 }
 
-// all are all chunks, by sequence number.
+// all, as a limit for sequence numbers, includes every chunk.
 const all = ^uint64(0)
 
-// cleanOne cleans the chunk that promises most, of those with sequence numbers below limit. Where there is none, it
-// reports no chunk; where there are some and no room to clean any, it fails with ErrNoSpace. pause is called between batches, with how long the last one took; it may be nil.
+// cleanOne cleans the most promising of the chunks with sequence numbers below limit. If there is none, the
+// report counts no chunk. If there are some but no room to clean any, it returns ErrNoSpace. pause, which may
+// be nil, is called between batches with the time that the last batch took.
 func (s *Store) cleanOne(ctx context.Context, waste float64, limit uint64, pause func(time.Duration) error) (r CleanReport, err error) {
 	s.cleanMu.Lock()
 	defer s.cleanMu.Unlock()
@@ -136,9 +140,11 @@ func (s *Store) cleanOne(ctx context.Context, waste float64, limit uint64, pause
 	return r, err
 }
 
-// victim chooses the chunk that cleaning gains most of, of those that there is room to clean, and takes a reference. At
-// least the part waste of it is dead. While writers wait, or the reaper may give back what would be copied, a chunk that
-// is larger than new ones is chosen only if no other gives something back soon.
+// victim chooses the chunk that is best to clean, of those that there is room to clean, and takes a
+// reference. At least the part waste of it is dead. While writers wait, or while the reaper may give back
+// data that would be copied, a chunk with more live data than a new one holds is chosen only if no other
+// chunk gives something back soon. victim returns nil if there is no such chunk, and ErrNoSpace if there are
+// some but no room to clean any.
 func (s *Store) victim(waste float64, limit uint64) (*chunk, error) {
 	free, err := s.fs.Free()
 	if err != nil {
@@ -164,7 +170,7 @@ func (s *Store) victim(waste float64, limit uint64) (*chunk, error) {
 	return c, nil
 }
 
-// cleanChunk moves what lives in c. cleanMu is held.
+// cleanChunk moves the live data of c, and returns how many bytes it wrote. The caller holds cleanMu.
 func (s *Store) cleanChunk(ctx context.Context, c *chunk, pause func(time.Duration) error) (moved int64, err error) {
 	if s.mover == nil {
 		s.mover = newMover(s)
@@ -203,14 +209,14 @@ func (s *Store) cleanChunk(ctx context.Context, c *chunk, pause func(time.Durati
 	return moved, nil
 }
 
-// setCleaning notes which chunk is being cleaned; nil: none.
+// setCleaning notes which chunk is being cleaned; nil means none.
 func (s *Store) setCleaning(c *chunk) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.cleaning, s.cleanedBefore = c, s.cleaned
 }
 
-// roomToMove makes room for what the cleaner dirties: with a checkpoint, and in the table.
+// roomToMove makes room for what the cleaner dirties: it makes a checkpoint, and makes room in the table.
 func (s *Store) roomToMove() error {
 	if err := s.checkpoint(); err != nil {
 		return err
@@ -218,7 +224,7 @@ func (s *Store) roomToMove() error {
 	return s.growToMove()
 }
 
-// growToMove makes room in the table alone.
+// growToMove makes room in the table only.
 func (s *Store) growToMove() error {
 	s.mu.Lock()
 	short := s.tableShort(1, forMoves)
@@ -229,7 +235,8 @@ func (s *Store) growToMove() error {
 	return s.growTable(short, forMoves)
 }
 
-// leave notes that what lives in a chunk cannot be moved, or it would be chosen again and again.
+// markUncleanable notes that the live data of a chunk cannot be moved. Otherwise the chunk would be chosen
+// again and again.
 func (s *Store) markUncleanable(c *chunk) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
