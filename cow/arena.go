@@ -4,34 +4,34 @@ import (
 	"unsafe"
 )
 
-// arena is a shard's memory: segments that leaves are appended to one after the other, and that are
-// taken back whole. What is still wanted of a segment that goes moves to another, so that
-// leaves of any size lie without gaps and memory never belongs to one size. The shard's lock guards it.
+// arena is a shard's memory, in segments. Leaves are appended to a segment one after another, and a segment
+// is freed as a whole. The leaves that are still wanted move to another segment first. So leaves of any size
+// lie without gaps, and no memory is bound to one size. The shard's lock guards it.
 //
-// One segment is always free, for what moves.
+// One segment is always free, to take the leaves that move.
 type arena struct {
 	mem      []uint64
 	segWords uint32
 	segs     []segment
 	free     []uint32 // segments
-	current  uint32   // takes what is appended
+	current  uint32   // the segment that is appended to
 	hand     uint32   // of the clock: the segment it looked at last
 }
 
-// segment says what a segment holds.
+// segment keeps account of what one segment holds.
 type segment struct {
 	used  uint32 // words, from its beginning
-	live  uint32 // of them, not gone
-	dirty uint32 // leaves and images that a checkpoint has to write
+	live  uint32 // words of used that are not gone
+	dirty uint32 // number of leaves and images that a checkpoint has to write
 }
 
-// handle is where a leaf is: its word in the arena plus 1, so that 0 is none.
+// handle says where a leaf is: the index of its first word in the arena, plus 1, so that 0 means none.
 type handle = uint32
 
-// segmentWords is the size of a segment: 15 open leaves, or 19 of random blocks, nearly fill one.
+// segmentWords is the size of a segment. 15 open leaves, or 20 of random blocks, nearly fill one.
 const segmentWords = 32 << 10 / 8
 
-// reset makes everything free.
+// reset makes all segments free.
 func (a *arena) reset(segWords uint32, segments int) {
 	a.segWords, a.segs, a.free = segWords, make([]segment, segments), nil
 	for i := segments - 1; i > 0; i-- {
@@ -48,8 +48,8 @@ func (a *arena) handle(lf *leaf) handle {
 
 func (a *arena) segment(h handle) *segment { return &a.segs[(h-1)/a.segWords] }
 
-// append takes memory of the current segment, or if that is full of a free one while there are more than
-// keep of them. It returns 0 if there is none.
+// append takes memory from the current segment, or, when that is full, from a free one, provided that more
+// than keep segments are free. It returns 0 if there is none.
 func (a *arena) append(words uint32, keep int) handle {
 	s := &a.segs[a.current]
 	if s.used+words > a.segWords {
@@ -67,7 +67,7 @@ func (a *arena) append(words uint32, keep int) handle {
 	return h
 }
 
-// retire frees a segment that nothing lives in.
+// retire frees a segment if nothing in it is live.
 func (a *arena) retire(i uint32) {
 	if s := &a.segs[i]; s.live == 0 && s.used > 0 {
 		s.used = 0
@@ -75,7 +75,7 @@ func (a *arena) retire(i uint32) {
 	}
 }
 
-// drop marks a leaf gone, which is in no bucket any more.
+// drop marks a leaf gone. The leaf must be out of its bucket already.
 func (a *arena) drop(h handle) {
 	lf := a.at(h)
 	lf.state.Or(stateGone)
@@ -86,7 +86,7 @@ func (a *arena) drop(h handle) {
 	}
 }
 
-// each calls fn for what lives in a segment.
+// each calls fn for every live leaf and image in a segment.
 func (a *arena) each(i uint32, fn func(handle, *leaf)) {
 	from := i*a.segWords + 1
 	for h, end := from, from+a.segs[i].used; h < end; {
@@ -99,8 +99,8 @@ func (a *arena) each(i uint32, fn func(handle, *leaf)) {
 	}
 }
 
-// alloc returns memory for a leaf. It may evict or move any leaf of the shard but evicts no dirty one;
-// it returns 0 if there is no room beside them.
+// alloc returns memory for a leaf. It may move any leaf of the shard, and may evict any clean one. It returns
+// 0 if the dirty leaves leave no room.
 func (s *shard) alloc(words uint32) handle {
 	for try := range 2*len(s.segs) + 2 {
 		if h := s.append(words, 1); h != 0 {
@@ -115,7 +115,8 @@ func (s *shard) alloc(words uint32) handle {
 	return 0
 }
 
-// compact takes the segment back that has the least to move, if much of it is gone.
+// compact frees the segment that has the least to move. It returns false if no segment has at least a quarter
+// of its memory to give back.
 func (s *shard) compact() bool {
 	best, live := s.current, s.segWords/4*3
 	for i := range s.segs {
@@ -130,7 +131,8 @@ func (s *shard) compact() bool {
 	return true
 }
 
-// evict takes the next segment back that the clock hand finds with enough leaves that nobody has used since it passed.
+// evict moves the clock hand to the next segment in which enough leaves have not been used since the hand
+// last passed, and frees that segment. It returns false if there is none.
 func (s *shard) evict() bool {
 	for step := range 2 * len(s.segs) {
 		if s.hand++; s.hand >= uint32(len(s.segs)) {
@@ -140,7 +142,7 @@ func (s *shard) evict() bool {
 			continue
 		}
 		enough := s.segWords / 4
-		if step > len(s.segs) { // everything has been passed by once
+		if step > len(s.segs) { // the hand has passed every segment once
 			enough = s.segWords / 16
 		}
 		if s.evictable(s.hand) >= enough {
@@ -152,7 +154,8 @@ func (s *shard) evict() bool {
 	return false
 }
 
-// evictable is how many words of a segment nobody would miss.
+// evictable returns how many words of a segment would be freed by evicting its leaves that are clean and
+// unused.
 func (s *shard) evictable(i uint32) uint32 {
 	n := s.segWords - s.segs[i].live
 	s.each(i, func(_ handle, lf *leaf) {
@@ -163,8 +166,9 @@ func (s *shard) evictable(i uint32) uint32 {
 	return n
 }
 
-// vacate moves what lives in a segment elsewhere, or with evict only what is dirty or was used, and
-// frees the segment. What moves fits into the rest of the current segment and one other.
+// vacate moves the live leaves of a segment elsewhere, and frees the segment. With evict it moves only those
+// that are dirty or were used, and evicts the others. What moves fits into the rest of the current segment
+// and one other.
 func (s *shard) vacate(i uint32, evict bool) {
 	c := &s.segs[i]
 	s.each(i, func(h handle, lf *leaf) {

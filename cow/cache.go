@@ -9,32 +9,35 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// errFull says that there is no room in the cache beside leaves that a checkpoint has to write.
+// errFull is returned when the cache has no room beside the leaves that a checkpoint still has to write.
 var errFull = errors.New("the cache is full of changes")
 
 const (
 	maxShards = 64
-	// minShard is how little a shard may have: 32 segments.
+	// minShard is the least memory of a shard: 32 segments.
 	minShard = 1 << 20
-	// MinCacheBytes is the least that Options.CacheBytes gives.
+	// MinCacheBytes is the least memory that a cache gets: smaller values of Options.CacheBytes are raised to
+	// it.
 	MinCacheBytes = 1 << 20
-	// MaxCacheBytes is the most that Options.CacheBytes can be. Only its address space is
-	// taken at first, but what keeps account of it grows with it, and takes memory at once.
+	// MaxCacheBytes is the largest value of Options.CacheBytes. At first the cache takes only address space,
+	// but its bookkeeping grows with its size and takes memory at once.
 	MaxCacheBytes = 1 << 40
 
-	// checkpointCopy is what a checkpoint takes for each leaf that it writes: its encoding (1.9 KB) and the page
-	// that it is on in the table (4 KiB).
+	// checkpointCopy is the memory that a checkpoint takes for each leaf that it writes: the leaf's encoding
+	// (1.9 KB) and the page of the table that holds it (4 KiB).
 	checkpointCopy = 6 << 10
-	// bucketShare of a shard's memory are its buckets: 4 bytes for 96 of leaves, of which the least take 48.
+	// bucketShare is the ratio of a shard's memory to the memory of its buckets: a handle of 4 bytes for every
+	// 96 bytes. The smallest leaves take 32 bytes.
 	bucketShare = 96 / 4
 )
 
-// leafCache keeps merged leaves, and images (preimage.go) in memory of a fixed size. Leaves that are as in the
-// table are packed, and go by second chance when room is needed; dirty ones stay.
+// leafCache keeps merged leaves and images (preimage.go), in memory of a fixed size. Clean leaves, which are
+// the same in the table, are packed, and are evicted by a second-chance clock when room is needed. Dirty
+// leaves are never evicted.
 type leafCache struct {
 	load   func(leafKey, *openLeaf) error
 	shards []shard
-	shift  uint // of a hash, to the shard's number
+	shift  uint // the shift that makes a hash the shard's number
 
 	scratch sync.Pool // *loaded
 }
@@ -42,18 +45,18 @@ type leafCache struct {
 type shard struct {
 	mu sync.RWMutex
 	arena
-	buckets []uint32    // handles
-	imaged  []leafPlace // where images are; and where some were, until eachImage sees that
+	buckets []uint32    // handles, each the first of a list
+	imaged  []leafPlace // where images are; eachImage removes places that have none any more
 	loading map[leafKey]*loading
-	mapped  []uint64 // all memory
-	words   int      // how much it is to be; len(mapped) is more while a log is replayed that a larger cache wrote
+	mapped  []uint64 // all of the shard's memory
+	words   int      // intended len(mapped); larger while replaying a larger cache's log
 }
 
-// leafPlace is which leaf of which branch.
+// leafPlace identifies a leaf by its branch and its index.
 type leafPlace struct{ branch, index uint32 }
 
-// dirtyLimit is how many leaves one checkpoint may write in a cache of so many bytes: a quarter of
-// them is kept for its copies.
+// dirtyLimit returns how many leaves one checkpoint may write, given the bytes of the cache. A quarter of
+// those bytes is kept for the checkpoint's copies.
 func dirtyLimit(bytes int64) int { return int(max(bytes, MinCacheBytes) / 4 / checkpointCopy) }
 
 func newLeafCache(bytes int64, load func(leafKey, *openLeaf) error) (*leafCache, error) {
@@ -87,7 +90,7 @@ func (s *shard) init(words int) (err error) {
 	return nil
 }
 
-// divide gives the buckets their part of the memory.
+// divide splits the shard's memory into the buckets and the arena.
 func (s *shard) divide() {
 	buckets := s.words / bucketShare
 	s.buckets = unsafe.Slice((*uint32)(unsafe.Pointer(unsafe.SliceData(s.mapped))), 2*buckets)
@@ -115,7 +118,7 @@ func (s *shard) grow() error {
 	return nil
 }
 
-// grown reports whether a shard has more memory than it is to have.
+// grown reports whether a shard has more memory than intended.
 func (c *leafCache) grown() bool {
 	for i := range c.shards {
 		s := &c.shards[i]
@@ -129,7 +132,8 @@ func (c *leafCache) grown() bool {
 	return false
 }
 
-// shrink takes the memory of shards that have grown back, where nothing is dirty. What else they have is forgotten.
+// shrink gives back the extra memory of the shards that have grown and have nothing dirty. Their leaves are
+// forgotten.
 func (c *leafCache) shrink() {
 	for i := range c.shards {
 		s := &c.shards[i]
@@ -145,7 +149,7 @@ func (c *leafCache) shrink() {
 	}
 }
 
-// close gives the memory back. What comes later finds nothing.
+// close frees the memory. Later look-ups find nothing.
 func (c *leafCache) close() error {
 	var errs []error
 	for i := range c.shards {
@@ -160,7 +164,8 @@ func (c *leafCache) close() error {
 	return errors.Join(errs...)
 }
 
-// hash is of a leaf's place: all that is of one place is in one bucket.
+// hash returns the hash of a leaf's branch and index. So all leaves and images with the same branch and index
+// are in one bucket.
 func hash(branch, index uint32) uint64 {
 	return (uint64(branch)<<32 | uint64(index)) * 0x9e3779b97f4a7c15
 }
@@ -169,12 +174,13 @@ func (c *leafCache) shard(branch, index uint32) *shard {
 	return &c.shards[hash(branch, index)>>c.shift] // a shift by 64 gives 0
 }
 
-// bucket returns the first handle of a place, with the bits of the hash that did not choose the shard.
+// bucket returns the first handle of the bucket of (branch, index). It uses bits of the hash that did not
+// choose the shard.
 func (s *shard) bucket(branch, index uint32) *handle {
 	return &s.buckets[(hash(branch, index)>>16&(1<<32-1))*uint64(len(s.buckets))>>32]
 }
 
-// find returns a leaf that is no image, and where it is; nil if it is not in memory.
+// find returns a leaf that is not an image, and its handle. It returns nil if the leaf is not in memory.
 func (s *shard) find(k leafKey) (*leaf, handle) {
 	if s.buckets == nil {
 		return nil, 0
@@ -189,7 +195,7 @@ func (s *shard) find(k leafKey) (*leaf, handle) {
 	return nil, 0
 }
 
-// link returns what refers to a leaf.
+// link returns the place that refers to the leaf at h: its bucket, or the leaf before it in the bucket.
 func (s *shard) link(h handle) *handle {
 	lf := s.at(h)
 	p := s.bucket(lf.branch, lf.index)
@@ -199,10 +205,10 @@ func (s *shard) link(h handle) *handle {
 	return p
 }
 
-// unlink takes a leaf out of its bucket.
+// unlink takes the leaf at h out of its bucket.
 func (s *shard) unlink(h handle) { *s.link(h) = s.at(h).next }
 
-// put makes the memory at h, which was allocated, a leaf of its bucket.
+// put adds the leaf at h, in memory that was allocated for it, to its bucket.
 func (s *shard) put(h handle, state uint32) {
 	lf := s.at(h)
 	p := s.bucket(lf.branch, lf.index)
@@ -210,14 +216,15 @@ func (s *shard) put(h handle, state uint32) {
 	lf.state.Store(state)
 }
 
-// remove takes a leaf out of memory.
+// remove takes the leaf at h out of memory.
 func (s *shard) remove(h handle) {
 	s.setGen(h, 0)
 	s.unlink(h)
 	s.drop(h)
 }
 
-// setGen says which checkpoint has to write a leaf; gen is not 0 for an open one only.
+// setGen sets the generation of the checkpoint that has to write a leaf; 0 makes the leaf clean. gen may be
+// other than 0 only for an open leaf.
 func (s *shard) setGen(h handle, gen uint64) {
 	o := s.at(h).open()
 	switch {
@@ -232,8 +239,8 @@ func (s *shard) setGen(h handle, gen uint64) {
 	}
 }
 
-// lock returns a cached leaf with its shard locked for change, or nil, with
-// nothing locked, when it is not in the cache.
+// lock returns a cached leaf, with its shard locked for changes. If the leaf is not in the cache, it returns
+// nil and locks nothing.
 func (c *leafCache) lock(k leafKey) (*leaf, *shard) {
 	s := c.shard(k.b.ID, k.index)
 	s.mu.Lock()
@@ -246,8 +253,8 @@ func (c *leafCache) lock(k leafKey) (*leaf, *shard) {
 	return lf, s
 }
 
-// open makes a leaf that is in memory one that can be changed, or returns nil if there is no room. Other leaves
-// of the shard may move.
+// open makes a leaf that is in memory an open one, which can be changed. It returns nil if there is no room.
+// Other leaves of the shard may move.
 func (s *shard) open(k leafKey) *openLeaf {
 	lf, _ := s.find(k)
 	if o := lf.open(); o != nil {
@@ -260,7 +267,7 @@ func (s *shard) open(k leafKey) *openLeaf {
 	if to == 0 {
 		return nil
 	}
-	if lf, h := s.find(k); lf != nil { // it may have moved, or gone
+	if lf, h := s.find(k); lf != nil { // alloc may have moved or evicted it
 		s.remove(h)
 	}
 	o := (*openLeaf)(s.at(to).pointer())
@@ -270,7 +277,7 @@ func (s *shard) open(k leafKey) *openLeaf {
 	return o
 }
 
-// pack makes a leaf that is as in the table small again, in its place.
+// pack makes a clean leaf small again, in place.
 func (s *shard) pack(h handle) {
 	o := s.at(h).open()
 	if o == nil || o.gen != 0 {
@@ -281,7 +288,7 @@ func (s *shard) pack(h handle) {
 	words := headerWords + len(p)
 	rest := openWords - words
 	if rest < headerWords {
-		return // the rest is to have a header, too
+		return // no room for the header that the rest needs too
 	}
 	state := o.state.Load()
 	copy(s.mem[int(h)-1+headerWords:], p)
@@ -291,7 +298,8 @@ func (s *shard) pack(h handle) {
 	s.drop(gone)
 }
 
-// indexes lists, in order, the leaves in [from, to) of a branch and its origins that memory has and the table may not.
+// indexes returns, in order, the indexes in [from, to) of the leaves that are in memory, and maybe not in the
+// table, for b and its origins.
 func (c *leafCache) indexes(b *branch, from, to uint32) (out []uint32) {
 	var chain []*branch
 	for ; b != nil; b = b.origin {
@@ -302,7 +310,7 @@ func (c *leafCache) indexes(b *branch, from, to uint32) (out []uint32) {
 	if len(chain) == 0 {
 		return nil
 	}
-	if to-from <= 64 { // look-ups are cheaper than all that is dirty
+	if to-from <= 64 { // look-ups are cheaper than going through all dirty leaves
 		for ; from < to; from++ {
 			if slices.ContainsFunc(chain, func(b *branch) bool { return c.has(leafKey{b, from, head}) }) {
 				out = append(out, from)
@@ -332,7 +340,7 @@ func (c *leafCache) has(k leafKey) bool {
 	return lf != nil
 }
 
-// eachDirty calls fn for what a checkpoint has to write.
+// eachDirty calls fn for every leaf and image that a checkpoint has to write.
 func (s *shard) eachDirty(fn func(handle, *openLeaf)) {
 	for i := range s.segs {
 		if s.segs[i].dirty == 0 {
@@ -346,8 +354,8 @@ func (s *shard) eachDirty(fn func(handle, *openLeaf)) {
 	}
 }
 
-// forget drops the leaves of a branch: of its head, or of its points too. A dirty head's leaf is a version that a point
-// needs: it becomes an image.
+// forget drops the cached leaves of a branch: those of its head, and with points also those of its points. A
+// dirty leaf of the head is a version that a point needs, so it becomes an image.
 func (c *leafCache) forget(b *branch, points bool) {
 	for i := range c.shards {
 		s := &c.shards[i]

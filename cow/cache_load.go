@@ -7,21 +7,21 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// loading is one load that others wait for: a second loader could otherwise
-// put back a leaf that was changed, written and evicted since it read it.
+// loading is one load of a leaf. Others that want the leaf wait for it. A second loader could put back a leaf
+// that was changed, written and evicted since that loader read it.
 type loading struct {
 	done chan struct{}
 	err  error
 }
 
-// loaded is a leaf that is on its way from the table to the cache.
+// loaded is a leaf on its way from the table to the cache.
 type loaded struct {
 	openLeaf
 	packed [headerWords + format.MaxPacked]uint64
 }
 
-// ensure loads a leaf if it is not there. It may be evicted again at once; callers look it up under a
-// lock and come back if it was.
+// ensure loads a leaf into the cache if it is not there. The leaf may be evicted again at once, so callers
+// look it up under a lock, and call ensure again if it is gone.
 func (c *leafCache) ensure(k leafKey) error {
 	for {
 		s := c.shard(k.b.ID, k.index)
@@ -37,7 +37,7 @@ func (c *leafCache) ensure(k leafKey) error {
 	}
 }
 
-// view runs fn on a leaf under the shard's read lock, or while nobody else can have it.
+// view runs fn on a leaf, either under the shard's read lock or before any other goroutine can see the leaf.
 func (c *leafCache) view(k leafKey, fn func(*leaf)) error {
 	s := c.shard(k.b.ID, k.index)
 	for {
@@ -49,7 +49,7 @@ func (c *leafCache) view(k leafKey, fn func(*leaf)) error {
 			return nil
 		}
 		s.mu.RUnlock()
-		// A reader does not need the room that there may not be.
+		// A reader needs no room in the cache: fetch has run fn by now.
 		if mine, err := c.fetch(k, fn); mine && errors.Is(err, errFull) {
 			return nil
 		} else if mine || err != nil {
@@ -58,8 +58,9 @@ func (c *leafCache) view(k leafKey, fn func(*leaf)) error {
 	}
 }
 
-// fetch loads a leaf that was not there, runs fn on it, and then lets others see it. If somebody else was
-// about it already it waits for him, and mine is false.
+// fetch loads a leaf that was not in the cache, runs fn on it, and then adds it to the cache. If another
+// goroutine is already loading the leaf, fetch waits for it instead, does not run fn, and returns false for
+// mine. If the cache has no room for the leaf, it returns errFull, after fn has run.
 func (c *leafCache) fetch(k leafKey, fn func(*leaf)) (mine bool, err error) {
 	s := c.shard(k.b.ID, k.index)
 	s.mu.Lock()
@@ -103,7 +104,8 @@ func (c *leafCache) fetch(k leafKey, fn func(*leaf)) (mine bool, err error) {
 	return true, err
 }
 
-// insert puts a leaf in that was loaded: packed, if that is smaller. It returns false if there is no room.
+// insert adds a loaded leaf to the cache, packed if that is smaller. It returns false if there is no room.
+// The shard is locked.
 func (s *shard) insert(ld *loaded, packed []uint64) bool {
 	if s.buckets == nil {
 		return false

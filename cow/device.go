@@ -12,7 +12,7 @@ import (
 // Ref names a volume (Snapshot empty) or one of its snapshots: VOL or VOL@SNAP.
 type Ref struct{ Volume, Snapshot string }
 
-// ParseRef reads VOL or VOL@SNAP.
+// ParseRef parses VOL or VOL@SNAP. It returns ErrInvalid if a name is not allowed.
 func ParseRef(text string) (Ref, error) {
 	v, sn, at := strings.Cut(text, "@")
 	r := Ref{v, sn}
@@ -34,23 +34,23 @@ func (r Ref) String() string {
 	return r.Volume + "@" + r.Snapshot
 }
 
-// Device is an open volume or snapshot. Its methods may be called
-// concurrently; whoever closes it must have stopped using it.
+// Device is an open volume or snapshot. Its methods may be called concurrently, but Close only after all
+// other uses have ended.
 type Device struct {
 	s        *Store
-	ref      Ref // as it was opened, for messages
+	ref      Ref // the name when it was opened, for messages
 	b        *branch
 	asOf     uint32 // head, or the snapshot's epoch
 	v        *volume
 	snap     *snapshot // nil for a volume
-	snapSize int64     // its size: the row may be replaced under Store.mu
+	snapSize int64     // the snapshot's size; snap's row may be replaced under Store.mu
 	readOnly bool
 	block    int
 	closed   atomic.Bool
 }
 
-// OpenDevice opens a volume, or a snapshot (always read-only). A volume has one
-// writable device at a time (ErrBusy), and any number of read-only ones.
+// OpenDevice opens a volume, or a snapshot, which is always read-only. A volume has at most one writable
+// device at a time (else ErrBusy), and any number of read-only ones.
 func (s *Store) OpenDevice(r Ref, readOnly bool) (*Device, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -79,7 +79,7 @@ func (s *Store) OpenDevice(r Ref, readOnly bool) (*Device, error) {
 	return d, nil
 }
 
-// Close gives the device up. It does not flush.
+// Close closes the device. It does not flush.
 func (d *Device) Close() error {
 	if d.closed.Swap(true) {
 		return ErrClosed
@@ -98,7 +98,7 @@ func (d *Device) Close() error {
 	return nil
 }
 
-// Size is the present size in bytes: a volume may be resized while it is open.
+// Size returns the present size in bytes. A volume may be resized while it is open.
 func (d *Device) Size() int64 {
 	if d.snap != nil {
 		return d.snapSize
@@ -109,10 +109,10 @@ func (d *Device) Size() int64 {
 // ReadOnly reports whether writes are refused.
 func (d *Device) ReadOnly() bool { return d.readOnly }
 
-// LogicalBlock is the volume's logical block size in bytes, 512 or 4096.
+// LogicalBlock returns the volume's logical block size in bytes, 512 or 4096.
 func (d *Device) LogicalBlock() int { return d.block }
 
-// Ref is the present name of what was opened.
+// Ref returns the present name of the volume or snapshot that was opened.
 func (d *Device) Ref() Ref {
 	d.s.mu.Lock()
 	defer d.s.mu.Unlock()
@@ -123,7 +123,8 @@ func (d *Device) Ref() Ref {
 	return r
 }
 
-// checkRange refuses what does not lie in the device.
+// checkRange returns ErrInvalid if the range does not lie in the device, and ErrClosed if the device is
+// closed.
 func (d *Device) checkRange(off, length int64) error {
 	size := d.Size()
 	switch {
@@ -153,7 +154,7 @@ type codecPool struct {
 }
 
 func newCodecPool(c format.Codec, level int) (*codecPool, error) {
-	first, err := format.NewCompressor(c, level) // also checks the two
+	first, err := format.NewCompressor(c, level) // also checks codec and level
 	if err != nil {
 		return nil, err
 	}
@@ -168,7 +169,7 @@ func (p *codecPool) get() *format.Compressor {
 	}
 	c, err := format.NewCompressor(p.codec, p.level)
 	if err != nil {
-		c, _ = format.NewCompressor(format.Raw, 0) // cannot be: newCodecPool made one
+		c, _ = format.NewCompressor(format.Raw, 0) // cannot happen: newCodecPool made one
 	}
 	return c
 }

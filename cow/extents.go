@@ -7,8 +7,8 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// Extents calls fn for the runs of data and holes in a range, in order and
-// without a gap, until it returns false.
+// Extents calls fn for the runs of data and holes in a range, in order and without gaps, until fn returns
+// false.
 func (d *Device) Extents(off, length int64, fn func(off, length int64, hole bool) bool) error {
 	if err := d.checkRange(off, length); err != nil {
 		return fmt.Errorf("extents of %s: %w", d.ref, err)
@@ -47,14 +47,14 @@ func (d *Device) Extents(off, length int64, fn func(off, length int64, hole bool
 
 var errStop = errors.New("stop")
 
-// extentRun joins neighbours of one kind.
+// extentRun joins neighbouring blocks of one kind into runs.
 type extentRun struct {
 	fn         func(off, length int64, hole bool) bool
-	start, end int64 // what is not reported yet
-	hole       bool  // the kind of what begins at start
+	start, end int64 // the part of the range that is not reported yet
+	hole       bool  // the kind of the run that begins at start
 }
 
-// to says that from off on the kind is hole; false: no more is wanted.
+// to says that the blocks from off on are holes, or are data. It returns false if fn wants no more.
 func (r *extentRun) to(off int64, hole bool) bool {
 	off = max(r.start, min(off, r.end))
 	if hole == r.hole {

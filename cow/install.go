@@ -6,15 +6,17 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// errNothing is returned by a check of install for a record that would change nothing.
+// errNothing is returned by a check of install if the record would change nothing.
 var errNothing = errors.New("there is nothing to change")
 
-// install is the commit point of every change of blocks, by writers and by the cleaner: the record gets its number and
-// its place in the log, and the leaf k, which has all of its n blocks, says so, in one critical section (invariant 1).
-// mu is held, room for the record is reserved for the purpose p, and neither lock was given up since. check decides by
-// the leaf as it is whether the change is still to be made; it is called with the leaf locked, and its error is
-// install's. A leaf that is not in the cache is errEvicted, and one that may not become dirty now errFull: nothing has
-// happened then.
+// install is the commit point of every change of blocks, by writers and by the cleaner. In one critical
+// section (invariant 1), it gives the record its sequence number and its place in the log, and maps the
+// record's n blocks to that place in leaf k, which has all of them.
+//
+// The caller holds mu, has reserved room for the record for purpose p, and has not released mu since. install
+// calls check with the leaf locked, to decide by the leaf's present state whether to make the change; it
+// returns check's error. It returns errEvicted if the leaf is not in the cache, and errFull if the leaf may
+// not become dirty now. After any error nothing has changed.
 func (s *Store) install(k leafKey, h *format.RecordHeader, payload []byte, n int, p purpose, waited bool, check func(*leaf) error) error {
 	lf, sh := s.cache.lock(k)
 	if lf == nil {

@@ -10,38 +10,38 @@ import (
 // head stands for a branch's newest state in a leafKey.
 const head = ^uint32(0)
 
-// leafKey names a cached leaf: the head's, which changes, or a point's, which does not.
+// leafKey names a cached leaf: one of a branch's head, which changes, or one of a point, which does not.
 type leafKey struct {
 	b           *branch
 	index, asOf uint32
 }
 
-// leaf is a merged leaf in memory: this header, and behind it an openLeaf's fields or a format.Packed. It
-// lies in a shard's arena, where only the shard's lock keeps it from moving. What it says changes under
-// Store.mu and the shard's lock together.
+// leaf is a merged leaf in memory: this header, followed by the other fields of an openLeaf or by a
+// format.Packed. It lies in a shard's arena, and only the shard's lock keeps it from moving. Its content
+// changes under Store.mu and the shard's lock together.
 type leaf struct {
-	next   uint32 // of its bucket
+	next   uint32 // the next leaf of the bucket
 	branch uint32
 	index  uint32
-	asOf   uint32 // as in leafKey; of an image: its version's epoch
-	epoch  uint32 // of the version that this is; 0: the branch has none of its own
+	asOf   uint32 // as in leafKey; in an image, the version's epoch
+	epoch  uint32 // of the version in this leaf; 0: the branch has no version of its own
 	state  atomic.Uint32
 }
 
 // openLeaf is a leaf that can be changed.
 type openLeaf struct {
 	leaf
-	gen uint64 // of the checkpoint that has to write it; 0: it is as in the table
+	gen uint64 // of the checkpoint that has to write it; 0: clean, the same as in the table
 	format.Leaf
 }
 
-// The bits of leaf.state. All but used change under the shard's lock.
+// The bits of leaf.state. All but stateUsed change under the shard's lock.
 const (
-	stateWords = 1<<10 - 1 // how long it is, with the header
+	stateWords = 1<<10 - 1 // length in words, with the header
 	stateOpen  = 1 << 10   // an openLeaf
 	stateImage = 1 << 11   // an image, see preimage.go
-	stateGone  = 1 << 12   // nobody's
-	stateUsed  = 1 << 13   // since the clock hand passed
+	stateGone  = 1 << 12   // removed; its memory is not reused yet
+	stateUsed  = 1 << 13   // used since the clock hand passed
 )
 
 const (
@@ -53,8 +53,8 @@ func (lf *leaf) is(bit uint32) bool { return lf.state.Load()&bit != 0 }
 
 func (lf *leaf) words() uint32 { return lf.state.Load() & stateWords }
 
-// touch marks the leaf used; readers share its cache line, so it is written
-// only when it changes.
+// touch marks the leaf used. Readers share the cache line of state, so touch writes to it only if the bit
+// changes.
 func (lf *leaf) touch() {
 	if !lf.is(stateUsed) {
 		lf.state.Or(stateUsed)
@@ -99,7 +99,7 @@ func (lf *leaf) copyTo(l *format.Leaf) {
 	}
 }
 
-// dirtyGen is the generation of the checkpoint that has to write the leaf, or 0.
+// dirtyGen returns the generation of the checkpoint that has to write the leaf, or 0 if the leaf is clean.
 func (lf *leaf) dirtyGen() uint64 {
 	if o := lf.open(); o != nil {
 		return o.gen

@@ -5,8 +5,8 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// loadLeaf fills lf with the leaf of k.b as of k.asOf, merged with everything
-// older: the newest version of the branch itself, or else what its origin had.
+// loadLeaf fills lf with the leaf of k.b as of k.asOf, merged with everything older. That is the branch's own
+// newest version, or, if it has none, what its origin had.
 func (s *Store) loadLeaf(k leafKey, lf *openLeaf) error {
 	b, epoch, err := s.newest(k, &lf.Leaf)
 	switch {
@@ -22,8 +22,9 @@ func (s *Store) loadLeaf(k leafKey, lf *openLeaf) error {
 	return nil
 }
 
-// newest reads the newest version at or before k, of k.b or else its origins, into l, and says whose
-// and of what epoch it is. Memory is looked at before the table: a version leaves memory only after the table has it.
+// newest reads the newest version at or before k into l: one of k.b, or else one of its origins. It returns
+// the branch that has the version, and the version's epoch. It looks in memory before it looks in the table,
+// because a version leaves memory only after the table has it.
 func (s *Store) newest(k leafKey, l *format.Leaf) (of *branch, epoch uint32, err error) {
 	var inMemory *branch
 	asOf := k.asOf
@@ -55,8 +56,8 @@ func (s *Store) newest(k leafKey, l *format.Leaf) (of *branch, epoch uint32, err
 	return of, epoch, err
 }
 
-// version reads the newest version of the branch's own at or before asOf into l and returns its epoch, or 0. What the
-// head has in memory counts only with withHead.
+// version reads the newest version that the branch itself has, at or before asOf, into l. It returns the
+// version's epoch, or 0 if there is none. The head's leaf in memory counts only if withHead is set.
 func (s *Store) version(b *branch, index, asOf uint32, withHead bool, l *format.Leaf) (epoch uint32, err error) {
 	epoch = s.cache.newest(b, index, asOf, withHead, l)
 	err = s.meta.View(func(tx *metadata.Tx) error {
@@ -65,7 +66,8 @@ func (s *Store) version(b *branch, index, asOf uint32, withHead bool, l *format.
 	return epoch, err
 }
 
-// newer replaces the version of an epoch that memory had, in l, by one that the table has if that is newer.
+// newer looks for v in the table. If what the table has is newer than epoch, the epoch of the version that
+// memory had, newer replaces both epoch and l.
 func (s *Store) newer(tx *metadata.Tx, v metadata.Version, epoch *uint32, l *format.Leaf) error {
 	t := s.unpacked.Get().(*format.Leaf)
 	defer s.unpacked.Put(t)
@@ -76,10 +78,10 @@ func (s *Store) newer(tx *metadata.Tx, v metadata.Version, epoch *uint32, l *for
 	return err
 }
 
-// own makes a cached head leaf ready to be changed in the branch's present
-// epoch and the present generation. If an earlier epoch's or generation's
-// state of it is still to be written, a copy stays behind. mu and the shard's lock are held. If there is no
-// room it fails with errFull, and nothing has changed; in any case leaves of the shard may have moved.
+// makeWritable makes a cached head leaf ready to be changed in the branch's present epoch and in the present
+// generation. If the leaf's state in an earlier epoch or generation is still to be written, a copy stays
+// behind. The caller holds mu and the shard's lock. If there is no room, makeWritable fails with errFull, and
+// nothing has changed. In any case leaves of the shard may have moved.
 func (s *Store) makeWritable(k leafKey, sh *shard) (*openLeaf, error) {
 	epoch := k.b.Epoch
 	lf, _ := sh.find(k)
@@ -88,7 +90,7 @@ func (s *Store) makeWritable(k leafKey, sh *shard) (*openLeaf, error) {
 	case o != nil && o.gen == s.gen && o.epoch == epoch:
 		return o, nil
 	case o != nil && o.gen != 0:
-		again := o.gen == s.gen // else the image takes the leaf's place in writing
+		again := o.gen == s.gen // otherwise the image is written in place of the leaf
 		if !sh.pushImage(k) {
 			return nil, errFull
 		}
@@ -110,12 +112,12 @@ func (s *Store) makeWritable(k leafKey, sh *shard) (*openLeaf, error) {
 	return o, nil
 }
 
-// owned reports whether own has nothing to do.
+// isWritable reports whether makeWritable has nothing to do.
 func (s *Store) isWritable(b *branch, lf *leaf) bool {
 	return lf.dirtyGen() == s.gen && lf.epoch == b.Epoch
 }
 
-// markDirty has an open leaf written by the next checkpoint. mu and the shard's lock are held.
+// markDirty makes the next checkpoint write an open leaf. The caller holds mu and the shard's lock.
 func (s *Store) markDirty(k leafKey, sh *shard, h handle) {
 	if sh.at(h).dirtyGen() != s.gen {
 		sh.setGen(h, s.gen)
@@ -125,14 +127,14 @@ func (s *Store) markDirty(k leafKey, sh *shard, h handle) {
 	}
 }
 
-// change maps block i of an owned leaf to e, and keeps the live bytes. mu and
-// the shard's lock are held.
+// change maps block i of a writable leaf to e, and updates the live bytes. The caller holds mu and the
+// shard's lock.
 func (s *Store) change(lf *openLeaf, i int, e format.Entry) {
 	s.account(put(&lf.Leaf, i, e), -1)
 	s.account(e, +1)
 }
 
-// put maps block i to e, and returns the entry that is dead by it: a hole if none is.
+// put maps block i to e, and returns the entry that becomes dead, or a hole if none does.
 func put(l *format.Leaf, i int, e format.Entry) (dead format.Entry) {
 	if l.IsChanged(i) {
 		dead = l.Entries[i]
@@ -143,20 +145,21 @@ func put(l *format.Leaf, i int, e format.Entry) (dead format.Entry) {
 	return dead
 }
 
-// account adds or takes a block's share of its record. mu is held.
+// account adds a block's share of its record to the live bytes of its chunk, or subtracts it if sign is
+// negative. The caller holds mu.
 func (s *Store) account(e format.Entry, sign int) {
 	if e.IsHole() {
 		return
 	}
 	if sign < 0 {
-		s.cleanerExhausted = false // what dies can be given back
+		s.cleanerExhausted = false // the space of a dead block can be reclaimed
 	}
 	c := s.slots.get(e.Slot())
 	if c == nil {
-		return // a damaged table named a chunk that is not there; Check and reads say so
+		return // a damaged table named a chunk that is not there; Check and reads report it
 	}
 	if c.moved > 0 && s.dieMoved(c, e) {
-		return // a new entry names no chunk that was cleaned
+		return // a new entry never refers to a cleaned chunk
 	}
 	if sign < 0 {
 		c.die(e.Share())
@@ -166,7 +169,7 @@ func (s *Store) account(e format.Entry, sign int) {
 	s.markRow(c)
 }
 
-// markRow notes that the accounting of a chunk has changed. mu is held.
+// markRow notes that the accounting of a chunk has changed. The caller holds mu.
 func (s *Store) markRow(c *chunk) {
 	s.slots.recount(c)
 	if !c.rowDirty {
@@ -175,7 +178,7 @@ func (s *Store) markRow(c *chunk) {
 	}
 }
 
-// applyData maps the blocks of a data record at (c, off), in a leaf that is owned.
+// applyData maps the blocks of a data record at (c, off) in a writable leaf.
 func (s *Store) applyData(lf *openLeaf, h *format.RecordHeader, c *chunk, off uint32) {
 	first := int(h.Block % format.LeafBlocks)
 	e := format.MakeEntry(c.slot, off, h.Size(), h.Blocks, 0)
@@ -184,15 +187,15 @@ func (s *Store) applyData(lf *openLeaf, h *format.RecordHeader, c *chunk, off ui
 	}
 }
 
-// applyHole unmaps n blocks of a leaf that is owned.
+// applyHole unmaps n blocks of a writable leaf.
 func (s *Store) applyHole(lf *openLeaf, first, n int) {
 	for i := first; i < first+n; i++ {
 		s.change(lf, i, 0)
 	}
 }
 
-// nextLeaf is the first leaf at or after index that the branch or one of its
-// origins has in the table, or limit. The cache may have earlier ones.
+// nextLeaf returns the first leaf at or after index that the branch or one of its origins has in the table,
+// or limit if there is none before it. The cache may have earlier ones.
 func (s *Store) nextLeaf(b *branch, index, limit uint32) (uint32, error) {
 	err := s.meta.View(func(tx *metadata.Tx) error {
 		for ; b != nil; b = b.origin {
@@ -209,10 +212,9 @@ func (s *Store) nextLeaf(b *branch, index, limit uint32) (uint32, error) {
 	return limit, err
 }
 
-// leaves calls fn for each leaf in [from, to) of the branch that may map
-// anything, in order.
+// leaves calls fn, in order, for each leaf in [from, to) of the branch that may map anything.
 func (s *Store) leaves(b *branch, from, to uint32, fn func(index uint32) error) error {
-	// Memory is looked at before the table: a leaf leaves memory only when the table has it.
+	// Memory is looked at before the table, because a leaf leaves memory only after the table has it.
 	inMemory := s.cache.indexes(b, from, to)
 	for from < to {
 		next, err := s.nextLeaf(b, from, to)

@@ -8,17 +8,19 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// An image is a version of a leaf on its way to the table that is not the head's present state: a copy of a
-// dirty leaf as it was before a writer went on in a new epoch or generation, or a version that the reaper
-// changed. It is an openLeaf with stateImage in the shard of its head; asOf and epoch are the version's, and a
-// checkpoint of generation gen or later writes it. Until that has committed, it is where others find the version.
+// An image is a version of a leaf that is on its way to the table and is not the head's present state. It is
+// either a copy of a dirty leaf, as it was before a writer went on in a new epoch or generation, or a version
+// that the reaper changed. It is an openLeaf with stateImage, in the shard of its head's leaf. Its asOf and
+// epoch are the version's epoch, and a checkpoint of generation gen or later writes it. Until that checkpoint
+// has committed, others find the version in the image.
 
-// version names what a checkpoint has to write.
+// version returns the version that a checkpoint has to write for this leaf or image.
 func (o *openLeaf) version() metadata.Version {
 	return metadata.Version{Branch: o.branch, Leaf: o.index, Epoch: o.epoch}
 }
 
-// pushImage leaves a copy of a dirty head leaf behind. It returns false if there is no room; leaves may move.
+// pushImage leaves a copy of a dirty head leaf behind as an image. It returns false if there is no room.
+// Leaves of the shard may move.
 func (s *shard) pushImage(k leafKey) bool {
 	to := s.alloc(uint32(openWords))
 	if to == 0 {
@@ -30,7 +32,7 @@ func (s *shard) pushImage(k leafKey) bool {
 	return true
 }
 
-// addImage makes an image of a version that was read from the table; nil if there is no room.
+// addImage makes an image of a version that was read from the table. It returns nil if there is no room.
 func (s *shard) addImage(v metadata.Version, gen uint64, l *format.Leaf) *openLeaf {
 	to := s.alloc(uint32(openWords))
 	if to == 0 {
@@ -50,8 +52,8 @@ func (s *shard) putImage(h handle) {
 	s.imaged = append(s.imaged, leafPlace{lf.branch, lf.index})
 }
 
-// eachImage calls fn, which may remove it, for each image. Images are few among what is dirty, so they are not looked
-// for there.
+// eachImage calls fn, which may remove the image, for each image. It walks the places in s.imaged instead of
+// all dirty leaves, since few of those are images.
 func (s *shard) eachImage(fn func(handle, *openLeaf)) {
 	if s.buckets == nil {
 		return
@@ -74,7 +76,8 @@ func (s *shard) eachImage(fn func(handle, *openLeaf)) {
 	})
 }
 
-// image finds the image of a leaf with the highest epoch in [from, to], the last one made of it, or nil.
+// image returns the image of a leaf with the highest epoch in [from, to], and among those with that epoch the
+// latest one. It returns nil if there is none.
 func (s *shard) image(branch, index, from, to uint32) (best *openLeaf) {
 	if s.buckets == nil {
 		return nil
@@ -112,8 +115,8 @@ func (s *shard) dropWritten(gen uint64, dropped func(branch uint32)) {
 	})
 }
 
-// newest copies to l the newest version that memory has of a branch's leaf at or before asOf, the head's only if
-// withHead, and returns its epoch, or 0.
+// newest copies the newest version of a branch's leaf at or before asOf that is in memory to l, and returns
+// its epoch, or 0 if there is none. The head's leaf counts only if withHead is set.
 func (c *leafCache) newest(b *branch, index, asOf uint32, withHead bool, l *format.Leaf) uint32 {
 	s := c.shard(b.ID, index)
 	s.mu.RLock()

@@ -9,39 +9,38 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// maxPlan is how much of a read ReadAt plans at once.
+// maxPlan bounds how much of a read ReadAt plans at once.
 const maxPlan = 1 << 20
 
-// ReadPlan is one read in its three steps: PlanRead looks the blocks up, the
-// caller fetches what Fetches names in any way it likes, Finish verifies,
-// decompresses and copies. A plan is for one read at a time and is reused
-// without allocation.
+// ReadPlan is one read, in three steps. PlanRead looks up the blocks. The caller then does the reads that
+// Fetches lists, in any way it likes. Finish verifies, decompresses and copies. A plan is for one read at a
+// time, and is reused without allocation.
 type ReadPlan struct {
 	d       *Device
 	records []planned
 	pieces  []piece
 	fetches []Fetch
 	arena   []byte // the records as stored
-	unit    []byte // one unit, when only a part of it is wanted; comes from the cache of units and goes there
+	unit    []byte // one unit, when only a part of it is wanted; its memory is swapped with the unit cache's
 }
 
 // planned is a record that the read needs.
 type planned struct {
 	c     *chunk // a reference is held
 	e     format.Entry
-	was   content // what the leaf says, which is another place if the record has been moved
+	was   content // what the leaf says: another place than e, if the record has been moved
 	first uint64  // the block at which the unit began
-	at    int     // in arena
+	at    int     // offset in arena
 	piece int     // its first piece
 	last  int     // its last piece
 	done  bool    // the pieces are filled
 }
 
-// piece is a range of p that a record holds.
+// piece is a range of the caller's buffer that a record fills.
 type piece struct {
 	dst  []byte
-	from int // in the unit, bytes
-	next int // of the same record; -1: no more
+	from int // offset in the unit, in bytes
+	next int // the next piece of the same record; -1: none
 }
 
 // Fetch is a read of a chunk file that a plan asks for: len(Buf) bytes at Off.
@@ -51,10 +50,10 @@ type Fetch struct {
 	file storage.File
 	slot uint32
 	fd   int
-	held bool // fd
+	held bool // fd is valid
 }
 
-// Fd is the file descriptor to read from, after Hold and until Finish.
+// Fd returns the file descriptor to read from. It is valid after Hold, and until Finish.
 func (f *Fetch) Fd() int { return f.fd }
 
 // Read does the fetch in the calling goroutine.
@@ -69,8 +68,8 @@ func (f *Fetch) Read() error {
 	return fmt.Errorf("chunk %s: %w", chunkName(f.slot), err)
 }
 
-// PlanRead plans the read of len(p) bytes at off into p, of any alignment and within
-// the device. Holes are cleared in p at once. After an error there is nothing to finish.
+// PlanRead plans the read of len(p) bytes at off into p. The range may have any alignment, and must lie
+// within the device. PlanRead clears holes in p at once. After an error there is nothing to finish.
 func (d *Device) PlanRead(pl *ReadPlan, p []byte, off int64) error {
 	if err := d.checkRange(off, int64(len(p))); err != nil {
 		return fmt.Errorf("read %s: %w", d.ref, err)
@@ -79,8 +78,8 @@ func (d *Device) PlanRead(pl *ReadPlan, p []byte, off int64) error {
 	return d.plan(pl, p, off)
 }
 
-// plan is PlanRead without the range check: the last block is whole in the map
-// even where the device ends within it.
+// plan is PlanRead without the range check. Where the device ends within a block, the map still has all of
+// that block.
 func (d *Device) plan(pl *ReadPlan, p []byte, off int64) error {
 	pl.begin(d)
 	for len(p) > 0 {
@@ -102,14 +101,14 @@ func (d *Device) plan(pl *ReadPlan, p []byte, off int64) error {
 	return nil
 }
 
-// begin makes a plan one of d that has nothing yet.
+// begin makes pl an empty plan of d.
 func (pl *ReadPlan) begin(d *Device) {
 	pl.d = d
 	pl.records, pl.pieces, pl.fetches = pl.records[:0], pl.pieces[:0], pl.fetches[:0]
 }
 
-// plan adds the pieces of a range within one leaf. The leaf's lock is held, so that an
-// entry that is seen keeps its chunk until the reference is taken.
+// plan adds the pieces of a range within one leaf. The leaf's shard is locked, so that the chunk of an entry
+// cannot go before plan has taken a reference to it.
 func (pl *ReadPlan) plan(lf *leaf, p []byte, off int64) error {
 	for len(p) > 0 {
 		block, skip := uint64(off/format.BlockSize), int(off%format.BlockSize)
@@ -129,7 +128,7 @@ func (pl *ReadPlan) plan(lf *leaf, p []byte, off int64) error {
 	return nil
 }
 
-// follows reports whether next is what e goes on with, n blocks later.
+// follows reports whether next, n blocks after e, continues e.
 func follows(e, next format.Entry, n int) bool {
 	if e.IsHole() {
 		return next.IsHole()
@@ -140,7 +139,7 @@ func follows(e, next format.Entry, n int) bool {
 func (pl *ReadPlan) add(e format.Entry, block uint64, dst []byte, skip int) error {
 	pl.pieces = append(pl.pieces, piece{dst: dst, from: e.Index()*format.BlockSize + skip, next: -1})
 	this := len(pl.pieces) - 1
-	// Overwrites leave holes in a unit: its other blocks come soon after, if at all.
+	// Overwrites leave holes in a unit. The unit's other blocks come soon after, if at all.
 	for i := len(pl.records) - 1; e.Blocks() > 1 && i >= max(0, len(pl.records)-format.UnitBlocks); i-- {
 		if r := &pl.records[i]; r.was.e.SameRecord(e) && r.was.c == pl.d.s.slots.get(e.Slot()) {
 			pl.pieces[r.last].next, r.last = this, this
@@ -156,8 +155,8 @@ func (pl *ReadPlan) add(e format.Entry, block uint64, dst []byte, skip int) erro
 	return nil
 }
 
-// resolve finds the chunk that holds what e names, and takes a reference on it. The lock of a leaf that has e
-// is held, so that the slot keeps its meaning.
+// resolve finds the chunk that holds the record of entry e, and takes a reference to it. The caller holds the
+// lock of a leaf that has e, so that the slot keeps its meaning.
 func (s *Store) resolve(e format.Entry) (was content, c *chunk, to format.Entry, err error) {
 	for {
 		c = s.slots.get(e.Slot())
@@ -173,8 +172,8 @@ func (s *Store) resolve(e format.Entry) (was content, c *chunk, to format.Entry,
 	}
 }
 
-// locate gives each record its place in the arena, copies those that are still in the
-// log's buffers, and makes fetches of the rest, one for neighbours.
+// locate gives each record its place in the arena. It copies the records that are still in the log's buffers,
+// and makes fetches for the others, one for records that are neighbours in a chunk.
 func (pl *ReadPlan) locate() error {
 	size := 0
 	for i := range pl.records {
@@ -185,7 +184,7 @@ func (pl *ReadPlan) locate() error {
 		pl.arena = make([]byte, max(size, 2*cap(pl.arena), 64<<10))
 	}
 	pl.arena = pl.arena[:cap(pl.arena)]
-	var before *planned // the record that the last fetch ends with
+	var before *planned // the last record of the last fetch
 	for i := range pl.records {
 		r := &pl.records[i]
 		if r.e.Blocks() > 1 && !pl.whole(r) && pl.d.s.units.get(r.key(), pl.pieces, r.piece) {
@@ -212,11 +211,12 @@ func (pl *ReadPlan) locate() error {
 	return nil
 }
 
-// Fetches is what has to be read before Finish; empty when memory had it all.
+// Fetches returns the reads that have to be done before Finish. It is empty if memory had everything.
 func (pl *ReadPlan) Fetches() []Fetch { return pl.fetches }
 
-// Hold gets the file descriptors of all fetches, for a caller who has them read by others, until Finish; false: it has
-// none, because that many are not to be had now. Fetch waits for them one by one.
+// Hold gets the file descriptors of all fetches and keeps them until Finish, for a caller that passes them on
+// to be read elsewhere. It returns false, and keeps none, if that many descriptors are not free now. Fetch,
+// by contrast, waits for them one by one.
 func (pl *ReadPlan) Hold() bool {
 	for i := range pl.fetches {
 		f := &pl.fetches[i]
@@ -228,7 +228,7 @@ func (pl *ReadPlan) Hold() bool {
 	return true
 }
 
-// drop gives up what Hold has.
+// drop releases the file descriptors that Hold got.
 func (pl *ReadPlan) drop() {
 	for i := range pl.fetches {
 		if f := &pl.fetches[i]; f.held {
@@ -238,8 +238,8 @@ func (pl *ReadPlan) drop() {
 	}
 }
 
-// Finish ends a read that PlanRead planned: with err, the error of the fetches,
-// or after them by verifying and copying. It must be called once.
+// Finish ends a read that PlanRead planned. If err, the error of the fetches, is not nil, Finish returns it.
+// Otherwise it verifies the records and copies their blocks. It must be called once.
 func (pl *ReadPlan) Finish(err error) error {
 	defer pl.release()
 	if err != nil {
@@ -257,7 +257,7 @@ func (pl *ReadPlan) finish(r *planned) error {
 	units := &pl.d.s.units
 	whole := pl.whole(r)
 	if r.done || !whole && r.e.Blocks() > 1 && units.get(r.key(), pl.pieces, r.piece) {
-		return nil // the latter: a read of its other blocks, which was under way at the same time, was quicker
+		return nil // a concurrent read of the unit's other blocks has put the unit into the cache
 	}
 	payload, codec, err := verify(pl.arena[r.at:r.at+r.e.Size()], r.c.seq, r.e, r.first)
 	if err != nil {
@@ -281,21 +281,21 @@ func (pl *ReadPlan) finish(r *planned) error {
 	return nil
 }
 
-// whole reports whether the record's unit is wanted in one piece.
+// whole reports whether the read wants all of the record's unit, in one piece.
 func (pl *ReadPlan) whole(r *planned) bool {
 	pc := &pl.pieces[r.piece]
 	return pc.next < 0 && len(pc.dst) == r.e.Blocks()*format.BlockSize
 }
 
-// copyPieces copies the pieces of a unit, the first of which is at first.
+// copyPieces copies a list of pieces, which begins at first, out of their unit.
 func copyPieces(unit []byte, pieces []piece, first int) {
 	for i := first; i >= 0; i = pieces[i].next {
 		copy(pieces[i].dst, unit[pieces[i].from:])
 	}
 }
 
-// verify checks that stored is the record that e names: of this life of the
-// chunk, at this offset, for these blocks, with its payload whole.
+// verify checks that stored is the record that e names: of this life of the chunk, at this offset, for these
+// blocks, and with an intact payload.
 func verify(stored []byte, chunkSeq uint64, e format.Entry, first uint64) (payload []byte, codec format.Codec, err error) {
 	h, err := format.DecodeRecordHeader(stored, chunkSeq, e.Offset())
 	if err != nil {
@@ -321,7 +321,7 @@ func (pl *ReadPlan) release() {
 	pl.records, pl.pieces, pl.fetches = pl.records[:0], pl.pieces[:0], pl.fetches[:0]
 }
 
-// read does the three steps in the calling goroutine.
+// read does all three steps in the calling goroutine.
 func (pl *ReadPlan) read(d *Device, p []byte, off int64) error {
 	if err := d.PlanRead(pl, p, off); err != nil {
 		return err
@@ -329,7 +329,7 @@ func (pl *ReadPlan) read(d *Device, p []byte, off int64) error {
 	return pl.Fetch()
 }
 
-// Fetch does the second and third step: all fetches in the calling goroutine, and Finish.
+// Fetch does the second and the third step in the calling goroutine: all fetches, and Finish.
 func (pl *ReadPlan) Fetch() (err error) {
 	if len(pl.fetches) > 1 {
 		pl.try()
@@ -342,7 +342,8 @@ func (pl *ReadPlan) Fetch() (err error) {
 	return pl.Finish(err)
 }
 
-// try does the fetches that memory has. The disk is at all others then, at once, and done says that there are none.
+// try does the fetches whose data is in the page cache. For all others the disk begins to read, at once. try
+// reports whether there were no others.
 func (pl *ReadPlan) try() (done bool) {
 	missing := pl.fetches[:0]
 	for _, f := range pl.fetches {
@@ -354,8 +355,8 @@ func (pl *ReadPlan) try() (done bool) {
 	return len(missing) == 0
 }
 
-// TryReadAt is ReadAt within the device of data that is in memory. Else it has the system begin to read it and returns
-// false: ReadAt waits for it.
+// TryReadAt reads like ReadAt, but only if all of the data is in memory, and only a range within the device.
+// Otherwise it starts reading the data from the disk and returns false; ReadAt then waits for the data.
 func (d *Device) TryReadAt(p []byte, off int64) (done bool, err error) {
 	sc := d.s.scratch.Get().(*scratch)
 	defer d.s.scratch.Put(sc)
@@ -370,7 +371,8 @@ func (d *Device) TryReadAt(p []byte, off int64) (done bool, err error) {
 	return true, pl.Finish(nil)
 }
 
-// ReadAt reads len(p) bytes at off, both of any alignment; io.EOF at the end, as io.ReaderAt has it.
+// ReadAt reads len(p) bytes at off, both of any alignment. At the end of the device it returns io.EOF, as
+// io.ReaderAt requires.
 func (d *Device) ReadAt(p []byte, off int64) (n int, err error) {
 	size := d.Size()
 	if off < 0 || off > size {
@@ -392,14 +394,14 @@ func (d *Device) ReadAt(p []byte, off int64) (n int, err error) {
 	return n, eof
 }
 
-// content identifies what a block held: an entry, and the chunk that was in
-// its slot, since a slot and with it an entry may come again.
+// content identifies what a block held: an entry, and the chunk that was in the entry's slot. The chunk is
+// needed because a slot is reused, and so an equal entry may mean other content.
 type content struct {
 	e format.Entry
 	c *chunk
 }
 
-// readBlock reads a whole block of a volume's head.
+// readBlock reads a whole block of a volume's head. It returns what the map said of the block.
 func (d *Device) readBlock(sc *scratch, p []byte, block uint64) (was content, err error) {
 	pl := &sc.plan
 	if err := d.plan(pl, p, int64(block)*format.BlockSize); err != nil {

@@ -6,16 +6,18 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// unitCache keeps units that were read in part, verified and decompressed, since their other blocks are often read
-// next. It is as small as that use is short: what is read again and again is in the page cache, and above the disk.
+// unitCache keeps units that were read in part, verified and decompressed, since their other blocks are often
+// read next. The cache is small, because a unit is useful only for a short time: data that is read again and
+// again is in the page cache, and in the caches above the disk.
 //
-// A unit is known by its place: a chunk's sequence number and an offset. What is there never changes, and neither does
-// the number come again in the life of a store. So nothing has to be taken out: not when a block is overwritten or
-// moved (the map names another place then), and not when the chunk goes and its slot is used again.
+// A unit's key is its place: a chunk's sequence number and an offset. The content of a place never changes,
+// and a sequence number is never reused in the life of a store. So no unit has to be removed: not when a
+// block is overwritten or moved, since the map then names another place, and not when the chunk is removed
+// and its slot is reused.
 type unitCache struct{ shards [unitShards]unitShard }
 
 const (
-	// 128 units: 2 MiB of those that writes make, at most 8 MiB.
+	// The cache has 128 units: 2 MiB if all are of the size that writes make, and at most 8 MiB.
 	unitShardBits = 3
 	unitShards    = 1 << unitShardBits
 	unitsPerShard = 16
@@ -25,10 +27,11 @@ type unitShard struct {
 	mu    sync.Mutex
 	keys  [unitsPerShard]unitKey
 	units [unitsPerShard][]byte
-	next  int // to be replaced: the oldest
+	next  int // the oldest unit, which is replaced next
 }
 
-// unitKey is where a unit is, and what else verify compares with the map: what is found is what would pass it.
+// unitKey is a unit's place, together with whatever else verify compares with the map. So a unit that is
+// found in the cache would pass verify.
 type unitKey struct {
 	chunk uint64       // sequence number; 0: none
 	e     format.Entry // of the unit's first block
@@ -41,7 +44,7 @@ func (c *unitCache) shard(k unitKey) *unitShard {
 	return &c.shards[(k.chunk<<22^uint64(k.e.Offset()))*0x9e3779b97f4a7c15>>(64-unitShardBits)]
 }
 
-// get copies the pieces of a record; false: its unit is not there.
+// get copies the pieces of a record from its unit. It returns false if the unit is not in the cache.
 func (c *unitCache) get(k unitKey, pieces []piece, first int) bool {
 	s := c.shard(k)
 	s.mu.Lock()
@@ -55,7 +58,7 @@ func (c *unitCache) get(k unitKey, pieces []piece, first int) bool {
 	return false
 }
 
-// put takes a unit in, and returns the memory of the one that goes for it.
+// put adds a unit, and returns the memory of the unit that it replaces.
 func (c *unitCache) put(k unitKey, unit []byte) (spare []byte) {
 	s := c.shard(k)
 	s.mu.Lock()

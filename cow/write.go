@@ -10,33 +10,33 @@ import (
 const (
 	unitSize = format.UnitBlocks * format.BlockSize
 
-	// hotUnit is how writes are cut: what is written may soon be read or overwritten in part, and a whole unit is
-	// read and decompressed for each block of it. Larger units save another tenth of the space, and double the cost
-	// of a random read.
+	// hotUnit is the size into which writes are cut. What is written may soon be read or overwritten in part,
+	// and each block that is read costs reading and decompressing its whole unit. Larger units would save
+	// another tenth of the space, but double the cost of a random read.
 	hotUnit = 4 * format.BlockSize
 )
 
-// errChanged says that a block is no longer what a partial write was merged with.
+// errChanged is returned if a block is no longer what a partial write was merged with.
 var errChanged = errors.New("block changed")
 
-// errEvicted says that a leaf has gone since it was brought in.
+// errEvicted is returned if a leaf has left the cache since it was loaded.
 var errEvicted = errors.New("leaf evicted")
 
-// scratch is one operation's memory.
+// scratch is the memory of one operation.
 type scratch struct {
-	unit [unitSize]byte // a unit that is merged with what was there
+	unit [unitSize]byte // a unit that is merged with the blocks' old content
 	comp []byte         // a unit compressed
 	plan ReadPlan
 
-	solid bool // zeros are written as data that takes its space, and not as holes
-	small bool // it is a write that may take the last of what new mappings get
+	solid bool // zeros are written as data that takes space, not as holes
+	small bool // a small write, which may use the last of the room for new mappings
 }
 
 func newScratch() any { return &scratch{comp: make([]byte, 0, format.MaxCompressed)} }
 
-// WriteAt writes p at off, both of any alignment. It is acknowledged, not
-// durable, when WriteAt returns; Flush makes it so. A write is split at
-// multiples of 16 KiB, and is atomic in each 4 KiB block only.
+// WriteAt writes p at off, both of any alignment. When it returns, the write is acknowledged but not durable;
+// Flush makes it durable. A write is split at multiples of 16 KiB, and only each 4 KiB block is written
+// atomically.
 func (d *Device) WriteAt(p []byte, off int64) (n int, err error) {
 	if err := d.checkWrite(off, int64(len(p))); err != nil {
 		return 0, fmt.Errorf("write %s: %w", d.ref, err)
@@ -59,17 +59,17 @@ func (d *Device) WriteAt(p []byte, off int64) (n int, err error) {
 	return n, nil
 }
 
-// expect is what must still hold when a record takes its place: that a merged first and last block are what they were
-// merged with, and that the volume has the size that was looked at.
+// expect is what must still hold when a record is installed: that the first and the last block, if they were
+// merged, are what they were merged with, and that the volume still has the size that was looked at.
 type expect struct {
-	first, last       uint64 // none: their blocks are covered whole
+	first, last       uint64 // none: the block is covered whole
 	wasFirst, wasLast content
 	size              int64 // of the volume; 0: any
 }
 
 const none = ^uint64(0)
 
-// writeUnit writes p, which lies in one unit's range.
+// writeUnit writes p, which lies within one unit.
 func (d *Device) writeUnit(sc *scratch, p []byte, at int64) error {
 	first, skip := uint64(at/format.BlockSize), int(at%format.BlockSize)
 	if skip == 0 && len(p)%format.BlockSize == 0 {
@@ -90,8 +90,7 @@ func (d *Device) writeUnit(sc *scratch, p []byte, at int64) error {
 	}
 }
 
-// readEdges reads the blocks at the ends of buf that a write of n bytes at skip
-// covers in part.
+// readEdges reads those blocks at the ends of buf that a write of n bytes at skip covers only in part.
 func (d *Device) readEdges(sc *scratch, buf []byte, first uint64, skip, n int) (expect, error) {
 	last := first + uint64(len(buf)/format.BlockSize) - 1
 	ex := expect{first: first, last: last}
@@ -114,8 +113,8 @@ func (d *Device) readEdges(sc *scratch, buf []byte, first uint64, skip, n int) (
 	return ex, err
 }
 
-// holds reports whether the n blocks of the leaf from block on are what was
-// expected. mu is held.
+// unchangedSince reports whether the n blocks of the leaf from block on still are what ex expects. The caller
+// holds mu.
 func (s *Store) unchangedSince(d *Device, ex *expect, lf *leaf, block uint64, n int) bool {
 	if ex == nil {
 		return true
@@ -124,7 +123,7 @@ func (s *Store) unchangedSince(d *Device, ex *expect, lf *leaf, block uint64, n 
 		return false
 	}
 	same := func(b uint64, was content) bool {
-		if b < block || b >= block+uint64(n) { // none, or another record's
+		if b < block || b >= block+uint64(n) { // none, or a block of another record
 			return true
 		}
 		e := lf.entry(int(b % format.LeafBlocks))
@@ -133,8 +132,8 @@ func (s *Store) unchangedSince(d *Device, ex *expect, lf *leaf, block uint64, n 
 	return same(ex.first, ex.wasFirst) && same(ex.last, ex.wasLast)
 }
 
-// putBlocks writes whole blocks of one unit's range: runs of zeros as holes, unless they are to be solid, and what is
-// between them as data.
+// putBlocks writes whole blocks that lie within one unit. It writes runs of zeros as holes, unless sc.solid
+// is set, and what is between them as data.
 func (d *Device) putBlocks(sc *scratch, data []byte, first uint64, ex *expect) error {
 	for len(data) > 0 {
 		zero := format.IsZero(data[:format.BlockSize])
@@ -171,7 +170,8 @@ func (d *Device) putData(sc *scratch, data []byte, first uint64, ex *expect) err
 	return d.s.put(d, &h, payload, h.Blocks, ex, sc.small)
 }
 
-// putSingles writes blocks that do not compress, each for itself, so that to read one costs no more than its own size.
+// putSingles writes blocks that do not compress as one record each, so that reading one costs no more than
+// its own size.
 func (d *Device) putSingles(sc *scratch, data []byte, first uint64, ex *expect) error {
 	h := format.RecordHeader{Block: first, Branch: d.b.ID, Kind: format.KindData, Codec: format.Raw, Blocks: 1, PayloadLen: format.BlockSize}
 	for ; len(data) > 0; data = data[format.BlockSize:] {
@@ -196,7 +196,7 @@ func (s *Store) putHole(d *Device, first uint64, n int, ex *expect) error {
 	return s.put(d, &h, payload[:], n, ex, false)
 }
 
-// put writes a record of n blocks of one leaf, and tries again where it has to wait for something.
+// put writes a record of n blocks of one leaf. Where it has to wait for something, it waits and tries again.
 func (s *Store) put(d *Device, h *format.RecordHeader, payload []byte, n int, ex *expect, small bool) error {
 	if h.Kind == format.KindData {
 		s.pacer.wait(h.Size())
@@ -231,7 +231,7 @@ func (s *Store) put(d *Device, h *format.RecordHeader, payload []byte, n int, ex
 	}
 }
 
-// tryPut is put, once. waited says that the writer has waited for a checkpoint.
+// tryPut is one attempt of put. waited says that the writer has waited for a checkpoint.
 func (s *Store) tryPut(d *Device, k leafKey, h *format.RecordHeader, payload []byte, n int, ex *expect, waited, small bool) error {
 	hole := h.Kind == format.KindHole
 	s.mu.Lock()
@@ -253,12 +253,13 @@ func (s *Store) tryPut(d *Device, k leafKey, h *format.RecordHeader, payload []b
 	})
 }
 
-// admit checks that the store and the volume take the write, and makes room for it. mu is held.
+// admit checks that the store and the volume take the write, and reserves room for it in the log. The caller
+// holds mu, which admit may release while it waits.
 func (s *Store) admit(d *Device, h *format.RecordHeader, n int, hole bool) error {
 	if err := s.wal.reserve(h.Size(), purposeIn(h)); err != nil {
 		return err
 	}
-	if err := s.usable(); err != nil { // after reserve, which may have waited
+	if err := s.usable(); err != nil { // checked after reserve, which may have waited
 		return err
 	}
 	if end := h.Block + uint64(n); end > blocksOf(d.v.Size) {
@@ -267,7 +268,8 @@ func (s *Store) admit(d *Device, h *format.RecordHeader, n int, hole bool) error
 	return nil
 }
 
-// clearEvents has a checkpoint give back the chunks that events and holes took from the reserve: nothing in them lives.
+// clearEvents makes a checkpoint, to get back the chunks that events and holes took from the reserve. Nothing
+// in these chunks is live.
 func (s *Store) clearEvents() error {
 	s.mu.Lock()
 	gen := s.gen
@@ -275,7 +277,7 @@ func (s *Store) clearEvents() error {
 	return s.checkpointOf(gen)
 }
 
-// purposeIn is what a write takes room for.
+// purposeIn returns the purpose for which a write takes room.
 func purposeIn(h *format.RecordHeader) purpose {
 	if h.Kind == format.KindHole {
 		return forEvents
@@ -283,8 +285,9 @@ func purposeIn(h *format.RecordHeader) purpose {
 	return forData
 }
 
-// mayDirty reports whether one more leaf may become dirty in this generation. A writer that has waited for a
-// checkpoint has room that the others leave him, so that he need not wait for another. mu is held.
+// mayDirty reports whether one more leaf may become dirty in this generation. A part of each generation is
+// reserved for writers that have waited for a checkpoint, so that they need not wait for another. The caller
+// holds mu.
 func (s *Store) mayDirty(waited bool, p purpose) bool {
 	limit := s.dirtyLimit
 	if !waited {
@@ -293,13 +296,13 @@ func (s *Store) mayDirty(waited bool, p purpose) bool {
 	return s.unwritten < limit && s.unwritten+s.writing < 2*s.dirtyLimit && s.tableShort(1, p) <= 0
 }
 
-// makeRoom makes room for one more dirty leaf: in the table, or by waiting until a checkpoint has begun to write what
-// fills the cache, or has failed.
+// makeRoom makes room for one more dirty leaf. If the table is short of room, it grows the table. Otherwise
+// it waits until a checkpoint has begun to write the leaves that fill the cache, or has failed.
 func (s *Store) makeRoom(p purpose) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if short := s.tableShort(1, p); short > 0 {
-		more := s.unwritten+s.writing+len(s.dirtyRegions)+s.writingRegions > 0 || s.awaitsReaper() // that a checkpoint can give back
+		more := s.unwritten+s.writing+len(s.dirtyRegions)+s.writingRegions > 0 || s.awaitsReaper() // a checkpoint can free some
 		s.mu.Unlock()
 		err := s.growTable(short, p)
 		s.mu.Lock()
@@ -311,7 +314,7 @@ func (s *Store) makeRoom(p purpose) error {
 		return ErrClosed
 	}
 	gen, failures := s.gen, s.failures
-	if s.opts.checkpointInterval < 0 { // nobody else makes any
+	if s.opts.checkpointInterval < 0 { // no other goroutine makes checkpoints
 		s.mu.Unlock()
 		defer s.mu.Lock()
 		return s.checkpointOf(gen)
@@ -329,8 +332,8 @@ func (s *Store) makeRoom(p purpose) error {
 	return nil
 }
 
-// checkpointOf returns when a checkpoint of the generation, or a later one, has committed: somebody else's if
-// there is one.
+// checkpointOf returns when a checkpoint of the generation gen, or of a later one, has committed. If no such
+// checkpoint has been made by the time it gets ckptMu, it makes one.
 func (s *Store) checkpointOf(gen uint64) error {
 	s.ckptMu.Lock()
 	defer s.ckptMu.Unlock()
@@ -340,7 +343,7 @@ func (s *Store) checkpointOf(gen uint64) error {
 	return s.checkpointLocked()
 }
 
-// checkpointDue wakes the checkpointer when a limit is reached. mu is held.
+// checkpointDue wakes the checkpointer when a limit is reached. The caller holds mu.
 func (s *Store) checkpointDue() {
 	if s.opts.checkpointInterval < 0 {
 		return
@@ -351,13 +354,13 @@ func (s *Store) checkpointDue() {
 	}
 }
 
-// Flush makes every write that was acknowledged before it durable.
+// Flush makes all writes that were acknowledged before the call durable.
 func (d *Device) Flush() error {
 	if d.closed.Load() {
 		return ErrClosed
 	}
 	if d.s.readOnly != nil {
-		return nil // there is nothing to be made durable
+		return nil // nothing needs to be made durable
 	}
 	if err := d.s.wal.sync(); err != nil {
 		return fmt.Errorf("flush %s: %w", d.ref, err)
@@ -365,8 +368,9 @@ func (d *Device) Flush() error {
 	return nil
 }
 
-// Discard unmaps the whole 4 KiB blocks in the range, which then read as zeros. Parts
-// of blocks at its ends stay as they are, but for the device's last block.
+// Discard unmaps the whole 4 KiB blocks in the range, which then read as zeros. Blocks that are only partly in
+// the range stay as they are. The exception is the device's last block, if the device ends within it: Discard
+// unmaps that block if the range covers the device's part of it.
 func (d *Device) Discard(off, length int64) error {
 	if err := d.checkWrite(off, length); err != nil {
 		return fmt.Errorf("discard %s: %w", d.ref, err)
@@ -381,21 +385,22 @@ func (d *Device) Discard(off, length int64) error {
 	return wrapIf(d.punch(first, end), "discard %s", d.ref)
 }
 
-// punchTo is punch up to the volume's last block, which it has only a part of: there is nothing behind that. If the
-// volume has another size by now, there may be something, and the block stays (errChanged).
+// punchTo is punch up to and including the volume's last block, if the volume ends within that block, so that
+// nothing lies behind it. If the volume's size has changed, something may lie there: the block then stays,
+// and punchTo returns errChanged.
 func (d *Device) punchTo(first, end uint64, size int64) error {
 	return d.punchIf(first, end, &expect{first: none, last: none, size: size})
 }
 
-// punch unmaps blocks [first, end), a record a leaf, passing over leaves that map nothing.
+// punch unmaps blocks [first, end), with one record a leaf. It skips leaves that map nothing.
 func (d *Device) punch(first, end uint64) error { return d.punchIf(first, end, nil) }
 
-// punchIf is punch as long as what ex says holds.
+// punchIf is punch under the condition ex, which may be nil. It returns errChanged if ex does not hold.
 func (d *Device) punchIf(first, end uint64, ex *expect) error {
 	if first >= end {
 		return nil
 	}
-	if err := d.s.live(); err != nil { // there may be no leaf to ask for
+	if err := d.s.live(); err != nil { // needed here because there may be no leaf to unmap
 		return err
 	}
 	err := d.s.leaves(d.b, uint32(first/format.LeafBlocks), uint32((end-1)/format.LeafBlocks)+1, func(index uint32) error {
@@ -406,7 +411,7 @@ func (d *Device) punchIf(first, end uint64, ex *expect) error {
 	return errors.Join(err, d.s.answer())
 }
 
-// blocksOf is the number of blocks that n bytes touch.
+// blocksOf returns the number of blocks that n bytes touch.
 func blocksOf(n int64) uint64 { return uint64(n+format.BlockSize-1) / format.BlockSize }
 
 func wrapIf(err error, text string, args ...any) error {

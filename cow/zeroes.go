@@ -8,9 +8,9 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// WriteZeroes makes the range read as zeros. They are a hole and take no space, unless noHole asks that the range be
-// as good as written: then they take what data takes that does not compress, no pass over the store compresses them,
-// and whatever overwrites them finds the space that it gives back.
+// WriteZeroes makes the range read as zeros. The zeros are a hole and take no space, unless noHole is set.
+// Then they take the space of data that does not compress: the cold pass does not compress them, and a later
+// overwrite can use the space that it frees.
 func (d *Device) WriteZeroes(off, length int64, noHole bool) error {
 	if err := d.checkWrite(off, length); err != nil {
 		return fmt.Errorf("write zeroes %s: %w", d.ref, err)
@@ -19,7 +19,7 @@ func (d *Device) WriteZeroes(off, length int64, noHole bool) error {
 		return wrapIf(d.fill(off, length), "write zeroes %s", d.ref)
 	}
 	first, end := blocksOf(off), uint64(off+length)/format.BlockSize
-	if first >= end { // within one block, or over one boundary
+	if first >= end { // the range covers no whole block
 		return d.zeroPart(off, length)
 	}
 	return errors.Join(
@@ -38,7 +38,7 @@ func (d *Device) zeroPart(off, length int64) error {
 	return err
 }
 
-// fill writes zeros that are no hole.
+// fill writes zeros that are not holes.
 func (d *Device) fill(off, length int64) error {
 	sc := d.s.scratch.Get().(*scratch)
 	sc.solid, sc.small = true, length <= smallWrite
@@ -56,8 +56,8 @@ func (d *Device) fill(off, length int64) error {
 	return d.s.answer()
 }
 
-// Zero makes the range read as zeros and gives up no space: what is mapped stays so, as WriteZeroes without a hole has
-// it, and what is a hole stays one.
+// Zero makes the range read as zeros without giving up space: mapped blocks stay mapped, as after WriteZeroes
+// with noHole, and holes stay holes.
 func (d *Device) Zero(off, length int64) error {
 	type run struct{ off, length int64 }
 	var runs []run
@@ -82,7 +82,8 @@ func (d *Device) Zero(off, length int64) error {
 	return nil
 }
 
-// keepSolid leaves out the units that have zeros which are no hole: compressed, they would not keep their space.
+// keepSolid leaves out the units that contain zeros which are not holes. If such a unit were compressed, it
+// would not keep its space.
 func (p *coldPass) keepSolid() {
 	p.units = slices.DeleteFunc(p.units, func(u coldUnit) bool {
 		for data := p.data[u.first*format.BlockSize:][:u.n*format.BlockSize]; len(data) > 0; data = data[format.BlockSize:] {
