@@ -5,10 +5,11 @@ import (
 	"io/fs"
 )
 
-// asideDir is the folder of the chunk files that were set aside: docs/engine.md, Files that are removed or set aside.
+// asideDir is the folder for chunk files that were set aside: docs/engine.md, Files that are removed or set
+// aside.
 const asideDir = chunksDir + ".aside"
 
-// setAsideSoFar counts the files that were set aside, and their bytes. It changes nothing.
+// setAsideSoFar returns how many files were set aside, and their bytes. It changes nothing.
 func (s *Store) setAsideSoFar() (files int, bytes int64, err error) {
 	if _, err := s.in.Lstat(asideDir); errors.Is(err, fs.ErrNotExist) {
 		return 0, 0, nil

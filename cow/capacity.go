@@ -6,23 +6,26 @@ import (
 	"syscall"
 )
 
-// Writing over what only the head of a volume has gives back what it takes, once it is cleaned. So it goes on at a full
-// store, if new mappings stop where the cleaner still finds enough that is dead: docs/reclaim.md, Cleaning.
+// Overwriting a block that only the head of a volume has gives back what it takes, once the old record is
+// cleaned. So overwrites can go on in a full store, if new mappings stop while the cleaner still finds enough
+// dead data: docs/reclaim.md, New mappings stop first.
 
 const (
-	// newParts is the part of the capacity, in 64ths, that new mappings leave to what is written over, and smallParts what
-	// small ones leave: the metadata of a file system, which ends if it cannot write it, comes in small requests.
+	// newParts is the part of the capacity, in 64ths, that new mappings leave to overwrites; smallParts is
+	// what small requests leave. The metadata of a file system comes in small requests, and a file system
+	// that cannot write its metadata breaks.
 	newParts, smallParts = 7, 5
-	// smallWrite is the largest request that is small.
+	// smallWrite is the largest request that counts as small.
 	smallWrite = 64 << 10
-	// roomForNames is what a new name leaves to new mappings: all that is written over after a snapshot is new.
+	// roomForNames is what a new name leaves to new mappings, because everything that is overwritten after a
+	// snapshot is a new mapping.
 	roomForNames = 1 << 20
-	// endChunks are for the log's end, beside what the cleaner works in.
+	// endChunks are chunks for the log's end, beside the cleaner's room.
 	endChunks = 2
 )
 
-// isNew reports whether a write of n blocks maps any that the head alone does not have: a hole, or one that a snapshot
-// has, too. The leaf is locked.
+// isNew reports whether a write of n blocks maps a block that is a hole, or that a snapshot has, too. The
+// caller holds the leaf's lock.
 func isNew(b *branch, lf *leaf, first, n int) bool {
 	if lf.epoch != b.Epoch {
 		return true
@@ -35,7 +38,8 @@ func isNew(b *branch, lf *leaf, first, n int) bool {
 	return false
 }
 
-// roomForNew refuses a new mapping of n bytes of log that would take what is kept for writing over. mu is held.
+// roomForNew returns an error, which matches ErrNoSpace and errNoNew, if a new mapping of n bytes of log
+// would take what is kept for overwrites. The caller holds mu.
 func (s *Store) roomForNew(n int, small bool) error {
 	capacity, parts := s.wal.capacity, int64(newParts)
 	if small {
@@ -57,7 +61,8 @@ func (s *Store) roomForNew(n int, small bool) error {
 		noSpace(syscall.ENOSPC), live>>20, bound, capacity>>20, (capacity-most)>>20, errNoNew, way)
 }
 
-// noteCapacity notes how much the chunk files can take together, of which used are taken. mu is held.
+// noteCapacity notes how many bytes the chunk files can take in total; used of them are taken. The caller
+// holds mu.
 func (l *recordLog) noteCapacity(free, kept, used int64) {
 	l.capacity = used + max(0, min(free, free+kept-spare))
 	if l.limit > 0 {
@@ -65,11 +70,12 @@ func (l *recordLog) noteCapacity(free, kept, used int64) {
 	}
 }
 
-// errNoNew is matched by the refusal of a new mapping.
+// errNoNew is matched by the error of a refused new mapping.
 var errNoNew = errors.New("kept for what is written over")
 
-// moreForNew reports whether there may be room for a new mapping that was refused: somebody has freed space on the file
-// system, or names have gone, and a checkpoint may reap what they held. It is asked for the first time with tries 0.
+// moreForNew reports whether there may be room by now for a new mapping that was refused. With tries 0, which
+// is the first call, it looks at the free space again, as some may have been freed on the file system. Later
+// it makes a checkpoint, if that may reap what deleted names held.
 func (s *Store) moreForNew(tries int) (bool, error) {
 	if tries == 0 {
 		free, err := s.fs.Free()

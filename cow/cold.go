@@ -10,31 +10,34 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// The cold pass: docs/reclaim.md, The cold pass. It writes leaves that have not changed for a while once more: in address
-// order, in whole units, compressed as well as can be. Like the cleaner it changes no block's content, and like the
-// cleaner it compares and swaps what a head has, and moves what snapshots hold.
+// The cold pass: docs/reclaim.md, The cold pass. It writes leaves that have not changed for a while once
+// more: in address order, in whole units, and compressed as well as possible. Like the cleaner, it changes no
+// block's content: it uses compare and swap for data that only a head has, and moves records that snapshots
+// hold.
 
 const (
-	// coldLevel is zstd's, the best that there is: 5 % smaller than level 7 for four times the time, 14 MB/s on a
-	// core, and 34 MiB of memory, which the pool gives back when a pass rests.
+	// coldLevel is the zstd level, the best that there is. Its output is 5 % smaller than level 7's. It takes
+	// four times as long (14 MB/s on a core), and 34 MiB of memory, which the pool gives back when a pass
+	// rests.
 	coldLevel = 11
-	// coldGain is the part of its size by which a leaf, or a record that a snapshot holds, has to get smaller: 1/32.
+	// coldGain says by how much a leaf, or a record that a snapshot holds, has to get smaller: by 1/32 of its
+	// size.
 	coldGain = 32
-	// coldPlaces is how many times more places than it needs a leaf has to be in to be rewritten for its order. What
-	// the pass writes is in one a run at most, whoever writes beside it.
+	// coldPlaces is how many times as many places as runs a leaf has to lie in to be rewritten for its order
+	// alone. What the pass writes lies in at most one place for each run, even if others write meanwhile.
 	coldPlaces = 4
-	// coldSlice is how many blocks of a version that a point holds are worked on with the checkpoint lock held. Units
-	// do not cross it.
+	// coldSlice is how many blocks of a version that a point holds are worked on in one turn of the
+	// checkpoint lock. No unit crosses the end of a slice.
 	coldSlice = 4 * format.UnitBlocks
 	// coldScan is how many leaves of the table are looked at in one transaction.
 	coldScan = 128
 
 	leafSize = format.LeafBlocks * format.BlockSize
-	// hotBlocks is what a write puts in one unit at most: a larger one is the cold pass's.
+	// hotBlocks is the most blocks that a write puts in one unit. Only the cold pass writes larger units.
 	hotBlocks = hotUnit / format.BlockSize
 )
 
-// errBusy says that a checkpoint has to come before the cold pass goes on.
+// errBusy means that a checkpoint has to come before the cold pass goes on.
 var errBusy = errors.New("too many leaves are dirty")
 
 // place is a place in the log: a chunk's sequence number and an offset.
@@ -44,7 +47,7 @@ func before(a, b place) bool {
 	return a.ChunkSeq < b.ChunkSeq || a.ChunkSeq == b.ChunkSeq && a.Offset < b.Offset
 }
 
-// end is where the log ends.
+// end returns the place where the log ends.
 func (s *Store) end() (p place) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -52,14 +55,14 @@ func (s *Store) end() (p place) {
 	return p
 }
 
-// coldPass goes once over all leaves of a store that were written between two places of its log, and not since. One
-// goroutine at a time uses it.
+// coldPass goes once over all leaves of a store that were written between two places of its log, and not
+// since. Only one goroutine at a time may use it.
 type coldPass struct {
 	s        *Store
 	from, to place
-	branches []*branch // still to go over; in the first from leaf leafAt on
+	branches []*branch // still to go over; the first of them from leaf leafAt on
 	leafAt   uint32
-	due      []coldLeaf // found to be looked at
+	due      []coldLeaf // found by scan, still to be worked on
 
 	report ColdReport
 	zstd   *codecPool
@@ -67,13 +70,13 @@ type coldPass struct {
 	plan   ReadPlan
 	leaf   format.Leaf
 	chunks [format.LeafBlocks]*chunk // of leaf's entries
-	data   []byte                    // a leaf's
-	comp   []byte                    // of it, compressed
+	data   []byte                    // content of a leaf
+	comp   []byte                    // data, compressed
 	alt    []byte                    // another compression of a unit
 	quick  *format.Compressor
 	units  []coldUnit
-	next   int // of units, to be written
-	was    int // what the units take, before
+	next   int // index in units of the next to write
+	was    int // stored size of the units before
 	is     int // and after
 }
 
@@ -81,17 +84,17 @@ type coldLeaf struct {
 	b       *branch
 	index   uint32
 	ofHead  bool // the head's own blocks are to be looked at
-	ofPoint bool // those of versions that points have, as of
+	ofPoint bool // the own blocks of versions up to epoch are to be looked at
 	epoch   uint32
-	block   int  // where to go on in that epoch's version
-	moved   bool // some of it has been
+	block   int  // where to go on in the version of that epoch
+	moved   bool // some of that version has been moved
 }
 
-// ColdReport is what a cold pass did.
+// ColdReport says what a cold pass did.
 type ColdReport struct {
-	Leaves  int64 `json:"leaves"`        // that were written, by version
-	Before  int64 `json:"before_bytes"`  // what they took
-	Written int64 `json:"written_bytes"` // what they take now
+	Leaves  int64 `json:"leaves"`        // versions of leaves written
+	Before  int64 `json:"before_bytes"`  // their stored size before
+	Written int64 `json:"written_bytes"` // and after
 }
 
 func (s *Store) newColdPass(from, to place) (*coldPass, error) {
@@ -119,14 +122,15 @@ func (s *Store) newColdPass(from, to place) (*coldPass, error) {
 	return p, nil
 }
 
-// Cold makes a whole cold pass, over everything that has been written so far.
+// Cold makes a whole cold pass over everything that has been written so far. It returns when the pass is
+// done, or when ctx ends.
 func (s *Store) Cold(ctx context.Context) (ColdReport, error) {
 	if err := s.beginTask(); err != nil {
 		return ColdReport{}, fmt.Errorf("cold pass: %w", err)
 	}
 	defer s.tasks.Done()
 	to := s.end()
-	if err := s.Checkpoint(); err != nil { // the table has everything before to
+	if err := s.Checkpoint(); err != nil { // then the table has everything before to
 		return ColdReport{}, fmt.Errorf("cold pass: %w", err)
 	}
 	p, err := s.newColdPass(place{}, to)
@@ -142,7 +146,7 @@ func (s *Store) Cold(ctx context.Context) (ColdReport, error) {
 		case errors.Is(err, errBusy):
 			err = s.Checkpoint()
 		case errors.Is(err, ErrNoSpace) && tries == 0:
-			tries++ // what has died gives room
+			tries++ // removing dead chunks gives room
 			err = s.Checkpoint()
 		case err == nil:
 			tries = 0
@@ -155,15 +159,15 @@ func (s *Store) Cold(ctx context.Context) (ColdReport, error) {
 	return p.report, wrapIf(err, "cold pass")
 }
 
-// coldDone notes that everything before a place has been gone over.
+// coldDone notes that the pass has gone over everything before to.
 func (s *Store) coldDone(to place) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.coldMark, s.coldNoted, s.catalogDirty = to, true, true
 }
 
-// step works on one leaf, or looks for some. more is false at the end of the pass. After errBusy and ErrNoSpace it
-// can be gone on with.
+// step works on one leaf, or looks for leaves to work on. more is false at the end of the pass. After errBusy
+// or ErrNoSpace, step may be called again to go on.
 func (p *coldPass) step() (more bool, err error) {
 	s := p.s
 	if len(p.due) == 0 {
@@ -206,7 +210,7 @@ func (p *coldPass) step() (more bool, err error) {
 	return true, nil
 }
 
-// scan looks at some leaves as they are in the table.
+// scan looks at some leaves as they are in the table, and adds to p.due those that may be cold.
 func (p *coldPass) scan() (more bool, err error) {
 	p.due = p.due[:0]
 	err = p.s.meta.View(func(tx *metadata.Tx) error {
@@ -232,7 +236,7 @@ func (p *coldPass) scan() (more bool, err error) {
 	return len(p.due) > 0 || len(p.branches) > 0, err
 }
 
-// look says what of a leaf may be cold.
+// look returns which versions of a leaf may be cold.
 func (p *coldPass) look(tx *metadata.Tx, b *branch, index uint32) coldLeaf {
 	l := coldLeaf{b: b, index: index, epoch: head}
 	p.s.mu.Lock()
@@ -242,7 +246,7 @@ func (p *coldPass) look(tx *metadata.Tx, b *branch, index uint32) coldLeaf {
 		var err error
 		v.Epoch, err = tx.Leaf(v, &p.leaf)
 		switch {
-		case err != nil || v.Epoch == 0: // Check names what is damaged
+		case err != nil || v.Epoch == 0: // Check reports the damage
 			return l
 		case written && v.Epoch >= epoch:
 			l.ofHead = p.isCold(&p.leaf, true) && !settled(&p.leaf)
@@ -253,7 +257,8 @@ func (p *coldPass) look(tx *metadata.Tx, b *branch, index uint32) coldLeaf {
 	return l
 }
 
-// isCold reports whether one of a version's own blocks was written between the pass's places, and (whole) none since.
+// isCold reports whether one of a version's own blocks was written between the places from and to. If whole
+// is set, none may have been written since.
 func (p *coldPass) isCold(l *format.Leaf, whole bool) (cold bool) {
 	for i, e := range l.Entries {
 		if e.IsHole() || !l.IsChanged(i) {

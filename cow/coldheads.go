@@ -7,16 +7,17 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// A cold pass over what the heads of volumes have, and nobody else: it is written again, by compare and swap.
+// The part of a cold pass for blocks that only the heads of volumes have. They are written again, by compare
+// and swap.
 
-// coldUnit is a run of a leaf's own blocks, as it is to be written.
+// coldUnit is a run of a leaf's own blocks, as the pass will write it.
 type coldUnit struct {
 	first, n int
 	h        format.RecordHeader
 	payload  []byte
 }
 
-// runs calls fn for the runs of a leaf's own blocks that can be one unit.
+// runs calls fn for each run of a leaf's own blocks that can be one unit.
 func runs(l *format.Leaf, fn func(first, n int)) {
 	own := func(i int) bool { return l.IsChanged(i) && !l.Entries[i].IsHole() }
 	for i := 0; i < format.LeafBlocks; {
@@ -31,7 +32,7 @@ func runs(l *format.Leaf, fn func(first, n int)) {
 	}
 }
 
-// settled reports whether a leaf is as only the cold pass writes it.
+// settled reports whether every run of a leaf is a record that only the cold pass writes.
 func settled(l *format.Leaf) bool {
 	ok := true
 	runs(l, func(first, n int) {
@@ -44,9 +45,9 @@ func settled(l *format.Leaf) bool {
 	return ok
 }
 
-// head rewrites what the head of a volume has of a leaf and nobody else, if that gains.
+// head rewrites those blocks of a leaf that only the head of a volume has, if that gains.
 func (p *coldPass) head(k leafKey) error {
-	if p.next == 0 { // else it goes on with what it has read before
+	if p.next == 0 { // otherwise go on with what was read before
 		if err := p.prepare(k); err != nil || len(p.units) == 0 {
 			return err
 		}
@@ -54,12 +55,13 @@ func (p *coldPass) head(k leafKey) error {
 	return p.rewrite()
 }
 
-// prepare makes the units that a head's leaf is to be rewritten as, or none if that does not gain.
+// prepare makes the units as which a head's leaf is to be rewritten. It makes none if rewriting gains
+// nothing.
 func (p *coldPass) prepare(k leafKey) error {
 	p.units, p.next = p.units[:0], 0
 	pool := p.s.codecOf(k.b.ID)
 	if pool == nil {
-		return nil // its volume has gone
+		return nil // its volume has been deleted
 	}
 	if pool.codec == format.S2 || pool.codec == format.Zstd && pool.level < p.zstd.level {
 		pool = p.zstd
@@ -77,7 +79,7 @@ func (p *coldPass) prepare(k leafKey) error {
 		room := p.comp[len(p.comp):]
 		out, codec := c.Compress(room, p.data[u.first*format.BlockSize:][:u.n*format.BlockSize])
 		if codec == format.Zstd {
-			// Where that is as good, what reads faster.
+			// Prefer S2 if it is about as small, because it reads faster.
 			if alt, as := p.quick.Compress(p.alt, p.data[u.first*format.BlockSize:][:u.n*format.BlockSize]); as == format.S2 &&
 				len(alt) <= len(out)+len(out)/coldGain {
 				out, codec = append(out[:0], alt...), as
@@ -100,14 +102,15 @@ func (p *coldPass) prepare(k leafKey) error {
 	return nil
 }
 
-// rewrite puts the units in the place of what they were read from, as far as that is still there. After an error it
-// can be gone on with: a leaf that is rewritten in part is not cold any more, and would not be read again.
+// rewrite writes the units in the place of the blocks that they were read from, unless those have changed.
+// After an error, calling it again goes on with the next unit: a partly rewritten leaf is not cold any more,
+// and would not be read again.
 func (p *coldPass) rewrite() error {
 	for ; p.next < len(p.units); p.next++ {
 		u := &p.units[p.next]
 		_, err := p.s.putMoved(&u.h, u.payload, func(lf *leaf) bool { return p.unchanged(lf, u) })
 		if errors.Is(err, errChanged) {
-			continue // it is not cold
+			continue // it was written meanwhile, so it is not cold
 		}
 		if err != nil {
 			return err
@@ -120,7 +123,8 @@ func (p *coldPass) rewrite() error {
 	return nil
 }
 
-// unchanged reports whether a leaf still has the blocks that were read. Store.mu and the leaf's lock are held.
+// unchanged reports whether a leaf still has the blocks that were read for u. The caller holds Store.mu and
+// the leaf's lock.
 func (p *coldPass) unchanged(lf *leaf, u *coldUnit) bool {
 	for i := u.first; i < u.first+u.n; i++ {
 		e := p.leaf.Entries[i]
@@ -131,8 +135,8 @@ func (p *coldPass) unchanged(lf *leaf, u *coldUnit) bool {
 	return true
 }
 
-// read reads a head's own blocks of a leaf, if it is cold, and cuts them into units; there are none if it is not. It
-// returns what they take, and in how many places they are.
+// read reads a head's own blocks of a leaf, and cuts them into units. It makes no units if the leaf is not
+// cold. It returns the stored size of the blocks, and in how many places of the log they lie.
 func (p *coldPass) read(k leafKey) (size, places int, err error) {
 	s := p.s
 	s.mu.Lock()
@@ -173,7 +177,7 @@ func (p *coldPass) read(k leafKey) (size, places int, err error) {
 	return size, places, nil
 }
 
-// layout says what the blocks of the units take, and in how many places of the log they are.
+// layout returns the stored size of the units' blocks, and in how many places of the log they lie.
 func (p *coldPass) layout() (size, places int) {
 	var last format.Entry
 	for _, u := range p.units {

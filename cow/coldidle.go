@@ -7,20 +7,21 @@ import (
 )
 
 const (
-	// coldOthers is how many reads and 4 KiB of writes others may have in a second for the store to count as idle.
+	// coldOthers is how many reads and 4 KiB writes others may make in a second for the store to count as
+	// idle.
 	coldOthers = 100
-	// coldRate is how many bytes of a volume the pass goes over in a second at most.
+	// coldRate is how many bytes of volumes the pass goes over in a second at most.
 	coldRate = 64 << 20
 	// coldWaste is the part of a chunk that must be dead for the end of a pass to clean it.
 	coldWaste = 0.25
-	// coldShare is how many times as long as a pass took the next one waits.
+	// coldShare is how many times as long as a pass took the next one waits before it begins.
 	coldShare = 20
 )
 
-// coldClock knows where the log ended a while ago.
+// coldClock knows where the log ended some time ago.
 type coldClock struct {
 	after   time.Duration
-	samples []coldSample // from the newest that is older than after on
+	samples []coldSample // oldest first; only the first may be older than after
 }
 
 type coldSample struct {
@@ -37,7 +38,8 @@ func (c *coldClock) sample(now time.Time, end place) {
 	}
 }
 
-// horizon is a place behind which there is everything that is younger than after.
+// horizon returns a place such that everything younger than after lies behind it in the log. It is the zero
+// place while the samples do not go back that far.
 func (c *coldClock) horizon(now time.Time) (p place) {
 	if len(c.samples) > 0 && now.Sub(c.samples[0].at) >= c.after {
 		p = c.samples[0].end
@@ -45,18 +47,18 @@ func (c *coldClock) horizon(now time.Time) (p place) {
 	return p
 }
 
-// coldWorker makes cold passes in idle time. Its goroutine is the only one that uses it.
+// coldWorker makes cold passes in idle time. Only its own goroutine uses it.
 type coldWorker struct {
 	s        *Store
 	clock    coldClock
-	pass     *coldPass     // nil: none is under way
-	passed   bool          // it has come to its end; what is left is to clean
-	worked   time.Duration // for this pass
-	next     time.Time     // no pass begins before
-	activity uint64        // at the last look
+	pass     *coldPass     // nil if none is under way
+	passed   bool          // the pass has come to its end; only cleaning is left
+	worked   time.Duration // time worked on this pass
+	next     time.Time     // when the next pass may begin
+	activity uint64        // at the last tick
 }
 
-// coldRoutine makes cold passes in idle time, until quit.
+// coldRoutine makes cold passes in idle time, until the store closes (quit).
 func (s *Store) coldRoutine() {
 	w := coldWorker{s: s, clock: coldClock{after: s.opts.ColdAfter}}
 	tick := time.NewTicker(time.Second)
@@ -77,7 +79,7 @@ func (s *Store) coldRoutine() {
 	}
 }
 
-// tick works for about a second, if nobody else does.
+// tick works for about a second, as long as nothing else does.
 func (w *coldWorker) tick(now time.Time) (err error) {
 	idle := w.idle()
 	if w.activity = w.s.activity(); !idle {
@@ -100,7 +102,7 @@ func (w *coldWorker) tick(now time.Time) (err error) {
 		} else if err != nil && !errors.Is(err, ErrNoSpace) {
 			return err
 		} else if err != nil {
-			return nil // the cleaner may find room
+			return nil // the cleaner may make room
 		}
 	}
 	return nil
@@ -111,12 +113,12 @@ func (w *coldWorker) idle() bool {
 	return w.s.activity()-w.activity <= coldOthers && w.s.urgency() == idle
 }
 
-// due reports whether there is anything for a pass to look at.
+// due reports whether a pass may begin and has anything to look at.
 func (w *coldWorker) due(now time.Time) bool {
 	return !now.Before(w.next) && before(w.s.marked(), w.clock.horizon(now))
 }
 
-// work does a bit of the pass, and rests.
+// work does a small part of the pass, and rests.
 func (w *coldWorker) work() error {
 	start := time.Now()
 	if w.passed {
@@ -140,8 +142,8 @@ func (w *coldWorker) work() error {
 	return nil
 }
 
-// clean gives back the space of a chunk that the pass, or others before it, left dead in good part. Where there is
-// none, the pass is over.
+// clean gives back the space of a chunk that is dead in good part, through this pass or otherwise. If there
+// is no such chunk, the pass is over.
 func (w *coldWorker) clean() error {
 	s := w.s
 	r, err := s.cleanOne(context.Background(), coldWaste, w.pass.to.ChunkSeq, s.giveWay)
@@ -164,7 +166,8 @@ func (w *coldWorker) rest(d time.Duration) {
 	}
 }
 
-// activity counts what others than the cleaner and the cold pass do: reads, and 4 KiB of the log.
+// activity counts what others than the cleaner and the cold pass do: reads, and 4 KiB units appended to the
+// log.
 func (s *Store) activity() uint64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -177,7 +180,8 @@ func (s *Store) marked() place {
 	return s.coldMark
 }
 
-// roomy reports whether there is room for what a pass leaves dead until a checkpoint.
+// roomy reports whether there is room for the copies that a pass writes before a checkpoint gives anything
+// back.
 func (s *Store) roomy() bool {
 	free, err := s.fs.Free()
 	s.mu.Lock()

@@ -8,20 +8,20 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// A cold pass over what snapshots hold: records are moved and forwarded, like the cleaner's.
+// The part of a cold pass for records that snapshots hold. They are moved and forwarded, as by the cleaner.
 
-// coldRecord is a record of which a version owns blocks.
+// coldRecord is a record with blocks that a version owns.
 type coldRecord struct {
-	name  format.Entry // of its first block
-	block uint64       // the first
-	mask  uint16       // of the blocks that the version owns
+	name  format.Entry // entry of its first block
+	block uint64       // number of its first block
+	mask  uint16       // the blocks that the version owns
 }
 
-// points goes on with what versions of ended epochs have of a leaf: it moves the records of coldSlice blocks, as far
-// as that gains.
+// points goes on with the versions of ended epochs of a leaf. It moves those records of the next coldSlice
+// blocks that get smaller. It returns errFull if a checkpoint has to come first.
 func (p *coldPass) points(l *coldLeaf) error {
 	s, b := p.s, l.b
-	s.ckptMu.Lock() // as in mover.batch
+	s.ckptMu.Lock() // as in mover.moveGathered
 	defer s.ckptMu.Unlock()
 	if s.lastAborted {
 		return errFull
@@ -29,8 +29,8 @@ func (p *coldPass) points(l *coldLeaf) error {
 	s.mu.Lock()
 	asOf, mine := l.epoch, s.catalog.branches[b.ID] == b
 	if b.volume != nil {
-		// What the head has of its present epoch changes all the time, until a snapshot ends that; what is before
-		// stays.
+		// What the head owns in its present epoch changes all the time, until a snapshot ends the epoch.
+		// Earlier versions do not change.
 		asOf, mine = min(asOf, b.Epoch-1), mine && b.volume.codec.codec != format.Raw
 	}
 	s.mu.Unlock()
@@ -59,10 +59,11 @@ func (p *coldPass) points(l *coldLeaf) error {
 	return nil
 }
 
-// version moves the next records of a version, which is in p.leaf, as far as they get smaller. ckptMu is held.
+// version moves those records in the next slice of a version, which is in p.leaf, that get smaller. The
+// caller holds ckptMu.
 func (p *coldPass) version(l *coldLeaf) error {
 	var rs []coldRecord
-	end := l.block + coldSlice // a record is before it or behind
+	end := l.block + coldSlice // no record crosses it
 	for i := l.block; i < end; i++ {
 		e := p.leaf.Entries[i]
 		if e.IsHole() || !p.leaf.IsChanged(i) {
@@ -94,7 +95,8 @@ func (p *coldPass) version(l *coldLeaf) error {
 	return nil
 }
 
-// record moves one record of a version, if it gets smaller: from size is, to n. ckptMu is held.
+// record moves one record of a version if it gets smaller: from size is to size n. n is 0 if it was not
+// moved. The caller holds ckptMu.
 func (p *coldPass) record(b *branch, r coldRecord) (is, n int, err error) {
 	s := p.s
 	at := r.name
@@ -102,7 +104,8 @@ func (p *coldPass) record(b *branch, r coldRecord) (is, n int, err error) {
 		return 0, 0, err
 	} else if moved {
 		if at = to.To; at.Size() < r.name.Size() {
-			return 0, 0, nil // an earlier pass did it, or the cleaner, which left out what was dead
+			// An earlier pass made it smaller, or the cleaner, which left out its dead blocks.
+			return 0, 0, nil
 		}
 	}
 	s.mu.Lock()
@@ -139,7 +142,7 @@ func (p *coldPass) record(b *branch, r coldRecord) (is, n int, err error) {
 	return at.Size(), n, err
 }
 
-// readRecord reads a record, which may be on its way to its file still.
+// readRecord reads a record, which may still be on its way to the chunk file.
 func (s *Store) readRecord(c *chunk, off uint32, p []byte) error {
 	if s.wal.read(c, off, p) {
 		return nil

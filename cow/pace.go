@@ -7,25 +7,26 @@ import (
 )
 
 const (
-	// paceGrain is after how many bytes of the log one writer waits for all: of many small writes few do.
+	// paceGrain is how many bytes are appended to the log before one writer waits for all of them. So of many
+	// small writes, few wait.
 	paceGrain = 512 << 10
-	// paceMost is the longest that a write waits for its pace.
+	// paceMost is the longest time that a write waits for the pace.
 	paceMost = 100 * time.Millisecond
 )
 
-// pacer has writers append no more than so many bytes a second. Whoever comes to the end of a grain waits until it is
-// due, behind those who wait for grains before it; the others go on. Who writes more comes to more ends, so all get
-// the same.
+// pacer limits the bytes that writers append in a second. The writer that fills a grain sleeps until the
+// grain is due, after the grains before it; the others go on. Heavier writers fill more grains and so sleep
+// more often, which keeps it fair.
 type pacer struct {
 	on atomic.Bool
 
 	mu   sync.Mutex
 	rate float64   // bytes a second
-	sum  float64   // bytes of this grain
-	due  time.Time // when the last grain is, or was
+	sum  float64   // bytes of the present grain
+	due  time.Time // when the last full grain is, or was, due
 }
 
-// set changes the pace; 0: as fast as they can.
+// set changes the pace to rate bytes a second; 0 means no limit.
 func (p *pacer) set(rate float64) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -36,11 +37,11 @@ func (p *pacer) set(rate float64) {
 	p.on.Store(rate > 0)
 }
 
-// Paced reports whether writes may have to wait, since there is little room and the cleaner is about making some. Who
-// also has something else to do lets others write.
+// Paced reports whether writes may have to wait for the pace, because room is short and the cleaner is making
+// some. A caller that has other work to do should then leave writes to another goroutine.
 func (d *Device) Paced() bool { return d.s.pacer.on.Load() }
 
-// wait is called before n bytes are appended. No lock is held.
+// wait sleeps as long as the pace asks before n bytes are appended. The caller holds no lock.
 func (p *pacer) wait(n int) {
 	if p.on.Load() {
 		time.Sleep(p.take(n))
@@ -57,7 +58,7 @@ func (p *pacer) take(n int) time.Duration {
 	p.sum = 0
 	p.due = p.due.Add(grain)
 	switch wait := p.due.Sub(now); {
-	case wait < 0: // the writers are slower than the pace, and do not save up for later
+	case wait < 0: // the writers are slower than the pace; they cannot save that up for later
 		p.due = now
 		return 0
 	case wait > paceMost:
@@ -69,31 +70,35 @@ func (p *pacer) take(n int) time.Duration {
 }
 
 const (
-	// level is for how many chunks there is room when others go as fast as the cleaner makes room.
+	// level is for how many chunks there is room when others write just as fast as the cleaner makes room.
 	level = 6
-	// unpaced is from where on they go as they like, and the cleaner rests.
+	// unpaced is for how many chunks there must be room for writers not to be held back, and for the cleaner
+	// to rest.
 	unpaced = 7
-	// leastPace bounds how far they fall behind what the cleaner gains, with no room at all.
+	// leastPace is the part of the cleaner's rate at which writers may always append, even with no room at
+	// all.
 	leastPace = 0.2
-	// giveUpAt is for how many chunks there is room when the table has to give up those that were cleaned, and
-	// waitAt, when the cleaner, which takes room before it gives any, waits for that.
+	// giveUpAt is for how many chunks there is room when a checkpoint is begun just to remove the chunks that
+	// were cleaned. At waitAt the cleaner waits for that checkpoint, because cleaning takes room before it
+	// gives any.
 	giveUpAt = 2
 	waitAt   = 0.5
 )
 
-// throttle is how a pressed cleaner fits its own work, and the pace of those who write, to the room that there is,
-// which it counts in chunks. Only the cleaner's goroutine uses it.
+// throttle fits the speed of a pressed cleaner, and the pace of the writers, to the room that is left. It
+// counts room in chunks. Only the cleaner's goroutine uses it.
 type throttle struct {
 	s      *Store
-	gained float64 // bytes, and the seconds that it took, of the last chunks
+	gained float64 // bytes gained by cleaning the last chunks; worked is the seconds that it took
 	worked float64
 	rested time.Duration
-	asked  uint64 // the generation of the last checkpoint that it asked for, or later
+	asked  uint64 // generation of the last checkpoint that it asked for, or of a later one that ran
 }
 
-// batch comes after each batch of a chunk. The less room there is, the less the cleaner rests; where it does not rest
-// any more, others may write as fast as it makes room. What has been gone through of the chunk, and chunks that the
-// table has not given up yet, are room to come, and count, or the pace would go up and down with every chunk.
+// batch adjusts speed and pace after each batch of a chunk. The less room there is, the less the cleaner
+// rests. When it does not rest any more, others may write as fast as it makes room. The part of the chunk
+// that it has gone through, and chunks that are cleaned and not removed yet, count as room that is about to
+// come back. Otherwise the pace would go up and down with every chunk.
 func (t *throttle) batch(took time.Duration, urgent bool) error {
 	now, owed, lent := t.room()
 	room := now + owed - lent + min(1, float64(t.s.mover.r.off)/float64(t.s.wal.chunkBytes))
@@ -112,7 +117,7 @@ func (t *throttle) batch(took time.Duration, urgent bool) error {
 	return t.giveUp(now, owed)
 }
 
-// chunk comes after a chunk was cleaned.
+// chunk notes what cleaning a chunk gained, and how long it took.
 func (t *throttle) chunk(gain int64, took time.Duration) {
 	const keep = 0.9
 	t.gained = keep*t.gained + float64(gain)
@@ -120,17 +125,17 @@ func (t *throttle) chunk(gain int64, took time.Duration) {
 	t.rested = 0
 }
 
-// giveUp has the checkpointer make a checkpoint if there is little room without those chunks that it brings. With
-// next to none it waits until there is.
+// giveUp asks the checkpointer for a checkpoint if there is little room without the chunks that the
+// checkpoint gives back. With next to no room it waits until the checkpoint is made.
 func (t *throttle) giveUp(now, owed float64) error {
 	if owed == 0 || now >= giveUpAt {
 		return nil
 	}
 	s := t.s
 	s.mu.Lock()
-	gen := s.gen // of the checkpoint that brings them
+	gen := s.gen // generation of the checkpoint that gives them back
 	if s.pendingFree > 0 {
-		gen-- // under way; what has died since is the next one's
+		gen-- // that one is under way; it does not cover chunks that have died since
 		t.asked = max(t.asked, gen)
 	}
 	s.mu.Unlock()
@@ -144,8 +149,9 @@ func (t *throttle) giveUp(now, owed float64) error {
 	return nil
 }
 
-// room is for how many chunks data has room now, and owed, how many a checkpoint gives back, the one under way or the
-// next. As many as lent of these the cleaner needs by then, and data need not leave them now.
+// room returns for how many chunks data has room now, and how many chunks (owed) the checkpoint under way and
+// the next one give back. lent is how many of the owed chunks the cleaner's room will need; data does not
+// have to leave these free now.
 func (t *throttle) room() (now, owed, lent float64) {
 	s := t.s
 	free, err := s.fs.Free()
@@ -167,7 +173,8 @@ func (t *throttle) room() (now, owed, lent float64) {
 	return chunks(room), chunks(back), chunks(min(back, s.workBeyond()))
 }
 
-// room is how much more the chunk files can take, of so many free bytes. mu is held.
+// room returns how many more bytes the chunk files can take if the file system has free bytes free. The
+// caller holds mu.
 func (s *Store) room(free int64) int64 {
 	room := min(free, free+s.kept()-spare)
 	if s.wal.limit > 0 {

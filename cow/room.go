@@ -10,37 +10,41 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// Room for the table: docs/reclaim.md, A full disk. What the next commits can take is counted before anything is changed that
-// they have to write, and the table's file has the blocks by then.
+// Room for the table: docs/reclaim.md, The table. What the next commits may take is counted before anything
+// changes that they have to write, and the table's file already has the blocks by then.
 
 const (
-	// leafNeed bounds what a commit takes for one leaf: three pages for its value and what that parts, one for the list
-	// of changes, and one above each.
+	// leafNeed bounds what a commit takes for one leaf: three pages for its value and for pages that it
+	// splits, one for the list of changes, and one above each of the two.
 	leafNeed = 6 << 12
-	// leafGrowth bounds what one leaf adds to a table that is written whole: value and change, in pages half full.
+	// leafGrowth bounds what one leaf adds to a table that is written whole: value and change, in pages half
+	// full.
 	leafGrowth = 8 << 10
-	// rowNeed is what a commit takes for rows of volumes, snapshots, branches and chunks, for each version that it may reap.
+	// rowNeed bounds what a commit takes for rows of volumes, snapshots, branches and chunks, for each
+	// version that the reaper may reap.
 	rowNeed = 8 << 10
-	// growMost is what the table's file grows by at most, if no more is needed.
+	// growMost is the most that the table's file grows by at once, if no more is needed.
 	growMost = 16 << 20
 )
 
-// tableShort is how many bytes the table's file is short of what the commits of all that is dirty, and n leaves more,
-// may take, with what is kept from the purpose. What a reaper's batch takes is kept from all. mu is held.
+// tableShort returns how many bytes the table's file lacks for the next commits: for all that is dirty, for n
+// leaves more, and for what is kept from purpose p. Room for a batch of the reaper is kept from all purposes.
+// The file is large enough if the result is not positive. The caller holds mu.
 func (s *Store) tableShort(n int, p purpose) int64 {
 	free, used := s.meta.Room()
 	rows := len(s.catalog.dirtyVolumes) + len(s.catalog.dirtySnapshots) + len(s.catalog.dirtyBranches)
 	leaves := int64(s.unwritten + s.writing + len(s.dropping) + len(s.dirtyRegions) + s.writingRegions + rows/4 + n)
 	need := min(leaves*leafNeed, used+leaves*leafGrowth)
 	batch := int64(s.opts.reapBatch)
-	need += batch*(leafNeed+rowNeed) + (free+used)/512 // the list of free pages
+	need += batch*(leafNeed+rowNeed) + (free+used)/512 // the last term is the list of free pages
 	if p == forData {
 		need += batch / 2 * leafNeed // for discards and the cleaner
 	}
 	return need - free
 }
 
-// growTable makes the table's file larger by n bytes, if that leaves free what the purpose may not have.
+// growTable makes the table's file n bytes larger, or somewhat more, if that leaves free what purpose p may
+// not use. Otherwise it returns ErrNoSpace.
 func (s *Store) growTable(n int64, p purpose) error {
 	free, err := s.fs.Free()
 	if err != nil {
@@ -63,7 +67,7 @@ func (s *Store) growTable(n int64, p purpose) error {
 		noSpace(syscall.ENOSPC), n>>10, free>>20)
 }
 
-// allocateTable gives the table's file blocks.
+// allocateTable allocates blocks for the table's file, from one offset to another.
 func (s *Store) allocateTable(f *os.File, from, to int64) error {
 	if err := s.opts.growTable(to - from); err != nil {
 		return err
@@ -71,8 +75,8 @@ func (s *Store) allocateTable(f *os.File, from, to int64) error {
 	return metadata.Allocate(f, from, to)
 }
 
-// purposeOf says how far an event may go into what is kept free: what makes names is data, and all else gives room
-// back or takes next to none.
+// purposeOf returns how far an event may use the space that is kept free. An event that makes a name counts
+// as data; all others give room back, or take next to none.
 func purposeOf(ev *format.Event) purpose {
 	switch ev.Op {
 	case "create", "snapshot", "clone":
@@ -81,13 +85,15 @@ func purposeOf(ev *format.Event) purpose {
 	return forEvents
 }
 
-// kept is what of the space that is to stay free is in the store's hands already.
+// kept returns how much of the space that has to stay free the store holds already: the reserve, and free
+// pages of the table.
 func (s *Store) kept() int64 {
 	free, _ := s.meta.Room()
 	return s.wal.stock.bytes() + min(free, spare/2)
 }
 
-// lowDisk reports whether less is free on the file system than is to stay free, so that nothing is kept for later.
+// lowDisk reports whether less is free on the file system than has to stay free. Then nothing is kept for
+// reuse.
 func (s *Store) lowDisk() bool {
 	free, err := s.fs.Free()
 	kept := s.kept()
@@ -96,14 +102,14 @@ func (s *Store) lowDisk() bool {
 	return err == nil && free+kept < spare+s.wal.chunkBytes+s.workRoom()
 }
 
-// fillReserve is called where nothing depends on it.
+// fillReserve fills the reserve up. It only logs an error, because nothing depends on it.
 func (s *Store) fillReserve() {
 	if err := s.wal.stock.fill(s.used(true)); err != nil {
 		s.log.Warn("no blocks can be kept for when the file system is full", "err", err)
 	}
 }
 
-// makeElbowRoom has some room free where the file system has none: an owner writes small files.
+// makeElbowRoom frees some of the reserve if the file system is full, because an owner writes small files.
 func (s *Store) makeElbowRoom() {
 	if free, err := s.fs.Free(); err == nil && free < elbowRoom {
 		s.wal.stock.give(2 * elbowRoom)

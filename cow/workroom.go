@@ -7,23 +7,23 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// Room for the cleaner to work in: docs/reclaim.md, Cleaning. A chunk gives nothing back before everything that lives
-// in it has been copied. So data leaves room to copy what lives in any one chunk, and the cleaner begins no chunk that
-// it has no room to finish. What it copied of a chunk that it cannot finish would take that room, and then no chunk
-// could be cleaned, however much is dead.
+// Room for the cleaner to work in: docs/reclaim.md, The cleaner's room. A chunk gives nothing back before all
+// of its live data has been copied. So data leaves room to copy the live data of any one chunk, and the
+// cleaner begins no chunk that it has no room to finish. Otherwise the copies from an unfinished chunk would
+// take that room, and then no chunk could be cleaned, however much is dead.
 //
-// Chunks differ in size: each was made as large as there was room for then.
+// Chunks differ in size: each was made as large as there was room for at the time.
 
-// workShare bounds the room for chunks that are larger than new ones: an eighth of the capacity. Else an old chunk of 64
-// MiB would keep data from all of a store whose limit is 64 MiB.
+// workShare bounds the room that is left for chunks larger than new ones: an eighth of the capacity.
+// Otherwise an old chunk of 64 MiB would take all of a store whose limit is 64 MiB from data.
 const workShare = 8
 
-// workRoom is the room for chunks that it takes to clean any chunk there is. mu is held.
+// workRoom returns how much room for chunks it takes to clean any chunk that there is. The caller holds mu.
 func (s *Store) workRoom() int64 {
 	return s.wal.chunkBytes + s.workBeyond()
 }
 
-// workBeyond is what of workRoom is beyond one new chunk. mu is held.
+// workBeyond returns how much of workRoom exceeds one new chunk. The caller holds mu.
 func (s *Store) workBeyond() int64 {
 	most, chunk := s.slots.mostLive(), s.wal.chunkBytes
 	if most <= max(chunk, liveStep) {
@@ -37,8 +37,9 @@ func (s *Store) workBeyond() int64 {
 	return need - chunk
 }
 
-// workKept is what data leaves of workRoom at this moment. What the cleaner has copied of the chunk that it is cleaning
-// comes back with that chunk, and what is dead comes back with the next checkpoint. mu is held.
+// workKept returns how much of workRoom data has to leave at this moment. What the cleaner has copied of the
+// chunk that it is cleaning comes back with that chunk, and what is dead comes back with the next checkpoint.
+// The caller holds mu.
 func (s *Store) workKept() int64 {
 	back := s.slots.owed + s.pendingFree
 	c := s.cleaning
@@ -52,19 +53,23 @@ func (s *Store) workKept() int64 {
 	return keep
 }
 
-// workFor is what it takes to copy what lives in a chunk. A moved record is a little longer than what it was.
+// workFor returns how many bytes it takes to copy the live data of a chunk. A moved record is a little longer
+// than the original.
 func workFor(c *chunk) int64 { return int64(c.live) + int64(c.live)/64 }
 
-// chunkLoss is how much of a new chunk moved records cannot have: its header, and the end that is left to events.
+// chunkLoss returns how many bytes of a new chunk moved records cannot use: its header, and the end that is
+// kept for events.
 func (l *recordLog) chunkLoss() int64 {
 	return format.ChunkHeaderSize + min(eventRoom, l.chunkBytes/16)
 }
 
-// workable is how much the cleaner can copy, whatever others write meanwhile, if so much is free. mu is held.
+// workable returns how many bytes the cleaner can copy, whatever others write meanwhile, if the file system
+// has free bytes free. The caller holds mu.
 func (s *Store) workable(free int64) int64 {
 	l := s.wal
 	room := s.room(free)
-	room = max(min(room, s.workRoom()), room-ahead*l.chunkBytes) // writers leave the first, and are held back before the second
+	// Writers leave the first term free, and are held back before they can take the second.
+	room = max(min(room, s.workRoom()), room-ahead*l.chunkBytes)
 	if least := min(minChunkSize, l.chunkBytes); room < least {
 		reserve := free + l.stock.bytes() - l.stock.wanted()/2
 		if l.limit > 0 {
@@ -81,7 +86,7 @@ func (s *Store) workable(free int64) int64 {
 	return room - (room/l.chunkBytes+1)*l.chunkLoss() - room/64
 }
 
-// noWorkRoom is the error where there is something to be cleaned, and no room to do it in.
+// noWorkRoom returns the error for when something could be cleaned, but there is no room to do so.
 func noWorkRoom(room int64) error {
 	return fmt.Errorf("%w: there is room to copy %d KiB, and every chunk of which a part is dead has more alive; raise the store's limit, free space on its file system, or delete snapshots or volumes",
 		noSpace(syscall.ENOSPC), max(0, room)>>10)
