@@ -14,8 +14,8 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// findChunks matches the chunk files with the table's rows. It returns the chunks of the log
-// from the replay position on, in order, and the files that are neither theirs nor the table's.
+// findChunks matches the chunk files with the rows of the table. It returns the chunks of the log from the
+// replay position on, in order, and the files that belong to neither the log nor the table.
 func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks []*chunk, left []leaving, err error) {
 	names, err := s.fs.List()
 	if err != nil {
@@ -28,12 +28,12 @@ func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks
 	if err := s.proveRows(tb, names); err != nil {
 		return nil, nil, err
 	}
-	var strange []string // names that no chunk has
-	var old []leaving    // of no row, and before the replay position
+	var strange []string // names that are not chunk names
+	var old []leaving    // files without a row, of chunks before the replay position
 	for _, name := range names {
 		slot, ok := parseChunkName(name)
 		if name == reserveName || name == markName {
-			continue // of a store whose folder is the chunks', too
+			continue // here if the store's folder is also the folder of the chunks
 		}
 		if !ok {
 			strange = append(strange, name)
@@ -41,7 +41,7 @@ func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks
 		}
 		r, isKnown := known[slot]
 		if isKnown && r.Seq < cp.ChunkSeq {
-			continue // the table has all of it
+			continue // the table has all of its records
 		}
 		h, err := s.chunkHeader(name, slot)
 		if err == nil && isKnown && h.Seq == 0 {
@@ -91,7 +91,7 @@ func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks
 		}
 		whole = false
 		if r.Seq >= cp.ChunkSeq {
-			logChunks = append(logChunks, s.slots.get(r.Slot)) // where the log goes on: the replay will not find it
+			logChunks = append(logChunks, s.slots.get(r.Slot)) // the replay will miss its file
 			continue
 		}
 		missing = append(missing, chunkName(r.Slot))
@@ -108,11 +108,11 @@ func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks
 	return logChunks, append(left, old...), nil
 }
 
-// firstOf is the first few of names, for a warning that is to be one line however many there are.
+// firstOf returns the first few names, so that a warning stays on one line however many there are.
 func firstOf(names []string) []string { return names[:min(len(names), 3)] }
 
-// inTime refuses a table that is older than what a chunk's header says of it: a commit was durable before the header
-// was written.
+// inTime refuses a table that is older than the checkpoint in a chunk's header. That checkpoint's commit was
+// durable before the header was written.
 func inTime(h format.ChunkHeader, cp format.Checkpoint) error {
 	if h.Checkpoint > cp.Seq {
 		return corruptf("the table is older than the log: it is as of record %d, and has been as of record %d", cp.Seq, h.Checkpoint)
@@ -120,9 +120,10 @@ func inTime(h format.ChunkHeader, cp format.Checkpoint) error {
 	return nil
 }
 
-// proveRows looks, unless the table is known to be the one that the last owner left, whether the files of the chunks
-// that it has are those chunks. One that is younger has its place in a table that is younger, too. All else is damage to
-// that one chunk, of which its readers and Check tell.
+// proveRows checks that the files of the table's chunks are those chunks. It does nothing if the table is
+// known to be the one that the last owner left. A file that holds a younger chunk belongs to a younger table,
+// so the table is refused. Any other mismatch is damage to that one chunk, which its readers and Check
+// report.
 func (s *Store) proveRows(tb *metadata.Tables, names []string) error {
 	if s.meta.Verified() {
 		return nil
@@ -152,13 +153,13 @@ func (s *Store) proveRows(tb *metadata.Tables, names []string) error {
 		})
 	}
 	wg.Wait()
-	return cmp.Or(errs...) // one is enough
+	return cmp.Or(errs...) // one error is enough
 }
 
-// headerReaders is how many chunk headers are read at once.
+// headerReaders is the number of chunk headers that are read at once.
 const headerReaders = 16
 
-// tableChunks puts the chunks that the table has rows of into the slot table, and returns the rows by slot.
+// tableChunks puts the chunks that have a row into the slot table, and returns the rows by slot.
 func (s *Store) tableChunks(tb *metadata.Tables) (known map[uint32]format.Chunk, err error) {
 	known = map[uint32]format.Chunk{}
 	for _, r := range tb.Chunks {
@@ -180,13 +181,13 @@ func (s *Store) tableChunks(tb *metadata.Tables) (known map[uint32]format.Chunk,
 	return known, nil
 }
 
-// foundChunk is a chunk that was there when the store was opened.
+// foundChunk returns a chunk that was there when the store was opened.
 func (s *Store) foundChunk(r format.Chunk, inTable bool) *chunk {
 	c := newChunk(r.Slot, r.Seq, s.fs)
 	c.size, c.end, c.live, c.written = r.End, r.End, r.Live, r.End
 	c.sealed, c.inTable = true, inTable
 	if c.live == 0 && inTable {
-		s.markRow(c) // it died with its last owner; the next checkpoint removes it
+		s.markRow(c) // it was dead when its last owner ended; the next checkpoint removes it
 	}
 	return c
 }
@@ -196,8 +197,8 @@ func parseChunkName(name string) (slot uint32, ok bool) {
 	return uint32(n), err == nil && n < format.MaxSlots && chunkName(uint32(n)) == name
 }
 
-// chunkHeader reads a chunk file's header. One of zeros, or of which a part is missing, has the sequence 0:
-// power failed while the chunk was made.
+// chunkHeader reads the header of a chunk file. A header that is all zeros, or is cut short, yields the
+// sequence number 0: power failed while the chunk was made.
 func (s *Store) chunkHeader(name string, slot uint32) (h format.ChunkHeader, err error) {
 	f, err := s.fs.Open(name)
 	if err != nil {
@@ -219,25 +220,26 @@ func (s *Store) chunkHeader(name string, slot uint32) (h format.ChunkHeader, err
 	return h, err
 }
 
-// leaving is a chunk file that neither the table nor the log has.
+// leaving is a chunk file that belongs to neither the table nor the log.
 type leaving struct {
 	name string
-	seq  uint64 // of the chunk; 0: it has no header
-	as   string // set aside as what; "": nothing is in it that anybody needs, and it is removed
+	seq  uint64 // sequence number of the chunk; 0: the file has no header
+	as   string // why the file is set aside; "": nobody needs anything in it, and it is removed
 }
 
-// What chunk files are set aside as: docs/engine.md, Opening.
+// The reasons for setting chunk files aside: docs/engine.md, Opening.
 const (
 	asDropped = "dropped" // it has records behind the end of the log
-	asDamaged = "damaged" // repair took it out of the log
-	asUnknown = "unknown" // it is not known how it came to be here
+	asDamaged = "damaged" // a repair took it out of the log
+	asUnknown = "unknown" // where it comes from is unknown
 
-	droppedKept = 4 // files, of the last times that a log ended before some of its records
+	droppedKept = 4 // number of dropped files that are kept, of those from the last logs that ended early
 )
 
-// judge decides what becomes of a file before the replay position that no row knows. A chunk dies when a checkpoint
-// takes its row away, and its file goes after that; a chunk that was being made has no record. What is neither is not
-// understood, and nothing is where the table does not fit the other files.
+// judge decides what becomes of a file before the replay position that has no row. A chunk dies when a
+// checkpoint takes its row away, and its file is removed after that. A chunk that was still being made has no
+// records. Any other file is set aside. If the file of a row is missing (whole is false), the table may be
+// another one, and a file with a header is set aside in any case.
 func (s *Store) judge(f *leaving, cp format.Checkpoint, whole bool) error {
 	slot, _ := parseChunkName(f.name)
 	c := newChunk(slot, f.seq, s.fs)
@@ -246,7 +248,7 @@ func (s *Store) judge(f *leaving, cp format.Checkpoint, whole bool) error {
 	if err != nil {
 		return err
 	}
-	if f.seq == 0 { // it was being made; but a header that has become zeros looks like that, too
+	if f.seq == 0 { // it was being made; but a header that was overwritten with zeros looks the same
 		empty, err := hasOnlyZeros(file)
 		if !empty {
 			f.as = asUnknown
@@ -264,7 +266,7 @@ func (s *Store) judge(f *leaving, cp format.Checkpoint, whole bool) error {
 		}
 	}
 	switch {
-	case first >= cp.Seq: // an owner that was about to remove it has put the replay position behind it
+	case first >= cp.Seq: // an owner that was about to remove the file moved the replay position behind it
 		f.as = asDropped
 	case tail > 0, !whole:
 		f.as = asUnknown
@@ -272,7 +274,8 @@ func (s *Store) judge(f *leaving, cp format.Checkpoint, whole bool) error {
 	return nil
 }
 
-// hasOnlyZeros reports whether a file has nothing but zeros. What cannot be read is not known to be.
+// hasOnlyZeros reports whether a file holds nothing but zeros. It returns false for a file that cannot be
+// read.
 func hasOnlyZeros(f storage.File) (bool, error) {
 	p := make([]byte, 1<<20)
 	for off := int64(0); ; off += int64(len(p)) {
@@ -286,7 +289,8 @@ func hasOnlyZeros(f storage.File) (bool, error) {
 	}
 }
 
-// clear removes the files that nobody needs, which may make room for the directory of the others, and sets these aside.
+// clear removes the files that nobody needs, and then sets the others aside. Removing comes first because it
+// may make room for the directory of those set aside.
 func (s *Store) clear(left []leaving) error {
 	for _, f := range left {
 		if f.as == "" {
@@ -305,11 +309,11 @@ func (s *Store) clear(left []leaving) error {
 	return nil
 }
 
-// setAside moves a file out of the chunks, to be kept as what f says.
+// setAside moves a file out of the chunks folder. The file is kept under a name that says why, as given by f.
 func (s *Store) setAside(name string, f leaving) error {
 	as := fmt.Sprintf("%s-%016x-%s", f.as, f.seq, f.name)
 	err := s.fs.SetAside(name, as)
-	for errors.Is(err, ErrNoSpace) && s.wal.stock.give(elbowRoom) { // the folder takes blocks
+	for errors.Is(err, ErrNoSpace) && s.wal.stock.give(elbowRoom) { // the folder itself needs blocks
 		err = s.fs.SetAside(name, as)
 	}
 	if err != nil {

@@ -11,34 +11,34 @@ import (
 )
 
 const (
-	// markName is the file's name in the store's folder, where older programs leave it alone.
+	// markName is the name of the file in the store's folder. Older programs leave the file alone.
 	markName  = "durable"
-	markPlace = 4096 // from one mark to the next: they share no page
+	markPlace = 4096 // distance between the two marks, so that they share no page
 	markCount = 2
 )
 
-// durableMark is the file that says how far the log is durable: docs/format.md, Durable mark. Without it what was flushed
-// last could not be told from what a crash cut short. It is a hint that is always true, so a failure to write it is no
-// failure of the log.
+// durableMark is the file that says how far the log is durable: docs/format.md, Durable mark. Without it,
+// records that were flushed last could not be told from records that a crash cut short. The mark is a hint
+// that is always true, so a failure to write it is not a failure of the log.
 type durableMark struct {
 	fs   storage.FS
 	uuid [16]byte
 	log  *slog.Logger
 
-	file storage.File // nil: there is none; set by open or begin
+	file storage.File // nil: there is no file; set by open or begin
 
-	// One sets at a time: recordLog.syncMu.
-	seq   uint64 // of the file
-	whole bool   // both places have a mark of this store
-	next  int    // place
-	off   bool   // a write has failed, and no other is tried
+	// Guarded by recordLog.syncMu.
+	seq   uint64 // sequence number in the file
+	whole bool   // both places hold a mark of this store
+	next  int    // the place to write next
+	off   bool   // a write has failed, and no more are tried
 
 	fresh atomic.Bool // written since the last push
 
 	scrap [format.DurableMarkSize]byte
 }
 
-// open reads the mark; 0: there is none. Nothing is changed.
+// open opens the file, and returns the highest mark in it; 0: there is none. It changes nothing.
 func (m *durableMark) open(fsys storage.FS, uuid [16]byte, log *slog.Logger) (seq uint64) {
 	m.fs, m.uuid, m.log = fsys, uuid, log
 	f, err := fsys.Open(markName)
@@ -77,8 +77,8 @@ func (m *durableMark) read(place int) (format.DurableMark, error) {
 	return mark, err
 }
 
-// begin makes the file ready for an owner that writes, whose log is durable up to seq. Where a repair has given up what
-// lay behind, that is less than the mark says.
+// begin prepares the file for an owner that writes, and whose log is durable up to seq. After a repair has
+// given up records, seq is less than the mark in the file.
 func (m *durableMark) begin(seq uint64) {
 	if m.file != nil && m.whole && m.seq <= seq {
 		return
@@ -88,7 +88,8 @@ func (m *durableMark) begin(seq uint64) {
 	}
 }
 
-// make writes the whole file, and syncs it, so that its blocks are there.
+// make writes both marks, and syncs the file and the directory, so that the file's blocks are allocated and
+// written.
 func (m *durableMark) make(seq uint64) (err error) {
 	if m.file == nil {
 		if m.file, err = m.fs.Create(markName, markCount*markPlace); err != nil {
@@ -107,7 +108,8 @@ func (m *durableMark) make(seq uint64) (err error) {
 	return errors.Join(m.file.Sync(), m.fs.SyncDir())
 }
 
-// set writes that every record before seq is durable. One sets at a time, and never less than before.
+// set records that every record before seq is durable. The mark never goes back. The caller holds
+// recordLog.syncMu.
 func (m *durableMark) set(seq uint64) {
 	if m.off || seq <= m.seq {
 		return
@@ -122,14 +124,14 @@ func (m *durableMark) set(seq uint64) {
 	m.fresh.Store(true)
 }
 
-// giveUp leaves the file as it is: what it says stays true.
+// giveUp stops writing marks. The file stays as it is, and what it says remains true.
 func (m *durableMark) giveUp(err error) {
 	m.off = true
 	m.log.Warn("how far the log is durable is not written down any more: after a crash, damage to what is flushed now may look like the end of the log",
 		"file", markName, "err", err)
 }
 
-// push tells the system to begin writing what was set, so that a power cut takes only the last of it.
+// push tells the system to begin writing the marks that were set, so that a power cut loses only the latest.
 func (m *durableMark) push() {
 	if m.fresh.Swap(false) {
 		m.file.StartWrite(0, markCount*markPlace)

@@ -11,26 +11,27 @@ import (
 )
 
 const (
-	// poolSize is how many files the pool keeps: as many chunks as a checkpoint comes after.
+	// poolSize is the number of files that the pool keeps: as many chunks as are filled between two
+	// checkpoints.
 	poolSize = 4
-	// poolIdle is how long they are kept when no chunk is made.
+	// poolIdle is how long the files are kept while no chunk is made.
 	poolIdle = 30 * time.Second
 )
 
-// chunkPool keeps the files of dead chunks to be the next chunks: docs/engine.md, Blocks under the log. They stay in the slot
-// table, as the dead chunks that they were.
+// chunkPool keeps the files of dead chunks to be the next chunks: docs/engine.md, Blocks under the log. The
+// files stay in the slot table as the dead chunks that they were.
 type chunkPool struct {
 	fs    storage.FS
 	slots *slotTable
 
 	mu      *sync.Mutex // Store.mu; guards the fields below
-	spares  []*chunk    // the oldest first
-	touched time.Time   // one came or went last
-	reused  int         // over the life of the process
+	spares  []*chunk    // oldest first
+	touched time.Time   // when a file last came or went
+	reused  int         // files reused over the life of the process
 }
 
-// keep takes the file of a dead chunk that nobody can begin to read any more, if it can be a chunk of size bytes once
-// more.
+// keep takes the file of a dead chunk that no new read can reach. It reports whether it took the file: the
+// file must be fit to become a chunk of size bytes.
 func (p *chunkPool) keep(c *chunk, size int64) bool {
 	p.mu.Lock()
 	fit := len(p.spares) < poolSize && !c.gone && !c.hasMoved && !c.damaged
@@ -40,7 +41,7 @@ func (p *chunkPool) keep(c *chunk, size int64) bool {
 	}
 	f, err := c.handle()
 	if err != nil {
-		return false // who deletes it instead will say what is wrong
+		return false // the deletion that follows will report what is wrong
 	}
 	if n, err := f.Size(); err != nil || n != size {
 		return false
@@ -54,12 +55,13 @@ func (p *chunkPool) keep(c *chunk, size int64) bool {
 	return true
 }
 
-// take returns a spare that nobody reads any more, or nil. It has no references: file and slot are the caller's.
+// take returns a spare that nobody reads any more, or nil. The chunk has no references left: its file and
+// slot are the caller's.
 func (p *chunkPool) take() *chunk {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for i, c := range p.spares {
-		if c.refs.CompareAndSwap(1, 0) { // the table's
+		if c.refs.CompareAndSwap(1, 0) { // the slot table's reference is the last
 			p.spares = slices.Delete(p.spares, i, i+1)
 			p.touched = time.Now()
 			p.reused++
@@ -70,7 +72,7 @@ func (p *chunkPool) take() *chunk {
 	return nil
 }
 
-// empty deletes the spares, and returns how many. Who reads one still has it open.
+// empty deletes the spares, and returns the number deleted. A reader of a spare still has its file open.
 func (p *chunkPool) empty() (deleted int, err error) {
 	p.mu.Lock()
 	spares := p.spares
@@ -96,7 +98,7 @@ func (p *chunkPool) empty() (deleted int, err error) {
 	return deleted, errors.Join(errs...)
 }
 
-// emptyIdle is empty if the pool was not used for a while.
+// emptyIdle empties the pool if it was not used for poolIdle.
 func (p *chunkPool) emptyIdle() error {
 	p.mu.Lock()
 	idle := len(p.spares) > 0 && time.Since(p.touched) > poolIdle
@@ -108,7 +110,7 @@ func (p *chunkPool) emptyIdle() error {
 	return err
 }
 
-// bytes is the size of the spares. mu is held.
+// bytes returns the size of the spares. The caller holds mu.
 func (p *chunkPool) bytes() (n int64) {
 	for _, c := range p.spares {
 		n += int64(c.size)

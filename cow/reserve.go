@@ -10,31 +10,31 @@ import (
 )
 
 const (
-	// reserveName is the file's name in the store's folder, where older programs leave it alone.
+	// reserveName is the name of the file in the store's folder. Older programs leave the file alone.
 	reserveName = "reserve"
 
 	reserveLeast = 8 << 20
 	reserveMost  = spare
 	reserveStep  = 1 << 20
 
-	// elbowRoom is what is left free for small files: the owner's and the devices' records, and the like.
+	// elbowRoom is left free for small files: the owner's record, the file of devices, and the like.
 	elbowRoom = 1 << 20
 )
 
-// reserve is a file of blocks that the file system has given already, for when it has no others: others fill it, too.
-// What has to go on then takes blocks from it a part at a time, by making the file shorter first. docs/reclaim.md,
-// A full disk.
+// reserve is a file of allocated blocks, for the time when the file system has none left: other programs fill
+// the disk, too. Operations that have to go on then take blocks from it, some at a time, by making the file
+// shorter first. See docs/reclaim.md, A full disk.
 type reserve struct {
 	fs storage.FS
 
 	mu   sync.Mutex
-	file storage.File // nil: there is none
+	file storage.File // nil: there is no file
 	size int64
 	want int64
-	not  bool // the file system cannot allocate
+	not  bool // the file system cannot allocate blocks in advance
 }
 
-// open finds the file as the last owner left it.
+// open opens the file that the last owner left, if there is one, and allocates its blocks again.
 func (r *reserve) open(fsys storage.FS) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -48,14 +48,14 @@ func (r *reserve) open(fsys storage.FS) error {
 	}
 	size, err := f.Size()
 	if err == nil {
-		// A copy of a store may have a file of holes: nothing was ever written to it. Where the blocks are there, this
-		// takes none.
+		// A copy of a store may have a file of holes, since nothing was ever written to it. If the blocks are
+		// there already, this takes none.
 		if err = f.Allocate(size); errors.Is(err, errors.ErrUnsupported) {
 			r.not, size = true, 0
 			err = f.Truncate(0)
 		}
 	}
-	if err != nil && !errors.Is(err, storage.ErrNoSpace) { // which some file systems say also where the blocks are there
+	if err != nil && !errors.Is(err, storage.ErrNoSpace) { // some report it though the blocks are there
 		return errors.Join(err, f.Close())
 	}
 	r.file, r.size = f, size
@@ -73,21 +73,22 @@ func (r *reserve) close() error {
 	return err
 }
 
-// bytes is what the file has.
+// bytes returns the size of the file.
 func (r *reserve) bytes() int64 {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.size
 }
 
-// wanted is what it should have.
+// wanted returns the size that the file should have.
 func (r *reserve) wanted() int64 {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.want
 }
 
-// give gives up to n bytes back to the file system, for the caller to take; false: there is nothing left.
+// give gives up to n bytes back to the file system, for the caller to take. It returns false if nothing is
+// left.
 func (r *reserve) give(n int64) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -102,7 +103,8 @@ func (r *reserve) give(n int64) bool {
 	return true
 }
 
-// fill makes the reserve what a store should have whose chunk files take so much, as far as there is room.
+// fill lets the reserve grow to the size that a store with used bytes of chunk files should have, as far as
+// there is room.
 func (r *reserve) fill(used int64) error {
 	free, err := r.fs.Free()
 	if err != nil {
@@ -129,7 +131,7 @@ func (r *reserve) fill(used int64) error {
 	case errors.Is(err, errors.ErrUnsupported):
 		r.not = true
 		return nil
-	case errors.Is(err, storage.ErrNoSpace): // somebody else was faster
+	case errors.Is(err, storage.ErrNoSpace): // another program took the room first
 		return nil
 	}
 	return err

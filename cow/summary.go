@@ -5,21 +5,21 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// A chunk's summary says what a replay needs to know of its records: docs/format.md, Summary.
+// A chunk's summary holds what a replay needs to know of the chunk's records: docs/format.md, Summary.
 
-// summarize notes a record that is being appended. mu is held.
+// summarize adds a record that is being appended to the summary. The caller holds mu.
 func (l *recordLog) summarize(h *format.RecordHeader, payload []byte) {
 	holes := 0
 	if h.Kind == format.KindHole {
-		n, _ := format.DecodeHole(payload, h.Block) // our own
+		n, _ := format.DecodeHole(payload, h.Block) // cannot fail: the payload is our own
 		holes = int(n)
 	}
 	l.entries = format.AppendSummary(l.entries, h, holes)
 }
 
-// queueSummary has the summary of a chunk that is full written behind its records. It ends where
-// the file does. Its memory is its own, not one of the buffers that outlive the process: it means
-// nothing until it is durable, and then it is in the file. mu is held.
+// queueSummary queues the summary of a full chunk to be written behind its records. The summary ends where
+// the file ends. Its memory is not one of the buffers that outlive the process: the summary means nothing
+// until it is durable, and then it is in the file. The caller holds mu.
 func (l *recordLog) queueSummary(c *chunk) {
 	if len(l.entries) == 0 {
 		return
@@ -29,12 +29,12 @@ func (l *recordLog) queueSummary(c *chunk) {
 	b := &buffer{chunk: c, n: f.Size(), data: l.entries, summary: f}
 	b.off = c.size - uint32(b.n)
 	l.entries, l.spareEntries = l.spareEntries, nil
-	l.appended += uint64(b.n) // a sync that has not seen it is not enough
+	l.appended += uint64(b.n) // a sync that did not include the summary is not enough
 	l.queue = append(l.queue, b)
 	poke(l.flushWork)
 }
 
-// finishSummary adds the footer.
+// finishSummary appends the footer to the entries.
 func (b *buffer) finishSummary() {
 	b.summary.EntriesCRC = format.Checksum(b.data)
 	var footer [format.SummaryFooterSize]byte
@@ -42,14 +42,15 @@ func (b *buffer) finishSummary() {
 	b.data = append(b.data, footer[:]...)
 }
 
-// summary is one that was read: a footer that verifies, and the entries.
+// summary is a summary that was read: the entries, and a footer that verifies.
 type summary struct {
 	format.SummaryFooter
 	entries []byte
 }
 
-// readSummary reads the summary of a chunk's file of size bytes; nil if there is none that verifies: then the records
-// are read. That must not come and go: an error of the disk is an error.
+// readSummary reads the summary of a chunk file of size bytes. It returns nil if there is no summary that
+// verifies; then the caller reads the records. That choice must not vary from one time to the next, so a read
+// error is returned as an error.
 func readSummary(f storage.File, c *chunk, size uint32) (*summary, error) {
 	if size < format.ChunkHeaderSize+format.SummaryFooterSize {
 		return nil, nil
@@ -71,8 +72,8 @@ func readSummary(f storage.File, c *chunk, size uint32) (*summary, error) {
 	return sum, nil
 }
 
-// each calls fn with the records in order until it returns false. It fails where the entries are not what appending
-// records makes.
+// each calls fn with the records in order until fn returns false. It returns an error if the entries are not
+// what appending records can produce.
 func (m *summary) each(fn func(seq uint64, off uint32, e *format.SummaryEntry) bool) error {
 	off, seq := uint32(format.ChunkHeaderSize), m.FirstSeq
 	var e format.SummaryEntry
@@ -93,5 +94,5 @@ func (m *summary) each(fn func(seq uint64, off uint32, e *format.SummaryEntry) b
 	return nil
 }
 
-// before reports whether every record of the summary is before seq.
+// before reports whether all records of the summary have numbers below seq.
 func (m *summary) before(seq uint64) bool { return m.FirstSeq+uint64(m.Records) <= seq }
