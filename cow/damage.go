@@ -9,15 +9,15 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// LogDamage is Open's error about a log that had been longer than it can be read now, or of which that is not known.
-// Nothing was changed. Options.Repair is the way out. It matches ErrDamagedLog and ErrCorrupt.
+// LogDamage is Open's error if the log is known to have been longer than what can be read now, or may have
+// been. Nothing was changed. Options.Repair is the way out. It matches ErrDamagedLog and ErrCorrupt.
 type LogDamage struct {
-	Chunk  string // file; "": there is none
-	Offset uint32 // in it; 0: its header
-	Seq    uint64 // of the record there; 0: not known
-	Lost   uint64 // records from there on that are known to have been durable
-	Bytes  int64  // of records that lie behind
-	Files  int    // further chunk files that have some
+	Chunk  string // name of the chunk file; "": there is none
+	Offset uint32 // offset of the damage in the file; 0: the header
+	Seq    uint64 // number of the record there; 0: not known
+	Lost   uint64 // number of records from there on that are known to have been durable
+	Bytes  int64  // bytes of the records that lie behind the damage
+	Files  int    // further chunk files that hold such records
 	Err    error  // what is wrong there
 }
 
@@ -41,7 +41,8 @@ func (d *LogDamage) Error() string {
 // Unwrap makes a LogDamage match ErrDamagedLog and ErrCorrupt.
 func (d *LogDamage) Unwrap() []error { return []error{ErrDamagedLog, ErrCorrupt, d.Err} }
 
-// repair asks whether to go on without what is damaged. Nothing has been changed yet.
+// repair asks Options.Repair whether to go on without the damaged part. It returns nil to go on, and
+// otherwise the damage or the error of Options.Repair. Nothing has been changed yet.
 func (s *Store) repair(d *LogDamage) error {
 	if s.opts.Repair == nil || s.readOnly != nil {
 		return d
@@ -53,7 +54,7 @@ func (s *Store) repair(d *LogDamage) error {
 	return nil
 }
 
-// isUnreadable reports whether an error is about what a disk holds and does not give back.
+// isUnreadable reports whether an error is about data that the disk holds and cannot read.
 func isUnreadable(err error) bool {
 	for _, e := range []error{syscall.EIO, syscall.EUCLEAN, syscall.EBADMSG, syscall.ENODATA, syscall.EILSEQ} {
 		if errors.Is(err, e) {
@@ -63,7 +64,8 @@ func isUnreadable(err error) bool {
 	return false
 }
 
-// readable is an error but for those of isUnreadable, for callers to whom these mean that there is no record.
+// readable returns nil for the errors of isUnreadable, and err otherwise. It is for callers that treat
+// unreadable data as no record.
 func readable(err error) error {
 	if isUnreadable(err) {
 		return nil
@@ -71,11 +73,11 @@ func readable(err error) error {
 	return err
 }
 
-// logEnd is where a replay has found the end of the log.
+// logEnd is the end of the log that a replay has found.
 type logEnd struct {
 	c      *chunk // the last chunk of the log; nil: there is none
 	r      chunkReplay
-	behind []chunkBehind // chunks that it does not go on in
+	behind []chunkBehind // chunks in which the log does not go on
 }
 
 type chunkBehind struct {
@@ -83,8 +85,9 @@ type chunkBehind struct {
 	r chunkReplay
 }
 
-// add notes what was found in the next chunk. Where the log goes on in it, what lies behind the records of the chunks
-// before was none of it, and those between have no record: room was made that nobody used in the end.
+// add notes what was found in the next chunk. If the log goes on in that chunk, the bytes behind the records
+// of the chunks before it were not part of the log. The chunks between have no records: room was made in them
+// that was not used in the end.
 func (e *logEnd) add(c *chunk, r chunkReplay, goesOn bool) {
 	if goesOn {
 		*e = logEnd{c: c, r: r}
@@ -93,9 +96,10 @@ func (e *logEnd) add(c *chunk, r chunkReplay, goesOn bool) {
 	}
 }
 
-// endLog decides that the log ends where it was found to, unless that is known to be wrong, or cannot be known: where
-// records had been durable behind the end, or where the disk does not say what is there. It returns what to do with the
-// files behind.
+// endLog decides whether the log ends where replay stopped. It refuses if that is known to be wrong or cannot
+// be known: if records behind the end had been durable, or if the disk does not give back what is there. Then
+// the error is a LogDamage, unless Options.Repair agrees to go on. endLog returns what to do with the files
+// behind the end.
 func (s *Store) endLog(e *logEnd, cp format.Checkpoint) (left []leaving, err error) {
 	l, rec := s.wal, &s.recovery
 	rec.DroppedBytes = e.r.dropped
@@ -107,7 +111,7 @@ func (s *Store) endLog(e *logEnd, cp format.Checkpoint) (left []leaving, err err
 	}
 	as := asDropped
 	if d := s.damageAt(e, cp); d != nil {
-		if cp.Seq == 1 && l.nextSeq == 1 { // nor is it a new store: a log was there
+		if cp.Seq == 1 && l.nextSeq == 1 { // it is not a new store, either: there was a log
 			return nil, corruptf("the table is empty, and the log is not: %v", d)
 		}
 		if err := s.repair(d); err != nil {
@@ -136,7 +140,7 @@ func (s *Store) endLog(e *logEnd, cp format.Checkpoint) (left []leaving, err err
 	return left, nil
 }
 
-// damageAt returns what is wrong with the end of the log; nil: nothing that is known.
+// damageAt returns what is wrong with the end of the log, or nil if nothing is known to be wrong.
 func (s *Store) damageAt(e *logEnd, cp format.Checkpoint) *LogDamage {
 	d := &LogDamage{Seq: s.wal.nextSeq, Lost: max(s.wal.durable, s.wal.nextSeq) - s.wal.nextSeq, Bytes: s.recovery.DroppedBytes, Files: s.recovery.DroppedFiles}
 	at := func(c *chunk, off uint32, why error) *LogDamage {
@@ -166,10 +170,11 @@ func (s *Store) damageAt(e *logEnd, cp format.Checkpoint) *LogDamage {
 	return d
 }
 
-// asideFile is where a copy is made that is to be set aside.
+// asideFile is the name of a copy that is made to be set aside.
 const asideFile = "aside.tmp"
 
-// copyAside sets a copy of a chunk's file aside: the log ends in it, and what lies behind may be overwritten one day.
+// copyAside sets a copy of a chunk's file aside. The log ends in this chunk, and what lies behind the end may
+// be overwritten later.
 func (s *Store) copyAside(c *chunk) (err error) {
 	from, err := c.handle()
 	if err != nil {
@@ -187,10 +192,10 @@ func (s *Store) copyAside(c *chunk) (err error) {
 	if err != nil {
 		return err
 	}
-	p := make([]byte, 4096) // a page: what is beside one that cannot be read can be
+	p := make([]byte, 4096) // one page, so that the pages beside one that cannot be read are still copied
 	for off := int64(0); off < int64(c.size) && err == nil; off += int64(len(p)) {
 		var n int
-		if n, err = readFull(from, p, off); readable(err) == nil { // what cannot be read is zeros
+		if n, err = readFull(from, p, off); readable(err) == nil { // bytes that cannot be read become zeros
 			_, err = to.WriteAt(p[:n], off)
 		}
 	}

@@ -12,10 +12,10 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// loadAndReplay brings memory to the end of the log: the tables of the last
-// checkpoint, then every record behind it. It returns the chunk files that are behind the end
-// of the log, or were being made or removed at a crash: they go once all is proved. Nothing on disk is changed, but that
-// records which may not be durable are written once more.
+// loadAndReplay brings memory to the end of the log: it loads the tables of the last checkpoint and replays
+// every record behind it. It returns the chunk files that are behind the end of the log, or were being made
+// or removed at a crash. They are removed or set aside once everything is proved. Nothing on disk is changed,
+// except that records that may not be durable are written once more.
 func (s *Store) loadAndReplay() (left []leaving, err error) {
 	var tb *metadata.Tables
 	err = s.meta.View(func(tx *metadata.Tx) (err error) { tb, err = tx.Load(); return err })
@@ -64,7 +64,7 @@ func (s *Store) loadAndReplay() (left []leaving, err error) {
 
 func (s *Store) loadTables(tb *metadata.Tables) error {
 	t := &s.catalog
-	// Ids rise, and a branch is younger than its origin.
+	// Ids rise, and a branch has a higher id than its origin.
 	for _, b := range tb.Branches {
 		if err := t.putBranch(b, 0); err != nil {
 			return err
@@ -87,9 +87,10 @@ func (s *Store) loadTables(tb *metadata.Tables) error {
 	return nil
 }
 
-// firstRecords returns, for each chunk of the log, the least number that the first record of a later one has. The log
-// of the owner that made the later one ended before it: what is found behind that now, where a record verifies that
-// did not verify for that owner, is not of the log.
+// firstRecords returns, for each chunk of the log, the lowest number of the first record of any later chunk.
+// When a later chunk was made, its owner's log ended before that record. So a record with that number or a
+// higher one in the earlier chunk is not part of the log, even if it verifies now and did not verify for that
+// owner.
 func firstRecords(chunks []*chunk) (limits []uint64, err error) {
 	limits = make([]uint64, len(chunks))
 	limit := uint64(math.MaxUint64)
@@ -109,7 +110,7 @@ func firstRecords(chunks []*chunk) (limits []uint64, err error) {
 	return limits, nil
 }
 
-// firstRecord returns the number of a chunk's first record; 0: there is none that can be read and verifies.
+// firstRecord returns the number of a chunk's first record; 0 if there is none that can be read and verifies.
 func firstRecord(c *chunk) (seq uint64, err error) {
 	f, err := c.handle()
 	if err != nil {
@@ -131,17 +132,18 @@ func firstRecord(c *chunk) (seq uint64, err error) {
 	return h.Seq, nil
 }
 
-// chunkReplay is what a replay found in one chunk.
+// chunkReplay is the result of replaying one chunk.
 type chunkReplay struct {
 	records int
-	dropped int64 // bytes that were written to the log behind the records
-	why     error // the record behind them is not there; nil: the summary says that there is none
-	lost    bool  // and that is no end of a log, or it is not known whether it is
+	dropped int64 // bytes written to the log behind the replayed records
+	why     error // why the next record is not there; nil: the summary says that there is none
+	lost    bool  // the end found is not the end of a log, or may not be
 }
 
-// replayChunk applies the records of a chunk from an offset on, up to the first that does not verify, does not have
-// the next sequence number, or has the number limit. If all of them were made durable once, what its summary says of
-// them is enough.
+// replayChunk applies the records of a chunk from offset from. It ends at the first record that does not
+// verify, does not have the next sequence number, or has the number limit. If all records of the chunk are
+// known to have been durable, it applies what the summary says of them and reads only those that the summary
+// does not describe in full.
 func (s *Store) replayChunk(t *batch, c *chunk, from uint32, limit uint64) (r chunkReplay, err error) {
 	c.end = from
 	f, err := c.handle()
@@ -164,7 +166,7 @@ func (s *Store) replayChunk(t *batch, c *chunk, from uint32, limit uint64) (r ch
 		return chunkReplay{why: corruptf("the file has %d bytes", size), lost: true}, nil
 	}
 	sum, err := readSummary(f, c, c.size)
-	if isUnreadable(err) { // then the records are read
+	if isUnreadable(err) { // the records are read instead
 		s.recovery.unsettled, err = true, nil
 	}
 	if err != nil {
@@ -185,7 +187,7 @@ func (s *Store) replayChunk(t *batch, c *chunk, from uint32, limit uint64) (r ch
 	r.records, r.lost = int(s.wal.nextSeq-before), isUnreadable(r.why)
 	s.recovery.Records += int64(r.records)
 	c.written = c.end
-	s.markRow(c) // if it is dead the next checkpoint removes it
+	s.markRow(c) // if the chunk is dead, the next checkpoint removes it
 	switch {
 	case sum == nil:
 		r.dropped, err = (&recordReader{f: f, c: c, off: c.end}).tail()
@@ -195,14 +197,14 @@ func (s *Store) replayChunk(t *batch, c *chunk, from uint32, limit uint64) (r ch
 	default:
 		return r, nil
 	}
-	if r.dropped == 0 { // else it stays: nobody knows why the record before it does not verify
+	if r.dropped == 0 { // otherwise the rest stays: nobody knows why the record does not verify
 		s.untrimmed = append(s.untrimmed, c)
 	}
 	return r, err
 }
 
-// replaySummary applies what a summary says of the records from an offset on. Only events and moved records are read:
-// what they say is not in it.
+// replaySummary applies what a summary says of the records from offset from. It reads only events and moved
+// records, whose payloads are not in the summary. why says why the next record is not there.
 func (s *Store) replaySummary(t *batch, c *chunk, sum *summary, from uint32, limit uint64) (why, err error) {
 	r := &recordReader{f: c.file, c: c, readOnly: true}
 	bad := sum.each(func(seq uint64, off uint32, e *format.SummaryEntry) bool {
@@ -232,14 +234,14 @@ func (s *Store) replaySummary(t *batch, c *chunk, sum *summary, from uint32, lim
 	return why, errors.Join(err, bad)
 }
 
-// replayed goes past a record.
+// replayed counts a record of size bytes, and moves the end of c and of the log past it.
 func (s *Store) replayed(c *chunk, size int) {
 	s.wal.nextSeq++
 	c.end += uint32(size)
 	s.recovery.Bytes += int64(size)
 }
 
-// replayRecords reads and applies the records from an offset on.
+// replayRecords reads and applies the records from offset from. why says why the next record is not there.
 func (s *Store) replayRecords(t *batch, c *chunk, from uint32, limit uint64) (why, err error) {
 	r := &recordReader{f: c.file, c: c, off: from, at: from, readOnly: s.readOnly != nil}
 	why = corruptf("a later chunk has the record")
@@ -255,7 +257,7 @@ func (s *Store) replayRecords(t *batch, c *chunk, from uint32, limit uint64) (wh
 		}
 		e := format.SummaryEntry{Kind: h.Kind, Branch: h.Branch, Block: h.Block, Blocks: h.Blocks, Size: h.Size()}
 		switch {
-		case payload == nil: // damage to this record's blocks, which their readers will meet
+		case payload == nil: // damage to the blocks of this record, which their readers will meet
 			s.log.Error("a record of the log is damaged; run check", "chunk", c.name(), "offset", c.end, "err", r.why)
 			s.recovery.Damaged++
 			r.off += uint32(e.Size)
@@ -280,11 +282,11 @@ func (s *Store) replayRecords(t *batch, c *chunk, from uint32, limit uint64) (wh
 	return why, r.writeBack()
 }
 
-// replayRecord applies a record, or holds it back in the batch. Events and moved records come with their header and
-// payload.
+// replayRecord applies a record, or holds its change back in the batch. For events and moved records the
+// caller must pass the header and the payload.
 func (s *Store) replayRecord(t *batch, e *format.SummaryEntry, h *format.RecordHeader, payload []byte, c *chunk, off uint32) error {
 	if e.Kind == format.KindEvent || e.Kind == format.KindMoved {
-		if err := t.apply(); err != nil { // what it is about is as before it
+		if err := t.apply(); err != nil { // these records need the state that the records before them left
 			return err
 		}
 	}
@@ -318,19 +320,20 @@ func (s *Store) replayRecord(t *batch, e *format.SummaryEntry, h *format.RecordH
 type recordReader struct {
 	f    storage.File
 	c    *chunk
-	off  uint32 // of the next record
-	win  []byte // bytes of the file from winOff on
-	at   uint32 // winOff
-	back uint32 // what lies before was durable, and is not written back
-	why  error  // next returned no record, or no payload
+	off  uint32 // offset of the next record
+	win  []byte // bytes of the file from at on
+	at   uint32 // offset of win in the file
+	back uint32 // what lies before it was durable, and is not written back
+	why  error  // why next returned no record, or no payload
 
-	readOnly bool // what is read is durable, and not written back
+	readOnly bool // nothing is written back: it is durable, or the store cannot be written to
 }
 
 const readWindow = 128 << 10 // or one record, if that is larger
 
-// next returns the record at off if it verifies and has the number seq. Else there is no header, or no payload if that
-// is what does not verify, and why says what is wrong. The error is one that is no property of the log.
+// next returns the record at off if it verifies and has the number seq. Otherwise it returns no header, or a
+// header without a payload if only the payload does not verify, and sets why. An error is one that says
+// nothing of the log.
 func (r *recordReader) next(seq uint64) (*format.RecordHeader, []byte, error) {
 	r.why = nil
 	head, err := r.bytes(format.RecordHeaderSize)
@@ -357,12 +360,13 @@ func (r *recordReader) next(seq uint64) (*format.RecordHeader, []byte, error) {
 	return &h, payload, nil
 }
 
-// bytes returns n bytes from off on, or nil where the file ends before, or the disk does not have them.
+// bytes returns n bytes from off on. If the file ends before, or the disk cannot read them, it returns nil
+// and sets why.
 func (r *recordReader) bytes(n int) ([]byte, error) {
 	if r.off < r.at || r.off+uint32(n) > r.at+uint32(len(r.win)) {
 		err := r.load(max(n, readWindow), r.off)
 		if isUnreadable(err) && n < readWindow {
-			err = r.load(n, r.off) // what the disk does not have may lie behind them
+			err = r.load(n, r.off) // the bytes that cannot be read may lie behind these
 		}
 		if isUnreadable(err) {
 			r.why = err
@@ -379,9 +383,9 @@ func (r *recordReader) bytes(n int) ([]byte, error) {
 	return r.win[r.off-r.at:][:n], nil
 }
 
-// writeBack writes the window's verified records once more. A process whose sync has failed may
-// have left records that the page cache calls clean and that the disk does not have: only
-// what is written again is synced again.
+// writeBack writes the verified records in the window once more. A process whose sync has failed may have
+// left records that the page cache calls clean and that the disk does not have. Only what is written again is
+// synced again.
 func (r *recordReader) writeBack() error {
 	from := max(r.at, r.back)
 	if r.readOnly || r.off <= from {
@@ -406,15 +410,16 @@ func (r *recordReader) load(n int, off uint32) error {
 	return err
 }
 
-// tail is how many bytes behind the end of the log were written to it, as far as can be seen: up to a stretch
-// without a record of this chunk's. A former life of the file may have left any other bytes there.
+// tail returns the number of bytes that were written to the log behind its end, as far as that can be seen.
+// It looks up to a stretch of readWindow bytes without a record of this chunk, since the file's former life
+// may have left any other bytes there.
 func (r *recordReader) tail() (n int64, err error) {
 	r.readOnly = true
 	end, last := r.off, r.off
 	for r.off-last < readWindow {
 		head, err := r.bytes(format.RecordHeaderSize)
 		if err != nil || head == nil {
-			return int64(last - end), err // at the end of the file, or of what can be read
+			return int64(last - end), err // the end of the file, or of what can be read
 		}
 		off := r.off
 		r.off += format.RecordAlign
@@ -429,7 +434,7 @@ func (r *recordReader) tail() (n int64, err error) {
 	return int64(last - end), nil
 }
 
-// readFull reads up to len(p) bytes: fewer only at the end of the file.
+// readFull reads up to len(p) bytes. It reads fewer only at the end of the file.
 func readFull(f storage.File, p []byte, off int64) (n int, err error) {
 	for n < len(p) {
 		m, err := f.ReadAt(p[n:], off+int64(n))

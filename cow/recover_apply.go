@@ -10,43 +10,48 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// A replay applies records by the million. It holds them back in batches, within which the order of records
-// of different leaves means nothing, and applies a batch leaf by leaf, on all processors.
+// A replay applies millions of records. It collects them in batches and applies a batch leaf by leaf, on all
+// processors. Within a batch, the order of records of different leaves does not matter.
 
 const (
-	batchParts = 64      // that processors take, one after the other; a leaf is in one
-	batchMost  = 2 << 20 // changes in a batch, by default: 32 MiB
-	groupCount = 4096    // into which the leaves of a part fall
+	batchParts = 64      // parts that processors take one after the other; a leaf is in one part
+	batchMost  = 2 << 20 // default number of changes in a batch: 32 MiB
+	groupCount = 4096    // groups into which the leaves of a part fall
 )
 
-// heldChange is what a record does to a leaf.
+// heldChange is the change that a record makes to a leaf.
 type heldChange struct {
 	e     format.Entry // of the first block; 0: a hole
-	index uint32       // of the leaf
-	b     uint16       // of batch.branches
-	first uint8        // block of the leaf
+	index uint32       // index of the leaf
+	b     uint16       // index in batch.branches
+	first uint8        // first block within the leaf
 	last  uint8
 }
 
-// batch is changes that were not applied yet, by part, each in the order of the log.
+// batch holds the changes that are not applied yet, by part, each part in the order of the log.
 type batch struct {
 	s        *Store
 	parts    [batchParts][]heldChange
 	held     int
 	branches []*branch
 
-	mu    sync.Mutex // guards what appliers have no copies of: the store's lists of what is dirty, and accounting for moved blocks
-	moved []bool     // by slot: blocks of the chunk may be elsewhere; no appending changes that, so not within a batch
+	// mu guards what the appliers share: the store's lists of dirty things, and the accounting of moved
+	// blocks.
+	mu sync.Mutex
+	// moved says, by slot, whether blocks of the chunk may have been moved elsewhere. Appending does not
+	// change that, so it stays the same within a batch.
+	moved []bool
 }
 
-// hold adds a change of n blocks of a leaf.
+// hold adds a change of n blocks of a leaf, from block first on. If the batch is full, it applies the batch
+// first.
 func (t *batch) hold(b *branch, index uint32, first, n int, e format.Entry) error {
 	if t.held == t.s.opts.replayBatch || len(t.branches) == 1<<16 {
 		if err := t.apply(); err != nil {
 			return err
 		}
 	}
-	if n := len(t.branches); n == 0 || t.branches[n-1] != b { // one may be there twice
+	if n := len(t.branches); n == 0 || t.branches[n-1] != b { // a branch may be listed twice
 		t.branches = append(t.branches, b)
 	}
 	p := &t.parts[leafHash(b, index)%batchParts]
@@ -60,7 +65,7 @@ func leafHash(b *branch, index uint32) uint32 {
 	return uint32(hash(b.ID, index) >> 40)
 }
 
-// apply applies what is held.
+// apply applies all held changes, and empties the batch.
 func (t *batch) apply() error {
 	if t.held == 0 {
 		return nil
@@ -93,15 +98,15 @@ func (t *batch) apply() error {
 	return errors.Join(errs...)
 }
 
-// applier applies parts of a batch, one after the other, beside others.
+// applier applies parts of a batch, one after the other, in parallel with other appliers.
 type applier struct {
 	t       *batch
-	live    []int64 // by slot: what the chunk's live bytes change by
+	live    []int64 // by slot: change of the chunk's live bytes
 	grouped []heldChange
 	err     error
 }
 
-// apply applies a part, the changes of one leaf after the other.
+// apply applies a part: all changes of one leaf, then those of the next.
 func (a *applier) apply(part []heldChange) error {
 	part = a.group(part)
 	for len(part) > 0 {
@@ -119,7 +124,8 @@ func (a *applier) apply(part []heldChange) error {
 	return nil
 }
 
-// group brings the changes of a leaf together, in their order: a counting sort by hash.
+// group sorts the changes so that those of one leaf are together, in their order. It is a counting sort by
+// hash.
 func (a *applier) group(part []heldChange) []heldChange {
 	var next [groupCount]uint32
 	group := func(h *heldChange) uint32 { return leafHash(a.t.branches[h.b], h.index) / batchParts % groupCount }
@@ -162,9 +168,10 @@ func (a *applier) applyLeaf(k leafKey, changes []heldChange) error {
 	return nil
 }
 
-// own returns a leaf that is owned, its shard locked. A log changes no more leaves than the cache of its writer took;
-// where that was larger than this one, this one is, too, until the checkpoint with which Open then ends. A checkpoint
-// in the middle of the log would have to be of a place in it at which a batch is half applied.
+// own returns a leaf that is writable, and its shard, which is locked. A log changes no more leaves than
+// fitted into the cache of the owner that wrote it. If that cache was larger than this one, this one grows,
+// until the checkpoint with which Open then ends. A checkpoint in the middle of the log is impossible: at its
+// replay position, a batch would be half applied.
 func (a *applier) own(k leafKey) (*openLeaf, *shard, error) {
 	s := a.t.s
 	for {
@@ -201,7 +208,7 @@ func (a *applier) account(e format.Entry, sign int64) {
 	}
 }
 
-// settle adds what was accounted to the chunks.
+// settle adds the counted changes to the live bytes of the chunks.
 func (a *applier) settle() {
 	s := a.t.s
 	for slot, n := range a.live {

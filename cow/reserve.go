@@ -55,7 +55,7 @@ func (r *reserve) open(fsys storage.FS) error {
 			err = f.Truncate(0)
 		}
 	}
-	if err != nil && !errors.Is(err, storage.ErrNoSpace) { // some report it though the blocks are there
+	if err != nil && !errors.Is(err, storage.ErrNoSpace) { // some report it even if the blocks are there
 		return errors.Join(err, f.Close())
 	}
 	r.file, r.size = f, size

@@ -21,16 +21,17 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// What was answered outlives the process: docs/ublk.md, Shared buffers.
+// The log's buffers can be kept in shared memory, so that acknowledged writes outlive the process:
+// docs/ublk.md, Shared buffers.
 
-// ownerFile is in a store while an owner has shared buffers, and after it was killed.
+// ownerFile exists in a store while its owner has shared buffers, and after that owner was killed.
 const ownerFile = "owner"
 
-// sharedMemory is where the system has its shared memory (shm_overview(7)).
+// sharedMemory is the directory of the system's shared memory (shm_overview(7)).
 const sharedMemory = "/dev/shm"
 
-// ownerRecord is the content of ownerFile: which file of the shared memory holds the buffers, and
-// for which life of which directory. A copy of the store has another inode.
+// ownerRecord is the content of ownerFile. It says which file of the shared memory holds the buffers, during
+// which boot, and for which directory. A copy of the store has another inode.
 type ownerRecord struct {
 	Boot    string `json:"boot"`
 	Dev     uint64 `json:"dev"`
@@ -47,7 +48,7 @@ type ownerRecord struct {
 //	 40  CRC-32C of bytes 0 to 39
 //	128  for each buffer a slotHead
 //
-// Numbers are the machine's own: the file does not outlive its boot.
+// Numbers have the machine's byte order: the file does not outlive its boot.
 const (
 	sharedMagic    = "VDSHBUFS"
 	sharedVersion  = 1
@@ -56,10 +57,10 @@ const (
 	sharedFileSize = sharedHead + bufferCount*bufferSize
 )
 
-// slotHead says which bytes of which chunk a buffer holds. used is stored after the bytes, and set
-// to 0 before any of the rest changes.
+// slotHead says which bytes of which chunk a buffer holds. used is stored after the bytes, and set to 0
+// before any other field changes.
 type slotHead struct {
-	seq  uint64 // of the chunk
+	seq  uint64 // sequence number of the chunk
 	slot uint32
 	off  uint32
 	used atomic.Uint32
@@ -73,8 +74,8 @@ type sharedBuffers struct {
 	mem  []byte
 }
 
-// newSharedBuffers makes the file. Its space is allocated at once: touching memory that the file
-// system has no room for would end the process.
+// newSharedBuffers makes the file, and takes its lock. It allocates the space at once: touching memory that
+// the file system has no room for would kill the process.
 func newSharedBuffers(in *storage.Folder, dir, name string, uuid [16]byte) (_ *sharedBuffers, err error) {
 	path := filepath.Join(dir, "vdisk-"+name)
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
@@ -87,7 +88,7 @@ func newSharedBuffers(in *storage.Folder, dir, name string, uuid [16]byte) (_ *s
 			err = errors.Join(err, b.remove())
 		}
 	}()
-	if err := in.Give(f); err != nil { // the next owner of the store may be its user
+	if err := in.Give(f); err != nil { // the next owner of the store may run as the folder's user
 		return nil, err
 	}
 	if err := lockBuffers(f); err != nil {
@@ -99,13 +100,13 @@ func newSharedBuffers(in *storage.Folder, dir, name string, uuid [16]byte) (_ *s
 	if b.mem, err = unix.Mmap(int(f.Fd()), 0, sharedFileSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE); err != nil {
 		return nil, err
 	}
-	_ = unix.Mlock(b.mem) // where it is allowed: a write to a device of ours must not wait for swap
+	_ = unix.Mlock(b.mem) // if it is allowed: a write to a device of ours must not wait for swap
 	encodeSharedHead(b.mem, uuid)
 	return b, nil
 }
 
-// lockBuffers takes the lock that an owner has on its buffers for as long as it lives. So another one that has been
-// told of them, as a copy of the store has, sees that they are in use.
+// lockBuffers takes the lock that an owner holds on its buffers as long as it lives. The owner of a copy of
+// the store may know the same buffers; the lock tells it that they are in use (errInUse).
 func lockBuffers(f *os.File) error {
 	err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	if errors.Is(err, unix.EWOULDBLOCK) {
@@ -114,7 +115,7 @@ func lockBuffers(f *os.File) error {
 	return err
 }
 
-// dyingTime is how long an owner that was killed may still have its buffers after it has lost the store's lock.
+// dyingTime is how long a killed owner may still hold its buffers after it has lost the store's lock.
 var dyingTime = 10 * time.Second
 
 var (
@@ -131,7 +132,9 @@ func encodeSharedHead(p []byte, uuid [16]byte) {
 	binary.NativeEndian.PutUint32(p[40:], crc32.Checksum(p[:40], crc32.MakeTable(crc32.Castagnoli)))
 }
 
-// openSharedBuffers opens the file of an owner that was killed.
+// openSharedBuffers opens the buffers of an owner that was killed. The error matches errInUse if their owner
+// lives, errNotBuffers if the file is not one that an owner of this store left, and fs.ErrNotExist if there
+// is no file.
 func openSharedBuffers(dir, name string, uuid [16]byte, trusts func(uid uint32) bool) (_ *sharedBuffers, err error) {
 	path := filepath.Join(dir, "vdisk-"+name)
 	f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
@@ -177,8 +180,9 @@ func (b *sharedBuffers) data(i int) []byte {
 	return b.mem[at : at+bufferSize : at+bufferSize]
 }
 
-// restore finishes the writes of the dead owner: it writes what the buffers hold to its place in the chunk files.
-// Replay finds it there, and does not take a record that was being copied.
+// restore finishes the writes of the dead owner: it writes the content of the buffers to its place in the
+// chunk files, and returns the number of bytes. Replay then finds the records there, and rejects a record
+// that was still being copied.
 func (b *sharedBuffers) restore(fsys storage.FS, header func(name string, slot uint32) (format.ChunkHeader, error)) (n int64, err error) {
 	for i := range bufferCount {
 		h := b.head(i)
@@ -186,10 +190,10 @@ func (b *sharedBuffers) restore(fsys storage.FS, header func(name string, slot u
 		if used == 0 || used > bufferSize || h.off < format.ChunkHeaderSize || h.slot >= format.MaxSlots {
 			continue
 		}
-		// A chunk that has gone since is one that a checkpoint needs no more: all of it was in its file.
+		// If the chunk has gone since, a checkpoint has made it unnecessary: all of it was in its file.
 		name := chunkName(h.slot)
 		ch, err := header(name, h.slot)
-		// Of one whose header is damaged the replay will tell.
+		// If the chunk's header is damaged, the replay will report that.
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, ErrCorrupt) || isUnreadable(err) || err == nil && ch.Seq != h.seq {
 			continue
 		}
@@ -213,7 +217,7 @@ func writeChunk(fsys storage.FS, name string, p []byte, off int64) error {
 	return errors.Join(err, f.Close())
 }
 
-// close leaves the file to the next owner.
+// close unmaps the buffers, and leaves the file to the next owner.
 func (b *sharedBuffers) close() error {
 	var err error
 	if b.mem != nil {
@@ -227,7 +231,7 @@ func (b *sharedBuffers) remove() error {
 	return errors.Join(os.Remove(b.path), b.close())
 }
 
-// newOwnerRecord names buffers that do not exist yet.
+// newOwnerRecord returns a record with a new name for buffers, which do not exist yet.
 func (s *Store) newOwnerRecord() (r ownerRecord, err error) {
 	st, err := s.in.Stat()
 	if err != nil {
@@ -241,15 +245,16 @@ func (s *Store) newOwnerRecord() (r ownerRecord, err error) {
 	_, err = rand.Read(name[:])
 	r = ownerRecord{Boot: boot, Dev: st.Dev, Ino: st.Ino, Buffers: hex.EncodeToString(name[:])}
 	var shm unix.Stat_t
-	if unix.Stat(s.opts.SharedMemory, &shm) == nil { // otherwise there is none
+	if unix.Stat(s.opts.SharedMemory, &shm) == nil { // otherwise there is no shared memory
 		r.Shm = shm.Dev
 	}
 	return r, err
 }
 
-// recoverSharedBuffers takes over what a killed owner had answered and not written. It comes before the first look at the log, and
-// changes nothing where it cannot know whether there is something to take over. settled is to be called when the store
-// is known to be sound: the next owner need not look for it any more.
+// recoverSharedBuffers writes the acknowledged writes that a killed owner left in memory to the chunk files.
+// It must be called before the log is read. If it cannot know whether there is anything to recover, it
+// returns an error and changes nothing. The caller must call settled once the store is known to be sound: it
+// removes ownerFile, so that the next owner need not look for the buffers.
 func (s *Store) recoverSharedBuffers(uuid [16]byte) (settled func() error, err error) {
 	path := s.in.Join(ownerFile)
 	text, err := s.in.Read(ownerFile)
@@ -269,13 +274,13 @@ func (s *Store) recoverSharedBuffers(uuid [16]byte) (settled func() error, err e
 	name, herr := hex.DecodeString(last.Buffers)
 	if err = errors.Join(err, herr); err != nil || len(name) != 16 {
 		s.log.Warn("what the last owner left in memory cannot be found", "file", path, "err", err)
-		s.lostAcknowledged = true // a power cut would have taken it as well
+		s.lostAcknowledged = true // a power cut would have lost the writes as well
 		return settled, nil
 	}
 	if last.Boot != now.Boot || last.Ino != now.Ino {
 		return settled, nil // of another boot, or copied with the store
 	}
-	moved := last.Dev != now.Dev // or a block-level copy
+	moved := last.Dev != now.Dev // mounted anew, or a block-level copy
 	b, err := openSharedBuffers(s.opts.SharedMemory, last.Buffers, uuid, s.in.Trusts)
 	for end := time.Now().Add(dyingTime); errors.Is(err, errInUse) && !moved && time.Now().Before(end); {
 		time.Sleep(10 * time.Millisecond)
@@ -285,7 +290,7 @@ func (s *Store) recoverSharedBuffers(uuid [16]byte) (settled func() error, err e
 	case err == nil:
 		return s.takeOver(b, moved)
 	case errors.Is(err, errInUse) && moved:
-		return settled, nil // it is a copy: the owner of the other store lives
+		return settled, nil // this store is a copy: the owner of the original lives
 	case errors.Is(err, fs.ErrNotExist) && (last.Shm == 0 || last.Shm != now.Shm) && !s.opts.ForgetElsewhere:
 		return nil, &elsewhereError{buffers: "vdisk-" + last.Buffers, dir: s.opts.SharedMemory, there: last.Shm, here: now.Shm}
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, errNotBuffers):
@@ -296,9 +301,10 @@ func (s *Store) recoverSharedBuffers(uuid [16]byte) (settled func() error, err e
 	return nil, fmt.Errorf("what the last owner had answered and not written: %w", err)
 }
 
-// takeOver writes what a killed owner had answered to its place. The buffers of a store on a file system that may have
-// been mounted anew, or be a copy, stay: they may be another's. A copy's log takes no harm from them, since replay ends
-// at the first record that is not there.
+// takeOver writes the buffers of a killed owner to their place in the chunk files. If moved is true, the
+// store's file system may have been mounted anew, or may be a copy. Then the buffers stay, since they may be
+// another store's. The log of a copy takes no harm from them: replay ends at the first record that is
+// missing.
 func (s *Store) takeOver(b *sharedBuffers, moved bool) (settled func() error, err error) {
 	n, err := b.restore(s.fs, s.chunkHeader)
 	if err := errors.Join(err, b.close()); err != nil {
@@ -312,11 +318,11 @@ func (s *Store) takeOver(b *sharedBuffers, moved bool) (settled func() error, er
 			"file", b.path)
 		return func() error { return s.in.Remove(ownerFile) }, nil
 	}
-	// In this order: nobody looks for buffers that are gone.
+	// In this order, so that no owner looks for buffers that are gone.
 	return func() error { return errors.Join(s.in.Remove(ownerFile), os.Remove(b.path)) }, nil
 }
 
-// elsewhereError matches ErrElsewhere, and ErrBusy.
+// elsewhereError matches ErrElsewhere and ErrBusy.
 type elsewhereError struct {
 	buffers, dir string
 	there, here  uint64 // device numbers; 0: not known
@@ -331,8 +337,8 @@ func devText(dev uint64) string { return fmt.Sprintf("%d:%d", unix.Major(dev), u
 
 func (e *elsewhereError) Is(target error) bool { return target == ErrElsewhere || target == ErrBusy }
 
-// outlive gives the log buffers that outlive the process. Where there is no memory for them, as any user can bring
-// about by filling it, every write goes to its chunk file before it is answered. That is slower, and loses as little.
+// outlive gives the log buffers that outlive the process. If there is no memory for them (any user can fill
+// it), every write goes to its chunk file before it is acknowledged. That is slower, but loses no more.
 func (s *Store) outlive(uuid [16]byte) {
 	r, err := s.newOwnerRecord()
 	if err == nil {
@@ -344,7 +350,7 @@ func (s *Store) outlive(uuid [16]byte) {
 	if err != nil {
 		s.log.Warn("there is no shared memory for what is answered and not flushed: writes are slower until the store is opened anew", "err", err)
 		if s.shared != nil {
-			_ = s.shared.remove() // the warning is what matters
+			_ = s.shared.remove() // the warning is more important
 			s.shared = nil
 		}
 		s.writeThrough = true
@@ -353,7 +359,7 @@ func (s *Store) outlive(uuid [16]byte) {
 	s.wal.share(s.shared)
 }
 
-// answer is called after a device has changed, and before the change is answered.
+// answer is called after a device has changed, and before the change is acknowledged.
 func (s *Store) answer() error {
 	if !s.writeThrough {
 		return nil
@@ -361,7 +367,7 @@ func (s *Store) answer() error {
 	return s.wal.writeOut()
 }
 
-// writeOwner is not synced: after a power cut it means nothing.
+// writeOwner writes ownerFile. The file is not synced, since it means nothing after a power cut.
 func (s *Store) writeOwner(r ownerRecord) error {
 	text, err := json.Marshal(r)
 	if err != nil {
@@ -370,7 +376,7 @@ func (s *Store) writeOwner(r ownerRecord) error {
 	return s.in.Replace(ownerFile, append(text, '\n'), false)
 }
 
-// removeSharedBuffers removes the buffers after everything in them is durable.
+// removeSharedBuffers removes ownerFile and the buffers. Everything in the buffers must be durable.
 func (s *Store) removeSharedBuffers() error {
 	if s.shared == nil {
 		return nil
@@ -380,13 +386,16 @@ func (s *Store) removeSharedBuffers() error {
 	return err
 }
 
-// LostAcknowledged says that the last owner was killed, and that what it had answered and not written cannot be found: whoever
-// went on when it died may have writes answered that are not in this store.
+// LostAcknowledged reports whether the last owner was killed and its acknowledged but unwritten writes cannot
+// be found. Clients that outlived that owner may then have acknowledgements for writes that are not in this
+// store.
 func (s *Store) LostAcknowledged() bool { return s.lostAcknowledged }
 
-// SurvivesKill reports whether what is answered outlives this process if it is killed, so that the next owner of the store
-// can go on where it ended: it is in shared memory or, where there is none, in the chunk files.
+// SurvivesKill reports whether acknowledged writes outlive this process if it is killed, so that the next
+// owner of the store can go on where it ended. Acknowledged writes are then in shared memory or, if there is
+// none, in the chunk files.
 func (s *Store) SurvivesKill() bool { return s.shared != nil || s.writeThrough }
 
-// WritesThrough reports whether that costs a write to a chunk file each time.
+// WritesThrough reports whether every write goes to its chunk file before it is acknowledged, because there
+// is no shared memory.
 func (s *Store) WritesThrough() bool { return s.writeThrough }
