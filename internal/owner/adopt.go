@@ -11,9 +11,10 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// adopt finds the devices that earlier owners left, after the store was opened and before anybody else gets at it. What
-// waits keeps its volume open. An owner that lasts drops what is not in the kernel any more, and deletes what is dead;
-// one that only looks leaves all that to it. What cannot be known stays as it is.
+// adopt finds the devices that earlier owners left. It runs after the store was opened and before anyone else
+// can use the store. A device that waits for a server keeps its volume open. A lasting owner drops devices
+// that the kernel no longer has, and deletes dead ones; a short-lived owner leaves both to the next lasting
+// owner. If the state of a device cannot be determined, adopt leaves it as it is.
 func (o *Owner) adopt(ctx context.Context) error {
 	r, err := readRecord(o.in)
 	if err != nil {
@@ -26,9 +27,10 @@ func (o *Owner) adopt(ctx context.Context) error {
 		o.sortOut(ctx, r.Devices)
 	}
 	if _, err := o.in.Lstat(recordName); err != nil {
-		return nil // as it mostly is
+		return nil // the usual case
 	}
-	if !o.opts.lasts() && !o.store.LostAcknowledged() { // what is lost is known only now: the next owner finds no trace of it
+	// A loss must be recorded now: the next owner finds no trace of it.
+	if !o.opts.lasts() && !o.store.LostAcknowledged() {
 		return nil
 	}
 	if err := o.record(); err != nil {
@@ -37,8 +39,9 @@ func (o *Owner) adopt(ctx context.Context) error {
 	return nil
 }
 
-// adoptUnread goes on where the file of devices cannot be read. That does no harm where the kernel has no device that
-// could be in it. Otherwise the store can be looked at, and its volumes stay as they are.
+// adoptUnread continues if the file of devices cannot be read. That is harmless if the kernel has no device
+// that the file could list. Otherwise a lasting owner fails; any other owner can look at the store, and its
+// volumes stay as they are.
 func (o *Owner) adoptUnread(ctx context.Context, cause error) error {
 	infos, err := o.opts.driver.Devices(ctx)
 	if errors.Is(err, ublk.ErrNoDriver) {
@@ -73,26 +76,26 @@ func orElse(text, other string) string {
 	return text
 }
 
-// sortOut fills o.disks and o.leftovers.
+// sortOut fills o.disks and o.leftovers from the recorded devices.
 func (o *Owner) sortOut(ctx context.Context, recorded []deviceRecord) {
 	infos, unknown := o.opts.driver.Devices(ctx)
 	if errors.Is(unknown, ublk.ErrNoDriver) {
-		infos, unknown = nil, nil // so there is no device
+		infos, unknown = nil, nil // without a driver there are no devices
 	}
 	for _, rec := range recorded {
 		if rec.Cookie.mark() != o.mark {
-			continue // of the store that this one is a copy of
+			continue // a device of the store that this one is a copy of
 		}
 		i := slices.IndexFunc(infos, func(i ublk.DeviceInfo) bool { return i.Cookie == uint64(rec.Cookie) })
 		switch {
-		case i < 0 && unknown != nil: // it may be there
+		case i < 0 && unknown != nil: // the device may exist
 			o.hold(rec, ublk.DeviceInfo{ID: -1}, unknown)
 		case i < 0 && o.opts.lasts():
 			o.opts.Logger.Info("a device of an earlier owner is gone", "what", rec.Ref)
 		case i < 0:
 			o.leftovers = append(o.leftovers, rec)
 		case rec.Dev != 0 && infos[i].State != ublk.KernelDead && startOf(infos[i].ServerPID) != "":
-			o.leftovers = append(o.leftovers, rec) // served: by the owner of the store that this is a copy of
+			o.leftovers = append(o.leftovers, rec) // served by the owner of the store that this is a copy of
 		case infos[i].State == ublk.KernelDead && o.opts.lasts() && rec.Dev == 0:
 			o.deleteDead(ctx, rec, infos[i])
 		case infos[i].State == ublk.KernelDead:
@@ -103,7 +106,7 @@ func (o *Owner) sortOut(ctx context.Context, recorded []deviceRecord) {
 	}
 }
 
-// deleteDead deletes a device whose server died before it was started, or while it was stopped.
+// deleteDead deletes a device whose server died before the device was started, or while it was being stopped.
 func (o *Owner) deleteDead(ctx context.Context, rec deviceRecord, info ublk.DeviceInfo) {
 	err := o.opts.driver.Delete(ctx, info.ID, false)
 	if err == nil || errors.Is(err, ublk.ErrNotFound) {
@@ -111,10 +114,10 @@ func (o *Owner) deleteDead(ctx context.Context, rec deviceRecord, info ublk.Devi
 		return
 	}
 	o.opts.Logger.Warn("deleting what an earlier owner left", "what", rec.Ref, "device", info.Path(), "err", err)
-	o.leftovers = append(o.leftovers, rec) // for the next owner to try
+	o.leftovers = append(o.leftovers, rec) // the next owner tries again
 }
 
-// hold keeps the volume of a device that waits.
+// hold keeps the volume of a waiting device open.
 func (o *Owner) hold(rec deviceRecord, info ublk.DeviceInfo, err error) {
 	d := &disk{cookie: rec.Cookie, name: rec.Ref, readOnly: rec.ReadOnly, id: info.ID, elsewhere: rec.Dev}
 	d.lost = rec.Lost || o.store.LostAcknowledged() && !rec.ReadOnly

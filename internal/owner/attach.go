@@ -13,14 +13,14 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// maxQueues is how many queues a device gets by default where there are as many CPUs; each takes a thread and locked
-// memory, and from there on the engine is what limits.
+// maxQueues is the default number of queues of a device on machines with at least as many CPUs. Each queue
+// takes a thread and locked memory, and with more queues the engine is the bottleneck.
 const maxQueues = 4
 
-// defaultDepth is how many requests a queue of a device has under way at once by default.
+// defaultDepth is the default number of requests that one queue of a device handles at once.
 const defaultDepth = 64
 
-// Attach makes a block device of a volume or snapshot.
+// Attach makes a block device for a volume or snapshot.
 func (o *Owner) Attach(ctx context.Context, a AttachOptions) (Device, error) {
 	if err := cmp.Or(o.ReadOnly(), o.lasting()); err != nil {
 		return Device{}, err
@@ -45,7 +45,7 @@ func (o *Owner) Attach(ctx context.Context, a AttachOptions) (Device, error) {
 	if err := o.admit(d); err != nil {
 		return Device{}, errors.Join(err, dev.Close())
 	}
-	// First the record, with the cookie, and then the device: so there is never one that nobody knows.
+	// The record with the cookie is written before the device is made, so every device is known.
 	if err := o.record(); err != nil {
 		return Device{}, errors.Join(fmt.Errorf("attaching %v: writing it down: %w", a.Ref, err), o.forget(d))
 	}
@@ -63,8 +63,8 @@ func (o *Owner) Attach(ctx context.Context, a AttachOptions) (Device, error) {
 	return o.serving(d, b, t), nil
 }
 
-// admit adds a disk that is about to be made, unless there is one of the same volume or snapshot. Both in one step, so
-// that of two that are attached at once only one is made.
+// admit adds a disk that is about to be made, unless the same volume or snapshot has one. It checks and adds
+// in one step, so that of two concurrent attaches only one succeeds.
 func (o *Owner) admit(d *disk) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -75,8 +75,8 @@ func (o *Owner) admit(d *disk) error {
 	return nil
 }
 
-// shown refuses a volume or snapshot that a disk shows already, or is about to: two disks of the same data would not
-// know of each other. Owner.mu is held.
+// shown returns an error if a disk shows the volume or snapshot, or is about to: two disks of the same data
+// would not know of each other. The caller holds Owner.mu.
 func (o *Owner) shown(r cow.Ref) error {
 	for _, d := range o.disks {
 		switch {
@@ -92,8 +92,8 @@ func (o *Owner) shown(r cow.Ref) error {
 	return nil
 }
 
-// create makes the device, and loads the driver where that is missing. A driver that does not leave the copying to its
-// server (before Linux 6.5) has to be given a buffer for every request beforehand.
+// create makes the device, and loads the driver if it is missing. A driver that cannot leave copying to its
+// server (before Linux 6.5) needs a buffer for every request in advance.
 func (o *Owner) create(ctx context.Context, opts ublk.Options, t *target) (block, error) {
 	b, err := o.createAs(ctx, opts, t)
 	if errors.Is(err, ublk.ErrNoDriver) && loadDriver(ctx) {
@@ -114,7 +114,7 @@ func (o *Owner) createAs(ctx context.Context, opts ublk.Options, t *target) (blo
 	return o.opts.driver.Create(ctx, opts, t)
 }
 
-// serving is the moment from which a disk that was claimed is served.
+// serving records that a claimed disk is served from now on, ends the claim, and starts watch.
 func (o *Owner) serving(d *disk, b block, t *target) Device {
 	end := &ending{done: make(chan struct{})}
 	o.mu.Lock()
@@ -126,7 +126,7 @@ func (o *Owner) serving(d *disk, b block, t *target) Device {
 	return info
 }
 
-// blockOptions is how a volume looks as a block device.
+// blockOptions returns the options of the block device that shows a volume or snapshot.
 func blockOptions(dev *cow.Device, a AttachOptions, c cookie, report func(error)) ublk.Options {
 	if a.Queues == 0 {
 		a.Queues = min(maxQueues, runtime.NumCPU())
@@ -144,23 +144,24 @@ func blockOptions(dev *cow.Device, a AttachOptions, c cookie, report func(error)
 		Queues:        a.Queues,
 		Depth:         a.Depth,
 		LogicalBlock:  dev.LogicalBlock(),
-		PhysicalBlock: 4096,     // the engine's unit of redirection: smaller writes are merged with what is there
-		IOOpt:         64 << 10, // its largest unit of compression
+		PhysicalBlock: 4096,     // the engine's unit of redirection: smaller writes are merged into it
+		IOOpt:         64 << 10, // the engine's largest unit of compression
 		ReadOnly:      !writable,
 		VolatileCache: writable,
 		FUA:           writable,
 		Discard:       writable,
 		Recovery:      ublk.RecoverReissue,
-		Copy:          ublk.CopyUser, // most disks are idle most of the time, and then take no buffers
+		Copy:          ublk.CopyUser, // most disks are mostly idle, and take no buffers then
 		Cookie:        uint64(c),
-		// A snapshot's partitions are those of its volume, names and all.
+		// A snapshot has the same partitions as its volume, with the same names.
 		NoPartitionScan: a.PartScan == "no" || a.PartScan == "" && a.Ref.Snapshot != "",
 		Require:         need,
 		Report:          report,
 	}
 }
 
-// reporter logs the requests of a disk that fail. It takes no lock of the store, in which they may have failed.
+// reporter returns a function that logs the failed requests of a disk. The function takes no lock of the
+// store, because a request may fail while one is held.
 func (o *Owner) reporter(name string) func(error) {
 	return func(err error) {
 		log := o.opts.Logger.With("what", name)
@@ -172,12 +173,12 @@ func (o *Owner) reporter(name string) func(error) {
 	}
 }
 
-// Detach removes a block device. Without force, one that is in use, or waits for its server, is left alone.
+// Detach removes a block device. Without force it refuses a device that is in use or waits for its server.
 func (o *Owner) Detach(ctx context.Context, what string, force bool) error {
 	ctx, cancel := context.WithTimeout(ctx, stopTimeout)
 	defer cancel()
 	if err := o.ReadOnly(); err != nil {
-		return err // nothing is known of its devices
+		return err // a read-only owner knows nothing of its devices
 	}
 	o.mu.Lock()
 	d, err := o.find(what)
@@ -202,8 +203,8 @@ func (o *Owner) Detach(ctx context.Context, what string, force bool) error {
 	return err
 }
 
-// stop ends a device that is served. One whose volume cannot be flushed stays, unless forced: as long as it is there its
-// users can still save what is on it.
+// stop ends a device that is served. If its volume cannot be flushed, the device stays unless force is set:
+// while it exists, its users can still save its content.
 func (o *Owner) stop(ctx context.Context, d *disk, b block, end *ending, force bool) error {
 	how, ref := b.Close, d.ref()
 	if !force {
@@ -213,7 +214,7 @@ func (o *Owner) stop(ctx context.Context, d *disk, b block, end *ending, force b
 		}
 	}
 	err := how(ctx)
-	lost := force && errors.Is(err, ublk.ErrNotFlushed) // by what has ended
+	lost := force && errors.Is(err, ublk.ErrNotFlushed) // the device has ended, but could not be flushed
 	if err != nil && !lost && !(force && o.removed(ctx, d)) {
 		return ublkError(fmt.Errorf("detaching %v: %w", ref, err))
 	}
@@ -226,8 +227,9 @@ func (o *Owner) stop(ctx context.Context, d *disk, b block, end *ending, force b
 	return nil
 }
 
-// giveUp deletes a device that waits: its users' requests fail. Its number may have become another device's. One that
-// may be of a store that this is a copy of is only forgotten.
+// giveUp deletes a waiting device; the requests of its users fail. It finds the device by its cookie, since
+// its number may belong to another device by now. A device that may belong to the store that this one is a
+// copy of is only forgotten.
 func (o *Owner) giveUp(ctx context.Context, d *disk) error {
 	info, err := o.lookFor(ctx, d)
 	o.mu.Lock()
@@ -250,14 +252,14 @@ func (o *Owner) giveUp(ctx context.Context, d *disk) error {
 	return o.forget(d)
 }
 
-// removed reports whether the kernel does not list the disk any more. Its number stays taken for as long as somebody,
-// as a file system that is still mounted, holds what is left of it; nothing comes of that but errors.
+// removed reports whether the kernel no longer lists the disk. Its number stays taken while anything, such as
+// a mounted file system, holds the rest of it; such users only get errors.
 func (o *Owner) removed(ctx context.Context, d *disk) bool {
 	_, err := o.lookFor(ctx, d)
 	return errors.Is(err, ublk.ErrNotFound)
 }
 
-// inUse adds to an error about a busy volume who uses it.
+// inUse adds the users of a busy volume to err.
 func (o *Owner) inUse(volume string, err error) error {
 	if !errors.Is(err, cow.ErrBusy) {
 		return err
@@ -277,11 +279,11 @@ func (o *Owner) inUse(volume string, err error) error {
 	return fmt.Errorf("%w (%s)", err, strings.Join(users, ", "))
 }
 
-// notOnItself refuses to serve a store that lies on one of its own devices: writing would wait for itself.
+// notOnItself refuses to serve a store that lies on one of its own devices: a write would wait for itself.
 func (o *Owner) notOnItself() error {
 	ids, err := o.opts.driver.RestsOn(o.dir)
 	if err != nil {
-		return nil // what the folder is on cannot be told, as with network file systems
+		return nil // the devices under the folder cannot be determined, as on network file systems
 	}
 	for _, d := range o.devicesOf("") {
 		if slices.Contains(ids, d.ID) {
@@ -291,7 +293,7 @@ func (o *Owner) notOnItself() error {
 	return nil
 }
 
-// ublkError gives an error of the driver its meaning for commands.
+// ublkError maps an error of the driver to the error that commands know.
 func ublkError(err error) error {
 	for _, m := range []struct{ from, to error }{
 		{ublk.ErrNoDriver, ErrUnsupported},
@@ -311,7 +313,7 @@ func ublkError(err error) error {
 	return err
 }
 
-// kindError is an error that also matches kind, without saying so.
+// kindError is an error that also matches kind, without mentioning it in its text.
 type kindError struct {
 	error
 	kind error

@@ -20,19 +20,21 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// Client is a store that another process owns.
+// Client is a [Store] that another process owns. It speaks to that owner over the control socket.
 type Client struct {
-	in   *storage.Folder // the store's
+	in   *storage.Folder // the store's folder
 	path string          // of the control socket
 	http *http.Client
 }
 
-// leastAnswer is how long an owner may take for its first answer, however short Options.LockTimeout is: one that is at
-// work on a busy machine is not to be taken for one that is stopped.
+// leastAnswer is the least time that an owner gets for its first answer, however short Options.LockTimeout
+// is. Otherwise an owner at work on a busy machine would be mistaken for a stopped one.
 const leastAnswer = 2 * time.Second
 
-// connect reaches the owner of a store: ErrNoOwner when nobody listens, errStopping when the owner is about to go, and
-// cow.ErrBusy when it listens but does not answer in time. Only this first answer is waited for so long at most.
+// connect opens a session with the owner of the store at dir and returns the owner's first status. It fails
+// with ErrNoOwner if nobody listens, with errStopping if the owner is about to end, and with cow.ErrBusy if
+// the owner listens but does not answer within the larger of Options.LockTimeout and leastAnswer. Only this
+// first answer has a time limit.
 func connect(ctx context.Context, dir string, o Options) (*Client, Status, error) {
 	in, err := storage.OpenFolder(dir, o.Foreign)
 	if err != nil && !errors.Is(err, cow.ErrForeign) {
@@ -45,7 +47,7 @@ func connect(ctx context.Context, dir string, o Options) (*Client, Status, error
 	c.http = &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			conn, err := dialControl(ctx, in)
-			if err != nil { // and not a net.Conn that holds a nil pointer
+			if err != nil { // a nil *UnixConn in a net.Conn would not be nil
 				return nil, err
 			}
 			return conn, nil
@@ -67,18 +69,19 @@ func connect(ctx context.Context, dir string, o Options) (*Client, Status, error
 	}
 	var netErr *net.OpError
 	if !errors.Is(err, ErrNoOwner) && ctx.Err() == nil && (errors.As(err, &netErr) || errors.Is(err, io.EOF)) {
-		err = fmt.Errorf("%w: %w", errStopping, err) // it closed the door on us: nothing has been asked of it yet
+		err = fmt.Errorf("%w: %w", errStopping, err) // it closed the connection before anything was asked
 	}
 	return nil, s, err
 }
 
-// Close ends the session.
+// Close ends the session and closes the store's folder.
 func (c *Client) Close() error {
 	c.http.CloseIdleConnections()
 	return c.in.Close()
 }
 
-// post sends an operation. The caller closes the answer's body.
+// post sends an operation and returns the answer, whose body the caller closes. args, unless nil, go into a
+// header, since the body is something else then.
 func (c *Client) post(ctx context.Context, name string, args *request, body io.Reader) (*http.Response, error) {
 	r, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://vdisk/v1/"+name, body)
 	if err != nil {
@@ -90,7 +93,7 @@ func (c *Client) post(ctx context.Context, name string, args *request, body io.R
 			return nil, err
 		}
 		r.Header.Set(argumentsHeader, string(b))
-		r.Header.Set("Expect", "100-continue") // so that a refusal comes before the body
+		r.Header.Set("Expect", "100-continue") // so that a refusal arrives before the body is sent
 	}
 	resp, err := c.http.Do(r)
 	if err != nil {
@@ -103,7 +106,7 @@ func (c *Client) post(ctx context.Context, name string, args *request, body io.R
 	return resp, nil
 }
 
-// lost is an error that kept an operation from being answered.
+// lost returns the error for an operation that got no answer because of err.
 func (c *Client) lost(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
@@ -120,7 +123,7 @@ func answerError(resp *http.Response) error {
 	return e
 }
 
-// call does a plain operation; answer may be nil.
+// call performs a plain operation and decodes the answer into answer, which may be nil.
 func (c *Client) call(ctx context.Context, name string, req request, answer any) error {
 	b, err := json.Marshal(req)
 	if err != nil {
@@ -137,11 +140,11 @@ func (c *Client) call(ctx context.Context, name string, req request, answer any)
 	if err := json.NewDecoder(resp.Body).Decode(answer); err != nil {
 		return c.lost(ctx, err)
 	}
-	_, _ = io.Copy(io.Discard, resp.Body) // to its end, so that the connection is kept
+	_, _ = io.Copy(io.Discard, resp.Body) // read to the end, so that the connection is reused
 	return nil
 }
 
-// Status says who owns the store and what hangs on it.
+// Status describes the owner of the store, its devices and its services.
 func (c *Client) Status(ctx context.Context) (s Status, err error) {
 	return s, c.call(ctx, "status", request{}, &s)
 }
@@ -161,12 +164,12 @@ func (c *Client) Volume(ctx context.Context, name string) (v Volume, err error) 
 	return v, c.call(ctx, "volume", request{Name: name}, &v)
 }
 
-// Usage says what volumes and snapshots take: those named, as far as they are there, or all.
+// Usage returns the space that volumes and snapshots take: the named ones that exist, or all of them.
 func (c *Client) Usage(ctx context.Context, refs ...cow.Ref) (us []cow.Usage, err error) {
 	return us, c.call(ctx, "space", request{Refs: refs}, &us)
 }
 
-// VolumeUsage says what volumes take, each with all of its snapshots.
+// VolumeUsage returns the space that volumes take, each with all of its snapshots.
 func (c *Client) VolumeUsage(ctx context.Context, names ...string) (us []cow.Usage, err error) {
 	return us, c.call(ctx, "volume-space", request{Names: names}, &us)
 }
@@ -176,7 +179,7 @@ func (c *Client) CreateVolume(ctx context.Context, name string, o cow.VolumeOpti
 	return v, c.call(ctx, "create", request{Name: name, Volume: o}, &v)
 }
 
-// Snapshot takes snapshots, of all the volumes at one moment.
+// Snapshot takes snapshots of all the volumes at the same moment.
 func (c *Client) Snapshot(ctx context.Context, refs ...cow.Ref) error {
 	return c.call(ctx, "snapshot", request{Refs: refs}, nil)
 }
@@ -206,7 +209,7 @@ func (c *Client) Remove(ctx context.Context, r cow.Ref, recursive bool) error {
 	return c.call(ctx, "remove", request{Ref: r, Flag: recursive}, nil)
 }
 
-// Attach makes a block device of a volume or snapshot.
+// Attach makes a block device for a volume or snapshot.
 func (c *Client) Attach(ctx context.Context, o AttachOptions) (d Device, err error) {
 	return d, c.call(ctx, "attach", request{Attach: o}, &d)
 }
@@ -216,32 +219,32 @@ func (c *Client) Detach(ctx context.Context, what string, force bool) error {
 	return c.call(ctx, "detach", request{Name: what, Flag: force}, nil)
 }
 
-// Claim takes devices that wait for this store's.
+// Claim declares that waiting devices belong to this store.
 func (c *Client) Claim(ctx context.Context, what string) error {
 	return c.call(ctx, "claim", request{Name: what}, nil)
 }
 
-// Recover serves devices again that wait for a server.
+// Recover serves waiting devices again.
 func (c *Client) Recover(ctx context.Context, what string) (r []Recovery, err error) {
 	return r, c.call(ctx, "recover", request{Name: what}, &r)
 }
 
-// Stats are the counters of a block device.
+// Stats returns the counters of a block device.
 func (c *Client) Stats(ctx context.Context, what string) (s DeviceStats, err error) {
 	return s, c.call(ctx, "stats", request{Name: what}, &s)
 }
 
-// Clean gives back the space of chunk files that are dead in part.
+// Clean reclaims the space of chunk files that are partly dead.
 func (c *Client) Clean(ctx context.Context, waste float64) (r cow.CleanReport, err error) {
 	return r, c.call(ctx, "clean", request{Waste: waste}, &r)
 }
 
-// Cold makes a whole cold pass.
+// Cold runs a whole cold pass.
 func (c *Client) Cold(ctx context.Context) (r cow.ColdReport, err error) {
 	return r, c.call(ctx, "cold", request{}, &r)
 }
 
-// Check proves the store's structure, and tells of each problem it finds.
+// Check verifies the store's structure and calls problem for each problem that it finds.
 func (c *Client) Check(ctx context.Context, o cow.CheckOptions, problem func(cow.Problem)) (cow.CheckReport, error) {
 	var report cow.CheckReport
 	resp, err := c.post(ctx, "check", &request{Check: checkRequest{ReadData: o.ReadData, Volume: o.Volume}}, nil)
@@ -290,7 +293,7 @@ func (c *Client) Bench(ctx context.Context, o bench.Options, each func(bench.Res
 	}
 }
 
-// Import makes a volume with the content of src, which is sent without its holes.
+// Import makes a volume with the content of src. Holes of src are not sent.
 func (c *Client) Import(ctx context.Context, name string, o cow.VolumeOptions, src sparse.Source, progress func(int64)) (v cow.VolumeInfo, err error) {
 	r, w := io.Pipe()
 	sent := make(chan error, 1)
@@ -298,16 +301,17 @@ func (c *Client) Import(ctx context.Context, name string, o cow.VolumeOptions, s
 	size := src.Size()
 	go func() {
 		bw := bufio.NewWriterSize(w, 256<<10)
-		_ = sparse.Encode(ctx, bw, watched, message) // watched.err, or the owner does not want more and says why
+		// If the source fails, watched.err has the reason; if the owner wants no more, its answer has it.
+		_ = sparse.Encode(ctx, bw, watched, message)
 		_ = w.CloseWithError(bw.Flush())
 		sent <- watched.err
 	}()
 	patient, cancel := outlast(ctx)
 	defer cancel()
 	resp, err := c.post(patient, "import", &request{Name: name, Volume: o, Size: size}, r)
-	_ = r.Close() // ends the sender, if it is not done
+	_ = r.Close() // ends the sender if it is still running
 	if serr := <-sent; serr != nil {
-		err = serr // the cause of the owner's error
+		err = serr // this is what caused the owner's error
 	}
 	if ctx.Err() != nil {
 		err = context.Cause(ctx)
@@ -321,8 +325,8 @@ func (c *Client) Import(ctx context.Context, name string, o cow.VolumeOptions, s
 	return v, err
 }
 
-// outlast returns a context for an operation that is told by its own data that ctx has ended, and then has time to
-// clean up.
+// outlast returns a context for an operation whose data stream tells the owner that ctx has ended. The
+// operation then has stopTimeout to clean up.
 func outlast(ctx context.Context) (context.Context, context.CancelFunc) {
 	longer, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(ctx, func() {
@@ -335,7 +339,7 @@ func outlast(ctx context.Context) (context.Context, context.CancelFunc) {
 	return longer, func() { stop(); cancel() }
 }
 
-// watchedSource tells of a source's progress, and keeps its error.
+// watchedSource reports a source's progress and keeps its error.
 type watchedSource struct {
 	sparse.Source
 	progress func(int64)
@@ -353,7 +357,7 @@ func (s *watchedSource) Next(p []byte) (int, int64, error) {
 	return n, off, err
 }
 
-// Export calls use with the content of a snapshot, or of a volume that nobody writes.
+// Export calls use with the content of a snapshot, or of a volume that is not open for writing.
 func (c *Client) Export(ctx context.Context, ref cow.Ref, use func(sparse.Source) error) error {
 	resp, err := c.post(ctx, "export", &request{Ref: ref}, nil)
 	if err != nil {
@@ -367,7 +371,7 @@ func (c *Client) Export(ctx context.Context, ref cow.Ref, use func(sparse.Source
 	return fromStream(use(sparse.Decode(bufio.NewReaderSize(resp.Body, 256<<10), size)))
 }
 
-// Serve has the owner serve NBD clients that connect to l.
+// Serve makes the owner serve the NBD clients that connect to l.
 func (c *Client) Serve(ctx context.Context, l net.Listener, o ServeOptions) error {
 	defer l.Close()
 	nc, err := dialControl(ctx, c.in)
@@ -376,8 +380,8 @@ func (c *Client) Serve(ctx context.Context, l net.Listener, o ServeOptions) erro
 	}
 	defer nc.Close()
 	stop := context.AfterFunc(ctx, func() {
-		_ = nc.CloseWrite()                                 // fails where the owner is gone
-		_ = nc.SetReadDeadline(time.Now().Add(stopTimeout)) // it ends its clients in less
+		_ = nc.CloseWrite()                                 // fails if the owner is gone
+		_ = nc.SetReadDeadline(time.Now().Add(stopTimeout)) // the owner ends its clients in less time
 	})
 	defer stop()
 	b, err := json.Marshal(request{Serve: o})

@@ -20,15 +20,16 @@ import (
 // control is the server of the control socket.
 type control struct {
 	owner  *Owner
-	remove func() // of the socket
+	remove func() // removes the socket
 	http   *http.Server
-	ended  chan struct{} // closed when http does not accept any more
+	ended  chan struct{} // closed when http no longer accepts connections
 }
 
-// maxRequest bounds the body of a plain operation, and the arguments of the others.
+// maxRequest limits the body of a plain operation, and the arguments of the other operations.
 const maxRequest = 1 << 20
 
-// listenControl begins to offer the store. Its lock is held, so whatever socket is there is not in use.
+// listenControl starts to offer the store on its control socket. The store's lock is held, so an existing
+// socket is not in use.
 func listenControl(o *Owner) (*control, error) {
 	if err := o.in.Remove(controlName); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
@@ -46,14 +47,15 @@ func listenControl(o *Owner) (*control, error) {
 	}
 	go func() {
 		defer close(c.ended)
-		_ = c.http.Serve(ownListener{l}) // it ends by close, or fails and is found out by clients
+		_ = c.http.Serve(ownListener{l}) // close ends it; if it fails, clients notice
 	}()
 	return c, nil
 }
 
-// close ends the server: operations under way have seen the end of the owner's life, and are waited for.
+// close stops the server. Operations under way have been told that the owner's life is over; close waits up
+// to stopTimeout for them.
 func (c *control) close() error {
-	c.remove() // first, so that nobody comes to a closed door; the lock is held until the end
+	c.remove() // first, so that nobody connects to a closing server; the store's lock is held until the end
 	ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
 	defer cancel()
 	err := c.http.Shutdown(ctx)
@@ -64,7 +66,7 @@ func (c *control) close() error {
 	return err
 }
 
-// count keeps track of clients. A connection that serve takes over is counted as a service instead.
+// count counts the connected clients. A connection that serve takes over counts as a service instead.
 func (c *control) count(_ net.Conn, s http.ConnState) {
 	switch s {
 	case http.StateNew:
@@ -74,7 +76,8 @@ func (c *control) count(_ net.Conn, s http.ConnState) {
 	}
 }
 
-// request is the body of the plain operations; each uses the fields that it needs.
+// request is the body of a plain operation, and the arguments of the others. Each operation uses the fields
+// that it needs.
 type request struct {
 	Name   string            `json:",omitempty"`
 	Names  []string          `json:",omitempty"`
@@ -82,7 +85,7 @@ type request struct {
 	To     cow.Ref           `json:",omitzero"`
 	Refs   []cow.Ref         `json:",omitempty"`
 	Size   int64             `json:",omitempty"`
-	Flag   bool              `json:",omitempty"` // shrink, recursive, force
+	Flag   bool              `json:",omitempty"` // shrink, recursive or force
 	Volume cow.VolumeOptions `json:",omitzero"`
 	Attach AttachOptions     `json:",omitzero"`
 	Serve  ServeOptions      `json:",omitzero"`
@@ -143,7 +146,7 @@ func (c *control) routes() *http.ServeMux {
 	return mux
 }
 
-// decode refuses what this version does not know: a newer client must not have half of its request done.
+// decode refuses fields that this version does not know, so that a newer client's request is never half done.
 func decode(r io.Reader, v any) error {
 	d := json.NewDecoder(r)
 	d.DisallowUnknownFields()
@@ -159,10 +162,10 @@ func reply(w http.ResponseWriter, v any, err error) {
 		w.WriteHeader(http.StatusUnprocessableEntity)
 		v = toWire(err)
 	}
-	_ = json.NewEncoder(w).Encode(v) // fails where the client is gone
+	_ = json.NewEncoder(w).Encode(v) // fails if the client is gone
 }
 
-// arguments are those of an operation whose body is something else.
+// arguments returns the arguments of an operation whose body is something else.
 func arguments(r *http.Request) (request, error) {
 	var req request
 	return req, unmarshalStrict(r.Header.Get(argumentsHeader), &req)
@@ -180,14 +183,14 @@ func (c *control) importStream(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	rc := http.NewResponseController(w)
-	duplexErr := rc.EnableFullDuplex() // an error is answered while the client is still sending
+	duplexErr := rc.EnableFullDuplex() // lets an error be answered while the client is still sending
 	v, err := c.owner.Import(r.Context(), req.Name, req.Volume, sparse.Decode(r.Body, req.Size), nil)
 	reply(w, v, err)
 	if err != nil && duplexErr == nil {
-		// The client stops when it has read the answer. Were the connection closed before, the
-		// client would see a broken pipe instead of the reason.
+		// The client stops once it has read the answer. If the connection were closed earlier, the client
+		// would see a broken pipe instead of the reason.
 		if errors.Join(rc.Flush(), rc.SetReadDeadline(time.Now().Add(stopTimeout))) == nil {
-			_, _ = io.Copy(io.Discard, r.Body) // ends with the client's closing, or the deadline
+			_, _ = io.Copy(io.Discard, r.Body) // ends when the client closes, or at the deadline
 		}
 	}
 }
@@ -210,11 +213,11 @@ func (c *control) exportStream(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// checkLine is one line of check's answer.
+// checkLine is one line of the answer to check.
 type checkLine struct {
 	Problem  *cow.Problem     `json:",omitempty"`
 	Progress *[2]int64        `json:",omitempty"`
-	Report   *cow.CheckReport `json:",omitempty"` // the last, with Error if it is not complete
+	Report   *cow.CheckReport `json:",omitempty"` // in the last line, with Error if the check is incomplete
 	Error    *Error           `json:",omitempty"`
 }
 
@@ -237,7 +240,7 @@ func (c *control) check(w http.ResponseWriter, r *http.Request) {
 	lines.write(last)
 }
 
-// benchLine is one line of bench's answer; the last is Done or has an Error.
+// benchLine is one line of the answer to bench. The last line has Done or Error.
 type benchLine struct {
 	Result *bench.Result `json:",omitempty"`
 	Done   bool          `json:",omitempty"`
@@ -258,8 +261,9 @@ func (c *control) bench(w http.ResponseWriter, r *http.Request) {
 	lines.write(last)
 }
 
-// serve takes over the connection: it answers 101, is sent the listening socket, and serves until the client closes the
-// connection or the service ends by itself, which it tells with an Error or an empty one.
+// serve takes over the connection. It answers 101, receives the listening socket, and serves until the client
+// closes the connection or the service ends by itself. At the end it sends an Error, which is empty after
+// success.
 func (c *control) serve(w http.ResponseWriter, r *http.Request) {
 	req, err := arguments(r)
 	if err == nil {
@@ -269,8 +273,8 @@ func (c *control) serve(w http.ResponseWriter, r *http.Request) {
 		reply(w, nil, err)
 		return
 	}
-	// The connection counts as a session until the service counts: an upgrade, or the end of an idle owner, must not
-	// come in between.
+	// The connection counts as a session until the service is counted: no upgrade, and no end of an idle
+	// owner, may come in between.
 	c.owner.begin()
 	registered := sync.OnceFunc(c.owner.end)
 	defer registered()
@@ -282,9 +286,10 @@ func (c *control) serve(w http.ResponseWriter, r *http.Request) {
 	defer conn.Close()
 	l, err := takeListener(conn.(*net.UnixConn))
 	if err == nil {
-		ctx, cancel := context.WithCancel(context.Background()) // the client's; the owner's life ends the service, too
+		// It ends with the client; o.life ends the service, too.
+		ctx, cancel := context.WithCancel(context.Background())
 		defer cancel()
-		go func() { // until the client or the deferred Close ends the connection
+		go func() { // blocks until the client, or the deferred Close, ends the connection
 			_, _ = conn.Read(make([]byte, 1))
 			cancel()
 		}()
@@ -294,5 +299,5 @@ func (c *control) serve(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		answer = toWire(err)
 	}
-	_ = json.NewEncoder(conn).Encode(answer) // fails where the client is gone
+	_ = json.NewEncoder(conn).Encode(answer) // fails if the client is gone
 }

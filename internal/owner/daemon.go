@@ -17,19 +17,19 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// ReadyFD is the descriptor on which a daemon tells its starter how it went.
+// ReadyFD is the file descriptor on which a daemon reports to its starter whether it could start.
 const ReadyFD = 3
 
 const (
 	daemonLog      = "daemon.log"
-	daemonLogBytes = 1 << 20 // the log is begun anew when it is larger at a start
+	daemonLogBytes = 1 << 20 // a larger log is renamed at the next start, and a new one begun
 )
 
-// readyAnswer is what a daemon that works says; one that does not says an Error.
+// readyAnswer is what a daemon sends when it is ready. A daemon that fails sends an Error.
 var readyAnswer = []byte("{}")
 
-// OpenLasting gives the store at dir through an owner that stays: the one there is, or a daemon, which it starts as
-// args of this program, and then started is true. The daemon must answer with Ready.
+// OpenLasting opens the store at dir through a lasting owner: the present one, or a daemon that it starts by
+// running this program with args. started reports whether it started one. The daemon must call Ready.
 func OpenLasting(ctx context.Context, dir string, o Options, args []string) (c *Client, started bool, err error) {
 	if err := refuseWaiting(ctx, dir, o.withDefaults()); err != nil {
 		return nil, false, err
@@ -59,7 +59,7 @@ func startDaemon(ctx context.Context, dir string, args []string) error {
 	}
 	defer r.Close()
 	cmd := exec.Command("/proc/self/exe", args...)
-	cmd.Args[0] = startedFrom // where it finds its successor
+	cmd.Args[0] = startedFrom // the daemon looks for its next version there
 	cmd.Dir = "/"
 	cmd.ExtraFiles = []*os.File{w} // becomes ReadyFD
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
@@ -85,7 +85,8 @@ func startDaemon(ctx context.Context, dir string, args []string) error {
 	return fmt.Errorf("the daemon ended before it was ready: %w", errors.Join(err, werr))
 }
 
-// original gives the daemon's error that the store is locked its type back, so that it is tried again.
+// original turns a daemon's error that the store is locked into a cow.LockedError again, so that it is
+// retried.
 func (e *Error) original(dir string) error {
 	if errors.Is(e, errLocked) {
 		return &cow.LockedError{Dir: dir, Holder: Holder(dir)}
@@ -93,8 +94,9 @@ func (e *Error) original(dir string) error {
 	return e
 }
 
-// Ready tells whoever started this daemon that it works (nil), or why it does not. From then on what it prints goes to
-// the store's log: its starter may be gone. A folder that could not be opened as a store gets no log.
+// Ready tells the process that started this daemon that it works (err is nil), or why it does not. From then
+// on the daemon's output goes to the store's log, since its starter may be gone. If the folder could not be
+// opened as a store, there is no log.
 func Ready(dir string, foreign bool, err error) error {
 	w := os.NewFile(ReadyFD, "ready pipe")
 	syscall.CloseOnExec(ReadyFD)
@@ -109,7 +111,7 @@ func Ready(dir string, foreign bool, err error) error {
 	return errors.Join(err, werr, w.Close())
 }
 
-// printToLog connects standard output and standard error with the store's log.
+// printToLog redirects standard output and standard error to the store's log.
 func printToLog(dir string, foreign bool) error {
 	in, err := storage.OpenFolder(dir, foreign)
 	if err != nil {

@@ -14,34 +14,34 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// disk is a block device of the store. This process serves it, or it waits for a server that recovers it: either way
-// its volume is open, so that nobody changes that behind the disk's back.
+// disk is a block device of the store. Either this process serves it, or it waits for a server to recover it.
+// In both cases its volume is open, so that nobody changes the volume without the disk's knowledge.
 type disk struct {
 	cookie   cookie
 	name     string // of the volume or snapshot, as recorded
 	readOnly bool
 	lost     bool // see deviceRecord
-	// elsewhere is deviceRecord.Dev. As long as it is not 0 the disk may be one of a store that this is a copy of: it is
-	// neither served nor deleted. Guarded by Owner.mu.
+	// elsewhere is deviceRecord.Dev. While it is not 0, the disk may belong to a store that this one is a
+	// copy of, and is neither served nor deleted. Guarded by Owner.mu.
 	elsewhere uint64
 	dev       *cow.Device // nil: the volume is gone, and the disk cannot be served again
 
 	// Guarded by Owner.mu.
-	id     int   // -1 until the kernel has given one
-	block  block // nil: it waits
+	id     int   // -1 until the kernel has assigned one
+	block  block // nil: the disk waits
 	target *target
-	end    *ending // of block
-	busy   bool    // it is being attached, recovered or given up
-	err    error   // why it still waits
+	end    *ending // the end of block
+	busy   bool    // the disk is being attached, recovered or given up
+	err    error   // why the disk still waits
 }
 
-// ending is the end of one server of a disk.
+// ending tracks the end of one server of a disk.
 type ending struct {
-	done chan struct{} // closed when the server has ended and all that follows from it is done
-	err  error         // what could not be done at the end, above all the last flush; valid once done is closed
+	done chan struct{} // closed when the server has ended and everything after it is done
+	err  error         // what failed at the end, above all the last flush; valid once done is closed
 }
 
-// wait returns when the end is complete, with its error, or when ctx ends.
+// wait waits until the end is complete and returns its error, or returns an error when ctx ends first.
 func (e *ending) wait(ctx context.Context) error {
 	select {
 	case <-e.done:
@@ -51,12 +51,12 @@ func (e *ending) wait(ctx context.Context) error {
 	}
 }
 
-// ref is the present name of what the disk shows.
+// ref returns the present name of the volume or snapshot that the disk shows.
 func (d *disk) ref() cow.Ref {
 	if d.dev != nil {
 		return d.dev.Ref()
 	}
-	r, _ := cow.ParseRef(d.name) // adopt has parsed it already
+	r, _ := cow.ParseRef(d.name) // adopt has parsed it before
 	return r
 }
 
@@ -67,13 +67,14 @@ func pathOf(id int) string {
 	return fmt.Sprintf("/dev/ublkb%d", id)
 }
 
-// listed reports whether others are told of the disk, which they are not while it is being made. Owner.mu is held.
+// listed reports whether the disk is shown to others. It is not while it is being made. The caller holds
+// Owner.mu.
 func (d *disk) listed() bool { return d.id >= 0 || !d.busy }
 
-// info is what others are told. Owner.mu is held.
+// info returns the disk's public description. The caller holds Owner.mu.
 func (d *disk) info() Device {
 	i := Device{Ref: d.ref(), ID: d.id, Path: pathOf(d.id), ReadOnly: d.readOnly, Waits: d.block == nil}
-	if d.err != nil && i.Waits && !d.busy { // else it is being tried again
+	if d.err != nil && i.Waits && !d.busy { // a busy disk is being tried again
 		i.Error = oneLine(d.err)
 	}
 	return i
@@ -81,7 +82,7 @@ func (d *disk) info() Device {
 
 func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }
 
-// waits is the error of whoever wants to use the volume of a disk that waits.
+// waits returns the error for an attempt to use the volume of a waiting disk.
 func (d Device) waits() error {
 	return fmt.Errorf("%w: %s", cow.ErrBusy, d.waitsText())
 }
@@ -90,7 +91,7 @@ func (d Device) waitsText() string {
 	return fmt.Sprintf("%v waits as %s for its server: run 'vdisk recover', or 'vdisk detach --force %[1]v' to give it up", d.Ref, d.Path)
 }
 
-// devicesOf lists the devices of a volume and its snapshots, of all volumes for an empty name.
+// devicesOf lists the devices of a volume and its snapshots, or of all volumes if the name is empty.
 func (o *Owner) devicesOf(volume string) []Device {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -103,7 +104,8 @@ func (o *Owner) devicesOf(volume string) []Device {
 	return list
 }
 
-// find returns the disk at a path, or of a volume or snapshot. Owner.mu is held.
+// find returns the disk at a path, or the disk that shows the named volume or snapshot. The caller holds
+// Owner.mu.
 func (o *Owner) find(what string) (*disk, error) {
 	name := what
 	if strings.HasPrefix(what, "/") {
@@ -119,7 +121,8 @@ func (o *Owner) find(what string) (*disk, error) {
 	return nil, fmt.Errorf("%s is not attached: %w", what, cow.ErrNotFound)
 }
 
-// claim keeps others from attaching, recovering or giving up a disk until release. Owner.mu is held.
+// claim prevents others from attaching, recovering or giving up a disk until release. The caller holds
+// Owner.mu.
 func (d *disk) claim() error {
 	if d.busy {
 		return fmt.Errorf("%v: another command is at it: %w", d.ref(), cow.ErrBusy)
@@ -128,7 +131,7 @@ func (d *disk) claim() error {
 	return nil
 }
 
-// release ends a claim; err is why the disk still waits, if it does.
+// release ends a claim. If the disk still waits, err is the reason.
 func (o *Owner) release(d *disk, err error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -136,7 +139,7 @@ func (o *Owner) release(d *disk, err error) {
 	o.notifyLocked()
 }
 
-// forget removes a disk that is not in the kernel any more.
+// forget removes a disk that the kernel no longer has, and flushes and closes its volume.
 func (o *Owner) forget(d *disk) error {
 	o.mu.Lock()
 	o.disks = slices.DeleteFunc(o.disks, func(x *disk) bool { return x == d })
@@ -149,15 +152,16 @@ func (o *Owner) forget(d *disk) error {
 	return err
 }
 
-// record writes down the disks there are.
+// record writes the present disks to the file of devices.
 func (o *Owner) record() error { return o.recordRenaming(cow.Ref{}, cow.Ref{}) }
 
-// recordRenaming is record before from, a volume or snapshot, is renamed to to.
+// recordRenaming is record for the time just before a volume or snapshot is renamed: for each affected disk
+// it records the new name, too.
 func (o *Owner) recordRenaming(from, to cow.Ref) error {
 	o.recording.Lock()
 	defer o.recording.Unlock()
 	if o.unread != nil {
-		return o.unread // or what is in the file would be forgotten
+		return o.unread // writing would lose what the file lists
 	}
 	r := record{Devices: slices.Clone(o.leftovers), Heir: o.heirProcess()}
 	o.mu.Lock()
@@ -177,9 +181,9 @@ func (o *Owner) recordRenaming(from, to cow.Ref) error {
 	return r.write(o.in)
 }
 
-// watch waits for the end of a block device, whoever caused it, and closes what is behind it, or keeps that for the
-// next server where the disk stays. What goes wrong is the result of whatever command ended the device; if none did, it
-// is the result of the owner's end.
+// watch waits for the end of a block device, whatever caused it. It then closes the volume behind the device,
+// or keeps the volume open for the next server if the device stays. An error becomes the result of the
+// command that ended the device, or of the owner's end if no command did.
 func (o *Owner) watch(d *disk, b block, t *target, end *ending) {
 	defer close(end.done)
 	since := time.Now()
@@ -216,13 +220,13 @@ func (o *Owner) watch(d *disk, b block, t *target, end *ending) {
 	}
 	d.block, d.target, d.err = nil, nil, err
 	if err != nil && !o.stopping && time.Since(since) > again {
-		o.repairs.Go(func() { _, _ = o.Recover(o.life, d.ref().String()) }) // it logs what comes of it
+		o.repairs.Go(func() { _, _ = o.Recover(o.life, d.ref().String()) }) // Recover logs the outcome
 	}
 	o.notifyLocked()
 }
 
-// again is how long a disk must have been served for a server that broke to be followed by another at once. One that
-// breaks sooner would break again.
+// again is how long a server must have served a disk for its failure to start another one at once. A server
+// that fails sooner would fail again.
 const again = 30 * time.Second
 
 // flushWritten makes durable what a client wrote and did not flush before it went.
@@ -236,10 +240,11 @@ func flushWritten(dev *cow.Device) error {
 	return nil
 }
 
-// flushWithin is flushWritten for those who cannot wait for ever. The flush goes on after ctx has ended.
+// flushWithin is flushWritten with a time limit. The flush continues after ctx has ended.
 func flushWithin(ctx context.Context, dev *cow.Device) error {
 	flushed := make(chan error, 1)
-	go func() { flushed <- flushWritten(dev) }() // which ends when the store's disk answers, before its store can close
+	// The flush ends when the disk below the store answers. The store cannot close before that.
+	go func() { flushed <- flushWritten(dev) }()
 	select {
 	case err := <-flushed:
 		return err
@@ -248,13 +253,13 @@ func flushWithin(ctx context.Context, dev *cow.Device) error {
 	}
 }
 
-// servedDisks lists the disks that this process serves, with their block devices.
+// servedDisks returns the disks that this process serves, and their block devices.
 func (o *Owner) servedDisks() (disks []*disk, blocks []block) {
 	disks, blocks, _ = o.servedUntil()
 	return disks, blocks
 }
 
-// servedUntil is servedDisks with the block devices' ends.
+// servedUntil is servedDisks, and also returns the block devices' endings.
 func (o *Owner) servedUntil() (disks []*disk, blocks []block, ends []*ending) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -266,8 +271,8 @@ func (o *Owner) servedUntil() (disks []*disk, blocks []block, ends []*ending) {
 	return disks, blocks, ends
 }
 
-// endServing calls end for each block device, in parallel, and waits until those that it ended are gone. Its error has
-// also what could not be made durable.
+// endServing calls end for all block devices in parallel, and waits until the ones that it ended are gone.
+// Its error includes data that could not be made durable.
 func (o *Owner) endServing(ctx context.Context, end func(block) error) error {
 	disks, blocks, ends := o.servedUntil()
 	errs := make([]error, len(disks))
@@ -275,7 +280,7 @@ func (o *Owner) endServing(ctx context.Context, end func(block) error) error {
 	for i, d := range disks {
 		wg.Go(func() {
 			err := end(blocks[i])
-			if err != nil && !errors.Is(err, ublk.ErrNotFlushed) { // which a device says that has ended
+			if err != nil && !errors.Is(err, ublk.ErrNotFlushed) { // a device that has ended says so
 				errs[i] = ublkError(fmt.Errorf("%v, %s: %w", d.ref(), blocks[i].Path(), err))
 				return
 			}
@@ -288,7 +293,8 @@ func (o *Owner) endServing(ctx context.Context, end func(block) error) error {
 	return errors.Join(errs...)
 }
 
-// closeDisks ends all devices, also those in use, or leaves them to the next owner. Those that wait go on waiting.
+// closeDisks ends all devices, even those in use, or leaves them to the next owner. Waiting devices keep
+// waiting.
 func (o *Owner) closeDisks(ctx context.Context) error {
 	end := func(b block) error { return b.Close(ctx) }
 	if _, blocks := o.servedDisks(); o.leaving() {

@@ -6,7 +6,7 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// driver is what an owner needs of package ublk. Tests have one without a kernel.
+// driver is the part of package ublk that an owner needs. Tests replace it with one that needs no kernel.
 type driver interface {
 	Create(ctx context.Context, o ublk.Options, h ublk.Handler) (block, error)
 	Recover(ctx context.Context, id int, o ublk.RecoverOptions, h ublk.Handler) (block, error)
@@ -39,7 +39,7 @@ type kernel struct{}
 func (kernel) Create(ctx context.Context, o ublk.Options, h ublk.Handler) (block, error) {
 	d, err := ublk.Create(ctx, o, h)
 	if err != nil {
-		return nil, err // and not a block that holds a nil *Device
+		return nil, err // a nil *Device in a block would not be nil
 	}
 	return d, nil
 }

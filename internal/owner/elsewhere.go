@@ -12,10 +12,12 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// What a killed owner had answered may be in the shared memory of another container (cow.ErrElsewhere). Disks that wait
-// need it: their users have seen the answers. As long as there is such a disk the store is opened nowhere else.
+// The data that a killed owner had acknowledged may be in the shared memory of another container
+// (cow.ErrElsewhere). A waiting disk needs that data, because its users have seen the acknowledgements. While
+// there is such a disk, the store may be opened only in that container.
 
-// openElsewhere opens a store whose last owner's memory is elsewhere, if nobody needs that.
+// openElsewhere opens a store whose last owner's memory is elsewhere, if no waiting disk needs that memory.
+// cause is the error of the first attempt.
 func openElsewhere(ctx context.Context, dir string, o Options, opts cow.Options, cause error) (*cow.Store, error) {
 	need, err := needMemory(ctx, dir, o)
 	if err != nil {
@@ -28,7 +30,8 @@ func openElsewhere(ctx context.Context, dir string, o Options, opts cow.Options,
 	return openStore(dir, o, opts)
 }
 
-// needMemory lists what waits as a writable disk, as far as it is not known that there is none.
+// needMemory lists the writable disks that wait, or that may wait because the driver's devices could not all
+// be listed.
 func needMemory(ctx context.Context, dir string, o Options) (need []string, err error) {
 	in, err := storage.OpenFolder(dir, o.Foreign)
 	if err != nil {
@@ -52,8 +55,9 @@ func needMemory(ctx context.Context, dir string, o Options) (need []string, err 
 	return need, nil
 }
 
-// GiveUp is Detach with force of a disk that waits, for a store that Open refuses with cow.ErrElsewhere: it needs only
-// the file of devices. What the other disks need stays.
+// GiveUp does what Detach with force does to a waiting disk, for a store that Open refuses with
+// cow.ErrElsewhere. It needs only the file of devices. The shared memory stays, because other disks may need
+// it.
 func GiveUp(ctx context.Context, dir, what string, o Options) error {
 	o = o.withDefaults()
 	ctx, cancel := context.WithTimeout(ctx, stopTimeout)
@@ -82,7 +86,7 @@ func GiveUp(ctx context.Context, dir, what string, o Options) error {
 			continue
 		}
 		switch {
-		case d.Dev != 0: // it may be of a store that this is a copy of
+		case d.Dev != 0: // it may belong to a store that this one is a copy of
 		case i < 0 && unknown != nil:
 			return ublkError(fmt.Errorf("giving up %s: looking for its device: %w", d.Ref, unknown))
 		case i >= 0:
@@ -96,7 +100,8 @@ func GiveUp(ctx context.Context, dir, what string, o Options) error {
 	return fmt.Errorf("%s is not attached: %w", what, cow.ErrNotFound)
 }
 
-// deleteWaiting deletes a device. That it is held by somebody is no failure if the driver does not list it any more.
+// deleteWaiting deletes a device. An error is ignored if the driver no longer lists the device: something
+// still holds it, but it is deleted.
 func deleteWaiting(ctx context.Context, k driver, info ublk.DeviceInfo) error {
 	err := k.Delete(ctx, info.ID, true)
 	if err == nil || errors.Is(err, ublk.ErrNotFound) {

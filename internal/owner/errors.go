@@ -10,22 +10,24 @@ import (
 	"github.com/vdisk/vdisk/internal/owner/sparse"
 )
 
-// ErrUnsupported: this machine cannot do it: no ublk driver, no right to use it, too old a kernel.
+// ErrUnsupported means that this machine cannot do it: it has no ublk driver, the process may not use the
+// driver, or the kernel is too old.
 var ErrUnsupported = errors.New("not supported on this machine")
 
-// ErrNoMemory: another device would take memory that is not there.
+// ErrNoMemory means that there is not enough memory for another device.
 var ErrNoMemory = errors.New("not enough memory")
 
-// errStopping is what an owner answers that is about to go; the asker may ask the next one.
+// errStopping is the answer of an owner that is about to end. The client may try again with the next owner.
 var errStopping = errors.New("the owner of the store is stopping")
 
-// ErrNoOwner: nobody offers the store to others on its control socket.
+// ErrNoOwner means that nobody offers the store on its control socket.
 var ErrNoOwner = errors.New("nobody offers the store")
 
-// errLocked matches a cow.LockedError on its way through a pipe or socket.
+// errLocked stands for a cow.LockedError that came through a pipe or socket.
 var errLocked = errors.New("the store has another owner")
 
-// codes are the names under which errors travel. They are a promise: other versions of the program read them.
+// codes maps errors to the names under which they travel. The names are a promise: other versions of the
+// program read them.
 var codes = []struct {
 	code string
 	err  error
@@ -51,7 +53,8 @@ var codes = []struct {
 	{"canceled", context.Canceled},
 }
 
-// Error is an error of the owner as its client sees it: the owner's text, and all sentinels that it matched there.
+// Error is an owner's error as its client sees it: the text, and the codes of all sentinels that the error
+// matched.
 type Error struct {
 	Message string   `json:"error"`
 	Codes   []string `json:"codes"`
@@ -59,7 +62,7 @@ type Error struct {
 
 func (e *Error) Error() string { return e.Message }
 
-// Is makes errors.Is match the sentinels that the owner's error matched.
+// Is reports whether the owner's error matched the sentinel target.
 func (e *Error) Is(target error) bool {
 	for _, c := range codes {
 		if c.err != target {
@@ -74,7 +77,7 @@ func (e *Error) Is(target error) bool {
 	return false
 }
 
-// toWire makes an Error of any error.
+// toWire converts an error to an Error.
 func toWire(err error) *Error {
 	var e *Error
 	if errors.As(err, &e) && e.Message == err.Error() {
@@ -93,16 +96,16 @@ func toWire(err error) *Error {
 	return e
 }
 
-// message is the form of an error inside a framed stream.
+// message encodes an error for a framed stream.
 func message(err error) []byte {
 	b, err := json.Marshal(toWire(err))
-	if err != nil { // cannot be: strings always marshal
+	if err != nil { // cannot happen: strings always marshal
 		return []byte("{}")
 	}
 	return b
 }
 
-// fromStream gives an error that came through a framed stream its meaning back.
+// fromStream turns an error that came through a framed stream back into an Error.
 func fromStream(err error) error {
 	var remote *sparse.RemoteError
 	if !errors.As(err, &remote) {

@@ -11,16 +11,17 @@ import (
 	"github.com/vdisk/vdisk/nbd"
 )
 
-// exports are the volumes and snapshots that NBD clients have open. All clients of one share a handle: the engine has
-// one writer a volume, and a flush on one connection covers what was written on all (MULTI_CONN).
+// exports holds the volumes and snapshots that NBD clients have open. All clients of one volume or snapshot
+// share a handle, because the engine allows one writer per volume, and a flush on one connection must cover
+// the writes of all connections (MULTI_CONN).
 type exports struct {
 	store   *cow.Store
-	explain func(volume string, err error) error // adds who uses a busy volume
+	explain func(volume string, err error) error // adds the users of a busy volume to err
 
-	// Guards the fields below, and the handles' counts. Nothing that waits for the disk is done under it.
+	// mu guards the fields below and the handles' counts. It is not held while waiting for the disk.
 	mu       sync.Mutex
 	open     []*handle
-	renaming []cow.Ref // may not be opened meanwhile
+	renaming []cow.Ref // these may not be opened until they are renamed
 }
 
 // handle is an open volume or snapshot.
@@ -28,10 +29,12 @@ type handle struct {
 	dev      *cow.Device
 	readOnly bool // as it was opened
 	users    int
-	flushing int // ends of the last user that are not done; one who comes meanwhile takes part in the handle
+	// flushing counts the releases of a last user that still flush. A client that arrives meanwhile shares the
+	// handle.
+	flushing int
 }
 
-// acquire opens r, or takes part in it where it is open.
+// acquire opens r, or shares the handle if r is open.
 func (x *exports) acquire(r cow.Ref, readOnly bool) (*handle, error) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -53,12 +56,12 @@ func (x *exports) acquire(r cow.Ref, readOnly bool) (*handle, error) {
 	return h, nil
 }
 
-// within reports whether r is what, or a snapshot of it.
+// within reports whether r is what, or a snapshot of the volume what.
 func within(r, what cow.Ref) bool {
 	return r == what || what.Snapshot == "" && r.Volume == what.Volume
 }
 
-// release is the end of one user. The last one's writes are made durable, as after any flush.
+// release ends one user's use of a handle. After the last user it flushes the handle and closes it.
 func (x *exports) release(h *handle) error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -71,15 +74,17 @@ func (x *exports) release(h *handle) error {
 	x.mu.Lock()
 	h.flushing--
 	i := slices.Index(x.open, h)
-	if h.users > 0 || h.flushing > 0 || i < 0 { // somebody came, who ends it, or close has ended it
+	// A new user releases it later, another release is flushing, or close has closed it.
+	if h.users > 0 || h.flushing > 0 || i < 0 {
 		return err
 	}
 	x.open = slices.Delete(x.open, i, i+1)
 	return errors.Join(err, h.dev.Close())
 }
 
-// keepOut lets no client open what is to be renamed, until the function that it returns is called. It refuses what
-// clients have open: they would ask for the old name when they connect again, and find nothing, or another volume.
+// keepOut prevents clients from opening from, which is about to be renamed, until the returned function is
+// called. It fails if clients have it open: when they reconnect they would ask for the old name and find
+// nothing, or another volume.
 func (x *exports) keepOut(from cow.Ref) (func(), error) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -97,8 +102,8 @@ func (x *exports) keepOut(from cow.Ref) (func(), error) {
 	}, nil
 }
 
-// sharing is how many clients have a volume or its snapshots open beyond those that the engine knows of: it sees one
-// for all of a handle.
+// sharing returns how many more clients have a volume or its snapshots open than the engine counts. The
+// engine counts one per handle.
 func (x *exports) sharing(volume string) (n int) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -110,7 +115,7 @@ func (x *exports) sharing(volume string) (n int) {
 	return n
 }
 
-// close closes what is still open, after the services have ended.
+// close closes the handles that are still open. The services have ended by then.
 func (x *exports) close() error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -122,7 +127,7 @@ func (x *exports) close() error {
 	return errors.Join(errs...)
 }
 
-// users says which clients have a volume or its snapshots open.
+// users describes the clients that have a volume or its snapshots open.
 func (x *exports) users(volume string) []string {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -139,18 +144,18 @@ func (x *exports) users(volume string) []string {
 	return list
 }
 
-// catalog is what one service shows of the exports; it is the service's nbd.Exports.
+// catalog is the part of the exports that one service shows. It implements nbd.Exports.
 type catalog struct {
 	*exports
 	only     []cow.Ref // empty: all
 	readOnly bool
 
 	mu  sync.Mutex // guards err
-	err error      // the first end of a client whose writes could not be made durable
+	err error      // the first failure to make a leaving client's writes durable
 }
 
-// leave is the end of a client. What could not be made durable then is the result of the service, too: the client may
-// be gone.
+// leave ends a client's use of a handle. If the client's writes could not be made durable, the service fails,
+// too, since the client may be gone.
 func (c *catalog) leave(h *handle) error {
 	err := c.release(h)
 	c.mu.Lock()
@@ -161,14 +166,14 @@ func (c *catalog) leave(h *handle) error {
 	return err
 }
 
-// outcome is the error of the service, after it has ended.
+// outcome returns the error of the service once it has ended.
 func (c *catalog) outcome() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.err
 }
 
-// List returns the names that clients may open.
+// List returns the names of the exports that clients may open.
 func (c *catalog) List() ([]string, error) {
 	var names []string
 	for _, r := range c.refs() {
@@ -194,7 +199,7 @@ func (c *catalog) refs() []cow.Ref {
 // preferredBlock is the engine's unit of redirection.
 const preferredBlock = 4096
 
-// Describe tells of an export without opening it: while its volume is imported or attached, nobody else can.
+// Describe describes an export without opening it, so that it works while the volume is imported or attached.
 func (c *catalog) Describe(name string) (nbd.Info, error) {
 	r, err := c.resolve(name)
 	if err != nil {
@@ -219,7 +224,7 @@ func (c *catalog) Describe(name string) (nbd.Info, error) {
 	return info, nil
 }
 
-// notExist gives an error of the engine about what is not there its meaning for NBD.
+// notExist makes an engine's error that something was not found match fs.ErrNotExist, which NBD expects.
 func notExist(err error) error {
 	if errors.Is(err, cow.ErrNotFound) {
 		return &kindError{err, fs.ErrNotExist}
@@ -227,8 +232,8 @@ func notExist(err error) error {
 	return err
 }
 
-// Open opens an export for a client. The empty name is the only export, where there is only one, or else the only
-// volume.
+// Open opens an export for a client. An empty name means the service's only export; if the service shows all
+// exports, it means the store's only volume.
 func (c *catalog) Open(name string) (*nbd.Export, error) {
 	r, err := c.resolve(name)
 	if err != nil {

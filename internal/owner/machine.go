@@ -14,28 +14,28 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// MachineFeatures are what a machine offers to vdisk. Its JSON is a promise to scripts.
+// MachineFeatures describes what a machine offers vdisk. Its JSON is a promise to scripts.
 type MachineFeatures struct {
 	Kernel    string       `json:"kernel"`
 	Ublk      UblkFeatures `json:"ublk"`
 	IOUring   Availability `json:"io_uring"`
 	NBDServer Availability `json:"nbd_server"`
-	NBDClient Availability `json:"nbd_client"` // the kernel's: nbd-client and /dev/nbdN
+	NBDClient Availability `json:"nbd_client"` // nbd-client and /dev/nbdN of the kernel
 }
 
-// Availability reports whether there is something, and if not, why.
+// Availability reports whether something is available, and if not, why.
 type Availability struct {
 	Available bool   `json:"available"`
 	Reason    string `json:"reason,omitempty"`
 }
 
-// UblkFeatures are those of the ublk driver.
+// UblkFeatures describes the ublk driver and its features.
 type UblkFeatures struct {
 	Availability
 	Features []UblkFeature `json:"features"`
 }
 
-// UblkFeature is one of them, and the first Linux release that has it.
+// UblkFeature is one feature of the ublk driver, and the first Linux release that has it.
 type UblkFeature struct {
 	Name  string `json:"name"`
 	Since string `json:"since"`
@@ -48,7 +48,7 @@ func availability(err error) Availability {
 	return Availability{Available: true}
 }
 
-// Machine asks the kernel what it offers.
+// Machine asks the kernel for its features.
 func Machine() MachineFeatures {
 	set, err := ublk.Features()
 	m := MachineFeatures{
@@ -63,7 +63,7 @@ func Machine() MachineFeatures {
 	return m
 }
 
-// probeRing makes the smallest ring.
+// probeRing tests whether io_uring works by making the smallest ring.
 func probeRing() error {
 	var params [120]byte // struct io_uring_params of include/uapi/linux/io_uring.h
 	fd, _, errno := unix.Syscall(unix.SYS_IO_URING_SETUP, 1, uintptr(unsafe.Pointer(&params)), 0)
@@ -85,8 +85,8 @@ func probeNBD() error {
 	return nil
 }
 
-// loadDriver loads the ublk driver as the kernel itself would, so that attaching needs no set-up. It
-// reports whether that went well; if not, the driver's absence is what the user has to hear of.
+// loadDriver loads the ublk driver as the kernel itself would, so that attaching needs no set-up. It reports
+// whether that succeeded. If not, the user sees the error that the driver is missing.
 func loadDriver(ctx context.Context) bool {
 	path, err := os.ReadFile("/proc/sys/kernel/modprobe") // proc(5)
 	if err != nil || os.Geteuid() != 0 {

@@ -16,21 +16,21 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// MachineDevice is a ublk device of the machine, of whatever program.
+// MachineDevice is a ublk device of the machine, of any program.
 type MachineDevice struct {
 	ID        int
 	Path      string
 	Size      int64
 	ReadOnly  bool
-	State     string // dead, live, quiesced, fail-io
-	ServerPID int    // 0: none
-	Command   string // of the server
-	Name      string // volume or snapshot of the store that was asked about; empty: not of that store
-	Abandoned string // why nobody can want it any more; empty: somebody may
+	State     string // dead, live, quiesced or fail-io
+	ServerPID int    // 0: it has no server
+	Command   string // the server's command line
+	Name      string // volume or snapshot of the given store; empty: not a device of that store
+	Abandoned string // why nobody can need it any more; empty: somebody may
 }
 
-// MachineDevices lists the ublk devices of the machine, and what the store at dir has on them, if there is one. Where it
-// cannot tell of all there is an error beside those that it can tell of.
+// MachineDevices lists the ublk devices of the machine, and names those of the store at dir, if there is one.
+// If it cannot list all devices, it returns those that it can, and an error.
 func MachineDevices(ctx context.Context, dir string) ([]MachineDevice, error) {
 	return machineDevices(ctx, kernel{}, dir)
 }
@@ -57,8 +57,9 @@ func machineDevices(ctx context.Context, k driver, dir string) ([]MachineDevice,
 	return list, err
 }
 
-// storeDevices returns what the store has attached, by cookie; nothing without a store that can be looked at. Devices
-// that may be of a store that this is a copy of are not among them.
+// storeDevices returns the names of the volumes and snapshots that the store has attached, by cookie. It
+// returns nothing if the store cannot be read, and leaves out devices that may belong to a store that this
+// one is a copy of.
 func storeDevices(ctx context.Context, k driver, dir string) map[cookie]string {
 	if refuseWaiting(ctx, dir, Options{driver: k}.withDefaults()) != nil {
 		return nil
@@ -87,7 +88,7 @@ func storeDevices(ctx context.Context, k driver, dir string) map[cookie]string {
 	return names
 }
 
-// commandOf is a process's command line.
+// commandOf returns a process's command line.
 func commandOf(pid int) string {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
 	if err != nil {
@@ -96,12 +97,13 @@ func commandOf(pid int) string {
 	return strings.TrimSpace(strings.ReplaceAll(string(b), "\x00", " "))
 }
 
-// pruneDelay is how long a device must be seen dead: one that is being made is that, too, for some milliseconds.
+// pruneDelay is how long a device must be seen dead before it is deleted: a device that is being made is
+// dead, too, for some milliseconds.
 const pruneDelay = time.Second
 
-// Prune deletes the devices of the machine that nobody can want any more, and returns those that it deleted. What waits
-// is not among them, whatever the store's file of devices says: the mark in a device is the same for a store and a
-// block-level copy of it.
+// Prune deletes the devices of the machine that nobody can need any more, and returns the deleted ones. It
+// keeps waiting devices, whatever the store's file of devices says: a store and a block-level copy of it have
+// the same mark in their devices.
 func Prune(ctx context.Context, dir string) (deleted []MachineDevice, err error) {
 	return prune(ctx, kernel{}, dir)
 }
@@ -134,8 +136,9 @@ func prune(ctx context.Context, k driver, dir string) (deleted []MachineDevice, 
 	return deleted, errors.Join(errs...)
 }
 
-// DeleteDevice deletes the device with a path, whosever it is: with force also one that waits for its server. One that
-// the store at dir has is left to Detach, and one that is served to its server.
+// DeleteDevice deletes the device at a path, of any program. With force it deletes a device that waits for
+// its server, too. It refuses a device of the store at dir, which is left to Detach; a served device is left
+// to its server.
 func DeleteDevice(ctx context.Context, dir, path string, force bool) (MachineDevice, error) {
 	return deleteDevice(ctx, kernel{}, dir, path, force)
 }

@@ -11,14 +11,15 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// memory is one thing that bounds what this process may use: the machine, or a control group that it is in.
+// memory is one limit on the memory that this process may use: the machine, or a control group that it is in.
 type memory struct {
 	name      string
 	total     int64
-	available int64 // what is free, or can be given up without writing anything
+	available int64 // what is free, or can be freed without writing anything
 }
 
-// limitBuffers bounds the buffers of all devices together by a part of what the process may use.
+// limitBuffers limits the buffers of all devices together to a fraction of the memory that this process may
+// use.
 func (o *Owner) limitBuffers() {
 	const share = 8
 	least := int64(0)
@@ -32,10 +33,11 @@ func (o *Owner) limitBuffers() {
 	}
 }
 
-// hasMemoryFor refuses a device that would take the last memory: without it the kernel would sooner or later kill the
-// process that serves all the others. It must be there for the device while it is idle, and for one of its queues at
-// work; from there on requests wait for each other's buffers. And some has to be left: what counts as available are also
-// the pages of programs that run, and a guest of 512 MiB got slow and lost processes from 40 MiB on.
+// hasMemoryFor refuses a device that would use up the memory: the kernel would sooner or later kill the
+// process, which serves all the other devices. There must be enough for the idle device and for one busy
+// queue; further requests wait for each other's buffers. Some memory must be left over, since available
+// memory includes the pages of running programs: a guest of 512 MiB became slow and lost processes when 40
+// MiB were left.
 func (o *Owner) hasMemoryFor(opts ublk.Options) error {
 	idle, most := opts.Memory()
 	need := idle + (most-idle)/int64(max(opts.Queues, 1))
@@ -48,16 +50,17 @@ func (o *Owner) hasMemoryFor(opts ublk.Options) error {
 	return nil
 }
 
-// room is how many more threads one thing allows.
+// room is one limit on threads, and how many more it allows.
 type room struct {
 	name string
 	left int64
 }
 
-// spareThreads are kept for the runtime, which ends the process where it cannot make a thread, and for other programs.
+// spareThreads is how many threads are left for the runtime, which ends the process if it cannot make a
+// thread, and for other programs.
 const spareThreads = 64
 
-// hasThreadsFor refuses a device whose threads there is no room for.
+// hasThreadsFor refuses a device if there is no room for its threads.
 func (o *Owner) hasThreadsFor(opts ublk.Options) error {
 	for _, r := range o.opts.threads() {
 		if r.left < int64(opts.Queues)+spareThreads {
@@ -68,16 +71,16 @@ func (o *Owner) hasThreadsFor(opts ublk.Options) error {
 	return nil
 }
 
-// runtimeThreads is the default of debug.SetMaxThreads, at which the runtime ends the process.
+// runtimeThreads is the default of debug.SetMaxThreads. The runtime ends the process at that number.
 const runtimeThreads = 10000
 
-// readThreads looks at the files below root, as readMemory does.
+// readThreads reads the limits on threads from the files below root, as readMemory does.
 func readThreads(root string) []room {
 	var list []room
 	if own, ok := readFields(filepath.Join(root, "proc/self/status"))["Threads:"]; ok {
 		list = append(list, room{"the Go runtime", runtimeThreads - own})
 	}
-	// proc_loadavg(5): the fourth field is the running and all threads.
+	// proc_loadavg(5): the fourth field is running/all threads.
 	load, err := os.ReadFile(filepath.Join(root, "proc/loadavg"))
 	if f := strings.Fields(string(load)); err == nil && len(f) > 3 {
 		_, all, _ := strings.Cut(f[3], "/")
@@ -95,7 +98,8 @@ func readThreads(root string) []room {
 	return list
 }
 
-// readMemory looks at the files below root, which is / but in tests. What cannot be read bounds nothing.
+// readMemory reads the limits on memory from the files below root, which is / except in tests. A file that
+// cannot be read sets no limit.
 func readMemory(root string) []memory {
 	var list []memory
 	info := readFields(filepath.Join(root, "proc/meminfo"))
@@ -108,7 +112,7 @@ func readMemory(root string) []memory {
 			limit, usage, prefix = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
 		}
 		max, used := readNumber(filepath.Join(g.path, limit)), readNumber(filepath.Join(g.path, usage))
-		if max < 0 || used < 0 || max >= 1<<60 { // the first version has a number for no limit
+		if max < 0 || used < 0 || max >= 1<<60 { // version 1 reports a huge number for no limit
 			continue
 		}
 		stat := readFields(filepath.Join(g.path, "memory.stat"))
@@ -118,14 +122,15 @@ func readMemory(root string) []memory {
 	return list
 }
 
-// group is a control group that this process is in.
+// group is a control group that contains this process.
 type group struct {
 	name, path string
-	old        bool // of the first version
+	old        bool // of cgroup version 1
 }
 
-// groups are the control groups of this process that have a controller, each with those that it is in. In a container
-// the names may be those of the host, which cannot be seen from there; then the root is the container's group.
+// groups returns the control groups of this process that have a controller, from the innermost outwards. In a
+// container the names may be those of the host, whose groups cannot be seen from there; then the root is the
+// container's group.
 func groups(root, controller string) (list []group) {
 	text, err := os.ReadFile(filepath.Join(root, "proc/self/cgroup"))
 	if err != nil {
@@ -153,7 +158,7 @@ func groups(root, controller string) (list []group) {
 	return list
 }
 
-// readNumber is negative where there is none, as for "max".
+// readNumber returns the number in a file, or a negative number if there is none, as for "max".
 func readNumber(path string) int64 {
 	text, err := os.ReadFile(path)
 	if err != nil {
@@ -166,7 +171,7 @@ func readNumber(path string) int64 {
 	return n
 }
 
-// readFields reads lines of a name and a number.
+// readFields reads lines that start with a name and a number.
 func readFields(path string) map[string]int64 {
 	fields := map[string]int64{}
 	text, err := os.ReadFile(path)

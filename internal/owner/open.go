@@ -11,11 +11,11 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// retryEvery is how long to wait between two tries to get at a busy store.
+// retryEvery is the pause between two attempts to open a busy store.
 const retryEvery = 25 * time.Millisecond
 
-// Open gives the store at dir: through its owner when it has one that answers, else by owning it until Close. One that
-// this process cannot write to can be read. ctx is for all the time the store is open.
+// Open opens the store at dir: through its owner if one answers, otherwise by owning it until Close. A store
+// that this process cannot write to is opened for reading. ctx must last for as long as the store is open.
 func Open(ctx context.Context, dir string, o Options) (Store, error) {
 	o = o.withDefaults()
 	if err := refuseWaiting(ctx, dir, o); err != nil {
@@ -31,16 +31,17 @@ func Open(ctx context.Context, dir string, o Options) (Store, error) {
 		}
 		owner, err := own(ctx, dir, withoutWait(o), true)
 		if err != nil {
-			return nil, err // and not a Store that holds a nil *Owner
+			return nil, err // a nil *Owner in a Store would not be nil
 		}
 		return owner, nil
 	})
 }
 
-// OpenOrCreate is Open, and makes the store when there is none.
+// OpenOrCreate is Open, and creates the store if there is none.
 func OpenOrCreate(ctx context.Context, dir string, o Options) (Store, error) {
 	s, err := Open(ctx, dir, o)
-	if !errors.Is(err, cow.ErrNotFound) && !errors.Is(err, cow.ErrForeign) { // an empty folder may have any mode as yet
+	// An empty folder, which is to become a store, may have any mode.
+	if !errors.Is(err, cow.ErrNotFound) && !errors.Is(err, cow.ErrForeign) {
 		return s, err
 	}
 	_, err = retry(ctx, o, func() (struct{}, error) { return struct{}{}, cow.CreateIn(dir, o.Foreign) })
@@ -50,7 +51,7 @@ func OpenOrCreate(ctx context.Context, dir string, o Options) (Store, error) {
 	return Open(ctx, dir, o)
 }
 
-// Own takes the store at dir for this process, and waits for it while another has it.
+// Own makes this process the owner of the store at dir. It waits while another process owns it.
 func Own(ctx context.Context, dir string, o Options) (*Owner, error) {
 	o = o.withDefaults()
 	if err := refuseWaiting(ctx, dir, o); err != nil {
@@ -64,7 +65,7 @@ func withoutWait(o Options) Options {
 	return o
 }
 
-// retry tries again while the store is locked or its owner is about to go, for up to o.LockTimeout.
+// retry repeats f while the store is locked or its owner is about to end, for up to o.LockTimeout.
 func retry[T any](ctx context.Context, o Options, f func() (T, error)) (T, error) {
 	deadline := time.Now().Add(o.LockTimeout)
 	for {
@@ -87,7 +88,8 @@ func retry[T any](ctx context.Context, o Options, f func() (T, error)) (T, error
 	}
 }
 
-// Holder says who has the lock of the store at dir, as the lock file tells; empty when it cannot be told.
+// Holder returns the lock file's text about the process that has locked the store at dir, or "" if it cannot
+// be read.
 func Holder(dir string) string {
 	in, err := storage.OpenFolder(dir, true)
 	if err != nil {

@@ -13,48 +13,50 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// Owner is the process's hold of a store: the engine, the control socket, the block devices and the NBD services.
+// Owner is a store that this process owns: the engine, the control socket, the block devices and the NBD
+// services.
 type Owner struct {
 	dir     string
-	in      *storage.Folder // at dir
+	in      *storage.Folder // the store's folder, at dir
 	opts    Options
 	store   *cow.Store
 	started time.Time
 	exports *exports
 	control *control // nil unless Options.Offer
 
-	unfinished unfinished // volumes
+	unfinished unfinished // volumes that imports and measurements have not finished
 
-	// life ends when the owner is to end at once; operations for others, and services, end with it.
+	// life ends when the owner must end at once. Clients' operations and the services end with it.
 	life context.Context
 	kill context.CancelFunc
 
-	mark        mark // of the store in its devices' cookies
+	mark        mark // marks the store in its devices' cookies
 	prepareOnce sync.Once
-	repairs     sync.WaitGroup // recoveries of disks whose server broke; Add under mu, while not stopping
+	repairs     sync.WaitGroup // recoveries of disks whose server failed; Add under mu, while not stopping
 
-	recording sync.Mutex     // guards the file of devices, and leftovers; mu may be taken under it
-	leftovers []deviceRecord // devices of earlier owners that are not held, and not known to be gone for good
-	unread    error          // why the file of devices cannot be read, which then is not written; set by own
+	recording sync.Mutex     // guards the file of devices and leftovers; mu may be taken while it is held
+	leftovers []deviceRecord // devices of earlier owners that are not held, and may still exist
+	unread    error          // why the file of devices cannot be read; it is not written then; set by own
 
 	mu          sync.Mutex // guards the fields below
-	stopping    bool       // no session begins any more
-	accepting   bool       // sessions may begin; shut while an upgrade is tried
-	successor   *Program   // who takes over, after an upgrade
-	keepDevices bool       // the disks are for the next owner, whoever that is
-	sessions    int        // connections of clients
+	stopping    bool       // no new session begins
+	accepting   bool       // sessions may begin; false during an upgrade
+	successor   *Program   // the program that takes over, after an upgrade
+	keepDevices bool       // the disks stay for the next owner, whichever that is
+	sessions    int        // client connections
 	hadSession  bool       // there has been a session
-	disks       []*disk    // in the order they were attached
+	disks       []*disk    // in the order of attaching
 	services    []*service
 	reclaim     *Reclaim      // nil before the first device
-	unheard     error         // what went wrong at the end of devices that no command ended
-	changed     chan struct{} // closed, and made anew, when one of the above has changed
+	unheard     error         // errors at the end of devices that no command ended
+	changed     chan struct{} // closed and replaced when a field above changes
 }
 
-// own takes the store, which must be there. ctx bounds what is done for others while it is owned. A store that cannot
-// be written to is taken if mayRead: it has neither a control socket nor devices, and others may read it meanwhile.
+// own makes this process the owner of the store, which must exist. ctx limits what is done for others while
+// the store is owned. A store that cannot be written to is opened only if mayRead is set. It then has no
+// control socket and no devices, and others may read it at the same time.
 func own(ctx context.Context, dir string, o Options, mayRead bool) (*Owner, error) {
-	opts := cow.Options{ // its clients and devices go on when it is killed
+	opts := cow.Options{ // its clients and devices continue when it is killed
 		LockTimeout: o.LockTimeout, Holder: o.Command, Logger: o.Logger, CacheBytes: o.MapCache, MaxBytes: o.MaxBytes, ColdAfter: o.ColdAfter,
 		Outlive: o.lasts(), SharedMemory: o.sharedMemory, Foreign: o.Foreign,
 		AllowReadOnly: mayRead, Look: o.Look, Repair: o.Repair,
@@ -93,7 +95,7 @@ func own(ctx context.Context, dir string, o Options, mayRead bool) (*Owner, erro
 	return owner, nil
 }
 
-// openStore opens the engine, over the file layer of a test if there is one.
+// openStore opens the engine, on a test's file layer if there is one.
 func openStore(dir string, o Options, opts cow.Options) (*cow.Store, error) {
 	if o.fs != nil {
 		return cow.OpenOver(dir, o.fs, opts)
@@ -101,14 +103,14 @@ func openStore(dir string, o Options, opts cow.Options) (*cow.Store, error) {
 	return cow.Open(dir, opts)
 }
 
-// stopTimeout bounds each step of ending: a client's last operation, a device's last requests.
+// stopTimeout limits each step of ending: a client's last operation, a device's last requests.
 const stopTimeout = 20 * time.Second
 
-// closeTimeout bounds the closing of the store, which writes what is in memory: only a disk that does not answer takes
-// longer.
+// closeTimeout limits the closing of the store, which writes what is in memory. Only an unresponsive disk
+// takes longer.
 const closeTimeout = 2 * time.Minute
 
-// inTime returns what f returns, or an error when that takes too long; f goes on then.
+// inTime returns the result of f, or an error if f takes longer than limit; f then continues.
 func inTime(limit time.Duration, what string, f func() error) error {
 	done := make(chan error, 1)
 	go func() { done <- f() }()
@@ -122,15 +124,16 @@ func inTime(limit time.Duration, what string, f func() error) error {
 	}
 }
 
-// Close ends the owner: it waits for the clients of the control socket, unless the context that it was opened with has
-// ended, stops the services and the devices, and closes the store.
+// Close ends the owner. It waits for the clients of the control socket, unless the context that the owner was
+// opened with has ended; stops the services and devices; and closes the store.
 func (o *Owner) Close() error {
 	o.wait(func() bool { o.stopping = o.stopping || o.sessions == 0; return o.stopping })
 	return o.close()
 }
 
-// CloseWhenIdle is Close at the moment when no device, service or client is left; it waits up to grace for the first of
-// them. It does not wait when the context that the owner was opened with has ended, or after Upgrade.
+// CloseWhenIdle does what Close does, once no device, service or client is left. It waits up to grace for the
+// first of them. It does not wait after the context that the owner was opened with has ended, or after
+// Upgrade.
 func (o *Owner) CloseWhenIdle(grace time.Duration) error {
 	timer := time.AfterFunc(grace, o.notify)
 	defer timer.Stop()
@@ -144,17 +147,18 @@ func (o *Owner) CloseWhenIdle(grace time.Duration) error {
 	return o.close()
 }
 
-// CloseWhenDone is Close when the context that the owner was opened with has ended, or after Upgrade.
+// CloseWhenDone does what Close does, once the context that the owner was opened with has ended, or after
+// Upgrade.
 func (o *Owner) CloseWhenDone() error {
 	o.wait(func() bool { return o.successor != nil })
 	return o.close()
 }
 
-// WritesThrough reports whether writes are slower than elsewhere, for lack of shared memory.
+// WritesThrough reports whether writes are slower for lack of shared memory.
 func (o *Owner) WritesThrough() bool { return o.store.WritesThrough() }
 
-// LeaveDisks has the disks stay when the owner closes: their users wait for the next one. It reports whether there are
-// any.
+// LeaveDisks keeps the disks in the kernel when the owner closes, and their users wait for the next owner. It
+// reports whether this process serves any disk.
 func (o *Owner) LeaveDisks() bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -162,14 +166,14 @@ func (o *Owner) LeaveDisks() bool {
 	return slices.ContainsFunc(o.disks, func(d *disk) bool { return d.block != nil })
 }
 
-// CloseLeaving is LeaveDisks, and Close at once.
+// CloseLeaving calls LeaveDisks and closes the owner at once.
 func (o *Owner) CloseLeaving() error {
 	o.LeaveDisks()
 	return o.close()
 }
 
-// leaving reports whether the disks are to outlive the owner. After an upgrade there may be some even so: one whose
-// server broke may have got another since the upgrade looked.
+// leaving reports whether the disks outlive the owner. An upgrade has quiesced them all, but a disk whose
+// server failed may have got a new server since.
 func (o *Owner) leaving() bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -188,7 +192,7 @@ func (o *Owner) close() error {
 	bounded, cancel := context.WithTimeout(context.Background(), stopTimeout)
 	defer cancel()
 	o.waitServices(bounded)
-	o.repairs.Wait() // they end with life
+	o.repairs.Wait() // recoveries end with life
 	errs = append(errs, o.closeDisks(bounded))
 	errs = append(errs, o.exports.close())
 	errs = append(errs, inTime(closeTimeout, "closing the store "+o.dir, o.store.Close), o.in.Close())
@@ -197,7 +201,7 @@ func (o *Owner) close() error {
 	return errors.Join(append(errs, o.unheard)...)
 }
 
-// wait returns when done, which is called with mu held, says so, or life ends.
+// wait waits until done returns true, or life ends. done is called with mu held.
 func (o *Owner) wait(done func() bool) {
 	for {
 		o.mu.Lock()
@@ -214,7 +218,7 @@ func (o *Owner) wait(done func() bool) {
 	}
 }
 
-// notify wakes those in wait.
+// notify wakes the callers of wait.
 func (o *Owner) notify() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -226,7 +230,7 @@ func (o *Owner) notifyLocked() {
 	o.changed = make(chan struct{})
 }
 
-// begin and end count the sessions of clients.
+// begin counts a new session of a client, and end counts its end.
 func (o *Owner) begin() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -242,7 +246,8 @@ func (o *Owner) end() {
 	o.notifyLocked()
 }
 
-// lasting refuses what must outlive an owner that is about to end, or that would take with it what it has answered.
+// lasting refuses an operation that must outlive an owner that is about to end, or one that would lose
+// acknowledged data when it is killed.
 func (o *Owner) lasting() error {
 	if !o.store.SurvivesKill() {
 		return fmt.Errorf("%w until the command that uses it ends", &cow.LockedError{Dir: o.dir, Holder: o.holder()})
@@ -252,10 +257,10 @@ func (o *Owner) lasting() error {
 
 func (o *Owner) holder() string { return fmt.Sprintf("pid %d (%s)", os.Getpid(), o.opts.Command) }
 
-// ReadOnly is why the store can only be read, or nil.
+// ReadOnly returns the reason why the store can only be read, or nil.
 func (o *Owner) ReadOnly() error { return o.store.ReadOnly() }
 
-// Status says who owns the store and what hangs on it.
+// Status describes the owner of the store, its devices and its services.
 func (o *Owner) Status(context.Context) (Status, error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()

@@ -7,12 +7,13 @@ import (
 	"strings"
 )
 
-// startedFrom is the path that this program was started by, where an upgrade finds the next version. /proc/self/exe does
-// not tell that later on: it follows the file when that is renamed to make place for a new one.
+// startedFrom is the path by which this program was started. An upgrade looks for the next version there.
+// /proc/self/exe cannot tell the path later: it follows the file if that is renamed to make way for a new
+// one.
 var startedFrom = startPath(os.Args[0])
 
-// startPath makes the path absolute that arg0, the first argument, stands for. If that is not this program, as when the
-// starter gave it another name, it is the path of the program's file as it is now.
+// startPath returns the absolute path that arg0, the first argument, stands for. If that is not this program,
+// as when the starter chose another name, startPath returns the present path of the program's file.
 func startPath(arg0 string) string {
 	path := arg0
 	if !strings.Contains(path, "/") {
@@ -25,7 +26,7 @@ func startPath(arg0 string) string {
 	return strings.TrimSuffix(exe, " (deleted)")
 }
 
-// runs reports whether the file at path is the program of this process.
+// runs reports whether this process runs the program in the file at path.
 func runs(path string) bool {
 	is, err := os.Stat("/proc/self/exe")
 	if err != nil {

@@ -17,10 +17,10 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// A process that serves a disk must not wait for memory that is only free when that disk has been written. What guards
-// against it is done once, before the first device, and told by Status.
+// A process that serves a disk must not wait for memory that becomes free only when that disk has been
+// written. The measures against it are taken once, before the first device; Status reports them.
 
-// Reclaim says what of that there is. Its JSON is a promise to scripts.
+// Reclaim reports which of these measures are in effect. Its JSON is a promise to scripts.
 type Reclaim struct {
 	IOFlusher      Availability `json:"io_flusher"`
 	LockedMemory   Availability `json:"locked_memory"`
@@ -28,11 +28,11 @@ type Reclaim struct {
 	MountNamespace Availability `json:"mount_namespace"`
 }
 
-// oomScore keeps the out-of-memory killer off a process whose death stops file systems; -1000 would exempt it even
-// when it is the one that leaks.
+// oomScore protects the process from the out-of-memory killer, since its death stops file systems. -1000
+// would protect it even if it is the process that leaks memory.
 const oomScore = -900
 
-// prepareForReclaim is done before the first device.
+// prepareForReclaim takes these measures before the first device, and logs each one that is not available.
 func (o *Owner) prepareForReclaim() {
 	r := PrepareForReclaim()
 	o.limitBuffers()
@@ -49,7 +49,7 @@ func (o *Owner) prepareForReclaim() {
 	}
 }
 
-// PrepareForReclaim makes this process one that may serve disks, as far as it is allowed to.
+// PrepareForReclaim prepares this process for serving disks, as far as it is permitted to.
 func PrepareForReclaim() Reclaim {
 	return Reclaim{
 		IOFlusher:      availability(ioFlusher()),
@@ -66,7 +66,7 @@ func ioFlusher() error {
 	return nil
 }
 
-// capIPCLock is CAP_IPC_LOCK of linux/capability.h.
+// capIPCLock is CAP_IPC_LOCK in linux/capability.h.
 const capIPCLock = 14
 
 func lockedMemory() error {
@@ -83,7 +83,7 @@ func lockedMemory() error {
 	return fmt.Errorf("RLIMIT_MEMLOCK is %d KiB, and a device's buffers take some MiB: raise it (LimitMEMLOCK=infinity)", lim.Cur>>10)
 }
 
-// hasCapability looks at the effective set in proc_pid_status(5).
+// hasCapability reports whether a capability is in the effective set of this process (proc_pid_status(5)).
 func hasCapability(proc string, bit uint) (bool, error) {
 	b, err := os.ReadFile(proc + "/self/status")
 	if err != nil {
@@ -111,7 +111,7 @@ func setOOMScore() error {
 	return nil
 }
 
-// mountNamespace is an error in a mount namespace that is not that of process 1.
+// mountNamespace returns an error if this process's mount namespace is not that of process 1.
 func mountNamespace() error {
 	self, err := os.Readlink("/proc/self/ns/mnt")
 	if err != nil {
@@ -128,9 +128,9 @@ func mountNamespace() error {
 	return nil
 }
 
-// dropMountCopies unmounts the mounts of a device that only this process has: copies, made with its mount namespace,
-// which would hold the device after the real mount is gone, and be written back while this process, its server, exits.
-// Somebody must serve the device meanwhile.
+// dropMountCopies unmounts the mounts of a device that exist only in this process's mount namespace. They are
+// copies, made when the namespace was made. They would hold the device after the real mount is gone, and
+// would be written back while this process, the device's server, exits. The device must be served meanwhile.
 func dropMountCopies(id int) error {
 	if mountNamespace() == nil {
 		return nil
@@ -144,7 +144,7 @@ func dropMountCopies(id int) error {
 	} else if !alone {
 		return nil
 	}
-	// First cut the ties, so that nothing is unmounted for anybody else.
+	// Stop propagation first, so that nothing is unmounted in other namespaces.
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("making the mounts private: %w", err)
 	}
@@ -157,12 +157,12 @@ func dropMountCopies(id int) error {
 	return errors.Join(errs...)
 }
 
-// capSysPtrace is CAP_SYS_PTRACE of linux/capability.h. Without it other users' processes do not tell their namespaces,
-// and may not even be listed (hidepid).
+// capSysPtrace is CAP_SYS_PTRACE in linux/capability.h. Without it the namespaces of other users' processes
+// cannot be read, and the processes may not even be listed (hidepid).
 const capSysPtrace = 19
 
-// aloneInNamespace reports whether no other process has this process's mount namespace. It is an error when that cannot be
-// known.
+// aloneInNamespace reports whether no other process is in this process's mount namespace. It returns an error
+// if it cannot determine that.
 func aloneInNamespace(proc string) (bool, error) {
 	if has, err := hasCapability(proc, capSysPtrace); err != nil || !has {
 		return false, errors.Join(errors.New("who else is in the mount namespace cannot be seen without CAP_SYS_PTRACE"), err)
@@ -180,7 +180,7 @@ func aloneInNamespace(proc string) (bool, error) {
 		other, err := os.Readlink(l)
 		switch {
 		case errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH):
-			// It has ended.
+			// The process has ended.
 		case err != nil:
 			return false, fmt.Errorf("who else is in the mount namespace cannot be seen: %w", err)
 		case other == self && l != mine:
@@ -190,7 +190,8 @@ func aloneInNamespace(proc string) (bool, error) {
 	return true, nil
 }
 
-// mountsOf lists the mount points in this namespace of a device and its partitions (proc_pid_mountinfo(5)).
+// mountsOf returns the mount points of a device and its partitions in this mount namespace
+// (proc_pid_mountinfo(5)).
 func mountsOf(id int) (points []string, err error) {
 	numbers := map[string]bool{}
 	name := fmt.Sprintf("ublkb%d", id)
@@ -206,7 +207,8 @@ func mountsOf(id int) (points []string, err error) {
 	return mountPoints(numbers, string(text)), err
 }
 
-// mountPoints finds those of the devices with the numbers. Lines may be of any length: the options of an overlay are.
+// mountPoints returns the mount points of the devices with the given numbers. A line may have any length: an
+// overlay's options make it long.
 func mountPoints(numbers map[string]bool, mountinfo string) (points []string) {
 	for line := range strings.Lines(mountinfo) {
 		if f := strings.Fields(line); len(f) > 4 && numbers[f[2]] {
@@ -216,19 +218,20 @@ func mountPoints(numbers map[string]bool, mountinfo string) (points []string) {
 	return points
 }
 
-// unescape undoes mountinfo's octal escapes of blanks and the like.
+// unescape decodes mountinfo's octal escapes of spaces and the like.
 func unescape(s string) string {
 	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(s)
 }
 
-// refuseWaiting refuses a store whose folder is on a device that waits for a server: touching it would hang until that
-// comes, and it may be the one that is to come. Nothing in the folder is touched.
+// refuseWaiting refuses a store whose folder is on a device that waits for a server: touching the folder
+// would hang until the server comes, and this process may be meant to be that server. It touches nothing in
+// the folder.
 func refuseWaiting(ctx context.Context, dir string, o Options) error {
 	ids, err := o.driver.RestsOn(dir)
 	if err != nil || len(ids) == 0 {
-		return nil // not there, or on something whose parts cannot be told
+		return nil // the folder is missing, or the devices below it cannot be determined
 	}
-	infos, _ := o.driver.Devices(ctx) // those that it can tell of
+	infos, _ := o.driver.Devices(ctx) // those that it can list
 	for _, i := range infos {
 		if slices.Contains(ids, i.ID) && (i.State == ublk.KernelQuiesced || i.State == ublk.KernelFailIO) {
 			return fmt.Errorf("the store's folder %s is on %s, which waits for its server: %w: have that device recovered first", dir, i.Path(), cow.ErrBusy)

@@ -15,72 +15,75 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// recordName is the file in a store that lists its block devices while there are any. A device outlives a process that
-// is killed; the file tells the next owner what the device shows. docs/ublk.md, Recovery and upgrade, has the order of writes.
+// recordName is the file in a store that lists its block devices, while there are any. A device outlives its
+// killed server; the file tells the next owner what the device shows. docs/ublk.md, Recovery and upgrade, has
+// the order of the writes.
 const recordName = "devices"
 
-// record is the content of the file.
+// record is the content of the file of devices.
 type record struct {
 	Boot    string         `json:"boot"`           // the kernel's boot id: no device outlives a boot
-	Dev     uint64         `json:"dev,omitempty"`  // which file system the store's folder is on, and
-	Ino     uint64         `json:"ino,omitempty"`  // where there
-	Heir    *process       `json:"heir,omitempty"` // who the store is meant for next, while it is handed over
+	Dev     uint64         `json:"dev,omitempty"`  // the file system that the store's folder is on
+	Ino     uint64         `json:"ino,omitempty"`  // the folder's inode there
+	Heir    *process       `json:"heir,omitempty"` // the next owner, during a hand-over
 	Devices []deviceRecord `json:"devices"`
 }
 
-// deviceRecord is one device. It is found in the kernel by its cookie alone: the id is not known yet when it is
-// recorded, and may later be another device's.
+// deviceRecord is one device. Only its cookie identifies it in the kernel: its id is not known yet when the
+// record is written, and may belong to another device later.
 type deviceRecord struct {
 	Cookie   cookie `json:"cookie"`
 	Ref      string `json:"ref"`
-	Renaming string `json:"renaming,omitempty"` // what Ref is being renamed to: one of the two is there
+	Renaming string `json:"renaming,omitempty"` // the new name of Ref during a rename: one of the two exists
 	ReadOnly bool   `json:"readonly,omitempty"`
-	Lost     bool   `json:"lost,omitempty"` // what its server had answered is gone: it must not be recovered
-	// Dev is where the store's folder was, if that is another file system than now: the same one, mounted anew, or one
-	// that this is a copy of. Which of the two cannot be told from here.
+	// The server's acknowledged data is lost: the device must not be recovered.
+	Lost bool `json:"lost,omitempty"`
+	// Dev is the file system that the store's folder was on, if it is on another one now. Either it is the
+	// same file system, mounted again, or the one that this is a copy of; this process cannot tell which.
 	Dev uint64 `json:"dev,omitempty"`
 }
 
-// cookie is a device's mark in the driver. The high half says which store it is of, the low half is random.
+// cookie identifies a device in the driver. The high half is the store's mark, the low half is random.
 type cookie uint64
 
 func (c cookie) String() string { return fmt.Sprintf("%016x", uint64(c)) }
 
-// MarshalText makes JSON keep all 64 bits.
+// MarshalText encodes the cookie as text, so that JSON keeps all 64 bits.
 func (c cookie) MarshalText() ([]byte, error) { return []byte(c.String()), nil }
 
-// UnmarshalText is its reverse.
+// UnmarshalText decodes what MarshalText returns.
 func (c *cookie) UnmarshalText(text []byte) error {
 	n, err := strconv.ParseUint(string(text), 16, 64)
 	*c = cookie(n)
 	return err
 }
 
-// mark is the half of a cookie that says which store a device is of.
+// mark is the half of a cookie that identifies the store of a device.
 type mark uint32
 
 func (c cookie) mark() mark { return mark(c >> 32) }
 
-// markOf is the mark of the store in a folder. The folder's inode is part of it, so that a copy of a store does not take the
-// devices of the original for its own.
+// markOf returns the mark of the store in a folder. It depends on the folder's inode, so that a copy of a
+// store does not take the original's devices for its own.
 func markOf(in *storage.Folder, uuid string) (mark, error) {
 	st, err := in.Stat()
 	if err != nil {
 		return 0, err
 	}
 	sum := crc32.ChecksumIEEE([]byte(fmt.Sprintf("%s %d", uuid, st.Ino)))
-	return mark(max(sum, 1)), nil // 0 is what other programs leave in their devices
+	return mark(max(sum, 1)), nil // 0 is the cookie of other programs' devices
 }
 
-// newCookie is never 0, which the driver's library takes for any.
+// newCookie returns a new cookie with the store's mark. It is never 0, which means any cookie to package
+// ublk.
 func (m mark) newCookie() cookie {
 	var b [4]byte
 	_, _ = rand.Read(b[:]) // never fails
 	return cookie(m)<<32 | cookie(binary.LittleEndian.Uint32(b[:]))
 }
 
-// process is one process of this boot, told from a later one with the same id by its start, which executing another
-// program does not change.
+// process is one process of this boot. Its start time tells it from a later process with the same id;
+// executing another program does not change the start time.
 type process struct {
 	PID   int    `json:"pid"`
 	Start string `json:"start"` // field 22 of proc_pid_stat(5)
@@ -88,13 +91,14 @@ type process struct {
 
 func thisProcess() process { return process{os.Getpid(), startOf(os.Getpid())} }
 
-// alive reports whether the process is there.
+// alive reports whether the process exists.
 func (p process) alive() bool { return p.Start != "" && startOf(p.PID) == p.Start }
 
-// startOf is empty when there is no such process. One whose first thread is a zombie is there as long as it has others:
-// the thread that executes another program becomes the first one, when that has ended.
+// startOf returns the start time of a process, or "" if there is none. A process whose first thread is a
+// zombie exists while it has other threads: a thread that executes another program becomes the first thread
+// once that has ended.
 func startOf(pid int) string {
-	for range 2 { // what was a zombie may have been replaced after the first look
+	for range 2 { // a zombie may have been replaced after the first look
 		state, start := readStat(pid)
 		if state == "" || state != "Z" && state != "X" {
 			return start
@@ -112,15 +116,16 @@ func readStat(pid int) (state, start string) {
 		return "", ""
 	}
 	text := string(b)
-	fields := strings.Fields(text[strings.LastIndexByte(text, ')')+1:]) // from field 3 on
+	fields := strings.Fields(text[strings.LastIndexByte(text, ')')+1:]) // starts at field 3
 	if len(fields) < 20 {
 		return "", ""
 	}
 	return fields[0], fields[19]
 }
 
-// readRecord reads the file of the store in a folder. What is of another boot, or came with a copy of the folder, is
-// nothing. Devices that may be those of a store that this is a block-level copy of have Dev.
+// readRecord reads the file of devices in a store's folder. A file from another boot, or one that came with a
+// copy of the folder, counts as empty. A device that may belong to a store that this one is a block-level
+// copy of has Dev set.
 func readRecord(in *storage.Folder) (record, error) {
 	r, err := parseRecord(in)
 	if err != nil {
@@ -163,7 +168,8 @@ func parseRecord(in *storage.Folder) (r record, err error) {
 	return r, nil
 }
 
-// write replaces the file in one step. It need not survive the power: no device does.
+// write replaces the file of devices atomically. The file need not survive a power cut, because no device
+// does.
 func (r record) write(in *storage.Folder) error {
 	if len(r.Devices) == 0 && r.Heir == nil {
 		if err := in.Remove(recordName); !errors.Is(err, fs.ErrNotExist) {

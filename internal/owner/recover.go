@@ -15,18 +15,18 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// recoverTimeout bounds the recovery of one device: the old server's threads have to go first.
+// recoverTimeout limits the recovery of one device. The old server's threads must end first.
 const recoverTimeout = 60 * time.Second
 
-// Recovery is the outcome for one device.
+// Recovery is the outcome of recovering one device.
 type Recovery struct {
 	Device Device
-	Error  *Error // nil: it is served again
+	Error  *Error // nil: the device is served again
 }
 
-// Recover serves the devices that wait for a server: the one that what names by its path, volume or snapshot, or all of
-// them for an empty what. Each is recovered on its own. Those that somebody else is about to recover or give up are waited
-// for, and are part of the outcome.
+// Recover serves waiting devices again: the one that what names by its path, volume or snapshot, or all of
+// them if what is empty. Each device succeeds or fails by itself. Recover also waits for devices that another
+// command is recovering or giving up, and includes them in the outcome.
 func (o *Owner) Recover(ctx context.Context, what string) ([]Recovery, error) {
 	if err := cmp.Or(o.ReadOnly(), o.lasting()); err != nil {
 		return nil, err
@@ -47,7 +47,8 @@ func (o *Owner) Recover(ctx context.Context, what string) ([]Recovery, error) {
 	return append(outcome, o.outcomeOf(ctx, others)...), nil
 }
 
-// outcomeOf waits until nobody has a claim on the disks, and tells what has become of those that are still there.
+// outcomeOf waits until no command has a claim on the disks, and returns the outcome for those that still
+// exist.
 func (o *Owner) outcomeOf(ctx context.Context, disks []*disk) (list []Recovery) {
 	ctx, cancel := context.WithTimeout(ctx, recoverTimeout)
 	defer cancel()
@@ -74,7 +75,8 @@ func (o *Owner) outcomeOf(ctx context.Context, disks []*disk) (list []Recovery) 
 	return list
 }
 
-// claimWaiting claims the disks that wait and that what names; others are those that somebody else has a claim on.
+// claimWaiting claims the waiting disks that what names. It returns the disks that another command has
+// claimed in others.
 func (o *Owner) claimWaiting(what string) (list, others []*disk, err error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -88,7 +90,7 @@ func (o *Owner) claimWaiting(what string) (list, others []*disk, err error) {
 	}
 	for _, d := range candidates {
 		switch {
-		case d.block != nil || !d.listed(): // served, or being made
+		case d.block != nil || !d.listed(): // served or being made
 		case d.busy:
 			others = append(others, d)
 		default:
@@ -99,7 +101,7 @@ func (o *Owner) claimWaiting(what string) (list, others []*disk, err error) {
 	return list, others, nil
 }
 
-// recoverDisk recovers one disk, which is claimed.
+// recoverDisk recovers one disk. The caller has claimed it; the claim has ended when recoverDisk returns.
 func (o *Owner) recoverDisk(ctx context.Context, d *disk) Recovery {
 	ctx, cancel := context.WithTimeout(ctx, recoverTimeout)
 	defer cancel()
@@ -156,15 +158,15 @@ func (o *Owner) tryRecover(ctx context.Context, d *disk) (Device, error) {
 	return served, nil
 }
 
-// isOurs refuses a disk that was made when the store was on another file system.
+// isOurs returns an error if the disk was made when the store was on another file system.
 func (o *Owner) isOurs(d *disk) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return d.mayBeAnothers(o.dir)
 }
 
-// mayBeAnothers is why a disk is left alone that was made when the store was on another file system, or nil. Owner.mu is
-// held.
+// mayBeAnothers returns an error if the disk was made when the store was on another file system, since the
+// disk may belong to that store. The caller holds Owner.mu.
 func (d *disk) mayBeAnothers(dir string) error {
 	if d.elsewhere == 0 {
 		return nil
@@ -177,8 +179,8 @@ func (d *disk) mayBeAnothers(dir string) error {
 
 func devText(dev uint64) string { return fmt.Sprintf("%d:%d", unix.Major(dev), unix.Minor(dev)) }
 
-// Claim takes disks that wait, as Recover finds them, for this store's, although they were made when it was on another
-// file system: the caller knows that it is the same one, mounted anew.
+// Claim declares that waiting disks, named as for Recover, belong to this store, although they were made when
+// the store was on another file system. The caller knows that it is the same file system, mounted again.
 func (o *Owner) Claim(ctx context.Context, what string) error {
 	if err := o.lasting(); err != nil {
 		return err
@@ -191,7 +193,7 @@ func (o *Owner) Claim(ctx context.Context, what string) error {
 		o.mu.Lock()
 		d.elsewhere = 0
 		o.mu.Unlock()
-		o.release(d, nil) // it is to be tried
+		o.release(d, nil) // it may be tried again
 	}
 	if len(waiting) == 0 {
 		return nil
@@ -199,7 +201,7 @@ func (o *Owner) Claim(ctx context.Context, what string) error {
 	return o.record()
 }
 
-// lookFor asks the kernel about a disk.
+// lookFor finds a disk's device in the kernel by its cookie, and updates the disk's id.
 func (o *Owner) lookFor(ctx context.Context, d *disk) (ublk.DeviceInfo, error) {
 	infos, err := o.opts.driver.Devices(ctx)
 	if i := slices.IndexFunc(infos, func(i ublk.DeviceInfo) bool { return i.Cookie == uint64(d.cookie) }); i >= 0 {
@@ -214,7 +216,7 @@ func (o *Owner) lookFor(ctx context.Context, d *disk) (ublk.DeviceInfo, error) {
 	return ublk.DeviceInfo{}, ublkError(fmt.Errorf("the device of %v is gone: %w", d.ref(), ublk.ErrNotFound))
 }
 
-// Stats are the counters of a block device.
+// Stats returns the counters of a block device.
 func (o *Owner) Stats(_ context.Context, what string) (DeviceStats, error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()

@@ -30,12 +30,13 @@ func (s *service) info() Service {
 	return Service{Socket: s.opts.Socket, ReadOnly: s.opts.ReadOnly, Exports: exports, Clients: int(s.listener.open.Load())}
 }
 
-// Serve serves NBD clients until ctx or the owner ends, or, with Once, the last client has left.
+// Serve serves the NBD clients that connect to l until ctx or the owner ends, or, with Once, until the last
+// client has left.
 func (o *Owner) Serve(ctx context.Context, l net.Listener, opts ServeOptions) error {
 	return o.serve(ctx, l, opts, func() {})
 }
 
-// serve is Serve, and calls registered when the service is there for others to see.
+// serve is Serve, and calls registered once the service is visible to others.
 func (o *Owner) serve(asked context.Context, l net.Listener, opts ServeOptions, registered func()) error {
 	var err error
 	if o.ReadOnly() != nil {
@@ -86,11 +87,11 @@ func (o *Owner) serve(asked context.Context, l net.Listener, opts ServeOptions, 
 	return errors.Join(err, shown.outcome())
 }
 
-// defaultConnections is how many clients a service takes, if there may be so many open files.
+// defaultConnections is the default limit on a service's clients, if the limit on open files allows it.
 const defaultConnections = 10_000
 
-// connections is how many clients a service takes. Half of the open files are for the store: a client must not be the
-// reason why a chunk file cannot be opened.
+// connections returns how many clients a service accepts. Half of the open files are reserved for the store:
+// a client must not be the reason why a chunk file cannot be opened.
 func connections(asked int) (int, error) {
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
@@ -108,7 +109,7 @@ func connections(asked int) (int, error) {
 	return asked, nil
 }
 
-// serveUntil serves until ctx ends, and then lets what is under way finish, for as long as its patience lasts.
+// serveUntil serves until ctx ends, and then lets requests under way finish for at most patience.
 func serveUntil(ctx context.Context, server *nbd.Server, l net.Listener, patience time.Duration) error {
 	ended := make(chan error, 1)
 	go func() { ended <- server.Serve(context.Background(), l) }()
@@ -124,7 +125,7 @@ func serveUntil(ctx context.Context, server *nbd.Server, l net.Listener, patienc
 	return err
 }
 
-// served is the end of a service.
+// served removes a service that has ended.
 func (o *Owner) served(s *service) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -132,7 +133,7 @@ func (o *Owner) served(s *service) {
 	o.notifyLocked()
 }
 
-// waitServices waits for the services, which end with life.
+// waitServices waits until the services, which end with life, are gone, or ctx ends.
 func (o *Owner) waitServices(ctx context.Context) {
 	for {
 		o.mu.Lock()
@@ -149,14 +150,14 @@ func (o *Owner) waitServices(ctx context.Context) {
 	}
 }
 
-// countingListener counts the connections that are open, and tells when the last one has closed.
+// countingListener counts the open connections and calls last when the last one has closed.
 type countingListener struct {
 	net.Listener
 	open atomic.Int64
 	last func() // may be nil
 }
 
-// Accept counts. A unix connection stays one: it can writev.
+// Accept counts the connection. A unix connection keeps its type, because that has writev.
 func (l *countingListener) Accept() (net.Conn, error) {
 	c, err := l.Listener.Accept()
 	if err != nil {
@@ -180,7 +181,7 @@ type countedUnixConn struct {
 	left func()
 }
 
-// Close counts, once.
+// Close closes the connection and uncounts it once.
 func (c *countedUnixConn) Close() error {
 	defer c.left()
 	return c.UnixConn.Close()
@@ -191,7 +192,7 @@ type countedConn struct {
 	left func()
 }
 
-// Close counts, once.
+// Close closes the connection and uncounts it once.
 func (c *countedConn) Close() error {
 	defer c.left()
 	return c.Conn.Close()

@@ -21,19 +21,19 @@ import (
 // controlName is the control socket's name in a store.
 const controlName = "control.sock"
 
-// SunPath is how long a socket's path can be for most clients: the size of sockaddr_un.sun_path, without the zero at
-// the end (unix(7)).
+// SunPath is the longest path of a socket that most clients can use: the size of sockaddr_un.sun_path without
+// the terminating zero (unix(7)).
 const SunPath = 107
 
-// ofFd is the path of an open file, which fits SunPath however long its other paths are.
+// ofFd returns a path of an open file that fits in SunPath, however long the file's other paths are.
 func ofFd(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }
 
-// Listen makes a unix socket at path that only its owner may connect to; for the moment until its mode is set, that
-// is up to the process's umask, which must be 077. A socket that is there already and that nobody listens on is
-// replaced; anything else that is there is an error that matches fs.ErrExist. The caller calls remove when the socket
-// is closed.
+// Listen makes a unix socket at path to which only its owner may connect. Until the socket's mode is set,
+// only the process's umask protects it, so that must be 077. Listen replaces an existing socket on which
+// nobody listens. If anything else is there, the error matches fs.ErrExist. The caller calls remove once the
+// socket is closed.
 func Listen(path string) (l *net.UnixListener, remove func(), err error) {
-	in, err := storage.OpenFolder(filepath.Dir(path), true) // a socket may be in any folder
+	in, err := storage.OpenFolder(filepath.Dir(path), true) // a socket may be in any folder, foreign or not
 	if err != nil {
 		return nil, nil, err
 	}
@@ -44,30 +44,32 @@ func Listen(path string) (l *net.UnixListener, remove func(), err error) {
 	return l, func() { rm(); _ = in.Close() }, nil
 }
 
-// listenIn is Listen for a name in a folder, which must stay open until remove was called.
+// listenIn is Listen for a name in a folder. The folder must stay open until remove has been called.
 func listenIn(in *storage.Folder, name string) (l *net.UnixListener, remove func(), err error) {
 	if len(name) > SunPath {
 		return nil, nil, fmt.Errorf("the socket's name %s is too long: %d bytes are possible", name, SunPath)
 	}
-	// It gets its name when it listens, so that nobody finds it closed and takes it for one that was left behind.
+	// The socket gets its name only when it listens already. Otherwise another process could take it for a
+	// leftover one.
 	tmp := storage.Unique(".sock.")
 	l, err = net.ListenUnix("unix", &net.UnixAddr{Name: ofFd(in.Fd()) + "/" + tmp, Net: "unix"})
 	if err != nil {
 		return nil, nil, fmt.Errorf("making the socket %s: %w", in.Join(name), errors.Unwrap(err))
 	}
-	l.SetUnlinkOnClose(false) // the path that it knows is not good for long
+	l.SetUnlinkOnClose(false) // the path that the listener knows is only temporary
 	made, err := secureSocket(in, tmp)
 	if err == nil {
 		err = nameSocket(in, tmp, name)
 	}
 	if err != nil {
-		_ = in.Remove(tmp) // at worst a socket is left that nobody listens on
+		_ = in.Remove(tmp) // at worst this leaves a socket on which nobody listens
 		return nil, nil, errors.Join(fmt.Errorf("making the socket %s: %w", in.Join(name), err), l.Close())
 	}
 	return l, func() { removeSocket(in, name, made) }, nil
 }
 
-// secureSocket gives a socket of this process its mode, and returns what it is known by.
+// secureSocket sets the mode of a socket that this process made, and returns the stat that identifies the
+// socket.
 func secureSocket(in *storage.Folder, name string) (st unix.Stat_t, err error) {
 	fd, st, err := pathTo(in, name)
 	if err != nil {
@@ -80,10 +82,11 @@ func secureSocket(in *storage.Folder, name string) (st unix.Stat_t, err error) {
 	if err := os.Chmod(ofFd(fd), 0o600); err != nil || !in.Gives() {
 		return st, err
 	}
-	return st, os.Chown(ofFd(fd), int(in.Owner()), -1) // who has to replace it, when this process was killed
+	// The folder's owner must be able to replace it if this process is killed.
+	return st, os.Chown(ofFd(fd), int(in.Owner()), -1)
 }
 
-// pathTo opens the socket of that name, not its other end (O_PATH).
+// pathTo opens the socket file of that name, not a connection to it (O_PATH).
 func pathTo(in *storage.Folder, name string) (fd int, st unix.Stat_t, err error) {
 	fd, err = unix.Openat(in.Fd(), name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -99,17 +102,19 @@ func pathTo(in *storage.Folder, name string) (fd int, st unix.Stat_t, err error)
 	return fd, st, nil
 }
 
-// sameSocket reports whether two looks saw one socket. A file's number is given again soon, but not within a tick.
+// sameSocket reports whether a and b are the same socket. An inode number is soon used again, but not within
+// one tick of the file's time.
 func sameSocket(a, b unix.Stat_t) bool { return a.Dev == b.Dev && a.Ino == b.Ino && a.Mtim == b.Mtim }
 
-// nameSocket gives a socket its name, which nobody may listen at. A socket on which somebody listens keeps its name: of
-// the processes of vdisk one at a time looks at what is there and replaces it, and whatever another program puts there
-// meanwhile is looked at once more when it has gone out of the way.
+// nameSocket gives the socket its name, unless somebody listens on a socket of that name. Only one process of
+// vdisk at a time examines and replaces the old socket. If another program puts one there meanwhile, the
+// exchange moves it to tmp, where it is examined again, and it gets its name back unless it is the one that was
+// examined before.
 func nameSocket(in *storage.Folder, tmp, name string) error {
 	defer lockFolder(in)()
 	for {
 		err := unix.Renameat2(in.Fd(), tmp, in.Fd(), name, unix.RENAME_NOREPLACE)
-		if errors.Is(err, unix.EINVAL) { // a file system that cannot
+		if errors.Is(err, unix.EINVAL) { // a file system without RENAME_NOREPLACE
 			if err = unix.Linkat(in.Fd(), tmp, in.Fd(), name, 0); err == nil {
 				return in.Remove(tmp)
 			}
@@ -135,8 +140,9 @@ func nameSocket(in *storage.Folder, tmp, name string) error {
 	}
 }
 
-// lockFolder keeps other processes of vdisk from changing the names of sockets in a folder until it is unlocked. Anybody
-// who can read the folder can lock it, so it waits for no longer than such a change takes.
+// lockFolder keeps other processes of vdisk from changing the names of sockets in a folder until unlock is
+// called. Anyone who can read the folder can lock it, so lockFolder waits at most one second, which is longer
+// than such a change takes, and then goes on without the lock.
 func lockFolder(in *storage.Folder) (unlock func()) {
 	fd, err := unix.Openat(in.Fd(), ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -150,14 +156,15 @@ func lockFolder(in *storage.Folder) (unlock func()) {
 	}
 }
 
-// leftSocket is an error unless a socket has the name, and nobody listens on it.
+// leftSocket returns the stat of a leftover socket. It returns an error if the file is not a socket, or
+// somebody listens on it.
 func leftSocket(in *storage.Folder, name string) (unix.Stat_t, error) {
 	fd, st, err := pathTo(in, name)
 	if err != nil {
 		return st, err
 	}
 	defer unix.Close(fd)
-	for range 2 { // one that has its name and does not listen yet will soon
+	for range 2 { // a socket that has its name but does not listen yet soon will
 		c, err := net.DialTimeout("unix", ofFd(fd), time.Second)
 		if err == nil {
 			_ = c.Close()
@@ -171,8 +178,8 @@ func leftSocket(in *storage.Folder, name string) (unix.Stat_t, error) {
 	return st, nil
 }
 
-// removeSocket removes the socket made, unless somebody has found it closed and put his own in its place. At worst a
-// socket is left that nobody listens on.
+// removeSocket removes the socket made, unless another process has found it closed and replaced it. At worst
+// it leaves a socket on which nobody listens.
 func removeSocket(in *storage.Folder, name string, made unix.Stat_t) {
 	defer lockFolder(in)()
 	if st, err := in.Lstat(name); err == nil && sameSocket(st, made) {
@@ -180,7 +187,7 @@ func removeSocket(in *storage.Folder, name string, made unix.Stat_t) {
 	}
 }
 
-// dial connects to the socket of that name in a folder, not through a symbolic link.
+// dial connects to the socket of that name in a folder. It does not follow a symbolic link.
 func dial(ctx context.Context, in *storage.Folder, name string) (*net.UnixConn, error) {
 	fd, _, err := pathTo(in, name)
 	if err != nil {
@@ -195,8 +202,9 @@ func dial(ctx context.Context, in *storage.Folder, name string) (*net.UnixConn, 
 	return c.(*net.UnixConn), nil
 }
 
-// dialControl connects to the owner of the store in a folder. ErrNoOwner: nobody listens. The process that listens must
-// be one that may have the store: whoever can put a socket there must not be believed for that alone.
+// dialControl connects to the owner of the store in a folder. It fails with ErrNoOwner if nobody listens. The
+// listening process must run as a user that the folder trusts: being able to put a socket there is not
+// enough.
 func dialControl(ctx context.Context, in *storage.Folder) (*net.UnixConn, error) {
 	c, err := dial(ctx, in, controlName)
 	if err != nil {
@@ -212,7 +220,7 @@ func dialControl(ctx context.Context, in *storage.Folder) (*net.UnixConn, error)
 	return c, nil
 }
 
-// peerOf is the user of the process at the other end (SO_PEERCRED, unix(7)).
+// peerOf returns the user of the process at the other end (SO_PEERCRED, unix(7)).
 func peerOf(c *net.UnixConn) (uid uint32, err error) {
 	rc, err := c.SyscallConn()
 	if err != nil {
@@ -226,10 +234,10 @@ func peerOf(c *net.UnixConn) (uid uint32, err error) {
 	return cred.Uid, nil
 }
 
-// ownListener accepts connections of this user and root only.
+// ownListener accepts only connections of this process's user and root.
 type ownListener struct{ *net.UnixListener }
 
-// Accept closes the connections of others.
+// Accept returns the next connection of such a user, and closes those of others.
 func (l ownListener) Accept() (net.Conn, error) {
 	for {
 		c, err := l.AcceptUnix()

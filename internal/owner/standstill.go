@@ -10,17 +10,17 @@ import (
 )
 
 const (
-	// standstill is for how long a client may take nothing of an answer before it is given up.
+	// standstill is how long a client may take nothing of an answer before its connection is given up.
 	standstill = 30 * time.Second
-	// exportStandstill is the same for an export, which keeps nobody waiting: what consumes it may be a tape, or a disk
-	// that is writing back its cache.
+	// exportStandstill is the same for an export, which blocks nobody else: its reader may be a tape, or a
+	// disk that is writing back its cache.
 	exportStandstill = 10 * time.Minute
-	// streamPiece is how much of an answer a client has to take in that time.
+	// streamPiece is how much of an answer a client must take in that time.
 	streamPiece = 16 << 10
 )
 
-// givingUp lets the handler's clients go that stand still: the answer fails, and the operation's context ends. A client
-// that takes something, however slowly, is waited for.
+// givingUp wraps h and gives up clients that stand still: writing the answer fails, and the operation's
+// context ends. It waits for a client that takes something, however slowly.
 func givingUp(h http.Handler, patience time.Duration) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithCancelCause(r.Context())
@@ -29,12 +29,12 @@ func givingUp(h http.Handler, patience time.Duration) http.Handler {
 		p.patience.Store(int64(patience))
 		h.ServeHTTP(p, r.WithContext(ctx))
 		if !p.hijacked {
-			_ = p.extend() // for what is still in buffers; it fails where the client is gone
+			_ = p.extend() // for what is still buffered; it fails if the client is gone
 		}
 	})
 }
 
-// patientWriter is a ResponseWriter whose deadline moves with what its client takes.
+// patientWriter is a ResponseWriter that moves its deadline each time its client has taken a piece.
 type patientWriter struct {
 	http.ResponseWriter
 	rc       *http.ResponseController
@@ -47,7 +47,7 @@ func (p *patientWriter) extend() error {
 	return p.rc.SetWriteDeadline(time.Now().Add(time.Duration(p.patience.Load())))
 }
 
-// Write writes a piece after the other.
+// Write writes b in pieces and extends the deadline for each of them.
 func (p *patientWriter) Write(b []byte) (n int, err error) {
 	for len(b) > 0 && err == nil {
 		var k int
@@ -63,7 +63,7 @@ func (p *patientWriter) Write(b []byte) (n int, err error) {
 	return n, err
 }
 
-// FlushError is what http.ResponseController calls.
+// FlushError flushes the response. http.ResponseController calls it.
 func (p *patientWriter) FlushError() error {
 	err := p.extend()
 	if err == nil {
@@ -75,7 +75,7 @@ func (p *patientWriter) FlushError() error {
 	return err
 }
 
-// Hijack is http.Hijacker's. The connection is the caller's, without a deadline.
+// Hijack implements http.Hijacker. The connection then belongs to the caller and has no write deadline.
 func (p *patientWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	conn, rw, err := p.rc.Hijack()
 	p.hijacked = err == nil
@@ -85,10 +85,10 @@ func (p *patientWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return conn, rw, err
 }
 
-// Unwrap is for http.ResponseController.
+// Unwrap returns the wrapped writer for http.ResponseController.
 func (p *patientWriter) Unwrap() http.ResponseWriter { return p.ResponseWriter }
 
-// waitLonger is for answers whose client has reason to stand still.
+// waitLonger sets a longer patience for an answer whose client has reason to stand still.
 func waitLonger(w http.ResponseWriter, patience time.Duration) {
 	if p, ok := w.(*patientWriter); ok {
 		p.patience.Store(int64(patience))

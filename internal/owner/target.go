@@ -11,38 +11,39 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// target answers the requests of a block device from a volume or snapshot.
+// target answers the requests of a block device with a volume or snapshot.
 //
-// Reads are planned and finished on the queue's thread, and fetched on its ring. Small writes are done on the queue's
-// thread: a hand-over costs more than they do. What may wait for the disk or for the cleaner, or is large enough to
-// be worth another CPU, goes to the workers.
+// Reads are planned and finished on the queue's thread, and fetched on its ring. Small writes are done on the
+// queue's thread, because handing them over would cost more than doing them. Requests that may wait for the
+// disk or the cleaner, or that are large enough to be worth another CPU, go to the workers.
 type target struct {
 	dev    *cow.Device
-	report func(error) // gets why requests fail: their sender gets no more than an errno
+	report func(error) // called with the reason why a request failed; the sender gets only an errno
 	jobs   chan *ublk.Request
-	wg     sync.WaitGroup // workers
+	wg     sync.WaitGroup // the workers
 
-	told   atomic.Int64 // when report was called last, in Unix seconds
-	untold atomic.Int64 // failures since
+	told   atomic.Int64 // time of the last call of report, in Unix seconds
+	untold atomic.Int64 // failures not reported since
 }
 
 const (
-	// inlineBytes is the largest write or read that is compressed or decompressed on the queue's thread: one unit of
-	// the engine. Copying and coding in parallel pays from about twice that on.
+	// inlineBytes is the largest write or read that is compressed or decompressed on the queue's thread: one
+	// unit of the engine. Copying and coding in parallel pays off from about twice that size.
 	inlineBytes = 64 << 10
-	// workers is how many requests wait for the disk at the same time. Flushes share one sync, so a few do.
+	// workers is how many requests can wait for the disk at the same time. A few are enough, since flushes
+	// share one sync.
 	workers = 16
 )
 
-// op is a tag's state of a read. There is one for each tag of each queue, made at its first read.
+// op is the state of a read of one tag of one queue. It is made at the tag's first read.
 type op struct {
 	plan  cow.ReadPlan
-	err   error // of the fetches, for the worker that finishes
-	fetch bool  // the worker has to fetch, too
+	err   error // of the fetches, for the worker that finishes the read
+	fetch bool  // the worker must also fetch
 }
 
-// newTarget makes the target of a device that has at most so many requests under way at once: a queue's thread never
-// waits to hand one over.
+// newTarget makes the target of a device that handles at most the given number of requests at once. The
+// channel of jobs holds that many, so a queue's thread never waits to hand one over.
 func newTarget(dev *cow.Device, requests int, report func(error)) *target {
 	t := &target{dev: dev, report: report, jobs: make(chan *ublk.Request, requests)}
 	for range workers {
@@ -51,13 +52,13 @@ func newTarget(dev *cow.Device, requests int, report func(error)) *target {
 	return t
 }
 
-// close ends the workers. No request may come any more.
+// close ends the workers. No request may arrive any more.
 func (t *target) close() {
 	close(t.jobs)
 	t.wg.Wait()
 }
 
-// ServeUBLK answers a request, or sees to it that it is answered.
+// ServeUBLK answers a request, or hands it to the ring or a worker to be answered later.
 func (t *target) ServeUBLK(r *ublk.Request) error {
 	switch {
 	case r.Op == ublk.OpRead:
@@ -83,7 +84,7 @@ func (t *target) read(r *ublk.Request) error {
 	if len(fetches) == 0 {
 		return p.plan.Finish(nil)
 	}
-	if !p.plan.Hold() { // this thread must not wait for files that its own requests may have in use
+	if !p.plan.Hold() { // the plan must not wait here for files that this thread's own requests may be using
 		p.fetch = true
 		t.jobs <- r
 		return ublk.ErrAsync
@@ -95,7 +96,7 @@ func (t *target) read(r *ublk.Request) error {
 	return ublk.ErrFetch
 }
 
-// FetchedUBLK finishes a read.
+// FetchedUBLK finishes a read after its fetches, or hands a large one to a worker.
 func (t *target) FetchedUBLK(r *ublk.Request, err error) error {
 	p := r.Data.(*op)
 	if r.Length <= inlineBytes {
@@ -112,8 +113,8 @@ func (t *target) workRoutine() {
 	}
 }
 
-// tell reports a request that fails, and returns err. A disk that is full or damaged may fail them all, so it speaks
-// once a second.
+// tell returns err. If the request failed, it first calls report, at most once a second, because a full or
+// damaged disk may fail all requests.
 func (t *target) tell(r *ublk.Request, err error) error {
 	if err == nil || err == ublk.ErrFetch || err == ublk.ErrAsync {
 		return err
@@ -131,8 +132,8 @@ func (t *target) tell(r *ublk.Request, err error) error {
 	return err
 }
 
-// work does a request to its end. A panic fails the request: one that is never answered would hang its process for
-// ever.
+// work performs a request completely. A panic fails the request, since an unanswered request would hang its
+// process forever.
 func (t *target) work(r *ublk.Request) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -157,7 +158,7 @@ func (t *target) work(r *ublk.Request) (err error) {
 	case ublk.OpDiscard:
 		return t.dev.Discard(r.Offset, int64(r.Length))
 	case ublk.OpWriteZeroes:
-		if r.NoUnmap { // no more is asked than to keep the space that there is
+		if r.NoUnmap { // NoUnmap only asks to keep the allocated space
 			return t.dev.Zero(r.Offset, int64(r.Length))
 		}
 		return t.dev.WriteZeroes(r.Offset, int64(r.Length), false)

@@ -11,13 +11,15 @@ import (
 	"github.com/vdisk/vdisk/internal/owner/sparse"
 )
 
-// importingSuffix is what a volume's name ends in while it is filled. A process that is killed then leaves it so.
+// importingSuffix ends the name of a volume while it is being filled. A killed process leaves the volume with
+// that name.
 const importingSuffix = ".importing"
 
-// firstSize is the size of a volume whose content is of unknown length, to begin with.
+// firstSize is the initial size of a volume if the length of its content is unknown.
 const firstSize = 1 << 30
 
-// Import makes a volume from src. It is filled under another name, and gets its own in one step when it is durable.
+// Import makes a volume from src. It fills the volume under another name, and renames it in one step once it
+// is durable.
 func (o *Owner) Import(ctx context.Context, name string, v cow.VolumeOptions, src sparse.Source, progress func(int64)) (cow.VolumeInfo, error) {
 	if _, err := o.store.Volume(name); err == nil {
 		return cow.VolumeInfo{}, fmt.Errorf("volume %s: %w", name, cow.ErrExists)
@@ -40,7 +42,8 @@ func (o *Owner) Import(ctx context.Context, name string, v cow.VolumeOptions, sr
 			return cow.VolumeInfo{}, errors.Join(err, rerr) // the next owner tries again
 		}
 	}
-	if derr := o.unfinished.done(made); derr != nil { // there is no such volume any more, so the note says nothing
+	// The volume no longer exists under that name, so a leftover note is harmless.
+	if derr := o.unfinished.done(made); derr != nil {
 		o.opts.Logger.Warn("noting which volumes are unfinished", "err", derr)
 	}
 	if err != nil {
@@ -49,7 +52,8 @@ func (o *Owner) Import(ctx context.Context, name string, v cow.VolumeOptions, sr
 	return o.store.Volume(name)
 }
 
-// importName is where the volume is filled; no longer than the 63 characters that a name may have.
+// importName returns the volume's name while it is filled. It has no more than the 63 characters that a name
+// may have.
 func importName(name string) string {
 	return name[:min(len(name), 63-len(importingSuffix))] + importingSuffix
 }
@@ -59,13 +63,13 @@ type importing struct {
 	store *cow.Store
 	name  string
 	opts  cow.VolumeOptions
-	fixed bool // the size was asked for, and does not follow the source
+	fixed bool // the size was given, and does not follow the source
 	size  int64
 }
 
 func (im *importing) ref() cow.Ref { return cow.Ref{Volume: im.name} }
 
-// roundUp is the size of a volume that holds n bytes; where there is none that large, n.
+// roundUp returns the size of a volume that holds n bytes, or n if no volume is that large.
 func (im *importing) roundUp(n int64) int64 {
 	if n > cow.MaxVolume {
 		return n
@@ -106,7 +110,7 @@ func (im *importing) fill(ctx context.Context, src sparse.Source, progress func(
 		return fromStream(err)
 	}
 	switch {
-	case src.Size() > im.size: // it ends in zeros
+	case src.Size() > im.size: // the content ends in zeros
 		if err := im.grow(src.Size()); err != nil {
 			return err
 		}
@@ -124,7 +128,7 @@ func tooLarge(n int64) error {
 	return fmt.Errorf("the content has %d bytes or more, and the largest volume has 64 TiB: %w", n, cow.ErrInvalid)
 }
 
-// grow makes the volume at least end bytes large.
+// grow grows the volume to at least end bytes.
 func (im *importing) grow(end int64) error {
 	if end <= im.size {
 		return nil
@@ -143,7 +147,7 @@ func (im *importing) grow(end int64) error {
 	return nil
 }
 
-// finish gives the volume its size and its name.
+// finish gives the volume its final size and name.
 func (im *importing) finish(name string, size int64) error {
 	if want := im.roundUp(size); !im.fixed && want != im.size {
 		if err := im.store.Resize(im.name, want, true); err != nil {
@@ -153,10 +157,10 @@ func (im *importing) finish(name string, size int64) error {
 	return im.store.Rename(im.ref(), cow.Ref{Volume: name})
 }
 
-// Export calls use with the content of a snapshot, or of a volume that nobody writes.
+// Export calls use with the content of a snapshot, or of a volume that is not open for writing.
 func (o *Owner) Export(_ context.Context, r cow.Ref, use func(sparse.Source) error) (err error) {
-	// Opening a volume for writing makes sure that nobody else does while it is read. Where nothing can be written, nobody
-	// does.
+	// Opening a volume for writing ensures that nobody else writes to it while it is read. In a store that
+	// can only be read, nobody can.
 	dev, err := o.store.OpenDevice(r, r.Snapshot != "" || o.ReadOnly() != nil)
 	if errors.Is(err, cow.ErrBusy) {
 		return o.inUse(r.Volume, fmt.Errorf("%w: take a snapshot and export that", err))
@@ -168,11 +172,11 @@ func (o *Owner) Export(_ context.Context, r cow.Ref, use func(sparse.Source) err
 	return use(&deviceSource{dev: dev})
 }
 
-// deviceSource is the content of an open volume or snapshot.
+// deviceSource is a Source over an open volume or snapshot.
 type deviceSource struct {
 	dev  *cow.Device
-	at   int64 // up to where extents were asked for
-	runs []run // of data, not yet handed out
+	at   int64 // extents before it have been looked up
+	runs []run // data not yet handed out
 	mem  [256]run
 	once sync.Once
 	size int64
@@ -207,7 +211,7 @@ func (s *deviceSource) Next(p []byte) (int, int64, error) {
 	return n, off, nil
 }
 
-// look finds the next runs of data.
+// look finds the next runs of data and puts them in s.runs.
 func (s *deviceSource) look() error {
 	s.runs = s.mem[:0]
 	for s.at < s.Size() && len(s.runs) == 0 {
@@ -222,7 +226,7 @@ func (s *deviceSource) look() error {
 		if err != nil {
 			return fmt.Errorf("looking for data in %v: %w", s.dev.Ref(), err)
 		}
-		if s.at == from { // nothing was said about the rest, so it has to be read
+		if s.at == from { // Extents reported nothing more, so the rest has to be read
 			s.runs = append(s.runs, run{from, s.Size() - from})
 			s.at = s.Size()
 		}

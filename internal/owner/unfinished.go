@@ -13,23 +13,24 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// unfinishedName is the file in a store that lists the volumes that imports are filling and measurements write to. A
-// process that is killed leaves them, and the next owner removes them. The name alone would not say so: a user may give
-// a volume any.
+// unfinishedName is the file in a store that lists the volumes that imports are filling and measurements are
+// writing to. A killed process leaves such volumes, and the next owner removes them. Their names alone do not
+// identify them, since a user may give a volume any name.
 const unfinishedName = "importing"
 
-// unfinished keeps the file.
+// unfinished maintains the file.
 type unfinished struct {
 	in   *storage.Folder
 	mu   sync.Mutex // guards list and the file
 	list []unfinishedVolume
 }
 
-// unfinishedVolume is told from another volume that had its name before or gets it later.
+// unfinishedVolume identifies a volume by its name and creation time, so that it is not confused with an
+// earlier or later volume of that name.
 type unfinishedVolume struct {
 	Name    string    `json:"name"`
 	Created time.Time `json:"created"`
-	Scratch bool      `json:"scratch,omitempty"` // a measurement's, whose snapshots go with it
+	Scratch bool      `json:"scratch,omitempty"` // made by a measurement; its snapshots are removed with it
 }
 
 func (u *unfinished) write() error {
@@ -46,7 +47,7 @@ func (u *unfinished) write() error {
 	return u.in.Replace(unfinishedName, append(text, '\n'), true)
 }
 
-// add says that a volume, which has just been made, is of no use until it is finished.
+// add records that a volume, which has just been made, is useless until it is finished.
 func (u *unfinished) add(v cow.VolumeInfo, scratch bool) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -58,7 +59,7 @@ func (u *unfinished) add(v cow.VolumeInfo, scratch bool) error {
 	return nil
 }
 
-// done says that a volume is finished, or gone.
+// done records that a volume is finished or gone.
 func (u *unfinished) done(v cow.VolumeInfo) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -70,15 +71,16 @@ func (x unfinishedVolume) is(v cow.VolumeInfo) bool {
 	return x.Name == v.Name && x.Created.Equal(v.Created)
 }
 
-// removeUnfinished removes the volumes that imports and measurements of an earlier owner have left unfinished. One that cannot be removed
-// now, because it is full or has snapshots, stays, and is tried again by the next owner.
+// removeUnfinished removes the volumes that imports and measurements of an earlier owner left unfinished. If
+// one cannot be removed now, because the store is full or the volume has snapshots, the next owner tries
+// again.
 func (o *Owner) removeUnfinished() {
 	u := &o.unfinished
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	text, err := u.in.Read(unfinishedName)
 	if errors.Is(err, fs.ErrNotExist) {
-		return // as it mostly is
+		return // the usual case
 	}
 	if err == nil {
 		err = json.Unmarshal(text, &u.list)

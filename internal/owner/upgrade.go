@@ -17,39 +17,42 @@ import (
 	"github.com/vdisk/vdisk/cow"
 )
 
-// An upgrade, seen from the old program:
+// An upgrade, as the old program sees it:
 //
-//	the new program is asked what it is → nobody begins a session any more, and those there are end → the devices are
-//	quiesced → the client is answered → the store is closed → the new program is executed, in this process
+//	the new program is asked for its version → no new session begins, and the present ones end
+//	→ the devices are quiesced → the client is answered → the store is closed
+//	→ this process executes the new program
 //
-// and from the new one: it opens the store, finds the devices waiting, and recovers them. Where that fails it
-// executes the old program again, which it got as an open file, since its path has the new one's file.
+// The new program opens the store, finds the waiting devices and recovers them. If that fails, it executes
+// the old program again. It was given the old program as an open file, since the old program's path now has
+// the new file.
 
-// HandoverVersion is what a program must have in common with the one that it takes over from.
+// HandoverVersion is the version of the hand-over. A program can take over only from one with the same
+// version.
 const HandoverVersion = 1
 
 const (
-	programTimeout = 20 * time.Second // for the new program to say its version
-	quiesceTimeout = 60 * time.Second // for the devices' requests
-	upgradeTimeout = 3 * time.Minute  // for all of it, seen from the client
+	programTimeout = 20 * time.Second // for the new program to print its version
+	quiesceTimeout = 60 * time.Second // for the requests of the devices to finish
+	upgradeTimeout = 3 * time.Minute  // for the whole upgrade, as the client sees it
 )
 
-// Program is a version of vdisk.
+// Program is a version of the vdisk program.
 type Program struct {
 	Path     string `json:"-"`
 	Version  string `json:"version"`
-	Format   int    `json:"store_format"` // the newest that it knows
+	Format   int    `json:"store_format"` // the newest store format that it knows
 	Handover int    `json:"handover"`
 }
 
-// Upgrade is what an upgrade leads from and to.
+// Upgrade describes an upgrade.
 type Upgrade struct {
 	From, To string
 	Program  string `json:",omitempty"` // the file that is executed
-	Same     bool   `json:",omitempty"` // which is the very one that runs already
+	Same     bool   `json:",omitempty"` // it is the running program itself
 }
 
-// askProgram has a program say what it is.
+// askProgram runs the program at path to learn its version.
 func askProgram(ctx context.Context, path string) (Program, error) {
 	ctx, cancel := context.WithTimeout(ctx, programTimeout)
 	defer cancel()
@@ -64,7 +67,7 @@ func askProgram(ctx context.Context, path string) (Program, error) {
 	return p, nil
 }
 
-// findHeir checks the program that would take over.
+// findHeir returns the program that would take over, if it can.
 func (o *Owner) findHeir(ctx context.Context) (*Program, error) {
 	path := o.opts.program
 	if path == "" {
@@ -84,11 +87,12 @@ func (o *Owner) findHeir(ctx context.Context) (*Program, error) {
 	return &p, nil
 }
 
-// Upgrade makes the owner ready to hand over to the program that is now where this one was started from: the owner's
-// CloseWhen… returns, and Heir tells what to execute. When it fails everything is as before.
+// Upgrade prepares the hand-over to the program that is now at the path from which this one was started. The
+// owner's CloseWhen… methods then return, and Heir returns the program to execute. If Upgrade fails,
+// everything is as before.
 func (o *Owner) Upgrade(ctx context.Context) (Upgrade, error) { return o.upgrade(ctx, 0) }
 
-// upgrade is Upgrade, asked for in one of the sessions, or in none.
+// upgrade is Upgrade. asking is the number of sessions that ask for it: 1 from a client, otherwise 0.
 func (o *Owner) upgrade(ctx context.Context, asking int) (Upgrade, error) {
 	u := Upgrade{From: o.opts.Version}
 	if !o.opts.Replaceable {
@@ -105,11 +109,11 @@ func (o *Owner) upgrade(ctx context.Context, asking int) (Upgrade, error) {
 	if err := o.shutDoors(ctx, asking); err != nil {
 		return u, err
 	}
-	if err := o.noServices(); err != nil { // a session that was waited for may have become one
+	if err := o.noServices(); err != nil { // a session that ended meanwhile may have become a service
 		o.openDoors()
 		return u, err
 	}
-	// From here on the client may go: the upgrade is done or undone.
+	// From here on the client may leave: the upgrade will be completed or undone.
 	bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), quiesceTimeout)
 	defer cancel()
 	err = o.endServing(bounded, func(b block) error { return b.Quiesce(bounded) })
@@ -129,7 +133,7 @@ func (o *Owner) upgrade(ctx context.Context, asking int) (Upgrade, error) {
 	return u, err
 }
 
-// noServices refuses an upgrade that would end other commands' services.
+// noServices returns an error if there are services, since an upgrade would end other commands' services.
 func (o *Owner) noServices() error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -144,7 +148,8 @@ func (o *Owner) noServices() error {
 	return fmt.Errorf("NBD clients are served at %s and would be cut off: %w: end those 'vdisk serve' first", strings.Join(names, ", "), cow.ErrBusy)
 }
 
-// shutDoors lets no session begin, and waits for those there are, beside the one that asks.
+// shutDoors prevents new sessions, and waits for the present ones, except the number that ask for the
+// upgrade. If they do not end in time, it permits sessions again and fails.
 func (o *Owner) shutDoors(ctx context.Context, asking int) error {
 	ctx, cancel := context.WithTimeout(ctx, o.opts.sessionTimeout)
 	defer cancel()
@@ -177,14 +182,14 @@ func (o *Owner) openDoors() {
 	o.notifyLocked()
 }
 
-// Heir is the program to execute after the owner was closed by an upgrade; else nil.
+// Heir returns the program to execute after an upgrade has closed the owner, or nil if there was no upgrade.
 func (o *Owner) Heir() *Program {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return o.successor
 }
 
-// heirProcess is who the store is meant for next, if it is handed over.
+// heirProcess returns the process that the store is handed over to, or nil outside a hand-over.
 func (o *Owner) heirProcess() *process {
 	if o.Heir() == nil {
 		return nil
@@ -193,18 +198,19 @@ func (o *Owner) heirProcess() *process {
 	return &p
 }
 
-// Handover is what a program is told by the one that executed it.
+// Handover is what a program passes to the one that it executes.
 type Handover struct {
-	From   string // the version of that program
-	Back   int    // a descriptor of that program; 0: there is no way back
-	Failed string // why the way back was taken
-	// Program is the path where the next version is looked for: the one that this process was started from at first.
+	From   string // the version of the passing program
+	Back   int    // a file descriptor of the passing program; 0: there is no way back
+	Failed string // why the new program went back to the old one
+	// Program is the path where the next version is looked for: the one that the first of these programs was
+	// started from.
 	Program string `json:",omitempty"`
 }
 
 const handoverEnv = "VDISK_HANDOVER"
 
-// TakeHandover returns what the program is told that was executed by an upgrade; nil for others.
+// TakeHandover returns the hand-over to a program that an upgrade executed, or nil if there was no upgrade.
 func TakeHandover() *Handover {
 	text := os.Getenv(handoverEnv)
 	if text == "" {
@@ -224,7 +230,7 @@ func TakeHandover() *Handover {
 	return h
 }
 
-// execute replaces the program of this process. It returns only when that fails.
+// execute replaces the program of this process. It returns only if that fails.
 func execute(path string, h Handover) error {
 	h.Program = startedFrom
 	b, err := json.Marshal(h)
@@ -234,9 +240,9 @@ func execute(path string, h Handover) error {
 	return fmt.Errorf("executing %s: %w", path, err)
 }
 
-// Execute replaces this program, of version from, with p. It returns only when that fails.
+// Execute replaces this program, whose version is from, with p. It returns only if that fails.
 func (p *Program) Execute(from string) error {
-	back, err := unix.Open("/proc/self/exe", unix.O_RDONLY, 0) // not O_CLOEXEC: p shall have it
+	back, err := unix.Open("/proc/self/exe", unix.O_RDONLY, 0) // not O_CLOEXEC: p needs it
 	if err != nil {
 		return fmt.Errorf("keeping the present program: %w", err)
 	}
@@ -245,8 +251,8 @@ func (p *Program) Execute(from string) error {
 	return err
 }
 
-// Return goes back to the program that executed this one, of version self, after cause. It returns only when that
-// fails.
+// Return executes the program that executed this one, because of cause. self is this program's version.
+// Return returns only if that fails.
 func (h *Handover) Return(self string, cause error) error {
 	if h.Back == 0 {
 		return cause
@@ -255,7 +261,7 @@ func (h *Handover) Return(self string, cause error) error {
 	return errors.Join(cause, err)
 }
 
-// Done is called when there is no way back any more.
+// Done closes the way back once it is no longer needed.
 func (h *Handover) Done() {
 	if h.Back != 0 {
 		_ = unix.Close(h.Back)
@@ -263,8 +269,9 @@ func (h *Handover) Done() {
 	}
 }
 
-// UpgradeDaemon has the daemon that owns the store at dir hand over to the program that is now where it was started
-// from, and waits until that one answers. Nobody owning the store matches ErrNoOwner.
+// UpgradeDaemon makes the daemon that owns the store at dir hand over to the program that is now at the path
+// from which the daemon was started, and waits until the new program answers and has recovered the devices.
+// It fails with ErrNoOwner if nobody owns the store.
 func UpgradeDaemon(ctx context.Context, dir string, o Options) (Upgrade, error) {
 	if err := refuseWaiting(ctx, dir, o.withDefaults()); err != nil {
 		return Upgrade{}, err
@@ -305,13 +312,13 @@ func UpgradeDaemon(ctx context.Context, dir string, o Options) (Upgrade, error) 
 	}
 }
 
-// servesAgain compares the devices before and after an upgrade. pending says that some are still to be recovered;
-// otherwise the error has all that were served before and are not now.
+// servesAgain compares the devices before and after an upgrade. pending reports whether some are still to be
+// recovered. If none are, the error names all devices that were served before and are not now.
 func servesAgain(before, after []Device) (pending bool, err error) {
 	var errs []error
 	for _, b := range before {
 		if b.Waits {
-			continue // as it did before
+			continue // it waited before the upgrade
 		}
 		i := slices.IndexFunc(after, func(a Device) bool { return a.Path == b.Path })
 		switch {
@@ -329,7 +336,8 @@ func servesAgain(before, after []Device) (pending bool, err error) {
 	return pending, err
 }
 
-// Running asks the process that owns the store and offers it to others; ErrNoOwner when there is none.
+// Running returns the status of the process that owns the store at dir and offers it to others. It fails with
+// ErrNoOwner if there is none.
 func Running(ctx context.Context, dir string, o Options) (Status, error) {
 	c, s, err := connect(ctx, dir, o)
 	if err != nil {

@@ -32,18 +32,18 @@ func (o *Owner) Volume(_ context.Context, name string) (Volume, error) {
 	return o.volumeOf(info), nil
 }
 
-// volumeOf adds to what the engine knows who uses a volume.
+// volumeOf adds a volume's users to what the engine knows of it.
 func (o *Owner) volumeOf(info cow.VolumeInfo) Volume {
 	info.Open += o.exports.sharing(info.Name)
 	return Volume{VolumeInfo: info, Devices: o.devicesOf(info.Name)}
 }
 
-// Usage says what volumes and snapshots take: those named, as far as they are there, or all.
+// Usage returns the space that volumes and snapshots take: the named ones that exist, or all of them.
 func (o *Owner) Usage(ctx context.Context, refs ...cow.Ref) ([]cow.Usage, error) {
 	return o.store.Usage(ctx, refs...)
 }
 
-// VolumeUsage says what volumes take, each with all of its snapshots.
+// VolumeUsage returns the space that volumes take, each with all of its snapshots.
 func (o *Owner) VolumeUsage(ctx context.Context, names ...string) ([]cow.Usage, error) {
 	return o.store.VolumeUsage(ctx, names...)
 }
@@ -53,7 +53,7 @@ func (o *Owner) CreateVolume(_ context.Context, name string, v cow.VolumeOptions
 	return o.store.CreateVolume(name, v)
 }
 
-// Snapshot takes snapshots, of all the volumes at one moment.
+// Snapshot takes snapshots of all the volumes at the same moment.
 func (o *Owner) Snapshot(_ context.Context, refs ...cow.Ref) error { return o.store.Snapshot(refs...) }
 
 // Clone makes a volume from a snapshot.
@@ -88,7 +88,8 @@ func (o *Owner) Rename(_ context.Context, from, to cow.Ref) error {
 	return errors.Join(o.store.Rename(from, to), o.record())
 }
 
-// Resize changes the size of a volume. A block device grows with it, where the kernel can.
+// Resize changes the size of a volume. The volume's block device grows with it; if the kernel cannot do that,
+// Resize fails.
 func (o *Owner) Resize(ctx context.Context, name string, size int64, shrink bool) error {
 	info, err := o.store.Volume(name)
 	if err == nil {
@@ -116,7 +117,8 @@ func (o *Owner) Resize(ctx context.Context, name string, size int64, shrink bool
 	return nil
 }
 
-// resizable returns the block device of a volume, if it has one, or why it cannot follow when the volume grows.
+// resizable returns the block device of a volume, or nil if it has none. It returns an error if the kernel
+// cannot resize the device.
 func (o *Owner) resizable(name string) (block, error) {
 	disks, blocks := o.servedDisks()
 	for i, d := range disks {
@@ -140,14 +142,14 @@ func (o *Owner) Remove(_ context.Context, r cow.Ref, recursive bool) error {
 	return o.inUse(r.Volume, o.store.Remove(r, recursive))
 }
 
-// Clean gives back the space of chunk files that are dead in part.
+// Clean reclaims the space of chunk files that are partly dead.
 func (o *Owner) Clean(ctx context.Context, waste float64) (cow.CleanReport, error) {
 	return o.store.Clean(ctx, waste)
 }
 
 // Bench measures the engine on a scratch volume.
 func (o *Owner) Bench(ctx context.Context, b bench.Options, each func(bench.Result)) error {
-	var made []cow.VolumeInfo // none or one
+	var made []cow.VolumeInfo // at most one
 	err := bench.Run(ctx, o.store, b, func(v cow.VolumeInfo) error {
 		made = append(made, v)
 		return o.unfinished.add(v, true)
@@ -156,22 +158,23 @@ func (o *Owner) Bench(ctx context.Context, b bench.Options, each func(bench.Resu
 		if now, verr := o.store.Volume(v.Name); verr == nil && now.Created.Equal(v.Created) {
 			continue // it could not be removed; the next owner tries again
 		}
-		if derr := o.unfinished.done(v); derr != nil { // there is no such volume any more, so the note says nothing
+		// The volume no longer exists, so a leftover note is harmless.
+		if derr := o.unfinished.done(v); derr != nil {
 			o.opts.Logger.Warn("noting which volumes are unfinished", "err", derr)
 		}
 	}
 	return err
 }
 
-// Cold makes a whole cold pass.
+// Cold runs a whole cold pass.
 func (o *Owner) Cold(ctx context.Context) (cow.ColdReport, error) { return o.store.Cold(ctx) }
 
-// Check proves the store's structure, and tells of each problem it finds.
+// Check verifies the store's structure and calls problem for each problem that it finds.
 func (o *Owner) Check(ctx context.Context, c cow.CheckOptions, problem func(cow.Problem)) (cow.CheckReport, error) {
 	return o.store.Check(ctx, c, problem)
 }
 
-// known reports whether there is such a volume or snapshot.
+// known returns an error if there is no such volume or snapshot.
 func (o *Owner) known(r cow.Ref) error {
 	info, err := o.store.Volume(r.Volume)
 	if err != nil || r.Snapshot == "" {

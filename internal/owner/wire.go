@@ -17,7 +17,7 @@ import (
 
 func unmarshalStrict(text string, v any) error { return decode(strings.NewReader(text), v) }
 
-// lineWriter sends JSON lines as they come, from any goroutine.
+// lineWriter sends JSON lines as they are written. It is safe for concurrent use.
 type lineWriter struct {
 	mu  sync.Mutex // guards enc
 	enc *json.Encoder
@@ -31,18 +31,18 @@ func newLineWriter(w http.ResponseWriter) *lineWriter {
 func (l *lineWriter) write(v any) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.enc.Encode(v) == nil { // fails where the client is gone
+	if l.enc.Encode(v) == nil { // fails if the client is gone
 		_ = l.rc.Flush()
 	}
 }
 
-// switching is the answer of an owner that is ready to be passed a socket.
+// switching is the answer of an owner that is ready to receive a socket.
 const switching = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: vdisk-socket\r\nConnection: Upgrade\r\n\r\n"
 
-// passTimeout bounds the hand-over of a socket.
+// passTimeout limits how long passing a socket may take.
 const passTimeout = 10 * time.Second
 
-// giveListener sends a listening socket.
+// giveListener sends a listening socket over conn.
 func giveListener(conn *net.UnixConn, l net.Listener) error {
 	filer, ok := l.(interface{ File() (*os.File, error) })
 	if !ok {
@@ -57,7 +57,8 @@ func giveListener(conn *net.UnixConn, l net.Listener) error {
 	return err
 }
 
-// passedFiles are all that came with a message, also where that is not as it should be: they are open.
+// passedFiles returns all files that came with a message, even if there is an error, since they are open and
+// must be closed.
 func passedFiles(oob []byte) (files []*os.File, err error) {
 	messages, err := unix.ParseSocketControlMessage(oob)
 	for i := range messages {
@@ -70,7 +71,7 @@ func passedFiles(oob []byte) (files []*os.File, err error) {
 	return files, err
 }
 
-// takeListener says that it is ready for a listening socket, and receives it.
+// takeListener announces that it is ready for a listening socket, and receives it.
 func takeListener(conn *net.UnixConn) (net.Listener, error) {
 	if err := conn.SetDeadline(time.Now().Add(passTimeout)); err != nil {
 		return nil, err
@@ -86,7 +87,7 @@ func takeListener(conn *net.UnixConn) (net.Listener, error) {
 	files, err := passedFiles(oob[:n])
 	defer func() {
 		for _, f := range files {
-			_ = f.Close() // the listener has its own
+			_ = f.Close() // the listener has its own descriptor
 		}
 	}()
 	if err != nil || len(files) != 1 {
@@ -97,7 +98,7 @@ func takeListener(conn *net.UnixConn) (net.Listener, error) {
 		return nil, fmt.Errorf("what came with the request to serve it is no listening socket: %w", err)
 	}
 	if u, ok := l.(*net.UnixListener); ok {
-		u.SetUnlinkOnClose(false) // the socket's file is the asker's
+		u.SetUnlinkOnClose(false) // the socket's file belongs to the asking command
 	}
 	return l, conn.SetDeadline(time.Time{})
 }

@@ -12,15 +12,16 @@ import (
 
 // fileSource is a Source over a regular file or a block device.
 type fileSource struct {
-	f     *os.File
-	size  int64
-	at    int64 // everything before it is handed out, or zeros
-	end   int64 // the end of the file's run of data that at lies in; at == end: look for the next
-	plain bool  // the file system cannot tell holes from data
+	f    *os.File
+	size int64
+	at   int64 // everything before it has been handed out, or is zeros
+	// The end of the file's run of data that contains at; if at == end, the next run must be found.
+	end   int64
+	plain bool // the file system cannot distinguish holes from data
 }
 
-// FromFile returns the content of a regular file or a block device. Holes are not read, and blocks of zeros are left
-// out.
+// FromFile returns the content of a regular file or a block device. It does not read holes, and leaves out
+// blocks of zeros.
 func FromFile(f *os.File) (Source, error) {
 	fi, err := f.Stat()
 	if err != nil {
@@ -65,7 +66,8 @@ func (s *fileSource) Next(p []byte) (int, int64, error) {
 	}
 }
 
-// nextRun sets at and end to the next run of data of the file, at multiples of Block; io.EOF when there is none.
+// nextRun sets at and end to the file's next run of data, rounded to multiples of Block, or returns io.EOF if
+// there is none.
 func (s *fileSource) nextRun() error {
 	if s.at >= s.size {
 		return io.EOF
@@ -76,7 +78,7 @@ func (s *fileSource) nextRun() error {
 	}
 	start, err := s.f.Seek(s.at, unix.SEEK_DATA)
 	switch {
-	case errors.Is(err, syscall.ENXIO): // a hole to the end
+	case errors.Is(err, syscall.ENXIO): // a hole up to the end
 		s.at = s.size
 		return io.EOF
 	case errors.Is(err, syscall.EINVAL), errors.Is(err, syscall.EOPNOTSUPP):

@@ -8,27 +8,27 @@ import (
 	"io"
 )
 
-// The framed stream. All integers are little-endian.
+// The framed stream consists of frames. All integers are little-endian.
 //
 //	0   8   offset
 //	8   4   length of the data that follows, 1 to Piece
 //	12  ..  data
 //
-// A frame without data (length 0) ends the stream, and its offset is the size of the content. A frame of length
-// frameError ends it too: the sender failed, its offset is the length of a message that follows. A stream that ends
-// otherwise is incomplete.
+// A frame of length 0 has no data and ends the stream; its offset is the size of the content. A frame of
+// length frameError also ends the stream, and means that the sender failed; its offset is the length of the
+// message that follows. A stream that ends in any other way is incomplete.
 const (
 	frameHeader = 12
 	frameError  = 1<<32 - 1
 	maxMessage  = 64 << 10
 )
 
-// RemoteError is what a receiver of a framed stream gets when its sender failed.
+// RemoteError is the error that the receiver of a framed stream gets if the sender failed.
 type RemoteError struct{ Message []byte }
 
 func (e *RemoteError) Error() string { return string(e.Message) }
 
-// Encode writes src as a framed stream. When src fails, the receiver is told message(err).
+// Encode writes src as a framed stream. If src fails, Encode sends message(err) to the receiver.
 func Encode(ctx context.Context, w io.Writer, src Source, message func(error) []byte) error {
 	buf := make([]byte, frameHeader+Piece)
 	for {
@@ -63,14 +63,14 @@ func putFrame(p []byte, off int64, n uint32) {
 // frames is a Source over a framed stream.
 type frames struct {
 	r    io.Reader
-	at   int64 // where the next byte of the frame under way belongs; nothing before it may come any more
-	left int   // bytes of the frame under way
+	at   int64 // position of the next byte of the current frame; no later frame may start before it
+	left int   // bytes left in the current frame
 	size int64
 	done bool
 }
 
-// Decode returns the content of a framed stream, of the size that was announced for it, or -1 if none was. An
-// incomplete stream is an error, as are frames out of order.
+// Decode returns the content of a framed stream. size is the announced size of the content, or -1 if none was
+// announced. An incomplete stream is an error, and so are frames out of order.
 func Decode(r io.Reader, size int64) Source { return &frames{r: r, size: size} }
 
 func (s *frames) Size() int64 { return s.size }

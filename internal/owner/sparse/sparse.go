@@ -1,5 +1,5 @@
-// Package sparse moves the content of disks without moving their holes: from and to files and block devices, from and
-// to plain streams, and over a stream of its own that carries only the data.
+// Package sparse moves the content of disks without moving their holes: from and to files and block devices,
+// from and to plain streams, and over a framed stream of its own that carries only data.
 package sparse
 
 import (
@@ -12,26 +12,26 @@ import (
 	"sync"
 )
 
-// Piece is the largest run of data that a Source hands out at once.
+// Piece is the largest run of data that a Source returns at once.
 const Piece = 1 << 20
 
-// Block is the granularity at which zeros are looked for: the unit of redirection of the engine.
+// Block is the granularity at which zeros are detected: the engine's unit of redirection.
 const Block = 4096
 
-// Source is the content of a disk, as runs of data in ascending order. What lies between them is zeros.
+// Source is the content of a disk, as runs of data in ascending order. Everything between the runs is zeros.
 type Source interface {
-	// Next fills p from the next run of data: n bytes that belong at off. A run that is longer than p is continued by
-	// the next call. At the end it returns io.EOF, and nothing else with it.
+	// Next fills p from the next run of data: n bytes that belong at off. If a run is longer than p, the next
+	// call continues it. At the end Next returns io.EOF and no data.
 	Next(p []byte) (n int, off int64, err error)
-	// Size is the length of the content, and -1 as long as it is not known. After io.EOF it is known.
+	// Size returns the length of the content, or -1 while it is unknown. After io.EOF it is known.
 	Size() int64
 }
 
-// zeroBlock is what blocks are compared with.
+// zeroBlock is compared with blocks to detect zeros.
 var zeroBlock [Block]byte
 
-// dataRun returns the first run of p, whose start lies at a multiple of Block, that is not zeros: p[skip:skip+n]. n is
-// 0 when all is zeros.
+// dataRun returns the first run of p that is not zeros: p[skip:skip+n]. The start of p lies at a multiple of
+// Block. n is 0 if all of p is zeros.
 func dataRun(p []byte) (skip, n int) {
 	for skip < len(p) && isZero(p[skip:min(skip+Block, len(p))]) {
 		skip += Block
@@ -48,9 +48,9 @@ func isZero(p []byte) bool {
 	return bytes.Equal(p, zeroBlock[:len(p)])
 }
 
-// Copy writes the runs of src to dst, several at a time, and returns how many bytes of data there were. progress,
-// unless nil, is told after each run how far src has come; it is called by one goroutine at a time. grow, unless nil,
-// is called before anything is written that ends beyond all before it.
+// Copy writes the runs of src to dst, several at a time, and returns how many bytes of data it copied. If
+// progress is not nil, Copy calls it after each run with the offset in src that has been reached; only one
+// goroutine calls it. If grow is not nil, Copy calls it with the end of each run before it writes the run.
 func Copy(ctx context.Context, dst io.WriterAt, src Source, grow func(end int64) error, progress func(off int64)) (int64, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -104,7 +104,7 @@ func Copy(ctx context.Context, dst io.WriterAt, src Source, grow func(end int64)
 	return copied, err
 }
 
-// WriteTo writes the whole content, zeros included, to a stream.
+// WriteTo writes the whole content to a stream, including zeros.
 func WriteTo(ctx context.Context, w io.Writer, src Source, progress func(off int64)) error {
 	var at int64
 	p := make([]byte, Piece)
@@ -156,13 +156,13 @@ func writeZeros(ctx context.Context, w io.Writer, n int64) error {
 // streamSource is a Source over a plain stream.
 type streamSource struct {
 	r     io.Reader
-	at    int64  // where in the content the next byte of rest, or of r, belongs
-	buf   []byte // what is read at once, a multiple of Block
-	rest  []byte // what of buf is not yet handed out; starts at a multiple of Block
+	at    int64  // position in the content of the next byte of rest, or of r
+	buf   []byte // input buffer; its length is a multiple of Block
+	rest  []byte // the part of buf not yet handed out; starts at a multiple of Block
 	ended bool
 }
 
-// FromStream returns the content that r carries, until it ends. Blocks of zeros are left out.
+// FromStream returns the content that r carries until r ends. It leaves out blocks of zeros.
 func FromStream(r io.Reader) Source {
 	return &streamSource{r: r, buf: make([]byte, Piece)}
 }
