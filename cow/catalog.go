@@ -10,19 +10,19 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// branch is a line of history in memory. Its ID and origin never change.
+// branch is a branch in memory. Its ID and origin never change.
 type branch struct {
 	format.Branch                // Epoch is guarded by Store.mu
 	origin        *branch        // nil: it began empty
-	originEpoch   uint32         // OriginEpoch, without the lock
-	volume        *volume        // whose head it is, or nil; guarded by Store.mu
-	damaged       bool           // a version is damaged, and the reaper has given up; guarded by Store.mu
-	reaping       bool           // the head's versions are going; guarded by Store.mu
-	reaped        bool           // they are gone; guarded by Store.mu
-	points        []*snapshot    // by epoch, with those that have lost their name; guarded by Store.mu
-	forks         map[uint32]int // how many branches begin at an epoch's point; guarded by Store.mu
+	originEpoch   uint32         // OriginEpoch, readable without the lock
+	volume        *volume        // the volume whose head this is, or nil; guarded by Store.mu
+	damaged       bool           // a version is damaged, so the reaper has stopped; guarded by Store.mu
+	reaping       bool           // the head's versions are being reaped; guarded by Store.mu
+	reaped        bool           // the head's versions have been reaped; guarded by Store.mu
+	points        []*snapshot    // by epoch, including the unnamed ones; guarded by Store.mu
+	forks         map[uint32]int // number of branches that begin at an epoch's point; guarded by Store.mu
 	unwritten     atomic.Int64   // dirty leaves and images that no checkpoint has committed
-	orphaned      uint64         // generation in which it lost its volume, while the head's versions wait for the reaper; guarded by Store.mu
+	orphaned      uint64         // generation in which it lost its volume, until reaped; guarded by Store.mu
 }
 
 // volume is a volume in memory.
@@ -30,32 +30,32 @@ type volume struct {
 	format.Volume // guarded by Store.mu
 	branch        *branch
 	size          atomic.Int64 // Volume.Size, for devices
-	readers       int          // open handles; guarded by Store.mu
+	readers       int          // open read-only devices of it and its snapshots; guarded by Store.mu
 	writer        bool
 	snapshots     map[string]*snapshot // by name; guarded by Store.mu
 	codec         *codecPool
 }
 
-// snapshot is a point of a branch that has a name, or (Volume 0) had one.
+// snapshot is a point of a branch that has a name, or had one and is unnamed (Volume 0).
 type snapshot struct {
 	format.Snapshot
 	branch  *branch
-	made    uint64 // generation in which it was taken; 0: before this process
-	open    int    // handles; guarded by Store.mu
-	dropped uint64 // generation in which the name went; guarded by Store.mu
+	made    uint64 // generation in which it was taken; 0: before this process opened the store
+	open    int    // open devices; guarded by Store.mu
+	dropped uint64 // generation in which it lost its name; guarded by Store.mu
 }
 
-// tables are the volumes, snapshots and branches in memory; all guarded by
-// Store.mu. The dirty sets name the rows that the next checkpoint writes or removes.
+// catalog is the volumes, snapshots and branches in memory. Store.mu guards all of it. The dirty sets name
+// the rows that the next checkpoint writes or removes.
 type catalog struct {
 	volumes       map[uint32]*volume
 	snapshots     map[uint32]*snapshot
 	branches      map[uint32]*branch
 	byName        map[string]*volume
-	unnamedPoints map[*snapshot]struct{} // those of volume 0
-	waiting       map[*snapshot]struct{} // of these, those at which no branch begins: the reaper's
-	orphaned      map[*branch]struct{}   // those without a volume that are not reaped
-	nextID        uint64                 // more than lastID: there are no more
+	unnamedPoints map[*snapshot]struct{} // the points without a volume, which have lost their name
+	waiting       map[*snapshot]struct{} // of these, the ones at which no branch begins: for the reaper
+	orphaned      map[*branch]struct{}   // branches that have no volume and are not reaped
+	nextID        uint64                 // above lastID, there are no more IDs
 
 	dirtyVolumes, dirtySnapshots, dirtyBranches map[uint32]struct{}
 }
@@ -68,20 +68,22 @@ func newCatalog() catalog {
 	}
 }
 
-// Numbers are given once in the life of a store. Where one is used up, what needs another is refused.
+// IDs and epochs are never reused in the life of a store. Once they are used up, any operation that needs
+// another one is refused.
 const (
-	lastID    = math.MaxUint32 - 1 // so that the next one can be written down
+	lastID    = math.MaxUint32 - 1 // leaves room to store the next ID
 	lastEpoch = head - 1
 )
 
-// newID hands out ids; volumes, snapshots and branches share them. Whoever uses them asks enoughIDs before.
+// newID returns a new ID, from the one sequence that volumes, snapshots and branches share. Before the IDs
+// are used, the caller must call enoughIDs.
 func (t *catalog) newID() uint32 {
 	n := t.nextID
 	t.nextID++
 	return uint32(n)
 }
 
-// enoughIDs is an error if ids were handed out that there are not.
+// enoughIDs returns ErrExhausted if newID has returned IDs beyond the last one.
 func (t *catalog) enoughIDs() error {
 	if t.nextID > lastID+1 {
 		return fmt.Errorf("the store has given all %d numbers of volumes, snapshots and branches, which are not given again; make another store: %w", uint32(lastID), ErrExhausted)
@@ -91,8 +93,8 @@ func (t *catalog) enoughIDs() error {
 
 func (t *catalog) usedID(n uint32) { t.nextID = max(t.nextID, uint64(n)+1) }
 
-// putBranch, putVolume and putSnapshot install a row as it now is. A row that
-// refers to one that is not there is an error in the log or the table.
+// putBranch, putVolume and putSnapshot install a row as it is now. A row that refers to a row that does not
+// exist is an error in the log or the table.
 
 func (t *catalog) putBranch(r format.Branch, gen uint64) error {
 	b := t.branches[r.ID]
@@ -107,7 +109,7 @@ func (t *catalog) putBranch(r format.Branch, gen uint64) error {
 		t.branches[r.ID] = b
 		t.orphan(b, gen) // until a volume takes it
 	}
-	b.Epoch = r.Epoch // the rest never changes, and is read without the lock
+	b.Epoch = r.Epoch // the other fields never change, and are read without the lock
 	t.usedID(r.ID)
 	t.dirtyBranches[r.ID] = struct{}{}
 	return nil
@@ -147,7 +149,7 @@ func (t *catalog) dropVolume(n uint32, gen uint64) error {
 	if v == nil {
 		return corruptf("volume %d is deleted but does not exist", n)
 	}
-	for _, s := range v.snapshots { // of many the event names none
+	for _, s := range v.snapshots { // if there are many, the event does not list them
 		s.dropped = gen
 		t.unname(s)
 		t.dirtySnapshots[s.ID] = struct{}{}
@@ -192,7 +194,7 @@ func (t *catalog) putSnapshot(r format.Snapshot, gen uint64) error {
 	return nil
 }
 
-// unname notes that a point has no name any more.
+// unname notes that a point has lost its name.
 func (t *catalog) unname(s *snapshot) {
 	s.Volume = 0
 	t.unnamedPoints[s] = struct{}{}
@@ -201,7 +203,7 @@ func (t *catalog) unname(s *snapshot) {
 	}
 }
 
-// apply installs what an event says: the live path and replay both do.
+// apply installs the changes of an event. Both the live path and replay call it.
 func (t *catalog) apply(ev *format.Event, gen uint64) error {
 	for _, r := range ev.Branches {
 		if err := t.putBranch(r, gen); err != nil {
@@ -226,7 +228,7 @@ func (t *catalog) apply(ev *format.Event, gen uint64) error {
 	return nil
 }
 
-// forget removes the row of a point that nobody needs.
+// forget removes the row of a point that nothing needs.
 func (t *catalog) forget(s *snapshot) {
 	delete(t.snapshots, s.ID)
 	delete(t.unnamedPoints, s)
@@ -237,7 +239,7 @@ func (t *catalog) forget(s *snapshot) {
 	t.dirtySnapshots[s.ID] = struct{}{}
 }
 
-// forgetBranch removes the row of a branch that has neither head nor points.
+// forgetBranch removes the row of a branch that has neither a head nor points.
 func (t *catalog) forgetBranch(b *branch) {
 	delete(t.branches, b.ID)
 	delete(t.orphaned, b)
@@ -247,13 +249,13 @@ func (t *catalog) forgetBranch(b *branch) {
 	t.dirtyBranches[b.ID] = struct{}{}
 }
 
-// orphan takes a branch's volume away, in a generation.
+// orphan takes a branch's volume away, in generation gen.
 func (t *catalog) orphan(b *branch, gen uint64) {
 	b.volume, b.orphaned = nil, gen
 	t.orphaned[b] = struct{}{}
 }
 
-// fork counts the branches that begin at the point where b begins: one more, or one less.
+// fork adds by, which is 1 or -1, to the number of branches that begin at the point where b begins.
 func (t *catalog) fork(b *branch, by int) {
 	o, epoch := b.origin, b.originEpoch
 	if o.forks == nil {
@@ -273,7 +275,7 @@ func (t *catalog) fork(b *branch, by int) {
 	}
 }
 
-// search finds the first point of the branch at or after an epoch.
+// search returns the index of the branch's first point at or after an epoch, and whether it is at that epoch.
 func (b *branch) search(epoch uint32) (i int, found bool) {
 	return slices.BinarySearchFunc(b.points, epoch, func(s *snapshot, epoch uint32) int { return cmp.Compare(s.Epoch, epoch) })
 }

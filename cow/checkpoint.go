@@ -13,8 +13,7 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// Checkpoint makes the table durable as of now, so that a restart replays nothing that was
-// written before.
+// Checkpoint makes the table durable as of now, so that a restart replays nothing that was written before.
 func (s *Store) Checkpoint() error {
 	if err := s.beginTask(); err != nil {
 		return err
@@ -26,7 +25,7 @@ func (s *Store) Checkpoint() error {
 	return s.checkpoint()
 }
 
-// checkpoint is docs/engine.md, Checkpoint.
+// checkpoint makes a checkpoint, in the steps of docs/engine.md, Checkpoint.
 func (s *Store) checkpoint() error {
 	s.ckptMu.Lock()
 	defer s.ckptMu.Unlock()
@@ -36,7 +35,7 @@ func (s *Store) checkpoint() error {
 func (s *Store) checkpointLocked() error {
 	s.reapForCheckpoint()
 	g := s.beginGeneration()
-	// Data before metadata: what the leaves point to is durable before they are.
+	// Data before metadata: the records that leaves refer to become durable before the leaves do.
 	if err := s.wal.sync(); err != nil {
 		return s.abortGeneration(g, fmt.Errorf("checkpoint: %w", err))
 	}
@@ -50,21 +49,22 @@ func (s *Store) checkpointLocked() error {
 	err = errors.Join(err, s.removeDead(g.dead))
 	s.mu.Lock()
 	if s.pendingFree > 0 {
-		s.wal.space.Broadcast() // whoever waits for room need not wait for the cleaner, too
+		s.wal.space.Broadcast() // writers that wait for room need not wait for the cleaner too
 	}
 	s.pendingFree = 0
 	s.mu.Unlock()
 	return err
 }
 
-// commit writes a generation to the table. If there was no room for it, it can be tried again; any other failure is
-// final, whatever its errno: a sync may have failed, perhaps that of the meta page, and then another commit could write
-// over pages that the table on the disk refers to.
+// commit writes a generation to the table. If there was no room for it, it can be tried again. Any other
+// failure is final, whatever its errno: a sync may have failed, perhaps that of the meta page, and then
+// another commit could overwrite pages that the table on the disk refers to.
 func (s *Store) commit(g *generation) error {
 	err := s.opts.onCommit(false)
 	tried := err == nil
 	if tried {
-		// What it takes was counted before, and there is room. Where the file system does not keep to that, the reserve helps.
+		// The pages that the commit takes were counted before, and there is room for them. If the file system
+		// does not keep to that, the reserve helps.
 		err = s.meta.Update(g.write)
 		for errors.Is(err, metadata.ErrUnwritten) && s.wal.stock.give(reserveStep) {
 			err = s.meta.Update(g.write)
@@ -78,12 +78,13 @@ func (s *Store) commit(g *generation) error {
 	if !full {
 		return s.wal.fail(err)
 	}
-	_, perr := s.wal.pool.empty() // the next one may have the room
+	_, perr := s.wal.pool.empty() // this frees room for the next attempt
 	return errors.Join(err, perr)
 }
 
-// trimEnds gives back what is allocated behind the records of chunks in which the log ended without a Close, and from
-// which no replay begins any more: those before a sequence number. ckptMu is held.
+// trimEnds gives back the space that is allocated behind the records of a chunk, for chunks in which the log
+// ended without a Close, once no replay begins in them any more: those with a sequence number less than
+// before. The caller holds ckptMu.
 func (s *Store) trimEnds(before uint64) {
 	s.untrimmed = slices.DeleteFunc(s.untrimmed, func(c *chunk) bool {
 		if c.seq >= before {
@@ -107,8 +108,8 @@ func (s *Store) trimEnds(before uint64) {
 	})
 }
 
-// beginGeneration notes the log's end and takes everything that changed up to it, under the lock: what writers do from
-// here on belongs to the next generation. The reaper's batch is part of this one.
+// beginGeneration notes the log's end and takes everything that changed up to it, under the lock. What
+// writers do from here on belongs to the next generation. The reaper's batches are part of this one.
 func (s *Store) beginGeneration() *generation {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -123,7 +124,7 @@ func (s *Store) beginGeneration() *generation {
 	}
 	g.takeTables(&s.catalog)
 	for _, c := range s.wal.sealed {
-		s.markRow(c) // it may be dead already, and nothing changes in it any more
+		s.markRow(c) // it may be dead already, and nothing marks it later
 	}
 	s.wal.sealed = nil
 	s.takeChunks(g)
@@ -139,8 +140,9 @@ func (s *Store) beginGeneration() *generation {
 	return g
 }
 
-// takeChunks takes the accounting of the chunks that changed. A full chunk that lies before the
-// replay position and has no live byte is dead: its row goes now, its file after the commit.
+// takeChunks takes the accounting of the chunks that have changed. A full chunk that lies before the replay
+// position and has no live bytes is dead. Its row is removed in this commit, and its file after it. The
+// caller holds mu.
 func (s *Store) takeChunks(g *generation) {
 	for _, c := range s.dirtyRows {
 		c.rowDirty = false
@@ -172,8 +174,8 @@ func (s *Store) takeChunks(g *generation) {
 	s.dirtyRows = nil
 }
 
-// encode makes the values of the generation's leaves. A leaf that a writer has met since is not
-// as it was; the writer left an image of it.
+// encode encodes the leaves of the generation. If a writer has changed a leaf since the generation began, it
+// left an image of it, which is encoded instead.
 func (s *Store) encode(g *generation) {
 	add := func(o *openLeaf) {
 		g.encoded = append(g.encoded, encodedLeaf{o.version(), o.gen, s.values.encode(&o.Leaf)})
@@ -187,7 +189,7 @@ func (s *Store) encode(g *generation) {
 		}
 		sh.mu.RUnlock()
 	}
-	// Every leaf has been encoded or has its image by now.
+	// By now every leaf has been encoded or has an image.
 	for i := range s.cache.shards {
 		sh := &s.cache.shards[i]
 		sh.mu.Lock()
@@ -198,7 +200,7 @@ func (s *Store) encode(g *generation) {
 		})
 		sh.mu.Unlock()
 	}
-	// After a commit that failed there may be several states of one version: the last comes last.
+	// After a failed commit there may be several states of one version. The latest comes last.
 	slices.SortFunc(g.encoded, func(a, b encodedLeaf) int {
 		if c := compareVersions(a.Version, b.Version); c != 0 {
 			return c
@@ -207,8 +209,8 @@ func (s *Store) encode(g *generation) {
 	})
 }
 
-// settle forgets what is in the table now. Images go before leaves become clean,
-// and with that evictable: a reader that misses one finds the other.
+// finishGeneration forgets what the table now has. It removes images before it makes leaves clean, and so
+// evictable: a reader that misses the image finds the leaf.
 func (s *Store) finishGeneration(g *generation) {
 	images := map[uint32]int64{} // by branch
 	for i := range s.cache.shards {
@@ -238,7 +240,7 @@ func (s *Store) finishGeneration(g *generation) {
 	s.writing, s.writingRegions = 0, 0
 	s.slots.cleanable, s.cleanerExhausted = g.at.ChunkSeq, false
 	s.wal.committed = g.at.Seq
-	for _, c := range g.rowsOf { // those that are full since the last one, among others
+	for _, c := range g.rowsOf { // among others, the chunks that became full since the last checkpoint
 		s.slots.recount(c)
 	}
 	s.mu.Unlock()
@@ -247,7 +249,7 @@ func (s *Store) finishGeneration(g *generation) {
 	s.ckptAt.Store(g.appended)
 }
 
-// abortGeneration puts a generation that was not committed back, to be part of the next.
+// abortGeneration makes a generation that was not committed part of the next one. It returns err.
 func (s *Store) abortGeneration(g *generation, err error) error {
 	s.lastAborted = true
 	s.mu.Lock()
@@ -257,7 +259,7 @@ func (s *Store) abortGeneration(g *generation, err error) error {
 		sh.mu.Lock()
 		if lf, h := sh.find(k); lf != nil && lf.dirtyGen() == g.gen {
 			s.markDirty(k, sh, h)
-			s.unwritten-- // it is in writing, too
+			s.unwritten-- // it is counted in writing too
 		}
 		sh.mu.Unlock()
 		k.b.unwritten.Add(-1)
@@ -281,7 +283,7 @@ func (s *Store) abortGeneration(g *generation, err error) error {
 	for _, c := range g.rowsOf {
 		s.markRow(c)
 	}
-	for _, slot := range g.back { // in rowsOf or dead, too
+	for _, slot := range g.back { // their chunks are in rowsOf or dead too
 		s.slots.get(slot).hasMoved = true
 	}
 	s.abortRegions(g)
@@ -290,8 +292,8 @@ func (s *Store) abortGeneration(g *generation, err error) error {
 	return err
 }
 
-// removeDead removes the files of chunks whose rows are gone, or has the pool keep them. What cannot be removed a later
-// checkpoint tries again. ckptMu is held.
+// removeDead removes the files of chunks whose rows are gone, or gives them to the pool. A later checkpoint
+// tries again to remove those that could not be removed. The caller holds ckptMu.
 func (s *Store) removeDead(dead []*chunk) error {
 	s.pendingRemoval = append(s.pendingRemoval, dead...)
 	var errs []error
@@ -323,13 +325,14 @@ func (s *Store) removeDead(dead []*chunk) error {
 	return errors.Join(errs...)
 }
 
-// removeFile removes the file of a dead chunk, which whoever has a reference can still read: a file that was never
-// opened is opened before. ckptMu is held.
+// removeFile removes the file of a dead chunk. Goroutines that have a reference to the chunk can still read
+// it: if the file was never opened, removeFile opens it first. The caller holds ckptMu.
 func (s *Store) removeFile(c *chunk) error {
 	if c.gone {
 		return nil
 	}
-	// Only what has been moved do others still find here, until the chunk's place in the slot table is taken.
+	// Until the chunk's place in the slot table is taken, others can still find it here, but only through
+	// blocks that were moved.
 	if c.hasMoved || c.refs.Load() > 1 {
 		if _, err := c.handle(); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
@@ -338,17 +341,19 @@ func (s *Store) removeFile(c *chunk) error {
 	return s.fs.Remove(c.name())
 }
 
-// goneChunk stands for a chunk whose file has been removed, while blocks that were moved from it live.
+// goneChunk returns a chunk that stands for one whose file has been removed, while blocks that were moved
+// from it are live.
 func (s *Store) goneChunk(slot uint32, seq uint64, moved uint32) *chunk {
 	c := newChunk(slot, seq, s.fs)
 	c.gone, c.sealed, c.moved, c.hasMoved = true, true, moved, true
 	return c
 }
 
-// afterFailure is the pause after a checkpoint that failed: writers would ask for the next at once.
+// afterFailure is the pause after a failed checkpoint. Without it, writers would ask for the next one at
+// once.
 const afterFailure = time.Second
 
-// checkpointer runs checkpoints when there is reason, until quit.
+// checkpointer makes checkpoints when one is due, until quit is closed.
 func (s *Store) checkpointer() {
 	if s.opts.checkpointInterval < 0 {
 		<-s.quit

@@ -12,39 +12,41 @@ import (
 const (
 	// defaultReapBatch bounds the leaves that one batch looks at, since it runs under Store.mu.
 	defaultReapBatch = 32
-	// defaultReapTime is for how long a checkpoint goes on with batches: what it costs beside is shared by more of
-	// them, and what was deleted is the cheapest room that there is.
+	// defaultReapTime bounds the time for which a checkpoint starts further batches. More batches share the
+	// fixed cost of a checkpoint, and reclaiming deleted data is the cheapest way to get room.
 	defaultReapTime = 50 * time.Millisecond
 )
 
-// A deletion is a half-open interval of epochs of a branch, (from, to], whose last state nobody
-// can name any more. next is the end of the interval after it, whose state takes over what it
-// still needs; 0: there is none.
+// A deletion reclaims a half-open interval of epochs of a branch, (from, to], whose last state has no name
+// any more. next is the end of the following interval, whose state takes over the blocks that it still needs.
+// If next is 0, there is no following interval.
 type deletion struct {
 	b        *branch
 	from, to uint32
 	next     uint32
-	snap     *snapshot // the point's row; nil: the head of a branch without a volume
+	snap     *snapshot // the point's row; nil: the deletion is of the head of a branch without a volume
 }
 
-// reapable reports whether there is a deletion to make. mu is held.
+// reapable reports whether there is a deletion to work on. The caller holds mu.
 func (s *Store) reapable() bool {
 	_, ok := s.nextDeletion()
 	return ok
 }
 
-// awaitsReaper reports whether there is a deletion to make, or will be one with the next checkpoint. mu is held.
+// awaitsReaper reports whether there is a deletion to work on, or will be one after the next checkpoint. The
+// caller holds mu.
 func (s *Store) awaitsReaper() bool {
 	_, ok := s.nextDeletionAsOf(math.MaxUint64)
 	return ok
 }
 
-// nextDeletion finds a deletion whose versions are all in the table: a checkpoint has been committed since the name went. One
-// that was begun comes first: what it has looked at would be looked at again, and with many leaves there would be no
-// end to it. mu is held, and ckptMu or nobody checkpoints.
+// nextDeletion returns a deletion whose versions are all in the table, because a checkpoint has committed
+// since the name went. A deletion that was begun comes first. Otherwise the reaper would look at its leaves
+// again, and with many leaves it would never end. The caller holds mu, and either holds ckptMu or knows that
+// no checkpoint runs.
 func (s *Store) nextDeletion() (deletion, bool) { return s.nextDeletionAsOf(s.committed.Load()) }
 
-// nextDeletionAsOf is nextDeletion if the generation committed has been committed.
+// nextDeletionAsOf is nextDeletion, as if committed were the last generation committed.
 func (s *Store) nextDeletionAsOf(committed uint64) (deletion, bool) {
 	for id, cursor := range s.reapCursor {
 		b := s.catalog.branches[id]
@@ -70,17 +72,17 @@ func (s *Store) nextDeletionAsOf(committed uint64) (deletion, bool) {
 	return deletion{}, false
 }
 
-// isReapable reports whether nobody needs a point that has lost its name, and the table has what the reaper looks at. mu
-// is held.
+// isReapable reports whether the point is unnamed and nothing needs it, and the table has all that the reaper
+// looks at. The caller holds mu.
 func (sn *snapshot) isReapable(committed uint64) bool {
 	b := sn.branch
 	if b.damaged || b.reaping && !b.reaped {
-		return false // the cache still has what is gone: it would be taken for a successor
+		return false // the cache still has the head's versions, and one would be taken for a successor
 	}
 	return sn.Volume == 0 && sn.dropped <= committed && b.forks[sn.Epoch] == 0
 }
 
-// isReapable reports whether the head of a branch was given up, and is not reaped. mu is held.
+// isReapable reports whether the branch's head was given up and is not reaped yet. The caller holds mu.
 func (b *branch) isReapable(committed uint64) bool {
 	return b.volume == nil && !b.reaped && b.orphaned <= committed && !b.damaged
 }
@@ -97,8 +99,8 @@ func (sn *snapshot) deletion() deletion {
 	return j
 }
 
-// neighbours are the points of a branch before and after an epoch: 0 if there is none before;
-// after the last point the head, if it is not reaped, else 0.
+// neighbours returns the epochs of the branch's points before and after an epoch. before is 0 if there is
+// none. After the last point, after is the head's epoch, or 0 if the head is reaped.
 func (b *branch) neighbours(epoch uint32) (before, after uint32) {
 	i, found := b.search(epoch)
 	if i > 0 {
@@ -116,8 +118,9 @@ func (b *branch) neighbours(epoch uint32) (before, after uint32) {
 	return before, after
 }
 
-// prepareReaping brings in what the next batch looks at: mu is not held, which in the batch would keep everybody
-// waiting for the disk. What goes wrong here the batch meets again. ckptMu is held.
+// prepareReaping loads what the next batch looks at. It does so without mu; a batch, which holds mu, would
+// make everybody wait for the disk. It ignores errors, since the batch meets them again. The caller holds
+// ckptMu.
 func (s *Store) prepareReaping() {
 	s.mu.Lock()
 	j, ok := s.nextDeletion()
@@ -150,7 +153,8 @@ func (s *Store) prepareReaping() {
 	}
 }
 
-// cursorOf is how far the reaper has come with a deletion, which is begun if it was not. mu is held.
+// cursorOf returns how far the reaper has come with a deletion. It begins the deletion if that has not been
+// done. The caller holds mu.
 func (s *Store) cursorOf(j deletion) (cursor reapCursor, err error) {
 	cursor, ok := s.reapCursor[j.b.ID]
 	if !ok || cursor.to != j.to {
@@ -161,8 +165,9 @@ func (s *Store) cursorOf(j deletion) (cursor reapCursor, err error) {
 	return cursor, err
 }
 
-// reapForCheckpoint does what one checkpoint does of the reaper's work, as part of the generation that is about to be
-// frozen. Others may write between two batches: what they change is of the same generation. ckptMu is held.
+// reapForCheckpoint does the reaper's work of one checkpoint, as part of the generation that the checkpoint
+// then takes. Others may write between two batches; their changes are part of the same generation. The caller
+// holds ckptMu.
 func (s *Store) reapForCheckpoint() {
 	start := time.Now()
 	for more := true; more; {
@@ -173,8 +178,9 @@ func (s *Store) reapForCheckpoint() {
 	}
 }
 
-// reap does one batch of work, and reports whether this checkpoint can do another. mu and ckptMu are held: memory is
-// what the table will be, so that what is decided here holds there too.
+// reap does one batch of work, and reports whether this checkpoint can do another. The caller holds mu and
+// ckptMu, so that memory is what the table will be, and what is decided here by memory holds for the table
+// too.
 func (s *Store) reap() (more bool) {
 	if s.lastAborted {
 		return false // there was no room for the last batch
@@ -191,7 +197,7 @@ func (s *Store) reap() (more bool) {
 			return false
 		}
 		if err != nil {
-			// What a damaged version holds cannot be given back; everything else goes on.
+			// The space of a damaged branch cannot be reclaimed; the reaper goes on with other branches.
 			s.log.Error("space of deleted data stays in use; run check", "branch", j.b.ID, "err", err)
 			j.b.damaged = true
 			continue
@@ -205,7 +211,8 @@ func (s *Store) reap() (more bool) {
 	return true
 }
 
-// deleteBatch looks at up to limit leaves of a deletion, going on where the last batch stopped.
+// deleteBatch works on up to limit leaves of a deletion, from where the last batch stopped. It reports
+// whether the deletion is done, and how many leaves it worked on. The caller holds mu and ckptMu.
 func (s *Store) deleteBatch(j deletion, limit int) (done bool, n int, err error) {
 	cursor, err := s.cursorOf(j)
 	if err != nil {
@@ -247,24 +254,25 @@ func (s *Store) deleteBatch(j deletion, limit int) (done bool, n int, err error)
 	return done, len(found), nil
 }
 
-// reapCursor is how far the reaper has come with a deletion: with the versions that it gives up, or with their
-// successors.
+// reapCursor is how far the reaper has come with a deletion. It goes over either the versions that are
+// deleted or their successors.
 type reapCursor struct {
-	to   uint32           // the deletion's
-	next metadata.Version // to look at
-	last uint32           // epoch to look at
+	to   uint32           // the deletion's to
+	next metadata.Version // the next version to look at
+	last uint32           // the last epoch to look at
 }
 
-// reapCount bounds the versions that are counted to find out of which there are fewer.
+// reapCount bounds how many versions are counted to find the smaller of two sets.
 const reapCount = 16 << 10
 
-// beginDeletion begins with what a point has, or with what changed after it until the next point, if that is less: a
-// version without a successor stays as it is, unless it becomes a head's. So the oldest snapshot goes without a look
-// at all that was written before it.
+// beginDeletion returns a cursor that goes over the versions of the point, or, if they are fewer, over the
+// versions that changed after it up to the next point. The latter is enough, because a version without a
+// successor stays as it is, unless it becomes a head's. So deleting the oldest snapshot need not look at
+// everything that was written before it.
 func (s *Store) beginDeletion(j deletion) (c reapCursor, err error) {
 	c = reapCursor{to: j.to, next: metadata.Version{Branch: j.b.ID, Epoch: j.from + 1}, last: j.to}
 	i, isPoint := j.b.search(j.next)
-	if !isPoint || j.b.points[i].made > s.committed.Load() { // else the table has all the successors there are
+	if !isPoint || j.b.points[i].made > s.committed.Load() { // otherwise the table has all successors
 		return c, nil
 	}
 	after := reapCursor{to: j.to, next: metadata.Version{Branch: j.b.ID, Epoch: j.to + 1}, last: j.next}
@@ -273,7 +281,7 @@ func (s *Store) beginDeletion(j deletion) (c reapCursor, err error) {
 			err = tx.Changes(c.next, c.last, func(metadata.Version) bool { n++; return n < most })
 			return n, err
 		}
-		for most := 256; ; most *= 4 { // it takes as long as there are of the fewer
+		for most := 256; ; most *= 4 { // takes time in proportion to the smaller set
 			has, err := count(c, most)
 			if err != nil {
 				return err
@@ -291,7 +299,7 @@ func (s *Store) beginDeletion(j deletion) (c reapCursor, err error) {
 	return c, err
 }
 
-// reapLeaf gives up the version that a deletion is to give up of a leaf: v, or the one whose successor v is.
+// reapLeaf reclaims one leaf's version in a deletion. v is that version, or its successor.
 func (s *Store) reapLeaf(j deletion, v metadata.Version) error {
 	if v.Epoch > j.to {
 		var old format.Leaf
@@ -312,11 +320,11 @@ func (s *Store) dropVersion(b *branch, v metadata.Version) {
 	defer sh.mu.Unlock()
 	b.unwritten.Add(-sh.dropImages(v))
 	if lf, h := sh.find(leafKey{b, v.Leaf, head}); lf != nil && lf.epoch == v.Epoch {
-		sh.setGen(h, 0) // of a head that nobody has: not to be written again
+		sh.setGen(h, 0) // the version of a head that is gone must not be written again
 	}
 }
 
-// finishDeletion removes the row that the deletion was about.
+// finishDeletion removes the row of the point or head that the deletion was about.
 func (s *Store) finishDeletion(j deletion) {
 	s.catalogDirty, s.pinnedStale = true, true
 	if j.snap != nil {

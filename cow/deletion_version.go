@@ -5,10 +5,11 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// reapVersion gives up one version v. What changed in it and again in its successor w is
-// dead; what did not change in w becomes w's. Without a successor, v stays as the version of
-// the next point, or becomes the present epoch's of a head that is written to (which otherwise
-// would take v for a kept point's), or dies whole where nothing follows.
+// reapVersion reclaims one version v. A block that changed in v, and again in v's successor w, is dead. A
+// block that did not change in w becomes w's. If v has no successor, one of three things happens. v stays, as
+// the version of the next point. Or, if the head that follows is being written to, v becomes the version of
+// the head's present epoch; otherwise the head would take v for a kept point's version. Or, if nothing
+// follows, all of v is dead.
 func (s *Store) reapVersion(j deletion, v metadata.Version) error {
 	var old format.Leaf
 	if err := s.exact(v, &old); err != nil {
@@ -40,7 +41,7 @@ func (s *Store) reapVersion(j deletion, v metadata.Version) error {
 	return err
 }
 
-// exact reads the version v, which is in the table and perhaps, changed since, in memory.
+// exact reads the version v. The table has it, and memory may have a later state of it.
 func (s *Store) exact(v metadata.Version, l *format.Leaf) error {
 	b := s.catalog.branches[v.Branch]
 	if s.inMemory(b, v, l) {
@@ -59,7 +60,8 @@ func (s *Store) inMemory(b *branch, v metadata.Version, l *format.Leaf) bool {
 	sh := s.cache.shard(v.Branch, v.Leaf)
 	sh.mu.RLock()
 	defer sh.mu.RUnlock()
-	// Of a head that was reaped somebody may have brought a leaf in again, too late; it is not kept up.
+	// Another goroutine may have loaded a leaf of a reaped head, too late. Such a leaf is not kept up to
+	// date.
 	if lf, _ := sh.find(leafKey{b, v.Leaf, head}); lf != nil && lf.epoch == v.Epoch && !b.reaped {
 		lf.copyTo(l)
 		return true
@@ -71,12 +73,13 @@ func (s *Store) inMemory(b *branch, v metadata.Version, l *format.Leaf) bool {
 	return m != nil
 }
 
-// successor runs fn on the version of v's leaf in (j.to, j.next], wherever it is, and has it
-// written with this generation. moved is false if there is none and v has to stay.
+// successor runs fn on the version of v's leaf in (j.to, j.next], wherever it is, and makes this generation
+// write it. If there is no successor, v may become the head's version of the present epoch, which is written
+// too. moved is false if neither happened, so that v has to stay.
 func (s *Store) successor(j deletion, v metadata.Version, fn func(*format.Leaf)) (moved bool, err error) {
 	if !j.b.reaped {
-		// The cached leaf is the truth of a head: brought in first, it cannot be
-		// loaded by somebody else from what the table has now.
+		// For a head, the cached leaf counts, not the table. It is loaded first, so that no other goroutine
+		// can load it from the table's present state.
 		k := leafKey{j.b, v.Leaf, head}
 		lf, sh, err := s.headLeaf(k)
 		if err != nil {
@@ -105,7 +108,8 @@ func (s *Store) successor(j deletion, v metadata.Version, fn func(*format.Leaf))
 	return s.successorImage(j, v, sh, fn)
 }
 
-// reopen makes a cached head leaf one that this generation writes, in the epoch that it has.
+// reopen makes a cached head leaf one that this generation writes, in the epoch that it has. The caller holds
+// mu and the shard's lock.
 func (s *Store) reopen(k leafKey, sh *shard) (*openLeaf, error) {
 	if sh.open(k) == nil {
 		return nil, errFull
@@ -115,7 +119,8 @@ func (s *Store) reopen(k leafKey, sh *shard) (*openLeaf, error) {
 	return lf.open(), nil
 }
 
-// successorImage is successor for a version that is not a head's present one. The shard is locked.
+// successorImage is successor for a version that is not a head's present one. The caller holds mu and the
+// shard's lock.
 func (s *Store) successorImage(j deletion, v metadata.Version, sh *shard, fn func(*format.Leaf)) (moved bool, err error) {
 	if m := sh.image(v.Branch, v.Leaf, j.to+1, j.next); m != nil {
 		fn(&m.Leaf)
@@ -136,7 +141,7 @@ func (s *Store) successorImage(j deletion, v metadata.Version, sh *shard, fn fun
 	return true, nil
 }
 
-// headLeaf returns a cached head leaf, its shard locked.
+// headLeaf returns a cached head leaf, with its shard locked.
 func (s *Store) headLeaf(k leafKey) (*leaf, *shard, error) {
 	for {
 		if err := s.cache.ensure(k); err != nil {
@@ -148,8 +153,8 @@ func (s *Store) headLeaf(k leafKey) (*leaf, *shard, error) {
 	}
 }
 
-// inTable reads the newest version of v's leaf with an epoch in (after, v.Epoch] that
-// is not being dropped. Its epoch is 0 if there is none.
+// inTable reads the newest version of v's leaf with an epoch in (after, v.Epoch] that is not being dropped.
+// The returned version has epoch 0 if there is none.
 func (s *Store) inTable(v metadata.Version, after uint32, l *format.Leaf) (metadata.Version, error) {
 	err := s.meta.View(func(tx *metadata.Tx) error {
 		for {

@@ -25,10 +25,10 @@ type VolumeInfo struct {
 	Created      time.Time      `json:"created"`
 	Origin       string         `json:"origin,omitempty"` // VOL@SNAP it was cloned from or rolled back to
 	Snapshots    []SnapshotInfo `json:"snapshots,omitempty"`
-	Open         int            `json:"open"` // devices
+	Open         int            `json:"open"` // number of open devices
 }
 
-// Volumes describes all volumes, by name.
+// Volumes describes all volumes, in the order of their names.
 func (s *Store) Volumes() []VolumeInfo {
 	s.mu.Lock()
 	clones := s.clones()
@@ -36,7 +36,7 @@ func (s *Store) Volumes() []VolumeInfo {
 	for _, v := range s.catalog.volumes {
 		out = append(out, s.describe(v, clones))
 	}
-	s.mu.Unlock() // there may be very many, and others wait
+	s.mu.Unlock() // sorting very many would make others wait
 	for i := range out {
 		out[i].sort()
 	}
@@ -44,7 +44,7 @@ func (s *Store) Volumes() []VolumeInfo {
 	return out
 }
 
-// Volume describes one.
+// Volume describes one volume.
 func (s *Store) Volume(name string) (VolumeInfo, error) {
 	in, err := s.unsorted(name)
 	in.sort()
@@ -64,7 +64,7 @@ func (s *Store) unsorted(name string) (VolumeInfo, error) {
 	return s.describe(v, s.clones()), nil
 }
 
-// sort brings the snapshots into the order in which they were taken.
+// sort sorts the snapshots in the order in which they were taken.
 func (in *VolumeInfo) sort() {
 	for i := range in.Snapshots {
 		slices.Sort(in.Snapshots[i].Clones)
@@ -97,7 +97,7 @@ func (s *Store) describe(v *volume, clones map[point][]*volume) VolumeInfo {
 	for _, sn := range v.snapshots {
 		si := SnapshotInfo{Volume: v.Name, Name: sn.Name, Size: sn.Size, Created: sn.Created}
 		for _, c := range clones[point{sn.branch, sn.Epoch}] {
-			if c.ID != sn.Volume { // which was rolled back to it
+			if c.ID != sn.Volume { // not the volume itself, rolled back to this snapshot
 				si.Clones = append(si.Clones, c.Name)
 			}
 		}
@@ -113,13 +113,13 @@ func (s *Store) pointName(b *branch, epoch uint32) string {
 	return "(deleted)"
 }
 
-// point is one at which branches begin.
+// point is a point at which branches begin.
 type point struct {
 	b     *branch
 	epoch uint32
 }
 
-// clones finds the volumes that began at a point. mu is held.
+// clones returns the volumes whose branches begin at a point, by point. The caller holds mu.
 func (s *Store) clones() map[point][]*volume {
 	clones := map[point][]*volume{}
 	for _, v := range s.catalog.volumes {

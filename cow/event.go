@@ -7,9 +7,10 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// transact makes one event happen: build says, under mu and after every check, what rows
-// change; the event takes its place in the log and the tables change; and transact
-// returns when it is durable. A nil event changes nothing.
+// transact makes one event happen. build is called under mu, and returns the event: the rows that change,
+// once it has checked everything. The event gets its place in the log, the catalog changes, and transact
+// returns when the event is durable. If build returns a nil event, nothing changes. transact may call build
+// more than once.
 func (s *Store) transact(build func() (*format.Event, error)) error {
 	cleared, refused := false, 0
 	for {
@@ -38,16 +39,18 @@ func (s *Store) transact(build func() (*format.Event, error)) error {
 	}
 }
 
-// transactLocked is transact but for the sync. It fails with errFull where the table has no room for what p is for.
+// transactLocked is transact without the sync. It returns errFull if the table has no room for the event,
+// whose purpose is p. The caller holds mu.
 func (s *Store) transactLocked(build func() (*format.Event, error)) (p purpose, err error) {
-	// What is refused is refused before anything is done for it, and so also where there is no room.
+	// build runs before room is made, so that a refused event costs nothing, and is refused even where there
+	// is no room.
 	for room := 0; ; {
 		if room > 0 {
 			if err := s.wal.reserve(room, p); err != nil {
 				return p, err
 			}
 		}
-		if err := s.usable(); err != nil { // after reserve, which may have waited
+		if err := s.usable(); err != nil { // checked after reserve, which may have waited
 			return p, err
 		}
 		ids := s.catalog.nextID
@@ -56,7 +59,7 @@ func (s *Store) transactLocked(build func() (*format.Event, error)) (p purpose, 
 			err = s.catalog.enoughIDs()
 		}
 		if err != nil || ev == nil {
-			s.catalog.nextID = ids // none of them is used
+			s.catalog.nextID = ids // the IDs are not used
 			return p, err
 		}
 		if p = purposeOf(ev); p == forData {
@@ -79,12 +82,12 @@ func (s *Store) transactLocked(build func() (*format.Event, error)) (p purpose, 
 			return p, fmt.Errorf("%s: too many at once (%d bytes of changes); remove or name fewer first: %w", ev.Op, len(payload), ErrInvalid)
 		case h.Size() > room:
 			room, s.catalog.nextID = h.Size(), ids
-			continue // reserve may have to wait, and what build saw may change
+			continue // reserve may have to wait, and what build saw may change meanwhile
 		}
 		s.wal.append(&h, payload)
 		s.catalogDirty = true
 		if p == forEvents {
-			s.cleanerExhausted = false // what has lost its name can be given back
+			s.cleanerExhausted = false // the data of a name that is gone can be reclaimed
 		}
 		return p, s.catalog.apply(ev, s.gen)
 	}

@@ -25,8 +25,8 @@ type generation struct {
 	regions    []frozenRegion
 	forwarded  []format.Forwarded
 	cold       *format.ColdMark
-	back       []uint32 // slots of which no block is elsewhere any more
-	dead       []*chunk // rows to be removed, and after the commit the files
+	back       []uint32 // slots from which no block is moved any more
+	dead       []*chunk // the commit removes their rows, and then their files are removed
 	rowsOf     []*chunk
 }
 
@@ -36,10 +36,10 @@ type encodedLeaf struct {
 	value []byte
 }
 
-// values is where a checkpoint keeps the encoded leaves. It goes from one to the next.
+// values is the memory for a checkpoint's encoded leaves. Each checkpoint reuses it.
 type values struct {
 	blocks [][]byte
-	used   int // blocks that are full, or nearly
+	used   int // number of blocks that are full, or nearly
 }
 
 const valuesBlock = 1 << 20
@@ -58,7 +58,7 @@ func (v *values) encode(l *format.Leaf) []byte {
 	return b[from:len(b):len(b)]
 }
 
-// reset makes the memory free.
+// reset frees the memory for reuse.
 func (v *values) reset() {
 	for i := range v.blocks {
 		v.blocks[i] = v.blocks[i][:0]
@@ -93,7 +93,7 @@ func (g *generation) takeTables(t *catalog) {
 	clear(t.dirtyBranches)
 }
 
-// compareVersions is the order of the table's keys: ascending inserts are bbolt's cheapest.
+// compareVersions compares by the order of the table's keys, since bbolt inserts fastest in ascending order.
 func compareVersions(a, b metadata.Version) int {
 	for _, d := range [3]int64{int64(a.Branch) - int64(b.Branch), int64(a.Leaf) - int64(b.Leaf), int64(b.Epoch) - int64(a.Epoch)} {
 		if d != 0 {
@@ -103,8 +103,8 @@ func compareVersions(a, b metadata.Version) int {
 	return 0
 }
 
-// sort brings rows into the order of the table's keys: to insert very many in any other order takes bbolt a time that
-// grows with their square.
+// sort sorts rows in the order of the table's keys. In any other order, the time that bbolt takes to insert
+// very many rows grows with the square of their number.
 func (g *generation) sort() {
 	slices.SortFunc(g.dropLeaves, compareVersions)
 	slices.SortFunc(g.volumes, func(a, b format.Volume) int { return cmp.Compare(a.ID, b.ID) })
@@ -113,7 +113,8 @@ func (g *generation) sort() {
 	slices.SortFunc(g.chunks, func(a, b format.Chunk) int { return cmp.Compare(a.Slot, b.Slot) })
 }
 
-// write is the transaction. Dropped leaves go first: none of them is written in the same generation.
+// write writes the generation in a transaction. Dropped leaves go first: none of them is written in the same
+// generation.
 func (g *generation) write(tx *metadata.Tx) error {
 	g.sort()
 	for _, v := range g.dropLeaves {

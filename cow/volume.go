@@ -13,7 +13,7 @@ import (
 // MaxVolume is the size of the largest volume: 64 TiB.
 const MaxVolume = 64 << 40
 
-// lookup finds what a ref names. mu is held.
+// lookup finds what a ref names. The caller holds mu.
 func (s *Store) lookup(r Ref) (*volume, *snapshot, error) {
 	v := s.catalog.byName[r.Volume]
 	if v == nil {
@@ -29,7 +29,7 @@ func (s *Store) lookup(r Ref) (*volume, *snapshot, error) {
 	return v, sn, nil
 }
 
-// lookupSnapshot is lookup for where only a snapshot will do.
+// lookupSnapshot is lookup, but returns ErrInvalid if the ref does not name a snapshot. The caller holds mu.
 func (s *Store) lookupSnapshot(r Ref) (*volume, *snapshot, error) {
 	v, sn, err := s.lookup(r)
 	if err == nil && sn == nil {
@@ -48,9 +48,9 @@ func (s *Store) freeName(name string) error {
 	return nil
 }
 
-// VolumeOptions are for CreateVolume.
+// VolumeOptions are the options of CreateVolume.
 type VolumeOptions struct {
-	Size         int64        // bytes, a multiple of the logical block, at most 64 TiB
+	Size         int64        // in bytes: a multiple of LogicalBlock, at most MaxVolume
 	Codec        format.Codec // format.Raw: none
 	Level        int          // of zstd, 1 to 19; 0: the codec's default
 	LogicalBlock int          // 512 (default) or 4096
@@ -104,7 +104,7 @@ func (s *Store) CreateVolume(name string, o VolumeOptions) (VolumeInfo, error) {
 
 func now() time.Time { return time.Now().UTC().Truncate(time.Millisecond) }
 
-// Snapshot takes snapshots of volumes, open or not, in one moment: all or none.
+// Snapshot takes snapshots of volumes, open or not, all at one moment. It takes either all of them or none.
 func (s *Store) Snapshot(refs ...Ref) error {
 	err := s.transact(func() (*format.Event, error) {
 		ev := &format.Event{Op: "snapshot"}
@@ -141,7 +141,7 @@ func (s *Store) Snapshot(refs ...Ref) error {
 	return wrapIf(err, "snapshot")
 }
 
-// Clone makes a volume that begins as a snapshot is.
+// Clone makes a volume whose content begins as that of a snapshot.
 func (s *Store) Clone(src Ref, name string) error {
 	err := s.transact(func() (*format.Event, error) {
 		v, sn, err := s.lookupSnapshot(src)
@@ -161,13 +161,13 @@ func (s *Store) Clone(src Ref, name string) error {
 	return wrapIf(err, "clone %s", src)
 }
 
-// branchAt is a new branch that begins at a snapshot's point.
+// branchAt returns a new branch that begins at a snapshot's point.
 func (s *Store) branchAt(sn *snapshot) format.Branch {
 	return format.Branch{ID: s.catalog.newID(), Epoch: 1, OriginBranch: sn.Branch, OriginEpoch: sn.Epoch}
 }
 
-// Rollback makes a volume what one of its snapshots is. All its snapshots stay,
-// the newer ones too. The volume must not be open.
+// Rollback gives a volume the content of one of its snapshots. All its snapshots stay, the newer ones too.
+// The volume must not be open.
 func (s *Store) Rollback(to Ref) error {
 	err := s.transact(func() (*format.Event, error) {
 		v, sn, err := s.lookupSnapshot(to)
@@ -223,8 +223,8 @@ func (s *Store) Rename(from, to Ref) error {
 	return wrapIf(err, "rename %s", from)
 }
 
-// Resize changes a volume's size. What lies behind a smaller size is lost to the volume
-// (its snapshots keep it), so shrink must say that this is meant.
+// Resize changes a volume's size. When a volume shrinks, it loses the data behind the new size (its snapshots
+// keep theirs), so the caller must set shrink to confirm that.
 func (s *Store) Resize(name string, size int64, shrink bool) error {
 	err := s.resize(name, size, shrink)
 	return wrapIf(err, "resize %s", name)
@@ -251,7 +251,7 @@ func (s *Store) resize(name string, size int64, shrink bool) error {
 		case size < v.Size:
 			old = v.Size
 			behind = &Device{s: s, ref: Ref{Volume: name}, v: v, b: v.branch, asOf: head}
-			v.writer = true // nobody else writes while the end is cut off
+			v.writer = true // nobody else may write while cutOff runs
 			return nil, nil
 		}
 		row := v.Volume
@@ -272,8 +272,8 @@ func (s *Store) resize(name string, size int64, shrink bool) error {
 	return s.cutOff(behind, size, old)
 }
 
-// cutOff zeroes what is behind the new size, so that it does not come back when
-// the volume grows again, and then makes it smaller.
+// cutOff zeroes the data behind the new size, so that it does not come back when the volume grows again. Then
+// it makes the volume smaller.
 func (s *Store) cutOff(d *Device, size, old int64) error {
 	if err := d.WriteZeroes(size, old-size, false); err != nil {
 		return err
@@ -285,9 +285,9 @@ func (s *Store) cutOff(d *Device, size, old int64) error {
 	})
 }
 
-// Remove deletes a snapshot, or a volume; recursive: with its snapshots. Clones
-// live on. What is open, and a volume with snapshots, is refused (ErrBusy).
-// The names are gone when it returns; the space follows with the next checkpoints.
+// Remove deletes a snapshot, or a volume; with recursive set, it deletes the volume's snapshots too. Clones
+// live on. Remove returns ErrBusy for what is open, and for a volume with snapshots if recursive is not set.
+// When it returns, the names are gone; the following checkpoints reclaim the space.
 func (s *Store) Remove(r Ref, recursive bool) error {
 	err := s.transact(func() (*format.Event, error) {
 		v, sn, err := s.lookup(r)
@@ -317,16 +317,17 @@ func (s *Store) Remove(r Ref, recursive bool) error {
 		return ev, nil
 	})
 	if err == nil {
-		poke(s.ckptWork) // the space is wanted back
+		poke(s.ckptWork) // the checkpoint reclaims the space
 	}
 	return wrapIf(err, "remove %s", r)
 }
 
-// mostNamed is of how many snapshots an event says that they go with their volume. They do in any case; programs
-// before this one have to be told, and an event has an end.
+// mostNamed bounds the number of snapshots for which an event says that they are deleted with their volume.
+// Replay deletes them in any case. Older versions of vdisk have to be told, but the size of an event is
+// limited.
 const mostNamed = 1000
 
-// someNames names a volume's snapshots, or the first and how many there are.
+// someNames returns the names of a volume's snapshots, or the first few and the number of the others.
 func someNames(v *volume) string {
 	const most = 5
 	names := slices.Sorted(maps.Keys(v.snapshots))
