@@ -16,24 +16,25 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// Create makes a store in dir, which is made if needed. It is no error when dir is a
-// store already. A directory with anything else in it is refused (ErrNotStore), and one
-// of another user (ErrForeign).
+// Create makes a store in dir, and makes dir if it does not exist. If dir is a store already, Create does
+// nothing. It refuses a directory with anything else in it (ErrNotStore), and a directory of another user
+// (ErrForeign).
 func Create(dir string) error { return CreateIn(dir, false) }
 
-// CreateIn is Create, also in a directory of another user if foreign is true.
+// CreateIn is like Create, but also accepts a directory of another user if foreign is true.
 func CreateIn(dir string, foreign bool) error {
 	if err := makeDirs(dir); err != nil {
 		return fmt.Errorf("make store: %w", err)
 	}
-	// Others may have the right to change it as yet; what counts is what it holds when they have not.
+	// Other users may still have the right to change the directory. What counts is what it holds once they
+	// have not.
 	in, err := storage.OpenFolder(dir, true)
 	if err != nil {
 		return fmt.Errorf("make store: %w", err)
 	}
 	defer in.Close()
-	// A foreign directory is looked at before a lock is written into it, and
-	// again under the lock, since another process may be making the store.
+	// Check a foreign directory before a lock is written into it, and again under the lock, since another
+	// process may be making the store.
 	if _, err := readFormat(in); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -65,8 +66,9 @@ func CreateIn(dir string, foreign bool) error {
 	return nil
 }
 
-// makeDirs makes a directory and those above it that are not there, and makes the name of each durable, from the top
-// down. It does so for the directory itself even if that is there: whoever made it may have been killed before the sync.
+// makeDirs makes a directory, and those above it that do not exist, and makes each name durable, from the top
+// down. It syncs the name of dir even if dir exists: the process that made it may have been killed before its
+// sync.
 func makeDirs(dir string) error {
 	parent := filepath.Dir(dir)
 	if _, err := os.Stat(parent); errors.Is(err, fs.ErrNotExist) {
@@ -82,7 +84,7 @@ func makeDirs(dir string) error {
 	return syncName(dir)
 }
 
-// checkUninitialized refuses a directory that holds anything but what an interrupted Create leaves.
+// checkUninitialized refuses a directory that holds anything but the remains of an interrupted Create.
 func checkUninitialized(in *storage.Folder) error {
 	names, err := in.Names()
 	if err != nil {
@@ -102,7 +104,7 @@ func checkUninitialized(in *storage.Folder) error {
 	return nil
 }
 
-// isEmpty reports whether the directory in has an empty directory of that name.
+// isEmpty reports whether in holds an empty directory called name.
 func isEmpty(in *storage.Folder, name string) bool {
 	sub, err := in.Sub(name)
 	if err != nil {
@@ -113,7 +115,7 @@ func isEmpty(in *storage.Folder, name string) bool {
 	return err == nil && len(names) == 0
 }
 
-// makeStore writes format last: until it is there, there is no store.
+// makeStore makes the files of a store. It writes format last: until that file exists, there is no store.
 func makeStore(in *storage.Folder) error {
 	var uuid [16]byte
 	if _, err := rand.Read(uuid[:]); err != nil {
@@ -135,7 +137,7 @@ func makeStore(in *storage.Folder) error {
 	if err != nil {
 		return err
 	}
-	err = db.Update(func(*metadata.Tx) error { return nil }) // it says now whose it is
+	err = db.Update(func(*metadata.Tx) error { return nil }) // now the table says which store it belongs to
 	if err := errors.Join(err, db.Close()); err != nil {
 		return err
 	}
@@ -147,8 +149,8 @@ func makeStore(in *storage.Folder) error {
 	return in.Replace(formatFile, text, true)
 }
 
-// syncName makes the name of a directory durable. A parent that may be passed but not read cannot be synced by itself;
-// its file system can.
+// syncName makes the name of a directory durable. If this process may pass the parent but not read it, the
+// parent cannot be synced by itself, so syncName syncs the whole file system.
 func syncName(dir string) error {
 	err := syncDir(filepath.Dir(dir))
 	if !errors.Is(err, fs.ErrPermission) {
@@ -161,7 +163,7 @@ func syncName(dir string) error {
 	return errors.Join(unix.Syncfs(int(d.Fd())), d.Close())
 }
 
-// syncDir makes the names in a directory durable; tests look on.
+// syncDir makes the names in a directory durable. It is a variable so that tests can observe it.
 var syncDir = func(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {
@@ -170,14 +172,15 @@ var syncDir = func(dir string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
-// readFormat reads the file "format". Where that is lost from a store, the error matches ErrUnusable, and neither
-// ErrNotStore nor fs.ErrNotExist.
+// readFormat reads the file "format". If a store has lost that file, the error matches ErrUnusable, and
+// neither ErrNotStore nor fs.ErrNotExist.
 func readFormat(in *storage.Folder) (format.StoreInfo, error) {
 	info, err := decodeFormat(in)
 	if !lostFormat(err) || !hasStore(in) {
 		return info, err
 	}
-	// Create writes the file before there is a chunk file, but perhaps after it was looked for here.
+	// Create writes the file before any chunk file exists, but perhaps after decodeFormat looked for it
+	// above.
 	if info, err = decodeFormat(in); !lostFormat(err) {
 		return info, err
 	}
@@ -196,12 +199,14 @@ func decodeFormat(in *storage.Folder) (info format.StoreInfo, err error) {
 	return info, err
 }
 
-// lostFormat reports whether the file is not there or is not what Create or an upgrade has written.
+// lostFormat reports whether err says that the file does not exist, or is not what Create or an upgrade
+// writes.
 func lostFormat(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, ErrNotStore) || errors.Is(err, ErrCorrupt)
 }
 
-// hasStore reports whether a directory has a table and chunk files. An interrupted Create leaves no chunk files.
+// hasStore reports whether a directory has a table and chunk files. An interrupted Create leaves no chunk
+// files.
 func hasStore(in *storage.Folder) bool {
 	for _, name := range []string{tableFile, chunksDir} {
 		if _, err := in.Lstat(name); err != nil {

@@ -11,48 +11,49 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// Errors, by what the caller can do about them. Each is returned wrapped with
-// the name of the thing and, where there is one, the way out.
+// Errors, grouped by what the caller can do about them. Each is returned wrapped with the name of the thing
+// and, if there is one, the way out.
 var (
-	// Returned for names: there is no such volume, snapshot or store; there is one already.
+	// Returned for names: no such volume, snapshot or store exists, or one exists already.
 	ErrNotFound = errors.New("not found")
 	ErrExists   = errors.New("already exists")
 
-	// Returned when others are in the way: a volume is open or has
-	// dependants, a store has another owner (LockedError).
+	// Returned when something is in use: a volume is open or has dependants, or a store has another owner
+	// (LockedError).
 	ErrBusy = errors.New("busy")
 
-	// Returned by Open where the last owner was killed, and what it had answered and not written is in a shared memory
-	// that this process does not have, as that of another container. It also matches ErrBusy.
+	// Returned by Open if the last owner was killed and its acknowledged but unwritten writes are in a shared
+	// memory that this process does not have, such as that of another container. It also matches ErrBusy.
 	ErrElsewhere = errors.New("the last owner's memory is elsewhere")
 
 	// Returned for arguments: a bad name, size, range or option.
 	ErrInvalid = errors.New("invalid")
 
-	// Returned by writes that the target does not take. ErrReadOnly also
-	// matches EROFS, ErrNoSpace ENOSPC.
+	// Returned by writes that the target does not accept. ErrReadOnly also matches EROFS, and ErrNoSpace
+	// ENOSPC.
 	ErrReadOnly error = &errnoError{"read-only", syscall.EROFS}
 	ErrNoSpace        = storage.ErrNoSpace
 
-	// Returned when the store has no number left for something new.
+	// Returned when no number is left for something new.
 	ErrExhausted = errors.New("numbers are used up")
 
 	// Returned when the store's files are not what they should be.
 	ErrCorrupt  = format.ErrCorrupt
 	ErrNotStore = format.ErrNotStore
 	ErrVersion  = format.ErrVersion
-	// ErrUnusable is matched, beside ErrCorrupt, by an error of Open about the store, in which nothing was changed.
+	// ErrUnusable is matched, besides ErrCorrupt, by an error of Open about damage to the store. Open has
+	// changed nothing then.
 	ErrUnusable = errors.New("the store cannot be opened")
 	// ErrDamagedLog is matched by a LogDamage.
 	ErrDamagedLog = errors.New("the log is damaged")
 
-	// Returned for a store that another user could have made or changed, and for a
-	// symbolic link, a FIFO or the like that has the name of one of its files.
+	// Returned for a store that another user could have made or changed, and for a symbolic link, a FIFO or
+	// the like with the name of one of its files.
 	ErrForeign   = storage.ErrForeign
 	ErrIrregular = storage.ErrIrregular
 
-	// Returned by every change after a write or sync of the log has failed
-	// (the log's end is then unknown), and after Close.
+	// Returned by every change after a write or sync of the log has failed (the log's end is then unknown),
+	// and after Close.
 	ErrFailed = errors.New("the store has stopped after an I/O error")
 	ErrClosed = errors.New("the store is closed")
 )
@@ -68,7 +69,7 @@ func (e *errnoError) Unwrap() error { return e.errno }
 // LockedError says who owns the store. It matches ErrBusy.
 type LockedError struct {
 	Dir    string
-	Holder string // what the holder wrote into the lock file: "pid 123 vdisk serve"
+	Holder string // content of the lock file, written by the holder: "pid 123 vdisk serve"
 }
 
 func (e *LockedError) Error() string {
@@ -78,7 +79,7 @@ func (e *LockedError) Error() string {
 // Unwrap makes a LockedError match ErrBusy.
 func (e *LockedError) Unwrap() error { return ErrBusy }
 
-// unusable makes an error about damage that Open has found match ErrUnusable, too.
+// unusable makes an error of Open about damage match ErrUnusable, too.
 func unusable(err error) error {
 	if !errors.Is(err, ErrCorrupt) {
 		return err
@@ -90,7 +91,7 @@ type unusableError struct{ error }
 
 func (e unusableError) Unwrap() []error { return []error{ErrUnusable, e.error} }
 
-// noSpace makes the kernel's ways to say that a disk is full match ErrNoSpace.
+// noSpace makes ENOSPC and EDQUOT match ErrNoSpace.
 func noSpace(err error) error {
 	if (errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)) && !errors.Is(err, ErrNoSpace) {
 		return fmt.Errorf("%w: %w", ErrNoSpace, err)
@@ -98,8 +99,8 @@ func noSpace(err error) error {
 	return err
 }
 
-// outOfReach reports whether err is about getting at a file at all. It says nothing of what the file holds, and may be
-// otherwise next time, or for another user.
+// outOfReach reports whether err is about access to a file. Such an error says nothing of what the file
+// holds, and may not occur again, or not for another user.
 func outOfReach(err error) bool {
 	for _, errno := range []syscall.Errno{syscall.EACCES, syscall.EPERM, syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.ESTALE, syscall.EROFS} {
 		if errors.Is(err, errno) {
@@ -109,7 +110,8 @@ func outOfReach(err error) bool {
 	return false
 }
 
-// unreadable makes an error of reading the log what damage is to those who can go on without what they were to read.
+// unreadable wraps an error of reading the log as ErrCorrupt, so that callers that can go on without the data
+// treat it as damage. Errors of outOfReach stay as they are.
 func unreadable(err error) error {
 	if err == nil || errors.Is(err, ErrCorrupt) || outOfReach(err) {
 		return err
@@ -117,7 +119,7 @@ func unreadable(err error) error {
 	return fmt.Errorf("%w: %w", ErrCorrupt, err)
 }
 
-// lost makes it damage that a chunk file is missing, or is shorter than it has to be.
+// lost makes an error about a missing chunk file, or one that is too short, match ErrCorrupt.
 func lost(err error) error {
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return fmt.Errorf("%w: %w", ErrCorrupt, err)

@@ -11,18 +11,18 @@ type StoreInfo struct {
 	Snapshots  int       `json:"snapshots"`
 	Chunks     int       `json:"chunks"`
 	ChunkBytes int64     `json:"chunk_bytes"` // of records in chunk files
-	LiveBytes  int64     `json:"live_bytes"`  // of them, what volumes and snapshots refer to
-	SpareBytes int64     `json:"spare_bytes"` // of files of dead chunks, which are kept to be the next ones
-	MetaBytes  int64     `json:"meta_bytes"`  // of the table's file, with room for what is to come
+	LiveBytes  int64     `json:"live_bytes"`  // of those records, what volumes and snapshots refer to
+	SpareBytes int64     `json:"spare_bytes"` // of files of dead chunks that are kept for reuse
+	MetaBytes  int64     `json:"meta_bytes"`  // of the table's file, including room for growth
 
-	ReserveBytes int64 `json:"reserve_bytes"` // of the file system, kept for deletions and checkpoints on a full one
+	ReserveBytes int64 `json:"reserve_bytes"` // of the file system; kept for deletes and checkpoints
 	FreeBytes    int64 `json:"free_bytes"`    // of the file system
 
 	AsideFiles int   `json:"aside_files"` // chunk files that were set aside; -1: they cannot be listed
-	AsideBytes int64 `json:"aside_bytes"` // of these
+	AsideBytes int64 `json:"aside_bytes"` // of the files that were set aside
 }
 
-// Info describes the store.
+// Info returns a description of the store.
 func (s *Store) Info() StoreInfo {
 	in := StoreInfo{UUID: s.info.UUID, Created: s.info.Created, Version: s.info.Version}
 	in.MetaBytes, in.ReserveBytes = s.meta.Size(), s.wal.stock.bytes()

@@ -13,13 +13,13 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// LockFolder keeps owners of the store in a folder away until the lock is closed. It is for those who change what
-// belongs to an owner and not to the store; it waits up to timeout.
+// LockFolder keeps owners of the store in a folder away until the returned lock is closed. It waits up to
+// timeout. It is for callers that change files that belong to an owner and not to the store.
 func LockFolder(in *storage.Folder, timeout time.Duration, holder string) (io.Closer, error) {
 	return lockStore(in, timeout, holder)
 }
 
-// lockStore takes the store's lock, waiting up to timeout, and writes down who has it.
+// lockStore takes the store's lock, waiting up to timeout, and writes the holder into the lock file.
 func lockStore(in *storage.Folder, timeout time.Duration, holder string) (*os.File, error) {
 	f, err := in.Open(lockFile, os.O_RDWR|os.O_CREATE)
 	if err != nil {
@@ -32,7 +32,7 @@ func lockStore(in *storage.Folder, timeout time.Duration, holder string) (*os.Fi
 		holder = filepath.Base(os.Args[0])
 	}
 	text := fmt.Sprintf("pid %d %s\n", os.Getpid(), holder)
-	// Written over before it is cut: a full file system might not give the block again.
+	// Write before truncating: a full file system might not give a freed block back.
 	if err := errors.Join(writeAt0(f, text), f.Truncate(int64(len(text)))); err != nil {
 		return nil, errors.Join(fmt.Errorf("lock store: %w", err), f.Close())
 	}

@@ -7,64 +7,68 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// Options are for Open; the zero value is ready to use.
+// Options are the options of Open; the zero value is ready to use.
 type Options struct {
 	// LockTimeout is how long to wait for the store's lock.
 	LockTimeout time.Duration
-	// Holder names this owner in the lock file, as "vdisk serve".
+	// Holder names this owner in the lock file, for example "vdisk serve".
 	Holder string
 	// Logger gets warnings, errors and what Open found (default: slog.Default()).
 	Logger *slog.Logger
-	// CacheBytes is the most memory that the block map takes (docs/memory.md, Memory): MinCacheBytes to MaxCacheBytes,
-	// default 256 MiB.
+	// CacheBytes is the most memory that the block map may take (docs/memory.md): MinCacheBytes to
+	// MaxCacheBytes, default 256 MiB.
 	CacheBytes int64
-	// ColdAfter is how long a leaf must not have changed before the cold pass writes it again, better compressed and in
-	// order (default 10 min; negative: never).
+	// ColdAfter is the time after which an unchanged leaf is rewritten by the cold pass, better compressed
+	// and in order (default 10 min; negative: never).
 	ColdAfter time.Duration
-	// MaxBytes limits the size of all chunk files together; 0: the file system is the limit. Data that does not fit
-	// waits for the cleaner, or fails with ErrNoSpace.
+	// MaxBytes limits the total size of the chunk files; 0: the file system is the limit. Data that does not
+	// fit waits for the cleaner, or fails with ErrNoSpace.
 	MaxBytes int64
-	// AllowReadOnly opens a store for reading that cannot be written to, because of its file system or its folder's
-	// permissions: see Store.ReadOnly. Nothing is changed then. Without it that is an error that matches ErrReadOnly.
+	// AllowReadOnly opens a store only for reading if this process cannot write to it, because of its file
+	// system or its permissions: see Store.ReadOnly. Nothing is changed then. Without AllowReadOnly, Open
+	// returns an error that matches ErrReadOnly.
 	AllowReadOnly bool
-	// Look is for a command that only looks at the store. If the log ends before some of its records, an owner that
-	// writes sets these aside; with Look they stay where they are, the store can only be read, as it is up to there, and
-	// Store.ReadOnly says why.
+	// Look is for commands that only look at the store. If the log ends before some of its records, an owner
+	// that writes sets those records aside. With Look they stay where they are, and the store is opened
+	// read-only, as it is up to that end; Store.ReadOnly says why.
 	Look bool
-	// Outlive keeps the log's buffers in shared memory, so that the next owner finds what was acknowledged if this
-	// process is killed; see Store.SurvivesKill. Set it when clients outlive this process. It takes 16 MiB of shared memory;
-	// if there is no room for them, writes are slower.
+	// Outlive keeps the log's buffers in shared memory, so that the next owner finds the acknowledged writes
+	// if this process is killed; see Store.SurvivesKill. Set it when clients outlive this process. It takes
+	// 16 MiB of shared memory; if there is no room for them, writes are slower.
 	Outlive bool
-	// SharedMemory is the directory for that (default /dev/shm).
+	// SharedMemory is the directory for these buffers (default /dev/shm).
 	SharedMemory string
-	// ForgetElsewhere opens the store even if the writes that its last owner had acknowledged, and not written, are in
-	// another shared memory than this one; they are given up. See ErrElsewhere.
+	// ForgetElsewhere opens the store even if writes that its last owner acknowledged but did not write are
+	// in a shared memory other than this one. Those writes are given up. See ErrElsewhere.
 	ForgetElsewhere bool
-	// Foreign opens a store whose folder belongs to another user, or that other users may change (ErrForeign).
+	// Foreign allows a store whose folder belongs to another user, or can be changed by other users
+	// (ErrForeign).
 	Foreign bool
-	// Repair is asked, before anything is changed, whether Open shall end a damaged log at the damage and set aside what
-	// lies behind. Its error is Open's. Without Repair, Open returns the damage.
+	// Repair is called before anything is changed if the log is damaged. If it returns nil, Open ends the log
+	// at the damage and sets aside what lies behind it; otherwise Open returns Repair's error. Without
+	// Repair, Open returns the damage.
 	Repair func(*LogDamage) error
 
-	// The rest is for the tests of this package.
+	// The fields below are for the tests of this package.
 
-	fs storage.FS // the chunk files; nil: the store's folder
+	fs storage.FS // holds the chunk files; nil: the store's folder
 
-	// When a checkpoint begins: after so many bytes of log (default 256 MiB), after so many dirty leaves (default and at
-	// most a part of the cache), or so long after a change (default 10 s; negative: never by itself).
+	// A checkpoint begins after this many bytes of log (default 256 MiB), after this many dirty leaves
+	// (default and at most a part of the cache), or this long after a change (default 10 s; negative: never
+	// by itself).
 	checkpointBytes    int64
 	checkpointLeaves   int
 	checkpointInterval time.Duration
 
-	chunkBytes  int64         // size of a new chunk file (default 64 MiB, less where there is little room)
-	reapBatch   int           // leaf versions that are reaped in one batch (default 32)
-	reapTime    time.Duration // for how long a checkpoint begins another batch
+	chunkBytes  int64         // size of a new chunk file (default 64 MiB, or less if there is little room)
+	reapBatch   int           // leaf versions reaped in one batch (default 32)
+	reapTime    time.Duration // time during which a checkpoint begins further batches
 	replayBatch int           // changes that Open applies at once (default 2 Mi)
 	takeAll     bool          // new mappings may take what is kept for overwrites
 
-	onCommit    func(done bool) error // called before and after each commit of the table; an error before lets it fail
-	growTable   func(n int64) error   // called before the table's file grows by n bytes; an error keeps it from that
-	noTableSync bool                  // the table is not synced
+	onCommit    func(done bool) error // called before and after each commit; an error before fails it
+	growTable   func(n int64) error   // called before the table's file grows by n bytes; an error prevents it
+	noTableSync bool                  // do not sync the table
 }
 
 func (o *Options) setDefaults() {
@@ -107,5 +111,5 @@ func (o *Options) setDefaults() {
 	}
 }
 
-// MinMaxBytes is the least that Options.MaxBytes can be.
+// MinMaxBytes is the lowest limit that Options.MaxBytes can set.
 const MinMaxBytes = 64 << 20

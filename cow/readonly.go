@@ -16,9 +16,10 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// A store that cannot be written to can be read: docs/engine.md, Read-only stores.
+// A store that cannot be written to can still be read: docs/engine.md, Read-only stores.
 
-// unwritable is why this process cannot write to a store, or nil: its file system, or its folder, does not let it.
+// unwritable returns why this process cannot write to a store, or nil. The reason is the file system, or the
+// permissions of the folder or of something in it.
 func unwritable(in *storage.Folder) error {
 	for _, name := range []string{".", chunksDir, tableFile, lockFile} {
 		err := unix.Faccessat(in.Fd(), name, unix.W_OK, unix.AT_EACCESS)
@@ -29,17 +30,18 @@ func unwritable(in *storage.Folder) error {
 	return nil
 }
 
-// unwritableError is why a store can only be read. It matches ErrReadOnly.
+// unwritableError says why a store can only be read. It matches ErrReadOnly.
 type unwritableError struct{ err error }
 
 func (e *unwritableError) Error() string   { return fmt.Sprintf("the store can only be read: %v", e.err) }
 func (e *unwritableError) Unwrap() []error { return []error{ErrReadOnly, e.err} }
 
-// ReadOnly is why the store could only be opened to be read, or nil.
+// ReadOnly returns why the store could only be opened for reading, or nil.
 func (s *Store) ReadOnly() error { return s.readOnly }
 
-// lockToRead keeps owners that write away, and waits up to timeout for one that is there. Any number of processes may
-// read. Where there is no lock file none can be made, and no owner has been here, as it would have made one.
+// lockToRead keeps writing owners away from the store; it waits up to timeout for one that has the lock. Any
+// number of processes may read at the same time. If there is no lock file, it returns nil: none can be made,
+// and no owner has been here, since an owner would have made one.
 func lockToRead(in *storage.Folder, timeout time.Duration) (*os.File, error) {
 	f, err := in.Open(lockFile, os.O_RDONLY)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -54,7 +56,8 @@ func lockToRead(in *storage.Folder, timeout time.Duration) (*os.File, error) {
 	return f, nil
 }
 
-// flock waits up to timeout for a lock.
+// flock takes a lock on f, waiting up to timeout. It returns EWOULDBLOCK if another process still has the
+// lock.
 func flock(f *os.File, how int, timeout time.Duration) error {
 	for deadline := time.Now().Add(timeout); ; time.Sleep(20 * time.Millisecond) {
 		err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
@@ -67,7 +70,8 @@ func flock(f *os.File, how int, timeout time.Duration) error {
 	}
 }
 
-// lockedBy is the error about a lock that another process has. Processes that only read do not write down their names.
+// lockedBy returns the error about a lock that another process has. Processes that only read do not write
+// down their names.
 func lockedBy(in *storage.Folder, f *os.File, err error) error {
 	if !errors.Is(err, unix.EWOULDBLOCK) {
 		return fmt.Errorf("lock store: %w", err)
@@ -76,12 +80,12 @@ func lockedBy(in *storage.Folder, f *os.File, err error) error {
 		_ = unix.Flock(int(f.Fd()), unix.LOCK_UN)
 		return &LockedError{Dir: in.Path(), Holder: "a process that reads it and cannot write to it"}
 	}
-	text, _ := io.ReadAll(io.NewSectionReader(f, 0, 4096)) // best effort: the message is better with it
+	text, _ := io.ReadAll(io.NewSectionReader(f, 0, 4096)) // best effort: it improves the message
 	return &LockedError{Dir: in.Path(), Holder: holderText(text)}
 }
 
-// leftInMemory refuses a store whose last owner was killed and has left in memory what it had answered, if that can be
-// there still: only an owner that writes brings it to its place.
+// leftInMemory refuses a store whose last owner was killed, if the acknowledged writes of that owner may
+// still be in memory: only an owner that writes can put them in their place.
 func (s *Store) leftInMemory() error {
 	text, err := s.in.Read(ownerFile)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -118,8 +122,8 @@ func (s *Store) leftInMemory() error {
 	return nil
 }
 
-// readLog is what openFiles ends with where nothing can be written: from here on every change is refused, and nothing
-// that would make one is started.
+// readLog is the end of openFiles for a store that cannot be written to. From here on every change is
+// refused, and nothing is started that would make a change.
 func (s *Store) readLog() error {
 	if err := s.leftInMemory(); err != nil {
 		return err
@@ -135,8 +139,8 @@ func (s *Store) readLog() error {
 	return nil
 }
 
-// onlyLooks makes a store that was opened for a look one that can only be read, if going on would take something out
-// of the log for good.
+// onlyLooks makes a store that was opened with Options.Look read-only if going on would remove something from
+// the log for good. It reports whether it did.
 func (s *Store) onlyLooks(left []leaving) bool {
 	r := &s.recovery
 	keeps := slices.ContainsFunc(left, func(f leaving) bool { return f.as != "" })

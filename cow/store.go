@@ -26,7 +26,7 @@ const (
 // Store is an open store. Its methods may be called concurrently.
 type Store struct {
 	dir  string
-	in   *storage.Folder // at dir
+	in   *storage.Folder // the folder at dir
 	info format.StoreInfo
 	opts Options
 	log  *slog.Logger
@@ -34,15 +34,16 @@ type Store struct {
 	fs   storage.FS
 	meta *metadata.DB
 
-	readOnly error // why nothing can be written; nil: it can. Set by Open
+	readOnly error // why nothing can be written, or nil; set by Open
 
-	shared           *sharedBuffers // nil: the log's buffers are this process's
+	shared           *sharedBuffers // nil: the log's buffers are private to this process
 	lostAcknowledged bool           // see LostAcknowledged; set by Open
-	// writeThrough: what is answered must be in the chunk files, as the buffers end with this process.
+	// writeThrough: acknowledged writes must be in the chunk files, because the buffers are lost with this
+	// process.
 	writeThrough bool
 
 	cache      *leafCache
-	dirtyLimit int // leaves and images in one generation
+	dirtyLimit int // most dirty leaves and images in one generation
 	forwards   forwards
 	slots      slotTable
 	units      unitCache
@@ -53,81 +54,85 @@ type Store struct {
 	mu             sync.Mutex
 	wal            *recordLog
 	catalog        catalog
-	gen            uint64     // of leaves that become dirty now
-	frozen         *sync.Cond // gen has risen, or a checkpoint has failed
-	dirty          []leafKey  // of generation gen
+	gen            uint64     // generation of leaves that become dirty now
+	frozen         *sync.Cond // signalled when gen has risen or a checkpoint has failed
+	dirty          []leafKey  // leaves of generation gen
 	unwritten      int        // dirty leaves and images of generation gen
-	writing        int        // of the generation that a checkpoint writes
-	writingRegions int        // of forwards, the same
-	failures       uint64     // checkpoints that failed
-	failure        error      // of the last of them
+	writing        int        // dirty leaves and images of the generation that a checkpoint is writing
+	writingRegions int        // regions of forwards in that generation
+	failures       uint64     // number of checkpoints that failed
+	failure        error      // error of the last checkpoint that failed
 	dirtyRows      []*chunk
-	pendingFree    int64                         // bytes of chunks that the checkpoint under way removes
-	dirtyRegions   []*region                     // of generation gen
-	pinnedStale    bool                          // names have been reaped since chunk.pinnedDead was counted
-	catalogDirty   bool                          // a table changed since the last checkpoint
-	dropping       map[metadata.Version]struct{} // given up by the reaper, still in the table
+	pendingFree    int64                         // bytes of the chunks that the running checkpoint removes
+	dirtyRegions   []*region                     // regions of generation gen
+	pinnedStale    bool                          // names were reaped since chunk.pinnedDead was counted
+	catalogDirty   bool                          // the tables have changed since the last checkpoint
+	dropping       map[metadata.Version]struct{} // given up by the reaper, but still in the table
 	closed         bool
 
-	cleanMu          sync.Mutex // one cleans at a time; taken before ckptMu
+	cleanMu          sync.Mutex // held while one chunk is cleaned; taken before ckptMu
 	mover            *mover     // guarded by cleanMu
 	cleaned          uint64     // bytes that the cleaner appended; guarded by mu
-	cleaning         *chunk     // by the cleaner; guarded by mu
-	cleanedBefore    uint64     // of cleaned, what was before this chunk; guarded by mu
-	othersSeen       uint64     // bytes that others had, at the last look; guarded by cleanMu
+	cleaning         *chunk     // the chunk that is being cleaned; guarded by mu
+	cleanedBefore    uint64     // value of cleaned when this chunk was begun; guarded by mu
+	othersSeen       uint64     // bytes that others had appended when giveWay last looked; guarded by cleanMu
 	writersWaiting   bool       // writers wait for the cleaner; guarded by mu
-	cleanerExhausted bool       // it can give nothing back, as things are; guarded by mu
-	roomTaken        uint64     // chunks that data was given; guarded by mu
+	cleanerExhausted bool       // it can give nothing back as things are; guarded by mu
+	roomTaken        uint64     // number of chunks that were given to data; guarded by mu
 	cleanWork        chan struct{}
-	pacer            pacer // of what others append, when the cleaner is pressed
+	pacer            pacer // paces what others append while the cleaner is pressed
 
 	reads     atomic.Uint64
-	coldMark  place      // everything before was gone over by the cold pass; guarded by mu
-	coldNoted bool       // the table does not have coldMark; guarded by mu
-	coldCodec *codecPool // of cold passes; nil before the first; guarded by mu
+	coldMark  place      // the cold pass has covered everything before it; guarded by mu
+	coldNoted bool       // coldMark is not in the table yet; guarded by mu
+	coldCodec *codecPool // codecs of cold passes; nil before the first pass; guarded by mu
 
-	ckptMu         sync.Mutex            // one checkpoint at a time; guards the fields below
-	values         values                // of the checkpoint that runs
-	lastAborted    bool                  // the last checkpoint has failed: memory may have what neither table nor log do, by the reaper
-	untrimmed      []*chunk              // of the replayed log: more is allocated than they hold, and behind the replay position it goes
-	pendingRemoval []*chunk              // dead, and not removed yet
-	reapCursor     map[uint32]reapCursor // by branch; changes under mu, too
+	ckptMu sync.Mutex // one checkpoint at a time; guards the fields below
+	values values     // values of the running checkpoint
+	// lastAborted: the last checkpoint has failed, so memory may hold changes by the reaper that are in
+	// neither the table nor the log.
+	lastAborted bool
+	// untrimmed are chunks of the replayed log that have more allocated than they hold. The excess is given
+	// back once they are behind the replay position.
+	untrimmed      []*chunk
+	pendingRemoval []*chunk              // dead chunks that are not removed yet
+	reapCursor     map[uint32]reapCursor // by branch; changes need mu, too
 
-	committed atomic.Uint64 // generation of the last checkpoint that committed
+	committed atomic.Uint64 // generation of the last committed checkpoint
 	ckptAt    atomic.Uint64 // recordLog.appended at the last checkpoint
 
 	ckptWork chan struct{}
 	quit     chan struct{}
 	wg       sync.WaitGroup
-	tasks    sync.WaitGroup // long ones that callers run: Check, Clean and the like; Add under mu, while not closed
+	tasks    sync.WaitGroup // long tasks of callers, such as Check and Clean; Add under mu, while not closed
 
 	recovery Recovery
 }
 
-// Recovery says what Open found behind the last checkpoint.
+// Recovery describes what Open found behind the last checkpoint.
 type Recovery struct {
-	Records      int64 // replayed
-	Bytes        int64 // replayed
-	Summaries    int   // chunks of which only the summary was read
-	DroppedBytes int64 // behind the first record that did not verify
-	DroppedFiles int   // chunk files among them
-	Lost         int64 // records among them that had been durable, and that Options.Repair gave up
-	Damaged      int   // records that are in the log, and whose data cannot be read
-	unsettled    bool  // a chunk has a summary of records that were dropped
+	Records      int64 // replayed records
+	Bytes        int64 // replayed bytes
+	Summaries    int   // chunks of which only the summary was replayed
+	DroppedBytes int64 // bytes behind the first record that did not verify
+	DroppedFiles int   // chunk files with such bytes
+	Lost         int64 // dropped records that had been durable, and that Options.Repair gave up
+	Damaged      int   // records in the log whose data cannot be read
+	unsettled    bool  // a chunk may have a summary of dropped records, or the log was repaired
 }
 
-// Recovery reports what this Open replayed and dropped.
+// Recovery returns what Open replayed and dropped.
 func (s *Store) Recovery() Recovery { return s.recovery }
 
-// OpenOver is Open with the chunk files in files, and not in the store's folder: for tests of this module whose disk
-// fails.
+// OpenOver is Open with the chunk files in files instead of the store's folder. It is for tests of this
+// module whose disk fails.
 func OpenOver(dir string, files storage.FS, o Options) (*Store, error) {
 	o.fs = files
 	return Open(dir, o)
 }
 
-// Open opens the store in dir and replays what its last checkpoint does not
-// have. The caller owns the store until Close.
+// Open opens the store in dir and replays what its last checkpoint does not have. The caller owns the store
+// until Close.
 func Open(dir string, o Options) (*Store, error) {
 	o.setDefaults()
 	in, err := storage.OpenFolder(dir, o.Foreign)
@@ -139,17 +144,16 @@ func Open(dir string, o Options) (*Store, error) {
 	}
 	s, err := openIn(in, o)
 	if err != nil {
-		_ = in.Close() // unless release has
+		_ = in.Close() // in case release has not done it
 		return nil, err
 	}
 	return s, nil
 }
 
-// openIn opens the store in a directory, which is closed with it.
+// openIn opens the store in a folder. The store's Close closes the folder.
 func openIn(in *storage.Folder, o Options) (*Store, error) {
 	dir := in.Path()
-	// The format is looked at first so that nothing is written, not even
-	// a lock, into a directory that is not ours.
+	// Read the format first, so that nothing is written, not even a lock, into a directory that is not ours.
 	info, err := readFormat(in)
 	if errors.Is(err, fs.ErrNotExist) {
 		if err := checkUninitialized(in); err != nil {
@@ -205,8 +209,8 @@ func openIn(in *storage.Folder, o Options) (*Store, error) {
 	return s, nil
 }
 
-// upgrade notes that the store is of this version from now on, before anything is written that an older program would
-// misread.
+// upgrade raises the version of the store to this program's. It does so before anything is written that an
+// older program would misread.
 func (s *Store) upgrade() error {
 	if s.info.Version == format.StoreVersion || s.readOnly != nil {
 		return nil
@@ -219,9 +223,10 @@ func (s *Store) upgrade() error {
 	return s.in.Replace(formatFile, text, true)
 }
 
-// openChunks opens the folder of the chunks, and the reserve, so that there is room for what opening writes.
+// openChunks opens the folder of the chunks, the durable mark and the reserve, and makes sure that there is
+// room for what opening writes.
 func (s *Store) openChunks() (err error) {
-	in := s.fs // of the reserve and the durable mark
+	in := s.fs // folder of the reserve and the durable mark
 	if s.fs == nil {
 		chunks, err := s.in.Sub(chunksDir)
 		if err != nil {
@@ -258,7 +263,7 @@ func (s *Store) openFiles() (err error) {
 	}
 	s.wal.kept, s.wal.workKept = s.kept, s.workKept
 	s.wal.cleaner, s.wal.rotated = s.needRoom, func(p purpose) {
-		s.cleanerExhausted = false // there was room: what filled it may have overwritten something
+		s.cleanerExhausted = false // there was room, and what filled it may have overwritten something
 		if p == forData {
 			s.roomTaken++
 		}
@@ -271,7 +276,8 @@ func (s *Store) openFiles() (err error) {
 	if err != nil {
 		return err
 	}
-	// Until here nothing was changed that a store of which one of the parts is missing, or another's, would miss.
+	// Nothing has been changed so far that a store with a missing part, or a part of another store, would
+	// need.
 	left, err := s.loadAndReplay()
 	if err != nil {
 		return unusable(err)
@@ -298,7 +304,8 @@ func (s *Store) openFiles() (err error) {
 	return nil
 }
 
-// sizeChunks makes chunks small where there is little room: the cleaner needs one to work with, and frees whole ones.
+// sizeChunks makes chunks smaller if there is little room: the cleaner needs a chunk to work with, and frees
+// whole chunks.
 func (s *Store) sizeChunks() error {
 	s.wal.limit, s.wal.chunkBytes = s.opts.MaxBytes, s.opts.chunkBytes
 	if s.wal.chunkBytes > 0 && s.wal.chunkBytes <= format.MaxChunkSize {
@@ -318,10 +325,10 @@ func (s *Store) sizeChunks() error {
 	return nil
 }
 
-// resumeAfterReplay makes the log ready for records behind those that were replayed. What is behind its end goes
-// before the next chunk is made, which also makes that durable. The checkpoint that a replay calls
-// for can come later, unless a chunk is left with a summary of records that it does not have, or the cache had to
-// become larger than it may be.
+// resumeAfterReplay prepares the log for records behind the replayed ones. It removes or sets aside the files
+// behind the end of the log before the next chunk is made; making that chunk makes this durable, too. The
+// checkpoint that a replay calls for can come later, except in two cases: a chunk keeps a summary of records
+// that it does not have, or the cache had to grow beyond its limit.
 func (s *Store) resumeAfterReplay(left []leaving) error {
 	r := &s.recovery
 	if r.Records > 0 || len(left) > 0 || r.DroppedBytes > 0 {
@@ -330,7 +337,7 @@ func (s *Store) resumeAfterReplay(left []leaving) error {
 		poke(s.ckptWork)
 	}
 	if r.unsettled || s.cache.grown() {
-		// A full disk is no reason to keep a store closed whose space others want to give back.
+		// A full disk is no reason to keep a store closed: its users may want to give back space.
 		if err := s.Checkpoint(); err != nil && (r.unsettled || !errors.Is(err, ErrNoSpace)) {
 			return fmt.Errorf("checkpoint after replay: %w", err)
 		}
@@ -338,7 +345,7 @@ func (s *Store) resumeAfterReplay(left []leaving) error {
 	return s.clear(left)
 }
 
-// release closes files and gives the lock back.
+// release closes all files and gives the lock back.
 func (s *Store) release() error {
 	errs := []error{s.slots.closeAll()}
 	if s.wal != nil {
@@ -347,7 +354,7 @@ func (s *Store) release() error {
 	if s.meta != nil {
 		errs = append(errs, s.meta.Close())
 	}
-	if s.shared != nil { // not all of it is known to be in the files
+	if s.shared != nil { // some of it may not be in the chunk files
 		errs = append(errs, s.shared.close())
 	}
 	if s.fs != nil && s.opts.fs == nil {
@@ -359,8 +366,8 @@ func (s *Store) release() error {
 	return errors.Join(append(errs, s.cache.close(), s.in.Close())...)
 }
 
-// Close makes everything durable with a last checkpoint and gives the store
-// up. Devices must be closed before (ErrBusy). After a failure of the log it only closes.
+// Close makes everything durable with a last checkpoint and gives the store up. All devices must be closed
+// first; otherwise Close returns ErrBusy. After a failure of the log it only closes the files.
 func (s *Store) Close() error {
 	s.mu.Lock()
 	if s.closed {
@@ -379,13 +386,13 @@ func (s *Store) Close() error {
 	s.mu.Unlock()
 	close(s.quit)
 	s.wg.Wait()
-	s.tasks.Wait() // they end at quit
+	s.tasks.Wait() // they end when quit is closed
 	if s.readOnly != nil {
 		return s.release()
 	}
 	err := s.wal.err()
 	if err == nil {
-		// Also when the table cannot be written: the log alone is enough to go on from.
+		// Sync the log even if the table cannot be written: the log alone is enough to go on from.
 		err = errors.Join(s.finish(), s.wal.sync())
 	}
 	s.wal.stop()
@@ -395,11 +402,11 @@ func (s *Store) Close() error {
 	return errors.Join(err, s.release())
 }
 
-// closeReaping bounds how long Close goes on giving space back; the next owner does the rest.
+// closeReaping bounds the time that Close spends on giving space back. The next owner does the rest.
 const closeReaping = 2 * time.Second
 
-// finish writes the last checkpoint, lets the reaper work a little, and gives back
-// what was allocated ahead.
+// finish writes the last checkpoint, lets the reaper work for up to closeReaping, and gives back what was
+// allocated ahead.
 func (s *Store) finish() error {
 	s.mu.Lock()
 	last := s.wal.retire()
@@ -412,8 +419,8 @@ func (s *Store) finish() error {
 	return s.trim(last)
 }
 
-// trim gives back what was allocated ahead: the rest of the last chunk, and the
-// chunk made in advance.
+// trim gives back what was allocated ahead: the rest of the last chunk, the chunk that was made in advance,
+// and the pool.
 func (s *Store) trim(last *chunk) error {
 	s.wal.waitIdle()
 	s.mu.Lock()
@@ -430,7 +437,7 @@ func (s *Store) trim(last *chunk) error {
 	return errors.Join(err, perr)
 }
 
-// usable refuses changes to a store that is closed or has failed. mu is held.
+// usable returns an error if the store is closed or has failed. The caller holds mu.
 func (s *Store) usable() error {
 	if s.closed {
 		return ErrClosed
