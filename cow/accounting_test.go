@@ -12,8 +12,8 @@ import (
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
 )
 
-// TestSpaceComesBack builds a deep tree of snapshots and clones and deletes it in random order. With
-// the names the space must go, to the last byte, whatever the order.
+// TestSpaceComesBack builds a deep tree of snapshots and clones, and deletes it in random order. Whatever the
+// order, all of the space must come back, to the last byte, when the names are gone.
 func TestSpaceComesBack(t *testing.T) {
 	t.Parallel()
 	rounds := 8
@@ -46,8 +46,8 @@ func TestSpaceComesBack(t *testing.T) {
 	}
 }
 
-// TestPointFollowsHead has a point lose its last clone when the head behind it is reaped in
-// part: batches of 3 leaves, and the branch has 32.
+// TestPointFollowsHead makes a point lose its last clone when the head behind it is only partly reaped: a
+// batch has 3 leaves, and the branch has 32.
 func TestPointFollowsHead(t *testing.T) {
 	w := newWorld(t)
 	w.m.create("v", 32<<20, format.Raw)
@@ -75,7 +75,7 @@ func TestPointFollowsHead(t *testing.T) {
 		if err := w.event(w.s.Remove(Ref{Volume: name}, true)); err != nil {
 			t.Fatal(err)
 		}
-		for range 2 { // the first commits that the name is gone
+		for range 2 { // the first commits the removal of the name
 			if err := w.s.Checkpoint(); err != nil {
 				t.Fatal(err)
 			}
@@ -123,7 +123,7 @@ func (w *world) grow(t *testing.T, rng *rand.Rand) {
 	w.mustBe(t)
 }
 
-// shrinkAway deletes everything, one name at a time, and sees that the space never grows by it.
+// shrinkAway deletes everything, one name at a time, and checks that no deletion makes the used space grow.
 func (w *world) shrinkAway(t *testing.T, rng *rand.Rand) *world {
 	last := w.s.Info().LiveBytes
 	for i := 0; len(w.m.now()) > 0; i++ {
@@ -155,7 +155,7 @@ func (w *world) shrinkAway(t *testing.T, rng *rand.Rand) *world {
 			w.must(t, op{kind: "checkpoint"})
 		case 1:
 			w = w.again(t)
-		case 2: // all of what is deleted so far
+		case 2: // everything deleted so far
 			w.must(t, op{kind: "reap"}, op{kind: "reap"})
 			if live := w.s.Info().LiveBytes; live > last {
 				t.Errorf("deleting took space: %d live bytes, before %d", live, last)

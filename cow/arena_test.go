@@ -14,7 +14,7 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// audit checks a shard's books.
+// audit checks that a shard's accounting matches its content.
 func (s *shard) audit(t *rapid.T) {
 	for i := range s.segs {
 		live, dirty := uint32(0), uint32(0)
@@ -36,8 +36,8 @@ func (s *shard) audit(t *rapid.T) {
 	}
 }
 
-// TestCacheAgainstModel changes, cleans and reads leaves in a cache of a few segments: it never takes more, what
-// is dirty is never lost, and what it has is right.
+// TestCacheAgainstModel changes, cleans and reads leaves in a cache of a few segments. The cache must never
+// grow, never lose a dirty leaf, and never hold a wrong one.
 func TestCacheAgainstModel(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		b := &branch{Branch: format.Branch{ID: 3, Epoch: 1}}
@@ -74,7 +74,7 @@ func TestCacheAgainstModel(t *testing.T) {
 				}
 			case 1, 2, 3:
 				if c.ensure(k) != nil {
-					continue // full of what is dirty
+					continue // full of dirty leaves
 				}
 				lf, sh := c.lock(k)
 				if lf == nil {
@@ -109,7 +109,8 @@ func TestCacheAgainstModel(t *testing.T) {
 	})
 }
 
-// TestWritersWaitForCheckpoints dirties many times what the smallest cache takes, from several goroutines.
+// TestWritersWaitForCheckpoints makes many times more leaves dirty than the smallest cache holds, from
+// several goroutines.
 func TestWritersWaitForCheckpoints(t *testing.T) {
 	s, _ := newStore(t, Options{CacheBytes: MinCacheBytes})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 40, Codec: format.Raw})
@@ -141,9 +142,9 @@ func TestWritersWaitForCheckpoints(t *testing.T) {
 	must(t, s.Close())
 }
 
-// TestReplayOfMoreThanFits opens a store whose log changes more leaves than the cache takes. When Open returns the
-// cache has its size again. Power that is cut before or after the commit which that takes leaves all there, for the
-// next cache that is too small.
+// TestReplayOfMoreThanFits opens a store whose log changes more leaves than the cache holds. When Open
+// returns, the cache has its proper size again. A power cut before or after the commit that this takes loses
+// nothing: the next Open, whose cache is also too small, finds all leaves.
 func TestReplayOfMoreThanFits(t *testing.T) {
 	dir := setup(t, 1<<30, format.Raw)
 	o := Options{checkpointInterval: -1, chunkBytes: 1 << 20}
@@ -182,7 +183,7 @@ func TestReplayOfMoreThanFits(t *testing.T) {
 		mustEnd(t, s)
 	}
 	cut := o
-	var left []string // what the power leaves
+	var left []string // copies of the store after a power cut
 	cut.onCommit = func(bool) error {
 		if len(left) < 2 {
 			left = append(left, filepath.Join(t.TempDir(), "left"))

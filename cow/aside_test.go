@@ -11,7 +11,7 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// fullAside finds no room for the folder of what is set aside, so many times.
+// fullAside returns ENOSPC for the first calls of SetAside, as many as times says.
 type fullAside struct {
 	storage.FS
 	times int
@@ -25,8 +25,8 @@ func (f *fullAside) SetAside(name, as string) error {
 	return f.FS.SetAside(name, as)
 }
 
-// Where the file system is full, some of the reserve makes room to set a file aside. Where that is not enough, the store
-// is refused with the reason, and the file stays where it is.
+// TestSetAsideOnFullDisk checks that on a full file system a part of the reserve is freed to set a file
+// aside. If that is not enough, Open refuses the store and names the reason, and the file stays where it is.
 func TestSetAsideOnFullDisk(t *testing.T) {
 	for _, c := range []struct {
 		name  string

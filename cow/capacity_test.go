@@ -10,7 +10,7 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// limitedStore is a store of at most 64 MiB with a volume of four times that.
+// limitedStore returns a store of at most 64 MiB, with a volume of four times that size.
 func limitedStore(t *testing.T) (*Store, *Device) {
 	t.Helper()
 	s, _ := newStore(t, Options{MaxBytes: 64 << 20, chunkBytes: 2 << 20})
@@ -21,8 +21,8 @@ func limitedStore(t *testing.T) (*Store, *Device) {
 	return s, d
 }
 
-// fullStore is a limitedStore with a volume that was written in order, by so many bytes a request, until there was no
-// room. It returns how many blocks are mapped.
+// fullStore returns a limitedStore whose volume was written in order, in requests of the given number of
+// bytes, until there was no room, and how many blocks are mapped.
 func fullStore(t *testing.T, request int64) (s *Store, d *Device, blocks int64) {
 	t.Helper()
 	s, d = limitedStore(t)
@@ -43,7 +43,8 @@ func fillStore(t *testing.T, d *Device, request int64) (blocks int64) {
 	}
 }
 
-// TestFullStoreTakesWhatZerosKept: a range that was zeroed and was to be no hole can be written at a full store.
+// TestFullStoreTakesWhatZerosKept: a range that was zeroed, with noHole set, can still be written when the
+// store is full.
 func TestFullStoreTakesWhatZerosKept(t *testing.T) {
 	const at, size = 128 << 20, 8 << 20
 	s, d := limitedStore(t)
@@ -59,16 +60,16 @@ func TestFullStoreTakesWhatZerosKept(t *testing.T) {
 			}
 		}
 	}
-	if _, err := d.WriteAt(make([]byte, 1), at+size); err != nil { // zeros where nothing is mapped take nothing
+	if _, err := d.WriteAt(make([]byte, 1), at+size); err != nil { // zeros where nothing is mapped take no space
 		t.Error(err)
 	}
 	mustEnd(t, s, d)
 }
 
-// TestFullStoreTakesOverwrites: at a store that takes no new mapping, blocks that only the head has are written over
-// many times, and flushed, without an error.
+// TestFullStoreTakesOverwrites: in a store that refuses new mappings, blocks that only the head has can be
+// overwritten many times, and flushed, without an error.
 func TestFullStoreTakesOverwrites(t *testing.T) {
-	quarters := int64(8) // of the store are written over
+	quarters := int64(8) // how many quarters of the store are overwritten
 	if testing.Short() {
 		quarters = 1
 	}
@@ -109,7 +110,7 @@ func TestFullStoreTakesOverwrites(t *testing.T) {
 					t.Fatalf("block %d: %v", b, err)
 				}
 			}
-			if name == "large" { // what a file system's journal needs comes in small requests, and has some more
+			if name == "large" { // small requests, such as a file system's journal sends, have some more room
 				for i := range int64(128) {
 					noise(p, r)
 					_, err := d.WriteAt(p, 200<<20+i*format.BlockSize)
@@ -128,8 +129,8 @@ func TestFullStoreTakesOverwrites(t *testing.T) {
 	}
 }
 
-// TestFullStoreKeepsWhatSnapshotsHave: what a snapshot has, too, is not given back when it is written over, so that is a
-// new mapping. When the snapshot goes, there is room.
+// TestFullStoreKeepsWhatSnapshotsHave: overwriting a block that a snapshot has too frees no space, so it
+// counts as a new mapping and is refused. When the snapshot is removed, there is room.
 func TestFullStoreKeepsWhatSnapshotsHave(t *testing.T) {
 	s, d, blocks := fullStore(t, 1<<20)
 	must(t, d.Discard(0, 8<<20))

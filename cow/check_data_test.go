@@ -10,12 +10,13 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// TestCheckKeepsNoSpace: a check that stands still, in its first part or while it reads data, takes no room from a
-// writer on a limited store, and when it goes on it finds nothing wrong with what has gone meanwhile.
+// TestCheckKeepsNoSpace stops a check, in its first part or while it reads data. The stopped check must take
+// no room from a writer on a limited store. When it goes on, it must not report a problem in data that has
+// gone meanwhile.
 func TestCheckKeepsNoSpace(t *testing.T) {
 	for _, readsData := range []bool{false, true} {
 		s, _ := newStore(t, Options{MaxBytes: 64 << 20, chunkBytes: 2 << 20})
-		const leaves, blocks = 256, 24 << 20 / format.BlockSize // so many leaves that progress is told
+		const leaves, blocks = 256, 24 << 20 / format.BlockSize // enough leaves that the check reports progress
 		_, err := s.CreateVolume("v", VolumeOptions{Size: leaves << 20, Codec: format.Raw})
 		must(t, err)
 		d, err := s.OpenDevice(Ref{Volume: "v"}, false)
@@ -53,7 +54,8 @@ func TestCheckKeepsNoSpace(t *testing.T) {
 	}
 }
 
-// TestCheckInSlices: data that is read in many states of the table is read as in one, and damage is found.
+// TestCheckInSlices: a check that reads data in many states of the table has the same result as one that
+// reads it in a single state, and it finds damage.
 func TestCheckInSlices(t *testing.T) {
 	dir := setup(t, 256<<20, format.S2)
 	s := open(t, dir, Options{checkpointInterval: -1})

@@ -10,8 +10,8 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// A check of one volume looks at that one's history and snapshots, and at no other's; of one that is not there it says
-// so.
+// TestCheckOfOneVolume: a check of one volume looks at the history and the snapshots of that volume only. A
+// check of a volume that does not exist returns ErrNotFound.
 func TestCheckOfOneVolume(t *testing.T) {
 	s, dir := newStore(t, Options{checkpointInterval: -1})
 	write := func(name string, off int64, seed uint64) {
@@ -25,12 +25,12 @@ func TestCheckOfOneVolume(t *testing.T) {
 		must(t, err)
 		write(name, 0, uint64(i+1))
 		s.mu.Lock()
-		s.wal.retire() // each has its chunks
+		s.wal.retire() // each volume has its own chunks
 		s.mu.Unlock()
 	}
 	must(t, s.Snapshot(Ref{"a", "s"}))
 	write("a", 0, 3)
-	must(t, s.Snapshot(Ref{"a", "later"})) // on a branch that is not the volume's any more
+	must(t, s.Snapshot(Ref{"a", "later"})) // on a branch that the volume has left
 	must(t, s.Rollback(Ref{"a", "s"}))
 	write("a", 1<<20, 4)
 	must(t, s.Clone(Ref{"a", "s"}, "c"))
@@ -52,7 +52,7 @@ func TestCheckOfOneVolume(t *testing.T) {
 		}
 	}
 
-	// The first chunk, of a and its clone, has lost its end.
+	// Cut off the end of the first chunk, which belongs to a and its clone.
 	must(t, os.Truncate(filepath.Join(dir, chunksDir, chunkName(0)), 8192))
 	for name, bad := range map[string]bool{"": true, "a": true, "b": false, "c": true} {
 		for _, data := range []bool{false, true} {

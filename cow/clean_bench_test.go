@@ -16,9 +16,9 @@ import (
 
 var cleanerLimit = flag.Float64("cleaner.limit", 1, "GiB that the store may take in BenchmarkCleaner")
 
-// BenchmarkCleaner overwrites blocks of 4 KiB at random in a store whose limit leaves little room, once the cleaner
-// has come to work at the writers' pace. Beside it stands what the same writers did in the same store when it was
-// empty, until the volume was full.
+// BenchmarkCleaner overwrites random blocks of 4 KiB in a store whose limit leaves little room. It measures
+// once the cleaner works at the writers' pace. For comparison it also reports how the same writers filled the
+// volume, in the same store when it was empty.
 func BenchmarkCleaner(b *testing.B) {
 	for _, c := range []struct {
 		use     float64
@@ -45,13 +45,13 @@ func BenchmarkCleaner(b *testing.B) {
 	}
 }
 
-// cleanerLoad is writers of a volume that takes a part of its limited store.
+// cleanerLoad is a set of writers to a volume that takes up a part of its limited store.
 type cleanerLoad struct {
 	d       *Device
 	blocks  int64
 	writers []*rand.Rand
 	data    []byte
-	next    int64 // of nextBlock, over all writers; guarded by mu
+	next    int64 // counts the calls of nextBlock by all writers; guarded by mu
 	mu      sync.Mutex
 }
 
@@ -66,10 +66,10 @@ func newCleanerLoad(b *testing.B, use float64, writers int) *cleanerLoad {
 	return l
 }
 
-// halfBlock is what a half-compressible block takes in the log.
+// halfBlock is the space of a half-compressible block in the log, in bytes.
 const halfBlock = 2112
 
-// nextBlock passes through all blocks once, in an order that looks random.
+// nextBlock returns every block once, in an order that looks random.
 func (l *cleanerLoad) nextBlock(*rand.Rand) int64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -86,11 +86,11 @@ func (l *cleanerLoad) appended() (all, cleaned uint64) {
 	return s.wal.appended, s.cleaned
 }
 
-// latencies are of a run, sorted.
+// latencies are the latencies of a run, sorted.
 type latencies struct {
 	took   []time.Duration
-	rate   float64 // a second
-	unfair float64 // the time of the slowest writer, to the mean of all
+	rate   float64 // per second
+	unfair float64 // the time of the slowest writer, divided by the mean of all
 }
 
 func (l *cleanerLoad) run(b *testing.B, n int64, block func(*rand.Rand) int64) latencies {

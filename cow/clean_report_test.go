@@ -7,7 +7,8 @@ import (
 	"testing"
 )
 
-// What others write while the store is cleaned is not taken for space that cleaning has given back, or cost.
+// TestCleanReportBesideWriter: what others write during Clean does not count in its report, neither as space
+// that cleaning gave back nor as its cost.
 func TestCleanReportBesideWriter(t *testing.T) {
 	var beside func() error // called once, while the table is committed
 	s, _ := newStore(t, Options{chunkBytes: 1 << 20, checkpointInterval: -1, onCommit: func(done bool) error {
@@ -28,7 +29,7 @@ func TestCleanReportBesideWriter(t *testing.T) {
 	noise := make([]byte, 4<<20)
 	_, _ = rand.NewChaCha8([32]byte{}).Read(noise)
 	old := append(make([]byte, 0, 2<<20), noise[2<<20:]...)
-	for _, content := range [][]byte{old, noise[:2<<20]} { // two chunks die of the second write
+	for _, content := range [][]byte{old, noise[:2<<20]} { // the second write makes two chunks dead
 		if _, err := d.WriteAt(content, 8<<20); err != nil {
 			t.Fatal(err)
 		}

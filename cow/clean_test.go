@@ -17,10 +17,10 @@ import (
 	"github.com/vdisk/vdisk/internal/workload"
 )
 
-// noise fills p with what no codec makes smaller.
+// noise fills p with content that no codec makes smaller.
 func noise(p []byte, r *rand.Rand) { workload.Random(r, p) }
 
-// limited is a store of at most 128 MiB with a volume that takes the part use of it, filled.
+// limited returns a store of at most 128 MiB, with a filled volume that takes the fraction use of it.
 func limited(t testing.TB, use float64) (s *Store, d *Device, blocks int64) {
 	s, _ = newStore(t, Options{MaxBytes: 128 << 20, chunkBytes: 2 << 20})
 	blocks = int64(use*(128<<20)) / (format.BlockSize + 32)
@@ -42,8 +42,9 @@ func limited(t testing.TB, use float64) (s *Store, d *Device, blocks int64) {
 	return s, d, blocks
 }
 
-// TestOverwriteOfALimitedStore: however full a store is, overwriting goes on, and the cleaner writes not too much for
-// it: 2.1 times what the user does at 0.7 on a machine with nothing else to do, more where the cleaner comes late.
+// TestOverwriteOfALimitedStore: overwriting goes on however full a store is, and the cleaner does not write
+// too much for it. On an idle machine, at a use of 0.7, it all comes to 2.1 times what the user writes; it is
+// more if the cleaner starts late.
 func TestOverwriteOfALimitedStore(t *testing.T) {
 	if testing.Short() {
 		t.Skip("hundreds of megabytes; the long run has it")
@@ -55,7 +56,7 @@ func TestOverwriteOfALimitedStore(t *testing.T) {
 			s, d, blocks := limited(t, c.use)
 			r := rand.New(rand.NewPCG(2, 2))
 			p := make([]byte, format.BlockSize)
-			model := make([]uint64, blocks) // seeds
+			model := make([]uint64, blocks) // the seed of each block's content
 			appended, cleaned := s.wal.appended, s.cleaned
 			for i := range int64(c.rounds * float64(blocks)) {
 				b := r.Int64N(blocks)
@@ -92,8 +93,9 @@ func TestOverwriteOfALimitedStore(t *testing.T) {
 	}
 }
 
-// TestMovedBlocksDieAfterReopen: a chunk that was cleaned in part has a row of its moved blocks beside its own. When
-// all of them die at once, in a process that found the row in the table, it goes.
+// TestMovedBlocksDieAfterReopen: a chunk that was cleaned in part has a row of its moved blocks beside its
+// own row. If all of these blocks die at once, in a process that found the row in the table, the row is
+// removed.
 func TestMovedBlocksDieAfterReopen(t *testing.T) {
 	o := Options{checkpointInterval: -1, chunkBytes: 1 << 20}
 	s, dir := newStore(t, o)
@@ -131,8 +133,9 @@ func TestMovedBlocksDieAfterReopen(t *testing.T) {
 	mustEnd(t, s)
 }
 
-// TestCleanEndsAtPartsOfRecords: a record that a snapshot holds is moved whole, dead blocks and all. Their space
-// comes back with the rest of the record, and moving it again and again for them would never end.
+// TestCleanEndsAtPartsOfRecords: the cleaner moves a record that a snapshot holds as a whole, including its
+// dead blocks. The space of those is reclaimed with the rest of the record. If the cleaner moved records
+// again because of them, it would never end.
 func TestCleanEndsAtPartsOfRecords(t *testing.T) {
 	s, _ := newStore(t, Options{checkpointInterval: -1, chunkBytes: 1 << 20})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 4 << 20, Codec: format.S2})
@@ -159,7 +162,7 @@ func TestCleanEndsAtPartsOfRecords(t *testing.T) {
 		t.Errorf("cleaned again: %+v, %v", r, err)
 	}
 	mustCheck(t, s)
-	must(t, s.Remove(Ref{Volume: "v", Snapshot: "s"}, false)) // the head has it all, and writes it without what is dead
+	must(t, s.Remove(Ref{Volume: "v", Snapshot: "s"}, false)) // rewritten for the head, without the dead blocks
 	if r, err = s.Clean(ctx, 0.05); err != nil || r.Moved == 0 {
 		t.Errorf("not cleaned: %+v, %v", r, err)
 	}
@@ -168,8 +171,9 @@ func TestCleanEndsAtPartsOfRecords(t *testing.T) {
 	must(t, errors.Join(d.Close(), s.Close()))
 }
 
-// What the reaper did for a checkpoint that was not committed is neither in the table nor in the log. So nothing may
-// be logged that relies on it: a replay would find other blocks alive than what was moved says.
+// TestNothingIsMovedAfterAFailedCommit: what the reaper did for a checkpoint that did not commit is neither
+// in the table nor in the log. So no record may rely on it: a replay would find other live blocks than a
+// moved record says.
 func TestNothingIsMovedAfterAFailedCommit(t *testing.T) {
 	for _, again := range []bool{false, true} {
 		t.Run(fmt.Sprint(again), func(t *testing.T) {
@@ -187,9 +191,9 @@ func TestNothingIsMovedAfterAFailedCommit(t *testing.T) {
 			}
 			w.m.remove(Ref{"v", "a"})
 			must(t, w.event(w.s.Remove(Ref{"v", "a"}, false)))
-			w.must(t, op{kind: "checkpoint"}) // from here on it can be reaped
+			w.must(t, op{kind: "checkpoint"}) // from here on the snapshot can be reaped
 
-			undo := limitFileSize(t, 8<<10) // the table's meta pages
+			undo := limitFileSize(t, 8<<10) // room for the table's meta pages only
 			if err := w.s.Checkpoint(); !errors.Is(err, syscall.EFBIG) {
 				t.Fatalf("checkpoint: %v", err)
 			}
@@ -207,7 +211,7 @@ func TestNothingIsMovedAfterAFailedCommit(t *testing.T) {
 	}
 }
 
-// cleanChunk moves what lives in a chunk, and counts the records that it wrote.
+// cleanChunk moves the live data of a chunk, and counts the records that it wrote.
 func (w *world) cleanChunk(c *chunk) error {
 	w.s.cleanMu.Lock()
 	defer w.s.cleanMu.Unlock()
@@ -216,7 +220,7 @@ func (w *world) cleanChunk(c *chunk) error {
 	return err
 }
 
-// fillChunk writes until the log goes on in another chunk, and returns the one that is full.
+// fillChunk writes until the log goes on in another chunk, and returns the full one.
 func (w *world) fillChunk(t *testing.T) *chunk {
 	t.Helper()
 	c := w.s.wal.current
@@ -227,8 +231,8 @@ func (w *world) fillChunk(t *testing.T) *chunk {
 	return c
 }
 
-// Cleaning ends also where a chunk keeps live bytes that nobody owns, which a damaged table can have, and the others
-// are cleaned.
+// TestCleanEndsAtWhatNobodyOwns: a damaged table can give a chunk live bytes that no leaf accounts for.
+// Cleaning ends there too, and cleans the other chunks.
 func TestCleanEndsAtWhatNobodyOwns(t *testing.T) {
 	s, d := halfDead(t, nil)
 	s.mu.Lock()
@@ -250,7 +254,8 @@ func TestCleanEndsAtWhatNobodyOwns(t *testing.T) {
 	must(t, errors.Join(d.Close(), s.Close()))
 }
 
-// A chunk that cannot be read stays as it is, and the others are cleaned.
+// TestCleanPassesOverWhatCannotBeRead: a chunk that cannot be read stays as it is, and the others are
+// cleaned.
 func TestCleanPassesOverWhatCannotBeRead(t *testing.T) {
 	var bad atomic.Bool
 	s, d := halfDead(t, func(name string) error {
@@ -269,7 +274,7 @@ func TestCleanPassesOverWhatCannotBeRead(t *testing.T) {
 	must(t, errors.Join(d.Close(), s.Close()))
 }
 
-// halfDead is a store of some chunks of which half is dead.
+// halfDead returns a store with some chunks that are half dead.
 func halfDead(t *testing.T, onRead func(name string) error) (*Store, *Device) {
 	t.Helper()
 	dir := setup(t, 4<<20, format.Raw)
@@ -287,7 +292,8 @@ func halfDead(t *testing.T, onRead func(name string) error) (*Store, *Device) {
 	return s, d
 }
 
-// What others write while gc runs, and leave dead, is not its work: it would never end.
+// TestCleanEndsBesideWriters: a Clean ignores the dead data that others leave while it runs, since otherwise
+// it would never end.
 func TestCleanEndsBesideWriters(t *testing.T) {
 	s, _ := newStore(t, Options{checkpointInterval: -1, chunkBytes: 256 << 10})
 	const blocks = 2048
@@ -319,9 +325,9 @@ func TestCleanEndsBesideWriters(t *testing.T) {
 	must(t, errors.Join(d.Close(), s.Close()))
 }
 
-// TestNameOfAnotherLife: while the cleaner has a record in its hands the chunk may go, and a new one in its slot have
-// a record of the same block at the same place, which the leaf then names with the same entry. The old content must
-// not come back.
+// TestNameOfAnotherLife: while the cleaner works on a record, the record's chunk may be removed, and its slot
+// reused. The new chunk may have a record of the same block at the same place, so that the leaf refers to it
+// with an equal entry. The old content must not come back.
 func TestNameOfAnotherLife(t *testing.T) {
 	s, _ := newStore(t, Options{checkpointInterval: -1, chunkBytes: 1 << 20})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 20, Codec: format.Raw})
@@ -336,7 +342,7 @@ func TestNameOfAnotherLife(t *testing.T) {
 		must(t, s.cache.view(leafKey{d.b, 0, head}, func(lf *leaf) { e = lf.entry(0) }))
 		return e
 	}
-	for entry().Offset() != format.ChunkHeaderSize { // in the first chunk there are events
+	for entry().Offset() != format.ChunkHeaderSize { // events are in the first chunk
 		write(1)
 	}
 	name := entry()
@@ -373,9 +379,9 @@ func TestNameOfAnotherLife(t *testing.T) {
 	mustEnd(t, s, d)
 }
 
-// TestHandedToTheHead: a record that a point held becomes the head's by a checkpoint, while the cleaner is about to
-// move it. What a head has is not forwarded, since it may change, but written again, and nothing is left in the
-// chunk.
+// TestHandedToTheHead: a checkpoint hands a record that a point held to the head, while the cleaner is about
+// to move it. The cleaner does not forward a record of a head, which may change, but writes it again. Nothing
+// is left in the chunk.
 func TestHandedToTheHead(t *testing.T) {
 	s, _ := newStore(t, Options{checkpointInterval: -1, chunkBytes: 1 << 20})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 8 << 20, Codec: format.S2})
@@ -391,7 +397,7 @@ func TestHandedToTheHead(t *testing.T) {
 		_, err := d.WriteAt(randomBytes(64<<10, uint64(off)), off)
 		must(t, err)
 	}
-	must(t, errors.Join(s.Checkpoint(), s.Remove(Ref{Volume: "v", Snapshot: "s"}, false), s.Checkpoint())) // the next one reaps it
+	must(t, errors.Join(s.Checkpoint(), s.Remove(Ref{Volume: "v", Snapshot: "s"}, false), s.Checkpoint())) // the next checkpoint reaps it
 
 	m := newMover(s)
 	must(t, m.begin(c))
@@ -421,8 +427,8 @@ func TestHandedToTheHead(t *testing.T) {
 	mustEnd(t, s, d)
 }
 
-// TestCleanOfAFutureEpoch: a damaged table may have a version of an epoch that its branch has not come to. The
-// cleaner says so, and ends.
+// TestCleanOfAFutureEpoch: a damaged table may have a version of an epoch that its branch has not reached.
+// The cleaner reports it, and ends.
 func TestCleanOfAFutureEpoch(t *testing.T) {
 	s, _ := newStore(t, Options{checkpointInterval: -1, chunkBytes: 1 << 20, Logger: slog.New(slog.DiscardHandler)})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 8 << 20, Codec: format.S2})
@@ -446,7 +452,7 @@ func TestCleanOfAFutureEpoch(t *testing.T) {
 	mustEnd(t, s, d)
 }
 
-// hooked opens a store of small chunks, with nothing running beside its caller, and a volume v of 8 MiB in it.
+// hooked opens a store of small chunks that does nothing in the background, with a volume v of 8 MiB.
 func hooked(t *testing.T) (*Store, *Device, *hookFS) {
 	t.Helper()
 	dir := setup(t, 8<<20, format.S2)
@@ -457,7 +463,7 @@ func hooked(t *testing.T) (*Store, *Device, *hookFS) {
 	return s, d, fs
 }
 
-// TestCloseWaitsForClean: no chunk is made for what is moved once the store is closed.
+// TestCloseWaitsForClean: after Close, no chunk is made for the cleaner.
 func TestCloseWaitsForClean(t *testing.T) {
 	s, d, fs := hooked(t)
 	_, err := d.WriteAt(randomBytes(4<<20, 1), 0)
@@ -485,14 +491,14 @@ func TestCloseWaitsForClean(t *testing.T) {
 	must(t, <-closed)
 }
 
-// TestHelpless: the cleaner that can give nothing back says so to those who wait for room, but not if one of them was
-// given a chunk meanwhile: what it has overwritten the cleaner has not seen.
+// TestHelpless: a cleaner that can give nothing back tells the writers that wait for room. It does not do so
+// if one of them was given a chunk meanwhile, since it has not seen what that one has overwritten.
 func TestHelpless(t *testing.T) {
 	s, d, fs := hooked(t)
 	for _, others := range []bool{true, false} {
 		_, err := d.WriteAt(randomBytes(64<<10, 1), 0)
 		must(t, err)
-		fs.onWrite = func(string, int) { // by the checkpoint of a cleaner that found nothing
+		fs.onWrite = func(string, int) { // called by the checkpoint of a cleaner that found nothing
 			s.mu.Lock()
 			defer s.mu.Unlock()
 			if others {

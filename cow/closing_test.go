@@ -10,7 +10,7 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// An event waits for a chunk while the store closes.
+// TestEventDuringClose closes the store while an event waits for a chunk.
 func TestEventDuringClose(t *testing.T) {
 	lost, hung := 0, 0
 	for range 10 {
@@ -64,7 +64,7 @@ func within(t *testing.T, what string, fn func() error) error {
 	}
 }
 
-// calls are all that a store and a device can be asked for and that return an error.
+// calls returns all methods of a store and of a device that return an error.
 func calls(s *Store, d, ro *Device) map[string]func() error {
 	ctx := context.Background()
 	v, a := Ref{Volume: "v"}, Ref{"v", "a"}
@@ -105,7 +105,7 @@ func calls(s *Store, d, ro *Device) map[string]func() error {
 	}
 }
 
-// withDevices is a store with a volume and its snapshot, both open, and a chunk made in advance.
+// withDevices returns a store with a volume and its snapshot, both open, and with a chunk made in advance.
 func withDevices(t *testing.T, o Options) (s *Store, d, ro *Device) {
 	s, _ = newStore(t, o)
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 64 << 20, Codec: format.Raw})
@@ -123,7 +123,8 @@ func withDevices(t *testing.T, o Options) (s *Store, d, ro *Device) {
 	return s, d, ro
 }
 
-// After Close everything is refused at once, also where the log's buffers were shared memory, which has gone.
+// TestCallsAfterClose: after Close, all calls are refused at once, even if the log's buffers were shared
+// memory, which is gone.
 func TestCallsAfterClose(t *testing.T) {
 	for name, o := range map[string]Options{
 		"heap":   {checkpointInterval: -1, chunkBytes: 4 << 20},
@@ -144,7 +145,7 @@ func TestCallsAfterClose(t *testing.T) {
 	}
 }
 
-// A device that was closed is not to be used, while the store is open.
+// TestCallsAfterDeviceClose: a closed device cannot be used, even while the store is open.
 func TestCallsAfterDeviceClose(t *testing.T) {
 	s, d, ro := withDevices(t, Options{checkpointInterval: -1})
 	must(t, errors.Join(d.Close(), ro.Close()))
@@ -159,13 +160,14 @@ func TestCallsAfterDeviceClose(t *testing.T) {
 	mustEnd(t, s)
 }
 
-// After the log has failed every change is refused at once, and so is Close's and everything after it.
+// TestCallsAfterFailure: after the log has failed, every change is refused at once, and Close returns the
+// failure. After Close all calls are refused.
 func TestCallsAfterFailure(t *testing.T) {
 	s, d, ro := withDevices(t, Options{checkpointInterval: -1, Outlive: true, SharedMemory: t.TempDir()})
 	_ = s.wal.fail(errors.New("the disk is gone"))
 	for what, call := range calls(s, d, ro) {
 		switch what {
-		case "close", "device close", "snapshot closed", "open": // are no changes
+		case "close", "device close", "snapshot closed", "open": // change nothing
 			continue
 		}
 		err := within(t, what, call)

@@ -9,8 +9,8 @@ import (
 	"github.com/vdisk/vdisk/internal/workload"
 )
 
-// BenchmarkCold reads a volume in order and at random when it has been filled in order, when all of it was
-// overwritten at random, and after the cold pass that followed.
+// BenchmarkCold reads a volume in order and at random, in three states: filled in order, then overwritten at
+// random, and then rewritten by a cold pass.
 func BenchmarkCold(b *testing.B) {
 	const size = 256 << 20
 	d := benchDevice(b, format.S2, size)

@@ -16,7 +16,7 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// quickCodec is for tests that make very many passes.
+// quickCodec is the codec of tests that make very many passes.
 var quickCodec = func() *codecPool {
 	p, err := newCodecPool(format.Zstd, 3)
 	if err != nil {
@@ -25,12 +25,13 @@ var quickCodec = func() *codecPool {
 	return p
 }()
 
-// cold makes a cold pass, or a part of one over what the table happens to have, and counts the records that it wrote.
+// cold makes a whole cold pass, or a part of one over what the table has at the moment, and counts the
+// records that it wrote.
 func (w *world) cold(o op) error {
 	s := w.s
 	if o.c%3 == 0 {
 		twice := o.b%2 == 1
-		if twice { // what the reaper hands to a head would be new to the second pass
+		if twice { // otherwise the reaper may hand something to a head that is new to the second pass
 			if err := w.event(s.reclaimDeleted(context.Background())); err != nil {
 				return err
 			}
@@ -40,7 +41,7 @@ func (w *world) cold(o op) error {
 		if err := w.event(err); err != nil || !twice {
 			return err
 		}
-		// Over what it has left, another one finds nothing to do.
+		// A second pass right after it finds nothing to do.
 		seq := w.seq()
 		again, err := s.Cold(context.Background())
 		if err := w.event(err); err != nil {
@@ -80,7 +81,7 @@ func (w *world) catchUp() {
 	}
 }
 
-// volume makes a volume of a model's store.
+// volume makes a volume in both the model and the store.
 func (w *world) volume(t *testing.T, name string, size int64, codec format.Codec) {
 	t.Helper()
 	w.m.create(name, size, codec)
@@ -89,7 +90,7 @@ func (w *world) volume(t *testing.T, name string, size int64, codec format.Codec
 	}
 }
 
-// scatter writes blocks of the first MiB of a volume, one at a time in any order.
+// scatter writes the blocks of a volume's first MiB, one at a time, in random order.
 func (w *world) scatter(t *testing.T, name string, kind int) {
 	t.Helper()
 	for _, i := range rand.New(rand.NewPCG(1, 1)).Perm(format.LeafBlocks) {
@@ -140,13 +141,13 @@ func (w *world) end(t *testing.T) {
 	must(t, next.close())
 }
 
-// TestColdRaces has others change a leaf between its reading and its rewriting.
+// TestColdRaces changes a leaf between the pass's reading and rewriting of it.
 func TestColdRaces(t *testing.T) {
 	t.Parallel()
 	const unit = unitSize
 	for _, c := range []struct {
 		name  string
-		units int // that may be rewritten
+		units int // how many may be rewritten
 		do    func(*testing.T, *world)
 	}{
 		{"nothing", 16, func(*testing.T, *world) {}},
@@ -246,8 +247,8 @@ func TestColdRaces(t *testing.T) {
 	}
 }
 
-// TestColdAndSlotReuse has a block's entry come again, in another chunk of the same slot, between its reading and its
-// rewriting.
+// TestColdAndSlotReuse makes a block's entry come again, in another chunk of the same slot, between the
+// pass's reading and rewriting of the block.
 func TestColdAndSlotReuse(t *testing.T) {
 	dir := setup(t, 4<<20, format.Raw)
 	s := open(t, dir, Options{checkpointInterval: -1, chunkBytes: 64 << 10})
@@ -265,7 +266,8 @@ func TestColdAndSlotReuse(t *testing.T) {
 	must(t, err)
 	k := leafKey{d.b, 0, head}
 	must(t, p.prepare(k))
-	// It would gain nothing, so the unit is made here, as it was read.
+	// Rewriting would gain nothing, so the pass makes no unit. The unit is made here, from what the pass
+	// read.
 	_, _, err = p.read(k)
 	must(t, err)
 	u := &p.units[0]
@@ -299,7 +301,7 @@ func TestColdAndSlotReuse(t *testing.T) {
 	mustEnd(t, s, d)
 }
 
-// TestColdGains looks at what a pass writes, and what it leaves.
+// TestColdGains looks at what a pass writes, and at what it leaves.
 func TestColdGains(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
@@ -308,7 +310,7 @@ func TestColdGains(t *testing.T) {
 		kind    int
 		scatter bool
 		units   int     // of 16 blocks, afterwards
-		most    float64 // of what it took
+		most    float64 // the most space it may take, as a part of the space before
 	}{
 		{"text in order", format.S2, 5, false, 16, 0.8},
 		{"text in any order", format.S2, 5, true, 16, 0.6},
@@ -352,14 +354,14 @@ func TestColdGains(t *testing.T) {
 	}
 }
 
-// TestColdShared: an image that a snapshot and clones have gets smaller, once, for all of them, and its space comes
-// back with the last.
+// TestColdShared: a disk image that a snapshot and clones share becomes smaller, once for all of them. Its
+// space comes back when the last of them is gone.
 func TestColdShared(t *testing.T) {
 	w := newWorld(t)
 	w.s.coldCodec = nil
 	w.volume(t, "v", 2<<20, format.S2)
 	w.write(t, "v", 0, 1<<20, 5)
-	w.write(t, "v", 9*4096, 4096, 5) // parts of records that are dead
+	w.write(t, "v", 9*4096, 4096, 5) // makes parts of records dead
 	w.write(t, "v", 17*4096, 8192, 1)
 	w.discard(t, "v", 30*4096, 4096)
 	w.takeSnapshot(t, "golden")
@@ -404,7 +406,8 @@ func TestColdShared(t *testing.T) {
 	must(t, w.close())
 }
 
-// TestColdPointRaces has others work on a volume while a version that its snapshot holds is moved.
+// TestColdPointRaces lets others work on a volume while the pass moves a version that the volume's snapshot
+// holds.
 func TestColdPointRaces(t *testing.T) {
 	for _, c := range []struct {
 		name string
@@ -461,8 +464,9 @@ func TestColdPointRaces(t *testing.T) {
 	}
 }
 
-// TestColdPresentEpoch: a version of the present epoch is not taken for one that a point has, though a snapshot may
-// come the next moment: what was read of it could have changed before.
+// TestColdPresentEpoch: a pass does not take a version of the present epoch for one that a point has, even
+// though a snapshot may be taken a moment later. What the pass has read of the version may have changed
+// before that.
 func TestColdPresentEpoch(t *testing.T) {
 	w := newWorld(t)
 	w.volume(t, "v", 1<<20, format.S2)
@@ -480,8 +484,8 @@ func TestColdPresentEpoch(t *testing.T) {
 	must(t, w.close())
 }
 
-// TestColdMark: what a pass has gone over the next one passes over, after a restart too, and what has changed since
-// it does not.
+// TestColdMark: leaves that a pass has gone over are skipped by the next one, after a restart too. Leaves
+// that have changed since are not skipped.
 func TestColdMark(t *testing.T) {
 	w := newWorld(t)
 	w.volume(t, "v", 2<<20, format.S2)
@@ -504,7 +508,7 @@ func TestColdMark(t *testing.T) {
 	if n := due(); n != 1 {
 		t.Errorf("%d leaves are due, one has changed", n)
 	}
-	p, err := w.s.newColdPass(place{}, w.s.marked()) // as of before the write
+	p, err := w.s.newColdPass(place{}, w.s.marked()) // with the state before the write
 	must(t, err)
 	if _, err := p.scan(); err != nil || len(p.due) != 1 || p.due[0].index != 1 {
 		t.Errorf("due is %+v: the leaf that has changed is not cold", p.due)
@@ -529,7 +533,7 @@ func TestColdClock(t *testing.T) {
 	}
 }
 
-// TestColdIdle: the pass comes by itself, not beside others' work.
+// TestColdIdle: the pass runs by itself, but not while others work.
 func TestColdIdle(t *testing.T) {
 	s, _ := newStore(t, Options{ColdAfter: 200 * time.Millisecond, checkpointInterval: 100 * time.Millisecond})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 4 << 20, Codec: format.S2})
@@ -564,7 +568,7 @@ func TestColdIdle(t *testing.T) {
 	mustEnd(t, s, d)
 }
 
-// TestColdOnAFullStore: where there is little room a pass leaves all as it is.
+// TestColdOnAFullStore: if there is little room, a pass changes nothing.
 func TestColdOnAFullStore(t *testing.T) {
 	w := newWorld(t)
 	w.volume(t, "v", 2<<20, format.S2)
@@ -581,7 +585,8 @@ func TestColdOnAFullStore(t *testing.T) {
 	w.end(t)
 }
 
-// TestColdGoesOn: a leaf for which there was no room in the middle is finished when there is.
+// TestColdGoesOn: if a pass runs out of room in the middle of a leaf, it finishes the leaf once there is
+// room.
 func TestColdGoesOn(t *testing.T) {
 	w := newWorld(t)
 	w.volume(t, "v", 1<<20, format.S2)
@@ -608,7 +613,7 @@ func TestColdGoesOn(t *testing.T) {
 	w.end(t)
 }
 
-// TestColdLeavesDamage: damage is not copied, and hinders nothing else.
+// TestColdLeavesDamage: a pass does not copy damaged data, and rewrites everything else.
 func TestColdLeavesDamage(t *testing.T) {
 	for _, snapshot := range []bool{false, true} {
 		s, dir := newStore(t, Options{checkpointInterval: -1, Logger: slog.New(slog.DiscardHandler)})
@@ -643,7 +648,7 @@ func TestColdLeavesDamage(t *testing.T) {
 	}
 }
 
-// TestColdPassesOverWhatCannotBeRead: what one chunk holds cannot be read; a pass goes on to the end all the same.
+// TestColdPassesOverWhatCannotBeRead: a pass goes on to the end even if one chunk cannot be read.
 func TestColdPassesOverWhatCannotBeRead(t *testing.T) {
 	for _, held := range []bool{false, true} {
 		t.Run(fmt.Sprint(held), func(t *testing.T) {

@@ -19,17 +19,17 @@ import (
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
 )
 
-// Registers are blocks of two volumes, in different leaves, units and places of a unit.
+// registers are blocks of two volumes, in different leaves and units, and at different places in a unit.
 var registers = []struct {
 	volume string
 	block  int64
 }{{"a", 0}, {"a", 1}, {"a", 300}, {"b", 15}, {"b", 257}}
 
-// registerInput is a read or write of one register, or (register < 0) a snapshot of both volumes,
-// whose output is all registers.
+// registerInput is a read or write of one register. If register is negative, it is a snapshot of both
+// volumes, whose output is all registers.
 type registerInput struct {
 	register int
-	write    uint64 // 0: read
+	write    uint64 // the value; 0: a read
 }
 
 type registerState [5]uint64
@@ -50,7 +50,7 @@ var registerModel = porcupine.Model{
 	DescribeOperation: func(in, out any) string { return fmt.Sprintf("%+v: %v", in, out) },
 }
 
-// busyStore is a store with two volumes where everything happens at once: leaves are evicted, checkpoints
+// busyStore is a store with two volumes in which everything happens at once: leaves are evicted, checkpoints
 // begin for every reason, and chunks come and go.
 type busyStore struct {
 	t    *testing.T
@@ -100,7 +100,7 @@ func (b *busyStore) openDevices() {
 	}
 }
 
-// again runs fn over and over until the end of the test's work.
+// again runs fn over and over until the test ends.
 func (b *busyStore) again(fn func(r *rand.Rand) error) {
 	b.wg.Go(func() {
 		r := rand.New(rand.NewPCG(rand.Uint64(), 0))
@@ -118,8 +118,8 @@ func (b *busyStore) again(fn func(r *rand.Rand) error) {
 	})
 }
 
-// noise writes, discards and flushes behind the registers, checkpoints, snapshots, deletes, cleans and makes cold
-// passes.
+// noise writes, discards and flushes in the part of the volumes behind the registers. It also makes
+// checkpoints and cold passes, takes and deletes snapshots, and cleans.
 func (b *busyStore) noise() {
 	b.again(func(r *rand.Rand) error {
 		d := b.devs[[]string{"a", "b"}[r.IntN(2)]]
@@ -191,7 +191,7 @@ func (b *busyStore) renameOpen(sn Ref) error {
 	return errors.Join(err, <-done, d.Close())
 }
 
-// finish ends the noise, checks, and opens the store again.
+// finish ends the noise, checks the store, and opens it again.
 func (b *busyStore) finish() {
 	close(b.stop)
 	b.wg.Wait()
@@ -212,8 +212,8 @@ func (b *busyStore) close() {
 	}
 }
 
-// TestLinearizable has clients write and read registers and snapshot them, and asks
-// whether some order of all that explains what each has seen.
+// TestLinearizable lets clients write, read and snapshot registers. Then it asks whether some order of all
+// these operations explains what each client has seen.
 func TestLinearizable(t *testing.T) {
 	t.Parallel()
 	b := newBusyStore(t)
@@ -233,7 +233,7 @@ func TestLinearizable(t *testing.T) {
 	b.close()
 }
 
-// linearizable is one history: short, since finding an order takes exponential time.
+// linearizable runs one history. It is short, since finding an order takes exponential time.
 func (b *busyStore) linearizable(round int, from registerState, each int) registerState {
 	const clients = 4
 	start := time.Now()
@@ -276,7 +276,8 @@ func (b *busyStore) linearizable(round int, from registerState, each int) regist
 	return now
 }
 
-// operate does one operation. What a snapshot holds is read after it returned: it cannot change.
+// operate does one operation. It reads what a snapshot holds after the snapshot was taken, since that cannot
+// change.
 func (b *busyStore) operate(in registerInput, name string, start time.Time) (out registerState, ret int64, err error) {
 	switch {
 	case in.register < 0:
@@ -330,8 +331,8 @@ func readRegister(d *Device, block int64) (uint64, error) {
 	return v, nil
 }
 
-// TestSectorsOfOneBlock has eight writers write a sector each of the same block: each
-// write reads and replaces the block, and no other's may get lost by that.
+// TestSectorsOfOneBlock lets eight writers write one sector each of the same block. Each write reads and
+// replaces the block, but no write of another sector may be lost.
 func TestSectorsOfOneBlock(t *testing.T) {
 	b := newBusyStore(t)
 	b.noise()

@@ -23,7 +23,7 @@ import (
 
 var crashStates = flag.Int64("crash.states", defaultCrashStates, "crash states that TestCrashStates goes through")
 
-// op is one operation; what its numbers mean depends on what there is to operate on.
+// op is one operation. The meaning of its numbers depends on what there is to operate on.
 type op struct {
 	kind    string
 	a, b, c uint32
@@ -31,7 +31,7 @@ type op struct {
 
 func (o op) String() string { return fmt.Sprintf("%s(%d, %d, %d)", o.kind, o.a, o.b, o.c) }
 
-// opKinds are the operations by how often they come.
+// opKinds are the operations, each as often as its weight says.
 var opKinds = func() (kinds []string) {
 	for kind, weight := range map[string]int{
 		"write": 30, "discard": 4, "zero": 4, "flush": 4, "drain": 5, "read": 2,
@@ -44,7 +44,7 @@ var opKinds = func() (kinds []string) {
 	return kinds
 }()
 
-// restarts end one store and go on with another.
+// restarts are the operations that end one store and go on with another.
 var restarts = []string{"reopen", "kill", "powercut"}
 
 func randomOp(r *rand.Rand) op {
@@ -57,18 +57,17 @@ func genOps() *rapid.Generator[[]op] {
 		return op{rapid.SampledFrom(kinds).Draw(t, "kind"), rapid.Uint32().Draw(t, "a"), rapid.Uint32().Draw(t, "b"), rapid.Uint32().Draw(t, "c")}
 	})
 	return rapid.Custom(func(t *rapid.T) []op {
-		n := rapid.IntRange(1, 150).Draw(t, "n") // by itself, rapid makes short ones
+		n := rapid.IntRange(1, 150).Draw(t, "n") // by itself, rapid prefers short ones
 		return rapid.SliceOfN(one, n, n).Draw(t, "ops")
 	})
 }
 
-// mix spreads small numbers, which rapid prefers, over all.
+// mix spreads the small numbers that rapid prefers over all numbers.
 func mix(x uint32) uint64 { return uint64(x) * 0x9e3779b97f4a7c15 >> 16 }
 
-// TestCrashStates runs random operations against the model and cuts the power wherever
-// something may be half done: before and after every sync and commit, within
-// recoveries, and between operations. Every state is opened and compared with the
-// model after exactly the records that survived.
+// TestCrashStates runs random operations against the model. It cuts the power wherever something may be half
+// done: before and after every sync and commit, within recoveries, and between operations. It opens every
+// state, and compares it with the model after exactly those records that survived.
 func TestCrashStates(t *testing.T) {
 	l := newLab(t)
 	enough := *crashStates
@@ -76,7 +75,7 @@ func TestCrashStates(t *testing.T) {
 		enough = min(enough, 2000)
 	}
 	start := time.Now()
-	if err := flag.Set("rapid.nofailfile", "true"); err != nil { // the seed says as much
+	if err := flag.Set("rapid.nofailfile", "true"); err != nil { // the seed is enough to repeat a failure
 		t.Fatal(err)
 	}
 	t.Run("workers", func(t *testing.T) {
@@ -114,7 +113,7 @@ func (l *lab) crashProperty(enough int64) func(*rapid.T) {
 	}
 }
 
-// run does the operations on a new store until it is done, and verifies every image as it is taken.
+// run does the operations on a new store until done returns true, and verifies every image as it is taken.
 func (l *lab) run(ops []op, rng *rand.Rand, done func() bool) (at int, err error) {
 	w, err := l.open(crashImage{fs: crashfs.New(), table: l.table, m: newModel(1, state{}), floor: 1, what: "new", outlive: true}, 6, rng)
 	if err != nil {
@@ -180,7 +179,7 @@ func (w *world) restart(o op, rng *rand.Rand) (*world, error) {
 	var err error
 	switch o.kind {
 	case "reopen":
-		// The images that Close takes are of this world's model.
+		// The images that are taken during Close are verified with this world's model.
 		err = w.close()
 		img = w.now("closed", w.crasher.fs)
 	case "kill":
@@ -208,7 +207,7 @@ func (w *world) restart(o op, rng *rand.Rand) (*world, error) {
 	}
 	err = same(next.s, next.m.now(), next.buf)
 	if err == nil && rng.IntN(2) == 0 {
-		err = next.check(false) // which begins with a checkpoint
+		err = next.check(false) // check begins with a checkpoint
 	}
 	if err != nil {
 		return next, fmt.Errorf("%s: %w", img.what, err)
@@ -216,7 +215,7 @@ func (w *world) restart(o op, rng *rand.Rand) (*world, error) {
 	return next, nil
 }
 
-// do does an operation on the model and then the store, where hooks may take images meanwhile.
+// do does an operation, first on the model and then on the store. Hooks may take images meanwhile.
 func (w *world) do(o op) error {
 	if err := w.operate(o); err != nil {
 		return err
@@ -251,7 +250,7 @@ func (w *world) operate(o op) error {
 			return err
 		}
 		return w.event(d.Flush())
-	case "drain": // written, not synced
+	case "drain": // written, but not synced
 		w.s.wal.cutIdle()
 		return w.s.wal.drain()
 	case "read":
@@ -272,7 +271,7 @@ func (w *world) operate(o op) error {
 	case "cold":
 		return w.cold(o)
 	case "check":
-		// A store that has stopped can be checked, too, but that makes nothing durable.
+		// A store that has stopped can be checked too, but the check then makes nothing durable.
 		return w.event(errors.Join(w.check(true), w.s.wal.err()))
 	case "misuse":
 		return w.misuse(name)
@@ -288,7 +287,7 @@ func (w *world) operate(o op) error {
 		return w.beside(o)
 	case "between":
 		return w.withChunk(o, w.cleanBetween)
-	case "skip": // as where room was made for what had then nothing to say
+	case "skip": // as if room was made for a record that then was not needed
 		return w.s.skipChunk()
 	case "unpool":
 		_, err := w.s.wal.pool.empty()
@@ -327,7 +326,7 @@ func (w *world) device(name string) (*Device, error) {
 
 func (w *world) closeDevice(name string) {
 	if d := w.devs[name]; d != nil {
-		_ = d.Close() // it is open: ErrClosed cannot be
+		_ = d.Close() // cannot be ErrClosed, since it is open
 		delete(w.devs, name)
 	}
 }
@@ -358,8 +357,8 @@ func (w *world) change(o op, name string, size int64) error {
 	return err
 }
 
-// fill makes content that was never there before: half compressible, incompressible, zeros,
-// very compressible, and all of them in turn.
+// fill makes content that never existed before, of one kind after another: half compressible, incompressible,
+// zeros, very compressible, and a mix of all.
 func fill(p []byte, kind int, r *rand.Rand) {
 	switch kind {
 	case 0:
@@ -369,7 +368,7 @@ func fill(p []byte, kind int, r *rand.Rand) {
 	case 2:
 	case 3:
 		copy(p, strings.Repeat(fmt.Sprintf("%x ", r.Uint64()), len(p)/8+1))
-	case 5: // of which zstd makes less than S2
+	case 5: // zstd makes this smaller than S2 does
 		for len(p) > 0 {
 			p = p[copy(p, fmt.Sprintf("%06x ", r.IntN(3000)*0x9e3779&0xffffff)):]
 		}
@@ -382,7 +381,7 @@ func fill(p []byte, kind int, r *rand.Rand) {
 	}
 }
 
-// clean cleans a chunk as the cleaner does, whichever it is, and counts the records that it wrote.
+// clean cleans some chunk, as the cleaner does, and counts the records that it wrote.
 func (w *world) clean(o op) error {
 	w.s.cleanMu.Lock()
 	defer w.s.cleanMu.Unlock()
@@ -418,8 +417,8 @@ func (w *world) withChunk(o op, fn func(*chunk) error) error {
 	return err
 }
 
-// beside has the cleaner write blocks of heads again while a checkpoint is made, before its commit, and after it: as
-// many as it can without the checkpoint's lock. Some commits fail.
+// beside makes the cleaner rewrite blocks of heads during a checkpoint, before its commit and after it: as
+// many as it can without the checkpoint's lock. Some of the commits fail.
 func (w *world) beside(o op) error {
 	before := w.m.next()
 	w.noRoom = o.c%4 == 0
@@ -431,7 +430,7 @@ func (w *world) beside(o op) error {
 	err := w.s.Checkpoint()
 	switch {
 	case err == nil:
-		w.crasher.durable(before) // what was written beside it is not
+		w.crasher.durable(before) // records written beside the checkpoint are not durable
 	case w.noRoom && errors.Is(err, ErrNoSpace):
 		return nil
 	}
@@ -455,7 +454,7 @@ func (w *world) rewriteHeads(c *chunk) error {
 			}
 		}
 		if errors.Is(err, errFull) || errors.Is(err, ErrNoSpace) || errors.Is(err, ErrCorrupt) {
-			return nil // the cleaner's to deal with
+			return nil // not an error here: the cleaner handles it
 		}
 		if err != nil {
 			return err
@@ -464,8 +463,8 @@ func (w *world) rewriteHeads(c *chunk) error {
 	return nil
 }
 
-// cleanBetween cleans a chunk, and makes checkpoints, which reap, between the cleaner's looks at what a head has of a
-// record and at what points have.
+// cleanBetween cleans a chunk. Between looking at what a head has of a record and looking at what points have
+// of it, it makes checkpoints, which reap.
 func (w *world) cleanBetween(c *chunk) error {
 	m := newMover(w.s)
 	if err := m.begin(c); err != nil {
@@ -511,7 +510,7 @@ func (w *world) cleanBetween(c *chunk) error {
 	return nil
 }
 
-// uncommitted has the table find no room for a while, in which the cleaner works.
+// uncommitted makes a checkpoint fail because the table finds no room, and cleans meanwhile.
 func (w *world) uncommitted(o op, name string) error {
 	w.noRoom = true
 	defer func() { w.noRoom = false }()

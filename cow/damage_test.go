@@ -16,7 +16,7 @@ import (
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
 )
 
-// sound is a store to be damaged: its files, and what it holds.
+// sound is an intact store, to be damaged: its files, and what it holds.
 type sound struct {
 	fs            *crashfs.FS
 	table, format []byte
@@ -24,8 +24,8 @@ type sound struct {
 	root          string
 }
 
-// newSound makes one that has everything: volumes, snapshots, clones, several chunks, and
-// records behind the last checkpoint.
+// newSound makes a store that has everything: volumes, snapshots, clones, several chunks, and records behind
+// the last checkpoint.
 func newSound(t *testing.T) *sound {
 	t.Helper()
 	w := newWorld(t)
@@ -56,8 +56,8 @@ func newSound(t *testing.T) *sound {
 	return &sound{img.fs, img.table, w.lab.format, img.m, w.lab.root}
 }
 
-// holds opens a store with these files and reads all there is. An error is fine, and so is
-// the state after some record, if Open has said that something was dropped. Wrong data is not.
+// holds opens a store with these files and reads everything in it. It accepts an error, and also the state
+// after some record, if Open has said that it dropped something. It does not accept wrong data.
 func (s *sound) holds(fs *crashfs.FS, table, formatText []byte, cut bool) (opened bool, problem error) {
 	dir, err := os.MkdirTemp(s.root, "damaged")
 	if err != nil {
@@ -85,7 +85,7 @@ func (s *sound) holds(fs *crashfs.FS, table, formatText []byte, cut bool) (opene
 	if !ok {
 		return true, fmt.Errorf("it goes on with record %d", seq)
 	}
-	if seq < s.m.next() && st.Recovery().DroppedBytes == 0 && !cut { // a cut leaves nothing to say it
+	if seq < s.m.next() && st.Recovery().DroppedBytes == 0 && !cut { // a cut leaves no trace
 		return true, fmt.Errorf("records from %d on are gone and Open does not say so: %+v", seq, st.Recovery())
 	}
 	wrong := s.compare(st, want)
@@ -97,13 +97,13 @@ func (s *sound) holds(fs *crashfs.FS, table, formatText []byte, cut bool) (opene
 	return true, fmt.Errorf("%w (Check: %d problems, %v)", wrong, found, err)
 }
 
-// compare reads block by block, since others than the damaged must be right.
+// compare reads block by block, since all blocks but the damaged ones must be right.
 func (s *sound) compare(st *Store, want state) error {
 	var p [format.BlockSize]byte
 	disk := func(r Ref, d disk) error {
 		dev, err := st.OpenDevice(r, true)
 		if err != nil {
-			return err // a name that is not there
+			return err // a name that does not exist
 		}
 		defer dev.Close()
 		if dev.Size() != d.size {
@@ -133,7 +133,7 @@ func (s *sound) compare(st *Store, want state) error {
 	return nil
 }
 
-// damages are what happens to n bytes: flips, cuts, a stretch of zeros or of other content.
+// damages returns ways to damage n bytes: bit flips, cuts, and stretches of zeros or of other content.
 func damages(rng *rand.Rand, n, count int) (ds []func([]byte) []byte) {
 	for i := range count {
 		at, bit := rng.IntN(n), byte(1)<<rng.IntN(8)
@@ -152,7 +152,8 @@ func damages(rng *rand.Rand, n, count int) (ds []func([]byte) []byte) {
 	return ds
 }
 
-// damageCount is n, or a few where the race detector watches: where the damage is means nothing to it.
+// damageCount returns n, or much less under the race detector, for which the place of the damage does not
+// matter.
 func damageCount(n int) int {
 	if raceEnabled {
 		return max(1, n/40)

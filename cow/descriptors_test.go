@@ -18,12 +18,13 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// limitFiles lets the process open n more files than it has now, as far as nothing else is opened beside.
+// limitFiles allows the process to open n more files than it has open now. It assumes that nothing else is
+// opened meanwhile.
 func limitFiles(t *testing.T, n int) {
 	t.Helper()
 	var old unix.Rlimit
 	must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &old))
-	fd, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0) // the lowest number that is free
+	fd, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0) // the lowest free number
 	must(t, err)
 	must(t, unix.Close(fd))
 	lim := unix.Rlimit{Cur: uint64(fd + n), Max: old.Max}
@@ -31,7 +32,8 @@ func limitFiles(t *testing.T, n int) {
 	t.Cleanup(func() { must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &old)) })
 }
 
-// A store of more chunks than the process may have descriptors is read, written, cleaned and checked as any other.
+// TestMoreChunksThanDescriptors: a store that has more chunks than the process may have descriptors can be
+// read, written, cleaned and checked like any other.
 func TestMoreChunksThanDescriptors(t *testing.T) {
 	o := Options{checkpointInterval: -1, chunkBytes: 128 << 10}
 	s, dir := newStore(t, o)
@@ -84,7 +86,7 @@ func TestMoreChunksThanDescriptors(t *testing.T) {
 			_, err = d.WriteAt(p, 3<<20)
 			must(t, err)
 			must(t, d.Flush())
-			_, err = d.WriteAt(p[:512], 7<<20+100) // in part: it reads
+			_, err = d.WriteAt(p[:512], 7<<20+100) // a partial block, so the write reads
 			must(t, err)
 			copy(want[7<<20+100:], p[:512])
 			must(t, s.Snapshot(Ref{"v", fmt.Sprint("s", early)}))
@@ -95,7 +97,8 @@ func TestMoreChunksThanDescriptors(t *testing.T) {
 	}
 }
 
-// A plan whose fetches others do holds the descriptors of all of them, or of none; then it can be fetched as well.
+// TestPlanWithoutDescriptors: Hold gets the descriptors of all of a plan's fetches, or keeps none. In the
+// latter case Fetch still does the read.
 func TestPlanWithoutDescriptors(t *testing.T) {
 	s, dir := newStore(t, Options{checkpointInterval: -1, chunkBytes: 128 << 10})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 8 << 20, Codec: format.Raw})
@@ -107,7 +110,7 @@ func TestPlanWithoutDescriptors(t *testing.T) {
 	must(t, err)
 	must(t, errors.Join(d.Close(), s.Close()))
 
-	limitFiles(t, 24) // a store in which a quarter of it, at least 4, can be held
+	limitFiles(t, 24) // enough for a store in which Hold can keep a quarter of the descriptors, at least 4
 	s = open(t, dir, Options{checkpointInterval: -1})
 	d, err = s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
@@ -137,7 +140,7 @@ func TestPlanWithoutDescriptors(t *testing.T) {
 	mustEnd(t, s, d)
 }
 
-// failing is a directory in which the content of one file cannot be got at.
+// failing is a directory in which the content of one file cannot be read.
 type failing struct {
 	storage.FS
 	name string
@@ -162,7 +165,8 @@ func (f *failingFile) TryReadAt([]byte, int64) bool      { return false }
 func (f *failingFile) Size() (int64, error)              { return 0, f.err }
 func (f *failingFile) Hold() (fd int, ok bool)           { return -1, false }
 
-// What cannot be looked at is not called damage, by whoever looks.
+// TestAccessIsNoDamage: neither a check nor the cleaner nor Open calls a file damaged that cannot be
+// accessed.
 func TestAccessIsNoDamage(t *testing.T) {
 	s, dir := newStore(t, Options{checkpointInterval: -1, chunkBytes: 1 << 20})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 8 << 20, Codec: format.Raw})
@@ -171,7 +175,7 @@ func TestAccessIsNoDamage(t *testing.T) {
 	must(t, err)
 	_, err = d.WriteAt(randomBytes(4<<20, 1), 0)
 	must(t, err)
-	_, err = d.WriteAt(randomBytes(512<<10, 2), 0) // half of the first chunk is dead
+	_, err = d.WriteAt(randomBytes(512<<10, 2), 0) // makes half of the first chunk dead
 	must(t, err)
 	must(t, errors.Join(d.Close(), s.Close()))
 	inner, err := storage.OpenDir(filepath.Join(dir, chunksDir))
@@ -199,7 +203,7 @@ func TestAccessIsNoDamage(t *testing.T) {
 		}
 		must(t, s.Close())
 	}
-	// A header that cannot be read is no reason to move the file away.
+	// If a header cannot be read, Open does not advise to move the file away.
 	s = open(t, dir, Options{checkpointInterval: -1})
 	d, err = s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)

@@ -8,8 +8,9 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// The last block of a volume, of which it has only a part, is discarded with that part, but not if the volume has
-// grown since its size was looked at: then there may be data behind.
+// TestDiscardOfTheLastBlockBesideResize: if a volume ends within its last block, a discard of that part
+// discards the block. It does not if the volume has grown since its size was looked at, since then there may
+// be data behind.
 func TestDiscardOfTheLastBlockBesideResize(t *testing.T) {
 	s, _ := newStore(t, Options{checkpointInterval: -1})
 	const old = 3*format.BlockSize + 3*512
@@ -34,12 +35,13 @@ func TestDiscardOfTheLastBlockBesideResize(t *testing.T) {
 		t.Error("the end of the device was not discarded")
 	}
 	fill()
-	must(t, d.Discard(old-512, 512)) // less than the part: it stays
+	must(t, d.Discard(old-512, 512)) // less than the volume's part of the block, so the block stays
 	if !bytes.Equal(read(got, 0), randomBytes(old, 1)) {
 		t.Error("a discard of less than a block changed something")
 	}
 
-	// A discard has looked at the size; then others grow the volume, and write behind.
+	// After a discard has looked at the size, another goroutine grows the volume, and writes behind the old
+	// end.
 	must(t, s.Resize("v", 4*format.BlockSize, false))
 	want := randomBytes(512, 2)
 	_, err = d.WriteAt(want, old)

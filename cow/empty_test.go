@@ -10,7 +10,7 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// skipChunk leaves the rest of the present chunk, which may be all of it, without records.
+// skipChunk leaves the rest of the present chunk, or all of it, without records.
 func (s *Store) skipChunk() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -24,7 +24,7 @@ func (s *Store) skipChunk() error {
 	return nil
 }
 
-// holdsAt reads what a volume has at an offset.
+// holdsAt reports whether a volume has the content want at an offset.
 func holdsAt(t *testing.T, s *Store, volume string, off int64, want []byte) bool {
 	t.Helper()
 	d, err := s.OpenDevice(Ref{Volume: volume}, true)
@@ -35,7 +35,8 @@ func holdsAt(t *testing.T, s *Store, volume string, off int64, want []byte) bool
 	return bytes.Equal(got, want)
 }
 
-// An event or a discard for which a chunk was made is refused, or has nothing to do, and the log goes on in the next.
+// TestChunkMadeForNothing: if a chunk was made for an event that is then refused, or for a discard that then
+// has nothing to do, the log goes on in the next chunk.
 func TestChunkMadeForNothing(t *testing.T) {
 	for _, kind := range []string{"event", "discard"} {
 		t.Run(kind, func(t *testing.T) {
@@ -95,7 +96,8 @@ func TestChunkMadeForNothing(t *testing.T) {
 	}
 }
 
-// Chunks without a record lie anywhere in the log, as a store of an older version may have them.
+// TestEmptyChunks: chunks without records may lie anywhere in the log, as stores of an older version have
+// them.
 func TestEmptyChunks(t *testing.T) {
 	o := Options{checkpointInterval: -1, chunkBytes: 1 << 20}
 	s, dir := newStore(t, o)
@@ -116,7 +118,7 @@ func TestEmptyChunks(t *testing.T) {
 		must(t, err)
 	}
 	must(t, errors.Join(d.Flush(), s.Snapshot(Ref{"v", "after"})))
-	empty(3) // at the end, too
+	empty(3) // at the end too
 	killStore(s)
 	for i := range 3 {
 		s = open(t, dir, o)
@@ -146,7 +148,8 @@ func TestEmptyChunks(t *testing.T) {
 	}
 }
 
-// A record does not verify once, and the log goes on before it; later it verifies again. What came later counts.
+// TestLogEndsWhereTheNextOwnerFoundItsEnd: a record does not verify once, so the log goes on before it. Later
+// the record verifies again. What was written after the first time counts.
 func TestLogEndsWhereTheNextOwnerFoundItsEnd(t *testing.T) {
 	o := Options{checkpointInterval: -1, chunkBytes: 1 << 20}
 	s, dir := newStore(t, o)

@@ -10,7 +10,7 @@ import (
 	"github.com/vdisk/vdisk/cow"
 )
 
-// Make a store with a volume, write to it, and take a snapshot: the snapshot keeps what the volume was.
+// Make a store with a volume, write to it, and take a snapshot. The snapshot keeps the volume's content.
 func Example() {
 	dir, err := os.MkdirTemp("", "vdisk-example")
 	if err != nil {

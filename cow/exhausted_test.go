@@ -10,7 +10,8 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// Ids are given once. When they are used up, what needs one is refused, and nothing of others is written over.
+// TestIDsAreUsedUp: IDs are never reused. When they are used up, operations that need one are refused, and no
+// row of another is overwritten.
 func TestIDsAreUsedUp(t *testing.T) {
 	s, dir := newStore(t, Options{checkpointInterval: -1})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 20, Codec: format.Raw})
@@ -25,7 +26,7 @@ func TestIDsAreUsedUp(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if made != 2 { // two ids each, of five
+	if made != 2 { // two IDs each, of five
 		t.Errorf("%d volumes were made", made)
 	}
 	must(t, s.Snapshot(Ref{"v", "last"})) // the fifth
@@ -45,7 +46,7 @@ func TestIDsAreUsedUp(t *testing.T) {
 		s = open(t, dir, Options{checkpointInterval: -1})
 	}
 	must(t, s.Remove(Ref{Volume: "v"}, true))
-	killStore(s) // so that the ids come from the log
+	killStore(s) // so that the IDs come from the log
 	s = open(t, dir, Options{checkpointInterval: -1})
 	if _, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 20}); !errors.Is(err, ErrExhausted) {
 		t.Error(err)
@@ -56,7 +57,7 @@ func TestIDsAreUsedUp(t *testing.T) {
 	mustEnd(t, s)
 }
 
-// What is refused uses up no number.
+// TestRefusedUsesNoID: a refused operation uses up no ID.
 func TestRefusedUsesNoID(t *testing.T) {
 	s, _ := newStore(t, Options{checkpointInterval: -1})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 20})
@@ -73,7 +74,7 @@ func TestRefusedUsesNoID(t *testing.T) {
 	mustEnd(t, s)
 }
 
-// A branch has a last epoch. Then its volume can have no snapshot, and a clone goes on.
+// TestEpochsAreUsedUp: at a branch's last epoch, its volume can have no further snapshot. A clone can go on.
 func TestEpochsAreUsedUp(t *testing.T) {
 	s, dir := newStore(t, Options{checkpointInterval: -1})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 20, Codec: format.Raw})
@@ -111,7 +112,8 @@ func TestEpochsAreUsedUp(t *testing.T) {
 	mustEnd(t, s)
 }
 
-// When all slots are taken writes are refused before they are acknowledged, and what is deleted gives slots back.
+// TestSlotsAreUsedUp: when all slots are taken, writes are refused before they are acknowledged. Deleting
+// data gives slots back.
 func TestSlotsAreUsedUp(t *testing.T) {
 	s, _ := newStore(t, Options{checkpointInterval: -1, chunkBytes: 1 << 20})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 64 << 20, Codec: format.Raw})
@@ -121,7 +123,7 @@ func TestSlotsAreUsedUp(t *testing.T) {
 	s.wal.waitIdle()
 	s.mu.Lock()
 	others := format.MaxSlots - slotsAbove(forData) - s.slots.taken - 3
-	s.slots.taken += others // as if these were there
+	s.slots.taken += others // as if these chunks existed
 	s.mu.Unlock()
 	written := int64(0)
 	for ; written < 64; written++ {
@@ -139,7 +141,7 @@ func TestSlotsAreUsedUp(t *testing.T) {
 			t.Errorf("MiB %d, which was acknowledged: %v", i, err)
 		}
 	}
-	must(t, s.Snapshot(Ref{"v", "a"})) // events may use what is kept
+	must(t, s.Snapshot(Ref{"v", "a"})) // events may use the slots that are kept for them
 	must(t, s.Remove(Ref{"v", "a"}, false))
 	must(t, d.Discard(0, 64<<20))
 	for range 3 {
@@ -154,7 +156,7 @@ func TestSlotsAreUsedUp(t *testing.T) {
 	mustEnd(t, s, d)
 }
 
-// The numbers of chunks and records do not begin again, either.
+// TestLogNumbersAreUsedUp: the sequence numbers of chunks and records do not begin again either.
 func TestLogNumbersAreUsedUp(t *testing.T) {
 	for what, set := range map[string]func(*recordLog){
 		"chunks":            func(l *recordLog) { l.nextChunk = lastChunkSeq + 1 },

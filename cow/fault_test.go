@@ -11,7 +11,8 @@ import (
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
 )
 
-// faultScript touches everything that does I/O: rotation, checkpoints, reaping, removal of chunks.
+// faultScript returns operations that cause every kind of I/O: rotation, checkpoints, reaping, removal of
+// chunks.
 func faultScript(seed uint64) []op {
 	rng := rand.New(rand.NewPCG(seed, 7))
 	ops := []op{{"create", 0, 0, 0}, {"create", 1, 100, 1}}
@@ -23,7 +24,7 @@ func faultScript(seed uint64) []op {
 		switch o.kind {
 		case "misuse": // it wants certain errors
 		case "snapshot":
-			// The writes between make a snapshot's removal worth a chunk.
+			// The writes between make the removal of a snapshot free a chunk.
 			script = append(script, o, op{"write", o.a, o.b, 4}, op{"flush", o.a, 0, 0})
 		default:
 			script = append(script, o)
@@ -32,8 +33,8 @@ func faultScript(seed uint64) []op {
 	return append(script, op{kind: "reap"}, op{kind: "check"})
 }
 
-// faulty runs the script until an operation fails. The model then has records that the
-// store may have or not; every error but a flush's is one the caller can go on after.
+// faulty runs the script until an operation fails. The model may then have records that the store does not
+// have. The caller can go on after every error, except that of a flush.
 func (w *world) faulty(script []op) (failed error, err error) {
 	for i, o := range script {
 		if len(w.m.now()) == 0 && o.kind != "create" {
@@ -52,16 +53,15 @@ func (w *world) faulty(script []op) (failed error, err error) {
 	return nil, nil
 }
 
-// settleModel keeps of an operation that failed the records that the store has logged.
+// settleModel removes from the model those records of a failed operation that the store has not logged.
 func (w *world) settleModel(before *model) {
 	if seq := w.seq(); seq >= before.next() && seq <= w.m.next() {
 		w.m.truncate(seq)
 	}
 }
 
-// TestFaultAtEveryOperation makes each disk operation of a script fail once. The store
-// may stop or go on, but what it says must be true: what it acknowledged as durable is there after
-// a crash, whatever else is.
+// TestFaultAtEveryOperation makes each disk operation of a script fail once. The store may stop or go on, but
+// what it says must be true: whatever else happens, what it acknowledged as durable is there after a crash.
 func TestFaultAtEveryOperation(t *testing.T) {
 	for seed := range uint64(4) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
@@ -103,7 +103,7 @@ func faultEverywhere(t *testing.T, script []op) {
 	t.Logf("%d faults", total)
 }
 
-// fault runs the script with one operation failing, then looks at what is there: in the running store, after
+// fault runs the script with one failing operation. It then looks at what the store has: while it runs, after
 // SIGKILL, and after a power cut.
 func (l *lab) fault(script []op, kind crashfs.Op, nth int, errno error, rng *rand.Rand) error {
 	fs := crashfs.New()
@@ -111,7 +111,7 @@ func (l *lab) fault(script []op, kind crashfs.Op, nth int, errno error, rng *ran
 	w, err := l.open(crashImage{fs: fs, table: l.table, m: newModel(1, state{}), floor: 1, what: "new"}, never, rng)
 	if err != nil {
 		if errors.Is(err, errno) {
-			return nil // the failure was in Open: it says so
+			return nil // the failure was in Open, which returned it
 		}
 		return err
 	}
@@ -122,7 +122,7 @@ func (l *lab) fault(script []op, kind crashfs.Op, nth int, errno error, rng *ran
 	if err == nil {
 		err = w.goOn(kind, failed)
 		if isFault(err, errno) {
-			err = nil // the operation that was to fail was one of these
+			err = nil // the failing operation was one of these
 		}
 	}
 	if err != nil {
@@ -145,16 +145,17 @@ func (l *lab) fault(script []op, kind crashfs.Op, nth int, errno error, rng *ran
 	return nil
 }
 
-// isFault reports whether an error is about the failure: Check's problems are text.
+// isFault reports whether an error is about the failure. It compares the text too, since Check's problems are
+// text.
 func isFault(err error, errno error) bool {
 	return err != nil && (errors.Is(err, errno) || strings.Contains(err.Error(), errno.Error()))
 }
 
-// goOn checks what a store does after a failure: stop if the log's end is unknown, else go on.
+// goOn checks that a store stops after a failure if the log's end is unknown, and goes on otherwise.
 func (w *world) goOn(kind crashfs.Op, failed error) error {
 	stopped := w.s.wal.err()
 	if failed != nil && stopped == nil {
-		// Nothing was lost: what was acknowledged is readable, and work can go on.
+		// Nothing was lost: acknowledged data is readable, and work can go on.
 		if err := w.same(true); err != nil {
 			return fmt.Errorf("after %v: %w", failed, err)
 		}
@@ -166,8 +167,8 @@ func (w *world) goOn(kind crashfs.Op, failed error) error {
 	if kind != crashfs.OpWrite && kind != crashfs.OpSync {
 		return fmt.Errorf("the store has stopped after a failed %v: %w", kind, stopped)
 	}
-	// It must refuse every change from now on, and acknowledge no flush.
-	for name := range w.devs { // of names that a failed rename has changed
+	// From now on it must refuse every change, and acknowledge no flush.
+	for name := range w.devs { // a failed rename may have changed their names
 		w.closeDevice(name)
 	}
 	for name := range w.m.now() {

@@ -11,7 +11,7 @@ import (
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
 )
 
-// newWorld is an open store of its own with a model, where only the test cuts the power.
+// newWorld returns a new open store with a model. Only the test cuts its power.
 func newWorld(t *testing.T) *world {
 	t.Helper()
 	l := newLab(t)
@@ -22,7 +22,7 @@ func newWorld(t *testing.T) *world {
 	return w
 }
 
-// must does operations that have to work.
+// must does operations that must succeed.
 func (w *world) must(t *testing.T, ops ...op) {
 	t.Helper()
 	for _, o := range ops {
@@ -67,8 +67,8 @@ func (w *world) put(name string, off, n int64) error {
 	return err
 }
 
-// TestFullDisk fills the disk to where no data is taken. Nothing may be half done, what is there
-// can be read, renamed, deleted and discarded, and that brings the space back.
+// TestFullDisk fills the disk until the store takes no more data. Nothing may be half done. Everything in the
+// store can still be read, renamed, deleted and discarded, and that brings the space back.
 func TestFullDisk(t *testing.T) {
 	for _, end := range []string{"unsnap", "remove", "discard"} {
 		t.Run(end, func(t *testing.T) {
@@ -80,7 +80,7 @@ func TestFullDisk(t *testing.T) {
 				t.Logf("full after %d writes", written)
 				least := first / 2
 				if end == "unsnap" {
-					least = 1 // the volume keeps what it holds, and with it parts of chunks
+					least = 1 // the volume keeps its content, and with it parts of chunks
 				}
 				if first = max(first, written); written < least {
 					t.Errorf("%d writes of 64 KiB filled the disk at first, now %d", first, written)
@@ -99,7 +99,8 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
-// fillDisk writes to the volume, and to a snapshot's cost, until nothing more is taken.
+// fillDisk writes to the volume, with a snapshot that keeps what is overwritten, until the store takes no
+// more.
 func (w *world) fillDisk(t *testing.T) (writes int64) {
 	if _, ok := w.m.now()["v"]; !ok {
 		w.m.create("v", 4<<20, format.Raw)
@@ -115,7 +116,7 @@ func (w *world) fillDisk(t *testing.T) (writes int64) {
 		if err != nil || writes > 1000 {
 			t.Fatalf("write %d: %v", writes, err)
 		}
-		if writes == 20 { // what it holds, overwrites do not give back
+		if writes == 20 { // from here on, overwriting what the snapshot holds frees nothing
 			w.must(t, op{kind: "snapshot", b: 1})
 		}
 	}
@@ -125,7 +126,7 @@ func (w *world) fillDisk(t *testing.T) (writes int64) {
 	return writes
 }
 
-// whileFull does what needs no room to speak of.
+// whileFull does operations that need almost no room.
 func (w *world) whileFull(t *testing.T) {
 	for range 10 {
 		for _, r := range [][2]string{{"v", "full"}, {"full", "v"}} {
@@ -139,7 +140,7 @@ func (w *world) whileFull(t *testing.T) {
 	w.must(t, op{kind: "flush"}, op{kind: "read"}, op{kind: "checkpoint"})
 }
 
-// makeRoom gives everything back that the disk was filled with.
+// makeRoom gives back everything that filled the disk.
 func (w *world) makeRoom(t *testing.T, how string) {
 	switch how {
 	case "discard":
@@ -161,14 +162,14 @@ func (w *world) makeRoom(t *testing.T, how string) {
 	w.mustBe(t)
 }
 
-// TestTableThatDoesNotCommit has commits of the table fail: there is no room for them. The
-// store goes on, since the log has everything, and the next commit that works has it all.
+// TestTableThatDoesNotCommit makes commits of the table fail for lack of room. The store goes on, since the
+// log has everything, and the next successful commit has it all.
 func TestTableThatDoesNotCommit(t *testing.T) {
 	w := newWorld(t)
 	script := faultScript(5)
 	w.must(t, script[:len(script)/2]...)
 	w.must(t, op{kind: "checkpoint"})
-	w.s.cache.relax() // or writers would wait for the commit that fails, and get its error
+	w.s.cache.relax() // otherwise writers would wait for the failing commit, and get its error
 
 	failed := 0
 	rng := rand.New(rand.NewPCG(1, 2))
@@ -196,7 +197,7 @@ func TestTableThatDoesNotCommit(t *testing.T) {
 	if err := same(w.s, w.m.now(), w.buf); err != nil {
 		t.Fatal(err)
 	}
-	t.Run("killed", func(t *testing.T) { // with the table that the last good commit left
+	t.Run("killed", func(t *testing.T) { // with the table of the last good commit
 		img := w.now("killed", w.crasher.fs.Clone())
 		if err := w.lab.verify(img, 0, rng); err != nil {
 			t.Fatal(err)
@@ -210,7 +211,7 @@ func TestTableThatDoesNotCommit(t *testing.T) {
 	}
 }
 
-// limitFileSize keeps the files of this process from being written to beyond a size, until undo is called.
+// limitFileSize limits the size to which this process can write a file, until undo is called.
 func limitFileSize(t *testing.T, size uint64) (undo func()) {
 	t.Helper()
 	signal.Ignore(syscall.SIGXFSZ) // so that a write fails with EFBIG instead: setrlimit(2)
