@@ -128,7 +128,8 @@ func makeStore(in *storage.Folder) error {
 	if err := errors.Join(syncDir(chunks.Path()), chunks.Close()); err != nil {
 		return err
 	}
-	for _, name := range []string{tableFile, tableFile + metadata.VerifiedSuffix} { // of an interrupted Create
+	// An interrupted Create may have left these.
+	for _, name := range []string{tableFile, tableFile + metadata.VerifiedSuffix} {
 		if err := in.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}

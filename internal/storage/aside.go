@@ -12,10 +12,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// asideSuffix is appended to the directory's name for the one beside it.
+// asideSuffix is added to the directory's name to get the name of the directory beside it.
 const asideSuffix = ".aside"
 
-// aside opens the directory for what is set aside, and makes it if it does not exist and is to.
+// aside opens the directory of the files that were set aside. If it does not exist and create is true, aside
+// makes it.
 func (d *dir) aside(create bool) (*Folder, error) {
 	name := filepath.Base(d.in.path) + asideSuffix
 	up, err := openAt(d.in, "..")
@@ -58,7 +59,7 @@ func (d *dir) SetAside(name, as string) (err error) {
 	}
 	defer func() { err = errors.Join(err, aside.Close()) }()
 	to := as
-	for i := 1; ; i++ { // nobody else sets anything aside
+	for i := 1; ; i++ { // no other process sets anything aside
 		_, err := aside.Lstat(to)
 		if errors.Is(err, fs.ErrNotExist) {
 			break

@@ -11,27 +11,27 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Files outnumber the descriptors that a process may have. A file has one while it is used, and keeps it until others
-// need it: docs/engine.md, Open files.
+// There may be more open files than the process may have descriptors. A file has a descriptor while it is
+// used, and keeps it until another file needs it: docs/engine.md, Open files.
 
 const (
 	leastDescriptors = 4
 	mostDescriptors  = 16384
 
-	// patience is how long an operation waits for a descriptor when the process, or the system, has no more and all of
-	// ours are in use; each is in use for one system call, or one read on a ring.
+	// patience is how long an operation waits for a descriptor if the process or the system has no more and
+	// all of ours are in use. Each is in use for only one system call, or one read on a ring.
 	patience = 30 * time.Second
 	retryIn  = 2 * time.Millisecond
 )
 
-// descriptor is an open file and the number of its users, of which the file itself is one.
+// descriptor is an open file and the number of its users. The file itself counts as one.
 type descriptor struct {
 	*os.File
 	refs atomic.Int32
-	used atomic.Bool // since the hand of the clock last passed
+	used atomic.Bool // used since the hand of the clock last passed
 }
 
-// acquire takes a reference; false: the descriptor is closed, or about to be.
+// acquire takes a reference. It returns false if the descriptor is closed, or about to be closed.
 func (d *descriptor) acquire() bool {
 	for {
 		n := d.refs.Load()
@@ -51,18 +51,20 @@ func (d *descriptor) release() error {
 	return nil
 }
 
-// table holds the files that have a descriptor that can be closed when another file needs it. The choice is a clock's:
-// of those not in use, one that was not used since the hand passed it last.
+// table holds the files whose descriptor can be closed when another file needs one. A clock chooses among the
+// descriptors that are not in use: it takes one that was not used since the hand last passed it.
 type table struct {
-	limit int // how many files have one, as long as others than those in use can be closed
+	limit int // files that have a descriptor, as long as one that is not in use can be closed
 
-	mu   sync.Mutex // guards the fields below, and file.at; taken under file.mu, and takes others' file.mu only by TryLock
+	// mu guards the fields below, and file.at. It is taken while file.mu is held. While mu is held, the
+	// file.mu of other files is taken only by TryLock.
+	mu   sync.Mutex
 	open []*file
 	hand int
 }
 
-// descriptorLimit leaves most of what the process may have to others: sockets, devices, rings. (Go raises the soft limit
-// to the hard one when the process starts.)
+// descriptorLimit leaves most of the process's descriptors to other uses: sockets, devices, rings. (Go raises
+// the soft limit to the hard one when the process starts.)
 func descriptorLimit() int {
 	var lim unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &lim); err != nil {
@@ -84,7 +86,7 @@ func (t *table) add(f *file) {
 	t.open = append(t.open, f)
 }
 
-// remove does nothing for a file that is not in the table.
+// remove removes a file from the table. It does nothing if the file is not in the table.
 func (t *table) remove(f *file) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -103,9 +105,9 @@ func (t *table) removeLocked(f *file) {
 	f.at = -1
 }
 
-// evict closes a descriptor that nobody uses; false: there is none. Of a file that was written to, what was written is
-// made durable before, so that a failure to do so is not forgotten with the descriptor; a hasty caller leaves such
-// files alone.
+// evict closes a descriptor that is not in use, and returns false if there is none. If its file was written
+// to, evict first makes the writes durable, so that a failure to do so is not forgotten with the descriptor.
+// If hasty is true, it leaves such files alone.
 func (t *table) evict(hasty bool) bool {
 	f, d := t.choose(func(f *file) bool { return f.clean() })
 	if f == nil && !hasty {
@@ -116,20 +118,21 @@ func (t *table) evict(hasty bool) bool {
 	}
 	defer f.mu.Unlock()
 	if err := f.syncTo(d); err != nil {
-		d.refs.Store(1) // it stays open, and Sync returns the error
+		d.refs.Store(1) // the descriptor stays open, and Sync returns the error
 		f.pinned.Store(true)
 		return t.evict(hasty)
 	}
 	f.desc.Store(nil)
-	_ = d.Close() // everything in it is durable
+	_ = d.Close() // everything written through it is durable
 	return true
 }
 
-// choose takes a file out of the table, with its lock held and nobody using its descriptor; nil: there is none.
+// choose removes a file from the table, and returns it with its lock held and its descriptor not in use; nil
+// if there is none.
 func (t *table) choose(suits func(*file) bool) (*file, *descriptor) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for range 2 * len(t.open) { // once round to forget what was used, once to find
+	for range 2 * len(t.open) { // one round to clear the used flags, one to find a file
 		if t.hand >= len(t.open) {
 			t.hand = 0
 		}
@@ -152,8 +155,8 @@ func (t *table) choose(suits func(*file) bool) (*file, *descriptor) {
 // tooMany reports whether err says that the process or the system has no more descriptors.
 func tooMany(err error) bool { return errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) }
 
-// with calls open, which needs a descriptor, and closes others if there is none left. A hasty caller does not wait
-// where all are in use.
+// with calls open, which needs a descriptor. If there is none left, with closes another one and tries again.
+// If all are in use, it waits for up to patience; a hasty caller gets the error at once.
 func (t *table) with(hasty bool, open func() error) error {
 	var until time.Time
 	for {

@@ -30,8 +30,8 @@ type dir struct {
 	live map[string][]*file
 }
 
-// OpenDir opens the directory, and makes it if it does not exist. The last
-// element of the path may not be a symbolic link.
+// OpenDir opens the directory at path, and makes it if it does not exist. The last element of the path must
+// not be a symbolic link.
 func OpenDir(path string) (FS, error) {
 	err := os.Mkdir(path, dirMode)
 	if err == nil {
@@ -57,7 +57,8 @@ func newDir(in *Folder, readOnly bool) *dir {
 	return d
 }
 
-// overwrites knows the file systems that write over blocks in place, and never share them between files (statfs(2)).
+// overwrites reports whether the file system is known to overwrite blocks in place and never to share them
+// between files (statfs(2)).
 func overwrites(f *os.File) bool {
 	var st unix.Statfs_t
 	_, err := retry(func() (int, error) { return 0, unix.Fstatfs(int(f.Fd()), &st) })
@@ -85,7 +86,7 @@ func (d *dir) Create(name string, size int64) (File, error) {
 		return nil, errors.Join(err, fd.Close(), d.Remove(name))
 	}
 	f := &file{d: d, name: name, at: -1}
-	f.wrote.Store(1) // its size
+	f.wrote.Store(1) // counts the setting of its size
 	f.has(fd)
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -93,13 +94,13 @@ func (d *dir) Create(name string, size int64) (File, error) {
 	return f, nil
 }
 
-// Open takes no descriptor yet.
+// Open does not take a descriptor yet.
 func (d *dir) Open(name string) (File, error) {
 	path, err := joined(d.in.path, name)
 	if err != nil {
 		return nil, fmt.Errorf("open: %w", err)
 	}
-	d.mu.Lock() // a removal comes before, or knows the file
+	d.mu.Lock() // so that a concurrent Remove either comes first or knows the file
 	defer d.mu.Unlock()
 	st, err := d.in.Lstat(name)
 	if err != nil {
@@ -113,7 +114,7 @@ func (d *dir) Open(name string) (File, error) {
 	return f, nil
 }
 
-// forget is the end of a file that is closed.
+// forget removes a file that is being closed from live.
 func (d *dir) forget(f *file) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -130,8 +131,8 @@ func (d *dir) openFile(name string, flags int, hasty bool) (*os.File, error) {
 	} else {
 		flags |= unix.O_RDWR
 	}
-	// Where all are in use there is one more, but not for those who keep it, for a read on a ring: others need it for
-	// one system call only.
+	// If all descriptors are in use, open one beyond the limit. A hasty caller may not do that: it keeps the
+	// descriptor for a read on a ring, while others need theirs for one system call only.
 	if d.files.full() && !d.files.evict(hasty) && hasty {
 		return nil, &fs.PathError{Op: "open", Path: d.in.Join(name), Err: unix.EMFILE}
 	}
@@ -140,7 +141,7 @@ func (d *dir) openFile(name string, flags int, hasty bool) (*os.File, error) {
 	return f, err
 }
 
-// joined is the path of a file in a directory; the name must be a plain one.
+// joined returns the path of a file in a directory. The name must be a plain one.
 func joined(dir, name string) (string, error) {
 	if name == "" || name == "." || name == ".." || strings.ContainsAny(name, "/\x00") {
 		return "", fmt.Errorf("name %q: %w", name, fs.ErrInvalid)
@@ -148,7 +149,7 @@ func joined(dir, name string) (string, error) {
 	return filepath.Join(dir, name), nil
 }
 
-// reserve gives the new file its size and its space.
+// reserve sets the size of a new file and reserves its space.
 func reserve(f *os.File, size int64) error {
 	if size == 0 {
 		return nil
@@ -209,14 +210,15 @@ func (d *dir) Free() (int64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("free space of %s: %w", d.in.path, err)
 	}
-	unit := st.Frsize // what f_bavail counts in: statvfs(3)
+	unit := st.Frsize // the unit of f_bavail: statvfs(3)
 	if unit == 0 {
 		unit = st.Bsize
 	}
 	return bytesOf(st.Bavail, unit), nil
 }
 
-// bytesOf is n units, or the most there can be said: some file systems tell of any number that comes to their mind.
+// bytesOf returns the bytes in n units, or freeMost if there are more: some file systems return arbitrary
+// numbers.
 func bytesOf(n uint64, unit int64) int64 {
 	if hi, lo := bits.Mul64(n, uint64(max(unit, 0))); hi == 0 && lo <= freeMost {
 		return int64(lo)
@@ -224,12 +226,12 @@ func bytesOf(n uint64, unit int64) int64 {
 	return freeMost
 }
 
-// freeMost leaves room to add to it.
+// freeMost is small enough to be added to without overflow.
 const freeMost = 1 << 60
 
 func (d *dir) Close() error { return d.in.Close() }
 
-// noSpace makes the system's errors about a full disk match ErrNoSpace.
+// noSpace makes ENOSPC and EDQUOT match ErrNoSpace.
 func noSpace(err error) error {
 	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
 		return fmt.Errorf("%w: %w", ErrNoSpace, err)
@@ -237,7 +239,7 @@ func noSpace(err error) error {
 	return err
 }
 
-// retry repeats a call that a signal interrupted.
+// retry repeats a call as long as a signal interrupts it.
 func retry(call func() (int, error)) (int, error) {
 	for {
 		n, err := call()

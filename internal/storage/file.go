@@ -10,31 +10,31 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// file is a file of a dir. It has a descriptor while it is used, and until another file needs it.
+// file is a file of a dir. It has a descriptor while it is used, and keeps it until another file needs it.
 type file struct {
 	d    *dir
 	name string
 	desc atomic.Pointer[descriptor]
 
 	wrote  atomic.Uint64 // counts writes and truncations
-	synced atomic.Uint64 // of them, those that are durable
+	synced atomic.Uint64 // the part of wrote that is durable
 
 	mu     sync.Mutex // guards opening and closing, and the fields below
-	failed error      // of a sync for which nobody had asked
+	failed error      // error of a sync that no caller had asked for
 	closed bool
-	pinned atomic.Bool // the descriptor must stay: the name goes, or what was written may not be on the disk
-	at     int         // in the table of descriptors, -1: not in it; guarded by table.mu
+	pinned atomic.Bool // keeps its descriptor: its name is going, or its data may not be on the disk
+	at     int         // index in the table of descriptors; -1: not in it; guarded by table.mu
 }
 
 func (f *file) path() string { return f.d.in.Join(f.name) }
 
-// clean reports whether everything that was written is durable.
+// clean reports whether everything written is durable.
 func (f *file) clean() bool { return f.synced.Load() == f.wrote.Load() }
 
-// use returns the descriptor, opening the file if it has none. The caller releases it.
+// use returns the descriptor, opening the file if it has none. The caller must release the descriptor.
 func (f *file) use() (*descriptor, error) { return f.useIf(false) }
 
-// useIf is use; a hasty caller gets an error where it would have to wait for others' descriptors.
+// useIf is like use, but a hasty caller gets an error instead of waiting for other files' descriptors.
 func (f *file) useIf(hasty bool) (*descriptor, error) {
 	if d := f.desc.Load(); d != nil && d.acquire() {
 		if !d.used.Load() {
@@ -52,13 +52,14 @@ func (f *file) open(hasty bool) (*descriptor, error) {
 		return nil, &fs.PathError{Op: "use", Path: f.path(), Err: fs.ErrClosed}
 	}
 	d, err := f.openLocked(hasty)
-	if err == nil && !d.acquire() { // cannot be: the file's own reference is given up under mu only
+	if err == nil && !d.acquire() { // cannot happen: the file's own reference is given up only under mu
 		err = &fs.PathError{Op: "use", Path: f.path(), Err: fs.ErrClosed}
 	}
 	return d, err
 }
 
-// openLocked sees to it that the file has a descriptor. mu is held.
+// openLocked returns the descriptor, opening the file if it has none. It takes no reference. The caller holds
+// mu.
 func (f *file) openLocked(hasty bool) (*descriptor, error) {
 	if d := f.desc.Load(); d != nil {
 		return d, nil
@@ -70,7 +71,7 @@ func (f *file) openLocked(hasty bool) (*descriptor, error) {
 	return f.has(fd), nil
 }
 
-// has gives the file a descriptor. mu is held, or nobody else knows the file.
+// has gives the file a descriptor. The caller holds mu, or nobody else knows the file yet.
 func (f *file) has(fd *os.File) *descriptor {
 	d := &descriptor{File: fd}
 	d.refs.Store(1)
@@ -80,7 +81,7 @@ func (f *file) has(fd *os.File) *descriptor {
 	return d
 }
 
-// pin sees to it that the file stays usable without its name.
+// pin gives the file a descriptor that it keeps until Close, so that it stays usable without its name.
 func (f *file) pin() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -113,13 +114,13 @@ func (f *file) Close() error {
 func (f *file) Hold() (fd int, ok bool) {
 	d, err := f.useIf(true)
 	if err != nil {
-		return -1, false // ReadAt tells
+		return -1, false // ReadAt will return the error
 	}
 	return int(d.Fd()), true
 }
 
 func (f *file) Release() {
-	if d := f.desc.Load(); d != nil { // one that is held stays the file's until Close
+	if d := f.desc.Load(); d != nil { // a held descriptor stays the file's until Close
 		_ = d.release()
 	}
 }
@@ -139,9 +140,9 @@ func (f *file) TryReadAt(p []byte, off int64) bool {
 	if err != nil {
 		return false
 	}
-	// From 5.9 on the kernel begins to read what it does not find.
+	// Since Linux 5.9, the kernel begins to read what is not in memory.
 	n, err := unix.Preadv2(int(d.Fd()), [][]byte{p}, off, unix.RWF_NOWAIT)
-	if err == unix.EOPNOTSUPP { // tmpfs has all in memory, and others cannot tell
+	if err == unix.EOPNOTSUPP { // tmpfs has everything in memory; other file systems cannot tell
 		n, err = d.ReadAt(p, off)
 	}
 	_ = d.release()
@@ -154,7 +155,7 @@ func (f *file) WriteAt(p []byte, off int64) (n int, err error) {
 }
 
 func (f *file) Allocate(size int64) error {
-	if size == 0 { // every file has that, and fallocate(2) refuses it
+	if size == 0 { // every file has that size, and fallocate(2) refuses 0
 		return nil
 	}
 	return noSpace(f.change(func(d *descriptor) error {
@@ -169,7 +170,7 @@ func (f *file) Allocate(size int64) error {
 		case errors.Is(err, unix.EOPNOTSUPP):
 			return errors.ErrUnsupported
 		}
-		// It may have got a part.
+		// The call may have allocated a part.
 		return errors.Join(&fs.PathError{Op: "allocate", Path: d.Name(), Err: err}, d.Truncate(info.Size()))
 	}))
 }
@@ -178,29 +179,30 @@ func (f *file) Truncate(size int64) error {
 	return noSpace(f.change(func(d *descriptor) error { return d.Truncate(size) }))
 }
 
-// change does something that Sync makes durable.
+// change calls do, which makes a change that Sync has to make durable.
 func (f *file) change(do func(*descriptor) error) error {
 	d, err := f.use()
 	if err != nil {
 		return err
 	}
 	err = do(d)
-	// After it: a sync that began before its end may not have all of it, and does not count for it. And while the
-	// descriptor is in use, nobody closes it as one by which all is durable.
+	// Count after the change: a sync that began before the change ended may not include all of it, and must
+	// not count for it. And count before the release: while the descriptor is in use, it cannot be closed as
+	// one whose writes are all durable.
 	f.wrote.Add(1)
 	_ = d.release()
 	return err
 }
 
 func (f *file) Sync() error {
-	// Also of a file to which this process has not written: one before it may have.
+	// Sync even if this process has not written to the file: an earlier process may have.
 	d, err := f.use()
 	if err != nil {
 		return err
 	}
 	defer func() { _ = d.release() }()
-	// Looked at while the descriptor is in use, and so kept from those who sync it to close it: the system reports a
-	// failure once, and it may have been to one of them.
+	// Check failed while the descriptor is in use, which keeps evict from syncing and closing it. The system
+	// reports a failure only once, and may have reported it to evict.
 	f.mu.Lock()
 	failed := f.failed
 	f.mu.Unlock()
@@ -210,7 +212,8 @@ func (f *file) Sync() error {
 	return f.fdatasync(d)
 }
 
-// syncTo makes durable what is not yet, before d is closed. mu is held.
+// syncTo makes durable what is not durable yet, before d is closed, and keeps the error in failed. The caller
+// holds mu.
 func (f *file) syncTo(d *descriptor) error {
 	if f.clean() {
 		return nil
@@ -234,7 +237,7 @@ func (f *file) fdatasync(d *descriptor) error {
 func (f *file) StartWrite(off, n int64) {
 	d, err := f.use()
 	if err != nil {
-		return // an error is Sync's to find and to report
+		return // Sync will find and report the error
 	}
 	_ = unix.SyncFileRange(int(d.Fd()), off, n, unix.SYNC_FILE_RANGE_WRITE)
 	_ = d.release()

@@ -17,26 +17,27 @@ import (
 )
 
 var (
-	// ErrForeign is matched by the error about a folder, or a process, of another user: what it says cannot be trusted.
+	// ErrForeign is matched by the error about a folder, or a process, that belongs to another user and so
+	// cannot be trusted.
 	ErrForeign = errors.New("what another user could have made is not used unasked")
-	// ErrIrregular is matched by the error about something that has the name of a file and is none: a symbolic link, a
-	// FIFO, another name of a file that is elsewhere.
+	// ErrIrregular is matched by the error about something that has the name of a file but is not a regular
+	// file of its own: a symbolic link, a FIFO, or a second name of a file elsewhere.
 	ErrIrregular = errors.New("only regular files are used here")
 )
 
-// Folder is an open directory whose files are opened by plain names, relative to its descriptor and never through a
-// symbolic link: whoever can change the directory, or a folder above it, cannot lead this process to another file. Its
-// methods may be called concurrently.
+// Folder is an open directory. Its files are opened by plain names, relative to its descriptor, and never
+// through a symbolic link. So a user who can change the directory, or a folder above it, cannot lead this
+// process to another file. Its methods may be called concurrently.
 type Folder struct {
 	path string
 	f    *os.File
-	uid  uint32 // its owner
+	uid  uint32 // owner of the directory
 	gid  uint32
-	ours bool // nobody but this user, and the system's administrator, can change what is in it
+	ours bool // only this user and root can change what is in the directory
 }
 
-// OpenFolder opens the directory at path. Unless foreign is true, it must belong to this user or to root, and nobody
-// else may have the right to change it; else the error matches ErrForeign.
+// OpenFolder opens the directory at path. Unless foreign is true, the directory must belong to this user or
+// to root, and no other user may have the right to change it; otherwise the error matches ErrForeign.
 func OpenFolder(path string, foreign bool) (*Folder, error) {
 	f, err := os.OpenFile(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -60,10 +61,10 @@ func newFolder(path string, f *os.File) (*Folder, error) {
 	return &Folder{path: path, f: f, uid: st.Uid, gid: st.Gid, ours: trusted(st.Uid) && st.Mode&0o022 == 0}, nil
 }
 
-// trusted reports whether what a user has made can be used as if this user had made it.
+// trusted reports whether files of user uid can be used as if this user had made them.
 func trusted(uid uint32) bool { return uid == 0 || uid == uint32(os.Geteuid()) }
 
-// refusal is the error about a folder that is not ours.
+// refusal returns the error about a folder that is not ours.
 func (d *Folder) refusal() error {
 	if trusted(d.uid) {
 		return fmt.Errorf("other users have the right to change the folder %s: %w (chmod go-w %[1]s takes it away)", d.path, ErrForeign)
@@ -79,8 +80,8 @@ func userName(uid uint32) string {
 	return "user " + id
 }
 
-// Own makes sure that nobody but its owner can change or read the directory, which must belong to this user unless
-// foreign is true.
+// Own changes the mode of the directory so that only its owner can read or change it. Unless foreign is true,
+// the directory must belong to this user or to root; otherwise the error matches ErrForeign.
 func (d *Folder) Own(foreign bool) error {
 	if !foreign && !trusted(d.uid) {
 		return d.refusal()
@@ -92,23 +93,23 @@ func (d *Folder) Own(foreign bool) error {
 	return nil
 }
 
-// Path is where the directory was when it was opened.
+// Path returns the path at which the directory was opened.
 func (d *Folder) Path() string { return d.path }
 
-// Join is the path of a file in the directory, for messages.
+// Join returns the path of a file in the directory, for messages.
 func (d *Folder) Join(name string) string { return filepath.Join(d.path, name) }
 
-// Fd is the directory's descriptor.
+// Fd returns the directory's descriptor.
 func (d *Folder) Fd() int { return int(d.f.Fd()) }
 
-// Owner is the user whom the directory belongs to.
+// Owner returns the user id of the directory's owner.
 func (d *Folder) Owner() uint32 { return d.uid }
 
-// Trusts reports whether what the user has made can be used: what this user, root or the directory's owner has. Who
-// opened a foreign directory wanted that.
+// Trusts reports whether files of user uid can be used: those of this user, of root and of the directory's
+// owner can. A caller that opened a foreign directory has agreed to trust its owner.
 func (d *Folder) Trusts(uid uint32) bool { return trusted(uid) || uid == d.uid }
 
-// Stat describes the directory.
+// Stat returns the directory's status.
 func (d *Folder) Stat() (st unix.Stat_t, err error) {
 	if err := unix.Fstat(d.Fd(), &st); err != nil {
 		return st, &fs.PathError{Op: "stat", Path: d.path, Err: err}
@@ -116,7 +117,10 @@ func (d *Folder) Stat() (st unix.Stat_t, err error) {
 	return st, nil
 }
 
-// Open opens a regular file with flags as for open(2). It does not wait, whatever is there.
+// Open opens a regular file with flags as for open(2). It never blocks, whatever has that name; anything but
+// a regular file is an error that matches ErrIrregular. In a folder that is not ours, so is a file that has a
+// second name, or an owner whom the folder does not trust. If flags has O_CREAT, the file is given to the
+// folder's owner (Give).
 func (d *Folder) Open(name string, flags int) (*os.File, error) {
 	path, err := joined(d.path, name)
 	if err != nil {
@@ -131,7 +135,8 @@ func (d *Folder) Open(name string, flags int) (*os.File, error) {
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
 		return nil, errors.Join(&fs.PathError{Op: "stat", Path: path, Err: err}, f.Close())
 	}
-	if !d.ours && (st.Nlink > 1 || !d.Trusts(st.Uid)) { // another name of a file that is not the directory's owner's to change
+	// The file may be a second name of a file that the directory's owner must not change.
+	if !d.ours && (st.Nlink > 1 || !d.Trusts(st.Uid)) {
 		return nil, errors.Join(fmt.Errorf("%s belongs to %s and has %d names: %w", path, userName(st.Uid), st.Nlink, ErrIrregular), f.Close())
 	}
 	if give {
@@ -142,10 +147,12 @@ func (d *Folder) Open(name string, flags int) (*os.File, error) {
 	return f, nil
 }
 
-// Gives reports whether what this process makes is another user's: root works in that user's folder.
+// Gives reports whether files that this process makes must be given to another user: root is working in that
+// user's folder.
 func (d *Folder) Gives() bool { return d.uid != 0 && os.Geteuid() == 0 }
 
-// Give makes a file that is for the directory its owner's, who could not use one of root's.
+// Give changes the owner of a file in the directory to the directory's owner, who could not use a file of
+// root's. It does nothing unless Gives.
 func (d *Folder) Give(f *os.File) error {
 	if !d.Gives() {
 		return nil
@@ -153,7 +160,7 @@ func (d *Folder) Give(f *os.File) error {
 	return f.Chown(int(d.uid), int(d.gid))
 }
 
-// openRegular opens the regular file of that name in the directory dir; path is for messages.
+// openRegular opens the regular file called name in the directory dir; path is for messages.
 func openRegular(dir int, path, name string, flags int) (*os.File, error) {
 	flags |= unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_NOCTTY | unix.O_CLOEXEC
 	fd, err := retry(func() (int, error) { return unix.Openat(dir, name, flags, fileMode) })
@@ -161,7 +168,7 @@ func openRegular(dir int, path, name string, flags int) (*os.File, error) {
 	case nil:
 	case unix.ELOOP:
 		return nil, fmt.Errorf("%s is a symbolic link: %w", path, ErrIrregular)
-	case unix.ENXIO, unix.EISDIR: // a socket, or a FIFO without a reader; a directory
+	case unix.ENXIO, unix.EISDIR: // a socket, or a FIFO without a reader; or a directory
 		return nil, fmt.Errorf("%s is no file: %w", path, ErrIrregular)
 	default:
 		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
@@ -183,7 +190,7 @@ func openRegular(dir int, path, name string, flags int) (*os.File, error) {
 	return os.NewFile(uintptr(fd), path), nil
 }
 
-// readMost bounds what Read takes for a small file.
+// readMost is the largest file that Read accepts.
 const readMost = 64 << 20
 
 // Read returns the content of a small file.
@@ -199,10 +206,11 @@ func (d *Folder) Read(name string) ([]byte, error) {
 	return b, errors.Join(err, f.Close())
 }
 
-// Replace gives the file of that name a new content in one step. If durable, it and its name are when Replace returns.
+// Replace replaces the content of the file called name in one step. If durable is true, the content and the
+// name are durable when Replace returns.
 func (d *Folder) Replace(name string, content []byte, durable bool) error {
 	tmp := name + ".tmp"
-	// What an interrupted Replace left, or somebody else has put there, is not written to.
+	// Never write to a file that an interrupted Replace left, or that another user put there.
 	if err := d.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -226,7 +234,7 @@ func (d *Folder) Replace(name string, content []byte, durable bool) error {
 	return d.Sync()
 }
 
-// Rename gives the file from the name to, whatever has that.
+// Rename renames the file from to to, and replaces a file that has that name.
 func (d *Folder) Rename(from, to string) error {
 	if err := unix.Renameat(d.Fd(), from, d.Fd(), to); err != nil {
 		return &os.LinkError{Op: "rename", Old: d.Join(from), New: d.Join(to), Err: err}
@@ -234,7 +242,7 @@ func (d *Folder) Rename(from, to string) error {
 	return nil
 }
 
-// Remove removes a name that is no directory's.
+// Remove removes a name that is not a directory's.
 func (d *Folder) Remove(name string) error {
 	path, err := joined(d.path, name)
 	if err != nil {
@@ -246,7 +254,7 @@ func (d *Folder) Remove(name string) error {
 	return nil
 }
 
-// Lstat describes what has the name, and does not follow it.
+// Lstat returns the status of what has the name. It does not follow a symbolic link.
 func (d *Folder) Lstat(name string) (st unix.Stat_t, err error) {
 	if err := unix.Fstatat(d.Fd(), name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 		return st, &fs.PathError{Op: "stat", Path: d.Join(name), Err: err}
@@ -254,9 +262,9 @@ func (d *Folder) Lstat(name string) (st unix.Stat_t, err error) {
 	return st, nil
 }
 
-// Names lists what is in the directory, in order.
+// Names returns the names in the directory, sorted.
 func (d *Folder) Names() ([]string, error) {
-	// A descriptor of its own: the position in a directory is the descriptor's.
+	// Use a descriptor of its own, since the position in a directory belongs to the descriptor.
 	fd, err := retry(func() (int, error) {
 		return unix.Openat(d.Fd(), ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	})
@@ -272,7 +280,7 @@ func (d *Folder) Names() ([]string, error) {
 	return names, nil
 }
 
-// Sync makes every creation, renaming and removal before it durable.
+// Sync makes all earlier creations, renames and removals durable.
 func (d *Folder) Sync() error {
 	if err := d.f.Sync(); err != nil {
 		return fmt.Errorf("sync directory: %w", noSpace(err))
@@ -280,7 +288,9 @@ func (d *Folder) Sync() error {
 	return nil
 }
 
-// Sub opens a directory in this one, by the same rules, and makes it if it does not exist.
+// Sub opens a directory in this one, and makes it if it does not exist. A symbolic link is refused
+// (ErrIrregular). So is a directory whose owner this folder does not trust (ErrForeign) or, in a folder that
+// only this user can change, one that others can change.
 func (d *Folder) Sub(name string) (*Folder, error) {
 	path, err := joined(d.path, name)
 	if err != nil {
@@ -322,15 +332,15 @@ func (d *Folder) Sub(name string) (*Folder, error) {
 // Files returns the directory as the engine's file layer, which takes it over.
 func (d *Folder) Files() FS { return newDir(d, false) }
 
-// FilesToRead is Files of which none can be changed.
+// FilesToRead is like Files, but the files cannot be changed.
 func (d *Folder) FilesToRead() FS { return newDir(d, true) }
 
-// Close releases the directory. Files that are open stay usable.
+// Close closes the directory. Open files stay usable.
 func (d *Folder) Close() error { return d.f.Close() }
 
-// Unique is a name that nothing else has.
+// Unique returns prefix and a random suffix: a name that nothing else has.
 func Unique(prefix string) string {
 	var b [8]byte
-	_, _ = rand.Read(b[:]) // never fails
+	_, _ = rand.Read(b[:]) // crypto/rand never fails
 	return prefix + hex.EncodeToString(b[:])
 }

@@ -4,18 +4,17 @@ import "maps"
 
 const (
 	pageSize   = 4096
-	sectorSize = 512 // what a disk writes whole
+	sectorSize = 512 // the unit that a disk writes as a whole
 )
 
-// page is a page of some contents; only the content that owns it writes to it.
+// page is a page of one or more contents. Only the content that owns it writes to it.
 type page struct {
 	owner *content
 	data  [pageSize]byte
 }
 
-// content is what a file holds: pages by number, and zeros where there is none.
-// Once it is frozen it never changes, so any number of inodes of any number of
-// FS share it without a lock.
+// content is the content of a file: pages by number, and zeros where there is no page. Once it is frozen it
+// never changes, so any number of inodes, of any number of FS, can share it without a lock.
 type content struct {
 	size  int64
 	pages map[int64]*page
@@ -23,8 +22,8 @@ type content struct {
 
 func newContent() *content { return &content{pages: map[int64]*page{}} }
 
-// thaw returns a content of its own that holds the same; the pages are shared
-// until they are written to.
+// thaw returns a new content that holds the same. The two share their pages until one of them writes to a
+// page.
 func (c *content) thaw() *content { return &content{size: c.size, pages: maps.Clone(c.pages)} }
 
 func (c *content) readAt(p []byte, off int64) int {
@@ -55,7 +54,7 @@ func (c *content) writeAt(p []byte, off int64) {
 	}
 }
 
-// own returns the data of a page that may be written to.
+// own returns the data of a page for writing. It copies the page if another content owns it.
 func (c *content) own(number int64) *[pageSize]byte {
 	pg := c.pages[number]
 	if pg == nil {
@@ -79,12 +78,11 @@ func (c *content) truncate(size int64) {
 	c.size = size
 }
 
-// op is a change of a file that is not durable: a write, or (data is nil) a
-// truncation to off.
+// op is a change of a file that is not durable yet: a write, or a truncation to off if data is nil.
 type op struct {
 	seq  uint64 // place in the order of all operations of the FS
 	off  int64
-	data []byte // never changed once here
+	data []byte // never changed after the op is made
 }
 
 func (o *op) apply(c *content) {
@@ -95,8 +93,7 @@ func (o *op) apply(c *content) {
 	c.writeAt(o.data, o.off)
 }
 
-// applyTorn applies those sectors of a write that keep says were written; a
-// truncation cannot tear.
+// applyTorn applies those sectors of a write for which keep returns true. A truncation cannot tear.
 func (o *op) applyTorn(c *content, keep func() bool) {
 	if o.data == nil {
 		c.truncate(o.off)

@@ -8,21 +8,20 @@ import (
 	"slices"
 )
 
-// Choice says which of the operations that are not durable a power loss leaves.
-// They are counted in the order they were made, over all files and the
-// directory: writes, truncations (the reservation of a new file's space is one),
-// creations and removals.
+// Choice says which of the operations that are not durable survive a power loss. The operations are counted
+// in the order in which they were made, over all files and the directory: writes, truncations (reserving a
+// new file's space counts as one), creations and removals.
 type Choice struct {
-	// Prefix is how many of the first operations are left.
+	// Prefix is the number of operations that survive, counted from the first.
 	Prefix int
-	// Seed, if not 0, has each operation after the prefix left or lost at
-	// random; else they are all lost.
+	// Seed, if not 0, makes each operation after the prefix survive or be lost at random. If it is 0, all of
+	// them are lost.
 	Seed uint64
-	// Torn has each write that the seed leaves lose sectors at random.
+	// Torn makes each write that survives because of Seed lose sectors at random.
 	Torn bool
 }
 
-// String describes the choice, for a test's message; it is a Go expression.
+// String returns the choice as a Go expression, for the message of a test.
 func (c Choice) String() string {
 	return fmt.Sprintf("crashfs.Choice{Prefix: %d, Seed: %#x, Torn: %t}", c.Prefix, c.Seed, c.Torn)
 }
@@ -30,8 +29,8 @@ func (c Choice) String() string {
 // Everything is the Choice that loses nothing.
 var Everything = Choice{Prefix: int(^uint(0) >> 1)}
 
-// pendingOp is an operation that is not durable: one of the directory, or of a
-// file, which node is then.
+// pendingOp is an operation that is not durable: one of a file if node is set, and otherwise one of the
+// directory.
 type pendingOp struct {
 	seq  uint64
 	node *inode
@@ -39,7 +38,7 @@ type pendingOp struct {
 	dir  *dirOp
 }
 
-// pending returns the operations that are not durable, in order. The lock is held.
+// pending returns the operations that are not durable, in order. The caller holds the lock.
 func (f *FS) pending() []pendingOp {
 	nodes := map[*inode]bool{}
 	for _, n := range f.durable {
@@ -69,8 +68,8 @@ func (f *FS) Unsynced() int {
 	return len(f.pending())
 }
 
-// Choices returns what a power loss now may leave: every prefix, k random
-// subsets and k subsets with torn writes. The same seed gives the same.
+// Choices returns choices for a power loss now: every prefix, k random subsets, and k subsets with torn
+// writes. The same seed gives the same choices.
 func (f *FS) Choices(seed uint64, k int) []Choice {
 	n := f.Unsynced()
 	var cs []Choice
@@ -82,7 +81,7 @@ func (f *FS) Choices(seed uint64, k int) []Choice {
 	}
 	rng := rand.New(rand.NewPCG(seed, 0))
 	for i := range 2 * k {
-		prefix := 0 // half of them lose anything, half go wrong somewhere
+		prefix := 0 // for half of them anything may be lost, for the others only what follows a random prefix
 		if i%4 >= 2 {
 			prefix = rng.IntN(n)
 		}
@@ -91,9 +90,9 @@ func (f *FS) Choices(seed uint64, k int) []Choice {
 	return cs
 }
 
-// Crash returns an FS as it would be after power was lost now: what is durable,
-// and of the rest what the choice leaves. It is independent of f, which goes on
-// as it was. It has f's capacity, and neither its hook nor its faults.
+// Crash returns an FS as it would be if power was lost now: everything durable, and those other operations
+// that survive by choice. The FS is independent of f, which does not change. It has f's capacity, but neither
+// its hook nor its faults.
 func (f *FS) Crash(choice Choice) *FS {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -134,8 +133,8 @@ func (f *FS) Crash(choice Choice) *FS {
 	return image
 }
 
-// Clone returns an independent FS in the same state, what is not durable
-// included: as another process finds it after this one is killed.
+// Clone returns an independent FS in the same state, including what is not durable: it is what another
+// process finds after this one was killed.
 func (f *FS) Clone() *FS {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -159,7 +158,7 @@ func (f *FS) Clone() *FS {
 	return c
 }
 
-// adopt fills an FS that nobody else has yet.
+// adopt fills a new FS that nobody else uses yet.
 func (f *FS) adopt(names map[string]*inode, inode func(*inode) *inode) {
 	for name, n := range names {
 		n = inode(n)

@@ -1,11 +1,10 @@
-// Package crashfs is the double of the engine's file layer that loses power: it
-// keeps files in memory, knows what has been made durable and in which order
-// the rest was done, and makes images of what a power loss would leave. It can
-// also fail operations and run out of space.
+// Package crashfs is a double of the engine's file layer that can lose power. It keeps files in memory, knows
+// what has been made durable and in which order everything else was done, and makes images of what a power
+// loss would leave. It can also make operations fail, and run out of space.
 //
-// It is stricter than most file systems: a file's content does not make its
-// name durable, and operations on different files, sectors of one write, and
-// the directory's operations reach the disk in any order.
+// It is stricter than most file systems: syncing a file's content does not make its name durable, and
+// operations on different files, the sectors of one write, and the operations of the directory reach the disk
+// in any order.
 package crashfs
 
 import (
@@ -41,8 +40,7 @@ var opNames = [opCount]string{"create", "open", "remove", "write", "truncate", "
 // String returns the operation's name.
 func (o Op) String() string { return opNames[o] }
 
-// dirOp is a change of the directory that is not durable: a creation, or (node
-// is nil) a removal.
+// dirOp is a change of the directory that is not durable yet: a creation, or a removal if node is nil.
 type dirOp struct {
 	seq  uint64
 	name string
@@ -58,25 +56,25 @@ func (d *dirOp) apply(names map[string]*inode) {
 }
 
 type fault struct {
-	at  int // the operation's count at which it strikes
+	at  int // count of the operation that fails
 	err error
 }
 
 // FS is a storage.FS in memory. It may be used concurrently.
 type FS struct {
-	mu       sync.Mutex        // guards all below, and every inode
+	mu       sync.Mutex        // guards all fields below, and every inode
 	names    map[string]*inode // what the directory shows
-	durable  map[string]*inode // what a power loss leaves at least
-	dirOps   []dirOp           // what makes names of durable, in order
-	seq      uint64            // of the last operation
+	durable  map[string]*inode // the least that a power loss leaves
+	dirOps   []dirOp           // the changes that turn durable into names, in order
+	seq      uint64            // number of the last operation
 	capacity int64
-	used     int64 // reserved by the inodes in names
-	taken    int64 // by what is not in this directory
+	used     int64 // bytes reserved by the inodes in names
+	taken    int64 // bytes taken by files outside this directory
 	handles  int
 	counts   [opCount]int
 	faults   [opCount][]fault
 	onSync   func(name string)
-	aside    []string // names
+	aside    []string // names of the files that were set aside
 }
 
 var _ storage.FS = (*FS)(nil)
@@ -86,15 +84,15 @@ func New() *FS {
 	return &FS{names: map[string]*inode{}, durable: map[string]*inode{}, capacity: math.MaxInt64}
 }
 
-// SetCapacity limits the bytes that files may reserve, those there are included.
+// SetCapacity limits the bytes that files may reserve, including those that exist already.
 func (f *FS) SetCapacity(bytes int64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.capacity = bytes
 }
 
-// Take takes bytes of the capacity, as a file that is in another directory, or gives them back (n < 0). It fails as a
-// reservation does.
+// Take takes n bytes of the capacity, like a file in another directory, or gives them back if n < 0. It fails
+// with ENOSPC if there is less room, as a reservation does.
 func (f *FS) Take(n int64) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -105,39 +103,39 @@ func (f *FS) Take(n int64) error {
 	return nil
 }
 
-// OnSync has fn called before and after each File.Sync, with the file's name,
-// and each SyncDir, with ".". fn may use the FS, but not sync.
+// OnSync makes the FS call fn before and after each File.Sync, with the file's name, and before and after
+// each SyncDir, with ".". fn may use the FS, but must not sync.
 func (f *FS) OnSync(fn func(name string)) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.onSync = fn
 }
 
-// FailAt makes the nth operation of a kind from now (1 is the next) fail with
-// err. A write that fails has written its first half, in whole sectors. What a
-// failed Sync covered is never durable for certain, even if a later one succeeds.
+// FailAt makes the nth operation of a kind from now on (1 is the next) fail with err. A failing write still
+// writes its first half, in whole sectors. What a failed Sync covered is never durable for certain, even if a
+// later Sync succeeds.
 func (f *FS) FailAt(op Op, nth int, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.faults[op] = append(f.faults[op], fault{f.counts[op] + nth, err})
 }
 
-// Count returns how many operations of a kind there were, failed ones included.
+// Count returns the number of operations of a kind so far, including failed ones.
 func (f *FS) Count(op Op) int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.counts[op]
 }
 
-// Handles returns how many files are open.
+// Handles returns the number of open files.
 func (f *FS) Handles() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.handles
 }
 
-// begin counts an operation and returns the error it is to fail with. The lock
-// is held.
+// begin counts an operation, and returns the error with which it must fail, or nil. The caller holds the
+// lock.
 func (f *FS) begin(op Op) error {
 	f.counts[op]++
 	for _, ft := range f.faults[op] {
@@ -160,7 +158,7 @@ func (f *FS) next() uint64 {
 	return f.seq
 }
 
-// reserve counts an inode's space up to size. The lock is held.
+// reserve makes the space that an inode has reserved at least size. The caller holds the lock.
 func (f *FS) reserve(n *inode, size int64) error {
 	more := size - n.reserved
 	if more <= 0 || n.unlinked {
@@ -227,7 +225,7 @@ func (f *FS) Open(name string) (storage.File, error) {
 	return f.handle(name, n), nil
 }
 
-// Remove implements storage.FS. The file's space is free at once.
+// Remove implements storage.FS. The file's space becomes free at once.
 func (f *FS) Remove(name string) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -244,7 +242,8 @@ func (f *FS) Remove(name string) error {
 	return nil
 }
 
-// SetAside implements storage.FS. What is set aside is not part of the directory: Aside tells its names.
+// SetAside implements storage.FS. Files that were set aside are not part of the directory; Aside returns
+// their names.
 func (f *FS) SetAside(name, as string) error {
 	if err := f.Remove(name); err != nil {
 		return err
@@ -276,7 +275,7 @@ func (f *FS) PruneAside(prefix string, keep int) error {
 	return nil
 }
 
-// Aside returns the names of what was set aside.
+// Aside returns the names of the files that were set aside.
 func (f *FS) Aside() []string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -299,7 +298,8 @@ func (f *FS) SyncDir() error {
 	})
 }
 
-// sync calls the hook, and finish with the lock held and the error to fail with.
+// sync calls the hook, then finish with the injected error or nil, with the lock held, and then the hook
+// again.
 func (f *FS) sync(op Op, name string, finish func(err error)) error {
 	f.mu.Lock()
 	hook := f.onSync
@@ -309,7 +309,7 @@ func (f *FS) sync(op Op, name string, finish func(err error)) error {
 		defer hook(name)
 	}
 	f.mu.Lock()
-	defer f.mu.Unlock() // before the hook is called again
+	defer f.mu.Unlock() // released before the hook is called again
 	err := f.begin(op)
 	finish(err)
 	if err != nil {

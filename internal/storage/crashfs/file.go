@@ -6,7 +6,7 @@ import (
 	"slices"
 )
 
-// file is an open file of an FS, whose lock guards it.
+// file is an open file of an FS. The FS's lock guards it.
 type file struct {
 	fs     *FS
 	name   string
@@ -27,7 +27,7 @@ func (h *file) ReadAt(p []byte, off int64) (int, error) {
 	return n, nil
 }
 
-// TryReadAt implements storage.File. Memory has what lies in every other page.
+// TryReadAt implements storage.File. It treats every other page as being in memory.
 func (h *file) TryReadAt(p []byte, off int64) bool {
 	const page = 4096
 	if off/page%2 == 0 {
@@ -37,7 +37,7 @@ func (h *file) TryReadAt(p []byte, off int64) bool {
 	return err == nil && n == len(p)
 }
 
-// misuse says why a call is refused.
+// misuse returns the error for a call that is refused because the file is closed or an argument is invalid.
 func (h *file) misuse() error {
 	if h.closed {
 		return fs.ErrClosed
@@ -67,7 +67,7 @@ func (h *file) WriteAt(p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
-// StartWrite does nothing: what it may write a crash may keep anyway.
+// StartWrite does nothing: a crash may keep anything that it could write anyway.
 func (h *file) StartWrite(off, n int64) {}
 
 // Allocate implements storage.File. It counts as a truncation.
@@ -131,10 +131,10 @@ func (h *file) Size() (int64, error) {
 	return h.node.now.size, nil
 }
 
-// Hold returns that there is no descriptor.
+// Hold returns false: there is no descriptor.
 func (h *file) Hold() (fd int, ok bool) { return -1, false }
 
-// Release is the end of a Hold that there was not.
+// Release does nothing, since Hold never returns true.
 func (h *file) Release() {}
 
 func (h *file) Close() error {

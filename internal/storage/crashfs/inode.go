@@ -2,25 +2,24 @@ package crashfs
 
 import "slices"
 
-// inode is a file, whatever its names. The FS's lock guards it.
+// inode is a file, whatever names it has. The FS's lock guards it.
 type inode struct {
 	now     *content // what a read sees
-	durable *content // what a power loss leaves at least; frozen always
-	// frozen says that now is shared and is thawed before it is written to.
+	durable *content // the least that a power loss leaves; always frozen
+	// frozen says that now is shared, and must be thawed before it is written to.
 	frozen bool
-	// pending are the operations since the last sync, in order.
+	// pending holds the operations since the last sync, in order.
 	pending []op
-	// failed is how many of pending a failed sync covered: they may have reached
-	// the disk or not, but no later sync writes them.
+	// failed is the number of operations in pending that a failed sync covered. They may or may not have
+	// reached the disk, and no later sync writes them.
 	failed int
-	// diverged says that such operations were lost: durable is not now less
-	// pending any more.
+	// diverged says that such operations were lost: now is no longer durable plus pending.
 	diverged bool
-	reserved int64 // bytes that count against the capacity, unless
-	unlinked bool  // the file has been removed
+	reserved int64 // bytes that count against the capacity, unless unlinked
+	unlinked bool  // the file was removed
 }
 
-// newInode returns an inode whose content, from here on frozen, is durable.
+// newInode returns an inode with the content c, which is frozen from now on and durable.
 func newInode(c *content, reserved int64) *inode {
 	return &inode{now: c, durable: c, frozen: true, reserved: reserved}
 }
@@ -33,7 +32,7 @@ func (n *inode) clone() *inode {
 	return &c
 }
 
-// change applies the operation to what reads see and notes that it is not durable.
+// change applies an operation to what reads see, and notes that it is not durable.
 func (n *inode) change(o op) {
 	if n.frozen {
 		n.now, n.frozen = n.now.thaw(), false
@@ -42,8 +41,8 @@ func (n *inode) change(o op) {
 	n.pending = append(n.pending, o)
 }
 
-// sync makes what is pending durable, except what a failed sync has covered:
-// that is clean to the kernel, though reads still see it.
+// sync makes the pending operations durable, except those that a failed sync covered: the kernel treats those
+// as clean, though reads still see them.
 func (n *inode) sync() {
 	if n.failed == 0 && !n.diverged {
 		n.durable, n.frozen = n.now, true
