@@ -9,7 +9,7 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// errFull is returned when the cache has no room beside the leaves that a checkpoint still has to write.
+// errFull is returned if the cache is full of leaves that a checkpoint still has to write.
 var errFull = errors.New("the cache is full of changes")
 
 const (
@@ -26,7 +26,7 @@ const (
 	// checkpointCopy is the memory that a checkpoint takes for each leaf that it writes: the leaf's encoding
 	// (1.9 KB) and the page of the table that holds it (4 KiB).
 	checkpointCopy = 6 << 10
-	// bucketShare is the ratio of a shard's memory to the memory of its buckets: a handle of 4 bytes for every
+	// bucketShare is the ratio of a shard's memory to the memory of its buckets: one 4-byte handle for each
 	// 96 bytes. The smallest leaves take 32 bytes.
 	bucketShare = 96 / 4
 )

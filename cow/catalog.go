@@ -228,7 +228,7 @@ func (t *catalog) apply(ev *format.Event, gen uint64) error {
 	return nil
 }
 
-// forget removes the row of a point that nothing needs.
+// forget removes the row of a point that is no longer needed.
 func (t *catalog) forget(s *snapshot) {
 	delete(t.snapshots, s.ID)
 	delete(t.unnamedPoints, s)

@@ -82,9 +82,9 @@ func (s *Store) commit(g *generation) error {
 	return errors.Join(err, perr)
 }
 
-// trimEnds gives back the space that is allocated behind the records of a chunk, for chunks in which the log
-// ended without a Close, once no replay begins in them any more: those with a sequence number less than
-// before. The caller holds ckptMu.
+// trimEnds gives back the space that is allocated behind the records of chunks in which the log ended without
+// a Close. It does so once no replay begins in such a chunk any more, because its sequence number is less
+// than before. The caller holds ckptMu.
 func (s *Store) trimEnds(before uint64) {
 	s.untrimmed = slices.DeleteFunc(s.untrimmed, func(c *chunk) bool {
 		if c.seq >= before {
@@ -108,8 +108,9 @@ func (s *Store) trimEnds(before uint64) {
 	})
 }
 
-// beginGeneration notes the log's end and takes everything that changed up to it, under the lock. What
-// writers do from here on belongs to the next generation. The reaper's batches are part of this one.
+// beginGeneration notes the log's end and takes everything that changed up to it, in one critical section of
+// mu. What writers change from here on belongs to the next generation. The reaper's batches are part of this
+// one.
 func (s *Store) beginGeneration() *generation {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -301,7 +301,7 @@ func TestColdAndSlotReuse(t *testing.T) {
 	mustEnd(t, s, d)
 }
 
-// TestColdGains looks at what a pass writes, and at what it leaves.
+// TestColdGains looks at the units that a pass writes, and at those that it leaves.
 func TestColdGains(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {

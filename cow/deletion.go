@@ -72,7 +72,7 @@ func (s *Store) nextDeletionAsOf(committed uint64) (deletion, bool) {
 	return deletion{}, false
 }
 
-// isReapable reports whether the point is unnamed and nothing needs it, and the table has all that the reaper
+// isReapable reports whether the point is unnamed and no longer needed, and the table has all that the reaper
 // looks at. The caller holds mu.
 func (sn *snapshot) isReapable(committed uint64) bool {
 	b := sn.branch
@@ -118,9 +118,9 @@ func (b *branch) neighbours(epoch uint32) (before, after uint32) {
 	return before, after
 }
 
-// prepareReaping loads what the next batch looks at. It does so without mu; a batch, which holds mu, would
-// make everybody wait for the disk. It ignores errors, since the batch meets them again. The caller holds
-// ckptMu.
+// prepareReaping loads the leaves and versions that the next batch looks at. It loads them without mu; the
+// batch, which holds mu, would make everybody wait for the disk. It ignores errors, since the batch meets
+// them again. The caller holds ckptMu.
 func (s *Store) prepareReaping() {
 	s.mu.Lock()
 	j, ok := s.nextDeletion()
@@ -179,7 +179,7 @@ func (s *Store) reapForCheckpoint() {
 }
 
 // reap does one batch of work, and reports whether this checkpoint can do another. The caller holds mu and
-// ckptMu, so that memory is what the table will be, and what is decided here by memory holds for the table
+// ckptMu. So the table will be what memory is now, and decisions by the state in memory hold for the table
 // too.
 func (s *Store) reap() (more bool) {
 	if s.lastAborted {

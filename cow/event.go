@@ -7,8 +7,8 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// transact makes one event happen. build is called under mu, and returns the event: the rows that change,
-// once it has checked everything. The event gets its place in the log, the catalog changes, and transact
+// transact makes one event happen. It calls build under mu. build checks everything, and returns the event,
+// which lists the rows that change. The event gets its place in the log, the catalog changes, and transact
 // returns when the event is durable. If build returns a nil event, nothing changes. transact may call build
 // more than once.
 func (s *Store) transact(build func() (*format.Event, error)) error {

@@ -99,8 +99,8 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
-// fillDisk writes to the volume, with a snapshot that keeps what is overwritten, until the store takes no
-// more.
+// fillDisk writes to the volume until the store takes no more, and takes a snapshot on the way, which keeps
+// the data that is overwritten.
 func (w *world) fillDisk(t *testing.T) (writes int64) {
 	if _, ok := w.m.now()["v"]; !ok {
 		w.m.create("v", 4<<20, format.Raw)

@@ -342,8 +342,8 @@ func (pl *ReadPlan) Fetch() (err error) {
 	return pl.Finish(err)
 }
 
-// try does the fetches whose data is in the page cache. For all others the disk begins to read, at once. try
-// reports whether there were no others.
+// try does the fetches whose data is in the page cache. For all others it makes the disk begin to read, all
+// at the same time. It reports whether there were no others.
 func (pl *ReadPlan) try() (done bool) {
 	missing := pl.fetches[:0]
 	for _, f := range pl.fetches {

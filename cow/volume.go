@@ -286,8 +286,8 @@ func (s *Store) cutOff(d *Device, size, old int64) error {
 }
 
 // Remove deletes a snapshot, or a volume; with recursive set, it deletes the volume's snapshots too. Clones
-// live on. Remove returns ErrBusy for what is open, and for a volume with snapshots if recursive is not set.
-// When it returns, the names are gone; the following checkpoints reclaim the space.
+// live on. Remove returns ErrBusy if the volume or snapshot is open, or if a volume has snapshots and
+// recursive is not set. When it returns, the names are gone; the following checkpoints reclaim the space.
 func (s *Store) Remove(r Ref, recursive bool) error {
 	err := s.transact(func() (*format.Event, error) {
 		v, sn, err := s.lookup(r)

@@ -10,7 +10,7 @@ import (
 const (
 	unitSize = format.UnitBlocks * format.BlockSize
 
-	// hotUnit is the size into which writes are cut. What is written may soon be read or overwritten in part,
+	// hotUnit is the size into which writes are cut. Written data may soon be read or overwritten in part,
 	// and each block that is read costs reading and decompressing its whole unit. Larger units would save
 	// another tenth of the space, but double the cost of a random read.
 	hotUnit = 4 * format.BlockSize
@@ -133,7 +133,7 @@ func (s *Store) unchangedSince(d *Device, ex *expect, lf *leaf, block uint64, n 
 }
 
 // putBlocks writes whole blocks that lie within one unit. It writes runs of zeros as holes, unless sc.solid
-// is set, and what is between them as data.
+// is set, and all other blocks as data.
 func (d *Device) putBlocks(sc *scratch, data []byte, first uint64, ex *expect) error {
 	for len(data) > 0 {
 		zero := format.IsZero(data[:format.BlockSize])
@@ -302,7 +302,8 @@ func (s *Store) makeRoom(p purpose) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if short := s.tableShort(1, p); short > 0 {
-		more := s.unwritten+s.writing+len(s.dirtyRegions)+s.writingRegions > 0 || s.awaitsReaper() // a checkpoint can free some
+		// more is true if a checkpoint can free some room.
+		more := s.unwritten+s.writing+len(s.dirtyRegions)+s.writingRegions > 0 || s.awaitsReaper()
 		s.mu.Unlock()
 		err := s.growTable(short, p)
 		s.mu.Lock()
@@ -368,8 +369,8 @@ func (d *Device) Flush() error {
 	return nil
 }
 
-// Discard unmaps the whole 4 KiB blocks in the range, which then read as zeros. Blocks that are only partly in
-// the range stay as they are. The exception is the device's last block, if the device ends within it: Discard
+// Discard unmaps the whole 4 KiB blocks in the range, which then read as zeros. Blocks that are only partly
+// in the range do not change. The exception is the device's last block, if the device ends within it: Discard
 // unmaps that block if the range covers the device's part of it.
 func (d *Device) Discard(off, length int64) error {
 	if err := d.checkWrite(off, length); err != nil {
