@@ -99,7 +99,7 @@ type recordLog struct {
 	closed       bool          // nothing more is appended
 	wanted       purpose       // highest purpose that waits for a new chunk
 	capacity     int64         // room in bytes, used or not, when a chunk was last made; 0: not known
-	limit        int64         // of all chunk files together, in bytes; 0: the file system's room
+	limit        int64         // most bytes in all chunk files; 0: the file system sets the limit
 	cleaner      func() bool   // wakes the cleaner; returns false if the cleaner can give back no room
 	rotated      func(purpose) // called for each full chunk, with the purpose of the next one
 	nextSeq      uint64        // sequence number of the next record
@@ -144,6 +144,7 @@ func (l *recordLog) share(m *sharedBuffers) {
 	}
 }
 
+// start starts the goroutines that write buffers, make chunks, and sync sealed chunks.
 func (l *recordLog) start() {
 	l.wg.Go(func() { l.each(l.flushWork, func() { _ = l.drain() }) }) // drain keeps its error in failed
 	l.wg.Go(func() { l.each(l.makeWork, l.makeChunk) })
@@ -156,11 +157,13 @@ func (l *recordLog) close() {
 	l.space.Broadcast()
 }
 
+// stop ends the goroutines that start has started, and waits for them.
 func (l *recordLog) stop() {
 	close(l.quit)
 	l.wg.Wait()
 }
 
+// each calls fn for each value from work until stop is called.
 func (l *recordLog) each(work <-chan struct{}, fn func()) {
 	for {
 		select {
@@ -172,6 +175,7 @@ func (l *recordLog) each(work <-chan struct{}, fn func()) {
 	}
 }
 
+// poke signals on c that there is work, unless that is signalled already.
 func poke(c chan struct{}) {
 	select {
 	case c <- struct{}{}:
@@ -189,6 +193,7 @@ func (l *recordLog) fail(err error) error {
 	return *l.failed.Load()
 }
 
+// err returns the final error, or nil if the log has not failed.
 func (l *recordLog) err() error {
 	if p := l.failed.Load(); p != nil {
 		return *p
@@ -250,6 +255,9 @@ func (l *recordLog) fits(n int, p purpose) bool {
 	return n <= room
 }
 
+// waitForChunk asks for a chunk for p, and waits until there is one or an attempt to make one has ended. For
+// a higher purpose than data it also waits for an attempt that is still under way. The caller holds mu, which
+// is released while it waits.
 func (l *recordLog) waitForChunk(p purpose) {
 	l.wanted = max(l.wanted, p)
 	round := l.madeRound
@@ -262,6 +270,8 @@ func (l *recordLog) waitForChunk(p purpose) {
 // suits reports whether the next chunk exists and may be used for p.
 func (l *recordLog) suits(p purpose) bool { return l.next != nil && (p > forData || !l.next.reserved) }
 
+// wantChunk wakes the goroutine that makes chunks, unless it is at work or there is a next chunk for data.
+// The caller holds mu.
 func (l *recordLog) wantChunk() {
 	if !l.making && !l.suits(forData) {
 		l.making = true
@@ -269,6 +279,7 @@ func (l *recordLog) wantChunk() {
 	}
 }
 
+// rotate seals the current chunk, and goes on in the next for a record of purpose p. The caller holds mu.
 func (l *recordLog) rotate(p purpose) {
 	l.cut()
 	l.seal()
@@ -276,6 +287,7 @@ func (l *recordLog) rotate(p purpose) {
 	l.rotated(p)
 }
 
+// activate makes a free buffer the active one, at the end of the current chunk. The caller holds mu.
 func (l *recordLog) activate() {
 	b := l.free[len(l.free)-1]
 	l.free = l.free[:len(l.free)-1]
