@@ -13,7 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// few is a directory of n files, each of which holds its number, with descriptors for limit of them.
+// few returns a directory of n files, each of which holds its number. At most limit of them have a
+// descriptor.
 func few(t *testing.T, n, limit int) (*dir, []File) {
 	t.Helper()
 	made, _ := openDir(t)
@@ -74,7 +75,7 @@ func TestMoreFilesThanDescriptors(t *testing.T) {
 	if n := d.files.count(); n > 6+8 {
 		t.Errorf("%d files have a descriptor", n)
 	}
-	// What has lost its descriptor can be removed, and read on.
+	// A file that has lost its descriptor can be removed, and can still be read.
 	for i, f := range files {
 		must(t, d.Remove(name(i)))
 		d.check(t, i, f)
@@ -82,7 +83,7 @@ func TestMoreFilesThanDescriptors(t *testing.T) {
 	if names, err := d.List(); err != nil || len(names) != 0 {
 		t.Error(names, err)
 	}
-	for i, f := range files { // also beside another file of the same name
+	for i, f := range files { // even if another file has the same name
 		g, err := d.Create(name(i), 0)
 		must(t, err)
 		_, err = g.WriteAt([]byte("new"), 0)
@@ -91,7 +92,8 @@ func TestMoreFilesThanDescriptors(t *testing.T) {
 	}
 }
 
-// What is held for a ring stays, and who must not wait is told that there is none.
+// TestHeldDescriptorsStay checks that a descriptor that is held for a ring stays open, and that Hold fails if
+// it would have to wait for one.
 func TestHeldDescriptorsStay(t *testing.T) {
 	d, files := few(t, 20, 4)
 	for _, f := range files {
@@ -109,7 +111,7 @@ func TestHeldDescriptorsStay(t *testing.T) {
 	if len(held) > 4 {
 		t.Errorf("%d were held where 4 are allowed", len(held))
 	}
-	for i, f := range files { // an operation gets one nevertheless
+	for i, f := range files { // other operations get a descriptor nevertheless
 		d.check(t, i, f)
 	}
 	for i, fd := range held {
@@ -128,7 +130,8 @@ func TestHeldDescriptorsStay(t *testing.T) {
 	}
 }
 
-// A descriptor is not closed before what was written by it is durable, and a failure of that is Sync's to tell.
+// TestEvictionSyncs checks that a descriptor is not closed before everything written through it is durable,
+// and that Sync reports a failure of that.
 func TestEvictionSyncs(t *testing.T) {
 	d, files := few(t, 4, 100)
 	for d.files.evict(false) {
@@ -144,7 +147,7 @@ func TestEvictionSyncs(t *testing.T) {
 	}
 	_, err := files[1].WriteAt([]byte{1}, 0)
 	must(t, err)
-	for d.files.evict(true) { // one who must not wait closes only what is clean
+	for d.files.evict(true) { // a hasty caller closes only clean files
 	}
 	if files[1].(*file).desc.Load() == nil {
 		t.Error("a file that was written to was closed without a sync")
@@ -170,13 +173,13 @@ func TestEvictionSyncs(t *testing.T) {
 	must(t, f.desc.Load().Close())
 }
 
-// What is written while a sync is under way is not taken for durable.
+// TestWriteBesideSync checks that a write that ends after a sync has begun does not count as durable.
 func TestWriteBesideSync(t *testing.T) {
 	d, files := few(t, 2, 100)
 	f := files[0].(*file)
 	must(t, f.change(func(fd *descriptor) error {
 		_, err := fd.WriteAt([]byte{1}, 0)
-		return errors.Join(f.Sync(), err) // the sync may as well come before the write
+		return errors.Join(f.Sync(), err) // a sync may come before the end of a write
 	}))
 	if f.clean() {
 		t.Error("a write that ended after the sync counts as durable")
@@ -192,7 +195,8 @@ func TestWriteBesideSync(t *testing.T) {
 	}
 }
 
-// Who does not want to wait for the disk does not wait for a sync that makes a descriptor free either.
+// TestTryReadAtSyncsNothing checks that a caller that does not want to wait for the disk does not wait for
+// the sync that would free a descriptor, either.
 func TestTryReadAtSyncsNothing(t *testing.T) {
 	d, files := few(t, 8, 4)
 	for _, f := range files[:4] {
@@ -213,14 +217,15 @@ func TestTryReadAtSyncsNothing(t *testing.T) {
 	}
 }
 
-// The process has no descriptors left: those that are not in use are given up, and if all are, who needs one waits.
+// TestNoDescriptorsLeft limits the descriptors of the process. Those that are not in use must be closed, and
+// if all are in use, an operation must wait for one.
 func TestNoDescriptorsLeft(t *testing.T) {
 	d, files := few(t, 30, 100)
 	var old unix.Rlimit
 	must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &old))
 	for d.files.evict(false) {
 	}
-	lowest, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0) // the next number
+	lowest, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0) // the next free number
 	must(t, err)
 	must(t, unix.Close(lowest))
 	lim := unix.Rlimit{Cur: uint64(lowest) + 3, Max: old.Max}
@@ -260,7 +265,8 @@ func TestNoDescriptorsLeft(t *testing.T) {
 	d.check(t, 20, files[20])
 }
 
-// Nothing is made or removed in a directory that was opened to be read.
+// TestReadOnlyDirectory checks that nothing can be made or removed in a directory that was opened for
+// reading.
 func TestReadOnlyDirectory(t *testing.T) {
 	_, path := openDir(t)
 	must(t, os.WriteFile(filepath.Join(path, "a"), []byte("hello"), 0o400))

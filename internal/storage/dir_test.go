@@ -29,7 +29,7 @@ func openDir(t *testing.T) (FS, string) {
 	return d, path
 }
 
-// fdOf is the descriptor of a file that is open and not used otherwise.
+// fdOf returns the descriptor of a file that is open and not in use.
 func fdOf(t *testing.T, f File) int {
 	t.Helper()
 	fd, ok := f.Hold()
@@ -77,7 +77,7 @@ func TestDirectory(t *testing.T) {
 	a, err := d.Create("a", 0)
 	must(t, err)
 	must(t, a.Close())
-	for range 2 { // a list does not use up the directory
+	for range 2 { // listing does not use up the directory
 		if names, err := d.List(); err != nil || !slices.Equal(names, []string{"a", "b"}) {
 			t.Error(names, err)
 		}
@@ -125,7 +125,7 @@ func TestNothingOutsideIsReached(t *testing.T) {
 
 func TestFailedCreateLeavesNothing(t *testing.T) {
 	d, _ := openDir(t)
-	// Beyond what any file system lets a file be, so that none fills up first.
+	// This is more than any file system allows for a file, so none fills up first.
 	if _, err := d.Create("big", 1<<62); !errors.Is(err, unix.EFBIG) && !errors.Is(err, ErrNoSpace) {
 		t.Error(err)
 	}
@@ -199,7 +199,7 @@ func TestTryReadAt(t *testing.T) {
 	if !f.TryReadAt(got, 1000) || !bytes.Equal(got, want) {
 		t.Error("what was just written is not in memory")
 	}
-	// Out of memory, it may or may not be there at once, but soon.
+	// Once the file is out of memory, the data may be there at once or not, but must be there soon.
 	must(t, f.Sync())
 	must(t, unix.Fadvise(fdOf(t, f), 0, 0, unix.FADV_DONTNEED))
 	clear(got)

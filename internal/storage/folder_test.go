@@ -19,7 +19,8 @@ func openFolder(t *testing.T, path string) *Folder {
 	return d
 }
 
-// Nothing that somebody puts in the place of a file leads elsewhere, or makes the process wait.
+// TestFolderFollowsNothing checks that nothing in the place of a file can lead to another file, or make the
+// process wait.
 func TestFolderFollowsNothing(t *testing.T) {
 	path := t.TempDir()
 	must(t, os.Chmod(path, 0o700))
@@ -70,7 +71,8 @@ func TestFolderFollowsNothing(t *testing.T) {
 	}
 }
 
-// Whom a folder belongs to, and who may change it, decides whether it is opened unasked.
+// TestFolderIsOurs checks that the owner and the mode of a folder decide whether it is opened without
+// foreign.
 func TestFolderIsOurs(t *testing.T) {
 	for _, mode := range []os.FileMode{0o700, 0o755, 0o770, 0o702} {
 		path := filepath.Join(t.TempDir(), "folder")
@@ -93,7 +95,7 @@ func TestFolderIsOurs(t *testing.T) {
 	}
 }
 
-// As one user sees what another has made.
+// TestFolderOfAnother checks what one user may open of another's.
 func TestFolderOfAnother(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can make files of other users")
@@ -130,7 +132,7 @@ func TestFolderOfAnother(t *testing.T) {
 	if _, err := d.Sub("sub"); !errors.Is(err, ErrForeign) {
 		t.Error("a third user's folder:", err)
 	}
-	// Root's is as good as one's own: root can do anything anyway.
+	// A folder of root's is as good as one's own: root can do anything anyway.
 	must(t, os.Chmod(base, 0o755))
 	must(t, os.Chmod(filepath.Dir(base), 0o755))
 	asNobody(t, func() {
@@ -158,7 +160,7 @@ func asNobody(t *testing.T, f func()) {
 	<-done
 }
 
-// TestFilesForAnotherUser: what root makes in a user's folder is that user's.
+// TestFilesForAnotherUser checks that files that root makes in a user's folder belong to that user.
 func TestFilesForAnotherUser(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can give files away")
@@ -176,7 +178,7 @@ func TestFilesForAnotherUser(t *testing.T) {
 	f, err := d.Create("00000000", 4096)
 	must(t, err)
 	must(t, f.Close())
-	must(t, os.WriteFile(filepath.Join(path, "lock"), nil, 0o600)) // as an older program of root's left it
+	must(t, os.WriteFile(filepath.Join(path, "lock"), nil, 0o600)) // left by an older program, run by root
 	l, err := in.Open("lock", unix.O_RDWR|unix.O_CREAT)
 	must(t, err)
 	must(t, l.Close())
@@ -187,7 +189,7 @@ func TestFilesForAnotherUser(t *testing.T) {
 			t.Errorf("%s belongs to %d:%d", name, st.Uid, st.Gid)
 		}
 	}
-	// Not what is another user's, or has another name elsewhere.
+	// A file of another user, or one with a second name, is not given away.
 	must(t, os.WriteFile(filepath.Join(path, "linked"), nil, 0o600))
 	must(t, os.Link(filepath.Join(path, "linked"), filepath.Join(path, "other")))
 	if _, err := in.Open("linked", unix.O_RDWR|unix.O_CREAT); !errors.Is(err, ErrIrregular) {

@@ -35,7 +35,7 @@ func write(t *testing.T, h storage.File, s string, off int64) {
 	}
 }
 
-// durable makes a file whose name and content survive.
+// durable makes a file whose name and content are durable.
 func durable(t *testing.T, f *FS, name, content string) storage.File {
 	t.Helper()
 	h := create(t, f, name, 0)
@@ -45,7 +45,7 @@ func durable(t *testing.T, f *FS, name, content string) storage.File {
 	return h
 }
 
-// read returns the content of a file, or "-" if there is none of that name.
+// read returns the content of a file, or "-" if there is no file of that name.
 func read(t *testing.T, f *FS, name string) string {
 	t.Helper()
 	h, err := f.Open(name)
@@ -85,7 +85,7 @@ func TestUnsyncedDirectoryIsLost(t *testing.T) {
 	f := New()
 	h := create(t, f, "a", 0)
 	write(t, h, "content", 0)
-	must(t, h.Sync()) // of the content, not of the name
+	must(t, h.Sync()) // syncs the content, not the name
 	want(t, f.Crash(Choice{}), "a", "-")
 	want(t, f.Crash(Everything), "a", "content")
 	must(t, f.SyncDir())
@@ -127,8 +127,8 @@ func TestPrefixKeepsTheOrderOverFiles(t *testing.T) {
 	}
 }
 
-// TestChoicesReachEveryState counts what the choices leave of three writes to
-// three files and two directory operations.
+// TestChoicesReachEveryState counts the states that the choices leave of three writes to three files and two
+// directory operations.
 func TestChoicesReachEveryState(t *testing.T) {
 	f := New()
 	state := func(f *FS) (s string) {
@@ -166,7 +166,7 @@ func TestTornWrite(t *testing.T) {
 	f := New()
 	old, now := bytes.Repeat([]byte("o"), 8*sectorSize), bytes.Repeat([]byte("n"), 4*sectorSize)
 	h := durable(t, f, "a", string(old))
-	const off = 100 // sectors are the file's, not the write's
+	const off = 100 // sectors begin at multiples of 512 in the file, not in the write
 	write(t, h, string(now), off)
 	masks := map[int]bool{}
 	for _, c := range f.Choices(1, 400) {
@@ -194,8 +194,8 @@ func TestTornWrite(t *testing.T) {
 	}
 }
 
-// TestFailedSyncLosesData is the kernel's behaviour that a program may not
-// mistake for success: after a failed fsync the data is clean.
+// TestFailedSyncLosesData checks that the FS behaves like the kernel: after a failed fsync, lost data counts
+// as clean. A program must not mistake that for success.
 func TestFailedSyncLosesData(t *testing.T) {
 	f := New()
 	h := durable(t, f, "a", "00")
@@ -285,9 +285,9 @@ func TestImagesAreIndependent(t *testing.T) {
 	write(t, ih, "3", 0)
 	want(t, f, "a", "2")
 	want(t, image, "a", "3")
-	want(t, image.Crash(Choice{}), "a", "1") // the image itself was durable
+	want(t, image.Crash(Choice{}), "a", "1") // in the image, everything was durable
 	want(t, clone, "a", "1")
-	want(t, clone.Crash(Choice{}), "a", "0") // the clone is as unsynced as it was
+	want(t, clone.Crash(Choice{}), "a", "0") // the clone is as unsynced as the original
 }
 
 func TestMisuse(t *testing.T) {
@@ -337,7 +337,7 @@ func TestAgainstModel(t *testing.T) {
 	f := New()
 	h := durable(t, f, "a", "")
 	var now, synced []byte
-	var states [][]byte // after each operation since the sync
+	var states [][]byte // content after each operation since the last sync
 	for range 3000 {
 		switch rng.IntN(12) {
 		case 0:
