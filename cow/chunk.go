@@ -85,6 +85,7 @@ func (c *chunk) die(n uint32) {
 	}
 }
 
+// release gives a reference back. The last one closes the file.
 func (c *chunk) release() {
 	if c.refs.Add(-1) == 0 && c.file != nil {
 		_ = c.file.Close() // nothing unsynced is left in the file: the log holds a reference until then

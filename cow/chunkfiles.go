@@ -121,9 +121,9 @@ func inTime(h format.ChunkHeader, cp format.Checkpoint) error {
 }
 
 // proveRows checks that the files of the table's chunks are those chunks. It does nothing if the table is
-// known to be the one that the last owner left. A file that holds a younger chunk belongs to a younger table,
-// so the table is refused. Any other mismatch is damage to that one chunk, which its readers and Check
-// report.
+// known to be the one that the last owner left. It refuses the table if a file's header has a later
+// checkpoint than the table, or if a file holds a younger chunk, which belongs to a younger table. Any other
+// mismatch is damage to that one chunk, which its readers and Check report.
 func (s *Store) proveRows(tb *metadata.Tables, names []string) error {
 	if s.meta.Verified() {
 		return nil
@@ -192,6 +192,8 @@ func (s *Store) foundChunk(r format.Chunk, inTable bool) *chunk {
 	return c
 }
 
+// parseChunkName returns the slot of the chunk file called name. ok is false if that is not the name of a
+// chunk file.
 func parseChunkName(name string) (slot uint32, ok bool) {
 	n, err := strconv.ParseUint(name, 16, 32)
 	return uint32(n), err == nil && n < format.MaxSlots && chunkName(uint32(n)) == name

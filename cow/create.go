@@ -27,7 +27,7 @@ func CreateIn(dir string, foreign bool) error {
 		return fmt.Errorf("make store: %w", err)
 	}
 	// Other users may still have the right to change the directory. What counts is what it holds once they
-	// have not.
+	// have lost it.
 	in, err := storage.OpenFolder(dir, true)
 	if err != nil {
 		return fmt.Errorf("make store: %w", err)

@@ -65,6 +65,7 @@ func (m *durableMark) open(fsys storage.FS, uuid [16]byte, log *slog.Logger) (se
 	return m.seq
 }
 
+// read reads and verifies one of the two marks.
 func (m *durableMark) read(place int) (format.DurableMark, error) {
 	n, err := readFull(m.file, m.scrap[:], int64(place)*markPlace)
 	if err != nil {

@@ -62,6 +62,7 @@ func (s *Store) loadAndReplay() (left []leaving, err error) {
 	return append(left, leavings...), err
 }
 
+// loadTables fills the catalog from the table's rows.
 func (s *Store) loadTables(tb *metadata.Tables) error {
 	t := &s.catalog
 	// Ids rise, and a branch has a higher id than its origin.
@@ -395,6 +396,8 @@ func (r *recordReader) writeBack() error {
 	return err
 }
 
+// load fills the window with n bytes from off on. It first writes back the verified records in the old
+// window.
 func (r *recordReader) load(n int, off uint32) error {
 	if err := r.writeBack(); err != nil {
 		return err

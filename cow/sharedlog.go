@@ -171,10 +171,12 @@ func openSharedBuffers(dir, name string, uuid [16]byte, trusts func(uid uint32) 
 	return b, nil
 }
 
+// head returns the head of buffer i.
 func (b *sharedBuffers) head(i int) *slotHead {
 	return (*slotHead)(unsafe.Pointer(&b.mem[sharedTable+i*int(unsafe.Sizeof(slotHead{}))]))
 }
 
+// data returns the memory of buffer i.
 func (b *sharedBuffers) data(i int) []byte {
 	at := sharedHead + i*bufferSize
 	return b.mem[at : at+bufferSize : at+bufferSize]
@@ -227,6 +229,7 @@ func (b *sharedBuffers) close() error {
 	return errors.Join(err, b.f.Close())
 }
 
+// remove removes the file, and unmaps the buffers.
 func (b *sharedBuffers) remove() error {
 	return errors.Join(os.Remove(b.path), b.close())
 }
@@ -253,8 +256,9 @@ func (s *Store) newOwnerRecord() (r ownerRecord, err error) {
 
 // recoverSharedBuffers writes the acknowledged writes that a killed owner left in memory to the chunk files.
 // It must be called before the log is read. If it cannot know whether there is anything to recover, it
-// returns an error and changes nothing. The caller must call settled once the store is known to be sound: it
-// removes ownerFile, so that the next owner need not look for the buffers.
+// returns an error and changes nothing. The caller must call settled once the store is known to be sound.
+// settled removes ownerFile, so that the next owner need not look for the buffers, and removes recovered
+// buffers unless they may be another store's.
 func (s *Store) recoverSharedBuffers(uuid [16]byte) (settled func() error, err error) {
 	path := s.in.Join(ownerFile)
 	text, err := s.in.Read(ownerFile)

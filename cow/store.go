@@ -252,6 +252,8 @@ func (s *Store) openChunks() (err error) {
 	return nil
 }
 
+// openFiles opens the table, takes over what a killed owner left in memory, replays the log, and makes the
+// store ready to serve. A store that can only be read ends with readLog.
 func (s *Store) openFiles() (err error) {
 	uuid := s.wal.uuid
 	s.meta, err = metadata.Open(s.in.Join(tableFile), metadata.Options{
