@@ -44,8 +44,8 @@ func writeAt0(f *os.File, text string) error {
 	return err
 }
 
-// holderText returns the holder as the first line of the lock file names it, or "another process" if that line
-// is empty.
+// holderText returns the holder as the first line of the lock file names it, or "another process" if that
+// line is empty.
 func holderText(b []byte) string {
 	for i, c := range b {
 		if c < ' ' {
