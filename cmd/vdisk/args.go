@@ -7,9 +7,9 @@ import (
 	"github.com/urfave/cli/v2"
 )
 
-// reorderArgs puts the arguments into the order that package cli understands: it takes what follows the first argument of a
-// command that is no flag for an argument, even "--size 10G". Flags of the program move to before the command, flags of
-// the command to right behind it, and the rest follows "--".
+// reorderArgs puts the arguments into the order that package cli understands. After a command's first
+// argument that is not a flag, package cli takes everything for an argument, even "--size 10G". So flags of
+// the program move before the command, flags of the command right behind it, and the rest follows "--".
 func reorderArgs(program *cli.App, args []string) []string {
 	global := flagTable(program.Flags)
 	global.add(cli.HelpFlag, cli.VersionFlag)
@@ -26,7 +26,7 @@ func reorderArgs(program *cli.App, args []string) []string {
 			rest = nil
 		case !strings.HasPrefix(arg, "-") || arg == "-":
 			if command == nil && len(positional) == 0 {
-				if arg == "help" { // vdisk help, vdisk help COMMAND
+				if arg == "help" { // vdisk help and vdisk help COMMAND
 					rest = append(rest, "--help")
 					continue
 				}
@@ -49,7 +49,8 @@ func reorderArgs(program *cli.App, args []string) []string {
 			if !taker.takesValue(arg, name) || hasValue {
 				continue
 			}
-			if len(rest) == 0 { // package cli says so, if nothing follows that it could take for the value
+			// package cli reports that the value is missing, if nothing follows that it could take for it
+			if len(rest) == 0 {
 				if to == &before || command == nil {
 					return append(append(args[:1:1], before...), flags...)
 				}
@@ -73,10 +74,11 @@ func reorderArgs(program *cli.App, args []string) []string {
 	return out
 }
 
-// table says of each flag's names whether it takes a value.
+// table maps each name of a flag to whether the flag takes a value.
 type table map[string]bool
 
-// takesValue reports whether the next argument is the value of a flag, or of the last of several of one letter, as in -Ht.
+// takesValue reports whether the next argument is the value of the flag, or of the last one of several
+// combined one-letter flags, as in -Ht.
 func (t table) takesValue(arg, name string) bool {
 	if _, ok := t[name]; ok || strings.HasPrefix(arg, "--") || name == "" {
 		return t[name]

@@ -33,7 +33,7 @@ func (a *app) benchCommand() *cli.Command {
 	}, a.bench)
 }
 
-// stepJSON is one line of the table in the output for programs.
+// stepJSON is one line of the table in the JSON output.
 type stepJSON struct {
 	Step       string  `json:"step"`
 	Operations int64   `json:"operations"`
@@ -46,7 +46,7 @@ type stepJSON struct {
 	CPU        int64   `json:"cpu_ns_per_operation"`
 }
 
-// benchJSON is the outcome in the output for programs.
+// benchJSON is the result in the JSON output.
 type benchJSON struct {
 	Store    string     `json:"store"`
 	Size     int64      `json:"size"`

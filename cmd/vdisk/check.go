@@ -27,19 +27,19 @@ func (a *app) checkCommand() *cli.Command {
 	}, a.check)
 }
 
-// problemJSON is one finding in the output for programs.
+// problemJSON is one problem in the JSON output.
 type problemJSON struct {
 	Kind  string `json:"kind"` // corrupt, unreadable or leak
 	Where string `json:"where"`
 	What  string `json:"what"`
 }
 
-// checkJSON is the outcome of a check in the output for programs.
+// checkJSON is the result of a check in the JSON output.
 type checkJSON struct {
 	OK         bool          `json:"ok"`
 	Problems   []problemJSON `json:"problems"`
 	Corrupt    int           `json:"corrupt"`
-	Unreadable int           `json:"unreadable"` // could not be looked at
+	Unreadable int           `json:"unreadable"` // things that could not be read
 	Leaks      int           `json:"leaks"`
 	Branches   int64         `json:"branches"`
 	Leaves     int64         `json:"leaves"`
@@ -47,7 +47,7 @@ type checkJSON struct {
 	Chunks     int64         `json:"chunk_files"`
 	LiveBytes  int64         `json:"live_bytes"`
 	DataBytes  int64         `json:"data_bytes"`         // read and verified
-	Repaired   []string      `json:"repaired,omitempty"` // what was given up
+	Repaired   []string      `json:"repaired,omitempty"` // what the repair gave up
 }
 
 func (a *app) check(c *cli.Context) error {

@@ -26,7 +26,7 @@ func (a *app) createCommand() *cli.Command {
 	}, a.create)
 }
 
-// volumeFlags are those of all commands that make a volume of its own kind.
+// volumeFlags returns the flags of all commands that make a volume with properties of its own.
 func volumeFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{Name: "compress", Usage: "none, s2, or zstd with a level from 1 (fast) to 19 (small), as zstd:9", Value: "s2"},
@@ -45,7 +45,7 @@ func volumeOptions(c *cli.Context) (o cow.VolumeOptions, err error) {
 	return o, nil
 }
 
-// compression reads the flag --compress.
+// compression parses the flag --compress.
 func compression(c *cli.Context) (codec format.Codec, level int, err error) {
 	name, text, hasLevel := strings.Cut(c.String("compress"), ":")
 	if codec, err = format.ParseCodec(name); err != nil {
@@ -94,7 +94,8 @@ func (a *app) create(c *cli.Context) error {
 	})
 }
 
-// printVolume shows a new volume to programs; people know what they asked for.
+// printVolume prints a new volume as JSON. Without --json it prints nothing, since the user knows what was
+// created.
 func (a *app) printVolume(v owner.Volume) error {
 	return a.print(volumeOf(v), func() error { return nil })
 }

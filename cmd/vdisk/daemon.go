@@ -34,13 +34,13 @@ func (a *app) daemonCommand() *cli.Command {
 }
 
 const (
-	// firstUse is how long a daemon that was started for something waits for that.
+	// firstUse is how long a daemon that was started for a command waits for that command.
 	firstUse = 10 * time.Second
-	// heirTimeout is how long a program that took over waits for a command that came in between.
+	// heirTimeout is how long a program that took over waits for a command that locked the store in between.
 	heirTimeout = time.Minute
 )
 
-// daemonArgs start a daemon that ends when it is not needed any more.
+// daemonArgs returns the arguments that start a daemon which ends once it is no longer needed.
 func (a *app) daemonArgs() []string {
 	args := []string{"--store", a.dir, "--lock-timeout", "0s"}
 	if a.maxSize != "" {
@@ -82,7 +82,8 @@ func (a *app) daemon(c *cli.Context) error {
 			return err
 		}
 		if err != nil {
-			// The devices have been flushed, or there would be no heir: what could not be done now, opening does.
+			// The devices have been flushed, or there would be no heir. Opening the store does what could not
+			// be done now.
 			a.log.Error("closing the store before the upgrade", "err", err)
 		}
 		err = heir.Execute(version())
@@ -92,13 +93,13 @@ func (a *app) daemon(c *cli.Context) error {
 	}
 }
 
-// startOwner opens the store, recovers what waits, and tells whoever started this daemon, or executed its program.
-// When it fails, or is stopped before it is ready, what it has recovered waits again: whoever uses that has asked for
-// nothing.
+// startOwner opens the store, recovers waiting devices, and reports to the process that started this daemon,
+// or that executed its program. If it fails, or is stopped before it is ready, the recovered devices wait
+// again: their users did not ask for their end.
 func (a *app) startOwner(c *cli.Context, o owner.Options, handover *owner.Handover) (*owner.Owner, error) {
 	s, err := owner.Own(c.Context, a.dir, o)
 	if err == nil {
-		_, err = s.Recover(c.Context, "") // each device's own outcome is logged, and listed
+		_, err = s.Recover(c.Context, "") // the outcome of each device is logged and listed
 		if err = errors.Join(err, context.Cause(c.Context)); err != nil {
 			err = errors.Join(err, s.CloseLeaving())
 		}
@@ -111,7 +112,7 @@ func (a *app) startOwner(c *cli.Context, o owner.Options, handover *owner.Handov
 	if err != nil {
 		return nil, err
 	}
-	if s.WritesThrough() { // what was logged before is not in the store's log
+	if s.WritesThrough() { // earlier log messages are not in the store's log
 		a.log.Warn("there was no room in /dev/shm when the store was opened: writes are slower")
 	}
 	a.log.Info("ready", "store", a.dir, "pid", os.Getpid(), "version", version())
@@ -119,14 +120,14 @@ func (a *app) startOwner(c *cli.Context, o owner.Options, handover *owner.Handov
 	return s, nil
 }
 
-// notify tells the service manager, if there is one.
+// notify sends a state to the service manager, if there is one.
 func (a *app) notify(state string) {
 	if _, err := daemon.SdNotify(false, state); err != nil {
 		a.log.Warn("telling the service manager", "err", err)
 	}
 }
 
-// untilEnd returns when the owner is closed.
+// untilEnd waits until the owner must end, closes it, and returns the error.
 func (a *app) untilEnd(c *cli.Context, s *owner.Owner) error {
 	ctx, stop := context.WithCancel(c.Context)
 	defer stop()
@@ -186,7 +187,7 @@ func (a *app) recover(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	if started { // it has recovered what it could before it was ready
+	if started { // a new daemon recovered what it could before it was ready
 		st, err := s.Status(c.Context)
 		if err != nil {
 			return err
@@ -199,7 +200,8 @@ func (a *app) recover(c *cli.Context) error {
 	return a.printRecovered(outcome)
 }
 
-// withServed adds to an outcome the devices that are served and that what names, or all, each once.
+// withServed adds to outcome the served devices that what names, or all of them if it is empty, each only
+// once.
 func withServed(outcome []owner.Recovery, devices []owner.Device, what string) []owner.Recovery {
 	told := map[string]bool{}
 	for _, r := range outcome {

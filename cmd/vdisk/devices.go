@@ -45,7 +45,7 @@ func (a *app) devicesCommand() *cli.Command {
 	})
 }
 
-// prune deletes the device that is named, or all that are abandoned.
+// prune deletes the named device, or all abandoned ones.
 func (a *app) prune(c *cli.Context, name string) error {
 	var deleted []owner.MachineDevice
 	var err error
@@ -65,19 +65,19 @@ func (a *app) prune(c *cli.Context, name string) error {
 	return errors.Join(err, a.printDevices("deleted", deleted, func(d owner.MachineDevice) []string { return []string{d.Path, d.Abandoned} }))
 }
 
-// machineDeviceJSON is a ublk device of the machine in the output for programs.
+// machineDeviceJSON is a ublk device of the machine in the JSON output.
 type machineDeviceJSON struct {
 	Path      string `json:"path"`
 	Size      int64  `json:"size"`
 	ReadOnly  bool   `json:"read_only"`
 	State     string `json:"state"`
-	Name      string `json:"name"`       // VOL or VOL@SNAP of the store; empty: not the store's
-	ServerPID int    `json:"server_pid"` // 0: none
+	Name      string `json:"name"`       // VOL or VOL@SNAP of the store; empty: not a device of the store
+	ServerPID int    `json:"server_pid"` // 0: it has no server
 	Server    string `json:"server"`
-	Abandoned string `json:"abandoned,omitempty"` // why nobody can want it
+	Abandoned string `json:"abandoned,omitempty"` // why nobody can need it
 }
 
-// printDevices prints a list; without a header it is a line of words a device.
+// printDevices prints a table. Without a header it prints one line of words per device.
 func (a *app) printDevices(name string, devices []owner.MachineDevice, row func(owner.MachineDevice) []string, header ...string) error {
 	list := []machineDeviceJSON{}
 	var rows [][]string

@@ -29,7 +29,7 @@ const (
 	exitSignal      = 128 // plus the signal's number
 )
 
-// usageError is a command that was not written as it must be.
+// usageError is a mistake in how the command was written.
 type usageError struct {
 	c   *cli.Context // may be nil
 	err error
@@ -39,27 +39,27 @@ func (e usageError) Error() string { return e.err.Error() }
 
 func usagef(format string, args ...any) error { return usageError{nil, fmt.Errorf(format, args...)} }
 
-// signalError is the cause of a command's end by a signal.
+// signalError is the cause when a signal ends a command.
 type signalError struct{ signal syscall.Signal }
 
 func (e signalError) Error() string { return "stopped by a signal (" + e.signal.String() + ")" }
 
-// closeError is what went wrong in giving a store up. What was written before may not be durable, so it counts for more
-// than the signal that ended the command.
+// closeError is an error of closing a store. Data written before may not be durable, so it takes precedence
+// over the signal that ended the command.
 type closeError struct{ err error }
 
 func (e closeError) Error() string { return e.err.Error() }
 func (e closeError) Unwrap() error { return e.err }
 
-// errLeaks is the outcome of a check that found nothing worse than wasted space.
+// errLeaks is the result of a check that found nothing worse than leaked space.
 var errLeaks = errors.New("space is lost to leaks; the data is sound")
 
-// kinds maps errors to exit codes; the first that matches counts.
+// kinds maps errors to exit codes. The first match counts.
 var kinds = []struct {
 	err  error
 	exit int
 	code string
-	hint string // the way out, where the error itself cannot tell it
+	hint string // what to do, if the error itself cannot say it
 }{
 	{errLeaks, exitLeaks, "leaks", ""},
 	{cow.ErrNoSpace, exitNoSpace, "no-space", "the operation changed nothing; free space on the store's file system, or remove snapshots or volumes (vdisk rm)"},
@@ -86,7 +86,7 @@ var kinds = []struct {
 	{fs.ErrPermission, exitFailed, "permission", "a store belongs to the user who created it; run as that user, or choose another --store"},
 }
 
-// classify gives an error its exit code, its name for programs, and a hint.
+// classify returns an error's exit code, its name in the JSON output, and a hint.
 func classify(err error) (exit int, code, hint string) {
 	var usage usageError
 	var signal signalError
@@ -116,13 +116,13 @@ func classify(err error) (exit int, code, hint string) {
 	return exitFailed, "failed", ""
 }
 
-// oneLine is an error's text; joined errors have a line each.
+// oneLine returns an error's text in one line; joined errors have one line each.
 func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }
 
-// fail tells of an error, and returns the exit code.
+// fail prints an error and returns the exit code.
 func (a *app) fail(err error) int {
 	exit, code, hint := classify(err)
-	if code == "closed-pipe" { // whoever wanted the output has seen enough
+	if code == "closed-pipe" { // the reader of the output has seen enough
 		return exit
 	}
 	if a.json {

@@ -39,15 +39,15 @@ func (a *app) featuresCommand() *cli.Command {
 	})
 }
 
-// featuresJSON is the machine in the output for programs.
+// featuresJSON describes the machine in the JSON output.
 type featuresJSON struct {
 	owner.MachineFeatures
-	ReclaimOf string        `json:"reclaim_of"` // the process that the rest is about
+	ReclaimOf string        `json:"reclaim_of"` // the process that Reclaim describes
 	Reclaim   owner.Reclaim `json:"reclaim"`
 }
 
-// reclaim says what guards the process that serves the store's devices against waiting for itself; where there is none,
-// what would guard one that this user starts.
+// reclaim returns the measures that keep the process which serves the store's devices from waiting for
+// itself. If there is no such process, it returns those of a daemon that this user would start.
 func (a *app) reclaim(c *cli.Context) (of string, r owner.Reclaim) {
 	if st, err := owner.Running(c.Context, a.dir, a.options(c)); err == nil && st.Reclaim != nil {
 		return fmt.Sprintf("pid %d (%s)", st.PID, st.Command), *st.Reclaim
@@ -72,8 +72,8 @@ func (a *app) versionCommand() *cli.Command {
 		j := struct {
 			Version  string `json:"version"`
 			Go       string `json:"go"`
-			Format   uint32 `json:"store_format"` // the newest that it knows
-			Handover int    `json:"handover"`     // how it takes over from a running daemon
+			Format   uint32 `json:"store_format"` // the newest store format that it knows
+			Handover int    `json:"handover"`     // the version of the hand-over that it supports
 		}{version(), runtime.Version(), format.StoreVersion, owner.HandoverVersion}
 		return a.print(j, func() error {
 			_, err := fmt.Fprintf(a.stdout, "vdisk %s, store format %d, %s\n", j.Version, j.Format, j.Go)
@@ -82,10 +82,10 @@ func (a *app) versionCommand() *cli.Command {
 	})
 }
 
-// described is what git says of the commit that the program was built from; the Makefile sets it.
+// described is git's description of the commit that the program was built from. The Makefile sets it.
 var described string
 
-// version is the module's version where the program was installed as one, else the commit.
+// version returns the module's version if the program was installed as a module, otherwise the commit.
 func version() string {
 	if described != "" {
 		return described

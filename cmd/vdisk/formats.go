@@ -11,16 +11,16 @@ import (
 	"github.com/vdisk/vdisk/cow"
 )
 
-// imageFormat is a format of disk images or archives: what is at its beginning, or in its last footerSize bytes.
+// imageFormat is a format of disk images or archives, and the magic bytes that identify it.
 type imageFormat struct {
 	name  string
-	at    int // of magic, in the head
+	at    int // offset of magic in the head
 	magic string
-	foot  bool // magic begins the footer instead
+	foot  bool // magic is at the start of the footer instead
 }
 
-// imageFormats are told from raw images. A disk may be encrypted, or hold a file system of any kind: what is known to
-// be on disks is not in this list.
+// imageFormats lists formats that can be told from raw images. A disk may be encrypted or hold any file
+// system, so the list has nothing that is known to be on disks.
 var imageFormats = []imageFormat{
 	{"qcow2", 0, "QFI\xfb", false},
 	{"VMDK", 0, "KDMV", false},
@@ -29,7 +29,7 @@ var imageFormats = []imageFormat{
 	{"VDI", 64, "\x7f\x10\xda\xbe", false},
 	{"VHDX", 0, "vhdxfile", false},
 	{"VHD", 0, "conectix", false},
-	{"VHD", 0, "conectix", true}, // of fixed size: raw content with a footer
+	{"VHD", 0, "conectix", true}, // of fixed size: raw content and a footer
 	{"DMG", 0, "koly", true},
 	{"QED", 0, "QED\x00", false},
 	{"Parallels", 0, "WithoutFreeSpace", false},
@@ -52,9 +52,9 @@ const (
 	footerSize = 512
 )
 
-// refuseImageFormats keeps an image in another format, which would be of no use as a disk, from being taken for a raw
-// one. It only refuses: what a raw disk begins with is its user's, so no format is ever chosen by it. head and foot are
-// the content's first and last bytes, as far as they are known.
+// refuseImageFormats returns an error if the content is an image in another format, which would be useless as
+// a raw disk. It only refuses. It never selects a format, because the disk's user controls the first bytes of
+// a raw disk. head and foot are the content's first and last bytes, as far as they are known.
 func refuseImageFormats(name string, head, foot []byte) error {
 	for _, k := range imageFormats {
 		in := head
@@ -69,7 +69,7 @@ func refuseImageFormats(name string, head, foot []byte) error {
 	return nil
 }
 
-// refuseImageFile is refuseImageFormats for a file or block device.
+// refuseImageFile applies refuseImageFormats to a file or block device.
 func refuseImageFile(name string, f *os.File) error {
 	size, err := f.Seek(0, io.SeekEnd)
 	if err != nil {
@@ -86,14 +86,15 @@ func refuseImageFile(name string, f *os.File) error {
 	return refuseImageFormats(name, head, foot)
 }
 
-// rawStream is refuseImageFormats for a stream, whose footer is known at its end only: then it ends with the error.
+// rawStream applies refuseImageFormats to a stream. A stream's footer is known only at its end, so the stream
+// ends with the error.
 type rawStream struct {
 	r    io.Reader
 	name string
-	foot []byte // the last bytes that were read
+	foot []byte // the last bytes read, at most footerSize
 }
 
-// newRawStream waits for the first bytes of r.
+// newRawStream waits for the first bytes of r and checks them.
 func newRawStream(r io.Reader, name string) (*rawStream, error) {
 	head := make([]byte, headSize)
 	n, err := io.ReadFull(r, head)

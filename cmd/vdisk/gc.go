@@ -28,12 +28,12 @@ func (a *app) gcCommand() *cli.Command {
 	}, a.gc)
 }
 
-// gcJSON is the outcome in the output for programs.
+// gcJSON is the result in the JSON output.
 type gcJSON struct {
-	Chunks int   `json:"chunk_files"` // that were cleaned
+	Chunks int   `json:"chunk_files"` // cleaned chunk files
 	Moved  int64 `json:"moved_bytes"`
 	Freed  int64 `json:"freed_bytes"`
-	Stored int64 `json:"stored_bytes"` // of records, afterwards
+	Stored int64 `json:"stored_bytes"` // bytes of records after cleaning
 	Live   int64 `json:"live_bytes"`
 
 	Cold *cow.ColdReport `json:"cold,omitempty"`

@@ -37,12 +37,12 @@ func (a *app) importCommand() *cli.Command {
 	})
 }
 
-// formatFlag is for commands that read an image.
+// formatFlag returns the --format flag of commands that read an image.
 func formatFlag() cli.Flag {
 	return &cli.StringFlag{Name: "format", Usage: "raw: import the file as it is, even if it looks like an image of another format"}
 }
 
-// importFrom makes a volume from what is at path; o.Size may be 0, for the size of that.
+// importFrom makes a volume from the content at path. If o.Size is 0, the content's size is used.
 func (a *app) importFrom(c *cli.Context, path, name string, o cow.VolumeOptions) error {
 	if f := c.String("format"); f != "" && f != "raw" {
 		return usageError{c, fmt.Errorf("--format %s: only raw is possible; convert others with qemu-img", f)}
@@ -52,7 +52,7 @@ func (a *app) importFrom(c *cli.Context, path, name string, o cow.VolumeOptions)
 		return err
 	}
 	defer closeSource()
-	if src.Size() == 0 && o.Size == 0 { // the owner refuses it too, but then there would be a store
+	if src.Size() == 0 && o.Size == 0 { // the owner refuses it, too, but would have created the store
 		return usagef("%s is empty, and a volume has at least one block: give --size with 'vdisk create'", path)
 	}
 	return a.duringNew(c, func(s owner.Store) error {
@@ -69,8 +69,8 @@ func (a *app) importFrom(c *cli.Context, path, name string, o cow.VolumeOptions)
 	})
 }
 
-// source opens what is to be imported; the caller calls the returned function when it is done with it. A file, a block
-// device, a FIFO and standard input are judged alike.
+// source opens the content to import. The caller calls the returned function when done with it. A file, a
+// block device, a FIFO and standard input are all checked in the same way.
 func (a *app) source(ctx context.Context, path string, raw bool) (sparse.Source, func(), error) {
 	if path == "-" {
 		if isTerminal(a.stdin) {
@@ -90,7 +90,7 @@ func (a *app) source(ctx context.Context, path string, raw bool) (sparse.Source,
 	return src, func() { _ = f.Close() }, nil
 }
 
-// content is what a file or stream holds from where it is; raw takes every format.
+// content returns the content of a file or stream from its present offset. With raw, any format is accepted.
 func content(ctx context.Context, f *os.File, name string, raw bool) (sparse.Source, error) {
 	fi, err := f.Stat()
 	if err != nil {
@@ -113,7 +113,7 @@ func content(ctx context.Context, f *os.File, name string, raw bool) (sparse.Sou
 	return sparse.FromStream(r), nil
 }
 
-// wholeFile is the content of a regular file or a block device.
+// wholeFile returns the content of a regular file or block device.
 func wholeFile(ctx context.Context, f *os.File, name string, raw bool) (sparse.Source, error) {
 	return patiently(ctx, func() (sparse.Source, error) {
 		if !raw {

@@ -30,7 +30,7 @@ func (a *app) infoCommand() *cli.Command {
 	})
 }
 
-// storeJSON is the store in the output for programs.
+// storeJSON describes the store in the JSON output.
 type storeJSON struct {
 	Store      string       `json:"store"`
 	UUID       string       `json:"uuid"`
@@ -39,14 +39,14 @@ type storeJSON struct {
 	Volumes    int          `json:"volumes"`
 	Snapshots  int          `json:"snapshots"`
 	ChunkFiles int          `json:"chunk_files"`
-	ChunkBytes int64        `json:"chunk_bytes"` // of the log's files
-	LiveBytes  int64        `json:"live_bytes"`  // of them, what is referred to
+	ChunkBytes int64        `json:"chunk_bytes"` // size of the log's files
+	LiveBytes  int64        `json:"live_bytes"`  // live data in them
 	MetaBytes  int64        `json:"meta_bytes"`
-	FreeBytes  int64        `json:"free_bytes"`    // of the file system
-	Reserve    int64        `json:"reserve_bytes"` // of the store: blocks kept for when nothing is free
-	AsideFiles int          `json:"aside_files"`   // chunk files in STORE/chunks.aside; -1: they cannot be listed
-	AsideBytes int64        `json:"aside_bytes"`   // of these
-	Owner      *ownerJSON   `json:"owner"`         // null when no other process has the store open
+	FreeBytes  int64        `json:"free_bytes"`    // free space of the file system
+	Reserve    int64        `json:"reserve_bytes"` // space that the store reserves for a full disk
+	AsideFiles int          `json:"aside_files"`   // chunk files in STORE/chunks.aside; -1: cannot be listed
+	AsideBytes int64        `json:"aside_bytes"`   // their size
+	Owner      *ownerJSON   `json:"owner"`         // null if no other process has the store open
 	Waiting    []deviceJSON `json:"waiting"`       // devices without a server
 }
 
@@ -59,12 +59,12 @@ type ownerJSON struct {
 	Services []serviceJSON `json:"services"`
 }
 
-// deviceJSON is an attached device in the output for programs.
+// deviceJSON is an attached device in the JSON output.
 type deviceJSON struct {
 	Name     string `json:"name"` // VOL or VOL@SNAP
 	Path     string `json:"path"`
 	ReadOnly bool   `json:"read_only"`
-	State    string `json:"state"`           // live, or waits: for a server
+	State    string `json:"state"`           // live, or waits for a server
 	Error    string `json:"error,omitempty"` // why it still waits
 }
 
@@ -79,7 +79,7 @@ func deviceJSONOf(d owner.Device) deviceJSON {
 	return deviceJSON{Name: d.Ref.String(), Path: d.Path, ReadOnly: d.ReadOnly, State: stateOf(d), Error: d.Error}
 }
 
-// stateOf reports whether a device is served.
+// stateOf returns "live" for a served device and "waits" for a waiting one.
 func stateOf(d owner.Device) string {
 	if d.Waits {
 		return "waits"
@@ -87,7 +87,7 @@ func stateOf(d owner.Device) string {
 	return "live"
 }
 
-// shown is a device's path, with its state where that is not the usual one.
+// shown returns a device's path, and its state if that is not the usual one.
 func shown(path, state string) string {
 	if state == "waits" {
 		return path + " (waits)"
@@ -238,7 +238,7 @@ func volumeFields(a *app, j volumeJSON) [][2]string {
 	return f
 }
 
-// usageFields are those that volumes and snapshots have.
+// usageFields returns the fields that volumes and snapshots have in common.
 func usageFields(a *app, u *usageJSON) [][2]string {
 	return [][2]string{
 		{"mapped", a.size(u.Mapped)},
@@ -257,7 +257,7 @@ func snapshotFields(a *app, j snapshotJSON) [][2]string {
 	}...)
 }
 
-// fields writes names and values in two columns.
+// fields prints names and values in two columns.
 func (a *app) fields(list [][2]string) error {
 	w := tabwriter.NewWriter(a.stdout, 0, 0, 2, ' ', 0)
 	for _, f := range list {

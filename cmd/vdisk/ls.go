@@ -35,17 +35,17 @@ func (a *app) lsCommand() *cli.Command {
 	}, a.ls)
 }
 
-// item is a line of the list: a volume, or one of its snapshots.
+// item is one line of the list: a volume or a snapshot.
 type item struct {
 	volume   volumeJSON
 	snapshot *snapshotJSON
-	usage    *usageJSON // nil where nobody asked
+	usage    *usageJSON // nil if it was not asked for
 }
 
-// column is one that ls can show.
+// column is a column that ls can show.
 type column struct {
 	name  string
-	usage bool // it needs item.usage
+	usage bool // needs item.usage
 	text  func(a *app, i item) string
 }
 
@@ -56,7 +56,7 @@ func dash(s string) string {
 	return s
 }
 
-// pick chooses between a volume's text and a snapshot's.
+// pick returns a function that formats a volume or a snapshot.
 func pick(volume func(volumeJSON) string, snapshot func(snapshotJSON) string) func(*app, item) string {
 	return func(_ *app, i item) string {
 		if i.snapshot != nil {
@@ -66,7 +66,7 @@ func pick(volume func(volumeJSON) string, snapshot func(snapshotJSON) string) fu
 	}
 }
 
-// bytesOf shows a part of the usage; "-" for what was removed meanwhile.
+// bytesOf returns a function that formats a part of the usage, or "-" if the item was removed meanwhile.
 func bytesOf(part func(*usageJSON) int64) func(*app, item) string {
 	return func(a *app, i item) string {
 		if i.usage == nil {
@@ -112,10 +112,10 @@ var columns = []column{
 	{"created", false, pick(func(v volumeJSON) string { return when(v.Created) }, func(s snapshotJSON) string { return when(s.Created) })},
 }
 
-// defaultColumns need nothing but names to be looked at.
+// defaultColumns are the columns that need only the table of volumes and snapshots, not their maps.
 const defaultColumns = "name,size,compress,snapshots,origin,device,created"
 
-// longColumns are those of ls -l.
+// longColumns are the columns of ls -l.
 const longColumns = "name,size,used,usedsnap,referenced,exclusive,mapped,ratio,snapshots,origin"
 
 func columnNames() (names []string) {
@@ -204,7 +204,7 @@ func itemsOf(volumes []volumeJSON, kind string) (items []item) {
 	return items
 }
 
-// addUsage asks for all items at once, which is much cheaper than one by one.
+// addUsage gets the usage of all items in one request, which is much cheaper than one request per item.
 func addUsage(c *cli.Context, s owner.Store, items []item) error {
 	if len(items) == 0 {
 		return nil
@@ -214,7 +214,7 @@ func addUsage(c *cli.Context, s owner.Store, items []item) error {
 	snapshots := false
 	for i := range items {
 		name := items[i].volume.Name
-		if n := len(volumes); n == 0 || volumes[n-1] != name { // those of one follow one another
+		if n := len(volumes); n == 0 || volumes[n-1] != name { // items of a volume are adjacent
 			volumes = append(volumes, name)
 		}
 		if items[i].snapshot != nil {
@@ -241,7 +241,7 @@ func addUsage(c *cli.Context, s owner.Store, items []item) error {
 	return nil
 }
 
-// usageOfItems asks what volumes take, with their snapshots if these are shown.
+// usageOfItems gets the usage of the volumes, and of their snapshots if those are shown.
 func usageOfItems(c *cli.Context, s owner.Store, volumes []string, snapshots bool) ([]cow.Usage, error) {
 	switch {
 	case c.NArg() == 0:
@@ -256,7 +256,7 @@ func usageOfItems(c *cli.Context, s owner.Store, volumes []string, snapshots boo
 	return s.Usage(c.Context, refs...)
 }
 
-// listJSON is {"volumes": [...]}, each with its snapshots; with -t snap {"snapshots": [...]}.
+// listJSON returns {"volumes": [...]}, each with its snapshots, or with -t snap {"snapshots": [...]}.
 func listJSON(items []item, kind string) any {
 	volumes, snapshots := []volumeJSON{}, []snapshotJSON{}
 	for _, i := range items {

@@ -27,16 +27,17 @@ func main() {
 	os.Exit(run(os.Args))
 }
 
-// setGOMAXPROCS lets twice as many threads run Go code as there are processors, unless GOMAXPROCS is set: the kernel gives
-// a thread whose flush has ended a processor at once, where Go would have it wait until one that computes, such as a
-// checkpoint, has used up its 10 ms (docs/engine.md, Locks and goroutines).
+// setGOMAXPROCS lets twice as many threads run Go code as there are processors, unless GOMAXPROCS is set. The
+// kernel gives a processor at once to a thread whose flush has ended. The Go scheduler would let it wait
+// until a computing goroutine, such as a checkpoint, has used up its 10 ms (docs/engine.md, Locks and
+// goroutines).
 func setGOMAXPROCS() {
 	if os.Getenv("GOMAXPROCS") == "" {
 		runtime.GOMAXPROCS(2 * runtime.GOMAXPROCS(0))
 	}
 }
 
-// app is what the commands share: the streams, and the flags that all have.
+// app is what the commands share: the streams and the global flags.
 type app struct {
 	stdin          *os.File
 	stdout, stderr io.Writer
@@ -48,21 +49,22 @@ type app struct {
 	bytes       bool
 	lockTimeout time.Duration
 	maxSize     string
-	maxBytes    int64 // maxSize
+	maxBytes    int64 // parsed maxSize
 	foreign     bool
-	mapCache    string // a size
-	cacheBytes  int64  // mapCache
+	mapCache    string // a size, as text
+	cacheBytes  int64  // parsed mapCache
 	coldAfter   time.Duration
 	log         *slog.Logger
 }
 
-// defaultStore is where volumes are when nothing else is said.
+// defaultStore is the store if none is named.
 const defaultStore = "/var/lib/vdisk"
 
-// run does one command and returns its exit code.
+// run runs one command and returns its exit code.
 func run(args []string) int {
-	syscall.Umask(0o077) // what disks hold is for their owner alone: stores, sockets and images
-	// A write to a pipe without a reader must not kill a process in the middle of what it does: output and diagnostics.
+	syscall.Umask(0o077) // stores, sockets and images are only for their owner
+	// Writing to a pipe without a reader must not kill the process in the middle of its work. This holds for
+	// the output and for diagnostics.
 	signal.Ignore(syscall.SIGPIPE)
 	ctx, stop := interruptible(context.Background())
 	defer stop()
@@ -79,7 +81,7 @@ func run(args []string) int {
 	return a.fail(withCause(ctx, err))
 }
 
-// withCause puts the signal that ended ctx, if one did, before the error that followed from it.
+// withCause puts the signal that ended ctx, if any, before the error that resulted from it.
 func withCause(ctx context.Context, err error) error {
 	cause := context.Cause(ctx)
 	if cause == nil || errors.Is(err, cause) {
@@ -95,16 +97,17 @@ func withCause(ctx context.Context, err error) error {
 	return fmt.Errorf("%w: %w", cause, err)
 }
 
-// together is how far apart signals are one: timeout(1) sends its signal to the process, and again to its group.
+// together is how long after the first signal further ones count as the same: timeout(1) sends its signal to
+// the process and then to its process group.
 const together = time.Second
 
-// interruptible returns a context that the first SIGINT, SIGTERM or SIGHUP ends, with a signalError as cause. One that
-// comes later kills the process, as if it had not been caught.
+// interruptible returns a context that the first SIGINT, SIGTERM or SIGHUP ends, with a signalError as its
+// cause. After together has passed, a further signal kills the process as if it were not caught.
 func interruptible(parent context.Context) (context.Context, func()) {
 	ctx, cancel := context.WithCancelCause(parent)
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
-	if !signal.Ignored(syscall.SIGHUP) { // as nohup(1) has it
+	if !signal.Ignored(syscall.SIGHUP) { // nohup(1) ignores it
 		signal.Notify(signals, syscall.SIGHUP)
 	}
 	ended := make(chan struct{})
@@ -124,7 +127,7 @@ func interruptible(parent context.Context) (context.Context, func()) {
 	return ctx, func() { close(ended); signal.Stop(signals); cancel(nil) }
 }
 
-// mapCacheEnv and coldAfterEnv are --map-cache and --cold-after in the environment.
+// mapCacheEnv and coldAfterEnv are the environment variables for --map-cache and --cold-after.
 const (
 	mapCacheEnv  = "VDISK_MAP_CACHE"
 	coldAfterEnv = "VDISK_COLD_AFTER"
@@ -159,7 +162,7 @@ func (a *app) program() *cli.App {
 			return usagef("no command; 'vdisk --help' lists them")
 		},
 		OnUsageError:   func(c *cli.Context, err error, _ bool) error { return usageError{c, err} },
-		ExitErrHandler: func(*cli.Context, error) {}, // the exit code is run's
+		ExitErrHandler: func(*cli.Context, error) {}, // run determines the exit code
 		Commands: []*cli.Command{
 			a.createCommand(), a.lsCommand(), a.infoCommand(), a.snapshotCommand(), a.cloneCommand(), a.rollbackCommand(),
 			a.renameCommand(), a.resizeCommand(), a.rmCommand(),
@@ -170,7 +173,7 @@ func (a *app) program() *cli.App {
 	}
 }
 
-// prepare is done before every command.
+// prepare checks the global flags before every command.
 func (a *app) prepare(*cli.Context) error {
 	level := slog.LevelWarn
 	if a.verbose {
@@ -196,7 +199,8 @@ func (a *app) prepare(*cli.Context) error {
 	if a.cacheBytes, err = a.sizeBetween("--map-cache", a.mapCache, cow.MinCacheBytes, cow.MaxCacheBytes); err != nil {
 		return err
 	}
-	// For a daemon that this command starts, and the programs that follow it in an upgrade, which may be older.
+	// These are for a daemon that this command starts, and for the programs that follow the daemon in an
+	// upgrade, which may be older.
 	if err := errors.Join(os.Setenv(mapCacheEnv, a.mapCache), os.Setenv(coldAfterEnv, a.coldAfter.String())); err != nil {
 		return err
 	}
@@ -205,7 +209,7 @@ func (a *app) prepare(*cli.Context) error {
 	return err
 }
 
-// Groups of commands in the help.
+// Groups of commands in the help text.
 const (
 	groupVolumes     = "volumes"
 	groupAccess      = "access"
@@ -213,10 +217,10 @@ const (
 	groupMaintenance = "maintenance"
 )
 
-// arity is how many arguments a command takes; most is -1 for any number.
+// arity is the number of arguments that a command takes. most is -1 if there is no limit.
 type arity struct{ least, most int }
 
-// command completes a command: its arguments are counted, its usage errors short.
+// command completes a command: it checks the number of arguments, and makes usage errors short.
 func (a *app) command(n arity, c *cli.Command, do func(*cli.Context) error) *cli.Command {
 	c.HideHelpCommand = true
 	c.UseShortOptionHandling = true
@@ -240,7 +244,7 @@ func miscounted(k int, n arity) string {
 	return "too many arguments"
 }
 
-// options are how to open the store for a command.
+// options returns how a command opens the store.
 func (a *app) options(c *cli.Context) owner.Options {
 	cold := a.coldAfter
 	if cold == 0 {
@@ -252,33 +256,33 @@ func (a *app) options(c *cli.Context) owner.Options {
 	}
 }
 
-// with opens the store for do.
+// with opens the store, calls do and closes the store.
 func (a *app) with(c *cli.Context, do func(owner.Store) error) error {
 	return use(do)(owner.Open(c.Context, a.dir, a.options(c)))
 }
 
-// look is with for a command that only looks.
+// look is with for a command that only looks at the store.
 func (a *app) look(c *cli.Context, do func(owner.Store) error) error {
 	o := a.options(c)
 	o.Look = true
 	return use(do)(owner.Open(c.Context, a.dir, o))
 }
 
-// during is with for a command that may take long: meanwhile others reach the store through it.
+// during is with for a command that may take long. Other commands can use the store through it meanwhile.
 func (a *app) during(c *cli.Context, do func(owner.Store) error) error {
 	o := a.options(c)
 	o.Offer, o.Temporary = true, true
 	return use(do)(owner.Open(c.Context, a.dir, o))
 }
 
-// duringNew is during, and makes the store when there is none.
+// duringNew is during, and creates the store if there is none.
 func (a *app) duringNew(c *cli.Context, do func(owner.Store) error) error {
 	o := a.options(c)
 	o.Offer, o.Temporary = true, true
 	return use(do)(owner.OpenOrCreate(c.Context, a.dir, o))
 }
 
-// use calls do with a store, if it could be opened, and closes it.
+// use returns a function that calls do with a store, if it could be opened, and closes the store.
 func use(do func(owner.Store) error) func(owner.Store, error) error {
 	return func(s owner.Store, err error) error {
 		if errors.Is(err, cow.ErrNotFound) {
@@ -295,15 +299,15 @@ func use(do func(owner.Store) error) func(owner.Store, error) error {
 	}
 }
 
-// noStoreError is an error about a store that is not there.
+// noStoreError is an error that there is no store.
 type noStoreError struct{ error }
 
 func (e noStoreError) Unwrap() error { return e.error }
 
-// ref is the n-th argument as a volume or snapshot.
+// ref parses the n-th argument as a volume or snapshot.
 func ref(c *cli.Context, n int) (cow.Ref, error) { return cow.ParseRef(c.Args().Get(n)) }
 
-// snapshotRef is the n-th argument as a snapshot.
+// snapshotRef parses the n-th argument as a snapshot.
 func snapshotRef(c *cli.Context, n int) (cow.Ref, error) {
 	r, err := ref(c, n)
 	if err == nil && r.Snapshot == "" {
@@ -312,7 +316,7 @@ func snapshotRef(c *cli.Context, n int) (cow.Ref, error) {
 	return r, err
 }
 
-// volumeName is the n-th argument as a volume.
+// volumeName parses the n-th argument as a volume.
 func volumeName(c *cli.Context, n int) (string, error) {
 	r, err := ref(c, n)
 	if err == nil && r.Snapshot != "" {

@@ -11,7 +11,7 @@ import (
 	"github.com/vdisk/vdisk/internal/owner"
 )
 
-// print writes v as JSON, or text what it is for people.
+// print writes v as JSON with --json; otherwise it calls text, which prints for people.
 func (a *app) print(v any, text func() error) error {
 	if !a.json {
 		return text()
@@ -21,14 +21,14 @@ func (a *app) print(v any, text func() error) error {
 	return enc.Encode(v)
 }
 
-// note tells people something beside the output.
+// note prints a remark for people, apart from the output.
 func (a *app) note(format string, args ...any) {
 	if !a.quiet && !a.json {
 		fmt.Fprintf(a.stderr, "note: %s\n", cell(fmt.Sprintf(format, args...)))
 	}
 }
 
-// table writes rows in columns; for scripts, without a header and with tabs.
+// table prints rows in columns. For scripts it prints no header and separates columns by tabs.
 func (a *app) table(header []string, rows [][]string, script bool) error {
 	for i, row := range rows {
 		rows[i] = make([]string, len(row))
@@ -53,7 +53,7 @@ func (a *app) table(header []string, rows [][]string, script bool) error {
 
 func when(t time.Time) string { return t.Local().Format("2006-01-02 15:04:05") }
 
-// volumeJSON is a volume in the output for programs.
+// volumeJSON is a volume in the JSON output.
 type volumeJSON struct {
 	Name         string         `json:"name"`
 	Size         int64          `json:"size"`
@@ -61,14 +61,14 @@ type volumeJSON struct {
 	Compress     string         `json:"compress"`
 	Created      time.Time      `json:"created"`
 	Origin       string         `json:"origin"`       // VOL@SNAP, "(deleted)" or empty
-	Open         int            `json:"open"`         // how many times it is open: devices, clients, commands
+	Open         int            `json:"open"`         // how often it is open: by devices, clients, commands
 	Device       string         `json:"device"`       // /dev/ublkbN or empty
 	DeviceState  string         `json:"device_state"` // live, waits or empty
 	Snapshots    []snapshotJSON `json:"snapshots"`
 	Usage        *usageJSON     `json:"usage,omitempty"`
 }
 
-// snapshotJSON is a snapshot in the output for programs.
+// snapshotJSON is a snapshot in the JSON output.
 type snapshotJSON struct {
 	Name        string     `json:"name"` // VOL@SNAP
 	Volume      string     `json:"volume"`
@@ -80,14 +80,17 @@ type snapshotJSON struct {
 	Usage       *usageJSON `json:"usage,omitempty"`
 }
 
-// usageJSON is what a volume or snapshot takes (docs/reclaim.md, Space).
+// usageJSON is the space that a volume or snapshot takes (docs/reclaim.md, Space).
 type usageJSON struct {
-	Mapped          int64  `json:"mapped"`                      // bytes of blocks that hold data
-	Referenced      int64  `json:"referenced"`                  // bytes that these take in the store
-	Exclusive       int64  `json:"exclusive"`                   // what going without it, alone, would free
-	Shared          int64  `json:"shared"`                      // of what it refers to, what others have too
-	UsedBySnapshots *int64 `json:"used_by_snapshots,omitempty"` // of a volume: what removing all its snapshots would free
-	Used            int64  `json:"used"`                        // what removing it would free; a volume, with its snapshots
+	Mapped     int64 `json:"mapped"`     // bytes of blocks that hold data
+	Referenced int64 `json:"referenced"` // bytes that those take in the store
+	Exclusive  int64 `json:"exclusive"`  // freed if it alone were removed
+	// The part of Referenced that others refer to, too.
+	Shared int64 `json:"shared"`
+	// Freed if all snapshots of the volume were removed.
+	UsedBySnapshots *int64 `json:"used_by_snapshots,omitempty"`
+	// Freed if it were removed; a volume: with its snapshots.
+	Used int64 `json:"used"`
 }
 
 func volumeOf(v owner.Volume) volumeJSON {

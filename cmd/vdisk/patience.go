@@ -9,12 +9,12 @@ import (
 	"time"
 )
 
-// A call of the system that waits for somebody else, such as the other end of a pipe, cannot be interrupted. So that a
-// signal ends the command all the same, such calls are made on a goroutine of their own, which is left behind when the
-// context ends: the program is about to exit.
+// A system call that waits for another party, such as the other end of a pipe, cannot be interrupted. A
+// signal must end the command nevertheless, so such calls run on a goroutine of their own. When the context
+// ends, that goroutine is left behind, since the program is about to exit.
 
-// patiently returns what f returns, or the cause of ctx's end if that comes first. Then late, unless nil, gets what f
-// returns without an error, later.
+// patiently returns the result of f, or the cause of ctx's end if that comes first. In the second case late,
+// unless nil, is called with the value of f once f returns without an error.
 func patiently[T any](ctx context.Context, f func() (T, error), late func(T)) (T, error) {
 	type result struct {
 		v   T
@@ -41,12 +41,13 @@ func patiently[T any](ctx context.Context, f func() (T, error), late func(T)) (T
 	}
 }
 
-// openPatiently is os.OpenFile, which waits for the other end of a FIFO.
+// openPatiently is os.OpenFile for a path that may be a FIFO, whose other end it waits for.
 func openPatiently(ctx context.Context, path string, flags int) (*os.File, error) {
 	return patiently(ctx, func() (*os.File, error) { return os.OpenFile(path, flags, 0o600) }, func(f *os.File) { _ = f.Close() })
 }
 
-// patient is a stream whose reads and writes end with ctx. Bytes that are then under way may be used later.
+// patient is a stream whose reads and writes end with ctx. The buffer of such a read or write may still be
+// used afterwards.
 type patient struct {
 	ctx context.Context
 	f   *os.File
@@ -60,13 +61,14 @@ func (p patient) Write(b []byte) (int, error) {
 	return patiently(p.ctx, func() (int, error) { return p.f.Write(b) }, nil)
 }
 
-// closedPipe is the error of a write to standard output when its reader has gone.
+// closedPipe is the error of writing to standard output after its reader has gone.
 type closedPipe struct{ error }
 
 func (e closedPipe) Unwrap() error { return e.error }
 
-// output is standard output. Its writes end with ctx, and do not kill the process when the reader has gone (SIGPIPE).
-// It keeps the first error: not all that writes reports it. The help, which package cli prints, does not.
+// output is standard output. Its writes end with ctx, and do not kill the process (SIGPIPE) if the reader has
+// gone. It keeps the first error, because not every writer reports errors: package cli, which prints the
+// help, does not.
 type output struct {
 	ctx context.Context
 	*os.File
@@ -77,7 +79,7 @@ func newOutput(ctx context.Context, f *os.File) output {
 	return output{ctx, f, new(atomic.Pointer[error])}
 }
 
-// err is why output is missing, or nil.
+// err returns why output is missing, or nil.
 func (o output) err() error {
 	if err := o.failed.Load(); err != nil {
 		return *err
@@ -96,14 +98,14 @@ func (o output) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// diagnostics is standard error. A reader that has gone, or does not read, loses what is written: nothing that is being
-// done may wait for it, or end.
+// diagnostics is standard error. If its reader has gone or does not read, the text is lost: no work may wait
+// for it or end because of it.
 type diagnostics struct {
 	*os.File
-	since *atomic.Int64 // when the write that is under way began, in Unix milliseconds; 0: none is
+	since *atomic.Int64 // start of the current write, in Unix milliseconds; 0: none
 }
 
-// stuckAfter is how long a write to standard error may take.
+// stuckAfter is how long a write to standard error may take before the text is given up.
 const stuckAfter = 2 * time.Second
 
 func (d diagnostics) Write(b []byte) (int, error) {
@@ -113,11 +115,11 @@ func (d diagnostics) Write(b []byte) (int, error) {
 		}
 		time.Sleep(time.Millisecond)
 	}
-	text := append([]byte(nil), b...) // the caller's is the caller's again when Write returns
+	text := append([]byte(nil), b...) // the caller may use b again once Write returns
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		_, _ = d.File.Write(text) // there is nobody else to be told
+		_, _ = d.File.Write(text) // there is no place to report an error
 		d.since.Store(0)
 	}()
 	timer := time.NewTimer(stuckAfter)

@@ -8,12 +8,13 @@ import (
 	"unicode/utf8"
 )
 
-// plainWriter writes text to people, and JSON. Much of that comes from elsewhere: what processes call themselves, mount
-// points, the text of another owner's errors. What could move a terminal's cursor or change what it shows is written as
-// \uXXXX, which is the same in JSON, and bytes that are no text as \xXX. Lines and tabs are the caller's: see cell.
+// plainWriter writes text for people, and JSON. Much of it comes from elsewhere: names that processes give
+// themselves, mount points, the error texts of another owner. Characters that could move a terminal's cursor
+// or change what it shows are written as \uXXXX, which means the same in JSON, and bytes that are not text as
+// \xXX. Newlines and tabs are left to the caller: see cell.
 type plainWriter struct{ w io.Writer }
 
-// Write writes all of p or fails.
+// Write writes all of b or fails.
 func (p plainWriter) Write(b []byte) (int, error) {
 	text := b
 	if !isPlain(b) {
@@ -25,7 +26,7 @@ func (p plainWriter) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// rawOf is the stream below, for what is not text.
+// rawOf returns the underlying stream, for content that is not text.
 func rawOf(w io.Writer) io.Writer {
 	if p, ok := w.(plainWriter); ok {
 		return p.w
@@ -33,10 +34,10 @@ func rawOf(w io.Writer) io.Writer {
 	return w
 }
 
-// cell is a text that is to stay within its place in a line.
+// cell escapes a text that must stay in its place in a line, including newlines and tabs.
 func cell(text string) string { return escape(text, "") }
 
-// isPlain reports whether there is nothing to do, which is the rule.
+// isPlain reports whether b needs no escaping, which is the common case.
 func isPlain(b []byte) bool {
 	for _, c := range b {
 		if (c < ' ' || c > '~') && c != '\n' && c != '\t' {
@@ -46,7 +47,7 @@ func isPlain(b []byte) bool {
 	return true
 }
 
-// escape writes out what is neither printable nor one of keep.
+// escape escapes all characters that are neither printable nor in keep.
 func escape(text, keep string) string {
 	var s strings.Builder
 	for len(text) > 0 {

@@ -12,10 +12,11 @@ func isTerminal(stream any) bool {
 	return ok && term.IsTerminal(int(f.Fd()))
 }
 
-// bar shows progress to people; its zero value shows nothing.
+// bar shows progress to people. Its zero value shows nothing.
 type bar struct{ bar *progressbar.ProgressBar }
 
-// progress begins a bar of bytes on standard error if that is a terminal; total is -1 if it is not known.
+// progress starts a progress bar of bytes on standard error if that is a terminal. total is -1 if it is
+// unknown.
 func (a *app) progress(what string, total int64) *bar {
 	return a.bar(what, total, progressbar.OptionShowBytes(true), progressbar.OptionUseIECUnits(true))
 }
@@ -35,7 +36,7 @@ func (a *app) bar(what string, total int64, how ...progressbar.Option) *bar {
 
 func (b *bar) set(done int64) {
 	if b.bar != nil {
-		_ = b.bar.Set64(done) // it is only a picture
+		_ = b.bar.Set64(done) // an error does not matter: it is only a picture
 	}
 }
 
@@ -45,7 +46,7 @@ func (b *bar) finish() {
 	}
 }
 
-// of is set for a progress whose total is told with it.
+// of is set for a progress that comes with its total.
 func (b *bar) of(done, total int64) {
 	if b.bar != nil {
 		b.bar.ChangeMax64(total)

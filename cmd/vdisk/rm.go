@@ -41,8 +41,9 @@ func (a *app) rmCommand() *cli.Command {
 	})
 }
 
-// remove removes all of the refs, or says why one of them cannot be, and removes none. What changes between the look and
-// the removal may still stop it in the middle; then the error says what is gone.
+// remove removes all of the refs. If one of them cannot be removed, it returns the reason and removes none. A
+// change between the check and the removal may still stop it halfway; then the error names what has been
+// removed.
 func (a *app) remove(c *cli.Context, s owner.Store, refs []cow.Ref) error {
 	if len(refs) > 1 {
 		if _, err := removals(c, s, refs); err != nil {
@@ -67,7 +68,7 @@ func (a *app) remove(c *cli.Context, s owner.Store, refs []cow.Ref) error {
 	return nil
 }
 
-// wouldRemove shows what removing the refs would remove, and fails where that would.
+// wouldRemove prints what removing the refs would remove, and fails if removing them would fail.
 func (a *app) wouldRemove(c *cli.Context, s owner.Store, refs []cow.Ref) error {
 	gone, rerr := removals(c, s, refs)
 	err := a.print(map[string]any{"would_remove": gone}, func() error {
@@ -81,7 +82,7 @@ func (a *app) wouldRemove(c *cli.Context, s owner.Store, refs []cow.Ref) error {
 	return errors.Join(rerr, err)
 }
 
-// removals lists what removing the refs, one after the other, would remove, and why it would fail.
+// removals returns what removing the refs, one after the other, would remove, and why it would fail.
 func removals(c *cli.Context, s owner.Store, refs []cow.Ref) ([]string, error) {
 	list := []string{}
 	gone := map[string]bool{}
@@ -100,7 +101,7 @@ func removals(c *cli.Context, s owner.Store, refs []cow.Ref) ([]string, error) {
 	return list, errors.Join(errs...)
 }
 
-// removal lists what goes with r when what is in gone has.
+// removal returns what would be removed with r once everything in gone has been removed.
 func removal(c *cli.Context, s owner.Store, r cow.Ref, gone map[string]bool) ([]string, error) {
 	v, err := s.Volume(c.Context, r.Volume)
 	if err != nil {

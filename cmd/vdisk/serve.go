@@ -18,7 +18,7 @@ import (
 	"github.com/vdisk/vdisk/internal/owner"
 )
 
-// socketName is the default socket of serve, in the store.
+// socketName is the name of serve's default socket in the store.
 const socketName = "nbd.sock"
 
 func (a *app) serveCommand() *cli.Command {
@@ -39,7 +39,7 @@ func (a *app) serveCommand() *cli.Command {
 	}, a.serve)
 }
 
-// minServeMemory is the memory of the largest request, and of what answers it.
+// minServeMemory is the memory for the largest request and its reply.
 const minServeMemory = 64 << 20
 
 func (a *app) serve(c *cli.Context) error {
@@ -77,7 +77,7 @@ func (a *app) serve(c *cli.Context) error {
 		if o, ok := s.(*owner.Owner); ok {
 			disks = o.LeaveDisks()
 		}
-		if err == nil { // else it ended by itself, with its last client
+		if err == nil { // otherwise the service ended by itself, with its last client
 			err = context.Cause(c.Context)
 		}
 		return err
@@ -88,8 +88,8 @@ func (a *app) serve(c *cli.Context) error {
 	return err
 }
 
-// handDisksOver has a daemon serve what others attached while this process owned the store: they have not asked for
-// its end.
+// handDisksOver lets a daemon serve the disks that others attached while this process owned the store: their
+// users did not ask for their end.
 func (a *app) handDisksOver(c *cli.Context) error {
 	s, _, err := owner.OpenLasting(context.WithoutCancel(c.Context), a.dir, a.options(c), a.daemonArgs())
 	if err != nil {
@@ -99,7 +99,7 @@ func (a *app) handDisksOver(c *cli.Context) error {
 	return s.Close()
 }
 
-// passedListener returns the socket that this process was started with, or nil.
+// passedListener returns the socket that this process was started with, or nil if there is none.
 func passedListener(c *cli.Context) (net.Listener, error) {
 	listeners, err := activation.Listeners()
 	switch {
@@ -167,7 +167,8 @@ func (a *app) serveSocket(c *cli.Context, s owner.Store, o owner.ServeOptions) e
 	return s.Serve(c.Context, l, o)
 }
 
-// exportNames lists what there is to serve now. It fails where something that was asked for is not there.
+// exportNames returns the names of what is served now. It fails if something that was asked for does not
+// exist.
 func exportNames(ctx context.Context, s owner.Store, o owner.ServeOptions) (names []string, err error) {
 	if len(o.Exports) == 0 {
 		volumes, err := s.Volumes(ctx)
@@ -192,9 +193,9 @@ func exportNames(ctx context.Context, s owner.Store, o owner.ServeOptions) (name
 	return names, nil
 }
 
-// uri is where NBD clients find an export.
+// uri returns the NBD URI of an export.
 func uri(name, socket string) string {
-	// What separates parameters, or stands for a blank to some clients, is what EscapedPath leaves.
+	// EscapedPath leaves characters that separate parameters, or that some clients take for a space.
 	path := strings.NewReplacer("&", "%26", ";", "%3B", "=", "%3D", "+", "%2B").Replace((&url.URL{Path: socket}).EscapedPath())
 	u := url.URL{Scheme: "nbd+unix", Path: "/" + name, RawQuery: "socket=" + path}
 	return u.String()

@@ -9,7 +9,8 @@ import (
 	"github.com/docker/go-units"
 )
 
-// parseSize reads a size: bytes, or K, M, G, T, P of 1024. Units that are ambiguous (GB: 10^9 or 2^30?) are refused.
+// parseSize parses a size: a number of bytes, or one with K, M, G, T or P, which are powers of 1024. It
+// refuses ambiguous units, such as GB (10^9 or 2^30).
 func parseSize(s string) (int64, error) {
 	lower := strings.ToLower(s)
 	bare := strings.TrimSuffix(lower, "b")
@@ -41,7 +42,7 @@ func parseSize(s string) (int64, error) {
 	return int64(f), nil
 }
 
-// sizeBetween reads the size that a flag or an argument gives, which must be between least and most.
+// sizeBetween parses the size that a flag or an argument gives. The size must be between least and most.
 func (a *app) sizeBetween(what, text string, least, most int64) (int64, error) {
 	n, err := parseSize(text)
 	if err != nil {
@@ -53,10 +54,10 @@ func (a *app) sizeBetween(what, text string, least, most int64) (int64, error) {
 	return n, nil
 }
 
-// sizeUnits are 1024, 1024 times that, and so on.
+// sizeUnits are the units 1024, 1024², and so on.
 const sizeUnits = "kmgtp"
 
-// size shows a number of bytes.
+// size formats a number of bytes.
 func (a *app) size(n int64) string {
 	if a.bytes {
 		return strconv.FormatInt(n, 10)
@@ -67,7 +68,7 @@ func (a *app) size(n int64) string {
 	return units.BytesSize(float64(n))
 }
 
-// ratio shows how many times smaller what is stored is than what is mapped.
+// ratio formats how many times smaller the stored data is than the mapped data.
 func (u *usageJSON) ratio() string {
 	if u.Referenced <= 0 || u.Mapped <= 0 {
 		return "-"

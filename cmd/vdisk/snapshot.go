@@ -32,7 +32,7 @@ func (a *app) snapshotCommand() *cli.Command {
 	})
 }
 
-// printSnapshots shows new snapshots to programs.
+// printSnapshots prints new snapshots as JSON. Without --json it prints nothing.
 func (a *app) printSnapshots(c *cli.Context, s owner.Store, refs []cow.Ref) error {
 	if !a.json {
 		return nil

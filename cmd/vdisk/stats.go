@@ -39,7 +39,8 @@ func (a *app) stats(c *cli.Context) error {
 	return a.repeatStats(c.Context, interval, count, func() (owner.DeviceStats, error) { return a.sample(c) })
 }
 
-// repeatStats prints the sums once, or, with an interval, what each brought: count times, or for 0 until ctx ends.
+// repeatStats prints the totals once. With an interval, it prints what each interval added: count times, or
+// until ctx ends if count is 0.
 func (a *app) repeatStats(ctx context.Context, interval time.Duration, count int, sample func() (owner.DeviceStats, error)) error {
 	s, err := sample()
 	if err != nil {
@@ -81,7 +82,8 @@ func (a *app) sample(c *cli.Context) (s owner.DeviceStats, err error) {
 	return s, err
 }
 
-// minus is what came between two readings. Counters that went back are those of a new server.
+// minus returns the difference of two readings. A counter that went down comes from a new server and is taken
+// as it is.
 func minus(now, before ublk.Stats) ublk.Stats {
 	d := ublk.Stats{Queues: slices.Clone(now.Queues)}
 	for q := range d.Queues {
@@ -105,13 +107,13 @@ func minus(now, before ublk.Stats) ublk.Stats {
 	return d
 }
 
-// statsJSON is a device's counters in the output for programs.
+// statsJSON is a device's counters in the JSON output.
 type statsJSON struct {
 	Name     string           `json:"name"`
 	Path     string           `json:"path"`
-	Seconds  float64          `json:"seconds,omitempty"` // of the interval
-	Underway int              `json:"underway"`          // requests that are not answered yet
-	Ops      []opStatsJSON    `json:"operations"`        // of all queues
+	Seconds  float64          `json:"seconds,omitempty"` // length of the interval
+	Underway int              `json:"underway"`          // requests not answered yet
+	Ops      []opStatsJSON    `json:"operations"`        // of all queues together
 	Queues   []queueStatsJSON `json:"queues"`
 }
 
@@ -120,7 +122,7 @@ type queueStatsJSON struct {
 	Ops      []opStatsJSON `json:"operations"`
 }
 
-// opStatsJSON is about one operation; latencies are in nanoseconds.
+// opStatsJSON is the counters of one operation. Latencies are in nanoseconds.
 type opStatsJSON struct {
 	Op        string      `json:"operation"`
 	Requests  uint64      `json:"requests"`
@@ -129,7 +131,7 @@ type opStatsJSON struct {
 	Mean      int64       `json:"mean_ns"`
 	P50       int64       `json:"p50_ns"`
 	P99       int64       `json:"p99_ns"`
-	Histogram [][2]uint64 `json:"histogram"` // the shortest latency of a bucket, and how many; empty ones are left out
+	Histogram [][2]uint64 `json:"histogram"` // shortest latency and count of each bucket that is not empty
 }
 
 func statsJSONOf(d owner.Device, s ublk.Stats, interval time.Duration) statsJSON {
@@ -144,7 +146,7 @@ func statsJSONOf(d owner.Device, s ublk.Stats, interval time.Duration) statsJSON
 	return j
 }
 
-// operations are those that a server sees.
+// operations lists the operations that a server receives.
 var operations = []ublk.Op{ublk.OpRead, ublk.OpWrite, ublk.OpFlush, ublk.OpDiscard, ublk.OpWriteZeroes}
 
 func opsJSON(q *ublk.QueueStats) []opStatsJSON {

@@ -20,15 +20,16 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// toFile chooses how to write to path. What is there is overwritten only if force is true; then nothing of it changes
-// but its content: a symbolic link, other names of the file, its owner and its mode stay.
+// toFile returns a sink that writes to path. An existing file is overwritten only if force is true. Then only
+// its content changes: a symbolic link, other names of the file, its owner and its mode stay.
 func toFile(path string, force bool) (sink, error) {
 	fi, err := os.Lstat(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return newFile(path), nil
 	}
 	if err == nil && force {
-		if fi, err = os.Stat(path); errors.Is(err, fs.ErrNotExist) { // a link to what is not there yet
+		// A symbolic link whose target does not exist.
+		if fi, err = os.Stat(path); errors.Is(err, fs.ErrNotExist) {
 			return inPlace(path), nil
 		}
 	}
@@ -45,7 +46,7 @@ func toFile(path string, force bool) (sink, error) {
 	return inPlace(path), nil
 }
 
-// newFile makes the file at path when it is complete, unless something else is there by then.
+// newFile creates the file at path once its content is complete, unless something else is there by then.
 func newFile(path string) sink {
 	return func(ctx context.Context, src sparse.Source, progress func(int64)) error {
 		f, err := beside(path)
@@ -59,8 +60,9 @@ func newFile(path string) sink {
 	}
 }
 
-// overFile replaces a regular file when the new one is complete, if nobody can tell the difference. Where its owner,
-// mode or attributes cannot be given to another file, or it has other names, it is written in place.
+// overFile replaces a regular file once the new one is complete, provided that nobody can tell the
+// difference. If the new file cannot get the old one's owner, mode or attributes, or if the old one has other
+// names, it is overwritten in place.
 func overFile(path string) sink {
 	return func(ctx context.Context, src sparse.Source, progress func(int64)) error {
 		target, err := filepath.EvalSymlinks(path)
@@ -84,7 +86,7 @@ func overFile(path string) sink {
 	}
 }
 
-// fill writes the content to an empty file, durably.
+// fill writes the content to an empty file and syncs it.
 func fill(ctx context.Context, f *os.File, src sparse.Source, progress func(int64)) error {
 	if _, err := sparse.Copy(ctx, f, src, nil, progress); err != nil {
 		return err
@@ -92,14 +94,15 @@ func fill(ctx context.Context, f *os.File, src sparse.Source, progress func(int6
 	return errors.Join(f.Truncate(src.Size()), f.Sync())
 }
 
-// unnamed is a file that goes when it is closed, or the process is killed, unless it was given a name.
+// unnamed is a file that disappears when it is closed or the process is killed, unless it has been given a
+// name.
 type unnamed struct {
 	*os.File
 	dir string
-	tmp string // its name, on file systems that have no files without one; empty: none
+	tmp string // its temporary name, on file systems without nameless files; else empty
 }
 
-// beside makes a file that can be given the name path.
+// beside makes a file that can later be given the name path.
 func beside(path string) (unnamed, error) {
 	dir := filepath.Dir(path)
 	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
@@ -116,14 +119,15 @@ func beside(path string) (unnamed, error) {
 	return unnamed{f, dir, f.Name()}, nil
 }
 
-// link gives the file a name that nothing may have.
+// link gives the file a name, which must not exist.
 func (u unnamed) link(path string) error {
 	old := u.tmp
 	if old == "" {
 		old = "/proc/self/fd/" + strconv.Itoa(int(u.Fd()))
 	}
 	err := unix.Linkat(unix.AT_FDCWD, old, unix.AT_FDCWD, path, unix.AT_SYMLINK_FOLLOW)
-	if u.tmp != "" && (errors.Is(err, unix.EPERM) || errors.Is(err, unix.EOPNOTSUPP)) { // a file system without hard links
+	// A file system without hard links.
+	if u.tmp != "" && (errors.Is(err, unix.EPERM) || errors.Is(err, unix.EOPNOTSUPP)) {
 		err = unix.Renameat2(unix.AT_FDCWD, old, unix.AT_FDCWD, path, unix.RENAME_NOREPLACE)
 	}
 	if errors.Is(err, fs.ErrExist) {
@@ -135,7 +139,7 @@ func (u unnamed) link(path string) error {
 	return syncFolder(u.dir)
 }
 
-// replace gives the file the name of another, in one step.
+// replace gives the file the name of an existing file atomically.
 func (u unnamed) replace(path string) error {
 	from := u.tmp
 	if from == "" {
@@ -150,7 +154,7 @@ func (u unnamed) replace(path string) error {
 	return syncFolder(u.dir)
 }
 
-// Close is the end of a file that has no name yet.
+// Close closes the file and removes its temporary name.
 func (u unnamed) Close() error {
 	if u.tmp != "" {
 		if err := os.Remove(u.tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -160,14 +164,14 @@ func (u unnamed) Close() error {
 	return u.File.Close()
 }
 
-// becomes gives the file the owner, mode and attributes of the one at path, and reports whether it could, and that one has
-// no other name.
+// becomes gives the file the owner, mode and attributes of the one at path. It reports whether that succeeded
+// and the file at path has no other name.
 func (u unnamed) becomes(path string) bool {
 	var st unix.Stat_t
 	if unix.Lstat(path, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink != 1 {
 		return false
 	}
-	if unix.Access(path, unix.W_OK) != nil { // overwriting a file needs the right to write it
+	if unix.Access(path, unix.W_OK) != nil { // overwriting needs the permission to write
 		return false
 	}
 	fd := int(u.Fd())
@@ -182,7 +186,7 @@ func (u unnamed) becomes(path string) bool {
 	return err == nil && want == have
 }
 
-// attributes are a file's extended attributes, ACLs among them, as one text.
+// attributes returns a file's extended attributes, which include ACLs, as one text.
 func attributes(path string) (string, error) {
 	list := make([]byte, 64<<10)
 	n, err := unix.Listxattr(path, list)
@@ -215,7 +219,7 @@ func syncFolder(dir string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
-// inPlace writes over what is at path: a file, a block device, or something else that takes a stream.
+// inPlace overwrites what is at path: a file, a block device, or something else that accepts a stream.
 func inPlace(path string) sink {
 	return func(ctx context.Context, src sparse.Source, progress func(int64)) error {
 		flags := os.O_WRONLY
@@ -223,7 +227,7 @@ func inPlace(path string) sink {
 		case errors.Is(err, fs.ErrNotExist):
 			flags |= os.O_CREATE
 		case err == nil && isBlockDevice(fi):
-			flags |= unix.O_EXCL // nobody else may use it: open(2)
+			flags |= unix.O_EXCL // exclusive use of a block device: open(2)
 		}
 		f, err := openPatiently(ctx, path, flags)
 		if errors.Is(err, unix.EBUSY) {
@@ -238,7 +242,7 @@ func inPlace(path string) sink {
 			return err
 		}
 		if fi.Mode().IsRegular() {
-			if err := f.Truncate(0); err != nil { // then its holes are zeros
+			if err := f.Truncate(0); err != nil { // so that holes become zeros
 				return err
 			}
 			if err := errors.Join(fill(ctx, f, src, progress), f.Close()); err != nil {
@@ -250,7 +254,7 @@ func inPlace(path string) sink {
 	}
 }
 
-// toDevice writes to an open block device, FIFO, or the like.
+// toDevice writes to an open block device, FIFO or the like.
 func toDevice(ctx context.Context, f *os.File, src sparse.Source, progress func(int64)) error {
 	fi, err := f.Stat()
 	if err != nil {
@@ -269,7 +273,7 @@ func toDevice(ctx context.Context, f *os.File, src sparse.Source, progress func(
 	if err := sparse.WriteTo(ctx, patient{ctx, f}, src, progress); err != nil {
 		return err
 	}
-	// A pipe has neither a size nor a need to be synced.
+	// Seek and Sync fail on a pipe, which has no size and needs no sync.
 	_, err = patiently(ctx, func() (bool, error) { return true, f.Sync() }, nil)
 	if err != nil && !errors.Is(err, syscall.EINVAL) {
 		return err
