@@ -28,84 +28,110 @@ func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks
 	if err := s.proveRows(tb, names); err != nil {
 		return nil, nil, err
 	}
-	var strange []string // names that are not chunk names
-	var old []leaving    // files without a row, of chunks before the replay position
+	f := foundFiles{s: s, known: known, cp: cp}
 	for _, name := range names {
 		slot, ok := parseChunkName(name)
-		if name == reserveName || name == markName {
-			continue // here if the store's folder is also the folder of the chunks
-		}
-		if !ok {
-			strange = append(strange, name)
-			continue
-		}
-		r, isKnown := known[slot]
-		if isKnown && r.Seq < cp.ChunkSeq {
-			continue // the table has all of its records
-		}
-		h, err := s.chunkHeader(name, slot)
-		if err == nil && isKnown && h.Seq == 0 {
-			err = corruptf("it is missing")
-		}
-		if errors.Is(err, ErrCorrupt) || isUnreadable(err) {
-			if err := s.repair(&LogDamage{Chunk: name, Err: err}); err != nil {
+		switch {
+		case name == reserveName, name == markName: // here if the store's folder is also the folder of the chunks
+		case !ok:
+			f.strange = append(f.strange, name)
+		default:
+			if err := f.add(name, slot); err != nil {
 				return nil, nil, err
 			}
-			if !isKnown {
-				left = append(left, leaving{name: name, as: asDamaged})
-				continue
-			}
-			h, err = format.ChunkHeader{Slot: slot, Seq: r.Seq}, nil
-		}
-		if err != nil {
-			return nil, nil, fmt.Errorf("chunk file %s: %w", name, err)
-		}
-		if err := inTime(h, cp); err != nil {
-			return nil, nil, fmt.Errorf("chunk file %s: %w", name, err)
-		}
-		s.wal.durable = max(s.wal.durable, h.Durable)
-		switch {
-		case isKnown && h.Seq != r.Seq:
-			return nil, nil, corruptf("chunk file %s has the sequence %d, the table says %d", name, h.Seq, r.Seq)
-		case isKnown:
-			logChunks = append(logChunks, s.slots.get(slot))
-		case h.Seq < max(cp.ChunkSeq, 1):
-			old = append(old, leaving{name: name, seq: h.Seq})
-		case s.slots.get(slot) != nil:
-			return nil, nil, corruptf("chunk file %s has the sequence %d, but blocks were moved from its slot", name, h.Seq)
-		default:
-			c := s.foundChunk(format.Chunk{Slot: slot, Seq: h.Seq, End: format.ChunkHeaderSize}, false)
-			s.slots.put(c)
-			logChunks = append(logChunks, c)
-			s.wal.usedChunk(h.Seq)
 		}
 	}
-	if len(strange) > 0 {
-		s.log.Warn("there are files that are not ours among the chunks", "files", len(strange), "first", firstOf(strange))
+	if len(f.strange) > 0 {
+		s.log.Warn("there are files that are not ours among the chunks", "files", len(f.strange), "first", firstOf(f.strange))
 	}
-	whole := true
+	whole := f.findMissing(tb, names)
+	for i := range f.old {
+		if err := s.judge(&f.old[i], cp, whole); err != nil {
+			return nil, nil, err
+		}
+	}
+	slices.SortFunc(f.log, func(a, b *chunk) int { return cmp.Compare(a.seq, b.seq) })
+	return f.log, append(f.left, f.old...), nil
+}
+
+// foundFiles sorts the files that are found among the chunks.
+type foundFiles struct {
+	s     *Store
+	known map[uint32]format.Chunk // the table's rows, by slot
+	cp    format.Checkpoint
+
+	log     []*chunk  // from the replay position on
+	left    []leaving // neither the table's nor the log's
+	old     []leaving // files without a row, of chunks before the replay position
+	strange []string  // names that are not chunk names
+}
+
+// add decides what the file of a slot is.
+func (f *foundFiles) add(name string, slot uint32) error {
+	s := f.s
+	r, isKnown := f.known[slot]
+	if isKnown && r.Seq < f.cp.ChunkSeq {
+		return nil // the table has all of its records
+	}
+	h, err := s.chunkHeader(name, slot)
+	if err == nil && isKnown && h.Seq == 0 {
+		err = corruptf("it is missing")
+	}
+	if errors.Is(err, ErrCorrupt) || isUnreadable(err) {
+		if err := s.repair(&LogDamage{Chunk: name, Err: err}); err != nil {
+			return err
+		}
+		if !isKnown {
+			f.left = append(f.left, leaving{name: name, as: asDamaged})
+			return nil
+		}
+		h, err = format.ChunkHeader{Slot: slot, Seq: r.Seq}, nil
+	}
+	if err == nil {
+		err = inTime(h, f.cp)
+	}
+	if err != nil {
+		return fmt.Errorf("chunk file %s: %w", name, err)
+	}
+	s.wal.durable = max(s.wal.durable, h.Durable)
+	switch {
+	case isKnown && h.Seq != r.Seq:
+		return corruptf("chunk file %s has the sequence %d, the table says %d", name, h.Seq, r.Seq)
+	case isKnown:
+		f.log = append(f.log, s.slots.get(slot))
+	case h.Seq < max(f.cp.ChunkSeq, 1):
+		f.old = append(f.old, leaving{name: name, seq: h.Seq})
+	case s.slots.get(slot) != nil:
+		return corruptf("chunk file %s has the sequence %d, but blocks were moved from its slot", name, h.Seq)
+	default:
+		c := s.foundChunk(format.Chunk{Slot: slot, Seq: h.Seq, End: format.ChunkHeaderSize}, false)
+		s.slots.put(c)
+		f.log = append(f.log, c)
+		s.wal.usedChunk(h.Seq)
+	}
+	return nil
+}
+
+// findMissing looks for the files of the table's chunks, and reports whether all are there. The replay will miss
+// those of the log.
+func (f *foundFiles) findMissing(tb *metadata.Tables, names []string) (whole bool) {
+	whole = true
 	var missing []string
 	for _, r := range tb.Chunks {
 		if _, found := slices.BinarySearch(names, chunkName(r.Slot)); found {
 			continue
 		}
 		whole = false
-		if r.Seq >= cp.ChunkSeq {
-			logChunks = append(logChunks, s.slots.get(r.Slot)) // the replay will miss its file
+		if r.Seq >= f.cp.ChunkSeq {
+			f.log = append(f.log, f.s.slots.get(r.Slot))
 			continue
 		}
 		missing = append(missing, chunkName(r.Slot))
 	}
 	if len(missing) > 0 {
-		s.log.Error("chunk files are missing; run check", "chunks", len(missing), "first", firstOf(missing))
+		f.s.log.Error("chunk files are missing; run check", "chunks", len(missing), "first", firstOf(missing))
 	}
-	for i := range old {
-		if err := s.judge(&old[i], cp, whole); err != nil {
-			return nil, nil, err
-		}
-	}
-	slices.SortFunc(logChunks, func(a, b *chunk) int { return cmp.Compare(a.seq, b.seq) })
-	return logChunks, append(left, old...), nil
+	return whole
 }
 
 // firstOf returns the first few names, so that a warning stays on one line however many there are.
