@@ -118,7 +118,11 @@ func TestStopSyncs(t *testing.T) {
 
 func TestStopUnderLoad(t *testing.T) {
 	needDriver(t)
-	for i := range 4 {
+	times := 4
+	if testing.Short() {
+		times = 2
+	}
+	for i := range times {
 		disk := newRAMDisk(32 << 20)
 		d := create(t, ublk.Options{Size: 32 << 20, Queues: 2}, laterDisk{disk})
 		fio := exec.Command("fio", "--name=s", "--filename="+d.Path(), "--ioengine=libaio", "--direct=1", "--rw=randrw",

@@ -131,8 +131,12 @@ func TestModeLimits(t *testing.T) {
 
 // TestModeStopUnderLoad stops devices under load, and finds nothing left.
 func TestModeStopUnderLoad(t *testing.T) {
+	times := 3
+	if testing.Short() {
+		times = 1
+	}
 	inEachMode(t, func(t *testing.T, mode ublk.CopyMode) {
-		for range 3 {
+		for range times {
 			d := create(t, ublk.Options{Size: 64 << 20, Queues: 2, Depth: 32, Copy: mode}, laterDisk{newRAMDisk(64 << 20)})
 			fio := exec.Command("fio", "--name=l", "--filename="+d.Path(), "--ioengine=libaio", "--direct=1", "--rw=randrw",
 				"--bs=4k", "--iodepth=32", "--numjobs=2", "--time_based", "--runtime=20")

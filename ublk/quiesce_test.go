@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"os/exec"
 	"path/filepath"
 	"sync"
@@ -34,14 +35,18 @@ func TestQuiesce(t *testing.T) {
 				}
 				return
 			}
+			times, seconds := 4, 5
+			if testing.Short() {
+				times, seconds = 2, 3
+			}
 			fio := exec.Command("fio", "--name=q", "--filename="+d.Path(), "--ioengine=libaio", "--direct=1", "--rw=randwrite", "--bs=4k",
-				"--iodepth=32", "--size=2m", "--verify=crc32c", "--verify_fatal=1", "--time_based", "--runtime=5")
+				"--iodepth=32", "--size=2m", "--verify=crc32c", "--verify_fatal=1", "--time_based", fmt.Sprintf("--runtime=%d", seconds))
 			var out bytes.Buffer
 			fio.Stdout, fio.Stderr = &out, &out
 			if err := fio.Start(); err != nil {
 				t.Fatal(err)
 			}
-			for range 4 {
+			for range times {
 				time.Sleep(500 * time.Millisecond)
 				if err := d.Quiesce(stopCtx(t)); err != nil {
 					t.Fatal(err)
