@@ -12,8 +12,8 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// Kinds of problems. A leak wastes space; what is unreadable could not be looked at, and may be sound: access was
-// denied, or the disk or the system failed. Corrupt is everything else.
+// Kinds of problems. A leak wastes space. Unreadable data could not be looked at, because access was denied,
+// or because the disk or the system failed; it may be sound. Corrupt is everything else.
 const (
 	KindLeak       = "leak"
 	KindCorrupt    = "corrupt"
@@ -27,32 +27,34 @@ type Problem struct {
 	What  string `json:"what"`
 }
 
-// CheckOptions are for Check.
+// CheckOptions are the options of Check.
 type CheckOptions struct {
 	ReadData bool                    // also read, verify and decompress every record that is referred to
-	Volume   string                  // check only this volume's history and its snapshots; "": all
-	Progress func(done, total int64) // called now and then with leaf versions; may be nil
+	Volume   string                  // check only the history and snapshots of this volume; "": all
+	Progress func(done, total int64) // called now and then, counts versions of leaves; may be nil
 }
 
-// CheckReport is what Check went over and found.
+// CheckReport says what Check looked at and found.
 type CheckReport struct {
 	Branches  int64 `json:"branches"`
-	Versions  int64 `json:"versions"` // of leaves
+	Versions  int64 `json:"versions"` // versions of leaves
 	Entries   int64 `json:"entries"`  // blocks that the versions own
 	Chunks    int64 `json:"chunks"`
 	LiveBytes int64 `json:"live_bytes"`
-	DataBytes int64 `json:"data_bytes"` // read and verified
+	DataBytes int64 `json:"data_bytes"` // bytes of records that were read and verified
 	Leaks     int   `json:"leaks"`
 	Corrupt   int   `json:"corrupt"`
 	// Unreadable is how many records and files could not be looked at.
 	Unreadable int `json:"unreadable"`
 }
 
-// Check proves the table against itself and the chunk files, as of a checkpoint that
-// it begins with; the store may be in use. It checks the invariants 4 to 6 of DESIGN.md with a
-// full recount of the live bytes, that entries lie in chunks that exist, the
-// chunks' headers, and bbolt's pages. Data is read after that, as far as it is still there. Every violation is passed
-// to problem; the error is of the check itself. Nobody waits for it, and it keeps no space.
+// Check checks the table against itself and against the chunk files, as of a checkpoint that it begins with.
+// The store may be in use. Check verifies invariants 4 to 6 of DESIGN.md with a full recount of the live
+// bytes, that entries lie in chunks that exist, the chunks' headers, and bbolt's pages. After that it reads
+// data, if asked to, as far as the data is still there.
+//
+// Check passes every violation to problem. The error that it returns is its own. Nothing waits for a check,
+// and it keeps no space from being given back.
 func (s *Store) Check(ctx context.Context, o CheckOptions, problem func(Problem)) (CheckReport, error) {
 	if err := s.beginTask(); err != nil {
 		return CheckReport{}, fmt.Errorf("check: %w", err)
@@ -89,7 +91,7 @@ func (c *checker) check() error {
 	return c.readData()
 }
 
-// structure proves the table, in one state of it.
+// structure checks the table in one state of it.
 func (c *checker) structure() (err error) {
 	tx, pages, err := c.s.beginCheck()
 	if err != nil {
@@ -104,7 +106,7 @@ func (c *checker) structure() (err error) {
 	return c.guard(func() error { return c.run(tx) })
 }
 
-// guard calls fn, and makes a problem of damage to the table that ends it.
+// guard calls fn. If damage to the table ends fn, guard passes that on as a problem, and returns nil.
 func (c *checker) guard(fn func() error) error {
 	err := metadata.Guard(fn)
 	if errors.Is(err, ErrCorrupt) {
@@ -114,7 +116,8 @@ func (c *checker) guard(fn func() error) error {
 	return err
 }
 
-// beginTask lets Close know of a check or the like, which then waits for it; after Close there is none.
+// beginTask registers a long task, such as a check, so that Close waits for it. After Close it returns
+// ErrClosed.
 func (s *Store) beginTask() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -125,8 +128,8 @@ func (s *Store) beginTask() error {
 	return nil
 }
 
-// beginCheck makes a checkpoint, and returns the table as it then is. pages checks the table's pages, which may take
-// long; others go on meanwhile.
+// beginCheck makes a checkpoint, and returns the table as it then is. pages checks the table's pages. That
+// may take long, and other work goes on meanwhile.
 func (s *Store) beginCheck() (tx *metadata.Tx, pages func() error, err error) {
 	s.ckptMu.Lock()
 	defer s.ckptMu.Unlock()
@@ -160,9 +163,9 @@ type checker struct {
 	problem  func(Problem)
 	report   CheckReport
 	branches map[uint32]format.Branch
-	points   map[uint32][]uint32 // by branch: epochs that are kept, ascending
+	points   map[uint32][]uint32 // by branch: epochs of the kept points, ascending
 	chunks   map[uint32]format.Chunk
-	live     map[uint32]int64 // by slot: the recount
+	live     map[uint32]int64 // by slot: recounted live bytes
 	forwards checkForwards
 	only     map[uint32]bool // branches to check; nil: all
 	total    int64           // versions
@@ -178,7 +181,7 @@ func (c *checker) corrupt(where, text string, args ...any) {
 	c.problem(Problem{KindCorrupt, where, fmt.Sprintf(text, args...)})
 }
 
-// failed is a problem with a file: its content is wrong, or could not be read.
+// failed reports a problem with a file: its content is wrong, or could not be read.
 func (c *checker) failed(where string, err error) {
 	kind := KindCorrupt
 	if outOfReach(err) || errors.Is(err, syscall.EIO) {
@@ -228,7 +231,7 @@ func (c *checker) run(tx *metadata.Tx) error {
 	if err != nil {
 		return err
 	}
-	if c.only != nil { // what all versions add up to is not known
+	if c.only != nil { // the sums over all versions are not known
 		c.files(tb)
 		return nil
 	}
@@ -239,7 +242,7 @@ func (c *checker) run(tx *metadata.Tx) error {
 	return nil
 }
 
-// progress tells how many versions have been gone over; where data is read, that is done twice.
+// progress reports how many versions have been gone over. With ReadData, that is done twice.
 func (c *checker) progress(done int64) {
 	if c.o.Progress == nil {
 		return
@@ -251,7 +254,7 @@ func (c *checker) progress(done int64) {
 	c.o.Progress(min(done, total), total)
 }
 
-// interrupted reports whether the caller, or the store's Close, wants the check to end.
+// interrupted returns an error if the caller or the store's Close wants the check to end.
 func (c *checker) interrupted() error { return c.s.interrupted(c.ctx) }
 
 func (c *checker) index(tb *metadata.Tables) {
@@ -271,7 +274,7 @@ func (c *checker) index(tb *metadata.Tables) {
 	c.report.Branches, c.report.Chunks = int64(len(tb.Branches)), int64(len(tb.Chunks))
 }
 
-// choose finds the branches that a volume's blocks and its snapshots' are on.
+// choose finds the branches that the blocks of the volume and its snapshots are on.
 func (c *checker) choose(tb *metadata.Tables) error {
 	if c.o.Volume == "" {
 		return nil
@@ -301,8 +304,8 @@ func where(v metadata.Version) string {
 	return fmt.Sprintf("branch %d leaf %d epoch %d", v.Branch, v.Leaf, v.Epoch)
 }
 
-// version checks one version. They come by branch and leaf, the newest first, so that the one before
-// is either the next newer of the same leaf, or the oldest of another.
+// version checks one version. Versions come by branch and leaf, the newest first. So the version before is
+// either the next newer one of the same leaf, or the oldest one of another leaf.
 func (c *checker) version(tx *metadata.Tx, v metadata.Version, l *format.Leaf) error {
 	b, ok := c.branches[v.Branch]
 	if !ok || v.Epoch == 0 || v.Epoch > b.Epoch {
@@ -325,13 +328,13 @@ func (c *checker) version(tx *metadata.Tx, v metadata.Version, l *format.Leaf) e
 	return c.entries(tx, v, l)
 }
 
-// interval is the index of the first kept point at or after the version's epoch.
+// interval returns the index of the first kept point at or after the version's epoch.
 func (c *checker) interval(v metadata.Version) int {
 	i, _ := slices.BinarySearch(c.points[v.Branch], v.Epoch)
 	return i
 }
 
-// unchanged checks that the blocks which the newer version did not change are as in the older.
+// unchanged checks that blocks which the newer version did not change are the same in the older one.
 func (c *checker) unchanged(older *format.Leaf) {
 	for i, e := range c.newerLeaf.Entries {
 		if !c.newerLeaf.IsChanged(i) && e != older.Entries[i] {
@@ -350,7 +353,7 @@ func (c *checker) origin(tx *metadata.Tx) error {
 	for b.OriginBranch != 0 {
 		epoch, err := tx.Leaf(metadata.Version{Branch: b.OriginBranch, Leaf: c.newer.Leaf, Epoch: b.OriginEpoch}, &l)
 		if errors.Is(err, ErrCorrupt) {
-			return nil // is or was reported where it is
+			return nil // this is or was reported where it is
 		}
 		if err != nil {
 			return err
@@ -364,7 +367,7 @@ func (c *checker) origin(tx *metadata.Tx) error {
 	return nil
 }
 
-// entries counts what the version owns.
+// entries counts the blocks that the version owns, and checks that their records lie in chunks.
 func (c *checker) entries(tx *metadata.Tx, v metadata.Version, l *format.Leaf) error {
 	for i, name := range l.Entries {
 		if name.IsHole() || !l.IsChanged(i) {
@@ -389,7 +392,7 @@ func contains(ch format.Chunk, e format.Entry) bool {
 	return e.Offset() >= format.ChunkHeaderSize && e.Offset()+uint32(e.Size()) <= ch.End
 }
 
-// accounting compares the kept live bytes with the recount, and the rows with the files.
+// accounting compares the live bytes in the rows with the recount, and the rows with the files.
 func (c *checker) accounting(tb *metadata.Tables) {
 	for _, ch := range tb.Chunks {
 		got := c.live[ch.Slot]
@@ -404,7 +407,7 @@ func (c *checker) accounting(tb *metadata.Tables) {
 	}
 }
 
-// files looks at the files of the chunks that were referred to.
+// files checks the files of those chunks that were referred to.
 func (c *checker) files(tb *metadata.Tables) {
 	c.report.Chunks = 0
 	for _, row := range tb.Chunks {

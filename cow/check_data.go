@@ -9,10 +9,10 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// A check holds on to nothing: no chunk stays for it, and no state of the table for long, since the table's file grows
-// while one is kept. So data is read in slices, each in the table as it is by then. Every record that was there at the
-// beginning and still is gets read. What has been given up meanwhile is no data any more; what the cleaner or the cold
-// pass moved was verified when it was.
+// A check keeps nothing in use: no chunk, and no state of the table for long, since the table's file grows
+// while a state is kept. So data is read in slices, each from the table as it is by then. Every record is
+// read that existed at the beginning and still exists. Data that was given up meanwhile does not matter any
+// more. Data that the cleaner or the cold pass moved was verified when it was moved.
 
 const (
 	// checkSlice is for how long one state of the table is read.
@@ -29,7 +29,7 @@ func (c *checker) readData() error {
 	next := metadata.Version{Epoch: ^uint32(0)}
 	var done int64
 	for more := true; more; {
-		more = false // damage to the table ends it
+		more = false // damage to the table ends the loop
 		err := c.guard(func() (err error) {
 			tx, err := c.s.meta.Begin()
 			if err != nil {
@@ -46,7 +46,8 @@ func (c *checker) readData() error {
 	return nil
 }
 
-// readSlice reads what the versions from next on refer to, until the slice has lasted long enough.
+// readSlice reads the records that the versions from version from on refer to, until the slice has lasted
+// long enough. It returns the version to go on with, and whether there is one.
 func (c *checker) readSlice(tx *metadata.Tx, from metadata.Version, done *int64) (next metadata.Version, more bool, err error) {
 	start, n := time.Now(), 0
 	rows := map[uint32]format.Chunk{}
@@ -63,7 +64,7 @@ func (c *checker) readSlice(tx *metadata.Tx, from metadata.Version, done *int64)
 			return err
 		}
 		if bad != nil || c.only != nil && !c.only[v.Branch] {
-			return nil // what is bad has been said
+			return nil // damage was reported before
 		}
 		return c.readVersion(tx, v, l, rows, &forwards)
 	})
@@ -73,7 +74,7 @@ func (c *checker) readSlice(tx *metadata.Tx, from metadata.Version, done *int64)
 	return next, false, err
 }
 
-// readVersion reads what a version owns.
+// readVersion reads the records with blocks that a version owns.
 func (c *checker) readVersion(tx *metadata.Tx, v metadata.Version, l *format.Leaf, rows map[uint32]format.Chunk, forwards *checkForwards) error {
 	var last format.Entry
 	for i, name := range l.Entries {
@@ -82,7 +83,7 @@ func (c *checker) readVersion(tx *metadata.Tx, v metadata.Version, l *format.Lea
 		}
 		e, _, err := forwards.find(tx, name)
 		if err != nil {
-			continue // it has been said
+			continue // this was reported before
 		}
 		row, ok := rows[e.Slot()]
 		if !ok {
@@ -105,7 +106,7 @@ func (c *checker) readVersion(tx *metadata.Tx, v metadata.Version, l *format.Lea
 	return nil
 }
 
-// read reads and verifies a record from its file.
+// read reads a record from its file, and verifies it.
 func (c *checker) read(ch *chunk, e format.Entry, first uint64) error {
 	if c.buf == nil {
 		c.buf, c.unit = make([]byte, format.MaxDataRecord), make([]byte, unitSize)
@@ -128,8 +129,8 @@ func (c *checker) read(ch *chunk, e format.Entry, first uint64) error {
 	return format.Decompress(codec, c.unit[:e.Blocks()*format.BlockSize], payload)
 }
 
-// holding calls fn with the chunk that a row of the table is of, and a reference to it. Where the chunk has gone since
-// the table was as it is read, nothing is called.
+// holding calls fn with the chunk that a row of the table describes, while it holds a reference to the chunk.
+// If the chunk has gone since that state of the table, it does not call fn.
 func (c *checker) holding(row format.Chunk, fn func(*chunk)) {
 	ch := c.s.slots.get(row.Slot)
 	if ch == nil || ch.seq != row.Seq || ch.gone || !ch.tryAcquire() {
@@ -139,7 +140,7 @@ func (c *checker) holding(row format.Chunk, fn func(*chunk)) {
 	fn(ch)
 }
 
-// hasGone reports whether a chunk has died: what was seen of its file means nothing.
+// hasGone reports whether a chunk has died. If it has, what was seen of its file means nothing.
 func (c *checker) hasGone(ch *chunk) bool {
 	c.s.mu.Lock()
 	defer c.s.mu.Unlock()

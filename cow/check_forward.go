@@ -9,15 +9,15 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// checkForwards is what a check knows of the records that have been moved.
+// checkForwards is what a check knows of the records that were moved.
 type checkForwards struct {
-	all    bool                        // rows are not known
+	all    bool                        // the rows are not known: look for forwards of any slot
 	rows   map[uint32]format.Forwarded // by slot
-	seen   map[uint32]int64            // by slot: blocks that versions own, and that have been moved
-	region metadata.Region             // of list
-	loaded bool                        // there is one
+	seen   map[uint32]int64            // by slot: moved blocks that versions own
+	region metadata.Region             // region that list is of
+	loaded bool                        // region and list are set
 	list   []format.Forward
-	bad    error // of region
+	bad    error // error of reading the region
 }
 
 func (f *checkForwards) index(rows []format.Forwarded) {
@@ -27,7 +27,7 @@ func (f *checkForwards) index(rows []format.Forwarded) {
 	}
 }
 
-// follow returns where the block is that a version owns as e, and counts it.
+// follow returns where the block is now that a version owns as e. It counts the block if it was moved.
 func (f *checkForwards) follow(tx *metadata.Tx, e format.Entry) (format.Entry, error) {
 	to, moved, err := f.find(tx, e)
 	if moved {
@@ -36,7 +36,7 @@ func (f *checkForwards) follow(tx *metadata.Tx, e format.Entry) (format.Entry, e
 	return to, err
 }
 
-// find returns where the block is that somebody has as e, and whether it was moved there.
+// find returns where the block is now that an entry e names, and whether it was moved there.
 func (f *checkForwards) find(tx *metadata.Tx, e format.Entry) (at format.Entry, moved bool, err error) {
 	if _, ok := f.rows[e.Slot()]; !ok && !f.all {
 		return e, false, nil
@@ -62,7 +62,7 @@ func (f *checkForwards) find(tx *metadata.Tx, e format.Entry) (at format.Entry, 
 	return to.To.WithIndex(e.Index()), true, nil
 }
 
-// checkForwards compares the rows of moved blocks with the forwards, and with what versions own.
+// checkForwards compares the rows of moved blocks with the forwards, and with the blocks that versions own.
 func (c *checker) checkForwards(tx *metadata.Tx) error {
 	f := &c.forwards
 	noted := map[uint32]int64{}

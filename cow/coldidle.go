@@ -180,8 +180,7 @@ func (s *Store) marked() place {
 	return s.coldMark
 }
 
-// roomy reports whether there is room for the copies that a pass writes before a checkpoint gives anything
-// back.
+// roomy reports whether there is room for what a pass leaves dead until a checkpoint removes it.
 func (s *Store) roomy() bool {
 	free, err := s.fs.Free()
 	s.mu.Lock()

@@ -10,11 +10,11 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// forwards say where records are that the cleaner moved without changing the entries that name them: those that
-// snapshots hold. They are kept by the place that the entries name, a region of a chunk at a time, in memory as far
-// as they are used or not in the table yet.
+// forwards say where records are now that the cleaner or the cold pass moved without changing the entries
+// that name them: the records that snapshots hold. They are kept by the place that the entries name, one
+// region of a chunk at a time. A region is in memory while it is used, or is not in the table yet.
 //
-// A region changes under Store.mu and forwards.mu; either is enough to read it.
+// A change of a region takes both Store.mu and forwards.mu. Either of them is enough to read it.
 type forwards struct {
 	load func(metadata.Region) ([]format.Forward, error)
 
@@ -22,21 +22,22 @@ type forwards struct {
 	regions map[metadata.Region]*region
 }
 
-// region is one region's forwards, by offset. list is replaced, never changed, so that a checkpoint can keep it.
+// region has one region's forwards, by offset. list is replaced, never changed, so that a checkpoint can keep
+// it.
 type region struct {
 	metadata.Region
 	list []format.Forward
-	gen  uint64 // generation of the checkpoint that has to write it; 0: it is as in the table
+	gen  uint64 // generation of the checkpoint that has to write it; 0: as in the table
 }
 
-// maxRegions bounds the regions in memory that a checkpoint does not need.
+// maxRegions bounds the regions in memory that no checkpoint needs.
 const maxRegions = 4096
 
 func regionOf(e format.Entry) metadata.Region {
 	return metadata.Region{Slot: e.Slot(), Number: uint16(e.Offset() / format.ForwardRegion)}
 }
 
-// region returns a region, loading it first if needed. mu is held.
+// region returns a region, and loads it first if needed. The caller holds mu.
 func (f *forwards) region(k metadata.Region) (*region, error) {
 	if r := f.regions[k]; r != nil {
 		return r, nil
@@ -62,7 +63,8 @@ func (f *forwards) region(k metadata.Region) (*region, error) {
 	return r, nil
 }
 
-// find returns the forward of the record that e names. mu is held.
+// find finds the forward of the record that e names: its region, and its index there. ok is false if there is
+// none; i is then where it would be. The caller holds mu.
 func (f *forwards) find(e format.Entry) (r *region, i int, ok bool, err error) {
 	if r, err = f.region(regionOf(e)); err != nil {
 		return nil, 0, false, err
@@ -71,7 +73,7 @@ func (f *forwards) find(e format.Entry) (r *region, i int, ok bool, err error) {
 	return r, i, ok, nil
 }
 
-// lookup returns where the record that e names has been moved to.
+// lookup returns where the record that e names has been moved to. ok is false if it has not been moved.
 func (f *forwards) lookup(e format.Entry) (to format.Forward, ok bool, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -82,8 +84,8 @@ func (f *forwards) lookup(e format.Entry) (to format.Forward, ok bool, err error
 	return to, ok, err
 }
 
-// follow returns the entry that e stands for, and its chunk with a reference taken. The reference is taken under mu:
-// until the forward changes, the chunk has a live block.
+// follow returns the entry that e stands for, and its chunk with a reference taken. It takes the reference
+// under mu: until the forward changes, the chunk has a live block.
 func (f *forwards) follow(e format.Entry, slots *slotTable) (format.Entry, *chunk, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -102,8 +104,8 @@ func (f *forwards) follow(e format.Entry, slots *slotTable) (format.Entry, *chun
 	return to, c, nil
 }
 
-// put changes the list of a region: it replaces the forward at i, inserts it there, or removes it where its mask is 0.
-// Store.mu and mu are held.
+// putForward changes the list of a region. It inserts the forward at i, or replaces the one at i, or removes
+// that one if the mask of f is 0. The caller holds Store.mu and forwards.mu.
 func (s *Store) putForward(r *region, i int, insert bool, f format.Forward) {
 	list := slices.Clone(r.list)
 	switch {
@@ -121,8 +123,8 @@ func (s *Store) putForward(r *region, i int, insert bool, f format.Forward) {
 	}
 }
 
-// forward notes that the record which from names is now at to, with the blocks of mask alive, and moves the live
-// bytes. The live path and replay both do. mu is held.
+// forward notes that the record which from names is now at to, with the blocks of mask alive, and moves the
+// live bytes. Both the cleaner and a replay use it. The caller holds mu.
 func (s *Store) forward(from format.Entry, mask uint16, to format.Entry) error {
 	old, target := s.slots.get(from.Slot()), s.slots.get(to.Slot())
 	if old == nil || target == nil {
@@ -156,13 +158,14 @@ func (s *Store) forward(from format.Entry, mask uint16, to format.Entry) error {
 	return nil
 }
 
-// dieMoved accounts for the death of a block that has been moved from c; false: it is still there. mu is held.
+// dieMoved accounts for the death of a block that was moved from c. It returns false if the block was not
+// moved. The caller holds mu.
 func (s *Store) dieMoved(c *chunk, e format.Entry) bool {
 	s.forwards.mu.Lock()
 	defer s.forwards.mu.Unlock()
 	r, i, ok, err := s.forwards.find(e)
 	if err != nil {
-		// What a damaged row hides cannot be given back.
+		// Space that a damaged row hides cannot be given back.
 		s.log.Error("space of moved data stays in use; run check", "chunk", c.name(), "err", err)
 		return true
 	}
@@ -171,7 +174,7 @@ func (s *Store) dieMoved(c *chunk, e format.Entry) bool {
 	}
 	f := r.list[i]
 	if f.Mask&(1<<e.Index()) == 0 {
-		return true // a damaged table; Check says so
+		return true // the table is damaged, which Check reports
 	}
 	f.Mask &^= 1 << e.Index()
 	s.putForward(r, i, false, f)
@@ -184,7 +187,7 @@ func (s *Store) dieMoved(c *chunk, e format.Entry) bool {
 	return true
 }
 
-// replayMoved does again what the cleaner did when it wrote a moved record at (c, off).
+// replayMoved repeats what the cleaner did when it wrote a moved record at (c, off).
 func (s *Store) replayMoved(h *format.RecordHeader, payload []byte, c *chunk, off uint32) error {
 	m, err := format.DecodeMoved(h, payload)
 	if err != nil {
@@ -199,7 +202,7 @@ type frozenRegion struct {
 	list []format.Forward
 }
 
-// beginRegions takes what the checkpoint of the present generation writes. mu is held.
+// beginRegions takes the regions that the checkpoint of the present generation writes. The caller holds mu.
 func (s *Store) beginRegions() []frozenRegion {
 	frozen := make([]frozenRegion, len(s.dirtyRegions))
 	for i, r := range s.dirtyRegions {
@@ -223,7 +226,7 @@ func (g *generation) writeRegions(tx *metadata.Tx) error {
 	return errors.Join(errs...)
 }
 
-// settleRegions says that the table has them now.
+// settleRegions notes that the table has the regions of g now.
 func (s *Store) settleRegions(g *generation) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -236,7 +239,7 @@ func (s *Store) settleRegions(g *generation) {
 	}
 }
 
-// abortRegions makes them part of the next checkpoint. mu is held.
+// abortRegions makes the regions of g part of the next checkpoint. The caller holds mu.
 func (s *Store) abortRegions(g *generation) {
 	s.forwards.mu.Lock()
 	defer s.forwards.mu.Unlock()

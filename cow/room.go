@@ -85,8 +85,8 @@ func purposeOf(ev *format.Event) purpose {
 	return forEvents
 }
 
-// kept returns how much of the space that has to stay free the store holds already: the reserve, and free
-// pages of the table.
+// kept returns how much of the space that has to stay free the store holds already: the reserve, and the free
+// pages of the table, of which at most half of spare counts.
 func (s *Store) kept() int64 {
 	free, _ := s.meta.Room()
 	return s.wal.stock.bytes() + min(free, spare/2)

@@ -10,23 +10,25 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// slotTable finds chunks by slot, and knows at any time what they are together and which of them is best cleaned.
-// None of that looks at all of them. Changes happen under Store.mu; get needs no lock.
+// slotTable finds chunks by slot, keeps sums over all chunks, and knows which chunk is best to clean. None of
+// these operations looks at all chunks. Changes happen under Store.mu; get needs no lock.
 type slotTable struct {
-	pages [format.MaxSlots / pageSlots]atomic.Pointer[slotPage] // nil: nothing was ever there
+	pages [format.MaxSlots / pageSlots]atomic.Pointer[slotPage] // nil if there never was a chunk in it
 
 	taken     int    // slots that have a chunk
-	cleanable uint64 // chunks before this sequence number are behind the replay position, and may be cleaned
+	cleanable uint64 // chunks before this sequence number lie before the replay position, and may be cleaned
 	tally
 	dirt [dirtSteps + 1]ageHeap // chunks that may be cleaned, by how much of them is dead
 
-	lives [format.MaxChunkSize/liveStep + 1]int // chunks that are or will be cleaned, by how much of them is alive
-	top   int                                   // there is none behind it
+	lives [format.MaxChunkSize/liveStep + 1]int // chunks to clean now or later, by live bytes
+	top   int                                   // no element after it is set
 
-	removed int64 // what dead chunks held whose files were removed or taken for new ones, over the life of the process
+	// removed is the bytes in dead chunks whose files were removed or reused for new ones, since the store was
+	// opened.
+	removed int64
 }
 
-// liveStep is how finely chunks are told apart by what lives in them.
+// liveStep is how finely chunks are told apart by their live bytes.
 const liveStep = 256 << 10
 
 // pageSlots is how many slots a page of the table has.
@@ -34,18 +36,18 @@ const pageSlots = 4096
 
 type slotPage struct {
 	chunks [pageSlots]atomic.Pointer[chunk]
-	taken  [pageSlots / 64]uint64 // a bit for each chunk
-	n      int                    // of them
+	taken  [pageSlots / 64]uint64 // a bit for each slot that has a chunk
+	n      int                    // number of chunks
 }
 
-// tally is what chunks add up to. All are bytes but chunks.
+// tally is the sums over chunks. All but chunks are in bytes.
 type tally struct {
-	files     int64 // of the files
-	owed      int64 // of files that the next checkpoint gives up
-	chunks    int64 // that are full, and whose rows the table has or will have
-	ends      int64 // what these hold, with their headers
-	live      int64 // what lives of that
-	dirtyEnds int64 // of chunks that may be cleaned: what cleaning can give back is the difference of these two
+	files     int64 // size of the files
+	owed      int64 // size of the files that the next checkpoint gives up
+	chunks    int64 // full chunks, whose rows the table has or will have
+	ends      int64 // size of the records and headers of these
+	live      int64 // live bytes of these
+	dirtyEnds int64 // of chunks that may be cleaned: cleaning can give back dirtyEnds - dirtyLive
 	dirtyLive int64
 }
 
@@ -59,19 +61,19 @@ func (t *tally) add(o *tally, sign int64) {
 	t.dirtyLive += sign * o.dirtyLive
 }
 
-// counted is what of a chunk is in the sums of the slot table; guarded by Store.mu.
+// counted is what the slot table has counted for a chunk. Store.mu guards it.
 type counted struct {
 	tally
 	cleanable bool
-	lives     int // where it is in slotTable.lives; 0: nowhere
-	dirt      int // of chunks that are cleanable: where it is
-	at        int // and its place there
+	lives     int // index in slotTable.lives; 0 means not counted
+	dirt      int // of a cleanable chunk: index of its heap in slotTable.dirt
+	at        int // and its index in that heap
 }
 
-// dirtSteps is how finely chunks are told apart by what is dead in them: by a two hundredth.
+// dirtSteps is how finely chunks are told apart by their dead data: in steps of 1/200.
 const dirtSteps = 200
 
-// get returns the chunk of a slot; nil if there is none.
+// get returns the chunk in a slot, or nil if there is none. It needs no lock.
 func (s *slotTable) get(slot uint32) *chunk {
 	if slot >= format.MaxSlots {
 		return nil
@@ -83,7 +85,7 @@ func (s *slotTable) get(slot uint32) *chunk {
 	return p.chunks[slot%pageSlots].Load()
 }
 
-// put gives a chunk its slot; the chunk that had it is none of the table's any more.
+// put puts a chunk into its slot, and takes the chunk that was there out of the table.
 func (s *slotTable) put(c *chunk) {
 	n, i := c.slot/pageSlots, c.slot%pageSlots
 	p := s.pages[n].Load()
@@ -91,7 +93,7 @@ func (s *slotTable) put(c *chunk) {
 		p = &slotPage{}
 		s.pages[n].Store(p)
 	}
-	old := p.chunks[i].Swap(c) // at no time is there none
+	old := p.chunks[i].Swap(c) // get finds one of the two at any time
 	if old == nil {
 		p.taken[i/64] |= 1 << (i % 64)
 		p.n++
@@ -119,7 +121,7 @@ func (s *slotTable) remove(slot uint32) {
 	s.recount(old)
 }
 
-// freeSlot returns the first slot that is free; false: there is none.
+// freeSlot returns the first free slot, or false if there is none.
 func (s *slotTable) freeSlot() (uint32, bool) {
 	for n := range uint32(len(s.pages)) {
 		p := s.pages[n].Load()
@@ -138,7 +140,7 @@ func (s *slotTable) freeSlot() (uint32, bool) {
 	return 0, false
 }
 
-// end is behind the last slot that may be taken.
+// end returns a slot after the last one that may be taken.
 func (s *slotTable) end() uint32 {
 	for n := len(s.pages); n > 0; n-- {
 		if s.pages[n-1].Load() != nil {
@@ -148,14 +150,14 @@ func (s *slotTable) end() uint32 {
 	return 0
 }
 
-// each calls fn for the chunks, by slot. It looks at all of them, which many make long.
+// each calls fn for every chunk, by slot. It takes long if there are many chunks.
 func (s *slotTable) each(fn func(*chunk)) {
 	for n := range s.pages {
 		s.page(n, fn)
 	}
 }
 
-// page calls fn for the chunks of a page.
+// page calls fn for the chunks of page n.
 func (s *slotTable) page(n int, fn func(*chunk)) {
 	p := s.pages[n].Load()
 	if p == nil {
@@ -168,7 +170,7 @@ func (s *slotTable) page(n int, fn func(*chunk)) {
 	}
 }
 
-// all returns the chunks, by slot.
+// all returns all chunks, by slot.
 func (s *slotTable) all() (cs []*chunk) {
 	s.each(func(c *chunk) { cs = append(cs, c) })
 	return cs
@@ -184,8 +186,9 @@ func (s *slotTable) closeAll() error {
 	return errors.Join(errs...)
 }
 
-// recount brings the sums up to date with a chunk. Whoever changes what they are made of calls it, in the same
-// critical section of Store.mu: size, end, live, pinnedDead, sealed, damaged, dead, gone, and the table's cleanable.
+// recount brings the sums up to date with a chunk. It must be called, in the same critical section of
+// Store.mu, after any change of what the sums are made of: the chunk's size, end, live, pinnedDead, sealed,
+// damaged, dead and gone, and the table's cleanable.
 func (s *slotTable) recount(c *chunk) {
 	n := &c.counted
 	now := s.measure(c)
@@ -210,7 +213,7 @@ func (s *slotTable) recount(c *chunk) {
 	}
 }
 
-// recountLives is recount for lives.
+// recountLives does the part of recount for lives.
 func (s *slotTable) recountLives(c *chunk) {
 	n := 0
 	if c.inSlot && c.sealed && !c.gone && !c.dead && !c.damaged {
@@ -223,7 +226,7 @@ func (s *slotTable) recountLives(c *chunk) {
 	}
 }
 
-// mostLive is how much lives in the chunk that has most of it, to a step above.
+// mostLive returns the live bytes of the chunk that has the most, rounded up to a multiple of liveStep.
 func (s *slotTable) mostLive() int64 {
 	for s.top > 0 && s.lives[s.top] == 0 {
 		s.top--
@@ -231,7 +234,7 @@ func (s *slotTable) mostLive() int64 {
 	return int64(s.top) * liveStep
 }
 
-// measure is what a chunk adds to the sums.
+// measure returns what a chunk adds to the sums.
 func (s *slotTable) measure(c *chunk) (t tally) {
 	if !c.inSlot {
 		return t
@@ -250,27 +253,30 @@ func (s *slotTable) measure(c *chunk) (t tally) {
 	return t
 }
 
-// mayClean reports whether the table has all of a chunk, and something lives in it that can be moved.
+// mayClean reports whether all of a chunk is in the table, and it has live data that can be moved.
 func (s *slotTable) mayClean(c *chunk) bool {
 	return c.sealed && !c.gone && !c.dead && !c.damaged && c.seq < s.cleanable && c.live > 0 && c.end > format.ChunkHeaderSize
 }
 
-// used is the part of a chunk that cleaning does not give back.
+// used returns the part of a chunk that cleaning does not give back.
 func (c *chunk) used() float64 {
 	return (float64(c.live) + float64(c.pinnedDead)) / float64(c.end-format.ChunkHeaderSize)
 }
 
-// dirt is how many steps of a chunk are dead.
+// dirt returns how much of a chunk is dead, in steps of 1/dirtSteps.
 func (c *chunk) dirt() int {
 	all := uint64(c.end - format.ChunkHeaderSize)
 	return int((all - min(all, uint64(c.live)+uint64(c.pinnedDead))) * dirtSteps / all)
 }
 
-// dirtiest chooses a chunk to be cleaned by benefit and cost (Rosenblum and Ousterhout, 1992, section 3.5): what it
-// gives, times the age, for what it takes to read all and write what lives. At least the part waste of it is dead, to
-// a step below, and its sequence number is below limit. now is the next chunk's. Of those that are equally dead, to a
-// step, the oldest is the best: so one of each step is looked at. None is chosen that takes more than room to copy;
-// tooLarge reports that nothing was chosen for that reason.
+// dirtiest chooses a chunk to clean by benefit and cost (Rosenblum and Ousterhout, 1992, section 3.5): what
+// cleaning it gives back, times its age, divided by the cost of reading all of it and writing its live data.
+// At least the part waste of the chunk is dead, rounded down to a step, and its sequence number is below
+// limit. now is the sequence number of the next chunk. It chooses no chunk that takes more than room bytes to
+// copy; tooLarge reports that there was no other.
+//
+// Of the chunks that are equally dead, to a step, the oldest is the best. So only one chunk of each step is
+// looked at.
 func (s *slotTable) dirtiest(waste float64, limit, now uint64, room int64) (best *chunk, tooLarge bool) {
 	var most float64
 	consider := func(c *chunk) {
@@ -295,7 +301,8 @@ func (s *slotTable) dirtiest(waste float64, limit, now uint64, room int64) (best
 	if best != nil || !tooLarge {
 		return best, false
 	}
-	for i := first; i < len(s.dirt); i++ { // a younger one may have less alive: chunks differ in size
+	// A younger chunk may have less live data, because chunks differ in size.
+	for i := first; i < len(s.dirt); i++ {
 		for _, c := range s.dirt[i] {
 			consider(c)
 		}
@@ -313,13 +320,13 @@ func (h ageHeap) Swap(i, j int) {
 	h[i].counted.at, h[j].counted.at = i, j
 }
 
-// Push is heap.Interface's.
+// Push implements heap.Interface.
 func (h *ageHeap) Push(c any) {
 	c.(*chunk).counted.at = len(*h)
 	*h = append(*h, c.(*chunk))
 }
 
-// Pop is heap.Interface's.
+// Pop implements heap.Interface.
 func (h *ageHeap) Pop() any {
 	last := len(*h) - 1
 	c := (*h)[last]

@@ -9,19 +9,20 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// Usage is what a volume or snapshot takes of the store, as docs/reclaim.md, Space, defines it.
+// Usage is how much of the store a volume or snapshot takes. docs/reclaim.md, Space, defines the figures.
 type Usage struct {
 	Ref             Ref   `json:"ref"`
-	Mapped          int64 `json:"mapped"`            // bytes of blocks that hold data
-	Referenced      int64 `json:"referenced"`        // bytes that these take in the log, shared or not
-	Exclusive       int64 `json:"exclusive"`         // what going without it, alone, frees
-	Shared          int64 `json:"shared"`            // of what it refers to, what stays then
-	UsedBySnapshots int64 `json:"used_by_snapshots"` // of a volume: what the deletion of all its snapshots frees
-	Used            int64 `json:"used"`              // what its deletion frees; of a volume, with its snapshots
+	Mapped          int64 `json:"mapped"`            // bytes of its blocks that hold data
+	Referenced      int64 `json:"referenced"`        // stored size of these blocks, shared or not
+	Exclusive       int64 `json:"exclusive"`         // what removing it, and nothing else, frees
+	Shared          int64 `json:"shared"`            // the part of Referenced that stays then
+	UsedBySnapshots int64 `json:"used_by_snapshots"` // of a volume: what deleting all its snapshots frees
+	Used            int64 `json:"used"`              // what deleting it frees; of a volume, with its snapshots
 }
 
-// Usage tells what volumes and snapshots take: those named, as far as they are there, or all, each volume before its
-// snapshots. It begins with a checkpoint, and is exact as of then; the store may be in use.
+// Usage returns what volumes and snapshots take: those of refs that exist, or all if there are no refs, each
+// volume before its snapshots. It begins with a checkpoint, and its figures are exact as of then. The store
+// may be in use.
 func (s *Store) Usage(ctx context.Context, refs ...Ref) ([]Usage, error) {
 	return s.usage(ctx, func(c *usageScan) []Ref {
 		if len(refs) == 0 {
@@ -31,7 +32,7 @@ func (s *Store) Usage(ctx context.Context, refs ...Ref) ([]Usage, error) {
 	})
 }
 
-// usage tells what those take that which chooses.
+// usage returns what the volumes and snapshots take that which chooses.
 func (s *Store) usage(ctx context.Context, which func(*usageScan) []Ref) (us []Usage, err error) {
 	if err := s.beginTask(); err != nil {
 		return nil, fmt.Errorf("usage: %w", err)
@@ -52,8 +53,8 @@ func (s *Store) usage(ctx context.Context, which func(*usageScan) []Ref) (us []U
 	return us, wrapIf(err, "usage")
 }
 
-// VolumeUsage tells what volumes take, each before all of its snapshots, as Usage does. Volumes that are not there are
-// left out.
+// VolumeUsage returns what the named volumes and all their snapshots take, as Usage does, each volume before
+// its snapshots. Volumes that do not exist are left out.
 func (s *Store) VolumeUsage(ctx context.Context, names ...string) ([]Usage, error) {
 	return s.usage(ctx, func(c *usageScan) []Ref {
 		var refs []Ref

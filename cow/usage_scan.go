@@ -9,12 +9,13 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// usageScan is what keeps what in one state of the table: docs/reclaim.md, Space.
+// usageScan finds what keeps which blocks alive in one state of the table: docs/reclaim.md, How the figures
+// are found.
 type usageScan struct {
 	tx          *metadata.Tx
 	interrupted func() error
 	forwards    checkForwards
-	moved       []bool // by slot: blocks of the chunk are elsewhere
+	moved       []bool // by slot: blocks of the chunk have been moved elsewhere
 	leaf        format.Leaf
 
 	lines     map[uint32]*branchRefs
@@ -23,7 +24,7 @@ type usageScan struct {
 	snapshots map[Ref][]pointRef // by volume
 }
 
-// line is a branch, and who keeps what it has.
+// branchRefs is a branch and its keepers, which are the parts of its history that keep blocks alive.
 type branchRefs struct {
 	format.Branch
 	origin  *branchRefs // nil: it began empty
@@ -31,10 +32,10 @@ type branchRefs struct {
 
 	scanned bool
 	sums    []amount           // by keeper: what it refers to
-	owned   map[refRange]int64 // stored bytes by the keepers that see them
+	owned   map[refRange]int64 // stored bytes of blocks, by the keepers that see them
 }
 
-// keeper is a point of a branch, or its head, that has a name or at which kept branches begin.
+// reference is a keeper: a point of a branch, or its head, that has a name or at which kept branches begin.
 type reference struct {
 	epoch uint32
 	named bool
@@ -43,22 +44,22 @@ type reference struct {
 
 func (k reference) keeps() bool { return k.named || k.forks > 0 }
 
-// span is the keepers from first to before end.
+// refRange is the keepers from index first to before end.
 type refRange struct{ first, end int32 }
 
-// mark names a keeper.
+// pointRef names a keeper.
 type pointRef struct {
 	l     *branchRefs
 	epoch uint32
 }
 
-// search finds the first keeper at or after an epoch.
+// search returns the index of the first keeper at or after an epoch.
 func (l *branchRefs) search(epoch uint32) int {
 	i, _ := slices.BinarySearchFunc(l.keepers, epoch, func(k reference, epoch uint32) int { return cmp.Compare(k.epoch, epoch) })
 	return i
 }
 
-// fork is where the branch begins. It has an origin.
+// fork returns the point where the branch begins. The branch must have an origin.
 func (l *branchRefs) fork() pointRef { return pointRef{l.origin, l.OriginEpoch} }
 
 func (l *branchRefs) own(by refRange, n int64) {
@@ -80,7 +81,7 @@ func newCensus(tx *metadata.Tx, interrupted func() error) (*usageScan, error) {
 		}
 		c.moved[r.Slot] = true
 	}
-	for _, b := range tb.Branches { // by id: an origin comes before what begins there
+	for _, b := range tb.Branches { // by id: an origin comes before the branches that begin there
 		l := &branchRefs{Branch: b, origin: c.lines[b.OriginBranch]}
 		if b.OriginBranch != 0 && l.origin == nil {
 			return nil, corruptf("branch %d has the origin %d, which does not exist", b.ID, b.OriginBranch)
@@ -93,7 +94,7 @@ func newCensus(tx *metadata.Tx, interrupted func() error) (*usageScan, error) {
 	return c, c.keep(tb)
 }
 
-// names notes what has a name.
+// names notes the volumes and snapshots, and the points and heads that they name.
 func (c *usageScan) names(tb *metadata.Tables) error {
 	volumes := map[uint32]Ref{}
 	for _, v := range tb.Volumes {
@@ -128,7 +129,8 @@ func (r Ref) compare(o Ref) int {
 	return cmp.Or(strings.Compare(r.Volume, o.Volume), strings.Compare(r.Snapshot, o.Snapshot))
 }
 
-// keep finds the keepers of all branches: what begins at a point comes after it, so the last branch is first.
+// keep finds the keepers of all branches. It goes from the last branch to the first, because a branch has a
+// higher id than its origin.
 func (c *usageScan) keep(tb *metadata.Tables) error {
 	for _, l := range c.lines {
 		slices.SortFunc(l.keepers, func(a, b reference) int { return cmp.Compare(a.epoch, b.epoch) })
@@ -148,7 +150,7 @@ func (c *usageScan) keep(tb *metadata.Tables) error {
 	return nil
 }
 
-// held is what a point or head refers to.
+// held returns what a point or head refers to.
 func (c *usageScan) held(m pointRef) (amount, error) {
 	if err := c.scan(m.l); err != nil {
 		return amount{}, err
@@ -156,7 +158,7 @@ func (c *usageScan) held(m pointRef) (amount, error) {
 	return m.l.sums[m.l.search(m.epoch)], nil
 }
 
-// freed is what it frees when these lose their names.
+// freed returns how many bytes are freed when the points ms lose their names.
 func (c *usageScan) freed(ms ...pointRef) (n int64, err error) {
 	for l, lost := range c.lost(ms) {
 		if err := c.scan(l); err != nil {
@@ -167,8 +169,8 @@ func (c *usageScan) freed(ms ...pointRef) (n int64, err error) {
 	return n, nil
 }
 
-// lost finds, by branch and in order, the keepers that go when these lose their names: with the last keeper of a
-// branch goes the branch, and perhaps the point at which it began.
+// lost returns, by branch and in order, the keepers that go when the points ms lose their names. A branch
+// goes with its last keeper, and the point at which it began may go with the branch.
 func (c *usageScan) lost(ms []pointRef) map[*branchRefs][]int32 {
 	lost := map[*branchRefs][]int32{}
 	left := map[pointRef]reference{}
@@ -198,12 +200,12 @@ func (c *usageScan) lost(ms []pointRef) map[*branchRefs][]int32 {
 	return lost
 }
 
-// freed is what only keepers see that are lost.
+// freed returns the bytes of blocks that only lost keepers see.
 func (l *branchRefs) freed(lost []int32) (n int64) {
 	if len(lost) == 1 {
 		return l.owned[refRange{lost[0], lost[0] + 1}]
 	}
-	before := make([]int32, len(l.keepers)+1) // how many lost ones there are before a keeper
+	before := make([]int32, len(l.keepers)+1) // how many lost keepers come before each keeper
 	for _, i := range lost {
 		before[i+1] = 1
 	}

@@ -9,7 +9,7 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// interrupted reports whether ctx, or the store's Close, wants a long work to end.
+// interrupted returns an error if ctx has ended or the store is closing, so that a long operation stops.
 func (s *Store) interrupted(ctx context.Context) error {
 	select {
 	case <-s.quit:
@@ -19,7 +19,7 @@ func (s *Store) interrupted(ctx context.Context) error {
 	}
 }
 
-// readTable returns the table as of now. Where no checkpoint can be made any more it is the last one's.
+// readTable returns the table as of now. If no checkpoint can be made any more, it is as of the last one.
 func (s *Store) readTable() (*metadata.Tx, error) {
 	s.ckptMu.Lock()
 	defer s.ckptMu.Unlock()
@@ -35,7 +35,7 @@ func (s *Store) readTable() (*metadata.Tx, error) {
 	return s.meta.Begin()
 }
 
-// Room is how many bytes of records fit into the store as it is, without cleaning.
+// Room returns how many bytes of records fit into the store as it is, without cleaning.
 func (s *Store) Room() (int64, error) {
 	if err := s.beginTask(); err != nil {
 		return 0, err
@@ -54,7 +54,7 @@ func (s *Store) Room() (int64, error) {
 	return room - s.workRoom(), nil
 }
 
-// usage answers for refs.
+// usage returns the figures for refs, without those that do not exist.
 func (c *usageScan) usage(refs []Ref) (us []Usage, err error) {
 	if len(refs) == 1 && refs[0].Snapshot != "" {
 		if m, ok := c.marks[refs[0]]; ok {
@@ -96,8 +96,9 @@ func (c *usageScan) usage(refs []Ref) (us []Usage, err error) {
 	return us, nil
 }
 
-// snapshot answers for one without a scan of all versions: it looks at the leaves of the snapshot, and at the versions
-// between the keepers before and after it. done is false if other points go with it.
+// snapshot finds the figures of one snapshot without a scan of all versions. It looks at the leaves of the
+// snapshot, and at the versions between the keepers before and after it. done is false if other points would
+// go with it.
 func (c *usageScan) snapshot(m pointRef) (u Usage, done bool, err error) {
 	lost := c.lost([]pointRef{m})
 	if len(lost) > 1 {
@@ -131,7 +132,7 @@ func (c *usageScan) referenced(m pointRef) (sum amount, err error) {
 	}
 }
 
-// nextLeaf is the first leaf at or after index that the branch or an origin has.
+// nextLeaf returns the first leaf at or after index that the branch or one of its origins has.
 func (c *usageScan) nextLeaf(l *branchRefs, index uint32) (next uint32, more bool, err error) {
 	if err := c.interrupted(); err != nil {
 		return 0, false, err
@@ -148,7 +149,8 @@ func (c *usageScan) nextLeaf(l *branchRefs, index uint32) (next uint32, more boo
 	return next, more, nil
 }
 
-// between adds up what only one keeper sees: blocks put after the keeper before it, and overwritten until the next.
+// between adds up the blocks that only one keeper sees: those put after the keeper before it, and overwritten
+// before the next.
 func (c *usageScan) between(m pointRef) (n int64, err error) {
 	i := m.l.search(m.epoch)
 	after, until := uint32(0), m.l.Epoch
@@ -193,7 +195,7 @@ func (c *usageScan) between(m pointRef) (n int64, err error) {
 	return n, nil
 }
 
-// amount is what some blocks are.
+// amount is the size of some blocks: bytes mapped, and bytes as stored.
 type amount struct{ mapped, stored int64 }
 
 func (a *amount) add(b amount, sign int64) {
@@ -201,7 +203,7 @@ func (a *amount) add(b amount, sign int64) {
 	a.stored += sign * b.stored
 }
 
-// amountOf adds up what a leaf maps.
+// amountOf adds up the blocks that a leaf maps.
 func (c *usageScan) amountOf(l *format.Leaf) (a amount, err error) {
 	for _, e := range l.Entries {
 		if !e.IsHole() {
@@ -215,7 +217,7 @@ func (c *usageScan) amountOf(l *format.Leaf) (a amount, err error) {
 	return a, nil
 }
 
-// share is what a block takes in the log, where it is now.
+// share returns what a block takes in the log, at the place where it is now.
 func (c *usageScan) share(e format.Entry) (int64, error) {
 	if slot := e.Slot(); int(slot) >= len(c.moved) || !c.moved[slot] {
 		return int64(e.Share()), nil
@@ -241,7 +243,7 @@ func (c *usageScan) scan(l *branchRefs) error {
 	if err := c.history(l, p.version); err != nil {
 		return err
 	}
-	for i := range l.sums { // each was the difference to the keeper before
+	for i := range l.sums { // so far, each is the difference from the keeper before
 		l.sums[i].add(begin, +1)
 		begin = l.sums[i]
 	}
@@ -249,7 +251,7 @@ func (c *usageScan) scan(l *branchRefs) error {
 	return nil
 }
 
-// history is Tx.History for a long work.
+// history is like Tx.History, but can be interrupted.
 func (c *usageScan) history(l *branchRefs, fn func(v metadata.Version, lf *format.Leaf) error) error {
 	n := 0
 	return c.tx.History(l.ID, func(v metadata.Version, lf *format.Leaf) error {
@@ -262,15 +264,15 @@ func (c *usageScan) history(l *branchRefs, fn func(v metadata.Version, lf *forma
 	})
 }
 
-// pass is a scan at one leaf, of which it sees the newest version first.
+// pass is a scan of a branch at one of its leaves. It sees the newest version of the leaf first.
 type pass struct {
 	c     *usageScan
 	l     *branchRefs
 	begun bool
 	leaf  uint32
-	seen  int32                    // the keepers from here on have a newer version
-	from  [format.LeafBlocks]int32 // the same, for each block's owners
-	base  amount                   // what the branch began with
+	seen  int32                    // keepers from here on have a newer version
+	from  [format.LeafBlocks]int32 // the same for each block: they see a newer one
+	base  amount                   // what the leaf was when the branch began
 }
 
 func (p *pass) version(v metadata.Version, lf *format.Leaf) (err error) {
@@ -303,7 +305,7 @@ func (p *pass) version(v metadata.Version, lf *format.Leaf) (err error) {
 	return err
 }
 
-// enter reports whether this is another leaf, and then begins it.
+// enter begins a leaf if it is another one than before, and reports whether it is.
 func (p *pass) enter(leaf uint32) bool {
 	if p.begun && leaf == p.leaf {
 		return false
@@ -315,7 +317,8 @@ func (p *pass) enter(leaf uint32) bool {
 	return true
 }
 
-// owners tells of the blocks that the version owns, and that keepers see, by which keepers that is.
+// owners calls fn for each block that the version owns and that keepers see, with the range of these keepers
+// and the block's share. first is the first keeper that sees the version.
 func (p *pass) owners(first int32, lf *format.Leaf, fn func(i int, by refRange, share int64)) error {
 	for i, e := range lf.Entries {
 		if !lf.IsChanged(i) {
@@ -335,15 +338,15 @@ func (p *pass) owners(first int32, lf *format.Leaf, fn func(i int, by refRange, 
 	return nil
 }
 
-// only is what of the blocks that a keeper refers to goes with it: those that nobody else sees, but for points that
-// go too.
+// only returns how many bytes of the blocks that m refers to go with it: those of blocks that nothing else
+// sees, except points that go with m.
 func (c *usageScan) only(m pointRef) (n int64, err error) {
 	for l, lost := range c.lost([]pointRef{m}) {
 		if l == m.l {
 			n += l.freed(lost)
 			continue
 		}
-		k, err := c.seenBy(m, l, lost[0]) // of an origin, it is the point where the branch begins
+		k, err := c.seenBy(m, l, lost[0]) // the lost keeper of an origin is where the branch begins
 		if err != nil {
 			return 0, err
 		}
@@ -352,11 +355,12 @@ func (c *usageScan) only(m pointRef) (n int64, err error) {
 	return n, nil
 }
 
-// seenBy is what m sees of the blocks of an origin that only one of its keepers sees: a point that m alone keeps.
+// seenBy returns the bytes of those blocks that only one keeper of an origin sees, and that m sees, too. Only
+// m keeps that keeper alive.
 func (c *usageScan) seenBy(m pointRef, l *branchRefs, only int32) (n int64, err error) {
 	p := pass{c: c, l: l}
 	var now format.Leaf
-	known := false // now is of the leaf
+	known := false // now holds the present leaf
 	err = c.history(l, func(v metadata.Version, lf *format.Leaf) error {
 		if p.enter(v.Leaf) {
 			known = false
@@ -379,7 +383,7 @@ func (c *usageScan) seenBy(m pointRef, l *branchRefs, only int32) (n int64, err 
 	return n, err
 }
 
-// began is what a leaf was when the branch began.
+// began returns what a leaf was when the branch began.
 func (c *usageScan) began(l *branchRefs, index uint32) (a amount, err error) {
 	if l.origin == nil {
 		return a, nil
@@ -391,7 +395,8 @@ func (c *usageScan) began(l *branchRefs, index uint32) (a amount, err error) {
 	return c.amountOf(&c.leaf)
 }
 
-// merged reads a leaf as a branch or its origins had it at an epoch; if none did, it is empty.
+// merged reads a leaf as the branch, or else its origins, had it at an epoch. If none had it, the leaf is
+// empty, and found is false.
 func (c *usageScan) merged(l *branchRefs, asOf, index uint32, lf *format.Leaf) (found bool, err error) {
 	for ; l != nil; l, asOf = l.origin, l.OriginEpoch {
 		epoch, err := c.tx.Leaf(metadata.Version{Branch: l.ID, Leaf: index, Epoch: asOf}, lf)
