@@ -23,8 +23,8 @@ type slotTable struct {
 	lives [format.MaxChunkSize/liveStep + 1]int // chunks to clean now or later, by live bytes
 	top   int                                   // no element after it is set
 
-	// removed is the bytes in dead chunks whose files were removed or reused for new ones, since the store was
-	// opened.
+	// removed is the bytes in dead chunks whose files were removed or reused for new ones, since the store
+	// was opened.
 	removed int64
 }
 

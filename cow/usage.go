@@ -17,7 +17,7 @@ type Usage struct {
 	Exclusive       int64 `json:"exclusive"`         // what removing it, and nothing else, frees
 	Shared          int64 `json:"shared"`            // the part of Referenced that stays then
 	UsedBySnapshots int64 `json:"used_by_snapshots"` // of a volume: what deleting all its snapshots frees
-	Used            int64 `json:"used"`              // what deleting it frees; of a volume, with its snapshots
+	Used            int64 `json:"used"`              // what deleting it frees; a volume with its snapshots
 }
 
 // Usage returns what volumes and snapshots take: those of refs that exist, or all if there are no refs, each
