@@ -5,22 +5,23 @@ import (
 	"time"
 )
 
-// requestCharge is what a request counts for beside its buffers, so that requests without one are bounded too: the
-// task, and a packet with the heads and the vector of as many chunks as a READ is answered with.
+// requestCharge is charged for a request in addition to its buffers, so that requests without buffers are
+// limited, too. It covers the task, and a packet with the headers and the vector of as many chunks as a READ
+// is answered with.
 const requestCharge = 8 << 10
 
-// memory bounds what the connections of a server have under way, all together. It is shared out in the order in which
-// they asked.
+// memory limits what all connections of a server have under way together. Waiting connections are served in
+// the order in which they asked.
 type memory struct {
 	max int64
 
 	mu      sync.Mutex // guards the fields below, and those of the budgets
 	used    int64
-	waiting []*budget // whose receivers wait for others to release, the longest first
+	waiting []*budget // budgets whose receivers wait for others to release, the longest-waiting first
 }
 
-// budget bounds what one connection has under way. Only the receiver acquires, anyone releases. What is charged is the
-// size of the buffers that hold it, and not the number of bytes in them.
+// budget limits what one connection has under way. Only the receiver acquires; any goroutine releases. The
+// charge is the size of the buffers, not the number of bytes in them.
 type budget struct {
 	all *memory
 	max int64
@@ -29,19 +30,19 @@ type budget struct {
 	used int64
 	need int64 // what the receiver waits for; 0: it does not wait
 
-	granted chan struct{} // the receiver has got what it needs
+	granted chan struct{} // the receiver has got need
 }
 
 func newBudget(all *memory, limit int64) *budget {
 	return &budget{all: all, max: limit, granted: make(chan struct{}, 1)}
 }
 
-// fitsHere and fitsAll report whether n more keeps to the connection's limit, and to that of all. One request is
-// always possible, however large. all.mu is held.
+// fitsHere reports whether n more stays within the connection's limit, and fitsAll whether it stays within
+// the server's. One request always fits, however large. The caller holds all.mu.
 func (b *budget) fitsHere(n int64) bool { return b.used == 0 || b.used+n <= b.max }
 func (m *memory) fitsAll(n int64) bool  { return m.used == 0 || m.used+n <= m.max }
 
-// tryAcquire takes n if that is possible now.
+// tryAcquire takes n if that is possible without waiting.
 func (b *budget) tryAcquire(n int64) bool {
 	m := b.all
 	m.mu.Lock()
@@ -54,9 +55,9 @@ func (b *budget) tryAcquire(n int64) bool {
 	return true
 }
 
-// acquire waits until n can be taken. That a reply is sent, or dropped because its connection is broken, releases its
-// charge; so it ends, unless clients take no replies. Each time that it has waited for patience for what other
-// connections hold, it calls starved, which is to see to that.
+// acquire waits until it can take n. A reply releases its charge when it is sent, or dropped because its
+// connection is broken, so acquire ends unless clients take no replies. Each time it has waited for patience
+// because of what other connections hold, it calls starved, which should end the shortage.
 func (b *budget) acquire(n int64, patience time.Duration, starved func()) {
 	if b.tryAcquire(n) {
 		return
@@ -99,13 +100,13 @@ func (b *budget) release(n int64) {
 	couldNot := b.need > 0 && !b.fitsHere(b.need)
 	b.used -= n
 	m.used -= n
-	if couldNot && b.fitsHere(b.need) { // from now on it waits for the others only
+	if couldNot && b.fitsHere(b.need) { // from now on only the others are in its way
 		m.waiting = append(m.waiting, b)
 	}
 	m.grant()
 }
 
-// grant gives those who wait what they need, in their order, as far as it goes. mu is held.
+// grant gives waiting receivers what they need, in their order, until one does not fit. The caller holds mu.
 func (m *memory) grant() {
 	for len(m.waiting) > 0 {
 		b := m.waiting[0]

@@ -5,16 +5,16 @@ import (
 	"sync"
 )
 
-// minBufferBits: the smallest buffers are 4 KiB, the commonest request.
+// minBufferBits makes 4 KiB the smallest buffer size, which is the most common request.
 const minBufferBits = 12
 
-// buffer is a pooled byte slice; b has a power of two as capacity.
+// buffer is a pooled byte slice. The capacity of b is a power of two.
 type buffer struct {
 	b     []byte
 	class int
 }
 
-// bufferPools has a pool for each size from 4 KiB to MaxPayload.
+// bufferPools has one pool for each size from 4 KiB to MaxPayload.
 var bufferPools [bufferClasses]sync.Pool
 
 const bufferClasses = 25 - minBufferBits + 1 // 2^25 is MaxPayload
@@ -26,11 +26,11 @@ func bufferClass(n int) int {
 	return bits.Len(uint(n-1)) - minBufferBits
 }
 
-// bufferSize is how much memory a buffer of length n takes.
+// bufferSize returns how much memory a buffer of length n takes.
 func bufferSize(n int) int64 { return 1 << (bufferClass(n) + minBufferBits) }
 
-// newBuffer returns a buffer with length n, at most MaxPayload, whose content is arbitrary. The
-// caller owns it until it calls free.
+// newBuffer returns a buffer of length n, at most MaxPayload, with arbitrary content. The caller owns the
+// buffer until it calls free.
 func newBuffer(n int) *buffer {
 	class := bufferClass(n)
 	if v := bufferPools[class].Get(); v != nil {

@@ -127,7 +127,7 @@ func wireErrno(err error) uint32 {
 	return errnoIO
 }
 
-// readFull reads as io.ReaderAt promises: an error, io.EOF too, counts only where bytes are missing.
+// readFull reads as io.ReaderAt promises. It ignores an error, even io.EOF, if all bytes were read.
 func readFull(d io.ReaderAt, p []byte, off int64) error {
 	n, err := d.ReadAt(p, off)
 	if n == len(p) {

@@ -10,30 +10,30 @@ import (
 	"time"
 )
 
-// errAborted ends a negotiation that the client gave up, which is no error.
+// errAborted ends a negotiation that the client gave up. It does not count as an error.
 var errAborted = errors.New("nbd: negotiation aborted by the client")
 
-// negotiation is one connection before the transmission phase. Everything is read to the byte, since
-// what follows belongs to the transmission phase.
+// negotiation is a connection before the transmission phase. It never reads ahead, since what follows belongs
+// to the transmission phase.
 type negotiation struct {
 	exports  Exports
 	conn     net.Conn
-	timeout  time.Duration // of each step of the client
-	failed   func(error)   // gets errors of exports
+	timeout  time.Duration // for each step of the client
+	failed   func(error)   // called with errors of exports
 	noZeroes bool
 
 	session
-	metaExport string // the export that allocation was negotiated for
+	metaExport string // the export for which allocation was negotiated
 }
 
-// option is what a client asks for.
+// option is a client's option with its data.
 type option struct {
 	id   uint32
 	data []byte
 }
 
-// run returns a session with an open export, or an error after which to hang up. How many options there are is not
-// limited: a client that lists the exports asks some of each.
+// run returns a session with an open export, or an error, after which the connection is closed. The number of
+// options is not limited, because a client that lists the exports sends several for each.
 func (n *negotiation) run() (s session, err error) {
 	defer recovered(&err)
 	if err := n.greet(); err != nil {
@@ -53,7 +53,7 @@ func (n *negotiation) run() (s session, err error) {
 	}
 }
 
-// within bounds what the connection does until the next call.
+// within limits how long the connection may take until the next call.
 func (n *negotiation) within() error {
 	if err := n.conn.SetDeadline(time.Now().Add(n.timeout)); err != nil {
 		return fmt.Errorf("nbd: negotiation: %w", err)
@@ -65,7 +65,7 @@ func (n *negotiation) greet() error {
 	b := be.AppendUint64(nil, magicInit)
 	b = be.AppendUint64(b, magicOption)
 	b = be.AppendUint16(b, flagFixedNewstyle|flagNoZeroes)
-	if err := n.write(b); err != nil { // and bounds the reading
+	if err := n.write(b); err != nil { // write's deadline also limits the read
 		return err
 	}
 	var reply [4]byte
@@ -93,7 +93,7 @@ func (n *negotiation) readOption() (option, error) {
 	}
 	id, length := be.Uint32(head[8:]), be.Uint32(head[12:])
 	if length > maxOptionLen {
-		// Best effort: the client may not listen, and what it still sends is not read.
+		// The client may not read this reply, and what it still sends is not read.
 		_ = n.write(appendOptReply(nil, id, repErrTooBig, "option too long"))
 		return option{}, fmt.Errorf("%w: option %d has %d bytes", ErrProtocol, id, length)
 	}
@@ -101,7 +101,7 @@ func (n *negotiation) readOption() (option, error) {
 	return opt, n.read(opt.data)
 }
 
-// answer answers opt. After GO and EXPORT_NAME, if they succeed, n.export is set.
+// answer answers opt. After a successful GO or EXPORT_NAME, n.export is set.
 func (n *negotiation) answer(opt option) error {
 	switch opt.id {
 	case optExportName:
@@ -125,7 +125,7 @@ func (n *negotiation) answer(opt option) error {
 	return n.refuse(opt, repErrUnsup, "option not supported")
 }
 
-// exportName is the old way to begin; it has no error reply but hanging up.
+// exportName handles EXPORT_NAME, the old way to start. Its only error reply is closing the connection.
 func (n *negotiation) exportName(opt option) error {
 	if len(opt.data) > maxNameLen {
 		return fmt.Errorf("%w: export name of %d bytes", ErrProtocol, len(opt.data))
@@ -143,7 +143,7 @@ func (n *negotiation) exportName(opt option) error {
 	return n.begin(string(opt.data), export, info, b)
 }
 
-// begin sends the last reply of a negotiation and makes export the session's.
+// begin sends the last reply of a negotiation, and makes export the session's export.
 func (n *negotiation) begin(name string, export *Export, info Info, reply []byte) error {
 	if err := n.write(reply); err != nil {
 		return errors.Join(err, export.close())
@@ -155,7 +155,7 @@ func (n *negotiation) begin(name string, export *Export, info Info, reply []byte
 
 func (n *negotiation) open(name string) (export *Export, info Info, err error) {
 	defer func() {
-		if err != nil && export != nil { // it has panicked
+		if err != nil && export != nil { // export.info has panicked
 			err = errors.Join(err, export.close())
 		}
 	}()
@@ -191,7 +191,7 @@ func (n *negotiation) list(opt option) error {
 	return n.write(appendOptReply(b, opt.id, repAck))
 }
 
-// info answers INFO and GO: name, and the kinds of information that the client wants.
+// info answers INFO and GO, whose data is a name and the kinds of information that the client wants.
 func (n *negotiation) info(opt option) error {
 	d := decoder{b: opt.data}
 	asked := d.str()
@@ -243,20 +243,20 @@ func (n *negotiation) transmissionFlags(info Info) uint16 {
 	return flags
 }
 
-// meta answers LIST_META_CONTEXT and SET_META_CONTEXT: export name, and queries. Whether there is
-// such an export is found out by GO, since only that opens one.
+// meta answers LIST_META_CONTEXT and SET_META_CONTEXT, whose data is an export name and queries. It does not
+// check that the export exists: only GO opens an export.
 func (n *negotiation) meta(opt option) error {
 	if !n.structured {
 		return n.refuse(opt, repErrInvalid, "metadata contexts need structured replies")
 	}
 	set := opt.id == optSetMeta
-	if set { // also where it fails: it replaces what was set
+	if set { // even if it fails, since SET replaces what was set before
 		n.allocation = false
 	}
 	d := decoder{b: opt.data}
 	name := d.str()
 	count := d.u32()
-	found := !set && count == 0 // list all
+	found := !set && count == 0 // a list of all contexts
 	for range count {
 		query := d.str()
 		if d.failed {
@@ -269,7 +269,7 @@ func (n *negotiation) meta(opt option) error {
 	}
 	var b []byte
 	if found {
-		id := uint32(0) // not meaningful in a list
+		id := uint32(0) // has no meaning in a list
 		if set {
 			id = contextAllocationID
 			n.allocation, n.metaExport = true, name
@@ -279,7 +279,8 @@ func (n *negotiation) meta(opt option) error {
 	return n.write(appendOptReply(b, opt.id, repAck))
 }
 
-// refuseOpen tells the client why an export cannot be opened, described or listed.
+// refuseOpen tells the client why an export cannot be opened or described, or why the exports cannot be
+// listed.
 func (n *negotiation) refuseOpen(opt option, err error) error {
 	n.failed(err)
 	typ := uint32(repErrPlatform)
@@ -294,7 +295,7 @@ func (n *negotiation) refuseOpen(opt option, err error) error {
 	return n.refuse(opt, typ, err.Error())
 }
 
-// refuse answers with an error, after which the client may go on.
+// refuse answers with an error. The client may continue the negotiation.
 func (n *negotiation) refuse(opt option, typ uint32, text string) error {
 	return n.reply(opt, typ, clip(text))
 }
@@ -320,7 +321,7 @@ func (n *negotiation) write(p []byte) error {
 	return nil
 }
 
-// clip bounds a string as the specification wants it.
+// clip shortens a string to the limit of the specification, and makes it valid UTF-8.
 func clip(s string) string {
 	if len(s) > maxNameLen {
 		s = s[:maxNameLen]
@@ -335,13 +336,13 @@ func orDefault(v, def int) uint32 {
 	return uint32(v)
 }
 
-// decoder takes an option's data apart; failed is set when there is too little of it.
+// decoder decodes an option's data. failed is set if the data is too short.
 type decoder struct {
 	b      []byte
 	failed bool
 }
 
-// take returns the next n bytes, or nil and fails.
+// take returns the next n bytes, or returns nil and sets failed.
 func (d *decoder) take(n int) []byte {
 	if d.failed || n > len(d.b) {
 		d.failed = true
@@ -366,7 +367,7 @@ func (d *decoder) u32() uint32 {
 	return 0
 }
 
-// str is a string with its length before it.
+// str decodes a string, which its length precedes.
 func (d *decoder) str() string {
 	n := d.u32()
 	if n > maxNameLen {
@@ -375,5 +376,5 @@ func (d *decoder) str() string {
 	return string(d.take(int(n)))
 }
 
-// done reports whether all went well and nothing is left.
+// done reports whether decoding has succeeded and no data is left.
 func (d *decoder) done() bool { return !d.failed && len(d.b) == 0 }

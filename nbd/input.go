@@ -6,28 +6,28 @@ import (
 	"syscall"
 )
 
-// inputSize is how much one read of the socket can bring. It holds a small write's payload whole.
+// inputSize is how much one read of the socket can bring. A small write's payload fits in it.
 const inputSize = 128 << 10
 
-// input buffers what is received. It is used by the receiver alone.
+// input buffers received bytes. Only the receiver uses it.
 type input struct {
-	buf  *buffer // nil where nothing is buffered and none is needed
-	r, w int     // buf.b[r:w] is received and not yet used
+	buf  *buffer // nil if nothing is buffered and no buffer is needed
+	r, w int     // buf.b[r:w] has been received and not used yet
 
 	conn net.Conn
-	// idle is called before a read has to wait, so that nothing is held back while the client may
-	// be waiting for it. It may wait, and may close the connection.
+	// idle is called before a read that has to wait, so that no reply is held back while the client may be
+	// waiting for it. idle may wait, and may close the connection.
 	idle func()
 
-	// raw, where conn has it, reads without waiting first: only then is it known that a read waits.
-	// recv is made once, so that a read allocates nothing; the fields after it are its arguments and
-	// results. While raw calls recv, the connection cannot be closed: Close waits. So recv makes a system
+	// raw, if conn has one, reads without waiting first, because only that shows whether a read has to wait.
+	// recv is made once, so that a read allocates nothing; the fields after it are its arguments and results.
+	// While raw calls recv, the connection cannot be closed, because Close waits. So recv makes one system
 	// call that does not wait, and does nothing else.
 	raw     syscall.RawConn
 	recv    func(fd uintptr) bool
-	dst     []byte // nil: the buffer
-	patient bool   // wait, rather than return with nothing
-	nothing bool   // there is nothing to be read
+	dst     []byte // nil: read into the buffer
+	patient bool   // wait instead of returning with nothing
+	nothing bool   // nothing is there to be read
 	n       int
 	err     error
 }
@@ -45,7 +45,7 @@ func newInput(conn net.Conn, idle func()) *input {
 
 func (in *input) buffered() int { return in.w - in.r }
 
-// next returns the next n bytes, at most inputSize; they are valid until the next call.
+// next returns the next n bytes, at most inputSize. They are valid until the next call.
 func (in *input) next(n int) ([]byte, error) {
 	if n == 0 {
 		return nil, nil
@@ -60,8 +60,8 @@ func (in *input) next(n int) ([]byte, error) {
 	return b, nil
 }
 
-// fill makes n bytes buffered. It returns io.EOF where the stream ends at the first of them, and
-// io.ErrUnexpectedEOF where it ends after it.
+// fill reads until n bytes are buffered. It returns io.EOF if the stream ends before the first of them, and
+// io.ErrUnexpectedEOF if it ends after that.
 func (in *input) fill(n int) error {
 	if in.r == in.w {
 		in.r, in.w = 0, 0
@@ -82,7 +82,7 @@ func (in *input) fill(n int) error {
 	return nil
 }
 
-// readFull fills p, from the socket directly where it is more than what is buffered.
+// readFull fills p. It reads bytes that are not buffered directly from the socket.
 func (in *input) readFull(p []byte) error {
 	n := 0
 	if in.buffered() > 0 {
@@ -114,7 +114,7 @@ func (in *input) discard(n int) error {
 	return nil
 }
 
-// read reads at least one byte, to p or else behind what is buffered, or returns an error.
+// read reads at least one byte, into p or, if p is nil, into the buffer, or returns an error.
 func (in *input) read(p []byte) (int, error) {
 	if in.raw == nil {
 		in.idle()
@@ -131,7 +131,7 @@ func (in *input) read(p []byte) (int, error) {
 	return n, err
 }
 
-// receive reads what is there, and waits until there is something if it is patient.
+// receive reads what is there. If it is patient, it waits until there is something.
 func (in *input) receive(p []byte, patient bool) (int, error) {
 	in.dst, in.patient, in.nothing, in.n, in.err = p, patient, false, 0, nil
 	err := in.raw.Read(in.recv)
@@ -148,7 +148,8 @@ func (in *input) receive(p []byte, patient bool) (int, error) {
 	return in.n, nil
 }
 
-// tryRecv returns false when nothing is there and the read is patient; the runtime then waits and calls it again.
+// tryRecv returns false if nothing is there and the read is patient. The runtime then waits, and calls it
+// again.
 func (in *input) tryRecv(fd uintptr) bool {
 	p := in.dst
 	if p == nil {
@@ -164,7 +165,7 @@ func (in *input) tryRecv(fd uintptr) bool {
 		case syscall.EAGAIN:
 			in.nothing = !in.patient
 			if in.patient && in.buffered() == 0 {
-				in.free() // connections that wait hold none
+				in.free() // waiting connections hold no buffer
 			}
 			return !in.patient
 		default:

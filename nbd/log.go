@@ -10,12 +10,12 @@ import (
 	"time"
 )
 
-// sparseLog logs at most one error a second: a disk that is full or damaged may fail every request, and clients that
-// are refused may try again at once.
+// sparseLog logs at most one error per second: a full or damaged disk may fail every request, and clients
+// that are refused may try again at once.
 type sparseLog struct {
 	logger *slog.Logger
-	told   atomic.Int64 // when something was logged last, in Unix seconds
-	untold atomic.Int64 // errors since
+	told   atomic.Int64 // time of the last log message, in Unix seconds
+	untold atomic.Int64 // errors not logged since
 }
 
 func (l *sparseLog) log(level slog.Level, text string, err error, args ...any) {
@@ -49,7 +49,7 @@ func (s *Server) logFailed(export string, req request, err error) {
 		"export", export, "request", commandNames[req.typ], "offset", req.off, "length", req.length)
 }
 
-// logPanic logs an error of exports that is a panic; others are the client's to know.
+// logPanic logs an error of exports if it is a panic. Only the client learns of other errors.
 func (s *Server) logPanic(err error) {
 	var p *PanicError
 	if errors.As(err, &p) {
@@ -57,7 +57,7 @@ func (s *Server) logPanic(err error) {
 	}
 }
 
-// logEnd logs what ended a connection.
+// logEnd logs why a connection ended.
 func (s *Server) logEnd(client string, err error) {
 	switch {
 	case errors.Is(err, ErrServerClosed):

@@ -3,32 +3,32 @@ package nbd
 import "time"
 
 const (
-	// quick is the mean time of a device call up to which the receiver does it itself. Handing a
-	// request to a worker and its reply to the sender costs some 5 to 10 us of CPU; above that,
-	// doing several at once wins.
+	// quick is the mean time of a device call up to which the receiver makes the call itself. Handing a
+	// request to a worker and its reply to the sender costs 5 to 10 µs of CPU. Above quick, executing several
+	// requests at once is faster.
 	quick = 30 * time.Microsecond
 
-	// paceWeight: a call counts for 1/16 of the mean.
+	// paceWeight gives one call a weight of 1/16 in the mean.
 	paceWeight = 16
 
-	// paceCeiling bounds what one call can count for: a receiver that the kernel descheduled for
-	// milliseconds says nothing of the device, three such calls in a row do.
+	// paceCeiling limits the weight of one call. A receiver that the kernel descheduled for milliseconds says
+	// nothing about the device; three such calls in a row do.
 	paceCeiling = 8 * quick
 
 	minProbe, maxProbe = 16, 1024
 )
 
-// pace decides for one kind of request whether the receiver does it itself. It watches only the
-// calls that the receiver makes, since those of workers also take the time that they wait for each
-// other. While the device is slow, one request in some is still done by the receiver to see whether
-// it has become quick again; the longer it has not, the rarer. Used by the receiver alone.
+// pace decides for one kind of request whether the receiver executes it itself. It measures only the
+// receiver's calls, since workers' calls include the time that they wait for each other. While the device is
+// slow, the receiver still executes some requests, to see whether the device has become quick again; the
+// longer it stays slow, the rarer these probes. Only the receiver uses it.
 type pace struct {
 	mean  time.Duration
-	probe int // requests between two probes while slow
+	probe int // requests between two probes while the device is slow
 	left  int // requests until the next probe
 }
 
-// inline reports whether the next request is the receiver's to do.
+// inline reports whether the receiver executes the next request itself.
 func (p *pace) inline() bool {
 	if p.mean <= quick {
 		return true

@@ -4,17 +4,17 @@ import "encoding/binary"
 
 var be = binary.BigEndian
 
-// Magic numbers of the specification, in the order a connection meets them.
+// Magic numbers of the specification, in the order in which a connection meets them.
 const (
-	magicInit     = 0x4e42444d41474943 // "NBDMAGIC", opens the greeting
+	magicInit     = 0x4e42444d41474943 // "NBDMAGIC", starts the greeting
 	magicOption   = 0x49484156454f5054 // "IHAVEOPT", in the greeting and before each option
 	magicOptReply = 0x0003e889045565a9
 	magicRequest  = 0x25609513
 	magicSimple   = 0x67446698
-	magicChunk    = 0x668e33ef // a structured reply is one or more chunks
+	magicChunk    = 0x668e33ef // a structured reply has one or more such chunks
 )
 
-// Handshake flags; the client's have the same bits as the server's.
+// Handshake flags. The client's have the same bits as the server's.
 const (
 	flagFixedNewstyle = 1 << 0
 	flagNoZeroes      = 1 << 1
@@ -110,7 +110,7 @@ const (
 	stateZero           = 1 << 1
 )
 
-// Error numbers on the wire; the specification gives them Linux's values.
+// Error numbers on the wire. The specification gives them Linux's values.
 const (
 	errnoPerm     = 1
 	errnoIO       = 5
@@ -127,8 +127,8 @@ const (
 	// exceed it unless something else is negotiated, and the server announces it.
 	MaxPayload = 32 << 20
 
-	maxOptionLen = 64 << 10 // bytes of one option's data
-	maxNameLen   = 4096     // bytes of any string, by the specification
+	maxOptionLen = 64 << 10 // bytes in the data of one option
+	maxNameLen   = 4096     // bytes in any string, by the specification
 
 	requestLen     = 28
 	simpleLen      = 16
@@ -137,7 +137,7 @@ const (
 	offsetHoleLen  = chunkLen + 12
 	optionLen      = 16
 	optReplyLen    = 20
-	exportZeroes   = 124 // after an EXPORT_NAME reply, without NO_ZEROES
+	exportZeroes   = 124 // zero bytes after an EXPORT_NAME reply, without NO_ZEROES
 	maxDescriptors = 4096
 )
 
@@ -176,7 +176,7 @@ func appendChunk(b []byte, flags, typ uint16, cookie uint64, length uint32) []by
 	return be.AppendUint32(b, length)
 }
 
-// appendOffsetData appends all of an OFFSET_DATA chunk but the data.
+// appendOffsetData appends an OFFSET_DATA chunk without its data.
 func appendOffsetData(b []byte, flags uint16, cookie, off uint64, length uint32) []byte {
 	b = appendChunk(b, flags, chunkOffsetData, cookie, length+8)
 	return be.AppendUint64(b, off)

@@ -5,20 +5,20 @@ import (
 	"unsafe"
 )
 
-// Where a read skips holes. Below sparseMin, asking for the extents costs more than it saves; a
-// range with more than maxPieces extents is sent as data from there on.
+// Limits for skipping holes in a read. Below sparseMin, asking for the extents costs more than it saves. If a
+// range has more than maxPieces extents, the rest is sent as data.
 const (
 	sparseMin = 64 << 10
 	maxPieces = 64
 )
 
-// piece is a part of a range: a hole or data.
+// piece is a part of a range: a hole, or data.
 type piece struct {
 	off, length int64
 	hole        bool
 }
 
-// read does a READ and replies.
+// read executes a READ and sends the reply.
 func (c *conn) read(t task) {
 	p := newPacket(t.charge)
 	var err error
@@ -46,7 +46,7 @@ func (c *conn) readWhole(p *packet, t task) error {
 	return readFull(c.dev, p.buf.b, int64(t.off))
 }
 
-// readPieces makes a chunk of each extent.
+// readPieces fills p with one chunk for each extent.
 func (c *conn) readPieces(p *packet, t task, ext Extenter) error {
 	pieces, err := extents(ext, int64(t.off), int64(t.length), maxPieces)
 	if err != nil {
@@ -65,7 +65,7 @@ func (c *conn) readPieces(p *packet, t task, ext Extenter) error {
 	if data > 0 {
 		p.buf = newBuffer(int(data))
 	}
-	// In one place, since the vector refers to it.
+	// The headers must not move, since the vector refers to them.
 	h := slices.Grow(p.head, len(pieces)*offsetHoleLen)
 	p.head = h
 	used := int64(0)
@@ -91,7 +91,7 @@ func (c *conn) readPieces(p *packet, t task, ext Extenter) error {
 	return nil
 }
 
-// descriptors is how many descriptors answer a BLOCK_STATUS at most.
+// descriptors returns the maximum number of descriptors in the reply to a BLOCK_STATUS.
 func descriptors(req request) int {
 	if req.flags&cmdFlagReqOne != 0 {
 		return 1
@@ -99,17 +99,17 @@ func descriptors(req request) int {
 	return int(min(maxDescriptors, req.length))
 }
 
-// statusLen is the length of a reply with n of them.
+// statusLen returns the length of a reply with n descriptors.
 func statusLen(n int) int { return chunkLen + 4 + 8*n }
 
-// statusCharge is what a BLOCK_STATUS takes until its reply is made: that, and the pieces that it is made of, whose
-// slice may have grown to twice their number.
+// statusCharge returns the memory that a BLOCK_STATUS takes until its reply is made: the reply, and the
+// pieces it is made from. The slice of pieces may have grown to twice their number.
 func statusCharge(req request) int64 {
 	n := descriptors(req)
 	return requestCharge + bufferSize(statusLen(n)) + 2*int64(unsafe.Sizeof(piece{}))*int64(n)
 }
 
-// blockStatus does a BLOCK_STATUS and replies.
+// blockStatus executes a BLOCK_STATUS and sends the reply.
 func (c *conn) blockStatus(t task) {
 	pieces := []piece{{off: int64(t.off), length: int64(t.length)}}
 	if c.ext != nil {
@@ -137,13 +137,13 @@ func (c *conn) blockStatus(t task) {
 	c.out.send(p)
 }
 
-// extents returns the first pieces, at most most, of a range that is not empty: in order, without
-// gaps, neighbours of different kinds, none past the range's end, however ext reports them. With
-// fewer than most, they cover the range.
+// extents returns the first pieces of a range that is not empty, at most most of them. They are in order and
+// without gaps, neighbours are of different kinds, and none goes past the range's end, however ext reports
+// them. If there are fewer than most, they cover the range.
 func extents(ext Extenter, off, length int64, most int) ([]piece, error) {
 	var pieces []piece
 	at, end := off, off+length
-	// add appends up to x; false when there is no room.
+	// add appends a piece up to x. It returns false if there is no room.
 	add := func(x int64, hole bool) bool {
 		if x <= at {
 			return true

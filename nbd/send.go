@@ -8,15 +8,17 @@ import (
 	"time"
 )
 
-// packet is bytes to send and what they hold until they are sent. The sender owns it once it has it.
+// packet is the bytes of one or more replies, and what they hold until they are sent. The sender owns a
+// packet that it was given.
 type packet struct {
-	vec    [][]byte // the bytes, in pieces: of head, and of buf
+	vec    [][]byte // the bytes, in pieces of head and buf
 	head   []byte   // headers
 	buf    *buffer  // freed when sent; may be nil
 	charge int64    // released to the budget when sent
 }
 
-// Bytes of room for headers in a pooled packet: for one, and for the chunks of a READ.
+// Bytes of room for headers in a pooled packet: the initial room for one header, and the most that is kept,
+// which is enough for the chunks of a READ.
 const pooledHead, maxPooledHead = 64, maxPieces * offsetHoleLen
 
 var packetPool = sync.Pool{New: func() any { return &packet{head: make([]byte, 0, pooledHead)} }}
@@ -27,7 +29,7 @@ func newPacket(charge int64) *packet {
 	return p
 }
 
-// reset makes p empty, keeping its charge.
+// reset empties p, but keeps its charge.
 func (p *packet) reset() {
 	if p.buf != nil {
 		p.buf.free()
@@ -35,41 +37,41 @@ func (p *packet) reset() {
 	}
 	clear(p.vec)
 	p.vec, p.head = p.vec[:0], p.head[:0]
-	if cap(p.head) > maxPooledHead { // of many flushes; not worth keeping
+	if cap(p.head) > maxPooledHead { // made for many flushes; too large to keep
 		p.head = make([]byte, 0, pooledHead)
 	}
 }
 
-// sealHead makes the vector of a packet that is headers only.
+// sealHead makes the vector of a packet that consists only of headers.
 func (p *packet) sealHead() *packet {
 	p.vec = append(p.vec, p.head)
 	return p
 }
 
-// sender writes packets to the socket, many at once when they come faster than they can be written.
+// sender writes packets to the socket, several at once if they come faster than they can be written.
 type sender struct {
 	conn   net.Conn
 	budget *budget
 
 	mu    sync.Mutex // guards the fields below; not held while writing
-	queue []*packet  // to be written
-	spare []*packet  // the slice that queue takes when the writer takes queue
-	busy  bool       // somebody is writing, and will write what is in queue
+	queue []*packet  // waiting to be written
+	spare []*packet  // empty slice that replaces queue when the writer takes it
+	busy  bool       // a goroutine is writing, and will also write queue
 
-	// failed is set when a write failed: the connection is closed, packets are dropped, and there is
-	// no point in doing further requests.
+	// failed is set after a write has failed: the connection is closed, packets are dropped, and executing
+	// further requests would be pointless.
 	failed atomic.Bool
 
-	// since is when the write that is under way began, in nanoseconds of Unix time; 0: none is.
+	// since is the start of the current write, in nanoseconds of Unix time; 0 if none is under way.
 	since atomic.Int64
 
-	// Owned by who set busy.
-	err   error       // why failed is set; written before it is
-	vec   net.Buffers // consumed by a write
-	store net.Buffers // vec's whole slice, to be used again
+	// The goroutine that set busy owns these fields.
+	err   error       // why failed is set; written before failed
+	vec   net.Buffers // used up by a write
+	store net.Buffers // the whole slice of vec, for reuse
 }
 
-// send queues p, and writes it and all that others queue meanwhile unless somebody else is writing.
+// send queues p. Unless another goroutine is writing, it writes p and everything that is queued meanwhile.
 func (s *sender) send(p *packet) {
 	s.mu.Lock()
 	s.queue = append(s.queue, p)
@@ -90,7 +92,7 @@ func (s *sender) send(p *packet) {
 	s.mu.Unlock()
 }
 
-// write writes packets, or drops them if the connection is broken, and gives back what they hold.
+// write writes packets, or drops them if the connection is broken, and releases what they hold.
 func (s *sender) write(packets []*packet) {
 	if !s.failed.Load() {
 		s.vec = s.store[:0]

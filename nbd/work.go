@@ -2,15 +2,15 @@ package nbd
 
 import "sync"
 
-// task is a request for a worker, which owns the payload and the charge.
+// task is a request for a worker. The worker owns the payload and the charge.
 type task struct {
 	request
 	payload *buffer
 	charge  int64
 }
 
-// give hands t to a worker, a new one if none is idle and there may be more. It waits if there may
-// not.
+// give hands t to an idle worker, or to a new one if none is idle and the limit permits it. Otherwise it
+// waits for a worker.
 func (c *conn) give(t task) {
 	select {
 	case c.tasks <- t:
@@ -27,7 +27,7 @@ func (c *conn) give(t task) {
 	c.tasks <- t
 }
 
-// routineWork does t, and then tasks as they come, until the connection ends.
+// routineWork executes t, and then further tasks until the connection ends.
 func (c *conn) routineWork(t task) {
 	defer c.wg.Done()
 	c.do(t)
@@ -62,7 +62,7 @@ func (c *conn) do(t task) {
 	}
 }
 
-// changed replies to a request that changed the device, or failed to; with FUA, after a flush.
+// changed replies to a request that changed the device, or failed to. With FUA it replies after a flush.
 func (c *conn) changed(t task, err error) {
 	if err == nil && t.flags&cmdFlagFUA != 0 {
 		c.joinFlush(t.request, t.charge)
@@ -77,11 +77,11 @@ func (c *conn) reply(t task, errno uint32) {
 	c.out.send(p.sealHead())
 }
 
-// longStep is how much of a request that may be of any length, and may take long, is done at a time: it gives up when
-// the connection has ended.
+// longStep is how much of a request is executed at a time if the request may have any length and may take
+// long. Between two steps it stops if the connection has ended.
 const longStep = 1 << 20
 
-// cache reads the range, so that whatever caches the device has hold it.
+// cache reads the range, so that the caches of the device hold it.
 func (c *conn) cache(t task) error {
 	buf := newBuffer(int(min(longStep, t.length)))
 	defer buf.free()
@@ -93,7 +93,8 @@ func (c *conn) cache(t task) error {
 	return nil
 }
 
-// writeZeroes zeroes the range: at once where that may be a hole, else as long as it takes to make sure of the space.
+// writeZeroes zeroes the range. If the range may become a hole, this takes one call; otherwise it goes in
+// steps, because reserving the space may take long.
 func (c *conn) writeZeroes(t task) error {
 	off, length := int64(t.off), int64(t.length)
 	if t.flags&cmdFlagNoHole == 0 {
@@ -107,13 +108,13 @@ func (c *conn) writeZeroes(t task) error {
 	return nil
 }
 
-// flusher flushes the device for one connection. Those who join while a flush is under way are
-// served together by the next, since that one need not cover what was acknowledged after it began.
+// flusher flushes the device for one connection. Requests that join while a flush is under way share the next
+// one, since the present flush need not cover what was acknowledged after it began.
 type flusher struct {
 	mu      sync.Mutex // guards the fields below
 	waiting []waiter
-	spare   []waiter // the slice that waiting takes when waiting is taken
-	running bool     // a goroutine serves waiting, until it is empty
+	spare   []waiter // empty slice that replaces waiting when it is taken
+	running bool     // a goroutine serves waiting until it is empty
 }
 
 // waiter is a reply that waits for a flush.
@@ -122,7 +123,7 @@ type waiter struct {
 	charge int64
 }
 
-// joinFlush sends the reply of a request once a flush that begins after now has ended.
+// joinFlush sends the reply to a request once a flush that begins after this call has ended.
 func (c *conn) joinFlush(req request, charge int64) {
 	f := &c.flush
 	f.mu.Lock()
@@ -130,7 +131,7 @@ func (c *conn) joinFlush(req request, charge int64) {
 	f.waiting = append(f.waiting, waiter{req.cookie, charge})
 	if !f.running {
 		f.running = true
-		c.wg.Add(1) // by the receiver or a worker, so before run waits
+		c.wg.Add(1) // called by the receiver or a worker, so run does not wait yet
 		go c.routineFlush()
 	}
 }
