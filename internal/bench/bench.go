@@ -18,35 +18,36 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// Volume is the name of the scratch volume. Run removes it; a process that is killed leaves it, with snapshots.
+// Volume is the name of the scratch volume. Run removes it. A process that is killed leaves it behind, with
+// its snapshots.
 const Volume = "vdisk-bench.scratch"
 
-// MinSize is the smallest volume that there is something to measure with.
+// MinSize is the smallest volume that gives meaningful figures.
 const MinSize = 16 << 20
 
-// Options are what to measure with.
+// Options say what to measure with.
 type Options struct {
 	Size   int64             // of the scratch volume; rounded up to 1 MiB
-	Time   time.Duration     // after which a step ends that could go on
+	Time   time.Duration     // after which a step ends, if it has no other end
 	Volume cow.VolumeOptions // codec and level
 }
 
-// Result is one step's outcome.
+// Result is the outcome of one step.
 type Result struct {
 	Name       string
 	Operations int64
 	Bytes      int64         // read or written
-	Elapsed    time.Duration // with the flush that ends a step of writes
+	Elapsed    time.Duration // with the flush at the end of a step of writes
 	P50, P99   time.Duration // of an operation
-	CPU        time.Duration // of the whole process, in user and system
+	CPU        time.Duration // of the whole process, user and system
 }
 
 const (
 	block = format.BlockSize
 	large = 1 << 20 // bytes of a sequential operation
-	// rounds bounds the writes of a step, in sizes of the volume, and with that the room that is needed.
+	// rounds bounds the bytes that a step writes, in sizes of the volume, and so the room that is needed.
 	rounds = 2
-	// snapshots and between are how many snapshots are taken at most, and how many writes are before each.
+	// snapshots is the most snapshots that are taken; between is how many writes come before each.
 	snapshots = 100
 	between   = 100
 )
@@ -62,8 +63,8 @@ type run struct {
 	buf  []byte
 }
 
-// Run makes a scratch volume, tells made of it, does the steps, and passes each one's outcome to each. It removes the
-// volume whatever happens.
+// Run makes a scratch volume, calls made with it, performs the steps, and calls each with the result of every
+// step. It removes the volume in any case.
 func Run(ctx context.Context, s *cow.Store, o Options, made func(cow.VolumeInfo) error, each func(Result)) (err error) {
 	if o.Size > cow.MaxVolume {
 		return fmt.Errorf("a scratch volume of %d bytes: the largest volume has 64 TiB: %w", o.Size, cow.ErrInvalid)
@@ -102,7 +103,8 @@ func Run(ctx context.Context, s *cow.Store, o Options, made func(cow.VolumeInfo)
 	return nil
 }
 
-// enough refuses a volume whose writes might not fit. Nothing is counted on that the cleaner could give back.
+// enough returns an error if the writes to the volume might not fit. It does not count on space that the
+// cleaner could give back.
 func enough(s *cow.Store, o Options) error {
 	room, err := s.Room()
 	if err != nil {
@@ -122,7 +124,8 @@ func enough(s *cow.Store, o Options) error {
 	return nil
 }
 
-// leftover explains why the scratch volume is there already, if that is it.
+// leftover explains why the scratch volume exists already, if err says that it does. It returns any other
+// error as it is.
 func leftover(s *cow.Store, err error) error {
 	v, verr := s.Volume(Volume)
 	switch {
@@ -149,7 +152,7 @@ func begin(name string) *timer {
 	return t
 }
 
-// done counts an operation that began when the last one ended.
+// done counts an operation of n bytes that began when the last one ended.
 func (t *timer) done(n int) {
 	now := time.Now()
 	t.latency.Add(now.Sub(t.last))
@@ -164,7 +167,7 @@ func (t *timer) end() Result {
 	return t.Result
 }
 
-// cpuTime is what this process has used so far.
+// cpuTime returns the processor time that this process has used so far.
 func cpuTime() time.Duration {
 	var u unix.Rusage
 	if unix.Getrusage(unix.RUSAGE_SELF, &u) != nil {
@@ -173,7 +176,7 @@ func cpuTime() time.Duration {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
-// more reports whether a step goes on, which has moved at most most bytes.
+// more reports whether a step goes on. A step ends when it has moved most bytes, or when its time is over.
 func (x *run) more(t *timer, most int64) (bool, error) {
 	if t.Operations%16 == 0 {
 		if x.ctx.Err() != nil {
@@ -183,7 +186,7 @@ func (x *run) more(t *timer, most int64) (bool, error) {
 	return t.Bytes < most && t.last.Sub(t.began) < x.o.Time, nil
 }
 
-// repeat does an operation, which returns its size, until the step's end.
+// repeat repeats an operation until the end of the step. op returns the operation's size.
 func (x *run) repeat(t *timer, most int64, op func() (int, error)) error {
 	for {
 		more, err := x.more(t, most)
@@ -198,7 +201,7 @@ func (x *run) repeat(t *timer, most int64, op func() (int, error)) error {
 	}
 }
 
-// writeRandom writes a block somewhere.
+// writeRandom writes one block at a random place.
 func (x *run) writeRandom() (int, error) {
 	from := x.r.IntN(large/block) * block
 	return x.d.WriteAt(x.data[from:from+block], x.r.Int64N(x.o.Size/block)*block)
@@ -239,7 +242,7 @@ func (x *run) flushedWrites() (Result, error) {
 	return t.end(), err
 }
 
-// unbounded is for steps that only time ends.
+// unbounded is for steps that end only when their time is over.
 const unbounded = 1 << 62
 
 func (x *run) randomReads() (Result, error) {
@@ -261,7 +264,7 @@ func (x *run) sequentialReads() (Result, error) {
 	return t.end(), err
 }
 
-// snapshots takes snapshots with writes between them. Only the snapshots are measured.
+// snapshots takes snapshots, with writes between them. Only the snapshots are measured.
 func (x *run) snapshots() (Result, error) {
 	var total timer
 	total.Name = "snapshot, between writes"

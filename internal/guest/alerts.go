@@ -5,11 +5,11 @@ import (
 	"strings"
 )
 
-// Alert is a line of the guest's kernel that tells of trouble.
+// Alert is a line from the guest's kernel that reports trouble.
 type Alert struct {
 	Line string
-	// Fatal is set when no test may cause it: a hung task, a bug or an oops of the kernel. I/O errors and warnings
-	// may be what a test is about.
+	// Fatal is set for trouble that no test may cause: a hung task, a bug or an oops of the kernel. I/O
+	// errors and warnings may be what a test is about.
 	Fatal bool
 }
 
@@ -18,7 +18,7 @@ var (
 	otherAlert = regexp.MustCompile(`I/O error|WARNING:|Buffer I/O|EXT4-fs error|XFS .*[Cc]orruption|detected stall`)
 )
 
-// findAlerts reads the text of a kernel's console.
+// findAlerts finds the alerts in the text of a kernel's console.
 func findAlerts(console string) []Alert {
 	var alerts []Alert
 	for line := range strings.Lines(console) {

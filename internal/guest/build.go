@@ -16,26 +16,28 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Options say what Build makes and where.
+// Options say what Build makes, and where.
 type Options struct {
 	Dir     string    // cache folder; empty: DefaultDir
 	Kernels []string  // names of the kernels wanted; empty: all
-	Force   bool      // build anew even when the recipe did not change, to get newer packages
+	Force   bool      // build again even if the recipe did not change, to get newer packages
 	Log     io.Writer // progress, one line a step; nil: nowhere
 }
 
 // Image is a guest that was built: a root image and kernels.
 type Image struct {
-	dir     string // cache folder; runs have their folders in it
+	dir     string // cache folder; it also holds the folders of runs
 	root    string // folder of root.img and busybox
 	kernels []Kernel
 	accel   accelProbe
 }
 
-// staleAfter is how long a build of another recipe is kept: guests of another checkout may be using it.
+// staleAfter is how long a build of another recipe is kept, because guests of another checkout may be using
+// it.
 const staleAfter = 24 * time.Hour
 
-// DefaultDir is $VDISK_GUEST_DIR, else .guest in the folder of the nearest go.mod above the working folder.
+// DefaultDir returns $VDISK_GUEST_DIR if it is set, else .guest in the folder of the nearest go.mod at or
+// above the working folder.
 func DefaultDir() (string, error) {
 	if dir := os.Getenv("VDISK_GUEST_DIR"); dir != "" {
 		return filepath.Abs(dir)
@@ -54,8 +56,8 @@ func DefaultDir() (string, error) {
 	}
 }
 
-// Build returns the guest of opts, making in the cache folder what is not there yet. It is safe to interrupt and
-// to call from several processes at once.
+// Build returns the guest for opts, and makes what the cache folder does not have yet. It may be interrupted,
+// and may be called from several processes at once.
 func Build(ctx context.Context, opts Options) (*Image, error) {
 	b, err := newBuilder(opts)
 	if err != nil {
@@ -80,13 +82,16 @@ func Build(ctx context.Context, opts Options) (*Image, error) {
 	return img, nil
 }
 
-// builder makes the parts of a guest; each part is a folder <part>-<hash of its recipe> that appears by a rename.
+// builder makes the parts of a guest. Each part is a folder <part>-<hash of its recipe>, which appears by a
+// rename.
 type builder struct {
 	dir string
 	log io.Writer
 	// Both are set while building.
-	apt  *aptArea
-	lock *os.File // debootstrap holds it too: when we are killed, it and what it started may go on for a while
+	apt *aptArea
+	// debootstrap holds the lock, too: if this process is killed, debootstrap and its children may go on for
+	// a while.
+	lock *os.File
 }
 
 func newBuilder(opts Options) (*builder, error) {
@@ -112,7 +117,7 @@ func (b *builder) say(format string, args ...any) {
 	fmt.Fprintf(b.log, "guest: "+format+"\n", args...)
 }
 
-// open returns the image when every part of the current recipe is there.
+// open returns the image if every part of the present recipe is there, else false.
 func (b *builder) open(specs []kernelSpec) (*Image, bool) {
 	img := &Image{dir: b.dir, root: b.rootPath()}
 	if !isDir(img.root) {
@@ -136,7 +141,8 @@ func (b *builder) kernelPath(s kernelSpec) string {
 	return filepath.Join(b.dir, "kernel-"+s.name+"-"+recipeHash(s.recipe()))
 }
 
-// recipeHash names a part by all that decides its content, as far as we choose it.
+// recipeHash returns a name for a part, made of everything that we choose and that determines the part's
+// content.
 func recipeHash(parts []string) string {
 	h := sha256.New()
 	for _, p := range parts {
@@ -145,7 +151,7 @@ func recipeHash(parts []string) string {
 	return hex.EncodeToString(h.Sum(nil))[:12]
 }
 
-// build makes the missing parts (all of them with force) under the cache folder's lock.
+// build makes the missing parts, or with force all of them, under the cache folder's lock.
 func (b *builder) build(ctx context.Context, specs []kernelSpec, force bool) error {
 	if os.Geteuid() != 0 {
 		return fmt.Errorf("%w: building one runs debootstrap, which needs root: run `guest build` once as root, then any user can run it", ErrUnavailable)
@@ -181,7 +187,7 @@ func (b *builder) build(ctx context.Context, specs []kernelSpec, force bool) err
 	return nil
 }
 
-// part has fill make a folder's content beside its place and renames it there.
+// part calls fill to make a folder's content in a temporary folder, and renames that to place.
 func (b *builder) part(ctx context.Context, place string, fill func(context.Context, string) error) error {
 	tmp, err := os.MkdirTemp(b.dir, "build-")
 	if err != nil {
@@ -202,7 +208,7 @@ func (b *builder) part(ctx context.Context, place string, fill func(context.Cont
 	if err := fill(ctx, part); err != nil {
 		return err
 	}
-	if isDir(place) { // a forced build; guests that use the old one have its files open
+	if isDir(place) { // a forced build; guests that use the old part have its files open
 		if err := os.Rename(place, filepath.Join(tmp, "old")); err != nil {
 			return err
 		}
@@ -210,8 +216,8 @@ func (b *builder) part(ctx context.Context, place string, fill func(context.Cont
 	return os.Rename(part, place)
 }
 
-// sweep removes what interrupted builds left and parts of other recipes that nobody can be using any more.
-// The caller holds the lock, so no build is under way.
+// sweep removes what interrupted builds left, and parts of other recipes that can no longer be in use. The
+// caller holds the lock, so no build is under way.
 func (b *builder) sweep() error {
 	entries, err := os.ReadDir(b.dir)
 	if err != nil {
@@ -254,7 +260,8 @@ func isDir(path string) bool {
 	return err == nil && info.IsDir()
 }
 
-// lockFile takes an exclusive flock on path, telling once when it has to wait. Closing the file gives the lock back.
+// lockFile takes an exclusive flock on path. If it has to wait, it calls waiting once. Closing the file
+// releases the lock.
 func lockFile(ctx context.Context, path string, waiting func()) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
 	if err != nil {
@@ -281,7 +288,7 @@ func lockFile(ctx context.Context, path string, waiting func()) (*os.File, error
 	}
 }
 
-// command runs a tool and returns its output; an error carries the last lines that the tool said.
+// command runs a tool and returns its output. An error contains the last lines that the tool printed.
 func command(cmd *exec.Cmd) (string, error) {
 	var out strings.Builder
 	var all tailBuffer

@@ -8,11 +8,11 @@ import (
 	"slices"
 )
 
-// headersPackage is the kernel's user headers, from the suite that the newest kernel comes from.
+// headersPackage has the kernel's user headers, from the suite that the newest kernel comes from.
 const headersPackage = "linux-libc-dev/trixie-backports"
 
-// Headers returns two folders of C headers, the user ABI of the newest kernel and the part of it that depends on the
-// processor, getting them on first use. Unlike a guest they need no root.
+// Headers returns two folders of C headers: the user ABI of the newest kernel, and the part of it that
+// depends on the processor. The first use gets them. Unlike a guest, they need no root.
 func Headers(ctx context.Context, opts Options) ([]string, error) {
 	b, err := newBuilder(opts)
 	if err != nil {
@@ -35,8 +35,9 @@ func (b *builder) headersPath() string {
 	return filepath.Join(b.dir, "headers-"+recipeHash([]string{"headers 1", headersPackage}))
 }
 
-// Package returns a folder with the files of a package of the root image's suite, without those of what it depends on,
-// getting it on first use: for a program that only one run in a guest needs. Unlike a guest it needs no root.
+// Package returns a folder with the files of a package from the root image's suite, without those of its
+// dependencies. The first use gets it. It is for programs that only one run in a guest needs. Unlike a guest,
+// it needs no root.
 func Package(ctx context.Context, opts Options, name string) (string, error) {
 	b, err := newBuilder(opts)
 	if err != nil {
@@ -44,7 +45,8 @@ func Package(ctx context.Context, opts Options, name string) (string, error) {
 	}
 	name += "/" + rootSuite
 	place := filepath.Join(b.dir, "package-"+recipeHash([]string{"package 1", name}))
-	files := filepath.Join(place, "files") // the folder of the part itself is as old as the part, this one as old as the package
+	// The part's own folder has the time when it was made, this one the time of the package.
+	files := filepath.Join(place, "files")
 	err = b.getPackage(ctx, place, name, opts.Force, func(tree, dir string) error {
 		return os.Rename(tree, filepath.Join(dir, "files"))
 	})
@@ -54,7 +56,7 @@ func Package(ctx context.Context, opts Options, name string) (string, error) {
 	return files, nil
 }
 
-// getPackage makes a part of what fill takes from the tree of an unpacked package, unless it is there.
+// getPackage makes a part from the tree of an unpacked package, with fill, unless the part is there.
 func (b *builder) getPackage(ctx context.Context, place, name string, force bool, fill func(tree, dir string) error) error {
 	if !force && isDir(place) {
 		return nil

@@ -30,7 +30,7 @@ var (
 	}
 )
 
-// keyring is where Debian's archive keys are, on Debian and on Ubuntu (package debian-archive-keyring).
+// keyring has Debian's archive keys, on Debian and on Ubuntu (package debian-archive-keyring).
 const keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
 func missingPackages(programs []string) []string {
@@ -46,7 +46,7 @@ func missingPackages(programs []string) []string {
 	return missing
 }
 
-// lookTool finds a program, also in the sbin folders that a plain user's PATH lacks.
+// lookTool finds a program. It also looks in the sbin folders, which a plain user's PATH lacks.
 func lookTool(program string) string {
 	if p, err := exec.LookPath(program); err == nil {
 		return p
@@ -59,7 +59,7 @@ func lookTool(program string) string {
 	return ""
 }
 
-// install gets the packages of the missing programs; debootstrap comes with Debian's keys.
+// install installs the packages of the missing programs. With debootstrap it installs Debian's keys, too.
 func (b *builder) install(ctx context.Context, programs []string) error {
 	missing := missingPackages(programs)
 	if _, err := os.Stat(keyring); err != nil && slices.Contains(programs, "debootstrap") {
@@ -86,7 +86,7 @@ func (b *builder) install(ctx context.Context, programs []string) error {
 		return nil
 	}
 	if err := get("-q", "update"); err != nil {
-		b.say("%v", err) // some foreign source may be down; the install reports whether it matters
+		b.say("%v", err) // some other source may be down; the install reports whether it matters
 	}
 	if err := get(args...); err != nil {
 		return fmt.Errorf("%w: apt-get cannot install %s: %w", ErrUnavailable, strings.Join(missing, " "), err)
@@ -97,8 +97,8 @@ func (b *builder) install(ctx context.Context, programs []string) error {
 // mirrors are the addresses of Debian's archive and of its security archive.
 type mirrors struct{ main, security string }
 
-// hostMirrors takes the addresses from the machine's apt sources; an Ubuntu machine names none, so it gets Debian's
-// own.
+// hostMirrors takes the addresses from the machine's apt sources. An Ubuntu machine names none, so it gets
+// Debian's own.
 func hostMirrors() mirrors {
 	var text strings.Builder
 	files := []string{"/etc/apt/sources.list"}
@@ -115,8 +115,8 @@ func hostMirrors() mirrors {
 	return findMirrors(text.String())
 }
 
-// findMirrors reads sources in both of apt's formats (sources.list(5)): a source is Debian's when its address ends
-// in /debian or /debian-security, as on every public mirror.
+// findMirrors reads sources in both of apt's formats (sources.list(5)). A source is Debian's if its address
+// ends in /debian or /debian-security, as on every public mirror.
 func findMirrors(sources string) mirrors {
 	var m mirrors
 	for line := range strings.Lines(sources) {
@@ -152,7 +152,8 @@ func findMirrors(sources string) mirrors {
 	return m
 }
 
-// aptArea is a private apt: its own sources, lists and cache, with the machine's other settings (proxies, say).
+// aptArea is a private apt: it has its own sources, lists and cache, and the machine's other settings, such
+// as proxies.
 type aptArea struct {
 	dir     string
 	mirrors mirrors
@@ -198,13 +199,14 @@ func (a *aptArea) run(ctx context.Context, dir, program string, args ...string) 
 	return command(cmd)
 }
 
-// names lists the packages offered whose names begin with prefix.
+// names lists the offered packages whose names begin with prefix.
 func (a *aptArea) names(ctx context.Context, prefix string) ([]string, error) {
 	out, err := a.run(ctx, a.dir, "apt-cache", "pkgnames", prefix)
 	return strings.Fields(out), err
 }
 
-// proxy is the HTTP proxy apt is set to use, for debootstrap, which does not read apt's settings.
+// proxy returns the HTTP proxy that apt is set to use. It is for debootstrap, which does not read apt's
+// settings.
 func (a *aptArea) proxy(ctx context.Context) string {
 	out, err := exec.CommandContext(ctx, "apt-config", "dump", "--format", "%v%n", "Acquire::http::Proxy").Output()
 	if v, _, _ := strings.Cut(string(out), "\n"); err == nil && v != "DIRECT" {

@@ -14,7 +14,7 @@ var initScript []byte
 //go:embed scripts/guest.sh
 var guestScript []byte
 
-// writeInitrd writes the initrd of kernel k.
+// writeInitrd writes the initrd of kernel k to a file.
 func (img *Image) writeInitrd(k Kernel, file string) error {
 	busybox, err := os.ReadFile(filepath.Join(img.root, "busybox"))
 	if err != nil {
@@ -41,13 +41,14 @@ func (img *Image) writeInitrd(k Kernel, file string) error {
 	return os.WriteFile(file, a.finish(), 0o644)
 }
 
-// File types as in st_mode.
+// File types, as in st_mode.
 const (
 	modeDir  = 0o040000
 	modeFile = 0o100000
 )
 
-// cpio builds an archive of the "newc" format (Linux, Documentation/driver-api/early-userspace/buffer-format.rst).
+// cpio builds an archive in the "newc" format (Linux,
+// Documentation/driver-api/early-userspace/buffer-format.rst).
 type cpio struct {
 	buf   bytes.Buffer
 	inode int

@@ -15,10 +15,10 @@ import (
 	"strings"
 )
 
-// Kernel is one that a guest can boot.
+// Kernel is a kernel that a guest can boot.
 type Kernel struct {
 	Name    string // "stable" or "newest"
-	Release string // as uname -r says
+	Release string // as uname -r prints it
 	dir     string
 }
 
@@ -37,23 +37,26 @@ func (img *Image) kernel(name string) (Kernel, error) {
 	return Kernel{}, fmt.Errorf("guest: no kernel %q in this image", name)
 }
 
-// kernelSpec says which releases may be a kernel. All patterns match what stands between "linux-image-" (or
-// linux-modules-, since 7.2) and "-unsigned"; a release of an earlier pattern is preferred, then the newest.
+// kernelSpec says which releases may be a kernel. Each pattern matches the text between "linux-image-" (or
+// "linux-modules-", since 7.2) and "-unsigned". A release that matches an earlier pattern is preferred, then
+// the newest.
 type kernelSpec struct {
 	name     string
 	releases []string
 }
 
 var kernelSpecs = []kernelSpec{
-	// The oldest kernel with ublk that Debian still supports: built for bookworm; trixie's when that has gone.
+	// The oldest kernel with ublk that Debian still supports: the one built for bookworm, or trixie's when
+	// that has gone.
 	{"stable", []string{`6\.12\.[0-9]+\+deb12[^-]*-cloud-amd64`, `6\.12\.[0-9]+\+deb[^-]*-cloud-amd64`}},
 	{"newest", []string{`[0-9]+\.[0-9]+\.[0-9]+\+deb13[^-]*-cloud-amd64`}},
 }
 
-// bootModules are needed before the root image is there; those built into a kernel are not among its modules.
+// bootModules are needed before the root image can be mounted. Those that are built into a kernel are not
+// among its modules.
 var bootModules = []string{"virtio_pci", "virtio_blk", "virtio_console", "ext4"}
 
-// recipe changes when a build of the same packages would give another folder.
+// recipe changes if a build from the same packages would make another folder.
 func (s kernelSpec) recipe() []string {
 	return append(append([]string{"kernel 2"}, s.releases...), bootModules...)
 }
@@ -73,7 +76,7 @@ func pickSpecs(names []string) ([]kernelSpec, error) {
 	return specs, nil
 }
 
-// candidates lists the releases among the offered packages that fit, best first.
+// candidates lists the releases among the offered packages that match, best first.
 func (s kernelSpec) candidates(offered []string) []string {
 	var all []string
 	for _, pattern := range s.releases {
@@ -90,8 +93,9 @@ func (s kernelSpec) candidates(offered []string) []string {
 	return all
 }
 
-// kernelPackages picks, from what is offered, the packages that together hold a release: one package up to 7.1,
-// binary, modules and base since then. Signed and unsigned hold the same code.
+// kernelPackages picks from the offered packages those that together contain a release: one package up to
+// 7.1, and the packages binary, modules and base since then. Signed and unsigned packages contain the same
+// code.
 func kernelPackages(offered []string, release string) []string {
 	var pkgs []string
 	for _, choice := range [][]string{
@@ -110,7 +114,7 @@ func kernelPackages(offered []string, release string) []string {
 	return pkgs
 }
 
-// compareVersions orders by runs of digits as numbers and by the text between them, like sort -V.
+// compareVersions compares runs of digits as numbers, and the text between them as text, like sort -V.
 func compareVersions(a, b string) int {
 	for a != "" && b != "" {
 		na, nb := digits(a), digits(b)
@@ -232,7 +236,7 @@ func (b *builder) fillKernel(ctx context.Context, dir, release, vmlinuz, modules
 	return os.WriteFile(filepath.Join(dir, "release"), []byte(release+"\n"), 0o644)
 }
 
-// bootModuleFiles copies the boot modules and what they depend on, named in the order of loading.
+// bootModuleFiles copies the boot modules and their dependencies, with names in the order of loading.
 func bootModuleFiles(mods, to string) error {
 	dep, err := os.ReadFile(filepath.Join(mods, "modules.dep"))
 	if err != nil {
@@ -249,8 +253,8 @@ func bootModuleFiles(mods, to string) error {
 	return nil
 }
 
-// loadOrder reads modules.dep (a line is "file: needed files", the last needed first; modules.dep(5)) and lists the
-// files of the named modules, each after those it needs.
+// loadOrder reads modules.dep and lists the files of the named modules, each after those that it needs. A
+// line of modules.dep is "file: needed files", the last needed first (modules.dep(5)).
 func loadOrder(dep string, names []string) []string {
 	needs := map[string][]string{}
 	file := map[string]string{}
@@ -268,7 +272,7 @@ func loadOrder(dep string, names []string) []string {
 	for _, n := range names {
 		f, ok := file[n]
 		if !ok {
-			continue // built in
+			continue // it is built in
 		}
 		for _, need := range slices.Backward(append([]string{f}, needs[f]...)) {
 			if !slices.Contains(order, need) {
@@ -279,7 +283,8 @@ func loadOrder(dep string, names []string) []string {
 	return order
 }
 
-// decompressModules replaces compressed modules by plain ones: an emulated processor takes seconds to unpack xfs.
+// decompressModules replaces compressed modules by plain ones, because an emulated processor takes seconds to
+// unpack xfs.
 func decompressModules(ctx context.Context, mods string) error {
 	files := map[string][]string{} // by the tool that unpacks them
 	err := filepath.WalkDir(mods, func(file string, d fs.DirEntry, err error) error {

@@ -16,7 +16,7 @@ import (
 
 const payloadDir = "payload"
 
-// writePayload writes the archive that the guest unpacks: the files of the host and the script.
+// writePayload writes the archive that the guest unpacks: the files of the host, and the script.
 func writePayload(file string, files map[string]string, script string) error {
 	f, err := os.Create(file)
 	if err != nil {
@@ -49,8 +49,8 @@ func (p *payload) data(name string, data []byte) error {
 	return err
 }
 
-// add puts a file, or a folder with all that is in it, at name. A link named by the caller is followed, those inside
-// a folder stay links.
+// add puts a file, or a folder with everything in it, at name. It follows a link that the caller names; links
+// inside a folder stay links.
 func (p *payload) add(name, from string) error {
 	from, err := filepath.EvalSymlinks(from)
 	if err != nil {

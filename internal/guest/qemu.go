@@ -27,7 +27,7 @@ type boot struct {
 	disks   disks
 }
 
-// qemuProgram is $VDISK_GUEST_QEMU or the one installed; "" if there is none.
+// qemuProgram returns $VDISK_GUEST_QEMU, or else the installed QEMU; "" if there is none.
 func qemuProgram() string {
 	if p := os.Getenv("VDISK_GUEST_QEMU"); p != "" {
 		return p
@@ -35,7 +35,8 @@ func qemuProgram() string {
 	return lookTool("qemu-system-x86_64")
 }
 
-// baseArgs are those of every machine: no devices but those asked for, no network, and a reset ends it.
+// baseArgs returns the arguments for every machine: it has no devices but those asked for and no network, and
+// a reset ends it.
 func baseArgs(m machine, cpus, memory int) []string {
 	return []string{
 		"-accel", m.accel, "-cpu", m.cpu, "-smp", strconv.Itoa(cpus), "-m", strconv.Itoa(memory),
@@ -43,14 +44,19 @@ func baseArgs(m machine, cpus, memory int) []string {
 	}
 }
 
-// kernelArgs: panics and oopses reset the machine, which ends QEMU. no_timer_check leaves out a test of the timer's
-// interrupt that panics on emulated processors when the host is busy. tsc=nowatchdog has the kernel trust the time
-// stamp counter, which is the host's clock: the emulated timer that it is compared with is read late, and to give the
-// counter up the kernel patches its own code, which emulated processors of QEMU 7.2 may execute half patched ("Oops:
-// int3" in sched_clock_cpu). The initial console level shows warnings only.
+// kernelArgs is the kernel's command line. Panics and oopses reset the machine, which ends QEMU. The initial
+// console level shows only warnings.
+//
+// no_timer_check leaves out a test of the timer's interrupt, which panics on emulated processors when the
+// host is busy.
+//
+// tsc=nowatchdog makes the kernel trust the time stamp counter, which is the host's clock. Otherwise the
+// kernel compares it with the emulated timer, which is read late, and gives the counter up. For that the
+// kernel patches its own code, which emulated processors of QEMU 7.2 may execute half patched ("Oops: int3"
+// in sched_clock_cpu).
 const kernelArgs = "console=ttyS0 panic=-1 oops=panic no_timer_check tsc=nowatchdog quiet loglevel=5 mitigations=off"
 
-// args are QEMU's for this boot; file descriptor 3 is the socket behind the guest's port.
+// args returns QEMU's arguments for this boot. File descriptor 3 is the socket behind the guest's port.
 func (b boot) args(nonce, console string) []string {
 	a := baseArgs(b.machine, b.run.CPUs, b.run.Memory)
 	a = append(a, "-kernel", b.kernel.vmlinuz(), "-initrd", b.disks.initrd,
@@ -80,11 +86,11 @@ func (b boot) args(nonce, console string) []string {
 	return a
 }
 
-// escape doubles commas, as QEMU's option values need.
+// escape doubles commas, as the values of QEMU's options need.
 func escape(s string) string { return strings.ReplaceAll(s, ",", ",,") }
 
-// progress is what the events of a guest told; the reader of the port sets it, others read it after that has ended
-// or a channel was closed.
+// progress is what the guest's events have reported. The reader of the port sets it. Others read it only
+// after that reader has ended, or after a channel was closed.
 type progress struct {
 	ready    chan struct{} // closed when the script starts
 	exited   chan struct{} // closed when it has ended
@@ -124,10 +130,10 @@ func isClosed(c <-chan struct{}) bool {
 	}
 }
 
-// bootOnce starts QEMU, passes the payload's output on and sees to it that QEMU ends.
+// bootOnce starts QEMU, passes on the payload's output, and makes sure that QEMU ends.
 func bootOnce(ctx context.Context, b boot) (*Result, error) {
 	console := filepath.Join(b.dir, "console.log")
-	os.Remove(console) // of an earlier try
+	os.Remove(console) // left by an earlier try
 	ours, theirs, err := portPair()
 	if err != nil {
 		return nil, err
@@ -155,14 +161,15 @@ func bootOnce(ctx context.Context, b boot) (*Result, error) {
 	p := &progress{ready: make(chan struct{}), exited: make(chan struct{}), cut: make(chan struct{}), exitCode: -1}
 	out := newStream(nonce, b.run.Stdout, func(words []string) { p.event(words, ours) })
 	read := make(chan struct{})
-	go func() { // ends at the port's end of file, which QEMU's end brings
+	go func() { // ends at the port's end of file, which comes when QEMU ends
 		defer close(read)
 		io.Copy(out, ours)
 		out.flush()
 	}()
 	var bootTime time.Duration
 	why := q.supervise(ctx, p, func() { bootTime = time.Since(start) })
-	// All that QEMU wrote is in the socket; the deadline is for a stray process that has inherited its end.
+	// All that QEMU wrote is in the socket. The deadline is for a stray process that has inherited QEMU's end
+	// of it.
 	ours.SetReadDeadline(time.Now().Add(5 * time.Second))
 	<-read
 
@@ -170,7 +177,7 @@ func bootOnce(ctx context.Context, b boot) (*Result, error) {
 		ExitCode: p.exitCode, PowerCut: isClosed(p.cut), Release: b.kernel.Release, Machine: b.machine.accel + " " + b.machine.cpu,
 		Boot: bootTime, Elapsed: time.Since(start),
 	}
-	text, _ := os.ReadFile(console) // not there when QEMU did not start
+	text, _ := os.ReadFile(console) // not there if QEMU did not start
 	res.Console = string(text)
 	res.Alerts = findAlerts(res.Console)
 	if err := b.verdict(why, p, res, stderr.tail(10)); err != nil {
@@ -182,7 +189,8 @@ func bootOnce(ctx context.Context, b boot) (*Result, error) {
 	return res, nil
 }
 
-// verdict turns the way a boot ended into the error of the run.
+// verdict turns the way in which a boot ended into the error of the run; nil if the payload ended or asked
+// for a power cut.
 func (b boot) verdict(why error, p *progress, res *Result, stderr string) error {
 	detail := func(err error, text string) error {
 		return fmt.Errorf("%w (kernel %s, %s, after %.1fs)%s\n%s%s", err, res.Release, res.Machine, res.Elapsed.Seconds(), text, stderr, lastLines(res.Console, 40))
@@ -202,7 +210,7 @@ func (b boot) verdict(why error, p *progress, res *Result, stderr string) error 
 	return detail(ErrDied, "")
 }
 
-// portPair makes the socket behind the guest's port: our end and QEMU's.
+// portPair makes the socket behind the guest's port, and returns our end and QEMU's end.
 func portPair() (ours net.Conn, theirs *os.File, err error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -221,28 +229,29 @@ func portPair() (ours net.Conn, theirs *os.File, err error) {
 // process is a started QEMU.
 type process struct {
 	cmd   *exec.Cmd
-	ended chan struct{} // closed when it has been waited for
+	ended chan struct{} // closed after Wait has returned
 }
 
-// startProcess starts cmd on a thread that lives as long as it: PR_SET_PDEATHSIG fires when the starting thread ends.
+// startProcess starts cmd on a thread that lives as long as cmd runs, because PR_SET_PDEATHSIG fires when the
+// starting thread ends.
 func startProcess(cmd *exec.Cmd) (*process, error) {
 	q := &process{cmd: cmd, ended: make(chan struct{})}
 	started := make(chan error, 1)
-	go func() { // ends when QEMU ends, which supervise sees to
+	go func() { // ends when QEMU ends, which supervise makes sure of
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		err := cmd.Start()
 		started <- err
 		if err == nil {
-			cmd.Wait() // how QEMU ended is told by the guest's events, not by its status
+			cmd.Wait() // the guest's events, not QEMU's status, tell how it ended
 			close(q.ended)
 		}
 	}()
 	return q, <-started
 }
 
-// supervise returns when QEMU has ended, by itself or killed: at the context's end (whose error it returns), when
-// the guest does not come up or down in time, and when the guest asks for it.
+// supervise returns when QEMU has ended. It kills QEMU when the context ends (and returns the context's
+// error), when the guest does not come up or down in time, and when the guest asks for a power cut.
 func (q *process) supervise(ctx context.Context, p *progress, onReady func()) error {
 	defer func() { <-q.ended }()
 	kill := func() {

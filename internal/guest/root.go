@@ -13,17 +13,18 @@ import (
 
 const rootSuite = "trixie"
 
-// rootSize is the root file system's; the file is sparse, and what a run writes goes to its overlay.
+// rootSize is the size of the root file system. The file is sparse, and what a run writes goes to its
+// overlay.
 const rootSize = 4 << 30
 
-// rootPackages is what tests in a guest need beside Debian's essential packages.
+// rootPackages are what tests in a guest need, besides Debian's essential packages.
 var rootPackages = []string{
 	"busybox-static", // copied out of the root image, for initrds
 	"fio", "e2fsprogs", "xfsprogs", "btrfs-progs", "util-linux", "coreutils", "kmod", "udev", "procps", "psmisc", "iproute2",
 	"libnbd-bin", "nbd-client", "qemu-utils", "fuse3", "dmsetup", "strace", "python3-minimal", "xxd",
 }
 
-// rootDropped is left out of the image for its size.
+// rootDropped is left out of the image to make it smaller.
 var rootDropped = []string{"var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale", "usr/lib/modules"}
 
 func rootRecipe() []string {
@@ -62,7 +63,8 @@ func (b *builder) debootstrap(ctx context.Context, tree string) error {
 		rootSuite, tree, b.apt.mirrors.main,
 	}
 	if _, err := os.Stat("/usr/share/debootstrap/scripts/" + rootSuite); err != nil {
-		args = append(args, "/usr/share/debootstrap/scripts/sid") // a debootstrap older than the suite
+		// debootstrap is older than the suite.
+		args = append(args, "/usr/share/debootstrap/scripts/sid")
 	}
 	cmd := exec.CommandContext(ctx, lookTool("debootstrap"), args...)
 	cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
@@ -70,15 +72,16 @@ func (b *builder) debootstrap(ctx context.Context, tree string) error {
 		cmd.Env = append(cmd.Env, "http_proxy="+p)
 	}
 	cmd.ExtraFiles = []*os.File{b.lock}
-	// Its mounts of /proc and /sys live in a namespace of their own, so they are gone with it even when it is
-	// killed, and removing the tree cannot reach through them. The group takes its children along.
+	// debootstrap mounts /proc and /sys in a namespace of its own. So the mounts go with it even if it is
+	// killed, and removing the tree cannot reach through them. The process group makes sure that its children
+	// are killed, too.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	_, err := command(cmd)
 	return err
 }
 
-// makeExt4 writes a sparse ext4 image, with the content of a folder unless that is "".
+// makeExt4 writes a sparse ext4 image, with the content of a folder unless from is "".
 func makeExt4(ctx context.Context, file string, size int64, from string, options ...string) error {
 	if err := createSparse(file, size); err != nil {
 		return err

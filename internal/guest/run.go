@@ -13,38 +13,40 @@ import (
 	"time"
 )
 
-// Run is one boot of a guest and what it does.
+// Run is one boot of a guest, and what the guest does.
 type Run struct {
-	Kernel string            // "stable" (also if empty) or "newest"
-	Files  map[string]string // file or folder in the guest (below /payload unless absolute) → file or folder of the host
-	Script string            // bash, run as root in /payload; its exit status is the run's
+	Kernel string // "stable" (also if empty) or "newest"
+	// Files maps a file or folder in the guest (below /payload unless absolute) to one of the host.
+	Files  map[string]string
+	Script string // bash, run as root in /payload; its exit status is the run's
 
 	CPUs    int           // default 2
 	Memory  int           // MiB; default 3072
-	Timeout time.Duration // from the start of QEMU, all tries of booting included; default 5 minutes
-	Append  string        // more of the kernel's command line
+	Timeout time.Duration // from the start of QEMU, with all tries at booting; default 5 minutes
+	Append  string        // added to the kernel's command line
 
 	ScratchSize int64  // bytes; default 8 GiB; negative: no scratch disk
-	ScratchFile string // kept over runs; formatted only when it is not there. Empty: a temporary one
-	Durable     bool   // flushes of the scratch disk reach the host's disk; otherwise they are ignored (cache=unsafe)
+	ScratchFile string // kept between runs; formatted only if it does not exist. Empty: a temporary file
+	Durable     bool   // flushes of the scratch disk reach the host's disk; else ignored (cache=unsafe)
 
 	Results string    // host folder that gets the content of /results; empty: no such disk
 	Stdout  io.Writer // the payload's stdout and stderr, live; nil: dropped
 
-	// Terminal gives the guest's second serial port, /dev/ttyS1, to the calling process's stdin and stdout.
+	// Terminal connects the guest's second serial port, /dev/ttyS1, to the calling process's stdin and
+	// stdout.
 	Terminal bool
 }
 
-// Result tells how a run went.
+// Result says how a run went.
 type Result struct {
-	ExitCode int           // of the script; -1 when it did not end
+	ExitCode int           // of the script; -1 if it did not end
 	PowerCut bool          // the payload asked for a power cut, and got it
-	Console  string        // all that the kernel said on its console
-	Alerts   []Alert       // trouble among it
+	Console  string        // everything that the kernel printed on its console
+	Alerts   []Alert       // trouble in that
 	Release  string        // of the kernel
 	Machine  string        // QEMU's -accel and -cpu
-	Boot     time.Duration // from the start of QEMU until the script started
-	Elapsed  time.Duration // from the start of QEMU until its end
+	Boot     time.Duration // from the start of QEMU to the start of the script
+	Elapsed  time.Duration // from the start of QEMU to its end
 	Failed   []error       // earlier tries, which did not boot
 }
 
@@ -53,14 +55,15 @@ const (
 	defaultMemory  = 3072
 	defaultScratch = 8 << 30
 	resultsSize    = 4 << 30
-	// bootTimeout is for one try; an emulated guest takes 6 s on an idle machine, 40 s on a very busy one.
+	// bootTimeout is for one try. An emulated guest takes 6 s on an idle machine, and 40 s on a very busy
+	// one.
 	bootTimeout = 120 * time.Second
 	// endTimeout is how long the guest may take to reset once its payload has ended.
 	endTimeout = 60 * time.Second
 )
 
-// Run boots the guest, runs the script and waits for its end. The result is nil only when nothing could be started;
-// a script that fails is no error.
+// Run boots the guest, runs the script, and waits for its end. The result is nil only if nothing could be
+// started. A script that fails is not an error.
 func (img *Image) Run(ctx context.Context, r Run) (*Result, error) {
 	r.setDefaults()
 	k, err := img.kernel(r.Kernel)
@@ -120,10 +123,11 @@ func (r *Run) setDefaults() {
 	}
 }
 
-// runDir makes a folder for a run's files. Folders of runs that were killed are removed: their lock is free.
+// runDir makes a folder for a run's files, and returns a function that removes it. It also removes the
+// folders of runs that were killed: their locks are free.
 func (img *Image) runDir() (dir string, release func(), err error) {
 	done, cancel := context.WithCancel(context.Background())
-	cancel() // a lock that is taken is not waited for
+	cancel() // do not wait for a lock that is taken
 	old, _ := filepath.Glob(filepath.Join(img.dir, "run-*.lock"))
 	for _, lock := range old {
 		if f, err := lockFile(done, lock, func() {}); err == nil {
@@ -136,7 +140,7 @@ func (img *Image) runDir() (dir string, release func(), err error) {
 	id := newNonce()
 	dir = filepath.Join(base, "run-"+id)
 	lock, err := lockFile(done, dir+".lock", func() {})
-	if err != nil { // a cache folder of another user
+	if err != nil { // the cache folder belongs to another user
 		if base, err = os.MkdirTemp("", "vdisk-guest-"); err != nil {
 			return "", nil, fmt.Errorf("guest: run folder: %w", err)
 		}
@@ -160,7 +164,7 @@ func newNonce() string {
 	return hex.EncodeToString(b[:])
 }
 
-// disks are the files behind a guest's disks; "" is no such disk.
+// disks are the files behind a guest's disks; "" means that there is no such disk.
 type disks struct{ root, modules, payload, scratch, results, initrd string }
 
 func (img *Image) prepare(ctx context.Context, k Kernel, r Run, dir string) (disks, error) {
@@ -187,7 +191,7 @@ func (img *Image) prepare(ctx context.Context, k Kernel, r Run, dir string) (dis
 	}
 	if r.Results != "" {
 		d.results = filepath.Join(dir, "results.img")
-		// No journal: what a guest that was killed had written is there to read without a replay.
+		// No journal: what a killed guest had written can be read without a replay.
 		if err := makeExt4(ctx, d.results, resultsSize, "", "-O", "^has_journal"); err != nil {
 			return d, err
 		}
@@ -195,7 +199,7 @@ func (img *Image) prepare(ctx context.Context, k Kernel, r Run, dir string) (dis
 	return d, nil
 }
 
-// copyResults takes the files out of a results disk.
+// copyResults copies the files out of a results disk.
 func copyResults(image, to string) error {
 	if err := os.MkdirAll(to, 0o755); err != nil {
 		return err

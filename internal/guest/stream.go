@@ -10,16 +10,16 @@ import (
 // eventMark begins an event in the payload's output (ASCII record separator).
 const eventMark = 0x1e
 
-// maxEvent bounds an event's text after its nonce.
+// maxEvent bounds the text of an event after its nonce.
 const maxEvent = 64
 
-// stream parts the bytes that come from a guest into the payload's output and the events in it.
+// stream separates the bytes that come from a guest into the payload's output and events.
 type stream struct {
 	mark  []byte // eventMark, nonce, blank
 	out   io.Writer
 	event func(words []string)
-	held  []byte // the end of what came, when it may be the begin of an event
-	err   error  // first error of out; output is dropped from then on, events are not
+	held  []byte // the end of what came, if it may be the beginning of an event
+	err   error  // first error of out; from then on output is dropped, events are not
 }
 
 func newStream(nonce string, out io.Writer, event func(words []string)) *stream {
@@ -63,7 +63,7 @@ func (s *stream) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// flush emits what was held back, at the end of the stream.
+// flush emits, at the end of the stream, what was held back.
 func (s *stream) flush() {
 	s.emit(s.held)
 	s.held = nil
