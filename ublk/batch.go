@@ -29,7 +29,7 @@ type batchIO struct {
 	_         uint64
 }
 
-// batchElem is struct ublk_elem_header with the address that follows it.
+// batchElem is struct ublk_elem_header and the address that follows it.
 type batchElem struct {
 	tag      uint16
 	bufIndex uint16
@@ -39,19 +39,20 @@ type batchElem struct {
 
 const (
 	elemSize = 16
-	tagSize  = 2 // a tag in a FETCH's buffer
+	tagSize  = 2 // size of a tag in the buffer of a FETCH
 
 	// tagBufSize is the most that the driver puts into one buffer: 128 tags (MAX_NR_TAG in ublk_drv.c).
 	tagBufSize = 128 * tagSize
-	// maxTagBufs bounds the buffers given to the FETCHes. When they run out a FETCH ends, and is made again.
+	// maxTagBufs limits the buffers given to the FETCHes. When the buffers run out, a FETCH ends and is
+	// issued again.
 	maxTagBufs = 256
-	// fetchCommands is the number of FETCHes in force. Cancelling passes over the one that is just delivering tags, so
-	// only with a second one is there always one that comes back and tells of it.
+	// fetchCommands is the number of active FETCHes. Cancelling skips a FETCH that is just delivering tags.
+	// Only with a second FETCH does one always come back and report the cancellation.
 	fetchCommands = 2
 )
 
-// pbufRing is struct io_uring_buf_reg; pbuf is struct io_uring_buf, whose reserved field in the first entry is the
-// ring's tail.
+// pbufReg is struct io_uring_buf_reg. pbuf is struct io_uring_buf; its reserved field in the first entry is
+// the ring's tail.
 type pbufReg struct {
 	addr    uint64
 	entries uint32
@@ -70,33 +71,33 @@ type pbuf struct {
 type batchTag uint8
 
 const (
-	batchIdle      batchTag = iota // the driver's
+	batchIdle      batchTag = iota // with the driver
 	batchOwned                     // delivered to the queue
-	batchCommitted                 // answered; the driver has not confirmed it
+	batchCommitted                 // answered; not yet confirmed by the driver
 	batchEnded
 )
 
-// batchPort is the port of CopyBatch: one command hands over the answers of a turn, and tags arrive as lists in buffers
-// that two lasting FETCH commands fill. The driver aborts those two instead of each tag's command, and the port turns
-// that into the end of each tag when it comes back to the driver.
+// batchPort is the transport of CopyBatch. One command carries all answers of a turn. Tags arrive as lists,
+// in buffers that two long-lived FETCH commands fill. The driver aborts these two commands and not a command
+// for each tag, so the transport itself reports the end of each tag once the driver has the tag back.
 type batchPort struct {
 	*ringPort
 	tags    []batchTag
 	elems   []*elemBuf
-	idle    []int // element buffers that no command uses
-	filling int   // the one that commits go to, or -1
-	prep    bool  // what is in it are the tags' first buffers
+	idle    []int // element buffers not used by a command
+	filling int   // the element buffer that commits are added to, or -1
+	prep    bool  // filling holds the tags' first buffers, for a PREP
 
-	pbufs   []pbuf // ring of the buffers that the FETCHes fill
+	pbufs   []pbuf // ring of buffers for the FETCHes to fill
 	pbufMem []byte
 	tagMem  []byte
-	arrived []byte // tags of buffer arrivedID that the queue has not got yet
-	current int    // the buffer that arrived lies in, or -1
+	arrived []byte // tags in buffer current that the queue has not got yet
+	current int    // the buffer that arrived is in, or -1
 
-	fetches int // in force
+	fetches int // active FETCHes
 	aborted bool
-	drained bool // and the ring has been entered since: no more tags come
-	scan    int  // tags below it are not idle
+	drained bool // aborted, and the ring has been entered since: no more tags come
+	scan    int  // no tag below it is idle
 }
 
 // elemBuf holds the elements of one command, outside the Go heap.
@@ -115,7 +116,7 @@ func newBatchPort(p *ringPort) (transport, error) {
 	return b, nil
 }
 
-// mapTagBuffers makes the buffers for tags and the ring through which the kernel gets them.
+// mapTagBuffers makes the buffers for tags, and the ring that passes them to the kernel.
 func (p *batchPort) mapTagBuffers() (err error) {
 	n := min(1<<bits.Len(uint(p.depth-1)), maxTagBufs) // a power of two
 	if p.tagMem, _, err = mapAnonymous(roundUp(n*tagBufSize, os.Getpagesize())); err != nil {
@@ -141,7 +142,8 @@ func (p *batchPort) provide(id int) {
 	b := &p.pbufs[int(tail)&(len(p.pbufs)-1)]
 	b.addr = uint64(uintptr(unsafe.Pointer(&p.tagMem[id*tagBufSize])))
 	b.len, b.id = tagBufSize, uint16(id)
-	// The kernel may look once the tail is stored. There is no 16-bit atomic, so its neighbour goes along.
+	// The kernel may read the entry once the tail is stored. There is no 16-bit atomic store, so the adjacent
+	// id is stored with it.
 	word := [2]uint16{p.pbufs[0].id, tail + 1}
 	atomic.StoreUint32((*uint32)(unsafe.Pointer(&p.pbufs[0].id)), *(*uint32)(unsafe.Pointer(&word)))
 }
@@ -153,7 +155,7 @@ func (p *batchPort) fetch(tag int) {
 
 func (p *batchPort) commit(tag int, result int32) { p.add(tag, result) }
 
-// add puts a tag into the buffer of the next command.
+// add adds a tag to the element buffer of the next command.
 func (p *batchPort) add(tag int, result int32) {
 	if p.filling < 0 && !p.newFilling() {
 		return
@@ -166,8 +168,8 @@ func (p *batchPort) add(tag int, result int32) {
 
 func (b *elemBuf) at(i int) *batchElem { return (*batchElem)(unsafe.Pointer(&b.mem[i*elemSize])) }
 
-// newFilling takes an idle element buffer, or makes one. There are at most as many as there are tags, and commonly one,
-// since a command is done when the turn that submits it returns.
+// newFilling takes an idle element buffer or makes one, and reports whether that succeeded. There are at most
+// as many as tags, and usually only one, because a command completes before the turn that submits it returns.
 func (p *batchPort) newFilling() bool {
 	if n := len(p.idle); n > 0 {
 		p.filling, p.idle = p.idle[n-1], p.idle[:n-1]
@@ -204,7 +206,7 @@ func (p *batchPort) flush() (done bool, err error) {
 	return p.ringPort.flush()
 }
 
-// submit queues the command for the elements that were added.
+// submit queues the command for the added elements.
 func (p *batchPort) submit() {
 	if p.prep {
 		p.elemCommand(ioPrepCmds, completePrep, p.filling)
@@ -274,7 +276,7 @@ func (p *batchPort) next() (completion, bool) {
 	}
 }
 
-// nextTag takes a tag from the current buffer, and gives that back when it is the last one.
+// nextTag takes a tag from the current buffer. After the last tag it gives the buffer back to the kernel.
 func (p *batchPort) nextTag() completion {
 	tag := int(*(*uint16)(unsafe.Pointer(&p.arrived[0])))
 	p.arrived = p.arrived[tagSize:]
@@ -288,8 +290,9 @@ func (p *batchPort) nextTag() completion {
 	return completion{completeIO, tag, 0}
 }
 
-// confirmed handles the result of a PREP or COMMIT. A COMMIT may be partial: it tells how many bytes of its elements
-// were taken, and the others are sent again; one that takes none tells why.
+// confirmed handles the result of a PREP or COMMIT. A COMMIT may be partial: its result is the number of
+// bytes of elements that the driver took, and the others are sent again. If the driver took none, the result
+// is the reason.
 func (p *batchPort) confirmed(c completion) (refused completion) {
 	b := p.elems[c.index]
 	taken := int(c.res) / elemSize
@@ -301,7 +304,7 @@ func (p *batchPort) confirmed(c completion) (refused completion) {
 	}
 	for range taken {
 		tag := int(b.at(b.done).tag)
-		if p.tags[tag] == batchCommitted { // and not delivered anew before this
+		if p.tags[tag] == batchCommitted { // unless it has been delivered again already
 			p.tags[tag] = batchIdle
 			p.scan = min(p.scan, tag)
 		}
@@ -315,7 +318,8 @@ func (p *batchPort) confirmed(c completion) (refused completion) {
 	return completion{}
 }
 
-// refusal is the completion that ends the loop: to the queue, ENODEV would mean the end of one tag.
+// refusal returns the completion that ends the loop with an error. It replaces ENODEV, which would only mean
+// the end of one tag.
 func refusal(tag int, res int32) completion {
 	if res >= 0 || res == -int32(unix.ENODEV) {
 		res = -int32(unix.EIO)
@@ -323,7 +327,7 @@ func refusal(tag int, res int32) completion {
 	return completion{completeIO, tag, res}
 }
 
-// fetched handles an event of a FETCH: tags, or its end.
+// fetched handles an event of a FETCH: tags, or the end of the FETCH.
 func (p *batchPort) fetched(c completion, flags uint32) (refused completion) {
 	if flags&cqeBuffer != 0 {
 		p.current = int(flags >> cqeBufferShift)
@@ -347,7 +351,7 @@ func (p *batchPort) fetched(c completion, flags uint32) (refused completion) {
 	return completion{}
 }
 
-// nextEnd ends the tags that the driver has back after it aborted.
+// nextEnd reports the end of the tags that the driver has back after an abort, one at a time.
 func (p *batchPort) nextEnd() (completion, bool) {
 	if !p.drained {
 		return completion{}, false

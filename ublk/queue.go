@@ -11,40 +11,40 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// queue is one hardware queue: a loop on one thread that takes requests from its port, hands them to the
-// handler and commits the answers.
+// queue is one hardware queue: a loop on one thread that takes requests from its transport, passes them to
+// the handler, and commits the answers.
 //
-// A tag is the driver's (its fetch is under way), ours (dispatched, not committed) or ended (the driver
-// aborted it). The loop runs until every tag has ended, which the driver does only after it has drained all
-// requests; or until kill, when the device cannot be saved and closing the ring makes the driver fail what is
-// open.
+// A tag is in one of three states: with the driver (its fetch is under way), ours (dispatched and not
+// committed), or ended (the driver aborted it). The loop runs until every tag has ended, which happens only
+// after the driver has drained all requests. It also ends after kill, when the device cannot be saved:
+// closing the ring then makes the driver fail the open requests.
 type queue struct {
 	id      int
 	depth   int
 	ioMax   int
 	handler Handler
-	fetcher Fetcher // handler, if it is one
+	fetcher Fetcher // handler, if it implements Fetcher
 	report  func(error)
 	port    transport
 
 	stats *queueCounters
 
 	requests []Request
-	pool     *pool         // of CopyUser: lends requests their buffers
-	starved  requestFIFO   // requests that wait for a buffer
-	serving  *Request      // the one that the handler has been called with and has not returned from
-	now      time.Duration // when the completions came that are being reaped
+	pool     *pool         // with CopyUser: lends buffers to requests
+	starved  requestFIFO   // requests waiting for a buffer
+	serving  *Request      // the request that the handler is working on right now
+	now      time.Duration // when the completions that are being reaped arrived
 	yielded  time.Duration // when the loop last let the scheduler run
 	reads    []readSlot    // fetches under way, by slot
-	free     []int         // slots not in use
+	free     []int         // unused slots
 	owned    int           // tags that are ours
 	ended    int           // tags that the driver aborted
 	reading  int           // fetches under way
 
 	later  laterList    // answers from other goroutines
-	asleep atomic.Bool  // the loop waits, or is about to: an answer must interrupt it
-	waking atomic.Int32 // goroutines that are about to interrupt
-	// granted: the arena has a chunk for the queue, which it has waited for.
+	asleep atomic.Bool  // the loop waits or is about to, so an answer must interrupt it
+	waking atomic.Int32 // goroutines about to interrupt the loop
+	// granted is set when the arena has a chunk that the queue has waited for.
 	granted atomic.Bool
 	killed  atomic.Bool
 
@@ -56,8 +56,8 @@ var (
 	errRefused = errors.New("the driver refused the command")
 )
 
-// newQueue makes the queue's state. buf holds depth buffers of ioMax bytes; with CopyUser it is nil, and
-// requests get theirs from a.
+// newQueue makes the queue's state. buf holds depth buffers of ioMax bytes. With CopyUser buf is nil, and
+// requests get buffers from a.
 func newQueue(mode CopyMode, id, depth, ioMax int, buf []byte, a *arena, h Handler, report func(error)) *queue {
 	q := &queue{
 		id: id, depth: depth, ioMax: ioMax, handler: h, report: report, requests: make([]Request, depth),
@@ -78,7 +78,7 @@ func newQueue(mode CopyMode, id, depth, ioMax int, buf []byte, a *arena, h Handl
 	return q
 }
 
-// start offers every tag to the driver and looks whether it took them.
+// start offers every tag to the driver and checks whether the driver took them.
 func (q *queue) start(p transport) error {
 	q.port = p
 	for tag := range q.requests {
@@ -92,7 +92,8 @@ func (q *queue) start(p transport) error {
 	return q.withRecover((*queue).reap)
 }
 
-// run serves until every tag has ended. After an error the tags that are still ours are lost.
+// run serves until every tag has ended, or the queue leaves. After an error, tags that are still ours are
+// lost.
 func (q *queue) run() error {
 	for q.ended < q.depth {
 		switch ends, err := q.leaves(); {
@@ -109,7 +110,7 @@ func (q *queue) run() error {
 	return nil
 }
 
-// turn commits what was answered elsewhere, waits for events and serves them. Nothing in it allocates.
+// turn commits answers from other goroutines, waits for events, and serves them. It does not allocate.
 func (q *queue) turn() error {
 	for {
 		q.commitLater()
@@ -122,15 +123,15 @@ func (q *queue) turn() error {
 				return err
 			}
 		}
-		// An answer that is pushed after this store sees it and interrupts; one pushed before is in the list.
-		// So it is with a chunk that the arena grants.
+		// An answer that is pushed after this store sees it and interrupts the loop; one pushed earlier is in
+		// the list. The same holds for a chunk that the arena grants.
 		q.asleep.Store(true)
 		if q.later.empty() && !q.granted.Load() {
 			break
 		}
 		q.asleep.Store(false)
 	}
-	if q.leaving() && q.finished() { // see leaves; and no event would end the wait
+	if q.leaving() && q.finished() { // leaves does the rest; no event would end the wait
 		q.asleep.Store(false)
 		return nil
 	}
@@ -145,30 +146,32 @@ func (q *queue) turn() error {
 	}
 	last := q.now
 	q.now = q.stats.now()
-	if q.now-q.yielded > yieldEvery && q.now-last < yieldEvery { // a request that ends a long wait does not wait for this
+	// Not after a long wait: its request must not be delayed.
+	if q.now-q.yielded > yieldEvery && q.now-last < yieldEvery {
 		q.yield()
 	}
 	return q.withRecover((*queue).reap)
 }
 
-// yieldEvery is less than the 10 ms (forcePreemptNS in runtime/proc.go) after which the runtime takes the
-// processor of a goroutine that the scheduler has not run anew at every system call that it finds it in, and
-// watches out for that every 20 µs: which costs a busy queue a third of its time.
+// yieldEvery is less than 10 ms (forcePreemptNS in runtime/proc.go). After that time, the runtime takes the
+// processor of a goroutine that the scheduler has not restarted, at every system call in which it finds the
+// goroutine, and looks for that every 20 µs. This would cost a busy queue a third of its time.
 const yieldEvery = 5 * time.Millisecond
 
-// yield lets the scheduler run this goroutine anew.
+// yield lets the scheduler restart this goroutine.
 func (q *queue) yield() {
 	runtime.Gosched()
 	q.yielded = q.stats.now()
 }
 
-// answer hands a request that was answered on any goroutine to the loop. r must not be touched afterwards.
+// answer passes a request that was answered on any goroutine to the loop. The caller must not touch r
+// afterwards.
 func (q *queue) answer(r *Request) {
 	q.later.push(r)
 	q.wake()
 }
 
-// wake interrupts the loop if it sleeps.
+// wake interrupts the loop if it sleeps. It may be called on any goroutine.
 func (q *queue) wake() {
 	if !q.asleep.Load() {
 		return
@@ -180,15 +183,15 @@ func (q *queue) wake() {
 	q.waking.Add(-1)
 }
 
-// settleWakes returns when no goroutine uses the port any more to wake a loop that has ended. A loop that has
-// ended is not asleep, so none can begin.
+// settleWakes waits until no goroutine uses the transport to wake a loop that has ended. Since such a loop is
+// not asleep, no goroutine can begin to.
 func (q *queue) settleWakes() {
 	for q.waking.Load() > 0 {
 		runtime.Gosched()
 	}
 }
 
-// kill makes run return errKilled soon; on a queue that has ended it does nothing.
+// kill makes run return errKilled soon. It has no effect on a queue that has ended.
 func (q *queue) kill() {
 	q.killed.Store(true)
 	q.notify()
@@ -223,7 +226,7 @@ func (q *queue) reap() error {
 	}
 }
 
-// arrived handles the completion of a tag's command: a request, or its end.
+// arrived handles the completion of a tag's command: a request, or the tag's end.
 func (q *queue) arrived(tag int, res int32) error {
 	switch {
 	case res == 0 && q.hold(tag):
@@ -238,7 +241,7 @@ func (q *queue) arrived(tag int, res int32) error {
 	return fmt.Errorf("ublk: queue %d tag %d: %w: %w", q.id, tag, errRefused, syscall.Errno(-res))
 }
 
-// dispatch fills the tag's request from d and has it served.
+// dispatch fills in the tag's request from d and serves it, or lets it wait for a buffer.
 func (q *queue) dispatch(r *Request, d ioDesc) {
 	q.owned++
 	r.Op = Op(d.opFlags & opMask)
@@ -256,12 +259,12 @@ func (q *queue) dispatch(r *Request, d ioDesc) {
 	case OpFlush, OpDiscard, OpWriteZeroes:
 		q.settle(r, q.serve(r))
 	default:
-		r.op = OpRead // what it counts as
+		r.op = OpRead // for the statistics
 		q.settle(r, syscall.EOPNOTSUPP)
 	}
 }
 
-// dispatchPayload finds a buffer for a read or write, and serves it or has it wait for one.
+// dispatchPayload finds a buffer for a read or write and serves it, or lets it wait for a buffer.
 func (q *queue) dispatchPayload(r *Request) {
 	switch {
 	case r.Length > q.ioMax || r.Length == 0:
@@ -269,7 +272,7 @@ func (q *queue) dispatchPayload(r *Request) {
 		return
 	case q.pool == nil:
 	case !q.starved.empty() || !q.lendBuffer(r):
-		r.state.Store(requestAnswered) // nobody has it
+		r.state.Store(requestAnswered) // neither the handler nor anyone else has it
 		q.starved.push(r)
 		return
 	}
@@ -281,7 +284,7 @@ func (q *queue) lendBuffer(r *Request) bool {
 	return r.full != nil
 }
 
-// servePayload serves a read or write that has its buffer.
+// servePayload serves a read or write that has a buffer.
 func (q *queue) servePayload(r *Request) {
 	r.size = r.Length
 	r.Buf = r.full[:r.Length]
@@ -294,8 +297,8 @@ func (q *queue) servePayload(r *Request) {
 	q.settle(r, q.serve(r))
 }
 
-// serveStarved serves the requests that wait for a buffer, in their order, as long as there are buffers.
-// Because the first keeps the others waiting, it gets the pool's memory together, however large it is.
+// serveStarved serves the requests that wait for a buffer, in order, while there are buffers. The first
+// request keeps the others waiting, so that the pool's memory becomes free for it, however large it is.
 func (q *queue) serveStarved() error {
 	for r := q.starved.head; r != nil && q.lendBuffer(r); r = q.starved.head {
 		q.starved.pop()
@@ -305,7 +308,7 @@ func (q *queue) serveStarved() error {
 	return nil
 }
 
-// serve calls the handler. What it panics with is caught by guarded.
+// serve calls the handler. withRecover catches its panics.
 func (q *queue) serve(r *Request) error {
 	q.serving = r
 	err := q.handler.ServeUBLK(r)
@@ -320,7 +323,7 @@ func (q *queue) fetched(r *Request) error {
 	return err
 }
 
-// settle acts on what the handler returned for r.
+// settle acts on the handler's result for r.
 func (q *queue) settle(r *Request, err error) {
 	if err != nil {
 		switch err {
@@ -337,7 +340,7 @@ func (q *queue) settle(r *Request, err error) {
 	}
 }
 
-// settleFetch waits for the fetches of r, or goes on at once when there is none.
+// settleFetch waits for the fetches of r, or continues at once if there are none.
 func (q *queue) settleFetch(r *Request) {
 	if r.reads > 0 {
 		r.wait = waitFetch
@@ -355,8 +358,8 @@ func (q *queue) settleFetch(r *Request) {
 	q.settle(r, err)
 }
 
-// commit hands the answer of r to the driver, which may reuse the tag at once. A request with fetches under
-// way waits for them, because they write to its memory.
+// commit gives the answer of r to the driver, which may reuse the tag at once. If fetches of r are under way,
+// commit waits for them, because they write to its memory.
 func (q *queue) commit(r *Request) {
 	if r.reads > 0 {
 		r.wait = waitCommit

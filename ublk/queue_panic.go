@@ -6,8 +6,8 @@ import (
 	"syscall"
 )
 
-// withRecover runs f to its end. A request whose handler panics fails, and f is called again for the rest: so a
-// turn costs one deferred function, and not each of its requests.
+// withRecover runs f until it completes. If the handler panics, that request fails, and f is called again for
+// the rest. So there is one deferred function per turn, and not one per request.
 func (q *queue) withRecover(f func(*queue) error) error {
 	for {
 		panicked, err := q.untilPanic(f)
@@ -34,7 +34,7 @@ func (q *queue) untilPanic(f func(*queue) error) (panicked *Request, err error) 
 	return nil, f(q)
 }
 
-// recovered is deferred where a request is served on another goroutine: a panic becomes *err.
+// recovered is deferred where a request is served on another goroutine. It turns a panic into *err.
 func (q *queue) recovered(r *Request, err *error) {
 	if p := recover(); p != nil {
 		*err = syscall.EIO
@@ -49,16 +49,16 @@ func (q *queue) reportPanic(r *Request, p any) {
 }
 
 // PanicError is passed to Options.Report after a panic of the handler. The request has failed with EIO, and
-// the device goes on.
+// the device continues.
 type PanicError struct {
 	Op     Op
 	Offset int64
 	Length int
-	Value  any    // of the panic
-	Stack  []byte // of the handler
+	Value  any    // value of the panic
+	Stack  []byte // stack of the handler
 }
 
-// Error names the request.
+// Error names the request and the panic's value.
 func (e *PanicError) Error() string {
 	return fmt.Sprintf("ublk: the handler panicked on %v of %d bytes at %d: %v", e.Op, e.Length, e.Offset, e.Value)
 }

@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// readSlot is one fetch. It lives in the heap and holds p, so that what the kernel writes to is neither moved
-// nor freed.
+// readSlot is one fetch. It is on the heap and refers to p, so that the memory that the kernel writes to is
+// neither moved nor freed.
 type readSlot struct {
 	r   *Request
 	fd  int
@@ -30,7 +30,7 @@ func (q *queue) startRead(r *Request, fd int, p []byte, off int64) {
 	q.port.read(slot, fd, p, off)
 }
 
-// growReads doubles the slots. It runs until the busiest moment of the queue has been seen, then never again.
+// growReads doubles the number of slots. It runs only until the queue has had its busiest moment.
 func (q *queue) growReads() {
 	old := len(q.reads)
 	n := max(2*old, q.depth)
@@ -43,7 +43,7 @@ func (q *queue) growReads() {
 	}
 }
 
-// readDone handles the result of one read: n bytes, or a negative errno.
+// readDone handles the result of one read, which is n bytes or a negative errno.
 func (q *queue) readDone(slot, n int) {
 	s := &q.reads[slot]
 	r := s.r

@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// port is what the queue loop needs of the driver; each copy mode has its own. All of it but interrupt is called by the
+// transport is what the queue loop needs of the driver; each copy mode has its own. All of it but interrupt is called by the
 // queue's thread only. fetch, commit, read and arm only queue work; turn hands it over.
 type transport interface {
 	// fetch offers tag to the driver for its first request.

@@ -8,7 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The parts of include/uapi/linux/io_uring.h that a ublk server needs.
+// The parts of include/uapi/linux/io_uring.h that a ublk server needs. The versions are the Linux releases
+// that introduced them.
 const (
 	setupCQSize       = 1 << 3
 	setupClamp        = 1 << 4
@@ -42,8 +43,8 @@ const (
 	sqeFixedFile    = 1 << 0
 	sqeBufferSelect = 1 << 5
 
-	cqeBuffer      = 1 << 0 // the flags' upper half is the buffer's id
-	cqeMore        = 1 << 1 // the entry stays in force
+	cqeBuffer      = 1 << 0 // the upper half of the flags is the buffer's id
+	cqeMore        = 1 << 1 // the entry stays active
 	cqeBufferShift = 16
 
 	cmdMultishot = 1 << 1 // IORING_URING_CMD_MULTISHOT
@@ -52,13 +53,13 @@ const (
 	cqeSize = 16
 )
 
-// sqe is a 128-byte submission entry. cmd starts where addr3 of a plain entry stands.
+// sqe is a 128-byte submission entry. cmd starts at the place of addr3 in a plain entry.
 type sqe struct {
 	opcode   uint8
 	flags    uint8
 	ioprio   uint16
 	fd       int32
-	off      uint64 // low half: cmd_op of a URING_CMD
+	off      uint64 // low half of a URING_CMD: cmd_op
 	addr     uint64
 	len      uint32
 	opFlags  uint32
@@ -92,33 +93,33 @@ type ringParams struct {
 	cq                                                                     cqOffsets
 }
 
-// kernel is the other side of a ring's memory. Tests put a driver of their own there.
+// kernel is the other side of a ring's memory. Tests replace it with a driver of their own.
 type kernel interface {
-	// enter takes submit entries and, when minComplete > 0, waits for that many completions. Without
-	// enterGetEvents in flags it only takes the entries, and the driver's deferred work stays undone.
+	// enter takes submit entries and, if minComplete > 0, waits for that many completions. Without
+	// enterGetEvents in flags it only takes the entries, and the driver's deferred work is not done.
 	enter(submit, minComplete, flags uint32) error
 	register(op int, arg unsafe.Pointer, n int) error
 	close()
 }
 
-// ring is one io_uring with 128-byte submission entries. Its memory is the kernel's, outside the Go heap. It
-// is not safe for concurrent use.
+// ring is one io_uring with 128-byte submission entries. Its memory belongs to the kernel and is outside the
+// Go heap. It is not safe for concurrent use.
 type ring struct {
 	kernel  kernel
 	ringMem []byte
 	sqeMem  []byte
 
-	sqHead, sqTail *uint32 // the kernel moves head, we move tail
+	sqHead, sqTail *uint32 // the kernel moves head, this process moves tail
 	sqMask         uint32
-	sqNext         uint32  // tail including entries that are not published yet
-	cqHead, cqTail *uint32 // we move head, the kernel moves tail
+	sqNext         uint32  // the tail, including unpublished entries
+	cqHead, cqTail *uint32 // this process moves head, the kernel moves tail
 	cqMask         uint32
 	cqes           unsafe.Pointer
 }
 
-// queueSetup lists the set-up flags for a queue's ring, best first: NO_SQARRAY (6.6) saves an indirection,
-// DEFER_TASKRUN (6.1) runs the driver's work only when the thread asks for events, SINGLE_ISSUER (6.0) saves
-// locking, COOP_TASKRUN (5.19) saves interrupts.
+// queueSetup lists the set-up flags for a queue's ring, best first. NO_SQARRAY (6.6) saves an indirection.
+// DEFER_TASKRUN (6.1) runs the driver's work only when the thread asks for events. SINGLE_ISSUER (6.0) saves
+// locking. COOP_TASKRUN (5.19) saves interrupts.
 var queueSetup = []uint32{
 	setupCoopTaskrun | setupSingleIssuer | setupDeferTaskrun | setupNoSQArray,
 	setupCoopTaskrun | setupSingleIssuer | setupDeferTaskrun,
@@ -127,7 +128,7 @@ var queueSetup = []uint32{
 	0,
 }
 
-// newRing sets up a ring with the first of the flag sets that the kernel knows.
+// newRing sets up a ring with the first set of flags that the kernel accepts.
 func newRing(sqEntries, cqEntries uint32, flagSets ...uint32) (*ring, error) {
 	var lastErr error
 	for _, flags := range flagSets {
@@ -200,7 +201,7 @@ func mapShared(fd int, off int64, size int) ([]byte, error) {
 	return unix.Mmap(fd, off, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE)
 }
 
-// close releases everything; it may be called on a half-made ring, and twice.
+// close releases everything. It may be called on a partly made ring, and more than once.
 func (r *ring) close() {
 	if r.kernel == nil {
 		return
@@ -219,10 +220,10 @@ func (r *ring) register(op int, arg unsafe.Pointer, n int) error {
 	return r.kernel.register(op, arg, n)
 }
 
-// ringFD is the kernel of a real ring.
+// ringFD is the kernel side of a real ring.
 type ringFD struct {
 	fd        int
-	enterFD   int // fd, or its index when the ring is registered with this thread
+	enterFD   int // fd, or its index if the ring is registered with this thread
 	enterFlag uint32
 }
 
@@ -233,7 +234,8 @@ type ringFDUpdate struct {
 	data   uint64
 }
 
-// registerSelf saves the file lookup of every enter on this thread (5.18); not having it costs only time.
+// registerSelf registers the ring with this thread, which saves a file lookup in every enter (5.18). A
+// failure only costs time.
 func (k *ringFD) registerSelf() {
 	u := ringFDUpdate{offset: ^uint32(0), data: uint64(k.fd)}
 	if k.register(registerRingFDs, unsafe.Pointer(&u), 1) == nil {
@@ -254,12 +256,13 @@ func (k *ringFD) register(op int, arg unsafe.Pointer, n int) error {
 	}
 }
 
-// threadSignal is what the runtime, or with cgo the C library, sends to every thread that is to make a system
-// call as one of all (syscall.AllThreadsSyscall, setgid(2)): the process stands still until each has.
+// threadSignal is the signal by which the runtime, or with cgo the C library, makes all threads of the
+// process execute a system call (syscall.AllThreadsSyscall, setgid(2)). The process stands still until each
+// thread has done so.
 const threadSignal = 33
 
-// mostSignals keeps the runtime's and the process's other signals from ending a wait with EINTR: another
-// thread takes them.
+// mostSignals blocks all signals except threadSignal during a wait, so that they do not end the wait with
+// EINTR. Another thread takes them.
 var mostSignals = ^uint64(1 << (threadSignal - 1))
 
 func (k *ringFD) enter(submit, minComplete, flags uint32) error {
@@ -279,8 +282,8 @@ func (k *ringFD) close() {
 	_ = unix.Close(k.fd)
 }
 
-// get returns a cleared entry, or nil when the submission ring is full. The entry is published by the next
-// enter.
+// get returns a cleared entry, or nil if the submission ring is full. The next enter or submit publishes the
+// entry.
 func (r *ring) get() *sqe {
 	if r.sqNext-atomic.LoadUint32(r.sqHead) > r.sqMask {
 		return nil
@@ -291,33 +294,34 @@ func (r *ring) get() *sqe {
 	return e
 }
 
-// enter submits what get returned and, when minComplete > 0, waits for that many completions. Whether entries
-// were taken is read from the ring, not from the result, since a wait that is interrupted hides it.
+// enter submits the entries that get returned and, if minComplete > 0, waits for that many completions. The
+// ring, and not the result, shows whether entries were taken, because the result of an interrupted wait does
+// not.
 func (r *ring) enter(minComplete uint32) error {
 	atomic.StoreUint32(r.sqTail, r.sqNext)
 	return r.kernel.enter(r.unsubmitted(), minComplete, enterGetEvents)
 }
 
-// takeBack withdraws the last entry, which the kernel has not taken: it reads entries only in enter.
+// takeBack withdraws the last entry. The kernel cannot have taken it, because it reads entries only in enter.
 func (r *ring) takeBack() {
 	r.sqNext--
 	atomic.StoreUint32(r.sqTail, r.sqNext)
 }
 
-// submit is enter without events. With DEFER_TASKRUN the driver gets what is submitted, and hands out
-// nothing.
+// submit submits entries without asking for events. With DEFER_TASKRUN the driver then receives the entries,
+// but hands out nothing.
 func (r *ring) submit() error {
 	atomic.StoreUint32(r.sqTail, r.sqNext)
 	return r.kernel.enter(r.unsubmitted(), 0, 0)
 }
 
-// next takes one completion; ok is false when there is none.
+// next takes one completion. ok is false if there is none.
 func (r *ring) next() (userData uint64, res int32, ok bool) {
 	e, ok := r.nextCQE()
 	return e.userData, e.res, ok
 }
 
-// nextCQE is next with the flags.
+// nextCQE is next, and also returns the completion's flags.
 func (r *ring) nextCQE() (e cqe, ok bool) {
 	head := *r.cqHead
 	if head == atomic.LoadUint32(r.cqTail) {
@@ -328,11 +332,11 @@ func (r *ring) nextCQE() (e cqe, ok bool) {
 	return e, true
 }
 
-// transient reports whether err is a result of enter after which the caller only has to look at the
-// completions and go on.
+// transient reports whether err is a result of enter after which the caller only needs to look at the
+// completions and continue.
 func transient(err error) bool {
 	return err == unix.EINTR || err == unix.EAGAIN || err == unix.EBUSY
 }
 
-// unsubmitted counts the entries that the kernel has not taken yet.
+// unsubmitted returns the number of entries that the kernel has not taken yet.
 func (r *ring) unsubmitted() uint32 { return r.sqNext - atomic.LoadUint32(r.sqHead) }
