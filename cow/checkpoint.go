@@ -372,7 +372,6 @@ func (s *Store) checkpointer() {
 			due = true
 		case <-tick.C:
 			s.wal.cutIdle()
-			s.wal.mark.push()
 			s.fillReserve()
 			if err := s.wal.pool.emptyIdle(); err != nil {
 				s.log.Error("the file of a dead chunk stays", "err", err)

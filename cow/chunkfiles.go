@@ -289,7 +289,7 @@ func (s *Store) judge(f *leaving, cp format.Checkpoint, whole bool) error {
 	}
 	tail := int64(0)
 	if first == 0 {
-		if tail, err = (&recordReader{f: file, c: c, off: format.ChunkHeaderSize}).tail(); err != nil {
+		if tail, err = (&recordReader{f: file, c: c, off: format.ChunkHeaderSize}).tail(0); err != nil {
 			return err
 		}
 	}

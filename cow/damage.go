@@ -18,6 +18,7 @@ type LogDamage struct {
 	Lost   uint64 // number of records from there on that are known to have been durable
 	Bytes  int64  // bytes of the records that lie behind the damage
 	Files  int    // further chunk files that hold such records
+	ByMark bool   // only the file durable says that they were
 	Err    error  // what is wrong there
 }
 
@@ -31,6 +32,9 @@ func (d *LogDamage) Error() string {
 	}
 	if d.Lost > 0 {
 		text += fmt.Sprintf("; %d records from there on had been made durable", d.Lost)
+	}
+	if d.ByMark {
+		text += fmt.Sprintf(", as the file %s says, which is a younger store's if only the other files were restored from a copy", markName)
 	}
 	if d.Bytes > 0 {
 		text += fmt.Sprintf("; %d bytes of records lie behind, in this and %d further files", d.Bytes, d.Files)
@@ -75,9 +79,10 @@ func readable(err error) error {
 
 // logEnd is the end of the log that a replay has found.
 type logEnd struct {
-	c      *chunk // the last chunk of the log; nil: there is none
-	r      chunkReplay
-	behind []chunkBehind // chunks in which the log does not go on
+	c       *chunk // the last chunk of the log; nil: there is none
+	r       chunkReplay
+	behind  []chunkBehind // chunks in which the log does not go on
+	headers uint64        // records before are durable, as the chunks' headers say
 }
 
 type chunkBehind struct {
@@ -90,7 +95,7 @@ type chunkBehind struct {
 // that was not used in the end.
 func (e *logEnd) add(c *chunk, r chunkReplay, goesOn bool) {
 	if goesOn {
-		*e = logEnd{c: c, r: r}
+		*e = logEnd{c: c, r: r, headers: e.headers}
 	} else {
 		e.behind = append(e.behind, chunkBehind{c, r})
 	}
@@ -143,7 +148,11 @@ func (s *Store) endLog(e *logEnd, cp format.Checkpoint) (left []leaving, err err
 // damageAt returns what is wrong with the end of the log, or nil if nothing is known to be wrong.
 func (s *Store) damageAt(e *logEnd, cp format.Checkpoint) *LogDamage {
 	d := &LogDamage{Seq: s.wal.nextSeq, Lost: max(s.wal.durable, s.wal.nextSeq) - s.wal.nextSeq, Bytes: s.recovery.DroppedBytes, Files: s.recovery.DroppedFiles}
+	d.ByMark = d.Lost > 0 && e.headers <= s.wal.nextSeq
 	at := func(c *chunk, off uint32, why error) *LogDamage {
+		if why == nil {
+			why = corruptf("no chunk file goes on with it")
+		}
 		d.Chunk, d.Offset, d.Err = c.name(), off, why
 		return d
 	}

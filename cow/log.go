@@ -5,6 +5,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
@@ -144,11 +145,16 @@ func (l *recordLog) share(m *sharedBuffers) {
 	}
 }
 
-// start starts the goroutines that write buffers, make chunks, and sync sealed chunks.
+// start starts the goroutines that write buffers, make chunks, sync sealed chunks, and push the durable mark.
 func (l *recordLog) start() {
-	l.wg.Go(func() { l.each(l.flushWork, func() { _ = l.drain() }) }) // drain keeps its error in failed
-	l.wg.Go(func() { l.each(l.makeWork, l.makeChunk) })
-	l.wg.Go(func() { l.each(l.syncWork, func() { _ = l.sync() }) }) // sync does, too
+	l.wg.Go(func() { forEach(l.flushWork, l.quit, func() { _ = l.drain() }) }) // drain keeps its error in failed
+	l.wg.Go(func() { forEach(l.makeWork, l.quit, l.makeChunk) })
+	l.wg.Go(func() { forEach(l.syncWork, l.quit, func() { _ = l.sync() }) }) // sync does, too
+	l.wg.Go(func() {
+		tick := time.NewTicker(markEvery)
+		defer tick.Stop()
+		forEach(tick.C, l.quit, l.mark.push)
+	})
 }
 
 // close ends appending: all current and later waiters for room get ErrClosed. The caller holds mu.
@@ -163,13 +169,13 @@ func (l *recordLog) stop() {
 	l.wg.Wait()
 }
 
-// each calls fn for each value from work until stop is called.
-func (l *recordLog) each(work <-chan struct{}, fn func()) {
+// forEach calls fn for each value from work until quit is closed.
+func forEach[T any](work <-chan T, quit <-chan struct{}, fn func()) {
 	for {
 		select {
 		case <-work:
 			fn()
-		case <-l.quit:
+		case <-quit:
 			return
 		}
 	}

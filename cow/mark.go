@@ -2,9 +2,11 @@ package cow
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"log/slog"
 	"sync/atomic"
+	"time"
 
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
@@ -15,6 +17,8 @@ const (
 	markName  = "durable"
 	markPlace = 4096 // distance between the two marks, so that they share no page
 	markCount = 2
+	markEvery = time.Second // how often the system is told to begin writing the mark
+	markRetry = time.Second // from a failed write to the next try
 )
 
 // durableMark is the file that says how far the log is durable: docs/format.md, Durable mark. Without it,
@@ -28,26 +32,27 @@ type durableMark struct {
 	file storage.File // nil: there is no file; set by open or begin
 
 	// Guarded by recordLog.syncMu.
-	seq   uint64 // sequence number in the file
+	seq   uint64 // the highest sequence number in the file; 0: none
 	whole bool   // both places hold a mark of this store
 	next  int    // the place to write next
-	off   bool   // a write has failed, and no more are tried
+
+	failedAt time.Time // when the last write failed; zero: it did not
 
 	fresh atomic.Bool // written since the last push
 
 	scrap [format.DurableMarkSize]byte
 }
 
-// open opens the file, and returns the highest mark in it; 0: there is none. It changes nothing.
-func (m *durableMark) open(fsys storage.FS, uuid [16]byte, log *slog.Logger) (seq uint64) {
+// open opens the file, if there is one, and reads the marks. It changes nothing.
+func (m *durableMark) open(fsys storage.FS, uuid [16]byte, log *slog.Logger) {
 	m.fs, m.uuid, m.log = fsys, uuid, log
 	f, err := fsys.Open(markName)
 	if errors.Is(err, fs.ErrNotExist) {
-		return 0
+		return
 	}
 	if err != nil {
 		log.Warn("how far the log is durable cannot be read", "file", markName, "err", err)
-		return 0
+		return
 	}
 	m.file, m.whole = f, true
 	for place := range markCount {
@@ -62,7 +67,6 @@ func (m *durableMark) open(fsys storage.FS, uuid [16]byte, log *slog.Logger) (se
 	if m.seq == 0 {
 		log.Warn("how far the log is durable is not known", "file", markName)
 	}
-	return m.seq
 }
 
 // read reads and verifies one of the two marks.
@@ -78,15 +82,29 @@ func (m *durableMark) read(place int) (format.DurableMark, error) {
 	return mark, err
 }
 
-// begin prepares the file for an owner that writes, and whose log is durable up to seq. After a repair has
-// given up records, seq is less than the mark in the file.
-func (m *durableMark) begin(seq uint64) {
-	if m.file != nil && m.whole && m.seq <= seq {
-		return
+// begin prepares the file for an owner that writes, and whose log is durable up to seq. If a repair has given up
+// records, the file says more than that, which is false from now on. It must be gone before the log goes on, so
+// a failure to remove it is an error. A file that cannot be written is none.
+func (m *durableMark) begin(seq uint64) error {
+	if m.file != nil && m.seq > seq {
+		if err := m.remove(); err != nil {
+			return fmt.Errorf("remove the file %s, which speaks of records that are given up: %w", markName, err)
+		}
+	}
+	if m.file != nil && m.whole {
+		return nil
 	}
 	if err := m.make(seq); err != nil {
-		m.giveUp(err)
+		m.failed(err)
 	}
+	return nil
+}
+
+// remove removes the file durably.
+func (m *durableMark) remove() error {
+	err := errors.Join(m.file.Close(), m.fs.Remove(markName), m.fs.SyncDir())
+	m.file, m.seq, m.whole, m.next = nil, 0, false, 0
+	return err
 }
 
 // make writes both marks, and syncs the file and the directory, so that the file's blocks are allocated and
@@ -109,27 +127,33 @@ func (m *durableMark) make(seq uint64) (err error) {
 	return errors.Join(m.file.Sync(), m.fs.SyncDir())
 }
 
-// set records that every record before seq is durable. The mark never goes back. The caller holds
-// recordLog.syncMu.
+// set records that every record before seq is durable. The caller holds recordLog.syncMu. After a failure it
+// tries again, but not with each flush.
 func (m *durableMark) set(seq uint64) {
-	if m.off || seq <= m.seq {
+	if m.file == nil || seq <= m.seq || !m.failedAt.IsZero() && time.Since(m.failedAt) < markRetry {
 		return
 	}
 	mark := format.DurableMark{UUID: m.uuid, Seq: seq}
 	mark.Encode(m.scrap[:])
 	if _, err := m.file.WriteAt(m.scrap[:], int64(m.next)*markPlace); err != nil {
-		m.giveUp(err)
+		m.failed(err) // the other place is whole
 		return
+	}
+	if !m.failedAt.IsZero() {
+		m.failedAt = time.Time{}
+		m.log.Info("how far the log is durable is written down again", "file", markName)
 	}
 	m.seq, m.next = seq, (m.next+1)%markCount
 	m.fresh.Store(true)
 }
 
-// giveUp stops writing marks. The file stays as it is, and what it says remains true.
-func (m *durableMark) giveUp(err error) {
-	m.off = true
-	m.log.Warn("how far the log is durable is not written down any more: after a crash, damage to what is flushed now may look like the end of the log",
-		"file", markName, "err", err)
+// failed notes that the mark could not be written. What the file says remains true.
+func (m *durableMark) failed(err error) {
+	if m.failedAt.IsZero() {
+		m.log.Warn("how far the log is durable is not written down: after a crash, damage to what is flushed now may look like the end of the log",
+			"file", markName, "err", err)
+	}
+	m.failedAt = time.Now()
 }
 
 // push tells the system to begin writing the marks that were set, so that a power cut loses only the latest.

@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 
+	"go.etcd.io/bbolt"
+
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
 )
@@ -235,11 +237,152 @@ func TestMarkThatCannotBeWritten(t *testing.T) {
 			must(t, errors.Join(err, d.Flush()))
 		}
 		killStore(s)
-		if n := strings.Count(text.String(), "is not written down any more"); n != 1 {
+		if n := strings.Count(text.String(), "is not written down:"); n != 1 {
 			t.Errorf("from %s: %d warnings:\n%s", from, n, &text)
 		}
 		mustEnd(t, open(t, dir, Options{fs: fs, checkpointInterval: -1}))
 	}
+}
+
+// lockedMark is a disk on which the mark cannot be removed, or not be made.
+type lockedMark struct {
+	storage.FS
+	remove, create error
+}
+
+func (l *lockedMark) Remove(name string) error {
+	if name == markName && l.remove != nil {
+		return l.remove
+	}
+	return l.FS.Remove(name)
+}
+
+func (l *lockedMark) Create(name string, size int64) (storage.File, error) {
+	if name == markName && l.create != nil {
+		return nil, l.create
+	}
+	return l.FS.Create(name, size)
+}
+
+// After a repair the mark speaks of records that are given up. Where it cannot be taken away the log does not go on,
+// or a sound store would be refused later; where no other can be made, the store is sound without.
+func TestRepairTakesTheMarkAway(t *testing.T) {
+	for name, c := range map[string]struct {
+		bad  lockedMark
+		open bool
+	}{
+		"it cannot be removed": {lockedMark{remove: syscall.EIO}, false},
+		"nor made anew":        {lockedMark{create: syscall.ENOSPC}, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			x := newFlushed(t)
+			must(t, os.Rename(filepath.Join(x.dir, markName), filepath.Join(x.dir, chunksDir, markName))) // where FS has it
+			change(t, x.chunk, x.snaps[0]+40, flip, 1)
+			disk, err := storage.OpenDir(filepath.Join(x.dir, chunksDir))
+			must(t, err)
+			c.bad.FS = disk
+			o := x.o
+			o.fs = &c.bad
+			o.Repair = func(*LogDamage) error { return nil }
+			s, err := Open(x.dir, o)
+			if (err == nil) != c.open {
+				t.Fatalf("Open: %v", err)
+			}
+			if !c.open {
+				o.Repair = nil
+				var d *LogDamage
+				if _, err := Open(x.dir, o); !errors.As(err, &d) || !errors.Is(err, ErrDamagedLog) {
+					t.Fatalf("then: %v", err)
+				}
+				c.bad.remove, o.Repair = nil, func(*LogDamage) error { return nil }
+				s = open(t, x.dir, o)
+			}
+			o.Repair = nil
+			for range 2 {
+				d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+				must(t, err)
+				_, err = d.WriteAt(x.want[0], 9<<20)
+				must(t, errors.Join(err, d.Flush()))
+				killStore(s)
+				if s = open(t, x.dir, o); !holdsAt(t, s, "v", 9<<20, x.want[0]) {
+					t.Error("what was flushed since is gone")
+				}
+			}
+			mustEnd(t, s)
+		})
+	}
+}
+
+// A disk that does not take the mark once takes it again later.
+func TestMarkIsTriedAgain(t *testing.T) {
+	dir := setup(t, 64<<20, format.Raw)
+	fs, err := storage.OpenDir(filepath.Join(dir, chunksDir))
+	must(t, err)
+	off := false
+	s := open(t, dir, Options{fs: badMark{fs, &off}, checkpointInterval: -1})
+	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+	must(t, err)
+	flush := func() {
+		_, err := d.WriteAt(randomBytes(4096, 1), 0)
+		must(t, errors.Join(err, d.Flush()))
+	}
+	flush()
+	was := s.wal.mark.seq
+	off = true
+	flush()
+	off = false
+	flush()
+	if s.wal.mark.seq != was {
+		t.Errorf("the mark went from %d to %d, though a try has just failed", was, s.wal.mark.seq)
+	}
+	s.wal.mark.failedAt = s.wal.mark.failedAt.Add(-markRetry)
+	if flush(); s.wal.mark.seq != s.wal.nextSeq || !s.wal.mark.failedAt.IsZero() {
+		t.Errorf("the mark is %d, and the log durable up to %d", s.wal.mark.seq, s.wal.nextSeq)
+	}
+	must(t, d.Close())
+	mustEnd(t, s)
+}
+
+// A header that is damaged, of the log's last record, is not taken for nothing: a look leaves it there.
+func TestLookKeepsTheLastRecord(t *testing.T) {
+	for name, at := range map[string]int64{"checksum": 1, "number": 9, "block": 17, "branch": 25, "length": 29} {
+		t.Run(name, func(t *testing.T) {
+			x := newFlushed(t)
+			forgetMark(t, x.dir)
+			change(t, x.chunk, x.snaps[1]+at, flip, 1)
+			was := folder(t, x.dir)
+			o := x.o
+			o.Look = true
+			s := open(t, x.dir, o)
+			if s.ReadOnly() == nil {
+				t.Error("the look goes on as an owner that writes")
+			}
+			must(t, s.Close())
+			unchanged(t, x.dir, was)
+			change(t, x.chunk, x.snaps[1]+at, flip, 1)
+			s = open(t, x.dir, x.o)
+			x.whole(t, s)
+			mustEnd(t, s)
+		})
+	}
+}
+
+// A look at the table of an older program finds nothing wrong with it, though it is not adopted.
+func TestLookAtAnOlderTable(t *testing.T) {
+	x := newFlushed(t)
+	forgetMark(t, x.dir)
+	change(t, x.chunk, x.snaps[1]+40, flip, 1)
+	db, err := bbolt.Open(filepath.Join(x.dir, tableFile), 0o600, nil)
+	must(t, err)
+	must(t, errors.Join(db.Update(func(tx *bbolt.Tx) error {
+		return errors.Join(tx.DeleteBucket([]byte("forwards")), tx.DeleteBucket([]byte("forwarded")))
+	}), db.Close()))
+	o := x.o
+	o.Look = true
+	s := open(t, x.dir, o)
+	mustCheck(t, s)
+	must(t, s.Close())
+	mustEnd(t, open(t, x.dir, x.o))
 }
 
 // Where the log ends before some of its records, a look leaves them as they are; the next change sets them aside.

@@ -147,9 +147,13 @@ func (s *Store) onlyLooks(left []leaving) bool {
 	if !s.opts.Look || r.DroppedBytes == 0 && !r.unsettled && !keeps {
 		return false
 	}
-	s.log.Warn("the log ends before some of its records, as a power cut leaves it; they are kept until a command changes the store",
+	why := "the log ends before some of its records, as a power cut leaves it"
+	if r.DroppedBytes == 0 && !keeps {
+		why = "a part of the log could not be read"
+	}
+	s.log.Warn(why+"; everything is kept as it is until a command changes the store",
 		"records", r.Records, "droppedBytes", r.DroppedBytes, "droppedFiles", r.DroppedFiles)
-	s.readOnly = fmt.Errorf("%w: this command only looks, and the log ends before some of its records: a command that changes the store sets them aside", ErrReadOnly)
+	s.readOnly = fmt.Errorf("%w: this command only looks, and %s", ErrReadOnly, why)
 	s.wal.failed.Store(&s.readOnly)
 	return true
 }

@@ -106,10 +106,15 @@ func (r *recordReader) load(n int, off uint32) error {
 
 // tail returns the number of bytes that were written to the log behind its end, as far as that can be seen.
 // It looks up to a stretch of readWindow bytes without a record of this chunk, since the file's former life
-// may have left any other bytes there.
-func (r *recordReader) tail() (n int64, err error) {
+// may have left any other bytes there. next is the number of the record that the log would go on with, or 0: a
+// damaged header of that record counts, though nothing else may lie behind.
+func (r *recordReader) tail(next uint64) (n int64, err error) {
 	r.readOnly = true
 	end, last := r.off, r.off
+	head, err := r.bytes(format.RecordHeaderSize)
+	if err == nil && head != nil && format.WasRecordHeader(head, r.c.seq, r.off, next) {
+		last += format.RecordHeaderSize
+	}
 	for r.off-last < readWindow {
 		head, err := r.bytes(format.RecordHeaderSize)
 		if err != nil || head == nil {

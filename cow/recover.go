@@ -33,6 +33,8 @@ func (s *Store) loadAndReplay() (left []leaving, err error) {
 	if err != nil {
 		return nil, err
 	}
+	end := logEnd{headers: s.wal.durable}
+	s.wal.durable = max(s.wal.durable, s.wal.mark.seq)
 	limits, err := firstRecords(logChunks)
 	if err != nil {
 		return nil, err
@@ -41,7 +43,6 @@ func (s *Store) loadAndReplay() (left []leaving, err error) {
 		return nil, corruptf("the table is as of record %d, and the log goes on with record %d: they do not belong together", cp.Seq, limits[0])
 	}
 	t := &batch{s: s}
-	var end logEnd
 	for i, c := range logChunks {
 		from := uint32(format.ChunkHeaderSize)
 		if i == 0 && c.seq == cp.ChunkSeq {
@@ -189,7 +190,7 @@ func (s *Store) replayChunk(t *batch, c *chunk, from uint32, limit uint64) (r ch
 	s.markRow(c) // if the chunk is dead, the next checkpoint removes it
 	switch {
 	case sum == nil:
-		r.dropped, err = (&recordReader{f: f, c: c, off: c.end}).tail()
+		r.dropped, err = (&recordReader{f: f, c: c, off: c.end}).tail(s.wal.nextSeq)
 	case c.end < sum.End:
 		r.dropped = int64(sum.End - c.end)
 		s.recovery.unsettled = true

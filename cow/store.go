@@ -241,7 +241,7 @@ func (s *Store) openChunks() (err error) {
 		return err
 	}
 	s.wal = newRecordLog(s.fs, &s.mu, uuid, &s.slots)
-	s.wal.durable = s.wal.mark.open(in, uuid, s.log)
+	s.wal.mark.open(in, uuid, s.log)
 	if s.readOnly != nil {
 		return nil
 	}
@@ -290,7 +290,9 @@ func (s *Store) openFiles() (err error) {
 	if err := errors.Join(settled(), s.upgrade(), s.meta.Adopt()); err != nil {
 		return err
 	}
-	s.wal.mark.begin(s.wal.durable)
+	if err := s.wal.mark.begin(s.wal.durable); err != nil {
+		return err
+	}
 	if s.opts.Outlive {
 		s.outlive(uuid)
 	}

@@ -111,6 +111,22 @@ func IsRecordHeader(src []byte, chunkSeq uint64, offset uint32) bool {
 	return len(src) >= RecordHeaderSize && saltedChecksum(chunkSeq, offset, src[4:RecordHeaderSize]) == le.Uint32(src)
 }
 
+// WasRecordHeader reports whether src looks like the header of the record seq that was written for this place and
+// is damaged: it has that number, or would verify if it had. Chance, or a former life of the file, hardly brings
+// either about.
+func WasRecordHeader(src []byte, chunkSeq uint64, offset uint32, seq uint64) bool {
+	if len(src) < RecordHeaderSize || seq == 0 {
+		return false
+	}
+	if le.Uint64(src[8:]) == seq {
+		return true
+	}
+	var p [RecordHeaderSize]byte
+	copy(p[:], src)
+	le.PutUint64(p[8:], seq)
+	return IsRecordHeader(p[:], chunkSeq, offset)
+}
+
 func corruptRecord(chunkSeq uint64, offset uint32, format string, args ...any) error {
 	return corrupt(fmt.Sprintf("record at %d of chunk %d", offset, chunkSeq), format, args...)
 }

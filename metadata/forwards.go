@@ -22,9 +22,9 @@ func (r Region) key() (k [6]byte) {
 // Forwards returns where the moved records of a region are, in the order of their offsets. It returns nil if
 // the region has none.
 func (t *Tx) Forwards(r Region) ([]format.Forward, error) {
-	b, err := t.bucket(bucketForwards)
-	if err != nil {
-		return nil, err
+	b := t.tx.Bucket(bucketForwards)
+	if b == nil {
+		return nil, nil // an older program's table, which has not been adopted yet
 	}
 	k := r.key()
 	v := b.Get(k[:])
@@ -53,9 +53,9 @@ func (t *Tx) DropForwards(r Region) error {
 // EachRegion calls fn for every region that has forwards, in the order of slot and number. If a region is
 // damaged, fn gets the damage as bad. EachRegion stops at the first error that fn returns, and returns it.
 func (t *Tx) EachRegion(fn func(r Region, fs []format.Forward, bad error) error) error {
-	b, err := t.bucket(bucketForwards)
-	if err != nil {
-		return err
+	b := t.tx.Bucket(bucketForwards)
+	if b == nil {
+		return nil // as in Forwards
 	}
 	return b.ForEach(func(k, v []byte) error {
 		if len(k) != 6 {
@@ -77,12 +77,9 @@ func (t *Tx) PutForwarded(r *format.Forwarded) error {
 func (t *Tx) DropForwarded(slot uint32) error { return t.drop(bucketForwarded, id(slot)) }
 
 func (t *Tx) forwarded(out *[]format.Forwarded) error {
-	if t.tx.Bucket(bucketForwarded) == nil {
-		return nil // the table is of an older version, and not adopted yet
-	}
-	b, err := t.bucket(bucketForwarded)
-	if err != nil {
-		return err
+	b := t.tx.Bucket(bucketForwarded)
+	if b == nil {
+		return nil // as in Forwards
 	}
 	return b.ForEach(func(k, v []byte) error {
 		if len(k) != 4 {
