@@ -136,7 +136,7 @@ func TestWritersWaitForCheckpoints(t *testing.T) {
 	wg.Wait()
 	t.Logf("the longest writes took %v", longest)
 	if got := s.committed.Load(); got < 1200/uint64(2*s.dirtyLimit) {
-		t.Errorf("%d checkpoints for 1200 leaves, of which %d fit", got, s.dirtyLimit)
+		t.Errorf("%d checkpoints for 1200 leaves, and %d of them fit", got, s.dirtyLimit)
 	}
 	must(t, d.Close())
 	must(t, s.Close())

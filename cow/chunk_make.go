@@ -238,9 +238,9 @@ func (l *recordLog) chunkSize(p purpose, instead int64) (uint32, error) {
 		return eventChunkSize, nil // if even that is too much, fallocate fails
 	}
 	if l.limit > 0 && l.limit-used < free+kept-spare {
-		return 0, fmt.Errorf("%w: the store's limit is %d MiB, of which %d MiB are kept for the cleaner; raise it, or delete snapshots or volumes",
+		return 0, fmt.Errorf("%w: the store's limit is %d MiB, and %d MiB of that are kept for the cleaner; raise it, or delete snapshots or volumes",
 			noSpace(syscall.ENOSPC), l.limit>>20, (keep-spare)>>20)
 	}
-	return 0, fmt.Errorf("%w: %d MiB free on the store's file system, of which %d MiB are kept for deletes, checkpoints and the cleaner; free space there, or delete snapshots or volumes",
+	return 0, fmt.Errorf("%w: the store's file system has %d MiB free, and %d MiB must stay free for deletes, checkpoints and the cleaner; free space there, or delete snapshots or volumes",
 		noSpace(syscall.ENOSPC), free>>20, keep>>20)
 }

@@ -40,8 +40,8 @@ type CleanReport struct {
 }
 
 // Clean gives back the space of data that was overwritten, discarded or deleted. It cleans every chunk that
-// existed when cleaning began and of which at least the part waste (at least 0.05, at most 1) is dead. It
-// returns when that is done, or when ctx ends.
+// existed when cleaning began, if the dead part of the chunk is at least waste (0.05 to 1). It returns when that
+// is done, or when ctx ends.
 func (s *Store) Clean(ctx context.Context, waste float64) (CleanReport, error) {
 	var rep CleanReport
 	if err := s.beginTask(); err != nil {

@@ -137,7 +137,7 @@ func TestEmptyChunks(t *testing.T) {
 			must(t, s.Checkpoint())
 			mustCheck(t, s)
 			if n := s.Info().Chunks; n > 5 {
-				t.Errorf("%d chunks are left, of which 4 have records", n)
+				t.Errorf("%d chunks are left, and 4 of them have records", n)
 			}
 			killStore(s)
 		case 2:

@@ -219,8 +219,8 @@ const (
 	bigStride = 0x2545f491
 )
 
-// makeBig makes a store with a volume v of 256 GiB, all of which is mapped to blocks that lie in random order in the
-// log.
+// makeBig makes a store with a volume v of 256 GiB. All of v is mapped, to blocks that lie in random order in
+// the log.
 func makeBig(final string) error {
 	dir := final + ".tmp"
 	if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(dir, 0o700), Create(dir)); err != nil {

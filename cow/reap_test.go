@@ -18,7 +18,7 @@ func TestReaperEndsWithManyLeaves(t *testing.T) {
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	for i := range int64(3) {
-		for j := range int64(leaves) { // of which none is written again
+		for j := range int64(leaves) { // none of them is written again
 			_, err := d.WriteAt(randomBytes(format.BlockSize, uint64(i+1)), (i*leaves+j)<<20)
 			must(t, err)
 		}

@@ -86,7 +86,7 @@ func purposeOf(ev *format.Event) purpose {
 }
 
 // kept returns how much of the space that has to stay free the store holds already: the reserve, and the free
-// pages of the table, of which at most half of spare counts.
+// pages of the table. The pages count up to half of spare.
 func (s *Store) kept() int64 {
 	free, _ := s.meta.Room()
 	return s.wal.stock.bytes() + min(free, spare/2)

@@ -57,7 +57,7 @@ const (
 	sharedFileSize = sharedHead + bufferCount*bufferSize
 )
 
-// slotHead says which bytes of which chunk a buffer holds. used is stored after the bytes, and set to 0
+// slotHead says where the bytes of a buffer belong: in a chunk, at an offset. used is stored after the bytes, and set to 0
 // before any other field changes.
 type slotHead struct {
 	seq  uint64 // sequence number of the chunk

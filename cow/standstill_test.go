@@ -127,7 +127,7 @@ func TestWritesGoOnWhileSnapshotsAreRemoved(t *testing.T) {
 	mustEnd(t, s, g, w.d)
 }
 
-// TestCleanerTakesFewTurns: a chunk of which snapshots hold all is moved in a few turns of the checkpoint lock, however
+// TestCleanerTakesFewTurns: a chunk that snapshots hold whole is moved in a few turns of the checkpoint lock, however
 // many records it has. While there is a checkpoint after the other, each turn costs one.
 func TestCleanerTakesFewTurns(t *testing.T) {
 	s, _ := newStore(t, Options{checkpointInterval: -1, chunkBytes: 4 << 20})
@@ -223,7 +223,7 @@ func TestDeadNeighboursComeBack(t *testing.T) {
 		}
 		for range 800 {
 			if err := w.write(); err != nil || w.worst > longest {
-				t.Fatalf("after %d writes, of which the longest waited %v: %v; %+v", w.writes.Load(), w.worst, err, s.Info())
+				t.Fatalf("after %d writes, and a longest wait of %v: %v; %+v", w.writes.Load(), w.worst, err, s.Info())
 			}
 		}
 	}
@@ -231,8 +231,8 @@ func TestDeadNeighboursComeBack(t *testing.T) {
 	mustEnd(t, s, w.d)
 }
 
-// TestCleanLeavesOutWhatIsDead: of a unit of which a snapshot holds one block, that one is all that is moved, however
-// the volume is compressed.
+// TestCleanLeavesOutWhatIsDead: if a snapshot holds one block of a unit, only that block is moved, however the
+// volume is compressed.
 func TestCleanLeavesOutWhatIsDead(t *testing.T) {
 	for _, codec := range []format.Codec{format.Raw, format.S2, format.Zstd} {
 		t.Run(codec.String(), func(t *testing.T) {
@@ -269,7 +269,7 @@ func TestCleanLeavesOutWhatIsDead(t *testing.T) {
 			}
 			t.Logf("%d bytes in chunks, before %d, for %d", in.ChunkBytes, before.ChunkBytes, stored)
 			if in.ChunkBytes > stored+stored/4 {
-				t.Errorf("the chunks have %d bytes, of which %d are dead", in.ChunkBytes, in.ChunkBytes-stored)
+				t.Errorf("the chunks have %d bytes, and %d of them are dead", in.ChunkBytes, in.ChunkBytes-stored)
 			}
 			got := make([]byte, size)
 			for _, ref := range []Ref{{"v", ""}, {"v", "a"}} {

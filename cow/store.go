@@ -113,7 +113,7 @@ type Store struct {
 type Recovery struct {
 	Records      int64 // replayed records
 	Bytes        int64 // replayed bytes
-	Summaries    int   // chunks of which only the summary was replayed
+	Summaries    int   // chunks that were replayed from their summary alone
 	DroppedBytes int64 // bytes behind the first record that did not verify
 	DroppedFiles int   // chunk files with such bytes
 	Lost         int64 // dropped records that had been durable, and that Options.Repair gave up

@@ -88,6 +88,6 @@ func (s *Store) workable(free int64) int64 {
 
 // noWorkRoom returns the error for when something could be cleaned, but there is no room to do so.
 func noWorkRoom(room int64) error {
-	return fmt.Errorf("%w: there is room to copy %d KiB, and every chunk of which a part is dead has more alive; raise the store's limit, free space on its file system, or delete snapshots or volumes",
+	return fmt.Errorf("%w: there is room to copy %d KiB, and each chunk with dead data has more than that alive; raise the store's limit, free space on its file system, or delete snapshots or volumes",
 		noSpace(syscall.ENOSPC), max(0, room)>>10)
 }

@@ -204,8 +204,8 @@ func TestCleanerChoosesWhatFits(t *testing.T) {
 	}
 }
 
-// TestCleanerWorksInLessThanAChunk: with less room than a new chunk takes, the cleaner begins with chunks of which little
-// is alive, and goes on with what these give back.
+// TestCleanerWorksInLessThanAChunk: with less room than a new chunk takes, the cleaner begins with chunks that have
+// little alive, and goes on with what these give back.
 func TestCleanerWorksInLessThanAChunk(t *testing.T) {
 	const size, piece, chunk = 24 << 20, 64 << 10, 4 << 20
 	s, _ := newStore(t, Options{chunkBytes: chunk, checkpointInterval: -1, takeAll: true})

@@ -20,8 +20,8 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// lab makes stores whose power can be cut. The chunk files are in a crashfs; the
-// table is a real file, of which a commit's result is one durable step.
+// lab makes stores whose power can be cut. The chunk files are in a crashfs. The
+// table is a real file; the result of a commit is one durable step.
 type lab struct {
 	root   string
 	format []byte // the file of every store here
@@ -32,7 +32,7 @@ type lab struct {
 	made int
 
 	states    atomic.Int64                // crash states verified
-	summaries atomic.Int64                // chunks of which they read the summary only
+	summaries atomic.Int64                // chunks that they replayed from the summary alone
 	overOld   atomic.Int64                // chunks that they replayed over a former life of their file
 	recycled  atomic.Int64                // files that became chunks again
 	held      atomic.Int64                // of them, while a read that was planned held a chunk
@@ -322,7 +322,7 @@ func (l *lab) open(img crashImage, every int, rng *rand.Rand) (*world, error) {
 	return w, nil
 }
 
-// squeeze leaves each shard memory for so many open leaves, of which one is kept free for what moves: leaves are
+// squeeze leaves each shard memory for so many open leaves, and keeps one free for leaves that move: leaves are
 // evicted and loaded again all the time, and writers wait for checkpoints. Shards with dirty leaves stay as they are.
 func (c *leafCache) squeeze(leaves int) { c.divide(openWords+40, leaves) }
 

@@ -47,7 +47,7 @@ func TestWrongTable(t *testing.T) {
 	session(t, dir, func(s *Store) { must(t, s.Remove(Ref{Volume: "a"}, false)) })
 	session(t, dir, func(s *Store) { filledVolume(t, s, "c", 3, 3) })
 	third := table(dir)
-	session(t, dir, func(s *Store) { must(t, s.Snapshot(Ref{"b", "s"})) }) // of which no chunk is left
+	session(t, dir, func(s *Store) { must(t, s.Snapshot(Ref{"b", "s"})) }) // no chunk of it is left
 	session(t, other, func(s *Store) { filledVolume(t, s, "a", 3, 1) })
 
 	path := filepath.Join(dir, tableFile)

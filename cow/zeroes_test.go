@@ -26,7 +26,7 @@ func TestZerosThatAreNoHole(t *testing.T) {
 	must(t, d.WriteZeroes(10*b+5, 250*b, true))       // 251 blocks in part or whole, over a leaf's end
 	must(t, d.WriteZeroes(1000*b+7, 9, true))         // within one
 	must(t, d.WriteZeroes(4<<20-3*b, 3*b, true))      // the last ones
-	must(t, d.WriteZeroes(4<<20-2*b-10, b+10, false)) // one is a hole again, and so is one of which all was zero
+	must(t, d.WriteZeroes(4<<20-2*b-10, b+10, false)) // one is a hole again, and so is one that was all zeros
 	const solid = 251 + 1 + 1 + 1
 	look := func() string {
 		t.Helper()

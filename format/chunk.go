@@ -9,7 +9,7 @@ const (
 	chunkHeaderEnd = 68 // where the padding begins
 )
 
-// ChunkHeader is the header of a chunk file. It says which chunk of which store the file is.
+// ChunkHeader is the header of a chunk file. It says which chunk the file is, and of what store.
 type ChunkHeader struct {
 	// Slot is the chunk's place in the directory, less than MaxSlots. A slot is reused after its chunk is
 	// dead.

@@ -44,7 +44,7 @@ type Branch struct {
 	OriginEpoch  uint32 `json:"origin_epoch"`
 }
 
-// Checkpoint is the place in the log as of which the tables are durable: the replay position.
+// Checkpoint is the replay position: the tables are durable up to this place in the log.
 type Checkpoint struct {
 	// Seq is the sequence number of the first record to replay.
 	Seq uint64 `json:"seq"`

@@ -59,8 +59,8 @@ func (t *Tx) Leaf(v Version, l *format.Leaf) (epoch uint32, err error) {
 	return ^binary.BigEndian.Uint32(k[8:]), nil
 }
 
-// NextLeaf returns the first leaf at or after from of which the branch itself has a version. ok is false if
-// there is none.
+// NextLeaf returns the first leaf at or after from that the branch itself has a version of. ok is false if there
+// is none.
 func (t *Tx) NextLeaf(branch, from uint32) (leaf uint32, ok bool, err error) {
 	b, err := t.bucket(bucketLeaves)
 	if err != nil {

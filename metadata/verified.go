@@ -30,7 +30,7 @@ type verified struct {
 	Changed int64  `json:"ctime"`
 	Writing bool   `json:"writing"` // a commit is changing size and ctime
 
-	// Checkpoint is the record as of which the table is, or was at an earlier commit.
+	// Checkpoint is the number of the record up to which the table has the log, or had it at an earlier commit.
 	Checkpoint uint64 `json:"checkpoint,omitempty"`
 }
 
@@ -54,7 +54,7 @@ func stateOf(at place) (v verified, err error) {
 	return v, err
 }
 
-// readNote reads the note. checkpoint is the record as of which the last owner knew the table to be, in any
+// readNote reads the note. checkpoint is the record up to which the table had the log, as the last owner knew, in any
 // boot, or 0 if that is not known. isVerified reports whether the table is as an owner in this boot left it,
 // and that owner had verified it.
 func readNote(at place) (checkpoint uint64, isVerified bool) {
@@ -78,8 +78,8 @@ func readNote(at place) (checkpoint uint64, isVerified bool) {
 	return was.Checkpoint, now == was
 }
 
-// newNote leaves a note that the table, which this process has open, is verified, and as of which record it
-// is. It returns nil if that fails.
+// newNote leaves a note that the table, which this process has open, is verified, and has the log up to the record
+// checkpoint. It returns nil if that fails.
 func newNote(at place, checkpoint uint64) *note {
 	v, err := stateOf(at)
 	if err != nil {

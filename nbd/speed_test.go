@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// A request allocates nothing once the connection has warmed up, whoever does it.
+// A request allocates nothing once the connection has warmed up, on any goroutine.
 func TestNoAllocations(t *testing.T) {
 	for _, x := range []struct {
 		name string

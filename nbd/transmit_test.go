@@ -344,7 +344,7 @@ func TestOutOfOrder(t *testing.T) {
 	c.disconnect()
 }
 
-// sleepy is a device of which some has to be waited for.
+// sleepy is a device that takes time for a part of its reads.
 type sleepy struct {
 	Device
 	try    func(p []byte, off int64) (bool, error)

@@ -161,7 +161,7 @@ var headerStructs = map[string]headerStruct{
 	"pbuf":         {"io_uring_buf", map[string]string{"id": "bid", "tail": "resv"}},
 }
 
-// prefixes are structures of which we have only the head, or with which our size does not have to agree.
+// prefixes are structures that we have only the head of, or whose size need not agree with ours.
 var prefixes = map[string]bool{"params": true, "sqe": true, "batchElem": true}
 
 // TestLayoutAgainstHeader has the C compiler compare every structure, field, command, flag and limit with the newest

@@ -114,8 +114,8 @@ func (a *arena) leave(size int) {
 	}
 }
 
-// take lends a chunk, or returns nil. With wait q is woken when it may ask again, and is served before those
-// who come later.
+// take lends a chunk, or returns nil. With wait q is woken when it may ask again, and is served before
+// those that come later.
 func (a *arena) take(size int, q *queue, wait bool) []byte {
 	a.mu.Lock()
 	defer a.mu.Unlock()

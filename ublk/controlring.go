@@ -139,7 +139,7 @@ type controlJob struct {
 
 // submitRoutine hands over all entries, on one thread; it runs as long as the process. The driver's control
 // commands block, so the ring makes a worker thread for the thread that submits one, which stays as long as
-// that does. Submitted by whoever asks, nearly every thread would get one, and become a queue's thread later.
+// that does. If each caller submitted its own, nearly every thread would get one, and become a queue's thread later.
 func (c *controlRing) submitRoutine() {
 	runtime.LockOSThread()
 	for j := range c.jobs {

@@ -65,7 +65,7 @@ func testNothingBegins(t *testing.T, want State, ends ...func(*Device, context.C
 	broken := errors.New("the ring broke")
 	d.err = broken
 	go d.superviseRoutine()
-	<-s.asked // the queues, of which there are none, have ended
+	<-s.asked // there are no queues, so all have ended
 
 	if err := d.Resize(t.Context(), 2<<20); !errors.Is(err, ErrBusy) || s.resized.Load() {
 		t.Errorf("Resize: %v; the driver was asked: %v", err, s.resized.Load())
@@ -127,7 +127,7 @@ func TestQueuesBreakInStop(t *testing.T) {
 	d.mu.Lock()
 	d.err = broken
 	d.mu.Unlock()
-	go d.superviseRoutine() // the queues, of which there are none, have ended
+	go d.superviseRoutine() // there are no queues, so all have ended
 	select {
 	case err := <-closed:
 		if !errors.Is(err, broken) || d.State() != StateDead {

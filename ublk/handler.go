@@ -83,7 +83,7 @@ type Request struct {
 	full  []byte        // the tag's whole buffer; with CopyUser what the pool has lent it,
 	page  int           // as this
 	state atomic.Uint32 // requestAnswered → requestServing → requestAnswered, so that only the first answer counts
-	err   error         // the answer; written by whoever moved state to requestAnswered
+	err   error         // the answer; written by the goroutine that moved state to requestAnswered
 	next  *Request      // link in queue.later, or in queue.starved
 
 	// Used by the queue's thread only.

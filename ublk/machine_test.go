@@ -197,7 +197,7 @@ func (m *machine) settle(rt *rapid.T) {
 	}
 }
 
-// recover has two goroutines recover the device, of which one succeeds.
+// recover lets two goroutines recover the device. One succeeds.
 func (m *machine) recover(rt *rapid.T) {
 	var wg sync.WaitGroup
 	var mu sync.Mutex

@@ -69,7 +69,7 @@ func serve(config string) int {
 	for in := bufio.NewScanner(os.Stdin); in.Scan(); {
 		fmt.Println(c.obey(devices, in.Text()))
 	}
-	select {} // whoever started it kills it
+	select {} // its parent kills it
 }
 
 func (c *serverConfig) start() ([]*ublk.Device, error) {

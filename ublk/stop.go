@@ -22,7 +22,7 @@ type attemptKind uint8
 
 const (
 	attemptStop    attemptKind = iota // unless somebody uses it
-	attemptClose                      // whoever uses it
+	attemptClose                      // also while it is in use
 	attemptQuiesce                    // but leave the disk
 )
 

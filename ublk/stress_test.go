@@ -93,7 +93,7 @@ func TestStressKill(t *testing.T) {
 	}
 }
 
-// TestManyDevices has many devices at once, each of which holds its own bytes.
+// TestManyDevices makes many devices at once. Each holds its own bytes.
 func TestManyDevices(t *testing.T) {
 	needDriver(t)
 	const devices = 40

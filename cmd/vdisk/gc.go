@@ -17,11 +17,11 @@ func (a *app) gcCommand() *cli.Command {
 		Usage:     "reclaim the space of overwritten, discarded and deleted data now",
 		UsageText: "vdisk gc [--waste PERCENT] [--cold] [-n]",
 		Description: "Cleaning also runs by itself, when dead data exceeds its limit or space runs low. This command cleans now, at full\n" +
-			"speed, every chunk file of which at least PERCENT is dead. Other commands can use the store meanwhile.\n" +
+			"speed, every chunk file that is dead to at least PERCENT. Other commands can use the store meanwhile.\n" +
 			"Data that has not changed for --cold-after is compressed again, better and in larger units, when the store's owner is\n" +
 			"idle. --cold does that first, now, for all data; it takes as long as reading and compressing it.",
 		Flags: []cli.Flag{
-			&cli.IntFlag{Name: "waste", Usage: "clean files of which at least `PERCENT` is dead, 5 to 100", Value: 10},
+			&cli.IntFlag{Name: "waste", Usage: "clean files that are dead to at least `PERCENT`, 5 to 100", Value: 10},
 			&cli.BoolFlag{Name: "cold", Usage: "first recompress all data"},
 			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "only show how much is dead"},
 		},

@@ -19,11 +19,11 @@ func (a *app) lsCommand() *cli.Command {
 		UsageText: "vdisk ls [-t vol|snap|all] [-l] [-o COLUMN,...] [-H] [VOL...]",
 		Description: "Columns: " + strings.Join(columnNames(), ", ") + ".\n" +
 			"mapped      bytes of data\n" +
-			"referenced  what these take in the store, after compression and whoever else has them too; ratio: mapped to that\n" +
-			"exclusive   what only it has: removing the snapshot, or rolling the volume back, frees it\n" +
-			"shared      what of the referenced others have too\n" +
-			"usedsnap    what removing all the volume's snapshots would free\n" +
-			"used        what removing it would free; a volume, with all its snapshots\n" +
+			"referenced  their space in the store, after compression, shared or not; ratio: mapped to referenced\n" +
+			"exclusive   the part that nothing else has: removing the snapshot, or rolling the volume back, frees it\n" +
+			"shared      the part that others have too\n" +
+			"usedsnap    the space that removing all the volume's snapshots would free\n" +
+			"used        the space that removing it would free; for a volume, with all its snapshots\n" +
 			"These are exact, and read the maps of the volumes: about 6 µs for each MiB, and again for each snapshot before which it\n" +
 			"changed. The others cost nothing.",
 		Flags: []cli.Flag{

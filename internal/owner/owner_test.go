@@ -486,7 +486,7 @@ func TestInlineRequestsDoNotAllocate(t *testing.T) {
 	}
 }
 
-// TestFailedRequestsAreLogged: the disk's user gets an errno, and whoever looks after it the reason, once a second.
+// TestFailedRequestsAreLogged: the disk's user gets an errno, and the log the reason, once a second.
 func TestFailedRequestsAreLogged(t *testing.T) {
 	w := newWorld(t)
 	var text bytes.Buffer

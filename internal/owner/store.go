@@ -33,7 +33,7 @@ type Store interface {
 	Resize(ctx context.Context, name string, size int64, shrink bool) error
 	Remove(ctx context.Context, r cow.Ref, recursive bool) error
 	Check(ctx context.Context, o cow.CheckOptions, problem func(cow.Problem)) (cow.CheckReport, error)
-	// Clean reclaims the space of every chunk file of which at least the fraction waste (0 to 1) is dead.
+	// Clean reclaims the space of every chunk file whose dead fraction is at least waste (0 to 1).
 	Clean(ctx context.Context, waste float64) (cow.CleanReport, error)
 	// Bench measures the engine, in the process that owns the store, on a scratch volume that it then
 	// removes. It calls each with the result of each step.

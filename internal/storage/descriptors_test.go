@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// few returns a directory of n files, each of which holds its number. At most limit of them have a
+// few returns a directory of n files. Each holds its number. At most limit of them have a
 // descriptor.
 func few(t *testing.T, n, limit int) (*dir, []File) {
 	t.Helper()

@@ -1,6 +1,7 @@
 #!/bin/bash
-# bench-cleaner.sh: what the cleaner costs who writes, over NBD with fio's own client: random writes of 4 KiB, half-compressible, depth 32, to a
-# store with a limit; first while it is empty, until the volume is full, then over and over, when the cleaner has to work at the pace of the writes.
+# bench-cleaner.sh: what cleaning costs writers, over NBD with fio's own client. Random, half-compressible writes of
+# 4 KiB at depth 32 go to a store with a limit: first until the volume is full, then over and over, so that the cleaner
+# has to keep up with them.
 # Environment: DIR (bench-server.sh)
 #   LIMIT_MB  of the store (1024); USE, what the volume takes of it, in percent ("70 85"); RUNTIME, seconds (10); ROUNDS (3)
 set -euo pipefail

@@ -1,7 +1,8 @@
 #!/bin/bash
-# bench-depth.sh: what history costs who reads, over NBD with fio's own client: random reads of 4 KiB at depth 32, in turns, of a volume without
-# snapshots, of one with many, between which blocks changed, and of the last of a chain of clones, each of which was written before its clone was
-# made. Half-compressible data, written 4 KiB at a time. Environment: DIR (bench-server.sh)
+# bench-depth.sh: read cost by snapshot and clone depth, over NBD with fio's own client. Random reads of 4 KiB at
+# depth 32, in turns, of three volumes: one without snapshots, one with many and with changes between them, and the last
+# of a chain of clones that were each written before the next was made. The data is half compressible, and was written
+# 4 KiB at a time. Environment: DIR (bench-server.sh)
 #   SIZE_MB  of a volume (256); SNAPSHOTS (1000); CLONES (100); RUNTIME, seconds a test (4); ROUNDS (6)
 set -euo pipefail
 . "$(dirname "$0")/bench-server.sh"

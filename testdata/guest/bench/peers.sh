@@ -73,7 +73,7 @@ make_dm-vdo() {
 	device[dm-vdo]=/dev/mapper/vdo
 }
 remove_dm-vdo() { dmsetup remove --retry vdo; unloop "$vdo_data"; rm vdo.data; }
-VDO_MB=8192 # its index alone takes 2.5 GiB, of which nothing is written
+VDO_MB=8192 # its index alone takes 2.5 GiB, and none of that is written
 
 lacks_qcow2() {
 	command -v qemu-nbd >/dev/null || echo "there is no qemu-nbd"
