@@ -16,9 +16,10 @@ help: ## this list
 
 build: ## bin/vdisk
 	@$(TOOLS)/setup.sh build
-	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-X main.described=$(VERSION)' -o bin/vdisk ./cmd/vdisk
+	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-X main.described=$(VERSION)' -o bin/vdisk ./cmd/vdisk
 
-install: build ## the program and its systemd unit, below DESTDIR and PREFIX (/usr/local)
+install: ## the program and its systemd unit, below DESTDIR and PREFIX (/usr/local)
+	@[ -x bin/vdisk ] || $(MAKE) build
 	install -D -m 755 bin/vdisk $(DESTDIR)$(PREFIX)/bin/vdisk
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
 	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' init/vdisk@.service > $(DESTDIR)$(PREFIX)/lib/systemd/system/vdisk@.service
