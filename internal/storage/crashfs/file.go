@@ -74,11 +74,8 @@ func (h *file) StartWrite(off, n int64) {}
 func (h *file) Allocate(size int64) error {
 	h.fs.mu.Lock()
 	defer h.fs.mu.Unlock()
-	if err := h.fs.begin(OpTruncate); err != nil {
-		return pathError(OpTruncate, h.name, err)
-	}
-	if h.closed || size < 0 {
-		return pathError(OpTruncate, h.name, h.misuse())
+	if err := h.beginResize(size); err != nil {
+		return err
 	}
 	if err := h.fs.reserve(h.node, size); err != nil {
 		return pathError(OpTruncate, h.name, err)
@@ -89,14 +86,22 @@ func (h *file) Allocate(size int64) error {
 	return nil
 }
 
-func (h *file) Truncate(size int64) error {
-	h.fs.mu.Lock()
-	defer h.fs.mu.Unlock()
+// beginResize begins an operation that sets the size. The caller holds fs.mu.
+func (h *file) beginResize(size int64) error {
 	if err := h.fs.begin(OpTruncate); err != nil {
 		return pathError(OpTruncate, h.name, err)
 	}
 	if h.closed || size < 0 {
 		return pathError(OpTruncate, h.name, h.misuse())
+	}
+	return nil
+}
+
+func (h *file) Truncate(size int64) error {
+	h.fs.mu.Lock()
+	defer h.fs.mu.Unlock()
+	if err := h.beginResize(size); err != nil {
+		return err
 	}
 	if n := h.node; size < n.reserved && !n.unlinked {
 		h.fs.used -= n.reserved - size
