@@ -34,7 +34,7 @@ func (d *LogDamage) Error() string {
 		text += fmt.Sprintf("; %d records from there on had been made durable", d.Lost)
 	}
 	if d.ByMark {
-		text += fmt.Sprintf(", as the file %s says, which is a younger store's if only the other files were restored from a copy", markName)
+		text += fmt.Sprintf(", by the file %s alone; if older copies of other files were put back, restore the whole folder from one backup", markName)
 	}
 	if d.Bytes > 0 {
 		text += fmt.Sprintf("; %d bytes of records lie behind, in this and %d further files", d.Bytes, d.Files)
