@@ -8,6 +8,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
@@ -20,7 +21,7 @@ type fullAside struct {
 func (f *fullAside) SetAside(name, as string) error {
 	if f.times > 0 {
 		f.times--
-		return noSpace(syscall.ENOSPC)
+		return fault.NoSpace(syscall.ENOSPC)
 	}
 	return f.FS.SetAside(name, as)
 }

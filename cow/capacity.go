@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"syscall"
+
+	"github.com/vdisk/vdisk/cow/internal/fault"
 )
 
 // Overwriting a block that only the head of a volume has gives back what it takes, once the old record is
@@ -58,7 +60,7 @@ func (s *Store) roomForNew(n int, small bool) error {
 		bound, way = "the store's limit is", "raise it"
 	}
 	return fmt.Errorf("%w: %d MiB are stored, %s %d MiB, and %d of these are %w; %s, or delete snapshots or volumes",
-		noSpace(syscall.ENOSPC), live>>20, bound, capacity>>20, (capacity-most)>>20, errNoNew, way)
+		fault.NoSpace(syscall.ENOSPC), live>>20, bound, capacity>>20, (capacity-most)>>20, errNoNew, way)
 }
 
 // noteCapacity notes how many bytes the chunk files can take in total; used of them are taken. The caller

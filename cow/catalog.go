@@ -7,6 +7,7 @@ import (
 	"slices"
 	"sync/atomic"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -102,7 +103,7 @@ func (t *catalog) putBranch(r format.Branch, gen uint64) error {
 		b = &branch{Branch: r, originEpoch: r.OriginEpoch}
 		if r.OriginBranch != 0 {
 			if b.origin = t.branches[r.OriginBranch]; b.origin == nil {
-				return corruptf("branch %d has the origin %d, which does not exist", r.ID, r.OriginBranch)
+				return fault.Corruptf("branch %d has the origin %d, which does not exist", r.ID, r.OriginBranch)
 			}
 			t.fork(b, +1)
 		}
@@ -118,13 +119,13 @@ func (t *catalog) putBranch(r format.Branch, gen uint64) error {
 func (t *catalog) putVolume(r format.Volume, gen uint64) error {
 	b := t.branches[r.Branch]
 	if b == nil {
-		return corruptf("volume %q is on branch %d, which does not exist", r.Name, r.Branch)
+		return fault.Corruptf("volume %q is on branch %d, which does not exist", r.Name, r.Branch)
 	}
 	v := t.volumes[r.ID]
 	if v == nil {
 		pool, err := newCodecPool(r.Codec, r.Level)
 		if err != nil {
-			return corruptf("volume %q: %v", r.Name, err)
+			return fault.Corruptf("volume %q: %v", r.Name, err)
 		}
 		v = &volume{codec: pool, snapshots: map[string]*snapshot{}}
 		t.volumes[r.ID] = v
@@ -147,7 +148,7 @@ func (t *catalog) putVolume(r format.Volume, gen uint64) error {
 func (t *catalog) dropVolume(n uint32, gen uint64) error {
 	v := t.volumes[n]
 	if v == nil {
-		return corruptf("volume %d is deleted but does not exist", n)
+		return fault.Corruptf("volume %d is deleted but does not exist", n)
 	}
 	for _, s := range v.snapshots { // if there are many, the event does not list them
 		s.dropped = gen
@@ -166,7 +167,7 @@ func (t *catalog) putSnapshot(r format.Snapshot, gen uint64) error {
 	if s == nil {
 		b := t.branches[r.Branch]
 		if b == nil {
-			return corruptf("snapshot %q is on branch %d, which does not exist", r.Name, r.Branch)
+			return fault.Corruptf("snapshot %q is on branch %d, which does not exist", r.Name, r.Branch)
 		}
 		s = &snapshot{branch: b, made: gen}
 		t.snapshots[r.ID] = s
@@ -183,7 +184,7 @@ func (t *catalog) putSnapshot(r format.Snapshot, gen uint64) error {
 	} else if v := t.volumes[r.Volume]; v != nil {
 		v.snapshots[r.Name] = s
 	} else {
-		return corruptf("snapshot %q is of volume %d, which does not exist", r.Name, r.Volume)
+		return fault.Corruptf("snapshot %q is of volume %d, which does not exist", r.Name, r.Volume)
 	}
 	s.Snapshot = r
 	if r.Volume == 0 {

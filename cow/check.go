@@ -8,6 +8,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -184,7 +185,7 @@ func (c *checker) corrupt(where, text string, args ...any) {
 // failed reports a problem with a file: its content is wrong, or could not be read.
 func (c *checker) failed(where string, err error) {
 	kind := KindCorrupt
-	if outOfReach(err) || errors.Is(err, syscall.EIO) {
+	if fault.OutOfReach(err) || errors.Is(err, syscall.EIO) {
 		kind = KindUnreadable
 	}
 	c.problem(Problem{kind, where, err.Error()})
@@ -425,7 +426,7 @@ func (c *checker) file(row format.Chunk) {
 	c.holding(row, func(ch *chunk) {
 		h, err := c.s.chunkHeader(chunkName(row.Slot), row.Slot)
 		if err == nil && h.Seq != row.Seq {
-			err = corruptf("its header has the sequence %d, the table says %d", h.Seq, row.Seq)
+			err = fault.Corruptf("its header has the sequence %d, the table says %d", h.Seq, row.Seq)
 		}
 		if err == nil {
 			err = longEnough(ch, row)
@@ -443,7 +444,7 @@ func longEnough(ch *chunk, row format.Chunk) error {
 	}
 	size, err := f.Size()
 	if err == nil && size < int64(row.End) {
-		err = corruptf("it has %d bytes, its records end at %d", size, row.End)
+		err = fault.Corruptf("it has %d bytes, its records end at %d", size, row.End)
 	}
 	return err
 }

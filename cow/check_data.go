@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -119,7 +120,7 @@ func (c *checker) read(ch *chunk, e format.Entry, first uint64) error {
 	if n, err := readFull(f, stored, int64(e.Offset())); err != nil {
 		return err
 	} else if n < len(stored) {
-		return corruptf("the file ends at %d", int64(e.Offset())+int64(n))
+		return fault.Corruptf("the file ends at %d", int64(e.Offset())+int64(n))
 	}
 	payload, codec, err := verify(stored, ch.seq, e, first)
 	if err != nil {

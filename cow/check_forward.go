@@ -5,6 +5,7 @@ import (
 	"math/bits"
 	"slices"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -55,9 +56,9 @@ func (f *checkForwards) find(tx *metadata.Tx, e format.Entry) (at format.Entry, 
 	to := f.list[i]
 	switch {
 	case to.To.Blocks() != e.Blocks():
-		return e, false, corruptf("%v was moved to %v, which has other blocks", e, to.To)
+		return e, false, fault.Corruptf("%v was moved to %v, which has other blocks", e, to.To)
 	case to.Mask&(1<<e.Index()) == 0:
-		return e, false, corruptf("%v was moved to %v, and is counted as dead there", e, to.To)
+		return e, false, fault.Corruptf("%v was moved to %v, and is counted as dead there", e, to.To)
 	}
 	return to.To.WithIndex(e.Index()), true, nil
 }

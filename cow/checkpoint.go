@@ -9,6 +9,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -74,7 +75,7 @@ func (s *Store) commit(g *generation) error {
 		return nil
 	}
 	full := errors.Is(err, metadata.ErrUnwritten) || !tried && errors.Is(err, ErrNoSpace)
-	err = fmt.Errorf("checkpoint: commit the table: %w", noSpace(err))
+	err = fmt.Errorf("checkpoint: commit the table: %w", fault.NoSpace(err))
 	if !full {
 		return s.wal.fail(err)
 	}

@@ -5,6 +5,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
 )
@@ -101,7 +102,7 @@ func (c *chunk) handle() (storage.File, error) {
 	if c.file == nil {
 		f, err := c.fs.Open(c.name())
 		if err != nil {
-			return nil, fmt.Errorf("chunk %s: %w", c.name(), lost(err))
+			return nil, fmt.Errorf("chunk %s: %w", c.name(), fault.Lost(err))
 		}
 		c.file = f
 	}

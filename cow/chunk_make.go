@@ -10,6 +10,7 @@ import (
 	"math"
 	"syscall"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -140,7 +141,7 @@ func slotsAbove(p purpose) int {
 	return 32
 }
 
-var errNoSlot = fmt.Errorf("%w: all %d places for chunks are taken; delete snapshots or volumes", noSpace(syscall.ENOSPC), format.MaxSlots)
+var errNoSlot = fmt.Errorf("%w: all %d places for chunks are taken; delete snapshots or volumes", fault.NoSpace(syscall.ENOSPC), format.MaxSlots)
 
 // slotFor returns errNoSlot if there is no slot for p.
 func (l *recordLog) slotFor(p purpose) error {
@@ -239,8 +240,8 @@ func (l *recordLog) chunkSize(p purpose, instead int64) (uint32, error) {
 	}
 	if l.limit > 0 && l.limit-used < free+kept-spare {
 		return 0, fmt.Errorf("%w: the store's limit is %d MiB, and %d MiB of that are kept for the cleaner; raise it, or delete snapshots or volumes",
-			noSpace(syscall.ENOSPC), l.limit>>20, (keep-spare)>>20)
+			fault.NoSpace(syscall.ENOSPC), l.limit>>20, (keep-spare)>>20)
 	}
 	return 0, fmt.Errorf("%w: the store's file system has %d MiB free, and %d MiB must stay free for deletes, checkpoints and the cleaner; free space there, or delete snapshots or volumes",
-		noSpace(syscall.ENOSPC), free>>20, keep>>20)
+		fault.NoSpace(syscall.ENOSPC), free>>20, keep>>20)
 }

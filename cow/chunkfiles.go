@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/metadata"
@@ -75,9 +76,9 @@ func (f *foundFiles) add(name string, slot uint32) error {
 	}
 	h, err := s.chunkHeader(name, slot)
 	if err == nil && isKnown && h.Seq == 0 {
-		err = corruptf("it is missing")
+		err = fault.Corruptf("it is missing")
 	}
-	if errors.Is(err, ErrCorrupt) || isUnreadable(err) {
+	if errors.Is(err, ErrCorrupt) || fault.IsUnreadable(err) {
 		if err := s.repair(&LogDamage{Chunk: name, Err: err}); err != nil {
 			return err
 		}
@@ -96,13 +97,13 @@ func (f *foundFiles) add(name string, slot uint32) error {
 	s.wal.durable = max(s.wal.durable, h.Durable)
 	switch {
 	case isKnown && h.Seq != r.Seq:
-		return corruptf("chunk file %s has the sequence %d, the table says %d", name, h.Seq, r.Seq)
+		return fault.Corruptf("chunk file %s has the sequence %d, the table says %d", name, h.Seq, r.Seq)
 	case isKnown:
 		f.log = append(f.log, s.slots.get(slot))
 	case h.Seq < max(f.cp.ChunkSeq, 1):
 		f.old = append(f.old, leaving{name: name, seq: h.Seq})
 	case s.slots.get(slot) != nil:
-		return corruptf("chunk file %s has the sequence %d, but blocks were moved from its slot", name, h.Seq)
+		return fault.Corruptf("chunk file %s has the sequence %d, but blocks were moved from its slot", name, h.Seq)
 	default:
 		c := s.foundChunk(format.Chunk{Slot: slot, Seq: h.Seq, End: format.ChunkHeaderSize}, false)
 		s.slots.put(c)
@@ -141,7 +142,7 @@ func firstOf(names []string) []string { return names[:min(len(names), 3)] }
 // durable before the header was written.
 func inTime(h format.ChunkHeader, cp format.Checkpoint) error {
 	if h.Checkpoint > cp.Seq {
-		return corruptf("the table is older than the log: it is as of record %d, and has been as of record %d", cp.Seq, h.Checkpoint)
+		return fault.Corruptf("the table is older than the log: it is as of record %d, and has been as of record %d", cp.Seq, h.Checkpoint)
 	}
 	return nil
 }
@@ -170,7 +171,7 @@ func (s *Store) proveRows(tb *metadata.Tables, names []string) error {
 					continue
 				}
 				if err = inTime(h, tb.Checkpoint); err == nil && h.Seq > r.Seq {
-					err = corruptf("the table is older than the log: it has the sequence %d for it, and the file has %d", r.Seq, h.Seq)
+					err = fault.Corruptf("the table is older than the log: it has the sequence %d for it, and the file has %d", r.Seq, h.Seq)
 				}
 				if err != nil {
 					errs[w] = fmt.Errorf("chunk file %s: %w", name, err)
@@ -200,7 +201,7 @@ func (s *Store) tableChunks(tb *metadata.Tables) (known map[uint32]format.Chunk,
 			continue
 		}
 		if c.seq != r.Seq {
-			return nil, corruptf("chunk %s has the sequence %d, and moved blocks of %d", c.name(), c.seq, r.Seq)
+			return nil, fault.Corruptf("chunk %s has the sequence %d, and moved blocks of %d", c.name(), c.seq, r.Seq)
 		}
 		c.moved, c.hasMoved = r.Blocks, true
 	}
@@ -243,7 +244,7 @@ func (s *Store) chunkHeader(name string, slot uint32) (h format.ChunkHeader, err
 	}
 	h, err = format.DecodeChunkHeader(head)
 	if err == nil && (h.Slot != slot || h.UUID != s.wal.uuid) {
-		err = corruptf("it belongs to slot %d of store %x", h.Slot, h.UUID)
+		err = fault.Corruptf("it belongs to slot %d of store %x", h.Slot, h.UUID)
 	}
 	return h, err
 }
@@ -281,7 +282,7 @@ func (s *Store) judge(f *leaving, cp format.Checkpoint, whole bool) error {
 		if !empty {
 			f.as = asUnknown
 		}
-		return readable(err)
+		return fault.IgnoreUnreadable(err)
 	}
 	first, err := firstRecord(c)
 	if err != nil {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"math/bits"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -158,11 +159,11 @@ func (r *recordReader) peek(n int) ([]byte, error) {
 		}
 		got, err := readFull(r.f, r.win[:size], int64(r.off))
 		if err != nil {
-			return nil, unreadable(err)
+			return nil, fault.AsCorrupt(err)
 		}
 		r.win, r.at = r.win[:got], r.off
 		if got < n {
-			return nil, corruptf("the file ends at %d", r.off+uint32(got))
+			return nil, fault.Corruptf("the file ends at %d", r.off+uint32(got))
 		}
 	}
 	return r.win[r.off-r.at:][:n], nil

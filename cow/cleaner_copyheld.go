@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/bits"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -191,7 +192,7 @@ func (m *mover) ownedMask(h *format.RecordHeader, name format.Entry) (mask uint1
 			mask := ownedIn(&m.leaf, h, name)
 			switch {
 			case mask != 0 && epoch > present:
-				return 0, corruptf("branch %d leaf %d has a version of epoch %d, and is at %d", b.ID, index, epoch, present)
+				return 0, fault.Corruptf("branch %d leaf %d has a version of epoch %d, and is at %d", b.ID, index, epoch, present)
 			case mask != 0 && epoch == present:
 				return 0, errChanged
 			case mask != 0:
@@ -224,7 +225,7 @@ func (m *mover) forward(h *format.RecordHeader, payload []byte, name format.Entr
 	case err != nil:
 		return 0, err
 	case again && to.Mask != mask:
-		return 0, corruptf("%v was moved to %v with the blocks %#x, and has %#x", name, to.To, to.Mask, mask)
+		return 0, fault.Corruptf("%v was moved to %v with the blocks %#x, and has %#x", name, to.To, to.Mask, mask)
 	}
 	c, off := s.wal.append(&nh, m.pay)
 	s.cleaned += uint64(nh.Size())

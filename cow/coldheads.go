@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -169,7 +170,7 @@ func (p *coldPass) read(k leafKey) (size, places int, err error) {
 		p.plan.release()
 		return 0, 0, err
 	}
-	if err := unreadable(p.plan.Fetch()); err != nil {
+	if err := fault.AsCorrupt(p.plan.Fetch()); err != nil {
 		return 0, 0, err
 	}
 	p.keepSolid()

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"slices"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -113,7 +114,7 @@ func (p *coldPass) record(b *branch, r coldRecord) (is, n int, err error) {
 	ok := c != nil && !c.gone && !c.dead
 	s.mu.Unlock()
 	if !ok {
-		return 0, 0, corruptf("%v is in no chunk", at)
+		return 0, 0, fault.Corruptf("%v is in no chunk", at)
 	}
 	stored := p.comp[:at.Size()]
 	if err := s.readRecord(c, at.Offset(), stored); err != nil {
@@ -153,7 +154,7 @@ func (s *Store) readRecord(c *chunk, off uint32, p []byte) error {
 	}
 	got, err := readFull(f, p, int64(off))
 	if err == nil && got < len(p) {
-		err = corruptf("chunk %s ends at %d", c.name(), int64(off)+int64(got))
+		err = fault.Corruptf("chunk %s ends at %d", c.name(), int64(off)+int64(got))
 	}
-	return unreadable(err)
+	return fault.AsCorrupt(err)
 }

@@ -9,11 +9,11 @@ import (
 	"path/filepath"
 	"time"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/metadata"
+	"golang.org/x/sys/unix"
 )
 
 // Create makes a store in dir, and makes dir if it does not exist. If dir is a store already, Create does
@@ -61,7 +61,7 @@ func CreateIn(dir string, foreign bool) error {
 		return err
 	}
 	if err := makeStore(in); err != nil {
-		return fmt.Errorf("make store %s: %w", dir, noSpace(err))
+		return fmt.Errorf("make store %s: %w", dir, fault.NoSpace(err))
 	}
 	return nil
 }

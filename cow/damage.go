@@ -4,8 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"syscall"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -58,25 +58,6 @@ func (s *Store) repair(d *LogDamage) error {
 	return nil
 }
 
-// isUnreadable reports whether an error is about data that the disk holds and cannot read.
-func isUnreadable(err error) bool {
-	for _, e := range []error{syscall.EIO, syscall.EUCLEAN, syscall.EBADMSG, syscall.ENODATA, syscall.EILSEQ} {
-		if errors.Is(err, e) {
-			return true
-		}
-	}
-	return false
-}
-
-// readable returns nil for the errors of isUnreadable, and err otherwise. It is for callers that treat
-// unreadable data as no record.
-func readable(err error) error {
-	if isUnreadable(err) {
-		return nil
-	}
-	return err
-}
-
 // logEnd is the end of the log that a replay has found.
 type logEnd struct {
 	c       *chunk // the last chunk of the log; nil: there is none
@@ -117,7 +98,7 @@ func (s *Store) endLog(e *logEnd, cp format.Checkpoint) (left []leaving, err err
 	as := asDropped
 	if d := s.damageAt(e, cp); d != nil {
 		if cp.Seq == 1 && l.nextSeq == 1 { // it is not a new store, either: there was a log
-			return nil, corruptf("the table is empty, and the log is not: %v", d)
+			return nil, fault.Corruptf("the table is empty, and the log is not: %v", d)
 		}
 		if err := s.repair(d); err != nil {
 			return nil, err
@@ -151,7 +132,7 @@ func (s *Store) damageAt(e *logEnd, cp format.Checkpoint) *LogDamage {
 	d.ByMark = d.Lost > 0 && e.headers <= s.wal.nextSeq
 	at := func(c *chunk, off uint32, why error) *LogDamage {
 		if why == nil {
-			why = corruptf("no chunk file goes on with it")
+			why = fault.Corruptf("no chunk file goes on with it")
 		}
 		d.Chunk, d.Offset, d.Err = c.name(), off, why
 		return d
@@ -166,7 +147,7 @@ func (s *Store) damageAt(e *logEnd, cp format.Checkpoint) *LogDamage {
 	}
 	switch {
 	case cp.Offset > format.ChunkHeaderSize && (e.c == nil || e.c.seq < cp.ChunkSeq):
-		d.Err = corruptf("no chunk file has the sequence %d, with which the log goes on", cp.ChunkSeq)
+		d.Err = fault.Corruptf("no chunk file has the sequence %d, with which the log goes on", cp.ChunkSeq)
 	case d.Lost == 0:
 		return nil
 	case len(e.behind) > 0 && (e.c == nil || e.r.dropped == 0):
@@ -174,7 +155,7 @@ func (s *Store) damageAt(e *logEnd, cp format.Checkpoint) *LogDamage {
 	case e.c != nil:
 		return at(e.c, e.c.end, e.r.why)
 	default:
-		d.Err = corruptf("no chunk file has it")
+		d.Err = fault.Corruptf("no chunk file has it")
 	}
 	return d
 }
@@ -191,7 +172,7 @@ func (s *Store) copyAside(c *chunk) (err error) {
 	}
 	defer func() {
 		if err != nil {
-			err = fmt.Errorf("keep a copy of chunk file %s: %w", c.name(), noSpace(err))
+			err = fmt.Errorf("keep a copy of chunk file %s: %w", c.name(), fault.NoSpace(err))
 		}
 	}()
 	if err := s.fs.Remove(asideFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -204,7 +185,7 @@ func (s *Store) copyAside(c *chunk) (err error) {
 	p := make([]byte, 4096) // one page, so that the pages beside one that cannot be read are still copied
 	for off := int64(0); off < int64(c.size) && err == nil; off += int64(len(p)) {
 		var n int
-		if n, err = readFull(from, p, off); readable(err) == nil { // bytes that cannot be read become zeros
+		if n, err = readFull(from, p, off); fault.IgnoreUnreadable(err) == nil { // bytes that cannot be read become zeros
 			_, err = to.WriteAt(p[:n], off)
 		}
 	}

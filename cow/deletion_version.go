@@ -1,6 +1,7 @@
 package cow
 
 import (
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -50,7 +51,7 @@ func (s *Store) exact(v metadata.Version, l *format.Leaf) error {
 	return s.meta.View(func(tx *metadata.Tx) error {
 		epoch, err := tx.Leaf(v, l)
 		if err == nil && epoch != v.Epoch {
-			return corruptf("branch %d leaf %d: epoch %d is listed as changed but has no version", v.Branch, v.Leaf, v.Epoch)
+			return fault.Corruptf("branch %d leaf %d: epoch %d is listed as changed but has no version", v.Branch, v.Leaf, v.Epoch)
 		}
 		return err
 	})

@@ -3,10 +3,9 @@ package cow
 import (
 	"errors"
 	"fmt"
-	"io"
-	"io/fs"
 	"syscall"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
 )
@@ -35,7 +34,7 @@ var (
 	ErrNoSpace        = storage.ErrNoSpace
 
 	// Returned when no number is left for something new.
-	ErrExhausted = errors.New("numbers are used up")
+	ErrExhausted = fault.ErrExhausted
 
 	// Returned when the store's files are not what they should be.
 	ErrCorrupt  = format.ErrCorrupt
@@ -54,8 +53,8 @@ var (
 
 	// Returned by every change after a write or sync of the log has failed (the log's end is then unknown),
 	// and after Close.
-	ErrFailed = errors.New("the store has stopped after an I/O error")
-	ErrClosed = errors.New("the store is closed")
+	ErrFailed = fault.ErrFailed
+	ErrClosed = fault.ErrClosed
 )
 
 type errnoError struct {
@@ -90,43 +89,3 @@ func unusable(err error) error {
 type unusableError struct{ error }
 
 func (e unusableError) Unwrap() []error { return []error{ErrUnusable, e.error} }
-
-// noSpace makes ENOSPC and EDQUOT match ErrNoSpace.
-func noSpace(err error) error {
-	if (errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)) && !errors.Is(err, ErrNoSpace) {
-		return fmt.Errorf("%w: %w", ErrNoSpace, err)
-	}
-	return err
-}
-
-// outOfReach reports whether err is about access to a file. Such an error says nothing of what the file
-// holds, and may not occur again, or not for another user.
-func outOfReach(err error) bool {
-	for _, errno := range []syscall.Errno{syscall.EACCES, syscall.EPERM, syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.ESTALE, syscall.EROFS} {
-		if errors.Is(err, errno) {
-			return true
-		}
-	}
-	return false
-}
-
-// unreadable wraps an error of reading the log as ErrCorrupt, so that callers that can go on without the data
-// treat it as damage. Errors of outOfReach stay as they are.
-func unreadable(err error) error {
-	if err == nil || errors.Is(err, ErrCorrupt) || outOfReach(err) {
-		return err
-	}
-	return fmt.Errorf("%w: %w", ErrCorrupt, err)
-}
-
-// lost makes an error about a missing chunk file, or one that is too short, match ErrCorrupt.
-func lost(err error) error {
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, io.ErrUnexpectedEOF) {
-		return fmt.Errorf("%w: %w", ErrCorrupt, err)
-	}
-	return err
-}
-
-func corruptf(text string, args ...any) error {
-	return fmt.Errorf("%s: %w", fmt.Sprintf(text, args...), ErrCorrupt)
-}

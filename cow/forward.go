@@ -6,6 +6,7 @@ import (
 	"slices"
 	"sync"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -94,12 +95,12 @@ func (f *forwards) follow(e format.Entry, slots *slotTable) (format.Entry, *chun
 		return 0, nil, err
 	}
 	if !ok || r.list[i].To.Blocks() != e.Blocks() {
-		return 0, nil, corruptf("%v was moved, but not noted where to", e)
+		return 0, nil, fault.Corruptf("%v was moved, but not noted where to", e)
 	}
 	to := r.list[i].To.WithIndex(e.Index())
 	c := slots.get(to.Slot())
 	if c == nil || c.gone || !c.tryAcquire() {
-		return 0, nil, corruptf("%v was moved to %v, where there is no chunk", e, to)
+		return 0, nil, fault.Corruptf("%v was moved to %v, where there is no chunk", e, to)
 	}
 	return to, c, nil
 }
@@ -128,7 +129,7 @@ func (s *Store) putForward(r *region, i int, insert bool, f format.Forward) {
 func (s *Store) forward(from format.Entry, mask uint16, to format.Entry) error {
 	old, target := s.slots.get(from.Slot()), s.slots.get(to.Slot())
 	if old == nil || target == nil {
-		return corruptf("a record was moved from %v to %v: there is no such chunk", from, to)
+		return fault.Corruptf("a record was moved from %v to %v: there is no such chunk", from, to)
 	}
 	n := uint32(bits.OnesCount16(mask))
 	s.forwards.mu.Lock()
@@ -140,7 +141,7 @@ func (s *Store) forward(from format.Entry, mask uint16, to format.Entry) error {
 	if again {
 		was := r.list[i]
 		if was.Mask != mask {
-			return corruptf("a record that was moved from %v has the blocks %#x, not %#x", from, was.Mask, mask)
+			return fault.Corruptf("a record that was moved from %v has the blocks %#x, not %#x", from, was.Mask, mask)
 		}
 		if c := s.slots.get(was.To.Slot()); c != nil {
 			c.die(n * was.To.Share())

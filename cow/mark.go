@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
 )
@@ -77,7 +78,7 @@ func (m *durableMark) read(place int) (format.DurableMark, error) {
 	}
 	mark, err := format.DecodeDurableMark(m.scrap[:n])
 	if err == nil && mark.UUID != m.uuid {
-		err = corruptf("it belongs to store %x", mark.UUID)
+		err = fault.Corruptf("it belongs to store %x", mark.UUID)
 	}
 	return mark, err
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
 )
@@ -162,7 +163,7 @@ func (s *Store) resolve(e format.Entry) (was content, c *chunk, to format.Entry,
 		c = s.slots.get(e.Slot())
 		switch {
 		case c == nil:
-			return was, nil, 0, corruptf("it is in chunk %s, which does not exist", chunkName(e.Slot()))
+			return was, nil, 0, fault.Corruptf("it is in chunk %s, which does not exist", chunkName(e.Slot()))
 		case c.gone:
 			to, held, err := s.forwards.follow(e, &s.slots)
 			return content{e, c}, held, to, err
@@ -243,7 +244,7 @@ func (pl *ReadPlan) drop() {
 func (pl *ReadPlan) Finish(err error) error {
 	defer pl.release()
 	if err != nil {
-		return fmt.Errorf("read %s: %w", pl.d.ref, lost(err))
+		return fmt.Errorf("read %s: %w", pl.d.ref, fault.Lost(err))
 	}
 	for i := range pl.records {
 		if err := pl.finish(&pl.records[i]); err != nil {
@@ -302,7 +303,7 @@ func verify(stored []byte, chunkSeq uint64, e format.Entry, first uint64) (paylo
 		return nil, 0, err
 	}
 	if h.Kind != format.KindData && h.Kind != format.KindMoved || h.Blocks != e.Blocks() || h.Size() != e.Size() || h.Block != first {
-		return nil, 0, corruptf("the record is of block %d (%d blocks, %d bytes), not of block %d", h.Block, h.Blocks, h.Size(), first)
+		return nil, 0, fault.Corruptf("the record is of block %d (%d blocks, %d bytes), not of block %d", h.Block, h.Blocks, h.Size(), first)
 	}
 	payload = stored[format.RecordHeaderSize : format.RecordHeaderSize+h.PayloadLen]
 	err = h.VerifyPayload(payload)

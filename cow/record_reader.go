@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
 )
@@ -34,7 +35,7 @@ func (r *recordReader) next(seq uint64) (*format.RecordHeader, []byte, error) {
 	}
 	h, err := format.DecodeRecordHeader(head, r.c.seq, r.off)
 	if err == nil && h.Seq != seq {
-		err = corruptf("the record there has the number %d", h.Seq)
+		err = fault.Corruptf("the record there has the number %d", h.Seq)
 	}
 	if err != nil {
 		r.why = err
@@ -57,10 +58,10 @@ func (r *recordReader) next(seq uint64) (*format.RecordHeader, []byte, error) {
 func (r *recordReader) bytes(n int) ([]byte, error) {
 	if r.off < r.at || r.off+uint32(n) > r.at+uint32(len(r.win)) {
 		err := r.load(max(n, readWindow), r.off)
-		if isUnreadable(err) && n < readWindow {
+		if fault.IsUnreadable(err) && n < readWindow {
 			err = r.load(n, r.off) // the bytes that cannot be read may lie behind these
 		}
-		if isUnreadable(err) {
+		if fault.IsUnreadable(err) {
 			r.why = err
 			return nil, nil
 		}
@@ -69,7 +70,7 @@ func (r *recordReader) bytes(n int) ([]byte, error) {
 		}
 	}
 	if r.off+uint32(n) > r.at+uint32(len(r.win)) {
-		r.why = corruptf("the file ends at %d", r.at+uint32(len(r.win)))
+		r.why = fault.Corruptf("the file ends at %d", r.at+uint32(len(r.win)))
 		return nil, nil
 	}
 	return r.win[r.off-r.at:][:n], nil

@@ -6,9 +6,25 @@ import (
 	"io/fs"
 	"math"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
+
+// Recovery describes what Open found behind the last checkpoint.
+type Recovery struct {
+	Records      int64 // replayed records
+	Bytes        int64 // replayed bytes
+	Summaries    int   // chunks that were replayed from their summary alone
+	DroppedBytes int64 // bytes behind the first record that did not verify
+	DroppedFiles int   // chunk files with such bytes
+	Lost         int64 // dropped records that had been durable, and that Options.Repair gave up
+	Damaged      int   // records in the log whose data cannot be read
+	unsettled    bool  // a chunk may have a summary of dropped records, or the log was repaired
+}
+
+// Recovery returns what Open replayed and dropped.
+func (s *Store) Recovery() Recovery { return s.recovery }
 
 // loadAndReplay brings memory to the end of the log: it loads the tables of the last checkpoint and replays
 // every record behind it. It returns the chunk files that are behind the end of the log, or were being made
@@ -40,7 +56,7 @@ func (s *Store) loadAndReplay() (left []leaving, err error) {
 		return nil, err
 	}
 	if len(limits) > 0 && limits[0] < cp.Seq {
-		return nil, corruptf("the table is as of record %d, and the log goes on with record %d: they do not belong together", cp.Seq, limits[0])
+		return nil, fault.Corruptf("the table is as of record %d, and the log goes on with record %d: they do not belong together", cp.Seq, limits[0])
 	}
 	t := &batch{s: s}
 	for i, c := range logChunks {
@@ -114,11 +130,11 @@ func firstRecords(chunks []*chunk) (limits []uint64, err error) {
 func firstRecord(c *chunk) (seq uint64, err error) {
 	f, err := c.handle()
 	if err != nil {
-		return 0, readable(err)
+		return 0, fault.IgnoreUnreadable(err)
 	}
 	head := make([]byte, format.RecordHeaderSize)
 	if n, err := readFull(f, head, format.ChunkHeaderSize); err != nil || n < len(head) {
-		return 0, readable(err)
+		return 0, fault.IgnoreUnreadable(err)
 	}
 	h, err := format.DecodeRecordHeader(head, c.seq, format.ChunkHeaderSize)
 	if err != nil {
@@ -127,7 +143,7 @@ func firstRecord(c *chunk) (seq uint64, err error) {
 	payload := make([]byte, h.PayloadLen)
 	n, err := readFull(f, payload, format.ChunkHeaderSize+format.RecordHeaderSize)
 	if err != nil || n < len(payload) || h.VerifyPayload(payload) != nil {
-		return 0, readable(err)
+		return 0, fault.IgnoreUnreadable(err)
 	}
 	return h.Seq, nil
 }
@@ -148,9 +164,9 @@ func (s *Store) replayChunk(t *batch, c *chunk, from uint32, limit uint64) (r ch
 	c.end = from
 	f, err := c.handle()
 	if errors.Is(err, fs.ErrNotExist) {
-		err = corruptf("the file is missing")
+		err = fault.Corruptf("the file is missing")
 	}
-	if errors.Is(err, ErrCorrupt) || isUnreadable(err) {
+	if errors.Is(err, ErrCorrupt) || fault.IsUnreadable(err) {
 		return chunkReplay{why: err, lost: true}, nil
 	}
 	if err != nil {
@@ -163,10 +179,10 @@ func (s *Store) replayChunk(t *batch, c *chunk, from uint32, limit uint64) (r ch
 	c.size = uint32(min(size, format.MaxChunkSize))
 	s.slots.recount(c)
 	if c.size < from {
-		return chunkReplay{why: corruptf("the file has %d bytes", size), lost: true}, nil
+		return chunkReplay{why: fault.Corruptf("the file has %d bytes", size), lost: true}, nil
 	}
 	sum, err := readSummary(f, c, c.size)
-	if isUnreadable(err) { // the records are read instead
+	if fault.IsUnreadable(err) { // the records are read instead
 		s.recovery.unsettled, err = true, nil
 	}
 	if err != nil {
@@ -184,7 +200,7 @@ func (s *Store) replayChunk(t *batch, c *chunk, from uint32, limit uint64) (r ch
 	if err != nil {
 		return r, err
 	}
-	r.records, r.lost = int(s.wal.nextSeq-before), isUnreadable(r.why)
+	r.records, r.lost = int(s.wal.nextSeq-before), fault.IsUnreadable(r.why)
 	s.recovery.Records += int64(r.records)
 	c.written = c.end
 	s.markRow(c) // if the chunk is dead, the next checkpoint removes it
@@ -212,7 +228,7 @@ func (s *Store) replaySummary(t *batch, c *chunk, sum *summary, from uint32, lim
 			return true
 		}
 		if off != c.end || seq != s.wal.nextSeq || seq >= limit {
-			why = corruptf("the chunk goes on with record %d at %d", seq, off)
+			why = fault.Corruptf("the chunk goes on with record %d at %d", seq, off)
 			return false
 		}
 		var payload []byte
@@ -244,7 +260,7 @@ func (s *Store) replayed(c *chunk, size int) {
 // replayRecords reads and applies the records from offset from. why says why the next record is not there.
 func (s *Store) replayRecords(t *batch, c *chunk, from uint32, limit uint64) (why, err error) {
 	r := &recordReader{f: c.file, c: c, off: from, at: from, readOnly: s.readOnly != nil}
-	why = corruptf("a later chunk has the record")
+	why = fault.Corruptf("a later chunk has the record")
 	for s.wal.nextSeq < limit {
 		h, payload, err := r.next(s.wal.nextSeq)
 		if err != nil {
@@ -303,11 +319,11 @@ func (s *Store) replayRecord(t *batch, e *format.SummaryEntry, h *format.RecordH
 	}
 	b := s.catalog.branches[e.Branch]
 	if b == nil {
-		return corruptf("branch %d does not exist", e.Branch)
+		return fault.Corruptf("branch %d does not exist", e.Branch)
 	}
 	block := int(e.Block % format.LeafBlocks)
 	if block+e.Blocks > format.LeafBlocks {
-		return corruptf("%d blocks from %d on are not of one leaf", e.Blocks, e.Block)
+		return fault.Corruptf("%d blocks from %d on are not of one leaf", e.Blocks, e.Block)
 	}
 	var first format.Entry
 	if e.Kind == format.KindData {

@@ -6,6 +6,7 @@ import (
 	"os"
 	"syscall"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -64,7 +65,7 @@ func (s *Store) growTable(n int64, p purpose) error {
 		}
 	}
 	return fmt.Errorf("%w: the table of blocks needs %d KiB more, and %d MiB are free on the store's file system; free space there, or delete snapshots or volumes",
-		noSpace(syscall.ENOSPC), n>>10, free>>20)
+		fault.NoSpace(syscall.ENOSPC), n>>10, free>>20)
 }
 
 // allocateTable allocates blocks for the table's file, from one offset to another.

@@ -15,10 +15,10 @@ import (
 	"time"
 	"unsafe"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
+	"golang.org/x/sys/unix"
 )
 
 // The log's buffers can be kept in shared memory, so that acknowledged writes outlive the process:
@@ -196,7 +196,7 @@ func (b *sharedBuffers) restore(fsys storage.FS, header func(name string, slot u
 		name := chunkName(h.slot)
 		ch, err := header(name, h.slot)
 		// If the chunk's header is damaged, the replay will report that.
-		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, ErrCorrupt) || isUnreadable(err) || err == nil && ch.Seq != h.seq {
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, ErrCorrupt) || fault.IsUnreadable(err) || err == nil && ch.Seq != h.seq {
 			continue
 		}
 		if err == nil {

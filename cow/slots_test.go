@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"testing"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -23,25 +24,25 @@ func (s *Store) sumsAgree() error {
 		dirty[c] = s.slots.mayClean(c)
 		switch {
 		case now != c.counted.tally:
-			return corruptf("chunk %s is counted as %+v, and is %+v", c.name(), c.counted.tally, now)
+			return fault.Corruptf("chunk %s is counted as %+v, and is %+v", c.name(), c.counted.tally, now)
 		case c.counted.cleanable != dirty[c]:
-			return corruptf("chunk %s may be cleaned: %v; it is counted so: %v", c.name(), dirty[c], c.counted.cleanable)
+			return fault.Corruptf("chunk %s may be cleaned: %v; it is counted so: %v", c.name(), dirty[c], c.counted.cleanable)
 		}
 	}
 	if want != s.slots.tally {
-		return corruptf("the sums are %+v, and should be %+v", s.slots.tally, want)
+		return fault.Corruptf("the sums are %+v, and should be %+v", s.slots.tally, want)
 	}
 	for i, h := range s.slots.dirt {
 		for at, c := range h {
 			if !dirty[c] || c.counted.at != at || c.counted.dirt != i || c.dirt() != i || at > 0 && h[(at-1)/2].seq > c.seq {
-				return corruptf("chunk %s is misplaced among those that may be cleaned", c.name())
+				return fault.Corruptf("chunk %s is misplaced among those that may be cleaned", c.name())
 			}
 			delete(dirty, c)
 		}
 	}
 	for c, may := range dirty {
 		if may {
-			return corruptf("chunk %s is not among those that may be cleaned", c.name())
+			return fault.Corruptf("chunk %s is not among those that may be cleaned", c.name())
 		}
 	}
 	return nil

@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/metadata"
@@ -109,21 +110,6 @@ type Store struct {
 	recovery Recovery
 }
 
-// Recovery describes what Open found behind the last checkpoint.
-type Recovery struct {
-	Records      int64 // replayed records
-	Bytes        int64 // replayed bytes
-	Summaries    int   // chunks that were replayed from their summary alone
-	DroppedBytes int64 // bytes behind the first record that did not verify
-	DroppedFiles int   // chunk files with such bytes
-	Lost         int64 // dropped records that had been durable, and that Options.Repair gave up
-	Damaged      int   // records in the log whose data cannot be read
-	unsettled    bool  // a chunk may have a summary of dropped records, or the log was repaired
-}
-
-// Recovery returns what Open replayed and dropped.
-func (s *Store) Recovery() Recovery { return s.recovery }
-
 // OpenOver is Open with the chunk files in files instead of the store's folder. It is for tests of this
 // module whose disk fails.
 func OpenOver(dir string, files storage.FS, o Options) (*Store, error) {
@@ -194,7 +180,7 @@ func openIn(in *storage.Folder, o Options) (*Store, error) {
 		return nil, errors.Join(fmt.Errorf("open store %s: %w", dir, err), s.release())
 	}
 	if err := s.openFiles(); err != nil {
-		return nil, errors.Join(fmt.Errorf("open store %s: %w", dir, noSpace(err)), s.release())
+		return nil, errors.Join(fmt.Errorf("open store %s: %w", dir, fault.NoSpace(err)), s.release())
 	}
 	if s.readOnly != nil {
 		return s, nil

@@ -1,6 +1,7 @@
 package cow
 
 import (
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
 )
@@ -89,7 +90,7 @@ func (m *summary) each(fn func(seq uint64, off uint32, e *format.SummaryEntry) b
 		seq++
 	}
 	if off != m.End {
-		return corruptf("the summary's records end at %d, not at %d", off, m.End)
+		return fault.Corruptf("the summary's records end at %d, not at %d", off, m.End)
 	}
 	return nil
 }

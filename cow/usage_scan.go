@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -84,7 +85,7 @@ func newCensus(tx *metadata.Tx, interrupted func() error) (*usageScan, error) {
 	for _, b := range tb.Branches { // by id: an origin comes before the branches that begin there
 		l := &branchRefs{Branch: b, origin: c.lines[b.OriginBranch]}
 		if b.OriginBranch != 0 && l.origin == nil {
-			return nil, corruptf("branch %d has the origin %d, which does not exist", b.ID, b.OriginBranch)
+			return nil, fault.Corruptf("branch %d has the origin %d, which does not exist", b.ID, b.OriginBranch)
 		}
 		c.lines[b.ID] = l
 	}
@@ -100,7 +101,7 @@ func (c *usageScan) names(tb *metadata.Tables) error {
 	for _, v := range tb.Volumes {
 		l := c.lines[v.Branch]
 		if l == nil {
-			return corruptf("volume %q is on branch %d, which does not exist", v.Name, v.Branch)
+			return fault.Corruptf("volume %q is on branch %d, which does not exist", v.Name, v.Branch)
 		}
 		r := Ref{Volume: v.Name}
 		volumes[v.ID], c.marks[r] = r, pointRef{l, l.Epoch}
@@ -110,7 +111,7 @@ func (c *usageScan) names(tb *metadata.Tables) error {
 	for _, sn := range tb.Snapshots {
 		l := c.lines[sn.Branch]
 		if l == nil {
-			return corruptf("snapshot %q is of branch %d, which does not exist", sn.Name, sn.Branch)
+			return fault.Corruptf("snapshot %q is of branch %d, which does not exist", sn.Name, sn.Branch)
 		}
 		l.keepers = append(l.keepers, reference{epoch: sn.Epoch, named: sn.Volume != 0})
 		if v, ok := volumes[sn.Volume]; ok {
@@ -143,7 +144,7 @@ func (c *usageScan) keep(tb *metadata.Tables) error {
 		}
 		k := l.origin.search(l.OriginEpoch)
 		if k == len(l.origin.keepers) || l.origin.keepers[k].epoch != l.OriginEpoch {
-			return corruptf("branch %d begins at epoch %d of branch %d, which is no point", b.ID, b.OriginEpoch, b.OriginBranch)
+			return fault.Corruptf("branch %d begins at epoch %d of branch %d, which is no point", b.ID, b.OriginEpoch, b.OriginBranch)
 		}
 		l.origin.keepers[k].forks++
 	}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"syscall"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -89,5 +90,5 @@ func (s *Store) workable(free int64) int64 {
 // noWorkRoom returns the error for when something could be cleaned, but there is no room to do so.
 func noWorkRoom(room int64) error {
 	return fmt.Errorf("%w: there is room to copy %d KiB, and each chunk with dead data has more than that alive; raise the store's limit, free space on its file system, or delete snapshots or volumes",
-		noSpace(syscall.ENOSPC), max(0, room)>>10)
+		fault.NoSpace(syscall.ENOSPC), max(0, room)>>10)
 }
