@@ -110,7 +110,7 @@ func (c *checker) readVersion(tx *metadata.Tx, v metadata.Version, l *format.Lea
 // read reads a record from its file, and verifies it.
 func (c *checker) read(ch *chunk, e format.Entry, first uint64) error {
 	if c.buf == nil {
-		c.buf, c.unit = make([]byte, format.MaxDataRecord), make([]byte, unitSize)
+		c.buf, c.unit = make([]byte, format.MaxDataRecord), make([]byte, format.UnitSize)
 	}
 	f, err := ch.handle()
 	if err != nil {

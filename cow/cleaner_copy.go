@@ -13,7 +13,7 @@ type mover struct {
 	s      *Store
 	r      recordReader
 	c      *chunk // being cleaned; the caller holds a reference
-	unit   [unitSize]byte
+	unit   [format.UnitSize]byte
 	comp   []byte
 	pay    []byte      // payload of a moved record
 	leaf   format.Leaf // buffer of ownedMask

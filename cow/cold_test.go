@@ -144,7 +144,7 @@ func (w *world) end(t *testing.T) {
 // TestColdRaces changes a leaf between the pass's reading and rewriting of it.
 func TestColdRaces(t *testing.T) {
 	t.Parallel()
-	const unit = unitSize
+	const unit = format.UnitSize
 	for _, c := range []struct {
 		name  string
 		units int // how many may be rewritten

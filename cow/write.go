@@ -7,14 +7,10 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-const (
-	unitSize = format.UnitBlocks * format.BlockSize
-
-	// hotUnit is the size into which writes are cut. Written data may soon be read or overwritten in part,
-	// and each block that is read costs reading and decompressing its whole unit. Larger units would save
-	// another tenth of the space, but double the cost of a random read.
-	hotUnit = 4 * format.BlockSize
-)
+// hotUnit is the size into which writes are cut. Written data may soon be read or overwritten in part, and each block
+// that is read costs reading and decompressing its whole unit. Larger units would save another tenth of the space, but
+// double the cost of a random read.
+const hotUnit = 4 * format.BlockSize
 
 // errChanged is returned if a block is no longer what a partial write was merged with.
 var errChanged = errors.New("block changed")
@@ -24,8 +20,8 @@ var errEvicted = errors.New("leaf evicted")
 
 // scratch is the memory of one operation.
 type scratch struct {
-	unit [unitSize]byte // a unit that is merged with the blocks' old content
-	comp []byte         // a unit compressed
+	unit [format.UnitSize]byte // a unit that is merged with the blocks' old content
+	comp []byte                // a unit compressed
 	plan ReadPlan
 
 	solid bool // zeros are written as data that takes space, not as holes
