@@ -122,7 +122,7 @@ func (c *checker) read(ch *chunk, e format.Entry, first uint64) error {
 	} else if n < len(stored) {
 		return fault.Corruptf("the file ends at %d", int64(e.Offset())+int64(n))
 	}
-	payload, codec, err := verify(stored, ch.seq, e, first)
+	payload, codec, err := format.VerifyRecord(stored, ch.seq, e, first)
 	if err != nil {
 		return err
 	}

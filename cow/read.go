@@ -260,7 +260,7 @@ func (pl *ReadPlan) finish(r *planned) error {
 	if r.done || !whole && r.e.Blocks() > 1 && units.get(r.key(), pl.pieces, r.piece) {
 		return nil // a concurrent read of the unit's other blocks has put the unit into the cache
 	}
-	payload, codec, err := verify(pl.arena[r.at:r.at+r.e.Size()], r.c.seq, r.e, r.first)
+	payload, codec, err := format.VerifyRecord(pl.arena[r.at:r.at+r.e.Size()], r.c.seq, r.e, r.first)
 	if err != nil {
 		return err
 	}
@@ -293,24 +293,6 @@ func copyPieces(unit []byte, pieces []piece, first int) {
 	for i := first; i >= 0; i = pieces[i].next {
 		copy(pieces[i].dst, unit[pieces[i].from:])
 	}
-}
-
-// verify checks that stored is the record that e names: of this life of the chunk, at this offset, for these
-// blocks, and with an intact payload.
-func verify(stored []byte, chunkSeq uint64, e format.Entry, first uint64) (payload []byte, codec format.Codec, err error) {
-	h, err := format.DecodeRecordHeader(stored, chunkSeq, e.Offset())
-	if err != nil {
-		return nil, 0, err
-	}
-	if h.Kind != format.KindData && h.Kind != format.KindMoved || h.Blocks != e.Blocks() || h.Size() != e.Size() || h.Block != first {
-		return nil, 0, fault.Corruptf("the record is of block %d (%d blocks, %d bytes), not of block %d", h.Block, h.Blocks, h.Size(), first)
-	}
-	payload = stored[format.RecordHeaderSize : format.RecordHeaderSize+h.PayloadLen]
-	err = h.VerifyPayload(payload)
-	if h.Kind == format.KindMoved {
-		payload = payload[format.MovedSize:]
-	}
-	return payload, h.Codec, err
 }
 
 func (pl *ReadPlan) release() {
