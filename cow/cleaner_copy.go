@@ -295,7 +295,7 @@ func (m *mover) headMask(h *format.RecordHeader, name format.Entry) (mask uint16
 	if !l.written {
 		return 0, true, nil
 	}
-	err = m.s.cache.view(leafKey{l.b, uint32(h.Block / format.LeafBlocks), head}, func(lf *leaf) {
+	err = m.s.cache.view(l.b.leaf(uint32(h.Block/format.LeafBlocks), head), func(lf *leaf) {
 		first := int(h.Block % format.LeafBlocks)
 		rest = !l.alone
 		for i := range h.Blocks {
@@ -391,8 +391,8 @@ func (s *Store) tryPutMoved(h *format.RecordHeader, payload []byte, same func(*l
 	if b == nil {
 		return k, errChanged
 	}
-	k = leafKey{b, uint32(h.Block / format.LeafBlocks), head}
-	err = s.install(k, h, payload, h.Blocks, forMoves, false, func(lf *leaf) error {
+	k = b.leaf(uint32(h.Block/format.LeafBlocks), head)
+	err = s.install(b, h, payload, h.Blocks, forMoves, false, func(lf *leaf) error {
 		if b.volume == nil || lf.epoch != b.Epoch || !same(lf) {
 			return errChanged
 		}

@@ -86,7 +86,7 @@ func (d *Device) plan(pl *ReadPlan, p []byte, off int64) error {
 	for len(p) > 0 {
 		n := int(min(int64(len(p)), leafSize-off%leafSize))
 		var bad error
-		err := d.s.cache.view(leafKey{d.b, uint32(off / leafSize), d.asOf}, func(lf *leaf) {
+		err := d.s.cache.view(d.b.leaf(uint32(off/leafSize), d.asOf), func(lf *leaf) {
 			bad = pl.plan(lf, p[:n], off)
 		})
 		if err := errors.Join(err, bad); err != nil {
