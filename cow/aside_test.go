@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
@@ -40,7 +41,7 @@ func TestSetAsideOnFullDisk(t *testing.T) {
 				t.Fatal(err)
 			}
 			chunks := filepath.Join(dir, chunksDir)
-			name := filepath.Join(chunks, chunkName(0x7777))
+			name := filepath.Join(chunks, wal.ChunkName(0x7777))
 			content := append(make([]byte, 8192), "nobody knows what this is"...)
 			if err := os.WriteFile(name, content, 0o600); err != nil {
 				t.Fatal(err)

@@ -43,33 +43,24 @@ func isNew(b *branch, lf *leaf, first, n int) bool {
 // roomForNew returns an error, which matches ErrNoSpace and errNoNew, if a new mapping of n bytes of log
 // would take what is kept for overwrites. The caller holds mu.
 func (s *Store) roomForNew(n int, small bool) error {
-	capacity, parts := s.wal.capacity, int64(newParts)
+	capacity, parts := s.wal.Capacity(), int64(newParts)
 	if small {
 		parts = smallParts
 	}
 	live := s.slots.live
-	if c := s.wal.current; c != nil {
-		live += int64(c.live)
+	if c := s.wal.Current(); c != nil {
+		live += int64(s.slots.get(c.Slot).live)
 	}
-	most := max(0, capacity-capacity*parts/64-endChunks*s.wal.chunkBytes-s.workRoom())
+	most := max(0, capacity-capacity*parts/64-endChunks*s.wal.ChunkBytes-s.workRoom())
 	if capacity == 0 || s.opts.takeAll || live+int64(n) <= most {
 		return nil
 	}
 	bound, way := "there is room for", "free space on the store's file system"
-	if capacity == s.wal.limit {
+	if capacity == s.wal.Limit {
 		bound, way = "the store's limit is", "raise it"
 	}
 	return fmt.Errorf("%w: %d MiB are stored, %s %d MiB, and %d of these are %w; %s, or delete snapshots or volumes",
 		fault.NoSpace(syscall.ENOSPC), live>>20, bound, capacity>>20, (capacity-most)>>20, errNoNew, way)
-}
-
-// noteCapacity notes how many bytes the chunk files can take in total; used of them are taken. The caller
-// holds mu.
-func (l *recordLog) noteCapacity(free, kept, used int64) {
-	l.capacity = used + max(0, min(free, free+kept-spare))
-	if l.limit > 0 {
-		l.capacity = min(l.capacity, l.limit)
-	}
 }
 
 // errNoNew is matched by the error of a refused new mapping.
@@ -87,7 +78,7 @@ func (s *Store) moreForNew(tries int) (bool, error) {
 		kept := s.kept()
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		s.wal.noteCapacity(free, kept, s.slots.files)
+		s.wal.NoteCapacity(free, kept, s.slots.files)
 		return true, nil
 	}
 	s.mu.Lock()

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -400,9 +401,9 @@ func (c *checker) accounting(tb *metadata.Tables) {
 		c.report.LiveBytes += got
 		switch {
 		case int64(ch.Live) > got:
-			c.problem(Problem{KindLeak, "chunk " + chunkName(ch.Slot), fmt.Sprintf("%d live bytes are kept, %d are referred to", ch.Live, got)})
+			c.problem(Problem{KindLeak, "chunk " + wal.ChunkName(ch.Slot), fmt.Sprintf("%d live bytes are kept, %d are referred to", ch.Live, got)})
 		case int64(ch.Live) < got:
-			c.corrupt("chunk "+chunkName(ch.Slot), "%d live bytes are kept, %d are referred to", ch.Live, got)
+			c.corrupt("chunk "+wal.ChunkName(ch.Slot), "%d live bytes are kept, %d are referred to", ch.Live, got)
 		}
 		c.file(ch)
 	}
@@ -422,9 +423,9 @@ func (c *checker) files(tb *metadata.Tables) {
 
 // file checks the file of a chunk.
 func (c *checker) file(row format.Chunk) {
-	where := "chunk " + chunkName(row.Slot)
+	where := "chunk " + wal.ChunkName(row.Slot)
 	c.holding(row, func(ch *chunk) {
-		h, err := c.s.chunkHeader(chunkName(row.Slot), row.Slot)
+		h, err := c.s.wal.Header(wal.ChunkName(row.Slot), row.Slot)
 		if err == nil && h.Seq != row.Seq {
 			err = fault.Corruptf("its header has the sequence %d, the table says %d", h.Seq, row.Seq)
 		}
@@ -435,16 +436,4 @@ func (c *checker) file(row format.Chunk) {
 			c.failed(where, err)
 		}
 	})
-}
-
-func longEnough(ch *chunk, row format.Chunk) error {
-	f, err := ch.handle()
-	if err != nil {
-		return err
-	}
-	size, err := f.Size()
-	if err == nil && size < int64(row.End) {
-		err = fault.Corruptf("it has %d bytes, its records end at %d", size, row.End)
-	}
-	return err
 }

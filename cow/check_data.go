@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -100,7 +101,7 @@ func (c *checker) readVersion(tx *metadata.Tx, v metadata.Version, l *format.Lea
 		block := uint64(v.Leaf)*format.LeafBlocks + uint64(i) - uint64(e.Index())
 		c.holding(row, func(ch *chunk) {
 			if err := c.read(ch, e, block); err != nil && !c.hasGone(ch) {
-				c.failed(where(v), fmt.Errorf("block %d: chunk %s offset %d: %w", i, chunkName(e.Slot()), e.Offset(), err))
+				c.failed(where(v), fmt.Errorf("block %d: chunk %s offset %d: %w", i, wal.ChunkName(e.Slot()), e.Offset(), err))
 			}
 		})
 	}
@@ -110,19 +111,19 @@ func (c *checker) readVersion(tx *metadata.Tx, v metadata.Version, l *format.Lea
 // read reads a record from its file, and verifies it.
 func (c *checker) read(ch *chunk, e format.Entry, first uint64) error {
 	if c.buf == nil {
-		c.buf, c.unit = make([]byte, format.MaxDataRecord), make([]byte, format.UnitSize)
+		c.buf, c.unit = make([]byte, format.MaxDataRecord), make([]byte, unitSize)
 	}
-	f, err := ch.handle()
+	f, err := ch.Handle()
 	if err != nil {
 		return err
 	}
 	stored := c.buf[:min(e.Size(), len(c.buf))]
-	if n, err := readFull(f, stored, int64(e.Offset())); err != nil {
+	if n, err := wal.ReadFull(f, stored, int64(e.Offset())); err != nil {
 		return err
 	} else if n < len(stored) {
 		return fault.Corruptf("the file ends at %d", int64(e.Offset())+int64(n))
 	}
-	payload, codec, err := format.VerifyRecord(stored, ch.seq, e, first)
+	payload, codec, err := verify(stored, ch.Seq, e, first)
 	if err != nil {
 		return err
 	}
@@ -134,10 +135,10 @@ func (c *checker) read(ch *chunk, e format.Entry, first uint64) error {
 // If the chunk has gone since that state of the table, it does not call fn.
 func (c *checker) holding(row format.Chunk, fn func(*chunk)) {
 	ch := c.s.slots.get(row.Slot)
-	if ch == nil || ch.seq != row.Seq || ch.gone || !ch.tryAcquire() {
+	if ch == nil || ch.Seq != row.Seq || ch.gone || !ch.TryAcquire() {
 		return
 	}
-	defer ch.release()
+	defer ch.Release()
 	fn(ch)
 }
 
@@ -146,4 +147,16 @@ func (c *checker) hasGone(ch *chunk) bool {
 	c.s.mu.Lock()
 	defer c.s.mu.Unlock()
 	return ch.dead
+}
+
+func longEnough(ch *chunk, row format.Chunk) error {
+	f, err := ch.Handle()
+	if err != nil {
+		return err
+	}
+	size, err := f.Size()
+	if err == nil && size < int64(row.End) {
+		err = fault.Corruptf("it has %d bytes, its records end at %d", size, row.End)
+	}
+	return err
 }

@@ -3,8 +3,10 @@ package cow
 import (
 	"fmt"
 	"math/bits"
+	"slices"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -41,14 +43,14 @@ func (f *checkForwards) find(tx *metadata.Tx, e format.Entry) (at format.Entry, 
 	if _, ok := f.rows[e.Slot()]; !ok && !f.all {
 		return e, false, nil
 	}
-	if k := metadata.RegionOf(e); k != f.region || !f.loaded {
+	if k := regionOf(e); k != f.region || !f.loaded {
 		f.region, f.loaded = k, true
 		f.list, f.bad = tx.Forwards(k)
 	}
 	if f.bad != nil {
 		return e, false, f.bad
 	}
-	i, ok := format.SearchForwards(f.list, e.Offset())
+	i, ok := slices.BinarySearchFunc(f.list, e.Offset(), func(f format.Forward, off uint32) int { return int(f.Offset) - int(off) })
 	if !ok {
 		return e, false, nil
 	}
@@ -68,7 +70,7 @@ func (c *checker) checkForwards(tx *metadata.Tx) error {
 	noted := map[uint32]int64{}
 	err := tx.EachRegion(func(r metadata.Region, list []format.Forward, bad error) error {
 		if bad != nil {
-			c.corrupt(fmt.Sprintf("forwards of chunk %s region %d", chunkName(r.Slot), r.Number), "%v", bad)
+			c.corrupt(fmt.Sprintf("forwards of chunk %s region %d", wal.ChunkName(r.Slot), r.Number), "%v", bad)
 		}
 		for _, f := range list {
 			noted[r.Slot] += int64(bits.OnesCount16(f.Mask))
@@ -80,11 +82,11 @@ func (c *checker) checkForwards(tx *metadata.Tx) error {
 	}
 	for slot := range noted {
 		if _, ok := f.rows[slot]; !ok {
-			c.corrupt("chunk "+chunkName(slot), "blocks of it are noted as moved, but it has no row that says so")
+			c.corrupt("chunk "+wal.ChunkName(slot), "blocks of it are noted as moved, but it has no row that says so")
 		}
 	}
 	for slot, row := range f.rows {
-		where := "moved blocks of chunk " + chunkName(slot)
+		where := "moved blocks of chunk " + wal.ChunkName(slot)
 		if ch, ok := c.chunks[slot]; ok && ch.Seq != row.Seq {
 			c.corrupt(where, "the chunk has the sequence %d, the row %d", ch.Seq, row.Seq)
 		}

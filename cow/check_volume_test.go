@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -25,7 +26,7 @@ func TestCheckOfOneVolume(t *testing.T) {
 		must(t, err)
 		write(name, 0, uint64(i+1))
 		s.mu.Lock()
-		s.wal.retire() // each volume has its own chunks
+		s.wal.Retire() // each volume has its own chunks
 		s.mu.Unlock()
 	}
 	must(t, s.Snapshot(Ref{"a", "s"}))
@@ -53,7 +54,7 @@ func TestCheckOfOneVolume(t *testing.T) {
 	}
 
 	// Cut off the end of the first chunk, which belongs to a and its clone.
-	must(t, os.Truncate(filepath.Join(dir, chunksDir, chunkName(0)), 8192))
+	must(t, os.Truncate(filepath.Join(dir, chunksDir, wal.ChunkName(0)), 8192))
 	for name, bad := range map[string]bool{"": true, "a": true, "b": false, "c": true} {
 		for _, data := range []bool{false, true} {
 			rep, err := check(name, data)

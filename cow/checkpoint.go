@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -37,7 +38,7 @@ func (s *Store) checkpointLocked() error {
 	s.reapForCheckpoint()
 	g := s.beginGeneration()
 	// Data before metadata: the records that leaves refer to become durable before the leaves do.
-	if err := s.wal.sync(); err != nil {
+	if err := s.wal.Sync(); err != nil {
 		return s.abortGeneration(g, fmt.Errorf("checkpoint: %w", err))
 	}
 	s.encode(g)
@@ -50,7 +51,7 @@ func (s *Store) checkpointLocked() error {
 	err = errors.Join(err, s.removeDead(g.dead))
 	s.mu.Lock()
 	if s.pendingFree > 0 {
-		s.wal.space.Broadcast() // writers that wait for room need not wait for the cleaner too
+		s.wal.RoomMade() // writers that wait for room need not wait for the cleaner too
 	}
 	s.pendingFree = 0
 	s.mu.Unlock()
@@ -67,7 +68,7 @@ func (s *Store) commit(g *generation) error {
 		// The pages that the commit takes were counted before, and there is room for them. If the file system
 		// does not keep to that, the reserve helps.
 		err = s.meta.Update(g.write)
-		for errors.Is(err, metadata.ErrUnwritten) && s.wal.stock.give(reserveStep) {
+		for errors.Is(err, metadata.ErrUnwritten) && s.reserve.Give(wal.ReserveStep) {
 			err = s.meta.Update(g.write)
 		}
 	}
@@ -77,9 +78,9 @@ func (s *Store) commit(g *generation) error {
 	full := errors.Is(err, metadata.ErrUnwritten) || !tried && errors.Is(err, ErrNoSpace)
 	err = fmt.Errorf("checkpoint: commit the table: %w", fault.NoSpace(err))
 	if !full {
-		return s.wal.fail(err)
+		return s.wal.Fail(err)
 	}
-	_, perr := s.wal.pool.empty() // this frees room for the next attempt
+	_, perr := s.wal.Pool.Empty() // this frees room for the next attempt
 	return errors.Join(err, perr)
 }
 
@@ -88,21 +89,21 @@ func (s *Store) commit(g *generation) error {
 // than before. The caller holds ckptMu.
 func (s *Store) trimEnds(before uint64) {
 	s.untrimmed = slices.DeleteFunc(s.untrimmed, func(c *chunk) bool {
-		if c.seq >= before {
+		if c.Seq >= before {
 			return false
 		}
 		s.mu.Lock()
-		here := s.slots.get(c.slot) == c && !c.dead
+		here := s.slots.get(c.Slot) == c && !c.dead
 		s.mu.Unlock()
 		if !here {
 			return true
 		}
-		if err := c.file.Truncate(int64(c.end)); err != nil {
-			s.log.Warn("what is allocated behind a chunk's records stays", "chunk", c.name(), "err", err)
+		if err := c.Truncate(c.End); err != nil {
+			s.log.Warn("what is allocated behind a chunk's records stays", "chunk", c.Name(), "err", err)
 			return true
 		}
 		s.mu.Lock()
-		c.size = c.end
+		c.Size = c.End
 		s.slots.recount(c)
 		s.mu.Unlock()
 		return true
@@ -116,19 +117,18 @@ func (s *Store) beginGeneration() *generation {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	g := &generation{gen: s.gen}
-	chunkSeq, off := s.wal.position()
-	g.at = format.Checkpoint{Seq: s.wal.nextSeq, ChunkSeq: chunkSeq, Offset: off, NextID: uint32(min(s.catalog.nextID, math.MaxUint32)), NextChunkSeq: s.wal.nextChunk}
-	g.appended = s.wal.appended
+	chunkSeq, off := s.wal.Position()
+	g.at = format.Checkpoint{Seq: s.wal.NextSeq(), ChunkSeq: chunkSeq, Offset: off, NextID: uint32(min(s.catalog.nextID, math.MaxUint32)), NextChunkSeq: s.wal.NextChunk()}
+	g.appended = s.wal.Appended()
 	g.leaves, s.dirty = s.dirty, nil
 	s.writing, s.unwritten = s.unwritten, 0
 	for v := range s.dropping {
 		g.dropLeaves = append(g.dropLeaves, v)
 	}
 	g.takeTables(&s.catalog)
-	for _, c := range s.wal.sealed {
-		s.markRow(c) // it may be dead already, and nothing marks it later
+	for _, c := range s.wal.TakeSealed() {
+		s.markRow(s.slots.get(c.Slot)) // it may be dead already, and nothing marks it later
 	}
-	s.wal.sealed = nil
 	s.takeChunks(g)
 	g.regions = s.beginRegions()
 	s.writingRegions = len(g.regions)
@@ -148,25 +148,25 @@ func (s *Store) beginGeneration() *generation {
 func (s *Store) takeChunks(g *generation) {
 	for _, c := range s.dirtyRows {
 		c.rowDirty = false
-		if s.slots.get(c.slot) != c {
+		if s.slots.get(c.Slot) != c {
 			continue // removed meanwhile
 		}
 		switch {
 		case c.moved > 0:
 			c.hasMoved = true
-			g.forwarded = append(g.forwarded, format.Forwarded{Slot: c.slot, Seq: c.seq, Blocks: c.moved})
+			g.forwarded = append(g.forwarded, format.Forwarded{Slot: c.Slot, Seq: c.Seq, Blocks: c.moved})
 		case c.hasMoved:
 			c.hasMoved = false
-			g.back = append(g.back, c.slot)
+			g.back = append(g.back, c.Slot)
 		}
 		if c.dead || c.gone && c.moved > 0 {
 			g.rowsOf = append(g.rowsOf, c)
 			continue
 		}
-		if c.live == 0 && c.sealed && c.seq < g.at.ChunkSeq {
+		if c.live == 0 && c.Sealed && c.Seq < g.at.ChunkSeq {
 			c.dead = true
 			s.slots.recount(c)
-			s.pendingFree += int64(c.size)
+			s.pendingFree += int64(c.Size)
 			g.dead = append(g.dead, c)
 			continue
 		}
@@ -184,7 +184,7 @@ func (s *Store) encode(g *generation) {
 	}
 	s.values.reset()
 	for _, k := range g.leaves {
-		sh := s.cache.shard(k.Branch.ID, k.Index)
+		sh := s.cache.shard(k.b.ID, k.index)
 		sh.mu.RLock()
 		if lf, _ := sh.find(k); lf != nil && lf.dirtyGen() == g.gen {
 			add(lf.open())
@@ -219,14 +219,14 @@ func (s *Store) finishGeneration(g *generation) {
 		s.cache.shards[i].dropWritten(g.gen, func(branch uint32) { images[branch]++ })
 	}
 	for _, k := range g.leaves {
-		sh := s.cache.shard(k.Branch.ID, k.Index)
+		sh := s.cache.shard(k.b.ID, k.index)
 		sh.mu.Lock()
 		if lf, h := sh.find(k); lf != nil && lf.dirtyGen() == g.gen {
 			sh.setGen(h, 0)
 			sh.pack(h)
 		}
 		sh.mu.Unlock()
-		k.Branch.unwritten.Add(-1)
+		k.b.unwritten.Add(-1)
 	}
 	s.cache.shrink()
 	s.settleRegions(g)
@@ -236,12 +236,12 @@ func (s *Store) finishGeneration(g *generation) {
 	}
 	for n, count := range images {
 		if b := s.catalog.branches[n]; b != nil {
-			b.leaves.unwritten.Add(-count)
+			b.unwritten.Add(-count)
 		}
 	}
 	s.writing, s.writingRegions = 0, 0
 	s.slots.cleanable, s.cleanerExhausted = g.at.ChunkSeq, false
-	s.wal.committed = g.at.Seq
+	s.wal.Committed(g.at.Seq)
 	for _, c := range g.rowsOf { // among others, the chunks that became full since the last checkpoint
 		s.slots.recount(c)
 	}
@@ -257,14 +257,14 @@ func (s *Store) abortGeneration(g *generation, err error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, k := range g.leaves {
-		sh := s.cache.shard(k.Branch.ID, k.Index)
+		sh := s.cache.shard(k.b.ID, k.index)
 		sh.mu.Lock()
 		if lf, h := sh.find(k); lf != nil && lf.dirtyGen() == g.gen {
 			s.markDirty(k, sh, h)
 			s.unwritten-- // it is counted in writing too
 		}
 		sh.mu.Unlock()
-		k.Branch.unwritten.Add(-1)
+		k.b.unwritten.Add(-1)
 	}
 	s.unwritten, s.writing, s.writingRegions, s.pendingFree = s.unwritten+s.writing, 0, 0, 0
 	s.failures, s.failure = s.failures+1, err
@@ -301,27 +301,27 @@ func (s *Store) removeDead(dead []*chunk) error {
 	var errs []error
 	kept, low := s.pendingRemoval[:0], s.lowDisk()
 	for _, c := range s.pendingRemoval {
-		if !low && s.wal.pool.keep(c, s.wal.chunkBytes) {
+		if !low && !c.gone && !c.hasMoved && !c.damaged && s.wal.Pool.Keep(c.Chunk, s.wal.ChunkBytes) {
 			continue
 		}
 		if err := s.removeFile(c); err != nil {
-			errs = append(errs, fmt.Errorf("remove chunk %s: %w", c.name(), err))
+			errs = append(errs, fmt.Errorf("remove chunk %s: %w", c.Name(), err))
 			kept = append(kept, c) // its slot stays taken
 			continue
 		}
 		s.mu.Lock()
 		if !c.gone {
-			s.slots.removed += int64(c.end)
+			s.slots.removed += int64(c.End)
 		}
 		if c.hasMoved {
-			stub := s.goneChunk(c.slot, c.seq, c.moved)
+			stub := s.goneChunk(c.Slot, c.Seq, c.moved)
 			s.slots.put(stub)
 			s.markRow(stub) // moved blocks may have died since
 		} else {
-			s.slots.remove(c.slot)
+			s.slots.remove(c.Slot)
 		}
 		s.mu.Unlock()
-		c.release()
+		c.Release()
 	}
 	s.pendingRemoval = kept
 	return errors.Join(errs...)
@@ -335,19 +335,19 @@ func (s *Store) removeFile(c *chunk) error {
 	}
 	// Until the chunk's place in the slot table is taken, others can still find it here, but only through
 	// blocks that were moved.
-	if c.hasMoved || c.refs.Load() > 1 {
-		if _, err := c.handle(); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if c.hasMoved || c.InUse() {
+		if _, err := c.Handle(); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
-	return s.fs.Remove(c.name())
+	return s.fs.Remove(c.Name())
 }
 
 // goneChunk returns a chunk that stands for one whose file has been removed, while blocks that were moved
 // from it are live.
 func (s *Store) goneChunk(slot uint32, seq uint64, moved uint32) *chunk {
 	c := newChunk(slot, seq, s.fs)
-	c.gone, c.sealed, c.moved, c.hasMoved = true, true, moved, true
+	c.gone, c.Sealed, c.moved, c.hasMoved = true, true, moved, true
 	return c
 }
 
@@ -372,9 +372,9 @@ func (s *Store) checkpointer() {
 		case <-s.ckptWork:
 			due = true
 		case <-tick.C:
-			s.wal.cutIdle()
+			s.wal.CutIdle()
 			s.fillReserve()
-			if err := s.wal.pool.emptyIdle(); err != nil {
+			if err := s.wal.Pool.EmptyIdle(); err != nil {
 				s.log.Error("the file of a dead chunk stays", "err", err)
 			}
 			due = time.Since(last) >= s.opts.checkpointInterval && s.changed()

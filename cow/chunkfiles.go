@@ -5,11 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strconv"
 	"sync"
 	"sync/atomic"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/metadata"
@@ -31,9 +31,9 @@ func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks
 	}
 	f := foundFiles{s: s, known: known, cp: cp}
 	for _, name := range names {
-		slot, ok := parseChunkName(name)
+		slot, ok := wal.ParseChunkName(name)
 		switch {
-		case name == reserveName, name == markName: // here if the store's folder is also the folder of the chunks
+		case name == wal.ReserveName, name == wal.MarkName: // here if the store's folder is also the folder of the chunks
 		case !ok:
 			f.strange = append(f.strange, name)
 		default:
@@ -51,7 +51,7 @@ func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks
 			return nil, nil, err
 		}
 	}
-	slices.SortFunc(f.log, func(a, b *chunk) int { return cmp.Compare(a.seq, b.seq) })
+	slices.SortFunc(f.log, func(a, b *chunk) int { return cmp.Compare(a.Seq, b.Seq) })
 	return f.log, append(f.left, f.old...), nil
 }
 
@@ -74,7 +74,7 @@ func (f *foundFiles) add(name string, slot uint32) error {
 	if isKnown && r.Seq < f.cp.ChunkSeq {
 		return nil // the table has all of its records
 	}
-	h, err := s.chunkHeader(name, slot)
+	h, err := s.wal.Header(name, slot)
 	if err == nil && isKnown && h.Seq == 0 {
 		err = fault.Corruptf("it is missing")
 	}
@@ -83,7 +83,7 @@ func (f *foundFiles) add(name string, slot uint32) error {
 			return err
 		}
 		if !isKnown {
-			f.left = append(f.left, leaving{name: name, as: asDamaged})
+			f.left = append(f.left, leaving{name: name, as: wal.AsDamaged})
 			return nil
 		}
 		h, err = format.ChunkHeader{Slot: slot, Seq: r.Seq}, nil
@@ -94,7 +94,7 @@ func (f *foundFiles) add(name string, slot uint32) error {
 	if err != nil {
 		return fmt.Errorf("chunk file %s: %w", name, err)
 	}
-	s.wal.durable = max(s.wal.durable, h.Durable)
+	s.wal.KnowDurable(h.Durable)
 	switch {
 	case isKnown && h.Seq != r.Seq:
 		return fault.Corruptf("chunk file %s has the sequence %d, the table says %d", name, h.Seq, r.Seq)
@@ -108,7 +108,7 @@ func (f *foundFiles) add(name string, slot uint32) error {
 		c := s.foundChunk(format.Chunk{Slot: slot, Seq: h.Seq, End: format.ChunkHeaderSize}, false)
 		s.slots.put(c)
 		f.log = append(f.log, c)
-		s.wal.usedChunk(h.Seq)
+		s.wal.UsedChunk(h.Seq)
 	}
 	return nil
 }
@@ -119,7 +119,7 @@ func (f *foundFiles) findMissing(tb *metadata.Tables, names []string) (whole boo
 	whole = true
 	var missing []string
 	for _, r := range tb.Chunks {
-		if _, found := slices.BinarySearch(names, chunkName(r.Slot)); found {
+		if _, found := slices.BinarySearch(names, wal.ChunkName(r.Slot)); found {
 			continue
 		}
 		whole = false
@@ -127,7 +127,7 @@ func (f *foundFiles) findMissing(tb *metadata.Tables, names []string) (whole boo
 			f.log = append(f.log, f.s.slots.get(r.Slot))
 			continue
 		}
-		missing = append(missing, chunkName(r.Slot))
+		missing = append(missing, wal.ChunkName(r.Slot))
 	}
 	if len(missing) > 0 {
 		f.s.log.Error("chunk files are missing; run check", "chunks", len(missing), "first", firstOf(missing))
@@ -162,11 +162,11 @@ func (s *Store) proveRows(tb *metadata.Tables, names []string) error {
 		wg.Go(func() {
 			for i := next.Add(1) - 1; i < int64(len(tb.Chunks)) && errs[w] == nil; i = next.Add(1) - 1 {
 				r := tb.Chunks[i]
-				name := chunkName(r.Slot)
+				name := wal.ChunkName(r.Slot)
 				if _, found := slices.BinarySearch(names, name); !found {
 					continue
 				}
-				h, err := s.chunkHeader(name, r.Slot)
+				h, err := s.wal.Header(name, r.Slot)
 				if err != nil || r.Seq >= tb.Checkpoint.ChunkSeq {
 					continue
 				}
@@ -192,7 +192,7 @@ func (s *Store) tableChunks(tb *metadata.Tables) (known map[uint32]format.Chunk,
 	for _, r := range tb.Chunks {
 		known[r.Slot] = r
 		s.slots.put(s.foundChunk(r, true))
-		s.wal.usedChunk(r.Seq)
+		s.wal.UsedChunk(r.Seq)
 	}
 	for _, r := range tb.Forwarded {
 		c := s.slots.get(r.Slot)
@@ -200,8 +200,8 @@ func (s *Store) tableChunks(tb *metadata.Tables) (known map[uint32]format.Chunk,
 			s.slots.put(s.goneChunk(r.Slot, r.Seq, r.Blocks))
 			continue
 		}
-		if c.seq != r.Seq {
-			return nil, fault.Corruptf("chunk %s has the sequence %d, and moved blocks of %d", c.name(), c.seq, r.Seq)
+		if c.Seq != r.Seq {
+			return nil, fault.Corruptf("chunk %s has the sequence %d, and moved blocks of %d", c.Name(), c.Seq, r.Seq)
 		}
 		c.moved, c.hasMoved = r.Blocks, true
 	}
@@ -210,43 +210,11 @@ func (s *Store) tableChunks(tb *metadata.Tables) (known map[uint32]format.Chunk,
 
 // foundChunk returns a chunk that was there when the store was opened.
 func (s *Store) foundChunk(r format.Chunk, inTable bool) *chunk {
-	c := newChunk(r.Slot, r.Seq, s.fs)
-	c.size, c.end, c.live, c.written = r.End, r.End, r.Live, r.End
-	c.sealed, c.inTable = true, inTable
+	c := &chunk{Chunk: wal.FoundChunk(r.Slot, r.Seq, r.End, s.fs), live: r.Live, inTable: inTable}
 	if c.live == 0 && inTable {
 		s.markRow(c) // it was dead when its last owner ended; the next checkpoint removes it
 	}
 	return c
-}
-
-// parseChunkName returns the slot of the chunk file called name. ok is false if that is not the name of a
-// chunk file.
-func parseChunkName(name string) (slot uint32, ok bool) {
-	n, err := strconv.ParseUint(name, 16, 32)
-	return uint32(n), err == nil && n < format.MaxSlots && chunkName(uint32(n)) == name
-}
-
-// chunkHeader reads the header of a chunk file. A header that is all zeros, or is cut short, yields the
-// sequence number 0: power failed while the chunk was made.
-func (s *Store) chunkHeader(name string, slot uint32) (h format.ChunkHeader, err error) {
-	f, err := s.fs.Open(name)
-	if err != nil {
-		return h, err
-	}
-	defer func() { err = errors.Join(err, f.Close()) }()
-	head := make([]byte, format.ChunkHeaderSize)
-	n, err := readFull(f, head, 0)
-	if err != nil {
-		return h, err
-	}
-	if n < len(head) || format.IsZero(head) {
-		return format.ChunkHeader{Slot: slot}, nil
-	}
-	h, err = format.DecodeChunkHeader(head)
-	if err == nil && (h.Slot != slot || h.UUID != s.wal.uuid) {
-		err = fault.Corruptf("it belongs to slot %d of store %x", h.Slot, h.UUID)
-	}
-	return h, err
 }
 
 // leaving is a chunk file that belongs to neither the table nor the log.
@@ -256,49 +224,43 @@ type leaving struct {
 	as   string // why the file is set aside; "": nobody needs anything in it, and it is removed
 }
 
-// The reasons for setting chunk files aside: docs/engine.md, Opening.
-const (
-	asDropped = "dropped" // it has records behind the end of the log
-	asDamaged = "damaged" // a repair took it out of the log
-	asUnknown = "unknown" // where it comes from is unknown
-
-	droppedKept = 4 // number of dropped files that are kept, of those from the last logs that ended early
-)
+// droppedKept is the number of dropped files that are kept, of those from the last logs that ended early.
+const droppedKept = 4
 
 // judge decides what becomes of a file before the replay position that has no row. A chunk dies when a
 // checkpoint takes its row away, and its file is removed after that. A chunk that was still being made has no
 // records. Any other file is set aside. If the file of a row is missing (whole is false), the table may be
 // another one, and a file with a header is set aside in any case.
 func (s *Store) judge(f *leaving, cp format.Checkpoint, whole bool) error {
-	slot, _ := parseChunkName(f.name)
+	slot, _ := wal.ParseChunkName(f.name)
 	c := newChunk(slot, f.seq, s.fs)
-	defer c.release()
-	file, err := c.handle()
+	defer c.Release()
+	file, err := c.Handle()
 	if err != nil {
 		return err
 	}
 	if f.seq == 0 { // it was being made; but a header that was overwritten with zeros looks the same
 		empty, err := hasOnlyZeros(file)
 		if !empty {
-			f.as = asUnknown
+			f.as = wal.AsUnknown
 		}
 		return fault.IgnoreUnreadable(err)
 	}
-	first, err := firstRecord(c)
+	first, err := c.FirstSeq()
 	if err != nil {
 		return err
 	}
 	tail := int64(0)
 	if first == 0 {
-		if tail, err = (&recordReader{f: file, c: c, off: format.ChunkHeaderSize}).tail(0); err != nil {
+		if tail, err = c.Tail(format.ChunkHeaderSize, 0); err != nil {
 			return err
 		}
 	}
 	switch {
 	case first >= cp.Seq: // an owner that was about to remove the file moved the replay position behind it
-		f.as = asDropped
+		f.as = wal.AsDropped
 	case tail > 0, !whole:
-		f.as = asUnknown
+		f.as = wal.AsUnknown
 	}
 	return nil
 }
@@ -308,7 +270,7 @@ func (s *Store) judge(f *leaving, cp format.Checkpoint, whole bool) error {
 func hasOnlyZeros(f storage.File) (bool, error) {
 	p := make([]byte, 1<<20)
 	for off := int64(0); ; off += int64(len(p)) {
-		n, err := readFull(f, p, off)
+		n, err := wal.ReadFull(f, p, off)
 		if err != nil || !format.IsZero(p[:n]) {
 			return false, err
 		}
@@ -340,17 +302,17 @@ func (s *Store) clear(left []leaving) error {
 
 // setAside moves a file out of the chunks folder. The file is kept under a name that says why, as given by f.
 func (s *Store) setAside(name string, f leaving) error {
-	as := fmt.Sprintf("%s-%016x-%s", f.as, f.seq, f.name)
+	as := wal.AsideName(f.as, f.seq, f.name)
 	err := s.fs.SetAside(name, as)
-	for errors.Is(err, ErrNoSpace) && s.wal.stock.give(elbowRoom) { // the folder itself needs blocks
+	for errors.Is(err, ErrNoSpace) && s.reserve.Give(wal.ElbowRoom) { // the folder itself needs blocks
 		err = s.fs.SetAside(name, as)
 	}
 	if err != nil {
 		return fmt.Errorf("set chunk file %s aside: %w", f.name, err)
 	}
 	s.log.Warn("a chunk file was set aside", "chunk", f.name, "as", asideDir+"/"+as)
-	if f.as != asDropped {
+	if f.as != wal.AsDropped {
 		return nil
 	}
-	return s.fs.PruneAside(asDropped+"-", droppedKept)
+	return s.fs.PruneAside(wal.AsDropped+"-", droppedKept)
 }

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/workload"
 )
@@ -57,7 +58,7 @@ func TestOverwriteOfALimitedStore(t *testing.T) {
 			r := rand.New(rand.NewPCG(2, 2))
 			p := make([]byte, format.BlockSize)
 			model := make([]uint64, blocks) // the seed of each block's content
-			appended, cleaned := s.wal.appended, s.cleaned
+			appended, cleaned := s.wal.Appended(), s.cleaned
 			for i := range int64(c.rounds * float64(blocks)) {
 				b := r.Int64N(blocks)
 				model[b] = uint64(i + 1)
@@ -67,7 +68,7 @@ func TestOverwriteOfALimitedStore(t *testing.T) {
 				}
 			}
 			s.mu.Lock()
-			appended, cleaned = s.wal.appended-appended, s.cleaned-cleaned
+			appended, cleaned = s.wal.Appended()-appended, s.cleaned-cleaned
 			used := s.slots.files
 			s.mu.Unlock()
 			wa := float64(appended) / float64(appended-cleaned)
@@ -120,7 +121,7 @@ func TestMovedBlocksDieAfterReopen(t *testing.T) {
 	if !errors.Is(err, context.Canceled) || c.moved == 0 || c.live == 0 {
 		t.Fatalf("%v; %d blocks moved, %d bytes are left", err, c.moved, c.live)
 	}
-	c.release()
+	c.Release()
 	must(t, errors.Join(d.Close(), s.Close()))
 
 	o.reapBatch = 1 << 20
@@ -178,7 +179,7 @@ func TestNothingIsMovedAfterAFailedCommit(t *testing.T) {
 	for _, again := range []bool{false, true} {
 		t.Run(fmt.Sprint(again), func(t *testing.T) {
 			w := newWorld(t)
-			w.s.wal.chunkBytes = 160 << 10
+			w.s.wal.ChunkBytes = 160 << 10
 			w.volume(t, "v", 2<<20, format.S2)
 			w.write(t, "v", 0, hotUnit, 0)
 			w.takeSnapshot(t, "a")
@@ -220,11 +221,14 @@ func (w *world) cleanChunk(c *chunk) error {
 	return err
 }
 
+// current returns the chunk that takes the records.
+func (s *Store) current() *chunk { return s.slots.get(s.wal.Current().Slot) }
+
 // fillChunk writes until the log goes on in another chunk, and returns the full one.
 func (w *world) fillChunk(t *testing.T) *chunk {
 	t.Helper()
-	c := w.s.wal.current
-	for w.s.wal.current == c {
+	c := w.s.current()
+	for w.s.current() == c {
 		w.write(t, "v", 1<<20, 64<<10, 1)
 	}
 	w.must(t, op{kind: "checkpoint"})
@@ -247,8 +251,8 @@ func TestCleanEndsAtWhatNobodyOwns(t *testing.T) {
 		t.Errorf("%+v, %v; %d bytes live", r, err, c.live)
 	}
 	for _, c := range s.slots.all()[1:] {
-		if c.sealed && c.end-c.live > c.end/2 {
-			t.Errorf("%d of %d bytes live in chunk %s", c.live, c.end, c.name())
+		if c.Sealed && c.End-c.live > c.End/2 {
+			t.Errorf("%d of %d bytes live in chunk %s", c.live, c.End, c.Name())
 		}
 	}
 	must(t, errors.Join(d.Close(), s.Close()))
@@ -259,7 +263,7 @@ func TestCleanEndsAtWhatNobodyOwns(t *testing.T) {
 func TestCleanPassesOverWhatCannotBeRead(t *testing.T) {
 	var bad atomic.Bool
 	s, d := halfDead(t, func(name string) error {
-		if bad.Load() && name == chunkName(0) {
+		if bad.Load() && name == wal.ChunkName(0) {
 			return syscall.EIO
 		}
 		return nil
@@ -339,7 +343,7 @@ func TestNameOfAnotherLife(t *testing.T) {
 		must(t, err)
 	}
 	entry := func() (e format.Entry) {
-		must(t, s.cache.view(d.b.leaf(0, head), func(lf *leaf) { e = lf.entry(0) }))
+		must(t, s.cache.view(leafKey{d.b, 0, head}, func(lf *leaf) { e = lf.entry(0) }))
 		return e
 	}
 	for entry().Offset() != format.ChunkHeaderSize { // events are in the first chunk
@@ -350,7 +354,7 @@ func TestNameOfAnotherLife(t *testing.T) {
 	old := s.slots.get(name.Slot())
 	must(t, m.begin(old))
 	must(t, s.Checkpoint())
-	h, payload, err := m.next()
+	h, payload, err := m.r.Any()
 	must(t, err)
 	r, err := m.decode(h, payload, format.ChunkHeaderSize)
 	must(t, err)
@@ -392,8 +396,8 @@ func TestHandedToTheHead(t *testing.T) {
 	workload.HalfCompressible(rand.New(rand.NewPCG(1, 1)), p)
 	_, err = d.WriteAt(p, 0)
 	must(t, errors.Join(err, s.Snapshot(Ref{Volume: "v", Snapshot: "s"})))
-	c := s.wal.current
-	for off := int64(1 << 20); s.wal.current == c; off += 64 << 10 {
+	c := s.current()
+	for off := int64(1 << 20); s.current() == c; off += 64 << 10 {
 		_, err := d.WriteAt(randomBytes(64<<10, uint64(off)), off)
 		must(t, err)
 	}
@@ -404,8 +408,8 @@ func TestHandedToTheHead(t *testing.T) {
 	m.look()
 	var r record
 	for r.h == nil || r.h.Kind != format.KindData {
-		off := m.r.off
-		h, payload, err := m.next()
+		off := m.r.Off
+		h, payload, err := m.r.Any()
 		must(t, err)
 		r, err = m.decode(h, payload, off)
 		must(t, err)
@@ -435,8 +439,8 @@ func TestCleanOfAFutureEpoch(t *testing.T) {
 	must(t, err)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, errors.Join(err, s.Snapshot(Ref{Volume: "v", Snapshot: "s"})))
-	c := s.wal.current
-	for off := int64(0); s.wal.current == c; off += 64 << 10 {
+	c := s.current()
+	for off := int64(0); s.current() == c; off += 64 << 10 {
 		_, err := d.WriteAt(randomBytes(64<<10, uint64(off)), off)
 		must(t, err)
 	}
@@ -502,7 +506,7 @@ func TestHelpless(t *testing.T) {
 			s.mu.Lock()
 			defer s.mu.Unlock()
 			if others {
-				s.wal.rotated(forData)
+				logSpace{s}.Rotated(wal.ForData)
 			}
 		}
 		s.cleanFor(hungry, &throttle{s: s})

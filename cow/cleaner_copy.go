@@ -4,16 +4,16 @@ import (
 	"errors"
 	"math/bits"
 
-	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 )
 
 // mover is the state of the cleaner or of the cold pass while it moves data. Store.cleanMu guards it.
 type mover struct {
 	s      *Store
-	r      recordReader
+	r      wal.Reader
 	c      *chunk // being cleaned; the caller holds a reference
-	unit   [format.UnitSize]byte
+	unit   [unitSize]byte
 	comp   []byte
 	pay    []byte      // payload of a moved record
 	leaf   format.Leaf // buffer of ownedMask
@@ -47,9 +47,8 @@ func (m *mover) begin(c *chunk) error {
 	if m.s.livesIn(c) > heldLarge {
 		m.turn = max(m.most, heldLarge)
 	}
-	f, err := c.handle()
-	m.c, m.r = c, recordReader{f: f, c: c, win: m.r.win[:0], off: format.ChunkHeaderSize, at: format.ChunkHeaderSize}
-	return err
+	m.c = c
+	return m.r.Begin(c.Chunk, format.ChunkHeaderSize, wal.MoveWindow)
 }
 
 // livesIn returns the live bytes of a chunk.
@@ -66,7 +65,7 @@ func (m *mover) look() (end uint32, here bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	m.line, m.forwarded = lineage{}, m.c.moved > 0
-	return m.c.end, s.slots.get(m.c.slot) == m.c && !m.c.dead
+	return m.c.End, s.slots.get(m.c.Slot) == m.c && !m.c.dead
 }
 
 // batch goes on through the chunk until it has moved or passed over a batch. Records that snapshots may hold
@@ -79,8 +78,8 @@ func (m *mover) batch() (moved int, more bool, err error) {
 		return 0, false, nil // the chunk has died meanwhile
 	}
 	gathered := len(m.held.data)
-	for from := m.r.off; moved+len(m.held.data)-gathered < cleanBatch && m.r.off-from < 16*cleanBatch; {
-		if len(m.held.data) >= m.turn || m.r.off >= end && len(m.held.records) > 0 {
+	for from := m.r.Off; moved+len(m.held.data)-gathered < cleanBatch && m.r.Off-from < 16*cleanBatch; {
+		if len(m.held.data) >= m.turn || m.r.Off >= end && len(m.held.records) > 0 {
 			var n int
 			n, err = m.moveGathered()
 			moved, gathered = moved+n, 0
@@ -89,11 +88,11 @@ func (m *mover) batch() (moved int, more bool, err error) {
 			}
 			return m.stopped(moved, m.held.from, err)
 		}
-		if m.r.off >= end {
+		if m.r.Off >= end {
 			return moved, false, nil
 		}
-		off := m.r.off
-		h, payload, err := m.next()
+		off := m.r.Off
+		h, payload, err := m.r.Any()
 		if err == nil && (h.Kind == format.KindData || h.Kind == format.KindMoved) {
 			var n int
 			n, err = m.move(h, payload, off)
@@ -115,13 +114,13 @@ func (m *mover) stopped(moved int, off uint32, err error) (int, bool, error) {
 		if len(m.held.records) > 0 {
 			off = min(off, m.held.from)
 		}
-		m.r.off, m.full = off, true
+		m.r.Off, m.full = off, true
 		m.held.reset()
 		return moved, true, nil
 	case errors.Is(err, ErrCorrupt):
 		// A copy would make damaged data look sound. Check reports the damage; the rest of the chunk stays
 		// where it is.
-		s.log.Error("a chunk cannot be cleaned; run check", "chunk", m.c.name(), "offset", off, "err", err)
+		s.log.Error("a chunk cannot be cleaned; run check", "chunk", m.c.Name(), "offset", off, "err", err)
 		s.mu.Lock()
 		m.c.damaged = true
 		s.slots.recount(m.c)
@@ -130,46 +129,6 @@ func (m *mover) stopped(moved int, off uint32, err error) (int, bool, error) {
 	}
 	return moved, false, err
 }
-
-// next reads the next record. The record is valid until the next call.
-func (m *mover) next() (*format.RecordHeader, []byte, error) {
-	off := m.r.off
-	head, err := m.r.peek(format.RecordHeaderSize)
-	if err != nil {
-		return nil, nil, err
-	}
-	h, err := format.DecodeRecordHeader(head, m.c.seq, off)
-	if err != nil {
-		return nil, nil, err
-	}
-	rec, err := m.r.peek(h.Size())
-	if err != nil {
-		return nil, nil, err
-	}
-	m.r.off += uint32(h.Size())
-	return &h, rec[format.RecordHeaderSize:][:h.PayloadLen], nil
-}
-
-// peek is like bytes, but it writes nothing back, and returns ErrCorrupt if the file ends early.
-func (r *recordReader) peek(n int) ([]byte, error) {
-	if r.off < r.at || r.off+uint32(n) > r.at+uint32(len(r.win)) {
-		size := max(n, cleanWindow)
-		if cap(r.win) < size {
-			r.win = make([]byte, size)
-		}
-		got, err := readFull(r.f, r.win[:size], int64(r.off))
-		if err != nil {
-			return nil, fault.AsCorrupt(err)
-		}
-		r.win, r.at = r.win[:got], r.off
-		if got < n {
-			return nil, fault.Corruptf("the file ends at %d", r.off+uint32(got))
-		}
-	}
-	return r.win[r.off-r.at:][:n], nil
-}
-
-const cleanWindow = 1 << 20
 
 // record is a record that the mover has come to.
 type record struct {
@@ -208,7 +167,7 @@ func (m *mover) writeOwn(r *record) (n int, rest bool, err error) {
 }
 
 func (m *mover) decode(h *format.RecordHeader, payload []byte, off uint32) (r record, err error) {
-	here := format.MakeEntry(m.c.slot, off, h.Size(), h.Blocks, 0)
+	here := format.MakeEntry(m.c.Slot, off, h.Size(), h.Blocks, 0)
 	r = record{h: h, payload: payload, data: payload, here: here, name: here}
 	if h.Kind == format.KindMoved {
 		was, err := format.DecodeMoved(h, payload)
@@ -295,7 +254,7 @@ func (m *mover) headMask(h *format.RecordHeader, name format.Entry) (mask uint16
 	if !l.written {
 		return 0, true, nil
 	}
-	err = m.s.cache.view(l.b.leaf(uint32(h.Block/format.LeafBlocks), head), func(lf *leaf) {
+	err = m.s.cache.view(leafKey{l.b, uint32(h.Block / format.LeafBlocks), head}, func(lf *leaf) {
 		first := int(h.Block % format.LeafBlocks)
 		rest = !l.alone
 		for i := range h.Blocks {
@@ -384,15 +343,15 @@ func (s *Store) putMoved(h *format.RecordHeader, payload []byte, same func(*leaf
 func (s *Store) tryPutMoved(h *format.RecordHeader, payload []byte, same func(*leaf) bool) (k leafKey, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err := errors.Join(s.wal.reserve(h.Size(), forMoves), s.usable()); err != nil {
+	if err := errors.Join(s.wal.Reserve(h.Size(), wal.ForMoves), s.usable()); err != nil {
 		return k, err
 	}
 	b := s.catalog.branches[h.Branch]
 	if b == nil {
 		return k, errChanged
 	}
-	k = b.leaf(uint32(h.Block/format.LeafBlocks), head)
-	err = s.install(b, h, payload, h.Blocks, forMoves, false, func(lf *leaf) error {
+	k = leafKey{b, uint32(h.Block / format.LeafBlocks), head}
+	err = s.install(k, h, payload, h.Blocks, wal.ForMoves, false, func(lf *leaf) error {
 		if b.volume == nil || lf.epoch != b.Epoch || !same(lf) {
 			return errChanged
 		}

@@ -6,6 +6,7 @@ import (
 	"math/bits"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -98,7 +99,7 @@ func (m *mover) moveHeld(r *record) (n int, err error) {
 		return 0, errFull
 	}
 	m.s.mu.Lock()
-	short := m.s.tableShort(1, forMoves) > 0 // room for the forward
+	short := m.s.tableShort(1, wal.ForMoves) > 0 // room for the forward
 	m.s.mu.Unlock()
 	if short {
 		return 0, errFull
@@ -217,7 +218,7 @@ func (m *mover) forward(h *format.RecordHeader, payload []byte, name format.Entr
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err := errors.Join(s.wal.reserve(nh.Size(), forMoves), s.usable()); err != nil {
+	if err := errors.Join(s.wal.Reserve(nh.Size(), wal.ForMoves), s.usable()); err != nil {
 		return 0, err
 	}
 	// A record that cannot be applied would stop every replay.
@@ -227,7 +228,7 @@ func (m *mover) forward(h *format.RecordHeader, payload []byte, name format.Entr
 	case again && to.Mask != mask:
 		return 0, fault.Corruptf("%v was moved to %v with the blocks %#x, and has %#x", name, to.To, to.Mask, mask)
 	}
-	c, off := s.wal.append(&nh, m.pay)
+	c, off := s.wal.Append(&nh, m.pay)
 	s.cleaned += uint64(nh.Size())
-	return nh.Size(), s.forward(name, mask, format.MakeEntry(c.slot, off, nh.Size(), nh.Blocks, 0))
+	return nh.Size(), s.forward(name, mask, format.MakeEntry(c.Slot, off, nh.Size(), nh.Blocks, 0))
 }

@@ -28,7 +28,7 @@ func (s *Store) cleanRoutine() {
 		s.pacer.set(0)
 		s.mu.Lock()
 		s.cleanerExhausted = true
-		s.wal.space.Broadcast()
+		s.wal.RoomMade()
 		s.mu.Unlock()
 	}()
 	for {
@@ -96,7 +96,7 @@ func (s *Store) cleanFor(u urgency, t *throttle) (more bool) {
 	// (awaitsReaper): the cleaner may have something to gain again.
 	s.cleanerExhausted = u == hungry && (err != nil || !gain) && s.roomTaken == taken && (failed || !s.awaitsReaper())
 	s.writersWaiting = false
-	s.wal.space.Broadcast()
+	s.wal.RoomMade()
 	return gain && err == nil
 }
 
@@ -135,20 +135,9 @@ func (s *Store) used(spares bool) int64 {
 	defer s.mu.Unlock()
 	n := s.slots.files
 	if !spares {
-		n -= s.wal.pool.bytes()
+		n -= s.wal.Pool.Bytes()
 	}
 	return n
-}
-
-// needRoom wakes the cleaner for a writer that finds no room. It returns false if the cleaner can give none.
-// The caller holds mu.
-func (s *Store) needRoom() bool {
-	if s.cleanerExhausted || s.closed || s.opts.checkpointInterval < 0 {
-		return false
-	}
-	s.writersWaiting = true
-	poke(s.cleanWork)
-	return true
 }
 
 // urgency decides how urgently the cleaner is needed, from the room left and the amount of dead data.
@@ -156,7 +145,7 @@ func (s *Store) urgency() urgency {
 	free, err := s.fs.Free()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.closed || s.wal.err() != nil {
+	if s.closed || s.wal.Err() != nil {
 		return idle
 	}
 	if s.writersWaiting {
@@ -165,7 +154,7 @@ func (s *Store) urgency() urgency {
 	live := s.slots.dirtyLive
 	dead := s.slots.dirtyEnds - live
 	switch {
-	case err == nil && s.room(free)+s.slots.owed+s.pendingFree < (ahead-1)*s.wal.chunkBytes+s.workRoom() && !s.cleanerExhausted && dead > 0:
+	case err == nil && s.room(free)+s.slots.owed+s.pendingFree < (ahead-1)*s.wal.ChunkBytes+s.workRoom() && !s.cleanerExhausted && dead > 0:
 		return pressed
 	case float64(dead) > slack*float64(live)+slackBytes:
 		return tidy
@@ -178,7 +167,7 @@ func (s *Store) urgency() urgency {
 // waiting for room. It returns ErrClosed when the store closes.
 func (s *Store) giveWay(took time.Duration) error {
 	s.mu.Lock()
-	others := s.wal.appended - s.cleaned
+	others := s.wal.Appended() - s.cleaned
 	s.mu.Unlock()
 	wait := took / 4
 	if others != s.othersSeen {

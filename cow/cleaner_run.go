@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -50,7 +51,7 @@ func (s *Store) Clean(ctx context.Context, waste float64) (CleanReport, error) {
 	defer s.tasks.Done()
 	before := s.removedBytes()
 	freed := func() CleanReport {
-		if _, err := s.wal.pool.empty(); err != nil {
+		if _, err := s.wal.Pool.Empty(); err != nil {
 			s.log.Error("files of dead chunks stay", "err", err)
 		}
 		rep.Freed = max(0, s.removedBytes()-before-rep.Moved)
@@ -129,13 +130,13 @@ func (s *Store) cleanOne(ctx context.Context, waste float64, limit uint64, pause
 	if c == nil {
 		return r, err
 	}
-	defer c.release()
+	defer c.Release()
 	r.Chunks = 1
 	r.Moved, err = s.cleanChunk(ctx, c, pause)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if c.live == 0 {
-		r.Freed = int64(c.end)
+		r.Freed = int64(c.End)
 	}
 	return r, err
 }
@@ -155,15 +156,15 @@ func (s *Store) victim(waste float64, limit uint64) (*chunk, error) {
 	room := s.workable(free)
 	var c *chunk
 	var tooLarge bool
-	if s.slots.mostLive() > s.wal.chunkBytes && (s.writersWaiting || s.awaitsReaper()) {
-		c, _ = s.slots.dirtiest(max(waste, quickWaste), limit, s.wal.nextChunk, min(room, s.wal.chunkBytes))
+	if s.slots.mostLive() > s.wal.ChunkBytes && (s.writersWaiting || s.awaitsReaper()) {
+		c, _ = s.slots.dirtiest(max(waste, quickWaste), limit, s.wal.NextChunk(), min(room, s.wal.ChunkBytes))
 	}
 	if c == nil {
-		c, tooLarge = s.slots.dirtiest(waste, limit, s.wal.nextChunk, room)
+		c, tooLarge = s.slots.dirtiest(waste, limit, s.wal.NextChunk(), room)
 	}
 	switch {
 	case c != nil:
-		c.acquire()
+		c.Acquire()
 	case tooLarge:
 		return nil, noWorkRoom(room)
 	}
@@ -227,12 +228,12 @@ func (s *Store) roomToMove() error {
 // growToMove makes room in the table only.
 func (s *Store) growToMove() error {
 	s.mu.Lock()
-	short := s.tableShort(1, forMoves)
+	short := s.tableShort(1, wal.ForMoves)
 	s.mu.Unlock()
 	if short <= 0 {
 		return nil
 	}
-	return s.growTable(short, forMoves)
+	return s.growTable(short, wal.ForMoves)
 }
 
 // markUncleanable notes that the live data of a chunk cannot be moved. Otherwise the chunk would be chosen
@@ -240,7 +241,7 @@ func (s *Store) growToMove() error {
 func (s *Store) markUncleanable(c *chunk) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	c.pinnedDead = c.end - format.ChunkHeaderSize - min(c.live, c.end-format.ChunkHeaderSize)
+	c.pinnedDead = c.End - format.ChunkHeaderSize - min(c.live, c.End-format.ChunkHeaderSize)
 	s.slots.recount(c)
 }
 

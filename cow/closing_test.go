@@ -119,7 +119,7 @@ func withDevices(t *testing.T, o Options) (s *Store, d, ro *Device) {
 		_, err = d.WriteAt(randomBytes(1<<20, uint64(i+1)), i<<20)
 		must(t, err)
 	}
-	s.wal.waitIdle()
+	s.wal.WaitIdle()
 	return s, d, ro
 }
 
@@ -164,7 +164,7 @@ func TestCallsAfterDeviceClose(t *testing.T) {
 // failure. After Close all calls are refused.
 func TestCallsAfterFailure(t *testing.T) {
 	s, d, ro := withDevices(t, Options{checkpointInterval: -1, Outlive: true, SharedMemory: t.TempDir()})
-	_ = s.wal.fail(errors.New("the disk is gone"))
+	_ = s.wal.Fail(errors.New("the disk is gone"))
 	for what, call := range calls(s, d, ro) {
 		switch what {
 		case "close", "device close", "snapshot closed", "open": // change nothing

@@ -51,7 +51,7 @@ func before(a, b place) bool {
 func (s *Store) end() (p place) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	p.ChunkSeq, p.Offset = s.wal.position()
+	p.ChunkSeq, p.Offset = s.wal.Position()
 	return p
 }
 
@@ -187,7 +187,7 @@ func (p *coldPass) step() (more bool, err error) {
 	l := &p.due[0]
 	switch {
 	case l.ofHead:
-		err = p.head(l.b, l.index)
+		err = p.head(leafKey{l.b, l.index, head})
 		l.ofHead = err != nil
 	case l.ofPoint:
 		err = p.points(l)
@@ -268,7 +268,7 @@ func (p *coldPass) isCold(l *format.Leaf, whole bool) (cold bool) {
 		if c == nil {
 			return false
 		}
-		at := place{ChunkSeq: c.seq, Offset: e.Offset()}
+		at := place{ChunkSeq: c.Seq, Offset: e.Offset()}
 		if !before(at, p.to) && whole {
 			return false
 		}

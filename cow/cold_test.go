@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -144,7 +145,7 @@ func (w *world) end(t *testing.T) {
 // TestColdRaces changes a leaf between the pass's reading and rewriting of it.
 func TestColdRaces(t *testing.T) {
 	t.Parallel()
-	const unit = format.UnitSize
+	const unit = unitSize
 	for _, c := range []struct {
 		name  string
 		units int // how many may be rewritten
@@ -232,7 +233,7 @@ func TestColdRaces(t *testing.T) {
 			must(t, err)
 			p, err := w.s.newColdPass(place{}, w.s.end())
 			must(t, err)
-			if err := p.prepare(d.b, 0); err != nil || len(p.units) != 16 {
+			if err := p.prepare(leafKey{d.b, 0, head}); err != nil || len(p.units) != 16 {
 				t.Fatalf("%d units: %v", len(p.units), err)
 			}
 			c.do(t, w)
@@ -264,11 +265,11 @@ func TestColdAndSlotReuse(t *testing.T) {
 	write(2, 0)
 	p, err := s.newColdPass(place{}, s.end())
 	must(t, err)
-	k := d.b.leaf(0, head)
-	must(t, p.prepare(d.b, 0))
+	k := leafKey{d.b, 0, head}
+	must(t, p.prepare(k))
 	// Rewriting would gain nothing, so the pass makes no unit. The unit is made here, from what the pass
 	// read.
-	_, _, err = p.read(d.b, 0)
+	_, _, err = p.read(k)
 	must(t, err)
 	u := &p.units[0]
 	u.payload = p.data[:format.BlockSize]
@@ -334,7 +335,7 @@ func TestColdGains(t *testing.T) {
 			d, err := w.device("v")
 			must(t, err)
 			units := 0
-			must(t, w.s.cache.view(d.b.leaf(0, head), func(lf *leaf) {
+			must(t, w.s.cache.view(leafKey{d.b, 0, head}, func(lf *leaf) {
 				for i := 0; i < format.LeafBlocks; i += 16 {
 					if lf.entry(i).Blocks() == 16 && lf.entry(i+15) == lf.entry(i).WithIndex(15) {
 						units++
@@ -573,7 +574,7 @@ func TestColdOnAFullStore(t *testing.T) {
 	w := newWorld(t)
 	w.volume(t, "v", 2<<20, format.S2)
 	w.write(t, "v", 0, 2<<20, 5)
-	w.crasher.fs.SetCapacity(spare + 6<<20)
+	w.crasher.fs.SetCapacity(wal.Spare + 6<<20)
 	seq := w.seq()
 	if rep, err := w.s.Cold(context.Background()); !errors.Is(err, ErrNoSpace) || w.seq() != seq {
 		t.Errorf("%+v: %v", rep, err)
@@ -596,12 +597,13 @@ func TestColdGoesOn(t *testing.T) {
 	must(t, err)
 	p, err := w.s.newColdPass(place{}, w.s.end())
 	must(t, err)
+	k := leafKey{d.b, 0, head}
 	w.crasher.fs.SetCapacity(4 << 20)
-	if err := p.head(d.b, 0); !errors.Is(err, ErrNoSpace) || p.next == 0 {
+	if err := p.head(k); !errors.Is(err, ErrNoSpace) || p.next == 0 {
 		t.Fatalf("after %d units: %v", p.next, err)
 	}
 	w.crasher.fs.SetCapacity(1 << 30)
-	must(t, p.head(d.b, 0))
+	must(t, p.head(k))
 	w.catchUp()
 	if p.report.Leaves != 1 || p.next != 0 {
 		t.Errorf("%+v, %d", p.report, p.next)
@@ -628,7 +630,7 @@ func TestColdLeavesDamage(t *testing.T) {
 			must(t, s.Snapshot(Ref{"v", "s"}))
 		}
 		must(t, s.Checkpoint())
-		f, err := os.OpenFile(filepath.Join(dir, chunksDir, chunkName(0)), os.O_RDWR, 0)
+		f, err := os.OpenFile(filepath.Join(dir, chunksDir, wal.ChunkName(0)), os.O_RDWR, 0)
 		must(t, err)
 		_, err = f.WriteAt([]byte("damage"), format.ChunkHeaderSize+5000)
 		must(t, errors.Join(err, f.Close()))
@@ -665,7 +667,7 @@ func TestColdPassesOverWhatCannotBeRead(t *testing.T) {
 			}
 			must(t, s.Checkpoint())
 			fs.onRead = func(name string) error {
-				if name == chunkName(0) {
+				if name == wal.ChunkName(0) {
 					return syscall.EIO
 				}
 				return nil

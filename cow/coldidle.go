@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"time"
+
+	"github.com/vdisk/vdisk/cow/internal/wal"
 )
 
 const (
@@ -97,7 +99,7 @@ func (w *coldWorker) tick(now time.Time) (err error) {
 	}
 	for w.pass != nil && w.idle() && time.Since(now) < time.Second {
 		if err := w.work(); errors.Is(err, errBusy) {
-			poke(w.s.ckptWork)
+			wal.Poke(w.s.ckptWork)
 			return nil
 		} else if err != nil && !errors.Is(err, ErrNoSpace) {
 			return err
@@ -171,7 +173,7 @@ func (w *coldWorker) rest(d time.Duration) {
 func (s *Store) activity() uint64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.reads.Load() + (s.wal.appended-s.cleaned)/4096
+	return s.reads.Load() + (s.wal.Appended()-s.cleaned)/4096
 }
 
 func (s *Store) marked() place {
@@ -185,5 +187,5 @@ func (s *Store) roomy() bool {
 	free, err := s.fs.Free()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return err == nil && s.room(free) >= (2*ahead-1)*s.wal.chunkBytes+s.workRoom()
+	return err == nil && s.room(free) >= (2*ahead-1)*s.wal.ChunkBytes+s.workRoom()
 }

@@ -5,6 +5,7 @@ import (
 	"slices"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -120,7 +121,7 @@ func (p *coldPass) record(b *branch, r coldRecord) (is, n int, err error) {
 	if err := s.readRecord(c, at.Offset(), stored); err != nil {
 		return 0, 0, err
 	}
-	payload, codec, err := format.VerifyRecord(stored, c.seq, at, r.block)
+	payload, codec, err := verify(stored, c.Seq, at, r.block)
 	if err != nil || codec == format.Zstd {
 		return 0, 0, err
 	}
@@ -145,16 +146,16 @@ func (p *coldPass) record(b *branch, r coldRecord) (is, n int, err error) {
 
 // readRecord reads a record, which may still be on its way to the chunk file.
 func (s *Store) readRecord(c *chunk, off uint32, p []byte) error {
-	if s.wal.read(c, off, p) {
+	if s.wal.Read(c.Chunk, off, p) {
 		return nil
 	}
-	f, err := c.handle()
+	f, err := c.Handle()
 	if err != nil {
 		return err
 	}
-	got, err := readFull(f, p, int64(off))
+	got, err := wal.ReadFull(f, p, int64(off))
 	if err == nil && got < len(p) {
-		err = fault.Corruptf("chunk %s ends at %d", c.name(), int64(off)+int64(got))
+		err = fault.Corruptf("chunk %s ends at %d", c.Name(), int64(off)+int64(got))
 	}
 	return fault.AsCorrupt(err)
 }

@@ -164,7 +164,7 @@ func (w *world) close() error {
 		w.closeDevice(name)
 	}
 	err = errors.Join(err, w.s.sumsAgree(), w.event(w.s.Close()))
-	w.lab.recycled.Add(int64(w.s.wal.pool.reused))
+	w.lab.recycled.Add(int64(w.s.wal.Pool.Reused()))
 	if n := w.crasher.fs.Handles(); n != 0 {
 		err = errors.Join(err, fmt.Errorf("%d files are left open", n))
 	}
@@ -251,8 +251,7 @@ func (w *world) operate(o op) error {
 		}
 		return w.event(d.Flush())
 	case "drain": // written, but not synced
-		w.s.wal.cutIdle()
-		return w.s.wal.drain()
+		return w.s.wal.WriteOut()
 	case "read":
 		return same(w.s, w.m.now(), w.buf)
 	case "resize":
@@ -272,7 +271,7 @@ func (w *world) operate(o op) error {
 		return w.cold(o)
 	case "check":
 		// A store that has stopped can be checked too, but the check then makes nothing durable.
-		return w.event(errors.Join(w.check(true), w.s.wal.err()))
+		return w.event(errors.Join(w.check(true), w.s.wal.Err()))
 	case "misuse":
 		return w.misuse(name)
 	case "space":
@@ -290,7 +289,7 @@ func (w *world) operate(o op) error {
 	case "skip": // as if room was made for a record that then was not needed
 		return w.s.skipChunk()
 	case "unpool":
-		_, err := w.s.wal.pool.empty()
+		_, err := w.s.wal.Pool.Empty()
 		return err
 	default:
 		return w.administer(o, names, name)
@@ -389,7 +388,7 @@ func (w *world) clean(o op) error {
 		_, err := w.s.cleanChunk(context.Background(), c, nil)
 		w.catchUp()
 		if err == nil && c.live > 0 && !c.damaged {
-			err = fmt.Errorf("%d bytes live in chunk %s after it was cleaned", c.live, c.name())
+			err = fmt.Errorf("%d bytes live in chunk %s after it was cleaned", c.live, c.Name())
 		}
 		return err
 	})
@@ -402,7 +401,7 @@ func (w *world) withChunk(o op, fn func(*chunk) error) error {
 	var cs []*chunk
 	for _, c := range s.slots.all() {
 		if s.slots.mayClean(c) {
-			c.acquire()
+			c.Acquire()
 			cs = append(cs, c)
 		}
 	}
@@ -412,7 +411,7 @@ func (w *world) withChunk(o op, fn func(*chunk) error) error {
 	}
 	err := fn(cs[mix(o.b)%uint64(len(cs))])
 	for _, c := range cs {
-		c.release()
+		c.Release()
 	}
 	return err
 }
@@ -443,9 +442,9 @@ func (w *world) rewriteHeads(c *chunk) error {
 		return err
 	}
 	end, here := m.look()
-	for here && m.r.off < end {
-		off := m.r.off
-		h, payload, err := m.next()
+	for here && m.r.Off < end {
+		off := m.r.Off
+		h, payload, err := m.r.Any()
 		if err == nil && (h.Kind == format.KindData || h.Kind == format.KindMoved) {
 			var r record
 			if r, err = m.decode(h, payload, off); err == nil {
@@ -471,9 +470,9 @@ func (w *world) cleanBetween(c *chunk) error {
 		return err
 	}
 	end, here := m.look()
-	for here && m.r.off < end {
-		off := m.r.off
-		h, payload, err := m.next()
+	for here && m.r.Off < end {
+		off := m.r.Off
+		h, payload, err := m.r.Any()
 		if err != nil {
 			return err
 		}

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -34,7 +35,7 @@ func (d *LogDamage) Error() string {
 		text += fmt.Sprintf("; %d records from there on had been made durable", d.Lost)
 	}
 	if d.ByMark {
-		text += fmt.Sprintf(", by the file %s alone; if older copies of other files were put back, restore the whole folder from one backup", markName)
+		text += fmt.Sprintf(", by the file %s alone; if older copies of other files were put back, restore the whole folder from one backup", wal.MarkName)
 	}
 	if d.Bytes > 0 {
 		text += fmt.Sprintf("; %d bytes of records lie behind, in this and %d further files", d.Bytes, d.Files)
@@ -87,7 +88,7 @@ func (e *logEnd) add(c *chunk, r chunkReplay, goesOn bool) {
 // the error is a LogDamage, unless Options.Repair agrees to go on. endLog returns what to do with the files
 // behind the end.
 func (s *Store) endLog(e *logEnd, cp format.Checkpoint) (left []leaving, err error) {
-	l, rec := s.wal, &s.recovery
+	rec := &s.recovery
 	rec.DroppedBytes = e.r.dropped
 	for _, b := range e.behind {
 		rec.DroppedBytes += b.r.dropped
@@ -95,65 +96,65 @@ func (s *Store) endLog(e *logEnd, cp format.Checkpoint) (left []leaving, err err
 			rec.DroppedFiles++
 		}
 	}
-	as := asDropped
+	as := wal.AsDropped
 	if d := s.damageAt(e, cp); d != nil {
-		if cp.Seq == 1 && l.nextSeq == 1 { // it is not a new store, either: there was a log
+		if cp.Seq == 1 && s.wal.NextSeq() == 1 { // it is not a new store, either: there was a log
 			return nil, fault.Corruptf("the table is empty, and the log is not: %v", d)
 		}
 		if err := s.repair(d); err != nil {
 			return nil, err
 		}
-		as, rec.Lost = asDamaged, int64(d.Lost)
+		as, rec.Lost = wal.AsDamaged, int64(d.Lost)
 		if e.c != nil && e.r.dropped > 0 {
 			if err := s.copyAside(e.c); err != nil {
 				return nil, err
 			}
 		}
 	}
-	l.durable = max(min(l.durable, l.nextSeq), cp.Seq)
+	s.wal.EndReplay(cp.Seq)
 	for _, b := range e.behind {
 		if b.c.inTable {
 			continue
 		}
-		f := leaving{name: b.c.name(), seq: b.c.seq}
+		f := leaving{name: b.c.Name(), seq: b.c.Seq}
 		if b.r.dropped > 0 || b.r.lost {
 			f.as = as
 		}
 		left = append(left, f)
-		s.slots.remove(b.c.slot)
-		b.c.release()
+		s.slots.remove(b.c.Slot)
+		b.c.Release()
 	}
 	return left, nil
 }
 
 // damageAt returns what is wrong with the end of the log, or nil if nothing is known to be wrong.
 func (s *Store) damageAt(e *logEnd, cp format.Checkpoint) *LogDamage {
-	d := &LogDamage{Seq: s.wal.nextSeq, Lost: max(s.wal.durable, s.wal.nextSeq) - s.wal.nextSeq, Bytes: s.recovery.DroppedBytes, Files: s.recovery.DroppedFiles}
-	d.ByMark = d.Lost > 0 && e.headers <= s.wal.nextSeq
+	d := &LogDamage{Seq: s.wal.NextSeq(), Lost: max(s.wal.Durable(), s.wal.NextSeq()) - s.wal.NextSeq(), Bytes: s.recovery.DroppedBytes, Files: s.recovery.DroppedFiles}
+	d.ByMark = d.Lost > 0 && e.headers <= s.wal.NextSeq()
 	at := func(c *chunk, off uint32, why error) *LogDamage {
 		if why == nil {
 			why = fault.Corruptf("no chunk file goes on with it")
 		}
-		d.Chunk, d.Offset, d.Err = c.name(), off, why
+		d.Chunk, d.Offset, d.Err = c.Name(), off, why
 		return d
 	}
 	if e.c != nil && e.r.lost {
-		return at(e.c, e.c.end, e.r.why)
+		return at(e.c, e.c.End, e.r.why)
 	}
 	for _, b := range e.behind {
 		if b.r.lost {
-			return at(b.c, b.c.end, b.r.why)
+			return at(b.c, b.c.End, b.r.why)
 		}
 	}
 	switch {
-	case cp.Offset > format.ChunkHeaderSize && (e.c == nil || e.c.seq < cp.ChunkSeq):
+	case cp.Offset > format.ChunkHeaderSize && (e.c == nil || e.c.Seq < cp.ChunkSeq):
 		d.Err = fault.Corruptf("no chunk file has the sequence %d, with which the log goes on", cp.ChunkSeq)
 	case d.Lost == 0:
 		return nil
 	case len(e.behind) > 0 && (e.c == nil || e.r.dropped == 0):
 		return at(e.behind[0].c, format.ChunkHeaderSize, e.behind[0].r.why)
 	case e.c != nil:
-		return at(e.c, e.c.end, e.r.why)
+		return at(e.c, e.c.End, e.r.why)
 	default:
 		d.Err = fault.Corruptf("no chunk file has it")
 	}
@@ -166,26 +167,26 @@ const asideFile = "aside.tmp"
 // copyAside sets a copy of a chunk's file aside. The log ends in this chunk, and what lies behind the end may
 // be overwritten later.
 func (s *Store) copyAside(c *chunk) (err error) {
-	from, err := c.handle()
+	from, err := c.Handle()
 	if err != nil {
 		return err
 	}
 	defer func() {
 		if err != nil {
-			err = fmt.Errorf("keep a copy of chunk file %s: %w", c.name(), fault.NoSpace(err))
+			err = fmt.Errorf("keep a copy of chunk file %s: %w", c.Name(), fault.NoSpace(err))
 		}
 	}()
 	if err := s.fs.Remove(asideFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	to, err := s.fs.Create(asideFile, int64(c.size))
+	to, err := s.fs.Create(asideFile, int64(c.Size))
 	if err != nil {
 		return err
 	}
 	p := make([]byte, 4096) // one page, so that the pages beside one that cannot be read are still copied
-	for off := int64(0); off < int64(c.size) && err == nil; off += int64(len(p)) {
+	for off := int64(0); off < int64(c.Size) && err == nil; off += int64(len(p)) {
 		var n int
-		if n, err = readFull(from, p, off); fault.IgnoreUnreadable(err) == nil { // bytes that cannot be read become zeros
+		if n, err = wal.ReadFull(from, p, off); fault.IgnoreUnreadable(err) == nil { // bytes that cannot be read become zeros
 			_, err = to.WriteAt(p[:n], off)
 		}
 	}
@@ -193,5 +194,5 @@ func (s *Store) copyAside(c *chunk) (err error) {
 	if err != nil {
 		return errors.Join(err, s.fs.Remove(asideFile))
 	}
-	return s.setAside(asideFile, leaving{name: c.name(), seq: c.seq, as: asDamaged})
+	return s.setAside(asideFile, leaving{name: c.Name(), seq: c.Seq, as: wal.AsDamaged})
 }

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
@@ -75,11 +76,11 @@ func (s *sound) holds(fs *crashfs.FS, table, formatText []byte, cut bool) (opene
 	defer func() {
 		close(st.quit)
 		st.wg.Wait()
-		st.wal.stop()
+		st.wal.Stop()
 		problem = errors.Join(problem, st.release())
 	}()
 	st.mu.Lock()
-	seq := st.wal.nextSeq
+	seq := st.wal.NextSeq()
 	st.mu.Unlock()
 	want, ok := s.m.at(seq)
 	if !ok {
@@ -207,7 +208,7 @@ func contentOf(t *testing.T, fs storage.FS, name string) []byte {
 	defer f.Close()
 	size, _ := f.Size()
 	p := make([]byte, size)
-	if _, err := readFull(f, p, 0); err != nil {
+	if _, err := wal.ReadFull(f, p, 0); err != nil {
 		t.Fatal(err)
 	}
 	return p

@@ -5,6 +5,7 @@ import (
 	"math"
 	"time"
 
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -144,7 +145,7 @@ func (s *Store) prepareReaping() {
 	var l format.Leaf
 	for _, index := range leaves {
 		if j.next != 0 && !reaped {
-			_ = s.cache.ensure(j.b.leaf(index, head))
+			_ = s.cache.ensure(leafKey{j.b, index, head})
 		}
 		_ = s.meta.View(func(tx *metadata.Tx) error {
 			_, err := tx.Leaf(metadata.Version{Branch: j.b.ID, Leaf: index, Epoch: j.to}, &l)
@@ -173,7 +174,7 @@ func (s *Store) reapForCheckpoint() {
 	for more := true; more; {
 		s.prepareReaping()
 		s.mu.Lock()
-		more = s.reap() && s.tableShort(0, forEvents) <= 0 && s.unwritten < s.dirtyLimit/2 && time.Since(start) < s.opts.reapTime
+		more = s.reap() && s.tableShort(0, wal.ForEvents) <= 0 && s.unwritten < s.dirtyLimit/2 && time.Since(start) < s.opts.reapTime
 		s.mu.Unlock()
 	}
 }
@@ -193,7 +194,7 @@ func (s *Store) reap() (more bool) {
 		j.b.reaping = j.b.reaping || j.snap == nil
 		done, n, err := s.deleteBatch(j, left)
 		if errors.Is(err, errFull) {
-			poke(s.ckptWork) // this checkpoint makes room
+			wal.Poke(s.ckptWork) // this checkpoint makes room
 			return false
 		}
 		if err != nil {
@@ -207,7 +208,7 @@ func (s *Store) reap() (more bool) {
 			s.finishDeletion(j)
 		}
 	}
-	poke(s.ckptWork)
+	wal.Poke(s.ckptWork)
 	return true
 }
 
@@ -318,8 +319,8 @@ func (s *Store) dropVersion(b *branch, v metadata.Version) {
 	sh := s.cache.shard(v.Branch, v.Leaf)
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
-	b.leaves.unwritten.Add(-sh.dropImages(v))
-	if lf, h := sh.find(b.leaf(v.Leaf, head)); lf != nil && lf.epoch == v.Epoch {
+	b.unwritten.Add(-sh.dropImages(v))
+	if lf, h := sh.find(leafKey{b, v.Leaf, head}); lf != nil && lf.epoch == v.Epoch {
 		sh.setGen(h, 0) // the version of a head that is gone must not be written again
 	}
 }
@@ -332,10 +333,10 @@ func (s *Store) finishDeletion(j deletion) {
 	} else {
 		j.b.reaped = true
 		delete(s.catalog.orphaned, j.b)
-		s.cache.forget(&j.b.leaves, false)
+		s.cache.forget(j.b, false)
 	}
 	if j.b.reaped && len(j.b.points) == 0 {
 		s.catalog.forgetBranch(j.b)
-		s.cache.forget(&j.b.leaves, true)
+		s.cache.forget(j.b, true)
 	}
 }

@@ -12,10 +12,10 @@ import (
 	"syscall"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
+	"golang.org/x/sys/unix"
 )
 
 // limitFiles allows the process to open n more files than it has open now. It assumes that nothing else is
@@ -182,7 +182,7 @@ func TestAccessIsNoDamage(t *testing.T) {
 	must(t, err)
 	defer inner.Close()
 	for errno, damage := range map[syscall.Errno]bool{syscall.EACCES: false, syscall.EMFILE: false, syscall.ENFILE: false, syscall.EIO: false, syscall.EINVAL: true} {
-		f := &failing{FS: inner, name: chunkName(0)}
+		f := &failing{FS: inner, name: wal.ChunkName(0)}
 		s := open(t, dir, Options{checkpointInterval: -1, fs: f})
 		f.err = errno
 		rep, err := s.Check(context.Background(), CheckOptions{ReadData: true}, func(p Problem) {
@@ -209,7 +209,7 @@ func TestAccessIsNoDamage(t *testing.T) {
 	must(t, err)
 	_, err = d.WriteAt(randomBytes(4096, 3), 0)
 	must(t, errors.Join(err, d.Flush()))
-	name := s.wal.current.name()
+	name := s.wal.Current().Name()
 	killStore(s)
 	_, err = Open(dir, Options{checkpointInterval: -1, fs: &failing{FS: inner, name: name, err: syscall.EACCES}})
 	if !errors.Is(err, syscall.EACCES) || errors.Is(err, ErrCorrupt) || strings.Contains(err.Error(), "move it away") {

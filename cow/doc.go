@@ -10,17 +10,17 @@
 //	Device.WriteAt        write.go        cut into units; merge partial blocks; compress: no lock is held
 //	  │
 //	  ├─ Store.mu ─────────────────────────────────────────────────────────────────────────────
-//	  │  recordLog.reserve  log.go        wait for a buffer and a chunk, or for the cleaner; ErrNoSpace
+//	  │  wal.Log.Reserve    wal/log.go    wait for a buffer and a chunk, or for the cleaner; ErrNoSpace
 //	  │  Store.install      install.go    the commit point, of writers and of the cleaner:
 //	  │    leafCache.lock   cache.go        the leaf that maps the block; if it was evicted, load it and begin again
 //	  │    makeWritable     leafmap.go      the leaf becomes one of the branch's present epoch
-//	  │    recordLog.append log.go          the next sequence number, a place in the chunk, a copy in the buffer
+//	  │    wal.Log.Append   wal/log.go      the next sequence number, a place in the chunk, a copy in the buffer
 //	  │    Store.applyData  leafmap.go      the leaf's entry; what was there before is accounted dead
 //	  ├────────────────────────────────────────────────────────────────────────────────────────
 //	  ▼
 //	acknowledged
-//	  ┊  recordLog.drain    log_write.go  the flusher writes full buffers to the chunk file, in order
-//	  ┊  recordLog.sync     log_write.go  a flush: write the rest, fdatasync the chunks, write the durable mark
+//	  ┊  wal.Log.drain      wal/write.go  the flusher writes full buffers to the chunk file, in order
+//	  ┊  wal.Log.Sync       wal/write.go  a flush: write the rest, fdatasync the chunks, write the durable mark
 //	  ┊  Store.checkpoint   checkpoint.go changed leaves and rows go to the table in one transaction
 //	  ┊  mover              cleaner_copy.go  the cleaner copies what lives in a chunk to the log's end
 //
@@ -37,7 +37,7 @@
 //
 // In this order; a goroutine that holds one takes only those below it:
 //
-//	Store.cleanMu → Store.ckptMu → recordLog.syncMu → recordLog.writeMu → Store.mu → shard.mu → forwards.mu
+//	Store.cleanMu → Store.ckptMu → wal.Log.syncMu → wal.Log.writeMu → Store.mu → shard.mu → forwards.mu
 //
 // docs/engine.md, Locks and goroutines, says what each guards, and which locks take no other.
 package cow

@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -14,14 +15,7 @@ import (
 func (s *Store) skipChunk() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for s.wal.next == nil {
-		s.wal.waitForChunk(forData)
-		if err := errors.Join(s.wal.err(), s.wal.makeErr); err != nil {
-			return err
-		}
-	}
-	s.wal.rotate(forData)
-	return nil
+	return s.wal.SkipChunk()
 }
 
 // holdsAt reports whether a volume has the content want at an offset.
@@ -51,7 +45,7 @@ func TestChunkMadeForNothing(t *testing.T) {
 			must(t, err)
 			_, err = d.WriteAt(randomBytes(4096, 1), 0)
 			must(t, err)
-			s.wal.waitIdle()
+			s.wal.WaitIdle()
 			free.Store(10 << 20) // others fill the disk
 			for i := int64(0); err == nil; i++ {
 				_, err = d.WriteAt(randomBytes(64<<10, uint64(i+2)), i%512<<16)
@@ -62,7 +56,7 @@ func TestChunkMadeForNothing(t *testing.T) {
 			fits := func(n int) bool {
 				s.mu.Lock()
 				defer s.mu.Unlock()
-				return s.wal.fits(n, forEvents)
+				return s.wal.Fits(n, wal.ForEvents)
 			}
 			names := [2]string{"v", "w"}
 			for i := 0; fits(4096); i++ {
@@ -160,7 +154,7 @@ func TestLogEndsWhereTheNextOwnerFoundItsEnd(t *testing.T) {
 	_, err = d.WriteAt(randomBytes(100<<10, 1), 0)
 	must(t, err)
 	s.mu.Lock()
-	path, at := filepath.Join(dir, chunksDir, s.wal.current.name()), int64(s.wal.current.end)
+	path, at := filepath.Join(dir, chunksDir, s.wal.Current().Name()), int64(s.wal.Current().End)
 	s.mu.Unlock()
 	_, err = d.WriteAt(randomBytes(100<<10, 2), 1<<20)
 	must(t, errors.Join(err, d.Flush()))

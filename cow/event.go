@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -19,7 +20,7 @@ func (s *Store) transact(build func() (*format.Event, error)) error {
 		s.mu.Unlock()
 		switch {
 		case err == nil:
-			return s.wal.sync()
+			return s.wal.Sync()
 		case errors.Is(err, errFull):
 			err = s.makeRoom(p)
 		case errors.Is(err, errNoNew):
@@ -27,7 +28,7 @@ func (s *Store) transact(build func() (*format.Event, error)) error {
 			if refused++; more && merr == nil {
 				err = nil
 			}
-		case errors.Is(err, ErrNoSpace) && p == forEvents && !cleared:
+		case errors.Is(err, ErrNoSpace) && p == wal.ForEvents && !cleared:
 			cleared = true
 			if s.clearEvents() == nil {
 				err = nil
@@ -41,12 +42,12 @@ func (s *Store) transact(build func() (*format.Event, error)) error {
 
 // transactLocked is transact without the sync. It returns errFull if the table has no room for the event,
 // whose purpose is p. The caller holds mu.
-func (s *Store) transactLocked(build func() (*format.Event, error)) (p purpose, err error) {
+func (s *Store) transactLocked(build func() (*format.Event, error)) (p wal.Purpose, err error) {
 	// build runs before room is made, so that a refused event costs nothing, and is refused even where there
 	// is no room.
 	for room := 0; ; {
 		if room > 0 {
-			if err := s.wal.reserve(room, p); err != nil {
+			if err := s.wal.Reserve(room, p); err != nil {
 				return p, err
 			}
 		}
@@ -62,7 +63,7 @@ func (s *Store) transactLocked(build func() (*format.Event, error)) (p purpose, 
 			s.catalog.nextID = ids // the IDs are not used
 			return p, err
 		}
-		if p = purposeOf(ev); p == forData {
+		if p = purposeOf(ev); p == wal.ForData {
 			err = s.roomForNew(roomForNames, false)
 			if err == nil && s.tableShort(1, p) > 0 {
 				err = errFull
@@ -78,15 +79,15 @@ func (s *Store) transactLocked(build func() (*format.Event, error)) (p purpose, 
 		}
 		h := format.RecordHeader{Kind: format.KindEvent, Blocks: 1, PayloadLen: len(payload), PayloadCRC: format.Checksum(payload)}
 		switch {
-		case h.Size() > maxEvent:
+		case h.Size() > wal.MaxEvent:
 			return p, fmt.Errorf("%s: too many at once (%d bytes of changes); remove or name fewer first: %w", ev.Op, len(payload), ErrInvalid)
 		case h.Size() > room:
 			room, s.catalog.nextID = h.Size(), ids
 			continue // reserve may have to wait, and what build saw may change meanwhile
 		}
-		s.wal.append(&h, payload)
+		s.wal.Append(&h, payload)
 		s.catalogDirty = true
-		if p == forEvents {
+		if p == wal.ForEvents {
 			s.cleanerExhausted = false // the data of a name that is gone can be reclaimed
 		}
 		return p, s.catalog.apply(ev, s.gen)

@@ -7,6 +7,7 @@ import (
 	"math"
 	"testing"
 
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -120,9 +121,9 @@ func TestSlotsAreUsedUp(t *testing.T) {
 	must(t, err)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
-	s.wal.waitIdle()
+	s.wal.WaitIdle()
 	s.mu.Lock()
-	others := format.MaxSlots - slotsAbove(forData) - s.slots.taken - 3
+	others := format.MaxSlots - wal.SlotsAbove(wal.ForData) - s.slots.taken - 3
 	s.slots.taken += others // as if these chunks existed
 	s.mu.Unlock()
 	written := int64(0)
@@ -158,10 +159,10 @@ func TestSlotsAreUsedUp(t *testing.T) {
 
 // TestLogNumbersAreUsedUp: the sequence numbers of chunks and records do not begin again either.
 func TestLogNumbersAreUsedUp(t *testing.T) {
-	for what, set := range map[string]func(*recordLog){
-		"chunks":            func(l *recordLog) { l.nextChunk = lastChunkSeq + 1 },
-		"chunks to the end": func(l *recordLog) { l.usedChunk(math.MaxUint64) },
-		"records":           func(l *recordLog) { l.nextSeq = lastRecordSeq + 1 },
+	for what, set := range map[string]func(*wal.Log){
+		"chunks":            func(l *wal.Log) { l.Resume(1, wal.LastChunkSeq+1) },
+		"chunks to the end": func(l *wal.Log) { l.UsedChunk(math.MaxUint64) },
+		"records":           func(l *wal.Log) { l.Resume(wal.LastRecordSeq+1, 1) },
 	} {
 		t.Run(what, func(t *testing.T) {
 			s, _ := newStore(t, Options{checkpointInterval: -1})

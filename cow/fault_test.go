@@ -153,7 +153,7 @@ func isFault(err error, errno error) bool {
 
 // goOn checks that a store stops after a failure if the log's end is unknown, and goes on otherwise.
 func (w *world) goOn(kind crashfs.Op, failed error) error {
-	stopped := w.s.wal.err()
+	stopped := w.s.wal.Err()
 	if failed != nil && stopped == nil {
 		// Nothing was lost: acknowledged data is readable, and work can go on.
 		if err := w.same(true); err != nil {

@@ -34,6 +34,10 @@ type region struct {
 // maxRegions bounds the regions in memory that no checkpoint needs.
 const maxRegions = 4096
 
+func regionOf(e format.Entry) metadata.Region {
+	return metadata.Region{Slot: e.Slot(), Number: uint16(e.Offset() / format.ForwardRegion)}
+}
+
 // region returns a region, and loads it first if needed. The caller holds mu.
 func (f *forwards) region(k metadata.Region) (*region, error) {
 	if r := f.regions[k]; r != nil {
@@ -63,10 +67,10 @@ func (f *forwards) region(k metadata.Region) (*region, error) {
 // find finds the forward of the record that e names: its region, and its index there. ok is false if there is
 // none; i is then where it would be. The caller holds mu.
 func (f *forwards) find(e format.Entry) (r *region, i int, ok bool, err error) {
-	if r, err = f.region(metadata.RegionOf(e)); err != nil {
+	if r, err = f.region(regionOf(e)); err != nil {
 		return nil, 0, false, err
 	}
-	i, ok = format.SearchForwards(r.list, e.Offset())
+	i, ok = slices.BinarySearchFunc(r.list, e.Offset(), func(f format.Forward, off uint32) int { return int(f.Offset) - int(off) })
 	return r, i, ok, nil
 }
 
@@ -95,7 +99,7 @@ func (f *forwards) follow(e format.Entry, slots *slotTable) (format.Entry, *chun
 	}
 	to := r.list[i].To.WithIndex(e.Index())
 	c := slots.get(to.Slot())
-	if c == nil || c.gone || !c.tryAcquire() {
+	if c == nil || c.gone || !c.TryAcquire() {
 		return 0, nil, fault.Corruptf("%v was moved to %v, where there is no chunk", e, to)
 	}
 	return to, c, nil
@@ -163,7 +167,7 @@ func (s *Store) dieMoved(c *chunk, e format.Entry) bool {
 	r, i, ok, err := s.forwards.find(e)
 	if err != nil {
 		// Space that a damaged row hides cannot be given back.
-		s.log.Error("space of moved data stays in use; run check", "chunk", c.name(), "err", err)
+		s.log.Error("space of moved data stays in use; run check", "chunk", c.Name(), "err", err)
 		return true
 	}
 	if !ok {
@@ -190,7 +194,7 @@ func (s *Store) replayMoved(h *format.RecordHeader, payload []byte, c *chunk, of
 	if err != nil {
 		return err
 	}
-	return s.forward(m.From, m.Mask, format.MakeEntry(c.slot, off, h.Size(), h.Blocks, 0))
+	return s.forward(m.From, m.Mask, format.MakeEntry(c.Slot, off, h.Size(), h.Blocks, 0))
 }
 
 // frozenRegion is a region as a checkpoint writes it.

@@ -7,6 +7,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
 )
@@ -73,7 +74,7 @@ func TestFullDisk(t *testing.T) {
 	for _, end := range []string{"unsnap", "remove", "discard"} {
 		t.Run(end, func(t *testing.T) {
 			w := newWorld(t)
-			w.crasher.fs.SetCapacity(spare + 6<<20)
+			w.crasher.fs.SetCapacity(wal.Spare + 6<<20)
 			var first int64
 			for round := range 3 {
 				written := w.fillDisk(t)

@@ -131,7 +131,7 @@ func (g *generation) write(tx *metadata.Tx) error {
 		each(g.volumes, tx.PutVolume), each(g.snapshots, tx.PutSnapshot), each(g.branches, tx.PutBranch),
 		each(g.chunks, tx.PutChunk),
 		eachID(g.dropped.volumes, tx.DropVolume), eachID(g.dropped.snapshots, tx.DropSnapshot), eachID(g.dropped.branches, tx.DropBranch),
-		each(g.dead, func(c **chunk) error { return tx.DropChunk((*c).slot) }),
+		each(g.dead, func(c **chunk) error { return tx.DropChunk((*c).Slot) }),
 		each(g.forwarded, tx.PutForwarded), eachID(g.back, tx.DropForwarded), g.writeRegions(tx),
 		g.writeCold(tx), tx.PutCheckpoint(&g.at))
 }

@@ -1,6 +1,10 @@
 package cow
 
-import "time"
+import (
+	"time"
+
+	"github.com/vdisk/vdisk/cow/internal/wal"
+)
 
 // StoreInfo describes a store as a whole.
 type StoreInfo struct {
@@ -25,7 +29,7 @@ type StoreInfo struct {
 // Info returns a description of the store.
 func (s *Store) Info() StoreInfo {
 	in := StoreInfo{UUID: s.info.UUID, Created: s.info.Created, Version: s.info.Version}
-	in.MetaBytes, in.ReserveBytes = s.meta.Size(), s.wal.stock.bytes()
+	in.MetaBytes, in.ReserveBytes = s.meta.Size(), s.reserve.Bytes()
 	if n, err := s.fs.Free(); err == nil {
 		in.FreeBytes = n
 	}
@@ -38,12 +42,13 @@ func (s *Store) Info() StoreInfo {
 	defer s.mu.Unlock()
 	in.Volumes = len(s.catalog.volumes)
 	in.Snapshots = len(s.catalog.snapshots) - len(s.catalog.unnamedPoints)
-	in.SpareBytes = s.wal.pool.bytes()
+	in.SpareBytes = s.wal.Pool.Bytes()
 	in.Chunks, in.ChunkBytes, in.LiveBytes = int(s.slots.chunks), s.slots.ends, s.slots.live
-	for _, c := range []*chunk{s.wal.current, s.wal.next} {
-		if c != nil {
+	for _, f := range []*wal.Chunk{s.wal.Current(), s.wal.Next()} {
+		if f != nil {
+			c := s.slots.get(f.Slot)
 			in.Chunks++
-			in.ChunkBytes += int64(c.end)
+			in.ChunkBytes += int64(c.End)
 			in.LiveBytes += int64(c.live)
 		}
 	}

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/metadata"
@@ -28,7 +29,7 @@ type hookFS struct {
 }
 
 func (h *hookFS) Create(name string, size int64) (storage.File, error) {
-	if h.onCreate != nil && name != reserveName && name != markName {
+	if h.onCreate != nil && name != wal.ReserveName && name != wal.MarkName {
 		if err := h.onCreate(name); err != nil {
 			return nil, err
 		}
@@ -41,7 +42,7 @@ func (h *hookFS) Create(name string, size int64) (storage.File, error) {
 }
 
 func (h *hookFS) Open(name string) (storage.File, error) {
-	if h.onOpen != nil && name != markName {
+	if h.onOpen != nil && name != wal.MarkName {
 		if err := h.onOpen(name); err != nil {
 			return nil, err
 		}
@@ -100,7 +101,7 @@ func newHook(t *testing.T, dir string) *hookFS {
 func killStore(s *Store) {
 	close(s.quit)
 	s.wg.Wait()
-	s.wal.stop()
+	s.wal.Stop()
 	s.release()
 }
 
@@ -116,7 +117,7 @@ func open(t *testing.T, dir string, o Options) *Store {
 func appended(s *Store) uint64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.wal.appended
+	return s.wal.Appended()
 }
 
 func must(t testing.TB, err error) {
@@ -326,7 +327,7 @@ func TestDamagedLeafOfDeletedVolume(t *testing.T) {
 	}
 	must(t, s.Checkpoint())
 	must(t, s.Remove(Ref{Volume: "v"}, false))
-	must(t, s.wal.sync())
+	must(t, s.wal.Sync())
 	var err error
 	var v metadata.Version
 	must(t, s.meta.View(func(tx *metadata.Tx) error {
@@ -401,7 +402,7 @@ func TestPlanAcrossSlotReuse(t *testing.T) {
 	pl := &ReadPlan{d: d}
 	var bad error
 	var target format.Entry
-	must(t, s.cache.view(d.b.leaf(0, head), func(lf *leaf) {
+	must(t, s.cache.view(leafKey{d.b, 0, head}, func(lf *leaf) {
 		target = lf.entry(255)
 		bad = pl.plan(lf, buf[:4096], 255*4096)
 	}))
@@ -419,7 +420,7 @@ func TestPlanAcrossSlotReuse(t *testing.T) {
 		if i%8 == 0 {
 			must(t, s.Checkpoint())
 		}
-		lf, sh := s.cache.lock(d.b.leaf(1, head))
+		lf, sh := s.cache.lock(leafKey{d.b, 1, head})
 		e := lf.entry(0)
 		sh.mu.Unlock()
 		if e == target && s.slots.get(e.Slot()) != old {
@@ -429,7 +430,7 @@ func TestPlanAcrossSlotReuse(t *testing.T) {
 	want := make([]byte, 4096)
 	_, err = d.ReadAt(want, 256*4096)
 	must(t, err)
-	must(t, s.cache.view(d.b.leaf(1, head), func(lf *leaf) { bad = pl.plan(lf, buf[4096:], 256*4096) }))
+	must(t, s.cache.view(leafKey{d.b, 1, head}, func(lf *leaf) { bad = pl.plan(lf, buf[4096:], 256*4096) }))
 	must(t, bad)
 	must(t, pl.locate())
 	if err := pl.Fetch(); err != nil {
@@ -455,7 +456,7 @@ func TestChunksOfHolesGo(t *testing.T) {
 	}
 	names := chunkFiles(t, s.fs)
 	t.Logf("chunk files with no live byte after 5 checkpoints: %d; Info %+v", len(names), s.Info())
-	if len(names) > 3+poolSize {
+	if len(names) > 3+wal.PoolSize {
 		t.Errorf("%d files stay", len(names))
 	}
 	killStore(s)

@@ -100,16 +100,16 @@ func newRotten(t *testing.T) *rotten {
 	must(t, s.Snapshot(Ref{"v", "a"}))
 	write()
 	s.mu.Lock()
-	r.chunk, r.event = s.wal.current.name(), int64(s.wal.current.end)
+	r.chunk, r.event = s.wal.Current().Name(), int64(s.wal.Current().End)
 	s.mu.Unlock()
 	must(t, s.Snapshot(Ref{"v", "b"}))
 	for range 6 {
 		write()
 		if len(r.want) == 5 {
-			r.later = s.wal.current.name()
+			r.later = s.wal.Current().Name()
 		}
 	}
-	s.wal.waitIdle()
+	s.wal.WaitIdle()
 	killStore(s)
 	return r
 }

@@ -14,12 +14,12 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/internal/workload"
 	"github.com/vdisk/vdisk/metadata"
+	"golang.org/x/sys/unix"
 )
 
 var (
@@ -56,11 +56,12 @@ var leafKinds = []struct {
 func BenchmarkMap(b *testing.B) {
 	for _, kind := range leafKinds {
 		const leaves = 16 << 10
-		br := &cachedBranch{ID: 7}
+		br := &branch{Branch: format.Branch{ID: 7, Epoch: 1}}
 		rng := rand.New(rand.NewPCG(1, 2))
-		c, err := newLeafCache(256<<20, func(_ leafKey, l *format.Leaf) (uint32, error) {
-			testLeaf(rng, kind.blocks, l)
-			return 1, nil
+		c, err := newLeafCache(256<<20, func(_ leafKey, o *openLeaf) error {
+			o.epoch = 1
+			testLeaf(rng, kind.blocks, &o.Leaf)
+			return nil
 		})
 		if err != nil {
 			b.Fatal(err)
@@ -93,7 +94,7 @@ func BenchmarkMap(b *testing.B) {
 				if lf == nil {
 					b.Fatal("evicted")
 				}
-				o, err := s.makeWritable(k, sh, 1)
+				o, err := s.makeWritable(k, sh)
 				if err != nil {
 					b.Fatal(err)
 				}
@@ -163,7 +164,7 @@ func BenchmarkDepth(b *testing.B) {
 				defer reportCPU(b)()
 				for i := range b.N {
 					if i%256 == 0 {
-						d.s.cache.forget(&d.b.leaves, true)
+						d.s.cache.forget(d.b, true)
 					}
 					read(b)
 				}
@@ -267,7 +268,7 @@ func makeBigLog(dir string, uuid [16]byte) error {
 			h.Encode(file[off:off+bigRecord], head.Seq, uint32(off))
 			copy(file[off+format.RecordHeaderSize:], payload)
 		}
-		if err := os.WriteFile(filepath.Join(dir, chunksDir, chunkName(slot)), file, 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(dir, chunksDir, wal.ChunkName(slot)), file, 0o600); err != nil {
 			return err
 		}
 	}

@@ -10,16 +10,16 @@ import (
 	"syscall"
 	"testing"
 
-	"go.etcd.io/bbolt"
-
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
+	"go.etcd.io/bbolt"
 )
 
 // forgetMark takes away the durable mark, as a power cut right after a flush may.
 func forgetMark(t *testing.T, dir string) {
 	t.Helper()
-	must(t, os.Remove(filepath.Join(dir, markName)))
+	must(t, os.Remove(filepath.Join(dir, wal.MarkName)))
 }
 
 // flushed is a store of one chunk whose owner was killed after all was flushed: three writes, a snapshot behind the
@@ -45,8 +45,8 @@ func newFlushed(t *testing.T) *flushed {
 	end := func() int64 {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		x.chunk = filepath.Join(dir, chunksDir, s.wal.current.name())
-		return int64(s.wal.current.end)
+		x.chunk = filepath.Join(dir, chunksDir, s.wal.Current().Name())
+		return int64(s.wal.Current().End)
 	}
 	for i := range x.want {
 		x.writes[i], x.want[i] = end(), randomBytes(4096, uint64(i+1))
@@ -80,15 +80,15 @@ func (x *flushed) whole(t *testing.T, s *Store) {
 // says so may be torn itself.
 func TestDamageToWhatWasFlushedLast(t *testing.T) {
 	tear := func(t *testing.T, x *flushed, newer bool) {
-		path := filepath.Join(x.dir, markName)
+		path := filepath.Join(x.dir, wal.MarkName)
 		p, err := os.ReadFile(path)
 		must(t, err)
 		a, aerr := format.DecodeDurableMark(p)
-		b, berr := format.DecodeDurableMark(p[markPlace:])
+		b, berr := format.DecodeDurableMark(p[wal.MarkPlace:])
 		must(t, errors.Join(aerr, berr))
 		at := int64(0)
 		if newer == (b.Seq > a.Seq) {
-			at = markPlace
+			at = wal.MarkPlace
 		}
 		change(t, path, at+33, flip, 1)
 	}
@@ -155,20 +155,20 @@ func TestMarkThatSaysNothing(t *testing.T) {
 		"none":  os.Remove,
 		"empty": func(path string) error { return os.Truncate(path, 0) },
 		"damaged": func(path string) error {
-			return os.WriteFile(path, make([]byte, markCount*markPlace), 0o600)
+			return os.WriteFile(path, make([]byte, wal.MarkCount*wal.MarkPlace), 0o600)
 		},
 		"another store's": func(path string) error {
-			p := make([]byte, markCount*markPlace)
+			p := make([]byte, wal.MarkCount*wal.MarkPlace)
 			m := format.DurableMark{UUID: [16]byte{1}, Seq: math.MaxUint64}
 			m.Encode(p)
-			m.Encode(p[markPlace:])
+			m.Encode(p[wal.MarkPlace:])
 			return os.WriteFile(path, p, 0o600)
 		},
 		"a folder": func(path string) error { return errors.Join(os.Remove(path), os.Mkdir(path, 0o700)) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			x := newFlushed(t)
-			path := filepath.Join(x.dir, markName)
+			path := filepath.Join(x.dir, wal.MarkName)
 			must(t, spoil(path))
 			s := open(t, x.dir, x.o)
 			x.whole(t, s)
@@ -180,12 +180,12 @@ func TestMarkThatSaysNothing(t *testing.T) {
 			must(t, err)
 			_, err = d.WriteAt(x.want[0], 5<<20)
 			must(t, errors.Join(err, d.Flush()))
-			next := s.wal.nextSeq
+			next := s.wal.NextSeq()
 			killStore(s)
 			p, err := os.ReadFile(path)
 			must(t, err)
 			a, aerr := format.DecodeDurableMark(p)
-			b, berr := format.DecodeDurableMark(p[markPlace:])
+			b, berr := format.DecodeDurableMark(p[wal.MarkPlace:])
 			if must(t, errors.Join(aerr, berr)); max(a.Seq, b.Seq) != next {
 				t.Errorf("the marks are %+v and %+v, and the log is durable up to %d", a, b, next)
 			}
@@ -207,7 +207,7 @@ type badMarkFile struct {
 
 func (b badMark) Create(name string, size int64) (storage.File, error) {
 	f, err := b.FS.Create(name, size)
-	if err == nil && name == markName {
+	if err == nil && name == wal.MarkName {
 		f = badMarkFile{f, b.off}
 	}
 	return f, err
@@ -251,14 +251,14 @@ type lockedMark struct {
 }
 
 func (l *lockedMark) Remove(name string) error {
-	if name == markName && l.remove != nil {
+	if name == wal.MarkName && l.remove != nil {
 		return l.remove
 	}
 	return l.FS.Remove(name)
 }
 
 func (l *lockedMark) Create(name string, size int64) (storage.File, error) {
-	if name == markName && l.create != nil {
+	if name == wal.MarkName && l.create != nil {
 		return nil, l.create
 	}
 	return l.FS.Create(name, size)
@@ -276,7 +276,7 @@ func TestRepairTakesTheMarkAway(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			x := newFlushed(t)
-			must(t, os.Rename(filepath.Join(x.dir, markName), filepath.Join(x.dir, chunksDir, markName))) // where FS has it
+			must(t, os.Rename(filepath.Join(x.dir, wal.MarkName), filepath.Join(x.dir, chunksDir, wal.MarkName))) // where FS has it
 			change(t, x.chunk, x.snaps[0]+40, flip, 1)
 			disk, err := storage.OpenDir(filepath.Join(x.dir, chunksDir))
 			must(t, err)
@@ -311,36 +311,6 @@ func TestRepairTakesTheMarkAway(t *testing.T) {
 			mustEnd(t, s)
 		})
 	}
-}
-
-// A disk that does not take the mark once takes it again later.
-func TestMarkIsTriedAgain(t *testing.T) {
-	dir := setup(t, 64<<20, format.Raw)
-	fs, err := storage.OpenDir(filepath.Join(dir, chunksDir))
-	must(t, err)
-	off := false
-	s := open(t, dir, Options{fs: badMark{fs, &off}, checkpointInterval: -1})
-	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
-	must(t, err)
-	flush := func() {
-		_, err := d.WriteAt(randomBytes(4096, 1), 0)
-		must(t, errors.Join(err, d.Flush()))
-	}
-	flush()
-	was := s.wal.mark.seq
-	off = true
-	flush()
-	off = false
-	flush()
-	if s.wal.mark.seq != was {
-		t.Errorf("the mark went from %d to %d, though a try has just failed", was, s.wal.mark.seq)
-	}
-	s.wal.mark.failedAt = s.wal.mark.failedAt.Add(-markRetry)
-	if flush(); s.wal.mark.seq != s.wal.nextSeq || !s.wal.mark.failedAt.IsZero() {
-		t.Errorf("the mark is %d, and the log durable up to %d", s.wal.mark.seq, s.wal.nextSeq)
-	}
-	must(t, d.Close())
-	mustEnd(t, s)
 }
 
 // A header that is damaged, of the log's last record, is not taken for nothing: a look leaves it there.

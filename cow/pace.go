@@ -4,6 +4,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/vdisk/vdisk/cow/internal/wal"
 )
 
 const (
@@ -101,7 +103,7 @@ type throttle struct {
 // come back. Otherwise the pace would go up and down with every chunk.
 func (t *throttle) batch(took time.Duration, urgent bool) error {
 	now, owed, lent := t.room()
-	room := now + owed - lent + min(1, float64(t.s.mover.r.off)/float64(t.s.wal.chunkBytes))
+	room := now + owed - lent + min(1, float64(t.s.mover.r.Off)/float64(t.s.wal.ChunkBytes))
 	if t.gained > 0 && room < unpaced {
 		t.s.pacer.set(t.gained / t.worked * max(min(1+(room-level)/2, now), leastPace))
 	} else {
@@ -144,7 +146,7 @@ func (t *throttle) giveUp(now, owed float64) error {
 	}
 	if t.asked < gen {
 		t.asked = gen
-		poke(s.ckptWork)
+		wal.Poke(s.ckptWork)
 	}
 	return nil
 }
@@ -162,23 +164,23 @@ func (t *throttle) room() (now, owed, lent float64) {
 	}
 	l := s.wal
 	room := s.room(free) - s.workKept()
-	if l.current != nil {
-		room += int64(l.current.size - l.current.end)
+	if l.Current() != nil {
+		room += int64(l.Current().Size - l.Current().End)
 	}
-	if l.next != nil && !l.next.reserved {
-		room += int64(l.next.size)
+	if l.Next() != nil && !l.Next().Reserved {
+		room += int64(l.Next().Size)
 	}
 	back := s.slots.owed + s.pendingFree
-	chunks := func(n int64) float64 { return float64(n) / float64(l.chunkBytes) }
+	chunks := func(n int64) float64 { return float64(n) / float64(l.ChunkBytes) }
 	return chunks(room), chunks(back), chunks(min(back, s.workBeyond()))
 }
 
 // room returns how many more bytes the chunk files can take if the file system has free bytes free. The
 // caller holds mu.
 func (s *Store) room(free int64) int64 {
-	room := min(free, free+s.kept()-spare)
-	if s.wal.limit > 0 {
-		room = min(room, s.wal.limit-s.slots.files)
+	room := min(free, free+s.kept()-wal.Spare)
+	if s.wal.Limit > 0 {
+		room = min(room, s.wal.Limit-s.slots.files)
 	}
-	return room + s.wal.pool.bytes()
+	return room + s.wal.Pool.Bytes()
 }

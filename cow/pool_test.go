@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
@@ -87,7 +88,7 @@ func (w *world) letGo() error {
 func (w *world) reused() int {
 	w.s.mu.Lock()
 	defer w.s.mu.Unlock()
-	return w.s.wal.pool.reused
+	return w.s.wal.Pool.Reused()
 }
 
 // overOld counts the chunks of the log, after a replay that dropped nothing, with something else behind their records.
@@ -96,14 +97,18 @@ func overOld(s *Store) (n int64) {
 		return 0
 	}
 	for _, c := range s.slots.all() {
-		if c.inTable || c.gone || c.file == nil {
+		if c.inTable || c.gone {
 			continue
 		}
-		if sum, err := readSummary(c.file, c, c.size); sum != nil || err != nil {
+		if sum, err := c.Summary(); sum != nil || err != nil {
 			continue
 		}
-		p := make([]byte, 2*pageSize)
-		if k, err := readFull(c.file, p, int64(c.end)); err == nil && !format.IsZero(p[:k]) {
+		p := make([]byte, 2*4096)
+		f, err := c.Handle()
+		if err != nil {
+			continue
+		}
+		if k, err := wal.ReadFull(f, p, int64(c.End)); err == nil && !format.IsZero(p[:k]) {
 			n++
 		}
 	}
@@ -111,13 +116,10 @@ func overOld(s *Store) (n int64) {
 }
 
 // pooled is the slots of the spares.
-func (s *Store) pooled() (slots []uint32) {
+func (s *Store) pooled() []uint32 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, c := range s.wal.pool.spares {
-		slots = append(slots, c.slot)
-	}
-	return slots
+	return s.wal.Pool.Spares()
 }
 
 // overwrite writes so many chunks' worth of the same range, which kills all chunks but the last.
@@ -130,7 +132,7 @@ func (w *world) overwrite(t *testing.T, chunks int) {
 
 func newPoolWorld(t *testing.T) *world {
 	w := newWorld(t)
-	w.s.wal.chunkBytes = 512 << 10
+	w.s.wal.ChunkBytes = 512 << 10
 	w.m.create("v", 4<<20, format.Raw)
 	_, err := w.s.CreateVolume("v", VolumeOptions{Size: 4 << 20, Codec: format.Raw})
 	must(t, w.event(err))
@@ -143,10 +145,10 @@ func TestPool(t *testing.T) {
 	fs := w.crasher.fs
 	w.overwrite(t, 8)
 	w.must(t, op{kind: "checkpoint"})
-	if n := len(w.s.pooled()); n != poolSize {
+	if n := len(w.s.pooled()); n != wal.PoolSize {
 		t.Fatalf("%d files are kept", n)
 	}
-	if in := w.s.Info(); in.SpareBytes != poolSize*512<<10 || in.Chunks > 3 {
+	if in := w.s.Info(); in.SpareBytes != wal.PoolSize*512<<10 || in.Chunks > 3 {
 		t.Errorf("%+v", in)
 	}
 	made := fs.Count(crashfs.OpCreate)
@@ -157,7 +159,7 @@ func TestPool(t *testing.T) {
 	w.mustBe(t)
 	_, err := w.s.Clean(context.Background(), 0.5)
 	must(t, err)
-	w.s.wal.waitIdle()
+	w.s.wal.WaitIdle()
 	names := chunkFiles(t, fs)
 	if in := w.s.Info(); in.SpareBytes != 0 || len(names) != in.Chunks {
 		t.Errorf("after gc: %+v, %v", in, names)
@@ -168,9 +170,9 @@ func TestPool(t *testing.T) {
 		t.Error("nothing is kept")
 	}
 	w.s.mu.Lock()
-	w.s.wal.pool.touched = time.Now().Add(-poolIdle - time.Second)
+	w.s.wal.Pool.Age(wal.PoolIdle + time.Second)
 	w.s.mu.Unlock()
-	must(t, w.s.wal.pool.emptyIdle())
+	must(t, w.s.wal.Pool.EmptyIdle())
 	if n := len(w.s.pooled()); n != 0 {
 		t.Errorf("%d files are kept for no use", n)
 	}
@@ -196,15 +198,15 @@ func TestPoolWaitsForReaders(t *testing.T) {
 		w.overwrite(t, 4)
 		w.must(t, op{kind: "checkpoint"})
 	}
-	if w.reused() == 0 || !c.dead || w.s.slots.get(c.slot) != c {
-		t.Errorf("%d files were recycled; that of the chunk that is read: %v", w.reused(), w.s.slots.get(c.slot) != c)
+	if w.reused() == 0 || !c.dead || w.s.slots.get(c.Slot) != c {
+		t.Errorf("%d files were recycled; that of the chunk that is read: %v", w.reused(), w.s.slots.get(c.Slot) != c)
 	}
 	must(t, w.letGo())
 	for range 4 {
 		w.overwrite(t, 4)
 		w.must(t, op{kind: "checkpoint"})
 	}
-	if w.s.slots.get(c.slot) == c {
+	if w.s.slots.get(c.Slot) == c {
 		t.Error("the file was not recycled after it was read")
 	}
 	must(t, w.close())
@@ -215,13 +217,13 @@ func TestPoolGoesFirst(t *testing.T) {
 	w := newPoolWorld(t)
 	w.overwrite(t, 8)
 	w.must(t, op{kind: "checkpoint"})
-	if n := len(w.s.pooled()); n != poolSize {
+	if n := len(w.s.pooled()); n != wal.PoolSize {
 		t.Fatalf("%d files are kept", n)
 	}
 	names := chunkFiles(t, w.crasher.fs)
-	w.crasher.fs.SetCapacity(spare + int64(len(names))<<19) // all of what data leaves free is taken by the pool
+	w.crasher.fs.SetCapacity(wal.Spare + int64(len(names))<<19) // all of what data leaves free is taken by the pool
 	w.overwrite(t, 3)
-	if free, _ := w.crasher.fs.Free(); free+w.s.kept() < spare+512<<10 {
+	if free, _ := w.crasher.fs.Free(); free+w.s.kept() < wal.Spare+512<<10 {
 		t.Errorf("%d bytes are free", free)
 	}
 	w.mustBe(t)
@@ -255,35 +257,35 @@ func TestFormerLifeIsNotReplayed(t *testing.T) {
 	w.must(t, op{kind: "checkpoint"})
 	formerly := map[uint32]uint64{} // sequence numbers, by slot
 	for _, slot := range w.s.pooled() {
-		formerly[slot] = w.s.slots.get(slot).seq
+		formerly[slot] = w.s.slots.get(slot).Seq
 	}
-	for w.s.wal.current == nil || formerly[w.s.wal.current.slot] == 0 {
+	for w.s.wal.Current() == nil || formerly[w.s.wal.Current().Slot] == 0 {
 		must(t, w.put("v", 0, 16<<10))
 	}
 	must(t, w.put("v", 0, 16<<10))
 	w.must(t, op{kind: "flush"})
-	c := w.s.wal.current
+	c := w.s.wal.Current()
 	payload := bytes.Repeat([]byte("formerly"), 512)
-	for _, seq := range []uint64{formerly[c.slot], c.seq} {
+	for _, seq := range []uint64{formerly[c.Slot], c.Seq} {
 		h := format.RecordHeader{
 			Seq: w.seq(), Branch: w.s.catalog.byName["v"].Branch, Kind: format.KindData, Blocks: 1,
 			PayloadLen: len(payload), PayloadCRC: format.Checksum(payload),
 		}
 		rec := make([]byte, h.Size())
-		h.Encode(rec, seq, c.end)
+		h.Encode(rec, seq, c.End)
 		copy(rec[format.RecordHeaderSize:], payload)
 		img := w.now("killed", w.crasher.fs.Clone())
-		f, err := img.fs.Open(c.name())
+		f, err := img.fs.Open(c.Name())
 		must(t, err)
-		_, err = f.WriteAt(rec, int64(c.end))
+		_, err = f.WriteAt(rec, int64(c.End))
 		must(t, errors.Join(err, f.Close()))
-		if seq == c.seq {
+		if seq == c.Seq {
 			img.m = w.m.fork() // the test is right: of this life it would be a write
 			img.m.write("v", payload, 0)
 		}
 		next, err := w.lab.open(img, never, rand.New(rand.NewPCG(1, 1)))
 		must(t, err)
-		if seq == c.seq && next.seq() != w.seq()+1 {
+		if seq == c.Seq && next.seq() != w.seq()+1 {
 			t.Error("a record of the present life was not replayed")
 		}
 		next.mustBe(t)
@@ -297,16 +299,16 @@ func TestFailedChunkDoesNotComeBack(t *testing.T) {
 	w := newPoolWorld(t)
 	w.overwrite(t, 8)
 	w.must(t, op{kind: "checkpoint"})
-	for w.s.wal.next != nil { // the next chunk is made by the test
+	for w.s.wal.Next() != nil { // the next chunk is made by the test
 		w.s.mu.Lock()
-		w.s.wal.making = true
+		w.s.wal.NextByHand()
 		w.s.mu.Unlock()
 		must(t, w.put("v", 0, 16<<10))
 	}
 	w.crasher.fs.FailAt(crashfs.OpSync, 1, syscall.EIO)
-	w.s.wal.makeChunk()
-	if w.s.wal.next != nil || w.s.wal.err() != nil || w.reused() == 0 {
-		t.Fatalf("the header's sync did not fail, or the log did (%v)", w.s.wal.err())
+	w.s.wal.MakeNext()
+	if w.s.wal.Next() != nil || w.s.wal.Err() != nil || w.reused() == 0 {
+		t.Fatalf("the header's sync did not fail, or the log did (%v)", w.s.wal.Err())
 	}
 	reused := w.reused()
 	w.overwrite(t, 1)
@@ -345,11 +347,11 @@ func TestFirstReadOfARemovedFile(t *testing.T) {
 	pl, got := &ReadPlan{}, make([]byte, format.BlockSize)
 	pl.begin(d)
 	var bad error
-	err = s.cache.view(d.b.leaf(0, head), func(lf *leaf) { bad = pl.plan(lf, got, 0) })
+	err = s.cache.view(leafKey{d.b, 0, head}, func(lf *leaf) { bad = pl.plan(lf, got, 0) })
 	must(t, errors.Join(err, bad))
 	must(t, d.Discard(0, format.BlockSize)) // what others do meanwhile
 	must(t, errors.Join(s.Checkpoint(), s.Checkpoint()))
-	if _, err := os.Stat(filepath.Join(dir, chunksDir, pl.records[0].c.name())); !os.IsNotExist(err) {
+	if _, err := os.Stat(filepath.Join(dir, chunksDir, pl.records[0].c.Name())); !os.IsNotExist(err) {
 		t.Fatalf("the file is there: %v", err)
 	}
 	if err := errors.Join(pl.locate(), pl.Fetch()); err != nil {
@@ -364,7 +366,7 @@ func chunkFiles(t *testing.T, fs storage.FS) (names []string) {
 	all, err := fs.List()
 	must(t, err)
 	for _, name := range all {
-		if _, ok := parseChunkName(name); ok {
+		if _, ok := wal.ParseChunkName(name); ok {
 			names = append(names, name)
 		}
 	}

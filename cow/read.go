@@ -6,6 +6,7 @@ import (
 	"io"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
 )
@@ -66,7 +67,7 @@ func (f *Fetch) Read() error {
 	if err == nil || errors.Is(err, io.EOF) {
 		err = fmt.Errorf("it ends at %d: %w", f.Off+int64(n), io.ErrUnexpectedEOF)
 	}
-	return fmt.Errorf("chunk %s: %w", chunkName(f.slot), err)
+	return fmt.Errorf("chunk %s: %w", wal.ChunkName(f.slot), err)
 }
 
 // PlanRead plans the read of len(p) bytes at off into p. The range may have any alignment, and must lie
@@ -86,7 +87,7 @@ func (d *Device) plan(pl *ReadPlan, p []byte, off int64) error {
 	for len(p) > 0 {
 		n := int(min(int64(len(p)), leafSize-off%leafSize))
 		var bad error
-		err := d.s.cache.view(d.b.leaf(uint32(off/leafSize), d.asOf), func(lf *leaf) {
+		err := d.s.cache.view(leafKey{d.b, uint32(off / leafSize), d.asOf}, func(lf *leaf) {
 			bad = pl.plan(lf, p[:n], off)
 		})
 		if err := errors.Join(err, bad); err != nil {
@@ -163,11 +164,11 @@ func (s *Store) resolve(e format.Entry) (was content, c *chunk, to format.Entry,
 		c = s.slots.get(e.Slot())
 		switch {
 		case c == nil:
-			return was, nil, 0, fault.Corruptf("it is in chunk %s, which does not exist", chunkName(e.Slot()))
+			return was, nil, 0, fault.Corruptf("it is in chunk %s, which does not exist", wal.ChunkName(e.Slot()))
 		case c.gone:
 			to, held, err := s.forwards.follow(e, &s.slots)
 			return content{e, c}, held, to, err
-		case c.tryAcquire():
+		case c.TryAcquire():
 			return content{e, c}, c, e, nil
 		}
 	}
@@ -193,7 +194,7 @@ func (pl *ReadPlan) locate() error {
 			continue
 		}
 		buf := pl.arena[r.at : r.at+r.e.Size()]
-		if pl.d.s.wal.read(r.c, r.e.Offset(), buf) {
+		if pl.d.s.wal.Read(r.c.Chunk, r.e.Offset(), buf) {
 			before = nil
 			continue
 		}
@@ -201,11 +202,11 @@ func (pl *ReadPlan) locate() error {
 			f := &pl.fetches[len(pl.fetches)-1]
 			f.Buf = f.Buf[:len(f.Buf)+len(buf)]
 		} else {
-			file, err := r.c.handle()
+			file, err := r.c.Handle()
 			if err != nil {
 				return err
 			}
-			pl.fetches = append(pl.fetches, Fetch{Buf: buf, Off: int64(r.e.Offset()), file: file, slot: r.c.slot})
+			pl.fetches = append(pl.fetches, Fetch{Buf: buf, Off: int64(r.e.Offset()), file: file, slot: r.c.Slot})
 		}
 		before = r
 	}
@@ -248,7 +249,7 @@ func (pl *ReadPlan) Finish(err error) error {
 	}
 	for i := range pl.records {
 		if err := pl.finish(&pl.records[i]); err != nil {
-			return fmt.Errorf("read %s: chunk %s offset %d: %w", pl.d.ref, pl.records[i].c.name(), pl.records[i].e.Offset(), err)
+			return fmt.Errorf("read %s: chunk %s offset %d: %w", pl.d.ref, pl.records[i].c.Name(), pl.records[i].e.Offset(), err)
 		}
 	}
 	return nil
@@ -260,7 +261,7 @@ func (pl *ReadPlan) finish(r *planned) error {
 	if r.done || !whole && r.e.Blocks() > 1 && units.get(r.key(), pl.pieces, r.piece) {
 		return nil // a concurrent read of the unit's other blocks has put the unit into the cache
 	}
-	payload, codec, err := format.VerifyRecord(pl.arena[r.at:r.at+r.e.Size()], r.c.seq, r.e, r.first)
+	payload, codec, err := verify(pl.arena[r.at:r.at+r.e.Size()], r.c.Seq, r.e, r.first)
 	if err != nil {
 		return err
 	}
@@ -295,10 +296,28 @@ func copyPieces(unit []byte, pieces []piece, first int) {
 	}
 }
 
+// verify checks that stored is the record that e names: of this life of the chunk, at this offset, for these
+// blocks, and with an intact payload.
+func verify(stored []byte, chunkSeq uint64, e format.Entry, first uint64) (payload []byte, codec format.Codec, err error) {
+	h, err := format.DecodeRecordHeader(stored, chunkSeq, e.Offset())
+	if err != nil {
+		return nil, 0, err
+	}
+	if h.Kind != format.KindData && h.Kind != format.KindMoved || h.Blocks != e.Blocks() || h.Size() != e.Size() || h.Block != first {
+		return nil, 0, fault.Corruptf("the record is of block %d (%d blocks, %d bytes), not of block %d", h.Block, h.Blocks, h.Size(), first)
+	}
+	payload = stored[format.RecordHeaderSize : format.RecordHeaderSize+h.PayloadLen]
+	err = h.VerifyPayload(payload)
+	if h.Kind == format.KindMoved {
+		payload = payload[format.MovedSize:]
+	}
+	return payload, h.Codec, err
+}
+
 func (pl *ReadPlan) release() {
 	pl.drop()
 	for i := range pl.records {
-		pl.records[i].c.release()
+		pl.records[i].c.Release()
 	}
 	clear(pl.pieces)
 	pl.records, pl.pieces, pl.fetches = pl.records[:0], pl.pieces[:0], pl.fetches[:0]

@@ -135,7 +135,7 @@ func (s *Store) readLog() error {
 	if r.Records > 0 {
 		s.log.Info("read the log", "records", r.Records, "bytes", r.Bytes)
 	}
-	s.wal.failed.Store(&s.readOnly)
+	s.wal.Refuse(s.readOnly)
 	return nil
 }
 
@@ -154,6 +154,6 @@ func (s *Store) onlyLooks(left []leaving) bool {
 	s.log.Warn(why+"; everything is kept as it is until a command changes the store",
 		"records", r.Records, "droppedBytes", r.DroppedBytes, "droppedFiles", r.DroppedFiles)
 	s.readOnly = fmt.Errorf("%w: this command only looks, and %s", ErrReadOnly, why)
-	s.wal.failed.Store(&s.readOnly)
+	s.wal.Refuse(s.readOnly)
 	return true
 }

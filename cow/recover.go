@@ -7,6 +7,7 @@ import (
 	"math"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -40,7 +41,7 @@ func (s *Store) loadAndReplay() (left []leaving, err error) {
 	if cp.Seq == 0 { // no checkpoint yet
 		cp = format.Checkpoint{Seq: 1, ChunkSeq: 1, Offset: format.ChunkHeaderSize, NextID: 1, NextChunkSeq: 1}
 	}
-	s.wal.nextSeq, s.wal.nextChunk, s.wal.committed = cp.Seq, max(cp.NextChunkSeq, 1), cp.Seq
+	s.wal.Resume(cp.Seq, max(cp.NextChunkSeq, 1))
 	if err := s.loadTables(tb); err != nil {
 		return nil, err
 	}
@@ -49,8 +50,8 @@ func (s *Store) loadAndReplay() (left []leaving, err error) {
 	if err != nil {
 		return nil, err
 	}
-	end := logEnd{headers: s.wal.durable}
-	s.wal.durable = max(s.wal.durable, s.wal.mark.seq)
+	end := logEnd{headers: s.wal.Durable()}
+	s.wal.KnowDurable(s.mark.Seq())
 	limits, err := firstRecords(logChunks)
 	if err != nil {
 		return nil, err
@@ -61,14 +62,14 @@ func (s *Store) loadAndReplay() (left []leaving, err error) {
 	t := &batch{s: s}
 	for i, c := range logChunks {
 		from := uint32(format.ChunkHeaderSize)
-		if i == 0 && c.seq == cp.ChunkSeq {
+		if i == 0 && c.Seq == cp.ChunkSeq {
 			from = cp.Offset
 		}
 		r, err := s.replayChunk(t, c, from, limits[i])
 		if err != nil {
-			return nil, fmt.Errorf("replay chunk %s: %w", c.name(), err)
+			return nil, fmt.Errorf("replay chunk %s: %w", c.Name(), err)
 		}
-		end.add(c, r, r.records > 0 || c.seq <= cp.ChunkSeq)
+		end.add(c, r, r.records > 0 || c.Seq <= cp.ChunkSeq)
 	}
 	if err := t.apply(); err != nil {
 		return nil, fmt.Errorf("replay: %w", err)
@@ -115,37 +116,15 @@ func firstRecords(chunks []*chunk) (limits []uint64, err error) {
 		if i == 0 {
 			break
 		}
-		seq, err := firstRecord(chunks[i])
+		seq, err := chunks[i].FirstSeq()
 		if err != nil {
-			return nil, fmt.Errorf("chunk %s: %w", chunks[i].name(), err)
+			return nil, fmt.Errorf("chunk %s: %w", chunks[i].Name(), err)
 		}
 		if seq > 0 {
 			limit = min(limit, seq)
 		}
 	}
 	return limits, nil
-}
-
-// firstRecord returns the number of a chunk's first record; 0 if there is none that can be read and verifies.
-func firstRecord(c *chunk) (seq uint64, err error) {
-	f, err := c.handle()
-	if err != nil {
-		return 0, fault.IgnoreUnreadable(err)
-	}
-	head := make([]byte, format.RecordHeaderSize)
-	if n, err := readFull(f, head, format.ChunkHeaderSize); err != nil || n < len(head) {
-		return 0, fault.IgnoreUnreadable(err)
-	}
-	h, err := format.DecodeRecordHeader(head, c.seq, format.ChunkHeaderSize)
-	if err != nil {
-		return 0, nil
-	}
-	payload := make([]byte, h.PayloadLen)
-	n, err := readFull(f, payload, format.ChunkHeaderSize+format.RecordHeaderSize)
-	if err != nil || n < len(payload) || h.VerifyPayload(payload) != nil {
-		return 0, fault.IgnoreUnreadable(err)
-	}
-	return h.Seq, nil
 }
 
 // chunkReplay is the result of replaying one chunk.
@@ -161,8 +140,8 @@ type chunkReplay struct {
 // known to have been durable, it applies what the summary says of them and reads only those that the summary
 // does not describe in full.
 func (s *Store) replayChunk(t *batch, c *chunk, from uint32, limit uint64) (r chunkReplay, err error) {
-	c.end = from
-	f, err := c.handle()
+	c.End = from
+	f, err := c.Handle()
 	if errors.Is(err, fs.ErrNotExist) {
 		err = fault.Corruptf("the file is missing")
 	}
@@ -176,22 +155,22 @@ func (s *Store) replayChunk(t *batch, c *chunk, from uint32, limit uint64) (r ch
 	if err != nil {
 		return r, err
 	}
-	c.size = uint32(min(size, format.MaxChunkSize))
+	c.Size = uint32(min(size, format.MaxChunkSize))
 	s.slots.recount(c)
-	if c.size < from {
+	if c.Size < from {
 		return chunkReplay{why: fault.Corruptf("the file has %d bytes", size), lost: true}, nil
 	}
-	sum, err := readSummary(f, c, c.size)
+	sum, err := c.Summary()
 	if fault.IsUnreadable(err) { // the records are read instead
 		s.recovery.unsettled, err = true, nil
 	}
 	if err != nil {
 		return r, err
 	}
-	before := s.wal.nextSeq
-	if sum != nil && sum.before(s.wal.durable) {
+	before := s.wal.NextSeq()
+	if sum != nil && sum.Before(s.wal.Durable()) {
 		r.why, err = s.replaySummary(t, c, sum, from, limit)
-		if s.wal.nextSeq > before {
+		if s.wal.NextSeq() > before {
 			s.recovery.Summaries++
 		}
 	} else {
@@ -200,15 +179,15 @@ func (s *Store) replayChunk(t *batch, c *chunk, from uint32, limit uint64) (r ch
 	if err != nil {
 		return r, err
 	}
-	r.records, r.lost = int(s.wal.nextSeq-before), fault.IsUnreadable(r.why)
+	r.records, r.lost = int(s.wal.NextSeq()-before), fault.IsUnreadable(r.why)
 	s.recovery.Records += int64(r.records)
-	c.written = c.end
+	c.InFile()
 	s.markRow(c) // if the chunk is dead, the next checkpoint removes it
 	switch {
 	case sum == nil:
-		r.dropped, err = (&recordReader{f: f, c: c, off: c.end}).tail(s.wal.nextSeq)
-	case c.end < sum.End:
-		r.dropped = int64(sum.End - c.end)
+		r.dropped, err = c.Tail(c.End, s.wal.NextSeq())
+	case c.End < sum.End:
+		r.dropped = int64(sum.End - c.End)
 		s.recovery.unsettled = true
 	default:
 		return r, nil
@@ -221,22 +200,25 @@ func (s *Store) replayChunk(t *batch, c *chunk, from uint32, limit uint64) (r ch
 
 // replaySummary applies what a summary says of the records from offset from. It reads only events and moved
 // records, whose payloads are not in the summary. why says why the next record is not there.
-func (s *Store) replaySummary(t *batch, c *chunk, sum *summary, from uint32, limit uint64) (why, err error) {
-	r := &recordReader{f: c.file, c: c, readOnly: true}
-	bad := sum.each(func(seq uint64, off uint32, e *format.SummaryEntry) bool {
+func (s *Store) replaySummary(t *batch, c *chunk, sum *wal.Summary, from uint32, limit uint64) (why, err error) {
+	var r wal.Reader
+	if err := r.Begin(c.Chunk, from, wal.ReplayWindow); err != nil {
+		return nil, err
+	}
+	bad := sum.Each(func(seq uint64, off uint32, e *format.SummaryEntry) bool {
 		if off < from {
 			return true
 		}
-		if off != c.end || seq != s.wal.nextSeq || seq >= limit {
+		if off != c.End || seq != s.wal.NextSeq() || seq >= limit {
 			why = fault.Corruptf("the chunk goes on with record %d at %d", seq, off)
 			return false
 		}
 		var payload []byte
 		var h *format.RecordHeader
 		if e.Kind == format.KindEvent || e.Kind == format.KindMoved {
-			r.off = off
-			if h, payload, err = r.next(seq); err != nil || payload == nil {
-				why = r.why
+			r.Off = off
+			if h, payload, err = r.Next(seq); err != nil || payload == nil {
+				why = r.Why
 				return false
 			}
 		}
@@ -252,31 +234,34 @@ func (s *Store) replaySummary(t *batch, c *chunk, sum *summary, from uint32, lim
 
 // replayed counts a record of size bytes, and moves the end of c and of the log past it.
 func (s *Store) replayed(c *chunk, size int) {
-	s.wal.nextSeq++
-	c.end += uint32(size)
+	s.wal.Replayed(c.Chunk, size)
 	s.recovery.Bytes += int64(size)
 }
 
 // replayRecords reads and applies the records from offset from. why says why the next record is not there.
 func (s *Store) replayRecords(t *batch, c *chunk, from uint32, limit uint64) (why, err error) {
-	r := &recordReader{f: c.file, c: c, off: from, at: from, readOnly: s.readOnly != nil}
+	var r wal.Reader
+	if err := r.Begin(c.Chunk, from, wal.ReplayWindow); err != nil {
+		return nil, err
+	}
+	r.Rewrites = s.readOnly == nil
 	why = fault.Corruptf("a later chunk has the record")
-	for s.wal.nextSeq < limit {
-		h, payload, err := r.next(s.wal.nextSeq)
+	for s.wal.NextSeq() < limit {
+		h, payload, err := r.Next(s.wal.NextSeq())
 		if err != nil {
 			return nil, err
 		}
-		durable := s.wal.nextSeq < s.wal.durable
+		durable := s.wal.NextSeq() < s.wal.Durable()
 		if h == nil || payload == nil && !(durable && h.Kind == format.KindData) {
-			why = r.why
+			why = r.Why
 			break
 		}
 		e := format.SummaryEntry{Kind: h.Kind, Branch: h.Branch, Block: h.Block, Blocks: h.Blocks, Size: h.Size()}
 		switch {
 		case payload == nil: // damage to the blocks of this record, which their readers will meet
-			s.log.Error("a record of the log is damaged; run check", "chunk", c.name(), "offset", c.end, "err", r.why)
+			s.log.Error("a record of the log is damaged; run check", "chunk", c.Name(), "offset", c.End, "err", r.Why)
 			s.recovery.Damaged++
-			r.off += uint32(e.Size)
+			r.Off += uint32(e.Size)
 		case h.Kind == format.KindHole:
 			n, err := format.DecodeHole(payload, h.Block)
 			if err != nil {
@@ -284,18 +269,18 @@ func (s *Store) replayRecords(t *batch, c *chunk, from uint32, limit uint64) (wh
 			}
 			e.Blocks = int(min(n, format.LeafBlocks+1)) // more is refused
 		}
-		if err := s.replayRecord(t, &e, h, payload, c, c.end); err != nil {
-			return nil, fmt.Errorf("record %d at %d: %w", h.Seq, c.end, err)
+		if err := s.replayRecord(t, &e, h, payload, c, c.End); err != nil {
+			return nil, fmt.Errorf("record %d at %d: %w", h.Seq, c.End, err)
 		}
 		s.replayed(c, e.Size)
 		if durable {
-			r.back = r.off
+			r.Durable = r.Off
 		}
 	}
-	if c.end > from && !r.readOnly {
-		s.wal.needSync(c)
+	if c.End > from && r.Rewrites {
+		s.wal.NeedSync(c.Chunk)
 	}
-	return why, r.writeBack()
+	return why, r.WriteBack()
 }
 
 // replayRecord applies a record, or holds its change back in the batch. For events and moved records the
@@ -327,7 +312,7 @@ func (s *Store) replayRecord(t *batch, e *format.SummaryEntry, h *format.RecordH
 	}
 	var first format.Entry
 	if e.Kind == format.KindData {
-		first = format.MakeEntry(c.slot, off, e.Size, e.Blocks, 0)
+		first = format.MakeEntry(c.Slot, off, e.Size, e.Blocks, 0)
 	}
 	return t.hold(b, uint32(e.Block/format.LeafBlocks), block, e.Blocks, first)
 }

@@ -150,7 +150,7 @@ func writeLog(b *testing.B, s *Store, size int64, n uint64) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	appended := func() uint64 { s.mu.Lock(); defer s.mu.Unlock(); return s.wal.appended }
+	appended := func() uint64 { s.mu.Lock(); defer s.mu.Unlock(); return s.wal.Appended() }
 	end := appended() + n
 	var wg sync.WaitGroup
 	for i := range 2 {

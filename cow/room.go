@@ -7,6 +7,7 @@ import (
 	"syscall"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -31,14 +32,14 @@ const (
 // tableShort returns how many bytes the table's file lacks for the next commits: for all that is dirty, for n
 // leaves more, and for what is kept from purpose p. Room for a batch of the reaper is kept from all purposes.
 // The file is large enough if the result is not positive. The caller holds mu.
-func (s *Store) tableShort(n int, p purpose) int64 {
+func (s *Store) tableShort(n int, p wal.Purpose) int64 {
 	free, used := s.meta.Room()
 	rows := len(s.catalog.dirtyVolumes) + len(s.catalog.dirtySnapshots) + len(s.catalog.dirtyBranches)
 	leaves := int64(s.unwritten + s.writing + len(s.dropping) + len(s.dirtyRegions) + s.writingRegions + rows/4 + n)
 	need := min(leaves*leafNeed, used+leaves*leafGrowth)
 	batch := int64(s.opts.reapBatch)
 	need += batch*(leafNeed+rowNeed) + (free+used)/512 // the last term is the list of free pages
-	if p == forData {
+	if p == wal.ForData {
 		need += batch / 2 * leafNeed // for discards and the cleaner
 	}
 	return need - free
@@ -46,14 +47,14 @@ func (s *Store) tableShort(n int, p purpose) int64 {
 
 // growTable makes the table's file n bytes larger, or somewhat more, if that leaves free what purpose p may
 // not use. Otherwise it returns ErrNoSpace.
-func (s *Store) growTable(n int64, p purpose) error {
+func (s *Store) growTable(n int64, p wal.Purpose) error {
 	free, err := s.fs.Free()
 	if err != nil {
 		return fmt.Errorf("free space of the store: %w", err)
 	}
 	room := free
-	if p == forData {
-		room = min(room, free+s.wal.stock.bytes()-spare)
+	if p == wal.ForData {
+		room = min(room, free+s.reserve.Bytes()-wal.Spare)
 	}
 	_, used := s.meta.Room()
 	for _, step := range []int64{max(n, min(max(used/16, int64(s.opts.reapBatch)*rowNeed), growMost)), n} {
@@ -78,19 +79,19 @@ func (s *Store) allocateTable(f *os.File, from, to int64) error {
 
 // purposeOf returns how far an event may use the space that is kept free. An event that makes a name counts
 // as data; all others give room back, or take next to none.
-func purposeOf(ev *format.Event) purpose {
+func purposeOf(ev *format.Event) wal.Purpose {
 	switch ev.Op {
 	case "create", "snapshot", "clone":
-		return forData
+		return wal.ForData
 	}
-	return forEvents
+	return wal.ForEvents
 }
 
 // kept returns how much of the space that has to stay free the store holds already: the reserve, and the free
 // pages of the table. The pages count up to half of spare.
 func (s *Store) kept() int64 {
 	free, _ := s.meta.Room()
-	return s.wal.stock.bytes() + min(free, spare/2)
+	return s.reserve.Bytes() + min(free, wal.Spare/2)
 }
 
 // lowDisk reports whether less is free on the file system than has to stay free. Then nothing is kept for
@@ -100,19 +101,19 @@ func (s *Store) lowDisk() bool {
 	kept := s.kept()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return err == nil && free+kept < spare+s.wal.chunkBytes+s.workRoom()
+	return err == nil && free+kept < wal.Spare+s.wal.ChunkBytes+s.workRoom()
 }
 
 // fillReserve fills the reserve up. It only logs an error, because nothing depends on it.
 func (s *Store) fillReserve() {
-	if err := s.wal.stock.fill(s.used(true)); err != nil {
+	if err := s.reserve.Fill(s.used(true)); err != nil {
 		s.log.Warn("no blocks can be kept for when the file system is full", "err", err)
 	}
 }
 
 // makeElbowRoom frees some of the reserve if the file system is full, because an owner writes small files.
 func (s *Store) makeElbowRoom() {
-	if free, err := s.fs.Free(); err == nil && free < elbowRoom {
-		s.wal.stock.give(2 * elbowRoom)
+	if free, err := s.fs.Free(); err == nil && free < wal.ElbowRoom {
+		s.reserve.Give(2 * wal.ElbowRoom)
 	}
 }

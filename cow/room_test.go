@@ -12,10 +12,10 @@ import (
 	"strings"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
+	"golang.org/x/sys/unix"
 )
 
 // roomStore is a store on a disk of its own, whose table is on it, too.
@@ -63,7 +63,7 @@ func TestTableCannotFillTheDisk(t *testing.T) {
 	must(t, err)
 	mapLeaves(t, d, leaves)
 	must(t, s.Checkpoint())
-	leaveFree(t, fs, spare+room)
+	leaveFree(t, fs, wal.Spare+room)
 	r, p := rand.New(rand.NewPCG(2, 2)), make([]byte, format.BlockSize)
 	touched := 0
 	for i := 0; err == nil && i < 1000; i++ {
@@ -79,10 +79,10 @@ func TestTableCannotFillTheDisk(t *testing.T) {
 	}
 	in := s.Info()
 	t.Logf("full after %d snapshots and %d writes: table %d MiB, log %d MiB, %d KiB free: %v", in.Snapshots, touched, in.MetaBytes>>20, in.ChunkBytes>>20, in.FreeBytes>>10, err)
-	if !errors.Is(err, ErrNoSpace) || in.Snapshots < 5 || s.wal.err() != nil {
+	if !errors.Is(err, ErrNoSpace) || in.Snapshots < 5 || s.wal.Err() != nil {
 		t.Fatalf("after %d snapshots: %v", in.Snapshots, err)
 	}
-	if kept := in.FreeBytes + in.ReserveBytes; kept < spare {
+	if kept := in.FreeBytes + in.ReserveBytes; kept < wal.Spare {
 		t.Errorf("of what is to stay free %d bytes are left", kept)
 	}
 	must(t, s.Checkpoint())
@@ -147,19 +147,19 @@ func TestFullByOthers(t *testing.T) {
 		must(t, err)
 	}
 	must(t, errors.Join(s.Snapshot(Ref{"v", "b"}), d.Flush()))
-	if n := s.Info().ReserveBytes; n < reserveLeast {
+	if n := s.Info().ReserveBytes; n < wal.ReserveLeast {
 		t.Fatalf("a reserve of %d bytes", n)
 	}
 	leaveFree(t, fs, 0)
 	must(t, d.Close())
 	killStore(s)
 	s = again()
-	if free, err := fs.Free(); err != nil || free < elbowRoom {
+	if free, err := fs.Free(); err != nil || free < wal.ElbowRoom {
 		t.Errorf("%d bytes are free for small files, %v", free, err)
 	}
 	leaveFree(t, fs, 0)
 
-	before := s.wal.nextSeq
+	before := s.wal.NextSeq()
 	for what, err := range map[string]error{
 		"remove": s.Remove(Ref{Volume: "nosuch"}, false), "rename": s.Rename(Ref{Volume: "nosuch"}, Ref{Volume: "w"}),
 		"clone": s.Clone(Ref{"v", "nosuch"}, "w"), "snapshot": s.Snapshot(Ref{"nosuch", "a"}),
@@ -168,7 +168,7 @@ func TestFullByOthers(t *testing.T) {
 			t.Errorf("%s of what is not there: %v", what, err)
 		}
 	}
-	if s.wal.nextSeq != before || s.wal.current != nil {
+	if s.wal.NextSeq() != before || s.wal.Current() != nil {
 		t.Error("what was refused has changed the log")
 	}
 	for what, err := range map[string]error{"snapshot": s.Snapshot(Ref{"v", "c"}), "clone": s.Clone(Ref{"v", "a"}, "w")} {
@@ -194,7 +194,7 @@ func TestFullByOthers(t *testing.T) {
 	}
 	fs.SetCapacity(2 << 30)
 	s.fillReserve()
-	if n := s.Info().ReserveBytes; n < reserveLeast {
+	if n := s.Info().ReserveBytes; n < wal.ReserveLeast {
 		t.Errorf("a reserve of %d bytes, with room again", n)
 	}
 	must(t, d.Close())
@@ -209,14 +209,14 @@ func TestManyEventsOnAFullDisk(t *testing.T) {
 	names := []Ref{{Volume: strings.Repeat("v", 63)}, {Volume: strings.Repeat("w", 63)}}
 	_, err := s.CreateVolume(names[0].Volume, VolumeOptions{Size: 1 << 20})
 	must(t, err)
-	s.wal.stock.give(reserveLeast - 2*eventChunkSize)
+	s.reserve.Give(wal.ReserveLeast - 2*wal.EventChunkSize)
 	leaveFree(t, fs, 0)
-	for i := range 3 * eventChunkSize / 300 {
+	for i := range 3 * wal.EventChunkSize / 300 {
 		if err := s.Rename(names[i%2], names[1-i%2]); err != nil {
 			t.Fatalf("rename %d: %v", i, err)
 		}
 	}
-	if n := s.used(true); n > 3*eventChunkSize+s.wal.chunkBytes {
+	if n := s.used(true); n > 3*wal.EventChunkSize+s.wal.ChunkBytes {
 		t.Errorf("%d bytes of chunk files", n)
 	}
 	mustEnd(t, s)
@@ -227,7 +227,7 @@ func TestReserveOfHoles(t *testing.T) {
 	s, dir := newStore(t, Options{})
 	size := s.Info().ReserveBytes
 	must(t, s.Close())
-	path := filepath.Join(dir, reserveName)
+	path := filepath.Join(dir, wal.ReserveName)
 	if size == 0 {
 		t.Skip("the file system has no room for a reserve, or no fallocate")
 	}
@@ -249,7 +249,7 @@ func TestReserveThatWasUsedUp(t *testing.T) {
 	if size == 0 {
 		t.Skip("the file system has no room for a reserve, or no fallocate")
 	}
-	must(t, os.Truncate(filepath.Join(dir, reserveName), 0))
+	must(t, os.Truncate(filepath.Join(dir, wal.ReserveName), 0))
 	s = open(t, dir, Options{})
 	if got := s.Info().ReserveBytes; got < size {
 		t.Errorf("with room again the reserve has %d bytes, and had %d", got, size)

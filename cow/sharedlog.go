@@ -11,11 +11,11 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"sync/atomic"
 	"time"
 	"unsafe"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
 	"golang.org/x/sys/unix"
@@ -46,7 +46,7 @@ type ownerRecord struct {
 //	  8  version, number of buffers, size of a buffer (32 bits each), zero
 //	 24  the store's id, 16 bytes
 //	 40  CRC-32C of bytes 0 to 39
-//	128  for each buffer a slotHead
+//	128  for each buffer a bufferHead
 //
 // Numbers have the machine's byte order: the file does not outlive its boot.
 const (
@@ -54,18 +54,8 @@ const (
 	sharedVersion  = 1
 	sharedHead     = 4096
 	sharedTable    = 128
-	sharedFileSize = sharedHead + bufferCount*bufferSize
+	sharedFileSize = sharedHead + wal.BufferCount*wal.BufferSize
 )
-
-// slotHead says where the bytes of a buffer belong: in a chunk, at an offset. used is stored after the bytes, and set to 0
-// before any other field changes.
-type slotHead struct {
-	seq  uint64 // sequence number of the chunk
-	slot uint32
-	off  uint32
-	used atomic.Uint32
-	_    [3]uint32
-}
 
 // sharedBuffers is the memory of the log's buffers, in a file that outlives the process.
 type sharedBuffers struct {
@@ -125,7 +115,7 @@ var (
 
 func encodeSharedHead(p []byte, uuid [16]byte) {
 	copy(p, sharedMagic)
-	for i, v := range []uint32{sharedVersion, bufferCount, bufferSize, 0} {
+	for i, v := range []uint32{sharedVersion, wal.BufferCount, wal.BufferSize, 0} {
 		binary.NativeEndian.PutUint32(p[8+4*i:], v)
 	}
 	copy(p[24:], uuid[:])
@@ -172,35 +162,35 @@ func openSharedBuffers(dir, name string, uuid [16]byte, trusts func(uid uint32) 
 }
 
 // head returns the head of buffer i.
-func (b *sharedBuffers) head(i int) *slotHead {
-	return (*slotHead)(unsafe.Pointer(&b.mem[sharedTable+i*int(unsafe.Sizeof(slotHead{}))]))
+func (b *sharedBuffers) head(i int) *wal.BufferHead {
+	return (*wal.BufferHead)(unsafe.Pointer(&b.mem[sharedTable+i*int(unsafe.Sizeof(wal.BufferHead{}))]))
 }
 
 // data returns the memory of buffer i.
 func (b *sharedBuffers) data(i int) []byte {
-	at := sharedHead + i*bufferSize
-	return b.mem[at : at+bufferSize : at+bufferSize]
+	at := sharedHead + i*wal.BufferSize
+	return b.mem[at : at+wal.BufferSize : at+wal.BufferSize]
 }
 
 // restore finishes the writes of the dead owner: it writes the content of the buffers to its place in the
 // chunk files, and returns the number of bytes. Replay then finds the records there, and rejects a record
 // that was still being copied.
 func (b *sharedBuffers) restore(fsys storage.FS, header func(name string, slot uint32) (format.ChunkHeader, error)) (n int64, err error) {
-	for i := range bufferCount {
+	for i := range wal.BufferCount {
 		h := b.head(i)
-		used := h.used.Load()
-		if used == 0 || used > bufferSize || h.off < format.ChunkHeaderSize || h.slot >= format.MaxSlots {
+		used := h.Used.Load()
+		if used == 0 || used > wal.BufferSize || h.Off < format.ChunkHeaderSize || h.Slot >= format.MaxSlots {
 			continue
 		}
 		// If the chunk has gone since, a checkpoint has made it unnecessary: all of it was in its file.
-		name := chunkName(h.slot)
-		ch, err := header(name, h.slot)
+		name := wal.ChunkName(h.Slot)
+		ch, err := header(name, h.Slot)
 		// If the chunk's header is damaged, the replay will report that.
-		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, ErrCorrupt) || fault.IsUnreadable(err) || err == nil && ch.Seq != h.seq {
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, ErrCorrupt) || fault.IsUnreadable(err) || err == nil && ch.Seq != h.Seq {
 			continue
 		}
 		if err == nil {
-			err = writeChunk(fsys, name, b.data(i)[:used], int64(h.off))
+			err = writeChunk(fsys, name, b.data(i)[:used], int64(h.Off))
 		}
 		if err != nil {
 			return n, fmt.Errorf("chunk %s: %w", name, err)
@@ -310,7 +300,7 @@ func (s *Store) recoverSharedBuffers(uuid [16]byte) (settled func() error, err e
 // another store's. The log of a copy takes no harm from them: replay ends at the first record that is
 // missing.
 func (s *Store) takeOver(b *sharedBuffers, moved bool) (settled func() error, err error) {
-	n, err := b.restore(s.fs, s.chunkHeader)
+	n, err := b.restore(s.fs, s.wal.Header)
 	if err := errors.Join(err, b.close()); err != nil {
 		return nil, fmt.Errorf("writing what the last owner had answered: %w", err)
 	}
@@ -360,7 +350,9 @@ func (s *Store) outlive(uuid [16]byte) {
 		s.writeThrough = true
 		return
 	}
-	s.wal.share(s.shared)
+	for i := range wal.BufferCount {
+		s.wal.Share(i, s.shared.data(i), s.shared.head(i))
+	}
 }
 
 // answer is called after a device has changed, and before the change is acknowledged.
@@ -368,7 +360,7 @@ func (s *Store) answer() error {
 	if !s.writeThrough {
 		return nil
 	}
-	return s.wal.writeOut()
+	return s.wal.WriteOut()
 }
 
 // writeOwner writes ownerFile. The file is not synced, since it means nothing after a power cut.

@@ -26,7 +26,7 @@ func (s *Store) abandon(t testing.TB) {
 	t.Helper()
 	close(s.quit)
 	s.wg.Wait()
-	s.wal.stop()
+	s.wal.Stop()
 	if err := s.release(); err != nil {
 		t.Fatal(err)
 	}

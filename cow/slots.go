@@ -87,7 +87,7 @@ func (s *slotTable) get(slot uint32) *chunk {
 
 // put puts a chunk into its slot, and takes the chunk that was there out of the table.
 func (s *slotTable) put(c *chunk) {
-	n, i := c.slot/pageSlots, c.slot%pageSlots
+	n, i := c.Slot/pageSlots, c.Slot%pageSlots
 	p := s.pages[n].Load()
 	if p == nil {
 		p = &slotPage{}
@@ -179,9 +179,7 @@ func (s *slotTable) all() (cs []*chunk) {
 func (s *slotTable) closeAll() error {
 	var errs []error
 	s.each(func(c *chunk) {
-		if c.file != nil {
-			errs = append(errs, c.file.Close())
-		}
+		errs = append(errs, c.Close())
 	})
 	return errors.Join(errs...)
 }
@@ -216,7 +214,7 @@ func (s *slotTable) recount(c *chunk) {
 // recountLives does the part of recount for lives.
 func (s *slotTable) recountLives(c *chunk) {
 	n := 0
-	if c.inSlot && c.sealed && !c.gone && !c.dead && !c.damaged {
+	if c.inSlot && c.Sealed && !c.gone && !c.dead && !c.damaged {
 		n = int((c.live + liveStep - 1) / liveStep)
 	}
 	if was := c.counted.lives; n != was {
@@ -239,33 +237,33 @@ func (s *slotTable) measure(c *chunk) (t tally) {
 	if !c.inSlot {
 		return t
 	}
-	t.files = int64(c.size)
-	if c.gone || c.dead || !c.sealed {
+	t.files = int64(c.Size)
+	if c.gone || c.dead || !c.Sealed {
 		return t
 	}
-	t.chunks, t.ends, t.live = 1, int64(c.end), int64(c.live)
+	t.chunks, t.ends, t.live = 1, int64(c.End), int64(c.live)
 	if c.live == 0 {
-		t.owed = int64(c.size)
+		t.owed = int64(c.Size)
 	}
 	if s.mayClean(c) {
-		t.dirtyEnds, t.dirtyLive = int64(c.end-format.ChunkHeaderSize), int64(c.live)+int64(c.pinnedDead)
+		t.dirtyEnds, t.dirtyLive = int64(c.End-format.ChunkHeaderSize), int64(c.live)+int64(c.pinnedDead)
 	}
 	return t
 }
 
 // mayClean reports whether all of a chunk is in the table, and it has live data that can be moved.
 func (s *slotTable) mayClean(c *chunk) bool {
-	return c.sealed && !c.gone && !c.dead && !c.damaged && c.seq < s.cleanable && c.live > 0 && c.end > format.ChunkHeaderSize
+	return c.Sealed && !c.gone && !c.dead && !c.damaged && c.Seq < s.cleanable && c.live > 0 && c.End > format.ChunkHeaderSize
 }
 
 // used returns the part of a chunk that cleaning does not give back.
 func (c *chunk) used() float64 {
-	return (float64(c.live) + float64(c.pinnedDead)) / float64(c.end-format.ChunkHeaderSize)
+	return (float64(c.live) + float64(c.pinnedDead)) / float64(c.End-format.ChunkHeaderSize)
 }
 
 // dirt returns how much of a chunk is dead, in steps of 1/dirtSteps.
 func (c *chunk) dirt() int {
-	all := uint64(c.end - format.ChunkHeaderSize)
+	all := uint64(c.End - format.ChunkHeaderSize)
 	return int((all - min(all, uint64(c.live)+uint64(c.pinnedDead))) * dirtSteps / all)
 }
 
@@ -281,14 +279,14 @@ func (s *slotTable) dirtiest(waste float64, limit, now uint64, room int64) (best
 	var most float64
 	consider := func(c *chunk) {
 		switch {
-		case c.seq >= limit:
+		case c.Seq >= limit:
 			return
 		case workFor(c) > room:
 			tooLarge = true
 			return
 		}
 		used := c.used()
-		if benefit := (1 - used) * float64(now-c.seq) / (1 + used); benefit > most {
+		if benefit := (1 - used) * float64(now-c.Seq) / (1 + used); benefit > most {
 			most, best = benefit, c
 		}
 	}
@@ -314,7 +312,7 @@ func (s *slotTable) dirtiest(waste float64, limit, now uint64, room int64) (best
 type ageHeap []*chunk
 
 func (h ageHeap) Len() int           { return len(h) }
-func (h ageHeap) Less(i, j int) bool { return h[i].seq < h[j].seq }
+func (h ageHeap) Less(i, j int) bool { return h[i].Seq < h[j].Seq }
 func (h ageHeap) Swap(i, j int) {
 	h[i], h[j] = h[j], h[i]
 	h[i].counted.at, h[j].counted.at = i, j

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -24,9 +25,9 @@ func (s *Store) sumsAgree() error {
 		dirty[c] = s.slots.mayClean(c)
 		switch {
 		case now != c.counted.tally:
-			return fault.Corruptf("chunk %s is counted as %+v, and is %+v", c.name(), c.counted.tally, now)
+			return fault.Corruptf("chunk %s is counted as %+v, and is %+v", c.Name(), c.counted.tally, now)
 		case c.counted.cleanable != dirty[c]:
-			return fault.Corruptf("chunk %s may be cleaned: %v; it is counted so: %v", c.name(), dirty[c], c.counted.cleanable)
+			return fault.Corruptf("chunk %s may be cleaned: %v; it is counted so: %v", c.Name(), dirty[c], c.counted.cleanable)
 		}
 	}
 	if want != s.slots.tally {
@@ -34,15 +35,15 @@ func (s *Store) sumsAgree() error {
 	}
 	for i, h := range s.slots.dirt {
 		for at, c := range h {
-			if !dirty[c] || c.counted.at != at || c.counted.dirt != i || c.dirt() != i || at > 0 && h[(at-1)/2].seq > c.seq {
-				return fault.Corruptf("chunk %s is misplaced among those that may be cleaned", c.name())
+			if !dirty[c] || c.counted.at != at || c.counted.dirt != i || c.dirt() != i || at > 0 && h[(at-1)/2].Seq > c.Seq {
+				return fault.Corruptf("chunk %s is misplaced among those that may be cleaned", c.Name())
 			}
 			delete(dirty, c)
 		}
 	}
 	for c, may := range dirty {
 		if may {
-			return fault.Corruptf("chunk %s is not among those that may be cleaned", c.name())
+			return fault.Corruptf("chunk %s is not among those that may be cleaned", c.Name())
 		}
 	}
 	return nil
@@ -54,7 +55,7 @@ func bare(n int, r *rand.Rand) (*slotTable, []*chunk) {
 	cs := make([]*chunk, n)
 	for i := range cs {
 		c := newChunk(uint32(i), uint64(i+1), nil)
-		c.size, c.end, c.sealed = 64<<20, 64<<20, true
+		c.Size, c.End, c.Sealed = 64<<20, 64<<20, true
 		c.live = r.Uint32N(64 << 20)
 		cs[i] = c
 		s.put(c)
@@ -67,16 +68,16 @@ func TestDirtiest(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 1))
 	s, cs := bare(300, r)
 	now := uint64(len(cs) + 1)
-	benefit := func(c *chunk) float64 { return (1 - c.used()) * float64(now-c.seq) / (1 + c.used()) }
+	benefit := func(c *chunk) float64 { return (1 - c.used()) * float64(now-c.Seq) / (1 + c.used()) }
 	for range 5000 {
 		i := r.IntN(len(cs))
 		c := cs[i]
 		switch r.IntN(4) {
 		case 0:
-			s.remove(c.slot)
-			c = newChunk(c.slot, now, nil)
+			s.remove(c.Slot)
+			c = newChunk(c.Slot, now, nil)
 			now++
-			c.size, c.end, c.sealed, c.live = 64<<20, 64<<20, true, 64<<20-format.ChunkHeaderSize
+			c.Size, c.End, c.Sealed, c.live = 64<<20, 64<<20, true, 64<<20-format.ChunkHeaderSize
 			cs[i] = c
 			s.put(c)
 		case 1:
@@ -91,14 +92,14 @@ func TestDirtiest(t *testing.T) {
 		got, _ := s.dirtiest(waste, limit, now, math.MaxInt64)
 		var best *chunk
 		for _, c := range cs {
-			if s.mayClean(c) && c.seq < limit && c.dirt() >= int(waste*dirtSteps) && (best == nil || benefit(c) > benefit(best)) {
+			if s.mayClean(c) && c.Seq < limit && c.dirt() >= int(waste*dirtSteps) && (best == nil || benefit(c) > benefit(best)) {
 				best = c
 			}
 		}
 		switch {
 		case (got == nil) != (best == nil):
 			t.Fatalf("chose %v, and not %v", got, best)
-		case got != nil && (!slices.Contains(cs, got) || got.seq >= limit || benefit(got) < benefit(best)*0.9 && benefit(got) < benefit(best)-1):
+		case got != nil && (!slices.Contains(cs, got) || got.Seq >= limit || benefit(got) < benefit(best)*0.9 && benefit(got) < benefit(best)-1):
 			t.Fatalf("chose a benefit of %.2f, where there is one of %.2f", benefit(got), benefit(best))
 		}
 	}
@@ -164,9 +165,9 @@ func BenchmarkManyChunks(b *testing.B) {
 		s, _ := newStore(b, Options{checkpointInterval: -1})
 		from, cs := bare(n, rand.New(rand.NewPCG(1, 1)))
 		s.slots.cleanable = from.cleanable
-		for _, c := range cs {
-			c.inSlot, c.counted, c.fs = false, counted{}, s.fs
-			s.slots.put(c)
+		for i, c := range cs {
+			cs[i] = &chunk{Chunk: wal.FoundChunk(c.Slot, c.Seq, c.End, s.fs), live: c.live}
+			s.slots.put(cs[i])
 		}
 		th := throttle{s: s}
 		for _, c := range []struct {
@@ -175,7 +176,7 @@ func BenchmarkManyChunks(b *testing.B) {
 		}{
 			{"urgency", func() { s.urgency() }},
 			{"room", func() { th.room() }},
-			{"chunkSize", func() { _, _ = s.wal.chunkSize(forData, 0) }},
+			{"chunkSize", func() { _, _ = s.wal.SizeFor() }},
 			{"put", func() { s.slots.put(cs[5]) }},
 			{"victim", func() { _, _ = s.victim(0.5, all) }},
 			{"freeSlot", func() { s.slots.freeSlot() }},
@@ -188,7 +189,7 @@ func BenchmarkManyChunks(b *testing.B) {
 			})
 		}
 		for _, c := range cs {
-			s.slots.remove(c.slot)
+			s.slots.remove(c.Slot)
 		}
 		must(b, s.Close())
 	}

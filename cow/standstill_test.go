@@ -214,7 +214,7 @@ func TestRoomComesBeforeAllIsReaped(t *testing.T) {
 func TestDeadNeighboursComeBack(t *testing.T) {
 	const size, keep = 40 << 20, 6
 	s, _ := newStore(t, Options{MaxBytes: 64 << 20, chunkBytes: 2 << 20})
-	s.wal.limit, s.opts.takeAll = 34<<20, true // less than Options takes
+	s.wal.Limit, s.opts.takeAll = 34<<20, true // less than Options takes
 	w := newOverwriter(half(t, s, "v", size), size)
 	for n := range 16 {
 		must(t, s.Snapshot(Ref{"v", fmt.Sprint(n)}))

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/metadata"
@@ -43,6 +44,8 @@ type Store struct {
 	// process.
 	writeThrough bool
 
+	reserve    wal.ReserveFile
+	mark       wal.Mark
 	cache      *leafCache
 	dirtyLimit int // most dirty leaves and images in one generation
 	forwards   forwards
@@ -53,7 +56,7 @@ type Store struct {
 
 	// mu orders every change: see docs/engine.md, Locks and goroutines.
 	mu             sync.Mutex
-	wal            *recordLog
+	wal            *wal.Log
 	catalog        catalog
 	gen            uint64     // generation of leaves that become dirty now
 	frozen         *sync.Cond // signalled when gen has risen or a checkpoint has failed
@@ -100,7 +103,7 @@ type Store struct {
 	reapCursor     map[uint32]reapCursor // by branch; changes need mu, too
 
 	committed atomic.Uint64 // generation of the last committed checkpoint
-	ckptAt    atomic.Uint64 // recordLog.appended at the last checkpoint
+	ckptAt    atomic.Uint64 // wal.Log.appended at the last checkpoint
 
 	ckptWork chan struct{}
 	quit     chan struct{}
@@ -226,12 +229,12 @@ func (s *Store) openChunks() (err error) {
 	if err != nil {
 		return err
 	}
-	s.wal = newRecordLog(s.fs, &s.mu, uuid, &s.slots)
-	s.wal.mark.open(in, uuid, s.log)
+	s.mark.Open(in, uuid, s.log)
+	s.wal = wal.New(s.fs, &s.mu, uuid, logSpace{s}, &s.reserve, &s.mark)
 	if s.readOnly != nil {
 		return nil
 	}
-	if err := s.wal.stock.open(in); err != nil {
+	if err := s.reserve.Open(in); err != nil {
 		s.log.Warn("the reserve cannot be used", "err", err)
 	}
 	s.makeElbowRoom()
@@ -241,21 +244,13 @@ func (s *Store) openChunks() (err error) {
 // openFiles opens the table, takes over what a killed owner left in memory, replays the log, and makes the
 // store ready to serve. A store that can only be read ends with readLog.
 func (s *Store) openFiles() (err error) {
-	uuid := s.wal.uuid
+	uuid := s.wal.UUID()
 	s.meta, err = metadata.Open(s.in.Join(tableFile), metadata.Options{
 		In: s.in, Store: uuid, Timeout: time.Second, NoSync: s.opts.noTableSync, Allocate: s.allocateTable,
 		ReadOnly: s.readOnly != nil,
 	})
 	if err != nil {
 		return unusable(err)
-	}
-	s.wal.kept, s.wal.workKept = s.kept, s.workKept
-	s.wal.cleaner, s.wal.rotated = s.needRoom, func(p purpose) {
-		s.cleanerExhausted = false // there was room, and what filled it may have overwritten something
-		if p == forData {
-			s.roomTaken++
-		}
-		poke(s.cleanWork)
 	}
 	if s.readOnly != nil {
 		return s.readLog()
@@ -276,7 +271,7 @@ func (s *Store) openFiles() (err error) {
 	if err := errors.Join(settled(), s.upgrade(), s.meta.Adopt()); err != nil {
 		return err
 	}
-	if err := s.wal.mark.begin(s.wal.durable); err != nil {
+	if err := s.mark.Begin(s.wal.Durable()); err != nil {
 		return err
 	}
 	if s.opts.Outlive {
@@ -286,9 +281,9 @@ func (s *Store) openFiles() (err error) {
 		return err
 	}
 	s.fillReserve()
-	s.wal.start()
+	s.wal.Start()
 	if err := s.resumeAfterReplay(left); err != nil {
-		s.wal.stop()
+		s.wal.Stop()
 		return err
 	}
 	return nil
@@ -297,20 +292,20 @@ func (s *Store) openFiles() (err error) {
 // sizeChunks makes chunks smaller if there is little room: the cleaner needs a chunk to work with, and frees
 // whole chunks.
 func (s *Store) sizeChunks() error {
-	s.wal.limit, s.wal.chunkBytes = s.opts.MaxBytes, s.opts.chunkBytes
-	if s.wal.chunkBytes > 0 && s.wal.chunkBytes <= format.MaxChunkSize {
+	s.wal.Limit, s.wal.ChunkBytes = s.opts.MaxBytes, s.opts.chunkBytes
+	if s.wal.ChunkBytes > 0 && s.wal.ChunkBytes <= format.MaxChunkSize {
 		return nil
 	}
 	free, err := s.fs.Free()
 	if err != nil {
 		return fmt.Errorf("free space of the store: %w", err)
 	}
-	room := free + s.slots.files + s.wal.stock.bytes()
-	if s.wal.limit > 0 {
-		room = min(room, s.wal.limit)
+	room := free + s.slots.files + s.reserve.Bytes()
+	if s.wal.Limit > 0 {
+		room = min(room, s.wal.Limit)
 	}
-	for s.wal.chunkBytes = format.MaxChunkSize; s.wal.chunkBytes > minChunkSize && s.wal.chunkBytes > room/128; {
-		s.wal.chunkBytes /= 2
+	for s.wal.ChunkBytes = format.MaxChunkSize; s.wal.ChunkBytes > wal.MinChunkSize && s.wal.ChunkBytes > room/128; {
+		s.wal.ChunkBytes /= 2
 	}
 	return nil
 }
@@ -324,7 +319,7 @@ func (s *Store) resumeAfterReplay(left []leaving) error {
 	if r.Records > 0 || len(left) > 0 || r.DroppedBytes > 0 {
 		s.log.Info("replayed the log", "records", r.Records, "bytes", r.Bytes, "summaries", r.Summaries,
 			"droppedBytes", r.DroppedBytes, "droppedFiles", r.DroppedFiles)
-		poke(s.ckptWork)
+		wal.Poke(s.ckptWork)
 	}
 	if r.unsettled || s.cache.grown() {
 		// A full disk is no reason to keep a store closed: its users may want to give back space.
@@ -339,7 +334,7 @@ func (s *Store) resumeAfterReplay(left []leaving) error {
 func (s *Store) release() error {
 	errs := []error{s.slots.closeAll()}
 	if s.wal != nil {
-		errs = append(errs, s.wal.stock.close(), s.wal.mark.close())
+		errs = append(errs, s.reserve.Close(), s.mark.Close())
 	}
 	if s.meta != nil {
 		errs = append(errs, s.meta.Close())
@@ -371,7 +366,7 @@ func (s *Store) Close() error {
 		}
 	}
 	s.closed = true
-	s.wal.close()
+	s.wal.Close()
 	s.frozen.Broadcast()
 	s.mu.Unlock()
 	close(s.quit)
@@ -380,12 +375,12 @@ func (s *Store) Close() error {
 	if s.readOnly != nil {
 		return s.release()
 	}
-	err := s.wal.err()
+	err := s.wal.Err()
 	if err == nil {
 		// Sync the log even if the table cannot be written: the log alone is enough to go on from.
-		err = errors.Join(s.finish(), s.wal.sync())
+		err = errors.Join(s.finish(), s.wal.Sync())
 	}
-	s.wal.stop()
+	s.wal.Stop()
 	if err == nil {
 		err = s.removeSharedBuffers()
 	}
@@ -399,7 +394,7 @@ const closeReaping = 2 * time.Second
 // allocated ahead.
 func (s *Store) finish() error {
 	s.mu.Lock()
-	last := s.wal.retire()
+	last := s.wal.Retire()
 	s.mu.Unlock()
 	for until := time.Now().Add(closeReaping); s.changed() && time.Now().Before(until); {
 		if err := s.checkpoint(); err != nil {
@@ -411,19 +406,16 @@ func (s *Store) finish() error {
 
 // trim gives back what was allocated ahead: the rest of the last chunk, the chunk that was made in advance,
 // and the pool.
-func (s *Store) trim(last *chunk) error {
-	s.wal.waitIdle()
+func (s *Store) trim(last *wal.Chunk) error {
+	s.wal.WaitIdle()
 	s.mu.Lock()
 	var err error
-	if last != nil && s.slots.get(last.slot) == last {
-		err = last.file.Truncate(int64(last.size))
+	if last != nil && s.isIn(last) {
+		err = last.Truncate(last.Size)
 	}
-	if c := s.wal.next; c != nil {
-		s.slots.remove(c.slot)
-		err = errors.Join(err, c.file.Close(), s.fs.Remove(c.name()))
-	}
+	err = errors.Join(err, s.wal.DropNext())
 	s.mu.Unlock()
-	_, perr := s.wal.pool.empty()
+	_, perr := s.wal.Pool.Empty()
 	return errors.Join(err, perr)
 }
 
@@ -432,5 +424,5 @@ func (s *Store) usable() error {
 	if s.closed {
 		return ErrClosed
 	}
-	return s.wal.err()
+	return s.wal.Err()
 }

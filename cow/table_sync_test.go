@@ -70,7 +70,7 @@ func TestFailedSyncOfTheTableIsFinal(t *testing.T) {
 	err = s.Checkpoint()
 	undo()
 	hook = func() { t.Error("another commit was begun") }
-	if !errors.Is(err, ErrFailed) || !errors.Is(err, unix.EINVAL) || s.wal.err() == nil { // the errno of a file without fdatasync
+	if !errors.Is(err, ErrFailed) || !errors.Is(err, unix.EINVAL) || s.wal.Err() == nil { // the errno of a file without fdatasync
 		t.Fatalf("the checkpoint whose sync failed: %v", err)
 	}
 	for what, err := range map[string]error{"checkpoint": s.Checkpoint(), "flush": d.Flush(), "snapshot": s.Snapshot(Ref{"v", "late"})} {

@@ -38,7 +38,7 @@ type unitKey struct {
 	first uint64       // the block at which the unit begins
 }
 
-func (r *planned) key() unitKey { return unitKey{r.c.seq, r.e.WithIndex(0), r.first} }
+func (r *planned) key() unitKey { return unitKey{r.c.Seq, r.e.WithIndex(0), r.first} }
 
 func (c *unitCache) shard(k unitKey) *unitShard {
 	return &c.shards[(k.chunk<<22^uint64(k.e.Offset()))*0x9e3779b97f4a7c15>>(64-unitShardBits)]

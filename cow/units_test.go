@@ -131,7 +131,7 @@ func TestUnitOfAReusedSlot(t *testing.T) {
 		if e, c := write(); e == was {
 			_, err := wantParts(t, d, want, 0, 4096)
 			must(t, err)
-			if c.seq <= in.seq {
+			if c.Seq <= in.Seq {
 				t.Fatal("in the same chunk")
 			}
 			return
@@ -153,13 +153,13 @@ func TestDamageBesideACachedUnit(t *testing.T) {
 		_, err = wantParts(t, d, want[unitBytes:][:4096], unitBytes, 4096) // now the second unit is in memory
 		must(t, err)
 		e, c := entryOf(t, d, unitBytes/format.BlockSize)
-		content := contentOf(t, fs, c.name())
+		content := contentOf(t, fs, c.Name())
 		bad := bytes.Clone(content)
 		for unit := range 4 {
 			e, _ := entryOf(t, d, unit*unitBytes/format.BlockSize+3*(unit&1))
 			bad[int(e.Offset())+e.Size()/2] ^= 1 << r.IntN(8)
 		}
-		replace(t, fs, c.name(), bad)
+		replace(t, fs, c.Name(), bad)
 		for range 2 {
 			failed, err := wantParts(t, d, want, 0, unitBytes/2)
 			if !errors.Is(err, ErrCorrupt) {
@@ -171,7 +171,7 @@ func TestDamageBesideACachedUnit(t *testing.T) {
 				t.Errorf("%v: parts at %v fail, want %v", codec, failed, wantFailed)
 			}
 		}
-		replace(t, fs, c.name(), content)
+		replace(t, fs, c.Name(), content)
 		if _, err := wantParts(t, d, want, 0, 4096); err != nil {
 			t.Error(codec, err)
 		}

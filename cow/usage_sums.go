@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -47,9 +48,9 @@ func (s *Store) Room() (int64, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	room := min(free, free+s.kept()-spare)
-	if s.wal.limit > 0 {
-		room = min(room, s.wal.limit-s.slots.files)
+	room := min(free, free+s.kept()-wal.Spare)
+	if s.wal.Limit > 0 {
+		room = min(room, s.wal.Limit-s.slots.files)
 	}
 	return room - s.workRoom(), nil
 }

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -317,7 +318,7 @@ func (s *Store) Remove(r Ref, recursive bool) error {
 		return ev, nil
 	})
 	if err == nil {
-		poke(s.ckptWork) // the checkpoint reclaims the space
+		wal.Poke(s.ckptWork) // the checkpoint reclaims the space
 	}
 	return wrapIf(err, "remove %s", r)
 }

@@ -5,7 +5,7 @@ import (
 	"syscall"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
-	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/cow/internal/wal"
 )
 
 // Room for the cleaner to work in: docs/reclaim.md, The cleaner's room. A chunk gives nothing back before all
@@ -21,18 +21,18 @@ const workShare = 8
 
 // workRoom returns how much room for chunks it takes to clean any chunk that there is. The caller holds mu.
 func (s *Store) workRoom() int64 {
-	return s.wal.chunkBytes + s.workBeyond()
+	return s.wal.ChunkBytes + s.workBeyond()
 }
 
 // workBeyond returns how much of workRoom exceeds one new chunk. The caller holds mu.
 func (s *Store) workBeyond() int64 {
-	most, chunk := s.slots.mostLive(), s.wal.chunkBytes
+	most, chunk := s.slots.mostLive(), s.wal.ChunkBytes
 	if most <= max(chunk, liveStep) {
 		return 0
 	}
-	need := most + most/32 + (most/chunk+2)*s.wal.chunkLoss()
-	need += eventChunkSize - need%eventChunkSize
-	if c := s.wal.capacity; c > 0 {
+	need := most + most/32 + (most/chunk+2)*s.wal.ChunkLoss()
+	need += wal.EventChunkSize - need%wal.EventChunkSize
+	if c := s.wal.Capacity(); c > 0 {
 		need = min(need, chunk+c/workShare)
 	}
 	return need - chunk
@@ -47,9 +47,9 @@ func (s *Store) workKept() int64 {
 	if c != nil {
 		back += int64(s.cleaned - s.cleanedBefore)
 	}
-	keep := s.wal.chunkBytes + max(0, s.workBeyond()-back)
-	if c != nil && int64(c.live) > s.wal.chunkBytes {
-		keep = max(keep, workFor(c)+(int64(c.live)/s.wal.chunkBytes+1)*s.wal.chunkLoss())
+	keep := s.wal.ChunkBytes + max(0, s.workBeyond()-back)
+	if c != nil && int64(c.live) > s.wal.ChunkBytes {
+		keep = max(keep, workFor(c)+(int64(c.live)/s.wal.ChunkBytes+1)*s.wal.ChunkLoss())
 	}
 	return keep
 }
@@ -58,33 +58,27 @@ func (s *Store) workKept() int64 {
 // than the original.
 func workFor(c *chunk) int64 { return int64(c.live) + int64(c.live)/64 }
 
-// chunkLoss returns how many bytes of a new chunk moved records cannot use: its header, and the end that is
-// kept for events.
-func (l *recordLog) chunkLoss() int64 {
-	return format.ChunkHeaderSize + min(eventRoom, l.chunkBytes/16)
-}
-
 // workable returns how many bytes the cleaner can copy, whatever others write meanwhile, if the file system
 // has free bytes free. The caller holds mu.
 func (s *Store) workable(free int64) int64 {
 	l := s.wal
 	room := s.room(free)
 	// Writers leave the first term free, and are held back before they can take the second.
-	room = max(min(room, s.workRoom()), room-ahead*l.chunkBytes)
-	if least := min(minChunkSize, l.chunkBytes); room < least {
-		reserve := free + l.stock.bytes() - l.stock.wanted()/2
-		if l.limit > 0 {
-			reserve = min(reserve, l.limit-s.slots.files)
+	room = max(min(room, s.workRoom()), room-ahead*l.ChunkBytes)
+	if least := min(wal.MinChunkSize, l.ChunkBytes); room < least {
+		reserve := free + s.reserve.Bytes() - s.reserve.Wanted()/2
+		if l.Limit > 0 {
+			reserve = min(reserve, l.Limit-s.slots.files)
 		}
 		room = max(room, reserve)
 	}
-	room -= room % min(eventChunkSize, l.chunkBytes)
-	for _, c := range []*chunk{l.current, l.next} {
-		if c != nil && c.reserved && !c.forEvents {
-			room += int64(c.size - c.end)
+	room -= room % min(wal.EventChunkSize, l.ChunkBytes)
+	for _, c := range []*wal.Chunk{l.Current(), l.Next()} {
+		if c != nil && c.Reserved && !c.ForEvents {
+			room += int64(c.Size - c.End)
 		}
 	}
-	return room - (room/l.chunkBytes+1)*l.chunkLoss() - room/64
+	return room - (room/l.ChunkBytes+1)*l.ChunkLoss() - room/64
 }
 
 // noWorkRoom returns the error for when something could be cleaned, but there is no room to do so.

@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
 )
 
@@ -146,7 +147,7 @@ func TestFullStoreHasRoomAfterDeletion(t *testing.T) {
 				var fs *crashfs.FS
 				if disk == "disk" {
 					fs = crashfs.New()
-					fs.SetCapacity(spare + 2*room)
+					fs.SetCapacity(wal.Spare + 2*room)
 					o = Options{fs: fs, growTable: fs.Take}
 				}
 				if c.make == nil {
@@ -157,7 +158,7 @@ func TestFullStoreHasRoomAfterDeletion(t *testing.T) {
 					c.then(t, s)
 				}
 				if fs != nil {
-					leaveFree(t, fs, spare+room/2)
+					leaveFree(t, fs, wal.Spare+room/2)
 				}
 				h := mustOpen(t, s, "h")
 				full, err := writeNew(t, h, 0, 2*room)
@@ -182,7 +183,7 @@ func TestCleanerChoosesWhatFits(t *testing.T) {
 	s := &slotTable{cleanable: 100}
 	for i, c := range []struct{ size, live uint32 }{{64 << 20, 30 << 20}, {64 << 20, 20 << 20}, {4 << 20, 3 << 20}, {4 << 20, 2 << 20}} {
 		n := newChunk(uint32(i), uint64(i+1), nil)
-		n.size, n.end, n.live, n.sealed = c.size, c.size, c.live, true
+		n.Size, n.End, n.live, n.Sealed = c.size, c.size, c.live, true
 		s.put(n)
 	}
 	if n := s.mostLive(); n != 30<<20 {
@@ -193,7 +194,7 @@ func TestCleanerChoosesWhatFits(t *testing.T) {
 		slot int
 	}{{64 << 20, 1}, {25 << 20, 1}, {15 << 20, 3}, {5 << 19, 3}, {1 << 20, -1}} {
 		c, tooLarge := s.dirtiest(worthwhile, all, 5, want.room)
-		if (c == nil) != (want.slot < 0) || c != nil && int(c.slot) != want.slot || tooLarge != (c == nil) {
+		if (c == nil) != (want.slot < 0) || c != nil && int(c.Slot) != want.slot || tooLarge != (c == nil) {
 			t.Errorf("with room for %d bytes: %+v, %v", want.room, c, tooLarge)
 		}
 	}
@@ -223,7 +224,7 @@ func TestCleanerWorksInLessThanAChunk(t *testing.T) {
 		}
 	}
 	must(t, errors.Join(s.Checkpoint(), s.Checkpoint()))
-	s.wal.limit = s.used(true) + chunk/2
+	s.wal.Limit = s.used(true) + chunk/2
 	if _, err := writeNew(t, d, size, size); err == nil {
 		t.Fatal("there is no limit")
 	}
@@ -259,15 +260,15 @@ func TestHungryCleanerTakesSmallChunksFirst(t *testing.T) {
 		if c == nil {
 			t.Fatal("there is nothing to clean")
 		}
-		c.release()
+		c.Release()
 		return c
 	}
-	if c := chosen(); c.end <= smallChunk {
-		t.Errorf("the oldest chunk was not chosen, but one of %d bytes", c.end)
+	if c := chosen(); c.End <= smallChunk {
+		t.Errorf("the oldest chunk was not chosen, but one of %d bytes", c.End)
 	}
 	s.writersWaiting = true
-	if c := chosen(); c.end > smallChunk {
-		t.Errorf("while writers wait a chunk of %d bytes was chosen", c.end)
+	if c := chosen(); c.End > smallChunk {
+		t.Errorf("while writers wait a chunk of %d bytes was chosen", c.End)
 	}
 	s.writersWaiting = false
 	m := newMover(s)

@@ -15,6 +15,7 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
 	"github.com/vdisk/vdisk/metadata"
@@ -108,7 +109,7 @@ type crashImage struct {
 type memoryImage struct {
 	owner   ownerRecord
 	head    []byte
-	buffers [bufferCount][]byte
+	buffers [wal.BufferCount][]byte
 }
 
 // remember copies the shared memory of a store whose goroutines wait.
@@ -119,7 +120,7 @@ func (s *Store) remember() (*memoryImage, error) {
 	}
 	m := &memoryImage{head: slices.Clone(s.shared.mem[:sharedHead])}
 	for i := range m.buffers {
-		m.buffers[i] = slices.Clone(s.shared.data(i)[:s.shared.head(i).used.Load()])
+		m.buffers[i] = slices.Clone(s.shared.data(i)[:s.shared.head(i).Used.Load()])
 	}
 	return m, json.Unmarshal(text, &m.owner)
 }
@@ -143,7 +144,7 @@ func (m *memoryImage) recall(dir string) error {
 	}
 	_, err = f.WriteAt(m.head, 0)
 	for i, b := range m.buffers {
-		_, werr := f.WriteAt(b, int64(sharedHead+i*bufferSize))
+		_, werr := f.WriteAt(b, int64(sharedHead+i*wal.BufferSize))
 		err = errors.Join(err, werr)
 	}
 	return errors.Join(err, f.Truncate(sharedFileSize), f.Close(), s.writeOwner(r))
@@ -370,7 +371,7 @@ func (w *world) onCommit(done bool) error {
 func (w *world) seq() uint64 {
 	w.s.mu.Lock()
 	defer w.s.mu.Unlock()
-	return w.s.wal.nextSeq
+	return w.s.wal.NextSeq()
 }
 
 // kill ends the store as SIGKILL does, but for the goroutines and files of this process.
@@ -379,8 +380,8 @@ func (w *world) kill() error {
 	err := w.letGo()
 	close(w.s.quit)
 	w.s.wg.Wait()
-	w.s.wal.stop()
-	w.lab.recycled.Add(int64(w.s.wal.pool.reused))
+	w.s.wal.Stop()
+	w.lab.recycled.Add(int64(w.s.wal.Pool.Reused()))
 	err = errors.Join(err, w.s.release())
 	if w.s.opts.Outlive { // the image that was taken has a copy
 		err = errors.Join(err, os.Remove(filepath.Join(w.dir, ownerFile)), os.Remove(w.s.shared.path))
@@ -392,9 +393,7 @@ func (w *world) kill() error {
 // leave is the image of the end of the process between two operations: all that was answered must be there,
 // if the store's buffers outlive it.
 func (w *world) leave() (crashImage, error) {
-	wal := w.s.wal
-	wal.writeMu.Lock() // nothing is written meanwhile, and so no buffer is given back
-	defer wal.writeMu.Unlock()
+	defer w.s.wal.HoldWrites()() // nothing is written meanwhile, and so no buffer is given back
 	img := w.now("the process ended", w.crasher.fs.Clone())
 	if !w.s.SurvivesKill() {
 		img.known = w.crasher.known

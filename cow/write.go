@@ -4,13 +4,18 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 )
 
-// hotUnit is the size into which writes are cut. Written data may soon be read or overwritten in part, and each block
-// that is read costs reading and decompressing its whole unit. Larger units would save another tenth of the space, but
-// double the cost of a random read.
-const hotUnit = 4 * format.BlockSize
+const (
+	unitSize = format.UnitBlocks * format.BlockSize
+
+	// hotUnit is the size into which writes are cut. Written data may soon be read or overwritten in part,
+	// and each block that is read costs reading and decompressing its whole unit. Larger units would save
+	// another tenth of the space, but double the cost of a random read.
+	hotUnit = 4 * format.BlockSize
+)
 
 // errChanged is returned if a block is no longer what a partial write was merged with.
 var errChanged = errors.New("block changed")
@@ -20,8 +25,8 @@ var errEvicted = errors.New("leaf evicted")
 
 // scratch is the memory of one operation.
 type scratch struct {
-	unit [format.UnitSize]byte // a unit that is merged with the blocks' old content
-	comp []byte                // a unit compressed
+	unit [unitSize]byte // a unit that is merged with the blocks' old content
+	comp []byte         // a unit compressed
 	plan ReadPlan
 
 	solid bool // zeros are written as data that takes space, not as holes
@@ -197,12 +202,12 @@ func (s *Store) put(d *Device, h *format.RecordHeader, payload []byte, n int, ex
 	if h.Kind == format.KindData {
 		s.pacer.wait(h.Size())
 	}
-	k := d.b.leaf(uint32(h.Block/format.LeafBlocks), head)
+	k := leafKey{d.b, uint32(h.Block / format.LeafBlocks), head}
 	cleared, refused := false, 0
 	for waited := false; ; waited = true {
 		err := s.cache.ensure(k)
 		if err == nil {
-			err = s.tryPut(d, h, payload, n, ex, waited, small)
+			err = s.tryPut(d, k, h, payload, n, ex, waited, small)
 		}
 		switch {
 		case errors.Is(err, errEvicted):
@@ -228,7 +233,7 @@ func (s *Store) put(d *Device, h *format.RecordHeader, payload []byte, n int, ex
 }
 
 // tryPut is one attempt of put. waited says that the writer has waited for a checkpoint.
-func (s *Store) tryPut(d *Device, h *format.RecordHeader, payload []byte, n int, ex *expect, waited, small bool) error {
+func (s *Store) tryPut(d *Device, k leafKey, h *format.RecordHeader, payload []byte, n int, ex *expect, waited, small bool) error {
 	hole := h.Kind == format.KindHole
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -236,13 +241,13 @@ func (s *Store) tryPut(d *Device, h *format.RecordHeader, payload []byte, n int,
 		return err
 	}
 	first := int(h.Block % format.LeafBlocks)
-	return s.install(d.b, h, payload, n, purposeIn(h), waited, func(lf *leaf) error {
+	return s.install(k, h, payload, n, purposeIn(h), waited, func(lf *leaf) error {
 		switch {
 		case !s.unchangedSince(d, ex, lf, h.Block, n):
 			return errChanged
 		case hole && lf.isHole(first, n):
 			return errNothing
-		case !hole && isNew(d.b, lf, first, n):
+		case !hole && isNew(k.b, lf, first, n):
 			return s.roomForNew(h.Size(), small)
 		}
 		return nil
@@ -252,7 +257,7 @@ func (s *Store) tryPut(d *Device, h *format.RecordHeader, payload []byte, n int,
 // admit checks that the store and the volume take the write, and reserves room for it in the log. The caller
 // holds mu, which admit may release while it waits.
 func (s *Store) admit(d *Device, h *format.RecordHeader, n int, hole bool) error {
-	if err := s.wal.reserve(h.Size(), purposeIn(h)); err != nil {
+	if err := s.wal.Reserve(h.Size(), purposeIn(h)); err != nil {
 		return err
 	}
 	if err := s.usable(); err != nil { // checked after reserve, which may have waited
@@ -274,17 +279,17 @@ func (s *Store) clearEvents() error {
 }
 
 // purposeIn returns the purpose for which a write takes room.
-func purposeIn(h *format.RecordHeader) purpose {
+func purposeIn(h *format.RecordHeader) wal.Purpose {
 	if h.Kind == format.KindHole {
-		return forEvents
+		return wal.ForEvents
 	}
-	return forData
+	return wal.ForData
 }
 
 // mayDirty reports whether one more leaf may become dirty in this generation. A part of each generation is
 // reserved for writers that have waited for a checkpoint, so that they need not wait for another. The caller
 // holds mu.
-func (s *Store) mayDirty(waited bool, p purpose) bool {
+func (s *Store) mayDirty(waited bool, p wal.Purpose) bool {
 	limit := s.dirtyLimit
 	if !waited {
 		limit -= limit / 8
@@ -294,7 +299,7 @@ func (s *Store) mayDirty(waited bool, p purpose) bool {
 
 // makeRoom makes room for one more dirty leaf. If the table is short of room, it grows the table. Otherwise
 // it waits until a checkpoint has begun to write the leaves that fill the cache, or has failed.
-func (s *Store) makeRoom(p purpose) error {
+func (s *Store) makeRoom(p wal.Purpose) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if short := s.tableShort(1, p); short > 0 {
@@ -323,7 +328,7 @@ func (s *Store) makeRoom(p purpose) error {
 		if s.closed {
 			return ErrClosed
 		}
-		poke(s.ckptWork)
+		wal.Poke(s.ckptWork)
 		s.frozen.Wait()
 	}
 	return nil
@@ -345,9 +350,9 @@ func (s *Store) checkpointDue() {
 	if s.opts.checkpointInterval < 0 {
 		return
 	}
-	since := int64(s.wal.appended - s.ckptAt.Load())
+	since := int64(s.wal.Appended() - s.ckptAt.Load())
 	if since >= s.opts.checkpointBytes || s.unwritten >= s.opts.checkpointLeaves {
-		poke(s.ckptWork)
+		wal.Poke(s.ckptWork)
 	}
 }
 
@@ -359,7 +364,7 @@ func (d *Device) Flush() error {
 	if d.s.readOnly != nil {
 		return nil // nothing needs to be made durable
 	}
-	if err := d.s.wal.sync(); err != nil {
+	if err := d.s.wal.Sync(); err != nil {
 		return fmt.Errorf("flush %s: %w", d.ref, err)
 	}
 	return nil

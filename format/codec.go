@@ -20,9 +20,11 @@ const (
 )
 
 const (
+	unitSize = UnitBlocks * BlockSize
+
 	// MaxCompressed is the capacity in bytes of a buffer that is large enough for Compress with any unit
 	// and codec.
-	MaxCompressed = UnitSize + UnitSize/6 + 64
+	MaxCompressed = unitSize + unitSize/6 + 64
 
 	defaultZstdLevel = 3 // zstd(1)'s
 	maxZstdLevel     = 19
@@ -103,7 +105,7 @@ func NewCompressor(c Codec, level int) (*Compressor, error) {
 	enc, err := zstd.NewWriter(nil,
 		zstd.WithEncoderLevel(zstd.EncoderLevelFromZstd(level)),
 		zstd.WithEncoderConcurrency(1),
-		zstd.WithWindowSize(UnitSize),
+		zstd.WithWindowSize(unitSize),
 		zstd.WithSingleSegment(true),
 		zstd.WithEncoderCRC(false)) // the record has a checksum
 	if err != nil {
@@ -155,7 +157,7 @@ var zstdDecoder = sync.OnceValues(func() (*zstd.Decoder, error) {
 	return zstd.NewReader(nil,
 		zstd.WithDecoderConcurrency(0),
 		zstd.WithDecoderLowmem(true),
-		zstd.WithDecoderMaxMemory(UnitSize),
+		zstd.WithDecoderMaxMemory(unitSize),
 		zstd.WithDecodeAllCapLimit(true))
 })
 

@@ -1,9 +1,9 @@
-package cow
+package wal
 
 import "fmt"
 
 // drain writes every cut buffer to its chunk file.
-func (l *recordLog) drain() error {
+func (l *Log) drain() error {
 	for {
 		l.writeMu.Lock()
 		err := l.drainLocked(1)
@@ -18,9 +18,9 @@ func (l *recordLog) drain() error {
 }
 
 // drainLocked writes the first n cut buffers, or all if there are fewer. The caller holds writeMu.
-func (l *recordLog) drainLocked(n int) error {
+func (l *Log) drainLocked(n int) error {
 	for i := 0; ; i++ {
-		if err := l.err(); err != nil || i == n {
+		if err := l.Err(); err != nil || i == n {
 			return err // also the error of a write that another drain had begun
 		}
 		l.mu.Lock()
@@ -35,14 +35,14 @@ func (l *recordLog) drainLocked(n int) error {
 		c := b.chunk
 		if !c.unsynced {
 			c.unsynced = true
-			c.acquire() // released once the chunk is synced
+			c.Acquire() // released once the chunk is synced
 			l.unsynced = append(l.unsynced, c)
 		}
 		if b.summary != nil {
 			b.finishSummary()
 		}
 		if err := l.write(b); err != nil {
-			return l.fail(fmt.Errorf("write chunk %s: %w", c.name(), err))
+			return l.Fail(fmt.Errorf("write chunk %s: %w", c.Name(), err))
 		}
 		if b.summary != nil {
 			l.mu.Lock()
@@ -57,7 +57,7 @@ func (l *recordLog) drainLocked(n int) error {
 		l.mu.Lock()
 		b.use(0)
 		l.free = append(l.free, b)
-		l.space.Broadcast()
+		l.progress.Broadcast()
 		l.mu.Unlock()
 	}
 }
@@ -68,7 +68,7 @@ const pageSize = 4096
 // write writes a buffer to its place in the chunk file. It also writes zeros behind the buffer, which makes
 // later writes and flushes cheaper (docs/engine.md, Blocks under the log). The log has nothing there yet,
 // since buffers are written in order. The caller holds writeMu.
-func (l *recordLog) write(b *buffer) error {
+func (l *Log) write(b *buffer) error {
 	c, data := b.chunk, b.data[:b.n]
 	if b.summary != nil {
 		_, err := c.file.WriteAt(data, int64(b.off))
@@ -81,10 +81,10 @@ func (l *recordLog) write(b *buffer) error {
 		return err
 	}
 	end += uint32(pad)
-	if b.n >= bufferSize/2 {
+	if b.n >= BufferSize/2 {
 		c.file.StartWrite(int64(b.off), int64(b.n)) // so that a flush need not write it all
 	} else if end > c.prepared {
-		ahead := min(uint32(l.chunkBytes/64), aheadMost, c.fileSize-end)
+		ahead := min(uint32(l.ChunkBytes/64), aheadMost, c.fileSize-end)
 		if _, err := c.file.WriteAt(zerosAhead[:ahead], int64(end)); err != nil {
 			return err
 		}
@@ -99,15 +99,15 @@ const aheadMost = 1 << 20
 
 var zerosAhead [aheadMost]byte
 
-// sync makes every record appended before the call durable.
-func (l *recordLog) sync() error {
+// Sync makes every record appended before the call durable.
+func (l *Log) Sync() error {
 	l.mu.Lock()
 	target := l.appended
 	l.mu.Unlock()
 
 	l.syncMu.Lock()
 	defer l.syncMu.Unlock()
-	if err := l.err(); err != nil {
+	if err := l.Err(); err != nil {
 		return err
 	}
 	if l.synced.Load() >= target {
@@ -132,9 +132,9 @@ func (l *recordLog) sync() error {
 	}
 	for _, c := range todo {
 		if err := c.file.Sync(); err != nil {
-			return l.fail(fmt.Errorf("sync chunk %s: %w", c.name(), err))
+			return l.Fail(fmt.Errorf("sync chunk %s: %w", c.Name(), err))
 		}
-		c.release()
+		c.Release()
 	}
 	l.mark.set(seq)
 	l.synced.Store(goal)
@@ -144,16 +144,16 @@ func (l *recordLog) sync() error {
 	return nil
 }
 
-// writeOut writes every record that was appended before the call to its chunk file, so that none is lost if
+// WriteOut writes every record that was appended before the call to its chunk file, so that none is lost if
 // this process is killed. It does not make them durable.
-func (l *recordLog) writeOut() error {
+func (l *Log) WriteOut() error {
 	l.mu.Lock()
 	target := l.appended
 	l.mu.Unlock()
 	l.writeMu.Lock()
 	defer l.writeMu.Unlock()
 	if l.out >= target {
-		return l.err() // the previous writer has written our records, too
+		return l.Err() // the previous writer has written our records, too
 	}
 	l.mu.Lock()
 	goal := l.appended
@@ -167,13 +167,13 @@ func (l *recordLog) writeOut() error {
 	return nil
 }
 
-// needSync marks a chunk that replay has read as not synced: after a crash of the process, its bytes may be
+// NeedSync marks a chunk that replay has read as not synced: after a crash of the process, its bytes may be
 // only in the page cache.
-func (l *recordLog) needSync(c *chunk) {
+func (l *Log) NeedSync(c *Chunk) {
 	l.writeMu.Lock()
 	defer l.writeMu.Unlock()
 	c.unsynced = true
-	c.acquire()
+	c.Acquire()
 	l.unsynced = append(l.unsynced, c)
 	l.mu.Lock()
 	l.appended++ // so that sync does not take the log to be durable

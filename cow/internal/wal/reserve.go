@@ -1,4 +1,4 @@
-package cow
+package wal
 
 import (
 	"errors"
@@ -10,21 +10,21 @@ import (
 )
 
 const (
-	// reserveName is the name of the file in the store's folder. Older programs leave the file alone.
-	reserveName = "reserve"
+	// ReserveName is the name of the file in the store's folder. Older programs leave the file alone.
+	ReserveName = "reserve"
 
-	reserveLeast = 8 << 20
-	reserveMost  = spare
-	reserveStep  = 1 << 20
+	ReserveLeast = 8 << 20
+	reserveMost  = Spare
+	ReserveStep  = 1 << 20
 
-	// elbowRoom is left free for small files: the owner's record, the file of devices, and the like.
-	elbowRoom = 1 << 20
+	// ElbowRoom is left free for small files: the owner's record, the file of devices, and the like.
+	ElbowRoom = 1 << 20
 )
 
-// reserve is a file of allocated blocks, for the time when the file system has none left: other programs fill
+// ReserveFile is a file of allocated blocks, for the time when the file system has none left: other programs fill
 // the disk, too. Operations that have to go on then take blocks from it, some at a time, by making the file
 // shorter first. See docs/reclaim.md, A full disk.
-type reserve struct {
+type ReserveFile struct {
 	fs storage.FS
 
 	mu   sync.Mutex
@@ -34,12 +34,12 @@ type reserve struct {
 	not  bool // the file system cannot allocate blocks in advance
 }
 
-// open opens the file that the last owner left, if there is one, and allocates its blocks again.
-func (r *reserve) open(fsys storage.FS) error {
+// Open opens the file that the last owner left, if there is one, and allocates its blocks again.
+func (r *ReserveFile) Open(fsys storage.FS) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.fs, r.want = fsys, reserveLeast
-	f, err := fsys.Open(reserveName)
+	r.fs, r.want = fsys, ReserveLeast
+	f, err := fsys.Open(ReserveName)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -62,7 +62,8 @@ func (r *reserve) open(fsys storage.FS) error {
 	return nil
 }
 
-func (r *reserve) close() error {
+// Close closes the file. Its blocks stay allocated.
+func (r *ReserveFile) Close() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.file == nil {
@@ -73,23 +74,23 @@ func (r *reserve) close() error {
 	return err
 }
 
-// bytes returns the size of the file.
-func (r *reserve) bytes() int64 {
+// Bytes returns the size of the file.
+func (r *ReserveFile) Bytes() int64 {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.size
 }
 
-// wanted returns the size that the file should have.
-func (r *reserve) wanted() int64 {
+// Wanted returns the size that the file should have.
+func (r *ReserveFile) Wanted() int64 {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.want
 }
 
-// give gives up to n bytes back to the file system, for the caller to take. It returns false if nothing is
+// Give gives up to n bytes back to the file system, for the caller to take. It returns false if nothing is
 // left.
-func (r *reserve) give(n int64) bool {
+func (r *ReserveFile) Give(n int64) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.size == 0 {
@@ -103,24 +104,24 @@ func (r *reserve) give(n int64) bool {
 	return true
 }
 
-// fill lets the reserve grow to the size that a store with used bytes of chunk files should have, as far as
+// Fill lets the reserve grow to the size that a store with used bytes of chunk files should have, as far as
 // there is room.
-func (r *reserve) fill(used int64) error {
+func (r *ReserveFile) Fill(used int64) error {
 	free, err := r.fs.Free()
 	if err != nil {
 		return fmt.Errorf("free space of the store: %w", err)
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.want = min(max(used/16, reserveLeast), reserveMost, (free+r.size)/8)
-	r.want -= r.want % reserveStep
-	more := min(r.want-r.size, free-elbowRoom)
-	more -= more % reserveStep
+	r.want = min(max(used/16, ReserveLeast), reserveMost, (free+r.size)/8)
+	r.want -= r.want % ReserveStep
+	more := min(r.want-r.size, free-ElbowRoom)
+	more -= more % ReserveStep
 	if more <= 0 || r.not {
 		return nil
 	}
 	if r.file == nil {
-		if r.file, err = r.fs.Create(reserveName, 0); err != nil {
+		if r.file, err = r.fs.Create(ReserveName, 0); err != nil {
 			return fmt.Errorf("make the reserve: %w", err)
 		}
 	}
