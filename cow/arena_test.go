@@ -40,11 +40,11 @@ func (s *shard) audit(t *rapid.T) {
 // grow, never lose a dirty leaf, and never hold a wrong one.
 func TestCacheAgainstModel(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		b := &branch{Branch: format.Branch{ID: 3, Epoch: 1}}
+		b := &cachedBranch{ID: 3}
 		table := map[uint32]format.Leaf{} // as the checkpoints have written it
-		c, err := newLeafCache(MinCacheBytes, func(k leafKey, o *openLeaf) error {
-			o.Leaf, o.epoch = table[k.index], 1
-			return nil
+		c, err := newLeafCache(MinCacheBytes, func(k leafKey, l *format.Leaf) (uint32, error) {
+			*l = table[k.Index]
+			return 1, nil
 		})
 		if err != nil {
 			t.Fatal(err)
@@ -59,12 +59,12 @@ func TestCacheAgainstModel(t *testing.T) {
 			switch rng.IntN(8) {
 			case 0: // a checkpoint
 				for _, k := range s.dirty {
-					sh := c.shard(b.ID, k.index)
+					sh := c.shard(b.ID, k.Index)
 					_, h := sh.find(k)
 					if h == 0 {
-						t.Fatalf("dirty leaf %d is gone", k.index)
+						t.Fatalf("dirty leaf %d is gone", k.Index)
 					}
-					table[k.index] = sh.at(h).open().Leaf
+					table[k.Index] = sh.at(h).open().Leaf
 					sh.setGen(h, 0)
 					sh.pack(h)
 				}
@@ -80,8 +80,8 @@ func TestCacheAgainstModel(t *testing.T) {
 				if lf == nil {
 					t.Fatal("evicted by nobody")
 				}
-				if o, err := s.makeWritable(k, sh); err == nil {
-					l := now[k.index]
+				if o, err := s.makeWritable(k, sh, 1); err == nil {
+					l := now[k.Index]
 					var made format.Leaf
 					testLeaf(rng, []int{0, 1, 16}[rng.IntN(3)], &made)
 					from := rng.IntN(16) * 16
@@ -90,7 +90,7 @@ func TestCacheAgainstModel(t *testing.T) {
 						l.Entries[i] = made.Entries[i]
 						l.SetChanged(i)
 					}
-					now[k.index] = l
+					now[k.Index] = l
 				}
 				sh.mu.Unlock()
 			default:
@@ -98,8 +98,8 @@ func TestCacheAgainstModel(t *testing.T) {
 				if err := c.view(k, func(lf *leaf) { lf.copyTo(&got) }); err != nil {
 					t.Fatal(err)
 				}
-				if got != now[k.index] {
-					t.Fatalf("leaf %d is not what it was", k.index)
+				if got != now[k.Index] {
+					t.Fatalf("leaf %d is not what it was", k.Index)
 				}
 			}
 			for i := range c.shards {

@@ -35,7 +35,7 @@ const (
 // the same in the table, are packed, and are evicted by a second-chance clock when room is needed. Dirty
 // leaves are never evicted.
 type leafCache struct {
-	load   func(leafKey, *openLeaf) error
+	load   func(leafKey, *format.Leaf) (epoch uint32, err error)
 	shards []shard
 	shift  uint // the shift that makes a hash the shard's number
 
@@ -59,7 +59,7 @@ type leafPlace struct{ branch, index uint32 }
 // those bytes is kept for the checkpoint's copies.
 func dirtyLimit(bytes int64) int { return int(max(bytes, MinCacheBytes) / 4 / checkpointCopy) }
 
-func newLeafCache(bytes int64, load func(leafKey, *openLeaf) error) (*leafCache, error) {
+func newLeafCache(bytes int64, load func(leafKey, *format.Leaf) (epoch uint32, err error)) (*leafCache, error) {
 	bytes = max(bytes, MinCacheBytes) / 4 * 3 // the rest is for checkpoints, see dirtyLimit
 	n := 1
 	for n < maxShards && bytes/int64(2*n) >= minShard {
@@ -185,9 +185,9 @@ func (s *shard) find(k leafKey) (*leaf, handle) {
 	if s.buckets == nil {
 		return nil, 0
 	}
-	for h := *s.bucket(k.b.ID, k.index); h != 0; {
+	for h := *s.bucket(k.Branch.ID, k.Index); h != 0; {
 		lf := s.at(h)
-		if lf.index == k.index && lf.branch == k.b.ID && lf.asOf == k.asOf && !lf.is(stateImage) {
+		if lf.index == k.Index && lf.branch == k.Branch.ID && lf.asOf == k.AsOf && !lf.is(stateImage) {
 			return lf, h
 		}
 		h = lf.next
@@ -242,7 +242,7 @@ func (s *shard) setGen(h handle, gen uint64) {
 // lock returns a cached leaf, with its shard locked for changes. If the leaf is not in the cache, it returns
 // nil and locks nothing.
 func (c *leafCache) lock(k leafKey) (*leaf, *shard) {
-	s := c.shard(k.b.ID, k.index)
+	s := c.shard(k.Branch.ID, k.Index)
 	s.mu.Lock()
 	lf, _ := s.find(k)
 	if lf == nil {
@@ -300,9 +300,9 @@ func (s *shard) pack(h handle) {
 
 // indexes returns, in order, the indexes in [from, to) of the leaves that are in memory, and maybe not in the
 // table, for b and its origins.
-func (c *leafCache) indexes(b *branch, from, to uint32) (out []uint32) {
-	var chain []*branch
-	for ; b != nil; b = b.origin {
+func (c *leafCache) indexes(b *cachedBranch, from, to uint32) (out []uint32) {
+	var chain []*cachedBranch
+	for ; b != nil; b = b.Origin {
 		if b.unwritten.Load() > 0 {
 			chain = append(chain, b)
 		}
@@ -312,7 +312,7 @@ func (c *leafCache) indexes(b *branch, from, to uint32) (out []uint32) {
 	}
 	if to-from <= 64 { // look-ups are cheaper than going through all dirty leaves
 		for ; from < to; from++ {
-			if slices.ContainsFunc(chain, func(b *branch) bool { return c.has(leafKey{b, from, head}) }) {
+			if slices.ContainsFunc(chain, func(b *cachedBranch) bool { return c.has(leafKey{b, from, head}) }) {
 				out = append(out, from)
 			}
 		}
@@ -322,7 +322,7 @@ func (c *leafCache) indexes(b *branch, from, to uint32) (out []uint32) {
 		s := &c.shards[i]
 		s.mu.RLock()
 		s.eachDirty(func(_ handle, o *openLeaf) {
-			if o.index >= from && o.index < to && slices.ContainsFunc(chain, func(b *branch) bool { return b.ID == o.branch }) {
+			if o.index >= from && o.index < to && slices.ContainsFunc(chain, func(b *cachedBranch) bool { return b.ID == o.branch }) {
 				out = append(out, o.index)
 			}
 		})
@@ -333,7 +333,7 @@ func (c *leafCache) indexes(b *branch, from, to uint32) (out []uint32) {
 }
 
 func (c *leafCache) has(k leafKey) bool {
-	s := c.shard(k.b.ID, k.index)
+	s := c.shard(k.Branch.ID, k.Index)
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	lf, _ := s.find(k)
@@ -356,7 +356,7 @@ func (s *shard) eachDirty(fn func(handle, *openLeaf)) {
 
 // forget drops the cached leaves of a branch: those of its head, and with points also those of its points. A
 // dirty leaf of the head is a version that a point needs, so it becomes an image.
-func (c *leafCache) forget(b *branch, points bool) {
+func (c *leafCache) forget(b *cachedBranch, points bool) {
 	for i := range c.shards {
 		s := &c.shards[i]
 		s.mu.Lock()

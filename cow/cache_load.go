@@ -4,6 +4,7 @@ import (
 	"errors"
 	"unsafe"
 
+	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -24,7 +25,7 @@ type loaded struct {
 // look it up under a lock, and call ensure again if it is gone.
 func (c *leafCache) ensure(k leafKey) error {
 	for {
-		s := c.shard(k.b.ID, k.index)
+		s := c.shard(k.Branch.ID, k.Index)
 		s.mu.RLock()
 		lf, _ := s.find(k)
 		s.mu.RUnlock()
@@ -39,7 +40,7 @@ func (c *leafCache) ensure(k leafKey) error {
 
 // view runs fn on a leaf, either under the shard's read lock or before any other goroutine can see the leaf.
 func (c *leafCache) view(k leafKey, fn func(*leaf)) error {
-	s := c.shard(k.b.ID, k.index)
+	s := c.shard(k.Branch.ID, k.Index)
 	for {
 		s.mu.RLock()
 		if lf, _ := s.find(k); lf != nil {
@@ -62,11 +63,11 @@ func (c *leafCache) view(k leafKey, fn func(*leaf)) error {
 // goroutine is already loading the leaf, fetch waits for it instead, does not run fn, and returns false for
 // mine. If the cache has no room for the leaf, it returns errFull, after fn has run.
 func (c *leafCache) fetch(k leafKey, fn func(*leaf)) (mine bool, err error) {
-	s := c.shard(k.b.ID, k.index)
+	s := c.shard(k.Branch.ID, k.Index)
 	s.mu.Lock()
 	if s.buckets == nil {
 		s.mu.Unlock()
-		return true, ErrClosed
+		return true, fault.ErrClosed
 	}
 	if lf, _ := s.find(k); lf != nil {
 		s.mu.Unlock()
@@ -83,9 +84,9 @@ func (c *leafCache) fetch(k leafKey, fn func(*leaf)) (mine bool, err error) {
 
 	ld := c.scratch.Get().(*loaded)
 	defer c.scratch.Put(ld)
-	ld.branch, ld.index, ld.asOf, ld.epoch, ld.gen = k.b.ID, k.index, k.asOf, 0, 0
+	ld.branch, ld.index, ld.asOf, ld.gen = k.Branch.ID, k.Index, k.AsOf, 0
 	ld.state.Store(uint32(openWords) | stateOpen)
-	l.err = c.load(k, &ld.openLeaf)
+	ld.epoch, l.err = c.load(k, &ld.Leaf)
 	var words []uint64
 	if l.err == nil {
 		if fn != nil {

@@ -11,20 +11,22 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// branch is a branch in memory. Its ID and origin never change.
+// branch is a branch in memory. Its ID and origin never change, and may be read without a lock.
 type branch struct {
 	format.Branch                // Epoch is guarded by Store.mu
+	leaves        cachedBranch   // the branch, for the cache of leaves
 	origin        *branch        // nil: it began empty
-	originEpoch   uint32         // OriginEpoch, readable without the lock
 	volume        *volume        // the volume whose head this is, or nil; guarded by Store.mu
 	damaged       bool           // a version is damaged, so the reaper has stopped; guarded by Store.mu
 	reaping       bool           // the head's versions are being reaped; guarded by Store.mu
 	reaped        bool           // the head's versions have been reaped; guarded by Store.mu
 	points        []*snapshot    // by epoch, including the unnamed ones; guarded by Store.mu
 	forks         map[uint32]int // number of branches that begin at an epoch's point; guarded by Store.mu
-	unwritten     atomic.Int64   // dirty leaves and images that no checkpoint has committed
 	orphaned      uint64         // generation in which it lost its volume, until reaped; guarded by Store.mu
 }
+
+// leaf returns the key of a leaf of the branch as of an epoch, or of its head.
+func (b *branch) leaf(index, asOf uint32) leafKey { return leafKey{&b.leaves, index, asOf} }
 
 // volume is a volume in memory.
 type volume struct {
@@ -100,11 +102,13 @@ func (t *catalog) usedID(n uint32) { t.nextID = max(t.nextID, uint64(n)+1) }
 func (t *catalog) putBranch(r format.Branch, gen uint64) error {
 	b := t.branches[r.ID]
 	if b == nil {
-		b = &branch{Branch: r, originEpoch: r.OriginEpoch}
+		b = &branch{Branch: r}
+		b.leaves.ID, b.leaves.OriginEpoch = r.ID, r.OriginEpoch
 		if r.OriginBranch != 0 {
 			if b.origin = t.branches[r.OriginBranch]; b.origin == nil {
 				return fault.Corruptf("branch %d has the origin %d, which does not exist", r.ID, r.OriginBranch)
 			}
+			b.leaves.Origin = &b.origin.leaves
 			t.fork(b, +1)
 		}
 		t.branches[r.ID] = b
@@ -258,7 +262,7 @@ func (t *catalog) orphan(b *branch, gen uint64) {
 
 // fork adds by, which is 1 or -1, to the number of branches that begin at the point where b begins.
 func (t *catalog) fork(b *branch, by int) {
-	o, epoch := b.origin, b.originEpoch
+	o, epoch := b.origin, b.OriginEpoch
 	if o.forks == nil {
 		o.forks = map[uint32]int{}
 	}

@@ -111,7 +111,7 @@ func (c *checker) readVersion(tx *metadata.Tx, v metadata.Version, l *format.Lea
 // read reads a record from its file, and verifies it.
 func (c *checker) read(ch *chunk, e format.Entry, first uint64) error {
 	if c.buf == nil {
-		c.buf, c.unit = make([]byte, format.MaxDataRecord), make([]byte, unitSize)
+		c.buf, c.unit = make([]byte, format.MaxDataRecord), make([]byte, format.UnitSize)
 	}
 	f, err := ch.Handle()
 	if err != nil {
@@ -123,7 +123,7 @@ func (c *checker) read(ch *chunk, e format.Entry, first uint64) error {
 	} else if n < len(stored) {
 		return fault.Corruptf("the file ends at %d", int64(e.Offset())+int64(n))
 	}
-	payload, codec, err := verify(stored, ch.Seq, e, first)
+	payload, codec, err := format.VerifyRecord(stored, ch.Seq, e, first)
 	if err != nil {
 		return err
 	}

@@ -3,7 +3,6 @@ package cow
 import (
 	"fmt"
 	"math/bits"
-	"slices"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/cow/internal/wal"
@@ -43,14 +42,14 @@ func (f *checkForwards) find(tx *metadata.Tx, e format.Entry) (at format.Entry, 
 	if _, ok := f.rows[e.Slot()]; !ok && !f.all {
 		return e, false, nil
 	}
-	if k := regionOf(e); k != f.region || !f.loaded {
+	if k := metadata.RegionOf(e); k != f.region || !f.loaded {
 		f.region, f.loaded = k, true
 		f.list, f.bad = tx.Forwards(k)
 	}
 	if f.bad != nil {
 		return e, false, f.bad
 	}
-	i, ok := slices.BinarySearchFunc(f.list, e.Offset(), func(f format.Forward, off uint32) int { return int(f.Offset) - int(off) })
+	i, ok := format.SearchForwards(f.list, e.Offset())
 	if !ok {
 		return e, false, nil
 	}

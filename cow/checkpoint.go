@@ -184,7 +184,7 @@ func (s *Store) encode(g *generation) {
 	}
 	s.values.reset()
 	for _, k := range g.leaves {
-		sh := s.cache.shard(k.b.ID, k.index)
+		sh := s.cache.shard(k.Branch.ID, k.Index)
 		sh.mu.RLock()
 		if lf, _ := sh.find(k); lf != nil && lf.dirtyGen() == g.gen {
 			add(lf.open())
@@ -219,14 +219,14 @@ func (s *Store) finishGeneration(g *generation) {
 		s.cache.shards[i].dropWritten(g.gen, func(branch uint32) { images[branch]++ })
 	}
 	for _, k := range g.leaves {
-		sh := s.cache.shard(k.b.ID, k.index)
+		sh := s.cache.shard(k.Branch.ID, k.Index)
 		sh.mu.Lock()
 		if lf, h := sh.find(k); lf != nil && lf.dirtyGen() == g.gen {
 			sh.setGen(h, 0)
 			sh.pack(h)
 		}
 		sh.mu.Unlock()
-		k.b.unwritten.Add(-1)
+		k.Branch.unwritten.Add(-1)
 	}
 	s.cache.shrink()
 	s.settleRegions(g)
@@ -236,7 +236,7 @@ func (s *Store) finishGeneration(g *generation) {
 	}
 	for n, count := range images {
 		if b := s.catalog.branches[n]; b != nil {
-			b.unwritten.Add(-count)
+			b.leaves.unwritten.Add(-count)
 		}
 	}
 	s.writing, s.writingRegions = 0, 0
@@ -257,14 +257,14 @@ func (s *Store) abortGeneration(g *generation, err error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, k := range g.leaves {
-		sh := s.cache.shard(k.b.ID, k.index)
+		sh := s.cache.shard(k.Branch.ID, k.Index)
 		sh.mu.Lock()
 		if lf, h := sh.find(k); lf != nil && lf.dirtyGen() == g.gen {
 			s.markDirty(k, sh, h)
 			s.unwritten-- // it is counted in writing too
 		}
 		sh.mu.Unlock()
-		k.b.unwritten.Add(-1)
+		k.Branch.unwritten.Add(-1)
 	}
 	s.unwritten, s.writing, s.writingRegions, s.pendingFree = s.unwritten+s.writing, 0, 0, 0
 	s.failures, s.failure = s.failures+1, err

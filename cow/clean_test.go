@@ -343,7 +343,7 @@ func TestNameOfAnotherLife(t *testing.T) {
 		must(t, err)
 	}
 	entry := func() (e format.Entry) {
-		must(t, s.cache.view(leafKey{d.b, 0, head}, func(lf *leaf) { e = lf.entry(0) }))
+		must(t, s.cache.view(d.b.leaf(0, head), func(lf *leaf) { e = lf.entry(0) }))
 		return e
 	}
 	for entry().Offset() != format.ChunkHeaderSize { // events are in the first chunk

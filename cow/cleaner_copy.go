@@ -13,7 +13,7 @@ type mover struct {
 	s      *Store
 	r      wal.Reader
 	c      *chunk // being cleaned; the caller holds a reference
-	unit   [unitSize]byte
+	unit   [format.UnitSize]byte
 	comp   []byte
 	pay    []byte      // payload of a moved record
 	leaf   format.Leaf // buffer of ownedMask
@@ -254,7 +254,7 @@ func (m *mover) headMask(h *format.RecordHeader, name format.Entry) (mask uint16
 	if !l.written {
 		return 0, true, nil
 	}
-	err = m.s.cache.view(leafKey{l.b, uint32(h.Block / format.LeafBlocks), head}, func(lf *leaf) {
+	err = m.s.cache.view(l.b.leaf(uint32(h.Block/format.LeafBlocks), head), func(lf *leaf) {
 		first := int(h.Block % format.LeafBlocks)
 		rest = !l.alone
 		for i := range h.Blocks {
@@ -350,8 +350,8 @@ func (s *Store) tryPutMoved(h *format.RecordHeader, payload []byte, same func(*l
 	if b == nil {
 		return k, errChanged
 	}
-	k = leafKey{b, uint32(h.Block / format.LeafBlocks), head}
-	err = s.install(k, h, payload, h.Blocks, wal.ForMoves, false, func(lf *leaf) error {
+	k = b.leaf(uint32(h.Block/format.LeafBlocks), head)
+	err = s.install(b, h, payload, h.Blocks, wal.ForMoves, false, func(lf *leaf) error {
 		if b.volume == nil || lf.epoch != b.Epoch || !same(lf) {
 			return errChanged
 		}

@@ -187,7 +187,7 @@ func (p *coldPass) step() (more bool, err error) {
 	l := &p.due[0]
 	switch {
 	case l.ofHead:
-		err = p.head(leafKey{l.b, l.index, head})
+		err = p.head(l.b, l.index)
 		l.ofHead = err != nil
 	case l.ofPoint:
 		err = p.points(l)

@@ -145,7 +145,7 @@ func (w *world) end(t *testing.T) {
 // TestColdRaces changes a leaf between the pass's reading and rewriting of it.
 func TestColdRaces(t *testing.T) {
 	t.Parallel()
-	const unit = unitSize
+	const unit = format.UnitSize
 	for _, c := range []struct {
 		name  string
 		units int // how many may be rewritten
@@ -233,7 +233,7 @@ func TestColdRaces(t *testing.T) {
 			must(t, err)
 			p, err := w.s.newColdPass(place{}, w.s.end())
 			must(t, err)
-			if err := p.prepare(leafKey{d.b, 0, head}); err != nil || len(p.units) != 16 {
+			if err := p.prepare(d.b, 0); err != nil || len(p.units) != 16 {
 				t.Fatalf("%d units: %v", len(p.units), err)
 			}
 			c.do(t, w)
@@ -265,11 +265,11 @@ func TestColdAndSlotReuse(t *testing.T) {
 	write(2, 0)
 	p, err := s.newColdPass(place{}, s.end())
 	must(t, err)
-	k := leafKey{d.b, 0, head}
-	must(t, p.prepare(k))
+	k := d.b.leaf(0, head)
+	must(t, p.prepare(d.b, 0))
 	// Rewriting would gain nothing, so the pass makes no unit. The unit is made here, from what the pass
 	// read.
-	_, _, err = p.read(k)
+	_, _, err = p.read(d.b, 0)
 	must(t, err)
 	u := &p.units[0]
 	u.payload = p.data[:format.BlockSize]
@@ -335,7 +335,7 @@ func TestColdGains(t *testing.T) {
 			d, err := w.device("v")
 			must(t, err)
 			units := 0
-			must(t, w.s.cache.view(leafKey{d.b, 0, head}, func(lf *leaf) {
+			must(t, w.s.cache.view(d.b.leaf(0, head), func(lf *leaf) {
 				for i := 0; i < format.LeafBlocks; i += 16 {
 					if lf.entry(i).Blocks() == 16 && lf.entry(i+15) == lf.entry(i).WithIndex(15) {
 						units++
@@ -597,13 +597,12 @@ func TestColdGoesOn(t *testing.T) {
 	must(t, err)
 	p, err := w.s.newColdPass(place{}, w.s.end())
 	must(t, err)
-	k := leafKey{d.b, 0, head}
 	w.crasher.fs.SetCapacity(4 << 20)
-	if err := p.head(k); !errors.Is(err, ErrNoSpace) || p.next == 0 {
+	if err := p.head(d.b, 0); !errors.Is(err, ErrNoSpace) || p.next == 0 {
 		t.Fatalf("after %d units: %v", p.next, err)
 	}
 	w.crasher.fs.SetCapacity(1 << 30)
-	must(t, p.head(k))
+	must(t, p.head(d.b, 0))
 	w.catchUp()
 	if p.report.Leaves != 1 || p.next != 0 {
 		t.Errorf("%+v, %d", p.report, p.next)

@@ -47,9 +47,9 @@ func settled(l *format.Leaf) bool {
 }
 
 // head rewrites those blocks of a leaf that only the head of a volume has, if that gains.
-func (p *coldPass) head(k leafKey) error {
+func (p *coldPass) head(b *branch, index uint32) error {
 	if p.next == 0 { // otherwise go on with what was read before
-		if err := p.prepare(k); err != nil || len(p.units) == 0 {
+		if err := p.prepare(b, index); err != nil || len(p.units) == 0 {
 			return err
 		}
 	}
@@ -58,16 +58,16 @@ func (p *coldPass) head(k leafKey) error {
 
 // prepare makes the units as which a head's leaf is to be rewritten. It makes none if rewriting gains
 // nothing.
-func (p *coldPass) prepare(k leafKey) error {
+func (p *coldPass) prepare(b *branch, index uint32) error {
 	p.units, p.next = p.units[:0], 0
-	pool := p.s.codecOf(k.b.ID)
+	pool := p.s.codecOf(b.ID)
 	if pool == nil {
 		return nil // its volume has been deleted
 	}
 	if pool.codec == format.S2 || pool.codec == format.Zstd && pool.level < p.zstd.level {
 		pool = p.zstd
 	}
-	was, places, err := p.read(k)
+	was, places, err := p.read(b, index)
 	if err != nil || len(p.units) == 0 {
 		return err
 	}
@@ -91,7 +91,7 @@ func (p *coldPass) prepare(k leafKey) error {
 		}
 		u.payload = out
 		u.h = format.RecordHeader{
-			Block: uint64(k.index)*format.LeafBlocks + uint64(u.first), Branch: k.b.ID, Kind: format.KindData,
+			Block: uint64(index)*format.LeafBlocks + uint64(u.first), Branch: b.ID, Kind: format.KindData,
 			Codec: codec, Blocks: u.n, PayloadLen: len(out), PayloadCRC: format.Checksum(out),
 		}
 		is += u.h.Size()
@@ -138,17 +138,17 @@ func (p *coldPass) unchanged(lf *leaf, u *coldUnit) bool {
 
 // read reads a head's own blocks of a leaf, and cuts them into units. It makes no units if the leaf is not
 // cold. It returns the stored size of the blocks, and in how many places of the log they lie.
-func (p *coldPass) read(k leafKey) (size, places int, err error) {
+func (p *coldPass) read(b *branch, index uint32) (size, places int, err error) {
 	s := p.s
 	s.mu.Lock()
-	epoch, here := k.b.Epoch, s.catalog.branches[k.b.ID] == k.b && k.b.volume != nil
+	epoch, here := b.Epoch, s.catalog.branches[b.ID] == b && b.volume != nil
 	s.mu.Unlock()
 	if !here {
 		return 0, 0, nil
 	}
-	p.plan.begin(&Device{s: s, ref: Ref{Volume: fmt.Sprint("branch ", k.b.ID)}, b: k.b, asOf: head})
+	p.plan.begin(&Device{s: s, ref: Ref{Volume: fmt.Sprint("branch ", b.ID)}, b: b, asOf: head})
 	var bad error
-	err = s.cache.view(k, func(lf *leaf) {
+	err = s.cache.view(b.leaf(index, head), func(lf *leaf) {
 		lf.copyTo(&p.leaf)
 		if lf.epoch != epoch || !p.isCold(&p.leaf, true) || settled(&p.leaf) {
 			return
@@ -156,7 +156,7 @@ func (p *coldPass) read(k leafKey) (size, places int, err error) {
 		runs(&p.leaf, func(first, n int) {
 			p.units = append(p.units, coldUnit{first: first, n: n})
 			bad = errors.Join(bad, p.plan.plan(lf, p.data[first*format.BlockSize:][:n*format.BlockSize],
-				int64(k.index)*leafSize+int64(first)*format.BlockSize))
+				int64(index)*leafSize+int64(first)*format.BlockSize))
 		})
 		for i, e := range p.leaf.Entries {
 			p.chunks[i] = s.slots.get(e.Slot())

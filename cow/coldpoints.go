@@ -121,7 +121,7 @@ func (p *coldPass) record(b *branch, r coldRecord) (is, n int, err error) {
 	if err := s.readRecord(c, at.Offset(), stored); err != nil {
 		return 0, 0, err
 	}
-	payload, codec, err := verify(stored, c.Seq, at, r.block)
+	payload, codec, err := format.VerifyRecord(stored, c.Seq, at, r.block)
 	if err != nil || codec == format.Zstd {
 		return 0, 0, err
 	}

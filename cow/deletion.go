@@ -145,7 +145,7 @@ func (s *Store) prepareReaping() {
 	var l format.Leaf
 	for _, index := range leaves {
 		if j.next != 0 && !reaped {
-			_ = s.cache.ensure(leafKey{j.b, index, head})
+			_ = s.cache.ensure(j.b.leaf(index, head))
 		}
 		_ = s.meta.View(func(tx *metadata.Tx) error {
 			_, err := tx.Leaf(metadata.Version{Branch: j.b.ID, Leaf: index, Epoch: j.to}, &l)
@@ -319,8 +319,8 @@ func (s *Store) dropVersion(b *branch, v metadata.Version) {
 	sh := s.cache.shard(v.Branch, v.Leaf)
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
-	b.unwritten.Add(-sh.dropImages(v))
-	if lf, h := sh.find(leafKey{b, v.Leaf, head}); lf != nil && lf.epoch == v.Epoch {
+	b.leaves.unwritten.Add(-sh.dropImages(v))
+	if lf, h := sh.find(b.leaf(v.Leaf, head)); lf != nil && lf.epoch == v.Epoch {
 		sh.setGen(h, 0) // the version of a head that is gone must not be written again
 	}
 }
@@ -333,10 +333,10 @@ func (s *Store) finishDeletion(j deletion) {
 	} else {
 		j.b.reaped = true
 		delete(s.catalog.orphaned, j.b)
-		s.cache.forget(j.b, false)
+		s.cache.forget(&j.b.leaves, false)
 	}
 	if j.b.reaped && len(j.b.points) == 0 {
 		s.catalog.forgetBranch(j.b)
-		s.cache.forget(j.b, true)
+		s.cache.forget(&j.b.leaves, true)
 	}
 }

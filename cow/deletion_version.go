@@ -63,7 +63,7 @@ func (s *Store) inMemory(b *branch, v metadata.Version, l *format.Leaf) bool {
 	defer sh.mu.RUnlock()
 	// Another goroutine may have loaded a leaf of a reaped head, too late. Such a leaf is not kept up to
 	// date.
-	if lf, _ := sh.find(leafKey{b, v.Leaf, head}); lf != nil && lf.epoch == v.Epoch && !b.reaped {
+	if lf, _ := sh.find(b.leaf(v.Leaf, head)); lf != nil && lf.epoch == v.Epoch && !b.reaped {
 		lf.copyTo(l)
 		return true
 	}
@@ -81,7 +81,7 @@ func (s *Store) successor(j deletion, v metadata.Version, fn func(*format.Leaf))
 	if !j.b.reaped {
 		// For a head, the cached leaf counts, not the table. It is loaded first, so that no other goroutine
 		// can load it from the table's present state.
-		k := leafKey{j.b, v.Leaf, head}
+		k := j.b.leaf(v.Leaf, head)
 		lf, sh, err := s.headLeaf(k)
 		if err != nil {
 			return false, err
@@ -137,7 +137,7 @@ func (s *Store) successorImage(j deletion, v metadata.Version, sh *shard, fn fun
 		return false, errFull
 	}
 	s.unwritten++
-	j.b.unwritten.Add(1)
+	j.b.leaves.unwritten.Add(1)
 	fn(&m.Leaf)
 	return true, nil
 }

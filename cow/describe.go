@@ -89,7 +89,7 @@ func (s *Store) describe(v *volume, clones map[point][]*volume) VolumeInfo {
 		in.Open++
 	}
 	if v.branch.origin != nil {
-		in.Origin = s.pointName(v.branch.origin, v.branch.originEpoch)
+		in.Origin = s.pointName(v.branch.origin, v.branch.OriginEpoch)
 	}
 	if len(v.snapshots) > 0 {
 		in.Snapshots = make([]SnapshotInfo, 0, len(v.snapshots))
@@ -124,7 +124,7 @@ func (s *Store) clones() map[point][]*volume {
 	clones := map[point][]*volume{}
 	for _, v := range s.catalog.volumes {
 		if v.branch.origin != nil {
-			p := point{v.branch.origin, v.branch.originEpoch}
+			p := point{v.branch.origin, v.branch.OriginEpoch}
 			clones[p] = append(clones[p], v)
 		}
 	}

@@ -14,7 +14,7 @@ import (
 // and, if there is one, the way out.
 var (
 	// Returned for names: no such volume, snapshot or store exists, or one exists already.
-	ErrNotFound = errors.New("not found")
+	ErrNotFound = fault.ErrNotFound
 	ErrExists   = errors.New("already exists")
 
 	// Returned when something is in use: a volume is open or has dependants, or a store has another owner

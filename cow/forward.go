@@ -34,10 +34,6 @@ type region struct {
 // maxRegions bounds the regions in memory that no checkpoint needs.
 const maxRegions = 4096
 
-func regionOf(e format.Entry) metadata.Region {
-	return metadata.Region{Slot: e.Slot(), Number: uint16(e.Offset() / format.ForwardRegion)}
-}
-
 // region returns a region, and loads it first if needed. The caller holds mu.
 func (f *forwards) region(k metadata.Region) (*region, error) {
 	if r := f.regions[k]; r != nil {
@@ -67,10 +63,10 @@ func (f *forwards) region(k metadata.Region) (*region, error) {
 // find finds the forward of the record that e names: its region, and its index there. ok is false if there is
 // none; i is then where it would be. The caller holds mu.
 func (f *forwards) find(e format.Entry) (r *region, i int, ok bool, err error) {
-	if r, err = f.region(regionOf(e)); err != nil {
+	if r, err = f.region(metadata.RegionOf(e)); err != nil {
 		return nil, 0, false, err
 	}
-	i, ok = slices.BinarySearchFunc(r.list, e.Offset(), func(f format.Forward, off uint32) int { return int(f.Offset) - int(off) })
+	i, ok = format.SearchForwards(r.list, e.Offset())
 	return r, i, ok, nil
 }
 

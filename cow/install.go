@@ -11,14 +11,15 @@ import (
 var errNothing = errors.New("there is nothing to change")
 
 // install is the commit point of every change of blocks, by writers and by the cleaner. In one critical
-// section (invariant 1), it gives the record its sequence number and its place in the log, and changes leaf
-// k, which has all of the record's n blocks, to match.
+// section (invariant 1), it gives the record its sequence number and its place in the log, and changes the
+// leaf of b's head that has all of the record's n blocks, to match.
 //
 // The caller holds mu, has reserved room for the record for purpose p, and has not released mu since. install
 // calls check with the leaf locked, to decide by the leaf's present state whether to make the change; if
 // check returns an error, install returns it. install returns errEvicted if the leaf is not in the cache, and
 // errFull if the leaf may not become dirty now. After any error nothing has changed.
-func (s *Store) install(k leafKey, h *format.RecordHeader, payload []byte, n int, p wal.Purpose, waited bool, check func(*leaf) error) error {
+func (s *Store) install(b *branch, h *format.RecordHeader, payload []byte, n int, p wal.Purpose, waited bool, check func(*leaf) error) error {
+	k := b.leaf(uint32(h.Block/format.LeafBlocks), head)
 	lf, sh := s.cache.lock(k)
 	if lf == nil {
 		return errEvicted
@@ -27,10 +28,10 @@ func (s *Store) install(k leafKey, h *format.RecordHeader, payload []byte, n int
 	if err := check(lf); err != nil {
 		return err
 	}
-	if !s.isWritable(k.b, lf) && !s.mayDirty(waited, p) {
+	if !s.isWritable(b, lf) && !s.mayDirty(waited, p) {
 		return errFull
 	}
-	o, err := s.makeWritable(k, sh)
+	o, err := s.makeWritable(k, sh, b.Epoch)
 	if err != nil {
 		return err
 	}

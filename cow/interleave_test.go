@@ -402,7 +402,7 @@ func TestPlanAcrossSlotReuse(t *testing.T) {
 	pl := &ReadPlan{d: d}
 	var bad error
 	var target format.Entry
-	must(t, s.cache.view(leafKey{d.b, 0, head}, func(lf *leaf) {
+	must(t, s.cache.view(d.b.leaf(0, head), func(lf *leaf) {
 		target = lf.entry(255)
 		bad = pl.plan(lf, buf[:4096], 255*4096)
 	}))
@@ -420,7 +420,7 @@ func TestPlanAcrossSlotReuse(t *testing.T) {
 		if i%8 == 0 {
 			must(t, s.Checkpoint())
 		}
-		lf, sh := s.cache.lock(leafKey{d.b, 1, head})
+		lf, sh := s.cache.lock(d.b.leaf(1, head))
 		e := lf.entry(0)
 		sh.mu.Unlock()
 		if e == target && s.slots.get(e.Slot()) != old {
@@ -430,7 +430,7 @@ func TestPlanAcrossSlotReuse(t *testing.T) {
 	want := make([]byte, 4096)
 	_, err = d.ReadAt(want, 256*4096)
 	must(t, err)
-	must(t, s.cache.view(leafKey{d.b, 1, head}, func(lf *leaf) { bad = pl.plan(lf, buf[4096:], 256*4096) }))
+	must(t, s.cache.view(d.b.leaf(1, head), func(lf *leaf) { bad = pl.plan(lf, buf[4096:], 256*4096) }))
 	must(t, bad)
 	must(t, pl.locate())
 	if err := pl.Fetch(); err != nil {

@@ -10,10 +10,18 @@ import (
 // head stands for a branch's newest state in a leafKey.
 const head = ^uint32(0)
 
+// cachedBranch is what the cache knows of a branch. All but the count never changes.
+type cachedBranch struct {
+	ID          uint32
+	Origin      *cachedBranch // nil: it began empty
+	OriginEpoch uint32
+	unwritten   atomic.Int64 // dirty leaves and images that no checkpoint has committed
+}
+
 // leafKey names a cached leaf: one of a branch's head, which changes, or one of a point, which does not.
 type leafKey struct {
-	b           *branch
-	index, asOf uint32
+	Branch      *cachedBranch
+	Index, AsOf uint32
 }
 
 // leaf is a merged leaf in memory: this header, followed by the other fields of an openLeaf or by a

@@ -5,42 +5,43 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// loadLeaf fills lf with the leaf of k.b as of k.asOf, merged with everything older. That is the branch's own
-// newest version, or, if it has none, what its origin had.
-func (s *Store) loadLeaf(k leafKey, lf *openLeaf) error {
-	b, epoch, err := s.newest(k, &lf.Leaf)
+// loadLeaf fills l with the leaf of k's branch as of k.AsOf, merged with everything older. That is the
+// branch's own newest version, or, if it has none, what its origin had. loadLeaf returns the epoch of the
+// branch's own version, or 0.
+func (s *Store) loadLeaf(k leafKey, l *format.Leaf) (epoch uint32, err error) {
+	b, epoch, err := s.newest(k, l)
 	switch {
 	case err != nil:
-		return err
+		return 0, err
 	case b == nil:
-		lf.Leaf = format.Leaf{}
-	case b == k.b:
-		lf.epoch = epoch
+		*l = format.Leaf{}
+	case b == k.Branch:
+		return epoch, nil
 	default:
-		lf.Changed = [4]uint64{} // changed there, not here
+		l.Changed = [4]uint64{} // changed there, not here
 	}
-	return nil
+	return 0, nil
 }
 
-// newest reads the newest version at or before k into l: one of k.b, or else one of its origins. It returns
+// newest reads the newest version at or before k into l: one of k.Branch, or else one of its origins. It returns
 // the branch that has the version, and the version's epoch. It looks in memory before it looks in the table,
 // because a version leaves memory only after the table has it.
-func (s *Store) newest(k leafKey, l *format.Leaf) (of *branch, epoch uint32, err error) {
-	var inMemory *branch
-	asOf := k.asOf
-	for b := k.b; b != nil; b, asOf = b.origin, b.originEpoch {
+func (s *Store) newest(k leafKey, l *format.Leaf) (of *cachedBranch, epoch uint32, err error) {
+	var inMemory *cachedBranch
+	asOf := k.AsOf
+	for b := k.Branch; b != nil; b, asOf = b.Origin, b.OriginEpoch {
 		if b.unwritten.Load() == 0 {
 			continue
 		}
-		if epoch = s.cache.newest(b, k.index, asOf, b != k.b || k.asOf != head, l); epoch != 0 {
+		if epoch = s.cache.newest(b, k.Index, asOf, b != k.Branch || k.AsOf != head, l); epoch != 0 {
 			inMemory = b
 			break
 		}
 	}
 	err = s.meta.View(func(tx *metadata.Tx) error {
-		asOf := k.asOf
-		for b := k.b; b != nil; b, asOf = b.origin, b.originEpoch {
-			v := metadata.Version{Branch: b.ID, Leaf: k.index, Epoch: asOf}
+		asOf := k.AsOf
+		for b := k.Branch; b != nil; b, asOf = b.Origin, b.OriginEpoch {
+			v := metadata.Version{Branch: b.ID, Leaf: k.Index, Epoch: asOf}
 			if b == inMemory {
 				of = b
 				return s.newer(tx, v, &epoch, l)
@@ -59,7 +60,7 @@ func (s *Store) newest(k leafKey, l *format.Leaf) (of *branch, epoch uint32, err
 // version reads the newest version that the branch itself has, at or before asOf, into l. It returns the
 // version's epoch, or 0 if there is none. The head's leaf in memory counts only if withHead is set.
 func (s *Store) version(b *branch, index, asOf uint32, withHead bool, l *format.Leaf) (epoch uint32, err error) {
-	epoch = s.cache.newest(b, index, asOf, withHead, l)
+	epoch = s.cache.newest(&b.leaves, index, asOf, withHead, l)
 	err = s.meta.View(func(tx *metadata.Tx) error {
 		return s.newer(tx, metadata.Version{Branch: b.ID, Leaf: index, Epoch: asOf}, &epoch, l)
 	})
@@ -78,12 +79,11 @@ func (s *Store) newer(tx *metadata.Tx, v metadata.Version, epoch *uint32, l *for
 	return err
 }
 
-// makeWritable makes a cached head leaf ready to be changed in the branch's present epoch and in the present
-// generation. If the leaf's state in an earlier epoch or generation is still to be written, a copy stays
+// makeWritable makes a cached head leaf ready to be changed in epoch, the branch's present one, and in the
+// present generation. If the leaf's state in an earlier epoch or generation is still to be written, a copy stays
 // behind. The caller holds mu and the shard's lock. If there is no room, makeWritable fails with errFull, and
 // nothing has changed. In any case leaves of the shard may have moved.
-func (s *Store) makeWritable(k leafKey, sh *shard) (*openLeaf, error) {
-	epoch := k.b.Epoch
+func (s *Store) makeWritable(k leafKey, sh *shard, epoch uint32) (*openLeaf, error) {
 	lf, _ := sh.find(k)
 	o := lf.open()
 	switch {
@@ -94,7 +94,7 @@ func (s *Store) makeWritable(k leafKey, sh *shard) (*openLeaf, error) {
 		if !sh.pushImage(k) {
 			return nil, errFull
 		}
-		k.b.unwritten.Add(1)
+		k.Branch.unwritten.Add(1)
 		if again {
 			s.unwritten++
 		}
@@ -123,7 +123,7 @@ func (s *Store) markDirty(k leafKey, sh *shard, h handle) {
 		sh.setGen(h, s.gen)
 		s.dirty = append(s.dirty, k)
 		s.unwritten++
-		k.b.unwritten.Add(1)
+		k.Branch.unwritten.Add(1)
 	}
 }
 
@@ -215,7 +215,7 @@ func (s *Store) nextLeaf(b *branch, index, limit uint32) (uint32, error) {
 // leaves calls fn, in order, for each leaf in [from, to) of the branch that may map anything.
 func (s *Store) leaves(b *branch, from, to uint32, fn func(index uint32) error) error {
 	// Memory is looked at before the table, because a leaf leaves memory only after the table has it.
-	inMemory := s.cache.indexes(b, from, to)
+	inMemory := s.cache.indexes(&b.leaves, from, to)
 	for from < to {
 		next, err := s.nextLeaf(b, from, to)
 		if err != nil {

@@ -56,12 +56,11 @@ var leafKinds = []struct {
 func BenchmarkMap(b *testing.B) {
 	for _, kind := range leafKinds {
 		const leaves = 16 << 10
-		br := &branch{Branch: format.Branch{ID: 7, Epoch: 1}}
+		br := &cachedBranch{ID: 7}
 		rng := rand.New(rand.NewPCG(1, 2))
-		c, err := newLeafCache(256<<20, func(_ leafKey, o *openLeaf) error {
-			o.epoch = 1
-			testLeaf(rng, kind.blocks, &o.Leaf)
-			return nil
+		c, err := newLeafCache(256<<20, func(_ leafKey, l *format.Leaf) (uint32, error) {
+			testLeaf(rng, kind.blocks, l)
+			return 1, nil
 		})
 		if err != nil {
 			b.Fatal(err)
@@ -94,7 +93,7 @@ func BenchmarkMap(b *testing.B) {
 				if lf == nil {
 					b.Fatal("evicted")
 				}
-				o, err := s.makeWritable(k, sh)
+				o, err := s.makeWritable(k, sh, 1)
 				if err != nil {
 					b.Fatal(err)
 				}
@@ -164,7 +163,7 @@ func BenchmarkDepth(b *testing.B) {
 				defer reportCPU(b)()
 				for i := range b.N {
 					if i%256 == 0 {
-						d.s.cache.forget(d.b, true)
+						d.s.cache.forget(&d.b.leaves, true)
 					}
 					read(b)
 				}

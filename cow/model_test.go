@@ -337,7 +337,7 @@ func sameDisk(s *Store, r Ref, size int64, want disk, buf []byte) (err error) {
 	s.mu.Lock()
 	from := int64(s.wal.NextSeq()%uint64(len(want.blocks))) * format.BlockSize
 	s.mu.Unlock()
-	return sameRange(d, from, min(size, from+unitSize), want, buf[:format.BlockSize])
+	return sameRange(d, from, min(size, from+format.UnitSize), want, buf[:format.BlockSize])
 }
 
 // sameRange compares the bytes from a block on, up to end, as many at a time as buf has.

@@ -347,7 +347,7 @@ func TestFirstReadOfARemovedFile(t *testing.T) {
 	pl, got := &ReadPlan{}, make([]byte, format.BlockSize)
 	pl.begin(d)
 	var bad error
-	err = s.cache.view(leafKey{d.b, 0, head}, func(lf *leaf) { bad = pl.plan(lf, got, 0) })
+	err = s.cache.view(d.b.leaf(0, head), func(lf *leaf) { bad = pl.plan(lf, got, 0) })
 	must(t, errors.Join(err, bad))
 	must(t, d.Discard(0, format.BlockSize)) // what others do meanwhile
 	must(t, errors.Join(s.Checkpoint(), s.Checkpoint()))

@@ -117,7 +117,7 @@ func (s *shard) dropWritten(gen uint64, dropped func(branch uint32)) {
 
 // newest copies the newest version of a branch's leaf at or before asOf that is in memory to l, and returns
 // its epoch, or 0 if there is none. The head's leaf counts only if withHead is set.
-func (c *leafCache) newest(b *branch, index, asOf uint32, withHead bool, l *format.Leaf) uint32 {
+func (c *leafCache) newest(b *cachedBranch, index, asOf uint32, withHead bool, l *format.Leaf) uint32 {
 	s := c.shard(b.ID, index)
 	s.mu.RLock()
 	defer s.mu.RUnlock()

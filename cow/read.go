@@ -87,7 +87,7 @@ func (d *Device) plan(pl *ReadPlan, p []byte, off int64) error {
 	for len(p) > 0 {
 		n := int(min(int64(len(p)), leafSize-off%leafSize))
 		var bad error
-		err := d.s.cache.view(leafKey{d.b, uint32(off / leafSize), d.asOf}, func(lf *leaf) {
+		err := d.s.cache.view(d.b.leaf(uint32(off/leafSize), d.asOf), func(lf *leaf) {
 			bad = pl.plan(lf, p[:n], off)
 		})
 		if err := errors.Join(err, bad); err != nil {
@@ -261,7 +261,7 @@ func (pl *ReadPlan) finish(r *planned) error {
 	if r.done || !whole && r.e.Blocks() > 1 && units.get(r.key(), pl.pieces, r.piece) {
 		return nil // a concurrent read of the unit's other blocks has put the unit into the cache
 	}
-	payload, codec, err := verify(pl.arena[r.at:r.at+r.e.Size()], r.c.Seq, r.e, r.first)
+	payload, codec, err := format.VerifyRecord(pl.arena[r.at:r.at+r.e.Size()], r.c.Seq, r.e, r.first)
 	if err != nil {
 		return err
 	}
@@ -294,24 +294,6 @@ func copyPieces(unit []byte, pieces []piece, first int) {
 	for i := first; i >= 0; i = pieces[i].next {
 		copy(pieces[i].dst, unit[pieces[i].from:])
 	}
-}
-
-// verify checks that stored is the record that e names: of this life of the chunk, at this offset, for these
-// blocks, and with an intact payload.
-func verify(stored []byte, chunkSeq uint64, e format.Entry, first uint64) (payload []byte, codec format.Codec, err error) {
-	h, err := format.DecodeRecordHeader(stored, chunkSeq, e.Offset())
-	if err != nil {
-		return nil, 0, err
-	}
-	if h.Kind != format.KindData && h.Kind != format.KindMoved || h.Blocks != e.Blocks() || h.Size() != e.Size() || h.Block != first {
-		return nil, 0, fault.Corruptf("the record is of block %d (%d blocks, %d bytes), not of block %d", h.Block, h.Blocks, h.Size(), first)
-	}
-	payload = stored[format.RecordHeaderSize : format.RecordHeaderSize+h.PayloadLen]
-	err = h.VerifyPayload(payload)
-	if h.Kind == format.KindMoved {
-		payload = payload[format.MovedSize:]
-	}
-	return payload, h.Codec, err
 }
 
 func (pl *ReadPlan) release() {

@@ -53,7 +53,7 @@ func TestLateLookAtAReapedHead(t *testing.T) {
 	must(t, err)
 	p, err := w.s.newColdPass(place{}, w.s.end())
 	must(t, err)
-	if err := p.prepare(leafKey{d.b, 0, head}); err != nil || len(p.units) == 0 {
+	if err := p.prepare(d.b, 0); err != nil || len(p.units) == 0 {
 		t.Fatalf("%d units: %v", len(p.units), err)
 	}
 	w.closeDevice("v")
@@ -124,14 +124,14 @@ func TestReaperReadsWithoutTheLock(t *testing.T) {
 	s.cache.relax() // it forgets everything
 	with, without := 0, 0
 	load := s.cache.load
-	s.cache.load = func(k leafKey, lf *openLeaf) error {
+	s.cache.load = func(k leafKey, l *format.Leaf) (uint32, error) {
 		if s.mu.TryLock() {
 			s.mu.Unlock()
 			without++
 		} else {
 			with++
 		}
-		return load(k, lf)
+		return load(k, l)
 	}
 	for s.changed() {
 		must(t, s.Checkpoint())

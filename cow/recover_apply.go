@@ -116,7 +116,7 @@ func (a *applier) apply(part []heldChange) error {
 		for n < len(part) && part[n].index == first.index && a.t.branches[part[n].b] == b {
 			n++
 		}
-		if err := a.applyLeaf(leafKey{b, first.index, head}, part[:n]); err != nil {
+		if err := a.applyLeaf(b, first.index, part[:n]); err != nil {
 			return err
 		}
 		part = part[n:]
@@ -149,8 +149,8 @@ func (a *applier) group(part []heldChange) []heldChange {
 	return out
 }
 
-func (a *applier) applyLeaf(k leafKey, changes []heldChange) error {
-	lf, sh, err := a.own(k)
+func (a *applier) applyLeaf(b *branch, index uint32, changes []heldChange) error {
+	lf, sh, err := a.own(b, index)
 	if err != nil {
 		return err
 	}
@@ -172,14 +172,15 @@ func (a *applier) applyLeaf(k leafKey, changes []heldChange) error {
 // fitted into the cache of the owner that wrote it. If that cache was larger than this one, this one grows,
 // until the checkpoint with which Open then ends. A checkpoint in the middle of the log is impossible: at its
 // replay position, a batch would be half applied.
-func (a *applier) own(k leafKey) (*openLeaf, *shard, error) {
+func (a *applier) own(b *branch, index uint32) (*openLeaf, *shard, error) {
 	s := a.t.s
+	k := b.leaf(index, head)
 	for {
 		_, sh, err := s.headLeaf(k)
 		if err == nil {
 			var o *openLeaf
 			a.t.mu.Lock()
-			o, err = s.makeWritable(k, sh)
+			o, err = s.makeWritable(k, sh, b.Epoch)
 			a.t.mu.Unlock()
 			if err == nil {
 				return o, sh, nil
@@ -189,7 +190,7 @@ func (a *applier) own(k leafKey) (*openLeaf, *shard, error) {
 		if !errors.Is(err, errFull) {
 			return nil, nil, err
 		}
-		if err := s.cache.shard(k.b.ID, k.index).grow(); err != nil {
+		if err := s.cache.shard(b.ID, index).grow(); err != nil {
 			return nil, nil, err
 		}
 	}

@@ -8,14 +8,10 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-const (
-	unitSize = format.UnitBlocks * format.BlockSize
-
-	// hotUnit is the size into which writes are cut. Written data may soon be read or overwritten in part,
-	// and each block that is read costs reading and decompressing its whole unit. Larger units would save
-	// another tenth of the space, but double the cost of a random read.
-	hotUnit = 4 * format.BlockSize
-)
+// hotUnit is the size into which writes are cut. Written data may soon be read or overwritten in part, and each block
+// that is read costs reading and decompressing its whole unit. Larger units would save another tenth of the space, but
+// double the cost of a random read.
+const hotUnit = 4 * format.BlockSize
 
 // errChanged is returned if a block is no longer what a partial write was merged with.
 var errChanged = errors.New("block changed")
@@ -25,8 +21,8 @@ var errEvicted = errors.New("leaf evicted")
 
 // scratch is the memory of one operation.
 type scratch struct {
-	unit [unitSize]byte // a unit that is merged with the blocks' old content
-	comp []byte         // a unit compressed
+	unit [format.UnitSize]byte // a unit that is merged with the blocks' old content
+	comp []byte                // a unit compressed
 	plan ReadPlan
 
 	solid bool // zeros are written as data that takes space, not as holes
@@ -202,12 +198,12 @@ func (s *Store) put(d *Device, h *format.RecordHeader, payload []byte, n int, ex
 	if h.Kind == format.KindData {
 		s.pacer.wait(h.Size())
 	}
-	k := leafKey{d.b, uint32(h.Block / format.LeafBlocks), head}
+	k := d.b.leaf(uint32(h.Block/format.LeafBlocks), head)
 	cleared, refused := false, 0
 	for waited := false; ; waited = true {
 		err := s.cache.ensure(k)
 		if err == nil {
-			err = s.tryPut(d, k, h, payload, n, ex, waited, small)
+			err = s.tryPut(d, h, payload, n, ex, waited, small)
 		}
 		switch {
 		case errors.Is(err, errEvicted):
@@ -233,7 +229,7 @@ func (s *Store) put(d *Device, h *format.RecordHeader, payload []byte, n int, ex
 }
 
 // tryPut is one attempt of put. waited says that the writer has waited for a checkpoint.
-func (s *Store) tryPut(d *Device, k leafKey, h *format.RecordHeader, payload []byte, n int, ex *expect, waited, small bool) error {
+func (s *Store) tryPut(d *Device, h *format.RecordHeader, payload []byte, n int, ex *expect, waited, small bool) error {
 	hole := h.Kind == format.KindHole
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -241,13 +237,13 @@ func (s *Store) tryPut(d *Device, k leafKey, h *format.RecordHeader, payload []b
 		return err
 	}
 	first := int(h.Block % format.LeafBlocks)
-	return s.install(k, h, payload, n, purposeIn(h), waited, func(lf *leaf) error {
+	return s.install(d.b, h, payload, n, purposeIn(h), waited, func(lf *leaf) error {
 		switch {
 		case !s.unchangedSince(d, ex, lf, h.Block, n):
 			return errChanged
 		case hole && lf.isHole(first, n):
 			return errNothing
-		case !hole && isNew(k.b, lf, first, n):
+		case !hole && isNew(d.b, lf, first, n):
 			return s.roomForNew(h.Size(), small)
 		}
 		return nil

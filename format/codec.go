@@ -20,11 +20,9 @@ const (
 )
 
 const (
-	unitSize = UnitBlocks * BlockSize
-
 	// MaxCompressed is the capacity in bytes of a buffer that is large enough for Compress with any unit
 	// and codec.
-	MaxCompressed = unitSize + unitSize/6 + 64
+	MaxCompressed = UnitSize + UnitSize/6 + 64
 
 	defaultZstdLevel = 3 // zstd(1)'s
 	maxZstdLevel     = 19
@@ -105,7 +103,7 @@ func NewCompressor(c Codec, level int) (*Compressor, error) {
 	enc, err := zstd.NewWriter(nil,
 		zstd.WithEncoderLevel(zstd.EncoderLevelFromZstd(level)),
 		zstd.WithEncoderConcurrency(1),
-		zstd.WithWindowSize(unitSize),
+		zstd.WithWindowSize(UnitSize),
 		zstd.WithSingleSegment(true),
 		zstd.WithEncoderCRC(false)) // the record has a checksum
 	if err != nil {
@@ -157,7 +155,7 @@ var zstdDecoder = sync.OnceValues(func() (*zstd.Decoder, error) {
 	return zstd.NewReader(nil,
 		zstd.WithDecoderConcurrency(0),
 		zstd.WithDecoderLowmem(true),
-		zstd.WithDecoderMaxMemory(unitSize),
+		zstd.WithDecoderMaxMemory(UnitSize),
 		zstd.WithDecodeAllCapLimit(true))
 })
 

@@ -18,6 +18,8 @@ const (
 	BlockSize = 4096
 	// UnitBlocks is the largest number of blocks that are compressed together.
 	UnitBlocks = 16
+	// UnitSize is the size in bytes of a unit of that many blocks.
+	UnitSize = UnitBlocks * BlockSize
 	// LeafBlocks is the number of blocks that one leaf maps.
 	LeafBlocks = 256
 	// MaxBlocks is the largest number of blocks of a volume. Keys of the leaves bucket have 32 bits for
@@ -37,11 +39,10 @@ const (
 	// RecordAlign is the alignment in bytes of the offset and the size of every record.
 	RecordAlign = 16
 	// MaxPayload is the largest payload in bytes: the reach of the 20 bits of a record's payload length.
-	// Only an event can be that long. The payload of a data record has at most UnitBlocks * BlockSize
-	// bytes.
+	// Only an event can be that long. The payload of a data record has at most UnitSize bytes.
 	MaxPayload = 1<<20 - 1
 	// MaxDataRecord is the size in bytes of the largest data or moved record.
-	MaxDataRecord = (RecordHeaderSize + MovedSize + UnitBlocks*BlockSize + UnitBlocks*RecordAlign - 1) /
+	MaxDataRecord = (RecordHeaderSize + MovedSize + UnitSize + UnitBlocks*RecordAlign - 1) /
 		(UnitBlocks * RecordAlign) * (UnitBlocks * RecordAlign)
 )
 

@@ -1,6 +1,10 @@
 package format
 
-import "fmt"
+import (
+	"cmp"
+	"fmt"
+	"slices"
+)
 
 // Forward says where the cleaner has put a record whose entries name another place.
 type Forward struct {
@@ -56,6 +60,12 @@ func DecodeForwards(region uint16, src []byte) ([]Forward, error) {
 		fs = append(fs, f)
 	}
 	return fs, nil
+}
+
+// SearchForwards finds the forward of the record at offset among those of a region, which are in the order of their
+// offsets. found is false if there is none; i is then where it would be.
+func SearchForwards(fs []Forward, offset uint32) (i int, found bool) {
+	return slices.BinarySearchFunc(fs, offset, func(f Forward, offset uint32) int { return cmp.Compare(f.Offset, offset) })
 }
 
 // Forwarded is the row of a chunk from which blocks were moved. The blocks are alive and lie in other chunks,

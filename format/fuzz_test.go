@@ -241,7 +241,7 @@ func FuzzDecompress(f *testing.F) {
 			f.Add(uint8(c), uint8(blocks-1), out)
 		}
 	}
-	roomy := make([]byte, unitSize+64)
+	roomy := make([]byte, UnitSize+64)
 	f.Fuzz(func(t *testing.T, c, blocks uint8, src []byte) {
 		n := (int(blocks)%UnitBlocks + 1) * BlockSize
 		clear(roomy)

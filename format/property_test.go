@@ -200,7 +200,7 @@ func TestLeafSize(t *testing.T) {
 }
 
 func TestCompressRoundTrip(t *testing.T) {
-	if n := s2.MaxEncodedLen(unitSize); n > MaxCompressed {
+	if n := s2.MaxEncodedLen(UnitSize); n > MaxCompressed {
 		t.Fatal("s2 needs", n)
 	}
 	rng := rand.New(rand.NewPCG(3, 3))
@@ -267,12 +267,12 @@ func TestCompressRoundTrip(t *testing.T) {
 
 // TestDecompressionBomb decompresses a few bytes that claim to hold, or do hold, far more than a unit.
 func TestDecompressionBomb(t *testing.T) {
-	dst := make([]byte, unitSize)
+	dst := make([]byte, UnitSize)
 	huge := []byte{0xff, 0xff, 0xff, 0xff, 0x0f, 0}
 	comp, err := NewCompressor(Zstd, 0)
 	must(t, err)
 	bomb := comp.zstd.EncodeAll(make([]byte, 64<<20), nil)
-	frames := bytes.Repeat(comp.zstd.EncodeAll(make([]byte, unitSize), nil), 2)
+	frames := bytes.Repeat(comp.zstd.EncodeAll(make([]byte, UnitSize), nil), 2)
 	allocated := testing.Benchmark(func(b *testing.B) {
 		for b.Loop() {
 			for _, err := range []error{Decompress(S2, dst, huge), Decompress(Zstd, dst, bomb), Decompress(Zstd, dst, frames)} {

@@ -186,6 +186,25 @@ func (h *RecordHeader) VerifyPayload(payload []byte) error {
 	return corrupt(what, "checksum %08x, want %08x", Checksum(payload), h.PayloadCRC)
 }
 
+// VerifyRecord checks that stored is the record that e names: of this life of the chunk, at this offset, of a unit that
+// begins at block first, and with an intact payload. It returns the unit as stored, and its codec. The error matches
+// ErrCorrupt.
+func VerifyRecord(stored []byte, chunkSeq uint64, e Entry, first uint64) (unit []byte, codec Codec, err error) {
+	h, err := DecodeRecordHeader(stored, chunkSeq, e.Offset())
+	if err != nil {
+		return nil, 0, err
+	}
+	if h.Kind != KindData && h.Kind != KindMoved || h.Blocks != e.Blocks() || h.Size() != e.Size() || h.Block != first {
+		return nil, 0, fmt.Errorf("the record is of block %d (%d blocks, %d bytes), not of block %d: %w", h.Block, h.Blocks, h.Size(), first, ErrCorrupt)
+	}
+	unit = stored[RecordHeaderSize : RecordHeaderSize+h.PayloadLen]
+	err = h.VerifyPayload(unit)
+	if h.Kind == KindMoved {
+		unit = unit[MovedSize:]
+	}
+	return unit, h.Codec, err
+}
+
 // EncodeHole writes the payload of a hole record to the first HoleSize bytes of dst. It panics if dst is
 // shorter.
 func EncodeHole(dst []byte, blocks uint64) { le.PutUint64(dst[:HoleSize], blocks) }

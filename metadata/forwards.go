@@ -13,6 +13,11 @@ type Region struct {
 	Number uint16 // the number of the region in the chunk: offset / format.ForwardRegion
 }
 
+// RegionOf returns the region of the record that e names.
+func RegionOf(e format.Entry) Region {
+	return Region{Slot: e.Slot(), Number: uint16(e.Offset() / format.ForwardRegion)}
+}
+
 func (r Region) key() (k [6]byte) {
 	binary.BigEndian.PutUint32(k[0:], r.Slot)
 	binary.BigEndian.PutUint16(k[4:], r.Number)

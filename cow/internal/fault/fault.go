@@ -15,6 +15,7 @@ import (
 
 // Package cow exports these errors, and says what they mean to a caller.
 var (
+	ErrNotFound  = errors.New("not found")
 	ErrExhausted = errors.New("numbers are used up")
 	ErrFailed    = errors.New("the store has stopped after an I/O error")
 	ErrClosed    = errors.New("the store is closed")
