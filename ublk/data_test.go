@@ -95,12 +95,12 @@ func TestDeviceVerify(t *testing.T) {
 		bs   string
 		each string // bytes written by each job
 	}{
-		{"inline", ublk.Options{Queues: 2}, func(*testing.T) ublk.Handler { return newRAMDisk(size) }, "512-256k", "3m"},
-		{"later", ublk.Options{Queues: 2, Depth: 16, VolatileCache: true}, func(*testing.T) ublk.Handler { return laterDisk{newRAMDisk(size)} }, "512-256k", "3m"},
-		{"fetch", ublk.Options{Queues: 1, VolatileCache: true, FUA: true}, func(t *testing.T) ublk.Handler { return newFileDisk(t, size) }, "512-256k", "3m"},
-		{"4096", ublk.Options{Queues: 2, LogicalBlock: 4096, MaxIOBytes: 64 << 10}, func(*testing.T) ublk.Handler { return newRAMDisk(size) }, "4k-256k", "3m"},
+		{"inline", ublk.Options{Queues: 2}, func(*testing.T) ublk.Handler { return newRAMDisk(size) }, "512-256k", shorter("3m", "1m")},
+		{"later", ublk.Options{Queues: 2, Depth: 16, VolatileCache: true}, func(*testing.T) ublk.Handler { return laterDisk{newRAMDisk(size)} }, "512-256k", shorter("3m", "1m")},
+		{"fetch", ublk.Options{Queues: 1, VolatileCache: true, FUA: true}, func(t *testing.T) ublk.Handler { return newFileDisk(t, size) }, "512-256k", shorter("3m", "1m")},
+		{"4096", ublk.Options{Queues: 2, LogicalBlock: 4096, MaxIOBytes: 64 << 10}, func(*testing.T) ublk.Handler { return newRAMDisk(size) }, "4k-256k", shorter("3m", "1m")},
 		{"depth 1", ublk.Options{Depth: 1, MaxIOBytes: 4096}, func(*testing.T) ublk.Handler { return laterDisk{newRAMDisk(size)} }, "512-64k", "192k"},
-		{"depth 300", ublk.Options{Queues: 2, Depth: 300, MaxIOBytes: 32 << 10}, func(*testing.T) ublk.Handler { return newRAMDisk(size) }, "512-64k", "2m"},
+		{"depth 300", ublk.Options{Queues: 2, Depth: 300, MaxIOBytes: 32 << 10}, func(*testing.T) ublk.Handler { return newRAMDisk(size) }, "512-64k", shorter("2m", "1m")},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			c.o.Size = size

@@ -70,12 +70,21 @@ func TestModeVerify(t *testing.T) {
 			t.Run(name, func(t *testing.T) {
 				d := create(t, ublk.Options{Size: size, Queues: 2, Copy: mode, VolatileCache: true}, h(t))
 				disturb(t)
-				verify(t, d.Path(), "512-256k", "3m")
+				verify(t, d.Path(), "512-256k", shorter("3m", "1m"))
 			})
 		}
 	})
 }
 
+// shorter returns what a test takes, with -short and without.
+func shorter(whole, short string) string {
+	if testing.Short() {
+		return short
+	}
+	return whole
+}
+
+// verify writes so many bytes with each of four jobs, at random, and reads them back.
 func verify(t *testing.T, path, bs, each string) {
 	t.Helper()
 	run(t, "fio", "--name=v", "--filename="+path, "--ioengine=libaio", "--direct=1", "--rw=randwrite", "--bsrange="+bs,
@@ -109,7 +118,7 @@ func TestModeLimits(t *testing.T) {
 				disk := newRAMDisk(size)
 				d := create(t, o, laterDisk{disk})
 				verify(t, d.Path(), "512-64k", "64k")
-				buf := aligned(16 << 20)
+				buf := aligned(min(16<<20, 64*o.MaxIOBytes))
 				for i := range buf {
 					buf[i] = byte(i * 31 >> 7)
 				}
@@ -197,7 +206,7 @@ func TestModeHeld(t *testing.T) {
 			}
 		})
 		run(t, "fio", "--name=v", "--filename="+d.Path(), "--ioengine=libaio", "--direct=1", "--rw=randwrite", "--bs=256k",
-			"--iodepth=64", "--size=64m", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1")
+			"--iodepth=64", "--size="+shorter("64m", "24m"), "--verify=crc32c", "--do_verify=1", "--verify_fatal=1")
 		close(stop)
 		answering.Wait()
 	})
@@ -293,7 +302,7 @@ func TestModeStorm(t *testing.T) {
 			t.Run(name, func(t *testing.T) {
 				d := create(t, ublk.Options{Size: size, Queues: 2, Depth: 16, Copy: mode}, h)
 				stop := storm(t, fmt.Sprintf("ublk%dq0", d.ID()))
-				verify(t, d.Path(), "512-64k", "1m")
+				verify(t, d.Path(), "512-64k", shorter("1m", "384k"))
 				if signals := stop(); signals < 100 {
 					t.Errorf("only %d signals were sent", signals)
 				}
