@@ -3,8 +3,8 @@ package ublk
 // The ublk user ABI: include/uapi/linux/ublk_cmd.h. Structures are laid out as the C compiler lays them out on
 // every 64-bit and 32-bit Linux; abi_test.go holds the sizes and offsets.
 
-// Control commands, as ioctl-encoded numbers (type 'u', size of struct ublksrv_ctrl_cmd = 32; from Linux 6.4 on). Their
-// low byte is the bare number that kernels before know, and that some later ones are built without.
+// Control commands, encoded as ioctls (type 'u', size of struct ublksrv_ctrl_cmd = 32), as Linux 6.4 and later take
+// them. Older kernels take only the low byte, the legacy opcode. Some later kernels are built without legacy opcodes.
 const (
 	cmdGetQueueAffinity  = iocRead | 0x01
 	cmdGetDevInfo        = iocRead | 0x02

@@ -103,8 +103,8 @@ func TestAdapterData(t *testing.T) {
 			q.requests[tag].full[i] = byte(tag + 1)
 		}
 	}
-	tag := q.port.dispatch(desc(OpWrite, 0, 4096, 4096))
-	<-q.port.results
+	tag := q.kernel.dispatch(desc(OpWrite, 0, 4096, 4096))
+	<-q.kernel.results
 	if want := bytes.Repeat([]byte{byte(tag + 1)}, 4096); !bytes.Equal(d.data[4096:8192], want) {
 		t.Error("the write's bytes did not arrive")
 	}
@@ -113,8 +113,8 @@ func TestAdapterData(t *testing.T) {
 	if !bytes.Equal(d.data[8192:][:len(zeroes)], zeroes) || d.data[8192+len(zeroes)] != 7 || d.data[8191] == 0 {
 		t.Error("the zeros are not where they should be")
 	}
-	tag = q.port.dispatch(desc(OpRead, 0, 0, 4096))
-	<-q.port.results
+	tag = q.kernel.dispatch(desc(OpRead, 0, 0, 4096))
+	<-q.kernel.results
 	if !bytes.Equal(q.requests[tag].full[:4096], d.data[:4096]) {
 		t.Error("the read's bytes did not arrive")
 	}
@@ -180,7 +180,7 @@ func TestAdapterIsBounded(t *testing.T) {
 	d := &slowDisk{begun: make(chan int64, 8), end: make(chan int64)}
 	_, q := adapt(t, d, 3, nil)
 	for i := range 8 {
-		q.port.dispatch(desc(OpRead, 0, int64(i)<<12, 4096))
+		q.kernel.dispatch(desc(OpRead, 0, int64(i)<<12, 4096))
 	}
 	first := []int64{<-d.begun, <-d.begun, <-d.begun}
 	slices.Sort(first)
@@ -200,15 +200,15 @@ func TestAdapterIsBounded(t *testing.T) {
 	}
 	close(d.end)
 	for range 8 {
-		<-q.port.results
+		<-q.kernel.results
 	}
 }
 
 func TestAdapterClose(t *testing.T) {
 	d := &slowDisk{begun: make(chan int64, 8), end: make(chan int64)}
 	a, q := adapt(t, d, 1, nil)
-	q.port.dispatch(desc(OpRead, 0, 0, 4096))
-	q.port.dispatch(desc(OpRead, 0, 4096, 4096))
+	q.kernel.dispatch(desc(OpRead, 0, 0, 4096))
+	q.kernel.dispatch(desc(OpRead, 0, 4096, 4096))
 	<-d.begun
 	closed := make(chan error)
 	go func() { closed <- a.Close() }()
@@ -219,7 +219,7 @@ func TestAdapterClose(t *testing.T) {
 	}
 	close(d.end)
 	for range 2 {
-		if r := <-q.port.results; r.res != 4096 {
+		if r := <-q.kernel.results; r.res != 4096 {
 			t.Errorf("a request from before Close: result %d", r.res)
 		}
 	}

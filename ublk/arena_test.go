@@ -34,7 +34,7 @@ func TestIdleQueuesHaveNoMemory(t *testing.T) {
 	go q.loop()
 	const n = 8
 	for i := range n {
-		q.port.dispatch(desc(OpWrite, 0, int64(i)*fakeIOMax, fakeIOMax))
+		q.kernel.dispatch(desc(OpWrite, 0, int64(i)*fakeIOMax, fakeIOMax))
 	}
 	var requests []*Request
 	for range n {
@@ -45,7 +45,7 @@ func TestIdleQueuesHaveNoMemory(t *testing.T) {
 	}
 	for _, r := range requests {
 		r.Complete(nil)
-		<-q.port.results
+		<-q.kernel.results
 	}
 	eventually(t, "an idle queue has no memory", func() bool { return a.lentOut() == 0 })
 	eventually(t, "the arena is as small as it was", func() bool { return a.mappedBytes() == reserveChunks*fakeIOMax })
@@ -154,7 +154,7 @@ func keepBusy(q *fakeQueue) (rest func()) {
 	for range 4 {
 		wg.Go(func() {
 			for i := 0; !stop.Load(); i++ {
-				q.port.dispatch(desc(OpWrite, 0, int64(i%250)*fakeIOMax, 4096))
+				q.kernel.dispatch(desc(OpWrite, 0, int64(i%250)*fakeIOMax, 4096))
 				sent.Add(1)
 			}
 		})
@@ -164,7 +164,7 @@ func keepBusy(q *fakeQueue) (rest func()) {
 		defer close(ended)
 		for !drained.Load() || got.Load() < sent.Load() {
 			select {
-			case <-q.port.results:
+			case <-q.kernel.results:
 				got.Add(1)
 			case <-time.After(time.Millisecond):
 			}

@@ -13,12 +13,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// RestsOn returns the ids of the ublk devices below the file system that path is on, or below path itself if
+// BackingDevices returns the ids of the ublk devices below the file system that path is on, or below path itself if
 // it is a block device, in ascending order. It follows partitions, device mapper, md, bcache and loop
 // devices, and btrfs and overlayfs as far as /proc/self/mountinfo names the devices below them.
 //
 // A server must not keep anything on its own disk: when memory is short, it would wait for itself.
-func RestsOn(path string) ([]int, error) {
+func BackingDevices(path string) ([]int, error) {
 	w := blockWalk{seen: make(map[string]bool)}
 	if err := w.file(path); err != nil {
 		return nil, fmt.Errorf("ublk: find out what %s rests on: %w", path, err)

@@ -77,11 +77,11 @@ const (
 	batchEnded
 )
 
-// batchPort is the transport of CopyBatch. One command carries all answers of a turn. Tags arrive as lists,
+// batchTransport is the transport of CopyBatch. One command carries all answers of a turn. Tags arrive as lists,
 // in buffers that two long-lived FETCH commands fill. The driver aborts these two commands and not a command
 // for each tag, so the transport itself reports the end of each tag once the driver has the tag back.
-type batchPort struct {
-	*ringPort
+type batchTransport struct {
+	*ringTransport
 	tags    []batchTag
 	elems   []*elemBuf
 	idle    []int // element buffers not used by a command
@@ -106,8 +106,8 @@ type elemBuf struct {
 	n, done int
 }
 
-func newBatchPort(p *ringPort) (transport, error) {
-	b := &batchPort{ringPort: p, tags: make([]batchTag, p.depth), filling: -1, current: -1}
+func newBatchTransport(p *ringTransport) (transport, error) {
+	b := &batchTransport{ringTransport: p, tags: make([]batchTag, p.depth), filling: -1, current: -1}
 	if err := b.mapTagBuffers(); err != nil {
 		b.close(true)
 		b.free()
@@ -117,7 +117,7 @@ func newBatchPort(p *ringPort) (transport, error) {
 }
 
 // mapTagBuffers makes the buffers for tags, and the ring that passes them to the kernel.
-func (p *batchPort) mapTagBuffers() (err error) {
+func (p *batchTransport) mapTagBuffers() (err error) {
 	n := min(1<<bits.Len(uint(p.depth-1)), maxTagBufs) // a power of two
 	if p.tagMem, _, err = mapAnonymous(roundUp(n*tagBufSize, os.Getpagesize())); err != nil {
 		return err
@@ -137,7 +137,7 @@ func (p *batchPort) mapTagBuffers() (err error) {
 }
 
 // provide gives a buffer to the kernel.
-func (p *batchPort) provide(id int) {
+func (p *batchTransport) provide(id int) {
 	tail := p.pbufs[0].tail
 	b := &p.pbufs[int(tail)&(len(p.pbufs)-1)]
 	b.addr = uint64(uintptr(unsafe.Pointer(&p.tagMem[id*tagBufSize])))
@@ -148,15 +148,15 @@ func (p *batchPort) provide(id int) {
 	atomic.StoreUint32((*uint32)(unsafe.Pointer(&p.pbufs[0].id)), *(*uint32)(unsafe.Pointer(&word)))
 }
 
-func (p *batchPort) fetch(tag int) {
+func (p *batchTransport) fetch(tag int) {
 	p.prep = true
 	p.add(tag, 0)
 }
 
-func (p *batchPort) commit(tag int, result int32) { p.add(tag, result) }
+func (p *batchTransport) commit(tag int, result int32) { p.add(tag, result) }
 
 // add adds a tag to the element buffer of the next command.
-func (p *batchPort) add(tag int, result int32) {
+func (p *batchTransport) add(tag int, result int32) {
 	if p.filling < 0 && !p.newFilling() {
 		return
 	}
@@ -170,7 +170,7 @@ func (b *elemBuf) at(i int) *batchElem { return (*batchElem)(unsafe.Pointer(&b.m
 
 // newFilling takes an idle element buffer or makes one, and reports whether that succeeded. There are at most
 // as many as tags, and usually only one, because a command completes before the turn that submits it returns.
-func (p *batchPort) newFilling() bool {
+func (p *batchTransport) newFilling() bool {
 	if n := len(p.idle); n > 0 {
 		p.filling, p.idle = p.idle[n-1], p.idle[:n-1]
 	} else {
@@ -187,7 +187,7 @@ func (p *batchPort) newFilling() bool {
 	return true
 }
 
-func (p *batchPort) turn(wait bool) error {
+func (p *batchTransport) submitAndWait(wait bool) error {
 	if p.filling >= 0 {
 		p.submit()
 	}
@@ -199,15 +199,15 @@ func (p *batchPort) turn(wait bool) error {
 	return err
 }
 
-func (p *batchPort) flush() (done bool, err error) {
+func (p *batchTransport) flush() (done bool, err error) {
 	if p.filling >= 0 {
 		p.submit()
 	}
-	return p.ringPort.flush()
+	return p.ringTransport.flush()
 }
 
 // submit queues the command for the added elements.
-func (p *batchPort) submit() {
+func (p *batchTransport) submit() {
 	if p.prep {
 		p.elemCommand(ioPrepCmds, completePrep, p.filling)
 		for id := range fetchCommands {
@@ -219,7 +219,7 @@ func (p *batchPort) submit() {
 	p.prep, p.filling = false, -1
 }
 
-func (p *batchPort) elemCommand(op uint32, kind completionKind, index int) {
+func (p *batchTransport) elemCommand(op uint32, kind completionKind, index int) {
 	e := p.entry()
 	if e == nil {
 		return
@@ -237,7 +237,7 @@ func (p *batchPort) elemCommand(op uint32, kind completionKind, index int) {
 	}
 }
 
-func (p *batchPort) fetchCommand(id int) {
+func (p *batchTransport) fetchCommand(id int) {
 	e := p.entry()
 	if e == nil {
 		return
@@ -251,7 +251,7 @@ func (p *batchPort) fetchCommand(id int) {
 	p.fetches++
 }
 
-func (p *batchPort) next() (completion, bool) {
+func (p *batchTransport) next() (completion, bool) {
 	for {
 		if len(p.arrived) > 0 {
 			return p.nextTag(), true
@@ -277,7 +277,7 @@ func (p *batchPort) next() (completion, bool) {
 }
 
 // nextTag takes a tag from the current buffer. After the last tag it gives the buffer back to the kernel.
-func (p *batchPort) nextTag() completion {
+func (p *batchTransport) nextTag() completion {
 	tag := int(*(*uint16)(unsafe.Pointer(&p.arrived[0])))
 	p.arrived = p.arrived[tagSize:]
 	if len(p.arrived) == 0 {
@@ -293,7 +293,7 @@ func (p *batchPort) nextTag() completion {
 // confirmed handles the result of a PREP or COMMIT. A COMMIT may be partial: its result is the number of
 // bytes of elements that the driver took, and the others are sent again. If the driver took none, the result
 // is the reason.
-func (p *batchPort) confirmed(c completion) (refused completion) {
+func (p *batchTransport) confirmed(c completion) (refused completion) {
 	b := p.elems[c.index]
 	taken := int(c.res) / elemSize
 	if c.kind == completePrep && c.res == 0 {
@@ -328,7 +328,7 @@ func refusal(tag int, res int32) completion {
 }
 
 // fetched handles an event of a FETCH: tags, or the end of the FETCH.
-func (p *batchPort) fetched(c completion, flags uint32) (refused completion) {
+func (p *batchTransport) fetched(c completion, flags uint32) (refused completion) {
 	if flags&cqeBuffer != 0 {
 		p.current = int(flags >> cqeBufferShift)
 		p.arrived = p.tagMem[p.current*tagBufSize:][:max(c.res, 0)&^1]
@@ -352,7 +352,7 @@ func (p *batchPort) fetched(c completion, flags uint32) (refused completion) {
 }
 
 // nextEnd reports the end of the tags that the driver has back after an abort, one at a time.
-func (p *batchPort) nextEnd() (completion, bool) {
+func (p *batchTransport) nextEnd() (completion, bool) {
 	if !p.drained {
 		return completion{}, false
 	}
@@ -365,11 +365,11 @@ func (p *batchPort) nextEnd() (completion, bool) {
 	return completion{}, false
 }
 
-func (p *batchPort) close(drained bool) {
-	p.ringPort.close(drained && p.fetches == 0)
+func (p *batchTransport) close(drained bool) {
+	p.ringTransport.close(drained && p.fetches == 0)
 }
 
-func (p *batchPort) free() {
+func (p *batchTransport) free() {
 	for _, b := range p.elems {
 		_ = unix.Munmap(b.mem)
 	}

@@ -38,11 +38,11 @@ type control struct {
 
 // dialect is how the running kernel is spoken to.
 type dialect struct {
-	known    bool
-	features Feature // what GET_FEATURES said
-	asked    bool    // there is GET_FEATURES (6.5)
-	legacy   bool    // commands go by their bare numbers, as up to 6.3
-	noInfo2  bool    // there is no GET_DEV_INFO2, as up to 6.2
+	known         bool
+	features      Feature // what GET_FEATURES said
+	asked         bool    // there is GET_FEATURES (6.5)
+	legacyOpcodes bool    // commands are opcodes of one byte, as up to 6.3
+	noInfo2       bool    // there is no GET_DEV_INFO2, as up to 6.2
 }
 
 var (
@@ -69,7 +69,7 @@ func openControl() (*control, error) {
 func newControl(r commander) *control { return &control{commander: r, serial: make(chan struct{}, 1)} }
 
 // learn finds out the dialect. A kernel before 6.5 takes GET_FEATURES for a command to a device that is not
-// there; it knows the bare numbers, unless it is a 6.4 that was built without them (see exec).
+// there. It knows the legacy opcodes, unless it is a 6.4 that was built without them (see exec).
 func (c *control) learn(ctx context.Context) (dialect, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -85,7 +85,7 @@ func (c *control) learn(ctx context.Context) (dialect, error) {
 	case err == nil:
 		c.dialect = dialect{known: true, asked: true, features: Feature(*f)}
 	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENODEV):
-		c.dialect = dialect{known: true, legacy: true}
+		c.dialect = dialect{known: true, legacyOpcodes: true}
 	default:
 		return dialect{}, fmt.Errorf("ublk: ask the driver for its features: %w", err)
 	}
@@ -104,7 +104,7 @@ func (c *control) exec(ctx context.Context, op uint32, cmd ctrlCmd, buf unsafe.P
 	if err != nil {
 		return err
 	}
-	if !d.legacy {
+	if !d.legacyOpcodes {
 		return asError(c.run(ctx, op, cmd, buf))
 	}
 	err = asError(c.run(ctx, op&opMask, cmd, buf))
@@ -115,7 +115,7 @@ func (c *control) exec(ctx context.Context, op uint32, cmd ctrlCmd, buf unsafe.P
 	if errors.Is(encoded, unix.EOPNOTSUPP) {
 		return err
 	}
-	c.setDialect(func(d *dialect) { d.legacy = false })
+	c.setDialect(func(d *dialect) { d.legacyOpcodes = false })
 	return encoded
 }
 
@@ -165,7 +165,7 @@ func (c *control) ask(ctx context.Context, op uint32, to target, data uint64, pa
 func (c *control) change(ctx context.Context, op uint32, to target, payload []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
 	defer cancel()
-	end, err := c.turn(ctx)
+	end, err := c.lockChanges(ctx)
 	if err != nil {
 		return err
 	}
@@ -173,9 +173,9 @@ func (c *control) change(ctx context.Context, op uint32, to target, payload []by
 	return c.send(ctx, op, to, 0, payload)
 }
 
-// turn waits until no other command changes the set of devices. end is for the next one, and may be called
+// lockChanges waits until no other command changes the set of devices. end is for the next one, and may be called
 // twice.
-func (c *control) turn(ctx context.Context) (end func(), err error) {
+func (c *control) lockChanges(ctx context.Context) (end func(), err error) {
 	select {
 	case c.serial <- struct{}{}:
 		return sync.OnceFunc(func() { <-c.serial }), nil
@@ -259,15 +259,15 @@ func (c *control) getInfo(ctx context.Context, id int) (*devInfo, error) {
 			return nil, deviceError("look at", id, err)
 		}
 	}
-	bare := c.ask(ctx, cmdGetDevInfo, target{id: id}, 0, bytesOf(info))
+	plain := c.ask(ctx, cmdGetDevInfo, target{id: id}, 0, bytesOf(info))
 	switch {
-	case bare == nil && errors.Is(err, unix.EOPNOTSUPP):
+	case plain == nil && errors.Is(err, unix.EOPNOTSUPP):
 		c.setDialect(func(d *dialect) { d.noInfo2 = true })
 		return info, nil
-	case bare == nil:
+	case plain == nil:
 		return info, nil
-	case errors.Is(bare, unix.ENODEV), err == nil:
-		err = bare
+	case errors.Is(plain, unix.ENODEV), err == nil:
+		err = plain
 	}
 	return nil, deviceError("look at", id, err)
 }
@@ -315,9 +315,9 @@ func (c *control) tryStop(to target) error {
 const (
 	// deleteTimeout bounds the wait for those who hold a device that is deleted.
 	deleteTimeout = 5 * time.Second
-	// deleteTurn is how long a deletion keeps others waiting: the driver does its work first, and then waits
+	// deleteHold is how long a deletion keeps others waiting: the driver does its work first, and then waits
 	// without a lock.
-	deleteTurn = time.Second
+	deleteHold = time.Second
 )
 
 // errHeld: the device is deleted, and goes by itself as soon as those who hold it open close it.
@@ -327,12 +327,12 @@ var errHeld = errors.New("ublk: the device is held open")
 func (c *control) del(ctx context.Context, to target) error {
 	patient, cancel := context.WithTimeout(ctx, commandTimeout)
 	defer cancel()
-	end, err := c.turn(patient)
+	end, err := c.lockChanges(patient)
 	if err != nil {
 		return err
 	}
 	defer end()
-	defer time.AfterFunc(deleteTurn, end).Stop()
+	defer time.AfterFunc(deleteHold, end).Stop()
 	bounded, cancel := context.WithTimeout(ctx, deleteTimeout)
 	defer cancel()
 	err = c.send(bounded, cmdDelDev, to, 0, nil)

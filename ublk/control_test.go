@@ -247,20 +247,20 @@ func TestIOFlusher(t *testing.T) {
 	}
 }
 
-// TestRestsOn finds a disk below a partition, device mapper, a file system and a loop device on it.
-func TestRestsOn(t *testing.T) {
+// TestBackingDevices finds a disk below a partition, device mapper, a file system and a loop device on it.
+func TestBackingDevices(t *testing.T) {
 	needDriver(t)
 	d := create(t, ublk.Options{Size: 64 << 20}, newRAMDisk(64<<20))
-	restsOn := func(path string, want ...int) {
+	backedBy := func(path string, want ...int) {
 		t.Helper()
-		if got, err := ublk.RestsOn(path); err != nil || !slices.Equal(got, want) {
+		if got, err := ublk.BackingDevices(path); err != nil || !slices.Equal(got, want) {
 			t.Errorf("%s rests on %v, %v; want %v", path, got, err, want)
 		}
 	}
-	restsOn("/tmp")
-	restsOn("/proc/self")
-	restsOn(d.Path(), d.ID())
-	if _, err := ublk.RestsOn("/nowhere"); !errors.Is(err, os.ErrNotExist) {
+	backedBy("/tmp")
+	backedBy("/proc/self")
+	backedBy(d.Path(), d.ID())
+	if _, err := ublk.BackingDevices("/nowhere"); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("nowhere: %v", err)
 	}
 	table := make([]byte, 512) // one MBR partition of 65536 sectors from 2048 on
@@ -274,21 +274,21 @@ func TestRestsOn(t *testing.T) {
 	run(t, "partx", "-a", d.Path())
 	part := d.Path() + "p1"
 	repeat(t, func() error { _, err := os.Stat(part); return err })
-	restsOn(part, d.ID())
+	backedBy(part, d.ID())
 	run(t, "sh", "-c", "echo 0 65536 linear "+part+" 0 | dmsetup create ublkdm")
 	defer func() { _ = exec.Command("dmsetup", "remove", "ublkdm").Run() }()
 	run(t, "dmsetup", "mknodes")
-	restsOn("/dev/mapper/ublkdm", d.ID())
+	backedBy("/dev/mapper/ublkdm", d.ID())
 	run(t, "mkfs.ext4", "-q", "/dev/mapper/ublkdm")
 	dir := t.TempDir()
 	run(t, "mount", "/dev/mapper/ublkdm", dir)
 	defer func() { _ = exec.Command("umount", dir).Run() }()
-	restsOn(dir, d.ID())
+	backedBy(dir, d.ID())
 	run(t, "modprobe", "loop")
 	run(t, "truncate", "-s", "16M", dir+"/image")
 	run(t, "mkfs.ext4", "-q", dir+"/image")
 	inner := t.TempDir()
 	run(t, "mount", "-o", "loop", dir+"/image", inner)
 	defer func() { _ = exec.Command("umount", inner).Run() }()
-	restsOn(inner+"/lost+found", d.ID())
+	backedBy(inner+"/lost+found", d.ID())
 }

@@ -283,8 +283,8 @@ func (d *Device) release() {
 		if t.behind != nil {
 			t.behind.close(false)
 		}
-		if gone && t.queue != nil && t.port != nil {
-			t.port.free()
+		if gone && t.queue != nil && t.transport != nil {
+			t.transport.free()
 		}
 		if t.buf != nil {
 			_ = unix.Munmap(t.buf)

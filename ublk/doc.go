@@ -89,7 +89,7 @@
 // Therefore the queue threads are marked as I/O flushers, and the I/O buffers are locked ([Device.IOFlusher],
 // [Device.MemoryLocked]). [SetIOFlusher] marks the other threads.
 //
-// The server must not depend on its own disk in any other way either: it keeps no files on it ([RestsOn]) and
+// The server must not depend on its own disk in any other way either: it keeps no files on it ([BackingDevices]) and
 // no swap, and has no mount of it in its own mount namespace. The exit of the process would unmount that, and
 // wait for itself.
 //

@@ -82,9 +82,9 @@ func (q *queue) mayWait() bool { return !q.look && q.command.Load() == q.seen }
 // leaves reports whether the loop ends here. It does not return while the queue rests.
 func (q *queue) leaves() (bool, error) {
 	for {
-		told := q.command.Load()
-		q.look = told != q.seen
-		q.seen = told
+		command := q.command.Load()
+		q.look = command != q.seen
+		q.seen = command
 		if !q.holding() && len(q.held) > 0 {
 			if err := q.withRecover((*queue).serveHeld); err != nil {
 				return false, err
@@ -104,10 +104,10 @@ func (q *queue) leaves() (bool, error) {
 			q.pool.rest()
 		}
 		q.stats.publish(q.owned)
-		if leave(told&leaveMask) >= leaveNow {
+		if leave(command&leaveMask) >= leaveNow {
 			return true, nil
 		}
-		if err := q.rest(told); err != nil {
+		if err := q.rest(command); err != nil {
 			return false, err
 		}
 	}
@@ -119,7 +119,7 @@ func (q *queue) flush() error {
 		if q.killed.Load() {
 			return errKilled
 		}
-		if done, err := q.port.flush(); done || err != nil {
+		if done, err := q.transport.flush(); done || err != nil {
 			return err
 		}
 		if err := q.withRecover((*queue).reap); err != nil {
@@ -129,9 +129,9 @@ func (q *queue) flush() error {
 }
 
 // rest waits until the queue is told something else.
-func (q *queue) rest(told uint32) error {
-	q.rests.Store(told)
-	for q.command.Load() == told {
+func (q *queue) rest(command uint32) error {
+	q.rests.Store(command)
+	for q.command.Load() == command {
 		if q.killed.Load() {
 			return errKilled
 		}
@@ -166,7 +166,7 @@ func (q *queue) serveHeld() error {
 	for len(q.held) > 0 {
 		tag := q.held[len(q.held)-1]
 		q.held = q.held[:len(q.held)-1]
-		q.dispatch(&q.requests[tag], q.port.desc(tag))
+		q.dispatch(&q.requests[tag], q.transport.desc(tag))
 	}
 	return nil
 }

@@ -42,7 +42,7 @@ func (l *leaving) saturate(t testing.TB) {
 			select {
 			case <-l.over:
 				return
-			case r := <-l.port.results:
+			case r := <-l.kernel.results:
 				if _, ok := l.served.Load(int64(r.d.startSector) << 9); !ok || r.res != 512 {
 					t.Errorf("the request at %d was answered with %d, and served: %v", r.d.startSector<<9, r.res, ok)
 				}
@@ -50,11 +50,11 @@ func (l *leaving) saturate(t testing.TB) {
 		}
 	})
 	next := func() ioDesc { return desc(OpWrite, 0, (l.asked.Add(1)-1)<<9, 512) }
-	l.port.mu.Lock()
-	l.port.refill = next
-	l.port.mu.Unlock()
+	l.kernel.mu.Lock()
+	l.kernel.refill = next
+	l.kernel.mu.Unlock()
 	for range l.depth {
-		l.port.dispatch(next())
+		l.kernel.dispatch(next())
 	}
 }
 
@@ -118,7 +118,7 @@ func testRestUnderLoad(t *testing.T, mode CopyMode) {
 		eventually(t, "a rest", rest)
 		time.Sleep(time.Millisecond) // more requests come, and nothing is done about them
 		for _, l := range queues {
-			if n := l.port.commands(); n == 0 {
+			if n := l.kernel.commands(); n == 0 {
 				t.Error("the driver has no command of a queue at rest")
 			}
 		}
@@ -137,7 +137,7 @@ func testRestUnderLoad(t *testing.T, mode CopyMode) {
 		}
 		close(l.over)
 		l.load.Wait()
-		if n := l.port.commands(); n == 0 {
+		if n := l.kernel.commands(); n == 0 {
 			t.Error("the driver has no command of a queue that left")
 		}
 		if n := l.unseen(); n > l.depth {
@@ -153,7 +153,7 @@ func TestRestAfterTheLastAnswer(t *testing.T) { inEachMode(t, testRestAfterTheLa
 func testRestAfterTheLastAnswer(t *testing.T, mode CopyMode) {
 	open := make(chan *Request, 8)
 	l := startLeaving(t, mode, 4, func(r *Request) { open <- r })
-	give := func(place int64) { l.port.dispatch(desc(OpWrite, 0, place<<9, 512)) }
+	give := func(place int64) { l.kernel.dispatch(desc(OpWrite, 0, place<<9, 512)) }
 	give(0)
 	stuck := <-open
 	l.leaveAs(leaveSoon)
@@ -168,7 +168,7 @@ func testRestAfterTheLastAnswer(t *testing.T, mode CopyMode) {
 		(<-open).Complete(nil)
 	}
 	for range 2 {
-		if r := <-l.port.results; r.res != 512 || r.d.startSector == 0 {
+		if r := <-l.kernel.results; r.res != 512 || r.d.startSector == 0 {
 			t.Errorf("answered: %+v", r)
 		}
 	}
@@ -176,7 +176,7 @@ func testRestAfterTheLastAnswer(t *testing.T, mode CopyMode) {
 	time.Sleep(time.Millisecond)
 	stuck.Complete(nil)
 	eventually(t, "a rest", l.resting)
-	if r := <-l.port.results; r.res != 512 || r.d.startSector != 0 {
+	if r := <-l.kernel.results; r.res != 512 || r.d.startSector != 0 {
 		t.Errorf("answered: %+v", r)
 	}
 	give(3)

@@ -151,7 +151,7 @@ func (p *program) next() byte {
 	return b
 }
 
-// FuzzLoop runs the real loop and the real port of each mode against the fake kernel. The input chooses mode and depth,
+// FuzzLoop runs the real loop and the real transport of each mode against the fake kernel. The input chooses mode and depth,
 // then drives requests, handler behaviours and the driver's and kernel's doings. Every request must be answered exactly
 // once, with the right result and the right bytes; no tag is lost; the loop ends.
 func FuzzLoop(f *testing.F) {
@@ -190,8 +190,8 @@ func FuzzLoop(f *testing.F) {
 		mode, depth := CopyPlain+CopyMode(p.next()%3), 1+int(p.next())%40
 		p.q = startFake(t, mode, depth, p.disk, func(error) {})
 		p.q.holds = true
-		p.q.port.files[1] = programFile()
-		p.q.port.enterErr = p.fault
+		p.q.kernel.files[1] = programFile()
+		p.q.kernel.enterErr = p.fault
 		go p.q.loop()
 		for len(p.code) > 0 {
 			p.event(p.next())
@@ -203,7 +203,7 @@ func FuzzLoop(f *testing.F) {
 
 // event performs one instruction.
 func (p *program) event(op byte) {
-	k := p.q.port
+	k := p.q.kernel
 	arg := byte(0)
 	if op%12 > 0 {
 		arg = p.next()
@@ -290,9 +290,9 @@ func (p *program) request() {
 	if op == OpFlush || op == OpDiscard {
 		want = 0
 	}
-	p.q.port.mu.Lock()
-	defer p.q.port.mu.Unlock()
-	if _, ok := p.q.port.tryDispatch(d); ok {
+	p.q.kernel.mu.Lock()
+	defer p.q.kernel.mu.Unlock()
+	if _, ok := p.q.kernel.tryDispatch(d); ok {
 		p.expected[d.startSector] = plan.wants(want)
 	}
 }
@@ -313,7 +313,7 @@ func (p *program) fault(nth int) error {
 func (p *program) collect() {
 	for {
 		select {
-		case r := <-p.q.port.results:
+		case r := <-p.q.kernel.results:
 			want, ok := p.expected[r.d.startSector]
 			if !ok || p.answered[r.d.startSector] || r.res != want || r.bad {
 				p.t.Errorf("request %d: answered with %d, want %d (right bytes: %v, again: %v)",
@@ -330,9 +330,9 @@ func (p *program) collect() {
 func (p *program) finish() {
 	p.tell(leaveNot)
 	if !p.leaves {
-		p.q.port.stop()
+		p.q.kernel.stop()
 	}
-	p.q.port.release()
+	p.q.kernel.release()
 	deadline := time.After(20 * time.Second)
 	for {
 		p.disk.release(1 << 20)
@@ -368,7 +368,7 @@ func (p *program) check(err error) {
 	if q.owned != 0 || q.reading != 0 || q.queue.ended != q.depth && !q.left {
 		p.t.Errorf("%d requests and %d reads open, %d tags ended", q.owned, q.reading, q.queue.ended)
 	}
-	if q.left && !q.port.stopping && q.port.commands() == 0 {
+	if q.left && !q.kernel.stopping && q.kernel.commands() == 0 {
 		p.t.Error("the driver has no command of a queue that left")
 	}
 }

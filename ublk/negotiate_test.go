@@ -13,12 +13,12 @@ import (
 // fakeDriver answers control commands as the driver of one kernel does (drivers/block/ublk_drv.c), without
 // any queues.
 type fakeDriver struct {
-	since    Feature // all that the driver knows
-	features bool    // GET_FEATURES (6.5)
-	info2    bool    // GET_DEV_INFO2 (6.3)
-	encoded  bool    // ioctl-encoded commands (6.4)
-	bare     bool    // the bare numbers; a build option since 6.4
-	admin    bool    // the caller has CAP_SYS_ADMIN
+	since         Feature // all that the driver knows
+	features      bool    // GET_FEATURES (6.5)
+	info2         bool    // GET_DEV_INFO2 (6.3)
+	encoded       bool    // ioctl-encoded commands (6.4)
+	legacyOpcodes bool    // opcodes of one byte; a build option since 6.4
+	admin         bool    // the caller has CAP_SYS_ADMIN
 
 	devices map[uint32]*devInfo
 	params  map[uint32]params
@@ -39,7 +39,7 @@ func (f *fakeDriver) answer(op uint32, cmd ctrlCmd, buf unsafe.Pointer) unix.Err
 		*(*uint64)(buf) = uint64(f.since)
 		return 0
 	}
-	if !full && !f.bare {
+	if !full && !f.legacyOpcodes {
 		return unix.EOPNOTSUPP // the first thing that a driver without them checks
 	}
 	if nr := op & opMask; nr == cmdAddDev&opMask && full == f.isFull(op) {
@@ -120,12 +120,12 @@ func upTo(names ...string) Feature {
 }
 
 func driverOf(kernel string) *fakeDriver {
-	f := &fakeDriver{bare: true, admin: true, devices: make(map[uint32]*devInfo), params: make(map[uint32]params)}
+	f := &fakeDriver{legacyOpcodes: true, admin: true, devices: make(map[uint32]*devInfo), params: make(map[uint32]params)}
 	releases := []string{"6.0", "6.1", "6.3", "6.4", "6.5", "6.6", "6.13", "6.15", "6.16", "6.17", "7.0", "7.1", "7.3"}
-	number := map[string]int{"6.1": 2, "6.3": 3, "6.4": 4, "6.4 without bare numbers": 4, "6.5": 5, "6.12": 6, "7.0": 11, "7.3": 13}[kernel]
+	number := map[string]int{"6.1": 2, "6.3": 3, "6.4": 4, "6.4 without legacy opcodes": 4, "6.5": 5, "6.12": 6, "7.0": 11, "7.3": 13}[kernel]
 	f.since = upTo(releases[:number]...)
 	f.info2, f.encoded, f.features = number >= 3, number >= 4, number >= 5
-	f.bare = kernel != "6.4 without bare numbers" && number < 11
+	f.legacyOpcodes = kernel != "6.4 without legacy opcodes" && number < 11
 	return f
 }
 
@@ -136,10 +136,10 @@ func TestNegotiation(t *testing.T) {
 		kernel string
 		form   string // of the commands
 	}{
-		{"6.1", "bare"},
-		{"6.3", "bare"},
-		{"6.4", "bare"},
-		{"6.4 without bare numbers", "encoded"},
+		{"6.1", "legacy"},
+		{"6.3", "legacy"},
+		{"6.4", "legacy"},
+		{"6.4 without legacy opcodes", "encoded"},
 		{"6.5", "encoded"},
 		{"6.12", "encoded"},
 		{"7.0", "encoded"},
@@ -174,8 +174,8 @@ func TestNegotiation(t *testing.T) {
 				}
 			}
 			last := f.log[len(f.log)-1]
-			if form := map[bool]string{true: "bare", false: "encoded"}[last <= 0xff]; form != k.form {
-				t.Errorf("spoken to in %s numbers (%#x), want %s", form, last, k.form)
+			if form := map[bool]string{true: "legacy", false: "encoded"}[last <= 0xff]; form != k.form {
+				t.Errorf("spoken to with %s opcodes (%#x), want %s", form, last, k.form)
 			}
 			if wantInfo := map[bool]uint32{true: cmdGetDevInfo2, false: cmdGetDevInfo}[f.info2] & opMask; last&opMask != wantInfo {
 				t.Errorf("asked for the device with %#x", last)

@@ -19,13 +19,13 @@ import (
 // after the driver has drained all requests. It also ends after kill, when the device cannot be saved:
 // closing the ring then makes the driver fail the open requests.
 type queue struct {
-	id      int
-	depth   int
-	ioMax   int
-	handler Handler
-	fetcher Fetcher // handler, if it implements Fetcher
-	report  func(error)
-	port    transport
+	id        int
+	depth     int
+	ioMax     int
+	handler   Handler
+	fetcher   Fetcher // handler, if it implements Fetcher
+	report    func(error)
+	transport transport
 
 	stats *queueCounters
 
@@ -80,12 +80,12 @@ func newQueue(mode CopyMode, id, depth, ioMax int, buf []byte, a *arena, h Handl
 
 // start offers every tag to the driver and checks whether the driver took them.
 func (q *queue) start(p transport) error {
-	q.port = p
+	q.transport = p
 	for tag := range q.requests {
 		p.fetch(tag)
 	}
 	p.arm()
-	if err := p.turn(false); err != nil {
+	if err := p.submitAndWait(false); err != nil {
 		return err
 	}
 	q.now = q.stats.now()
@@ -138,7 +138,7 @@ func (q *queue) turn() error {
 	err := errKilled
 	if !q.killed.Load() {
 		q.stats.publish(q.owned)
-		err = q.port.turn(q.mayWait())
+		err = q.transport.submitAndWait(q.mayWait())
 	}
 	q.asleep.Store(false)
 	if err != nil {
@@ -178,7 +178,7 @@ func (q *queue) wake() {
 	}
 	q.waking.Add(1)
 	if q.asleep.CompareAndSwap(true, false) {
-		q.port.interrupt()
+		q.transport.interrupt()
 	}
 	q.waking.Add(-1)
 }
@@ -209,7 +209,7 @@ func (q *queue) commitLater() {
 
 func (q *queue) reap() error {
 	for {
-		c, ok := q.port.next()
+		c, ok := q.transport.next()
 		if !ok {
 			return nil
 		}
@@ -221,7 +221,7 @@ func (q *queue) reap() error {
 		case completeRead:
 			q.readDone(c.index, int(c.res))
 		case completeWake:
-			q.port.arm()
+			q.transport.arm()
 		}
 	}
 }
@@ -232,7 +232,7 @@ func (q *queue) arrived(tag int, res int32) error {
 	case res == 0 && q.hold(tag):
 		return nil
 	case res == 0:
-		q.dispatch(&q.requests[tag], q.port.desc(tag))
+		q.dispatch(&q.requests[tag], q.transport.desc(tag))
 		return nil
 	case syscall.Errno(-res) == unix.ENODEV: // UBLK_IO_RES_ABORT
 		q.ended++
@@ -289,7 +289,7 @@ func (q *queue) servePayload(r *Request) {
 	r.size = r.Length
 	r.Buf = r.full[:r.Length]
 	if q.pool != nil && r.op == OpWrite {
-		if err := q.port.load(r.Tag, r.Buf); err != nil {
+		if err := q.transport.load(r.Tag, r.Buf); err != nil {
 			q.settle(r, err)
 			return
 		}
@@ -366,7 +366,7 @@ func (q *queue) commit(r *Request) {
 		return
 	}
 	if r.err == nil && q.pool != nil && r.op == OpRead {
-		r.err = q.port.store(r.Tag, r.full)
+		r.err = q.transport.store(r.Tag, r.full)
 	}
 	res := int32(r.size)
 	if r.err != nil {
@@ -378,5 +378,5 @@ func (q *queue) commit(r *Request) {
 	}
 	q.owned--
 	q.stats.note(answer{arrived: r.arrived, op: r.op, bytes: max(res, 0), failed: res < 0})
-	q.port.commit(r.Tag, res)
+	q.transport.commit(r.Tag, res)
 }

@@ -27,7 +27,7 @@ func (q *queue) startRead(r *Request, fd int, p []byte, off int64) {
 	q.reads[slot] = readSlot{r: r, fd: fd, p: p, off: off}
 	r.reads++
 	q.reading++
-	q.port.read(slot, fd, p, off)
+	q.transport.read(slot, fd, p, off)
 }
 
 // growReads doubles the number of slots. It runs only until the queue has had its busiest moment.
@@ -49,11 +49,11 @@ func (q *queue) readDone(slot, n int) {
 	r := s.r
 	switch {
 	case n == -int(unix.EINTR) || n == -int(unix.EAGAIN):
-		q.port.read(slot, s.fd, s.p, s.off)
+		q.transport.read(slot, s.fd, s.p, s.off)
 		return
 	case n > 0 && n < len(s.p):
 		s.p, s.off = s.p[n:], s.off+int64(n)
-		q.port.read(slot, s.fd, s.p, s.off)
+		q.transport.read(slot, s.fd, s.p, s.off)
 		return
 	case n < 0 && r.readErr == nil:
 		r.readErr = fmt.Errorf("ublk: fetch of %d bytes at %d: %w", len(s.p), s.off, syscall.Errno(-n))

@@ -164,7 +164,7 @@ func testFirstAnswerCounts(t *testing.T, mode CopyMode) {
 		r.Complete(nil)
 		return nil
 	}), nil)
-	for range 10 { // the fake port fails the test if a tag is committed twice
+	for range 10 { // the fake transport fails the test if a tag is committed twice
 		if res := q.do(t, desc(OpFlush, 0, 0, 0)); res != -int32(syscall.ENOSPC) {
 			t.Errorf("result %d", res)
 		}
@@ -191,12 +191,12 @@ func testNoAnswerIsLost(t *testing.T, mode CopyMode) {
 	q := runFake(t, mode, depth, handlerFunc(func(r *Request) error { work <- r; return ErrAsync }), nil)
 	go func() {
 		for range total {
-			q.port.dispatch(desc(OpWrite, 0, 0, 512))
+			q.kernel.dispatch(desc(OpWrite, 0, 0, 512))
 		}
 	}()
 	for i := range total {
 		select {
-		case r := <-q.port.results:
+		case r := <-q.kernel.results:
 			if r.res != 512 {
 				t.Fatalf("result %d", r.res)
 			}
@@ -256,10 +256,10 @@ func testFetch(t *testing.T, mode CopyMode) {
 			t.Run(fmt.Sprintf("%s fetcher=%v", c.name, isFetcher), func(t *testing.T) {
 				fetched, fetchErr, seen = 0, nil, nil
 				q := startFake(t, mode, 2, h, nil)
-				q.port.files[5], q.port.readRes = file, c.readRes
+				q.kernel.files[5], q.kernel.readRes = file, c.readRes
 				go q.loop()
 				res := q.do(t, desc(OpRead, 0, c.off, 16384))
-				q.port.stop()
+				q.kernel.stop()
 				if err := q.wait(); err != nil {
 					t.Fatal(err)
 				}
@@ -304,15 +304,15 @@ func testFetchInStages(t *testing.T, mode CopyMode) {
 		},
 	}
 	q := startFake(t, mode, 1, h, nil)
-	q.port.files[1] = make([]byte, 8192)
+	q.kernel.files[1] = make([]byte, 8192)
 	go q.loop()
 	if res := q.do(t, desc(OpRead, 0, 0, 512)); res != 512 {
 		t.Errorf("result %d", res)
 	}
-	if q.port.reads != 5 {
-		t.Errorf("%d reads, want 5", q.port.reads)
+	if q.kernel.reads != 5 {
+		t.Errorf("%d reads, want 5", q.kernel.reads)
 	}
-	q.port.stop()
+	q.kernel.stop()
 	if err := q.wait(); err != nil {
 		t.Fatal(err)
 	}
@@ -329,22 +329,22 @@ func testAnswerWaitsForReads(t *testing.T, mode CopyMode) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			q := startFake(t, mode, 1, h, nil)
-			q.port.files[1], q.port.hold = make([]byte, 8192), true
+			q.kernel.files[1], q.kernel.hold = make([]byte, 8192), true
 			go q.loop()
-			q.port.dispatch(desc(OpRead, 0, 0, 4096))
-			for q.port.heldReads() == 0 {
+			q.kernel.dispatch(desc(OpRead, 0, 0, 4096))
+			for q.kernel.heldReads() == 0 {
 				time.Sleep(time.Millisecond)
 			}
 			select {
-			case r := <-q.port.results:
+			case r := <-q.kernel.results:
 				t.Errorf("answered with %d while a read was under way", r.res)
 			case <-time.After(20 * time.Millisecond):
 			}
-			q.port.release()
-			if r := <-q.port.results; r.res != -int32(syscall.ENOMEM) && r.res != -int32(syscall.EIO) {
+			q.kernel.release()
+			if r := <-q.kernel.results; r.res != -int32(syscall.ENOMEM) && r.res != -int32(syscall.EIO) {
 				t.Errorf("result %d", r.res)
 			}
-			q.port.stop()
+			q.kernel.stop()
 			if err := q.wait(); err != nil {
 				t.Fatal(err)
 			}
@@ -370,7 +370,7 @@ func TestRefusedCommandEndsTheLoop(t *testing.T) { inEachMode(t, testRefusedComm
 func testRefusedCommandEndsTheLoop(t *testing.T, mode CopyMode) {
 	q := startFake(t, mode, 2, handlerFunc(func(*Request) error { return nil }), nil)
 	go q.loop()
-	q.port.complete(completeIO, 1, -int32(syscall.EINVAL))
+	q.kernel.complete(completeIO, 1, -int32(syscall.EINVAL))
 	if err := q.wait(); !errors.Is(err, syscall.EINVAL) {
 		t.Errorf("the loop ended with %v", err)
 	}
@@ -397,13 +397,13 @@ func testStopWithRequestsOpen(t *testing.T, mode CopyMode) {
 	q := startFake(t, mode, 8, handlerFunc(func(r *Request) error { open <- r; return ErrAsync }), nil)
 	go q.loop()
 	for range 8 {
-		q.port.dispatch(desc(OpWrite, 0, 0, 512))
+		q.kernel.dispatch(desc(OpWrite, 0, 0, 512))
 	}
 	var rs []*Request
 	for range 8 {
 		rs = append(rs, <-open)
 	}
-	q.port.stop()
+	q.kernel.stop()
 	select {
 	case err := <-q.end:
 		t.Fatalf("ended with requests open: %v", err)
@@ -415,7 +415,7 @@ func testStopWithRequestsOpen(t *testing.T, mode CopyMode) {
 	if err := q.wait(); err != nil {
 		t.Fatal(err)
 	}
-	if n := len(q.port.results); n != 8 {
+	if n := len(q.kernel.results); n != 8 {
 		t.Errorf("%d answers, want 8", n)
 	}
 }
@@ -437,19 +437,19 @@ func testNoAllocations(t *testing.T, mode CopyMode) {
 	for name, h := range map[string]Handler{"inline": inline, "later": later, "fetch": fetch} {
 		t.Run(name, func(t *testing.T) {
 			q := startFake(t, mode, 16, h, nil)
-			q.port.files[1] = make([]byte, 1<<20)
+			q.kernel.files[1] = make([]byte, 1<<20)
 			round := func() {
 				for range 16 {
-					q.port.dispatch(desc(OpRead, 0, 0, 4096))
+					q.kernel.dispatch(desc(OpRead, 0, 0, 4096))
 				}
-				for len(q.port.results) < 16 {
-					q.port.interrupt() // so that a turn that only commits does not wait
+				for len(q.kernel.results) < 16 {
+					q.kernel.interrupt() // so that a turn that only commits does not wait
 					if err := q.turn(); err != nil {
 						t.Fatal(err)
 					}
 				}
 				for range 16 {
-					<-q.port.results
+					<-q.kernel.results
 				}
 			}
 			round() // grows the read slots

@@ -77,7 +77,7 @@ func testStats(t *testing.T, mode CopyMode) {
 		q.do(t, desc(OpRead, 0, 0, 8192))
 	}
 	q.do(t, desc(OpFlush, 0, 0, 0))
-	q.port.dispatch(desc(OpDiscard, 0, 0, 4096))
+	q.kernel.dispatch(desc(OpDiscard, 0, 0, 4096))
 	r := <-hold
 	d := &Device{queues: []*queueThread{{queue: q.queue}, {}}} // the second did not come to be
 	wait := func(ok func(QueueStats) bool) QueueStats {
@@ -104,7 +104,7 @@ func testStats(t *testing.T, mode CopyMode) {
 		t.Errorf("reads that take 2 ms took at least %v, in the mean %v", l.Quantile(0), l.Mean())
 	}
 	r.Complete(nil)
-	<-q.port.results
+	<-q.kernel.results
 	wait(func(s QueueStats) bool { return s.Underway == 0 && s.Ops[OpDiscard].Requests == 1 })
 }
 

@@ -100,8 +100,8 @@ func (d *Device) mapDescs() error {
 	return nil
 }
 
-// newPort makes the port of a queue on its thread.
-func (d *Device) newPort(t *queueThread) (transport, error) {
+// newTransport makes the transport of a queue on its thread.
+func (d *Device) newTransport(t *queueThread) (transport, error) {
 	c := transportConfig{
 		mode:          copyMode(d.features),
 		queue:         t.id,
@@ -112,7 +112,7 @@ func (d *Device) newPort(t *queueThread) (transport, error) {
 		char:          charFiles{char: d.charFD, event: t.efd},
 		legacyOpcodes: d.features&FeatureIoctlEncode == 0,
 	}
-	return newPort(c, d.charFD)
+	return newTransport(c, d.charFD)
 }
 
 // startQueues runs a thread for every queue and waits until each has fetched all its tags. From here on
@@ -171,7 +171,7 @@ func (d *Device) serveQueue(t *queueThread, ready chan<- error) {
 	t.flusher.Store(markFlusher())
 	t.tid.Store(int64(unix.Gettid()))
 	defer d.ending.Done()
-	p, err := d.newPort(t)
+	p, err := d.newTransport(t)
 	if err != nil {
 		ready <- err
 		return

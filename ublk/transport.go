@@ -26,8 +26,8 @@ type transport interface {
 	read(slot int, fd int, p []byte, off int64)
 	// arm makes the next interrupt a completion. An interrupt that comes while none is armed is not lost.
 	arm()
-	// turn submits what was queued and, if wait is true, returns only when there is a completion (or spuriously).
-	turn(wait bool) error
+	// submitAndWait submits what was queued and, if wait is true, returns only when there is a completion (or spuriously).
+	submitAndWait(wait bool) error
 	// flush submits what was queued, and has the driver hand out nothing. It is to be called until done, with all
 	// completions taken in between.
 	flush() (done bool, err error)
@@ -39,11 +39,11 @@ type transport interface {
 	interrupt()
 	// close releases the ring; what is still fetched, if the tags are not drained, is cancelled.
 	close(drained bool)
-	// free gives back the port's memory, after close, when the tags are drained or the thread is gone.
+	// free gives back the transport's memory, after close, when the tags are drained or the thread is gone.
 	free()
 }
 
-// completion is one event from the port.
+// completion is one event from the transport.
 type completion struct {
 	kind  completionKind
 	index int   // tag or slot
@@ -57,13 +57,13 @@ const (
 	completeRead                       // a read
 	completeWake                       // an interrupt
 
-	// These stay inside batchPort.
+	// These stay inside batchTransport.
 	completePrep
 	completeCommit
 	completeTags
 )
 
-// transportConfig is what a port is made of.
+// transportConfig is what a transport is made of.
 type transportConfig struct {
 	mode          CopyMode
 	queue, depth  int
@@ -71,12 +71,12 @@ type transportConfig struct {
 	descs         []byte // the driver's descriptors of this queue
 	buf           []byte // the tags' buffers, one after the other; nil for CopyUser
 	char          charDevice
-	legacyOpcodes bool // the driver knows the commands by their bare numbers, as up to Linux 6.3
+	legacyOpcodes bool // commands are opcodes of one byte, as up to Linux 6.3
 }
 
-// charDevice is what a port does with files outside its ring.
+// charDevice is what a transport does with files outside its ring.
 type charDevice interface {
-	// pread and pwrite copy the payload of a request; see userPort.
+	// pread and pwrite copy the payload of a request; see userTransport.
 	pread(p []byte, off int64) (int, error)
 	pwrite(p []byte, off int64) (int, error)
 	// interruptFD is the file that the ring reads to learn of interrupt.
@@ -84,9 +84,9 @@ type charDevice interface {
 	interrupt()
 }
 
-// newPort sets up the ring of a queue and the port of its mode; it must be called on the thread that will run the
+// newTransport sets up the ring of a queue and the transport of its mode; it must be called on the thread that will run the
 // queue.
-func newPort(c transportConfig, charFD int) (transport, error) {
+func newTransport(c transportConfig, charFD int) (transport, error) {
 	// Twice the depth leaves room for a commit of every tag and as many reads in one turn; more reads than that
 	// cost an extra submission. Completions that outrun the ring are kept by the kernel (NODROP).
 	entries := uint32(max(2*c.depth, 64))
@@ -100,29 +100,29 @@ func newPort(c transportConfig, charFD int) (transport, error) {
 		r.close()
 		return nil, fmt.Errorf("ublk: register the char device with the ring: %w", err)
 	}
-	return newPortOn(r, c)
+	return newTransportOn(r, c)
 }
 
-// newPortOn makes the port of c's mode on a ring that it then owns.
-func newPortOn(r *ring, c transportConfig) (transport, error) {
+// newTransportOn makes the transport of c's mode on a ring that it then owns.
+func newTransportOn(r *ring, c transportConfig) (transport, error) {
 	count, err := eventCount()
 	if err != nil {
 		r.close()
 		return nil, err
 	}
-	p := &ringPort{transportConfig: c, ring: r, count: count}
+	p := &ringTransport{transportConfig: c, ring: r, count: count}
 	switch c.mode {
 	case CopyUser:
-		return &userPort{p}, nil
+		return &userTransport{p}, nil
 	case CopyBatch:
-		return newBatchPort(p)
+		return newBatchTransport(p)
 	}
 	return p, nil
 }
 
-// ringPort is the port of CopyPlain, and what the other modes share: every tag has a command of its own, and the driver
+// ringTransport is the transport of CopyPlain, and what the other modes share: every tag has a command of its own, and the driver
 // copies between the request and the tag's buffer.
-type ringPort struct {
+type ringTransport struct {
 	transportConfig
 	ring  *ring
 	count []byte // where the reads of the eventfd go
@@ -139,11 +139,11 @@ var eventCount = sync.OnceValues(func() ([]byte, error) {
 // The user data of an entry: the kind in the high half, the tag or slot in the low half.
 func userData(k completionKind, index int) uint64 { return uint64(k)<<32 | uint64(uint32(index)) }
 
-func (p *ringPort) fetch(tag int) { p.command(ioFetchReq, tag, 0) }
+func (p *ringTransport) fetch(tag int) { p.command(ioFetchReq, tag, 0) }
 
-func (p *ringPort) commit(tag int, result int32) { p.command(ioCommitAndFetchReq, tag, result) }
+func (p *ringTransport) commit(tag int, result int32) { p.command(ioCommitAndFetchReq, tag, result) }
 
-func (p *ringPort) command(op uint32, tag int, result int32) {
+func (p *ringTransport) command(op uint32, tag int, result int32) {
 	e := p.entry()
 	if e == nil {
 		return
@@ -159,25 +159,25 @@ func (p *ringPort) command(op uint32, tag int, result int32) {
 }
 
 // addr is where the driver copies to and from; with CopyUser it must be 0.
-func (p *ringPort) addr(tag int) uint64 {
+func (p *ringTransport) addr(tag int) uint64 {
 	if p.buf == nil {
 		return 0
 	}
 	return uint64(uintptr(unsafe.Pointer(&p.buf[tag*p.ioMax])))
 }
 
-func (p *ringPort) load(int, []byte) error  { return nil }
-func (p *ringPort) store(int, []byte) error { return nil }
+func (p *ringTransport) load(int, []byte) error  { return nil }
+func (p *ringTransport) store(int, []byte) error { return nil }
 
-func (p *ringPort) read(slot int, fd int, b []byte, off int64) {
+func (p *ringTransport) read(slot int, fd int, b []byte, off int64) {
 	p.readEntry(userData(completeRead, slot), fd, b, off)
 }
 
-func (p *ringPort) arm() {
+func (p *ringTransport) arm() {
 	p.readEntry(userData(completeWake, 0), p.char.interruptFD(), p.count[:8], 0)
 }
 
-func (p *ringPort) readEntry(userData uint64, fd int, b []byte, off int64) {
+func (p *ringTransport) readEntry(userData uint64, fd int, b []byte, off int64) {
 	e := p.entry()
 	if e == nil {
 		return
@@ -191,7 +191,7 @@ func (p *ringPort) readEntry(userData uint64, fd int, b []byte, off int64) {
 }
 
 // entry returns a free submission entry, handing over the full ring first when it must.
-func (p *ringPort) entry() *sqe {
+func (p *ringTransport) entry() *sqe {
 	for range 1000 {
 		if e := p.ring.get(); e != nil {
 			return e
@@ -205,12 +205,12 @@ func (p *ringPort) entry() *sqe {
 	return nil
 }
 
-func (p *ringPort) turn(wait bool) error {
+func (p *ringTransport) submitAndWait(wait bool) error {
 	_, err := p.enter(wait)
 	return err
 }
 
-func (p *ringPort) flush() (done bool, err error) {
+func (p *ringTransport) flush() (done bool, err error) {
 	if p.err != nil || p.ring.unsubmitted() == 0 {
 		return true, p.err
 	}
@@ -219,7 +219,7 @@ func (p *ringPort) flush() (done bool, err error) {
 }
 
 // enter makes one system call. entered is false if it was cut short, and the kernel may not have done all its work.
-func (p *ringPort) enter(wait bool) (entered bool, err error) {
+func (p *ringTransport) enter(wait bool) (entered bool, err error) {
 	if p.err != nil {
 		return false, p.err
 	}
@@ -231,7 +231,7 @@ func (p *ringPort) enter(wait bool) (entered bool, err error) {
 }
 
 // outcome sorts the results of a system call.
-func (p *ringPort) outcome(err error) (entered bool, _ error) {
+func (p *ringTransport) outcome(err error) (entered bool, _ error) {
 	switch {
 	case err == nil:
 		return true, nil
@@ -243,18 +243,18 @@ func (p *ringPort) outcome(err error) (entered bool, _ error) {
 	return false, nil
 }
 
-func (p *ringPort) next() (completion, bool) {
+func (p *ringTransport) next() (completion, bool) {
 	ud, res, ok := p.ring.next()
 	return completion{kind: completionKind(ud >> 32), index: int(uint32(ud)), res: res}, ok
 }
 
-func (p *ringPort) desc(tag int) ioDesc {
+func (p *ringTransport) desc(tag int) ioDesc {
 	return *(*ioDesc)(unsafe.Pointer(&p.descs[tag*descSize]))
 }
 
-func (p *ringPort) interrupt() { p.char.interrupt() }
+func (p *ringTransport) interrupt() { p.char.interrupt() }
 
-func (p *ringPort) close(drained bool) {
+func (p *ringTransport) close(drained bool) {
 	// The registered file holds the char device open past its close, so it goes first. But the kernel waits (without
 	// end, at least in 6.12) for requests that use it: while there are fetches, only the ring's end ends those.
 	if drained {
@@ -263,7 +263,7 @@ func (p *ringPort) close(drained bool) {
 	p.ring.close()
 }
 
-func (p *ringPort) free() {}
+func (p *ringTransport) free() {}
 
 // charFiles is the charDevice of a real queue: the char device, and an eventfd that interrupt writes to.
 type charFiles struct{ char, event int }

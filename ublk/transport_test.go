@@ -68,7 +68,7 @@ func nullQueue(t testing.TB, depth int, h Handler) (q *queue, end chan error) {
 	end = make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
-		p, err := newPort(transportConfig{
+		p, err := newTransport(transportConfig{
 			mode: CopyPlain, depth: depth, ioMax: fakeIOMax, descs: descs, buf: buf,
 			char: charFiles{event: efd},
 		}, fd)

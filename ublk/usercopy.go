@@ -16,18 +16,22 @@ const (
 	userQueueShift = userTagShift + 16
 )
 
-// userPort is the port of CopyUser: the commands carry no address, and the payloads are copied by pread and pwrite on
+// userTransport is the transport of CopyUser: the commands carry no address, and the payloads are copied by pread and pwrite on
 // the char device. Reads and writes on the ring would do it too, but the char device cannot say that it never blocks,
 // so the ring gives them to a worker thread.
-type userPort struct{ *ringPort }
+type userTransport struct{ *ringTransport }
 
-func (p *userPort) offset(tag int) int64 {
+func (p *userTransport) offset(tag int) int64 {
 	return userCopyBase + int64(p.queue)<<userQueueShift + int64(tag)<<userTagShift
 }
 
-func (p *userPort) load(tag int, b []byte) error { return transfer(p.char.pread, b, p.offset(tag)) }
+func (p *userTransport) load(tag int, b []byte) error {
+	return transfer(p.char.pread, b, p.offset(tag))
+}
 
-func (p *userPort) store(tag int, b []byte) error { return transfer(p.char.pwrite, b, p.offset(tag)) }
+func (p *userTransport) store(tag int, b []byte) error {
+	return transfer(p.char.pwrite, b, p.offset(tag))
+}
 
 // transfer calls f until all of b is done.
 func transfer(f func(p []byte, off int64) (int, error), b []byte, off int64) error {

@@ -281,7 +281,7 @@ func (o *Owner) inUse(volume string, err error) error {
 
 // notOnItself refuses to serve a store that lies on one of its own devices: a write would wait for itself.
 func (o *Owner) notOnItself() error {
-	ids, err := o.opts.driver.RestsOn(o.dir)
+	ids, err := o.opts.driver.BackingDevices(o.dir)
 	if err != nil {
 		return nil // the devices under the folder cannot be determined, as on network file systems
 	}

@@ -13,7 +13,7 @@ type driver interface {
 	Devices(ctx context.Context) ([]ublk.DeviceInfo, error)
 	Delete(ctx context.Context, id int, force bool) error
 	Server(id int) (pid int, sure bool)
-	RestsOn(path string) ([]int, error)
+	BackingDevices(path string) ([]int, error)
 }
 
 // block is a block device that this process serves.
@@ -60,4 +60,4 @@ func (kernel) Delete(ctx context.Context, id int, force bool) error {
 
 func (kernel) Server(id int) (pid int, sure bool) { return ublk.Server(id) }
 
-func (kernel) RestsOn(path string) ([]int, error) { return ublk.RestsOn(path) }
+func (kernel) BackingDevices(path string) ([]int, error) { return ublk.BackingDevices(path) }

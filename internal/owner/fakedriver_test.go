@@ -16,7 +16,7 @@ type fakeDriver struct {
 	devices  map[int]*fakeDevice
 	next     int
 	features ublk.Feature
-	restsOn  []int
+	backing  []int
 	fail     map[string]error // by operation: the next call fails
 	blind    bool             // not all processes can be seen
 	hidden   bool             // the devices are not listed
@@ -130,7 +130,7 @@ func (d *fakeDriver) Server(id int) (pid int, sure bool) {
 	return 0, !d.blind
 }
 
-func (d *fakeDriver) RestsOn(string) ([]int, error) { return d.restsOn, nil }
+func (d *fakeDriver) BackingDevices(string) ([]int, error) { return d.backing, nil }
 
 func (b *fakeBlock) ID() int                { return b.id }
 func (b *fakeBlock) Path() string           { return pathOf(b.id) }

@@ -227,7 +227,7 @@ func unescape(s string) string {
 // would hang until the server comes, and this process may be meant to be that server. It touches nothing in
 // the folder.
 func refuseWaiting(ctx context.Context, dir string, o Options) error {
-	ids, err := o.driver.RestsOn(dir)
+	ids, err := o.driver.BackingDevices(dir)
 	if err != nil || len(ids) == 0 {
 		return nil // the folder is missing, or the devices below it cannot be determined
 	}

@@ -531,7 +531,7 @@ func TestStoreOnItsOwnDevice(t *testing.T) {
 	w := newWorld(t)
 	o := w.own(true)
 	w.attach(o, "v")
-	w.d.restsOn = []int{0}
+	w.d.backing = []int{0}
 	if _, err := o.Attach(t.Context(), AttachOptions{Ref: cow.Ref{Volume: "v", Snapshot: "s"}}); !errors.Is(err, cow.ErrInvalid) {
 		t.Error(err)
 	}
@@ -545,11 +545,11 @@ func TestStoreOnItsOwnDevice(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	w.d.restsOn = nil
+	w.d.backing = nil
 	o = w.own(true)
-	w.d.restsOn = []int{0}
+	w.d.backing = []int{0}
 	w.recovers(o, "", 0)
-	w.d.restsOn = nil
+	w.d.backing = nil
 	w.recovers(o, "", 1)
 	w.close(o)
 }

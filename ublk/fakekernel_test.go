@@ -13,8 +13,8 @@ import (
 )
 
 // fakeKernel is a driver behind the memory of a ring, for every copy mode: it takes the submission entries that the
-// real port makes, dispatches the requests that a test gives it, copies payloads as the mode says, checks that the
-// other side keeps to the protocol, and performs reads from byte slices. It is the port's kernel and charDevice.
+// real transport makes, dispatches the requests that a test gives it, copies payloads as the mode says, checks that the
+// other side keeps to the protocol, and performs reads from byte slices. It is the transport's kernel and charDevice.
 type fakeKernel struct {
 	t     testing.TB
 	mode  CopyMode
@@ -77,7 +77,7 @@ type fakeResult struct {
 	bad bool   // a read that did not bring fill(d)
 }
 
-const fakeEvent = 1 << 20 // the file that the port reads to learn of interrupts
+const fakeEvent = 1 << 20 // the file that the transport reads to learn of interrupts
 
 func newFakeKernel(t testing.TB, mode CopyMode, depth int, buf []byte) *fakeKernel {
 	k := &fakeKernel{
@@ -110,10 +110,10 @@ func fakeMemory(t testing.TB, n int) []byte {
 	return mem
 }
 
-// port makes the real port of the mode on this kernel.
-func (k *fakeKernel) port() transport {
+// transport makes the real transport of the mode on this kernel.
+func (k *fakeKernel) transport() transport {
 	c := transportConfig{mode: k.mode, queue: 3, depth: len(k.owner), ioMax: fakeIOMax, descs: k.descs, buf: k.buf, char: k}
-	p, err := newPortOn(k.ring, c)
+	p, err := newTransportOn(k.ring, c)
 	if err != nil {
 		k.t.Fatal(err)
 	}
@@ -254,7 +254,7 @@ func (k *fakeKernel) end(tag int) {
 	k.post(completeIO, tag, -int32(unix.ENODEV))
 }
 
-// buffer is the memory that the port gave for tag, which must be that tag's.
+// buffer is the memory that the transport gave for tag, which must be that tag's.
 func (k *fakeKernel) buffer(tag int) []byte {
 	off := int(k.addrs[tag] - uint64(uintptr(unsafe.Pointer(&k.buf[0]))))
 	if off != tag*fakeIOMax {
@@ -521,8 +521,8 @@ const fakeIOMax = 64 << 10
 // fakeQueue runs a queue on a fake kernel; the test's end stops it and checks that it ended well.
 type fakeQueue struct {
 	*queue
-	port *fakeKernel
-	end  chan error
+	kernel *fakeKernel
+	end    chan error
 }
 
 func startFake(t testing.TB, mode CopyMode, depth int, h Handler, report func(error)) *fakeQueue {
@@ -539,9 +539,9 @@ func startFakeOn(t testing.TB, a *arena, mode CopyMode, depth int, h Handler, re
 	} else if _, err := a.join(poolBlock(fakeIOMax)); err != nil {
 		t.Fatal(err)
 	}
-	f := &fakeQueue{port: newFakeKernel(t, mode, depth, buf), end: make(chan error, 1)}
+	f := &fakeQueue{kernel: newFakeKernel(t, mode, depth, buf), end: make(chan error, 1)}
 	f.queue = newQueue(mode, 3, depth, fakeIOMax, buf, a, h, report)
-	if err := f.start(f.port.port()); err != nil {
+	if err := f.start(f.kernel.transport()); err != nil {
 		t.Fatal(err)
 	}
 	return f
@@ -549,7 +549,7 @@ func startFakeOn(t testing.TB, a *arena, mode CopyMode, depth int, h Handler, re
 
 func (f *fakeQueue) loop() {
 	err := f.run()
-	f.queue.port.close(f.ended == f.depth)
+	f.queue.transport.close(f.ended == f.depth)
 	f.end <- err
 }
 
@@ -564,13 +564,13 @@ func runFake(t testing.TB, mode CopyMode, depth int, h Handler, report func(erro
 // stopWell stops the queue and checks that nothing is left.
 func (f *fakeQueue) stopWell(t testing.TB) {
 	t.Helper()
-	f.port.stop()
+	f.kernel.stop()
 	if err := f.wait(); err != nil {
 		t.Errorf("the loop ended with %v", err)
 	}
-	f.port.mu.Lock()
-	defer f.port.mu.Unlock()
-	if f.owned != 0 || f.reading != 0 || !f.starved.empty() || !f.port.closed {
+	f.kernel.mu.Lock()
+	defer f.kernel.mu.Unlock()
+	if f.owned != 0 || f.reading != 0 || !f.starved.empty() || !f.kernel.closed {
 		t.Errorf("%d requests and %d reads open at the end", f.owned, f.reading)
 	}
 	if f.pool == nil {
@@ -595,9 +595,9 @@ func (f *fakeQueue) wait() error {
 // do dispatches one request and returns its result.
 func (f *fakeQueue) do(t testing.TB, d ioDesc) int32 {
 	t.Helper()
-	tag := f.port.dispatch(d)
+	tag := f.kernel.dispatch(d)
 	select {
-	case r := <-f.port.results:
+	case r := <-f.kernel.results:
 		if r.tag != tag {
 			t.Fatalf("tag %d was answered, want %d", r.tag, tag)
 		}
@@ -608,7 +608,7 @@ func (f *fakeQueue) do(t testing.TB, d ioDesc) int32 {
 	}
 }
 
-// inEachMode runs a test on the port of every copy mode.
+// inEachMode runs a test on the transport of every copy mode.
 func inEachMode(t *testing.T, f func(t *testing.T, mode CopyMode)) {
 	for mode, name := range map[CopyMode]string{CopyPlain: "plain", CopyUser: "user", CopyBatch: "batch"} {
 		t.Run(name, func(t *testing.T) { f(t, mode) })

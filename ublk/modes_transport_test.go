@@ -32,12 +32,12 @@ func load(t *testing.T, q *fakeQueue, n int) {
 	t.Helper()
 	go func() {
 		for i := range n {
-			q.port.dispatch(desc(Op(i%2), 0, int64(i%250)*fakeIOMax, 512*(1+rand.IntN(fakeIOMax/512))))
+			q.kernel.dispatch(desc(Op(i%2), 0, int64(i%250)*fakeIOMax, 512*(1+rand.IntN(fakeIOMax/512))))
 		}
 	}()
 	for i := range n {
 		select {
-		case r := <-q.port.results:
+		case r := <-q.kernel.results:
 			if r.bad || int(r.res) != int(r.d.sectors)<<sectorShift {
 				t.Fatalf("%+v", r)
 			}
@@ -65,7 +65,7 @@ func TestFaultyEnters(t *testing.T) { inEachMode(t, testFaultyEnters) }
 
 func testFaultyEnters(t *testing.T, mode CopyMode) {
 	q := startFake(t, mode, 24, correct(t), nil)
-	q.port.enterErr = func(nth int) error {
+	q.kernel.enterErr = func(nth int) error {
 		return []error{nil, unix.EINTR, nil, unix.EBUSY, nil, unix.EAGAIN}[nth%6]
 	}
 	go q.loop()
@@ -78,7 +78,7 @@ func TestBrokenEnter(t *testing.T) { inEachMode(t, testBrokenEnter) }
 
 func testBrokenEnter(t *testing.T, mode CopyMode) {
 	q := startFake(t, mode, 4, correct(t), nil)
-	q.port.enterErr = func(int) error { return unix.EBADF }
+	q.kernel.enterErr = func(int) error { return unix.EBADF }
 	go q.loop()
 	if err := q.wait(); !errors.Is(err, unix.EBADF) {
 		t.Errorf("the loop ended with %v", err)
@@ -87,11 +87,11 @@ func testBrokenEnter(t *testing.T, mode CopyMode) {
 
 func TestPartialCommits(t *testing.T) {
 	q := startFake(t, CopyBatch, 40, correct(t), nil)
-	q.port.takes = func(nth, n int) (int, unix.Errno) { return 1 + nth%n, 0 }
+	q.kernel.takes = func(nth, n int) (int, unix.Errno) { return 1 + nth%n, 0 }
 	go q.loop()
 	load(t, q, 2000)
-	if q.port.commits < 100 {
-		t.Errorf("%d commands for 2000 answers", q.port.commits)
+	if q.kernel.commits < 100 {
+		t.Errorf("%d commands for 2000 answers", q.kernel.commits)
 	}
 	q.stopWell(t)
 }
@@ -99,9 +99,9 @@ func TestPartialCommits(t *testing.T) {
 func TestRefusedCommit(t *testing.T) {
 	for _, errno := range []unix.Errno{unix.EBUSY, unix.EINVAL, unix.ENODEV} {
 		q := startFake(t, CopyBatch, 4, correct(t), nil)
-		q.port.takes = func(nth, n int) (int, unix.Errno) { return 0, errno }
+		q.kernel.takes = func(nth, n int) (int, unix.Errno) { return 0, errno }
 		go q.loop()
-		q.port.dispatch(desc(OpFlush, 0, 0, 0))
+		q.kernel.dispatch(desc(OpFlush, 0, 0, 0))
 		if err := q.wait(); err == nil {
 			t.Errorf("%v: the loop ended well", errno)
 		}
@@ -112,16 +112,16 @@ func TestRefusedCommit(t *testing.T) {
 func TestBatchesAreCommittedTogether(t *testing.T) {
 	q := startFake(t, CopyBatch, 32, correct(t), nil)
 	for range 32 {
-		q.port.dispatch(desc(OpFlush, 0, 0, 0))
+		q.kernel.dispatch(desc(OpFlush, 0, 0, 0))
 	}
 	for range 3 {
-		q.port.interrupt()
+		q.kernel.interrupt()
 		if err := q.turn(); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if len(q.port.results) != 32 || q.port.commits != 1 {
-		t.Errorf("%d answers in %d commands", len(q.port.results), q.port.commits)
+	if len(q.kernel.results) != 32 || q.kernel.commits != 1 {
+		t.Errorf("%d answers in %d commands", len(q.kernel.results), q.kernel.commits)
 	}
 }
 
@@ -129,19 +129,19 @@ func TestBatchesAreCommittedTogether(t *testing.T) {
 func TestFetchesAreMadeAgain(t *testing.T) {
 	q := runFake(t, CopyBatch, 8, correct(t), nil)
 	for i := range 200 {
-		q.port.mu.Lock()
-		if n := len(q.port.fetches); n == fetchCommands {
-			index := int(uint32(q.port.fetches[0]))
-			q.port.fetches = q.port.fetches[:copy(q.port.fetches, q.port.fetches[1:])]
-			q.port.post(completeTags, index, []int32{-int32(unix.ENOBUFS), 0}[i%2])
-			q.port.cond.Broadcast()
+		q.kernel.mu.Lock()
+		if n := len(q.kernel.fetches); n == fetchCommands {
+			index := int(uint32(q.kernel.fetches[0]))
+			q.kernel.fetches = q.kernel.fetches[:copy(q.kernel.fetches, q.kernel.fetches[1:])]
+			q.kernel.post(completeTags, index, []int32{-int32(unix.ENOBUFS), 0}[i%2])
+			q.kernel.cond.Broadcast()
 		}
-		q.port.mu.Unlock()
+		q.kernel.mu.Unlock()
 		q.do(t, desc(OpFlush, 0, 0, 0))
 	}
 	// And one that no driver sends ends the loop.
 	p := startFake(t, CopyBatch, 8, correct(t), nil)
-	p.port.complete(completeTags, 0, -int32(unix.EOPNOTSUPP))
+	p.kernel.complete(completeTags, 0, -int32(unix.EOPNOTSUPP))
 	go p.loop()
 	if err := p.wait(); !errors.Is(err, unix.EOPNOTSUPP) {
 		t.Errorf("the loop ended with %v", err)
@@ -152,17 +152,17 @@ func TestFetchesAreMadeAgain(t *testing.T) {
 func TestTagBuffersRunOut(t *testing.T) {
 	q := startFake(t, CopyBatch, 2*maxTagBufs, correct(t), nil)
 	for range 2 * maxTagBufs {
-		q.port.dispatch(desc(OpFlush, 0, 0, 0))
-		q.port.mu.Lock()
-		q.port.deliverTags() // one list for each
-		q.port.mu.Unlock()
+		q.kernel.dispatch(desc(OpFlush, 0, 0, 0))
+		q.kernel.mu.Lock()
+		q.kernel.deliverTags() // one list for each
+		q.kernel.mu.Unlock()
 	}
-	if len(q.port.fetches) != 0 {
-		t.Fatalf("%d FETCHes still have buffers", len(q.port.fetches))
+	if len(q.kernel.fetches) != 0 {
+		t.Fatalf("%d FETCHes still have buffers", len(q.kernel.fetches))
 	}
 	go q.loop()
 	for range 2 * maxTagBufs {
-		<-q.port.results
+		<-q.kernel.results
 	}
 	q.stopWell(t)
 }
@@ -172,14 +172,14 @@ func TestAbortDelivers(t *testing.T) {
 	for range 100 {
 		q := startFake(t, CopyBatch, 8, correct(t), nil)
 		for range 5 {
-			q.port.dispatch(desc(OpWrite, 0, 0, 4096))
+			q.kernel.dispatch(desc(OpWrite, 0, 0, 4096))
 		}
-		q.port.stop()
+		q.kernel.stop()
 		go q.loop()
 		if err := q.wait(); err != nil {
 			t.Fatal(err)
 		}
-		if n := len(q.port.results); n != 5 || q.queue.ended != 8 {
+		if n := len(q.kernel.results); n != 5 || q.queue.ended != 8 {
 			t.Fatalf("%d of 5 answered, %d of 8 tags ended", n, q.queue.ended)
 		}
 	}
@@ -187,7 +187,7 @@ func TestAbortDelivers(t *testing.T) {
 
 func TestShortUserCopies(t *testing.T) {
 	q := startFake(t, CopyUser, 8, correct(t), nil)
-	q.port.copyRes = shortCopies
+	q.kernel.copyRes = shortCopies
 	go q.loop()
 	load(t, q, 300)
 	q.stopWell(t)
@@ -205,9 +205,9 @@ func TestFailedUserCopies(t *testing.T) {
 			}
 			return nil
 		}), nil)
-		q.port.copyRes = func(nth, n int) (int, error) { return min(c.n, n), c.err }
+		q.kernel.copyRes = func(nth, n int) (int, error) { return min(c.n, n), c.err }
 		if c.n < 0 {
-			q.port.copyRes = func(nth, n int) (int, error) { return []int{512, 0}[nth%2], nil }
+			q.kernel.copyRes = func(nth, n int) (int, error) { return []int{512, 0}[nth%2], nil }
 		}
 		go q.loop()
 		for _, op := range []Op{OpWrite, OpRead} {
@@ -240,7 +240,7 @@ func TestStarvedRequests(t *testing.T) {
 		if i == 0 || i > room { // the later ones would fit beside the first
 			n = 4096
 		}
-		q.port.dispatch(desc(OpWrite, 0, int64(i)*fakeIOMax, n))
+		q.kernel.dispatch(desc(OpWrite, 0, int64(i)*fakeIOMax, n))
 	}
 	if res := q.do(t, desc(OpFlush, 0, 0, 0)); res != 0 {
 		t.Errorf("flush: %d", res)
@@ -254,7 +254,7 @@ func TestStarvedRequests(t *testing.T) {
 			t.Errorf("request %d was served as number %d", r.Offset/fakeIOMax, i)
 		}
 		r.Complete(nil)
-		<-q.port.results
+		<-q.kernel.results
 	}
 }
 
@@ -353,7 +353,7 @@ func TestBatchLayout(t *testing.T) {
 			t.Errorf("%s is %#x, want %#x", name, c.got, c.want)
 		}
 	}
-	if off := (&userPort{&ringPort{transportConfig: transportConfig{queue: 4095}}}).offset(4095); off != 0x80000000+4095<<41+4095<<25 {
+	if off := (&userTransport{&ringTransport{transportConfig: transportConfig{queue: 4095}}}).offset(4095); off != 0x80000000+4095<<41+4095<<25 {
 		t.Errorf("payload offset %#x", off)
 	}
 }
@@ -368,15 +368,15 @@ func TestRingIsRegistered(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Close(fd)
-	p, err := newPort(transportConfig{depth: 4}, fd)
+	p, err := newTransport(transportConfig{depth: 4}, fd)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer p.close(true)
-	if k := p.(*ringPort).ring.kernel.(*ringFD); k.enterFlag != enterRegisteredRing {
+	if k := p.(*ringTransport).ring.kernel.(*ringFD); k.enterFlag != enterRegisteredRing {
 		t.Errorf("the ring is entered by descriptor %d", k.enterFD)
 	}
-	if err := p.turn(false); err != nil && !errors.Is(err, syscall.EINTR) {
+	if err := p.submitAndWait(false); err != nil && !errors.Is(err, syscall.EINTR) {
 		t.Error(err)
 	}
 }
