@@ -20,15 +20,15 @@ func (c *conn) give(t task) {
 	if c.workers < c.srv.opts.Workers {
 		c.workers++
 		c.wg.Add(1)
-		go c.routineWork(t)
+		go c.workRoutine(t)
 		return
 	}
 	c.sendBatch()
 	c.tasks <- t
 }
 
-// routineWork executes t, and then further tasks until the connection ends.
-func (c *conn) routineWork(t task) {
+// workRoutine executes t, and then further tasks until the connection ends.
+func (c *conn) workRoutine(t task) {
 	defer c.wg.Done()
 	c.do(t)
 	for t := range c.tasks {
@@ -132,11 +132,11 @@ func (c *conn) joinFlush(req request, charge int64) {
 	if !f.running {
 		f.running = true
 		c.wg.Add(1) // called by the receiver or a worker, so run does not wait yet
-		go c.routineFlush()
+		go c.flushRoutine()
 	}
 }
 
-func (c *conn) routineFlush() {
+func (c *conn) flushRoutine() {
 	defer c.wg.Done()
 	f := &c.flush
 	f.mu.Lock()
