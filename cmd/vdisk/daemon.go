@@ -36,8 +36,8 @@ func (a *app) daemonCommand() *cli.Command {
 const (
 	// firstUse is how long a daemon that was started for a command waits for that command.
 	firstUse = 10 * time.Second
-	// heirTimeout is how long a program that took over waits for a command that locked the store in between.
-	heirTimeout = time.Minute
+	// successorTimeout is how long a program that took over waits for a command that locked the store in between.
+	successorTimeout = time.Minute
 )
 
 // daemonArgs returns the arguments that start a daemon which ends once it is no longer needed.
@@ -60,7 +60,7 @@ func (a *app) daemon(c *cli.Context) error {
 	o.Logger, o.Offer, o.Replaceable = a.log, true, true
 	handover := owner.TakeHandover()
 	if handover != nil {
-		o.LockTimeout = max(o.LockTimeout, heirTimeout)
+		o.LockTimeout = max(o.LockTimeout, successorTimeout)
 		o.Handover = handover.Failed
 	}
 	for {
@@ -77,19 +77,19 @@ func (a *app) daemon(c *cli.Context) error {
 		if err = a.untilEnd(c, s); err != nil {
 			err = closeError{err}
 		}
-		heir := s.Heir()
-		if heir == nil {
+		successor := s.Successor()
+		if successor == nil {
 			return err
 		}
 		if err != nil {
-			// The devices have been flushed, or there would be no heir. Opening the store does what could not
+			// The devices have been flushed, or there would be no successor. Opening the store does what could not
 			// be done now.
 			a.log.Error("closing the store before the upgrade", "err", err)
 		}
-		err = heir.Execute(version())
+		err = successor.Execute(version())
 		a.log.Error("the upgrade failed; going on", "err", err)
 		handover = &owner.Handover{From: version()}
-		o.LockTimeout, o.Handover = max(o.LockTimeout, heirTimeout), err.Error()
+		o.LockTimeout, o.Handover = max(o.LockTimeout, successorTimeout), err.Error()
 	}
 }
 
@@ -147,7 +147,7 @@ func (a *app) untilEnd(c *cli.Context, s *owner.Owner) error {
 		}
 	}()
 	context.AfterFunc(ctx, func() {
-		if s.Heir() == nil {
+		if s.Successor() == nil {
 			a.notify(daemon.SdNotifyStopping)
 		}
 	})

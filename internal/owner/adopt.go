@@ -20,8 +20,8 @@ func (o *Owner) adopt(ctx context.Context) error {
 	if err != nil {
 		return o.adoptUnread(ctx, err)
 	}
-	if r.Heir != nil && *r.Heir != thisProcess() && r.Heir.alive() {
-		return &cow.LockedError{Dir: o.dir, Holder: fmt.Sprintf("pid %d (which is being upgraded)", r.Heir.PID)}
+	if r.Successor != nil && *r.Successor != thisProcess() && r.Successor.alive() {
+		return &cow.LockedError{Dir: o.dir, Holder: fmt.Sprintf("pid %d (which is being upgraded)", r.Successor.PID)}
 	}
 	if len(r.Devices) > 0 {
 		o.sortOut(ctx, r.Devices)

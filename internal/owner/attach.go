@@ -122,7 +122,7 @@ func (o *Owner) serving(d *disk, b block, t *target) Device {
 	o.notifyLocked()
 	info := d.info()
 	o.mu.Unlock()
-	go o.watch(d, b, t, end)
+	go o.watchRoutine(d, b, t, end)
 	return info
 }
 

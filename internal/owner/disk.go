@@ -163,7 +163,7 @@ func (o *Owner) recordRenaming(from, to cow.Ref) error {
 	if o.unread != nil {
 		return o.unread // writing would lose what the file lists
 	}
-	r := record{Devices: slices.Clone(o.leftovers), Heir: o.heirProcess()}
+	r := record{Devices: slices.Clone(o.leftovers), Successor: o.successorProcess()}
 	o.mu.Lock()
 	for _, d := range o.disks {
 		ref := d.ref()
@@ -181,10 +181,10 @@ func (o *Owner) recordRenaming(from, to cow.Ref) error {
 	return r.write(o.in)
 }
 
-// watch waits for the end of a block device, whatever caused it. It then closes the volume behind the device,
+// watchRoutine waits for the end of a block device, whatever caused it. It then closes the volume behind the device,
 // or keeps the volume open for the next server if the device stays. An error becomes the result of the
 // command that ended the device, or of the owner's end if no command did.
-func (o *Owner) watch(d *disk, b block, t *target, end *ending) {
+func (o *Owner) watchRoutine(d *disk, b block, t *target, end *ending) {
 	defer close(end.done)
 	since := time.Now()
 	<-b.Done()
@@ -219,15 +219,15 @@ func (o *Owner) watch(d *disk, b block, t *target, end *ending) {
 		return
 	}
 	d.block, d.target, d.err = nil, nil, err
-	if err != nil && !o.stopping && time.Since(since) > again {
+	if err != nil && !o.stopping && time.Since(since) > restartBackoff {
 		o.repairs.Go(func() { _, _ = o.Recover(o.life, d.ref().String()) }) // Recover logs the outcome
 	}
 	o.notifyLocked()
 }
 
-// again is how long a server must have served a disk for its failure to start another one at once. A server
+// restartBackoff is how long a server must have served a disk for its failure to start another one at once. A server
 // that fails sooner would fail again.
-const again = 30 * time.Second
+const restartBackoff = 30 * time.Second
 
 // flushWritten makes durable what a client wrote and did not flush before it went.
 func flushWritten(dev *cow.Device) error {

@@ -102,8 +102,8 @@ func TestLastFlushFails(t *testing.T) {
 		"upgrade": func(t *testing.T, w *world, o *Owner, _ context.CancelFunc) {
 			_, err := o.Upgrade(t.Context())
 			notDurable(t, err)
-			if o.Heir() != nil || w.d.count() != 1 || w.d.devices[0].info.State != ublk.KernelLive {
-				t.Errorf("heir %v, devices %v", o.Heir(), w.d.devices)
+			if o.Successor() != nil || w.d.count() != 1 || w.d.devices[0].info.State != ublk.KernelLive {
+				t.Errorf("successor %v, devices %v", o.Successor(), w.d.devices)
 			}
 			notDurable(t, o.Detach(t.Context(), "v", true))
 		},

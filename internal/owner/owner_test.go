@@ -509,11 +509,11 @@ func TestFailedRequestsAreLogged(t *testing.T) {
 		}},
 		{"owner.(*target).work", func() error { // a worker that panics
 			r := &ublk.Request{Op: ublk.OpRead, Data: "no plan"}
-			return disk.tell(r, disk.work(r))
+			return disk.reportFailure(r, disk.work(r))
 		}},
 	} {
 		text.Reset()
-		disk.told.Store(0)
+		disk.lastReport.Store(0)
 		for range 5 {
 			if err := fail.do(); err == nil {
 				t.Fatalf("%q succeeds", fail.says)

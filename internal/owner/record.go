@@ -22,11 +22,11 @@ const recordName = "devices"
 
 // record is the content of the file of devices.
 type record struct {
-	Boot    string         `json:"boot"`           // the kernel's boot id: no device outlives a boot
-	Dev     uint64         `json:"dev,omitempty"`  // the file system that the store's folder is on
-	Ino     uint64         `json:"ino,omitempty"`  // the folder's inode there
-	Heir    *process       `json:"heir,omitempty"` // the next owner, during a hand-over
-	Devices []deviceRecord `json:"devices"`
+	Boot      string         `json:"boot"`           // the kernel's boot id: no device outlives a boot
+	Dev       uint64         `json:"dev,omitempty"`  // the file system that the store's folder is on
+	Ino       uint64         `json:"ino,omitempty"`  // the folder's inode there
+	Successor *process       `json:"heir,omitempty"` // the next owner, during a hand-over
+	Devices   []deviceRecord `json:"devices"`
 }
 
 // deviceRecord is one device. Only its cookie identifies it in the kernel: its id is not known yet when the
@@ -171,7 +171,7 @@ func parseRecord(in *storage.Folder) (r record, err error) {
 // write replaces the file of devices atomically. The file need not survive a power cut, because no device
 // does.
 func (r record) write(in *storage.Folder) error {
-	if len(r.Devices) == 0 && r.Heir == nil {
+	if len(r.Devices) == 0 && r.Successor == nil {
 		if err := in.Remove(recordName); !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}

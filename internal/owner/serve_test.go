@@ -457,7 +457,7 @@ func TestServiceThatBegins(t *testing.T) {
 	}
 	err = within10s(t, upgraded)
 	answer, _ := io.ReadAll(asker)
-	if refused := strings.Contains(string(answer), "stopping"); (err == nil) != refused || o.Heir() == nil != (err != nil) {
+	if refused := strings.Contains(string(answer), "stopping"); (err == nil) != refused || o.Successor() == nil != (err != nil) {
 		t.Errorf("upgrade: %v, the service: %s", err, answer)
 	}
 	cancel()

@@ -100,7 +100,7 @@ type Options struct {
 	// Version is the version of this program.
 	Version string
 	// Replaceable means that this process can execute another version of the program: it ends the owner by
-	// CloseWhenDone or CloseWhenIdle, and then executes Heir.
+	// CloseWhenDone or CloseWhenIdle, and then executes Successor.
 	Replaceable bool
 	// Handover says why an upgrade that this process tried has failed. Status reports it.
 	Handover string

@@ -22,8 +22,8 @@ type target struct {
 	jobs   chan *ublk.Request
 	wg     sync.WaitGroup // the workers
 
-	told   atomic.Int64 // time of the last call of report, in Unix seconds
-	untold atomic.Int64 // failures not reported since
+	lastReport atomic.Int64 // time of the last call of report, in Unix seconds
+	suppressed atomic.Int64 // failures not reported since
 }
 
 const (
@@ -35,8 +35,8 @@ const (
 	workers = 16
 )
 
-// op is the state of a read of one tag of one queue. It is made at the tag's first read.
-type op struct {
+// readState is the state of a read of one tag of one queue. It is made at the tag's first read.
+type readState struct {
 	plan  cow.ReadPlan
 	err   error // of the fetches, for the worker that finishes the read
 	fetch bool  // the worker must also fetch
@@ -62,19 +62,19 @@ func (t *target) close() {
 func (t *target) ServeUBLK(r *ublk.Request) error {
 	switch {
 	case r.Op == ublk.OpRead:
-		return t.tell(r, t.read(r))
+		return t.reportFailure(r, t.read(r))
 	case r.Op == ublk.OpWrite && !r.FUA && r.Length <= inlineBytes && !t.dev.Paced():
 		_, err := t.dev.WriteAt(r.Buf, r.Offset)
-		return t.tell(r, err)
+		return t.reportFailure(r, err)
 	}
 	t.jobs <- r
 	return ublk.ErrAsync
 }
 
 func (t *target) read(r *ublk.Request) error {
-	p, ok := r.Data.(*op)
+	p, ok := r.Data.(*readState)
 	if !ok {
-		p = new(op)
+		p = new(readState)
 		r.Data = p
 	}
 	if err := t.dev.PlanRead(&p.plan, r.Buf, r.Offset); err != nil {
@@ -98,9 +98,9 @@ func (t *target) read(r *ublk.Request) error {
 
 // FetchedUBLK finishes a read after its fetches, or hands a large one to a worker.
 func (t *target) FetchedUBLK(r *ublk.Request, err error) error {
-	p := r.Data.(*op)
+	p := r.Data.(*readState)
 	if r.Length <= inlineBytes {
-		return t.tell(r, p.plan.Finish(err))
+		return t.reportFailure(r, p.plan.Finish(err))
 	}
 	p.err = err
 	t.jobs <- r
@@ -109,23 +109,23 @@ func (t *target) FetchedUBLK(r *ublk.Request, err error) error {
 
 func (t *target) workRoutine() {
 	for r := range t.jobs {
-		r.Complete(t.tell(r, t.work(r)))
+		r.Complete(t.reportFailure(r, t.work(r)))
 	}
 }
 
-// tell returns err. If the request failed, it first calls report, at most once a second, because a full or
+// reportFailure returns err. If the request failed, it first calls report, at most once a second, because a full or
 // damaged disk may fail all requests.
-func (t *target) tell(r *ublk.Request, err error) error {
+func (t *target) reportFailure(r *ublk.Request, err error) error {
 	if err == nil || err == ublk.ErrFetch || err == ublk.ErrAsync {
 		return err
 	}
-	now, last := time.Now().Unix(), t.told.Load()
-	if now == last || !t.told.CompareAndSwap(last, now) {
-		t.untold.Add(1)
+	now, last := time.Now().Unix(), t.lastReport.Load()
+	if now == last || !t.lastReport.CompareAndSwap(last, now) {
+		t.suppressed.Add(1)
 		return err
 	}
 	why := fmt.Errorf("%v of %d bytes at %d: %w", r.Op, r.Length, r.Offset, err)
-	if n := t.untold.Swap(0); n > 0 {
+	if n := t.suppressed.Swap(0); n > 0 {
 		why = fmt.Errorf("%w (and %d others before)", why, n)
 	}
 	t.report(why)
@@ -142,7 +142,7 @@ func (t *target) work(r *ublk.Request) (err error) {
 	}()
 	switch r.Op {
 	case ublk.OpRead:
-		p := r.Data.(*op)
+		p := r.Data.(*readState)
 		if p.fetch {
 			p.fetch = false
 			return p.plan.Fetch()

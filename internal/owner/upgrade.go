@@ -67,8 +67,8 @@ func askProgram(ctx context.Context, path string) (Program, error) {
 	return p, nil
 }
 
-// findHeir returns the program that would take over, if it can.
-func (o *Owner) findHeir(ctx context.Context) (*Program, error) {
+// findSuccessor returns the program that would take over, if it can.
+func (o *Owner) findSuccessor(ctx context.Context) (*Program, error) {
 	path := o.opts.program
 	if path == "" {
 		path = startedFrom
@@ -88,7 +88,7 @@ func (o *Owner) findHeir(ctx context.Context) (*Program, error) {
 }
 
 // Upgrade prepares the hand-over to the program that is now at the path from which this one was started. The
-// owner's CloseWhen… methods then return, and Heir returns the program to execute. If Upgrade fails,
+// owner's CloseWhen… methods then return, and Successor returns the program to execute. If Upgrade fails,
 // everything is as before.
 func (o *Owner) Upgrade(ctx context.Context) (Upgrade, error) { return o.upgrade(ctx, 0) }
 
@@ -101,16 +101,16 @@ func (o *Owner) upgrade(ctx context.Context, asking int) (Upgrade, error) {
 	if err := o.noServices(); err != nil {
 		return u, err
 	}
-	next, err := o.findHeir(ctx)
+	next, err := o.findSuccessor(ctx)
 	if err != nil {
 		return u, err
 	}
 	u.To, u.Program, u.Same = next.Version, next.Path, runs(next.Path)
-	if err := o.shutDoors(ctx, asking); err != nil {
+	if err := o.stopAccepting(ctx, asking); err != nil {
 		return u, err
 	}
 	if err := o.noServices(); err != nil { // a session that ended meanwhile may have become a service
-		o.openDoors()
+		o.startAccepting()
 		return u, err
 	}
 	// From here on the client may leave: the upgrade will be completed or undone.
@@ -148,9 +148,9 @@ func (o *Owner) noServices() error {
 	return fmt.Errorf("NBD clients are served at %s and would be cut off: %w: end those 'vdisk serve' first", strings.Join(names, ", "), cow.ErrBusy)
 }
 
-// shutDoors prevents new sessions, and waits for the present ones, except the number that ask for the
+// stopAccepting prevents new sessions, and waits for the present ones, except the number that ask for the
 // upgrade. If they do not end in time, it permits sessions again and fails.
-func (o *Owner) shutDoors(ctx context.Context, asking int) error {
+func (o *Owner) stopAccepting(ctx context.Context, asking int) error {
 	ctx, cancel := context.WithTimeout(ctx, o.opts.sessionTimeout)
 	defer cancel()
 	o.mu.Lock()
@@ -175,23 +175,23 @@ func (o *Owner) shutDoors(ctx context.Context, asking int) error {
 	return nil
 }
 
-func (o *Owner) openDoors() {
+func (o *Owner) startAccepting() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.accepting = true
 	o.notifyLocked()
 }
 
-// Heir returns the program to execute after an upgrade has closed the owner, or nil if there was no upgrade.
-func (o *Owner) Heir() *Program {
+// Successor returns the program to execute after an upgrade has closed the owner, or nil if there was no upgrade.
+func (o *Owner) Successor() *Program {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return o.successor
 }
 
-// heirProcess returns the process that the store is handed over to, or nil outside a hand-over.
-func (o *Owner) heirProcess() *process {
-	if o.Heir() == nil {
+// successorProcess returns the process that the store is handed over to, or nil outside a hand-over.
+func (o *Owner) successorProcess() *process {
+	if o.Successor() == nil {
 		return nil
 	}
 	p := thisProcess()

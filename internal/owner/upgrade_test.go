@@ -74,13 +74,13 @@ func TestUpgrade(t *testing.T) {
 	if err := o.CloseWhenDone(); err != nil {
 		t.Fatal(err)
 	}
-	// Nobody but the heir gets the store.
+	// Nobody but the successor gets the store.
 	w.edit(fmt.Sprintf(`"pid":%d,"start":"%s"`, os.Getpid(), startOf(os.Getpid())),
 		fmt.Sprintf(`"pid":%d,"start":"%s"`, os.Getppid(), startOf(os.Getppid())))
 	if _, err := Own(t.Context(), w.dir, w.options(true)); err == nil || !strings.Contains(err.Error(), "being upgraded") {
 		t.Error(err)
 	}
-	w.edit(fmt.Sprintf(`"start":"%s"`, startOf(os.Getppid())), `"start":"1"`) // the heir died
+	w.edit(fmt.Sprintf(`"start":"%s"`, startOf(os.Getppid())), `"start":"1"`) // the successor died
 	o = w.own(true)
 	w.recovers(o, "", 1)
 	if got := read(t, w.d.devices[0].server); got != "text" {
