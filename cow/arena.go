@@ -22,7 +22,7 @@ type arena struct {
 type segment struct {
 	used  uint32 // words, from its beginning
 	live  uint32 // words of used that are not gone
-	dirty uint32 // number of leaves and images that a checkpoint has to write
+	dirty uint32 // number of leaves and pre-images that a checkpoint has to write
 }
 
 // handle says where a leaf is: the index of its first word in the arena, plus 1, so that 0 means none.
@@ -86,7 +86,7 @@ func (a *arena) drop(h handle) {
 	}
 }
 
-// each calls fn for every live leaf and image in a segment.
+// each calls fn for every live leaf and pre-image in a segment.
 func (a *arena) each(i uint32, fn func(handle, *leaf)) {
 	from := i*a.segWords + 1
 	for h, end := from, from+a.segs[i].used; h < end; {

@@ -31,7 +31,7 @@ const (
 	bucketShare = 96 / 4
 )
 
-// leafCache keeps merged leaves and images (preimage.go), in memory of a fixed size. Clean leaves, which are
+// leafCache keeps merged leaves and pre-images (preimage.go), in memory of a fixed size. Clean leaves, which are
 // the same in the table, are packed, and are evicted by a second-chance clock when room is needed. Dirty
 // leaves are never evicted.
 type leafCache struct {
@@ -40,32 +40,34 @@ type leafCache struct {
 	shift  uint // the shift that makes a hash the shard's number
 
 	scratch sync.Pool // *loaded
+
+	// What the next checkpoint writes. The owner's lock guards it.
+	gen       uint64    // the present generation, from 1: that of leaves that become dirty now
+	dirty     []leafKey // leaves of the present generation
+	unwritten int       // leaves and pre-images of the present generation
 }
 
 type shard struct {
 	mu sync.RWMutex
 	arena
-	buckets []uint32    // handles, each the first of a list
-	imaged  []leafPlace // where images are; eachImage removes places that have none any more
-	loading map[leafKey]*loading
-	mapped  []uint64 // all of the shard's memory
-	words   int      // intended len(mapped); larger while replaying a larger cache's log
+	buckets   []uint32    // handles, each the first of a list
+	preimaged []leafPlace // where pre-images are; eachPreimage removes places that have none any more
+	loading   map[leafKey]*loading
+	mapped    []uint64 // all of the shard's memory
+	words     int      // intended len(mapped); larger while replaying a larger cache's log
 }
 
-// leafPlace identifies a leaf by its branch and its index.
-type leafPlace struct{ branch, index uint32 }
-
-// dirtyLimit returns how many leaves one checkpoint may write, given the bytes of the cache. A quarter of
+// mostDirty returns how many leaves one checkpoint may write, given the bytes of the cache. A quarter of
 // those bytes is kept for the checkpoint's copies.
-func dirtyLimit(bytes int64) int { return int(max(bytes, MinCacheBytes) / 4 / checkpointCopy) }
+func mostDirty(bytes int64) int { return int(max(bytes, MinCacheBytes) / 4 / checkpointCopy) }
 
 func newLeafCache(bytes int64, load func(leafKey, *format.Leaf) (epoch uint32, err error)) (*leafCache, error) {
-	bytes = max(bytes, MinCacheBytes) / 4 * 3 // the rest is for checkpoints, see dirtyLimit
+	bytes = max(bytes, MinCacheBytes) / 4 * 3 // the rest is for checkpoints, see mostDirty
 	n := 1
 	for n < maxShards && bytes/int64(2*n) >= minShard {
 		n *= 2
 	}
-	c := &leafCache{load: load, shards: make([]shard, n)}
+	c := &leafCache{load: load, shards: make([]shard, n), gen: 1}
 	c.scratch.New = func() any { return new(loaded) }
 	for c.shift = 64; n > 1; n /= 2 {
 		c.shift--
@@ -97,8 +99,10 @@ func (s *shard) divide() {
 	s.mem = s.mapped[buckets:]
 }
 
-// grow doubles the shard's memory.
-func (s *shard) grow() error {
+// grow doubles the memory of a leaf's shard, beyond the cache's limit. The next checkpoint after which the
+// shard has nothing dirty gives it back.
+func (c *leafCache) grow(k leafKey) error {
+	s := c.shard(k.Branch.ID, k.Index)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	m, err := allocate(2 * len(s.mapped))
@@ -138,7 +142,7 @@ func (c *leafCache) shrink() {
 	for i := range c.shards {
 		s := &c.shards[i]
 		s.mu.Lock()
-		if len(s.mapped) > s.words && !slices.ContainsFunc(s.segs, func(g segment) bool { return g.dirty > 0 }) {
+		if len(s.mapped) > s.words && !s.hasDirty() {
 			if m, err := allocate(s.words); err == nil && deallocate(s.mapped) == nil {
 				s.mapped = m
 				s.divide()
@@ -147,6 +151,45 @@ func (c *leafCache) shrink() {
 		}
 		s.mu.Unlock()
 	}
+}
+
+// hasDirty reports whether a checkpoint has to write anything of the shard.
+func (s *shard) hasDirty() bool {
+	return slices.ContainsFunc(s.segs, func(g segment) bool { return g.dirty > 0 })
+}
+
+// restrict makes each shard forget its leaves. It leaves the shard memory for so many open leaves, one of them
+// for a leaf that moves, or, with 0, all of its memory. A shard that has something dirty stays as it is. Tests
+// use it: leaves are then evicted and loaded again all the time, and writers wait for checkpoints.
+func (c *leafCache) restrict(leaves int) {
+	for i := range c.shards {
+		s := &c.shards[i]
+		s.mu.Lock()
+		if !s.hasDirty() {
+			clear(s.buckets)
+			if leaves > 0 {
+				s.reset(uint32(openWords)+40, leaves)
+			} else {
+				s.reset(segmentWords, len(s.mem)/segmentWords)
+			}
+		}
+		s.mu.Unlock()
+	}
+}
+
+// Used returns how many bytes the leaves in memory take. That includes their part of the buckets, and of the
+// segment that is kept free, which is 1 of 48.
+func (c *leafCache) Used() int64 {
+	words := uint64(0)
+	for i := range c.shards {
+		s := &c.shards[i]
+		s.mu.RLock()
+		for _, g := range s.segs {
+			words += uint64(g.live)
+		}
+		s.mu.RUnlock()
+	}
+	return int64(float64(8*words) * (1 + 1/(8*float64(bucketShare)/2) + 1.0/48))
 }
 
 // close frees the memory. Later look-ups find nothing.
@@ -164,7 +207,7 @@ func (c *leafCache) close() error {
 	return errors.Join(errs...)
 }
 
-// hash returns the hash of a leaf's branch and index. So all leaves and images with the same branch and index
+// hash returns the hash of a leaf's branch and index. So all leaves and pre-images with the same branch and index
 // are in one bucket.
 func hash(branch, index uint32) uint64 {
 	return (uint64(branch)<<32 | uint64(index)) * 0x9e3779b97f4a7c15
@@ -180,14 +223,14 @@ func (s *shard) bucket(branch, index uint32) *handle {
 	return &s.buckets[(hash(branch, index)>>16&(1<<32-1))*uint64(len(s.buckets))>>32]
 }
 
-// find returns a leaf that is not an image, and its handle. It returns nil if the leaf is not in memory.
+// find returns a leaf that is not a pre-image, and its handle. It returns nil if the leaf is not in memory.
 func (s *shard) find(k leafKey) (*leaf, handle) {
 	if s.buckets == nil {
 		return nil, 0
 	}
 	for h := *s.bucket(k.Branch.ID, k.Index); h != 0; {
 		lf := s.at(h)
-		if lf.index == k.Index && lf.branch == k.Branch.ID && lf.asOf == k.AsOf && !lf.is(stateImage) {
+		if lf.index == k.Index && lf.branch == k.Branch.ID && lf.asOf == k.AsOf && !lf.is(statePreimage) {
 			return lf, h
 		}
 		h = lf.next
@@ -239,20 +282,6 @@ func (s *shard) setGen(h handle, gen uint64) {
 	}
 }
 
-// lock returns a cached leaf, with its shard locked for changes. If the leaf is not in the cache, it returns
-// nil and locks nothing.
-func (c *leafCache) lock(k leafKey) (*leaf, *shard) {
-	s := c.shard(k.Branch.ID, k.Index)
-	s.mu.Lock()
-	lf, _ := s.find(k)
-	if lf == nil {
-		s.mu.Unlock()
-		return nil, nil
-	}
-	lf.touch()
-	return lf, s
-}
-
 // open makes a leaf that is in memory an open one, which can be changed. It returns nil if there is no room.
 // Other leaves of the shard may move.
 func (s *shard) open(k leafKey) *openLeaf {
@@ -296,84 +325,4 @@ func (s *shard) pack(h handle) {
 	gone := h + uint32(words)
 	s.at(gone).state.Store(uint32(rest))
 	s.drop(gone)
-}
-
-// indexes returns, in order, the indexes in [from, to) of the leaves that are in memory, and maybe not in the
-// table, for b and its origins.
-func (c *leafCache) indexes(b *cachedBranch, from, to uint32) (out []uint32) {
-	var chain []*cachedBranch
-	for ; b != nil; b = b.Origin {
-		if b.unwritten.Load() > 0 {
-			chain = append(chain, b)
-		}
-	}
-	if len(chain) == 0 {
-		return nil
-	}
-	if to-from <= 64 { // look-ups are cheaper than going through all dirty leaves
-		for ; from < to; from++ {
-			if slices.ContainsFunc(chain, func(b *cachedBranch) bool { return c.has(leafKey{b, from, head}) }) {
-				out = append(out, from)
-			}
-		}
-		return out
-	}
-	for i := range c.shards {
-		s := &c.shards[i]
-		s.mu.RLock()
-		s.eachDirty(func(_ handle, o *openLeaf) {
-			if o.index >= from && o.index < to && slices.ContainsFunc(chain, func(b *cachedBranch) bool { return b.ID == o.branch }) {
-				out = append(out, o.index)
-			}
-		})
-		s.mu.RUnlock()
-	}
-	slices.Sort(out)
-	return slices.Compact(out)
-}
-
-func (c *leafCache) has(k leafKey) bool {
-	s := c.shard(k.Branch.ID, k.Index)
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	lf, _ := s.find(k)
-	return lf != nil
-}
-
-// eachDirty calls fn for every leaf and image that a checkpoint has to write.
-func (s *shard) eachDirty(fn func(handle, *openLeaf)) {
-	for i := range s.segs {
-		if s.segs[i].dirty == 0 {
-			continue
-		}
-		s.each(uint32(i), func(h handle, lf *leaf) {
-			if lf.dirtyGen() != 0 {
-				fn(h, lf.open())
-			}
-		})
-	}
-}
-
-// forget drops the cached leaves of a branch: those of its head, and with points also those of its points. A
-// dirty leaf of the head is a version that a point needs, so it becomes an image.
-func (c *leafCache) forget(b *cachedBranch, points bool) {
-	for i := range c.shards {
-		s := &c.shards[i]
-		s.mu.Lock()
-		for j := range s.segs {
-			s.each(uint32(j), func(h handle, lf *leaf) {
-				switch {
-				case lf.branch != b.ID || lf.asOf != head && !points || lf.is(stateImage):
-				case lf.dirtyGen() != 0:
-					lf.asOf = lf.epoch
-					lf.state.Or(stateImage)
-					s.imaged = append(s.imaged, leafPlace{lf.branch, lf.index})
-					b.unwritten.Add(1)
-				default:
-					s.remove(h)
-				}
-			})
-		}
-		s.mu.Unlock()
-	}
 }

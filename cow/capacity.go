@@ -29,7 +29,7 @@ const (
 // isNew reports whether a write of n blocks maps a block that is a hole, or that a snapshot has, too. The
 // caller holds the leaf's lock.
 func isNew(b *branch, lf *leaf, first, n int) bool {
-	if lf.epoch != b.Epoch {
+	if lf.Epoch() != b.Epoch {
 		return true
 	}
 	for i := first; i < first+n; i++ {

@@ -120,8 +120,8 @@ func (s *Store) beginGeneration() *generation {
 	chunkSeq, off := s.wal.Position()
 	g.at = format.Checkpoint{Seq: s.wal.NextSeq(), ChunkSeq: chunkSeq, Offset: off, NextID: uint32(min(s.catalog.nextID, math.MaxUint32)), NextChunkSeq: s.wal.NextChunk()}
 	g.appended = s.wal.Appended()
-	g.leaves, s.dirty = s.dirty, nil
-	s.writing, s.unwritten = s.unwritten, 0
+	g.leaves = s.cache.begin()
+	s.writing = g.leaves.Len()
 	for v := range s.dropping {
 		g.dropLeaves = append(g.dropLeaves, v)
 	}
@@ -176,32 +176,12 @@ func (s *Store) takeChunks(g *generation) {
 	s.dirtyRows = nil
 }
 
-// encode encodes the leaves of the generation. If a writer has changed a leaf since the generation began, it
-// left an image of it, which is encoded instead.
+// encode encodes the leaves of the generation.
 func (s *Store) encode(g *generation) {
-	add := func(o *openLeaf) {
-		g.encoded = append(g.encoded, encodedLeaf{o.version(), o.gen, s.values.encode(&o.Leaf)})
-	}
 	s.values.reset()
-	for _, k := range g.leaves {
-		sh := s.cache.shard(k.Branch.ID, k.Index)
-		sh.mu.RLock()
-		if lf, _ := sh.find(k); lf != nil && lf.dirtyGen() == g.gen {
-			add(lf.open())
-		}
-		sh.mu.RUnlock()
-	}
-	// By now every leaf has been encoded or has an image.
-	for i := range s.cache.shards {
-		sh := &s.cache.shards[i]
-		sh.mu.Lock()
-		sh.eachImage(func(_ handle, o *openLeaf) {
-			if o.gen <= g.gen {
-				add(o)
-			}
-		})
-		sh.mu.Unlock()
-	}
+	g.leaves.each(func(v metadata.Version, gen uint64, l *format.Leaf) {
+		g.encoded = append(g.encoded, encodedLeaf{v, gen, s.values.encode(l)})
+	})
 	// After a failed commit there may be several states of one version. The latest comes last.
 	slices.SortFunc(g.encoded, func(a, b encodedLeaf) int {
 		if c := compareVersions(a.Version, b.Version); c != 0 {
@@ -211,33 +191,13 @@ func (s *Store) encode(g *generation) {
 	})
 }
 
-// finishGeneration forgets what the table now has. It removes images before it makes leaves clean, and so
-// evictable: a reader that misses the image finds the leaf.
+// finishGeneration forgets what the table now has.
 func (s *Store) finishGeneration(g *generation) {
-	images := map[uint32]int64{} // by branch
-	for i := range s.cache.shards {
-		s.cache.shards[i].dropWritten(g.gen, func(branch uint32) { images[branch]++ })
-	}
-	for _, k := range g.leaves {
-		sh := s.cache.shard(k.Branch.ID, k.Index)
-		sh.mu.Lock()
-		if lf, h := sh.find(k); lf != nil && lf.dirtyGen() == g.gen {
-			sh.setGen(h, 0)
-			sh.pack(h)
-		}
-		sh.mu.Unlock()
-		k.Branch.unwritten.Add(-1)
-	}
-	s.cache.shrink()
+	g.leaves.finish()
 	s.settleRegions(g)
 	s.mu.Lock()
 	for _, v := range g.dropLeaves {
 		delete(s.dropping, v)
-	}
-	for n, count := range images {
-		if b := s.catalog.branches[n]; b != nil {
-			b.leaves.unwritten.Add(-count)
-		}
 	}
 	s.writing, s.writingRegions = 0, 0
 	s.slots.cleanable, s.cleanerExhausted = g.at.ChunkSeq, false
@@ -256,17 +216,8 @@ func (s *Store) abortGeneration(g *generation, err error) error {
 	s.lastAborted = true
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, k := range g.leaves {
-		sh := s.cache.shard(k.Branch.ID, k.Index)
-		sh.mu.Lock()
-		if lf, h := sh.find(k); lf != nil && lf.dirtyGen() == g.gen {
-			s.markDirty(k, sh, h)
-			s.unwritten-- // it is counted in writing too
-		}
-		sh.mu.Unlock()
-		k.Branch.unwritten.Add(-1)
-	}
-	s.unwritten, s.writing, s.writingRegions, s.pendingFree = s.unwritten+s.writing, 0, 0, 0
+	g.leaves.abort()
+	s.writing, s.writingRegions, s.pendingFree = 0, 0, 0
 	s.failures, s.failure = s.failures+1, err
 	s.frozen.Broadcast()
 	mark := func(set map[uint32]struct{}, ids []uint32) {
@@ -397,5 +348,5 @@ func (s *Store) checkpointer() {
 func (s *Store) changed() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.catalogDirty || len(s.dirty) > 0 || len(s.dirtyRows) > 0 || s.reapable()
+	return s.catalogDirty || s.cache.Unwritten() > 0 || len(s.dirtyRows) > 0 || s.reapable()
 }

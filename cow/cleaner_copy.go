@@ -260,7 +260,7 @@ func (m *mover) headMask(h *format.RecordHeader, name format.Entry) (mask uint16
 		for i := range h.Blocks {
 			switch {
 			case lf.entry(first+i) != name.WithIndex(i):
-			case lf.epoch == l.epoch && lf.isChanged(first+i):
+			case lf.Epoch() == l.epoch && lf.isChanged(first+i):
 				mask |= 1 << i
 			default:
 				rest = true
@@ -352,7 +352,7 @@ func (s *Store) tryPutMoved(h *format.RecordHeader, payload []byte, same func(*l
 	}
 	k = b.leaf(uint32(h.Block/format.LeafBlocks), head)
 	err = s.install(b, h, payload, h.Blocks, wal.ForMoves, false, func(lf *leaf) error {
-		if b.volume == nil || lf.epoch != b.Epoch || !same(lf) {
+		if b.volume == nil || lf.Epoch() != b.Epoch || !same(lf) {
 			return errChanged
 		}
 		return nil

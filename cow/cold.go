@@ -174,7 +174,7 @@ func (p *coldPass) step() (more bool, err error) {
 		return p.scan()
 	}
 	s.mu.Lock()
-	busy := s.unwritten > s.dirtyLimit/4
+	busy := s.cache.Unwritten() > s.dirtyLimit/4
 	s.mu.Unlock()
 	switch {
 	case busy:

@@ -285,9 +285,9 @@ func TestColdAndSlotReuse(t *testing.T) {
 			write(i, 300)
 			must(t, s.Checkpoint())
 		}
-		lf, sh := s.cache.lock(k)
-		e := lf.entry(0)
-		sh.mu.Unlock()
+		l := s.cache.lock(k)
+		e := l.Leaf().entry(0)
+		l.unlock()
 		if e == target {
 			break
 		}

@@ -150,7 +150,7 @@ func (p *coldPass) read(b *branch, index uint32) (size, places int, err error) {
 	var bad error
 	err = s.cache.view(b.leaf(index, head), func(lf *leaf) {
 		lf.copyTo(&p.leaf)
-		if lf.epoch != epoch || !p.isCold(&p.leaf, true) || settled(&p.leaf) {
+		if lf.Epoch() != epoch || !p.isCold(&p.leaf, true) || settled(&p.leaf) {
 			return
 		}
 		runs(&p.leaf, func(first, n int) {

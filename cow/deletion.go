@@ -174,7 +174,7 @@ func (s *Store) reapForCheckpoint() {
 	for more := true; more; {
 		s.prepareReaping()
 		s.mu.Lock()
-		more = s.reap() && s.tableShort(0, wal.ForEvents) <= 0 && s.unwritten < s.dirtyLimit/2 && time.Since(start) < s.opts.reapTime
+		more = s.reap() && s.tableShort(0, wal.ForEvents) <= 0 && s.cache.Unwritten() < s.dirtyLimit/2 && time.Since(start) < s.opts.reapTime
 		s.mu.Unlock()
 	}
 }
@@ -316,13 +316,7 @@ func (s *Store) reapLeaf(j deletion, v metadata.Version) error {
 // dropVersion removes a version from memory now, and from the table with this generation.
 func (s *Store) dropVersion(b *branch, v metadata.Version) {
 	s.dropping[v] = struct{}{}
-	sh := s.cache.shard(v.Branch, v.Leaf)
-	sh.mu.Lock()
-	defer sh.mu.Unlock()
-	b.leaves.unwritten.Add(-sh.dropImages(v))
-	if lf, h := sh.find(b.leaf(v.Leaf, head)); lf != nil && lf.epoch == v.Epoch {
-		sh.setGen(h, 0) // the version of a head that is gone must not be written again
-	}
+	s.cache.dropVersion(&b.leaves, v.Leaf, v.Epoch)
 }
 
 // finishDeletion removes the row of the point or head that the deletion was about.

@@ -14,7 +14,7 @@ type generation struct {
 	gen        uint64
 	at         format.Checkpoint
 	appended   uint64
-	leaves     []leafKey
+	leaves     cacheGeneration
 	encoded    []encodedLeaf
 	volumes    []format.Volume
 	snapshots  []format.Snapshot

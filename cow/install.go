@@ -19,27 +19,27 @@ var errNothing = errors.New("there is nothing to change")
 // check returns an error, install returns it. install returns errEvicted if the leaf is not in the cache, and
 // errFull if the leaf may not become dirty now. After any error nothing has changed.
 func (s *Store) install(b *branch, h *format.RecordHeader, payload []byte, n int, p wal.Purpose, waited bool, check func(*leaf) error) error {
-	k := b.leaf(uint32(h.Block/format.LeafBlocks), head)
-	lf, sh := s.cache.lock(k)
+	l := s.cache.lock(b.leaf(uint32(h.Block/format.LeafBlocks), head))
+	defer l.unlock()
+	lf := l.Leaf()
 	if lf == nil {
 		return errEvicted
 	}
-	defer sh.mu.Unlock()
 	if err := check(lf); err != nil {
 		return err
 	}
-	if !s.isWritable(b, lf) && !s.mayDirty(waited, p) {
+	if !l.isWritable(b.Epoch) && !s.mayDirty(waited, p) {
 		return errFull
 	}
-	o, err := s.makeWritable(k, sh, b.Epoch)
+	content, err := l.makeWritable(b.Epoch)
 	if err != nil {
 		return err
 	}
 	c, off := s.wal.Append(h, payload)
 	if h.Kind == format.KindHole {
-		s.applyHole(o, int(h.Block%format.LeafBlocks), n)
+		s.applyHole(content, int(h.Block%format.LeafBlocks), n)
 	} else {
-		s.applyData(o, h, c.Slot, off)
+		s.applyData(content, h, c.Slot, off)
 	}
 	s.checkpointDue()
 	return nil

@@ -178,7 +178,7 @@ func TestCheckpointWhileFirstChunkIsMade(t *testing.T) {
 func TestExtentsWhileLeafLeavesMemory(t *testing.T) {
 	dir := setup(t, 1<<30, format.Raw)
 	s := open(t, dir, Options{checkpointInterval: -1})
-	s.cache.squeeze(3)
+	s.cache.restrict(3)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	data := randomBytes(4096, 1)
@@ -212,7 +212,7 @@ func TestExtentsWhileLeafLeavesMemory(t *testing.T) {
 func TestWriteZeroesBesideCheckpoints(t *testing.T) {
 	dir := setup(t, 8<<40, format.Raw)
 	s := open(t, dir, Options{checkpointInterval: -1})
-	s.cache.squeeze(3)
+	s.cache.restrict(3)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	data, buf := randomBytes(4096, 1), make([]byte, 4096)
@@ -420,9 +420,9 @@ func TestPlanAcrossSlotReuse(t *testing.T) {
 		if i%8 == 0 {
 			must(t, s.Checkpoint())
 		}
-		lf, sh := s.cache.lock(d.b.leaf(1, head))
-		e := lf.entry(0)
-		sh.mu.Unlock()
+		l := s.cache.lock(d.b.leaf(1, head))
+		e := l.Leaf().entry(0)
+		l.unlock()
 		if e == target && s.slots.get(e.Slot()) != old {
 			break
 		}

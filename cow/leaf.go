@@ -15,7 +15,7 @@ type cachedBranch struct {
 	ID          uint32
 	Origin      *cachedBranch // nil: it began empty
 	OriginEpoch uint32
-	unwritten   atomic.Int64 // dirty leaves and images that no checkpoint has committed
+	unwritten   atomic.Int64 // dirty leaves and pre-images that no checkpoint has committed
 }
 
 // leafKey names a cached leaf: one of a branch's head, which changes, or one of a point, which does not.
@@ -26,12 +26,12 @@ type leafKey struct {
 
 // leaf is a merged leaf in memory: this header, followed by the other fields of an openLeaf or by a
 // format.Packed. It lies in a shard's arena, and only the shard's lock keeps it from moving. Its content
-// changes under Store.mu and the shard's lock together.
+// changes under the owner's lock and the shard's lock together.
 type leaf struct {
 	next   uint32 // the next leaf of the bucket
 	branch uint32
 	index  uint32
-	asOf   uint32 // as in leafKey; in an image, the version's epoch
+	asOf   uint32 // as in leafKey; in a pre-image, the version's epoch
 	epoch  uint32 // of the version in this leaf; 0: the branch has no version of its own
 	state  atomic.Uint32
 }
@@ -45,17 +45,20 @@ type openLeaf struct {
 
 // The bits of leaf.state. All but stateUsed change under the shard's lock.
 const (
-	stateWords = 1<<10 - 1 // length in words, with the header
-	stateOpen  = 1 << 10   // an openLeaf
-	stateImage = 1 << 11   // an image, see preimage.go
-	stateGone  = 1 << 12   // removed; its memory is not reused yet
-	stateUsed  = 1 << 13   // used since the clock hand passed
+	stateWords    = 1<<10 - 1 // length in words, with the header
+	stateOpen     = 1 << 10   // an openLeaf
+	statePreimage = 1 << 11   // a pre-image, see preimage.go
+	stateGone     = 1 << 12   // removed; its memory is not reused yet
+	stateUsed     = 1 << 13   // used since the clock hand passed
 )
 
 const (
 	headerWords = int(unsafe.Sizeof(leaf{}) / 8)
 	openWords   = int(unsafe.Sizeof(openLeaf{}) / 8)
 )
+
+// Epoch returns the epoch of the branch's own version in this leaf, or 0 if the branch has none.
+func (lf *leaf) Epoch() uint32 { return lf.epoch }
 
 func (lf *leaf) is(bit uint32) bool { return lf.state.Load()&bit != 0 }
 

@@ -27,17 +27,7 @@ func (s *Store) loadLeaf(k leafKey, l *format.Leaf) (epoch uint32, err error) {
 // the branch that has the version, and the version's epoch. It looks in memory before it looks in the table,
 // because a version leaves memory only after the table has it.
 func (s *Store) newest(k leafKey, l *format.Leaf) (of *cachedBranch, epoch uint32, err error) {
-	var inMemory *cachedBranch
-	asOf := k.AsOf
-	for b := k.Branch; b != nil; b, asOf = b.Origin, b.OriginEpoch {
-		if b.unwritten.Load() == 0 {
-			continue
-		}
-		if epoch = s.cache.newest(b, k.Index, asOf, b != k.Branch || k.AsOf != head, l); epoch != 0 {
-			inMemory = b
-			break
-		}
-	}
+	inMemory, epoch := s.cache.newest(k, l)
 	err = s.meta.View(func(tx *metadata.Tx) error {
 		asOf := k.AsOf
 		for b := k.Branch; b != nil; b, asOf = b.Origin, b.OriginEpoch {
@@ -60,7 +50,7 @@ func (s *Store) newest(k leafKey, l *format.Leaf) (of *cachedBranch, epoch uint3
 // version reads the newest version that the branch itself has, at or before asOf, into l. It returns the
 // version's epoch, or 0 if there is none. The head's leaf in memory counts only if withHead is set.
 func (s *Store) version(b *branch, index, asOf uint32, withHead bool, l *format.Leaf) (epoch uint32, err error) {
-	epoch = s.cache.newest(&b.leaves, index, asOf, withHead, l)
+	epoch = s.cache.version(&b.leaves, index, 1, asOf, withHead, l)
 	err = s.meta.View(func(tx *metadata.Tx) error {
 		return s.newer(tx, metadata.Version{Branch: b.ID, Leaf: index, Epoch: asOf}, &epoch, l)
 	})
@@ -79,58 +69,10 @@ func (s *Store) newer(tx *metadata.Tx, v metadata.Version, epoch *uint32, l *for
 	return err
 }
 
-// makeWritable makes a cached head leaf ready to be changed in epoch, the branch's present one, and in the
-// present generation. If the leaf's state in an earlier epoch or generation is still to be written, a copy stays
-// behind. The caller holds mu and the shard's lock. If there is no room, makeWritable fails with errFull, and
-// nothing has changed. In any case leaves of the shard may have moved.
-func (s *Store) makeWritable(k leafKey, sh *shard, epoch uint32) (*openLeaf, error) {
-	lf, _ := sh.find(k)
-	o := lf.open()
-	switch {
-	case o != nil && o.gen == s.gen && o.epoch == epoch:
-		return o, nil
-	case o != nil && o.gen != 0:
-		again := o.gen == s.gen // otherwise the image is written in place of the leaf
-		if !sh.pushImage(k) {
-			return nil, errFull
-		}
-		k.Branch.unwritten.Add(1)
-		if again {
-			s.unwritten++
-		}
-	default:
-		if sh.open(k) == nil {
-			return nil, errFull
-		}
-	}
-	lf, h := sh.find(k)
-	o = lf.open()
-	if o.epoch != epoch {
-		o.epoch, o.Changed = epoch, [4]uint64{}
-	}
-	s.markDirty(k, sh, h)
-	return o, nil
-}
-
-// isWritable reports whether makeWritable has nothing to do.
-func (s *Store) isWritable(b *branch, lf *leaf) bool {
-	return lf.dirtyGen() == s.gen && lf.epoch == b.Epoch
-}
-
-// markDirty makes the next checkpoint write an open leaf. The caller holds mu and the shard's lock.
-func (s *Store) markDirty(k leafKey, sh *shard, h handle) {
-	if sh.at(h).dirtyGen() != s.gen {
-		sh.setGen(h, s.gen)
-		s.dirty = append(s.dirty, k)
-		s.unwritten++
-		k.Branch.unwritten.Add(1)
-	}
-}
-
-// change maps block i of a writable leaf to e, and updates the live bytes. The caller holds mu and the
-// shard's lock.
-func (s *Store) change(lf *openLeaf, i int, e format.Entry) {
-	s.account(put(&lf.Leaf, i, e), -1)
+// change maps block i of a writable leaf to e, and updates the live bytes. The caller holds mu and the leaf's
+// lock.
+func (s *Store) change(l *format.Leaf, i int, e format.Entry) {
+	s.account(put(l, i, e), -1)
 	s.account(e, +1)
 }
 
@@ -179,18 +121,18 @@ func (s *Store) markRow(c *chunk) {
 }
 
 // applyData maps the blocks of a data record at (slot, off) in a writable leaf.
-func (s *Store) applyData(lf *openLeaf, h *format.RecordHeader, slot, off uint32) {
+func (s *Store) applyData(l *format.Leaf, h *format.RecordHeader, slot, off uint32) {
 	first := int(h.Block % format.LeafBlocks)
 	e := format.MakeEntry(slot, off, h.Size(), h.Blocks, 0)
 	for i := range h.Blocks {
-		s.change(lf, first+i, e.WithIndex(i))
+		s.change(l, first+i, e.WithIndex(i))
 	}
 }
 
 // applyHole unmaps n blocks of a writable leaf.
-func (s *Store) applyHole(lf *openLeaf, first, n int) {
+func (s *Store) applyHole(l *format.Leaf, first, n int) {
 	for i := first; i < first+n; i++ {
-		s.change(lf, i, 0)
+		s.change(l, i, 0)
 	}
 }
 

@@ -83,7 +83,7 @@ func (o *Options) setDefaults() {
 		o.checkpointBytes = 256 << 20
 	}
 	if o.checkpointLeaves <= 0 {
-		o.checkpointLeaves = dirtyLimit(o.CacheBytes) * 3 / 4
+		o.checkpointLeaves = mostDirty(o.CacheBytes) * 3 / 4
 	}
 	if o.checkpointInterval == 0 {
 		o.checkpointInterval = 10 * time.Second

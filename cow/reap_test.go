@@ -121,18 +121,18 @@ func TestReaperReadsWithoutTheLock(t *testing.T) {
 		must(t, s.Snapshot(Ref{"v", fmt.Sprint(i)}))
 	}
 	must(t, errors.Join(s.Remove(Ref{"v", "1"}, false), s.Checkpoint()))
-	s.cache.relax() // it forgets everything
 	with, without := 0, 0
-	load := s.cache.load
-	s.cache.load = func(k leafKey, l *format.Leaf) (uint32, error) {
+	must(t, s.cache.close())
+	s.cache, err = newLeafCache(MinCacheBytes, func(k leafKey, l *format.Leaf) (uint32, error) { // it has nothing yet
 		if s.mu.TryLock() {
 			s.mu.Unlock()
 			without++
 		} else {
 			with++
 		}
-		return load(k, l)
-	}
+		return s.loadLeaf(k, l)
+	})
+	must(t, err)
 	for s.changed() {
 		must(t, s.Checkpoint())
 	}

@@ -62,7 +62,7 @@ func (t *batch) hold(b *branch, index uint32, first, n int, e format.Entry) erro
 
 // leafHash spreads the leaves over parts and groups.
 func leafHash(b *branch, index uint32) uint32 {
-	return uint32(hash(b.ID, index) >> 40)
+	return uint32((uint64(b.ID)<<32 | uint64(index)) * 0x9e3779b97f4a7c15 >> 40)
 }
 
 // apply applies all held changes, and empties the batch.
@@ -150,48 +150,47 @@ func (a *applier) group(part []heldChange) []heldChange {
 }
 
 func (a *applier) applyLeaf(b *branch, index uint32, changes []heldChange) error {
-	lf, sh, err := a.own(b, index)
+	l, content, err := a.own(b, index)
 	if err != nil {
 		return err
 	}
-	defer sh.mu.Unlock()
+	defer l.unlock()
 	for _, h := range changes {
 		e := h.e
 		for i := int(h.first); i <= int(h.last); i++ {
 			if h.e != 0 {
 				e = h.e.WithIndex(i - int(h.first))
 			}
-			a.account(put(&lf.Leaf, i, e), -1)
+			a.account(put(content, i, e), -1)
 			a.account(e, +1)
 		}
 	}
 	return nil
 }
 
-// own returns a leaf that is writable, and its shard, which is locked. A log changes no more leaves than
+// own returns a leaf that is writable, locked, and its content. A log changes no more leaves than
 // fitted into the cache of the owner that wrote it. If that cache was larger than this one, this one grows,
 // until the checkpoint with which Open then ends. A checkpoint in the middle of the log is impossible: at its
 // replay position, a batch would be half applied.
-func (a *applier) own(b *branch, index uint32) (*openLeaf, *shard, error) {
+func (a *applier) own(b *branch, index uint32) (l lockedLeaf, content *format.Leaf, err error) {
 	s := a.t.s
 	k := b.leaf(index, head)
 	for {
-		_, sh, err := s.headLeaf(k)
+		l, err = s.cache.lockLoaded(k)
 		if err == nil {
-			var o *openLeaf
 			a.t.mu.Lock()
-			o, err = s.makeWritable(k, sh, b.Epoch)
+			content, err = l.makeWritable(b.Epoch)
 			a.t.mu.Unlock()
 			if err == nil {
-				return o, sh, nil
+				return l, content, nil
 			}
-			sh.mu.Unlock()
+			l.unlock()
 		}
 		if !errors.Is(err, errFull) {
-			return nil, nil, err
+			return l, nil, err
 		}
-		if err := s.cache.shard(b.ID, index).grow(); err != nil {
-			return nil, nil, err
+		if err := s.cache.grow(k); err != nil {
+			return l, nil, err
 		}
 	}
 }

@@ -47,7 +47,7 @@ type Store struct {
 	reserve    wal.ReserveFile
 	mark       wal.Mark
 	cache      *leafCache
-	dirtyLimit int // most dirty leaves and images in one generation
+	dirtyLimit int // most dirty leaves and pre-images in one generation
 	forwards   forwards
 	slots      slotTable
 	units      unitCache
@@ -60,9 +60,7 @@ type Store struct {
 	catalog        catalog
 	gen            uint64     // generation of leaves that become dirty now
 	frozen         *sync.Cond // signalled when gen has risen or a checkpoint has failed
-	dirty          []leafKey  // leaves of generation gen
-	unwritten      int        // dirty leaves and images of generation gen
-	writing        int        // dirty leaves and images of the generation that a checkpoint is writing
+	writing        int        // dirty leaves and pre-images of the generation that a checkpoint is writing
 	writingRegions int        // regions of forwards in that generation
 	failures       uint64     // number of checkpoints that failed
 	failure        error      // error of the last checkpoint that failed
@@ -174,7 +172,7 @@ func openIn(in *storage.Folder, o Options) (*Store, error) {
 	s.scratch.New = newScratch
 	s.unpacked.New = func() any { return new(format.Leaf) }
 	s.frozen = sync.NewCond(&s.mu)
-	s.dirtyLimit = min(dirtyLimit(o.CacheBytes), 4*o.checkpointLeaves)
+	s.dirtyLimit = min(mostDirty(o.CacheBytes), 4*o.checkpointLeaves)
 	s.forwards.load = s.loadForwards
 	if s.cache, err = newLeafCache(o.CacheBytes, s.loadLeaf); err != nil {
 		return nil, errors.Join(fmt.Errorf("open store %s: %w", dir, err), lock.Close())

@@ -318,28 +318,9 @@ func (l *lab) open(img crashImage, every int, rng *rand.Rand) (*world, error) {
 				return nil, errors.Join(err, w.kill())
 			}
 		}
-		w.s.cache.squeeze(3 + rng.IntN(4))
+		w.s.cache.restrict(3 + rng.IntN(4))
 	}
 	return w, nil
-}
-
-// squeeze leaves each shard memory for so many open leaves, and keeps one free for leaves that move: leaves are
-// evicted and loaded again all the time, and writers wait for checkpoints. Shards with dirty leaves stay as they are.
-func (c *leafCache) squeeze(leaves int) { c.divide(openWords+40, leaves) }
-
-// relax undoes squeeze.
-func (c *leafCache) relax() { c.divide(segmentWords, minShard/8/segmentWords/2) }
-
-func (c *leafCache) divide(words, segments int) {
-	for i := range c.shards {
-		s := &c.shards[i]
-		s.mu.Lock()
-		if !slices.ContainsFunc(s.segs, func(g segment) bool { return g.dirty > 0 }) {
-			clear(s.buckets)
-			s.reset(uint32(words), segments)
-		}
-		s.mu.Unlock()
-	}
 }
 
 // onCommit cuts the power right before and right after a commit of the table.

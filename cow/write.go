@@ -290,7 +290,7 @@ func (s *Store) mayDirty(waited bool, p wal.Purpose) bool {
 	if !waited {
 		limit -= limit / 8
 	}
-	return s.unwritten < limit && s.unwritten+s.writing < 2*s.dirtyLimit && s.tableShort(1, p) <= 0
+	return s.cache.Unwritten() < limit && s.cache.Unwritten()+s.writing < 2*s.dirtyLimit && s.tableShort(1, p) <= 0
 }
 
 // makeRoom makes room for one more dirty leaf. If the table is short of room, it grows the table. Otherwise
@@ -300,7 +300,7 @@ func (s *Store) makeRoom(p wal.Purpose) error {
 	defer s.mu.Unlock()
 	if short := s.tableShort(1, p); short > 0 {
 		// more is true if a checkpoint can free some room.
-		more := s.unwritten+s.writing+len(s.dirtyRegions)+s.writingRegions > 0 || s.awaitsReaper()
+		more := s.cache.Unwritten()+s.writing+len(s.dirtyRegions)+s.writingRegions > 0 || s.awaitsReaper()
 		s.mu.Unlock()
 		err := s.growTable(short, p)
 		s.mu.Lock()
@@ -347,7 +347,7 @@ func (s *Store) checkpointDue() {
 		return
 	}
 	since := int64(s.wal.Appended() - s.ckptAt.Load())
-	if since >= s.opts.checkpointBytes || s.unwritten >= s.opts.checkpointLeaves {
+	if since >= s.opts.checkpointBytes || s.cache.Unwritten() >= s.opts.checkpointLeaves {
 		wal.Poke(s.ckptWork)
 	}
 }

@@ -1,0 +1,95 @@
+package cow
+
+import (
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/metadata"
+)
+
+// cacheGeneration is what one checkpoint has to write of the cache: the leaves and pre-images that became
+// dirty before it began, and those that an aborted checkpoint left. Only one generation is written at a time.
+// It ends with finish or abort.
+type cacheGeneration struct {
+	c      *leafCache
+	gen    uint64
+	leaves []leafKey
+	len    int
+}
+
+// begin ends the present generation, and returns it to be written. What becomes dirty from here on belongs to
+// the next one. The caller holds the owner's lock.
+func (c *leafCache) begin() cacheGeneration {
+	g := cacheGeneration{c: c, gen: c.gen, leaves: c.dirty, len: c.unwritten}
+	c.gen++
+	c.dirty, c.unwritten = nil, 0
+	return g
+}
+
+// Unwritten returns how many leaves and pre-images the present generation has. The caller holds the owner's
+// lock.
+func (c *leafCache) Unwritten() int { return c.unwritten }
+
+// Len returns how many leaves and pre-images the generation has.
+func (g *cacheGeneration) Len() int { return g.len }
+
+// each calls fn for the versions to write, each with its shard locked. If a writer has changed a leaf since
+// the generation began, it left a pre-image of it, which is written instead. After an aborted checkpoint there
+// may be several states of one version. The one with the highest gen is the latest.
+func (g *cacheGeneration) each(fn func(v metadata.Version, gen uint64, l *format.Leaf)) {
+	write := func(o *openLeaf) {
+		fn(metadata.Version{Branch: o.branch, Leaf: o.index, Epoch: o.epoch}, o.gen, &o.Leaf)
+	}
+	for _, k := range g.leaves {
+		s := g.c.shard(k.Branch.ID, k.Index)
+		s.mu.RLock()
+		if lf, _ := s.find(k); lf != nil && lf.dirtyGen() == g.gen {
+			write(lf.open())
+		}
+		s.mu.RUnlock()
+	}
+	// By now every leaf has been written or has a pre-image.
+	for i := range g.c.shards {
+		s := &g.c.shards[i]
+		s.mu.Lock()
+		s.eachPreimage(func(_ *cachedBranch, _ handle, o *openLeaf) {
+			if o.gen <= g.gen {
+				write(o)
+			}
+		})
+		s.mu.Unlock()
+	}
+}
+
+// finish is called when the table has the generation. It removes pre-images before it makes leaves clean, and
+// so evictable: a reader that misses the pre-image finds the leaf. It gives back the memory that a replay took
+// beyond the cache's limit.
+func (g *cacheGeneration) finish() {
+	for i := range g.c.shards {
+		g.c.shards[i].dropWritten(g.gen)
+	}
+	for _, k := range g.leaves {
+		s := g.c.shard(k.Branch.ID, k.Index)
+		s.mu.Lock()
+		if lf, h := s.find(k); lf != nil && lf.dirtyGen() == g.gen {
+			s.setGen(h, 0)
+			s.pack(h)
+		}
+		s.mu.Unlock()
+		k.Branch.unwritten.Add(-1)
+	}
+	g.c.shrink()
+}
+
+// abort makes a generation that could not be written part of the present one. The caller holds the owner's
+// lock.
+func (g *cacheGeneration) abort() {
+	for _, k := range g.leaves {
+		l := g.c.lock(k)
+		if l.lf != nil && l.lf.dirtyGen() == g.gen {
+			l.markDirty()
+			g.c.unwritten-- // it is counted in len too
+		}
+		l.unlock()
+		k.Branch.unwritten.Add(-1)
+	}
+	g.c.unwritten += g.len
+}

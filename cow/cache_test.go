@@ -1,0 +1,170 @@
+package cow
+
+import (
+	"errors"
+	"maps"
+	"math/rand/v2"
+	"testing"
+
+	"pgregory.net/rapid"
+
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/metadata"
+)
+
+// audit checks that a shard's accounting matches its content.
+func (s *shard) audit(t *rapid.T) {
+	for i := range s.segs {
+		live, dirty := uint32(0), uint32(0)
+		s.each(uint32(i), func(h handle, lf *leaf) {
+			live += lf.words()
+			if lf.dirtyGen() != 0 {
+				dirty++
+			}
+			if *s.link(h) != h {
+				t.Fatalf("leaf %d is not in its bucket", lf.index)
+			}
+		})
+		if c := s.segs[i]; live != c.live || dirty != c.dirty {
+			t.Fatalf("segment %d has %d words and %d dirty, %+v are kept", i, live, dirty, c)
+		}
+	}
+	if len(s.free) == 0 {
+		t.Fatal("no segment is free")
+	}
+}
+
+// versionPlace is a version's place in the model.
+type versionPlace struct{ index, epoch uint32 }
+
+// cacheModel is a cache under test, and what it must hold.
+type cacheModel struct {
+	t        *rapid.T
+	c        *leafCache
+	b        cachedBranch
+	rng      *rand.Rand
+	epoch    uint32
+	now      map[uint32]format.Leaf       // the head
+	versions map[versionPlace]format.Leaf // of the head and of earlier epochs
+	table    map[versionPlace]format.Leaf // what checkpoints have written
+	writing  *cacheGeneration             // the generation that a checkpoint is writing, or nil
+	due      map[versionPlace]format.Leaf // versions when it began
+}
+
+// load does what the owner of a cache does: it looks in memory first, and then in the table.
+func (m *cacheModel) load(k leafKey, l *format.Leaf) (uint32, error) {
+	if of, epoch := m.c.newest(k, l); of != nil {
+		return epoch, nil
+	}
+	for epoch := m.epoch; epoch > 0; epoch-- {
+		if v, ok := m.table[versionPlace{k.Index, epoch}]; ok {
+			*l = v
+			return epoch, nil
+		}
+	}
+	*l = format.Leaf{}
+	return 0, nil
+}
+
+// write changes some entries of a leaf, unless the cache is full of dirty leaves.
+func (m *cacheModel) write(k leafKey) {
+	l, err := m.c.lockLoaded(k)
+	if errors.Is(err, errFull) {
+		return
+	}
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	defer l.unlock()
+	was := l.Leaf().Epoch()
+	content, err := l.makeWritable(m.epoch)
+	if err != nil {
+		return
+	}
+	want := m.now[k.Index]
+	if was != m.epoch {
+		want.Changed = [4]uint64{}
+	}
+	var made format.Leaf
+	testLeaf(m.rng, []int{0, 1, 16}[m.rng.IntN(3)], &made)
+	from := m.rng.IntN(16) * 16
+	for i := from; i < min(from+1+m.rng.IntN(256), 256); i++ {
+		content.Entries[i], want.Entries[i] = made.Entries[i], made.Entries[i]
+		content.SetChanged(i)
+		want.SetChanged(i)
+	}
+	m.now[k.Index], m.versions[versionPlace{k.Index, m.epoch}] = want, want
+}
+
+// checkpoint begins a checkpoint, or ends the one that was begun.
+func (m *cacheModel) checkpoint() {
+	if m.writing == nil {
+		g := m.c.begin()
+		m.writing, m.due = &g, maps.Clone(m.versions)
+		return
+	}
+	g := m.writing
+	m.writing = nil
+	if m.rng.IntN(3) == 0 {
+		g.abort()
+		return
+	}
+	gens := map[versionPlace]uint64{}
+	written := 0
+	g.each(func(v metadata.Version, gen uint64, l *format.Leaf) {
+		at := versionPlace{v.Leaf, v.Epoch}
+		if written++; gen >= gens[at] {
+			m.table[at], gens[at] = *l, gen
+		}
+	})
+	if written != g.Len() {
+		m.t.Fatalf("%d versions were written of %d", written, g.Len())
+	}
+	if !maps.Equal(m.table, m.due) {
+		m.t.Fatal("the table is not what memory was when the checkpoint began")
+	}
+	g.finish()
+	if n := m.c.Unwritten(); int64(n) > m.b.unwritten.Load() {
+		m.t.Fatalf("%d leaves are unwritten, and %d of the only branch", n, m.b.unwritten.Load())
+	}
+}
+
+// TestCacheAgainstModel changes, writes and reads leaves in a cache of a few segments, while checkpoints begin,
+// end and fail, and epochs end. The cache must never grow, never lose a dirty leaf, and never hold a wrong one.
+func TestCacheAgainstModel(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		m := &cacheModel{
+			t: t, b: cachedBranch{ID: 3}, epoch: 1, now: map[uint32]format.Leaf{},
+			versions: map[versionPlace]format.Leaf{}, table: map[versionPlace]format.Leaf{},
+		}
+		var err error
+		if m.c, err = newLeafCache(MinCacheBytes, m.load); err != nil {
+			t.Fatal(err)
+		}
+		defer m.c.close()
+		m.c.restrict(rapid.IntRange(3, 12).Draw(t, "leaves"))
+		m.rng = rand.New(rand.NewPCG(rapid.Uint64().Draw(t, "seed"), 0))
+		for range 300 {
+			k := leafKey{&m.b, m.rng.Uint32N(12), head}
+			switch m.rng.IntN(16) {
+			case 0, 1:
+				m.checkpoint()
+			case 2:
+				m.epoch++
+			case 3, 4, 5, 6, 7, 8:
+				m.write(k)
+			default:
+				var got format.Leaf
+				if err := m.c.view(k, func(lf *leaf) { lf.copyTo(&got) }); err != nil {
+					t.Fatal(err)
+				}
+				if got != m.now[k.Index] {
+					t.Fatalf("leaf %d is not what it was", k.Index)
+				}
+			}
+			for i := range m.c.shards {
+				m.c.shards[i].audit(t)
+			}
+		}
+	})
+}
