@@ -132,19 +132,19 @@ func (d disk) mapped() (n int64) {
 	return n
 }
 
-// sameLive compares what all keepers together see with the live bytes: the rest is deleted and not reaped.
+// sameLive compares what all references together keep with the live bytes: the rest is deleted and not reaped.
 func (w *world) sameLive() error {
 	tx, err := w.s.readTable()
 	if err != nil {
 		return err
 	}
 	defer tx.Close()
-	c, err := newCensus(tx, func() error { return nil })
+	c, err := newUsageScan(tx, func() error { return nil })
 	if err != nil {
 		return err
 	}
 	var kept int64
-	for _, l := range c.lines {
+	for _, l := range c.branches {
 		if err := c.scan(l); err != nil {
 			return err
 		}

@@ -26,7 +26,7 @@ type Usage struct {
 func (s *Store) Usage(ctx context.Context, refs ...Ref) ([]Usage, error) {
 	return s.usage(ctx, func(c *usageScan) []Ref {
 		if len(refs) == 0 {
-			return c.refs
+			return c.names
 		}
 		return refs
 	})
@@ -44,7 +44,7 @@ func (s *Store) usage(ctx context.Context, which func(*usageScan) []Ref) (us []U
 	}
 	defer func() { err = errors.Join(err, tx.Close()) }()
 	err = metadata.Guard(func() error {
-		c, err := newCensus(tx, func() error { return s.interrupted(ctx) })
+		c, err := newUsageScan(tx, func() error { return s.interrupted(ctx) })
 		if err == nil {
 			us, err = c.usage(which(c))
 		}
@@ -59,9 +59,9 @@ func (s *Store) VolumeUsage(ctx context.Context, names ...string) ([]Usage, erro
 	return s.usage(ctx, func(c *usageScan) []Ref {
 		var refs []Ref
 		for _, name := range names {
-			i, _ := slices.BinarySearchFunc(c.refs, Ref{Volume: name}, Ref.compare)
-			for ; i < len(c.refs) && c.refs[i].Volume == name; i++ {
-				refs = append(refs, c.refs[i])
+			i, _ := slices.BinarySearchFunc(c.names, Ref{Volume: name}, Ref.compare)
+			for ; i < len(c.names) && c.names[i].Volume == name; i++ {
+				refs = append(refs, c.names[i])
 			}
 		}
 		return refs

@@ -56,39 +56,39 @@ func (s *Store) Room() (int64, error) {
 }
 
 // usage returns the figures for refs, without those that do not exist.
-func (c *usageScan) usage(refs []Ref) (us []Usage, err error) {
+func (s *usageScan) usage(refs []Ref) (us []Usage, err error) {
 	if len(refs) == 1 && refs[0].Snapshot != "" {
-		if m, ok := c.marks[refs[0]]; ok {
-			u, done, err := c.snapshot(m)
+		if point, ok := s.points[refs[0]]; ok {
+			u, done, err := s.snapshot(point)
 			if u.Ref = refs[0]; done || err != nil {
 				return []Usage{u}, err
 			}
 		}
 	}
 	for _, r := range refs {
-		own, ok := c.marks[r]
+		own, ok := s.points[r]
 		if !ok {
 			continue
 		}
 		u := Usage{Ref: r}
-		held, err := c.held(own)
+		held, err := s.held(own)
 		if err != nil {
 			return nil, err
 		}
 		u.Mapped, u.Referenced = held.mapped, held.stored
-		if u.Exclusive, err = c.freed(own); err != nil {
+		if u.Exclusive, err = s.freed(own); err != nil {
 			return nil, err
 		}
-		only, err := c.only(own)
+		only, err := s.only(own)
 		if err != nil {
 			return nil, err
 		}
 		u.Shared, u.Used = u.Referenced-only, u.Exclusive
-		if snaps := c.snapshots[r]; len(snaps) > 0 {
-			if u.UsedBySnapshots, err = c.freed(snaps...); err != nil {
+		if snaps := s.snapshots[r]; len(snaps) > 0 {
+			if u.UsedBySnapshots, err = s.freed(snaps...); err != nil {
 				return nil, err
 			}
-			if u.Used, err = c.freed(append(snaps[:len(snaps):len(snaps)], own)...); err != nil {
+			if u.Used, err = s.freed(append(snaps[:len(snaps):len(snaps)], own)...); err != nil {
 				return nil, err
 			}
 		}
@@ -98,48 +98,48 @@ func (c *usageScan) usage(refs []Ref) (us []Usage, err error) {
 }
 
 // snapshot finds the figures of one snapshot without a scan of all versions. It looks at the leaves of the
-// snapshot, and at the versions between the keepers before and after it. done is false if other points would
+// snapshot, and at the versions between the references before and after it. done is false if other points would
 // go with it.
-func (c *usageScan) snapshot(m pointRef) (u Usage, done bool, err error) {
-	lost := c.lost([]pointRef{m})
+func (s *usageScan) snapshot(point pointRef) (u Usage, done bool, err error) {
+	lost := s.lost([]pointRef{point})
 	if len(lost) > 1 {
 		return u, false, nil
 	}
-	held, err := c.referenced(m)
+	held, err := s.referenced(point)
 	if err == nil && len(lost) == 1 {
-		u.Exclusive, err = c.between(m)
+		u.Exclusive, err = s.between(point)
 	}
 	u.Mapped, u.Referenced = held.mapped, held.stored
 	u.Shared, u.Used = u.Referenced-u.Exclusive, u.Exclusive
 	return u, true, err
 }
 
-// referenced adds up the leaves that a keeper sees.
-func (c *usageScan) referenced(m pointRef) (sum amount, err error) {
+// referenced adds up the leaves that a reference sees.
+func (s *usageScan) referenced(point pointRef) (sum size, err error) {
 	for index := uint32(0); ; index++ {
-		next, more, err := c.nextLeaf(m.l, index)
+		next, more, err := s.nextLeaf(point.b, index)
 		if err != nil || !more {
 			return sum, err
 		}
 		index = next
-		if _, err := c.merged(m.l, m.epoch, index, &c.leaf); err != nil {
+		if _, err := s.merged(point.b, point.epoch, index, &s.leaf); err != nil {
 			return sum, err
 		}
-		a, err := c.amountOf(&c.leaf)
+		n, err := s.sizeOf(&s.leaf)
 		if err != nil {
 			return sum, err
 		}
-		sum.add(a, +1)
+		sum.add(n, +1)
 	}
 }
 
 // nextLeaf returns the first leaf at or after index that the branch or one of its origins has.
-func (c *usageScan) nextLeaf(l *branchRefs, index uint32) (next uint32, more bool, err error) {
-	if err := c.interrupted(); err != nil {
+func (s *usageScan) nextLeaf(b *branchRefs, index uint32) (next uint32, more bool, err error) {
+	if err := s.interrupted(); err != nil {
 		return 0, false, err
 	}
-	for ; l != nil; l = l.origin {
-		n, ok, err := c.tx.NextLeaf(l.ID, index)
+	for ; b != nil; b = b.origin {
+		n, ok, err := s.tx.NextLeaf(b.ID, index)
 		if err != nil {
 			return 0, false, err
 		}
@@ -150,19 +150,19 @@ func (c *usageScan) nextLeaf(l *branchRefs, index uint32) (next uint32, more boo
 	return next, more, nil
 }
 
-// between adds up the blocks that only one keeper sees: those put after the keeper before it, and overwritten
+// between adds up the blocks that only one reference sees: those put after the reference before it, and overwritten
 // before the next.
-func (c *usageScan) between(m pointRef) (n int64, err error) {
-	i := m.l.search(m.epoch)
-	after, until := uint32(0), m.l.Epoch
+func (s *usageScan) between(point pointRef) (n int64, err error) {
+	i := point.b.search(point.epoch)
+	after, until := uint32(0), point.b.Epoch
 	if i > 0 {
-		after = m.l.keepers[i-1].epoch
+		after = point.b.refs[i-1].epoch
 	}
-	if i+1 < len(m.l.keepers) {
-		until = m.l.keepers[i+1].epoch
+	if i+1 < len(point.b.refs) {
+		until = point.b.refs[i+1].epoch
 	}
 	leaves := map[uint32]bool{}
-	err = c.tx.Changes(metadata.Version{Branch: m.l.ID, Epoch: after + 1}, m.epoch, func(v metadata.Version) bool {
+	err = s.tx.Changes(metadata.Version{Branch: point.b.ID, Epoch: after + 1}, point.epoch, func(v metadata.Version) bool {
 		leaves[v.Leaf] = true
 		return true
 	})
@@ -171,19 +171,19 @@ func (c *usageScan) between(m pointRef) (n int64, err error) {
 	}
 	only := refRange{int32(i), int32(i) + 1}
 	for index := range leaves {
-		if err := c.interrupted(); err != nil {
+		if err := s.interrupted(); err != nil {
 			return 0, err
 		}
-		p := pass{c: c, l: m.l}
+		p := pass{s: s, b: point.b}
 		p.enter(index)
 		for epoch := until; epoch > after; epoch-- {
-			if epoch, err = c.tx.Leaf(metadata.Version{Branch: m.l.ID, Leaf: index, Epoch: epoch}, &c.leaf); err != nil {
+			if epoch, err = s.tx.Leaf(metadata.Version{Branch: point.b.ID, Leaf: index, Epoch: epoch}, &s.leaf); err != nil {
 				return 0, err
 			}
 			if epoch <= after {
 				break
 			}
-			err := p.owners(int32(m.l.search(epoch)), &c.leaf, func(_ int, by refRange, share int64) {
+			err := p.owners(int32(point.b.search(epoch)), &s.leaf, func(_ int, by refRange, share int64) {
 				if by == only {
 					n += share
 				}
@@ -196,68 +196,68 @@ func (c *usageScan) between(m pointRef) (n int64, err error) {
 	return n, nil
 }
 
-// amount is the size of some blocks: bytes mapped, and bytes as stored.
-type amount struct{ mapped, stored int64 }
+// size is the size of some blocks: bytes mapped, and bytes as stored.
+type size struct{ mapped, stored int64 }
 
-func (a *amount) add(b amount, sign int64) {
-	a.mapped += sign * b.mapped
-	a.stored += sign * b.stored
+func (n *size) add(o size, sign int64) {
+	n.mapped += sign * o.mapped
+	n.stored += sign * o.stored
 }
 
-// amountOf adds up the blocks that a leaf maps.
-func (c *usageScan) amountOf(l *format.Leaf) (a amount, err error) {
-	for _, e := range l.Entries {
+// sizeOf adds up the blocks that a leaf maps.
+func (s *usageScan) sizeOf(lf *format.Leaf) (sum size, err error) {
+	for _, e := range lf.Entries {
 		if !e.IsHole() {
-			share, err := c.share(e)
+			share, err := s.share(e)
 			if err != nil {
-				return a, err
+				return sum, err
 			}
-			a.add(amount{format.BlockSize, share}, +1)
+			sum.add(size{format.BlockSize, share}, +1)
 		}
 	}
-	return a, nil
+	return sum, nil
 }
 
 // share returns what a block takes in the log, at the place where it is now.
-func (c *usageScan) share(e format.Entry) (int64, error) {
-	if slot := e.Slot(); int(slot) >= len(c.moved) || !c.moved[slot] {
+func (s *usageScan) share(e format.Entry) (int64, error) {
+	if slot := e.Slot(); int(slot) >= len(s.moved) || !s.moved[slot] {
 		return int64(e.Share()), nil
 	}
-	at, _, err := c.forwards.find(c.tx, e)
+	at, _, err := s.forwards.find(s.tx, e)
 	return int64(at.Share()), err
 }
 
 // scan goes over all versions of a branch, once, after those of its origins.
-func (c *usageScan) scan(l *branchRefs) error {
-	if l.scanned {
+func (s *usageScan) scan(b *branchRefs) error {
+	if b.scanned {
 		return nil
 	}
-	l.sums, l.owned = make([]amount, len(l.keepers)+1), map[refRange]int64{}
-	var begin amount
-	if l.origin != nil {
+	b.sums, b.owned = make([]size, len(b.refs)+1), map[refRange]int64{}
+	var begin size
+	if b.origin != nil {
 		var err error
-		if begin, err = c.held(l.fork()); err != nil {
+		if begin, err = s.held(b.fork()); err != nil {
 			return err
 		}
 	}
-	p := pass{c: c, l: l}
-	if err := c.history(l, p.version); err != nil {
+	p := pass{s: s, b: b}
+	if err := s.history(b, p.version); err != nil {
 		return err
 	}
-	for i := range l.sums { // so far, each is the difference from the keeper before
-		l.sums[i].add(begin, +1)
-		begin = l.sums[i]
+	for i := range b.sums { // so far, each is the difference from the reference before
+		b.sums[i].add(begin, +1)
+		begin = b.sums[i]
 	}
-	l.scanned = true
+	b.scanned = true
 	return nil
 }
 
 // history is like Tx.History, but can be interrupted.
-func (c *usageScan) history(l *branchRefs, fn func(v metadata.Version, lf *format.Leaf) error) error {
+func (s *usageScan) history(b *branchRefs, fn func(v metadata.Version, lf *format.Leaf) error) error {
 	n := 0
-	return c.tx.History(l.ID, func(v metadata.Version, lf *format.Leaf) error {
+	return s.tx.History(b.ID, func(v metadata.Version, lf *format.Leaf) error {
 		if n++; n%64 == 0 {
-			if err := c.interrupted(); err != nil {
+			if err := s.interrupted(); err != nil {
 				return err
 			}
 		}
@@ -267,42 +267,42 @@ func (c *usageScan) history(l *branchRefs, fn func(v metadata.Version, lf *forma
 
 // pass is a scan of a branch at one of its leaves. It sees the newest version of the leaf first.
 type pass struct {
-	c     *usageScan
-	l     *branchRefs
+	s     *usageScan
+	b     *branchRefs
 	begun bool
 	leaf  uint32
-	seen  int32                    // keepers from here on have a newer version
+	seen  int32                    // references from here on have a newer version
 	from  [format.LeafBlocks]int32 // the same for each block: they see a newer one
-	base  amount                   // what the leaf was when the branch began
+	base  size                     // what the leaf was when the branch began
 }
 
 func (p *pass) version(v metadata.Version, lf *format.Leaf) (err error) {
 	if p.enter(v.Leaf) {
-		if p.base, err = p.c.began(p.l, v.Leaf); err != nil {
+		if p.base, err = p.s.began(p.b, v.Leaf); err != nil {
 			return err
 		}
 	}
-	first := int32(p.l.search(v.Epoch))
+	first := int32(p.b.search(v.Epoch))
 	if first < p.seen {
-		sum, err := p.c.amountOf(lf)
+		sum, err := p.s.sizeOf(lf)
 		if err != nil {
 			return err
 		}
 		sum.add(p.base, -1)
-		p.l.sums[first].add(sum, +1)
-		p.l.sums[p.seen].add(sum, -1)
+		p.b.sums[first].add(sum, +1)
+		p.b.sums[p.seen].add(sum, -1)
 		p.seen = first
 	}
 	var last refRange
 	var sum int64
 	err = p.owners(first, lf, func(_ int, by refRange, share int64) {
 		if by != last {
-			p.l.own(last, sum)
+			p.b.own(last, sum)
 			last, sum = by, 0
 		}
 		sum += share
 	})
-	p.l.own(last, sum)
+	p.b.own(last, sum)
 	return err
 }
 
@@ -311,15 +311,15 @@ func (p *pass) enter(leaf uint32) bool {
 	if p.begun && leaf == p.leaf {
 		return false
 	}
-	p.begun, p.leaf, p.seen = true, leaf, int32(len(p.l.keepers))
+	p.begun, p.leaf, p.seen = true, leaf, int32(len(p.b.refs))
 	for i := range p.from {
 		p.from[i] = p.seen
 	}
 	return true
 }
 
-// owners calls fn for each block that the version owns and that keepers see, with the range of these keepers
-// and the block's share. first is the first keeper that sees the version.
+// owners calls fn for each block that the version owns and that references see, with the range of these references
+// and the block's share. first is the first reference that sees the version.
 func (p *pass) owners(first int32, lf *format.Leaf, fn func(i int, by refRange, share int64)) error {
 	for i, e := range lf.Entries {
 		if !lf.IsChanged(i) {
@@ -330,7 +330,7 @@ func (p *pass) owners(first int32, lf *format.Leaf, fn func(i int, by refRange, 
 		if e.IsHole() || by.first >= by.end {
 			continue
 		}
-		share, err := p.c.share(e)
+		share, err := p.s.share(e)
 		if err != nil {
 			return err
 		}
@@ -339,40 +339,40 @@ func (p *pass) owners(first int32, lf *format.Leaf, fn func(i int, by refRange, 
 	return nil
 }
 
-// only returns how many bytes of the blocks that m refers to go with it: those of blocks that nothing else
-// sees, except points that go with m.
-func (c *usageScan) only(m pointRef) (n int64, err error) {
-	for l, lost := range c.lost([]pointRef{m}) {
-		if l == m.l {
-			n += l.freed(lost)
+// only returns how many bytes of the blocks that a point refers to go with it: those of blocks that nothing else
+// sees, except points that go with it.
+func (s *usageScan) only(point pointRef) (n int64, err error) {
+	for b, lost := range s.lost([]pointRef{point}) {
+		if b == point.b {
+			n += b.freed(lost)
 			continue
 		}
-		k, err := c.seenBy(m, l, lost[0]) // the lost keeper of an origin is where the branch begins
+		seen, err := s.seenBy(point, b, lost[0]) // the lost reference of an origin is where the branch begins
 		if err != nil {
 			return 0, err
 		}
-		n += k
+		n += seen
 	}
 	return n, nil
 }
 
-// seenBy returns the bytes of those blocks that only one keeper of an origin sees, and that m sees, too. Only
-// m keeps that keeper alive.
-func (c *usageScan) seenBy(m pointRef, l *branchRefs, only int32) (n int64, err error) {
-	p := pass{c: c, l: l}
+// seenBy returns the bytes of those blocks that only one reference of an origin sees, and that the point sees,
+// too. Only the point keeps that reference alive.
+func (s *usageScan) seenBy(point pointRef, b *branchRefs, only int32) (n int64, err error) {
+	p := pass{s: s, b: b}
 	var now format.Leaf
 	known := false // now holds the present leaf
-	err = c.history(l, func(v metadata.Version, lf *format.Leaf) error {
+	err = s.history(b, func(v metadata.Version, lf *format.Leaf) error {
 		if p.enter(v.Leaf) {
 			known = false
 		}
 		var bad error
-		err := p.owners(int32(l.search(v.Epoch)), lf, func(i int, by refRange, share int64) {
+		err := p.owners(int32(b.search(v.Epoch)), lf, func(i int, by refRange, share int64) {
 			if by != (refRange{only, only + 1}) || bad != nil {
 				return
 			}
 			if !known {
-				_, bad = c.merged(m.l, m.epoch, v.Leaf, &now)
+				_, bad = s.merged(point.b, point.epoch, v.Leaf, &now)
 				known = true
 			}
 			if now.Entries[i] == lf.Entries[i] {
@@ -385,22 +385,22 @@ func (c *usageScan) seenBy(m pointRef, l *branchRefs, only int32) (n int64, err 
 }
 
 // began returns what a leaf was when the branch began.
-func (c *usageScan) began(l *branchRefs, index uint32) (a amount, err error) {
-	if l.origin == nil {
-		return a, nil
+func (s *usageScan) began(b *branchRefs, index uint32) (n size, err error) {
+	if b.origin == nil {
+		return n, nil
 	}
-	found, err := c.merged(l.origin, l.OriginEpoch, index, &c.leaf)
+	found, err := s.merged(b.origin, b.OriginEpoch, index, &s.leaf)
 	if err != nil || !found {
-		return a, err
+		return n, err
 	}
-	return c.amountOf(&c.leaf)
+	return s.sizeOf(&s.leaf)
 }
 
 // merged reads a leaf as the branch, or else its origins, had it at an epoch. If none had it, the leaf is
 // empty, and found is false.
-func (c *usageScan) merged(l *branchRefs, asOf, index uint32, lf *format.Leaf) (found bool, err error) {
-	for ; l != nil; l, asOf = l.origin, l.OriginEpoch {
-		epoch, err := c.tx.Leaf(metadata.Version{Branch: l.ID, Leaf: index, Epoch: asOf}, lf)
+func (s *usageScan) merged(b *branchRefs, asOf, index uint32, lf *format.Leaf) (found bool, err error) {
+	for ; b != nil; b, asOf = b.origin, b.OriginEpoch {
+		epoch, err := s.tx.Leaf(metadata.Version{Branch: b.ID, Leaf: index, Epoch: asOf}, lf)
 		if err != nil || epoch != 0 {
 			return err == nil, err
 		}
