@@ -118,18 +118,6 @@ func (c *checker) guard(fn func() error) error {
 	return err
 }
 
-// beginTask registers a long task, such as a check, so that Close waits for it. After Close it returns
-// ErrClosed.
-func (s *Store) beginTask() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		return ErrClosed
-	}
-	s.tasks.Add(1)
-	return nil
-}
-
 // beginCheck makes a checkpoint, and returns the table as it then is. pages checks the table's pages. That
 // may take long, and other work goes on meanwhile.
 func (s *Store) beginCheck() (tx *metadata.Tx, pages func() error, err error) {

@@ -87,6 +87,25 @@ func purposeOf(ev *format.Event) wal.Purpose {
 	return wal.ForEvents
 }
 
+// Room returns how many bytes of records fit into the store as it is, without cleaning.
+func (s *Store) Room() (int64, error) {
+	if err := s.beginTask(); err != nil {
+		return 0, err
+	}
+	defer s.tasks.Done()
+	free, err := s.fs.Free()
+	if err != nil {
+		return 0, fmt.Errorf("free space of the store: %w", err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	room := min(free, free+s.kept()-wal.Spare)
+	if s.wal.Limit > 0 {
+		room = min(room, s.wal.Limit-s.slots.files)
+	}
+	return room - s.workRoom(), nil
+}
+
 // kept returns how much of the space that has to stay free the store holds already: the reserve, and the free
 // pages of the table. The pages count up to half of spare.
 func (s *Store) kept() int64 {

@@ -139,18 +139,13 @@ func (w *world) sameLive() error {
 		return err
 	}
 	defer tx.Close()
-	c, err := newUsageScan(tx, func() error { return nil })
+	scan, err := newUsageScan(tx, func() error { return nil })
 	if err != nil {
 		return err
 	}
-	var kept int64
-	for _, l := range c.branches {
-		if err := c.scan(l); err != nil {
-			return err
-		}
-		for _, n := range l.owned {
-			kept += n
-		}
+	kept, err := scan.kept()
+	if err != nil {
+		return err
 	}
 	w.s.mu.Lock()
 	waits := w.s.reapable()

@@ -3,7 +3,6 @@ package cow
 import (
 	"cmp"
 	"slices"
-	"strings"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/format"
@@ -20,9 +19,9 @@ type usageScan struct {
 	leaf        format.Leaf
 
 	branches  map[uint32]*branchRefs
-	names     []Ref // each volume before its snapshots
-	points    map[Ref]pointRef
-	snapshots map[Ref][]pointRef // by volume
+	names     []name // each volume before its snapshots
+	points    map[name]pointRef
+	snapshots map[name][]pointRef // by volume
 }
 
 // branchRefs is a branch and its references: the parts of its history that keep blocks alive.
@@ -76,7 +75,7 @@ func newUsageScan(tx *metadata.Tx, interrupted func() error) (*usageScan, error)
 	if err != nil {
 		return nil, err
 	}
-	s := &usageScan{tx: tx, interrupted: interrupted, branches: map[uint32]*branchRefs{}, points: map[Ref]pointRef{}, snapshots: map[Ref][]pointRef{}}
+	s := &usageScan{tx: tx, interrupted: interrupted, branches: map[uint32]*branchRefs{}, points: map[name]pointRef{}, snapshots: map[name][]pointRef{}}
 	s.forwards.index(tb.Forwarded)
 	for _, r := range tb.Forwarded {
 		if int(r.Slot) >= len(s.moved) {
@@ -99,15 +98,15 @@ func newUsageScan(tx *metadata.Tx, interrupted func() error) (*usageScan, error)
 
 // findNames notes the volumes and snapshots, and the points and heads that they name.
 func (s *usageScan) findNames(tb *metadata.Tables) error {
-	volumes := map[uint32]Ref{}
+	volumes := map[uint32]name{}
 	for _, v := range tb.Volumes {
 		b := s.branches[v.Branch]
 		if b == nil {
 			return fault.Corruptf("volume %q is on branch %d, which does not exist", v.Name, v.Branch)
 		}
-		r := Ref{Volume: v.Name}
-		volumes[v.ID], s.points[r] = r, pointRef{b, b.Epoch}
-		s.names = append(s.names, r)
+		n := name{Volume: v.Name}
+		volumes[v.ID], s.points[n] = n, pointRef{b, b.Epoch}
+		s.names = append(s.names, n)
 		b.refs = append(b.refs, reference{epoch: b.Epoch, named: true})
 	}
 	for _, sn := range tb.Snapshots {
@@ -117,19 +116,14 @@ func (s *usageScan) findNames(tb *metadata.Tables) error {
 		}
 		b.refs = append(b.refs, reference{epoch: sn.Epoch, named: sn.Volume != 0})
 		if v, ok := volumes[sn.Volume]; ok {
-			r := Ref{v.Volume, sn.Name}
-			s.names = append(s.names, r)
-			s.points[r] = pointRef{b, sn.Epoch}
-			s.snapshots[v] = append(s.snapshots[v], s.points[r])
+			n := name{v.Volume, sn.Name}
+			s.names = append(s.names, n)
+			s.points[n] = pointRef{b, sn.Epoch}
+			s.snapshots[v] = append(s.snapshots[v], s.points[n])
 		}
 	}
-	slices.SortFunc(s.names, Ref.compare)
+	slices.SortFunc(s.names, name.compare)
 	return nil
-}
-
-// compare orders volumes by name, each before its snapshots.
-func (r Ref) compare(o Ref) int {
-	return cmp.Or(strings.Compare(r.Volume, o.Volume), strings.Compare(r.Snapshot, o.Snapshot))
 }
 
 // findRefs finds the references of all branches. It goes from the last branch to the first, because a branch has a

@@ -1,106 +1,16 @@
 package cow
 
 import (
-	"context"
 	"errors"
-	"fmt"
 
-	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// interrupted returns an error if ctx has ended or the store is closing, so that a long operation stops.
-func (s *Store) interrupted(ctx context.Context) error {
-	select {
-	case <-s.quit:
-		return ErrClosed
-	default:
-		return ctx.Err()
-	}
-}
-
-// readTable returns the table as of now. If no checkpoint can be made any more, it is as of the last one.
-func (s *Store) readTable() (*metadata.Tx, error) {
-	s.ckptMu.Lock()
-	defer s.ckptMu.Unlock()
-	s.mu.Lock()
-	err := s.usable()
-	s.mu.Unlock()
-	if err == nil && s.changed() {
-		err = s.checkpointLocked()
-	}
-	if err != nil && s.readOnly == nil && !errors.Is(err, ErrFailed) && !errors.Is(err, ErrNoSpace) {
-		return nil, err
-	}
-	return s.meta.Begin()
-}
-
-// Room returns how many bytes of records fit into the store as it is, without cleaning.
-func (s *Store) Room() (int64, error) {
-	if err := s.beginTask(); err != nil {
-		return 0, err
-	}
-	defer s.tasks.Done()
-	free, err := s.fs.Free()
-	if err != nil {
-		return 0, fmt.Errorf("free space of the store: %w", err)
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	room := min(free, free+s.kept()-wal.Spare)
-	if s.wal.Limit > 0 {
-		room = min(room, s.wal.Limit-s.slots.files)
-	}
-	return room - s.workRoom(), nil
-}
-
-// usage returns the figures for refs, without those that do not exist.
-func (s *usageScan) usage(refs []Ref) (us []Usage, err error) {
-	if len(refs) == 1 && refs[0].Snapshot != "" {
-		if point, ok := s.points[refs[0]]; ok {
-			u, done, err := s.snapshot(point)
-			if u.Ref = refs[0]; done || err != nil {
-				return []Usage{u}, err
-			}
-		}
-	}
-	for _, r := range refs {
-		own, ok := s.points[r]
-		if !ok {
-			continue
-		}
-		u := Usage{Ref: r}
-		held, err := s.held(own)
-		if err != nil {
-			return nil, err
-		}
-		u.Mapped, u.Referenced = held.mapped, held.stored
-		if u.Exclusive, err = s.freed(own); err != nil {
-			return nil, err
-		}
-		only, err := s.only(own)
-		if err != nil {
-			return nil, err
-		}
-		u.Shared, u.Used = u.Referenced-only, u.Exclusive
-		if snaps := s.snapshots[r]; len(snaps) > 0 {
-			if u.UsedBySnapshots, err = s.freed(snaps...); err != nil {
-				return nil, err
-			}
-			if u.Used, err = s.freed(append(snaps[:len(snaps):len(snaps)], own)...); err != nil {
-				return nil, err
-			}
-		}
-		us = append(us, u)
-	}
-	return us, nil
-}
-
 // snapshot finds the figures of one snapshot without a scan of all versions. It looks at the leaves of the
 // snapshot, and at the versions between the references before and after it. done is false if other points would
 // go with it.
-func (s *usageScan) snapshot(point pointRef) (u Usage, done bool, err error) {
+func (s *usageScan) snapshot(point pointRef) (u figures, done bool, err error) {
 	lost := s.lost([]pointRef{point})
 	if len(lost) > 1 {
 		return u, false, nil

@@ -1,0 +1,105 @@
+package cow
+
+import (
+	"cmp"
+	"slices"
+	"strings"
+)
+
+// name names a volume (Snapshot empty) or one of its snapshots, like a Ref.
+type name struct{ Volume, Snapshot string }
+
+// compare orders volumes by name, each before its snapshots.
+func (n name) compare(o name) int {
+	return cmp.Or(strings.Compare(n.Volume, o.Volume), strings.Compare(n.Snapshot, o.Snapshot))
+}
+
+// figures say how much of the store a volume or snapshot takes. docs/reclaim.md, Space, defines them.
+type figures struct {
+	Mapped          int64 `json:"mapped"`            // bytes of its blocks that hold data
+	Referenced      int64 `json:"referenced"`        // stored size of these blocks, shared or not
+	Exclusive       int64 `json:"exclusive"`         // what removing it, and nothing else, frees
+	Shared          int64 `json:"shared"`            // the part of Referenced that stays then
+	UsedBySnapshots int64 `json:"used_by_snapshots"` // of a volume: what deleting all its snapshots frees
+	Used            int64 `json:"used"`              // what deleting it frees; a volume with its snapshots
+}
+
+// all returns all volumes and snapshots, each volume before its snapshots.
+func (s *usageScan) all() []name { return s.names }
+
+// of returns a volume and its snapshots, or nothing if it does not exist.
+func (s *usageScan) of(volume string) []name {
+	from, _ := slices.BinarySearchFunc(s.names, name{Volume: volume}, name.compare)
+	to := from
+	for to < len(s.names) && s.names[to].Volume == volume {
+		to++
+	}
+	return s.names[from:to]
+}
+
+// figures calls fn with what each of the named volumes and snapshots takes, in the order of names. It leaves out those
+// that do not exist.
+func (s *usageScan) figures(names []name, fn func(name, figures)) error {
+	if len(names) == 1 && names[0].Snapshot != "" {
+		if point, ok := s.points[names[0]]; ok {
+			f, done, err := s.snapshot(point)
+			if err != nil {
+				return err
+			}
+			if done {
+				fn(names[0], f)
+				return nil
+			}
+		}
+	}
+	for _, n := range names {
+		point, ok := s.points[n]
+		if !ok {
+			continue
+		}
+		f, err := s.figuresOf(point, s.snapshots[n])
+		if err != nil {
+			return err
+		}
+		fn(n, f)
+	}
+	return nil
+}
+
+// figuresOf returns what a point takes that a volume or snapshot names. snapshots are those of the volume.
+func (s *usageScan) figuresOf(point pointRef, snapshots []pointRef) (f figures, err error) {
+	held, err := s.held(point)
+	if err != nil {
+		return f, err
+	}
+	f.Mapped, f.Referenced = held.mapped, held.stored
+	if f.Exclusive, err = s.freed(point); err != nil {
+		return f, err
+	}
+	only, err := s.only(point)
+	if err != nil {
+		return f, err
+	}
+	f.Shared, f.Used = f.Referenced-only, f.Exclusive
+	if len(snapshots) == 0 {
+		return f, nil
+	}
+	if f.UsedBySnapshots, err = s.freed(snapshots...); err != nil {
+		return f, err
+	}
+	f.Used, err = s.freed(append(snapshots[:len(snapshots):len(snapshots)], point)...)
+	return f, err
+}
+
+// kept returns the stored bytes of all blocks that anything keeps alive.
+func (s *usageScan) kept() (n int64, err error) {
+	for _, b := range s.branches {
+		if err := s.scan(b); err != nil {
+			return 0, err
+		}
+		for _, bytes := range b.owned {
+			n += bytes
+		}
+	}
+	return n, nil
+}
