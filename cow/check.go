@@ -4,51 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
-	"syscall"
-	"time"
 
-	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
-
-// Kinds of problems. A leak wastes space. Unreadable data could not be looked at, because access was denied,
-// or because the disk or the system failed; it may be sound. Corrupt is everything else.
-const (
-	KindLeak       = "leak"
-	KindCorrupt    = "corrupt"
-	KindUnreadable = "unreadable"
-)
-
-// Problem is one violation that Check found.
-type Problem struct {
-	Kind  string `json:"kind"`
-	Where string `json:"where"`
-	What  string `json:"what"`
-}
-
-// CheckOptions are the options of Check.
-type CheckOptions struct {
-	ReadData bool                    // also read, verify and decompress every record that is referred to
-	Volume   string                  // check only the history and snapshots of this volume; "": all
-	Progress func(done, total int64) // called now and then, counts versions of leaves; may be nil
-}
-
-// CheckReport says what Check looked at and found.
-type CheckReport struct {
-	Branches  int64 `json:"branches"`
-	Versions  int64 `json:"versions"` // versions of leaves
-	Entries   int64 `json:"entries"`  // blocks that the versions own
-	Chunks    int64 `json:"chunks"`
-	LiveBytes int64 `json:"live_bytes"`
-	DataBytes int64 `json:"data_bytes"` // bytes of records that were read and verified
-	Leaks     int   `json:"leaks"`
-	Corrupt   int   `json:"corrupt"`
-	// Unreadable is how many records and files could not be looked at.
-	Unreadable int `json:"unreadable"`
-}
 
 // Check checks the table against itself and against the chunk files, as of a checkpoint that it begins with.
 // The store may be in use. Check verifies invariants 4 to 6 of DESIGN.md with a full recount of the live
@@ -62,60 +22,8 @@ func (s *Store) Check(ctx context.Context, o CheckOptions, problem func(Problem)
 		return CheckReport{}, fmt.Errorf("check: %w", err)
 	}
 	defer s.tasks.Done()
-	c := s.newChecker(ctx, o, problem)
-	err := c.check()
-	return c.report, wrapIf(err, "check")
-}
-
-func (s *Store) newChecker(ctx context.Context, o CheckOptions, problem func(Problem)) *checker {
-	c := &checker{
-		s: s, ctx: ctx, o: o, slice: checkSlice,
-		live: map[uint32]int64{}, chunks: map[uint32]format.Chunk{}, branches: map[uint32]format.Branch{}, points: map[uint32][]uint32{},
-	}
-	c.problem = func(p Problem) {
-		switch p.Kind {
-		case KindLeak:
-			c.report.Leaks++
-		case KindUnreadable:
-			c.report.Unreadable++
-		default:
-			c.report.Corrupt++
-		}
-		problem(p)
-	}
-	return c
-}
-
-func (c *checker) check() error {
-	if err := c.structure(); err != nil || !c.o.ReadData {
-		return err
-	}
-	return c.readData()
-}
-
-// structure checks the table in one state of it.
-func (c *checker) structure() (err error) {
-	tx, pages, err := c.s.beginCheck()
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, tx.Close()) }()
-	if err := pages(); errors.Is(err, ErrCorrupt) {
-		c.corrupt("table", "%v", err)
-	} else if err != nil {
-		return err
-	}
-	return c.guard(func() error { return c.run(tx) })
-}
-
-// guard calls fn. If damage to the table ends fn, guard passes that on as a problem, and returns nil.
-func (c *checker) guard(fn func() error) error {
-	err := metadata.Guard(fn)
-	if errors.Is(err, ErrCorrupt) {
-		c.corrupt("table", "%v", err)
-		return nil
-	}
-	return err
+	report, err := newChecker(checkedStore{s, ctx}, o, problem).run()
+	return report, wrapIf(err, "check")
 }
 
 // beginCheck makes a checkpoint, and returns the table as it then is. pages checks the table's pages. That
@@ -145,283 +53,54 @@ func (s *Store) beginCheck() (tx *metadata.Tx, pages func() error, err error) {
 	return tx, pages, nil
 }
 
-// checker is one run of Check.
-type checker struct {
-	s        *Store
-	ctx      context.Context
-	o        CheckOptions
-	problem  func(Problem)
-	report   CheckReport
-	branches map[uint32]format.Branch
-	points   map[uint32][]uint32 // by branch: epochs of the kept points, ascending
-	chunks   map[uint32]format.Chunk
-	live     map[uint32]int64 // by slot: recounted live bytes
-	forwards checkForwards
-	only     map[uint32]bool // branches to check; nil: all
-	total    int64           // versions
-	slice    time.Duration   // for how long one state of the table is read
-	buf      []byte
-	unit     []byte
-
-	newer     metadata.Version // the version before this one in key order
-	newerLeaf format.Leaf
+// checkedStore is the store as a check sees it.
+type checkedStore struct {
+	s   *Store
+	ctx context.Context
 }
 
-func (c *checker) corrupt(where, text string, args ...any) {
-	c.problem(Problem{KindCorrupt, where, fmt.Sprintf(text, args...)})
-}
+func (c checkedStore) checkpoint() (*metadata.Tx, func() error, error) { return c.s.beginCheck() }
+func (c checkedStore) begin() (*metadata.Tx, error)                    { return c.s.meta.Begin() }
+func (c checkedStore) interrupted() error                              { return c.s.interrupted(c.ctx) }
+func (c checkedStore) chunkName(slot uint32) string                    { return wal.ChunkName(slot) }
 
-// failed reports a problem with a file: its content is wrong, or could not be read.
-func (c *checker) failed(where string, err error) {
-	kind := KindCorrupt
-	if fault.OutOfReach(err) || errors.Is(err, syscall.EIO) {
-		kind = KindUnreadable
-	}
-	c.problem(Problem{kind, where, err.Error()})
-}
-
-func (c *checker) run(tx *metadata.Tx) error {
-	tb, err := tx.Load()
-	if err != nil {
-		return err
-	}
-	c.index(tb)
-	if err := c.choose(tb); err != nil {
-		return err
-	}
-	total, changes, err := tx.Counts()
-	c.total = int64(total)
-	if err != nil {
-		return err
-	}
-	if total != changes {
-		c.corrupt("table", "%d versions of leaves, %d listed changes", total, changes)
-	}
-	err = tx.Versions(func(v metadata.Version, l *format.Leaf, bad error) error {
-		if err := c.interrupted(); err != nil {
-			return err
-		}
-		if c.only != nil && !c.only[v.Branch] {
-			return nil
-		}
-		c.report.Versions++
-		if c.report.Versions%64 == 0 {
-			c.progress(c.report.Versions)
-		}
-		if bad != nil {
-			c.corrupt(where(v), "%v", bad)
-			c.newer = metadata.Version{}
-			return nil
-		}
-		return c.version(tx, v, l)
-	})
-	if err == nil {
-		err = c.origin(tx)
-	}
-	if err != nil {
-		return err
-	}
-	if c.only != nil { // the sums over all versions are not known
-		c.files(tb)
+func (c checkedStore) hold(row format.Chunk) checkedChunk {
+	ch := c.s.slots.get(row.Slot)
+	if ch == nil || ch.Seq != row.Seq || ch.gone || !ch.TryAcquire() {
 		return nil
 	}
-	if err := c.checkForwards(tx); err != nil {
-		return err
-	}
-	c.accounting(tb)
-	return nil
+	return heldChunk{c.s, ch}
 }
 
-// progress reports how many versions have been gone over. With ReadData, that is done twice.
-func (c *checker) progress(done int64) {
-	if c.o.Progress == nil {
-		return
-	}
-	total := c.total
-	if c.o.ReadData {
-		total *= 2
-	}
-	c.o.Progress(min(done, total), total)
+// heldChunk is a chunk to which the check holds a reference.
+type heldChunk struct {
+	s  *Store
+	ch *chunk
 }
 
-// interrupted returns an error if the caller or the store's Close wants the check to end.
-func (c *checker) interrupted() error { return c.s.interrupted(c.ctx) }
+func (c heldChunk) header() (format.ChunkHeader, error) {
+	return c.s.wal.Header(c.ch.Name(), c.ch.Slot)
+}
+func (c heldChunk) release() { c.ch.Release() }
 
-func (c *checker) index(tb *metadata.Tables) {
-	for _, b := range tb.Branches {
-		c.branches[b.ID] = b
+func (c heldChunk) size() (int64, error) {
+	f, err := c.ch.Handle()
+	if err != nil {
+		return 0, err
 	}
-	for _, sn := range tb.Snapshots {
-		c.points[sn.Branch] = append(c.points[sn.Branch], sn.Epoch)
-	}
-	for _, p := range c.points {
-		slices.Sort(p)
-	}
-	for _, ch := range tb.Chunks {
-		c.chunks[ch.Slot] = ch
-	}
-	c.forwards.index(tb.Forwarded)
-	c.report.Branches, c.report.Chunks = int64(len(tb.Branches)), int64(len(tb.Chunks))
+	return f.Size()
 }
 
-// choose finds the branches that the blocks of the volume and its snapshots are on.
-func (c *checker) choose(tb *metadata.Tables) error {
-	if c.o.Volume == "" {
-		return nil
+func (c heldChunk) read(p []byte, off int64) (int, error) {
+	f, err := c.ch.Handle()
+	if err != nil {
+		return 0, err
 	}
-	i := slices.IndexFunc(tb.Volumes, func(v format.Volume) bool { return v.Name == c.o.Volume })
-	if i < 0 {
-		return fmt.Errorf("volume %q: %w", c.o.Volume, ErrNotFound)
-	}
-	v := tb.Volumes[i]
-	c.only = map[uint32]bool{}
-	add := func(b uint32) {
-		for ; b != 0 && !c.only[b]; b = c.branches[b].OriginBranch {
-			c.only[b] = true
-		}
-	}
-	add(v.Branch)
-	for _, sn := range tb.Snapshots {
-		if sn.Volume == v.ID {
-			add(sn.Branch)
-		}
-	}
-	c.report.Branches = int64(len(c.only))
-	return nil
+	return wal.ReadFull(f, p, off)
 }
 
-func where(v metadata.Version) string {
-	return fmt.Sprintf("branch %d leaf %d epoch %d", v.Branch, v.Leaf, v.Epoch)
-}
-
-// version checks one version. Versions come by branch and leaf, the newest first. So the version before is
-// either the next newer one of the same leaf, or the oldest one of another leaf.
-func (c *checker) version(tx *metadata.Tx, v metadata.Version, l *format.Leaf) error {
-	b, ok := c.branches[v.Branch]
-	if !ok || v.Epoch == 0 || v.Epoch > b.Epoch {
-		c.corrupt(where(v), "no such branch or epoch")
-	}
-	if listed, err := tx.Changed(v); err != nil {
-		return err
-	} else if !listed {
-		c.corrupt(where(v), "is not listed as changed")
-	}
-	if v.Branch == c.newer.Branch && v.Leaf == c.newer.Leaf {
-		c.unchanged(l)
-		if c.interval(v) == c.interval(c.newer) {
-			c.corrupt(where(v), "epoch %d has a version for the same point", c.newer.Epoch)
-		}
-	} else if err := c.origin(tx); err != nil {
-		return err
-	}
-	c.newer, c.newerLeaf = v, *l
-	return c.entries(tx, v, l)
-}
-
-// interval returns the index of the first kept point at or after the version's epoch.
-func (c *checker) interval(v metadata.Version) int {
-	i, _ := slices.BinarySearch(c.points[v.Branch], v.Epoch)
-	return i
-}
-
-// unchanged checks that blocks which the newer version did not change are the same in the older one.
-func (c *checker) unchanged(older *format.Leaf) {
-	for i, e := range c.newerLeaf.Entries {
-		if !c.newerLeaf.IsChanged(i) && e != older.Entries[i] {
-			c.corrupt(where(c.newer), "block %d did not change but is %v, and was %v", i, e, older.Entries[i])
-		}
-	}
-}
-
-// origin checks the oldest version of a leaf against what the branch began with.
-func (c *checker) origin(tx *metadata.Tx) error {
-	if c.newer.Branch == 0 {
-		return nil
-	}
-	var l format.Leaf
-	b := c.branches[c.newer.Branch]
-	for b.OriginBranch != 0 {
-		epoch, err := tx.Leaf(metadata.Version{Branch: b.OriginBranch, Leaf: c.newer.Leaf, Epoch: b.OriginEpoch}, &l)
-		if errors.Is(err, ErrCorrupt) {
-			return nil // this is or was reported where it is
-		}
-		if err != nil {
-			return err
-		}
-		if epoch != 0 {
-			break
-		}
-		b = c.branches[b.OriginBranch]
-	}
-	c.unchanged(&l)
-	return nil
-}
-
-// entries counts the blocks that the version owns, and checks that their records lie in chunks.
-func (c *checker) entries(tx *metadata.Tx, v metadata.Version, l *format.Leaf) error {
-	for i, name := range l.Entries {
-		if name.IsHole() || !l.IsChanged(i) {
-			continue
-		}
-		c.report.Entries++
-		e, err := c.forwards.follow(tx, name)
-		if err != nil {
-			c.corrupt(where(v), "block %d: %v", i, err)
-			continue
-		}
-		c.live[e.Slot()] += int64(e.Share())
-		if ch, ok := c.chunks[e.Slot()]; !ok || !contains(ch, e) {
-			c.corrupt(where(v), "block %d is %v, where there is no record", i, e)
-		}
-	}
-	return nil
-}
-
-// contains reports whether an entry's record lies in a chunk.
-func contains(ch format.Chunk, e format.Entry) bool {
-	return e.Offset() >= format.ChunkHeaderSize && e.Offset()+uint32(e.Size()) <= ch.End
-}
-
-// accounting compares the live bytes in the rows with the recount, and the rows with the files.
-func (c *checker) accounting(tb *metadata.Tables) {
-	for _, ch := range tb.Chunks {
-		got := c.live[ch.Slot]
-		c.report.LiveBytes += got
-		switch {
-		case int64(ch.Live) > got:
-			c.problem(Problem{KindLeak, "chunk " + wal.ChunkName(ch.Slot), fmt.Sprintf("%d live bytes are kept, %d are referred to", ch.Live, got)})
-		case int64(ch.Live) < got:
-			c.corrupt("chunk "+wal.ChunkName(ch.Slot), "%d live bytes are kept, %d are referred to", ch.Live, got)
-		}
-		c.file(ch)
-	}
-}
-
-// files checks the files of those chunks that were referred to.
-func (c *checker) files(tb *metadata.Tables) {
-	c.report.Chunks = 0
-	for _, row := range tb.Chunks {
-		if got, ok := c.live[row.Slot]; ok {
-			c.report.Chunks++
-			c.report.LiveBytes += got
-			c.file(row)
-		}
-	}
-}
-
-// file checks the file of a chunk.
-func (c *checker) file(row format.Chunk) {
-	where := "chunk " + wal.ChunkName(row.Slot)
-	c.holding(row, func(ch *chunk) {
-		h, err := c.s.wal.Header(wal.ChunkName(row.Slot), row.Slot)
-		if err == nil && h.Seq != row.Seq {
-			err = fault.Corruptf("its header has the sequence %d, the table says %d", h.Seq, row.Seq)
-		}
-		if err == nil {
-			err = longEnough(ch, row)
-		}
-		if err != nil && !c.hasGone(ch) {
-			c.failed(where, err)
-		}
-	})
+func (c heldChunk) hasDied() bool {
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	return c.ch.dead
 }

@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
-	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -33,7 +32,7 @@ func (c *checker) readData() error {
 	for more := true; more; {
 		more = false // damage to the table ends the loop
 		err := c.guard(func() (err error) {
-			tx, err := c.s.meta.Begin()
+			tx, err := c.engine.begin()
 			if err != nil {
 				return err
 			}
@@ -62,7 +61,7 @@ func (c *checker) readSlice(tx *metadata.Tx, from metadata.Version, done *int64)
 		if *done++; *done%64 == 0 {
 			c.progress(c.total + *done)
 		}
-		if err := c.interrupted(); err != nil {
+		if err := c.engine.interrupted(); err != nil {
 			return err
 		}
 		if bad != nil || c.only != nil && !c.only[v.Branch] {
@@ -99,64 +98,42 @@ func (c *checker) readVersion(tx *metadata.Tx, v metadata.Version, l *format.Lea
 		}
 		last = e
 		block := uint64(v.Leaf)*format.LeafBlocks + uint64(i) - uint64(e.Index())
-		c.holding(row, func(ch *chunk) {
-			if err := c.read(ch, e, block); err != nil && !c.hasGone(ch) {
-				c.failed(where(v), fmt.Errorf("block %d: chunk %s offset %d: %w", i, wal.ChunkName(e.Slot()), e.Offset(), err))
-			}
-		})
+		if err := c.readRecord(row, e, block); err != nil {
+			c.failed(where(v), fmt.Errorf("block %d: %s offset %d: %w", i, c.chunk(e.Slot()), e.Offset(), err))
+		}
 	}
 	return nil
 }
 
-// read reads a record from its file, and verifies it.
-func (c *checker) read(ch *chunk, e format.Entry, first uint64) error {
+// readRecord reads the record that e names from its chunk, and verifies it. It returns nil if the chunk has gone since
+// that state of the table.
+func (c *checker) readRecord(row format.Chunk, e format.Entry, first uint64) error {
+	ch := c.engine.hold(row)
+	if ch == nil {
+		return nil
+	}
+	defer ch.release()
+	err := c.read(ch, row.Seq, e, first)
+	if err != nil && ch.hasDied() {
+		return nil
+	}
+	return err
+}
+
+func (c *checker) read(ch checkedChunk, seq uint64, e format.Entry, first uint64) error {
 	if c.buf == nil {
 		c.buf, c.unit = make([]byte, format.MaxDataRecord), make([]byte, format.UnitSize)
 	}
-	f, err := ch.Handle()
-	if err != nil {
-		return err
-	}
 	stored := c.buf[:min(e.Size(), len(c.buf))]
-	if n, err := wal.ReadFull(f, stored, int64(e.Offset())); err != nil {
+	if n, err := ch.read(stored, int64(e.Offset())); err != nil {
 		return err
 	} else if n < len(stored) {
 		return fault.Corruptf("the file ends at %d", int64(e.Offset())+int64(n))
 	}
-	payload, codec, err := format.VerifyRecord(stored, ch.Seq, e, first)
+	payload, codec, err := format.VerifyRecord(stored, seq, e, first)
 	if err != nil {
 		return err
 	}
 	c.report.DataBytes += int64(e.Size())
 	return format.Decompress(codec, c.unit[:e.Blocks()*format.BlockSize], payload)
-}
-
-// holding calls fn with the chunk that a row of the table describes, while it holds a reference to the chunk.
-// If the chunk has gone since that state of the table, it does not call fn.
-func (c *checker) holding(row format.Chunk, fn func(*chunk)) {
-	ch := c.s.slots.get(row.Slot)
-	if ch == nil || ch.Seq != row.Seq || ch.gone || !ch.TryAcquire() {
-		return
-	}
-	defer ch.Release()
-	fn(ch)
-}
-
-// hasGone reports whether a chunk has died. If it has, what was seen of its file means nothing.
-func (c *checker) hasGone(ch *chunk) bool {
-	c.s.mu.Lock()
-	defer c.s.mu.Unlock()
-	return ch.dead
-}
-
-func longEnough(ch *chunk, row format.Chunk) error {
-	f, err := ch.Handle()
-	if err != nil {
-		return err
-	}
-	size, err := f.Size()
-	if err == nil && size < int64(row.End) {
-		err = fault.Corruptf("it has %d bytes, its records end at %d", size, row.End)
-	}
-	return err
 }

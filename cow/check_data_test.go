@@ -39,8 +39,10 @@ func TestCheckKeepsNoSpace(t *testing.T) {
 				<-out
 			}
 		}
-		c := s.newChecker(t.Context(), CheckOptions{ReadData: true, Progress: stand}, func(p Problem) { t.Errorf("%+v", p) })
-		go func() { done <- c.check() }()
+		go func() {
+			_, err := s.Check(t.Context(), CheckOptions{ReadData: true, Progress: stand}, func(p Problem) { t.Errorf("%+v", p) })
+			done <- err
+		}()
 		<-in
 		r := rand.New(rand.NewPCG(1, 1))
 		for i := range 3 * blocks {
@@ -74,10 +76,11 @@ func TestCheckInSlices(t *testing.T) {
 	whole := mustCheck(t, s)
 	check := func() (CheckReport, []Problem) {
 		var ps []Problem
-		c := s.newChecker(t.Context(), CheckOptions{ReadData: true}, func(p Problem) { ps = append(ps, p) })
+		c := newChecker(checkedStore{s, t.Context()}, CheckOptions{ReadData: true}, func(p Problem) { ps = append(ps, p) })
 		c.slice = 0
-		must(t, c.check())
-		return c.report, ps
+		report, err := c.run()
+		must(t, err)
+		return report, ps
 	}
 	if rep, ps := check(); rep != whole || len(ps) > 0 {
 		t.Errorf("in slices %+v, and whole %+v; %+v", rep, whole, ps)

@@ -5,7 +5,6 @@ import (
 	"math/bits"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
-	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -69,23 +68,23 @@ func (c *checker) checkForwards(tx *metadata.Tx) error {
 	noted := map[uint32]int64{}
 	err := tx.EachRegion(func(r metadata.Region, list []format.Forward, bad error) error {
 		if bad != nil {
-			c.corrupt(fmt.Sprintf("forwards of chunk %s region %d", wal.ChunkName(r.Slot), r.Number), "%v", bad)
+			c.corrupt(fmt.Sprintf("forwards of %s region %d", c.chunk(r.Slot), r.Number), "%v", bad)
 		}
 		for _, f := range list {
 			noted[r.Slot] += int64(bits.OnesCount16(f.Mask))
 		}
-		return c.interrupted()
+		return c.engine.interrupted()
 	})
 	if err != nil {
 		return err
 	}
 	for slot := range noted {
 		if _, ok := f.rows[slot]; !ok {
-			c.corrupt("chunk "+wal.ChunkName(slot), "blocks of it are noted as moved, but it has no row that says so")
+			c.corrupt(c.chunk(slot), "blocks of it are noted as moved, but it has no row that says so")
 		}
 	}
 	for slot, row := range f.rows {
-		where := "moved blocks of chunk " + wal.ChunkName(slot)
+		where := "moved blocks of " + c.chunk(slot)
 		if ch, ok := c.chunks[slot]; ok && ch.Seq != row.Seq {
 			c.corrupt(where, "the chunk has the sequence %d, the row %d", ch.Seq, row.Seq)
 		}

@@ -1,0 +1,394 @@
+package cow
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"syscall"
+	"time"
+
+	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/metadata"
+)
+
+// Kinds of problems. A leak wastes space. Unreadable data could not be looked at, because access was denied,
+// or because the disk or the system failed; it may be sound. Corrupt is everything else.
+const (
+	KindLeak       = "leak"
+	KindCorrupt    = "corrupt"
+	KindUnreadable = "unreadable"
+)
+
+// Problem is one violation that Check found.
+type Problem struct {
+	Kind  string `json:"kind"`
+	Where string `json:"where"`
+	What  string `json:"what"`
+}
+
+// CheckOptions are the options of Check.
+type CheckOptions struct {
+	ReadData bool                    // also read, verify and decompress every record that is referred to
+	Volume   string                  // check only the history and snapshots of this volume; "": all
+	Progress func(done, total int64) // called now and then, counts versions of leaves; may be nil
+}
+
+// CheckReport says what Check looked at and found.
+type CheckReport struct {
+	Branches  int64 `json:"branches"`
+	Versions  int64 `json:"versions"` // versions of leaves
+	Entries   int64 `json:"entries"`  // blocks that the versions own
+	Chunks    int64 `json:"chunks"`
+	LiveBytes int64 `json:"live_bytes"`
+	DataBytes int64 `json:"data_bytes"` // bytes of records that were read and verified
+	Leaks     int   `json:"leaks"`
+	Corrupt   int   `json:"corrupt"`
+	// Unreadable is how many records and files could not be looked at.
+	Unreadable int `json:"unreadable"`
+}
+
+// newChecker returns a check that passes every violation to problem.
+func newChecker(e checkEngine, o CheckOptions, problem func(Problem)) *checker {
+	c := &checker{
+		engine: e, o: o, slice: checkSlice,
+		live: map[uint32]int64{}, chunks: map[uint32]format.Chunk{}, branches: map[uint32]format.Branch{}, points: map[uint32][]uint32{},
+	}
+	c.problem = func(p Problem) {
+		switch p.Kind {
+		case KindLeak:
+			c.report.Leaks++
+		case KindUnreadable:
+			c.report.Unreadable++
+		default:
+			c.report.Corrupt++
+		}
+		problem(p)
+	}
+	return c
+}
+
+// run runs the check, and returns what it looked at and found. The error is the check's own.
+func (c *checker) run() (CheckReport, error) {
+	err := c.structure()
+	if err == nil && c.o.ReadData {
+		err = c.readData()
+	}
+	return c.report, err
+}
+
+// structure checks the table in one state of it.
+func (c *checker) structure() (err error) {
+	tx, pages, err := c.engine.checkpoint()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, tx.Close()) }()
+	if err := pages(); errors.Is(err, format.ErrCorrupt) {
+		c.corrupt("table", "%v", err)
+	} else if err != nil {
+		return err
+	}
+	return c.guard(func() error { return c.table(tx) })
+}
+
+// guard calls fn. If damage to the table ends fn, guard passes that on as a problem, and returns nil.
+func (c *checker) guard(fn func() error) error {
+	err := metadata.Guard(fn)
+	if errors.Is(err, format.ErrCorrupt) {
+		c.corrupt("table", "%v", err)
+		return nil
+	}
+	return err
+}
+
+// checker is one run of Check.
+type checker struct {
+	engine   checkEngine
+	o        CheckOptions
+	problem  func(Problem)
+	report   CheckReport
+	branches map[uint32]format.Branch
+	points   map[uint32][]uint32 // by branch: epochs of the kept points, ascending
+	chunks   map[uint32]format.Chunk
+	live     map[uint32]int64 // by slot: recounted live bytes
+	forwards checkForwards
+	only     map[uint32]bool // branches to check; nil: all
+	total    int64           // versions
+	slice    time.Duration   // for how long one state of the table is read
+	buf      []byte
+	unit     []byte
+
+	newer     metadata.Version // the version before this one in key order
+	newerLeaf format.Leaf
+}
+
+// chunk names a chunk in a report.
+func (c *checker) chunk(slot uint32) string { return "chunk " + c.engine.chunkName(slot) }
+
+func (c *checker) corrupt(where, text string, args ...any) {
+	c.problem(Problem{KindCorrupt, where, fmt.Sprintf(text, args...)})
+}
+
+// failed reports a problem with a file: its content is wrong, or could not be read.
+func (c *checker) failed(where string, err error) {
+	kind := KindCorrupt
+	if fault.OutOfReach(err) || errors.Is(err, syscall.EIO) {
+		kind = KindUnreadable
+	}
+	c.problem(Problem{kind, where, err.Error()})
+}
+
+// table checks the rows of the table, and the chunk files against them.
+func (c *checker) table(tx *metadata.Tx) error {
+	tb, err := tx.Load()
+	if err != nil {
+		return err
+	}
+	c.index(tb)
+	if err := c.choose(tb); err != nil {
+		return err
+	}
+	total, changes, err := tx.Counts()
+	c.total = int64(total)
+	if err != nil {
+		return err
+	}
+	if total != changes {
+		c.corrupt("table", "%d versions of leaves, %d listed changes", total, changes)
+	}
+	err = tx.Versions(func(v metadata.Version, l *format.Leaf, bad error) error {
+		if err := c.engine.interrupted(); err != nil {
+			return err
+		}
+		if c.only != nil && !c.only[v.Branch] {
+			return nil
+		}
+		c.report.Versions++
+		if c.report.Versions%64 == 0 {
+			c.progress(c.report.Versions)
+		}
+		if bad != nil {
+			c.corrupt(where(v), "%v", bad)
+			c.newer = metadata.Version{}
+			return nil
+		}
+		return c.version(tx, v, l)
+	})
+	if err == nil {
+		err = c.origin(tx)
+	}
+	if err != nil {
+		return err
+	}
+	if c.only != nil { // the sums over all versions are not known
+		c.files(tb)
+		return nil
+	}
+	if err := c.checkForwards(tx); err != nil {
+		return err
+	}
+	c.accounting(tb)
+	return nil
+}
+
+// progress reports how many versions have been gone over. With ReadData, that is done twice.
+func (c *checker) progress(done int64) {
+	if c.o.Progress == nil {
+		return
+	}
+	total := c.total
+	if c.o.ReadData {
+		total *= 2
+	}
+	c.o.Progress(min(done, total), total)
+}
+
+func (c *checker) index(tb *metadata.Tables) {
+	for _, b := range tb.Branches {
+		c.branches[b.ID] = b
+	}
+	for _, sn := range tb.Snapshots {
+		c.points[sn.Branch] = append(c.points[sn.Branch], sn.Epoch)
+	}
+	for _, p := range c.points {
+		slices.Sort(p)
+	}
+	for _, ch := range tb.Chunks {
+		c.chunks[ch.Slot] = ch
+	}
+	c.forwards.index(tb.Forwarded)
+	c.report.Branches, c.report.Chunks = int64(len(tb.Branches)), int64(len(tb.Chunks))
+}
+
+// choose finds the branches that the blocks of the volume and its snapshots are on.
+func (c *checker) choose(tb *metadata.Tables) error {
+	if c.o.Volume == "" {
+		return nil
+	}
+	i := slices.IndexFunc(tb.Volumes, func(v format.Volume) bool { return v.Name == c.o.Volume })
+	if i < 0 {
+		return fmt.Errorf("volume %q: %w", c.o.Volume, fault.ErrNotFound)
+	}
+	v := tb.Volumes[i]
+	c.only = map[uint32]bool{}
+	add := func(b uint32) {
+		for ; b != 0 && !c.only[b]; b = c.branches[b].OriginBranch {
+			c.only[b] = true
+		}
+	}
+	add(v.Branch)
+	for _, sn := range tb.Snapshots {
+		if sn.Volume == v.ID {
+			add(sn.Branch)
+		}
+	}
+	c.report.Branches = int64(len(c.only))
+	return nil
+}
+
+func where(v metadata.Version) string {
+	return fmt.Sprintf("branch %d leaf %d epoch %d", v.Branch, v.Leaf, v.Epoch)
+}
+
+// version checks one version. Versions come by branch and leaf, the newest first. So the version before is
+// either the next newer one of the same leaf, or the oldest one of another leaf.
+func (c *checker) version(tx *metadata.Tx, v metadata.Version, l *format.Leaf) error {
+	b, ok := c.branches[v.Branch]
+	if !ok || v.Epoch == 0 || v.Epoch > b.Epoch {
+		c.corrupt(where(v), "no such branch or epoch")
+	}
+	if listed, err := tx.Changed(v); err != nil {
+		return err
+	} else if !listed {
+		c.corrupt(where(v), "is not listed as changed")
+	}
+	if v.Branch == c.newer.Branch && v.Leaf == c.newer.Leaf {
+		c.unchanged(l)
+		if c.interval(v) == c.interval(c.newer) {
+			c.corrupt(where(v), "epoch %d has a version for the same point", c.newer.Epoch)
+		}
+	} else if err := c.origin(tx); err != nil {
+		return err
+	}
+	c.newer, c.newerLeaf = v, *l
+	return c.entries(tx, v, l)
+}
+
+// interval returns the index of the first kept point at or after the version's epoch.
+func (c *checker) interval(v metadata.Version) int {
+	i, _ := slices.BinarySearch(c.points[v.Branch], v.Epoch)
+	return i
+}
+
+// unchanged checks that blocks which the newer version did not change are the same in the older one.
+func (c *checker) unchanged(older *format.Leaf) {
+	for i, e := range c.newerLeaf.Entries {
+		if !c.newerLeaf.IsChanged(i) && e != older.Entries[i] {
+			c.corrupt(where(c.newer), "block %d did not change but is %v, and was %v", i, e, older.Entries[i])
+		}
+	}
+}
+
+// origin checks the oldest version of a leaf against what the branch began with.
+func (c *checker) origin(tx *metadata.Tx) error {
+	if c.newer.Branch == 0 {
+		return nil
+	}
+	var l format.Leaf
+	b := c.branches[c.newer.Branch]
+	for b.OriginBranch != 0 {
+		epoch, err := tx.Leaf(metadata.Version{Branch: b.OriginBranch, Leaf: c.newer.Leaf, Epoch: b.OriginEpoch}, &l)
+		if errors.Is(err, format.ErrCorrupt) {
+			return nil // this is or was reported where it is
+		}
+		if err != nil {
+			return err
+		}
+		if epoch != 0 {
+			break
+		}
+		b = c.branches[b.OriginBranch]
+	}
+	c.unchanged(&l)
+	return nil
+}
+
+// entries counts the blocks that the version owns, and checks that their records lie in chunks.
+func (c *checker) entries(tx *metadata.Tx, v metadata.Version, l *format.Leaf) error {
+	for i, name := range l.Entries {
+		if name.IsHole() || !l.IsChanged(i) {
+			continue
+		}
+		c.report.Entries++
+		e, err := c.forwards.follow(tx, name)
+		if err != nil {
+			c.corrupt(where(v), "block %d: %v", i, err)
+			continue
+		}
+		c.live[e.Slot()] += int64(e.Share())
+		if ch, ok := c.chunks[e.Slot()]; !ok || !contains(ch, e) {
+			c.corrupt(where(v), "block %d is %v, where there is no record", i, e)
+		}
+	}
+	return nil
+}
+
+// contains reports whether an entry's record lies in a chunk.
+func contains(ch format.Chunk, e format.Entry) bool {
+	return e.Offset() >= format.ChunkHeaderSize && e.Offset()+uint32(e.Size()) <= ch.End
+}
+
+// accounting compares the live bytes in the rows with the recount, and the rows with the files.
+func (c *checker) accounting(tb *metadata.Tables) {
+	for _, ch := range tb.Chunks {
+		got := c.live[ch.Slot]
+		c.report.LiveBytes += got
+		switch {
+		case int64(ch.Live) > got:
+			c.problem(Problem{KindLeak, c.chunk(ch.Slot), fmt.Sprintf("%d live bytes are kept, %d are referred to", ch.Live, got)})
+		case int64(ch.Live) < got:
+			c.corrupt(c.chunk(ch.Slot), "%d live bytes are kept, %d are referred to", ch.Live, got)
+		}
+		c.file(ch)
+	}
+}
+
+// files checks the files of those chunks that were referred to.
+func (c *checker) files(tb *metadata.Tables) {
+	c.report.Chunks = 0
+	for _, row := range tb.Chunks {
+		if got, ok := c.live[row.Slot]; ok {
+			c.report.Chunks++
+			c.report.LiveBytes += got
+			c.file(row)
+		}
+	}
+}
+
+// file checks the file of a chunk.
+func (c *checker) file(row format.Chunk) {
+	ch := c.engine.hold(row)
+	if ch == nil {
+		return
+	}
+	defer ch.release()
+	h, err := ch.header()
+	if err == nil && h.Seq != row.Seq {
+		err = fault.Corruptf("its header has the sequence %d, the table says %d", h.Seq, row.Seq)
+	}
+	if err == nil {
+		err = longEnough(ch, row)
+	}
+	if err != nil && !ch.hasDied() {
+		c.failed(c.chunk(row.Slot), err)
+	}
+}
+
+func longEnough(ch checkedChunk, row format.Chunk) error {
+	size, err := ch.size()
+	if err == nil && size < int64(row.End) {
+		err = fault.Corruptf("it has %d bytes, its records end at %d", size, row.End)
+	}
+	return err
+}
