@@ -5,9 +5,24 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/vdisk/vdisk/cow/internal/audit"
 	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
+)
+
+// What Check takes and reports.
+type (
+	Problem      = audit.Problem      // one violation
+	CheckOptions = audit.CheckOptions // what to check
+	CheckReport  = audit.CheckReport  // what was looked at and found
+)
+
+// Kinds of problems: wasted space, damage, and data that could not be looked at and may be sound.
+const (
+	KindLeak       = audit.KindLeak
+	KindCorrupt    = audit.KindCorrupt
+	KindUnreadable = audit.KindUnreadable
 )
 
 // Check checks the table against itself and against the chunk files, as of a checkpoint that it begins with.
@@ -22,7 +37,7 @@ func (s *Store) Check(ctx context.Context, o CheckOptions, problem func(Problem)
 		return CheckReport{}, fmt.Errorf("check: %w", err)
 	}
 	defer s.tasks.Done()
-	report, err := newChecker(checkedStore{s, ctx}, o, problem).run()
+	report, err := audit.NewChecker(checkedStore{s, ctx}, o, problem).Run()
 	return report, wrapIf(err, "check")
 }
 
@@ -59,12 +74,12 @@ type checkedStore struct {
 	ctx context.Context
 }
 
-func (c checkedStore) checkpoint() (*metadata.Tx, func() error, error) { return c.s.beginCheck() }
-func (c checkedStore) begin() (*metadata.Tx, error)                    { return c.s.meta.Begin() }
-func (c checkedStore) interrupted() error                              { return c.s.interrupted(c.ctx) }
-func (c checkedStore) chunkName(slot uint32) string                    { return wal.ChunkName(slot) }
+func (c checkedStore) Checkpoint() (*metadata.Tx, func() error, error) { return c.s.beginCheck() }
+func (c checkedStore) Begin() (*metadata.Tx, error)                    { return c.s.meta.Begin() }
+func (c checkedStore) Interrupted() error                              { return c.s.interrupted(c.ctx) }
+func (c checkedStore) ChunkName(slot uint32) string                    { return wal.ChunkName(slot) }
 
-func (c checkedStore) hold(row format.Chunk) checkedChunk {
+func (c checkedStore) Hold(row format.Chunk) audit.Chunk {
 	ch := c.s.slots.get(row.Slot)
 	if ch == nil || ch.Seq != row.Seq || ch.gone || !ch.TryAcquire() {
 		return nil
@@ -78,12 +93,13 @@ type heldChunk struct {
 	ch *chunk
 }
 
-func (c heldChunk) header() (format.ChunkHeader, error) {
+func (c heldChunk) Release() { c.ch.Release() }
+
+func (c heldChunk) Header() (format.ChunkHeader, error) {
 	return c.s.wal.Header(c.ch.Name(), c.ch.Slot)
 }
-func (c heldChunk) release() { c.ch.Release() }
 
-func (c heldChunk) size() (int64, error) {
+func (c heldChunk) Size() (int64, error) {
 	f, err := c.ch.Handle()
 	if err != nil {
 		return 0, err
@@ -91,7 +107,7 @@ func (c heldChunk) size() (int64, error) {
 	return f.Size()
 }
 
-func (c heldChunk) read(p []byte, off int64) (int, error) {
+func (c heldChunk) ReadFull(p []byte, off int64) (int, error) {
 	f, err := c.ch.Handle()
 	if err != nil {
 		return 0, err
@@ -99,7 +115,7 @@ func (c heldChunk) read(p []byte, off int64) (int, error) {
 	return wal.ReadFull(f, p, off)
 }
 
-func (c heldChunk) hasDied() bool {
+func (c heldChunk) HasDied() bool {
 	c.s.mu.Lock()
 	defer c.s.mu.Unlock()
 	return c.ch.dead

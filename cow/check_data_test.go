@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/vdisk/vdisk/cow/internal/audit"
 	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 )
@@ -76,9 +77,9 @@ func TestCheckInSlices(t *testing.T) {
 	whole := mustCheck(t, s)
 	check := func() (CheckReport, []Problem) {
 		var ps []Problem
-		c := newChecker(checkedStore{s, t.Context()}, CheckOptions{ReadData: true}, func(p Problem) { ps = append(ps, p) })
-		c.slice = 0
-		report, err := c.run()
+		c := audit.NewChecker(checkedStore{s, t.Context()}, CheckOptions{ReadData: true}, func(p Problem) { ps = append(ps, p) })
+		c.Slice = 0
+		report, err := c.Run()
 		must(t, err)
 		return report, ps
 	}

@@ -33,6 +33,11 @@
 //	ReadPlan.Fetch        read.go         from the log's buffers, the unit cache, or the chunk files
 //	ReadPlan.Finish       read.go         verify, decompress, copy; holes are zeros
 //
+// # Checks and figures
+//
+// Store.Check (check.go) and Store.Usage (usage.go) make a checkpoint, and then read the table as it is in the package
+// internal/audit.
+//
 // # Locks
 //
 // In this order; a goroutine that holds one takes only those below it:

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/vdisk/vdisk/cow/internal/audit"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/workload"
 )
@@ -139,11 +140,11 @@ func (w *world) sameLive() error {
 		return err
 	}
 	defer tx.Close()
-	scan, err := newUsageScan(tx, func() error { return nil })
+	scan, err := audit.NewUsageScan(tx, func() error { return nil })
 	if err != nil {
 		return err
 	}
-	kept, err := scan.kept()
+	kept, err := scan.Kept()
 	if err != nil {
 		return err
 	}

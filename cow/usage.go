@@ -5,25 +5,26 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/vdisk/vdisk/cow/internal/audit"
 	"github.com/vdisk/vdisk/metadata"
 )
 
 // Usage is how much of the store a volume or snapshot takes. docs/reclaim.md, Space, defines the figures.
 type Usage struct {
 	Ref Ref `json:"ref"`
-	figures
+	audit.Figures
 }
 
 // Usage returns what volumes and snapshots take: those of refs that exist, or all if there are no refs, each
 // volume before its snapshots. It begins with a checkpoint, and its figures are exact as of then. The store
 // may be in use.
 func (s *Store) Usage(ctx context.Context, refs ...Ref) ([]Usage, error) {
-	return s.usage(ctx, func(scan *usageScan) (names []name) {
+	return s.usage(ctx, func(scan *audit.UsageScan) (names []audit.Name) {
 		if len(refs) == 0 {
-			return scan.all()
+			return scan.All()
 		}
 		for _, r := range refs {
-			names = append(names, name(r))
+			names = append(names, audit.Name(r))
 		}
 		return names
 	})
@@ -32,16 +33,16 @@ func (s *Store) Usage(ctx context.Context, refs ...Ref) ([]Usage, error) {
 // VolumeUsage returns what the named volumes and all their snapshots take, as Usage does, each volume before
 // its snapshots. Volumes that do not exist are left out.
 func (s *Store) VolumeUsage(ctx context.Context, volumes ...string) ([]Usage, error) {
-	return s.usage(ctx, func(scan *usageScan) (names []name) {
+	return s.usage(ctx, func(scan *audit.UsageScan) (names []audit.Name) {
 		for _, v := range volumes {
-			names = append(names, scan.of(v)...)
+			names = append(names, scan.Of(v)...)
 		}
 		return names
 	})
 }
 
 // usage returns what the volumes and snapshots take that which chooses.
-func (s *Store) usage(ctx context.Context, which func(*usageScan) []name) (us []Usage, err error) {
+func (s *Store) usage(ctx context.Context, which func(*audit.UsageScan) []audit.Name) (us []Usage, err error) {
 	if err := s.beginTask(); err != nil {
 		return nil, fmt.Errorf("usage: %w", err)
 	}
@@ -52,11 +53,11 @@ func (s *Store) usage(ctx context.Context, which func(*usageScan) []name) (us []
 	}
 	defer func() { err = errors.Join(err, tx.Close()) }()
 	err = metadata.Guard(func() error {
-		scan, err := newUsageScan(tx, func() error { return s.interrupted(ctx) })
+		scan, err := audit.NewUsageScan(tx, func() error { return s.interrupted(ctx) })
 		if err != nil {
 			return err
 		}
-		return scan.figures(which(scan), func(n name, f figures) { us = append(us, Usage{Ref(n), f}) })
+		return scan.Figures(which(scan), func(n audit.Name, f audit.Figures) { us = append(us, Usage{Ref(n), f}) })
 	})
 	return us, wrapIf(err, "usage")
 }

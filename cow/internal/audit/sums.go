@@ -1,4 +1,4 @@
-package cow
+package audit
 
 import (
 	"errors"
@@ -10,7 +10,7 @@ import (
 // snapshot finds the figures of one snapshot without a scan of all versions. It looks at the leaves of the
 // snapshot, and at the versions between the references before and after it. done is false if other points would
 // go with it.
-func (s *usageScan) snapshot(point pointRef) (u figures, done bool, err error) {
+func (s *UsageScan) snapshot(point pointRef) (u Figures, done bool, err error) {
 	lost := s.lost([]pointRef{point})
 	if len(lost) > 1 {
 		return u, false, nil
@@ -25,7 +25,7 @@ func (s *usageScan) snapshot(point pointRef) (u figures, done bool, err error) {
 }
 
 // referenced adds up the leaves that a reference sees.
-func (s *usageScan) referenced(point pointRef) (sum size, err error) {
+func (s *UsageScan) referenced(point pointRef) (sum size, err error) {
 	for index := uint32(0); ; index++ {
 		next, more, err := s.nextLeaf(point.b, index)
 		if err != nil || !more {
@@ -44,7 +44,7 @@ func (s *usageScan) referenced(point pointRef) (sum size, err error) {
 }
 
 // nextLeaf returns the first leaf at or after index that the branch or one of its origins has.
-func (s *usageScan) nextLeaf(b *branchRefs, index uint32) (next uint32, more bool, err error) {
+func (s *UsageScan) nextLeaf(b *branchRefs, index uint32) (next uint32, more bool, err error) {
 	if err := s.interrupted(); err != nil {
 		return 0, false, err
 	}
@@ -62,7 +62,7 @@ func (s *usageScan) nextLeaf(b *branchRefs, index uint32) (next uint32, more boo
 
 // between adds up the blocks that only one reference sees: those put after the reference before it, and overwritten
 // before the next.
-func (s *usageScan) between(point pointRef) (n int64, err error) {
+func (s *UsageScan) between(point pointRef) (n int64, err error) {
 	i := point.b.search(point.epoch)
 	after, until := uint32(0), point.b.Epoch
 	if i > 0 {
@@ -115,7 +115,7 @@ func (n *size) add(o size, sign int64) {
 }
 
 // sizeOf adds up the blocks that a leaf maps.
-func (s *usageScan) sizeOf(lf *format.Leaf) (sum size, err error) {
+func (s *UsageScan) sizeOf(lf *format.Leaf) (sum size, err error) {
 	for _, e := range lf.Entries {
 		if !e.IsHole() {
 			share, err := s.share(e)
@@ -129,7 +129,7 @@ func (s *usageScan) sizeOf(lf *format.Leaf) (sum size, err error) {
 }
 
 // share returns what a block takes in the log, at the place where it is now.
-func (s *usageScan) share(e format.Entry) (int64, error) {
+func (s *UsageScan) share(e format.Entry) (int64, error) {
 	if slot := e.Slot(); int(slot) >= len(s.moved) || !s.moved[slot] {
 		return int64(e.Share()), nil
 	}
@@ -138,7 +138,7 @@ func (s *usageScan) share(e format.Entry) (int64, error) {
 }
 
 // scan goes over all versions of a branch, once, after those of its origins.
-func (s *usageScan) scan(b *branchRefs) error {
+func (s *UsageScan) scan(b *branchRefs) error {
 	if b.scanned {
 		return nil
 	}
@@ -163,7 +163,7 @@ func (s *usageScan) scan(b *branchRefs) error {
 }
 
 // history is like Tx.History, but can be interrupted.
-func (s *usageScan) history(b *branchRefs, fn func(v metadata.Version, lf *format.Leaf) error) error {
+func (s *UsageScan) history(b *branchRefs, fn func(v metadata.Version, lf *format.Leaf) error) error {
 	n := 0
 	return s.tx.History(b.ID, func(v metadata.Version, lf *format.Leaf) error {
 		if n++; n%64 == 0 {
@@ -177,7 +177,7 @@ func (s *usageScan) history(b *branchRefs, fn func(v metadata.Version, lf *forma
 
 // pass is a scan of a branch at one of its leaves. It sees the newest version of the leaf first.
 type pass struct {
-	s     *usageScan
+	s     *UsageScan
 	b     *branchRefs
 	begun bool
 	leaf  uint32
@@ -251,7 +251,7 @@ func (p *pass) owners(first int32, lf *format.Leaf, fn func(i int, by refRange, 
 
 // only returns how many bytes of the blocks that a point refers to go with it: those of blocks that nothing else
 // sees, except points that go with it.
-func (s *usageScan) only(point pointRef) (n int64, err error) {
+func (s *UsageScan) only(point pointRef) (n int64, err error) {
 	for b, lost := range s.lost([]pointRef{point}) {
 		if b == point.b {
 			n += b.freed(lost)
@@ -268,7 +268,7 @@ func (s *usageScan) only(point pointRef) (n int64, err error) {
 
 // seenBy returns the bytes of those blocks that only one reference of an origin sees, and that the point sees,
 // too. Only the point keeps that reference alive.
-func (s *usageScan) seenBy(point pointRef, b *branchRefs, only int32) (n int64, err error) {
+func (s *UsageScan) seenBy(point pointRef, b *branchRefs, only int32) (n int64, err error) {
 	p := pass{s: s, b: b}
 	var now format.Leaf
 	known := false // now holds the present leaf
@@ -295,7 +295,7 @@ func (s *usageScan) seenBy(point pointRef, b *branchRefs, only int32) (n int64, 
 }
 
 // began returns what a leaf was when the branch began.
-func (s *usageScan) began(b *branchRefs, index uint32) (n size, err error) {
+func (s *UsageScan) began(b *branchRefs, index uint32) (n size, err error) {
 	if b.origin == nil {
 		return n, nil
 	}
@@ -308,7 +308,7 @@ func (s *usageScan) began(b *branchRefs, index uint32) (n size, err error) {
 
 // merged reads a leaf as the branch, or else its origins, had it at an epoch. If none had it, the leaf is
 // empty, and found is false.
-func (s *usageScan) merged(b *branchRefs, asOf, index uint32, lf *format.Leaf) (found bool, err error) {
+func (s *UsageScan) merged(b *branchRefs, asOf, index uint32, lf *format.Leaf) (found bool, err error) {
 	for ; b != nil; b, asOf = b.origin, b.OriginEpoch {
 		epoch, err := s.tx.Leaf(metadata.Version{Branch: b.ID, Leaf: index, Epoch: asOf}, lf)
 		if err != nil || epoch != 0 {

@@ -1,4 +1,4 @@
-package cow
+package audit
 
 import (
 	"cmp"
@@ -6,16 +6,16 @@ import (
 	"strings"
 )
 
-// name names a volume (Snapshot empty) or one of its snapshots, like a Ref.
-type name struct{ Volume, Snapshot string }
+// Name names a volume (Snapshot empty) or one of its snapshots, like the Ref of package cow.
+type Name struct{ Volume, Snapshot string }
 
 // compare orders volumes by name, each before its snapshots.
-func (n name) compare(o name) int {
+func (n Name) compare(o Name) int {
 	return cmp.Or(strings.Compare(n.Volume, o.Volume), strings.Compare(n.Snapshot, o.Snapshot))
 }
 
-// figures say how much of the store a volume or snapshot takes. docs/reclaim.md, Space, defines them.
-type figures struct {
+// Figures say how much of the store a volume or snapshot takes. docs/reclaim.md, Space, defines them.
+type Figures struct {
 	Mapped          int64 `json:"mapped"`            // bytes of its blocks that hold data
 	Referenced      int64 `json:"referenced"`        // stored size of these blocks, shared or not
 	Exclusive       int64 `json:"exclusive"`         // what removing it, and nothing else, frees
@@ -24,12 +24,12 @@ type figures struct {
 	Used            int64 `json:"used"`              // what deleting it frees; a volume with its snapshots
 }
 
-// all returns all volumes and snapshots, each volume before its snapshots.
-func (s *usageScan) all() []name { return s.names }
+// All returns the names of all volumes and snapshots, each volume before its snapshots.
+func (s *UsageScan) All() []Name { return s.names }
 
-// of returns a volume and its snapshots, or nothing if it does not exist.
-func (s *usageScan) of(volume string) []name {
-	from, _ := slices.BinarySearchFunc(s.names, name{Volume: volume}, name.compare)
+// Of returns the names of a volume and its snapshots, or nothing if it does not exist.
+func (s *UsageScan) Of(volume string) []Name {
+	from, _ := slices.BinarySearchFunc(s.names, Name{Volume: volume}, Name.compare)
 	to := from
 	for to < len(s.names) && s.names[to].Volume == volume {
 		to++
@@ -37,9 +37,9 @@ func (s *usageScan) of(volume string) []name {
 	return s.names[from:to]
 }
 
-// figures calls fn with what each of the named volumes and snapshots takes, in the order of names. It leaves out those
+// Figures calls fn with what each of the named volumes and snapshots takes, in the order of names. It leaves out those
 // that do not exist.
-func (s *usageScan) figures(names []name, fn func(name, figures)) error {
+func (s *UsageScan) Figures(names []Name, fn func(Name, Figures)) error {
 	if len(names) == 1 && names[0].Snapshot != "" {
 		if point, ok := s.points[names[0]]; ok {
 			f, done, err := s.snapshot(point)
@@ -67,7 +67,7 @@ func (s *usageScan) figures(names []name, fn func(name, figures)) error {
 }
 
 // figuresOf returns what a point takes that a volume or snapshot names. snapshots are those of the volume.
-func (s *usageScan) figuresOf(point pointRef, snapshots []pointRef) (f figures, err error) {
+func (s *UsageScan) figuresOf(point pointRef, snapshots []pointRef) (f Figures, err error) {
 	held, err := s.held(point)
 	if err != nil {
 		return f, err
@@ -91,8 +91,9 @@ func (s *usageScan) figuresOf(point pointRef, snapshots []pointRef) (f figures, 
 	return f, err
 }
 
-// kept returns the stored bytes of all blocks that anything keeps alive.
-func (s *usageScan) kept() (n int64, err error) {
+// Kept returns the stored bytes of all blocks that anything named keeps alive. They are the live bytes, but for what
+// was deleted and waits for the reaper.
+func (s *UsageScan) Kept() (n int64, err error) {
 	for _, b := range s.branches {
 		if err := s.scan(b); err != nil {
 			return 0, err

@@ -1,4 +1,4 @@
-package cow
+package audit
 
 import (
 	"errors"
@@ -20,21 +20,21 @@ const (
 	KindUnreadable = "unreadable"
 )
 
-// Problem is one violation that Check found.
+// Problem is one violation that a check found.
 type Problem struct {
 	Kind  string `json:"kind"`
 	Where string `json:"where"`
 	What  string `json:"what"`
 }
 
-// CheckOptions are the options of Check.
+// CheckOptions are the options of a check.
 type CheckOptions struct {
 	ReadData bool                    // also read, verify and decompress every record that is referred to
 	Volume   string                  // check only the history and snapshots of this volume; "": all
 	Progress func(done, total int64) // called now and then, counts versions of leaves; may be nil
 }
 
-// CheckReport says what Check looked at and found.
+// CheckReport says what a check looked at and found.
 type CheckReport struct {
 	Branches  int64 `json:"branches"`
 	Versions  int64 `json:"versions"` // versions of leaves
@@ -48,10 +48,10 @@ type CheckReport struct {
 	Unreadable int `json:"unreadable"`
 }
 
-// newChecker returns a check that passes every violation to problem.
-func newChecker(e checkEngine, o CheckOptions, problem func(Problem)) *checker {
-	c := &checker{
-		engine: e, o: o, slice: checkSlice,
+// NewChecker returns a check that passes every violation to problem.
+func NewChecker(e Engine, o CheckOptions, problem func(Problem)) *Checker {
+	c := &Checker{
+		engine: e, o: o, Slice: checkSlice,
 		live: map[uint32]int64{}, chunks: map[uint32]format.Chunk{}, branches: map[uint32]format.Branch{}, points: map[uint32][]uint32{},
 	}
 	c.problem = func(p Problem) {
@@ -68,8 +68,8 @@ func newChecker(e checkEngine, o CheckOptions, problem func(Problem)) *checker {
 	return c
 }
 
-// run runs the check, and returns what it looked at and found. The error is the check's own.
-func (c *checker) run() (CheckReport, error) {
+// Run runs the check, and returns what it looked at and found. The error is the check's own.
+func (c *Checker) Run() (CheckReport, error) {
 	err := c.structure()
 	if err == nil && c.o.ReadData {
 		err = c.readData()
@@ -78,8 +78,8 @@ func (c *checker) run() (CheckReport, error) {
 }
 
 // structure checks the table in one state of it.
-func (c *checker) structure() (err error) {
-	tx, pages, err := c.engine.checkpoint()
+func (c *Checker) structure() (err error) {
+	tx, pages, err := c.engine.Checkpoint()
 	if err != nil {
 		return err
 	}
@@ -93,7 +93,7 @@ func (c *checker) structure() (err error) {
 }
 
 // guard calls fn. If damage to the table ends fn, guard passes that on as a problem, and returns nil.
-func (c *checker) guard(fn func() error) error {
+func (c *Checker) guard(fn func() error) error {
 	err := metadata.Guard(fn)
 	if errors.Is(err, format.ErrCorrupt) {
 		c.corrupt("table", "%v", err)
@@ -102,9 +102,11 @@ func (c *checker) guard(fn func() error) error {
 	return err
 }
 
-// checker is one run of Check.
-type checker struct {
-	engine   checkEngine
+// Checker is one check.
+type Checker struct {
+	Slice time.Duration // for how long one state of the table is read; set by NewChecker
+
+	engine   Engine
 	o        CheckOptions
 	problem  func(Problem)
 	report   CheckReport
@@ -112,10 +114,9 @@ type checker struct {
 	points   map[uint32][]uint32 // by branch: epochs of the kept points, ascending
 	chunks   map[uint32]format.Chunk
 	live     map[uint32]int64 // by slot: recounted live bytes
-	forwards checkForwards
+	forwards forwardReader
 	only     map[uint32]bool // branches to check; nil: all
 	total    int64           // versions
-	slice    time.Duration   // for how long one state of the table is read
 	buf      []byte
 	unit     []byte
 
@@ -124,14 +125,14 @@ type checker struct {
 }
 
 // chunk names a chunk in a report.
-func (c *checker) chunk(slot uint32) string { return "chunk " + c.engine.chunkName(slot) }
+func (c *Checker) chunk(slot uint32) string { return "chunk " + c.engine.ChunkName(slot) }
 
-func (c *checker) corrupt(where, text string, args ...any) {
+func (c *Checker) corrupt(where, text string, args ...any) {
 	c.problem(Problem{KindCorrupt, where, fmt.Sprintf(text, args...)})
 }
 
 // failed reports a problem with a file: its content is wrong, or could not be read.
-func (c *checker) failed(where string, err error) {
+func (c *Checker) failed(where string, err error) {
 	kind := KindCorrupt
 	if fault.OutOfReach(err) || errors.Is(err, syscall.EIO) {
 		kind = KindUnreadable
@@ -140,7 +141,7 @@ func (c *checker) failed(where string, err error) {
 }
 
 // table checks the rows of the table, and the chunk files against them.
-func (c *checker) table(tx *metadata.Tx) error {
+func (c *Checker) table(tx *metadata.Tx) error {
 	tb, err := tx.Load()
 	if err != nil {
 		return err
@@ -158,7 +159,7 @@ func (c *checker) table(tx *metadata.Tx) error {
 		c.corrupt("table", "%d versions of leaves, %d listed changes", total, changes)
 	}
 	err = tx.Versions(func(v metadata.Version, l *format.Leaf, bad error) error {
-		if err := c.engine.interrupted(); err != nil {
+		if err := c.engine.Interrupted(); err != nil {
 			return err
 		}
 		if c.only != nil && !c.only[v.Branch] {
@@ -193,7 +194,7 @@ func (c *checker) table(tx *metadata.Tx) error {
 }
 
 // progress reports how many versions have been gone over. With ReadData, that is done twice.
-func (c *checker) progress(done int64) {
+func (c *Checker) progress(done int64) {
 	if c.o.Progress == nil {
 		return
 	}
@@ -204,7 +205,7 @@ func (c *checker) progress(done int64) {
 	c.o.Progress(min(done, total), total)
 }
 
-func (c *checker) index(tb *metadata.Tables) {
+func (c *Checker) index(tb *metadata.Tables) {
 	for _, b := range tb.Branches {
 		c.branches[b.ID] = b
 	}
@@ -222,7 +223,7 @@ func (c *checker) index(tb *metadata.Tables) {
 }
 
 // choose finds the branches that the blocks of the volume and its snapshots are on.
-func (c *checker) choose(tb *metadata.Tables) error {
+func (c *Checker) choose(tb *metadata.Tables) error {
 	if c.o.Volume == "" {
 		return nil
 	}
@@ -253,7 +254,7 @@ func where(v metadata.Version) string {
 
 // version checks one version. Versions come by branch and leaf, the newest first. So the version before is
 // either the next newer one of the same leaf, or the oldest one of another leaf.
-func (c *checker) version(tx *metadata.Tx, v metadata.Version, l *format.Leaf) error {
+func (c *Checker) version(tx *metadata.Tx, v metadata.Version, l *format.Leaf) error {
 	b, ok := c.branches[v.Branch]
 	if !ok || v.Epoch == 0 || v.Epoch > b.Epoch {
 		c.corrupt(where(v), "no such branch or epoch")
@@ -276,13 +277,13 @@ func (c *checker) version(tx *metadata.Tx, v metadata.Version, l *format.Leaf) e
 }
 
 // interval returns the index of the first kept point at or after the version's epoch.
-func (c *checker) interval(v metadata.Version) int {
+func (c *Checker) interval(v metadata.Version) int {
 	i, _ := slices.BinarySearch(c.points[v.Branch], v.Epoch)
 	return i
 }
 
 // unchanged checks that blocks which the newer version did not change are the same in the older one.
-func (c *checker) unchanged(older *format.Leaf) {
+func (c *Checker) unchanged(older *format.Leaf) {
 	for i, e := range c.newerLeaf.Entries {
 		if !c.newerLeaf.IsChanged(i) && e != older.Entries[i] {
 			c.corrupt(where(c.newer), "block %d did not change but is %v, and was %v", i, e, older.Entries[i])
@@ -291,7 +292,7 @@ func (c *checker) unchanged(older *format.Leaf) {
 }
 
 // origin checks the oldest version of a leaf against what the branch began with.
-func (c *checker) origin(tx *metadata.Tx) error {
+func (c *Checker) origin(tx *metadata.Tx) error {
 	if c.newer.Branch == 0 {
 		return nil
 	}
@@ -315,7 +316,7 @@ func (c *checker) origin(tx *metadata.Tx) error {
 }
 
 // entries counts the blocks that the version owns, and checks that their records lie in chunks.
-func (c *checker) entries(tx *metadata.Tx, v metadata.Version, l *format.Leaf) error {
+func (c *Checker) entries(tx *metadata.Tx, v metadata.Version, l *format.Leaf) error {
 	for i, name := range l.Entries {
 		if name.IsHole() || !l.IsChanged(i) {
 			continue
@@ -340,7 +341,7 @@ func contains(ch format.Chunk, e format.Entry) bool {
 }
 
 // accounting compares the live bytes in the rows with the recount, and the rows with the files.
-func (c *checker) accounting(tb *metadata.Tables) {
+func (c *Checker) accounting(tb *metadata.Tables) {
 	for _, ch := range tb.Chunks {
 		got := c.live[ch.Slot]
 		c.report.LiveBytes += got
@@ -355,7 +356,7 @@ func (c *checker) accounting(tb *metadata.Tables) {
 }
 
 // files checks the files of those chunks that were referred to.
-func (c *checker) files(tb *metadata.Tables) {
+func (c *Checker) files(tb *metadata.Tables) {
 	c.report.Chunks = 0
 	for _, row := range tb.Chunks {
 		if got, ok := c.live[row.Slot]; ok {
@@ -367,26 +368,26 @@ func (c *checker) files(tb *metadata.Tables) {
 }
 
 // file checks the file of a chunk.
-func (c *checker) file(row format.Chunk) {
-	ch := c.engine.hold(row)
+func (c *Checker) file(row format.Chunk) {
+	ch := c.engine.Hold(row)
 	if ch == nil {
 		return
 	}
-	defer ch.release()
-	h, err := ch.header()
+	defer ch.Release()
+	h, err := ch.Header()
 	if err == nil && h.Seq != row.Seq {
 		err = fault.Corruptf("its header has the sequence %d, the table says %d", h.Seq, row.Seq)
 	}
 	if err == nil {
 		err = longEnough(ch, row)
 	}
-	if err != nil && !ch.hasDied() {
+	if err != nil && !ch.HasDied() {
 		c.failed(c.chunk(row.Slot), err)
 	}
 }
 
-func longEnough(ch checkedChunk, row format.Chunk) error {
-	size, err := ch.size()
+func longEnough(ch Chunk, row format.Chunk) error {
+	size, err := ch.Size()
 	if err == nil && size < int64(row.End) {
 		err = fault.Corruptf("it has %d bytes, its records end at %d", size, row.End)
 	}

@@ -1,4 +1,4 @@
-package cow
+package audit
 
 import (
 	"fmt"
@@ -9,8 +9,8 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// checkForwards is what a check knows of the records that were moved.
-type checkForwards struct {
+// forwardReader finds where the records that were moved are in one state of the table.
+type forwardReader struct {
 	all    bool                        // the rows are not known: look for forwards of any slot
 	rows   map[uint32]format.Forwarded // by slot
 	seen   map[uint32]int64            // by slot: moved blocks that versions own
@@ -20,7 +20,7 @@ type checkForwards struct {
 	bad    error // error of reading the region
 }
 
-func (f *checkForwards) index(rows []format.Forwarded) {
+func (f *forwardReader) index(rows []format.Forwarded) {
 	f.rows, f.seen = map[uint32]format.Forwarded{}, map[uint32]int64{}
 	for _, r := range rows {
 		f.rows[r.Slot] = r
@@ -28,7 +28,7 @@ func (f *checkForwards) index(rows []format.Forwarded) {
 }
 
 // follow returns where the block is now that a version owns as e. It counts the block if it was moved.
-func (f *checkForwards) follow(tx *metadata.Tx, e format.Entry) (format.Entry, error) {
+func (f *forwardReader) follow(tx *metadata.Tx, e format.Entry) (format.Entry, error) {
 	to, moved, err := f.find(tx, e)
 	if moved {
 		f.seen[e.Slot()]++
@@ -37,7 +37,7 @@ func (f *checkForwards) follow(tx *metadata.Tx, e format.Entry) (format.Entry, e
 }
 
 // find returns where the block is now that an entry e names, and whether it was moved there.
-func (f *checkForwards) find(tx *metadata.Tx, e format.Entry) (at format.Entry, moved bool, err error) {
+func (f *forwardReader) find(tx *metadata.Tx, e format.Entry) (at format.Entry, moved bool, err error) {
 	if _, ok := f.rows[e.Slot()]; !ok && !f.all {
 		return e, false, nil
 	}
@@ -63,7 +63,7 @@ func (f *checkForwards) find(tx *metadata.Tx, e format.Entry) (at format.Entry, 
 }
 
 // checkForwards compares the rows of moved blocks with the forwards, and with the blocks that versions own.
-func (c *checker) checkForwards(tx *metadata.Tx) error {
+func (c *Checker) checkForwards(tx *metadata.Tx) error {
 	f := &c.forwards
 	noted := map[uint32]int64{}
 	err := tx.EachRegion(func(r metadata.Region, list []format.Forward, bad error) error {
@@ -73,7 +73,7 @@ func (c *checker) checkForwards(tx *metadata.Tx) error {
 		for _, f := range list {
 			noted[r.Slot] += int64(bits.OnesCount16(f.Mask))
 		}
-		return c.engine.interrupted()
+		return c.engine.Interrupted()
 	})
 	if err != nil {
 		return err

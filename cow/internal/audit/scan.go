@@ -1,4 +1,4 @@
-package cow
+package audit
 
 import (
 	"cmp"
@@ -9,19 +9,19 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// usageScan finds what keeps which blocks alive in one state of the table: docs/reclaim.md, How the figures
+// UsageScan finds what keeps which blocks alive in one state of the table: docs/reclaim.md, How the figures
 // are found.
-type usageScan struct {
+type UsageScan struct {
 	tx          *metadata.Tx
 	interrupted func() error
-	forwards    checkForwards
+	forwards    forwardReader
 	moved       []bool // by slot: blocks of the chunk have been moved elsewhere
 	leaf        format.Leaf
 
 	branches  map[uint32]*branchRefs
-	names     []name // each volume before its snapshots
-	points    map[name]pointRef
-	snapshots map[name][]pointRef // by volume
+	names     []Name // each volume before its snapshots
+	points    map[Name]pointRef
+	snapshots map[Name][]pointRef // by volume
 }
 
 // branchRefs is a branch and its references: the parts of its history that keep blocks alive.
@@ -70,12 +70,12 @@ func (b *branchRefs) own(by refRange, n int64) {
 	}
 }
 
-func newUsageScan(tx *metadata.Tx, interrupted func() error) (*usageScan, error) {
+func NewUsageScan(tx *metadata.Tx, interrupted func() error) (*UsageScan, error) {
 	tb, err := tx.Load()
 	if err != nil {
 		return nil, err
 	}
-	s := &usageScan{tx: tx, interrupted: interrupted, branches: map[uint32]*branchRefs{}, points: map[name]pointRef{}, snapshots: map[name][]pointRef{}}
+	s := &UsageScan{tx: tx, interrupted: interrupted, branches: map[uint32]*branchRefs{}, points: map[Name]pointRef{}, snapshots: map[Name][]pointRef{}}
 	s.forwards.index(tb.Forwarded)
 	for _, r := range tb.Forwarded {
 		if int(r.Slot) >= len(s.moved) {
@@ -97,14 +97,14 @@ func newUsageScan(tx *metadata.Tx, interrupted func() error) (*usageScan, error)
 }
 
 // findNames notes the volumes and snapshots, and the points and heads that they name.
-func (s *usageScan) findNames(tb *metadata.Tables) error {
-	volumes := map[uint32]name{}
+func (s *UsageScan) findNames(tb *metadata.Tables) error {
+	volumes := map[uint32]Name{}
 	for _, v := range tb.Volumes {
 		b := s.branches[v.Branch]
 		if b == nil {
 			return fault.Corruptf("volume %q is on branch %d, which does not exist", v.Name, v.Branch)
 		}
-		n := name{Volume: v.Name}
+		n := Name{Volume: v.Name}
 		volumes[v.ID], s.points[n] = n, pointRef{b, b.Epoch}
 		s.names = append(s.names, n)
 		b.refs = append(b.refs, reference{epoch: b.Epoch, named: true})
@@ -116,19 +116,19 @@ func (s *usageScan) findNames(tb *metadata.Tables) error {
 		}
 		b.refs = append(b.refs, reference{epoch: sn.Epoch, named: sn.Volume != 0})
 		if v, ok := volumes[sn.Volume]; ok {
-			n := name{v.Volume, sn.Name}
+			n := Name{v.Volume, sn.Name}
 			s.names = append(s.names, n)
 			s.points[n] = pointRef{b, sn.Epoch}
 			s.snapshots[v] = append(s.snapshots[v], s.points[n])
 		}
 	}
-	slices.SortFunc(s.names, name.compare)
+	slices.SortFunc(s.names, Name.compare)
 	return nil
 }
 
 // findRefs finds the references of all branches. It goes from the last branch to the first, because a branch has a
 // higher id than its origin.
-func (s *usageScan) findRefs(tb *metadata.Tables) error {
+func (s *UsageScan) findRefs(tb *metadata.Tables) error {
 	for _, b := range s.branches {
 		slices.SortFunc(b.refs, func(a, b reference) int { return cmp.Compare(a.epoch, b.epoch) })
 	}
@@ -148,7 +148,7 @@ func (s *usageScan) findRefs(tb *metadata.Tables) error {
 }
 
 // held returns what a point or head refers to.
-func (s *usageScan) held(point pointRef) (size, error) {
+func (s *UsageScan) held(point pointRef) (size, error) {
 	if err := s.scan(point.b); err != nil {
 		return size{}, err
 	}
@@ -156,7 +156,7 @@ func (s *usageScan) held(point pointRef) (size, error) {
 }
 
 // freed returns how many bytes are freed when the points lose their names.
-func (s *usageScan) freed(points ...pointRef) (n int64, err error) {
+func (s *UsageScan) freed(points ...pointRef) (n int64, err error) {
 	for b, lost := range s.lost(points) {
 		if err := s.scan(b); err != nil {
 			return 0, err
@@ -168,7 +168,7 @@ func (s *usageScan) freed(points ...pointRef) (n int64, err error) {
 
 // lost returns, by branch and in order, the references that go when the points lose their names. A branch goes
 // with its last reference, and the point at which it began may go with the branch.
-func (s *usageScan) lost(points []pointRef) map[*branchRefs][]int32 {
+func (s *UsageScan) lost(points []pointRef) map[*branchRefs][]int32 {
 	lost := map[*branchRefs][]int32{}
 	left := map[pointRef]reference{}
 	var loses func(point pointRef, what func(*reference))

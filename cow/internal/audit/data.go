@@ -1,4 +1,4 @@
-package cow
+package audit
 
 import (
 	"errors"
@@ -26,13 +26,13 @@ const (
 var errSliced = errors.New("the slice has ended")
 
 // readData reads all records that are referred to.
-func (c *checker) readData() error {
+func (c *Checker) readData() error {
 	next := metadata.Version{Epoch: ^uint32(0)}
 	var done int64
 	for more := true; more; {
 		more = false // damage to the table ends the loop
 		err := c.guard(func() (err error) {
-			tx, err := c.engine.begin()
+			tx, err := c.engine.Begin()
 			if err != nil {
 				return err
 			}
@@ -49,19 +49,19 @@ func (c *checker) readData() error {
 
 // readSlice reads the records that the versions from version from on refer to, until the slice has lasted
 // long enough. It returns the version to go on with, and whether there is one.
-func (c *checker) readSlice(tx *metadata.Tx, from metadata.Version, done *int64) (next metadata.Version, more bool, err error) {
+func (c *Checker) readSlice(tx *metadata.Tx, from metadata.Version, done *int64) (next metadata.Version, more bool, err error) {
 	start, n := time.Now(), 0
 	rows := map[uint32]format.Chunk{}
-	forwards := checkForwards{all: true}
+	forwards := forwardReader{all: true}
 	err = tx.VersionsFrom(from, func(v metadata.Version, l *format.Leaf, bad error) error {
-		if n++; n > 1 && n%checkLook == 0 && time.Since(start) > c.slice {
+		if n++; n > 1 && n%checkLook == 0 && time.Since(start) > c.Slice {
 			next = v
 			return errSliced
 		}
 		if *done++; *done%64 == 0 {
 			c.progress(c.total + *done)
 		}
-		if err := c.engine.interrupted(); err != nil {
+		if err := c.engine.Interrupted(); err != nil {
 			return err
 		}
 		if bad != nil || c.only != nil && !c.only[v.Branch] {
@@ -76,7 +76,7 @@ func (c *checker) readSlice(tx *metadata.Tx, from metadata.Version, done *int64)
 }
 
 // readVersion reads the records with blocks that a version owns.
-func (c *checker) readVersion(tx *metadata.Tx, v metadata.Version, l *format.Leaf, rows map[uint32]format.Chunk, forwards *checkForwards) error {
+func (c *Checker) readVersion(tx *metadata.Tx, v metadata.Version, l *format.Leaf, rows map[uint32]format.Chunk, forwards *forwardReader) error {
 	var last format.Entry
 	for i, name := range l.Entries {
 		if name.IsHole() || !l.IsChanged(i) {
@@ -107,25 +107,25 @@ func (c *checker) readVersion(tx *metadata.Tx, v metadata.Version, l *format.Lea
 
 // readRecord reads the record that e names from its chunk, and verifies it. It returns nil if the chunk has gone since
 // that state of the table.
-func (c *checker) readRecord(row format.Chunk, e format.Entry, first uint64) error {
-	ch := c.engine.hold(row)
+func (c *Checker) readRecord(row format.Chunk, e format.Entry, first uint64) error {
+	ch := c.engine.Hold(row)
 	if ch == nil {
 		return nil
 	}
-	defer ch.release()
+	defer ch.Release()
 	err := c.read(ch, row.Seq, e, first)
-	if err != nil && ch.hasDied() {
+	if err != nil && ch.HasDied() {
 		return nil
 	}
 	return err
 }
 
-func (c *checker) read(ch checkedChunk, seq uint64, e format.Entry, first uint64) error {
+func (c *Checker) read(ch Chunk, seq uint64, e format.Entry, first uint64) error {
 	if c.buf == nil {
 		c.buf, c.unit = make([]byte, format.MaxDataRecord), make([]byte, format.UnitSize)
 	}
 	stored := c.buf[:min(e.Size(), len(c.buf))]
-	if n, err := ch.read(stored, int64(e.Offset())); err != nil {
+	if n, err := ch.ReadFull(stored, int64(e.Offset())); err != nil {
 		return err
 	} else if n < len(stored) {
 		return fault.Corruptf("the file ends at %d", int64(e.Offset())+int64(n))
