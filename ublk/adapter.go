@@ -37,11 +37,10 @@ type Adapter struct {
 	rw      ReaderWriterAt
 	workers sync.WaitGroup
 
-	mu     sync.Mutex // guards what follows
-	work   sync.Cond  // head or closed has changed
-	head   *Request   // requests that wait for a worker, linked by next, oldest first
-	tail   *Request
-	closed bool
+	mu      sync.Mutex  // guards the fields below
+	work    sync.Cond   // waiting or closed has changed
+	waiting requestFIFO // requests that wait for a worker
+	closed  bool
 }
 
 // NewReaderWriterAt returns a Handler that serves requests from rw. The calls of rw may block: at most
@@ -69,13 +68,7 @@ func (a *Adapter) ServeUBLK(r *Request) error {
 	if a.closed {
 		return fmt.Errorf("ublk: adapter is closed: %w", syscall.ESHUTDOWN)
 	}
-	r.next = nil
-	if a.tail == nil {
-		a.head = r
-	} else {
-		a.tail.next = r
-	}
-	a.tail = r
+	a.waiting.push(r)
 	a.work.Signal()
 	return ErrAsync
 }
@@ -101,18 +94,13 @@ func (a *Adapter) workRoutine() {
 func (a *Adapter) take() *Request {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	for a.head == nil {
+	for a.waiting.empty() {
 		if a.closed {
 			return nil
 		}
 		a.work.Wait()
 	}
-	r := a.head
-	if a.head = r.next; a.head == nil {
-		a.tail = nil
-	}
-	r.next = nil
-	return r
+	return a.waiting.pop()
 }
 
 // serve does a request; a panic becomes an error.

@@ -1,6 +1,6 @@
 package ublk
 
-// requestFIFO is a list of requests, linked by next.
+// requestFIFO is a list of requests, linked by Request.next, in the order of their arrival.
 type requestFIFO struct{ head, tail *Request }
 
 func (f *requestFIFO) empty() bool { return f.head == nil }
@@ -15,7 +15,9 @@ func (f *requestFIFO) push(r *Request) {
 	f.tail = r
 }
 
-func (f *requestFIFO) pop() {
+// pop removes and returns the first request. The list must not be empty.
+func (f *requestFIFO) pop() *Request {
 	r := f.head
 	f.head, r.next = r.next, nil
+	return r
 }

@@ -84,7 +84,7 @@ type Request struct {
 	page  int           // as this
 	state atomic.Uint32 // requestAnswered → requestServing → requestAnswered, so that only the first answer counts
 	err   error         // the answer; written by the goroutine that moved state to requestAnswered
-	next  *Request      // link in queue.later, or in queue.starved
+	next  *Request      // link in queue.later, queue.starved or Adapter.waiting
 
 	// Used by the queue's thread only.
 	arrived time.Duration // by the queue's clock
