@@ -203,22 +203,25 @@ func (o *Owner) close() error {
 
 // wait waits until done returns true, or life ends. done is called with mu held.
 func (o *Owner) wait(done func() bool) {
-	for {
-		o.mu.Lock()
-		ready, changed := done(), o.changed
-		o.mu.Unlock()
-		if ready {
-			return
-		}
-		select {
-		case <-changed:
-		case <-o.life.Done():
-			return
-		}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for !done() && o.life.Err() == nil {
+		o.waitLocked(o.life)
 	}
 }
 
-// notify wakes the callers of wait.
+// waitLocked releases mu until notify is called or ctx ends, and then takes it again.
+func (o *Owner) waitLocked(ctx context.Context) {
+	changed := o.changed
+	o.mu.Unlock()
+	select {
+	case <-changed:
+	case <-ctx.Done():
+	}
+	o.mu.Lock()
+}
+
+// notify wakes the callers of wait and waitLocked.
 func (o *Owner) notify() {
 	o.mu.Lock()
 	defer o.mu.Unlock()

@@ -56,13 +56,7 @@ func (o *Owner) outcomeOf(ctx context.Context, disks []*disk) (list []Recovery) 
 	defer o.mu.Unlock()
 	for _, d := range disks {
 		for d.busy && ctx.Err() == nil {
-			changed := o.changed
-			o.mu.Unlock()
-			select {
-			case <-changed:
-			case <-ctx.Done():
-			}
-			o.mu.Lock()
+			o.waitLocked(ctx)
 		}
 		switch {
 		case !slices.Contains(o.disks, d): // given up

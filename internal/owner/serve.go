@@ -135,18 +135,10 @@ func (o *Owner) served(s *service) {
 
 // waitServices waits until the services, which end with life, are gone, or ctx ends.
 func (o *Owner) waitServices(ctx context.Context) {
-	for {
-		o.mu.Lock()
-		left, changed := len(o.services), o.changed
-		o.mu.Unlock()
-		if left == 0 {
-			return
-		}
-		select {
-		case <-changed:
-		case <-ctx.Done():
-			return
-		}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for len(o.services) > 0 && ctx.Err() == nil {
+		o.waitLocked(ctx)
 	}
 }
 

@@ -160,13 +160,7 @@ func (o *Owner) stopAccepting(ctx context.Context, asking int) error {
 	}
 	o.accepting = false
 	for o.sessions > asking {
-		changed := o.changed
-		o.mu.Unlock()
-		select {
-		case <-changed:
-		case <-ctx.Done():
-		}
-		o.mu.Lock()
+		o.waitLocked(ctx)
 		if ctx.Err() != nil && o.sessions > asking {
 			o.accepting = true
 			return fmt.Errorf("%d other commands are at work with the store: %w: try again when they have ended", o.sessions-asking, cow.ErrBusy)
