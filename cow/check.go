@@ -46,10 +46,7 @@ func (s *Store) Check(ctx context.Context, o CheckOptions, problem func(Problem)
 func (s *Store) beginCheck() (tx *metadata.Tx, pages func() error, err error) {
 	s.ckptMu.Lock()
 	defer s.ckptMu.Unlock()
-	s.mu.Lock()
-	err = s.usable()
-	s.mu.Unlock()
-	if err == nil {
+	if err = s.live(); err == nil {
 		err = s.checkpointLocked()
 	}
 	if err != nil && s.readOnly == nil && !errors.Is(err, ErrFailed) {

@@ -244,9 +244,3 @@ func (s *Store) markUncleanable(c *chunk) {
 	c.pinnedDead = c.End - format.ChunkHeaderSize - min(c.live, c.End-format.ChunkHeaderSize)
 	s.slots.recount(c)
 }
-
-func (s *Store) live() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.usable()
-}

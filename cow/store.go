@@ -424,3 +424,10 @@ func (s *Store) usable() error {
 	}
 	return s.wal.Err()
 }
+
+// live is usable for callers that do not hold mu.
+func (s *Store) live() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.usable()
+}

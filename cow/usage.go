@@ -66,9 +66,7 @@ func (s *Store) usage(ctx context.Context, which func(*audit.UsageScan) []audit.
 func (s *Store) readTable() (*metadata.Tx, error) {
 	s.ckptMu.Lock()
 	defer s.ckptMu.Unlock()
-	s.mu.Lock()
-	err := s.usable()
-	s.mu.Unlock()
+	err := s.live()
 	if err == nil && s.changed() {
 		err = s.checkpointLocked()
 	}
