@@ -52,7 +52,7 @@ type CheckReport struct {
 func NewChecker(e Engine, o CheckOptions, problem func(Problem)) *Checker {
 	c := &Checker{
 		engine: e, o: o, Slice: checkSlice,
-		live: map[uint32]int64{}, chunks: map[uint32]format.Chunk{}, branches: map[uint32]format.Branch{}, points: map[uint32][]uint32{},
+		live: map[uint32]int64{}, chunks: map[uint32]format.Chunk{}, points: map[uint32][]uint32{},
 	}
 	c.problem = func(p Problem) {
 		switch p.Kind {
@@ -110,7 +110,7 @@ type Checker struct {
 	o        CheckOptions
 	problem  func(Problem)
 	report   CheckReport
-	branches map[uint32]format.Branch
+	branches branchRows
 	points   map[uint32][]uint32 // by branch: epochs of the kept points, ascending
 	chunks   map[uint32]format.Chunk
 	live     map[uint32]int64 // by slot: recounted live bytes
@@ -206,9 +206,7 @@ func (c *Checker) progress(done int64) {
 }
 
 func (c *Checker) index(tb *metadata.Tables) {
-	for _, b := range tb.Branches {
-		c.branches[b.ID] = b
-	}
+	c.branches = branchRowsOf(tb)
 	for _, sn := range tb.Snapshots {
 		c.points[sn.Branch] = append(c.points[sn.Branch], sn.Epoch)
 	}
@@ -298,21 +296,14 @@ func (c *Checker) origin(tx *metadata.Tx) error {
 	}
 	var l format.Leaf
 	b := c.branches[c.newer.Branch]
-	for b.OriginBranch != 0 {
-		epoch, err := tx.Leaf(metadata.Version{Branch: b.OriginBranch, Leaf: c.newer.Leaf, Epoch: b.OriginEpoch}, &l)
-		if errors.Is(err, format.ErrCorrupt) {
-			return nil // this is or was reported where it is
-		}
-		if err != nil {
-			return err
-		}
-		if epoch != 0 {
-			break
-		}
-		b = c.branches[b.OriginBranch]
+	_, err := c.branches.leaf(tx, b.OriginBranch, b.OriginEpoch, c.newer.Leaf, &l)
+	if errors.Is(err, format.ErrCorrupt) {
+		return nil // this is or was reported where it is
 	}
-	c.unchanged(&l)
-	return nil
+	if err == nil {
+		c.unchanged(&l)
+	}
+	return err
 }
 
 // entries counts the blocks that the version owns, and checks that their records lie in chunks.

@@ -18,6 +18,7 @@ type UsageScan struct {
 	moved       []bool // by slot: blocks of the chunk have been moved elsewhere
 	leaf        format.Leaf
 
+	rows      branchRows
 	branches  map[uint32]*branchRefs
 	names     []Name // each volume before its snapshots
 	points    map[Name]pointRef
@@ -75,7 +76,10 @@ func NewUsageScan(tx *metadata.Tx, interrupted func() error) (*UsageScan, error)
 	if err != nil {
 		return nil, err
 	}
-	s := &UsageScan{tx: tx, interrupted: interrupted, branches: map[uint32]*branchRefs{}, points: map[Name]pointRef{}, snapshots: map[Name][]pointRef{}}
+	s := &UsageScan{
+		tx: tx, interrupted: interrupted, rows: branchRowsOf(tb),
+		branches: map[uint32]*branchRefs{}, points: map[Name]pointRef{}, snapshots: map[Name][]pointRef{},
+	}
 	s.forwards.index(tb.Forwarded)
 	for _, r := range tb.Forwarded {
 		if int(r.Slot) >= len(s.moved) {

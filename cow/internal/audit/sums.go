@@ -32,7 +32,7 @@ func (s *UsageScan) referenced(point pointRef) (sum size, err error) {
 			return sum, err
 		}
 		index = next
-		if _, err := s.merged(point.b, point.epoch, index, &s.leaf); err != nil {
+		if _, err := s.rows.leaf(s.tx, point.b.ID, point.epoch, index, &s.leaf); err != nil {
 			return sum, err
 		}
 		n, err := s.sizeOf(&s.leaf)
@@ -282,7 +282,7 @@ func (s *UsageScan) seenBy(point pointRef, b *branchRefs, only int32) (n int64, 
 				return
 			}
 			if !known {
-				_, bad = s.merged(point.b, point.epoch, v.Leaf, &now)
+				_, bad = s.rows.leaf(s.tx, point.b.ID, point.epoch, v.Leaf, &now)
 				known = true
 			}
 			if now.Entries[i] == lf.Entries[i] {
@@ -299,22 +299,9 @@ func (s *UsageScan) began(b *branchRefs, index uint32) (n size, err error) {
 	if b.origin == nil {
 		return n, nil
 	}
-	found, err := s.merged(b.origin, b.OriginEpoch, index, &s.leaf)
+	found, err := s.rows.leaf(s.tx, b.OriginBranch, b.OriginEpoch, index, &s.leaf)
 	if err != nil || !found {
 		return n, err
 	}
 	return s.sizeOf(&s.leaf)
-}
-
-// merged reads a leaf as the branch, or else its origins, had it at an epoch. If none had it, the leaf is
-// empty, and found is false.
-func (s *UsageScan) merged(b *branchRefs, asOf, index uint32, lf *format.Leaf) (found bool, err error) {
-	for ; b != nil; b, asOf = b.origin, b.OriginEpoch {
-		epoch, err := s.tx.Leaf(metadata.Version{Branch: b.ID, Leaf: index, Epoch: asOf}, lf)
-		if err != nil || epoch != 0 {
-			return err == nil, err
-		}
-	}
-	*lf = format.Leaf{}
-	return false, nil
 }
