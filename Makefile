@@ -46,7 +46,7 @@ crash-test: ## the engine's power-cut test, long
 	$(GO) test -count=1 -timeout 3h -run 'Crash' ./cow -crash.states=200000
 
 bench-engine: ## the engine alone; benchstat reads the output
-	$(GO) test -run '^$$' -bench . -count 5 ./cow
+	$(GO) test -run '^$$' -bench . -count 5 ./cow/...
 
 bench-cleaner: build ## what cleaning costs writers over NBD on a nearly full store (bench-cleaner.sh)
 	@$(TOOLS)/setup.sh test

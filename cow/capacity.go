@@ -6,6 +6,7 @@ import (
 	"syscall"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/cow/internal/leafcache"
 )
 
 // Overwriting a block that only the head of a volume has gives back what it takes, once the old record is
@@ -28,12 +29,12 @@ const (
 
 // isNew reports whether a write of n blocks maps a block that is a hole, or that a snapshot has, too. The
 // caller holds the leaf's lock.
-func isNew(b *branch, lf *leaf, first, n int) bool {
+func isNew(b *branch, lf *leafcache.Leaf, first, n int) bool {
 	if lf.Epoch() != b.Epoch {
 		return true
 	}
 	for i := first; i < first+n; i++ {
-		if !lf.isChanged(i) || lf.entry(i).IsHole() {
+		if !lf.IsChanged(i) || lf.Entry(i).IsHole() {
 			return true
 		}
 	}

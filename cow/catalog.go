@@ -8,25 +8,31 @@ import (
 	"sync/atomic"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/format"
 )
 
 // branch is a branch in memory. Its ID and origin never change, and may be read without a lock.
 type branch struct {
-	format.Branch                // Epoch is guarded by Store.mu
-	leaves        cachedBranch   // the branch, for the cache of leaves
-	origin        *branch        // nil: it began empty
-	volume        *volume        // the volume whose head this is, or nil; guarded by Store.mu
-	damaged       bool           // a version is damaged, so the reaper has stopped; guarded by Store.mu
-	reaping       bool           // the head's versions are being reaped; guarded by Store.mu
-	reaped        bool           // the head's versions have been reaped; guarded by Store.mu
-	points        []*snapshot    // by epoch, including the unnamed ones; guarded by Store.mu
-	forks         map[uint32]int // number of branches that begin at an epoch's point; guarded by Store.mu
-	orphaned      uint64         // generation in which it lost its volume, until reaped; guarded by Store.mu
+	format.Branch                  // Epoch is guarded by Store.mu
+	leaves        leafcache.Branch // the branch, for the cache of leaves
+	origin        *branch          // nil: it began empty
+	volume        *volume          // the volume whose head this is, or nil; guarded by Store.mu
+	damaged       bool             // a version is damaged, so the reaper has stopped; guarded by Store.mu
+	reaping       bool             // the head's versions are being reaped; guarded by Store.mu
+	reaped        bool             // the head's versions have been reaped; guarded by Store.mu
+	points        []*snapshot      // by epoch, including the unnamed ones; guarded by Store.mu
+	forks         map[uint32]int   // number of branches that begin at an epoch's point; guarded by Store.mu
+	orphaned      uint64           // generation in which it lost its volume, until reaped; guarded by Store.mu
 }
 
+// head stands for a branch's newest state where an epoch is expected.
+const head = leafcache.Head
+
 // leaf returns the key of a leaf of the branch as of an epoch, or of its head.
-func (b *branch) leaf(index, asOf uint32) leafKey { return leafKey{&b.leaves, index, asOf} }
+func (b *branch) leaf(index, asOf uint32) leafcache.Key {
+	return leafcache.Key{Branch: &b.leaves, Index: index, AsOf: asOf}
+}
 
 // volume is a volume in memory.
 type volume struct {

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/vdisk/vdisk/cow/internal/audit"
+	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 )
@@ -87,7 +88,7 @@ func TestCheckInSlices(t *testing.T) {
 		t.Errorf("in slices %+v, and whole %+v; %+v", rep, whole, ps)
 	}
 	var e format.Entry
-	must(t, s.cache.view(d.b.leaf(180, head), func(lf *leaf) { e = lf.entry(1) }))
+	must(t, s.cache.View(d.b.leaf(180, head), func(lf *leafcache.Leaf) { e = lf.Entry(1) }))
 	f, err := os.OpenFile(filepath.Join(dir, chunksDir, wal.ChunkName(e.Slot())), os.O_WRONLY, 0)
 	must(t, err)
 	_, err = f.WriteAt([]byte("rot"), int64(e.Offset())+100)

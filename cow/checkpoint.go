@@ -10,10 +10,14 @@ import (
 	"time"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
+
+// errFull is matched by errors that say that a checkpoint has to come first: the cache, or the table, is full.
+var errFull = leafcache.ErrFull
 
 // Checkpoint makes the table durable as of now, so that a restart replays nothing that was written before.
 func (s *Store) Checkpoint() error {
@@ -120,7 +124,7 @@ func (s *Store) beginGeneration() *generation {
 	chunkSeq, off := s.wal.Position()
 	g.at = format.Checkpoint{Seq: s.wal.NextSeq(), ChunkSeq: chunkSeq, Offset: off, NextID: uint32(min(s.catalog.nextID, math.MaxUint32)), NextChunkSeq: s.wal.NextChunk()}
 	g.appended = s.wal.Appended()
-	g.leaves = s.cache.begin()
+	g.leaves = s.cache.Begin()
 	s.writing = g.leaves.Len()
 	for v := range s.dropping {
 		g.dropLeaves = append(g.dropLeaves, v)
@@ -179,7 +183,7 @@ func (s *Store) takeChunks(g *generation) {
 // encode encodes the leaves of the generation.
 func (s *Store) encode(g *generation) {
 	s.values.reset()
-	g.leaves.each(func(v metadata.Version, gen uint64, l *format.Leaf) {
+	g.leaves.Each(func(v metadata.Version, gen uint64, l *format.Leaf) {
 		g.encoded = append(g.encoded, encodedLeaf{v, gen, s.values.encode(l)})
 	})
 	// After a failed commit there may be several states of one version. The latest comes last.
@@ -193,7 +197,7 @@ func (s *Store) encode(g *generation) {
 
 // finishGeneration forgets what the table now has.
 func (s *Store) finishGeneration(g *generation) {
-	g.leaves.finish()
+	g.leaves.Finish()
 	s.settleRegions(g)
 	s.mu.Lock()
 	for _, v := range g.dropLeaves {
@@ -216,7 +220,7 @@ func (s *Store) abortGeneration(g *generation, err error) error {
 	s.lastAborted = true
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	g.leaves.abort()
+	g.leaves.Abort()
 	s.writing, s.writingRegions, s.pendingFree = 0, 0, 0
 	s.failures, s.failure = s.failures+1, err
 	s.frozen.Broadcast()

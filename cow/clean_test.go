@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/workload"
@@ -343,7 +344,7 @@ func TestNameOfAnotherLife(t *testing.T) {
 		must(t, err)
 	}
 	entry := func() (e format.Entry) {
-		must(t, s.cache.view(d.b.leaf(0, head), func(lf *leaf) { e = lf.entry(0) }))
+		must(t, s.cache.View(d.b.leaf(0, head), func(lf *leafcache.Leaf) { e = lf.Entry(0) }))
 		return e
 	}
 	for entry().Offset() != format.ChunkHeaderSize { // events are in the first chunk

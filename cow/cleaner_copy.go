@@ -4,6 +4,7 @@ import (
 	"errors"
 	"math/bits"
 
+	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 )
@@ -254,13 +255,13 @@ func (m *mover) headMask(h *format.RecordHeader, name format.Entry) (mask uint16
 	if !l.written {
 		return 0, true, nil
 	}
-	err = m.s.cache.view(l.b.leaf(uint32(h.Block/format.LeafBlocks), head), func(lf *leaf) {
+	err = m.s.cache.View(l.b.leaf(uint32(h.Block/format.LeafBlocks), head), func(lf *leafcache.Leaf) {
 		first := int(h.Block % format.LeafBlocks)
 		rest = !l.alone
 		for i := range h.Blocks {
 			switch {
-			case lf.entry(first+i) != name.WithIndex(i):
-			case lf.Epoch() == l.epoch && lf.isChanged(first+i):
+			case lf.Entry(first+i) != name.WithIndex(i):
+			case lf.Epoch() == l.epoch && lf.IsChanged(first+i):
 				mask |= 1 << i
 			default:
 				rest = true
@@ -324,11 +325,11 @@ func (s *Store) codecOf(branch uint32) *codecPool {
 // putMoved writes blocks of a head again with the same content, and returns the size of the record. same
 // reports whether the blocks are still those that were copied; it is called with mu and the leaf's lock held.
 // If they are not, or are not of the present epoch, putMoved returns errChanged.
-func (s *Store) putMoved(h *format.RecordHeader, payload []byte, same func(*leaf) bool) (n int, err error) {
+func (s *Store) putMoved(h *format.RecordHeader, payload []byte, same func(*leafcache.Leaf) bool) (n int, err error) {
 	for {
 		k, err := s.tryPutMoved(h, payload, same)
 		if errors.Is(err, errEvicted) {
-			if err = s.cache.ensure(k); err == nil {
+			if err = s.cache.Ensure(k); err == nil {
 				continue
 			}
 		}
@@ -340,7 +341,7 @@ func (s *Store) putMoved(h *format.RecordHeader, payload []byte, same func(*leaf
 }
 
 // tryPutMoved tries putMoved once. It returns the key of the leaf that it changes.
-func (s *Store) tryPutMoved(h *format.RecordHeader, payload []byte, same func(*leaf) bool) (k leafKey, err error) {
+func (s *Store) tryPutMoved(h *format.RecordHeader, payload []byte, same func(*leafcache.Leaf) bool) (k leafcache.Key, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := errors.Join(s.wal.Reserve(h.Size(), wal.ForMoves), s.usable()); err != nil {
@@ -351,7 +352,7 @@ func (s *Store) tryPutMoved(h *format.RecordHeader, payload []byte, same func(*l
 		return k, errChanged
 	}
 	k = b.leaf(uint32(h.Block/format.LeafBlocks), head)
-	err = s.install(b, h, payload, h.Blocks, wal.ForMoves, false, func(lf *leaf) error {
+	err = s.install(b, h, payload, h.Blocks, wal.ForMoves, false, func(lf *leafcache.Leaf) error {
 		if b.volume == nil || lf.Epoch() != b.Epoch || !same(lf) {
 			return errChanged
 		}
@@ -365,11 +366,11 @@ func (s *Store) tryPutMoved(h *format.RecordHeader, payload []byte, same func(*l
 
 // still returns a function that reports whether n blocks of a record, beginning with block from, are still
 // the own blocks of its volume's head.
-func (m *mover) still(r *record, from, n int) func(*leaf) bool {
+func (m *mover) still(r *record, from, n int) func(*leafcache.Leaf) bool {
 	first := int(r.h.Block%format.LeafBlocks) + from
-	return func(lf *leaf) bool {
+	return func(lf *leafcache.Leaf) bool {
 		for i := range n {
-			if !lf.isChanged(first+i) || lf.entry(first+i) != r.name.WithIndex(from+i) {
+			if !lf.IsChanged(first+i) || lf.Entry(first+i) != r.name.WithIndex(from+i) {
 				return false
 			}
 		}

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 )
@@ -285,9 +286,9 @@ func TestColdAndSlotReuse(t *testing.T) {
 			write(i, 300)
 			must(t, s.Checkpoint())
 		}
-		l := s.cache.lock(k)
-		e := l.Leaf().entry(0)
-		l.unlock()
+		l := s.cache.Lock(k)
+		e := l.Leaf().Entry(0)
+		l.Unlock()
 		if e == target {
 			break
 		}
@@ -335,9 +336,9 @@ func TestColdGains(t *testing.T) {
 			d, err := w.device("v")
 			must(t, err)
 			units := 0
-			must(t, w.s.cache.view(d.b.leaf(0, head), func(lf *leaf) {
+			must(t, w.s.cache.View(d.b.leaf(0, head), func(lf *leafcache.Leaf) {
 				for i := 0; i < format.LeafBlocks; i += 16 {
-					if lf.entry(i).Blocks() == 16 && lf.entry(i+15) == lf.entry(i).WithIndex(15) {
+					if lf.Entry(i).Blocks() == 16 && lf.Entry(i+15) == lf.Entry(i).WithIndex(15) {
 						units++
 					}
 				}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -109,7 +110,7 @@ func (p *coldPass) prepare(b *branch, index uint32) error {
 func (p *coldPass) rewrite() error {
 	for ; p.next < len(p.units); p.next++ {
 		u := &p.units[p.next]
-		_, err := p.s.putMoved(&u.h, u.payload, func(lf *leaf) bool { return p.unchanged(lf, u) })
+		_, err := p.s.putMoved(&u.h, u.payload, func(lf *leafcache.Leaf) bool { return p.unchanged(lf, u) })
 		if errors.Is(err, errChanged) {
 			continue // it was written meanwhile, so it is not cold
 		}
@@ -126,10 +127,10 @@ func (p *coldPass) rewrite() error {
 
 // unchanged reports whether a leaf still has the blocks that were read for u. The caller holds Store.mu and
 // the leaf's lock.
-func (p *coldPass) unchanged(lf *leaf, u *coldUnit) bool {
+func (p *coldPass) unchanged(lf *leafcache.Leaf, u *coldUnit) bool {
 	for i := u.first; i < u.first+u.n; i++ {
 		e := p.leaf.Entries[i]
-		if !lf.isChanged(i) || lf.entry(i) != e || p.s.slots.get(e.Slot()) != p.chunks[i] {
+		if !lf.IsChanged(i) || lf.Entry(i) != e || p.s.slots.get(e.Slot()) != p.chunks[i] {
 			return false
 		}
 	}
@@ -148,8 +149,8 @@ func (p *coldPass) read(b *branch, index uint32) (size, places int, err error) {
 	}
 	p.plan.begin(&Device{s: s, ref: Ref{Volume: fmt.Sprint("branch ", b.ID)}, b: b, asOf: head})
 	var bad error
-	err = s.cache.view(b.leaf(index, head), func(lf *leaf) {
-		lf.copyTo(&p.leaf)
+	err = s.cache.View(b.leaf(index, head), func(lf *leafcache.Leaf) {
+		lf.CopyTo(&p.leaf)
 		if lf.Epoch() != epoch || !p.isCold(&p.leaf, true) || settled(&p.leaf) {
 			return
 		}

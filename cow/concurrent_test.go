@@ -87,7 +87,7 @@ func (b *busyStore) open() {
 	}
 	b.s = s
 	s.coldCodec = quickCodec
-	s.cache.restrict(3)
+	s.cache.Restrict(3)
 }
 
 func (b *busyStore) openDevices() {

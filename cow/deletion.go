@@ -145,7 +145,7 @@ func (s *Store) prepareReaping() {
 	var l format.Leaf
 	for _, index := range leaves {
 		if j.next != 0 && !reaped {
-			_ = s.cache.ensure(j.b.leaf(index, head))
+			_ = s.cache.Ensure(j.b.leaf(index, head))
 		}
 		_ = s.meta.View(func(tx *metadata.Tx) error {
 			_, err := tx.Leaf(metadata.Version{Branch: j.b.ID, Leaf: index, Epoch: j.to}, &l)
@@ -316,7 +316,7 @@ func (s *Store) reapLeaf(j deletion, v metadata.Version) error {
 // dropVersion removes a version from memory now, and from the table with this generation.
 func (s *Store) dropVersion(b *branch, v metadata.Version) {
 	s.dropping[v] = struct{}{}
-	s.cache.dropVersion(&b.leaves, v.Leaf, v.Epoch)
+	s.cache.DropVersion(&b.leaves, v.Leaf, v.Epoch)
 }
 
 // finishDeletion removes the row of the point or head that the deletion was about.
@@ -327,10 +327,10 @@ func (s *Store) finishDeletion(j deletion) {
 	} else {
 		j.b.reaped = true
 		delete(s.catalog.orphaned, j.b)
-		s.cache.forget(&j.b.leaves, false)
+		s.cache.Forget(&j.b.leaves, false)
 	}
 	if j.b.reaped && len(j.b.points) == 0 {
 		s.catalog.forgetBranch(j.b)
-		s.cache.forget(&j.b.leaves, true)
+		s.cache.Forget(&j.b.leaves, true)
 	}
 }

@@ -2,6 +2,7 @@ package cow
 
 import (
 	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -47,7 +48,7 @@ func (s *Store) exact(v metadata.Version, l *format.Leaf) error {
 	b := s.catalog.branches[v.Branch]
 	// Another goroutine may have loaded a leaf of a reaped head, too late. Such a leaf is not kept up to
 	// date.
-	if s.cache.version(&b.leaves, v.Leaf, v.Epoch, v.Epoch, !b.reaped, l) != 0 {
+	if s.cache.Version(&b.leaves, v.Leaf, v.Epoch, v.Epoch, !b.reaped, l) != 0 {
 		return nil
 	}
 	return s.meta.View(func(tx *metadata.Tx) error {
@@ -65,34 +66,34 @@ func (s *Store) exact(v metadata.Version, l *format.Leaf) error {
 func (s *Store) successor(j deletion, v metadata.Version, fn func(*format.Leaf)) (moved bool, err error) {
 	k := j.b.leaf(v.Leaf, head)
 	if j.b.reaped {
-		l := s.cache.lock(k)
-		defer l.unlock()
+		l := s.cache.Lock(k)
+		defer l.Unlock()
 		return s.successorBeforeHead(j, v, &l, fn)
 	}
 	// For a head, the cached leaf counts, not the table. It is loaded first, so that no other goroutine can
 	// load it from the table's present state.
-	l, err := s.cache.lockLoaded(k)
+	l, err := s.cache.LockLoaded(k)
 	if err != nil {
 		return false, err
 	}
-	defer l.unlock()
+	defer l.Unlock()
 	switch epoch := l.Leaf().Epoch(); {
 	case epoch > j.to && epoch <= j.next:
-		w, err := l.reopen(epoch)
+		w, err := l.Reopen(epoch)
 		if err == nil {
 			fn(w)
 		}
 		return err == nil, err
 	case epoch == v.Epoch && j.next == j.b.Epoch && j.b.volume != nil:
-		_, err := l.reopen(j.b.Epoch)
+		_, err := l.Reopen(j.b.Epoch)
 		return err == nil, err
 	}
 	return s.successorBeforeHead(j, v, &l, fn)
 }
 
 // successorBeforeHead is successor for a version that is not a head's present one. The caller holds mu.
-func (s *Store) successorBeforeHead(j deletion, v metadata.Version, l *lockedLeaf, fn func(*format.Leaf)) (moved bool, err error) {
-	if w := l.preimage(j.to+1, j.next); w != nil {
+func (s *Store) successorBeforeHead(j deletion, v metadata.Version, l *leafcache.Locked, fn func(*format.Leaf)) (moved bool, err error) {
+	if w := l.Preimage(j.to+1, j.next); w != nil {
 		fn(w)
 		return true, nil
 	}
@@ -101,7 +102,7 @@ func (s *Store) successorBeforeHead(j deletion, v metadata.Version, l *lockedLea
 	if err != nil || found.Epoch == 0 {
 		return false, err
 	}
-	w, err := l.addPreimage(found.Epoch, &content)
+	w, err := l.AddPreimage(found.Epoch, &content)
 	if err != nil {
 		return false, err
 	}

@@ -67,7 +67,7 @@ func TestReplayOfMoreThanFits(t *testing.T) {
 
 	o.CacheBytes = MinCacheBytes
 	verify := func(s *Store) {
-		if s.cache.grown() {
+		if s.cache.Grown() {
 			t.Error("after Open the cache has more memory than it was given")
 		}
 		d, err := s.OpenDevice(Ref{Volume: "v"}, true)

@@ -12,8 +12,8 @@
 //	  ├─ Store.mu ─────────────────────────────────────────────────────────────────────────────
 //	  │  wal.Log.Reserve    wal/log.go    wait for a buffer and a chunk, or for the cleaner; ErrNoSpace
 //	  │  Store.install      install.go    the commit point, of writers and of the cleaner:
-//	  │    leafCache.lock   cache_locked.go the leaf that maps the block; if it was evicted, load it and begin again
-//	  │    makeWritable     cache_locked.go the leaf becomes one of the branch's present epoch
+//	  │    Cache.Lock       leafcache/locked.go  the leaf that maps the block; if it was evicted, load it and begin again
+//	  │    MakeWritable     leafcache/locked.go  the leaf becomes one of the branch's present epoch
 //	  │    wal.Log.Append   wal/log.go      the next sequence number, a place in the chunk, a copy in the buffer
 //	  │    Store.applyData  leafmap.go      the leaf's entry; what was there before is accounted dead
 //	  ├────────────────────────────────────────────────────────────────────────────────────────

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -20,7 +21,7 @@ func (d *Device) Extents(off, length int64, fn func(off, length int64, hole bool
 	first, last := uint64(off)/format.BlockSize, uint64(off+length-1)/format.BlockSize
 	err := d.s.leaves(d.b, uint32(first/format.LeafBlocks), uint32(last/format.LeafBlocks)+1, func(index uint32) error {
 		var l format.Leaf
-		if err := d.s.cache.view(d.b.leaf(index, d.asOf), func(lf *leaf) { lf.copyTo(&l) }); err != nil {
+		if err := d.s.cache.View(d.b.leaf(index, d.asOf), func(lf *leafcache.Leaf) { lf.CopyTo(&l) }); err != nil {
 			return err
 		}
 		for i, e := range l.Entries {

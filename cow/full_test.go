@@ -170,7 +170,7 @@ func TestTableThatDoesNotCommit(t *testing.T) {
 	script := faultScript(5)
 	w.must(t, script[:len(script)/2]...)
 	w.must(t, op{kind: "checkpoint"})
-	w.s.cache.restrict(0) // otherwise writers would wait for the failing commit, and get its error
+	w.s.cache.Restrict(0) // otherwise writers would wait for the failing commit, and get its error
 
 	failed := 0
 	rng := rand.New(rand.NewPCG(1, 2))

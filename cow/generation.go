@@ -5,6 +5,7 @@ import (
 	"errors"
 	"slices"
 
+	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -14,7 +15,7 @@ type generation struct {
 	gen        uint64
 	at         format.Checkpoint
 	appended   uint64
-	leaves     cacheGeneration
+	leaves     leafcache.Generation
 	encoded    []encodedLeaf
 	volumes    []format.Volume
 	snapshots  []format.Snapshot

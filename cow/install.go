@@ -3,6 +3,7 @@ package cow
 import (
 	"errors"
 
+	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 )
@@ -18,9 +19,9 @@ var errNothing = errors.New("there is nothing to change")
 // calls check with the leaf locked, to decide by the leaf's present state whether to make the change; if
 // check returns an error, install returns it. install returns errEvicted if the leaf is not in the cache, and
 // errFull if the leaf may not become dirty now. After any error nothing has changed.
-func (s *Store) install(b *branch, h *format.RecordHeader, payload []byte, n int, p wal.Purpose, waited bool, check func(*leaf) error) error {
-	l := s.cache.lock(b.leaf(uint32(h.Block/format.LeafBlocks), head))
-	defer l.unlock()
+func (s *Store) install(b *branch, h *format.RecordHeader, payload []byte, n int, p wal.Purpose, waited bool, check func(*leafcache.Leaf) error) error {
+	l := s.cache.Lock(b.leaf(uint32(h.Block/format.LeafBlocks), head))
+	defer l.Unlock()
 	lf := l.Leaf()
 	if lf == nil {
 		return errEvicted
@@ -28,10 +29,10 @@ func (s *Store) install(b *branch, h *format.RecordHeader, payload []byte, n int
 	if err := check(lf); err != nil {
 		return err
 	}
-	if !l.isWritable(b.Epoch) && !s.mayDirty(waited, p) {
+	if !l.IsWritable(b.Epoch) && !s.mayDirty(waited, p) {
 		return errFull
 	}
-	content, err := l.makeWritable(b.Epoch)
+	content, err := l.MakeWritable(b.Epoch)
 	if err != nil {
 		return err
 	}

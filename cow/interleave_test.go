@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
@@ -178,7 +179,7 @@ func TestCheckpointWhileFirstChunkIsMade(t *testing.T) {
 func TestExtentsWhileLeafLeavesMemory(t *testing.T) {
 	dir := setup(t, 1<<30, format.Raw)
 	s := open(t, dir, Options{checkpointInterval: -1})
-	s.cache.restrict(3)
+	s.cache.Restrict(3)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	data := randomBytes(4096, 1)
@@ -212,7 +213,7 @@ func TestExtentsWhileLeafLeavesMemory(t *testing.T) {
 func TestWriteZeroesBesideCheckpoints(t *testing.T) {
 	dir := setup(t, 8<<40, format.Raw)
 	s := open(t, dir, Options{checkpointInterval: -1})
-	s.cache.restrict(3)
+	s.cache.Restrict(3)
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	data, buf := randomBytes(4096, 1), make([]byte, 4096)
@@ -402,8 +403,8 @@ func TestPlanAcrossSlotReuse(t *testing.T) {
 	pl := &ReadPlan{d: d}
 	var bad error
 	var target format.Entry
-	must(t, s.cache.view(d.b.leaf(0, head), func(lf *leaf) {
-		target = lf.entry(255)
+	must(t, s.cache.View(d.b.leaf(0, head), func(lf *leafcache.Leaf) {
+		target = lf.Entry(255)
 		bad = pl.plan(lf, buf[:4096], 255*4096)
 	}))
 	must(t, bad)
@@ -420,9 +421,9 @@ func TestPlanAcrossSlotReuse(t *testing.T) {
 		if i%8 == 0 {
 			must(t, s.Checkpoint())
 		}
-		l := s.cache.lock(d.b.leaf(1, head))
-		e := l.Leaf().entry(0)
-		l.unlock()
+		l := s.cache.Lock(d.b.leaf(1, head))
+		e := l.Leaf().Entry(0)
+		l.Unlock()
 		if e == target && s.slots.get(e.Slot()) != old {
 			break
 		}
@@ -430,7 +431,7 @@ func TestPlanAcrossSlotReuse(t *testing.T) {
 	want := make([]byte, 4096)
 	_, err = d.ReadAt(want, 256*4096)
 	must(t, err)
-	must(t, s.cache.view(d.b.leaf(1, head), func(lf *leaf) { bad = pl.plan(lf, buf[4096:], 256*4096) }))
+	must(t, s.cache.View(d.b.leaf(1, head), func(lf *leafcache.Leaf) { bad = pl.plan(lf, buf[4096:], 256*4096) }))
 	must(t, bad)
 	must(t, pl.locate())
 	if err := pl.Fetch(); err != nil {

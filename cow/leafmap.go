@@ -1,6 +1,7 @@
 package cow
 
 import (
+	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -8,7 +9,7 @@ import (
 // loadLeaf fills l with the leaf of k's branch as of k.AsOf, merged with everything older. That is the
 // branch's own newest version, or, if it has none, what its origin had. loadLeaf returns the epoch of the
 // branch's own version, or 0.
-func (s *Store) loadLeaf(k leafKey, l *format.Leaf) (epoch uint32, err error) {
+func (s *Store) loadLeaf(k leafcache.Key, l *format.Leaf) (epoch uint32, err error) {
 	b, epoch, err := s.newest(k, l)
 	switch {
 	case err != nil:
@@ -26,8 +27,8 @@ func (s *Store) loadLeaf(k leafKey, l *format.Leaf) (epoch uint32, err error) {
 // newest reads the newest version at or before k into l: one of k.Branch, or else one of its origins. It returns
 // the branch that has the version, and the version's epoch. It looks in memory before it looks in the table,
 // because a version leaves memory only after the table has it.
-func (s *Store) newest(k leafKey, l *format.Leaf) (of *cachedBranch, epoch uint32, err error) {
-	inMemory, epoch := s.cache.newest(k, l)
+func (s *Store) newest(k leafcache.Key, l *format.Leaf) (of *leafcache.Branch, epoch uint32, err error) {
+	inMemory, epoch := s.cache.Newest(k, l)
 	err = s.meta.View(func(tx *metadata.Tx) error {
 		asOf := k.AsOf
 		for b := k.Branch; b != nil; b, asOf = b.Origin, b.OriginEpoch {
@@ -50,7 +51,7 @@ func (s *Store) newest(k leafKey, l *format.Leaf) (of *cachedBranch, epoch uint3
 // version reads the newest version that the branch itself has, at or before asOf, into l. It returns the
 // version's epoch, or 0 if there is none. The head's leaf in memory counts only if withHead is set.
 func (s *Store) version(b *branch, index, asOf uint32, withHead bool, l *format.Leaf) (epoch uint32, err error) {
-	epoch = s.cache.version(&b.leaves, index, 1, asOf, withHead, l)
+	epoch = s.cache.Version(&b.leaves, index, 1, asOf, withHead, l)
 	err = s.meta.View(func(tx *metadata.Tx) error {
 		return s.newer(tx, metadata.Version{Branch: b.ID, Leaf: index, Epoch: asOf}, &epoch, l)
 	})
@@ -157,7 +158,7 @@ func (s *Store) nextLeaf(b *branch, index, limit uint32) (uint32, error) {
 // leaves calls fn, in order, for each leaf in [from, to) of the branch that may map anything.
 func (s *Store) leaves(b *branch, from, to uint32, fn func(index uint32) error) error {
 	// Memory is looked at before the table, because a leaf leaves memory only after the table has it.
-	inMemory := s.cache.indexes(&b.leaves, from, to)
+	inMemory := s.cache.InMemory(&b.leaves, from, to)
 	for from < to {
 		next, err := s.nextLeaf(b, from, to)
 		if err != nil {

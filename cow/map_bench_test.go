@@ -71,7 +71,7 @@ func BenchmarkDepth(b *testing.B) {
 				defer reportCPU(b)()
 				for i := range b.N {
 					if i%256 == 0 {
-						d.s.cache.forget(&d.b.leaves, true)
+						d.s.cache.Forget(&d.b.leaves, true)
 					}
 					read(b)
 				}

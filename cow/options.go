@@ -4,7 +4,14 @@ import (
 	"log/slog"
 	"time"
 
+	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/internal/storage"
+)
+
+// MinCacheBytes and MaxCacheBytes bound Options.CacheBytes: values beyond them are taken for the nearest one.
+const (
+	MinCacheBytes = leafcache.MinBytes
+	MaxCacheBytes = leafcache.MaxBytes
 )
 
 // Options are the options of Open; the zero value is ready to use.
@@ -83,7 +90,7 @@ func (o *Options) setDefaults() {
 		o.checkpointBytes = 256 << 20
 	}
 	if o.checkpointLeaves <= 0 {
-		o.checkpointLeaves = mostDirty(o.CacheBytes) * 3 / 4
+		o.checkpointLeaves = leafcache.MostDirty(o.CacheBytes) * 3 / 4
 	}
 	if o.checkpointInterval == 0 {
 		o.checkpointInterval = 10 * time.Second

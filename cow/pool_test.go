@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
@@ -347,7 +348,7 @@ func TestFirstReadOfARemovedFile(t *testing.T) {
 	pl, got := &ReadPlan{}, make([]byte, format.BlockSize)
 	pl.begin(d)
 	var bad error
-	err = s.cache.view(d.b.leaf(0, head), func(lf *leaf) { bad = pl.plan(lf, got, 0) })
+	err = s.cache.View(d.b.leaf(0, head), func(lf *leafcache.Leaf) { bad = pl.plan(lf, got, 0) })
 	must(t, errors.Join(err, bad))
 	must(t, d.Discard(0, format.BlockSize)) // what others do meanwhile
 	must(t, errors.Join(s.Checkpoint(), s.Checkpoint()))

@@ -6,6 +6,7 @@ import (
 	"io"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
@@ -87,7 +88,7 @@ func (d *Device) plan(pl *ReadPlan, p []byte, off int64) error {
 	for len(p) > 0 {
 		n := int(min(int64(len(p)), leafSize-off%leafSize))
 		var bad error
-		err := d.s.cache.view(d.b.leaf(uint32(off/leafSize), d.asOf), func(lf *leaf) {
+		err := d.s.cache.View(d.b.leaf(uint32(off/leafSize), d.asOf), func(lf *leafcache.Leaf) {
 			bad = pl.plan(lf, p[:n], off)
 		})
 		if err := errors.Join(err, bad); err != nil {
@@ -111,13 +112,13 @@ func (pl *ReadPlan) begin(d *Device) {
 
 // plan adds the pieces of a range within one leaf. The leaf's shard is locked, so that the chunk of an entry
 // cannot go before plan has taken a reference to it.
-func (pl *ReadPlan) plan(lf *leaf, p []byte, off int64) error {
+func (pl *ReadPlan) plan(lf *leafcache.Leaf, p []byte, off int64) error {
 	for len(p) > 0 {
 		block, skip := uint64(off/format.BlockSize), int(off%format.BlockSize)
 		i := int(block % format.LeafBlocks)
-		e := lf.entry(i)
+		e := lf.Entry(i)
 		n := min(len(p), format.BlockSize-skip)
-		for j := i + 1; n < len(p) && follows(e, lf.entry(j), j-i); j++ {
+		for j := i + 1; n < len(p) && follows(e, lf.Entry(j), j-i); j++ {
 			n = min(len(p), n+format.BlockSize)
 		}
 		if e.IsHole() {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"testing"
 
+	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -122,8 +123,8 @@ func TestReaperReadsWithoutTheLock(t *testing.T) {
 	}
 	must(t, errors.Join(s.Remove(Ref{"v", "1"}, false), s.Checkpoint()))
 	with, without := 0, 0
-	must(t, s.cache.close())
-	s.cache, err = newLeafCache(MinCacheBytes, func(k leafKey, l *format.Leaf) (uint32, error) { // it has nothing yet
+	must(t, s.cache.Close())
+	s.cache, err = leafcache.New(MinCacheBytes, func(k leafcache.Key, l *format.Leaf) (uint32, error) { // it has nothing yet
 		if s.mu.TryLock() {
 			s.mu.Unlock()
 			without++

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -154,7 +155,7 @@ func (a *applier) applyLeaf(b *branch, index uint32, changes []heldChange) error
 	if err != nil {
 		return err
 	}
-	defer l.unlock()
+	defer l.Unlock()
 	for _, h := range changes {
 		e := h.e
 		for i := int(h.first); i <= int(h.last); i++ {
@@ -172,24 +173,24 @@ func (a *applier) applyLeaf(b *branch, index uint32, changes []heldChange) error
 // fitted into the cache of the owner that wrote it. If that cache was larger than this one, this one grows,
 // until the checkpoint with which Open then ends. A checkpoint in the middle of the log is impossible: at its
 // replay position, a batch would be half applied.
-func (a *applier) own(b *branch, index uint32) (l lockedLeaf, content *format.Leaf, err error) {
+func (a *applier) own(b *branch, index uint32) (l leafcache.Locked, content *format.Leaf, err error) {
 	s := a.t.s
 	k := b.leaf(index, head)
 	for {
-		l, err = s.cache.lockLoaded(k)
+		l, err = s.cache.LockLoaded(k)
 		if err == nil {
 			a.t.mu.Lock()
-			content, err = l.makeWritable(b.Epoch)
+			content, err = l.MakeWritable(b.Epoch)
 			a.t.mu.Unlock()
 			if err == nil {
 				return l, content, nil
 			}
-			l.unlock()
+			l.Unlock()
 		}
 		if !errors.Is(err, errFull) {
 			return l, nil, err
 		}
-		if err := s.cache.grow(k); err != nil {
+		if err := s.cache.Grow(k); err != nil {
 			return l, nil, err
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
@@ -46,7 +47,7 @@ type Store struct {
 
 	reserve    wal.ReserveFile
 	mark       wal.Mark
-	cache      *leafCache
+	cache      *leafcache.Cache
 	dirtyLimit int // most dirty leaves and pre-images in one generation
 	forwards   forwards
 	slots      slotTable
@@ -172,9 +173,9 @@ func openIn(in *storage.Folder, o Options) (*Store, error) {
 	s.scratch.New = newScratch
 	s.unpacked.New = func() any { return new(format.Leaf) }
 	s.frozen = sync.NewCond(&s.mu)
-	s.dirtyLimit = min(mostDirty(o.CacheBytes), 4*o.checkpointLeaves)
+	s.dirtyLimit = min(leafcache.MostDirty(o.CacheBytes), 4*o.checkpointLeaves)
 	s.forwards.load = s.loadForwards
-	if s.cache, err = newLeafCache(o.CacheBytes, s.loadLeaf); err != nil {
+	if s.cache, err = leafcache.New(o.CacheBytes, s.loadLeaf); err != nil {
 		return nil, errors.Join(fmt.Errorf("open store %s: %w", dir, err), lock.Close())
 	}
 	if err := s.openChunks(); err != nil {
@@ -319,7 +320,7 @@ func (s *Store) resumeAfterReplay(left []leaving) error {
 			"droppedBytes", r.DroppedBytes, "droppedFiles", r.DroppedFiles)
 		wal.Poke(s.ckptWork)
 	}
-	if r.unsettled || s.cache.grown() {
+	if r.unsettled || s.cache.Grown() {
 		// A full disk is no reason to keep a store closed: its users may want to give back space.
 		if err := s.Checkpoint(); err != nil && (r.unsettled || !errors.Is(err, ErrNoSpace)) {
 			return fmt.Errorf("checkpoint after replay: %w", err)
@@ -346,7 +347,7 @@ func (s *Store) release() error {
 	if s.lock != nil {
 		errs = append(errs, s.lock.Close())
 	}
-	return errors.Join(append(errs, s.cache.close(), s.in.Close())...)
+	return errors.Join(append(errs, s.cache.Close(), s.in.Close())...)
 }
 
 // Close makes everything durable with a last checkpoint and gives the store up. All devices must be closed

@@ -318,7 +318,7 @@ func (l *lab) open(img crashImage, every int, rng *rand.Rand) (*world, error) {
 				return nil, errors.Join(err, w.kill())
 			}
 		}
-		w.s.cache.restrict(3 + rng.IntN(4))
+		w.s.cache.Restrict(3 + rng.IntN(4))
 	}
 	return w, nil
 }

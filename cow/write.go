@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 )
@@ -112,7 +113,7 @@ func (d *Device) readEdges(sc *scratch, buf []byte, first uint64, skip, n int) (
 
 // unchangedSince reports whether the n blocks of the leaf from block on still are what ex expects. The caller
 // holds mu.
-func (s *Store) unchangedSince(d *Device, ex *expect, lf *leaf, block uint64, n int) bool {
+func (s *Store) unchangedSince(d *Device, ex *expect, lf *leafcache.Leaf, block uint64, n int) bool {
 	if ex == nil {
 		return true
 	}
@@ -123,7 +124,7 @@ func (s *Store) unchangedSince(d *Device, ex *expect, lf *leaf, block uint64, n 
 		if b < block || b >= block+uint64(n) { // none, or a block of another record
 			return true
 		}
-		e := lf.entry(int(b % format.LeafBlocks))
+		e := lf.Entry(int(b % format.LeafBlocks))
 		return e == was.e && (e.IsHole() || s.slots.get(e.Slot()) == was.c)
 	}
 	return same(ex.first, ex.wasFirst) && same(ex.last, ex.wasLast)
@@ -201,7 +202,7 @@ func (s *Store) put(d *Device, h *format.RecordHeader, payload []byte, n int, ex
 	k := d.b.leaf(uint32(h.Block/format.LeafBlocks), head)
 	cleared, refused := false, 0
 	for waited := false; ; waited = true {
-		err := s.cache.ensure(k)
+		err := s.cache.Ensure(k)
 		if err == nil {
 			err = s.tryPut(d, h, payload, n, ex, waited, small)
 		}
@@ -237,11 +238,11 @@ func (s *Store) tryPut(d *Device, h *format.RecordHeader, payload []byte, n int,
 		return err
 	}
 	first := int(h.Block % format.LeafBlocks)
-	return s.install(d.b, h, payload, n, purposeIn(h), waited, func(lf *leaf) error {
+	return s.install(d.b, h, payload, n, purposeIn(h), waited, func(lf *leafcache.Leaf) error {
 		switch {
 		case !s.unchangedSince(d, ex, lf, h.Block, n):
 			return errChanged
-		case hole && lf.isHole(first, n):
+		case hole && lf.IsHole(first, n):
 			return errNothing
 		case !hole && isNew(d.b, lf, first, n):
 			return s.roomForNew(h.Size(), small)

@@ -1,4 +1,4 @@
-package cow
+package leafcache
 
 import (
 	"errors"
@@ -21,9 +21,9 @@ type loaded struct {
 	packed [headerWords + format.MaxPacked]uint64
 }
 
-// ensure loads a leaf into the cache if it is not there. The leaf may be evicted again at once, so callers
-// look it up under a lock, and call ensure again if it is gone.
-func (c *leafCache) ensure(k leafKey) error {
+// Ensure loads a leaf into the cache if it is not there. The leaf may be evicted again at once, so callers
+// look it up under a lock, and call Ensure again if it is gone.
+func (c *Cache) Ensure(k Key) error {
 	for {
 		s := c.shard(k.Branch.ID, k.Index)
 		s.mu.RLock()
@@ -38,8 +38,9 @@ func (c *leafCache) ensure(k leafKey) error {
 	}
 }
 
-// view runs fn on a leaf, either under the shard's read lock or before any other goroutine can see the leaf.
-func (c *leafCache) view(k leafKey, fn func(*leaf)) error {
+// View runs fn on a leaf, either under the shard's read lock or before any other goroutine can see the leaf. fn
+// must not call the cache, nor keep the leaf.
+func (c *Cache) View(k Key, fn func(*Leaf)) error {
 	s := c.shard(k.Branch.ID, k.Index)
 	for {
 		s.mu.RLock()
@@ -51,7 +52,7 @@ func (c *leafCache) view(k leafKey, fn func(*leaf)) error {
 		}
 		s.mu.RUnlock()
 		// A reader needs no room in the cache: fetch has run fn by now.
-		if mine, err := c.fetch(k, fn); mine && errors.Is(err, errFull) {
+		if mine, err := c.fetch(k, fn); mine && errors.Is(err, ErrFull) {
 			return nil
 		} else if mine || err != nil {
 			return err
@@ -61,8 +62,8 @@ func (c *leafCache) view(k leafKey, fn func(*leaf)) error {
 
 // fetch loads a leaf that was not in the cache, runs fn on it, and then adds it to the cache. If another
 // goroutine is already loading the leaf, fetch waits for it instead, does not run fn, and returns false for
-// mine. If the cache has no room for the leaf, it returns errFull, after fn has run.
-func (c *leafCache) fetch(k leafKey, fn func(*leaf)) (mine bool, err error) {
+// mine. If the cache has no room for the leaf, it returns ErrFull, after fn has run.
+func (c *Cache) fetch(k Key, fn func(*Leaf)) (mine bool, err error) {
 	s := c.shard(k.Branch.ID, k.Index)
 	s.mu.Lock()
 	if s.buckets == nil {
@@ -86,19 +87,19 @@ func (c *leafCache) fetch(k leafKey, fn func(*leaf)) (mine bool, err error) {
 	defer c.scratch.Put(ld)
 	ld.branch, ld.index, ld.asOf, ld.gen = k.Branch.ID, k.Index, k.AsOf, 0
 	ld.state.Store(uint32(openWords) | stateOpen)
-	ld.epoch, l.err = c.load(k, &ld.Leaf)
+	ld.epoch, l.err = c.load(k, &ld.content)
 	var words []uint64
 	if l.err == nil {
 		if fn != nil {
-			fn(&ld.leaf)
+			fn(&ld.Leaf)
 		}
-		words = format.AppendPacked(ld.packed[:headerWords], &ld.Leaf)
+		words = format.AppendPacked(ld.packed[:headerWords], &ld.content)
 	}
 	s.mu.Lock()
 	delete(s.loading, k)
 	err = l.err
 	if err == nil && !s.insert(ld, words) {
-		err = errFull
+		err = ErrFull
 	}
 	s.mu.Unlock()
 	close(l.done)

@@ -1,4 +1,4 @@
-package cow
+package leafcache
 
 import (
 	"errors"
@@ -16,7 +16,7 @@ import (
 func (s *shard) audit(t *rapid.T) {
 	for i := range s.segs {
 		live, dirty := uint32(0), uint32(0)
-		s.each(uint32(i), func(h handle, lf *leaf) {
+		s.each(uint32(i), func(h handle, lf *Leaf) {
 			live += lf.words()
 			if lf.dirtyGen() != 0 {
 				dirty++
@@ -40,20 +40,20 @@ type versionPlace struct{ index, epoch uint32 }
 // cacheModel is a cache under test, and what it must hold.
 type cacheModel struct {
 	t        *rapid.T
-	c        *leafCache
-	b        cachedBranch
+	c        *Cache
+	b        Branch
 	rng      *rand.Rand
 	epoch    uint32
 	now      map[uint32]format.Leaf       // the head
 	versions map[versionPlace]format.Leaf // of the head and of earlier epochs
 	table    map[versionPlace]format.Leaf // what checkpoints have written
-	writing  *cacheGeneration             // the generation that a checkpoint is writing, or nil
+	writing  *Generation                  // the generation that a checkpoint is writing, or nil
 	due      map[versionPlace]format.Leaf // versions when it began
 }
 
-// load does what the owner of a cache does: it looks in memory first, and then in the table.
-func (m *cacheModel) load(k leafKey, l *format.Leaf) (uint32, error) {
-	if of, epoch := m.c.newest(k, l); of != nil {
+// load does what the store does: it looks in memory first, and then in the table.
+func (m *cacheModel) load(k Key, l *format.Leaf) (uint32, error) {
+	if of, epoch := m.c.Newest(k, l); of != nil {
 		return epoch, nil
 	}
 	for epoch := m.epoch; epoch > 0; epoch-- {
@@ -67,17 +67,17 @@ func (m *cacheModel) load(k leafKey, l *format.Leaf) (uint32, error) {
 }
 
 // write changes some entries of a leaf, unless the cache is full of dirty leaves.
-func (m *cacheModel) write(k leafKey) {
-	l, err := m.c.lockLoaded(k)
-	if errors.Is(err, errFull) {
+func (m *cacheModel) write(k Key) {
+	l, err := m.c.LockLoaded(k)
+	if errors.Is(err, ErrFull) {
 		return
 	}
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	defer l.unlock()
+	defer l.Unlock()
 	was := l.Leaf().Epoch()
-	content, err := l.makeWritable(m.epoch)
+	content, err := l.MakeWritable(m.epoch)
 	if err != nil {
 		return
 	}
@@ -99,19 +99,19 @@ func (m *cacheModel) write(k leafKey) {
 // checkpoint begins a checkpoint, or ends the one that was begun.
 func (m *cacheModel) checkpoint() {
 	if m.writing == nil {
-		g := m.c.begin()
+		g := m.c.Begin()
 		m.writing, m.due = &g, maps.Clone(m.versions)
 		return
 	}
 	g := m.writing
 	m.writing = nil
 	if m.rng.IntN(3) == 0 {
-		g.abort()
+		g.Abort()
 		return
 	}
 	gens := map[versionPlace]uint64{}
 	written := 0
-	g.each(func(v metadata.Version, gen uint64, l *format.Leaf) {
+	g.Each(func(v metadata.Version, gen uint64, l *format.Leaf) {
 		at := versionPlace{v.Leaf, v.Epoch}
 		if written++; gen >= gens[at] {
 			m.table[at], gens[at] = *l, gen
@@ -123,7 +123,7 @@ func (m *cacheModel) checkpoint() {
 	if !maps.Equal(m.table, m.due) {
 		m.t.Fatal("the table is not what memory was when the checkpoint began")
 	}
-	g.finish()
+	g.Finish()
 	if n := m.c.Unwritten(); int64(n) > m.b.unwritten.Load() {
 		m.t.Fatalf("%d leaves are unwritten, and %d of the only branch", n, m.b.unwritten.Load())
 	}
@@ -134,18 +134,18 @@ func (m *cacheModel) checkpoint() {
 func TestCacheAgainstModel(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		m := &cacheModel{
-			t: t, b: cachedBranch{ID: 3}, epoch: 1, now: map[uint32]format.Leaf{},
+			t: t, b: Branch{ID: 3}, epoch: 1, now: map[uint32]format.Leaf{},
 			versions: map[versionPlace]format.Leaf{}, table: map[versionPlace]format.Leaf{},
 		}
 		var err error
-		if m.c, err = newLeafCache(MinCacheBytes, m.load); err != nil {
+		if m.c, err = New(MinBytes, m.load); err != nil {
 			t.Fatal(err)
 		}
-		defer m.c.close()
-		m.c.restrict(rapid.IntRange(3, 12).Draw(t, "leaves"))
+		defer m.c.Close()
+		m.c.Restrict(rapid.IntRange(3, 12).Draw(t, "leaves"))
 		m.rng = rand.New(rand.NewPCG(rapid.Uint64().Draw(t, "seed"), 0))
 		for range 300 {
-			k := leafKey{&m.b, m.rng.Uint32N(12), head}
+			k := Key{&m.b, m.rng.Uint32N(12), Head}
 			switch m.rng.IntN(16) {
 			case 0, 1:
 				m.checkpoint()
@@ -155,7 +155,7 @@ func TestCacheAgainstModel(t *testing.T) {
 				m.write(k)
 			default:
 				var got format.Leaf
-				if err := m.c.view(k, func(lf *leaf) { lf.copyTo(&got) }); err != nil {
+				if err := m.c.View(k, func(lf *Leaf) { lf.CopyTo(&got) }); err != nil {
 					t.Fatal(err)
 				}
 				if got != m.now[k.Index] {

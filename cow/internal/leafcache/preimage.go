@@ -1,4 +1,4 @@
-package cow
+package leafcache
 
 import (
 	"cmp"
@@ -9,19 +9,19 @@ import (
 
 // A pre-image is a version of a leaf that is on its way to the table and is not the head's present state. It
 // is either a copy of a dirty leaf, as it was before a writer went on in a new epoch or generation, or a
-// version that the owner read from the table to change it. It is an openLeaf with statePreimage, in the shard
+// version that the reaper read from the table to change it. It is an openLeaf with statePreimage, in the shard
 // of its head's leaf. Its asOf and epoch are the version's epoch, and a checkpoint of generation gen or later
 // writes it. Until that checkpoint has committed, others find the version in the pre-image.
 
 // leafPlace identifies a leaf by its branch and its index.
 type leafPlace struct {
-	branch *cachedBranch
+	branch *Branch
 	index  uint32
 }
 
 // pushPreimage leaves a copy of a dirty head leaf behind as a pre-image. It returns false if there is no room.
 // Leaves of the shard may move.
-func (s *shard) pushPreimage(k leafKey) bool {
+func (s *shard) pushPreimage(k Key) bool {
 	to := s.alloc(uint32(openWords))
 	if to == 0 {
 		return false
@@ -34,18 +34,18 @@ func (s *shard) pushPreimage(k leafKey) bool {
 
 // addPreimage makes a pre-image of a version of k's leaf. It returns nil if there is no room. Leaves of the
 // shard may move.
-func (s *shard) addPreimage(k leafKey, epoch uint32, gen uint64, l *format.Leaf) *openLeaf {
+func (s *shard) addPreimage(k Key, epoch uint32, gen uint64, l *format.Leaf) *openLeaf {
 	to := s.alloc(uint32(openWords))
 	if to == 0 {
 		return nil
 	}
 	o := (*openLeaf)(s.at(to).pointer())
-	o.branch, o.index, o.epoch, o.gen, o.Leaf = k.Branch.ID, k.Index, epoch, gen, *l
+	o.branch, o.index, o.epoch, o.gen, o.content = k.Branch.ID, k.Index, epoch, gen, *l
 	s.putPreimage(k.Branch, to)
 	return o
 }
 
-func (s *shard) putPreimage(b *cachedBranch, h handle) {
+func (s *shard) putPreimage(b *Branch, h handle) {
 	lf := s.at(h)
 	lf.asOf = lf.epoch
 	s.put(h, uint32(openWords)|stateOpen|statePreimage)
@@ -54,14 +54,14 @@ func (s *shard) putPreimage(b *cachedBranch, h handle) {
 }
 
 // notePreimage notes that a leaf has become a pre-image of b.
-func (s *shard) notePreimage(b *cachedBranch, lf *leaf) {
+func (s *shard) notePreimage(b *Branch, lf *Leaf) {
 	s.preimaged = append(s.preimaged, leafPlace{b, lf.index})
 	b.unwritten.Add(1)
 }
 
 // eachPreimage calls fn, which may remove the pre-image, for each pre-image. It walks the places in
 // s.preimaged instead of all dirty leaves, since few of those are pre-images.
-func (s *shard) eachPreimage(fn func(*cachedBranch, handle, *openLeaf)) {
+func (s *shard) eachPreimage(fn func(*Branch, handle, *openLeaf)) {
 	if s.buckets == nil {
 		return
 	}
@@ -102,9 +102,9 @@ func (s *shard) preimage(branch, index, from, to uint32) (best *openLeaf) {
 }
 
 // dropPreimages removes the pre-images of one version of a leaf.
-func (s *shard) dropPreimages(b *cachedBranch, index, epoch uint32) {
+func (s *shard) dropPreimages(b *Branch, index, epoch uint32) {
 	for o := s.preimage(b.ID, index, epoch, epoch); o != nil; o = s.preimage(b.ID, index, epoch, epoch) {
-		s.remove(s.handle(&o.leaf))
+		s.remove(s.handle(&o.Leaf))
 		b.unwritten.Add(-1)
 	}
 }
@@ -113,7 +113,7 @@ func (s *shard) dropPreimages(b *cachedBranch, index, epoch uint32) {
 func (s *shard) dropWritten(gen uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.eachPreimage(func(b *cachedBranch, h handle, o *openLeaf) {
+	s.eachPreimage(func(b *Branch, h handle, o *openLeaf) {
 		if o.gen <= gen {
 			s.remove(h)
 			b.unwritten.Add(-1)

@@ -1,4 +1,4 @@
-package cow
+package leafcache
 
 import (
 	"errors"
@@ -9,19 +9,18 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// errFull is returned if the cache is full of leaves that a checkpoint still has to write.
-var errFull = errors.New("the cache is full of changes")
+// ErrFull is returned if the cache is full of leaves that a checkpoint still has to write.
+var ErrFull = errors.New("the cache is full of changes")
 
 const (
 	maxShards = 64
 	// minShard is the least memory of a shard: 32 segments.
 	minShard = 1 << 20
-	// MinCacheBytes is the least memory that a cache gets: smaller values of Options.CacheBytes are raised to
-	// it.
-	MinCacheBytes = 1 << 20
-	// MaxCacheBytes is the largest value of Options.CacheBytes. At first the cache takes only address space,
-	// but its bookkeeping grows with its size and takes memory at once.
-	MaxCacheBytes = 1 << 40
+	// MinBytes is the least memory that a cache gets: New raises smaller values to it.
+	MinBytes = 1 << 20
+	// MaxBytes is the most memory that a cache should get. At first the cache takes only address space, but
+	// its bookkeeping grows with its size and takes memory at once.
+	MaxBytes = 1 << 40
 
 	// checkpointCopy is the memory that a checkpoint takes for each leaf that it writes: the leaf's encoding
 	// (1.9 KB) and the page of the table that holds it (4 KiB).
@@ -31,20 +30,18 @@ const (
 	bucketShare = 96 / 4
 )
 
-// leafCache keeps merged leaves and pre-images (preimage.go), in memory of a fixed size. Clean leaves, which are
-// the same in the table, are packed, and are evicted by a second-chance clock when room is needed. Dirty
-// leaves are never evicted.
-type leafCache struct {
-	load   func(leafKey, *format.Leaf) (epoch uint32, err error)
+// Cache keeps merged leaves and pre-images in memory of a fixed size: see the package comment.
+type Cache struct {
+	load   func(Key, *format.Leaf) (epoch uint32, err error)
 	shards []shard
 	shift  uint // the shift that makes a hash the shard's number
 
 	scratch sync.Pool // *loaded
 
-	// What the next checkpoint writes. The owner's lock guards it.
-	gen       uint64    // the present generation, from 1: that of leaves that become dirty now
-	dirty     []leafKey // leaves of the present generation
-	unwritten int       // leaves and pre-images of the present generation
+	// What the next checkpoint writes. The store's lock guards it.
+	gen       uint64 // the present generation, from 1: that of leaves that become dirty now
+	dirty     []Key  // leaves of the present generation
+	unwritten int    // leaves and pre-images of the present generation
 }
 
 type shard struct {
@@ -52,22 +49,25 @@ type shard struct {
 	arena
 	buckets   []uint32    // handles, each the first of a list
 	preimaged []leafPlace // where pre-images are; eachPreimage removes places that have none any more
-	loading   map[leafKey]*loading
+	loading   map[Key]*loading
 	mapped    []uint64 // all of the shard's memory
 	words     int      // intended len(mapped); larger while replaying a larger cache's log
 }
 
-// mostDirty returns how many leaves one checkpoint may write, given the bytes of the cache. A quarter of
+// MostDirty returns how many leaves one checkpoint may write, given the bytes of the cache. A quarter of
 // those bytes is kept for the checkpoint's copies.
-func mostDirty(bytes int64) int { return int(max(bytes, MinCacheBytes) / 4 / checkpointCopy) }
+func MostDirty(bytes int64) int { return int(max(bytes, MinBytes) / 4 / checkpointCopy) }
 
-func newLeafCache(bytes int64, load func(leafKey, *format.Leaf) (epoch uint32, err error)) (*leafCache, error) {
-	bytes = max(bytes, MinCacheBytes) / 4 * 3 // the rest is for checkpoints, see mostDirty
+// New returns an empty cache. bytes is the memory for it and for what a checkpoint copies of it. load fills in a
+// leaf, merged with everything older, and returns the epoch of the branch's own version, or 0 if the branch has
+// none. It is called without any lock of the cache.
+func New(bytes int64, load func(Key, *format.Leaf) (epoch uint32, err error)) (*Cache, error) {
+	bytes = max(bytes, MinBytes) / 4 * 3 // the rest is for checkpoints, see MostDirty
 	n := 1
 	for n < maxShards && bytes/int64(2*n) >= minShard {
 		n *= 2
 	}
-	c := &leafCache{load: load, shards: make([]shard, n), gen: 1}
+	c := &Cache{load: load, shards: make([]shard, n), gen: 1}
 	c.scratch.New = func() any { return new(loaded) }
 	for c.shift = 64; n > 1; n /= 2 {
 		c.shift--
@@ -75,7 +75,7 @@ func newLeafCache(bytes int64, load func(leafKey, *format.Leaf) (epoch uint32, e
 	words := int(bytes / 8 / int64(len(c.shards)))
 	for i := range c.shards {
 		if err := c.shards[i].init(words); err != nil {
-			return nil, errors.Join(err, c.close())
+			return nil, errors.Join(err, c.Close())
 		}
 	}
 	return c, nil
@@ -87,7 +87,7 @@ func (s *shard) init(words int) (err error) {
 	}
 	s.words = words
 	s.divide()
-	s.loading = make(map[leafKey]*loading)
+	s.loading = make(map[Key]*loading)
 	s.reset(segmentWords, len(s.mem)/segmentWords)
 	return nil
 }
@@ -99,9 +99,9 @@ func (s *shard) divide() {
 	s.mem = s.mapped[buckets:]
 }
 
-// grow doubles the memory of a leaf's shard, beyond the cache's limit. The next checkpoint after which the
+// Grow doubles the memory of a leaf's shard, beyond the cache's limit. The next checkpoint after which the
 // shard has nothing dirty gives it back.
-func (c *leafCache) grow(k leafKey) error {
+func (c *Cache) Grow(k Key) error {
 	s := c.shard(k.Branch.ID, k.Index)
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -122,8 +122,8 @@ func (c *leafCache) grow(k leafKey) error {
 	return nil
 }
 
-// grown reports whether a shard has more memory than intended.
-func (c *leafCache) grown() bool {
+// Grown reports whether a shard has more memory than intended.
+func (c *Cache) Grown() bool {
 	for i := range c.shards {
 		s := &c.shards[i]
 		s.mu.RLock()
@@ -138,7 +138,7 @@ func (c *leafCache) grown() bool {
 
 // shrink gives back the extra memory of the shards that have grown and have nothing dirty. Their leaves are
 // forgotten.
-func (c *leafCache) shrink() {
+func (c *Cache) shrink() {
 	for i := range c.shards {
 		s := &c.shards[i]
 		s.mu.Lock()
@@ -158,10 +158,10 @@ func (s *shard) hasDirty() bool {
 	return slices.ContainsFunc(s.segs, func(g segment) bool { return g.dirty > 0 })
 }
 
-// restrict makes each shard forget its leaves. It leaves the shard memory for so many open leaves, one of them
+// Restrict makes each shard forget its leaves. It leaves the shard memory for so many open leaves, one of them
 // for a leaf that moves, or, with 0, all of its memory. A shard that has something dirty stays as it is. Tests
 // use it: leaves are then evicted and loaded again all the time, and writers wait for checkpoints.
-func (c *leafCache) restrict(leaves int) {
+func (c *Cache) Restrict(leaves int) {
 	for i := range c.shards {
 		s := &c.shards[i]
 		s.mu.Lock()
@@ -179,7 +179,7 @@ func (c *leafCache) restrict(leaves int) {
 
 // Used returns how many bytes the leaves in memory take. That includes their part of the buckets, and of the
 // segment that is kept free, which is 1 of 48.
-func (c *leafCache) Used() int64 {
+func (c *Cache) Used() int64 {
 	words := uint64(0)
 	for i := range c.shards {
 		s := &c.shards[i]
@@ -192,8 +192,8 @@ func (c *leafCache) Used() int64 {
 	return int64(float64(8*words) * (1 + 1/(8*float64(bucketShare)/2) + 1.0/48))
 }
 
-// close frees the memory. Later look-ups find nothing.
-func (c *leafCache) close() error {
+// Close frees the memory. Later look-ups find nothing.
+func (c *Cache) Close() error {
 	var errs []error
 	for i := range c.shards {
 		s := &c.shards[i]
@@ -207,13 +207,13 @@ func (c *leafCache) close() error {
 	return errors.Join(errs...)
 }
 
-// hash returns the hash of a leaf's branch and index. So all leaves and pre-images with the same branch and index
-// are in one bucket.
+// hash returns the hash of a leaf's branch and index. So all leaves and pre-images with the same branch and
+// index are in one bucket.
 func hash(branch, index uint32) uint64 {
 	return (uint64(branch)<<32 | uint64(index)) * 0x9e3779b97f4a7c15
 }
 
-func (c *leafCache) shard(branch, index uint32) *shard {
+func (c *Cache) shard(branch, index uint32) *shard {
 	return &c.shards[hash(branch, index)>>c.shift] // a shift by 64 gives 0
 }
 
@@ -224,7 +224,7 @@ func (s *shard) bucket(branch, index uint32) *handle {
 }
 
 // find returns a leaf that is not a pre-image, and its handle. It returns nil if the leaf is not in memory.
-func (s *shard) find(k leafKey) (*leaf, handle) {
+func (s *shard) find(k Key) (*Leaf, handle) {
 	if s.buckets == nil {
 		return nil, 0
 	}
@@ -284,14 +284,14 @@ func (s *shard) setGen(h handle, gen uint64) {
 
 // open makes a leaf that is in memory an open one, which can be changed. It returns nil if there is no room.
 // Other leaves of the shard may move.
-func (s *shard) open(k leafKey) *openLeaf {
+func (s *shard) open(k Key) *openLeaf {
 	lf, _ := s.find(k)
 	if o := lf.open(); o != nil {
 		return o
 	}
-	was := leaf{branch: lf.branch, index: lf.index, asOf: lf.asOf, epoch: lf.epoch}
+	was := Leaf{branch: lf.branch, index: lf.index, asOf: lf.asOf, epoch: lf.epoch}
 	var l format.Leaf
-	lf.copyTo(&l)
+	lf.CopyTo(&l)
 	to := s.alloc(uint32(openWords))
 	if to == 0 {
 		return nil
@@ -301,7 +301,7 @@ func (s *shard) open(k leafKey) *openLeaf {
 	}
 	o := (*openLeaf)(s.at(to).pointer())
 	o.branch, o.index, o.asOf, o.epoch = was.branch, was.index, was.asOf, was.epoch
-	o.gen, o.Leaf = 0, l
+	o.gen, o.content = 0, l
 	s.put(to, uint32(openWords)|stateOpen|stateUsed)
 	return o
 }
@@ -313,7 +313,7 @@ func (s *shard) pack(h handle) {
 		return
 	}
 	var buf [format.MaxPacked]uint64
-	p := format.AppendPacked(buf[:0], &o.Leaf)
+	p := format.AppendPacked(buf[:0], &o.content)
 	words := headerWords + len(p)
 	rest := openWords - words
 	if rest < headerWords {

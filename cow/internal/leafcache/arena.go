@@ -1,4 +1,4 @@
-package cow
+package leafcache
 
 import (
 	"unsafe"
@@ -40,9 +40,9 @@ func (a *arena) reset(segWords uint32, segments int) {
 	a.current, a.hand = 0, 0
 }
 
-func (a *arena) at(h handle) *leaf { return (*leaf)(unsafe.Pointer(&a.mem[h-1])) }
+func (a *arena) at(h handle) *Leaf { return (*Leaf)(unsafe.Pointer(&a.mem[h-1])) }
 
-func (a *arena) handle(lf *leaf) handle {
+func (a *arena) handle(lf *Leaf) handle {
 	return handle((uintptr(lf.pointer())-uintptr(unsafe.Pointer(&a.mem[0])))/8) + 1
 }
 
@@ -87,7 +87,7 @@ func (a *arena) drop(h handle) {
 }
 
 // each calls fn for every live leaf and pre-image in a segment.
-func (a *arena) each(i uint32, fn func(handle, *leaf)) {
+func (a *arena) each(i uint32, fn func(handle, *Leaf)) {
 	from := i*a.segWords + 1
 	for h, end := from, from+a.segs[i].used; h < end; {
 		lf := a.at(h)
@@ -149,7 +149,7 @@ func (s *shard) evict() bool {
 			s.vacate(s.hand, true)
 			return true
 		}
-		s.each(s.hand, func(_ handle, lf *leaf) { lf.state.And(^uint32(stateUsed)) })
+		s.each(s.hand, func(_ handle, lf *Leaf) { lf.state.And(^uint32(stateUsed)) })
 	}
 	return false
 }
@@ -158,7 +158,7 @@ func (s *shard) evict() bool {
 // unused.
 func (s *shard) evictable(i uint32) uint32 {
 	n := s.segWords - s.segs[i].live
-	s.each(i, func(_ handle, lf *leaf) {
+	s.each(i, func(_ handle, lf *Leaf) {
 		if lf.dirtyGen() == 0 && !lf.is(stateUsed) {
 			n += lf.words()
 		}
@@ -171,14 +171,14 @@ func (s *shard) evictable(i uint32) uint32 {
 // and one other.
 func (s *shard) vacate(i uint32, evict bool) {
 	c := &s.segs[i]
-	s.each(i, func(h handle, lf *leaf) {
+	s.each(i, func(h handle, lf *Leaf) {
 		if evict && lf.dirtyGen() == 0 && !lf.is(stateUsed) {
 			s.unlink(h)
 			return
 		}
 		to := s.append(lf.words(), 0)
 		if to == 0 {
-			panic("cow: no free segment to move leaves to")
+			panic("leafcache: no free segment to move leaves to")
 		}
 		if evict {
 			lf.state.And(^uint32(stateUsed))

@@ -1,6 +1,6 @@
 //go:build race
 
-package cow
+package leafcache
 
 // The race detector sees memory of Go's heap only.
 

@@ -1,4 +1,4 @@
-package cow
+package leafcache
 
 import (
 	"sync/atomic"
@@ -7,43 +7,43 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// head stands for a branch's newest state in a leafKey.
-const head = ^uint32(0)
+// Head stands for a branch's newest state in a Key.
+const Head = ^uint32(0)
 
-// cachedBranch is what the cache knows of a branch. All but the count never changes.
-type cachedBranch struct {
+// Branch is what the cache knows of a branch. All but the count never changes.
+type Branch struct {
 	ID          uint32
-	Origin      *cachedBranch // nil: it began empty
+	Origin      *Branch // nil: it began empty
 	OriginEpoch uint32
 	unwritten   atomic.Int64 // dirty leaves and pre-images that no checkpoint has committed
 }
 
-// leafKey names a cached leaf: one of a branch's head, which changes, or one of a point, which does not.
-type leafKey struct {
-	Branch      *cachedBranch
+// Key names a cached leaf: one of a branch's head, which changes, or one of a point, which does not.
+type Key struct {
+	Branch      *Branch
 	Index, AsOf uint32
 }
 
-// leaf is a merged leaf in memory: this header, followed by the other fields of an openLeaf or by a
+// Leaf is a merged leaf in memory: this header, followed by the other fields of an openLeaf or by a
 // format.Packed. It lies in a shard's arena, and only the shard's lock keeps it from moving. Its content
-// changes under the owner's lock and the shard's lock together.
-type leaf struct {
+// changes under the store's lock and the shard's lock together.
+type Leaf struct {
 	next   uint32 // the next leaf of the bucket
 	branch uint32
 	index  uint32
-	asOf   uint32 // as in leafKey; in a pre-image, the version's epoch
+	asOf   uint32 // as in Key; in a pre-image, the version's epoch
 	epoch  uint32 // of the version in this leaf; 0: the branch has no version of its own
 	state  atomic.Uint32
 }
 
 // openLeaf is a leaf that can be changed.
 type openLeaf struct {
-	leaf
-	gen uint64 // of the checkpoint that has to write it; 0: clean, the same as in the table
-	format.Leaf
+	Leaf
+	gen     uint64 // of the checkpoint that has to write it; 0: clean, the same as in the table
+	content format.Leaf
 }
 
-// The bits of leaf.state. All but stateUsed change under the shard's lock.
+// The bits of Leaf.state. All but stateUsed change under the shard's lock.
 const (
 	stateWords    = 1<<10 - 1 // length in words, with the header
 	stateOpen     = 1 << 10   // an openLeaf
@@ -53,74 +53,76 @@ const (
 )
 
 const (
-	headerWords = int(unsafe.Sizeof(leaf{}) / 8)
+	headerWords = int(unsafe.Sizeof(Leaf{}) / 8)
 	openWords   = int(unsafe.Sizeof(openLeaf{}) / 8)
 )
 
 // Epoch returns the epoch of the branch's own version in this leaf, or 0 if the branch has none.
-func (lf *leaf) Epoch() uint32 { return lf.epoch }
+func (lf *Leaf) Epoch() uint32 { return lf.epoch }
 
-func (lf *leaf) is(bit uint32) bool { return lf.state.Load()&bit != 0 }
+func (lf *Leaf) is(bit uint32) bool { return lf.state.Load()&bit != 0 }
 
-func (lf *leaf) words() uint32 { return lf.state.Load() & stateWords }
+func (lf *Leaf) words() uint32 { return lf.state.Load() & stateWords }
 
 // touch marks the leaf used. Readers share the cache line of state, so touch writes to it only if the bit
 // changes.
-func (lf *leaf) touch() {
+func (lf *Leaf) touch() {
 	if !lf.is(stateUsed) {
 		lf.state.Or(stateUsed)
 	}
 }
 
 // open returns the leaf as one that can be changed, or nil if it is packed.
-func (lf *leaf) open() *openLeaf {
+func (lf *Leaf) open() *openLeaf {
 	if lf.is(stateOpen) {
 		return (*openLeaf)(lf.pointer())
 	}
 	return nil
 }
 
-func (lf *leaf) pointer() unsafe.Pointer { return unsafe.Pointer(lf) }
+func (lf *Leaf) pointer() unsafe.Pointer { return unsafe.Pointer(lf) }
 
-func (lf *leaf) packed() format.Packed {
+func (lf *Leaf) packed() format.Packed {
 	return unsafe.Slice((*uint64)(unsafe.Add(lf.pointer(), 8*headerWords)), int(lf.words())-headerWords)
 }
 
-// entry returns the entry of block i of the leaf.
-func (lf *leaf) entry(i int) format.Entry {
+// Entry returns the entry of block i of the leaf.
+func (lf *Leaf) Entry(i int) format.Entry {
 	if o := lf.open(); o != nil {
-		return o.Entries[i]
+		return o.content.Entries[i]
 	}
 	return lf.packed().Entry(i)
 }
 
-func (lf *leaf) isChanged(i int) bool {
+// IsChanged reports whether block i of the leaf was put in the epoch of its version.
+func (lf *Leaf) IsChanged(i int) bool {
 	if o := lf.open(); o != nil {
-		return o.IsChanged(i)
+		return o.content.IsChanged(i)
 	}
 	return lf.packed().IsChanged(i)
 }
 
-// copyTo writes the leaf's entries and changed bits to l.
-func (lf *leaf) copyTo(l *format.Leaf) {
+// CopyTo writes the leaf's entries and changed bits to l.
+func (lf *Leaf) CopyTo(l *format.Leaf) {
 	if o := lf.open(); o != nil {
-		*l = o.Leaf
+		*l = o.content
 	} else {
 		lf.packed().Unpack(l)
 	}
 }
 
 // dirtyGen returns the generation of the checkpoint that has to write the leaf, or 0 if the leaf is clean.
-func (lf *leaf) dirtyGen() uint64 {
+func (lf *Leaf) dirtyGen() uint64 {
 	if o := lf.open(); o != nil {
 		return o.gen
 	}
 	return 0
 }
 
-func (lf *leaf) isHole(first, n int) bool {
+// IsHole reports whether n blocks of the leaf, from first on, are all holes.
+func (lf *Leaf) IsHole(first, n int) bool {
 	for i := first; i < first+n; i++ {
-		if !lf.entry(i).IsHole() {
+		if !lf.Entry(i).IsHole() {
 			return false
 		}
 	}

@@ -1,6 +1,6 @@
 //go:build !race
 
-package cow
+package leafcache
 
 import (
 	"fmt"
