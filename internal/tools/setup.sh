@@ -71,6 +71,7 @@ for what; do
 		need losetup mount
 		need mkfs.xfs xfsprogs
 		need pgrep procps
+		need strace strace
 	fi
 done
 # shellcheck disable=SC2086 # a list of words
