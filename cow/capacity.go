@@ -83,7 +83,7 @@ func (s *Store) moreForNew(tries int) (bool, error) {
 		return true, nil
 	}
 	s.mu.Lock()
-	gen, more := s.gen, s.awaitsReaper()
+	gen, more := s.changes.gen, s.awaitsReaper()
 	s.mu.Unlock()
 	if !more {
 		return false, nil

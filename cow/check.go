@@ -44,8 +44,8 @@ func (s *Store) Check(ctx context.Context, o CheckOptions, problem func(Problem)
 // beginCheck makes a checkpoint, and returns the table as it then is. pages checks the table's pages. That
 // may take long, and other work goes on meanwhile.
 func (s *Store) beginCheck() (tx *metadata.Tx, pages func() error, err error) {
-	s.ckptMu.Lock()
-	defer s.ckptMu.Unlock()
+	s.checkpoints.mu.Lock()
+	defer s.checkpoints.mu.Unlock()
 	if err = s.live(); err == nil {
 		err = s.checkpointLocked()
 	}

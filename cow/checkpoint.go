@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"math"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
@@ -18,6 +20,31 @@ import (
 
 // errFull is matched by errors that say that a checkpoint has to come first: the cache, or the table, is full.
 var errFull = leafcache.ErrFull
+
+// checkpoints is the state of the checkpoints. mu lets one run at a time; it is taken before Store.mu.
+type checkpoints struct {
+	mu     sync.Mutex
+	values values // of the running checkpoint
+	// lastAborted: the last checkpoint has failed, so memory may hold changes by the reaper that are in
+	// neither the table nor the log.
+	lastAborted bool
+	// untrimmed are chunks of the replayed log that have more allocated than they hold. The excess is given
+	// back once they are behind the replay position.
+	untrimmed      []*chunk
+	pendingRemoval []*chunk              // dead chunks that are not removed yet
+	reapCursor     map[uint32]reapCursor // by branch; changes need Store.mu, too
+
+	// Guarded by Store.mu.
+	writing        int    // dirty leaves and pre-images of the generation that the running checkpoint writes
+	writingRegions int    // regions of forwards in that generation
+	pendingFree    int64  // bytes of the chunks that the running checkpoint removes
+	failures       uint64 // number of checkpoints that failed
+	failure        error  // error of the last one that failed
+
+	committed atomic.Uint64 // generation of the last committed checkpoint
+	at        atomic.Uint64 // bytes that were appended to the log when it began
+	work      chan struct{} // a value means that a checkpoint is due
+}
 
 // Checkpoint makes the table durable as of now, so that a restart replays nothing that was written before.
 func (s *Store) Checkpoint() error {
@@ -33,8 +60,8 @@ func (s *Store) Checkpoint() error {
 
 // checkpoint makes a checkpoint, in the steps of docs/engine.md, Checkpoint.
 func (s *Store) checkpoint() error {
-	s.ckptMu.Lock()
-	defer s.ckptMu.Unlock()
+	s.checkpoints.mu.Lock()
+	defer s.checkpoints.mu.Unlock()
 	return s.checkpointLocked()
 }
 
@@ -54,10 +81,10 @@ func (s *Store) checkpointLocked() error {
 	s.trimEnds(g.at.ChunkSeq)
 	err = errors.Join(err, s.removeDead(g.dead))
 	s.mu.Lock()
-	if s.pendingFree > 0 {
+	if s.checkpoints.pendingFree > 0 {
 		s.wal.RoomMade() // writers that wait for room need not wait for the cleaner too
 	}
-	s.pendingFree = 0
+	s.checkpoints.pendingFree = 0
 	s.mu.Unlock()
 	return err
 }
@@ -90,9 +117,9 @@ func (s *Store) commit(g *generation) error {
 
 // trimEnds gives back the space that is allocated behind the records of chunks in which the log ended without
 // a Close. It does so once no replay begins in such a chunk any more, because its sequence number is less
-// than before. The caller holds ckptMu.
+// than before. The caller holds checkpoints.mu.
 func (s *Store) trimEnds(before uint64) {
-	s.untrimmed = slices.DeleteFunc(s.untrimmed, func(c *chunk) bool {
+	s.checkpoints.untrimmed = slices.DeleteFunc(s.checkpoints.untrimmed, func(c *chunk) bool {
 		if c.Seq >= before {
 			return false
 		}
@@ -120,13 +147,13 @@ func (s *Store) trimEnds(before uint64) {
 func (s *Store) beginGeneration() *generation {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	g := &generation{gen: s.gen}
+	g := &generation{gen: s.changes.gen}
 	chunkSeq, off := s.wal.Position()
 	g.at = format.Checkpoint{Seq: s.wal.NextSeq(), ChunkSeq: chunkSeq, Offset: off, NextID: uint32(min(s.catalog.nextID, math.MaxUint32)), NextChunkSeq: s.wal.NextChunk()}
 	g.appended = s.wal.Appended()
 	g.leaves = s.cache.Begin()
-	s.writing = g.leaves.Len()
-	for v := range s.dropping {
+	s.checkpoints.writing = g.leaves.Len()
+	for v := range s.changes.dropping {
 		g.dropLeaves = append(g.dropLeaves, v)
 	}
 	g.takeTables(&s.catalog)
@@ -135,14 +162,14 @@ func (s *Store) beginGeneration() *generation {
 	}
 	s.takeChunks(g)
 	g.regions = s.beginRegions()
-	s.writingRegions = len(g.regions)
-	s.catalogDirty = false
-	if s.coldNoted {
-		mark := s.coldMark
-		g.cold, s.coldNoted = &mark, false
+	s.checkpoints.writingRegions = len(g.regions)
+	s.changes.catalog = false
+	if s.cold.noted {
+		mark := s.cold.mark
+		g.cold, s.cold.noted = &mark, false
 	}
-	s.gen++
-	s.frozen.Broadcast()
+	s.changes.gen++
+	s.changes.taken.Broadcast()
 	return g
 }
 
@@ -150,7 +177,7 @@ func (s *Store) beginGeneration() *generation {
 // position and has no live bytes is dead. Its row is removed in this commit, and its file after it. The
 // caller holds mu.
 func (s *Store) takeChunks(g *generation) {
-	for _, c := range s.dirtyRows {
+	for _, c := range s.changes.rows {
 		c.rowDirty = false
 		if s.slots.get(c.Slot) != c {
 			continue // removed meanwhile
@@ -170,21 +197,21 @@ func (s *Store) takeChunks(g *generation) {
 		if c.live == 0 && c.Sealed && c.Seq < g.at.ChunkSeq {
 			c.dead = true
 			s.slots.recount(c)
-			s.pendingFree += int64(c.Size)
+			s.checkpoints.pendingFree += int64(c.Size)
 			g.dead = append(g.dead, c)
 			continue
 		}
 		g.chunks = append(g.chunks, c.row())
 		g.rowsOf = append(g.rowsOf, c)
 	}
-	s.dirtyRows = nil
+	s.changes.rows = nil
 }
 
 // encode encodes the leaves of the generation.
 func (s *Store) encode(g *generation) {
-	s.values.reset()
+	s.checkpoints.values.reset()
 	g.leaves.Each(func(v metadata.Version, gen uint64, l *format.Leaf) {
-		g.encoded = append(g.encoded, encodedLeaf{v, gen, s.values.encode(l)})
+		g.encoded = append(g.encoded, encodedLeaf{v, gen, s.checkpoints.values.encode(l)})
 	})
 	// After a failed commit there may be several states of one version. The latest comes last.
 	slices.SortFunc(g.encoded, func(a, b encodedLeaf) int {
@@ -201,29 +228,29 @@ func (s *Store) finishGeneration(g *generation) {
 	s.settleRegions(g)
 	s.mu.Lock()
 	for _, v := range g.dropLeaves {
-		delete(s.dropping, v)
+		delete(s.changes.dropping, v)
 	}
-	s.writing, s.writingRegions = 0, 0
-	s.slots.cleanable, s.cleanerExhausted = g.at.ChunkSeq, false
+	s.checkpoints.writing, s.checkpoints.writingRegions = 0, 0
+	s.slots.cleanable, s.cleaner.exhausted = g.at.ChunkSeq, false
 	s.wal.Committed(g.at.Seq)
 	for _, c := range g.rowsOf { // among others, the chunks that became full since the last checkpoint
 		s.slots.recount(c)
 	}
 	s.mu.Unlock()
-	s.lastAborted = false
-	s.committed.Store(g.gen)
-	s.ckptAt.Store(g.appended)
+	s.checkpoints.lastAborted = false
+	s.checkpoints.committed.Store(g.gen)
+	s.checkpoints.at.Store(g.appended)
 }
 
 // abortGeneration makes a generation that was not committed part of the next one. It returns err.
 func (s *Store) abortGeneration(g *generation, err error) error {
-	s.lastAborted = true
+	s.checkpoints.lastAborted = true
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	g.leaves.Abort()
-	s.writing, s.writingRegions, s.pendingFree = 0, 0, 0
-	s.failures, s.failure = s.failures+1, err
-	s.frozen.Broadcast()
+	s.checkpoints.writing, s.checkpoints.writingRegions, s.checkpoints.pendingFree = 0, 0, 0
+	s.checkpoints.failures, s.checkpoints.failure = s.checkpoints.failures+1, err
+	s.changes.taken.Broadcast()
 	mark := func(set map[uint32]struct{}, ids []uint32) {
 		for _, n := range ids {
 			set[n] = struct{}{}
@@ -244,18 +271,18 @@ func (s *Store) abortGeneration(g *generation, err error) error {
 		s.slots.get(slot).hasMoved = true
 	}
 	s.abortRegions(g)
-	s.coldNoted = s.coldNoted || g.cold != nil
-	s.catalogDirty = true
+	s.cold.noted = s.cold.noted || g.cold != nil
+	s.changes.catalog = true
 	return err
 }
 
 // removeDead removes the files of chunks whose rows are gone, or gives them to the pool. A later checkpoint
-// tries again to remove those that could not be removed. The caller holds ckptMu.
+// tries again to remove those that could not be removed. The caller holds checkpoints.mu.
 func (s *Store) removeDead(dead []*chunk) error {
-	s.pendingRemoval = append(s.pendingRemoval, dead...)
+	s.checkpoints.pendingRemoval = append(s.checkpoints.pendingRemoval, dead...)
 	var errs []error
-	kept, low := s.pendingRemoval[:0], s.lowDisk()
-	for _, c := range s.pendingRemoval {
+	kept, low := s.checkpoints.pendingRemoval[:0], s.lowDisk()
+	for _, c := range s.checkpoints.pendingRemoval {
 		if !low && !c.gone && !c.hasMoved && !c.damaged && s.wal.Pool.Keep(c.Chunk, s.wal.ChunkBytes) {
 			continue
 		}
@@ -278,12 +305,12 @@ func (s *Store) removeDead(dead []*chunk) error {
 		s.mu.Unlock()
 		c.Release()
 	}
-	s.pendingRemoval = kept
+	s.checkpoints.pendingRemoval = kept
 	return errors.Join(errs...)
 }
 
 // removeFile removes the file of a dead chunk. Goroutines that have a reference to the chunk can still read
-// it: if the file was never opened, removeFile opens it first. The caller holds ckptMu.
+// it: if the file was never opened, removeFile opens it first. The caller holds checkpoints.mu.
 func (s *Store) removeFile(c *chunk) error {
 	if c.gone {
 		return nil
@@ -324,7 +351,7 @@ func (s *Store) checkpointer() {
 		select {
 		case <-s.quit:
 			return
-		case <-s.ckptWork:
+		case <-s.checkpoints.work:
 			due = true
 		case <-tick.C:
 			s.wal.CutIdle()
@@ -352,5 +379,5 @@ func (s *Store) checkpointer() {
 func (s *Store) changed() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.catalogDirty || s.cache.Unwritten() > 0 || len(s.dirtyRows) > 0 || s.reapable()
+	return s.changes.catalog || s.cache.Unwritten() > 0 || len(s.changes.rows) > 0 || s.reapable()
 }

@@ -16,7 +16,7 @@ type chunk struct {
 	pinnedDead uint32 // not live, but not given back by cleaning, as far as this process knows
 	rowDirty   bool   // live, end or moved differ from the row in the table
 	moved      uint32 // live blocks that entries still place here, but that were moved: see forwards
-	unmoved    bool   // the cleaner's last pass over the chunk moved nothing; guarded by Store.cleanMu
+	unmoved    bool   // the cleaner's last pass over the chunk moved nothing; guarded by Store.cleaner.mu
 	damaged    bool   // the cleaner met a record in it that does not verify
 	hasMoved   bool   // the table has a row of blocks that were moved from it
 	dead       bool   // its row is gone, and its file is to be removed

@@ -83,7 +83,7 @@ func (l *cleanerLoad) appended() (all, cleaned uint64) {
 	s := l.d.s
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.wal.Appended(), s.cleaned
+	return s.wal.Appended(), s.cleaner.moved
 }
 
 // latencies are the latencies of a run, sorted.

@@ -59,7 +59,7 @@ func TestOverwriteOfALimitedStore(t *testing.T) {
 			r := rand.New(rand.NewPCG(2, 2))
 			p := make([]byte, format.BlockSize)
 			model := make([]uint64, blocks) // the seed of each block's content
-			appended, cleaned := s.wal.Appended(), s.cleaned
+			appended, cleaned := s.wal.Appended(), s.cleaner.moved
 			for i := range int64(c.rounds * float64(blocks)) {
 				b := r.Int64N(blocks)
 				model[b] = uint64(i + 1)
@@ -69,7 +69,7 @@ func TestOverwriteOfALimitedStore(t *testing.T) {
 				}
 			}
 			s.mu.Lock()
-			appended, cleaned = s.wal.Appended()-appended, s.cleaned-cleaned
+			appended, cleaned = s.wal.Appended()-appended, s.cleaner.moved-cleaned
 			used := s.slots.files
 			s.mu.Unlock()
 			wa := float64(appended) / float64(appended-cleaned)
@@ -114,11 +114,11 @@ func TestMovedBlocksDieAfterReopen(t *testing.T) {
 	must(t, err)
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	s.cleanMu.Lock()
-	s.mover = newMover(s)
-	s.mover.most = 64 << 10
+	s.cleaner.mu.Lock()
+	s.cleaner.mover = newMover(s)
+	s.cleaner.mover.most = 64 << 10
 	_, err = s.cleanChunk(ctx, c, func(time.Duration) error { cancel(); return nil })
-	s.cleanMu.Unlock()
+	s.cleaner.mu.Unlock()
 	if !errors.Is(err, context.Canceled) || c.moved == 0 || c.live == 0 {
 		t.Fatalf("%v; %d blocks moved, %d bytes are left", err, c.moved, c.live)
 	}
@@ -215,8 +215,8 @@ func TestNothingIsMovedAfterAFailedCommit(t *testing.T) {
 
 // cleanChunk moves the live data of a chunk, and counts the records that it wrote.
 func (w *world) cleanChunk(c *chunk) error {
-	w.s.cleanMu.Lock()
-	defer w.s.cleanMu.Unlock()
+	w.s.cleaner.mu.Lock()
+	defer w.s.cleaner.mu.Unlock()
 	_, err := w.s.cleanChunk(context.Background(), c, nil)
 	w.catchUp()
 	return err
@@ -422,9 +422,9 @@ func TestHandedToTheHead(t *testing.T) {
 	if n, err := m.moveHeld(&r); n != 0 || !errors.Is(err, errChanged) {
 		t.Errorf("moved %d bytes of a head: %v", n, err)
 	}
-	s.cleanMu.Lock()
+	s.cleaner.mu.Lock()
 	_, err = s.cleanChunk(context.Background(), c, nil)
-	s.cleanMu.Unlock()
+	s.cleaner.mu.Unlock()
 	must(t, err)
 	if c.live > 0 || c.moved > 0 {
 		t.Errorf("%d bytes live in the chunk, and %d blocks of it elsewhere", c.live, c.moved)
@@ -447,9 +447,9 @@ func TestCleanOfAFutureEpoch(t *testing.T) {
 	}
 	must(t, s.Checkpoint())
 	d.b.Epoch--
-	s.cleanMu.Lock()
+	s.cleaner.mu.Lock()
 	moved, err := s.cleanChunk(context.Background(), c, nil)
-	s.cleanMu.Unlock()
+	s.cleaner.mu.Unlock()
 	if moved > 0 || err != nil || !c.damaged {
 		t.Errorf("moved %d bytes, %v; damaged: %v", moved, err, c.damaged)
 	}
@@ -511,8 +511,8 @@ func TestHelpless(t *testing.T) {
 			}
 		}
 		s.cleanFor(hungry, &throttle{s: s})
-		if s.cleanerExhausted == others {
-			t.Errorf("cleanerExhausted: %v, while others were given a chunk: %v", s.cleanerExhausted, others)
+		if s.cleaner.exhausted == others {
+			t.Errorf("cleanerExhausted: %v, while others were given a chunk: %v", s.cleaner.exhausted, others)
 		}
 	}
 	mustEnd(t, s, d)

@@ -9,7 +9,7 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// mover is the state of the cleaner or of the cold pass while it moves data. Store.cleanMu guards it.
+// mover is the state of the cleaner or of the cold pass while it moves data. Store.cleaner.mu guards it.
 type mover struct {
 	s      *Store
 	r      wal.Reader
@@ -359,7 +359,7 @@ func (s *Store) tryPutMoved(h *format.RecordHeader, payload []byte, same func(*l
 		return nil
 	})
 	if err == nil {
-		s.cleaned += uint64(h.Size())
+		s.cleaner.moved += uint64(h.Size())
 	}
 	return k, err
 }

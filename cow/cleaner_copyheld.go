@@ -46,7 +46,7 @@ func (g *gathered) add(r *record, off uint32) {
 // and the cleaner has to wait for each turn.
 func (m *mover) moveGathered() (moved int, err error) {
 	changed := m.again[:0]
-	m.s.ckptMu.Lock()
+	m.s.checkpoints.mu.Lock()
 	for i := range m.held.records {
 		r := &m.held.records[i]
 		n, err := m.moveHeld(r)
@@ -55,11 +55,11 @@ func (m *mover) moveGathered() (moved int, err error) {
 		case errors.Is(err, errChanged):
 			changed = append(changed, i)
 		case err != nil:
-			m.s.ckptMu.Unlock()
+			m.s.checkpoints.mu.Unlock()
 			return moved, fmt.Errorf("record at %d: %w", r.here.Offset(), err)
 		}
 	}
-	m.s.ckptMu.Unlock()
+	m.s.checkpoints.mu.Unlock()
 	m.again = changed
 	m.line = lineage{}
 	for _, i := range changed { // the reaper has handed these to a head: look at them again
@@ -79,9 +79,9 @@ func (m *mover) moveAgain(r *record) (moved int, err error) {
 		if moved += n; err != nil || !rest {
 			return moved, err
 		}
-		m.s.ckptMu.Lock()
+		m.s.checkpoints.mu.Lock()
 		n, err = m.moveHeld(r)
-		m.s.ckptMu.Unlock()
+		m.s.checkpoints.mu.Unlock()
 		if moved += n; !errors.Is(err, errChanged) {
 			return moved, err
 		}
@@ -91,11 +91,11 @@ func (m *mover) moveAgain(r *record) (moved int, err error) {
 
 // moveHeld copies a record that snapshots or clones hold, and notes where it is now. It returns errFull if a
 // checkpoint has to come first, and errChanged if the record has another owner by now. The caller holds
-// ckptMu.
+// checkpoints.mu.
 func (m *mover) moveHeld(r *record) (n int, err error) {
 	// A moved record is logged with a mask of its live blocks, and a replay, which begins with the table, has
 	// to find the same blocks alive. After an aborted checkpoint, memory and table differ.
-	if m.s.lastAborted {
+	if m.s.checkpoints.lastAborted {
 		return 0, errFull
 	}
 	m.s.mu.Lock()
@@ -169,7 +169,7 @@ func leaveOut(unit []byte, mask uint16) {
 // ownedMask returns a mask of those blocks of a record that the version that owns the record has. All live
 // blocks of a record have one owner: they were put together, and the reaper hands them on to a single
 // successor. If the owner is the present epoch of a volume's head by now, others may change it at any time,
-// and ownedMask returns errChanged. The caller holds ckptMu.
+// and ownedMask returns errChanged. The caller holds checkpoints.mu.
 func (m *mover) ownedMask(h *format.RecordHeader, name format.Entry) (mask uint16, err error) {
 	s := m.s
 	s.mu.Lock()
@@ -189,7 +189,7 @@ func (m *mover) ownedMask(h *format.RecordHeader, name format.Entry) (mask uint1
 		if err != nil || epoch == 0 {
 			return 0, err
 		}
-		if _, gone := s.dropping[metadata.Version{Branch: b.ID, Leaf: index, Epoch: epoch}]; !gone {
+		if _, gone := s.changes.dropping[metadata.Version{Branch: b.ID, Leaf: index, Epoch: epoch}]; !gone {
 			mask := ownedIn(&m.leaf, h, name)
 			switch {
 			case mask != 0 && epoch > present:
@@ -206,7 +206,7 @@ func (m *mover) ownedMask(h *format.RecordHeader, name format.Entry) (mask uint1
 }
 
 // forward copies a whole record, and notes where it is now. A version of an ended epoch owns those of its
-// blocks that are in mask. The caller holds ckptMu.
+// blocks that are in mask. The caller holds checkpoints.mu.
 func (m *mover) forward(h *format.RecordHeader, payload []byte, name format.Entry, mask uint16) (n int, err error) {
 	s := m.s
 	m.pay = append(m.pay[:0], make([]byte, format.MovedSize)...)
@@ -229,6 +229,6 @@ func (m *mover) forward(h *format.RecordHeader, payload []byte, name format.Entr
 		return 0, fault.Corruptf("%v was moved to %v with the blocks %#x, and has %#x", name, to.To, to.Mask, mask)
 	}
 	c, off := s.wal.Append(&nh, m.pay)
-	s.cleaned += uint64(nh.Size())
+	s.cleaner.moved += uint64(nh.Size())
 	return nh.Size(), s.forward(name, mask, format.MakeEntry(c.Slot, off, nh.Size(), nh.Blocks, 0))
 }

@@ -25,9 +25,9 @@ func (s *Store) cleanRoutine() {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	defer func() { // no writer may wait for a cleaner that has ended
-		s.pacer.set(0)
+		s.cleaner.pacer.set(0)
 		s.mu.Lock()
-		s.cleanerExhausted = true
+		s.cleaner.exhausted = true
 		s.wal.RoomMade()
 		s.mu.Unlock()
 	}()
@@ -35,7 +35,7 @@ func (s *Store) cleanRoutine() {
 		select {
 		case <-s.quit:
 			return
-		case <-s.cleanWork:
+		case <-s.cleaner.work:
 		case <-tick.C:
 		}
 		for u := s.urgency(); u > idle; u = s.urgency() {
@@ -45,7 +45,7 @@ func (s *Store) cleanRoutine() {
 		}
 		now, owed, _ := t.room()
 		s.cleaningFailed(t.giveUp(now, owed))
-		s.pacer.set(0)
+		s.cleaner.pacer.set(0)
 	}
 }
 
@@ -91,11 +91,11 @@ func (s *Store) cleanFor(u urgency, t *throttle) (more bool) {
 	s.cleaningFailed(err)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	// cleanerExhausted holds until a checkpoint or a writer changes something. Do not set it if a writer
+	// exhausted holds until a checkpoint or a writer changes something. Do not set it if a writer
 	// found room meanwhile (roomTaken), or if something was deleted since the reaper was last asked
 	// (awaitsReaper): the cleaner may have something to gain again.
-	s.cleanerExhausted = u == hungry && (err != nil || !gain) && s.roomTaken == taken && (failed || !s.awaitsReaper())
-	s.writersWaiting = false
+	s.cleaner.exhausted = u == hungry && (err != nil || !gain) && s.cleaner.roomTaken == taken && (failed || !s.awaitsReaper())
+	s.cleaner.writersWaiting = false
 	s.wal.RoomMade()
 	return gain && err == nil
 }
@@ -111,14 +111,14 @@ func (s *Store) reapsMore() bool {
 func (s *Store) owes() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.slots.owed+s.pendingFree > 0
+	return s.slots.owed+s.checkpoints.pendingFree > 0
 }
 
 // taken returns how many chunks have been made for data.
 func (s *Store) taken() uint64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.roomTaken
+	return s.cleaner.roomTaken
 }
 
 // cleaningFailed logs an error of the cleaner. It does not log ErrNoSpace, which writers get instead, or
@@ -148,13 +148,13 @@ func (s *Store) urgency() urgency {
 	if s.closed || s.wal.Err() != nil {
 		return idle
 	}
-	if s.writersWaiting {
+	if s.cleaner.writersWaiting {
 		return hungry
 	}
 	live := s.slots.dirtyLive
 	dead := s.slots.dirtyEnds - live
 	switch {
-	case err == nil && s.room(free)+s.slots.owed+s.pendingFree < (ahead-1)*s.wal.ChunkBytes+s.workRoom() && !s.cleanerExhausted && dead > 0:
+	case err == nil && s.room(free)+s.slots.owed+s.checkpoints.pendingFree < (ahead-1)*s.wal.ChunkBytes+s.workRoom() && !s.cleaner.exhausted && dead > 0:
 		return pressed
 	case float64(dead) > slack*float64(live)+slackBytes:
 		return tidy
@@ -167,13 +167,13 @@ func (s *Store) urgency() urgency {
 // waiting for room. It returns ErrClosed when the store closes.
 func (s *Store) giveWay(took time.Duration) error {
 	s.mu.Lock()
-	others := s.wal.Appended() - s.cleaned
+	others := s.wal.Appended() - s.cleaner.moved
 	s.mu.Unlock()
 	wait := took / 4
-	if others != s.othersSeen {
+	if others != s.cleaner.othersSeen {
 		wait = 2 * took
 	}
-	s.othersSeen = others
+	s.cleaner.othersSeen = others
 	if s.urgency() == hungry {
 		return nil
 	}

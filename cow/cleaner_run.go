@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/vdisk/vdisk/cow/internal/wal"
@@ -29,6 +30,25 @@ const (
 	// ahead is for how many chunks the cleaner tries to keep room.
 	ahead = 7
 )
+
+// cleaner is the state of the cleaner. mu is held while one chunk is cleaned; it is taken before checkpoints.mu.
+type cleaner struct {
+	mu         sync.Mutex
+	mover      *mover
+	othersSeen uint64 // bytes that others had appended when giveWay last looked
+
+	// Guarded by Store.mu.
+	moved          uint64 // bytes that the cleaner appended
+	chunk          *chunk // being cleaned
+	movedBefore    uint64 // value of moved when this chunk was begun
+	writersWaiting bool   // writers wait for the cleaner
+	exhausted      bool   // it can give nothing back as things are
+	roomTaken      uint64 // number of chunks that were given to data
+	pinnedStale    bool   // names were reaped since chunk.pinnedDead was counted
+
+	work  chan struct{} // a value means that there is work
+	pacer pacer         // paces what others append while the cleaner is pressed
+}
 
 // CleanReport says what Clean did.
 type CleanReport struct {
@@ -88,8 +108,8 @@ func (s *Store) removedBytes() int64 {
 // of a head's record.
 func (s *Store) unpin() {
 	s.mu.Lock()
-	loosened := s.pinnedStale
-	s.pinnedStale = false
+	loosened := s.cleaner.pinnedStale
+	s.cleaner.pinnedStale = false
 	s.mu.Unlock()
 	if !loosened {
 		return
@@ -124,8 +144,8 @@ const all = ^uint64(0)
 // report counts no chunk. If there are some but no room to clean any, it returns ErrNoSpace. pause, which may
 // be nil, is called between batches with the time that the last batch took.
 func (s *Store) cleanOne(ctx context.Context, waste float64, limit uint64, pause func(time.Duration) error) (r CleanReport, err error) {
-	s.cleanMu.Lock()
-	defer s.cleanMu.Unlock()
+	s.cleaner.mu.Lock()
+	defer s.cleaner.mu.Unlock()
 	c, err := s.victim(waste, limit)
 	if c == nil {
 		return r, err
@@ -156,7 +176,7 @@ func (s *Store) victim(waste float64, limit uint64) (*chunk, error) {
 	room := s.workable(free)
 	var c *chunk
 	var tooLarge bool
-	if s.slots.mostLive() > s.wal.ChunkBytes && (s.writersWaiting || s.awaitsReaper()) {
+	if s.slots.mostLive() > s.wal.ChunkBytes && (s.cleaner.writersWaiting || s.awaitsReaper()) {
 		c, _ = s.slots.dirtiest(max(waste, quickWaste), limit, s.wal.NextChunk(), min(room, s.wal.ChunkBytes))
 	}
 	if c == nil {
@@ -171,12 +191,12 @@ func (s *Store) victim(waste float64, limit uint64) (*chunk, error) {
 	return c, nil
 }
 
-// cleanChunk moves the live data of c, and returns how many bytes it wrote. The caller holds cleanMu.
+// cleanChunk moves the live data of c, and returns how many bytes it wrote. The caller holds cleaner.mu.
 func (s *Store) cleanChunk(ctx context.Context, c *chunk, pause func(time.Duration) error) (moved int64, err error) {
-	if s.mover == nil {
-		s.mover = newMover(s)
+	if s.cleaner.mover == nil {
+		s.cleaner.mover = newMover(s)
 	}
-	m := s.mover
+	m := s.cleaner.mover
 	if err := m.begin(c); err != nil {
 		return 0, err
 	}
@@ -214,7 +234,7 @@ func (s *Store) cleanChunk(ctx context.Context, c *chunk, pause func(time.Durati
 func (s *Store) setCleaning(c *chunk) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.cleaning, s.cleanedBefore = c, s.cleaned
+	s.cleaner.chunk, s.cleaner.movedBefore = c, s.cleaner.moved
 }
 
 // roomToMove makes room for what the cleaner dirties: it makes a checkpoint, and makes room in the table.

@@ -55,6 +55,13 @@ func (s *Store) end() (p place) {
 	return p
 }
 
+// coldState is what is left of one cold pass for the next. Store.mu guards it.
+type coldState struct {
+	mark  place      // the cold pass has covered everything before it
+	noted bool       // mark is not in the table yet
+	codec *codecPool // codecs of cold passes; nil before the first pass
+}
+
 // coldPass goes once over all leaves of a store that were written between two places of its log, and not
 // since. Only one goroutine at a time may use it.
 type coldPass struct {
@@ -100,15 +107,15 @@ type ColdReport struct {
 func (s *Store) newColdPass(from, to place) (*coldPass, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.coldCodec == nil {
+	if s.cold.codec == nil {
 		pool, err := newCodecPool(format.Zstd, coldLevel)
 		if err != nil {
 			return nil, err
 		}
-		s.coldCodec = pool
+		s.cold.codec = pool
 	}
 	p := &coldPass{
-		s: s, from: from, to: to, zstd: s.coldCodec, mover: mover{s: s},
+		s: s, from: from, to: to, zstd: s.cold.codec, mover: mover{s: s},
 		data: make([]byte, leafSize), comp: make([]byte, 0, leafSize*5/4), alt: make([]byte, 0, format.MaxCompressed),
 	}
 	var err error
@@ -163,7 +170,7 @@ func (s *Store) Cold(ctx context.Context) (ColdReport, error) {
 func (s *Store) coldDone(to place) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.coldMark, s.coldNoted, s.catalogDirty = to, true, true
+	s.cold.mark, s.cold.noted, s.changes.catalog = to, true, true
 }
 
 // step works on one leaf, or looks for leaves to work on. more is false at the end of the pass. After errBusy
@@ -182,8 +189,8 @@ func (p *coldPass) step() (more bool, err error) {
 	case !s.roomy():
 		return true, ErrNoSpace
 	}
-	s.cleanMu.Lock()
-	defer s.cleanMu.Unlock()
+	s.cleaner.mu.Lock()
+	defer s.cleaner.mu.Unlock()
 	l := &p.due[0]
 	switch {
 	case l.ofHead:

@@ -205,7 +205,7 @@ func TestColdRaces(t *testing.T) {
 		}},
 		{"clean", 0, func(t *testing.T, w *world) {
 			must(t, w.s.Checkpoint())
-			for w.s.mover == nil || w.s.mover.c != nil && w.s.mover.c.live > 0 {
+			for w.s.cleaner.mover == nil || w.s.cleaner.mover.c != nil && w.s.cleaner.mover.c.live > 0 {
 				if err := w.clean(op{}); err != nil {
 					t.Fatal(err)
 				}
@@ -324,7 +324,7 @@ func TestColdGains(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			w := newWorld(t)
-			w.s.coldCodec = nil
+			w.s.cold.codec = nil
 			w.volume(t, "v", 1<<20, c.codec)
 			if c.scatter {
 				w.scatter(t, "v", c.kind)
@@ -360,7 +360,7 @@ func TestColdGains(t *testing.T) {
 // space comes back when the last of them is gone.
 func TestColdShared(t *testing.T) {
 	w := newWorld(t)
-	w.s.coldCodec = nil
+	w.s.cold.codec = nil
 	w.volume(t, "v", 2<<20, format.S2)
 	w.write(t, "v", 0, 1<<20, 5)
 	w.write(t, "v", 9*4096, 4096, 5) // makes parts of records dead
@@ -446,7 +446,7 @@ func TestColdPointRaces(t *testing.T) {
 			p, err := s.newColdPass(place{}, s.end())
 			must(t, err)
 			l := coldLeaf{b: b}
-			s.ckptMu.Lock()
+			s.checkpoints.mu.Lock()
 			if epoch, err := s.version(b, 0, 1, true, &p.leaf); err != nil || epoch != 1 {
 				t.Fatal(epoch, err)
 			}
@@ -454,7 +454,7 @@ func TestColdPointRaces(t *testing.T) {
 			for l.block < format.LeafBlocks {
 				must(t, p.version(&l))
 			}
-			s.ckptMu.Unlock()
+			s.checkpoints.mu.Unlock()
 			w.catchUp()
 			if p.report.Leaves != 1 {
 				t.Errorf("%+v", p.report)

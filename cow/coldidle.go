@@ -99,7 +99,7 @@ func (w *coldWorker) tick(now time.Time) (err error) {
 	}
 	for w.pass != nil && w.idle() && time.Since(now) < time.Second {
 		if err := w.work(); errors.Is(err, errBusy) {
-			wal.Poke(w.s.ckptWork)
+			wal.Poke(w.s.checkpoints.work)
 			return nil
 		} else if err != nil && !errors.Is(err, ErrNoSpace) {
 			return err
@@ -173,13 +173,13 @@ func (w *coldWorker) rest(d time.Duration) {
 func (s *Store) activity() uint64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.reads.Load() + (s.wal.Appended()-s.cleaned)/4096
+	return s.reads.Load() + (s.wal.Appended()-s.cleaner.moved)/4096
 }
 
 func (s *Store) marked() place {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.coldMark
+	return s.cold.mark
 }
 
 // roomy reports whether there is room for what a pass leaves dead until a checkpoint removes it.

@@ -23,9 +23,9 @@ type coldRecord struct {
 // blocks that get smaller. It returns errFull if a checkpoint has to come first.
 func (p *coldPass) points(l *coldLeaf) error {
 	s, b := p.s, l.b
-	s.ckptMu.Lock() // as in mover.moveGathered
-	defer s.ckptMu.Unlock()
-	if s.lastAborted {
+	s.checkpoints.mu.Lock() // as in mover.moveGathered
+	defer s.checkpoints.mu.Unlock()
+	if s.checkpoints.lastAborted {
 		return errFull
 	}
 	s.mu.Lock()
@@ -45,10 +45,10 @@ func (p *coldPass) points(l *coldLeaf) error {
 	if v.Epoch, err = s.version(b, l.index, asOf, !b.reaping, &p.leaf); err != nil || v.Epoch == 0 {
 		return err
 	}
-	if _, gone := s.dropping[v]; v.Epoch != l.epoch || gone {
+	if _, gone := s.changes.dropping[v]; v.Epoch != l.epoch || gone {
 		l.block, l.moved = 0, false
 	}
-	if _, gone := s.dropping[v]; gone || !p.isCold(&p.leaf, false) {
+	if _, gone := s.changes.dropping[v]; gone || !p.isCold(&p.leaf, false) {
 		l.block = format.LeafBlocks
 	} else if err := p.version(l); err != nil {
 		l.ofPoint = !errors.Is(err, ErrCorrupt)
@@ -62,7 +62,7 @@ func (p *coldPass) points(l *coldLeaf) error {
 }
 
 // version moves those records in the next slice of a version, which is in p.leaf, that get smaller. The
-// caller holds ckptMu.
+// caller holds checkpoints.mu.
 func (p *coldPass) version(l *coldLeaf) error {
 	var rs []coldRecord
 	end := l.block + coldSlice // no record crosses it
@@ -98,7 +98,7 @@ func (p *coldPass) version(l *coldLeaf) error {
 }
 
 // record moves one record of a version if it gets smaller: from size is to size n. n is 0 if it was not
-// moved. The caller holds ckptMu.
+// moved. The caller holds checkpoints.mu.
 func (p *coldPass) record(b *branch, r coldRecord) (is, n int, err error) {
 	s := p.s
 	at := r.name

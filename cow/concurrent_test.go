@@ -86,7 +86,7 @@ func (b *busyStore) open() {
 		b.t.Fatal(err)
 	}
 	b.s = s
-	s.coldCodec = quickCodec
+	s.cold.codec = quickCodec
 	s.cache.Restrict(3)
 }
 

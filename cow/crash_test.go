@@ -382,8 +382,8 @@ func fill(p []byte, kind int, r *rand.Rand) {
 
 // clean cleans some chunk, as the cleaner does, and counts the records that it wrote.
 func (w *world) clean(o op) error {
-	w.s.cleanMu.Lock()
-	defer w.s.cleanMu.Unlock()
+	w.s.cleaner.mu.Lock()
+	defer w.s.cleaner.mu.Unlock()
 	return w.withChunk(o, func(c *chunk) error {
 		_, err := w.s.cleanChunk(context.Background(), c, nil)
 		w.catchUp()

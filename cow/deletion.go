@@ -43,13 +43,15 @@ func (s *Store) awaitsReaper() bool {
 
 // nextDeletion returns a deletion whose versions are all in the table, because a checkpoint has committed
 // since the name went. A deletion that was begun comes first. Otherwise the reaper would look at its leaves
-// again, and with many leaves it would never end. The caller holds mu, and either holds ckptMu or knows that
+// again, and with many leaves it would never end. The caller holds mu, and either holds checkpoints.mu or knows that
 // no checkpoint runs.
-func (s *Store) nextDeletion() (deletion, bool) { return s.nextDeletionAsOf(s.committed.Load()) }
+func (s *Store) nextDeletion() (deletion, bool) {
+	return s.nextDeletionAsOf(s.checkpoints.committed.Load())
+}
 
 // nextDeletionAsOf is nextDeletion, as if committed were the last generation committed.
 func (s *Store) nextDeletionAsOf(committed uint64) (deletion, bool) {
-	for id, cursor := range s.reapCursor {
+	for id, cursor := range s.checkpoints.reapCursor {
 		b := s.catalog.branches[id]
 		if b == nil {
 			continue
@@ -121,7 +123,7 @@ func (b *branch) neighbours(epoch uint32) (before, after uint32) {
 
 // prepareReaping loads the leaves and versions that the next batch looks at. It loads them without mu; the
 // batch, which holds mu, would make everybody wait for the disk. It ignores errors, since the batch meets
-// them again. The caller holds ckptMu.
+// them again. The caller holds checkpoints.mu.
 func (s *Store) prepareReaping() {
 	s.mu.Lock()
 	j, ok := s.nextDeletion()
@@ -157,10 +159,10 @@ func (s *Store) prepareReaping() {
 // cursorOf returns how far the reaper has come with a deletion. It begins the deletion if that has not been
 // done. The caller holds mu.
 func (s *Store) cursorOf(j deletion) (cursor reapCursor, err error) {
-	cursor, ok := s.reapCursor[j.b.ID]
+	cursor, ok := s.checkpoints.reapCursor[j.b.ID]
 	if !ok || cursor.to != j.to {
 		if cursor, err = s.beginDeletion(j); err == nil {
-			s.reapCursor[j.b.ID] = cursor
+			s.checkpoints.reapCursor[j.b.ID] = cursor
 		}
 	}
 	return cursor, err
@@ -168,7 +170,7 @@ func (s *Store) cursorOf(j deletion) (cursor reapCursor, err error) {
 
 // reapForCheckpoint does the reaper's work of one checkpoint, as part of the generation that the checkpoint
 // then takes. Others may write between two batches; their changes are part of the same generation. The caller
-// holds ckptMu.
+// holds checkpoints.mu.
 func (s *Store) reapForCheckpoint() {
 	start := time.Now()
 	for more := true; more; {
@@ -180,10 +182,10 @@ func (s *Store) reapForCheckpoint() {
 }
 
 // reap does one batch of work, and reports whether this checkpoint can do another. The caller holds mu and
-// ckptMu. So the table will be what memory is now, and decisions by the state in memory hold for the table
+// checkpoints.mu. So the table will be what memory is now, and decisions by the state in memory hold for the table
 // too.
 func (s *Store) reap() (more bool) {
-	if s.lastAborted {
+	if s.checkpoints.lastAborted {
 		return false // there was no room for the last batch
 	}
 	for left := s.opts.reapBatch; left > 0; {
@@ -194,7 +196,7 @@ func (s *Store) reap() (more bool) {
 		j.b.reaping = j.b.reaping || j.snap == nil
 		done, n, err := s.deleteBatch(j, left)
 		if errors.Is(err, errFull) {
-			wal.Poke(s.ckptWork) // this checkpoint makes room
+			wal.Poke(s.checkpoints.work) // this checkpoint makes room
 			return false
 		}
 		if err != nil {
@@ -208,12 +210,12 @@ func (s *Store) reap() (more bool) {
 			s.finishDeletion(j)
 		}
 	}
-	wal.Poke(s.ckptWork)
+	wal.Poke(s.checkpoints.work)
 	return true
 }
 
 // deleteBatch works on up to limit leaves of a deletion, from where the last batch stopped. It reports
-// whether the deletion is done, and how many leaves it worked on. The caller holds mu and ckptMu.
+// whether the deletion is done, and how many leaves it worked on. The caller holds mu and checkpoints.mu.
 func (s *Store) deleteBatch(j deletion, limit int) (done bool, n int, err error) {
 	cursor, err := s.cursorOf(j)
 	if err != nil {
@@ -223,7 +225,7 @@ func (s *Store) deleteBatch(j deletion, limit int) (done bool, n int, err error)
 	done = true
 	err = s.meta.View(func(tx *metadata.Tx) error {
 		return tx.Changes(cursor.next, cursor.last, func(v metadata.Version) bool {
-			if _, gone := s.dropping[v]; gone {
+			if _, gone := s.changes.dropping[v]; gone {
 				return true
 			}
 			if len(found) == limit {
@@ -241,16 +243,16 @@ func (s *Store) deleteBatch(j deletion, limit int) (done bool, n int, err error)
 		err := s.reapLeaf(j, v)
 		if errors.Is(err, errFull) {
 			cursor.next = v
-			s.reapCursor[j.b.ID] = cursor
+			s.checkpoints.reapCursor[j.b.ID] = cursor
 		}
 		if err != nil {
 			return false, 0, err
 		}
 	}
 	if done {
-		delete(s.reapCursor, j.b.ID)
+		delete(s.checkpoints.reapCursor, j.b.ID)
 	} else {
-		s.reapCursor[j.b.ID] = cursor
+		s.checkpoints.reapCursor[j.b.ID] = cursor
 	}
 	return done, len(found), nil
 }
@@ -273,7 +275,7 @@ const reapCount = 16 << 10
 func (s *Store) beginDeletion(j deletion) (c reapCursor, err error) {
 	c = reapCursor{to: j.to, next: metadata.Version{Branch: j.b.ID, Epoch: j.from + 1}, last: j.to}
 	i, isPoint := j.b.search(j.next)
-	if !isPoint || j.b.points[i].made > s.committed.Load() { // otherwise the table has all successors
+	if !isPoint || j.b.points[i].made > s.checkpoints.committed.Load() { // otherwise the table has all successors
 		return c, nil
 	}
 	after := reapCursor{to: j.to, next: metadata.Version{Branch: j.b.ID, Epoch: j.to + 1}, last: j.next}
@@ -315,13 +317,13 @@ func (s *Store) reapLeaf(j deletion, v metadata.Version) error {
 
 // dropVersion removes a version from memory now, and from the table with this generation.
 func (s *Store) dropVersion(b *branch, v metadata.Version) {
-	s.dropping[v] = struct{}{}
+	s.changes.dropping[v] = struct{}{}
 	s.cache.DropVersion(&b.leaves, v.Leaf, v.Epoch)
 }
 
 // finishDeletion removes the row of the point or head that the deletion was about.
 func (s *Store) finishDeletion(j deletion) {
-	s.catalogDirty, s.pinnedStale = true, true
+	s.changes.catalog, s.cleaner.pinnedStale = true, true
 	if j.snap != nil {
 		s.catalog.forget(j.snap)
 	} else {

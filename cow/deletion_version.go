@@ -124,7 +124,7 @@ func (s *Store) inTable(v metadata.Version, after uint32, l *format.Leaf) (metad
 				return nil
 			}
 			v.Epoch = epoch
-			if _, gone := s.dropping[v]; !gone {
+			if _, gone := s.changes.dropping[v]; !gone {
 				return nil
 			}
 			v.Epoch--

@@ -38,7 +38,7 @@ func TestWritersWaitForCheckpoints(t *testing.T) {
 	}
 	wg.Wait()
 	t.Logf("the longest writes took %v", longest)
-	if got := s.committed.Load(); got < 1200/uint64(2*s.dirtyLimit) {
+	if got := s.checkpoints.committed.Load(); got < 1200/uint64(2*s.dirtyLimit) {
 		t.Errorf("%d checkpoints for 1200 leaves, and %d of them fit", got, s.dirtyLimit)
 	}
 	must(t, d.Close())

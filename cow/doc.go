@@ -42,7 +42,7 @@
 //
 // In this order; a goroutine that holds one takes only those below it:
 //
-//	Store.cleanMu → Store.ckptMu → wal.Log.syncMu → wal.Log.writeMu → Store.mu → shard.mu → forwards.mu
+//	Store.cleaner.mu → Store.checkpoints.mu → wal.Log.syncMu → wal.Log.writeMu → Store.mu → shard.mu → forwards.mu
 //
 // docs/engine.md, Locks and goroutines, says what each guards, and which locks take no other.
 package cow

@@ -86,10 +86,10 @@ func (s *Store) transactLocked(build func() (*format.Event, error)) (p wal.Purpo
 			continue // reserve may have to wait, and what build saw may change meanwhile
 		}
 		s.wal.Append(&h, payload)
-		s.catalogDirty = true
+		s.changes.catalog = true
 		if p == wal.ForEvents {
-			s.cleanerExhausted = false // the data of a name that is gone can be reclaimed
+			s.cleaner.exhausted = false // the data of a name that is gone can be reclaimed
 		}
-		return p, s.catalog.apply(ev, s.gen)
+		return p, s.catalog.apply(ev, s.changes.gen)
 	}
 }

@@ -114,9 +114,9 @@ func (s *Store) putForward(r *region, i int, insert bool, f format.Forward) {
 		list[i] = f
 	}
 	r.list = list
-	if r.gen != s.gen {
-		r.gen = s.gen
-		s.dirtyRegions = append(s.dirtyRegions, r)
+	if r.gen != s.changes.gen {
+		r.gen = s.changes.gen
+		s.changes.regions = append(s.changes.regions, r)
 	}
 }
 
@@ -201,11 +201,11 @@ type frozenRegion struct {
 
 // beginRegions takes the regions that the checkpoint of the present generation writes. The caller holds mu.
 func (s *Store) beginRegions() []frozenRegion {
-	frozen := make([]frozenRegion, len(s.dirtyRegions))
-	for i, r := range s.dirtyRegions {
+	frozen := make([]frozenRegion, len(s.changes.regions))
+	for i, r := range s.changes.regions {
 		frozen[i] = frozenRegion{r, r.list}
 	}
-	s.dirtyRegions = nil
+	s.changes.regions = nil
 	return frozen
 }
 
@@ -242,8 +242,8 @@ func (s *Store) abortRegions(g *generation) {
 	defer s.forwards.mu.Unlock()
 	for _, f := range g.regions {
 		if f.r.gen == g.gen {
-			f.r.gen = s.gen
-			s.dirtyRegions = append(s.dirtyRegions, f.r)
+			f.r.gen = s.changes.gen
+			s.changes.regions = append(s.changes.regions, f.r)
 		}
 	}
 }

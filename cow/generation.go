@@ -4,11 +4,23 @@ import (
 	"cmp"
 	"errors"
 	"slices"
+	"sync"
 
 	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
+
+// changes is what has changed since the last checkpoint began, beside the leaves, whose changes the cache lists, and
+// the rows of the catalog. Store.mu guards it.
+type changes struct {
+	gen      uint64                        // generation of what changes now
+	taken    *sync.Cond                    // signalled when gen has risen or a checkpoint has failed
+	rows     []*chunk                      // chunks whose account differs from their row in the table
+	regions  []*region                     // regions of forwards
+	dropping map[metadata.Version]struct{} // given up by the reaper, but still in the table
+	catalog  bool                          // something has changed in the catalog
+}
 
 // generation is what one checkpoint makes durable: the state as of one place in the log.
 type generation struct {

@@ -95,7 +95,7 @@ func (s *Store) account(e format.Entry, sign int) {
 		return
 	}
 	if sign < 0 {
-		s.cleanerExhausted = false // the space of a dead block can be reclaimed
+		s.cleaner.exhausted = false // the space of a dead block can be reclaimed
 	}
 	c := s.slots.get(e.Slot())
 	if c == nil {
@@ -117,7 +117,7 @@ func (s *Store) markRow(c *chunk) {
 	s.slots.recount(c)
 	if !c.rowDirty {
 		c.rowDirty = true
-		s.dirtyRows = append(s.dirtyRows, c)
+		s.changes.rows = append(s.changes.rows, c)
 	}
 }
 

@@ -21,21 +21,21 @@ func (l logSpace) Freed(n int64)                    { l.s.slots.removed += n }
 // Rotated notes that there was room, and that whatever filled the last chunk may have overwritten something, which
 // can be cleaned.
 func (l logSpace) Rotated(p wal.Purpose) {
-	l.s.cleanerExhausted = false
+	l.s.cleaner.exhausted = false
 	if p == wal.ForData {
-		l.s.roomTaken++
+		l.s.cleaner.roomTaken++
 	}
-	wal.Poke(l.s.cleanWork)
+	wal.Poke(l.s.cleaner.work)
 }
 
 // NeedRoom wakes the cleaner for a writer that finds no room. It returns false if the cleaner can give none.
 func (l logSpace) NeedRoom() bool {
 	s := l.s
-	if s.cleanerExhausted || s.closed || s.opts.checkpointInterval < 0 {
+	if s.cleaner.exhausted || s.closed || s.opts.checkpointInterval < 0 {
 		return false
 	}
-	s.writersWaiting = true
-	wal.Poke(s.cleanWork)
+	s.cleaner.writersWaiting = true
+	wal.Poke(s.cleaner.work)
 	return true
 }
 

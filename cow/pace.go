@@ -41,7 +41,7 @@ func (p *pacer) set(rate float64) {
 
 // Paced reports whether writes may have to wait for the pace, because room is short and the cleaner is making
 // some. A caller that has other work to do should then leave writes to another goroutine.
-func (d *Device) Paced() bool { return d.s.pacer.on.Load() }
+func (d *Device) Paced() bool { return d.s.cleaner.pacer.on.Load() }
 
 // wait sleeps as long as the pace asks before n bytes are appended. The caller holds no lock.
 func (p *pacer) wait(n int) {
@@ -103,11 +103,11 @@ type throttle struct {
 // come back. Otherwise the pace would go up and down with every chunk.
 func (t *throttle) batch(took time.Duration, urgent bool) error {
 	now, owed, lent := t.room()
-	room := now + owed - lent + min(1, float64(t.s.mover.r.Off)/float64(t.s.wal.ChunkBytes))
+	room := now + owed - lent + min(1, float64(t.s.cleaner.mover.r.Off)/float64(t.s.wal.ChunkBytes))
 	if t.gained > 0 && room < unpaced {
-		t.s.pacer.set(t.gained / t.worked * max(min(1+(room-level)/2, now), leastPace))
+		t.s.cleaner.pacer.set(t.gained / t.worked * max(min(1+(room-level)/2, now), leastPace))
 	} else {
-		t.s.pacer.set(0)
+		t.s.cleaner.pacer.set(0)
 	}
 	if rest := min(1, room-unpaced); rest > 0 && !urgent {
 		start := time.Now()
@@ -135,8 +135,8 @@ func (t *throttle) giveUp(now, owed float64) error {
 	}
 	s := t.s
 	s.mu.Lock()
-	gen := s.gen // generation of the checkpoint that gives them back
-	if s.pendingFree > 0 {
+	gen := s.changes.gen // generation of the checkpoint that gives them back
+	if s.checkpoints.pendingFree > 0 {
 		gen-- // that one is under way; it does not cover chunks that have died since
 		t.asked = max(t.asked, gen)
 	}
@@ -146,7 +146,7 @@ func (t *throttle) giveUp(now, owed float64) error {
 	}
 	if t.asked < gen {
 		t.asked = gen
-		wal.Poke(s.ckptWork)
+		wal.Poke(s.checkpoints.work)
 	}
 	return nil
 }
@@ -170,7 +170,7 @@ func (t *throttle) room() (now, owed, lent float64) {
 	if l.Next() != nil && !l.Next().Reserved {
 		room += int64(l.Next().Size)
 	}
-	back := s.slots.owed + s.pendingFree
+	back := s.slots.owed + s.checkpoints.pendingFree
 	chunks := func(n int64) float64 { return float64(n) / float64(l.ChunkBytes) }
 	return chunks(room), chunks(back), chunks(min(back, s.workBeyond()))
 }

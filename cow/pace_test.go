@@ -69,20 +69,20 @@ func TestPacer(t *testing.T) {
 // TestGiveUpAsksOnce: while a checkpoint is under way that removes chunks, and has not been asked for here, no other
 // is asked for.
 func TestGiveUpAsksOnce(t *testing.T) {
-	s := &Store{gen: 8, pendingFree: 1, ckptWork: make(chan struct{}, 1)}
+	s := &Store{changes: changes{gen: 8}, checkpoints: checkpoints{pendingFree: 1, work: make(chan struct{}, 1)}}
 	th := throttle{s: s}
 	for _, c := range []struct {
 		leaving int64
 		gen     uint64
 		asked   int
 	}{{1, 8, 0}, {0, 8, 1}, {0, 8, 0}, {1, 9, 0}, {0, 9, 1}} {
-		s.pendingFree, s.gen = c.leaving, c.gen
+		s.checkpoints.pendingFree, s.changes.gen = c.leaving, c.gen
 		must(t, th.giveUp(1, 1))
-		if n := len(s.ckptWork); n != c.asked {
+		if n := len(s.checkpoints.work); n != c.asked {
 			t.Errorf("%+v: asked for %d", c, n)
 		}
-		for len(s.ckptWork) > 0 {
-			<-s.ckptWork
+		for len(s.checkpoints.work) > 0 {
+			<-s.checkpoints.work
 		}
 	}
 }

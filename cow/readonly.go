@@ -108,7 +108,7 @@ func (s *Store) leftInMemory() error {
 	switch {
 	case last.Dev != now.Dev:
 		s.log.Warn("the store's file system has another device number than its last owner saw, as a copy has: what that had answered and not written is not read", "file", path)
-		s.lostAcknowledged = true
+		s.shared.lost = true
 		return nil
 	case err == nil:
 		return fmt.Errorf("the last owner was killed, and what it had answered is in %s: open the store once where it can be written to", path)
@@ -118,7 +118,7 @@ func (s *Store) leftInMemory() error {
 		return &elsewhereError{buffers: name, dir: s.opts.SharedMemory, there: last.Shm, here: now.Shm}
 	}
 	s.log.Warn("what the last owner had answered and not written is lost", "file", path)
-	s.lostAcknowledged = true
+	s.shared.lost = true
 	return nil
 }
 

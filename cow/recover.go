@@ -45,7 +45,7 @@ func (s *Store) loadAndReplay() (left []leaving, err error) {
 	if err := s.loadTables(tb); err != nil {
 		return nil, err
 	}
-	s.slots.cleanable, s.coldMark = cp.ChunkSeq, tb.Cold
+	s.slots.cleanable, s.cold.mark = cp.ChunkSeq, tb.Cold
 	logChunks, left, err := s.findChunks(tb, cp)
 	if err != nil {
 		return nil, err
@@ -193,7 +193,7 @@ func (s *Store) replayChunk(t *batch, c *chunk, from uint32, limit uint64) (r ch
 		return r, nil
 	}
 	if r.dropped == 0 { // otherwise the rest stays: nobody knows why the record does not verify
-		s.untrimmed = append(s.untrimmed, c)
+		s.checkpoints.untrimmed = append(s.checkpoints.untrimmed, c)
 	}
 	return r, err
 }
@@ -297,8 +297,8 @@ func (s *Store) replayRecord(t *batch, e *format.SummaryEntry, h *format.RecordH
 		if err := format.DecodeEvent(payload, &ev); err != nil {
 			return err
 		}
-		s.catalogDirty = true
-		return s.catalog.apply(&ev, s.gen)
+		s.changes.catalog = true
+		return s.catalog.apply(&ev, s.changes.gen)
 	case format.KindMoved:
 		return s.replayMoved(h, payload, c, off)
 	}

@@ -35,7 +35,7 @@ const (
 func (s *Store) tableShort(n int, p wal.Purpose) int64 {
 	free, used := s.meta.Room()
 	rows := len(s.catalog.dirtyVolumes) + len(s.catalog.dirtySnapshots) + len(s.catalog.dirtyBranches)
-	leaves := int64(s.cache.Unwritten() + s.writing + len(s.dropping) + len(s.dirtyRegions) + s.writingRegions + rows/4 + n)
+	leaves := int64(s.cache.Unwritten() + s.checkpoints.writing + len(s.changes.dropping) + len(s.changes.regions) + s.checkpoints.writingRegions + rows/4 + n)
 	need := min(leaves*leafNeed, used+leaves*leafGrowth)
 	batch := int64(s.opts.reapBatch)
 	need += batch*(leafNeed+rowNeed) + (free+used)/512 // the last term is the list of free pages

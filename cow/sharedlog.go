@@ -57,6 +57,15 @@ const (
 	sharedFileSize = sharedHead + wal.BufferCount*wal.BufferSize
 )
 
+// sharedLog says what becomes of acknowledged writes if this process is killed. Open sets it.
+type sharedLog struct {
+	buffers *sharedBuffers // nil: the log's buffers are private to this process
+	lost    bool           // see LostAcknowledged
+	// writeThrough: acknowledged writes must be in the chunk files, because the buffers are lost with this
+	// process.
+	writeThrough bool
+}
+
 // sharedBuffers is the memory of the log's buffers, in a file that outlives the process.
 type sharedBuffers struct {
 	path string
@@ -268,7 +277,7 @@ func (s *Store) recoverSharedBuffers(uuid [16]byte) (settled func() error, err e
 	name, herr := hex.DecodeString(last.Buffers)
 	if err = errors.Join(err, herr); err != nil || len(name) != 16 {
 		s.log.Warn("what the last owner left in memory cannot be found", "file", path, "err", err)
-		s.lostAcknowledged = true // a power cut would have lost the writes as well
+		s.shared.lost = true // a power cut would have lost the writes as well
 		return settled, nil
 	}
 	if last.Boot != now.Boot || last.Ino != now.Ino {
@@ -289,7 +298,7 @@ func (s *Store) recoverSharedBuffers(uuid [16]byte) (settled func() error, err e
 		return nil, &elsewhereError{buffers: "vdisk-" + last.Buffers, dir: s.opts.SharedMemory, there: last.Shm, here: now.Shm}
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, errNotBuffers):
 		s.log.Warn("what the last owner had answered and not written is lost", "err", err)
-		s.lostAcknowledged = true
+		s.shared.lost = true
 		return settled, nil
 	}
 	return nil, fmt.Errorf("what the last owner had answered and not written: %w", err)
@@ -336,28 +345,28 @@ func (e *elsewhereError) Is(target error) bool { return target == ErrElsewhere |
 func (s *Store) outlive(uuid [16]byte) {
 	r, err := s.newOwnerRecord()
 	if err == nil {
-		s.shared, err = newSharedBuffers(s.in, s.opts.SharedMemory, r.Buffers, uuid)
+		s.shared.buffers, err = newSharedBuffers(s.in, s.opts.SharedMemory, r.Buffers, uuid)
 	}
 	if err == nil {
 		err = s.writeOwner(r)
 	}
 	if err != nil {
 		s.log.Warn("there is no shared memory for what is answered and not flushed: writes are slower until the store is opened anew", "err", err)
-		if s.shared != nil {
-			_ = s.shared.remove() // the warning is more important
-			s.shared = nil
+		if s.shared.buffers != nil {
+			_ = s.shared.buffers.remove() // the warning is more important
+			s.shared.buffers = nil
 		}
-		s.writeThrough = true
+		s.shared.writeThrough = true
 		return
 	}
 	for i := range wal.BufferCount {
-		s.wal.Share(i, s.shared.data(i), s.shared.head(i))
+		s.wal.Share(i, s.shared.buffers.data(i), s.shared.buffers.head(i))
 	}
 }
 
 // answer is called after a device has changed, and before the change is acknowledged.
 func (s *Store) answer() error {
-	if !s.writeThrough {
+	if !s.shared.writeThrough {
 		return nil
 	}
 	return s.wal.WriteOut()
@@ -374,24 +383,24 @@ func (s *Store) writeOwner(r ownerRecord) error {
 
 // removeSharedBuffers removes ownerFile and the buffers. Everything in the buffers must be durable.
 func (s *Store) removeSharedBuffers() error {
-	if s.shared == nil {
+	if s.shared.buffers == nil {
 		return nil
 	}
-	err := errors.Join(s.in.Remove(ownerFile), s.shared.remove())
-	s.shared = nil
+	err := errors.Join(s.in.Remove(ownerFile), s.shared.buffers.remove())
+	s.shared.buffers = nil
 	return err
 }
 
 // LostAcknowledged reports whether the last owner was killed and its acknowledged but unwritten writes cannot
 // be found. Clients that outlived that owner may then have acknowledgements for writes that are not in this
 // store.
-func (s *Store) LostAcknowledged() bool { return s.lostAcknowledged }
+func (s *Store) LostAcknowledged() bool { return s.shared.lost }
 
 // SurvivesKill reports whether acknowledged writes outlive this process if it is killed, so that the next
 // owner of the store can go on where it ended. Acknowledged writes are then in shared memory or, if there is
 // none, in the chunk files.
-func (s *Store) SurvivesKill() bool { return s.shared != nil || s.writeThrough }
+func (s *Store) SurvivesKill() bool { return s.shared.buffers != nil || s.shared.writeThrough }
 
 // WritesThrough reports whether every write goes to its chunk file before it is acknowledged, because there
 // is no shared memory.
-func (s *Store) WritesThrough() bool { return s.writeThrough }
+func (s *Store) WritesThrough() bool { return s.shared.writeThrough }

@@ -142,7 +142,7 @@ func TestCleanerTakesFewTurns(t *testing.T) {
 	}
 	must(t, errors.Join(s.Snapshot(Ref{"v", "a"}), s.Checkpoint()))
 	quit, done := make(chan struct{}), make(chan error, 1)
-	turns, last := 0, s.cleaned
+	turns, last := 0, s.cleaner.moved
 	go func() {
 		for {
 			select {
@@ -151,15 +151,15 @@ func TestCleanerTakesFewTurns(t *testing.T) {
 				return
 			default:
 			}
-			s.ckptMu.Lock()
+			s.checkpoints.mu.Lock()
 			err := s.checkpointLocked()
 			s.mu.Lock()
-			if s.cleaned != last { // since the checkpoint before
-				turns, last = turns+1, s.cleaned
+			if s.cleaner.moved != last { // since the checkpoint before
+				turns, last = turns+1, s.cleaner.moved
 			}
 			s.mu.Unlock()
 			time.Sleep(5 * time.Millisecond) // long enough for a mutex to be handed over to who waits
-			s.ckptMu.Unlock()
+			s.checkpoints.mu.Unlock()
 			if err != nil {
 				done <- err
 				return
@@ -198,13 +198,13 @@ func TestRoomComesBeforeAllIsReaped(t *testing.T) {
 		must(t, err)
 	}
 	must(t, errors.Join(s.Checkpoint(), ds[0].Close(), s.Remove(Ref{Volume: "g"}, true)))
-	before := s.gen
+	before := s.changes.gen
 	if !s.cleanFor(hungry, &throttle{s: s}) {
 		t.Error("nothing was gained")
 	}
-	t.Logf("%d checkpoints", s.gen-before)
-	if s.gen-before > 10 || !s.reapsMore() {
-		t.Errorf("writers waited for %d checkpoints; there is more to reap: %v", s.gen-before, s.reapsMore())
+	t.Logf("%d checkpoints", s.changes.gen-before)
+	if s.changes.gen-before > 10 || !s.reapsMore() {
+		t.Errorf("writers waited for %d checkpoints; there is more to reap: %v", s.changes.gen-before, s.reapsMore())
 	}
 	mustEnd(t, s, ds[1])
 }

@@ -39,11 +39,7 @@ type Store struct {
 
 	readOnly error // why nothing can be written, or nil; set by Open
 
-	shared           *sharedBuffers // nil: the log's buffers are private to this process
-	lostAcknowledged bool           // see LostAcknowledged; set by Open
-	// writeThrough: acknowledged writes must be in the chunk files, because the buffers are lost with this
-	// process.
-	writeThrough bool
+	shared sharedLog
 
 	reserve    wal.ReserveFile
 	mark       wal.Mark
@@ -56,58 +52,21 @@ type Store struct {
 	unpacked   sync.Pool // *format.Leaf
 
 	// mu orders every change: see docs/engine.md, Locks and goroutines.
-	mu             sync.Mutex
-	wal            *wal.Log
-	catalog        catalog
-	gen            uint64     // generation of leaves that become dirty now
-	frozen         *sync.Cond // signalled when gen has risen or a checkpoint has failed
-	writing        int        // dirty leaves and pre-images of the generation that a checkpoint is writing
-	writingRegions int        // regions of forwards in that generation
-	failures       uint64     // number of checkpoints that failed
-	failure        error      // error of the last checkpoint that failed
-	dirtyRows      []*chunk
-	pendingFree    int64                         // bytes of the chunks that the running checkpoint removes
-	dirtyRegions   []*region                     // regions of generation gen
-	pinnedStale    bool                          // names were reaped since chunk.pinnedDead was counted
-	catalogDirty   bool                          // the tables have changed since the last checkpoint
-	dropping       map[metadata.Version]struct{} // given up by the reaper, but still in the table
-	closed         bool
+	mu      sync.Mutex
+	wal     *wal.Log
+	catalog catalog
+	changes changes
+	closed  bool
 
-	cleanMu          sync.Mutex // held while one chunk is cleaned; taken before ckptMu
-	mover            *mover     // guarded by cleanMu
-	cleaned          uint64     // bytes that the cleaner appended; guarded by mu
-	cleaning         *chunk     // the chunk that is being cleaned; guarded by mu
-	cleanedBefore    uint64     // value of cleaned when this chunk was begun; guarded by mu
-	othersSeen       uint64     // bytes that others had appended when giveWay last looked; guarded by cleanMu
-	writersWaiting   bool       // writers wait for the cleaner; guarded by mu
-	cleanerExhausted bool       // it can give nothing back as things are; guarded by mu
-	roomTaken        uint64     // number of chunks that were given to data; guarded by mu
-	cleanWork        chan struct{}
-	pacer            pacer // paces what others append while the cleaner is pressed
+	// Each of these is guarded by a lock of its own or by mu, as its type says.
+	checkpoints checkpoints
+	cleaner     cleaner
+	cold        coldState
+	reads       atomic.Uint64
 
-	reads     atomic.Uint64
-	coldMark  place      // the cold pass has covered everything before it; guarded by mu
-	coldNoted bool       // coldMark is not in the table yet; guarded by mu
-	coldCodec *codecPool // codecs of cold passes; nil before the first pass; guarded by mu
-
-	ckptMu sync.Mutex // one checkpoint at a time; guards the fields below
-	values values     // values of the running checkpoint
-	// lastAborted: the last checkpoint has failed, so memory may hold changes by the reaper that are in
-	// neither the table nor the log.
-	lastAborted bool
-	// untrimmed are chunks of the replayed log that have more allocated than they hold. The excess is given
-	// back once they are behind the replay position.
-	untrimmed      []*chunk
-	pendingRemoval []*chunk              // dead chunks that are not removed yet
-	reapCursor     map[uint32]reapCursor // by branch; changes need mu, too
-
-	committed atomic.Uint64 // generation of the last committed checkpoint
-	ckptAt    atomic.Uint64 // wal.Log.appended at the last checkpoint
-
-	ckptWork chan struct{}
-	quit     chan struct{}
-	wg       sync.WaitGroup
-	tasks    sync.WaitGroup // long tasks of callers, such as Check and Clean; Add under mu, while not closed
+	quit  chan struct{}
+	wg    sync.WaitGroup
+	tasks sync.WaitGroup // long tasks of callers, such as Check and Clean; Add under mu, while not closed
 
 	recovery Recovery
 }
@@ -167,12 +126,14 @@ func openIn(in *storage.Folder, o Options) (*Store, error) {
 	}
 	s := &Store{
 		dir: dir, in: in, info: info, opts: o, log: o.Logger.With("store", dir), lock: lock, readOnly: readOnly, fs: o.fs,
-		catalog: newCatalog(), gen: 1, reapCursor: map[uint32]reapCursor{}, dropping: map[metadata.Version]struct{}{},
-		ckptWork: make(chan struct{}, 1), cleanWork: make(chan struct{}, 1), quit: make(chan struct{}),
+		catalog: newCatalog(), quit: make(chan struct{}),
+		changes:     changes{gen: 1, dropping: map[metadata.Version]struct{}{}},
+		checkpoints: checkpoints{reapCursor: map[uint32]reapCursor{}, work: make(chan struct{}, 1)},
+		cleaner:     cleaner{work: make(chan struct{}, 1)},
 	}
 	s.scratch.New = newScratch
 	s.unpacked.New = func() any { return new(format.Leaf) }
-	s.frozen = sync.NewCond(&s.mu)
+	s.changes.taken = sync.NewCond(&s.mu)
 	s.dirtyLimit = min(leafcache.MostDirty(o.CacheBytes), 4*o.checkpointLeaves)
 	s.forwards.load = s.loadForwards
 	if s.cache, err = leafcache.New(o.CacheBytes, s.loadLeaf); err != nil {
@@ -318,7 +279,7 @@ func (s *Store) resumeAfterReplay(left []leaving) error {
 	if r.Records > 0 || len(left) > 0 || r.DroppedBytes > 0 {
 		s.log.Info("replayed the log", "records", r.Records, "bytes", r.Bytes, "summaries", r.Summaries,
 			"droppedBytes", r.DroppedBytes, "droppedFiles", r.DroppedFiles)
-		wal.Poke(s.ckptWork)
+		wal.Poke(s.checkpoints.work)
 	}
 	if r.unsettled || s.cache.Grown() {
 		// A full disk is no reason to keep a store closed: its users may want to give back space.
@@ -338,8 +299,8 @@ func (s *Store) release() error {
 	if s.meta != nil {
 		errs = append(errs, s.meta.Close())
 	}
-	if s.shared != nil { // some of it may not be in the chunk files
-		errs = append(errs, s.shared.close())
+	if s.shared.buffers != nil { // some of it may not be in the chunk files
+		errs = append(errs, s.shared.buffers.close())
 	}
 	if s.fs != nil && s.opts.fs == nil {
 		errs = append(errs, s.fs.Close())
@@ -366,7 +327,7 @@ func (s *Store) Close() error {
 	}
 	s.closed = true
 	s.wal.Close()
-	s.frozen.Broadcast()
+	s.changes.taken.Broadcast()
 	s.mu.Unlock()
 	close(s.quit)
 	s.wg.Wait()

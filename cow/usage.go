@@ -64,8 +64,8 @@ func (s *Store) usage(ctx context.Context, which func(*audit.UsageScan) []audit.
 
 // readTable returns the table as of now. If no checkpoint can be made any more, it is as of the last one.
 func (s *Store) readTable() (*metadata.Tx, error) {
-	s.ckptMu.Lock()
-	defer s.ckptMu.Unlock()
+	s.checkpoints.mu.Lock()
+	defer s.checkpoints.mu.Unlock()
 	err := s.live()
 	if err == nil && s.changed() {
 		err = s.checkpointLocked()

@@ -318,7 +318,7 @@ func (s *Store) Remove(r Ref, recursive bool) error {
 		return ev, nil
 	})
 	if err == nil {
-		wal.Poke(s.ckptWork) // the checkpoint reclaims the space
+		wal.Poke(s.checkpoints.work) // the checkpoint reclaims the space
 	}
 	return wrapIf(err, "remove %s", r)
 }

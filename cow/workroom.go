@@ -42,10 +42,10 @@ func (s *Store) workBeyond() int64 {
 // chunk that it is cleaning comes back with that chunk, and what is dead comes back with the next checkpoint.
 // The caller holds mu.
 func (s *Store) workKept() int64 {
-	back := s.slots.owed + s.pendingFree
-	c := s.cleaning
+	back := s.slots.owed + s.checkpoints.pendingFree
+	c := s.cleaner.chunk
 	if c != nil {
-		back += int64(s.cleaned - s.cleanedBefore)
+		back += int64(s.cleaner.moved - s.cleaner.movedBefore)
 	}
 	keep := s.wal.ChunkBytes + max(0, s.workBeyond()-back)
 	if c != nil && int64(c.live) > s.wal.ChunkBytes {

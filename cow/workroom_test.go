@@ -266,11 +266,11 @@ func TestHungryCleanerTakesSmallChunksFirst(t *testing.T) {
 	if c := chosen(); c.End <= smallChunk {
 		t.Errorf("the oldest chunk was not chosen, but one of %d bytes", c.End)
 	}
-	s.writersWaiting = true
+	s.cleaner.writersWaiting = true
 	if c := chosen(); c.End > smallChunk {
 		t.Errorf("while writers wait a chunk of %d bytes was chosen", c.End)
 	}
-	s.writersWaiting = false
+	s.cleaner.writersWaiting = false
 	m := newMover(s)
 	for _, want := range []struct {
 		live uint32

@@ -118,9 +118,9 @@ func (s *Store) remember() (*memoryImage, error) {
 	if err != nil {
 		return nil, err
 	}
-	m := &memoryImage{head: slices.Clone(s.shared.mem[:sharedHead])}
+	m := &memoryImage{head: slices.Clone(s.shared.buffers.mem[:sharedHead])}
 	for i := range m.buffers {
-		m.buffers[i] = slices.Clone(s.shared.data(i)[:s.shared.head(i).Used.Load()])
+		m.buffers[i] = slices.Clone(s.shared.buffers.data(i)[:s.shared.buffers.head(i).Used.Load()])
 	}
 	return m, json.Unmarshal(text, &m.owner)
 }
@@ -298,7 +298,7 @@ func (l *lab) open(img crashImage, every int, rng *rand.Rand) (*world, error) {
 		l.giveBack(dir)
 		return nil, fmt.Errorf("open: %w", err)
 	}
-	w.s.coldCodec = quickCodec
+	w.s.cold.codec = quickCodec
 	seq := w.seq()
 	r := w.s.Recovery()
 	if least := max(img.floor, img.known); seq < least || seq > w.m.next() || r.Lost > 0 {
@@ -365,7 +365,7 @@ func (w *world) kill() error {
 	w.lab.recycled.Add(int64(w.s.wal.Pool.Reused()))
 	err = errors.Join(err, w.s.release())
 	if w.s.opts.Outlive { // the image that was taken has a copy
-		err = errors.Join(err, os.Remove(filepath.Join(w.dir, ownerFile)), os.Remove(w.s.shared.path))
+		err = errors.Join(err, os.Remove(filepath.Join(w.dir, ownerFile)), os.Remove(w.s.shared.buffers.path))
 	}
 	w.lab.giveBack(w.dir)
 	return err

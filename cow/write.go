@@ -197,7 +197,7 @@ func (s *Store) putHole(d *Device, first uint64, n int, ex *expect) error {
 // put writes a record of n blocks of one leaf. Where it has to wait for something, it waits and tries again.
 func (s *Store) put(d *Device, h *format.RecordHeader, payload []byte, n int, ex *expect, small bool) error {
 	if h.Kind == format.KindData {
-		s.pacer.wait(h.Size())
+		s.cleaner.pacer.wait(h.Size())
 	}
 	k := d.b.leaf(uint32(h.Block/format.LeafBlocks), head)
 	cleared, refused := false, 0
@@ -270,7 +270,7 @@ func (s *Store) admit(d *Device, h *format.RecordHeader, n int, hole bool) error
 // in these chunks is live.
 func (s *Store) clearEvents() error {
 	s.mu.Lock()
-	gen := s.gen
+	gen := s.changes.gen
 	s.mu.Unlock()
 	return s.checkpointOf(gen)
 }
@@ -291,7 +291,7 @@ func (s *Store) mayDirty(waited bool, p wal.Purpose) bool {
 	if !waited {
 		limit -= limit / 8
 	}
-	return s.cache.Unwritten() < limit && s.cache.Unwritten()+s.writing < 2*s.dirtyLimit && s.tableShort(1, p) <= 0
+	return s.cache.Unwritten() < limit && s.cache.Unwritten()+s.checkpoints.writing < 2*s.dirtyLimit && s.tableShort(1, p) <= 0
 }
 
 // makeRoom makes room for one more dirty leaf. If the table is short of room, it grows the table. Otherwise
@@ -301,7 +301,7 @@ func (s *Store) makeRoom(p wal.Purpose) error {
 	defer s.mu.Unlock()
 	if short := s.tableShort(1, p); short > 0 {
 		// more is true if a checkpoint can free some room.
-		more := s.cache.Unwritten()+s.writing+len(s.dirtyRegions)+s.writingRegions > 0 || s.awaitsReaper()
+		more := s.cache.Unwritten()+s.checkpoints.writing+len(s.changes.regions)+s.checkpoints.writingRegions > 0 || s.awaitsReaper()
 		s.mu.Unlock()
 		err := s.growTable(short, p)
 		s.mu.Lock()
@@ -312,31 +312,31 @@ func (s *Store) makeRoom(p wal.Purpose) error {
 	if s.closed {
 		return ErrClosed
 	}
-	gen, failures := s.gen, s.failures
+	gen, failures := s.changes.gen, s.checkpoints.failures
 	if s.opts.checkpointInterval < 0 { // no other goroutine makes checkpoints
 		s.mu.Unlock()
 		defer s.mu.Lock()
 		return s.checkpointOf(gen)
 	}
-	for s.gen == gen {
-		if s.failures != failures {
-			return s.failure
+	for s.changes.gen == gen {
+		if s.checkpoints.failures != failures {
+			return s.checkpoints.failure
 		}
 		if s.closed {
 			return ErrClosed
 		}
-		wal.Poke(s.ckptWork)
-		s.frozen.Wait()
+		wal.Poke(s.checkpoints.work)
+		s.changes.taken.Wait()
 	}
 	return nil
 }
 
 // checkpointOf returns when a checkpoint of the generation gen, or of a later one, has committed. If no such
-// checkpoint has been made by the time it gets ckptMu, it makes one.
+// checkpoint has been made by the time it gets checkpoints.mu, it makes one.
 func (s *Store) checkpointOf(gen uint64) error {
-	s.ckptMu.Lock()
-	defer s.ckptMu.Unlock()
-	if s.committed.Load() >= gen {
+	s.checkpoints.mu.Lock()
+	defer s.checkpoints.mu.Unlock()
+	if s.checkpoints.committed.Load() >= gen {
 		return nil
 	}
 	return s.checkpointLocked()
@@ -347,9 +347,9 @@ func (s *Store) checkpointDue() {
 	if s.opts.checkpointInterval < 0 {
 		return
 	}
-	since := int64(s.wal.Appended() - s.ckptAt.Load())
+	since := int64(s.wal.Appended() - s.checkpoints.at.Load())
 	if since >= s.opts.checkpointBytes || s.cache.Unwritten() >= s.opts.checkpointLeaves {
-		wal.Poke(s.ckptWork)
+		wal.Poke(s.checkpoints.work)
 	}
 }
 
