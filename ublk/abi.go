@@ -1,7 +1,7 @@
 package ublk
 
-// The ublk user ABI: include/uapi/linux/ublk_cmd.h. Structures are laid out as the C compiler lays them out on
-// every 64-bit and 32-bit Linux; abi_test.go holds the sizes and offsets.
+// The ublk user ABI: include/uapi/linux/ublk_cmd.h. Structures have the layout that a C compiler gives them on all 64-bit
+// and 32-bit Linux machines; abi_test.go checks their sizes and offsets.
 
 // Control commands, encoded as ioctls (type 'u', size of struct ublksrv_ctrl_cmd = 32), as Linux 6.4 and later take
 // them. Older kernels take only the low byte, the legacy opcode. Some later kernels are built without legacy opcodes.
@@ -48,11 +48,11 @@ const (
 
 const (
 	opMask       = 0xff
-	flagFUA      = 1 << 13 // UBLK_IO_F_FUA
-	flagNoUnmap  = 1 << 15 // UBLK_IO_F_NOUNMAP
-	noQueue      = 0xffff  // queue_id of a control command that is not about a queue
-	kernelPicks  = 1<<32 - 1
-	featuresSize = 8 // UBLK_FEATURES_LEN
+	flagFUA      = 1 << 13   // UBLK_IO_F_FUA
+	flagNoUnmap  = 1 << 15   // UBLK_IO_F_NOUNMAP
+	noQueue      = 0xffff    // queue_id of a control command that does not concern a queue
+	kernelPicks  = 1<<32 - 1 // device id that lets the kernel choose
+	featuresSize = 8         // UBLK_FEATURES_LEN
 )
 
 const (
@@ -132,7 +132,7 @@ type paramsDiscard struct {
 	_                uint16
 }
 
-// params is the head of struct ublk_params up to the DEVT part; the driver takes any prefix of its own structure.
+// params is the beginning of struct ublk_params, up to the DEVT part. The driver accepts any prefix of its structure.
 type params struct {
 	len     uint32
 	types   uint32

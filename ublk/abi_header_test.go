@@ -17,11 +17,10 @@ import (
 	"testing"
 )
 
-// What abi.go and uring.go state of the user ABI, in the words of linux/ublk_cmd.h and linux/io_uring.h. Every constant
-// and every structure of abi.go is here, and every constant of uring.go; the test fails for one
-// that is not.
+// The user ABI of abi.go and uring.go in the names of linux/ublk_cmd.h and linux/io_uring.h. The test fails if a constant
+// or a structure of abi.go, or a constant of uring.go, is missing here.
 
-// headerConstants maps our constants to C expressions; "" is for what the headers do not state.
+// headerConstants maps our constants to C expressions, or to "" if the headers do not define them.
 var headerConstants = map[string]string{
 	"cmdAddDev":            "UBLK_U_CMD_ADD_DEV",
 	"cmdDelDev":            "UBLK_U_CMD_DEL_DEV",
@@ -117,8 +116,8 @@ var headerConstants = map[string]string{
 	"cqeSize":             "sizeof(struct io_uring_cqe)",
 }
 
-// headerStruct is one of our structures: its name in C, and the names of its fields where they are not the same. A
-// field named "" is not in the header.
+// headerStruct is one of our structures: its name in C, and the C names of the fields that have other names there. The
+// header has no field for a name "".
 type headerStruct struct {
 	c      string
 	fields map[string]string
@@ -161,12 +160,12 @@ var headerStructs = map[string]headerStruct{
 	"pbuf":         {"io_uring_buf", map[string]string{"id": "bid", "tail": "resv"}},
 }
 
-// prefixes are structures that we have only the head of, or whose size need not agree with ours.
+// prefixes are structures of which ours is only the beginning, or whose size may differ from ours.
 var prefixes = map[string]bool{"params": true, "sqe": true, "batchElem": true}
 
-// TestLayoutAgainstHeader has the C compiler compare every structure, field, command, flag and limit with the newest
-// kernel's header: in the folders of $VDISK_UAPI ("guest headers" prints them), else the installed one. There is no
-// skip where CI is set.
+// TestLayoutAgainstHeader lets a C compiler compare every structure, field, command, flag and limit with the newest
+// kernel's header: the one in the folders of $VDISK_UAPI ("guest headers" prints them), or else the installed one. With
+// CI set the test is never skipped.
 func TestLayoutAgainstHeader(t *testing.T) {
 	cc, include := headerAndCompiler(t)
 	lines := headerAssertions(t)
@@ -210,8 +209,8 @@ func shifted(bit string) string {
 	return fmt.Sprint(uint64(1) << n)
 }
 
-// headerAndCompiler finds a C compiler and a header that is new enough, and skips the test where there is none: unless
-// one was promised, or the test runs for CI.
+// headerAndCompiler finds a C compiler and a header that is new enough. If there is none, it skips the test, or fails it
+// if $VDISK_UAPI or CI is set.
 func headerAndCompiler(t *testing.T) (cc string, include []string) {
 	t.Helper()
 	dirs := filepath.SplitList(os.Getenv("VDISK_UAPI"))
@@ -243,7 +242,7 @@ func headerAndCompiler(t *testing.T) (cc string, include []string) {
 	return cc, include
 }
 
-// headerAssertions reads the package's source, since only that knows all that there is to compare.
+// headerAssertions reads the package's source, because only the source has all names to compare.
 func headerAssertions(t *testing.T) []string {
 	t.Helper()
 	scope, strict := abiScope(t)
@@ -324,9 +323,8 @@ func keys[V any](m map[string]V) map[string]bool {
 	return all
 }
 
-// abiScope type-checks the package as far as that goes without its imports, which constants and structures of the ABI
-// do not need. strict are the names that have to be compared: those
-// of abi.go, and the constants of uring.go.
+// abiScope type-checks the package without its imports, which the ABI's constants and structures do not need. strict has
+// the names that must be compared: those of abi.go, and the constants of uring.go.
 func abiScope(t *testing.T) (scope *types.Scope, strict map[string]bool) {
 	t.Helper()
 	names, err := filepath.Glob("*.go")

@@ -9,8 +9,8 @@ import (
 	"unsafe"
 )
 
-// ReaderWriterAt is what NewReaderWriterAt makes a disk of: a file, or any other type that several goroutines
-// can read and write at an offset at the same time.
+// ReaderWriterAt is the content of a disk for NewReaderWriterAt: a file, or any other type that several goroutines can
+// read and write at an offset at the same time.
 //
 // If it has some of these methods too, they are used:
 //
@@ -103,7 +103,7 @@ func (a *Adapter) take() *Request {
 	return a.waiting.pop()
 }
 
-// serve does a request; a panic becomes an error.
+// serve executes a request. A panic becomes an error.
 func (a *Adapter) serve(r *Request) (err error) {
 	defer r.q.recovered(r, &err)
 	if err := a.do(r); err != nil || !r.FUA {
@@ -158,7 +158,7 @@ func (a *Adapter) sync() error {
 	return nil
 }
 
-// zeroBytes is how many zeros are written at once.
+// zeroBytes is the number of zeros that are written at once.
 const zeroBytes = 64 << 10
 
 // zeros begin on a page, for files that are open with O_DIRECT.
@@ -169,7 +169,7 @@ var zeros = sync.OnceValue(func() []byte {
 	return b[skip:][:zeroBytes:zeroBytes]
 })
 
-// zero makes rw write zeros in its own way, or writes them as data.
+// zero calls rw's WriteZeroes if that may be used, and otherwise writes zeros as data.
 func (a *Adapter) zero(r *Request) error {
 	off, end := r.Offset, r.Offset+int64(r.Length)
 	if z, ok := a.rw.(zeroWriter); ok && !r.NoUnmap {

@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// plainDisk has no more than it must.
+// plainDisk has only the required methods.
 type plainDisk struct {
 	mu   sync.Mutex
 	data []byte
@@ -30,7 +30,7 @@ func (d *plainDisk) WriteAt(p []byte, off int64) (int, error) {
 	return copy(d.data[off:], p), nil
 }
 
-// fullDisk has all, and notes what is called.
+// fullDisk has all methods, and records the calls.
 type fullDisk struct {
 	plainDisk
 	calls []string
@@ -163,7 +163,7 @@ func TestAdapterPanic(t *testing.T) {
 	}
 }
 
-// slowDisk tells when a read begins and lets it end when it is told to.
+// slowDisk reports the beginning of each read, and delays the end until the test allows it.
 type slowDisk struct {
 	plainDisk
 	begun, end chan int64

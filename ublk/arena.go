@@ -9,52 +9,54 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// arena is the buffer memory of the process's queues with CopyUser. It is mapped in chunks, each locked and
-// large enough for the largest request of those who take it; queues have some only while they have requests.
+// arena is the buffer memory of all CopyUser queues of the process. Queues hold chunks of it only while they have
+// requests. A chunk is locked, and as large as the largest request of the queues that take it.
 //
-// It maps a chunk when one is asked for and none is free, up to limit. A chunk that comes back stays mapped
-// for the next one who asks. How many have been free all the time between two looks, beyond a reserve, nobody
-// needs: those are unmapped. The reserve is mapped before the first device is made, so that a queue that
-// needs memory when the machine has none gets it sooner or later: who has to wait is served first, and
-// meanwhile every queue gives back what it has as soon as its requests are done.
+// The arena maps a chunk when a queue needs one and none is free, up to limit. A chunk that a queue gives back stays
+// mapped for the next queue. Every trimEvery, the arena unmaps as many chunks as have been free the whole time, except
+// a reserve.
+//
+// The reserve is mapped before the first device is made. So a queue that needs memory when the machine has none gets
+// some in the end: queues are served in the order in which they began to wait, and while any queue waits, every other
+// one gives back its chunks as soon as its requests are done.
 type arena struct {
-	wanted atomic.Bool // queues wait
+	wanted atomic.Bool // some queue waits
 
-	mu      sync.Mutex // guards what follows; never held over a call that can wait for I/O of a device
-	limit   int        // of mapped
+	mu      sync.Mutex // guards the fields below; never held over a call that can wait for I/O of a device
+	limit   int        // the most that mapped may be; only the reserve may exceed it
 	mapped  int        // bytes
 	classes map[int]*chunkClass
 	waiting []waiter
 	grants  []grant
-	trim    *time.Timer // runs while there is more than the reserve
-	armed   bool
+	trim    *time.Timer // runs trimRoutine; nil before the first arm
+	armed   bool        // trim is about to run
 }
 
-// chunkClass is the chunks of one size.
+// chunkClass holds the chunks of one size.
 type chunkClass struct {
 	devices int
-	locked  bool // all that were mapped could be locked
+	locked  bool // every chunk that was mapped could be locked
 	mapped  int  // free, lent or granted
 	free    [][]byte
-	low     int // the fewest that were free since the last look
+	low     int // the fewest chunks that were free at any time since trim was last started
 }
 
-// waiter is a queue that has no chunk and needs one.
+// waiter is a queue that needs a chunk and has none.
 type waiter struct {
 	q    *queue
 	size int
 }
 
-// grant is a chunk that a queue has waited for and not taken yet.
+// grant is a chunk for a queue that waited. The queue has not taken it yet.
 type grant struct {
 	q     *queue
 	chunk []byte
 }
 
 const (
-	reserveChunks = 2 // of each class; more than one only so that not all wait for one
+	reserveChunks = 2 // per class; one would do, but then all queues could end up waiting for it
 	trimEvery     = time.Second
-	// arenaShare is the part of the machine's memory that the arena may have unless it is told.
+	// arenaShare is the part of the machine's memory that the arena may have by default: an eighth.
 	arenaShare = 8
 )
 
@@ -79,8 +81,8 @@ func SetBufferLimit(bytes int64) {
 	a.limit = int(bytes)
 }
 
-// join is called before a device is made whose pools take chunks of size. From then on the reserve is there.
-// locked reports whether chunks can be locked.
+// join must be called before a device is made whose pools take chunks of the size. It maps the reserve. locked reports
+// whether chunks can be locked.
 func (a *arena) join(size int) (locked bool, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -103,7 +105,7 @@ func (a *arena) join(size int) (locked bool, err error) {
 	return c.locked, nil
 }
 
-// leave is the end of a device that has joined.
+// leave is called at the end of a device that has joined.
 func (a *arena) leave(size int) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -114,8 +116,8 @@ func (a *arena) leave(size int) {
 	}
 }
 
-// take lends a chunk, or returns nil. With wait q is woken when it may ask again, and is served before
-// those that come later.
+// take lends q a chunk, or returns nil. If wait is set, q is then woken when there is a chunk for it, and is served
+// before the queues that begin to wait later.
 func (a *arena) take(size int, q *queue, wait bool) []byte {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -136,7 +138,7 @@ func (a *arena) take(size int, q *queue, wait bool) []byte {
 	return nil
 }
 
-// find returns a chunk that is free or may be mapped. a.mu is held.
+// find returns a free chunk, or maps one if the limit permits it. Otherwise it returns nil. a.mu is held.
 func (a *arena) find(size int) []byte {
 	c := a.classes[size]
 	if n := len(c.free) - 1; n >= 0 {
@@ -150,12 +152,12 @@ func (a *arena) find(size int) []byte {
 	}
 	chunk, err := a.mapChunk(c, size)
 	if err != nil {
-		return nil // as at the limit: the reserve, at least, has been lent and comes back
+		return nil // as at the limit: chunks are lent, at least the reserve, and come back
 	}
 	return chunk
 }
 
-// put takes a chunk back, and passes it on to the queue that has waited longest.
+// put takes a chunk back, and wakes the queue that has waited longest if there is now a chunk for it.
 func (a *arena) put(chunk []byte) {
 	if q := a.pass(chunk); q != nil {
 		q.granted.Store(true)
@@ -163,7 +165,7 @@ func (a *arena) put(chunk []byte) {
 	}
 }
 
-// pass is put without waking: it returns who is to be woken.
+// pass is put without the waking: it returns the queue to wake, or nil.
 func (a *arena) pass(chunk []byte) *queue {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -177,7 +179,7 @@ func (a *arena) pass(chunk []byte) *queue {
 	}
 	w := a.waiting[0]
 	if w.size != len(chunk) && a.mapped+w.size > a.limit && len(c.free) > reserveChunks {
-		a.unmap(c, len(chunk), 1) // which makes room, though maybe not enough yet
+		a.unmap(c, len(chunk), 1) // this makes room for the waiter's size, though maybe not enough yet
 	}
 	got := a.find(w.size)
 	if got == nil {
@@ -188,13 +190,13 @@ func (a *arena) pass(chunk []byte) *queue {
 	return w.q
 }
 
-// stopWaiting removes q from those who wait. a.mu is held.
+// stopWaiting removes q from the waiting queues. a.mu is held.
 func (a *arena) stopWaiting(q *queue) {
 	a.waiting = slices.DeleteFunc(a.waiting, func(w waiter) bool { return w.q == q })
 	a.wanted.Store(len(a.waiting) > 0)
 }
 
-// forget is the end of a queue.
+// forget is called at the end of a queue. It takes back the queue's grant, if there is one.
 func (a *arena) forget(q *queue) {
 	a.mu.Lock()
 	a.stopWaiting(q)
@@ -209,7 +211,7 @@ func (a *arena) forget(q *queue) {
 	}
 }
 
-// arm has trimRoutine run after a while. a.mu is held.
+// arm schedules trimRoutine. a.mu is held.
 func (a *arena) arm() {
 	a.armed = true
 	for _, c := range a.classes {
@@ -222,8 +224,8 @@ func (a *arena) arm() {
 	a.trim.Reset(trimEvery)
 }
 
-// trimRoutine unmaps what nobody has needed since it was armed. It runs for a moment, while there is
-// something to unmap.
+// trimRoutine unmaps the chunks that were not needed since arm. It is scheduled again as long as there is more than
+// the reserve.
 func (a *arena) trimRoutine() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -252,10 +254,10 @@ func (a *arena) mapChunk(c *chunkClass, size int) ([]byte, error) {
 	return chunk, nil
 }
 
-// unmap removes n of the free chunks of a class, those that were free longest. a.mu is held.
+// unmap unmaps the n chunks of a class that have been free for longest. a.mu is held.
 func (a *arena) unmap(c *chunkClass, size, n int) {
 	for _, chunk := range c.free[:n] {
-		_ = unix.Munmap(chunk) // it is one that mapChunk made
+		_ = unix.Munmap(chunk) // cannot fail: mapChunk mapped it
 		a.mapped -= size
 		c.mapped--
 	}

@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// lentOut is how many bytes of the arena queues have.
+// lentOut returns the number of bytes of the arena that queues have.
 func (a *arena) lentOut() int {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -25,8 +25,8 @@ func (a *arena) mappedBytes() int {
 	return a.mapped
 }
 
-// TestIdleQueuesHaveNoMemory: a queue that sleeps with nothing to do has given its buffers back, and what nobody needs
-// for a while is unmapped but for the reserve, which goes with the last device.
+// TestIdleQueuesHaveNoMemory: a queue that sleeps without work has given its buffers back. Memory that is not needed for a
+// while is unmapped, except the reserve, which goes with the last device.
 func TestIdleQueuesHaveNoMemory(t *testing.T) {
 	a := newArena(1 << 30)
 	held := make(chan *Request, 64)
@@ -55,8 +55,8 @@ func TestIdleQueuesHaveNoMemory(t *testing.T) {
 	}
 }
 
-// TestPoolGivesWay: a pool lends nothing more, though it has room, from when another queue has no memory at all until
-// it has given back its own.
+// TestPoolGivesWay: once another queue has no memory at all, a pool lends nothing more, even if it has room, until it has
+// given its chunks back.
 func TestPoolGivesWay(t *testing.T) {
 	a := newArena(0)
 	if _, err := a.join(fakeIOMax); err != nil {
@@ -82,7 +82,7 @@ func TestPoolGivesWay(t *testing.T) {
 	p.put(first, 4096)
 	p.rest()
 	if !r.queue.granted.Load() {
-		t.Fatal("who waits is not served")
+		t.Fatal("a waiting queue is not served")
 	}
 	b, page := r.get(4096)
 	if b == nil {
@@ -117,7 +117,7 @@ func TestArenaIsShared(t *testing.T) {
 		go q.loop()
 		queues = append(queues, q)
 	}
-	// Two are never without requests: each could keep one of the two chunks for ever.
+	// Two queues always have requests, so each could keep one of the two chunks for ever.
 	rest := []func(){keepBusy(queues[0]), keepBusy(queues[1])}
 	var loads sync.WaitGroup
 	for _, q := range queues[2:] {
@@ -178,8 +178,8 @@ func keepBusy(q *fakeQueue) (rest func()) {
 	}
 }
 
-// TestWaiterLeaves: a queue that ends while it waits for a chunk, or before it has taken the one that it was granted,
-// leaves it to the next.
+// TestWaiterLeaves: if a queue ends while it waits for a chunk, or before it has taken the chunk that it was granted, the
+// next queue gets the chunk.
 func TestWaiterLeaves(t *testing.T) {
 	a := newArena(0)
 	if _, err := a.join(fakeIOMax); err != nil {

@@ -12,37 +12,36 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// commandTimeout bounds the commands that the driver answers without waiting for a handler or a user of a
-// disk.
+// commandTimeout bounds commands that the driver answers without waiting for a handler or a user of a disk.
 const commandTimeout = 20 * time.Second
 
-// commander executes control commands: controlRing, or a double in tests.
+// commander executes control commands: a controlRing, or a double in tests.
 type commander interface {
-	// run executes one command and waits for its result, or for ctx. The kernel may write to buf until run
-	// returns nil.
+	// run executes one command and waits until it has a result or ctx ends. If run returns an error, the kernel may
+	// still write to buf later.
 	run(ctx context.Context, op uint32, cmd ctrlCmd, buf unsafe.Pointer) (int32, error)
 }
 
-// control speaks the driver's control protocol, in the dialect of the running kernel.
+// control sends control commands to the driver, in the dialect of the running kernel.
 //
-// Commands that change the set of devices are serialised, for the driver's sake. Those that only ask are not,
-// nor those whose length depends on a handler or on the users of a disk (START, STOP): one slow disk does not
-// hold up the others.
+// Commands that change the set of devices run one at a time, to spare the driver. Others do not: neither those that only
+// ask, nor START and STOP, which may wait for a handler or for the users of a disk. So one slow disk does not hold up the
+// others.
 type control struct {
 	commander
-	serial chan struct{}
+	serial chan struct{} // holds a token while a command changes the set of devices
 
-	mu      sync.Mutex // guards dialect; held while the driver is asked for it
+	mu      sync.Mutex // guards dialect; held while learn asks the driver
 	dialect dialect
 }
 
-// dialect is how the running kernel is spoken to.
+// dialect describes the commands that the running kernel knows.
 type dialect struct {
 	known         bool
-	features      Feature // what GET_FEATURES said
-	asked         bool    // there is GET_FEATURES (6.5)
+	features      Feature // the answer to GET_FEATURES
+	asked         bool    // the driver has GET_FEATURES (6.5), so features is known
 	legacyOpcodes bool    // commands are opcodes of one byte, as up to 6.3
-	noInfo2       bool    // there is no GET_DEV_INFO2, as up to 6.2
+	noInfo2       bool    // the driver has no GET_DEV_INFO2, as up to 6.2
 }
 
 var (
@@ -50,8 +49,8 @@ var (
 	theControl *control
 )
 
-// openControl returns the process's control connection, making it on first use. A failure is not remembered:
-// the driver may be loaded later.
+// openControl returns the process's control connection, and makes it at the first use. After a failure the next call
+// tries again, because the driver may have been loaded meanwhile.
 func openControl() (*control, error) {
 	controlMu.Lock()
 	defer controlMu.Unlock()
@@ -68,8 +67,8 @@ func openControl() (*control, error) {
 
 func newControl(r commander) *control { return &control{commander: r, serial: make(chan struct{}, 1)} }
 
-// learn finds out the dialect. A kernel before 6.5 takes GET_FEATURES for a command to a device that is not
-// there. It knows the legacy opcodes, unless it is a 6.4 that was built without them (see exec).
+// learn asks the driver for its dialect, once. A kernel before 6.5 takes GET_FEATURES for a command to a device that
+// does not exist. Such a kernel knows the legacy opcodes, unless it is a 6.4 that was built without them (see exec).
 func (c *control) learn(ctx context.Context) (dialect, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -98,7 +97,8 @@ func (c *control) setDialect(change func(*dialect)) {
 	change(&c.dialect)
 }
 
-// exec runs one command in the kernel's dialect.
+// exec runs one command in the kernel's dialect. If the kernel turns out not to know the legacy opcodes, exec corrects
+// the dialect.
 func (c *control) exec(ctx context.Context, op uint32, cmd ctrlCmd, buf unsafe.Pointer) error {
 	d, err := c.learn(ctx)
 	if err != nil {
@@ -126,8 +126,8 @@ func asError(res int32, err error) error {
 	return err
 }
 
-// target is the device that a command is for. The driver wants the char device's path with every command to
-// an unprivileged device, and checks the caller's right to that.
+// target is the device that a command is for. With every command to an unprivileged device, the driver needs the path
+// of the char device, and checks the caller's permission for that.
 type target struct {
 	id     int
 	byPath bool
@@ -136,7 +136,7 @@ type target struct {
 // charPathSize is the room for a char device's path before a command's payload.
 const charPathSize = 32
 
-// send runs a command to a device; payload goes to the driver and comes back from it.
+// send runs a command for a device. The driver reads payload and may change it.
 func (c *control) send(ctx context.Context, op uint32, to target, data uint64, payload []byte) error {
 	cmd := ctrlCmd{devID: uint32(to.id), queueID: noQueue, data: data}
 	if !to.byPath {
@@ -154,14 +154,14 @@ func (c *control) send(ctx context.Context, op uint32, to target, data uint64, p
 	return err
 }
 
-// ask sends a command that the driver answers by itself.
+// ask sends a command that the driver answers at once.
 func (c *control) ask(ctx context.Context, op uint32, to target, data uint64, payload []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
 	defer cancel()
 	return c.send(ctx, op, to, data, payload)
 }
 
-// change sends a command that the driver executes by itself, one at a time.
+// change sends a command that changes the set of devices, and that the driver executes at once.
 func (c *control) change(ctx context.Context, op uint32, to target, payload []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
 	defer cancel()
@@ -173,22 +173,22 @@ func (c *control) change(ctx context.Context, op uint32, to target, payload []by
 	return c.send(ctx, op, to, 0, payload)
 }
 
-// lockChanges waits until no other command changes the set of devices. end is for the next one, and may be called
+// lockChanges waits until no other command changes the set of devices. end lets the next one begin, and may be called
 // twice.
 func (c *control) lockChanges(ctx context.Context) (end func(), err error) {
 	select {
 	case c.serial <- struct{}{}:
 		return sync.OnceFunc(func() { <-c.serial }), nil
 	case <-ctx.Done():
-		return nil, fmt.Errorf("another command to the driver does not end: %w", ctx.Err())
+		return nil, fmt.Errorf("another command to the driver has not ended: %w", ctx.Err())
 	}
 }
 
-// bytesOf is the memory of a structure without pointers.
+// bytesOf returns the memory of a structure, which must have no pointers.
 func bytesOf[T any](p *T) []byte { return unsafe.Slice((*byte)(unsafe.Pointer(p)), unsafe.Sizeof(*p)) }
 
-// offered returns what the kernel's driver can do. Before 6.5 only ADD tells, so every feature may be asked
-// for.
+// offered returns the features that the driver offers. Before 6.5 only the answer to ADD shows them; then offered
+// returns all bits, so that a device may ask for any.
 func (c *control) offered(ctx context.Context) (Feature, error) {
 	d, err := c.learn(ctx)
 	if err == nil && !d.asked {
@@ -197,9 +197,9 @@ func (c *control) offered(ctx context.Context) (Feature, error) {
 	return d.features, err
 }
 
-// add makes a device; the driver's answer (id, queues, flags, sizes) replaces info.
+// add makes a device. The driver puts its decisions (id, queues, flags, sizes) into info.
 func (c *control) add(ctx context.Context, info *devInfo) error {
-	// The id is said twice. There is no path yet, not even for an unprivileged device.
+	// The driver needs the id in the command and in info. An unprivileged device has no path yet.
 	err := c.change(ctx, cmdAddDev, target{id: int(int32(info.devID))}, bytesOf(info))
 	switch {
 	case err == nil:
@@ -217,7 +217,7 @@ func (c *control) add(ctx context.Context, info *devInfo) error {
 		info.queues, info.depth, info.maxIOBytes, err)
 }
 
-// setParams sets the parameters and reads them back: what the driver does not know it drops without a word.
+// setParams sets the parameters and reads them back, because the driver silently drops those that it does not know.
 func (c *control) setParams(ctx context.Context, to target, p *params) error {
 	p.len = uint32(unsafe.Sizeof(*p))
 	if err := c.change(ctx, cmdSetParams, to, bytesOf(p)); err != nil {
@@ -241,9 +241,9 @@ func (c *control) getParams(ctx context.Context, to target) (*params, error) {
 	return p, nil
 }
 
-// getInfo asks with the path, as it is not known yet whether the device is an unprivileged one. That the
-// driver does not find the path says nothing of the device: in a container's /dev there may be no such node,
-// or another file. Then it asks without, which is enough for a privileged device.
+// getInfo asks with the path first, because the device may be an unprivileged one. If the driver does not find the path,
+// the device may exist even so: a container's /dev may lack the node, or have another file there. Then getInfo asks
+// without the path, which is enough for a privileged device.
 func (c *control) getInfo(ctx context.Context, id int) (*devInfo, error) {
 	d, err := c.learn(ctx)
 	if err != nil {
@@ -272,13 +272,13 @@ func (c *control) getInfo(ctx context.Context, id int) (*devInfo, error) {
 	return nil, deviceError("look at", id, err)
 }
 
-// target is how the device is spoken to.
+// target returns the target for commands to the device.
 func (i *devInfo) target() target {
 	return target{id: int(i.devID), byPath: Feature(i.flags)&FeatureUnprivileged != 0}
 }
 
-// deviceError gives a command's error its meaning: ENODEV is the driver's for a device that is not there, and
-// ENOENT for a path that is not.
+// deviceError turns a command's errno into an error that callers can match. The driver answers ENODEV if there is no
+// such device, and ENOENT if there is no such path.
 func deviceError(what string, id int, err error) error {
 	kind := error(nil)
 	switch {
@@ -294,8 +294,9 @@ func deviceError(what string, id int, err error) error {
 	return fmt.Errorf("ublk: %s device %d: %w (%w)", what, id, kind, err)
 }
 
-// start makes the block device appear. The driver waits for the fetches of all tags, and before 6.19 reads
-// the partition table, which the handler serves. The command carries the process that opened the char device.
+// start makes the block device appear. The driver waits until all tags are fetched. Before 6.19 it then reads the
+// partition table, which takes the handler's answers. The command carries the id of the process that opened the char
+// device.
 func (c *control) start(ctx context.Context, to target) error {
 	if err := c.send(ctx, cmdStartDev, to, uint64(os.Getpid()), nil); err != nil {
 		return deviceError("start", to.id, err)
@@ -303,27 +304,27 @@ func (c *control) start(ctx context.Context, to target) error {
 	return nil
 }
 
-// stop removes the block device after its dirty data is written and its requests are answered. Once the
-// driver has begun it cannot be called back, so it takes no context.
+// stop removes the block device after its dirty data is written and its requests are answered. The driver cannot be
+// interrupted once it has begun, so stop takes no context.
 func (c *control) stop(to target) error { return c.send(context.Background(), cmdStopDev, to, 0, nil) }
 
-// tryStop is stop that fails with EBUSY while the block device is open (7.0).
+// tryStop is stop, but fails with EBUSY while the block device is open (7.0).
 func (c *control) tryStop(to target) error {
 	return c.send(context.Background(), cmdTryStopDev, to, 0, nil)
 }
 
 const (
-	// deleteTimeout bounds the wait for those who hold a device that is deleted.
+	// deleteTimeout bounds how long a deletion waits for processes that hold the device.
 	deleteTimeout = 5 * time.Second
-	// deleteHold is how long a deletion keeps others waiting: the driver does its work first, and then waits
-	// without a lock.
+	// deleteHold is how long a deletion keeps other changes waiting. By then the driver has done its work, and only
+	// waits, without a lock.
 	deleteHold = time.Second
 )
 
-// errHeld: the device is deleted, and goes by itself as soon as those who hold it open close it.
+// errHeld: the device is deleted, and disappears when the last process closes it.
 var errHeld = errors.New("ublk: the device is held open")
 
-// del removes the device. It waits a while until nobody holds the char device or the block device.
+// del removes the device. It waits up to deleteTimeout until no process holds the char device or the block device.
 func (c *control) del(ctx context.Context, to target) error {
 	patient, cancel := context.WithTimeout(ctx, commandTimeout)
 	defer cancel()
@@ -336,8 +337,8 @@ func (c *control) del(ctx context.Context, to target) error {
 	bounded, cancel := context.WithTimeout(ctx, deleteTimeout)
 	defer cancel()
 	err = c.send(bounded, cmdDelDev, to, 0, nil)
-	// The signal that cancels a command can meet the next one of the kernel's worker thread, which has not
-	// waited to its end then.
+	// The signal that cancels one command may hit the next command of the same kernel worker thread, which then
+	// returns EINTR too early.
 	for errors.Is(err, unix.EINTR) && bounded.Err() == nil {
 		err = c.send(bounded, cmdDelDev, to, 0, nil)
 	}
@@ -347,8 +348,8 @@ func (c *control) del(ctx context.Context, to target) error {
 	return err
 }
 
-// startRecovery and endRecovery frame the fetches of a new server. END waits for them, and has the requests
-// that wait issued again.
+// startRecovery and endRecovery come before and after the fetches of a new server. endRecovery waits for all fetches,
+// and makes the driver issue the waiting requests again.
 func (c *control) startRecovery(ctx context.Context, to target) error {
 	return c.change(ctx, cmdStartUserRecovery, to, nil)
 }
@@ -357,8 +358,9 @@ func (c *control) endRecovery(ctx context.Context, to target) error {
 	return c.send(ctx, cmdEndUserRecovery, to, uint64(os.Getpid()), nil)
 }
 
-// quiesce has the driver hand out nothing more. It waits up to timeout for a command of each queue that it
-// can give back (0: without end), and takes nothing back when there is none.
+// quiesce makes the driver hand out no more requests. The driver waits up to timeout until each queue has a command that
+// it can give back. If a queue has none by then, the driver returns an error, but hands out nothing even so. The driver
+// takes 0 for no limit.
 func (c *control) quiesce(ctx context.Context, to target, timeout time.Duration) error {
 	return c.send(ctx, cmdQuiesceDev, to, uint64(max(timeout.Milliseconds(), 1)), nil)
 }
@@ -368,7 +370,7 @@ func (c *control) resize(ctx context.Context, to target, sectors uint64) error {
 	return c.ask(ctx, cmdUpdateSize, to, sectors, nil)
 }
 
-// affinity returns the CPUs whose requests come to a queue.
+// affinity returns the CPUs whose requests go to a queue.
 func (c *control) affinity(ctx context.Context, to target, queue int) (*unix.CPUSet, error) {
 	set := new(unix.CPUSet)
 	return set, c.ask(ctx, cmdGetQueueAffinity, to, uint64(queue), bytesOf(set))

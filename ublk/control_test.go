@@ -18,7 +18,7 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// TestIDsBeyond64: ids beyond the 64 that the driver once stopped at are made and listed.
+// TestIDsBeyond64: devices with ids above 63, the driver's former limit, are made and listed.
 func TestIDsBeyond64(t *testing.T) {
 	needDriver(t)
 	const limit = "/sys/module/ublk_drv/parameters/ublks_max"
@@ -136,7 +136,7 @@ func checkUserDisk(t *testing.T, d *ublk.Device) {
 	}
 }
 
-// queueThreads are the ids of the threads that serve a device, by queue.
+// queueThreads returns the ids of the threads that serve a device, by queue.
 func queueThreads(t testing.TB, d *ublk.Device) []int {
 	t.Helper()
 	tids := make([]int, d.Options().Queues)
@@ -155,7 +155,7 @@ func queueThreads(t testing.TB, d *ublk.Device) []int {
 	return tids
 }
 
-// TestAffinity: the queues' threads share the CPUs as the block layer does, unless they are not to.
+// TestAffinity: the queues' threads share the CPUs as the block layer's queues do, unless NoAffinity is set.
 func TestAffinity(t *testing.T) {
 	needDriver(t)
 	var all unix.CPUSet
@@ -190,7 +190,7 @@ func TestAffinity(t *testing.T) {
 	}
 }
 
-// Flags of a task (include/linux/sched.h): what PR_SET_IO_FLUSHER sets.
+// Flags of a task (include/linux/sched.h) that PR_SET_IO_FLUSHER sets.
 const taskFlusher = 0x00080000 | 0x00100000 // PF_MEMALLOC_NOIO | PF_LOCAL_THROTTLE
 
 func isFlusher(t testing.TB, tid int) bool {

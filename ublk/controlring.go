@@ -18,19 +18,19 @@ const (
 	controlPath = "/dev/ublk-control"
 	// controlEntries bounds the commands of a process that are under way at once.
 	controlEntries = 64
-	// cancelGrace is how long a cancelled command may take to come back before it is given up. Commands have
-	// been seen to hang in the driver under create/delete churn (6.18.40, 7.0).
+	// cancelGrace is how long a cancelled command may take to end before it is given up. Commands have been seen to
+	// hang in the driver while devices were made and deleted at a high rate (6.18.40, 7.0).
 	cancelGrace = 3 * time.Second
 )
 
-// controlRing is the process's one connection to /dev/ublk-control. Every command goes through one ring that
-// lives as long as the process, and is answered by one goroutine that sleeps in the runtime's poller.
+// controlRing is the process's only connection to /dev/ublk-control. All commands go through one ring, which lives as
+// long as the process. One goroutine delivers the results; it sleeps in the runtime's poller.
 type controlRing struct {
 	fd     int      // /dev/ublk-control
 	events *os.File // eventfd, signalled by the ring for every completion
 	jobs   chan *controlJob
 
-	mu      sync.Mutex // guards what follows; never held over a wait
+	mu      sync.Mutex // guards the fields below; never held while waiting
 	ring    *ring
 	nextID  uint64
 	pending map[uint64]*ctrlCall
@@ -54,7 +54,7 @@ func newControlRing(path string) (_ *controlRing, err error) {
 			c.release()
 		}
 	}()
-	// No DEFER_TASKRUN and no SINGLE_ISSUER: any goroutine submits, and nobody waits in the ring.
+	// Neither DEFER_TASKRUN nor SINGLE_ISSUER: several goroutines use the ring, and none waits in it.
 	if c.ring, err = newRing(controlEntries, 4*controlEntries, 0); err != nil {
 		return nil, err
 	}
@@ -83,15 +83,15 @@ func (c *controlRing) release() {
 	_ = unix.Close(c.fd)
 }
 
-// miscDevices lists the kernel's miscellaneous devices, in every container: "ublk-control" when the driver is
-// loaded.
+// miscDevices is the file that lists the kernel's miscellaneous devices, even in a container. It has "ublk-control" if
+// the driver is loaded.
 var miscDevices = "/proc/misc"
 
 // driverLoaded reports whether the driver is loaded. It returns an error if that cannot be known.
 func driverLoaded() (bool, error) {
 	text, err := os.ReadFile(miscDevices)
 	if err != nil {
-		return false, fmt.Errorf("whether the driver is loaded cannot be told: %w", err)
+		return false, fmt.Errorf("it cannot be determined whether the driver is loaded: %w", err)
 	}
 	for line := range strings.Lines(string(text)) {
 		if f := strings.Fields(line); len(f) == 2 && f[1] == "ublk-control" {
@@ -101,8 +101,8 @@ func driverLoaded() (bool, error) {
 	return false, nil
 }
 
-// controlOpenError is ErrNoDriver only where the kernel says so: from a missing node alone it does not follow
-// that there is no device.
+// controlOpenError returns ErrNoDriver only if the kernel says that the driver is not loaded. A missing node alone does
+// not prove that there is no device.
 func controlOpenError(path string, err error) error {
 	loaded, lerr := driverLoaded()
 	switch {
@@ -134,12 +134,13 @@ type controlJob struct {
 	fill func(*sqe)
 	id   uint64
 	err  error
-	done chan struct{} // closed when id and err are there
+	done chan struct{} // closed when id and err are set
 }
 
-// submitRoutine hands over all entries, on one thread; it runs as long as the process. The driver's control
-// commands block, so the ring makes a worker thread for the thread that submits one, which stays as long as
-// that does. If each caller submitted its own, nearly every thread would get one, and become a queue's thread later.
+// submitRoutine submits all entries, on one thread. It runs as long as the process. The driver's control commands block,
+// so the kernel makes a worker thread for the submitting thread, and keeps it as long as that thread lives. If every
+// caller submitted its own entries, nearly every thread would get a worker, and some of these threads would become
+// threads of queues later.
 func (c *controlRing) submitRoutine() {
 	runtime.LockOSThread()
 	for j := range c.jobs {
@@ -148,7 +149,7 @@ func (c *controlRing) submitRoutine() {
 	}
 }
 
-// hand has submitRoutine submit an entry. That does not wait for the command.
+// hand passes an entry to submitRoutine, and waits until it is submitted, but not until the command has ended.
 func (c *controlRing) hand(call *ctrlCall, fill func(*sqe)) (id uint64, err error) {
 	j := &controlJob{call: call, fill: fill, done: make(chan struct{})}
 	c.jobs <- j
@@ -156,7 +157,7 @@ func (c *controlRing) hand(call *ctrlCall, fill func(*sqe)) (id uint64, err erro
 	return j.id, j.err
 }
 
-// answerRoutine delivers results; it runs as long as the process.
+// answerRoutine delivers results. It runs as long as the process.
 func (c *controlRing) answerRoutine() {
 	var count [8]byte
 	for {
@@ -178,7 +179,7 @@ func (c *controlRing) answerRoutine() {
 	}
 }
 
-// submit queues and hands over one entry; fill gets it cleared.
+// submit submits one entry, which it clears before it calls fill.
 func (c *controlRing) submit(call *ctrlCall, fill func(*sqe)) (id uint64, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -196,9 +197,9 @@ func (c *controlRing) submit(call *ctrlCall, fill func(*sqe)) (id uint64, err er
 	for c.ring.unsubmitted() > 0 {
 		if err := c.ring.enter(0); err != nil && !transient(err) {
 			if c.ring.unsubmitted() == 0 {
-				break // the kernel has the command even so, and may write to buf: what failed came after that
+				break // the kernel has taken the command, and may write to buf; only a later step failed
 			}
-			// Else a later enter would hand it over, when buf is somebody else's memory.
+			// Otherwise a later enter would submit the entry, when buf may be other memory.
 			c.ring.takeBack()
 			delete(c.pending, id)
 			return 0, fmt.Errorf("ublk: submit a control command: %w", err)
@@ -207,8 +208,8 @@ func (c *controlRing) submit(call *ctrlCall, fill func(*sqe)) (id uint64, err er
 	return id, nil
 }
 
-// run executes one command and waits for its result, or for ctx. A command that is given up is cancelled, and
-// when the driver does not even answer that, left to the kernel.
+// run executes one command and waits for its result. When ctx ends, run cancels the command. If the command does not end
+// even then, it is left to the kernel.
 func (c *controlRing) run(ctx context.Context, op uint32, cmd ctrlCmd, buf unsafe.Pointer) (int32, error) {
 	if err := ctx.Err(); err != nil {
 		return 0, err

@@ -71,7 +71,7 @@ func newFileDisk(t testing.TB, size int64) *fileDisk {
 	return &fileDisk{f: f}
 }
 
-// scratch is a folder on a real file system where the guest has one.
+// scratch returns a folder on a real file system, if the guest has one.
 func scratch(t testing.TB) string {
 	if dir := os.Getenv("VDISK_SCRATCH"); dir != "" {
 		d, err := os.MkdirTemp(dir, "ublk")
@@ -117,7 +117,7 @@ func TestDeviceVerify(t *testing.T) {
 	}
 }
 
-// disturb keeps the collector and signals going until the test ends: both interrupt threads in system calls.
+// disturb runs the collector and sends signals until the test ends. Both interrupt threads in system calls.
 func disturb(t testing.TB) {
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
@@ -165,7 +165,7 @@ type handlerFunc func(r *ublk.Request) error
 
 func (f handlerFunc) ServeUBLK(r *ublk.Request) error { return f(r) }
 
-// openDirect opens the device past the page cache.
+// openDirect opens the device with O_DIRECT.
 func openDirect(t testing.TB, d *ublk.Device, flags int) int {
 	t.Helper()
 	fd, err := unix.Open(d.Path(), flags|unix.O_DIRECT|unix.O_CLOEXEC, 0)
@@ -176,7 +176,7 @@ func openDirect(t testing.TB, d *ublk.Device, flags int) int {
 	return fd
 }
 
-// aligned returns memory that direct I/O takes.
+// aligned returns memory that is suitable for direct I/O.
 func aligned(n int) []byte {
 	b := make([]byte, n+4096)
 	skip := 4096 - int(uintptr(unsafe.Pointer(&b[0])))&4095
@@ -258,7 +258,7 @@ func TestDeviceReadOnly(t *testing.T) {
 	}
 }
 
-// TestDeviceErrors: errors and panics reach the reader or writer as their errno, and the device goes on.
+// TestDeviceErrors: readers and writers get the errno of an error or a panic, and the device goes on.
 func TestDeviceErrors(t *testing.T) {
 	needDriver(t)
 	var reports atomic.Int64

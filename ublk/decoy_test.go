@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// oneDevice is a driver with one device, 7.
+// oneDevice is a driver with a single device, whose id is 7.
 type oneDevice struct {
 	state KernelState
 	info2 syscall.Errno // what GET_DEV_INFO2 and GET_DEV_INFO answer
@@ -86,8 +86,8 @@ func holdAs(t *testing.T, name string) {
 	}
 }
 
-// TestDecoyIsNoServer: a file of any user's that is called like a char device keeps nobody from recovering or deleting a
-// device that waits.
+// TestDecoyIsNoServer: a user's file with the name of a char device does not prevent a waiting device from being recovered
+// or deleted.
 func TestDecoyIsNoServer(t *testing.T) {
 	holdAs(t, "ublkc7")
 	d := &oneDevice{state: KernelQuiesced}
@@ -103,7 +103,7 @@ func TestDecoyIsNoServer(t *testing.T) {
 	}
 }
 
-// TestCharOpener: only the true device, truly open, counts. /dev/full stands for a char device.
+// TestCharOpener: only an open descriptor of the real device counts. /dev/full stands for a char device.
 func TestCharOpener(t *testing.T) {
 	const number = "1:7"
 	look := func(what string, want bool) {
@@ -135,10 +135,10 @@ func TestCharOpener(t *testing.T) {
 	}
 }
 
-// TestDeleteKeepsAServedDevice: a device that is live is not deleted because its server cannot be seen.
+// TestDeleteKeepsAServedDevice: a live device is not deleted if its server cannot be seen.
 func TestDeleteKeepsAServedDevice(t *testing.T) {
 	if s := serverOf(7, 0); s.found || s.sure {
-		t.Skip("this machine's driver tells who serves its device 7")
+		t.Skip("this machine's driver knows the server of its device 7")
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
@@ -148,7 +148,7 @@ func TestDeleteKeepsAServedDevice(t *testing.T) {
 	}
 }
 
-// TestNoNodeIsNoProof: what cannot be found in /dev or /sys may be in the kernel all the same.
+// TestNoNodeIsNoProof: a device that is missing in /dev or /sys may be in the kernel even so.
 func TestNoNodeIsNoProof(t *testing.T) {
 	for _, c := range []struct {
 		info2, info syscall.Errno
@@ -171,7 +171,7 @@ func TestNoNodeIsNoProof(t *testing.T) {
 			t.Errorf("%+v", i)
 		}
 	}
-	// Without a sysfs the nodes in /dev are all that can be told of, and need not be all.
+	// Without a sysfs only the nodes in /dev can be listed, which may not be all.
 	dev := t.TempDir()
 	for _, name := range []string{"ublkc7", "ublkb7", "ublk-control", "null"} {
 		if err := os.WriteFile(filepath.Join(dev, name), nil, 0o600); err != nil {
@@ -194,7 +194,7 @@ func TestNoNodeIsNoProof(t *testing.T) {
 	}
 }
 
-// TestFlushGoesOn: a node that is missing does not keep the others from being flushed, and is told of.
+// TestFlushGoesOn: if a node is missing, the others are flushed even so, and the error names the missing one.
 func TestFlushGoesOn(t *testing.T) {
 	dir := t.TempDir()
 	log := filepath.Join(dir, "log")

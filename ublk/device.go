@@ -15,30 +15,30 @@ import (
 type Device struct {
 	id       int
 	control  *control
-	target   target  // how control commands name it
-	kernel   Feature // what the driver offers
-	features Feature // what the device has
-	locked   bool
-	joined   bool // the device has part in the arena
+	target   target  // for control commands
+	kernel   Feature // features that the driver offers
+	features Feature // features that the device has
+	locked   bool    // the buffers are locked in memory
+	joined   bool    // arena.join was called for the device
 	charFD   int
 	queues   []*queueThread
 
 	refused  int            // queues whose fetches the driver refused; set before started
 	started  chan struct{}  // closed when every queue thread has reported whether it started
-	over     chan struct{}  // closed, with mu held, when the queues have ended: no attempt begins, and the disk may go
-	mapped   bool           // the descriptors are there; valid once started is closed
+	over     chan struct{}  // closed, with mu held, when the queues have ended: no further attempt begins, and the disk may go
+	mapped   bool           // the descriptors are mapped; valid once started is closed
 	ending   sync.WaitGroup // queue threads
 	stopping sync.WaitGroup // attempts
 	done     chan struct{}
 	sizing   chan struct{} // holds a token while the disk's size is changed
 
-	mu       sync.Mutex // guards what follows
-	opts     Options    // with defaults, and with what the driver made of them
+	mu       sync.Mutex // guards the fields below
+	opts     Options    // with defaults, and as the driver has adjusted them
 	state    State
 	err      error // why the device ended, nil for Stop, Close and Quiesce
-	delErr   error // what DEL said
-	flushErr error // why Close could not have what is on the disk written back
-	drop     bool  // Stop, Close or a start that failed: the disk is not to outlive the server
+	delErr   error // the error of DEL
+	flushErr error // why Close could not make the kernel write dirty data back
+	drop     bool  // the disk must not outlive the server: Stop or Close was called, or the start failed
 	attempt  *attempt
 }
 
@@ -74,7 +74,7 @@ func create(ctx context.Context, c *control, o Options, h Handler) (*Device, err
 	}
 	o.Queues, o.Depth, o.MaxIOBytes = int(info.queues), int(info.depth), int(info.maxIOBytes)
 	d := newDevice(c, info, offered, o, StateStarting)
-	// The driver drops what it does not know without a word.
+	// The driver silently drops features that it does not know.
 	if missing := o.required() &^ FeatureUnprivileged &^ d.features; missing != 0 {
 		return nil, d.undo(&FeatureError{Missing: missing, Kernel: kernelRelease()})
 	}
@@ -101,10 +101,10 @@ func newDevice(c *control, info *devInfo, offered Feature, o Options, s State) *
 	}
 }
 
-// start takes a device that was added to live. The order is the driver's: char device, parameters, a fetch
-// for every tag, and START from a thread that is not a queue's.
+// start makes an added device live. The driver requires this order: char device, parameters, a fetch for every tag, and
+// START from a thread that is not a queue's.
 func (d *Device) start(ctx context.Context, h Handler) error {
-	// First the char device: an unprivileged user may give no commands before udev has handed that over.
+	// An unprivileged user may send no commands before udev has made it the owner of the char device. So open that first.
 	if err := d.openChar(ctx); err != nil {
 		return err
 	}
@@ -168,8 +168,8 @@ func charOpenError(id int, err error) error {
 	return fmt.Errorf("ublk: open %s: %w (%w)", charPath(id), ErrNoNode, err)
 }
 
-// waitForNode waits until devtmpfs shows the block device. A plain file may be in its place: a program made
-// it that opened a device too late, when that had gone. What is written to such a file goes nowhere.
+// waitForNode waits until devtmpfs shows the block device. A plain file may have its name: a program makes one if it opens
+// a device for writing after the device has gone. Data that is written to such a file is lost.
 func waitForNode(ctx context.Context, path string) error {
 	ctx, cancel := context.WithTimeout(ctx, nodeTimeout)
 	defer cancel()
@@ -180,7 +180,7 @@ func waitForNode(ctx context.Context, path string) error {
 			return nil
 		}
 		if err == nil {
-			return fmt.Errorf("ublk: %s is not a block device but a file that somebody has made; remove it and try again", path)
+			return fmt.Errorf("ublk: %s is not a block device but a file that some program has made; remove it and try again", path)
 		}
 		if sleep(ctx, 2*time.Millisecond) != nil {
 			return fmt.Errorf("ublk: %s did not appear: %w (is /dev a devtmpfs?)", path, err)
@@ -220,8 +220,8 @@ func (d *Device) superviseRoutine() {
 	close(d.over)
 	d.mu.Unlock()
 	d.waitResize()
-	d.release()       // also while a STOP waits, as it may for this
-	d.stopping.Wait() // a stop holds the block device open until here
+	d.release()       // even if a STOP is under way, because it may be waiting for this
+	d.stopping.Wait() // a stop may hold the block device open until here
 	end, err := StateQuiesced, error(nil)
 	stays := d.outlivesServer()
 	d.mu.Lock()
@@ -235,7 +235,7 @@ func (d *Device) superviseRoutine() {
 		d.err = ErrStopped
 	}
 	d.delErr = err
-	d.moveLocked(end) // there is a step to every end from every state that has queues
+	d.moveLocked(end) // every state that has queues has transitions to both ends
 	d.mu.Unlock()
 	close(d.done)
 }
@@ -258,7 +258,7 @@ func (d *Device) outlivesServer() bool {
 		case errors.Is(err, ErrNotFound):
 			return false
 		case err != nil:
-			return true // whatever it is, a disk that may have users is not to be deleted on a guess
+			return true // the state is not known, and a disk that may have users must not be deleted on a guess
 		case KernelState(info.state) != KernelLive:
 			return KernelState(info.state) != KernelDead
 		}
@@ -278,8 +278,8 @@ func (d *Device) release() {
 		if !gone {
 			keepForever(t) // the kernel may still write to it
 		}
-		// Not before: 6.12's driver, when the ring of a living thread is closed with requests waiting to be
-		// handed out, loses those, and the device never becomes quiesced.
+		// Only now: if the ring of a living thread is closed while requests wait to be handed out, the driver of 6.12
+		// loses them, and the device never becomes quiesced.
 		if t.behind != nil {
 			t.behind.close(false)
 		}
@@ -326,13 +326,13 @@ func (d *Device) remove(ctx context.Context) error {
 	return deviceError("delete", d.id, err)
 }
 
-// undo ends a device that did not start. It returns the cause, and errors of undoing.
+// undo ends a device that did not start. It returns the cause, joined with errors of undoing.
 func (d *Device) undo(cause error) error {
 	if !d.hasThreads() {
 		d.release()
 		return errors.Join(cause, d.remove(context.Background()))
 	}
-	// STOP gives back the fetches of a device that is not started, too.
+	// STOP gives back the fetches even of a device that is not started.
 	ctx, cancel := context.WithTimeout(context.Background(), undoTimeout)
 	defer cancel()
 	d.mu.Lock()
@@ -423,6 +423,6 @@ func (d *Device) Err() error {
 	return d.err
 }
 
-// gone reports whether err is the driver's answer to a command for a device that has no disk any more, or is
+// gone reports whether err is the driver's answer to a command for a device that has no disk any more, or that is
 // deleted.
 func gone(err error) bool { return errors.Is(err, syscall.ENODEV) }

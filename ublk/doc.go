@@ -52,8 +52,8 @@
 //	    │ dead │                          │ quiesced │◀─────────────────┘
 //	    └──────┘                          └──────────┘
 //
-// Both ends, dead and quiesced, close [Device.Done], and [Device.Err] then says why. Dead: nothing is left,
-// neither here nor in the kernel. Quiesced: nothing is left here, but the disk stays, and its users wait
+// Both ends, dead and quiesced, close [Device.Done]; [Device.Err] then returns the reason. Dead: nothing is left, neither
+// in this process nor in the kernel. Quiesced: nothing is left in this process, but the disk stays, and its users wait
 // until a server recovers it.
 //
 // A queue may become unable to go on: the ring or the driver fails, or the handler ends its thread. That ends
@@ -96,10 +96,10 @@
 // # Requirements
 //
 // The package needs Linux 6.1 or later with CONFIG_BLK_DEV_UBLK, CAP_SYS_ADMIN, and an io_uring that is not
-// switched off. It is tested on 6.12 and 7.3. What other drivers answer is known from their source.
+// switched off. It is tested on 6.12 and 7.3. The behaviour of other drivers is known from their source.
 //
 // [Features] asks the kernel what it offers, [Device.Features] returns what a device was granted, and Create
-// fails without the features in Options.Require. Errors say what is missing and what to do: [ErrNoDriver],
+// fails without the features in Options.Require. Errors name what is missing and what to do: [ErrNoDriver],
 // [ErrPermission], [ErrKernelTooOld], [ErrNoFreeDevice]; a [FeatureError] names the feature and the kernel
 // that brought it. For the buffers to be locked, the process should have CAP_IPC_LOCK or a sufficient
 // RLIMIT_MEMLOCK, and for the threads to be marked, CAP_SYS_RESOURCE.

@@ -2,43 +2,44 @@ package ublk
 
 import "sync/atomic"
 
-// leave is what a queue is told about going away with its disk in use.
+// leave is a command to a queue whose disk stays in use: whether it must leave, and how.
 type leave uint32
 
 const (
 	leaveNot  leave = iota
-	leaveSoon       // rest when nothing is with the handler, and wait for more news; it may be taken back
-	leaveNow        // end when nothing is with the handler
-	leaveDrop       // the same, and what arrives has nobody to go to
+	leaveSoon       // rest when the handler has no request, and wait for the next command; leaveNot may follow
+	leaveNow        // end when the handler has no request
+	leaveDrop       // as leaveNow, and no server will follow: requests that arrive are kept from the handler, and fail
 )
 
 // drainer is the part of a queue that ends it while the driver still has requests for it.
 //
-// A queue that is to leave keeps what arrives from the handler. When it gets the handler's last answer it
-// rests: it gives the driver that answer, and enters the ring no more. The driver hands out requests only on
-// the queue's thread, when that enters the ring (DEFER_TASKRUN), so that from here on nothing arrives,
-// however much there is to do: the queues of a device get there one after the other, and then end together.
+// A queue that must leave no longer passes new requests to the handler. After the handler's last answer the queue rests:
+// it gives that answer to the driver, and does not enter the ring again. The driver hands out requests only when the
+// queue's thread enters the ring (DEFER_TASKRUN). So from then on no request arrives, however busy the disk is. The queues
+// of a device come to rest one after the other, and then end together.
 //
-// So there is also a command in the driver's hands when the queue ends: that of the last answer, or all if
-// there was none. Before Linux 6.15 the driver notices the end of a queue only by the commands that it can
-// cancel (ublk_uring_cmd_cancel_fn); if the server has every tag, by the block layer's timeout after 30
-// seconds (ublk_timeout). Later drivers go by the char device's release (ublk_ch_release). In both what was
-// kept, or not handed out, goes to the next server.
+// This also makes sure that the driver has a command of the queue when the queue ends: that of the last answer, or all
+// of them if there was no answer. Before Linux 6.15 the driver needs such a command to notice the end of a queue, because
+// it notices when it can cancel one (ublk_uring_cmd_cancel_fn). If the server has every tag, the driver notices only
+// after the block layer's timeout of 30 seconds (ublk_timeout). Later drivers notice when the char device is closed
+// (ublk_ch_release). In both cases, requests that were kept or not handed out go to the next server.
 type drainer struct {
-	// command is a leave, and in its upper bits a count that makes each telling another one. One goroutine tells
-	// at a time.
+	// command is a leave in its low bits, and a count in its upper bits that makes each command a new one. Only one
+	// goroutine at a time sets it.
 	command atomic.Uint32
-	rests   atomic.Uint32 // the command that the queue rests for, or restsForGood
-	wakeup  chan struct{} // gets one, if there is none, when command or killed changes
-	holds   bool          // what arrives may be left to the driver, which issues it again; set before the queue starts
-	// The descriptors are not mapped yet. Set before the queue starts, taken back by its thread.
+	rests   atomic.Uint32 // the command because of which the queue rests, or restsForGood
+	wakeup  chan struct{} // has room for one signal; gets it when command or killed changes
+	// holds is set, before the queue starts, if the driver issues requests again that the queue leaves unanswered.
+	holds bool
+	// early is set while the descriptors are not mapped yet. The queue's thread clears it.
 	early bool
 
 	// Used by the queue's thread only.
-	seen uint32 // the command that the loop goes by
-	look bool   // look without waiting for what is under way
-	held []int  // tags that arrived and were not handed out
-	left bool   // the loop has ended here
+	seen uint32 // the command that the loop obeys
+	look bool   // the command is new: look once more for requests that are under way, without waiting
+	held []int  // tags that arrived and were kept from the handler
+	left bool   // the loop has ended because of a command
 }
 
 const (
@@ -46,14 +47,14 @@ const (
 	restsForGood = ^uint32(0) // the loop has ended
 )
 
-// leaveAs tells the queue, from any goroutine.
+// leaveAs gives the queue a command. It may be called on any goroutine, but only on one at a time.
 func (q *queue) leaveAs(l leave) {
 	q.command.Store(q.command.Load()&^leaveMask + leaveMask + 1 + uint32(l))
 	q.notify()
 	q.wake()
 }
 
-// notify ends a rest.
+// notify ends the wait in rest, so that it looks at command and killed again.
 func (q *queue) notify() {
 	select {
 	case q.wakeup <- struct{}{}:
@@ -61,7 +62,7 @@ func (q *queue) notify() {
 	}
 }
 
-// resting reports, on any goroutine, whether the queue rests because of what it was told last.
+// resting reports whether the queue rests because of its last command. It may be called on any goroutine.
 func (q *queue) resting() bool {
 	r := q.rests.Load()
 	return r == restsForGood || r == q.command.Load()
@@ -72,14 +73,14 @@ func (q *queue) leaving() bool { return leave(q.seen&leaveMask) != leaveNot }
 // idle reports whether the handler has no request.
 func (q *queue) idle() bool { return q.owned == 0 && q.reading == 0 }
 
-// finished reports whether the handler has no request and will get none. A request that the driver handed out
-// before it was told to stop, and that is not held, shows up in one more turn.
+// finished reports whether the handler has no request and will get none. If the queue does not hold requests, the driver
+// may have handed some out before the command; they show up in one more turn of the loop.
 func (q *queue) finished() bool { return q.idle() && (q.holding() || !q.look) }
 
-// mayWait reports whether the loop has seen everything that it was told, and may wait for events.
+// mayWait reports whether the loop has seen the last command, and so may wait for events.
 func (q *queue) mayWait() bool { return !q.look && q.command.Load() == q.seen }
 
-// leaves reports whether the loop ends here. It does not return while the queue rests.
+// leaves obeys the last command, and reports whether the loop must end. While the queue rests, leaves does not return.
 func (q *queue) leaves() (bool, error) {
 	for {
 		command := q.command.Load()
@@ -128,7 +129,7 @@ func (q *queue) flush() error {
 	}
 }
 
-// rest waits until the queue is told something else.
+// rest waits until the queue has another command.
 func (q *queue) rest(command uint32) error {
 	q.rests.Store(command)
 	for q.command.Load() == command {
@@ -151,8 +152,8 @@ func (q *queue) holding() bool {
 	return q.holds
 }
 
-// hold keeps a request that arrived from the handler: before the descriptors are mapped, and when the queue
-// is to leave.
+// hold keeps an arrived request from the handler, and reports whether it did: while the descriptors are not mapped, and
+// when the queue must leave.
 func (q *queue) hold(tag int) bool {
 	if !q.early && !q.holding() {
 		return false
@@ -161,7 +162,7 @@ func (q *queue) hold(tag int) bool {
 	return true
 }
 
-// serveHeld hands out what was held, when the queue is to stay.
+// serveHeld passes the held requests to the handler, when the queue stays after all.
 func (q *queue) serveHeld() error {
 	for len(q.held) > 0 {
 		tag := q.held[len(q.held)-1]

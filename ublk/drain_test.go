@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// leaving is a queue whose driver gives it a new request as soon as a tag is free.
+// leaving is a queue that gets a new request as soon as a tag is free.
 type leaving struct {
 	*fakeQueue
 	asked  atomic.Int64  // requests that the driver was given; the nth is for the nth place
@@ -88,9 +88,8 @@ func soon(r *Request) {
 	time.AfterFunc(time.Duration(rand.IntN(200))*time.Microsecond, func() { r.Complete(nil) })
 }
 
-// TestRestUnderLoad: queues whose drivers always have more to do come to rest one after the other and stay
-// there, for as long as nobody tells them otherwise; then they serve what they held, or leave it to the
-// driver.
+// TestRestUnderLoad: queues whose drivers always have more requests come to rest one after the other, and rest until the
+// next command. Then they serve the requests that they held, or leave them to the driver.
 func TestRestUnderLoad(t *testing.T) { inEachMode(t, testRestUnderLoad) }
 
 func testRestUnderLoad(t *testing.T, mode CopyMode) {
@@ -146,8 +145,8 @@ func testRestUnderLoad(t *testing.T, mode CopyMode) {
 	}
 }
 
-// TestRestAfterTheLastAnswer: a queue rests after the answer to the last request, though nothing else comes;
-// before, a Quiesce that is given up leaves it as it was.
+// TestRestAfterTheLastAnswer: a queue rests after the answer to the last request, even if nothing else comes. Before that,
+// a Quiesce that is given up leaves the queue as it was.
 func TestRestAfterTheLastAnswer(t *testing.T) { inEachMode(t, testRestAfterTheLastAnswer) }
 
 func testRestAfterTheLastAnswer(t *testing.T, mode CopyMode) {

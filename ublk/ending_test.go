@@ -48,8 +48,8 @@ func (s *slowDriver) run(ctx context.Context, op uint32, cmd ctrlCmd, buf unsafe
 	return 0, nil
 }
 
-// TestNothingBeginsAtTheEnd: when the queues have ended, and it is not settled yet what becomes of the disk, no
-// attempt begins to end the device a second time, though Close has its say, and Resize leaves alone what may be gone.
+// TestNothingBeginsAtTheEnd: while the queues have ended and the fate of the disk is not decided yet, no further attempt
+// to end the device begins. Close still decides that the disk goes, and Resize does not touch a disk that may be gone.
 func TestNothingBeginsAtTheEnd(t *testing.T) {
 	t.Run("Stop and Quiesce", func(t *testing.T) {
 		testNothingBegins(t, StateQuiesced, (*Device).Stop, (*Device).Quiesce)
@@ -90,8 +90,8 @@ func testNothingBegins(t *testing.T, want State, ends ...func(*Device, context.C
 	}
 }
 
-// waitingDriver has a STOP that waits for a request of a server that is no more: the driver fails that when the char
-// device, whose other end is a pipe's, is closed.
+// waitingDriver has a STOP that waits for a request of a server that has ended. The driver fails that request when the
+// char device, here one end of a pipe, is closed.
 type waitingDriver struct {
 	char  *os.File
 	asked chan struct{} // closed when STOP has begun
@@ -108,8 +108,8 @@ func (w *waitingDriver) run(_ context.Context, op uint32, _ ctrlCmd, buf unsafe.
 	return 0, nil
 }
 
-// TestQueuesBreakInStop: the char device is closed though the STOP of Close has not returned, which may be what it
-// waits for.
+// TestQueuesBreakInStop: the char device is closed even if the STOP of Close has not returned, because STOP may wait for
+// that.
 func TestQueuesBreakInStop(t *testing.T) {
 	var pipe [2]int
 	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
@@ -138,7 +138,7 @@ func TestQueuesBreakInStop(t *testing.T) {
 	}
 }
 
-// heldDriver has a device 1 that somebody holds: its DEL does not end before it is given up.
+// heldDriver has a device 1 that some process holds. Its DEL does not end until it is given up.
 type heldDriver struct {
 	asked   chan struct{} // closed when the DEL of device 1 has begun
 	deleted atomic.Uint32
@@ -161,8 +161,8 @@ func (h *heldDriver) run(ctx context.Context, op uint32, cmd ctrlCmd, buf unsafe
 	return 0, nil
 }
 
-// TestDeletionsDoNotWait: a device that somebody holds does not keep others from being deleted, nor from being told
-// of what has not been done.
+// TestDeletionsDoNotWait: a device that some process holds does not delay the deletion of others, and callers learn of
+// deletions that have not been completed.
 func TestDeletionsDoNotWait(t *testing.T) {
 	h := &heldDriver{asked: make(chan struct{})}
 	c := newControl(h)
@@ -183,8 +183,8 @@ func TestDeletionsDoNotWait(t *testing.T) {
 	}
 }
 
-// TestFailedStartKeepsNoMemory: a device whose queues fetched and that could not go on gives its buffers back when its
-// threads are gone. Before Linux 6.15 every recovery begins with such a try.
+// TestFailedStartKeepsNoMemory: a device that fails after its queues have fetched gives its buffers back when its threads
+// are gone. Before Linux 6.15 every recovery begins with such a try.
 func TestFailedStartKeepsNoMemory(t *testing.T) {
 	needNullCommands(t)
 	status := func(field string) (kib int) {

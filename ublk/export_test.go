@@ -18,7 +18,7 @@ func StopForTest(id int) error {
 // KillForTest breaks the first queue of a device, as a failing ring would.
 func KillForTest(d *Device, err error) { d.fail(err) }
 
-// stuckAt is a commander that calls reached at one command and never goes on.
+// stuckAt is a commander that calls reached at one command, and then hangs.
 type stuckAt struct {
 	commander
 	op      uint32
@@ -39,7 +39,7 @@ func (s stuckAt) run(ctx context.Context, op uint32, cmd ctrlCmd, buf unsafe.Poi
 	select {}
 }
 
-// StickForTest has the process get stuck before or after a control command.
+// StickForTest makes the process hang before or after a control command.
 func StickForTest(command string, after bool, reached func()) error {
 	c, err := openControl()
 	if err != nil {
@@ -56,7 +56,7 @@ func StickForTest(command string, after bool, reached func()) error {
 	return nil
 }
 
-// HalfFetchForTest makes a device, or with id takes one over, up to where the first queue of several has fetched.
+// HalfFetchForTest makes a device, or with id takes one over, and stops when the first of several queues has fetched.
 func HalfFetchForTest(id int, o Options, h Handler) error {
 	ctx := context.Background()
 	c, err := openControl()

@@ -12,9 +12,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// fakeKernel is a driver behind the memory of a ring, for every copy mode: it takes the submission entries that the
-// real transport makes, dispatches the requests that a test gives it, copies payloads as the mode says, checks that the
-// other side keeps to the protocol, and performs reads from byte slices. It is the transport's kernel and charDevice.
+// fakeKernel is a driver behind the memory of a ring, for every copy mode. It takes the submission entries of a real
+// transport, dispatches the requests that a test gives it, copies payloads as the mode requires, checks that the other side
+// keeps to the protocol, and performs reads from byte slices. It is the transport's kernel and charDevice.
 type fakeKernel struct {
 	t     testing.TB
 	mode  CopyMode
@@ -26,11 +26,11 @@ type fakeKernel struct {
 	readRes func(nth, n int) int
 	// copyRes, when set, changes how much a pread or pwrite copies, likewise.
 	copyRes func(nth, n int) (int, error)
-	// enterErr, when set, gives the outcome of the nth enter. EINTR is told after the work, the others instead of it.
+	// enterErr, when set, returns the outcome of the nth enter. EINTR comes after the work, other errors instead of it.
 	enterErr func(nth int) error
 	// takes, when set, limits how many elements the nth COMMIT takes; one that takes none is refused with the error.
 	takes func(nth, n int) (int, unix.Errno)
-	// refill, when set, is what a tag gets as soon as it is free.
+	// refill, when set, returns the next request for a tag that has become free.
 	refill func() ioDesc
 
 	mu       sync.Mutex // guards what follows

@@ -38,9 +38,9 @@ const (
 	FeatureDescSize          Feature = 1 << 20
 )
 
-// unspoken are the features that change what the driver expects of a server, or what it does for one, in a
-// way that this package does not know. If such a disk were served as if it did not have them, it would show
-// whatever its pages held before.
+// unspoken are the features with which the driver expects something of a server, or does something for it, that this
+// package does not implement. If a disk with such a feature were served without regard to it, its users would read
+// arbitrary memory.
 const unspoken = FeatureZeroCopy | FeatureNeedGetData | FeatureZoned | FeatureAutoBufReg | FeatureIntegrity |
 	FeatureSharedMemZeroCopy | FeatureDescSize
 
@@ -105,7 +105,7 @@ func (e *FeatureError) Is(target error) bool { return target == ErrKernelTooOld 
 // FeatureSet is what the running kernel offers.
 type FeatureSet struct {
 	Bits   Feature
-	Kernel string // release of the running kernel, as uname tells it
+	Kernel string // release of the running kernel, as from uname(2)
 }
 
 // Has reports whether all of f is offered.
@@ -150,14 +150,13 @@ func Features() (FeatureSet, error) {
 	return s, err
 }
 
-// features is offered, but makes a device on kernels that tell only on ADD.
+// features is offered, but on kernels that show their features only in the answer to ADD it makes a device.
 func (c *control) features(ctx context.Context) (Feature, error) {
 	f, err := c.offered(ctx)
 	if err != nil || f != ^Feature(0) {
 		return f, err
 	}
-	// Everything that Linux 6.4 may have, but for UNPRIVILEGED_DEV, which a process with CAP_SYS_ADMIN is not
-	// granted.
+	// All features that Linux 6.4 may have, except UNPRIVILEGED_DEV, which a process with CAP_SYS_ADMIN is not granted.
 	ask := FeatureCompInTask | FeatureNeedGetData | FeatureUserRecovery | FeatureRecoveryReissue | FeatureIoctlEncode
 	info := &devInfo{devID: kernelPicks, queues: 1, depth: 1, maxIOBytes: uint32(os.Getpagesize()), flags: uint64(ask)}
 	if err := c.add(ctx, info); err != nil {

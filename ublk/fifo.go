@@ -1,6 +1,6 @@
 package ublk
 
-// requestFIFO is a list of requests, linked by Request.next, in the order of their arrival.
+// requestFIFO is a list of requests, linked by Request.next.
 type requestFIFO struct{ head, tail *Request }
 
 func (f *requestFIFO) empty() bool { return f.head == nil }

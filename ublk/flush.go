@@ -12,29 +12,29 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// holdersTime bounds the flush of what is built on a device (device mapper, md). It may have other disks below it, and
-// wait for those.
+// holdersTime bounds the flush of the devices that are built on a device (device mapper, md). They may have other disks
+// below them too, and wait for those.
 const holdersTime = 10 * time.Second
 
-// writeBack makes the kernel write back what is dirty on the block device, its partitions, and what is built on them: the
-// block device's own cache, and that of the file system on it, wherever that is mounted. A user of the disk need not be
-// visible from here: a file system may be mounted in another mount namespace only.
+// writeBack makes the kernel write back dirty data of the block device, of its partitions, and of the devices that are
+// built on them. That includes the data of file systems, wherever they are mounted: a file system may be mounted only in
+// another mount namespace, where this process does not see it.
 func (d *Device) writeBack() error {
 	flushed := make(chan error, 1)
-	go func() { flushed <- flushDisk(d.id) }() // which ends with the disk, at the latest
+	go func() { flushed <- flushDisk(d.id) }() // ends with the disk, at the latest
 	select {
 	case err := <-flushed:
 		return err
 	case <-d.over:
-		return nil // it broke, which is another error
+		return nil // the queues have ended, and Err has the reason
 	}
 }
 
-// flushDisk flushes a disk, and what is built on it for as long as that may take.
+// flushDisk flushes a disk. It also flushes the devices that are built on it, and waits up to holdersTime for those.
 func flushDisk(id int) error {
 	own, holders := flushNodes(fmt.Sprintf("ublkb%d", id))
 	above := make(chan error, 1)
-	go func() { above <- flushBlocks(holders) }() // which ends when those devices answer
+	go func() { above <- flushBlocks(holders) }() // ends when those devices answer
 	err := flushBlocks(own)
 	if errors.Is(err, unix.ENOENT) && diskGone(id) {
 		err = nil
@@ -79,8 +79,8 @@ func flushNodes(name string) (own, holders []string) {
 	return own, holders
 }
 
-// flushBlocks flushes block devices (BLKFLSBUF). That is done by another process if there is a program for it, because
-// one that waits for its own disk cannot be killed.
+// flushBlocks flushes block devices (BLKFLSBUF). If the program blockdev is installed, another process does it, because
+// a process that waits for its own disk cannot be killed.
 func flushBlocks(nodes []string) error {
 	var errs []error
 	var there []string
@@ -121,7 +121,7 @@ func flushOneByOne(nodes []string) error {
 	return errors.Join(errs...)
 }
 
-// diskGone reports whether the kernel has no such block device. A missing node does not say so.
+// diskGone reports whether the kernel has no such block device. A missing node in /dev is no proof of that.
 func diskGone(id int) bool {
 	_, err := os.Lstat("/sys/class/block")
 	_, derr := os.Lstat(fmt.Sprintf("/sys/class/block/ublkb%d", id))

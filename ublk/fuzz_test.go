@@ -29,7 +29,7 @@ const (
 	behaviours
 )
 
-// wants is the result of a request that the handler treats so.
+// wants returns the result of a request that the handler treats in this way.
 func (b behaviour) wants(size int32) int32 {
 	switch b {
 	case answerError, answerFetchError:
@@ -40,7 +40,7 @@ func (b behaviour) wants(size int32) int32 {
 	return size
 }
 
-// programDisk is the handler of a program: what it does with the request at idx × fakeIOMax says plan[idx].
+// programDisk is the handler of a program. plan[idx] is its behaviour for the request at idx × fakeIOMax.
 type programDisk struct {
 	t    testing.TB
 	plan [256]behaviour
@@ -126,7 +126,7 @@ var programFile = sync.OnceValue(func() []byte {
 	return file
 })
 
-// program is one run of FuzzLoop: a queue on the fake kernel, driven by bytes.
+// program is one run of FuzzLoop: a queue on the fake kernel, controlled by bytes of input.
 type program struct {
 	t      *testing.T
 	code   []byte
@@ -152,7 +152,7 @@ func (p *program) next() byte {
 }
 
 // FuzzLoop runs the real loop and the real transport of each mode against the fake kernel. The input chooses mode and depth,
-// then drives requests, handler behaviours and the driver's and kernel's doings. Every request must be answered exactly
+// then requests, the handler's behaviours, and the actions of driver and kernel. Every request must be answered exactly
 // once, with the right result and the right bytes; no tag is lost; the loop ends.
 func FuzzLoop(f *testing.F) {
 	for mode := range byte(3) {
@@ -260,7 +260,7 @@ func (p *program) event(op byte) {
 	}
 }
 
-// tell tells the queue to leave or to stay. Once it is to end, that is the last word.
+// tell commands the queue to leave or to stay. The command to end is the last one.
 func (p *program) tell(l leave) {
 	if !p.leaves {
 		p.q.leaveAs(l)
@@ -297,7 +297,7 @@ func (p *program) request() {
 	}
 }
 
-// fault is the outcome of an enter. At most two in a row fail.
+// fault returns the outcome of an enter. At most two in a row fail.
 func (p *program) fault(nth int) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -309,7 +309,7 @@ func (p *program) fault(nth int) error {
 	return err
 }
 
-// collect checks the answers that have come.
+// collect checks the answers so far.
 func (p *program) collect() {
 	for {
 		select {
@@ -353,7 +353,7 @@ func (p *program) finish() {
 	}
 }
 
-// check compares what came to be of the requests with how the loop ended.
+// check compares the outcome of the requests with the way in which the loop ended.
 func (p *program) check(err error) {
 	q := p.q
 	switch {

@@ -54,7 +54,7 @@ func TestFeaturesAreKnown(t *testing.T) {
 	}
 }
 
-// TestParameters: what the options ask for is what the block layer has.
+// TestParameters: the block layer has the parameters that the options ask for.
 func TestParameters(t *testing.T) {
 	needDriver(t)
 	for _, c := range []struct {
@@ -130,7 +130,7 @@ func partitioned() *ramDisk {
 	return disk
 }
 
-// TestPartitionScan: the kernel finds partitions by itself, unless it was asked not to, and then when told.
+// TestPartitionScan: the kernel finds partitions by itself, or with NoPartitionScan only when it is asked to.
 func TestPartitionScan(t *testing.T) {
 	needDriver(t)
 	partitions := func(d *ublk.Device, want int) func() error {
@@ -214,7 +214,7 @@ func TestResize(t *testing.T) {
 	}
 }
 
-// TestStopRefusesMapper: a device below device mapper is in use, and says by what.
+// TestStopRefusesMapper: a device below device mapper is in use, and the error names the user.
 func TestStopRefusesMapper(t *testing.T) {
 	needDriver(t)
 	d := create(t, ublk.Options{Size: 8 << 20}, newRAMDisk(8<<20))
@@ -233,7 +233,7 @@ func TestStopRefusesMapper(t *testing.T) {
 	mustBeGone(t, d)
 }
 
-// TestMount makes a file system in each way of copying, fills it, and has it checked.
+// TestMount makes a file system in each copy mode, fills it, and checks it.
 func TestMount(t *testing.T) {
 	needDriver(t)
 	for _, mode := range copyModes(t) {
@@ -288,7 +288,7 @@ func (w *writers) ended() []error {
 	return append([]error(nil), w.errs...)
 }
 
-// wait waits until all writes have ended, and returns how.
+// wait waits until all writes have ended, and returns their errors.
 func (w *writers) wait(t testing.TB) []error {
 	t.Helper()
 	done := make(chan struct{})
@@ -301,7 +301,7 @@ func (w *writers) wait(t testing.TB) []error {
 	return w.ended()
 }
 
-// inFlight reads how many requests a device has under way (Documentation/block/stat.rst: the ninth field).
+// inFlight returns the number of requests that a device has under way (Documentation/block/stat.rst: the ninth field).
 func inFlight(path string) int {
 	text, _ := os.ReadFile("/sys/block/" + filepath.Base(path) + "/stat")
 	fields := strings.Fields(string(text))

@@ -28,8 +28,8 @@ func waiting(r ublk.Recovery) ublk.KernelState {
 	return ublk.KernelQuiesced
 }
 
-// TestAllTagsHeld: when the server that holds every request of a queue is killed, those who wait for them get
-// errors, and the device goes: at once where the driver does not need a free tag to notice (see mustBecome).
+// TestAllTagsHeld: when a server that holds every request of a queue is killed, the users get errors, and the device goes:
+// at once if the driver needs no free tag to notice (see mustBecome).
 func TestAllTagsHeld(t *testing.T) {
 	needDriver(t)
 	for _, mode := range copyModes(t) {

@@ -17,8 +17,8 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// noLeftovers has the test fail when it ends and a device, a process that hangs in the kernel, or a complaint of the
-// kernel is left. needDriver calls it, so that it runs after all that the test cleans up itself.
+// noLeftovers makes the test fail if it leaves a device, a process that hangs in the kernel, or a complaint of the kernel.
+// needDriver calls it first, so that it runs after the test's own clean-up.
 func noLeftovers(t testing.TB) {
 	t.Helper()
 	log := openKernelLog(t)
@@ -51,7 +51,7 @@ func poll(limit time.Duration, check func() error) error {
 	}
 }
 
-// devicesGone tells of devices in the driver, and of nodes in /dev.
+// devicesGone returns an error if there are devices in the driver, or nodes in /dev.
 func devicesGone() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
@@ -68,7 +68,7 @@ func devicesGone() error {
 
 const kernelThread = 0x00200000 // PF_KTHREAD of include/linux/sched.h
 
-// noHangs tells of threads of user processes in uninterruptible sleep. One that is there for a moment only is no hang:
+// noHangs returns an error if there are threads of user processes in uninterruptible sleep. A short sleep is no hang, so
 // the caller asks again.
 func noHangs() error {
 	var all []error
@@ -98,10 +98,10 @@ func taskState(stat string) (state string, flags uint64) {
 	return fields[0], flags
 }
 
-// kernelLog reads what the kernel logs after it was opened.
+// kernelLog reads the messages that the kernel logs after it was opened.
 type kernelLog struct{ fd int }
 
-// complaint is what no test may cause. I/O errors are not among it: disks are made to fail.
+// complaint matches messages that no test may cause. I/O errors are not among them, because disks are made to fail.
 var complaint = regexp.MustCompile(`hung task|blocked for more than|BUG:|WARNING:|Oops|general protection fault|kernel BUG at|` +
 	`refcount_t|Invalid wait context|detected stall`)
 
@@ -117,7 +117,7 @@ func openKernelLog(t testing.TB) *kernelLog {
 	return &kernelLog{fd}
 }
 
-// complaints returns the lines since the last call that tell of trouble; each read of /dev/kmsg gives one record.
+// complaints returns the lines since the last call that match complaint. Each read of /dev/kmsg returns one record.
 func (l *kernelLog) complaints() []string {
 	var lines []string
 	buf := make([]byte, 8192)
@@ -141,7 +141,7 @@ func (l *kernelLog) close() { _ = unix.Close(l.fd) }
 // pretended marks the complaint that TestLeftoversAreSeen makes itself.
 const pretended = "ublk test, not the kernel"
 
-// TestLeftoversAreSeen: what noLeftovers looks for, it finds.
+// TestLeftoversAreSeen: noLeftovers finds everything that it looks for.
 func TestLeftoversAreSeen(t *testing.T) {
 	needDriver(t)
 	log := openKernelLog(t)

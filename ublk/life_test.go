@@ -217,7 +217,7 @@ func TestCloseIsConcurrent(t *testing.T) {
 	}
 }
 
-// TestCloseIsBounded: a handler that does not answer holds the stop up, not its caller; the stop ends with the answer.
+// TestCloseIsBounded: a handler that does not answer delays the stop, but not its caller. The stop ends with the answer.
 func TestCloseIsBounded(t *testing.T) {
 	needDriver(t)
 	var mu sync.Mutex
@@ -376,7 +376,7 @@ func TestStoppedFromOutside(t *testing.T) {
 	mustBeGone(t, d)
 }
 
-// TestQueueFailure: a device whose queue cannot go on fails what is open, ends by itself and says why.
+// TestQueueFailure: a device with a broken queue fails its open requests, ends by itself, and Err returns the reason.
 func TestQueueFailure(t *testing.T) {
 	needDriver(t)
 	broken := errors.New("the ring broke")
@@ -431,8 +431,8 @@ func TestQueueFailure(t *testing.T) {
 	}
 }
 
-// TestQueueFailureInClose: a queue that breaks while Close has the file system write back, with recovery by itself and
-// without in STOP, ends the wait for that.
+// TestQueueFailureInClose: while Close waits for the file system's data to be written back, by flushing (with recovery) or
+// in STOP (without), a queue that breaks ends the wait.
 func TestQueueFailureInClose(t *testing.T) {
 	needDriver(t)
 	for name, recovery := range map[string]ublk.Recovery{"recovery": ublk.RecoverReissue, "none": ublk.RecoverNone} {
@@ -483,7 +483,8 @@ func queueFailureInClose(t *testing.T, recovery ublk.Recovery) {
 	})
 }
 
-// TestCloseIsSideBySide: devices that are open and closed at once lose their disks all, and not one after the other.
+// TestCloseIsSideBySide: when several open devices are closed at once, they lose their disks together, and not one after
+// the other.
 func TestCloseIsSideBySide(t *testing.T) {
 	needDriver(t)
 	var files []*os.File

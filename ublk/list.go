@@ -141,7 +141,7 @@ func (c *control) describe(ctx context.Context, id int) (DeviceInfo, error) {
 	}, nil
 }
 
-// udevTime is how long an opener of the char device may be udev.
+// udevTime is how long udev may have the char device open. A process that has it open for longer is the server.
 const udevTime = 500 * time.Millisecond
 
 // Delete removes a device that no process serves. If a process serves it, only that process can stop it
@@ -162,7 +162,7 @@ func deleteDevice(ctx context.Context, c *control, id int, force bool) error {
 	if err != nil {
 		return err
 	}
-	// A device that is live without a server is about to wait: the driver has not noticed yet.
+	// A device that is live without a server is about to wait: the driver has not noticed yet that its server is gone.
 	waits := KernelState(info.state) != KernelDead && Feature(info.flags)&FeatureUserRecovery != 0
 	if waits && !force {
 		return fmt.Errorf("ublk: delete device %d: %w: it waits to be recovered", id, ErrBusy)
@@ -181,7 +181,8 @@ func deleteDevice(ctx context.Context, c *control, id int, force bool) error {
 	return deviceError("delete", id, err)
 }
 
-// unserved returns what the driver knows of a device, if no process serves it.
+// unserved returns the driver's information about a device that no process serves. If one serves it, the error matches
+// ErrBusy.
 func (c *control) unserved(ctx context.Context, id int) (*devInfo, error) {
 	for begin := time.Now(); ; {
 		info, err := c.getInfo(ctx, id)
@@ -197,7 +198,7 @@ func (c *control) unserved(ctx context.Context, id int) (*devInfo, error) {
 		case s.found && (since > udevTime || s.pid == os.Getpid()):
 			return nil, fmt.Errorf("ublk: delete device %d: %w: %v serves it, and has to stop it", id, ErrBusy, s)
 		case since > settleDriver:
-			return nil, fmt.Errorf("ublk: delete device %d: %w: the driver says that a process serves it (pid %d) which cannot be seen from here",
+			return nil, fmt.Errorf("ublk: delete device %d: %w: the driver says that process %d serves it, and that process cannot be seen from here",
 				id, ErrBusy, info.serverPID)
 		}
 		if err := sleep(ctx, 50*time.Millisecond); err != nil {

@@ -14,7 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// rounds is how often a test repeats itself: short by default, $VDISK_UBLK_ROUNDS otherwise.
+// rounds returns how often a test repeats itself: $VDISK_UBLK_ROUNDS if it is set, otherwise short.
 func rounds(short int) int {
 	if n, err := strconv.Atoi(os.Getenv("VDISK_UBLK_ROUNDS")); err == nil && n > 0 {
 		return n
@@ -121,7 +121,7 @@ func (l *load) check(t testing.TB) {
 	}
 }
 
-// fill writes a value into a block, so that every word of it tells the value and the block.
+// fill writes a value into a block, so that every word of it identifies the value and the block.
 func fill(buf []byte, block int, value uint64) {
 	word := value<<16 | uint64(block)&0xffff
 	if value == 0 {
@@ -132,7 +132,7 @@ func fill(buf []byte, block int, value uint64) {
 	}
 }
 
-// value reads what fill wrote; whole is false when the words differ or tell of another block.
+// value reads a value that fill wrote. whole is false if the words differ or belong to another block.
 func value(buf []byte, block int) (v uint64, whole bool) {
 	word := binary.LittleEndian.Uint64(buf)
 	for i := 8; i < len(buf); i += 8 {

@@ -77,7 +77,7 @@ func (m *machine) create(rt *rapid.T) {
 	m.d = d
 }
 
-// calls are what goroutines do, and check of their own call.
+// calls are the operations of the goroutines. Each checks its own result.
 var calls = map[string]func(m *machine, ctx context.Context) error{
 	"stop": func(m *machine, ctx context.Context) error {
 		return allowed(m.d.Stop(ctx), ublk.ErrBusy)
@@ -109,7 +109,7 @@ var calls = map[string]func(m *machine, ctx context.Context) error{
 	},
 }
 
-// allowed passes nil, the end of a context, and err's that match one of those that may be.
+// allowed accepts nil, the end of a context, and errors that match one of the given ones.
 func allowed(err error, may ...error) error {
 	for _, m := range append(may, context.DeadlineExceeded, context.Canceled) {
 		if errors.Is(err, m) {
@@ -119,7 +119,7 @@ func allowed(err error, may ...error) error {
 	return err
 }
 
-// step has some goroutines call at once, waits for them, and sees what the device has become.
+// step lets some goroutines make calls at once, waits for them, and looks at the state of the device.
 func (m *machine) step(rt *rapid.T) {
 	names := rapid.SliceOfN(rapid.SampledFrom([]string{"stop", "close", "quiesce", "quiesce", "resize", "look", "io", "io", "io"}), 1, 6).
 		Draw(rt, "calls")
@@ -161,7 +161,7 @@ func (m *machine) startIO(block int) {
 	})
 }
 
-// settle waits for what the calls have begun, checks the outcome, and goes on with a device that is live.
+// settle waits for the operations that the calls have begun, checks their outcome, and makes the device live again.
 func (m *machine) settle(rt *rapid.T) {
 	err := poll(stepLimit, func() error {
 		switch s := m.d.State(); s {
@@ -251,7 +251,7 @@ func (m *machine) complain(rt *rapid.T) {
 	}
 }
 
-// finish closes the device, which takes no longer than its requests.
+// finish closes the device. That takes no longer than the device's requests.
 func (m *machine) finish(rt *rapid.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), stepLimit)
 	defer cancel()

@@ -7,9 +7,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// mapAnonymous returns populated memory outside the Go heap, which the collector neither scans nor moves. It is locked
-// when the process may (RLIMIT_MEMLOCK, CAP_IPC_LOCK): a server that has to wait for memory to be written back to its
-// own device would wait for ever.
+// mapAnonymous returns populated memory outside the Go heap, which the collector neither scans nor moves. The memory is
+// locked if the process may lock it (RLIMIT_MEMLOCK, CAP_IPC_LOCK). If unlocked memory were paged out while the kernel
+// writes to the server's own device, the server would wait for ever.
 func mapAnonymous(size int) (mem []byte, locked bool, err error) {
 	mem, err = unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE,
 		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
@@ -21,36 +21,37 @@ func mapAnonymous(size int) (mem []byte, locked bool, err error) {
 
 func roundUp(n, to int) int { return (n + to - 1) / to * to }
 
-// pool lends pieces of the memory that its queue has of the arena to the requests of a queue with CopyUser: a buddy
-// allocator, since a piece must be contiguous, and since everything that is free must grow together again: a chunk that
-// nobody uses has room for the largest request.
+// pool lends memory to the requests of one CopyUser queue. The memory is in chunks of the arena.
 //
-// Chunks come from the arena when a request finds no room, and all go back when nothing is lent, before the queue
-// sleeps. The driver has no address of this memory: it copies only in the queue's own system calls, while a request has
-// the piece. So what is not lent is nobody's, and can be given away at any moment.
+// The pool is a buddy allocator, for two reasons: the memory of a request must be contiguous, and free blocks must grow
+// together again, so that an unused chunk has room for the largest request.
+//
+// The pool takes a chunk from the arena when a request finds no room. It gives all of them back when nothing is lent,
+// before the queue sleeps. The driver has no address of this memory: it copies only within the queue's system calls,
+// while the memory is lent to a request. So memory that is not lent can be given away at any time.
 type pool struct {
 	lender *arena
-	queue  *queue         // whom the arena wakes when a chunk has come free
-	top    int            // order of a chunk, which no other block is joined to
-	lent   int            // pieces
-	have   int            // chunks
+	queue  *queue         // the arena wakes it when there is a chunk for it
+	top    int            // order of a chunk: blocks of this order are not joined
+	lent   int            // blocks that are lent
+	have   int            // chunks that the pool has
 	chunks [][]byte       // by slot; nil: none
 	heads  [maxOrders]int // first free block of each order, or none
-	pages  []poolPage     // of all slots
+	pages  []poolPage     // of the chunks in all slots
 }
 
 const (
-	poolShift = 12                           // an order 0 block has 4 KiB
+	poolShift = 12                           // a block of order 0 has 4 KiB
 	maxOrders = userTagShift - poolShift + 1 // up to maxIOBytes
 	none      = -1                           // no page
-	lent      = int8(-1)                     // the order of what is not the start of a free block
-	minPool   = 1 << 20                      // a pool that may have less than this saves nothing worth waiting for
-	poolShare = 8                            // a pool may have this part of what every tag at its largest would need
+	lent      = int8(-1)                     // order of a page at which no free block starts
+	minPool   = 1 << 20                      // a lower bound on a pool's size: less would save little, and make requests wait
+	poolShare = 8                            // a pool has an eighth of the memory for a largest request in every tag
 )
 
-// poolPage is what a pool knows of the block that starts at a page.
+// poolPage describes the block that starts at a page.
 type poolPage struct {
-	order      int8 // of the free block, or lent
+	order      int8 // order of the free block, or lent
 	prev, next int32
 }
 
@@ -65,7 +66,7 @@ func poolOrder(n int) int  { return bits.Len(uint(n-1) >> poolShift) }
 func poolBlock(n int) int  { return 1 << (poolShift + poolOrder(n)) }
 func blockPages(k int) int { return 1 << k }
 
-// newPool makes a pool that has at most poolSize bytes of a, and none yet.
+// newPool makes a pool that will have at most poolSize bytes of a. It has none yet.
 func newPool(a *arena, q *queue, depth, ioMax int) *pool {
 	size := poolSize(depth, ioMax)
 	p := &pool{
@@ -81,11 +82,12 @@ func newPool(a *arena, q *queue, depth, ioMax int) *pool {
 	return p
 }
 
-// get lends n bytes, above zero and at most ioMax; it returns nil when there is no room, and then the queue is woken if
-// it has no chunk at all. page is for put. What was given back last is lent first, since the caches still hold it.
+// get lends n bytes, from 1 to ioMax. page is for put. If there is no room, get returns nil; if the pool then has
+// nothing lent, the arena wakes the queue later. The block that was given back last is lent first, because it is still
+// in the processor's caches.
 func (p *pool) get(n int) (b []byte, page int) {
 	if p.lent > 0 && p.lender.wanted.Load() {
-		return nil, none // others have nothing: this queue gives back what it has when its requests are done
+		return nil, none // another queue waits, so this one lends no more until it has given its chunks back
 	}
 	order := poolOrder(n)
 	k := order
@@ -108,8 +110,8 @@ func (p *pool) get(n int) (b []byte, page int) {
 	return p.chunks[slot][at<<poolShift:][:n:n], page
 }
 
-// grow takes a chunk of the arena. Without one the queue waits: for its own requests if it has lent something, else for
-// the arena.
+// grow takes a chunk from the arena, and reports whether it got one. If it did not, the queue waits: for its own
+// requests if something is lent, otherwise for the arena.
 func (p *pool) grow() bool {
 	if p.have == len(p.chunks) {
 		return false
@@ -128,7 +130,7 @@ func (p *pool) grow() bool {
 	return true
 }
 
-// put takes back the n bytes that get lent as page.
+// put takes back n bytes that get lent at page.
 func (p *pool) put(page, n int) {
 	k := poolOrder(n)
 	for ; k < p.top; k++ {
@@ -143,7 +145,7 @@ func (p *pool) put(page, n int) {
 	p.lent--
 }
 
-// rest gives all chunks back if nothing is lent. Each is one free block then.
+// rest gives all chunks back if nothing is lent. Each chunk is then one free block.
 func (p *pool) rest() {
 	if p.lent > 0 {
 		return
@@ -158,7 +160,7 @@ func (p *pool) rest() {
 	}
 }
 
-// drop ends the pool, when its queue's thread is gone. What is lent stays lent for ever.
+// drop ends the pool, after its queue's thread has ended. If something is still lent, the pool keeps its chunks.
 func (p *pool) drop() {
 	p.lender.forget(p.queue)
 	p.rest()

@@ -76,7 +76,7 @@ func TestModeVerify(t *testing.T) {
 	})
 }
 
-// shorter returns what a test takes, with -short and without.
+// shorter returns whole, or short with -short.
 func shorter(whole, short string) string {
 	if testing.Short() {
 		return short
@@ -212,7 +212,7 @@ func TestModeHeld(t *testing.T) {
 	})
 }
 
-// nullDisk answers everything at once; reads bring what the buffer held.
+// nullDisk answers everything at once. Reads return the old content of the buffer.
 var nullDisk = handlerFunc(func(*ublk.Request) error { return nil })
 
 // BenchmarkModes measures the null target in every copy mode: IOPS, median latency, and for a request the CPU time of
@@ -269,7 +269,7 @@ func measure(b *testing.B, mode ublk.CopyMode, bs, rw string, depth int) {
 	b.ReportMetric(0, "ns/op")
 }
 
-// cpuTime is the CPU time of the queue threads and of the others, in nanoseconds.
+// cpuTime returns the CPU time of the queue threads and of the other threads, in nanoseconds.
 func cpuTime(t testing.TB) (queues, others int64) {
 	tasks, err := filepath.Glob("/proc/self/task/*")
 	if err != nil {
@@ -311,7 +311,7 @@ func TestModeStorm(t *testing.T) {
 	})
 }
 
-// storm begins a storm and returns what ends it. There must be a thread of that name.
+// storm begins a storm, and returns a function that ends it. There must be a thread of that name.
 func storm(t *testing.T, thread string) (stop func() (signals int)) {
 	old := debug.SetGCPercent(1)
 	end := make(chan struct{})

@@ -25,7 +25,7 @@ type fakeDriver struct {
 	log     []uint32
 }
 
-// Always granted, whether asked for or not.
+// always are features that the driver grants even if they are not asked for.
 const always = FeatureCompInTask
 
 func (f *fakeDriver) run(ctx context.Context, op uint32, cmd ctrlCmd, buf unsafe.Pointer) (int32, error) {
@@ -81,7 +81,7 @@ func (f *fakeDriver) answer(op uint32, cmd ctrlCmd, buf unsafe.Pointer) unix.Err
 	return 0
 }
 
-// isFull reports whether ADD is known by op's form.
+// isFull reports whether ADD is known in op's form.
 func (f *fakeDriver) isFull(op uint32) bool { return op > 0xff && f.encoded }
 
 func (f *fakeDriver) add(cmd ctrlCmd, info *devInfo) unix.Errno {
@@ -106,7 +106,7 @@ func (f *fakeDriver) add(cmd ctrlCmd, info *devInfo) unix.Errno {
 	return 0
 }
 
-// upTo is everything that kernels up to one have.
+// upTo returns the features of all kernels up to one.
 func upTo(names ...string) Feature {
 	var f Feature
 	for _, k := range knownFeatures {
@@ -129,7 +129,7 @@ func driverOf(kernel string) *fakeDriver {
 	return f
 }
 
-// TestNegotiation makes a device with the drivers of kernels old and new, and looks at what each was asked.
+// TestNegotiation makes a device with the drivers of old and new kernels, and checks the commands that each got.
 func TestNegotiation(t *testing.T) {
 	ctx := context.Background()
 	for _, k := range []struct {
@@ -194,8 +194,8 @@ func TestNegotiation(t *testing.T) {
 	}
 }
 
-// TestMissingFeatures: what a kernel does not have is refused by name, whether it can be asked or only grants
-// less; and no device stays.
+// TestMissingFeatures: features that a kernel does not have are refused by name, even if the kernel cannot be asked and
+// only grants less. No device stays.
 func TestMissingFeatures(t *testing.T) {
 	ctx := context.Background()
 	for _, k := range []struct {
@@ -254,8 +254,8 @@ func TestUnprivilegedCommands(t *testing.T) {
 	}
 }
 
-// TestRecoverOfAnotherKind: a device that its driver does not copy the payloads of, or that speaks otherwise
-// to its server, is left to the program that made it.
+// TestRecoverOfAnotherKind: a device with features that this package does not implement, such as zero copy, is left to the
+// program that made it.
 func TestRecoverOfAnotherKind(t *testing.T) {
 	f := driverOf("7.3")
 	for _, k := range knownFeatures {

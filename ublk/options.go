@@ -41,18 +41,18 @@ type Options struct {
 	Discard bool
 	// DiscardGranularity is the unit that a discard frees; default PhysicalBlock.
 	DiscardGranularity int
-	// Report is told of faults that the device survives but its owner should know of; at present each is a
+	// Report is called with faults that the device survives but its owner should know of; at present each is a
 	// *PanicError. It is called on a queue's thread, and must not block.
 	Report func(error)
-	// Copy is how payloads travel between the driver and the handler. The default is CopyPlain, which
+	// Copy selects how payloads travel between the driver and the handler. The default is CopyPlain, which
 	// measured fastest.
 	Copy CopyMode
-	// Recovery is what happens to the disk when its server goes. By default the disk goes too.
+	// Recovery selects what happens to the disk when its server ends. By default the disk ends too.
 	Recovery Recovery
 	// Cookie is a mark of the owner's. The driver keeps it with the device, and Devices returns it.
 	Cookie uint64
 	// NoPartitionScan keeps the kernel from reading the partition table. It takes effect on kernels that can
-	// (7.0); Device.Features tells whether it did.
+	// (7.0); Device.Features shows whether it did.
 	NoPartitionScan bool
 	// NoAffinity lets the queue threads run on all CPUs. By default a thread stays on the CPUs that the block
 	// layer maps to its queue.
@@ -65,7 +65,7 @@ type Options struct {
 	Require Feature
 }
 
-// CopyMode is how payloads travel between the driver and the handler.
+// CopyMode is a way for payloads to travel between the driver and the handler.
 type CopyMode uint8
 
 // The copy modes.
@@ -82,12 +82,12 @@ const (
 	CopyBatch
 )
 
-// Recovery is what happens to a device's disk when its server goes.
+// Recovery selects what happens to a device's disk when its server ends.
 type Recovery uint8
 
 // The ways of recovery. All but RecoverNone keep the disk until a server calls Recover, or Delete removes it.
 const (
-	// RecoverNone: the disk goes with its server, and its open requests fail.
+	// RecoverNone: the disk ends with its server, and its open requests fail.
 	RecoverNone Recovery = iota
 	// RecoverReissue: requests wait for the next server. Those that the last server had not answered are
 	// issued again, so a write may be applied twice.
@@ -128,7 +128,7 @@ func (o Options) withDefaults() Options {
 
 const (
 	maxQueueMemory = 1 << 30 // bounds the locked memory of one queue
-	maxHint        = 1 << 30 // the driver shifts 32 bits by what it is told, without a look
+	maxHint        = 1 << 30 // the driver shifts 32 bits by the hint's exponent, and does not check it
 )
 
 // validate checks options that have their defaults.
@@ -167,8 +167,8 @@ func (o Options) validate() error {
 			fmt.Sprintf("Depth %d × MaxIOBytes %d: more than 1 GiB of locked memory a queue", o.Depth, o.MaxIOBytes),
 		},
 		{o.Copy == CopyBatch && o.Depth == 1, "Depth 1 with CopyBatch: the driver's FIFO of tags takes at least 2"},
-		{o.Copy > CopyBatch, fmt.Sprintf("Copy %d: no such mode", o.Copy)},
-		{o.Recovery > RecoverFailIO, fmt.Sprintf("Recovery %d: no such way", o.Recovery)},
+		{o.Copy > CopyBatch, fmt.Sprintf("Copy %d: there is no such mode", o.Copy)},
+		{o.Recovery > RecoverFailIO, fmt.Sprintf("Recovery %d: there is no such mode", o.Recovery)},
 		{
 			o.Unprivileged && o.Recovery != RecoverNone,
 			"Recovery of an unprivileged device: the driver refuses it, as requests that wait for a server could hold up the machine",
@@ -220,8 +220,8 @@ func (o Options) required() Feature {
 	return f
 }
 
-// Memory returns about how much memory a device with these options takes: while nobody uses it, and at most.
-// It counts the buffers, and what a queue's thread and ring take in this process and in the kernel.
+// Memory estimates how much memory a device with these options takes while it is not used, and at most. It counts the
+// buffers, and the memory of the queues' threads and rings in this process and in the kernel.
 func (o Options) Memory() (idle, most int64) {
 	o = o.withDefaults()
 	buffers := o.Depth * o.MaxIOBytes
@@ -240,8 +240,8 @@ func (o Options) Memory() (idle, most int64) {
 }
 
 const (
-	deviceBytes = 128 << 10 // the disk in the kernel, with its partitions' and its sysfs's
-	threadBytes = 128 << 10 // two stacks, the runtime's state of a thread, the counters
+	deviceBytes = 128 << 10 // the kernel's disk, with its partitions and its files in sysfs
+	threadBytes = 128 << 10 // two stacks, the runtime's state of a thread, and the counters
 )
 
 // info returns the arguments of ADD for a kernel that offers some features: those that are required, and

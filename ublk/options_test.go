@@ -78,7 +78,7 @@ func TestParams(t *testing.T) {
 	}
 }
 
-// TestNoDriver shows the errors of a machine that cannot serve: no driver, no right, no ublk behind the file.
+// TestNoDriver shows the errors of a machine that cannot serve: no driver, no permission, no ublk behind the file.
 func TestNoDriver(t *testing.T) {
 	if _, err := newControlRing(filepath.Join(t.TempDir(), "ublk-control")); !errors.Is(err, ErrNoDriver) ||
 		!errors.Is(err, unix.ENOENT) || !strings.Contains(err.Error(), "modprobe ublk_drv") {
@@ -87,10 +87,10 @@ func TestNoDriver(t *testing.T) {
 	if err := controlOpenError(controlPath, unix.EACCES); !errors.Is(err, ErrPermission) {
 		t.Errorf("no right: %v", err)
 	}
-	// Where the driver is loaded there may be devices, though they cannot be asked about.
+	// If the driver is loaded there may be devices, even if it cannot be asked about them.
 	was := miscDevices
 	miscDevices = filepath.Join(t.TempDir(), "misc")
-	for what, text := range map[string]string{"cannot be told": "", "loaded": "259 cpu_dma_latency\n122 ublk-control\n"} {
+	for what, text := range map[string]string{"cannot be determined": "", "loaded": "259 cpu_dma_latency\n122 ublk-control\n"} {
 		if text != "" {
 			if err := os.WriteFile(miscDevices, []byte(text), 0o600); err != nil {
 				t.Fatal(err)
@@ -121,7 +121,7 @@ func TestNoDriver(t *testing.T) {
 	}
 }
 
-// TestControlRing runs the control connection on a file that answers every command by itself.
+// TestControlRing runs the control connection on a file that answers every command.
 func TestControlRing(t *testing.T) {
 	needNullCommands(t)
 	r, err := newControlRing("/dev/null")
@@ -147,7 +147,7 @@ func TestControlRing(t *testing.T) {
 	}
 }
 
-// TestControlCancel: a command that takes for ever comes back when it is cancelled.
+// TestControlCancel: a command that never ends returns when it is cancelled.
 func TestControlCancel(t *testing.T) {
 	needNullCommands(t)
 	c, err := newControlRing("/dev/null")

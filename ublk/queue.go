@@ -33,7 +33,7 @@ type queue struct {
 	pool     *pool         // with CopyUser: lends buffers to requests
 	starved  requestFIFO   // requests waiting for a buffer
 	serving  *Request      // the request that the handler is working on right now
-	now      time.Duration // when the completions that are being reaped arrived
+	now      time.Duration // arrival of the completions that are being reaped
 	yielded  time.Duration // when the loop last let the scheduler run
 	reads    []readSlot    // fetches under way, by slot
 	free     []int         // unused slots

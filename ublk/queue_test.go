@@ -171,7 +171,7 @@ func testFirstAnswerCounts(t *testing.T, mode CopyMode) {
 	}
 }
 
-// TestNoAnswerIsLost has many goroutines answer at random moments while the loop falls asleep and wakes.
+// TestNoAnswerIsLost lets many goroutines answer at random moments while the loop falls asleep and wakes.
 func TestNoAnswerIsLost(t *testing.T) { inEachMode(t, testNoAnswerIsLost) }
 
 func testNoAnswerIsLost(t *testing.T, mode CopyMode) {
@@ -318,7 +318,8 @@ func testFetchInStages(t *testing.T, mode CopyMode) {
 	}
 }
 
-// TestAnswerWaitsForReads: whatever the handler answers, the tag stays ours while the kernel writes to its memory.
+// TestAnswerWaitsForReads: whatever the handler answers, the tag stays with the queue while the kernel writes to its
+// memory.
 func TestAnswerWaitsForReads(t *testing.T) { inEachMode(t, testAnswerWaitsForReads) }
 
 func testAnswerWaitsForReads(t *testing.T, mode CopyMode) {
@@ -420,7 +421,7 @@ func testStopWithRequestsOpen(t *testing.T, mode CopyMode) {
 	}
 }
 
-// TestNoAllocations is the gate: a request costs no heap, however it is answered.
+// TestNoAllocations: a request allocates nothing, however it is answered.
 func TestNoAllocations(t *testing.T) { inEachMode(t, testNoAllocations) }
 
 func testNoAllocations(t *testing.T, mode CopyMode) {

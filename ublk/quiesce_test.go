@@ -16,7 +16,7 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// TestQuiesce hands a device over again and again under a verifying load, which sees nothing of it.
+// TestQuiesce hands a device over again and again under a verifying load, which notices nothing.
 func TestQuiesce(t *testing.T) {
 	needDriver(t)
 	ways := map[string]ublk.Recovery{"reissue": ublk.RecoverReissue, "eio": ublk.RecoverEIO}
@@ -68,7 +68,7 @@ func TestQuiesce(t *testing.T) {
 	}
 }
 
-// TestQuiesceRefused: a device whose handler does not answer in time stays live, and serves what it held meanwhile.
+// TestQuiesceRefused: a device whose handler does not answer in time stays live, and serves the requests that it held.
 func TestQuiesceRefused(t *testing.T) {
 	needDriver(t)
 	disk := newRAMDisk(serverDisk)

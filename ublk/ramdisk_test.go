@@ -6,7 +6,7 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// ramDisk keeps a device's bytes in memory and counts what it is asked.
+// ramDisk keeps a device's bytes in memory, and counts requests.
 type ramDisk struct {
 	data     []byte
 	ops      [8]atomic.Int64

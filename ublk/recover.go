@@ -27,8 +27,8 @@ const recoverTimeout = 60 * time.Second
 // diesWithin is how long a server that was killed may still have the char device open.
 const diesWithin = 2 * time.Second
 
-// Recover serves a device again whose server is gone, and that was made with Options.Recovery. The driver has
-// kept its size, queues, limits and features. h must serve the same content. When Recover returns, the device
+// Recover serves a device again that was made with Options.Recovery and whose server is gone. The driver has kept its
+// size, queues, limits and features. h must serve the same content. When Recover returns, the device
 // is live, and the requests that waited are being served.
 //
 // Recover refuses a device that a process serves (ErrBusy), that is not there (ErrNotFound), or that cannot
@@ -59,7 +59,7 @@ func recoverDevice(ctx context.Context, c *control, id int, o RecoverOptions, h 
 	}
 	opts := optionsOf(info, p)
 	opts.Report, opts.NoAffinity = o.Report, o.NoAffinity
-	// QUIESCE (6.16) tells the drivers that set the queues back when a server ends.
+	// Drivers with QUIESCE (6.16) reset the queues when a server ends.
 	anew := offered != ^Feature(0) && offered&FeatureQuiesce != 0
 	for try := 0; ; try++ {
 		if anew {
@@ -82,21 +82,21 @@ func recoverDevice(ctx context.Context, c *control, id int, o RecoverOptions, h 
 	}
 }
 
-// Before Linux 6.15 the driver sets the queues back in START_USER_RECOVERY, and not from every state: when no
-// queue has had a server since the last START it answers EINVAL, and when only some have, it crashes. A
-// recovery that dies in between leaves such a state. So there Recover begins without START and tries to
-// fetch, which tells the states apart:
+// errFetchedBefore: every queue refused its fetches, because each has had a server.
 //
-//   - every queue refuses: each has had a server, which is gone; START is safe, and then they fetch;
-//   - every queue fetches: there was a START, and no server since;
-//   - only some fetch: there is no way on.
+// Before Linux 6.15 the driver resets the queues in START_USER_RECOVERY, and that is possible only if every queue has had
+// a server since the last START. If none has, the driver answers EINVAL. If only some have, it crashes. A recovery that
+// dies halfway leaves such a state. So with these drivers Recover begins without START, and tries to fetch:
 //
-// The descriptors are mapped after the fetches, because the driver lets only one process map them until the
-// next START.
+//   - If every queue refuses, each has had a server, which is gone. START is safe, and then they fetch.
+//   - If every queue fetches, there was a START, and no server since.
+//   - If only some fetch, the device cannot be recovered.
+//
+// The descriptors are mapped after the fetches, because the driver lets only one process map them until the next START.
 var errFetchedBefore = errors.New("ublk: every queue of the device has had a server")
 
-// waitOrphan waits until the server of a device is gone, and returns what the driver knows of the device. It
-// fails if the device cannot be recovered.
+// waitOrphan waits until the server of a device is gone, and returns the driver's information about the device. It fails
+// if the device cannot be recovered.
 func (c *control) waitOrphan(ctx context.Context, id int, cookie uint64) (*devInfo, error) {
 	for begin := time.Now(); ; {
 		info, err := c.getInfo(ctx, id)
@@ -118,7 +118,7 @@ func (c *control) waitOrphan(ctx context.Context, id int, cookie uint64) (*devIn
 		s := serverOf(id, int(info.serverPID))
 		switch {
 		case !s.found && KernelState(info.state) != KernelLive:
-			return info, nil // one that cannot be seen has the driver answer EBUSY
+			return info, nil // if there is a server that cannot be seen, the driver will answer EBUSY
 		case s.found && time.Since(begin) > diesWithin:
 			return nil, fmt.Errorf("ublk: recover device %d: %w: %v serves it", id, ErrBusy, s)
 		}
@@ -158,7 +158,7 @@ func (d *Device) takeOver(ctx context.Context, h Handler) error {
 		case d.refused == len(d.queues):
 			err = errors.Join(errFetchedBefore, err)
 		default:
-			err = fmt.Errorf("ublk: recover device %d: %w: an earlier recovery died in the middle, and this kernel's driver cannot "+
+			err = fmt.Errorf("ublk: recover device %d: %w: an earlier recovery died halfway, and this kernel's driver cannot "+
 				"begin again (Linux 6.15 can); delete it: %w", d.id, ErrNotRecoverable, err)
 		}
 		return err

@@ -68,7 +68,7 @@ const (
 	cookie     = 0x5eedf00d
 )
 
-// startPhase runs the phase of TestServerProcess and returns when it says that it has come there.
+// startPhase starts TestServerProcess, and returns when that reports that it has reached the phase.
 func startPhase(t testing.TB, phase, file string, recovery ublk.Recovery) *phaseServer {
 	t.Helper()
 	s := &phaseServer{cmd: exec.Command(os.Args[0], "-test.run=^TestServerProcess$", "-test.v"), gone: make(chan struct{})}
@@ -170,7 +170,7 @@ func TestServerProcess(t *testing.T) {
 	case "stop", "quiesce":
 		d := serve()
 		disk.stop.Store(1 + uint32(ublk.OpWrite))
-		// Another process: one that waits for its own disk cannot be killed.
+		// In another process, because one that waits for its own disk cannot be killed.
 		writer := exec.Command("dd", "if=/dev/zero", "of="+d.Path(), "bs=4k", "count=1", "oflag=direct", "conv=notrunc")
 		if err := writer.Start(); err != nil {
 			t.Fatal(err)
@@ -234,7 +234,7 @@ func deleteServed(t testing.TB) {
 	nothingLeft(t)
 }
 
-// checkDisk writes and reads a bit.
+// checkDisk writes and reads a few blocks.
 func checkDisk(t testing.TB, path string) {
 	t.Helper()
 	fd, err := unix.Open(path, unix.O_RDWR|unix.O_DIRECT|unix.O_CLOEXEC, 0)
@@ -252,8 +252,7 @@ func checkDisk(t testing.TB, path string) {
 	}
 }
 
-// TestKilledBeforeLive: what is left of a device whose server died before there was a disk cannot be
-// recovered, and is deleted.
+// TestKilledBeforeLive: a device whose server died before there was a disk cannot be recovered. It is deleted.
 func TestKilledBeforeLive(t *testing.T) {
 	needDriver(t)
 	for _, phase := range []string{"add", "half", "fetched"} {
@@ -349,7 +348,7 @@ func TestKilledRecovering(t *testing.T) {
 	}
 }
 
-// TestRecoverUnderLoad kills the server again and again under a verifying load, which sees nothing of it.
+// TestRecoverUnderLoad kills the server again and again under a verifying load, which notices nothing.
 func TestRecoverUnderLoad(t *testing.T) {
 	needDriver(t)
 	file := filepath.Join("/dev/shm", "ublk-recover-load")
@@ -421,7 +420,7 @@ func TestRecoverRefusals(t *testing.T) {
 	nothingLeft(t)
 }
 
-// TestRecoveryWays: what a reader and a writer see of the death of a server, by way of recovery.
+// TestRecoveryWays: what readers and writers see when a server dies, for each Recovery.
 func TestRecoveryWays(t *testing.T) {
 	needDriver(t)
 	for _, w := range []struct {

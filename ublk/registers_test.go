@@ -28,7 +28,7 @@ type registerInput struct {
 	value uint64
 }
 
-// notAValue is what a read of a block returns that holds parts of several values, or another block's.
+// notAValue is the result of reading a block that holds parts of several values, or a value of another block.
 const notAValue = ^uint64(0)
 
 var registerModel = porcupine.Model{
@@ -61,7 +61,7 @@ var registerModel = porcupine.Model{
 	},
 }
 
-// registers is what a client works on: a device, or memory.
+// registers are the registers that clients use: on a device, or in memory.
 type registers interface {
 	read(buf []byte, block int) error
 	write(buf []byte, block int) error
@@ -96,7 +96,7 @@ func (d deviceRegisters) discard(block int) error {
 	return nil
 }
 
-// workload has clients work on a few registers and returns what they did and saw.
+// workload lets clients use a few registers, and returns their operations with the results.
 func workload(t testing.TB, r registers, clients, blocks, operations int) []porcupine.Operation {
 	t.Helper()
 	var next atomic.Uint64
@@ -154,7 +154,7 @@ func operate(r registers, in registerInput, buf []byte) error {
 	return r.write(buf, in.block)
 }
 
-// linearizable asks porcupine; Unknown is its answer when the time is up.
+// linearizable asks porcupine, which answers Unknown if its time is up.
 func linearizable(history []porcupine.Operation) (porcupine.CheckResult, porcupine.LinearizationInfo) {
 	return porcupine.CheckOperationsVerbose(registerModel, history, stepLimit)
 }
@@ -226,14 +226,14 @@ type faulty struct {
 	at     int // the write or read that goes wrong, counted down
 }
 
-// arm has f made at the n-th occasion.
+// arm makes the disk make the mistake f at the n-th occasion.
 func (d *faulty) arm(f fault, n int) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.fault, d.at = f, n
 }
 
-// now reports whether f is to be made now.
+// now reports whether the disk must make the mistake f now.
 func (d *faulty) now(f fault) bool {
 	if d.fault != f {
 		return false
@@ -294,8 +294,8 @@ func (d *faulty) ServeUBLK(r *ublk.Request) error {
 	return nil
 }
 
-// mistake has a disk make its mistake after the workload, in one of a last write to each register, which are
-// concurrent, or in one of the reads that follow: what nobody overwrites everybody can see.
+// mistake lets a disk make its mistake after the workload: in one of a last round of concurrent writes, one to each
+// register, or in one of the reads that follow. So nothing overwrites the mistake before it is read.
 func mistake(t testing.TB, r registers, disk *faulty, f fault, history []porcupine.Operation) []porcupine.Operation {
 	t.Helper()
 	disk.arm(f, 1+rand.IntN(registerBlocks))
@@ -365,14 +365,13 @@ func judge(t *testing.T, f fault, history []porcupine.Operation) {
 	}
 }
 
-// TestRegistersCatchOnDevice: the same below a device.
+// TestRegistersCatchOnDevice is TestRegistersCatch with the mistake below a device.
 func TestRegistersCatchOnDevice(t *testing.T) {
 	needDriver(t)
 	for name, f := range faults {
 		t.Run(name, func(t *testing.T) {
 			disk := &faulty{}
-			// The kernel reads the partition table when it likes, and the mistake is to be made in a read of
-			// ours.
+			// The kernel may read the partition table at any time, and the mistake must be made in a read of the test.
 			d := create(t, ublk.Options{Size: registerBlocks * 4096, Queues: 2, Discard: true, NoPartitionScan: true}, disk)
 			r := deviceRegisters{openDirect(t, d, unix.O_RDWR)}
 			history := workload(t, r, 4, registerBlocks, 60)

@@ -15,7 +15,7 @@ func (d *Device) Resize(ctx context.Context, size int64) error {
 	if d.features&FeatureUpdateSize == 0 {
 		return &FeatureError{Missing: FeatureUpdateSize, Kernel: kernelRelease()}
 	}
-	// The driver does not look whether there is still a disk (before 7.2), so none may go meanwhile: see
+	// Before 7.2 the driver does not check whether there is still a disk. So the disk must not go meanwhile: see
 	// waitResize.
 	select {
 	case d.sizing <- struct{}{}:
@@ -49,6 +49,6 @@ func (d *Device) Resize(ctx context.Context, size int64) error {
 // waitResize waits until no change of the size is under way. It is called before the disk may go. Once the
 // state is not live, or the queues have ended, no further change begins.
 func (d *Device) waitResize() {
-	d.sizing <- struct{}{} // the wait is that for two commands
+	d.sizing <- struct{}{} // waits for two commands at most
 	<-d.sizing
 }

@@ -25,7 +25,7 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// serverVariable holds the serverConfig of a test binary that is to be a server and not to test.
+// serverVariable is the environment variable with the serverConfig of a test binary that must be a server.
 const serverVariable = "UBLK_TEST_PROCESS"
 
 func TestMain(m *testing.M) {
@@ -35,7 +35,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// serverConfig says what a server process does.
+// serverConfig configures a server process.
 type serverConfig struct {
 	ID        *int // nil: the kernel chooses
 	Memory    string
@@ -53,7 +53,7 @@ type serverConfig struct {
 	FetchOnly int    // offer so many tags of the first queue, and die
 }
 
-// serve is the server process: it says READY or FAIL, and then obeys lines on its standard input.
+// serve is the server process. It prints READY or FAIL, and then executes commands from its standard input.
 func serve(config string) int {
 	var c serverConfig
 	if err := json.Unmarshal([]byte(config), &c); err != nil {
@@ -107,7 +107,7 @@ func (c *serverConfig) options(i int) ublk.Options {
 	return o
 }
 
-// obey carries out one line: quiesce, stop or close.
+// obey executes one command: quiesce, stop or close.
 func (c *serverConfig) obey(devices []*ublk.Device, line string) string {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
@@ -158,8 +158,8 @@ func (c *serverConfig) handler() (ublk.Handler, error) {
 	}), nil
 }
 
-// shmDisk is a RAM disk in a file of a memory file system, so that it outlives its server. 4 KiB are read and
-// written as one.
+// shmDisk is a RAM disk in a file of a memory file system, so that it outlives its server. It reads and writes each
+// aligned 4 KiB atomically.
 type shmDisk struct {
 	data  []byte
 	locks [64]sync.RWMutex // by 4 KiB block
@@ -204,7 +204,7 @@ func (d *shmDisk) ServeUBLK(r *ublk.Request) error {
 	return nil
 }
 
-// memoryFile names a file for a shmDisk.
+// memoryFile returns the path of a file for a shmDisk.
 func memoryFile(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "ublk-test-")
@@ -215,7 +215,7 @@ func memoryFile(t testing.TB) string {
 	return filepath.Join(dir, "disk")
 }
 
-// serverProcess is one that was started.
+// serverProcess is a server process that was started.
 type serverProcess struct {
 	config serverConfig
 	cmd    *exec.Cmd
@@ -276,7 +276,7 @@ func startProcess(t testing.TB, c serverConfig) *serverProcess {
 	return s
 }
 
-// line waits for what the server says; "" is its end.
+// line returns the next line that the server prints, or "" when the server has ended.
 func (s *serverProcess) line(t testing.TB) string {
 	t.Helper()
 	select {
@@ -304,7 +304,7 @@ func (s *serverProcess) ask(t testing.TB, line string) string {
 	return s.line(t)
 }
 
-// kill ends the server with SIGKILL. A process that the kernel does not let go is an error.
+// kill ends the server with SIGKILL. It fails the test if the process does not end.
 func (s *serverProcess) kill(t testing.TB) {
 	t.Helper()
 	_ = s.cmd.Process.Kill()
@@ -320,7 +320,7 @@ func (s *serverProcess) wait(t testing.TB) {
 	}
 }
 
-// remove deletes what is left of a device whose server is gone, by force, and waits until it is gone.
+// remove deletes, by force, a device whose server is gone, and waits until the device is gone.
 func remove(t testing.TB, id int) {
 	t.Helper()
 	within(t, 30*time.Second, "the device of a dead server is left", func() error {
@@ -333,8 +333,8 @@ func remove(t testing.TB, id int) {
 	})
 }
 
-// mustBecome waits for a state of a device in the driver. Before Linux 6.15 that takes 30 s, the block layer's
-// timeout, where a server died that held every request of a queue.
+// mustBecome waits for a state of a device in the driver. If the server held every request of a queue when it died, that
+// takes 30 s before Linux 6.15: the block layer's timeout.
 func mustBecome(t testing.TB, id int, want ublk.KernelState) {
 	t.Helper()
 	within(t, stepLimit, "state", func() error {
@@ -392,7 +392,7 @@ func startFIO(t testing.TB, path string, args ...string) *fioRun {
 	return f
 }
 
-// wait returns how fio ended, with its output if it failed.
+// wait waits until fio has ended, and returns an error with its output if it failed.
 func (f *fioRun) wait(t testing.TB, limit time.Duration) error {
 	t.Helper()
 	select {
@@ -416,7 +416,7 @@ func (f *fioRun) fails(t testing.TB) {
 	}
 }
 
-// sectorsWritten reads how much was written to a block device (Documentation/block/stat.rst: the seventh field).
+// sectorsWritten returns how many sectors were written to a block device (Documentation/block/stat.rst: the seventh field).
 func sectorsWritten(path string) int {
 	text, _ := os.ReadFile("/sys/block/" + filepath.Base(path) + "/stat")
 	fields := strings.Fields(string(text))
@@ -427,7 +427,7 @@ func sectorsWritten(path string) int {
 	return n
 }
 
-// untilWritten waits until the device has taken so many bytes.
+// untilWritten waits until so many bytes have been written to the device.
 func untilWritten(t testing.TB, path string, bytes int) {
 	t.Helper()
 	within(t, stepLimit, "load on "+path, func() error {

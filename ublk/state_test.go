@@ -9,7 +9,7 @@ import (
 	"testing"
 )
 
-// TestTransitions: the device goes only where the table says.
+// TestTransitions: a device makes only the transitions of the table.
 func TestTransitions(t *testing.T) {
 	steps := 0
 	for from := StateStarting; from <= StateQuiesced; from++ {
@@ -29,7 +29,7 @@ func TestTransitions(t *testing.T) {
 		if ends := len(transitions[from]) == 0; ends != from.ended() {
 			t.Errorf("%v is an end: %v", from, ends)
 		}
-		// Nothing waits for ever: every state that is not an end leads to one at once.
+		// Every state that is not an end has a transition to one, so nothing waits for ever.
 		if !from.ended() {
 			found := false
 			for _, s := range transitions[from] {

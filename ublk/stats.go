@@ -53,7 +53,7 @@ const (
 	// Every power of two of nanoseconds has 2^subBits buckets of the same width, so a bucket's middle is off
 	// by at most 1/2^(subBits+1) of what it counts: 3.2 %.
 	subBits = 4
-	// maxBits bounds the durations that are told apart: 2^maxBits ns are 18 minutes.
+	// maxBits bounds the durations that have buckets of their own: 2^maxBits ns are 18 minutes.
 	maxBits = 40
 	// Durations below 2^subBits have a bucket each.
 	histogramSize = (maxBits - subBits + 1) << subBits
@@ -148,7 +148,7 @@ type counter struct{ v atomic.Uint64 }
 func (c *counter) add(n uint64) { c.v.Store(c.v.Load() + n) }
 
 // queueCounters are the live numbers of a queue. Only its thread writes them, once a turn: the requests of a
-// turn begin together when it returns, and their answers go out together with the next one.
+// turn begin together when its system call returns, and their answers go out together with the next one.
 type queueCounters struct {
 	ops      [OpWriteZeroes + 1]opCounters
 	underway atomic.Int64
@@ -175,7 +175,7 @@ func newQueueCounters(depth int) *queueCounters {
 	return &queueCounters{answered: make([]answer, 0, depth), base: time.Now()}
 }
 
-// now is the time that arrivals are told in.
+// now returns the time on the queue's clock, which Request.arrived is measured with.
 func (c *queueCounters) now() time.Duration { return time.Since(c.base) }
 
 // note remembers an answer until publish.

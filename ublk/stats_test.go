@@ -108,7 +108,7 @@ func testStats(t *testing.T, mode CopyMode) {
 	wait(func(s QueueStats) bool { return s.Underway == 0 && s.Ops[OpDiscard].Requests == 1 })
 }
 
-// BenchmarkCounters is what counting costs a request, in turns of one and of 32 requests.
+// BenchmarkCounters measures the cost of counting a request, in turns of one and of 32 requests.
 func BenchmarkCounters(b *testing.B) {
 	for _, n := range []int{1, 32} {
 		b.Run(fmt.Sprintf("turn of %d", n), func(b *testing.B) {

@@ -21,12 +21,12 @@ type attempt struct {
 type attemptKind uint8
 
 const (
-	attemptStop    attemptKind = iota // unless somebody uses it
-	attemptClose                      // also while it is in use
-	attemptQuiesce                    // but leave the disk
+	attemptStop    attemptKind = iota // fails if the device is in use
+	attemptClose                      // ends the device even if it is in use
+	attemptQuiesce                    // ends serving, and leaves the disk
 )
 
-// Stop ends the device if nobody uses it. Otherwise it returns ErrBusy, in an error that names the users.
+// Stop ends the device if it is not in use. Otherwise it returns ErrBusy, in an error that names the users.
 //
 // The kernel writes dirty data back through the live handler, then the queues end, and then the device is
 // deleted. If ctx ends first, the stop goes on; call Stop or Close again to wait for it. Stopping a device
@@ -51,7 +51,7 @@ func (d *Device) end(ctx context.Context, kind attemptKind) error {
 				return d.waitGone(ctx)
 			case a.kind != kind && ctx.Err() == nil:
 				continue // another caller's attempt was refused; now this one
-			case a.kind != kind: // and there is no time left for this one
+			case a.kind != kind: // and no time is left for this one
 				return d.stillEnding(ctx)
 			case kind == attemptClose:
 				d.fail(fmt.Errorf("ublk: stop device %d: %w", d.id, a.err))
@@ -86,8 +86,7 @@ func (d *Device) stillEnding(ctx context.Context) error {
 	return fmt.Errorf("ublk: device %d is still %v: its requests are not all answered: %w", d.id, d.State(), ctx.Err())
 }
 
-// begin returns the attempt that is under way or has succeeded, or else begins one. attemptRoutine takes back
-// one that failed.
+// begin returns the attempt that is under way or has succeeded, or else begins one. attemptRoutine clears a failed one.
 func (d *Device) begin(ctx context.Context, kind attemptKind) *attempt {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -100,7 +99,7 @@ func (d *Device) begin(ctx context.Context, kind attemptKind) *attempt {
 	a := &attempt{kind: kind, cancel: func() {}, done: make(chan struct{})}
 	if d.isOver() {
 		d.drop = d.drop || kind == attemptClose
-		return a // which is never done: the device is
+		return a // a.done is never closed, but d.done will be
 	}
 	next := StateStopping
 	if kind == attemptQuiesce {
@@ -162,7 +161,7 @@ func (d *Device) attemptRoutine(ctx context.Context, a *attempt) {
 // waits for the server's end, and the driver sees that only when the last thread is gone. If the server is
 // killed while it leaves in the way used here, the disk waits for the next server.
 func (d *Device) leaveAndDelete() {
-	err := d.writeBack() // nobody would serve what is written after the queues have ended
+	err := d.writeBack() // first, because no queue would serve the writes after the queues have ended
 	d.mu.Lock()
 	d.flushErr = err
 	d.mu.Unlock()
@@ -194,8 +193,8 @@ func (d *Device) stopIfUnused(try func() error) error {
 func (d *Device) tryStop() error { return d.control.tryStop(d.target) }
 
 // claimAndStop is TRY_STOP for kernels without it. The exclusive open fails if the device is mounted, part of
-// another device or opened exclusively, and it prevents all of these until the stop. Other opens show among
-// the open files of processes.
+// another device or opened exclusively, and it prevents all of these until the stop. Other opens are found among the
+// open files of processes.
 func (d *Device) claimAndStop() error {
 	fd, err := openRetry(blockPath(d.id), unix.O_RDONLY|unix.O_EXCL|unix.O_NONBLOCK)
 	if errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENOENT) && diskGone(d.id) {

@@ -19,9 +19,9 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// VDISK_UBLK_ROUNDS makes these tests as long as one likes; 200 is the long form.
+// VDISK_UBLK_ROUNDS sets the length of these tests; 200 is the long form.
 
-// heavy is much I/O from many jobs, most of it in the queue.
+// heavy is a load from many jobs that keeps the queues full.
 var heavy = []string{"--rw=randrw", "--norandommap", "--iodepth=64", "--size=8m", "--time_based", "--runtime=120"}
 
 // TestStressRemove closes devices under load, several at once, in each way of copying.
@@ -162,7 +162,7 @@ func openForWriters(t testing.TB, path string) int {
 	return fd
 }
 
-// usage is what a process can leak.
+// usage counts the resources that a process can leak.
 type usage struct {
 	fds, threads, mappings int
 	locked, heap           int // KiB: what I/O buffers are made of, and what is left after a collection
@@ -186,8 +186,8 @@ func measureUsage() usage {
 	return u
 }
 
-// TestRounds makes and removes devices again and again, by every way of an end, and finds that neither devices nor
-// file descriptors, threads, mappings or memory grow.
+// TestRounds makes devices and ends them in every way, again and again. Neither devices nor file descriptors, threads,
+// mappings or memory grow.
 func TestRounds(t *testing.T) {
 	needDriver(t)
 	modes := copyModes(t)
@@ -265,7 +265,7 @@ func TestRounds(t *testing.T) {
 	}
 }
 
-// TestRoundsOfProcesses: servers that come and go, some of them killed, with a stranger's files open meanwhile.
+// TestRoundsOfProcesses starts servers and ends or kills them, again and again, while another process has files open.
 func TestRoundsOfProcesses(t *testing.T) {
 	needDriver(t)
 	modes := copyModes(t)
@@ -303,8 +303,8 @@ func TestRoundsOfProcesses(t *testing.T) {
 	}
 }
 
-// TestStopWritesBack: Stop does not lose what is in the page cache still, because the last one to use the disk, whom
-// nobody sees, lets go of it later.
+// TestStopWritesBack: Stop does not lose data in the page cache if the last user of the disk, which Stop cannot see,
+// closes it only later.
 func TestStopWritesBack(t *testing.T) {
 	needDriver(t)
 	for _, recovery := range []ublk.Recovery{ublk.RecoverNone, ublk.RecoverReissue} {

@@ -25,8 +25,8 @@ func recoveries(t testing.TB) map[string]ublk.Recovery {
 	return all
 }
 
-// TestDeathWhileFetching: a server that dies with some tags offered and some not leaves nothing that hangs, neither
-// when it makes the device nor when it recovers one.
+// TestDeathWhileFetching: nothing hangs after a server has died with some tags offered and some not, while it made a
+// device or recovered one.
 func TestDeathWhileFetching(t *testing.T) {
 	needDriver(t)
 	if set, err := ublk.Features(); err != nil {
@@ -72,7 +72,7 @@ func TestDeathWhileFetching(t *testing.T) {
 }
 
 // TestKillRecover kills a server in a write, before or after the write is applied, under load, in each way of copying
-// and of recovery, and has another one take over. What a user of the disk sees is what Recovery promises.
+// and of recovery, and lets another one take over. Users of the disk see what Recovery promises.
 func TestKillRecover(t *testing.T) {
 	needDriver(t)
 	for _, mode := range copyModes(t) {
@@ -111,7 +111,7 @@ func killRecover(t *testing.T, mode ublk.CopyMode, recovery ublk.Recovery) {
 			t.Errorf("%d writes were answered without a server", n)
 		}
 	}
-	// Recover from this process: what the library tells of the device is what it was made with.
+	// Recover from this process: the library returns the options that the device was made with.
 	h, err := c.handler()
 	if err != nil {
 		t.Fatal(err)
@@ -175,7 +175,8 @@ func TestKillIdle(t *testing.T) {
 	}
 }
 
-// TestQuiesceUnderLoad: quiescing answers what the server has, and the users wait for the next one and see no error.
+// TestQuiesceUnderLoad: quiescing answers the requests that the server has. The users wait for the next server, and see no
+// error.
 func TestQuiesceUnderLoad(t *testing.T) {
 	needDriver(t)
 	for _, mode := range copyModes(t) {
@@ -209,8 +210,7 @@ func TestQuiesceUnderLoad(t *testing.T) {
 	}
 }
 
-// TestKillVerify kills servers under fio at moments of no one's choosing, and fio sees neither an error nor a wrong
-// block.
+// TestKillVerify kills servers under fio at random moments. fio sees neither an error nor a wrong block.
 func TestKillVerify(t *testing.T) {
 	needDriver(t)
 	for _, mode := range copyModes(t) {

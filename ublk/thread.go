@@ -21,13 +21,13 @@ type queueThread struct {
 	buf   []byte
 	efd   int
 
-	cpus    *unix.CPUSet // where the thread runs, or nil
+	cpus    *unix.CPUSet // where the thread runs; nil: anywhere
 	flusher atomic.Bool  // the thread is marked as an I/O flusher
 	tid     atomic.Int64 // of the thread
-	behind  transport    // of a queue that has not drained; release closes it when the thread is gone
+	behind  transport    // set if the queue has not drained: release closes it when the thread is gone
 }
 
-// copyMode is the mode of a device that the driver granted features.
+// copyMode returns the copy mode of a device with the features that the driver granted.
 func copyMode(features Feature) CopyMode {
 	switch {
 	case features&FeatureBatchIO != 0:
@@ -38,10 +38,8 @@ func copyMode(features Feature) CopyMode {
 	return CopyPlain
 }
 
-// makeQueues maps what each queue needs. Descriptors of queue n lie at n times a stride that does not depend
-// on the depth; the length must be exactly that of the depth, and read-only.
-//
-// The descriptors are only reserved here: the driver shows them when every tag is fetched (see mapDescs).
+// makeQueues makes the queues with their buffers and eventfds. It only reserves memory for the descriptors, because the
+// driver lets a process map them only when every tag is fetched (see mapDescs).
 func (d *Device) makeQueues(ctx context.Context, h Handler) error {
 	mode := copyMode(d.features)
 	d.locked = true
@@ -80,11 +78,13 @@ func (d *Device) makeQueues(ctx context.Context, h Handler) error {
 
 func descBytes(depth int) int { return roundUp(depth*descSize, os.Getpagesize()) }
 
-// errMapRefused: the driver takes the descriptors for those of another process.
+// errMapRefused: the driver believes that another process has the descriptors.
 var errMapRefused = errors.New("ublk: the driver does not let this process map the descriptors")
 
-// mapDescs maps the driver's descriptors over what makeQueues reserved. Requests may arrive before that, and
-// are held: the driver lifts FAIL_IO from each queue by itself, when its last tag is fetched (since 6.15).
+// mapDescs maps the driver's descriptors over the memory that makeQueues reserved. The descriptors of queue n are at n
+// times a stride that does not depend on the depth. The mapping must have exactly the length of the depth, and be
+// read-only. Requests may arrive before this, and are held: since 6.15 the driver lifts FAIL_IO from a queue as soon as
+// its last tag is fetched.
 func (d *Device) mapDescs() error {
 	stride := int64(roundUp(descArea, os.Getpagesize()))
 	for id, t := range d.queues {
@@ -115,8 +115,8 @@ func (d *Device) newTransport(t *queueThread) (transport, error) {
 	return newTransport(c, d.charFD)
 }
 
-// startQueues runs a thread for every queue and waits until each has fetched all its tags. From here on
-// supervise owns the end of the device.
+// startQueues starts a thread for every queue, and waits until each has fetched all its tags. From here on
+// superviseRoutine does what is needed at the end of the device.
 func (d *Device) startQueues() error {
 	ready := make(chan error, len(d.queues))
 	for _, t := range d.queues {
@@ -140,8 +140,8 @@ func (d *Device) startQueues() error {
 	return errs
 }
 
-// queueRoutine is the thread of one queue. It never unlocks the thread, so that the thread ends with it and
-// leaves neither its name nor its ring registration to other goroutines.
+// queueRoutine is the thread of one queue. It never unlocks the thread, so the thread ends with it, and passes neither its
+// name nor its ring registration on to other goroutines.
 func (d *Device) queueRoutine(t *queueThread, ready chan<- error) {
 	if !lockThread() {
 		other := make(chan struct{})
@@ -164,7 +164,7 @@ func lockThread() bool {
 	return unix.Gettid() != unix.Getpid()
 }
 
-// serveQueue is queueRoutine on a thread of the queue's own.
+// serveQueue is queueRoutine after it has got a thread of its own.
 func (d *Device) serveQueue(t *queueThread, ready chan<- error) {
 	nameThread(fmt.Sprintf("ublk%dq%d", d.id, t.id))
 	pinThread(t.cpus)
@@ -176,8 +176,7 @@ func (d *Device) serveQueue(t *queueThread, ready chan<- error) {
 		ready <- err
 		return
 	}
-	// Deferred for a handler that ends the goroutine (runtime.Goexit): the tags must not stay without a
-	// thread.
+	// Deferred, because a handler may end the goroutine (runtime.Goexit), and the device must then end too.
 	finished := false
 	defer func() {
 		drained := t.ended == t.depth
@@ -202,7 +201,7 @@ func (d *Device) serveQueue(t *queueThread, ready chan<- error) {
 	}
 	ready <- nil
 	<-d.started
-	if !d.mapped { // nobody can tell what has arrived
+	if !d.mapped { // without descriptors it is not known which requests have arrived
 		finished = true
 		return
 	}
@@ -213,7 +212,7 @@ func (d *Device) serveQueue(t *queueThread, ready chan<- error) {
 	finished = true
 }
 
-// nameThread shows the queue in top and ps; a thread without a name is as good.
+// nameThread sets the name that top and ps show. Failing to do so is harmless.
 func nameThread(name string) {
 	b, err := unix.ByteSliceFromString(name)
 	if err == nil {
@@ -221,8 +220,8 @@ func nameThread(name string) {
 	}
 }
 
-// abandoned holds the memory of queues that died with requests or reads open, to which a handler or the
-// kernel may still write, and of those whose thread does not end.
+// abandoned keeps the memory of queues that ended with open requests or reads, because a handler or the kernel may still
+// write to it, and of queues whose thread does not end.
 var abandoned struct {
 	sync.Mutex
 	queues []*queueThread
@@ -231,8 +230,8 @@ var abandoned struct {
 // threadTimeout bounds the wait for the thread of a queue that has not drained.
 const threadTimeout = 5 * time.Second
 
-// gone waits until the thread of a queue that has ended is gone. Until then the driver may copy to its
-// memory, and takes it for one that still serves.
+// gone waits until the thread of an ended queue has ended too, and reports whether it has. Until then the driver may copy
+// to the queue's memory, and treats the queue as one that is still served.
 func (t *queueThread) gone() bool {
 	for end := time.Now().Add(threadTimeout); time.Now().Before(end); time.Sleep(time.Millisecond) {
 		if unix.Tgkill(unix.Getpid(), int(t.tid.Load()), 0) == unix.ESRCH {
@@ -246,5 +245,5 @@ func keepForever(t *queueThread) {
 	abandoned.Lock()
 	defer abandoned.Unlock()
 	abandoned.queues = append(abandoned.queues, t)
-	t.buf = nil // which keeps it mapped
+	t.buf = nil // so that release does not unmap it
 }

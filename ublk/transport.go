@@ -11,35 +11,37 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// transport is what the queue loop needs of the driver; each copy mode has its own. All of it but interrupt is called by the
-// queue's thread only. fetch, commit, read and arm only queue work; turn hands it over.
+// transport is the part of the driver that the queue loop uses. Each copy mode has an implementation. All methods except
+// interrupt are called on the queue's thread only. fetch, commit, read and arm only queue work; submitAndWait and flush
+// submit it.
 type transport interface {
 	// fetch offers tag to the driver for its first request.
 	fetch(tag int)
-	// commit answers the request of tag with result (bytes, or a negative errno) and asks for the next.
+	// commit answers the request of tag with result (bytes, or a negative errno), and offers the tag for the next one.
 	commit(tag int, result int32)
-	// load brings the payload of tag's write into p, unless the driver has done so.
+	// load copies the payload of tag's write into p, unless the driver has done so.
 	load(tag int, p []byte) error
-	// store gives p to the driver as what tag's read has read, unless the driver takes it by itself.
+	// store copies p, the result of tag's read, to the driver, unless the driver does so by itself.
 	store(tag int, p []byte) error
-	// read reads into p; its completion carries slot.
+	// read reads from the file fd into p. Its completion has slot as its index.
 	read(slot int, fd int, p []byte, off int64)
-	// arm makes the next interrupt a completion. An interrupt that comes while none is armed is not lost.
+	// arm makes the next interrupt a completion. An interrupt that comes earlier becomes one when arm is called.
 	arm()
-	// submitAndWait submits what was queued and, if wait is true, returns only when there is a completion (or spuriously).
+	// submitAndWait submits the queued work. If wait is true, it returns only when there is a completion, or spuriously.
 	submitAndWait(wait bool) error
-	// flush submits what was queued, and has the driver hand out nothing. It is to be called until done, with all
-	// completions taken in between.
+	// flush submits queued work without letting the driver hand out requests. The caller must repeat it until done is
+	// true, and take all completions in between.
 	flush() (done bool, err error)
 	// next takes one completion.
 	next() (completion, bool)
-	// desc is the request of a tag whose fetch or commit completed with result 0.
+	// desc returns the request of a tag whose fetch or commit completed with result 0.
 	desc(tag int) ioDesc
-	// interrupt ends a turn that waits, from any goroutine.
+	// interrupt ends the wait in submitAndWait. It may be called on any goroutine.
 	interrupt()
-	// close releases the ring; what is still fetched, if the tags are not drained, is cancelled.
+	// close releases the ring. If the tags are not drained, this cancels their fetches.
 	close(drained bool)
-	// free gives back the transport's memory, after close, when the tags are drained or the thread is gone.
+	// free releases the transport's memory. It must come after close, and after the tags are drained or the thread has
+	// ended.
 	free()
 }
 
@@ -53,17 +55,17 @@ type completion struct {
 type completionKind uint8
 
 const (
-	completeIO   completionKind = iota // a fetch or commit: a request (0), or the end of the tag (negative)
+	completeIO   completionKind = iota // a fetch or commit: a request (result 0), or the end of the tag (negative)
 	completeRead                       // a read
 	completeWake                       // an interrupt
 
-	// These stay inside batchTransport.
+	// batchTransport uses these, and does not return them.
 	completePrep
 	completeCommit
 	completeTags
 )
 
-// transportConfig is what a transport is made of.
+// transportConfig has the parameters and resources of a transport.
 type transportConfig struct {
 	mode          CopyMode
 	queue, depth  int
@@ -74,21 +76,21 @@ type transportConfig struct {
 	legacyOpcodes bool // commands are opcodes of one byte, as up to Linux 6.3
 }
 
-// charDevice is what a transport does with files outside its ring.
+// charDevice is the part of a transport's work with files that does not go through its ring.
 type charDevice interface {
 	// pread and pwrite copy the payload of a request; see userTransport.
 	pread(p []byte, off int64) (int, error)
 	pwrite(p []byte, off int64) (int, error)
-	// interruptFD is the file that the ring reads to learn of interrupt.
+	// interruptFD returns the file that becomes readable by interrupt. The ring reads it.
 	interruptFD() int
 	interrupt()
 }
 
-// newTransport sets up the ring of a queue and the transport of its mode; it must be called on the thread that will run the
-// queue.
+// newTransport sets up the ring of a queue, and the transport of its mode. It must be called on the thread that will run
+// the queue.
 func newTransport(c transportConfig, charFD int) (transport, error) {
-	// Twice the depth leaves room for a commit of every tag and as many reads in one turn; more reads than that
-	// cost an extra submission. Completions that outrun the ring are kept by the kernel (NODROP).
+	// Twice the depth leaves room for a commit of every tag and as many reads in one turn. More reads cost an extra
+	// submission. The kernel keeps completions for which the ring has no room (NODROP).
 	entries := uint32(max(2*c.depth, 64))
 	r, err := newRing(entries, 4*entries, queueSetup...)
 	if err != nil {
@@ -103,7 +105,7 @@ func newTransport(c transportConfig, charFD int) (transport, error) {
 	return newTransportOn(r, c)
 }
 
-// newTransportOn makes the transport of c's mode on a ring that it then owns.
+// newTransportOn makes the transport of c's mode on a ring. It takes the ring over, and closes it if it fails.
 func newTransportOn(r *ring, c transportConfig) (transport, error) {
 	count, err := eventCount()
 	if err != nil {
@@ -120,23 +122,23 @@ func newTransportOn(r *ring, c transportConfig) (transport, error) {
 	return p, nil
 }
 
-// ringTransport is the transport of CopyPlain, and what the other modes share: every tag has a command of its own, and the driver
-// copies between the request and the tag's buffer.
+// ringTransport is the transport of CopyPlain, and the common part of the others. Every tag has a command of its own, and
+// the driver copies between the request and the tag's buffer.
 type ringTransport struct {
 	transportConfig
 	ring  *ring
-	count []byte // where the reads of the eventfd go
-	err   error  // the first entry that could not be queued; turn reports it
+	count []byte // buffer for the reads of the eventfd
+	err   error  // why an entry could not be queued; submitAndWait and flush return it
 }
 
-// eventCount is where every ring of the process reads its eventfd to: nobody looks at it. It is never unmapped,
-// because a ring ends some time after its close, and the read with it.
+// eventCount returns the memory into which all rings of the process read their eventfds. The content is not used. The
+// memory is never unmapped, because the read of a ring ends only some time after the ring is closed.
 var eventCount = sync.OnceValues(func() ([]byte, error) {
 	mem, _, err := mapAnonymous(os.Getpagesize())
 	return mem, err
 })
 
-// The user data of an entry: the kind in the high half, the tag or slot in the low half.
+// userData returns the user data of an entry: the kind in the high half, and the tag or slot in the low half.
 func userData(k completionKind, index int) uint64 { return uint64(k)<<32 | uint64(uint32(index)) }
 
 func (p *ringTransport) fetch(tag int) { p.command(ioFetchReq, tag, 0) }
@@ -158,7 +160,7 @@ func (p *ringTransport) command(op uint32, tag int, result int32) {
 	*(*ioCmd)(unsafe.Pointer(&e.cmd)) = ioCmd{queueID: uint16(p.queue), tag: uint16(tag), result: result, addr: p.addr(tag)}
 }
 
-// addr is where the driver copies to and from; with CopyUser it must be 0.
+// addr returns the address of the tag's buffer for the driver, which must be 0 with CopyUser.
 func (p *ringTransport) addr(tag int) uint64 {
 	if p.buf == nil {
 		return 0
@@ -190,7 +192,7 @@ func (p *ringTransport) readEntry(userData uint64, fd int, b []byte, off int64) 
 	e.userData = userData
 }
 
-// entry returns a free submission entry, handing over the full ring first when it must.
+// entry returns a free submission entry. If the ring is full, it first submits the entries.
 func (p *ringTransport) entry() *sqe {
 	for range 1000 {
 		if e := p.ring.get(); e != nil {
@@ -218,7 +220,8 @@ func (p *ringTransport) flush() (done bool, err error) {
 	return false, err
 }
 
-// enter makes one system call. entered is false if it was cut short, and the kernel may not have done all its work.
+// enter submits and, if wait is true, waits, in one system call. entered is false if the call was interrupted; then the
+// kernel may not have done all its work.
 func (p *ringTransport) enter(wait bool) (entered bool, err error) {
 	if p.err != nil {
 		return false, p.err
@@ -230,14 +233,14 @@ func (p *ringTransport) enter(wait bool) (entered bool, err error) {
 	return p.outcome(p.ring.enter(n))
 }
 
-// outcome sorts the results of a system call.
+// outcome turns the error of a system call into the results of enter.
 func (p *ringTransport) outcome(err error) (entered bool, _ error) {
 	switch {
 	case err == nil:
 		return true, nil
 	case !transient(err):
 		return false, fmt.Errorf("ublk: io_uring_enter: %w", err)
-	case err == unix.EAGAIN: // no memory for a request: let others make some
+	case err == unix.EAGAIN: // the kernel has no memory for a request; it may get some meanwhile
 		time.Sleep(time.Millisecond)
 	}
 	return false, nil
@@ -255,8 +258,9 @@ func (p *ringTransport) desc(tag int) ioDesc {
 func (p *ringTransport) interrupt() { p.char.interrupt() }
 
 func (p *ringTransport) close(drained bool) {
-	// The registered file holds the char device open past its close, so it goes first. But the kernel waits (without
-	// end, at least in 6.12) for requests that use it: while there are fetches, only the ring's end ends those.
+	// A registered file stays open in the ring after its descriptor is closed, so unregister it. Not while there are
+	// fetches, though: the kernel would wait for them (without end, at least in 6.12), and only closing the ring ends
+	// them.
 	if drained {
 		_ = p.ring.register(unregisterFiles, nil, 0)
 	}
@@ -265,7 +269,7 @@ func (p *ringTransport) close(drained bool) {
 
 func (p *ringTransport) free() {}
 
-// charFiles is the charDevice of a real queue: the char device, and an eventfd that interrupt writes to.
+// charFiles is the charDevice of a real queue: the descriptors of the char device, and of an eventfd for interrupt.
 type charFiles struct{ char, event int }
 
 func (f charFiles) interruptFD() int { return f.event }

@@ -15,8 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// needNullCommands skips a test where io_uring is switched off, or where /dev/null does not answer commands. Where
-// it does, every command succeeds at once, which makes it a driver that dispatches a request for every commit.
+// needNullCommands skips a test if io_uring is switched off, or if /dev/null does not answer commands. If it answers them,
+// every command succeeds at once, so it acts as a driver that dispatches a request for every commit.
 func needNullCommands(t testing.TB) {
 	t.Helper()
 	r, err := newRing(8, 16, 0)
@@ -193,7 +193,7 @@ func TestRingSetupFallback(t *testing.T) {
 	}
 }
 
-// BenchmarkLoop is the cost of a request without the driver: the loop, its ring and a commit to /dev/null.
+// BenchmarkLoop measures the cost of a request without the driver: the loop, its ring, and a commit to /dev/null.
 func BenchmarkLoop(b *testing.B) {
 	for name, answer := range map[string]func(*Request) error{
 		"inline": func(*Request) error { return nil },
@@ -220,7 +220,7 @@ func BenchmarkLoop(b *testing.B) {
 	}
 }
 
-// cpuTime is what the process has used so far.
+// cpuTime returns the processor time that the process has used so far.
 func cpuTime() time.Duration {
 	var u unix.Rusage
 	_ = unix.Getrusage(unix.RUSAGE_SELF, &u)

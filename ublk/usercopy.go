@@ -8,7 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Where a request's payload lies in the char device with UBLK_F_USER_COPY (include/uapi/linux/ublk_cmd.h): from
+// The place of a request's payload in the char device with UBLK_F_USER_COPY (include/uapi/linux/ublk_cmd.h): from
 // UBLKSRV_IO_BUF_OFFSET on, each tag of each queue has 2^UBLK_IO_BUF_BITS bytes.
 const (
 	userCopyBase   = 0x80000000
@@ -16,9 +16,9 @@ const (
 	userQueueShift = userTagShift + 16
 )
 
-// userTransport is the transport of CopyUser: the commands carry no address, and the payloads are copied by pread and pwrite on
-// the char device. Reads and writes on the ring would do it too, but the char device cannot say that it never blocks,
-// so the ring gives them to a worker thread.
+// userTransport is the transport of CopyUser. Its commands carry no address. It copies payloads with pread and pwrite on
+// the char device. Reads and writes on the ring would work too, but the ring would pass each of them to a worker thread,
+// because the char device cannot declare that it never blocks.
 type userTransport struct{ *ringTransport }
 
 func (p *userTransport) offset(tag int) int64 {
@@ -33,7 +33,7 @@ func (p *userTransport) store(tag int, b []byte) error {
 	return transfer(p.char.pwrite, b, p.offset(tag))
 }
 
-// transfer calls f until all of b is done.
+// transfer calls f until all of b is copied.
 func transfer(f func(p []byte, off int64) (int, error), b []byte, off int64) error {
 	for len(b) > 0 {
 		n, err := f(b, off)
@@ -50,8 +50,9 @@ func transfer(f func(p []byte, off int64) (int, error), b []byte, off int64) err
 	return nil
 }
 
-// rawCopyMax is the longest copy that is made without telling the scheduler. It takes a few microseconds and cannot
-// sleep, less than it costs to give up the processor and take it back; a longer one would keep the collector waiting.
+// rawCopyMax is the largest copy that is made without informing Go's scheduler. Such a copy takes a few microseconds and
+// cannot sleep. Giving up the processor and taking it back would cost more. A larger copy would keep the garbage
+// collector waiting.
 const rawCopyMax = 64 << 10
 
 func (f charFiles) pread(p []byte, off int64) (int, error) {

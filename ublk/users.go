@@ -13,11 +13,11 @@ import (
 // user is one thing that holds a block device or one of its partitions.
 type user struct {
 	text    string
-	lasting bool // not a passing open, as udev's are
+	lasting bool // not just an open file, which may be closed soon, as udev's are
 }
 
-// users finds out who holds the block device of id: mounts (of this mount namespace), swap, devices built on
-// it and processes that have it open. It is for error messages, and finds what the process may see.
+// users lists the users of the block device of id: mounts (of this mount namespace), swap, devices that are built on it,
+// and processes that have it open. It is for error messages, and may miss users that this process may not see.
 func users(id int) []user {
 	var us []user
 	devs := blockNumbers(id)
@@ -73,9 +73,8 @@ func blockNumbers(id int) map[string]bool {
 	return devs
 }
 
-// mountsOf returns the mount points of the devices in a text like /proc/self/mountinfo
-// (proc_pid_mountinfo(5): the third field is major:minor, the fifth the mount point). Lines may be of any
-// length: the options of an overlay are.
+// mountsOf returns the mount points of the devices in a text like /proc/self/mountinfo (proc_pid_mountinfo(5): the third
+// field is major:minor, the fifth the mount point). A line may have any length: an overlay's options make it long.
 func mountsOf(devs map[string]bool, mountinfo string) []string {
 	var points []string
 	for line := range strings.Lines(mountinfo) {
@@ -103,8 +102,8 @@ func swapsOn(name, swaps string) bool {
 	return false
 }
 
-// openers returns the processes that have the block device or a partition open, but for this process's file
-// except.
+// openers returns the processes that have the block device or a partition open. It does not count this process's
+// descriptor except.
 func openers(id, except int) []user {
 	devs := blockNumbers(id)
 	if len(devs) == 0 {
