@@ -16,7 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Options say what Build makes, and where.
+// Options select what Build makes, and where.
 type Options struct {
 	Dir     string    // cache folder; empty: DefaultDir
 	Kernels []string  // names of the kernels wanted; empty: all

@@ -37,7 +37,7 @@ func (img *Image) kernel(name string) (Kernel, error) {
 	return Kernel{}, fmt.Errorf("guest: no kernel %q in this image", name)
 }
 
-// kernelSpec says which releases may be a kernel. Each pattern matches the text between "linux-image-" (or
+// kernelSpec selects the releases that may be a kernel. Each pattern matches the text between "linux-image-" (or
 // "linux-modules-", since 7.2) and "-unsigned". A release that matches an earlier pattern is preferred, then
 // the newest.
 type kernelSpec struct {

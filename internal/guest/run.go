@@ -37,7 +37,7 @@ type Run struct {
 	Terminal bool
 }
 
-// Result says how a run went.
+// Result describes the outcome of a run.
 type Result struct {
 	ExitCode int           // of the script; -1 if it did not end
 	PowerCut bool          // the payload asked for a power cut, and got it

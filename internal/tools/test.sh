@@ -47,7 +47,7 @@ get_headers() {
 		export VDISK_UAPI
 	else
 		unset VDISK_UAPI
-		echo "*** NOT TESTED: ublk's ABI against the kernel's header, which cannot be had here (the reason is above)."
+		echo "*** NOT TESTED: ublk's ABI against the kernel's header, which is not available here (the reason is above)."
 	fi
 }
 

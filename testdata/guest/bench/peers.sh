@@ -10,7 +10,7 @@ owner=
 modprobe loop
 
 # A target TARGET is made by make_TARGET, fresh, which puts its path into device[], and removed by remove_TARGET; snapshot_TARGET takes
-# a snapshot of it. lacks_TARGET says why it cannot be had here; without one it always can.
+# a snapshot of it. lacks_TARGET is the reason why it cannot run here; without one it always can.
 start_owner() {
 	vdisk -q create first --size 1M # a daemon wants a store
 	vdisk daemon >/tmp/daemon.log 2>&1 &

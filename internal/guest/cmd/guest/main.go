@@ -155,7 +155,7 @@ func (a *app) list(img *guest.Image) {
 	}
 }
 
-// runFlags are those that run and shell share.
+// runFlags returns the flags that run and shell share.
 func (a *app) runFlags(name string) (*flag.FlagSet, *guest.Run) {
 	fs := a.flags(name)
 	r := &guest.Run{Files: map[string]string{}}
@@ -166,12 +166,12 @@ func (a *app) runFlags(name string) (*flag.FlagSet, *guest.Run) {
 	fs.Int64Var(&r.ScratchSize, "scratch-size", 8<<30, "size of /scratch in `bytes`, -1 for none")
 	fs.StringVar(&r.ScratchFile, "scratch-file", "", "`file` behind /scratch that is kept and used again")
 	fs.BoolVar(&r.Durable, "durable", false, "flushes of /scratch reach the host's disk")
-	fs.StringVar(&r.Results, "results", "", "host `folder` that gets what is left in /results")
-	fs.Func("bin", "host `file` that is put into /payload/bin (repeatable)", func(v string) error {
+	fs.StringVar(&r.Results, "results", "", "copy the content of /results to this host `folder`")
+	fs.Func("bin", "copy a host `file` into /payload/bin (repeatable)", func(v string) error {
 		r.Files["bin/"+filepath.Base(v)] = v
 		return nil
 	})
-	fs.Func("file", "`GUEST=HOST`: a file or folder of the host put there in the guest, below /payload unless absolute (repeatable)", func(v string) error {
+	fs.Func("file", "`GUEST=HOST`: copy a file or folder of the host into the guest, below /payload unless absolute (repeatable)", func(v string) error {
 		to, from, ok := strings.Cut(v, "=")
 		if !ok || to == "" || from == "" {
 			return fmt.Errorf("want GUEST=HOST, got %q", v)
@@ -185,7 +185,7 @@ func (a *app) runFlags(name string) (*flag.FlagSet, *guest.Run) {
 func (a *app) run(ctx context.Context, args []string) (int, error) {
 	fs, r := a.runFlags("run")
 	fs.DurationVar(&r.Timeout, "timeout", 5*time.Minute, "deadline of the whole run")
-	quiet := fs.Bool("q", false, "say nothing but what the payload says")
+	quiet := fs.Bool("q", false, "print only the payload's output")
 	if err := fs.Parse(args); err != nil {
 		return 0, err
 	}
@@ -211,7 +211,7 @@ func (a *app) run(ctx context.Context, args []string) (int, error) {
 	return res.ExitCode, nil
 }
 
-// report tells of a run that came to its end what the payload did not.
+// report prints the facts about a finished run that the payload's output does not show.
 func (a *app) report(res *guest.Result) {
 	if res.ExitCode > 0 {
 		fmt.Fprintf(a.stderr, "guest: console:\n%s\n", strings.TrimRight(res.Console, "\n"))

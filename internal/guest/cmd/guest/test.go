@@ -18,13 +18,13 @@ import (
 	"github.com/vdisk/vdisk/internal/guest"
 )
 
-// step is one thing that a test run does in the guest.
+// step is one command of a test run in the guest.
 type step struct {
 	name    string
 	command string // shell
 }
 
-// suite is what guest test takes into the guest.
+// suite has the files, steps and environment of guest test.
 type suite struct {
 	files map[string]string // as guest.Run's
 	steps []step
@@ -37,7 +37,7 @@ func (a *app) testFlags() (fs *flag.FlagSet, o *testOptions) {
 	fs.StringVar(&o.pattern, "run", "", "`regexp` of the tests to run")
 	fs.StringVar(&o.scripts, "scripts", "testdata/guest/*.sh", "`glob` of the scripts to run")
 	fs.DurationVar(&o.timeout, "timeout", 15*time.Minute, "deadline for each kernel")
-	fs.BoolVar(&o.short, "short", false, "have the tests take their short form")
+	fs.BoolVar(&o.short, "short", false, "run the tests with -short")
 	fs.IntVar(&o.memory, "memory", 4096, "memory in `MiB`")
 	fs.Func("env", "`NAME=VALUE` for the environment of the tests (repeatable)", func(v string) error {
 		if name, _, ok := strings.Cut(v, "="); !ok || strings.ContainsAny(name, " '") || name == "" {
@@ -46,7 +46,7 @@ func (a *app) testFlags() (fs *flag.FlagSet, o *testOptions) {
 		o.env = append(o.env, v)
 		return nil
 	})
-	fs.StringVar(&o.results, "results", "", "host `folder` that gets what is left in /results, in a folder for each kernel")
+	fs.StringVar(&o.results, "results", "", "copy the content of /results to this host `folder`, in a folder for each kernel")
 	return fs, o
 }
 
@@ -58,7 +58,7 @@ type testOptions struct {
 	memory                            int
 }
 
-// kernels are the names to pass to Build; nil is all.
+// kernels returns the names for Build; nil means all.
 func (o *testOptions) kernels() []string {
 	if o.kernel == "all" {
 		return nil
@@ -110,7 +110,7 @@ func list(names []string) string {
 	return ": " + strings.Join(names, ", ")
 }
 
-// testKernel runs the suite under one kernel and returns how many steps passed and the names of those that did not.
+// testKernel runs the suite under one kernel. It returns the number of steps that passed, and the names of the others.
 func (a *app) testKernel(ctx context.Context, img *guest.Image, k guest.Kernel, s *suite, o *testOptions, results string) (passed int, failed []string) {
 	fmt.Fprintf(a.stdout, "guest test: booting %s (%s)\n", k.Name, k.Release)
 	if o.results != "" {
@@ -143,7 +143,7 @@ func (a *app) testKernel(ctx context.Context, img *guest.Image, k guest.Kernel, 
 	return passed, failed
 }
 
-// stepsFile is where the guest notes the end of each step: its number and its exit status.
+// stepsFile is the file in which the guest records the end of each step: its number and its exit status.
 const stepsFile = "guest-test.steps"
 
 // script runs the steps one after another, whatever their outcome.
@@ -166,7 +166,7 @@ echo "%[1]d $code" >>/results/%[4]s; sync -f /results
 	return b.String()
 }
 
-// judge reads a steps file; a step that is not in it did not come to its end.
+// judge evaluates a steps file. A step that is missing in it did not end.
 func (s *suite) judge(steps string) (passed int, failed []string) {
 	ok := map[int]bool{}
 	for line := range strings.Lines(steps) {
@@ -185,13 +185,13 @@ func (s *suite) judge(steps string) (passed int, failed []string) {
 	return passed, failed
 }
 
-// goPackage is what we read of go list -json.
+// goPackage has the fields of go list -json that are used.
 type goPackage struct {
 	ImportPath, Dir           string
 	TestGoFiles, XTestGoFiles []string
 }
 
-// gather compiles what goes into the guest.
+// gather compiles and lists the files for the guest.
 func (a *app) gather(ctx context.Context, work string, patterns []string, o *testOptions) (*suite, error) {
 	s := &suite{files: map[string]string{}, env: o.env}
 	if main, _ := filepath.Glob("cmd/vdisk/*.go"); len(main) > 0 {
@@ -226,7 +226,7 @@ func (a *app) gather(ctx context.Context, work string, patterns []string, o *tes
 	return s, nil
 }
 
-// addPackage has a test binary run in a folder like its package's: beside testdata.
+// addPackage adds a step that runs a test binary in a folder with its package's testdata.
 func (s *suite) addPackage(p goPackage, binary string, o *testOptions) {
 	dir := path.Join("src", p.ImportPath)
 	s.files[path.Join(dir, "package.test")] = binary
@@ -270,7 +270,7 @@ func listPackages(ctx context.Context, patterns []string) ([]goPackage, error) {
 	}
 }
 
-// compile makes a static program, as the guest's libraries are not the host's.
+// compile makes a static program, because the guest has other libraries than the host.
 func (a *app) compile(ctx context.Context, what, to, pkg string) error {
 	args := []string{"build", "-o", to, pkg}
 	if what == "test" {
