@@ -86,8 +86,7 @@ func newConn(srv *Server, nc net.Conn, s session) *conn {
 	return c
 }
 
-// run serves requests until the client disconnects, which is no error, or the connection ends
-// otherwise. When it returns, no request is under way.
+// run serves requests until the client disconnects, which is no error, or the connection ends in another way. When it returns, no request is under way.
 func (c *conn) run() error {
 	err := c.receive()
 	c.sendBatch()
@@ -95,7 +94,7 @@ func (c *conn) run() error {
 	close(c.tasks)
 	c.wg.Wait()
 	c.in.free()
-	if c.out.failed.Load() { // what the receiver saw follows from it
+	if c.out.failed.Load() { // it caused the receiver's error
 		return c.out.err
 	}
 	if err == io.EOF { // without NBD_CMD_DISC, but between requests
@@ -181,8 +180,8 @@ func (c *conn) dispatch(req request) error {
 	return nil
 }
 
-// allowedFlags has, per command, the flags that mean something there. FUA is allowed everywhere: the
-// specification has it ignored by commands that change nothing.
+// allowedFlags has the flags that have a meaning for each command. FUA is allowed for all: by the specification, commands
+// that change nothing ignore it.
 var allowedFlags = [...]uint16{
 	cmdRead:        cmdFlagFUA | cmdFlagDF,
 	cmdWrite:       cmdFlagFUA,

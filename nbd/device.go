@@ -17,7 +17,7 @@ type Device interface {
 	ReadAt(p []byte, off int64) (int, error)
 	// WriteAt writes p. It must not keep a reference to p.
 	WriteAt(p []byte, off int64) (int, error)
-	// Flush returns when every change is durable that any connection has been told is done.
+	// Flush returns when every change is durable that was acknowledged on any connection.
 	Flush() error
 	// Discard declares that the content of the range is no longer needed.
 	Discard(off, length int64) error
@@ -44,7 +44,7 @@ type TryReader interface {
 	TryReadAt(p []byte, off int64) (done bool, err error)
 }
 
-// Export is an open device, and how it is served.
+// Export is an open device, with the properties that clients see.
 type Export struct {
 	Device      Device
 	Name        string // in full

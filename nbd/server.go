@@ -16,13 +16,13 @@ import (
 var ErrServerClosed = errors.New("nbd: server closed")
 
 // ErrTooManyConnections is returned by ServeConn for a connection that exceeds Options.MaxConnections. Its
-// client is told so.
+// client gets that as the answer to its options.
 var ErrTooManyConnections = errors.New("too many NBD connections")
 
 // Options are the limits of a Server. A zero value stands for the default, which is given in parentheses.
 type Options struct {
-	// MaxConnections is the number of connections that are served at a time (10,000). Further ones are told
-	// so, and closed. A connection that waits for requests holds no buffers.
+	// MaxConnections is the number of connections that are served at a time (10,000). Further ones are refused
+	// with that reason, and closed. A connection that waits for requests holds no buffers.
 	MaxConnections int
 	// HandshakeTimeout bounds each step of a negotiation: an option of the client, and its answer (30 s).
 	HandshakeTimeout time.Duration
@@ -36,12 +36,12 @@ type Options struct {
 	// Workers is the number of requests of one connection that are executed at a time, besides the flush and
 	// those that the receiver executes itself (32).
 	Workers int
-	// Logger is told of requests and connections that fail, at most one a second, and of panics, at most one
-	// a second; of clients that go away without a word, at info level; and of the begin and end of each
-	// connection, at debug level (none).
+	// Logger gets requests and connections that fail, at most one a second, and panics, at most one a second;
+	// clients that disconnect without notice, at info level; and the beginning and end of each connection, at
+	// debug level (none).
 	Logger *slog.Logger
 
-	stall time.Duration // after which a client is cut off that keeps others waiting; tests have their own
+	stall time.Duration // a client that keeps others waiting for so long is cut off; tests set it
 }
 
 func (o Options) withDefaults() Options {
@@ -75,7 +75,7 @@ type Server struct {
 	opts    Options
 	memory  memory
 	log     sparseLog
-	panics  sparseLog // apart, since they are the server's faults
+	panics  sparseLog // separate, since they are faults of the server
 
 	mu        sync.Mutex // guards the fields below
 	closed    bool       // Shutdown was called
@@ -90,7 +90,7 @@ type Server struct {
 
 // served is a connection as the server sees it.
 type served struct {
-	refused bool  // it is past the limit, and is told so
+	refused bool  // it exceeds the limit, and is being refused
 	conn    *conn // nil until the transmission phase
 }
 
@@ -227,8 +227,8 @@ func (s *Server) closeExport(session session) error {
 	return err
 }
 
-// refuseTimeout bounds each step of a client that is refused, and maxRefused how many are at a time: further
-// ones are closed without a word.
+// refuseTimeout bounds each step of a client that is refused. maxRefused bounds the number of such clients at a time:
+// further ones are closed without an answer.
 const (
 	refuseTimeout = 5 * time.Second
 	maxRefused    = 64
@@ -350,8 +350,8 @@ func (s *Server) removeListener(l net.Listener) {
 	delete(s.listeners, l)
 }
 
-// addConn adds a connection. refuse is why the connection is to be refused. err means that it is not even
-// told that.
+// addConn adds a connection. If refuse is not nil, it is the reason for refusing the connection. If err is not nil, the
+// connection must be closed without an answer.
 func (s *Server) addConn(nc net.Conn) (refuse, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
