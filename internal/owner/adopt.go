@@ -65,7 +65,7 @@ func (o *Owner) adoptUnread(ctx context.Context, cause error) error {
 	if o.opts.lasts() {
 		return o.unread
 	}
-	o.opts.Logger.Warn("which volumes are attached is not known", "err", o.unread)
+	o.opts.Logger.Warn("it is not known which volumes are attached", "err", o.unread)
 	return nil
 }
 

@@ -65,7 +65,7 @@ func connect(ctx context.Context, dir string, o Options) (*Client, Status, error
 	_ = c.Close()
 	if ctx.Err() == nil && first.Err() != nil {
 		return nil, s, fmt.Errorf("the owner of the store at %s (%s) has not answered for %v: %w: if it was stopped, let it go on "+
-			"(kill -CONT PID); if it only is slow, give a longer --lock-timeout", dir, cmp.Or(Holder(dir), "unknown"), patience, cow.ErrBusy)
+			"(kill -CONT PID); if it is only slow, give a longer --lock-timeout", dir, cmp.Or(Holder(dir), "unknown"), patience, cow.ErrBusy)
 	}
 	var netErr *net.OpError
 	if !errors.Is(err, ErrNoOwner) && ctx.Err() == nil && (errors.As(err, &netErr) || errors.Is(err, io.EOF)) {
@@ -366,7 +366,7 @@ func (c *Client) Export(ctx context.Context, ref cow.Ref, use func(sparse.Source
 	defer resp.Body.Close()
 	size, err := strconv.ParseInt(resp.Header.Get(sizeHeader), 10, 64)
 	if err != nil {
-		return fmt.Errorf("the owner of the store does not tell the size of %v: %w", ref, err)
+		return fmt.Errorf("the owner of the store does not report the size of %v: %w", ref, err)
 	}
 	return fromStream(use(sparse.Decode(bufio.NewReaderSize(resp.Body, 256<<10), size)))
 }

@@ -62,7 +62,7 @@ func (d *disk) ref() cow.Ref {
 
 func pathOf(id int) string {
 	if id < 0 {
-		return "a device that the kernel does not tell of"
+		return "a device whose number is not known"
 	}
 	return fmt.Sprintf("/dev/ublkb%d", id)
 }
@@ -125,7 +125,7 @@ func (o *Owner) find(what string) (*disk, error) {
 // Owner.mu.
 func (d *disk) claim() error {
 	if d.busy {
-		return fmt.Errorf("%v: another command is at it: %w", d.ref(), cow.ErrBusy)
+		return fmt.Errorf("%v: another command is working on it: %w", d.ref(), cow.ErrBusy)
 	}
 	d.busy = true
 	return nil
@@ -235,7 +235,7 @@ func flushWritten(dev *cow.Device) error {
 		return nil
 	}
 	if err := dev.Flush(); err != nil {
-		return fmt.Errorf("what was written to %v and not flushed is not known to be durable: %w", dev.Ref(), err)
+		return fmt.Errorf("it is not known whether the unflushed writes to %v are durable: %w", dev.Ref(), err)
 	}
 	return nil
 }
@@ -249,7 +249,7 @@ func flushWithin(ctx context.Context, dev *cow.Device) error {
 	case err := <-flushed:
 		return err
 	case <-ctx.Done():
-		return fmt.Errorf("what was written to %v is still being flushed: %w", dev.Ref(), ctx.Err())
+		return fmt.Errorf("the writes to %v are still being flushed: %w", dev.Ref(), ctx.Err())
 	}
 }
 

@@ -74,8 +74,8 @@ func brittle(t *testing.T, ctx context.Context) (*world, *Owner, *brittleFS) {
 func TestLastFlushFails(t *testing.T) {
 	notDurable := func(t *testing.T, err error) {
 		t.Helper()
-		if !errors.Is(err, cow.ErrFailed) || !strings.Contains(err.Error(), "not known to be durable") {
-			t.Errorf("want that what was written is not known to be durable, got: %v", err)
+		if !errors.Is(err, cow.ErrFailed) || !strings.Contains(err.Error(), "it is not known whether the unflushed writes") {
+			t.Errorf("want that the durability of the unflushed writes is not known, got: %v", err)
 		}
 	}
 	for name, end := range map[string]func(t *testing.T, w *world, o *Owner, stop context.CancelFunc){

@@ -138,7 +138,7 @@ func (x *exports) users(volume string) []string {
 		case h.users > 0:
 			list = append(list, fmt.Sprintf("%v is open by %d NBD client connections", r, h.users))
 		default:
-			list = append(list, fmt.Sprintf("what the last NBD client of %v wrote is being made durable", r))
+			list = append(list, fmt.Sprintf("the writes of the last NBD client of %v are being made durable", r))
 		}
 	}
 	return list

@@ -119,7 +119,7 @@ func mountNamespace() error {
 	}
 	first, err := os.Readlink("/proc/1/ns/mnt")
 	if err != nil {
-		return fmt.Errorf("whether it is that of process 1 cannot be told: %w", err)
+		return fmt.Errorf("it cannot be determined whether it is that of process 1: %w", err)
 	}
 	if self != first {
 		return errors.New("it is not that of process 1: a copy in it of a mount of its own disk is dropped when the disk is " +
@@ -165,7 +165,7 @@ const capSysPtrace = 19
 // if it cannot determine that.
 func aloneInNamespace(proc string) (bool, error) {
 	if has, err := hasCapability(proc, capSysPtrace); err != nil || !has {
-		return false, errors.Join(errors.New("who else is in the mount namespace cannot be seen without CAP_SYS_PTRACE"), err)
+		return false, errors.Join(errors.New("the other processes in the mount namespace cannot be listed without CAP_SYS_PTRACE"), err)
 	}
 	self, err := os.Readlink(proc + "/self/ns/mnt")
 	if err != nil {
@@ -182,7 +182,7 @@ func aloneInNamespace(proc string) (bool, error) {
 		case errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH):
 			// The process has ended.
 		case err != nil:
-			return false, fmt.Errorf("who else is in the mount namespace cannot be seen: %w", err)
+			return false, fmt.Errorf("the other processes in the mount namespace cannot be listed: %w", err)
 		case other == self && l != mine:
 			return false, nil
 		}

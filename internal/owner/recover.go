@@ -121,8 +121,8 @@ func (o *Owner) tryRecover(ctx context.Context, d *disk) (Device, error) {
 			d.ref(), pathOf(d.id), cow.ErrNotFound)
 	}
 	if d.lost {
-		return Device{}, fmt.Errorf("what the last server of %v had answered and not written is lost (its shared memory is gone), and %s "+
-			"would show less than its users have written: %w: give it up with 'vdisk detach --force %[1]v', and check what is on it",
+		return Device{}, fmt.Errorf("writes to %v that its last server had acknowledged are lost (its shared memory is gone), and %s "+
+			"would lack data that its users have written: %w: give it up with 'vdisk detach --force %[1]v', and check what is on it",
 			d.ref(), pathOf(d.id), ublk.ErrNotRecoverable)
 	}
 	info, err := o.lookFor(ctx, d)

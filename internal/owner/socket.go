@@ -171,7 +171,7 @@ func leftSocket(in *storage.Folder, name string) (unix.Stat_t, error) {
 			return st, fmt.Errorf("%w, and another process listens on it", fs.ErrExist)
 		}
 		if !errors.Is(err, syscall.ECONNREFUSED) {
-			return st, fmt.Errorf("asking who listens on it: %w", err)
+			return st, fmt.Errorf("connecting to it: %w", err)
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
@@ -229,7 +229,7 @@ func peerOf(c *net.UnixConn) (uid uint32, err error) {
 	var cred *unix.Ucred
 	cerr := rc.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
 	if err = errors.Join(cerr, err); err != nil {
-		return 0, fmt.Errorf("asking who is at the other end of the socket: %w", err)
+		return 0, fmt.Errorf("asking for the user at the other end of the socket: %w", err)
 	}
 	return cred.Uid, nil
 }

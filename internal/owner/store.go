@@ -102,7 +102,7 @@ type Options struct {
 	// Replaceable means that this process can execute another version of the program: it ends the owner by
 	// CloseWhenDone or CloseWhenIdle, and then executes Successor.
 	Replaceable bool
-	// Handover says why an upgrade that this process tried has failed. Status reports it.
+	// Handover is the reason why an upgrade that this process tried has failed. Status reports it.
 	Handover string
 
 	// Tests set the fields below. The trailing comments give the defaults.
@@ -183,8 +183,8 @@ type AttachOptions struct {
 	ReadOnly      bool
 	Queues, Depth int
 	// PartScan selects whether the kernel reads the partition table: "yes", "no" (an error on kernels before
-	// 7.0), or empty. If it is empty, the kernel reads a volume's table, and a snapshot's only if the kernel
-	// cannot be told not to.
+	// 7.0), or empty. If it is empty, the kernel reads a volume's table. It reads a snapshot's only if the
+	// kernel cannot leave that out.
 	PartScan string `json:",omitempty"`
 }
 

@@ -86,7 +86,7 @@ func (o *Owner) removeUnfinished() {
 		err = json.Unmarshal(text, &u.list)
 	}
 	if err != nil {
-		o.opts.Logger.Warn("which volumes were left unfinished is not known", "file", u.in.Join(unfinishedName), "err", err)
+		o.opts.Logger.Warn("it is not known which volumes were left unfinished", "file", u.in.Join(unfinishedName), "err", err)
 		return
 	}
 	u.list = slices.DeleteFunc(u.list, func(x unfinishedVolume) bool {
@@ -98,10 +98,10 @@ func (o *Owner) removeUnfinished() {
 			err = o.store.Remove(cow.Ref{Volume: x.Name}, x.Scratch)
 		}
 		if err != nil {
-			o.opts.Logger.Warn("removing what a killed import or measurement left", "volume", x.Name, "err", err)
+			o.opts.Logger.Warn("removing the volume of a killed import or measurement", "volume", x.Name, "err", err)
 			return false
 		}
-		o.opts.Logger.Info("removed what a killed import or measurement left", "volume", x.Name)
+		o.opts.Logger.Info("removed the volume of a killed import or measurement", "volume", x.Name)
 		return true
 	})
 	if err := u.write(); err != nil {

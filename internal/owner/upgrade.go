@@ -62,7 +62,7 @@ func askProgram(ctx context.Context, path string) (Program, error) {
 		return p, fmt.Errorf("asking %s for its version: %w", path, err)
 	}
 	if err := json.Unmarshal(out, &p); err != nil || p.Version == "" {
-		return p, fmt.Errorf("%s does not tell its version (%.80q): %w", path, out, cow.ErrInvalid)
+		return p, fmt.Errorf("%s does not print its version (%.80q): %w", path, out, cow.ErrInvalid)
 	}
 	return p, nil
 }
