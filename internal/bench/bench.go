@@ -25,7 +25,7 @@ const Volume = "vdisk-bench.scratch"
 // MinSize is the smallest volume that gives meaningful figures.
 const MinSize = 16 << 20
 
-// Options say what to measure with.
+// Options are the parameters of a measurement.
 type Options struct {
 	Size   int64             // of the scratch volume; rounded up to 1 MiB
 	Time   time.Duration     // after which a step ends, if it has no other end
@@ -124,8 +124,7 @@ func enough(s *cow.Store, o Options) error {
 	return nil
 }
 
-// leftover explains why the scratch volume exists already, if err says that it does. It returns any other
-// error as it is.
+// leftover explains why the scratch volume exists already, if that is what err means. It returns any other error as it is.
 func leftover(s *cow.Store, err error) error {
 	v, verr := s.Volume(Volume)
 	switch {

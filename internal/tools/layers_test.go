@@ -13,8 +13,8 @@ import (
 
 const module = "github.com/vdisk/vdisk"
 
-// layers are the packages from the top down, with what of ours each may import. A package that is missing here may
-// import nothing of ours.
+// layers lists the packages from the top down, with the packages of this module that each may import. A package that is
+// missing here may import none of them.
 var layers = map[string][]string{
 	"cmd/vdisk":                {"internal/owner", "internal/owner/sparse", "internal/bench", "internal/storage", "cow", "format", "ublk"},
 	"internal/owner":           {"internal/owner/sparse", "internal/bench", "internal/storage", "cow", "format", "nbd", "ublk"},
@@ -32,7 +32,7 @@ var layers = map[string][]string{
 	"internal/guest/cmd/guest": {"internal/guest"},
 }
 
-// TestLayers holds that imports point down only, that ublk and nbd stand alone, and that format is at the bottom.
+// TestLayers checks that imports only point down, that ublk and nbd stand alone, and that format is at the bottom.
 func TestLayers(t *testing.T) {
 	cmd := exec.Command("go", "list", "-json=ImportPath,Imports", module+"/...")
 	out, err := cmd.StdoutPipe()

@@ -15,7 +15,7 @@ const (
 	mostFuncLines = 70
 )
 
-// TestSizes holds files and functions short enough to be read at one go. Tests may be longer.
+// TestSizes checks that files and functions are short enough to be read in one go. Tests may be longer.
 func TestSizes(t *testing.T) {
 	files := 0
 	err := filepath.WalkDir("../..", func(path string, e fs.DirEntry, err error) error {
