@@ -20,7 +20,7 @@ func TestSpaceComesBack(t *testing.T) {
 	if raceEnabled {
 		rounds = 1
 	}
-	l := newLab(t)
+	l := newCrashHarness(t)
 	for seed := range rounds {
 		rng := rand.New(rand.NewPCG(uint64(seed), 6))
 		w, err := l.open(crashImage{fs: crashfs.New(), table: l.table, m: newModel(1, state{}), floor: 1, what: "new"}, never, rng)
@@ -49,7 +49,7 @@ func TestSpaceComesBack(t *testing.T) {
 // TestPointFollowsHead makes a point lose its last clone when the head behind it is only partly reaped: a
 // batch has 3 leaves, and the branch has 32.
 func TestPointFollowsHead(t *testing.T) {
-	w := newWorld(t)
+	w := newModelStore(t)
 	w.m.create("v", 32<<20, format.Raw)
 	if _, err := w.s.CreateVolume("v", VolumeOptions{Size: 32 << 20}); w.event(err) != nil {
 		t.Fatal(err)
@@ -93,7 +93,7 @@ func TestPointFollowsHead(t *testing.T) {
 }
 
 // grow makes a chain of snapshots, and clones of clones, with writes between.
-func (w *world) grow(t *testing.T, rng *rand.Rand) {
+func (w *modelStore) grow(t *testing.T, rng *rand.Rand) {
 	w.must(t, op{"create", 0, rng.Uint32(), 0})
 	for range 60 {
 		names := slices.Sorted(maps.Keys(w.m.now()))
@@ -124,7 +124,7 @@ func (w *world) grow(t *testing.T, rng *rand.Rand) {
 }
 
 // shrinkAway deletes everything, one name at a time, and checks that no deletion makes the used space grow.
-func (w *world) shrinkAway(t *testing.T, rng *rand.Rand) *world {
+func (w *modelStore) shrinkAway(t *testing.T, rng *rand.Rand) *modelStore {
 	last := w.s.Info().LiveBytes
 	for i := 0; len(w.m.now()) > 0; i++ {
 		var refs []Ref
@@ -174,7 +174,7 @@ func (w *world) shrinkAway(t *testing.T, rng *rand.Rand) *world {
 	return w
 }
 
-func (w *world) versions(t *testing.T) int64 {
+func (w *modelStore) versions(t *testing.T) int64 {
 	rep := mustCheck(t, w.s)
 	if rep.Branches != 0 {
 		t.Error(fmt.Sprint(rep.Branches, " branches are left"))

@@ -225,7 +225,7 @@ func (s *Store) encode(g *generation) {
 // finishGeneration forgets what the table now has.
 func (s *Store) finishGeneration(g *generation) {
 	g.leaves.Finish()
-	s.settleRegions(g)
+	s.finishRegions(g)
 	s.mu.Lock()
 	for _, v := range g.dropLeaves {
 		delete(s.changes.dropping, v)

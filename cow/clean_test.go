@@ -179,7 +179,7 @@ func TestCleanEndsAtPartsOfRecords(t *testing.T) {
 func TestNothingIsMovedAfterAFailedCommit(t *testing.T) {
 	for _, again := range []bool{false, true} {
 		t.Run(fmt.Sprint(again), func(t *testing.T) {
-			w := newWorld(t)
+			w := newModelStore(t)
 			w.s.wal.ChunkBytes = 160 << 10
 			w.volume(t, "v", 2<<20, format.S2)
 			w.write(t, "v", 0, hotUnit, 0)
@@ -205,7 +205,7 @@ func TestNothingIsMovedAfterAFailedCommit(t *testing.T) {
 				t.Fatal(err)
 			}
 			w.must(t, op{kind: "flush"})
-			must(t, w.lab.verify(w.now("killed", w.crasher.fs.Clone()), 3, rand.New(rand.NewPCG(1, 1))))
+			must(t, w.harness.verify(w.now("killed", w.injector.fs.Clone()), 3, rand.New(rand.NewPCG(1, 1))))
 			w.must(t, op{kind: "reap"})
 			w.mustBe(t)
 			must(t, w.close())
@@ -214,7 +214,7 @@ func TestNothingIsMovedAfterAFailedCommit(t *testing.T) {
 }
 
 // cleanChunk moves the live data of a chunk, and counts the records that it wrote.
-func (w *world) cleanChunk(c *chunk) error {
+func (w *modelStore) cleanChunk(c *chunk) error {
 	w.s.cleaner.mu.Lock()
 	defer w.s.cleaner.mu.Unlock()
 	_, err := w.s.cleanChunk(context.Background(), c, nil)
@@ -226,7 +226,7 @@ func (w *world) cleanChunk(c *chunk) error {
 func (s *Store) current() *chunk { return s.slots.get(s.wal.Current().Slot) }
 
 // fillChunk writes until the log goes on in another chunk, and returns the full one.
-func (w *world) fillChunk(t *testing.T) *chunk {
+func (w *modelStore) fillChunk(t *testing.T) *chunk {
 	t.Helper()
 	c := w.s.current()
 	for w.s.current() == c {

@@ -108,10 +108,10 @@ func (s *Store) removedBytes() int64 {
 // of a head's record.
 func (s *Store) unpin() {
 	s.mu.Lock()
-	loosened := s.cleaner.pinnedStale
+	stale := s.cleaner.pinnedStale
 	s.cleaner.pinnedStale = false
 	s.mu.Unlock()
-	if !loosened {
+	if !stale {
 		return
 	}
 	for n := range s.slots.pages { // one lock a page: there may be very many chunks, and others wait for mu

@@ -256,7 +256,7 @@ func (p *coldPass) look(tx *metadata.Tx, b *branch, index uint32) coldLeaf {
 		case err != nil || v.Epoch == 0: // Check reports the damage
 			return l
 		case written && v.Epoch >= epoch:
-			l.ofHead = p.isCold(&p.leaf, true) && !settled(&p.leaf)
+			l.ofHead = p.isCold(&p.leaf, true) && !isOptimal(&p.leaf)
 		default:
 			l.ofPoint = l.ofPoint || p.isCold(&p.leaf, false)
 		}

@@ -29,7 +29,7 @@ var quickCodec = func() *codecPool {
 
 // cold makes a whole cold pass, or a part of one over what the table has at the moment, and counts the
 // records that it wrote.
-func (w *world) cold(o op) error {
+func (w *modelStore) cold(o op) error {
 	s := w.s
 	if o.c%3 == 0 {
 		twice := o.b%2 == 1
@@ -77,14 +77,14 @@ func (w *world) cold(o op) error {
 }
 
 // catchUp counts records that the store has written by itself.
-func (w *world) catchUp() {
+func (w *modelStore) catchUp() {
 	for w.m.next() < w.seq() {
 		w.m.record(w.m.now())
 	}
 }
 
 // volume makes a volume in both the model and the store.
-func (w *world) volume(t *testing.T, name string, size int64, codec format.Codec) {
+func (w *modelStore) volume(t *testing.T, name string, size int64, codec format.Codec) {
 	t.Helper()
 	w.m.create(name, size, codec)
 	if _, err := w.s.CreateVolume(name, VolumeOptions{Size: size, Codec: codec}); w.event(err) != nil {
@@ -93,14 +93,14 @@ func (w *world) volume(t *testing.T, name string, size int64, codec format.Codec
 }
 
 // scatter writes the blocks of a volume's first MiB, one at a time, in random order.
-func (w *world) scatter(t *testing.T, name string, kind int) {
+func (w *modelStore) scatter(t *testing.T, name string, kind int) {
 	t.Helper()
 	for _, i := range rand.New(rand.NewPCG(1, 1)).Perm(format.LeafBlocks) {
 		w.write(t, name, int64(i)*format.BlockSize, format.BlockSize, kind)
 	}
 }
 
-func (w *world) write(t *testing.T, name string, off, n int64, kind int) {
+func (w *modelStore) write(t *testing.T, name string, off, n int64, kind int) {
 	t.Helper()
 	d, err := w.device(name)
 	must(t, err)
@@ -112,7 +112,7 @@ func (w *world) write(t *testing.T, name string, off, n int64, kind int) {
 	must(t, err)
 }
 
-func (w *world) discard(t *testing.T, name string, off, n int64) {
+func (w *modelStore) discard(t *testing.T, name string, off, n int64) {
 	t.Helper()
 	d, err := w.device(name)
 	must(t, err)
@@ -120,14 +120,14 @@ func (w *world) discard(t *testing.T, name string, off, n int64) {
 	must(t, d.Discard(off, n))
 }
 
-func (w *world) takeSnapshot(t *testing.T, name string) {
+func (w *modelStore) takeSnapshot(t *testing.T, name string) {
 	t.Helper()
 	w.m.snapshot(Ref{"v", name})
 	must(t, w.event(w.s.Snapshot(Ref{"v", name})))
 }
 
 // whole makes a whole cold pass.
-func (w *world) whole(t *testing.T) ColdReport {
+func (w *modelStore) whole(t *testing.T) ColdReport {
 	t.Helper()
 	rep, err := w.s.Cold(context.Background())
 	w.catchUp()
@@ -135,7 +135,7 @@ func (w *world) whole(t *testing.T) ColdReport {
 	return rep
 }
 
-func (w *world) end(t *testing.T) {
+func (w *modelStore) end(t *testing.T) {
 	t.Helper()
 	w.mustBe(t)
 	next := w.again(t)
@@ -150,60 +150,60 @@ func TestColdRaces(t *testing.T) {
 	for _, c := range []struct {
 		name  string
 		units int // how many may be rewritten
-		do    func(*testing.T, *world)
+		do    func(*testing.T, *modelStore)
 	}{
-		{"nothing", 16, func(*testing.T, *world) {}},
-		{"write of a first block", 15, func(t *testing.T, w *world) { w.write(t, "v", 3*unit, 4096, 0) }},
-		{"write of a last block", 15, func(t *testing.T, w *world) { w.write(t, "v", 4*unit-4096, 4096, 0) }},
-		{"write of a part of a block", 15, func(t *testing.T, w *world) { w.write(t, "v", 3*unit+7*4096+512, 512, 0) }},
-		{"write of two units", 14, func(t *testing.T, w *world) { w.write(t, "v", 5*unit-4096, 8192, 0) }},
-		{"writes of all blocks", 0, func(t *testing.T, w *world) { w.scatter(t, "v", 0) }},
-		{"write of another leaf", 16, func(t *testing.T, w *world) { w.write(t, "v", 1<<20, 4096, 0) }},
-		{"discard of a block", 15, func(t *testing.T, w *world) { w.discard(t, "v", 8*unit+4096, 4096) }},
-		{"discard of all", 0, func(t *testing.T, w *world) { w.discard(t, "v", 0, 2<<20) }},
-		{"zeros", 14, func(t *testing.T, w *world) { w.write(t, "v", 9*unit+8192, unit, 2) }},
-		{"snapshot", 0, func(t *testing.T, w *world) { w.takeSnapshot(t, "new") }},
-		{"snapshot and write", 0, func(t *testing.T, w *world) { w.takeSnapshot(t, "new"); w.write(t, "v", 4*unit+4096, 4096, 0) }},
-		{"snapshot, and all is written again", 0, func(t *testing.T, w *world) { w.takeSnapshot(t, "new"); w.scatter(t, "v", 0) }},
-		{"clone", 16, func(t *testing.T, w *world) {
+		{"nothing", 16, func(*testing.T, *modelStore) {}},
+		{"write of a first block", 15, func(t *testing.T, w *modelStore) { w.write(t, "v", 3*unit, 4096, 0) }},
+		{"write of a last block", 15, func(t *testing.T, w *modelStore) { w.write(t, "v", 4*unit-4096, 4096, 0) }},
+		{"write of a part of a block", 15, func(t *testing.T, w *modelStore) { w.write(t, "v", 3*unit+7*4096+512, 512, 0) }},
+		{"write of two units", 14, func(t *testing.T, w *modelStore) { w.write(t, "v", 5*unit-4096, 8192, 0) }},
+		{"writes of all blocks", 0, func(t *testing.T, w *modelStore) { w.scatter(t, "v", 0) }},
+		{"write of another leaf", 16, func(t *testing.T, w *modelStore) { w.write(t, "v", 1<<20, 4096, 0) }},
+		{"discard of a block", 15, func(t *testing.T, w *modelStore) { w.discard(t, "v", 8*unit+4096, 4096) }},
+		{"discard of all", 0, func(t *testing.T, w *modelStore) { w.discard(t, "v", 0, 2<<20) }},
+		{"zeros", 14, func(t *testing.T, w *modelStore) { w.write(t, "v", 9*unit+8192, unit, 2) }},
+		{"snapshot", 0, func(t *testing.T, w *modelStore) { w.takeSnapshot(t, "new") }},
+		{"snapshot and write", 0, func(t *testing.T, w *modelStore) { w.takeSnapshot(t, "new"); w.write(t, "v", 4*unit+4096, 4096, 0) }},
+		{"snapshot, and all is written again", 0, func(t *testing.T, w *modelStore) { w.takeSnapshot(t, "new"); w.scatter(t, "v", 0) }},
+		{"clone", 16, func(t *testing.T, w *modelStore) {
 			w.m.clone(Ref{"v", "old"}, "c")
 			must(t, w.event(w.s.Clone(Ref{"v", "old"}, "c")))
 		}},
-		{"rollback", 0, func(t *testing.T, w *world) {
+		{"rollback", 0, func(t *testing.T, w *modelStore) {
 			w.closeDevice("v")
 			w.m.rollback(Ref{"v", "old"})
 			must(t, w.event(w.s.Rollback(Ref{"v", "old"})))
 		}},
-		{"rollback and write", 0, func(t *testing.T, w *world) {
+		{"rollback and write", 0, func(t *testing.T, w *modelStore) {
 			w.closeDevice("v")
 			w.m.rollback(Ref{"v", "old"})
 			must(t, w.event(w.s.Rollback(Ref{"v", "old"})))
 			w.write(t, "v", 0, unit, 0)
 		}},
-		{"delete", 0, func(t *testing.T, w *world) {
+		{"delete", 0, func(t *testing.T, w *modelStore) {
 			w.closeDevice("v")
 			w.m.remove(Ref{Volume: "v"})
 			must(t, w.event(w.s.Remove(Ref{Volume: "v"}, true)))
 		}},
-		{"delete and reap", 0, func(t *testing.T, w *world) {
+		{"delete and reap", 0, func(t *testing.T, w *modelStore) {
 			w.closeDevice("v")
 			w.m.remove(Ref{Volume: "v"})
 			must(t, w.event(w.s.Remove(Ref{Volume: "v"}, true)))
 			w.must(t, op{kind: "reap"}, op{kind: "reap"})
 		}},
-		{"shrink", 8, func(t *testing.T, w *world) {
+		{"shrink", 8, func(t *testing.T, w *modelStore) {
 			w.closeDevice("v")
 			w.m.resize("v", 8*unit)
 			must(t, w.event(w.s.Resize("v", 8*unit, true)))
 		}},
-		{"shrink and grow", 7, func(t *testing.T, w *world) {
+		{"shrink and grow", 7, func(t *testing.T, w *modelStore) {
 			w.closeDevice("v")
 			for _, n := range []int64{8*unit - 512, 2 << 20} {
 				w.m.resize("v", n)
 				must(t, w.event(w.s.Resize("v", n, true)))
 			}
 		}},
-		{"clean", 0, func(t *testing.T, w *world) {
+		{"clean", 0, func(t *testing.T, w *modelStore) {
 			must(t, w.s.Checkpoint())
 			for w.s.cleaner.mover == nil || w.s.cleaner.mover.c != nil && w.s.cleaner.mover.c.live > 0 {
 				if err := w.clean(op{}); err != nil {
@@ -215,16 +215,16 @@ func TestColdRaces(t *testing.T) {
 				must(t, w.s.Checkpoint())
 			}
 		}},
-		{"checkpoints", 16, func(t *testing.T, w *world) { w.must(t, op{kind: "reap"}) }},
-		{"another pass", 0, func(t *testing.T, w *world) { w.whole(t) }},
-		{"deletion of the snapshot before", 16, func(t *testing.T, w *world) {
+		{"checkpoints", 16, func(t *testing.T, w *modelStore) { w.must(t, op{kind: "reap"}) }},
+		{"another pass", 0, func(t *testing.T, w *modelStore) { w.whole(t) }},
+		{"deletion of the snapshot before", 16, func(t *testing.T, w *modelStore) {
 			w.m.remove(Ref{"v", "old"})
 			must(t, w.event(w.s.Remove(Ref{"v", "old"}, false)))
 			w.must(t, op{kind: "reap"})
 		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			w := newWorld(t)
+			w := newModelStore(t)
 			w.volume(t, "v", 2<<20, format.S2)
 			w.write(t, "v", 0, 1<<20, 1)
 			w.takeSnapshot(t, "old")
@@ -323,7 +323,7 @@ func TestColdGains(t *testing.T) {
 		{"uncompressed, in any order", format.Raw, 5, true, 16, 1},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			w := newWorld(t)
+			w := newModelStore(t)
 			w.s.cold.codec = nil
 			w.volume(t, "v", 1<<20, c.codec)
 			if c.scatter {
@@ -359,7 +359,7 @@ func TestColdGains(t *testing.T) {
 // TestColdShared: a disk image that a snapshot and clones share becomes smaller, once for all of them. Its
 // space comes back when the last of them is gone.
 func TestColdShared(t *testing.T) {
-	w := newWorld(t)
+	w := newModelStore(t)
 	w.s.cold.codec = nil
 	w.volume(t, "v", 2<<20, format.S2)
 	w.write(t, "v", 0, 1<<20, 5)
@@ -413,21 +413,21 @@ func TestColdShared(t *testing.T) {
 func TestColdPointRaces(t *testing.T) {
 	for _, c := range []struct {
 		name string
-		do   func(*testing.T, *world)
+		do   func(*testing.T, *modelStore)
 	}{
-		{"write", func(t *testing.T, w *world) { w.write(t, "v", 100<<10, 100<<10, 5) }},
-		{"discard", func(t *testing.T, w *world) { w.discard(t, "v", 0, 1<<20) }},
-		{"snapshot", func(t *testing.T, w *world) { w.takeSnapshot(t, "new"); w.write(t, "v", 0, 8192, 5) }},
-		{"deletion of the snapshot", func(t *testing.T, w *world) {
+		{"write", func(t *testing.T, w *modelStore) { w.write(t, "v", 100<<10, 100<<10, 5) }},
+		{"discard", func(t *testing.T, w *modelStore) { w.discard(t, "v", 0, 1<<20) }},
+		{"snapshot", func(t *testing.T, w *modelStore) { w.takeSnapshot(t, "new"); w.write(t, "v", 0, 8192, 5) }},
+		{"deletion of the snapshot", func(t *testing.T, w *modelStore) {
 			w.m.remove(Ref{"v", "golden"})
 			must(t, w.event(w.s.Remove(Ref{"v", "golden"}, false)))
 		}},
-		{"deletion of all", func(t *testing.T, w *world) {
+		{"deletion of all", func(t *testing.T, w *modelStore) {
 			w.closeDevice("v")
 			w.m.remove(Ref{Volume: "v"})
 			must(t, w.event(w.s.Remove(Ref{Volume: "v"}, true)))
 		}},
-		{"rollback", func(t *testing.T, w *world) {
+		{"rollback", func(t *testing.T, w *modelStore) {
 			w.closeDevice("v")
 			w.m.rollback(Ref{"v", "golden"})
 			must(t, w.event(w.s.Rollback(Ref{"v", "golden"})))
@@ -435,7 +435,7 @@ func TestColdPointRaces(t *testing.T) {
 		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			w := newWorld(t)
+			w := newModelStore(t)
 			w.volume(t, "v", 1<<20, format.S2)
 			w.write(t, "v", 0, 1<<20, 5)
 			w.takeSnapshot(t, "golden")
@@ -470,7 +470,7 @@ func TestColdPointRaces(t *testing.T) {
 // though a snapshot may be taken a moment later. What the pass has read of the version may have changed
 // before that.
 func TestColdPresentEpoch(t *testing.T) {
-	w := newWorld(t)
+	w := newModelStore(t)
 	w.volume(t, "v", 1<<20, format.S2)
 	w.write(t, "v", 0, 1<<20, 5)
 	must(t, w.s.Checkpoint())
@@ -489,7 +489,7 @@ func TestColdPresentEpoch(t *testing.T) {
 // TestColdMark: leaves that a pass has gone over are skipped by the next one, after a restart too. Leaves
 // that have changed since are not skipped.
 func TestColdMark(t *testing.T) {
-	w := newWorld(t)
+	w := newModelStore(t)
 	w.volume(t, "v", 2<<20, format.S2)
 	w.write(t, "v", 0, 2<<20, 1)
 	w.whole(t)
@@ -572,15 +572,15 @@ func TestColdIdle(t *testing.T) {
 
 // TestColdOnAFullStore: if there is little room, a pass changes nothing.
 func TestColdOnAFullStore(t *testing.T) {
-	w := newWorld(t)
+	w := newModelStore(t)
 	w.volume(t, "v", 2<<20, format.S2)
 	w.write(t, "v", 0, 2<<20, 5)
-	w.crasher.fs.SetCapacity(wal.Spare + 6<<20)
+	w.injector.fs.SetCapacity(wal.Spare + 6<<20)
 	seq := w.seq()
 	if rep, err := w.s.Cold(context.Background()); !errors.Is(err, ErrNoSpace) || w.seq() != seq {
 		t.Errorf("%+v: %v", rep, err)
 	}
-	w.crasher.fs.SetCapacity(1 << 30)
+	w.injector.fs.SetCapacity(1 << 30)
 	if rep := w.whole(t); rep.Leaves != 2 {
 		t.Errorf("%+v", rep)
 	}
@@ -590,7 +590,7 @@ func TestColdOnAFullStore(t *testing.T) {
 // TestColdGoesOn: if a pass runs out of room in the middle of a leaf, it finishes the leaf once there is
 // room.
 func TestColdGoesOn(t *testing.T) {
-	w := newWorld(t)
+	w := newModelStore(t)
 	w.volume(t, "v", 1<<20, format.S2)
 	w.scatter(t, "v", 1)
 	must(t, w.event(w.s.Checkpoint()))
@@ -598,11 +598,11 @@ func TestColdGoesOn(t *testing.T) {
 	must(t, err)
 	p, err := w.s.newColdPass(place{}, w.s.end())
 	must(t, err)
-	w.crasher.fs.SetCapacity(4 << 20)
+	w.injector.fs.SetCapacity(4 << 20)
 	if err := p.head(d.b, 0); !errors.Is(err, ErrNoSpace) || p.next == 0 {
 		t.Fatalf("after %d units: %v", p.next, err)
 	}
-	w.crasher.fs.SetCapacity(1 << 30)
+	w.injector.fs.SetCapacity(1 << 30)
 	must(t, p.head(d.b, 0))
 	w.catchUp()
 	if p.report.Leaves != 1 || p.next != 0 {

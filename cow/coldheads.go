@@ -34,8 +34,8 @@ func runs(l *format.Leaf, fn func(first, n int)) {
 	}
 }
 
-// settled reports whether every run of a leaf is a record that only the cold pass writes.
-func settled(l *format.Leaf) bool {
+// isOptimal reports whether every run of a leaf is a record that only the cold pass writes.
+func isOptimal(l *format.Leaf) bool {
 	ok := true
 	runs(l, func(first, n int) {
 		e := l.Entries[first]
@@ -151,7 +151,7 @@ func (p *coldPass) read(b *branch, index uint32) (size, places int, err error) {
 	var bad error
 	err = s.cache.View(b.leaf(index, head), func(lf *leafcache.Leaf) {
 		lf.CopyTo(&p.leaf)
-		if lf.Epoch() != epoch || !p.isCold(&p.leaf, true) || settled(&p.leaf) {
+		if lf.Epoch() != epoch || !p.isCold(&p.leaf, true) || isOptimal(&p.leaf) {
 			return
 		}
 		runs(&p.leaf, func(first, n int) {

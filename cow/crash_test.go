@@ -69,7 +69,7 @@ func mix(x uint32) uint64 { return uint64(x) * 0x9e3779b97f4a7c15 >> 16 }
 // done: before and after every sync and commit, within recoveries, and between operations. It opens every
 // state, and compares it with the model after exactly those records that survived.
 func TestCrashStates(t *testing.T) {
-	l := newLab(t)
+	l := newCrashHarness(t)
 	enough := *crashStates
 	if testing.Short() {
 		enough = min(enough, 2000)
@@ -97,7 +97,7 @@ func TestCrashStates(t *testing.T) {
 }
 
 // crashProperty stops making states when there are enough, unless it is shrinking a failure.
-func (l *lab) crashProperty(enough int64) func(*rapid.T) {
+func (l *crashHarness) crashProperty(enough int64) func(*rapid.T) {
 	var failed atomic.Bool
 	return func(t *rapid.T) {
 		done := func() bool { return l.states.Load() >= enough && !failed.Load() }
@@ -114,7 +114,7 @@ func (l *lab) crashProperty(enough int64) func(*rapid.T) {
 }
 
 // run does the operations on a new store until done returns true, and verifies every image as it is taken.
-func (l *lab) run(ops []op, rng *rand.Rand, done func() bool) (at int, err error) {
+func (l *crashHarness) run(ops []op, rng *rand.Rand, done func() bool) (at int, err error) {
 	w, err := l.open(crashImage{fs: crashfs.New(), table: l.table, m: newModel(1, state{}), floor: 1, what: "new", outlive: true}, 6, rng)
 	if err != nil {
 		return 0, err
@@ -134,7 +134,7 @@ func (l *lab) run(ops []op, rng *rand.Rand, done func() bool) (at int, err error
 		} else if err := w.do(o); err != nil {
 			return at, errors.Join(err, w.kill())
 		}
-		w.crasher.point("after " + o.kind)
+		w.injector.point("after " + o.kind)
 		if rng.IntN(8) == 0 {
 			img, err := w.leave()
 			if err == nil {
@@ -144,12 +144,12 @@ func (l *lab) run(ops []op, rng *rand.Rand, done func() bool) (at int, err error
 				return at, errors.Join(err, w.kill())
 			}
 		}
-		for _, img := range w.crasher.drain() {
+		for _, img := range w.injector.drain() {
 			if err := l.verify(img, 0, rng); err != nil {
 				return at, errors.Join(err, w.kill())
 			}
 		}
-		w.m.forget(w.crasher.floor)
+		w.m.forget(w.injector.floor)
 	}
 	if err := w.same(true); err != nil {
 		return len(ops) - 1, errors.Join(err, w.kill())
@@ -158,50 +158,50 @@ func (l *lab) run(ops []op, rng *rand.Rand, done func() bool) (at int, err error
 }
 
 // close closes the store for good and looks for files that it left open.
-func (w *world) close() error {
+func (w *modelStore) close() error {
 	err := w.letGo()
 	for name := range w.devs {
 		w.closeDevice(name)
 	}
 	err = errors.Join(err, w.s.sumsAgree(), w.event(w.s.Close()))
-	w.lab.recycled.Add(int64(w.s.wal.Pool.Reused()))
-	if n := w.crasher.fs.Handles(); n != 0 {
+	w.harness.recycled.Add(int64(w.s.wal.Pool.Reused()))
+	if n := w.injector.fs.Handles(); n != 0 {
 		err = errors.Join(err, fmt.Errorf("%d files are left open", n))
 	}
-	w.lab.giveBack(w.dir)
+	w.harness.giveBack(w.dir)
 	return err
 }
 
 // restart closes or kills the store, or cuts its power, and opens it again.
-func (w *world) restart(o op, rng *rand.Rand) (*world, error) {
-	choices := w.crasher.fs.Choices(uint64(o.a), 4)
+func (w *modelStore) restart(o op, rng *rand.Rand) (*modelStore, error) {
+	choices := w.injector.fs.Choices(uint64(o.a), 4)
 	var img crashImage
 	var err error
 	switch o.kind {
 	case "reopen":
-		// The images that are taken during Close are verified with this world's model.
+		// The images that are taken during Close are verified with this store's model.
 		err = w.close()
-		img = w.now("closed", w.crasher.fs)
+		img = w.now("closed", w.injector.fs)
 	case "kill":
 		if img, err = w.leave(); err == nil {
 			err = w.kill()
 		}
 	case "powercut":
 		choice := choices[mix(o.b)%uint64(len(choices))]
-		img = w.now(choice.String(), w.crasher.fs.Crash(choice))
+		img = w.now(choice.String(), w.injector.fs.Crash(choice))
 		err = w.kill()
 	}
 	if err != nil {
 		return w, err
 	}
 	img.outlive = true
-	before := w.crasher.drain()
-	next, err := w.lab.open(img, 6, rng)
+	before := w.injector.drain()
+	next, err := w.harness.open(img, 6, rng)
 	if err != nil {
 		return w, fmt.Errorf("%s: %w", img.what, err)
 	}
 	next.names, next.writes = w.names, w.writes
-	next.crasher.images = append(before, next.crasher.images...)
+	next.injector.images = append(before, next.injector.images...)
 	if o.kind == "reopen" && next.s.Recovery() != (Recovery{}) {
 		return next, fmt.Errorf("after Close, Open replayed %+v", next.s.Recovery())
 	}
@@ -216,7 +216,7 @@ func (w *world) restart(o op, rng *rand.Rand) (*world, error) {
 }
 
 // do does an operation, first on the model and then on the store. Hooks may take images meanwhile.
-func (w *world) do(o op) error {
+func (w *modelStore) do(o op) error {
 	if err := w.operate(o); err != nil {
 		return err
 	}
@@ -227,14 +227,14 @@ func (w *world) do(o op) error {
 }
 
 // event does an operation that is durable when it returns.
-func (w *world) event(err error) error {
+func (w *modelStore) event(err error) error {
 	if err == nil {
-		w.crasher.durable(w.m.next())
+		w.injector.durable(w.m.next())
 	}
 	return err
 }
 
-func (w *world) operate(o op) error {
+func (w *modelStore) operate(o op) error {
 	names := slices.Sorted(maps.Keys(w.m.now()))
 	if o.kind == "create" && len(names) < 3 || len(names) == 0 {
 		return w.create(o)
@@ -296,12 +296,12 @@ func (w *world) operate(o op) error {
 	}
 }
 
-func (w *world) newName(prefix string) string {
+func (w *modelStore) newName(prefix string) string {
 	w.names++
 	return fmt.Sprint(prefix, w.names)
 }
 
-func (w *world) create(o op) error {
+func (w *modelStore) create(o op) error {
 	name, size := w.newName("v"), 1<<20+int64(mix(o.b)%2048)*512
 	if o.c%8 == 7 {
 		size = 4 << 20
@@ -312,7 +312,7 @@ func (w *world) create(o op) error {
 	return w.event(err)
 }
 
-func (w *world) device(name string) (*Device, error) {
+func (w *modelStore) device(name string) (*Device, error) {
 	if d := w.devs[name]; d != nil {
 		return d, nil
 	}
@@ -323,7 +323,7 @@ func (w *world) device(name string) (*Device, error) {
 	return d, err
 }
 
-func (w *world) closeDevice(name string) {
+func (w *modelStore) closeDevice(name string) {
 	if d := w.devs[name]; d != nil {
 		_ = d.Close() // cannot be ErrClosed, since it is open
 		delete(w.devs, name)
@@ -331,7 +331,7 @@ func (w *world) closeDevice(name string) {
 }
 
 // change writes, discards or zeroes a range.
-func (w *world) change(o op, name string, size int64) error {
+func (w *modelStore) change(o op, name string, size int64) error {
 	d, err := w.device(name)
 	if err != nil {
 		return err
@@ -381,7 +381,7 @@ func fill(p []byte, kind int, r *rand.Rand) {
 }
 
 // clean cleans some chunk, as the cleaner does, and counts the records that it wrote.
-func (w *world) clean(o op) error {
+func (w *modelStore) clean(o op) error {
 	w.s.cleaner.mu.Lock()
 	defer w.s.cleaner.mu.Unlock()
 	return w.withChunk(o, func(c *chunk) error {
@@ -395,7 +395,7 @@ func (w *world) clean(o op) error {
 }
 
 // withChunk calls fn with a chunk that may be cleaned, if there is one.
-func (w *world) withChunk(o op, fn func(*chunk) error) error {
+func (w *modelStore) withChunk(o op, fn func(*chunk) error) error {
 	s := w.s
 	s.mu.Lock()
 	var cs []*chunk
@@ -418,7 +418,7 @@ func (w *world) withChunk(o op, fn func(*chunk) error) error {
 
 // beside makes the cleaner rewrite blocks of heads during a checkpoint, before its commit and after it: as
 // many as it can without the checkpoint's lock. Some of the commits fail.
-func (w *world) beside(o op) error {
+func (w *modelStore) beside(o op) error {
 	before := w.m.next()
 	w.noRoom = o.c%4 == 0
 	w.meanwhile = func() error {
@@ -429,14 +429,14 @@ func (w *world) beside(o op) error {
 	err := w.s.Checkpoint()
 	switch {
 	case err == nil:
-		w.crasher.durable(before) // records written beside the checkpoint are not durable
+		w.injector.durable(before) // records written beside the checkpoint are not durable
 	case w.noRoom && errors.Is(err, ErrNoSpace):
 		return nil
 	}
 	return err
 }
 
-func (w *world) rewriteHeads(c *chunk) error {
+func (w *modelStore) rewriteHeads(c *chunk) error {
 	m := newMover(w.s)
 	if err := m.begin(c); err != nil {
 		return err
@@ -464,7 +464,7 @@ func (w *world) rewriteHeads(c *chunk) error {
 
 // cleanBetween cleans a chunk. Between looking at what a head has of a record and looking at what points have
 // of it, it makes checkpoints, which reap.
-func (w *world) cleanBetween(c *chunk) error {
+func (w *modelStore) cleanBetween(c *chunk) error {
 	m := newMover(w.s)
 	if err := m.begin(c); err != nil {
 		return err
@@ -510,7 +510,7 @@ func (w *world) cleanBetween(c *chunk) error {
 }
 
 // uncommitted makes a checkpoint fail because the table finds no room, and cleans meanwhile.
-func (w *world) uncommitted(o op, name string) error {
+func (w *modelStore) uncommitted(o op, name string) error {
 	w.noRoom = true
 	defer func() { w.noRoom = false }()
 	if err := w.s.Checkpoint(); !errors.Is(err, ErrNoSpace) {

@@ -29,7 +29,7 @@ type sound struct {
 // the last checkpoint.
 func newSound(t *testing.T) *sound {
 	t.Helper()
-	w := newWorld(t)
+	w := newModelStore(t)
 	rng := rand.New(rand.NewPCG(11, 1))
 	w.must(t, op{"create", 0, 0, 0}, op{"create", 0, 99, 2})
 	for i := range 150 {
@@ -46,7 +46,7 @@ func newSound(t *testing.T) *sound {
 		w.must(t, op{"write", rng.Uint32(), rng.Uint32(), 5*rng.Uint32N(1000) + 4})
 	}
 	w.must(t, op{kind: "flush"})
-	img := w.now("sound", w.crasher.fs.Clone())
+	img := w.now("sound", w.injector.fs.Clone())
 	// Without these two, the damage below would miss much.
 	if names := chunkFiles(t, img.fs); len(names) < 2 || w.seq() == img.m.base {
 		t.Fatal("the store is too simple")
@@ -54,7 +54,7 @@ func newSound(t *testing.T) *sound {
 	if err := w.kill(); err != nil {
 		t.Fatal(err)
 	}
-	return &sound{img.fs, img.table, w.lab.format, img.m, w.lab.root}
+	return &sound{img.fs, img.table, w.harness.format, img.m, w.harness.root}
 }
 
 // holds opens a store with these files and reads everything in it. It accepts an error, and also the state

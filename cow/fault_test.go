@@ -35,7 +35,7 @@ func faultScript(seed uint64) []op {
 
 // faulty runs the script until an operation fails. The model may then have records that the store does not
 // have. The caller can go on after every error, except that of a flush.
-func (w *world) faulty(script []op) (failed error, err error) {
+func (w *modelStore) faulty(script []op) (failed error, err error) {
 	for i, o := range script {
 		if len(w.m.now()) == 0 && o.kind != "create" {
 			continue
@@ -54,7 +54,7 @@ func (w *world) faulty(script []op) (failed error, err error) {
 }
 
 // settleModel removes from the model those records of a failed operation that the store has not logged.
-func (w *world) settleModel(before *model) {
+func (w *modelStore) settleModel(before *model) {
 	if seq := w.seq(); seq >= before.next() && seq <= w.m.next() {
 		w.m.truncate(seq)
 	}
@@ -72,7 +72,7 @@ func TestFaultAtEveryOperation(t *testing.T) {
 }
 
 func faultEverywhere(t *testing.T, script []op) {
-	l := newLab(t)
+	l := newCrashHarness(t)
 	fs := crashfs.New()
 	rng := rand.New(rand.NewPCG(1, 1))
 	w, err := l.open(crashImage{fs: fs, table: l.table, m: newModel(1, state{}), floor: 1, what: "new"}, never, rng)
@@ -105,7 +105,7 @@ func faultEverywhere(t *testing.T, script []op) {
 
 // fault runs the script with one failing operation. It then looks at what the store has: while it runs, after
 // SIGKILL, and after a power cut.
-func (l *lab) fault(script []op, kind crashfs.Op, nth int, errno error, rng *rand.Rand) error {
+func (l *crashHarness) fault(script []op, kind crashfs.Op, nth int, errno error, rng *rand.Rand) error {
 	fs := crashfs.New()
 	fs.FailAt(kind, nth, errno)
 	w, err := l.open(crashImage{fs: fs, table: l.table, m: newModel(1, state{}), floor: 1, what: "new"}, never, rng)
@@ -152,7 +152,7 @@ func isFault(err error, errno error) bool {
 }
 
 // goOn checks that a store stops after a failure if the log's end is unknown, and goes on otherwise.
-func (w *world) goOn(kind crashfs.Op, failed error) error {
+func (w *modelStore) goOn(kind crashfs.Op, failed error) error {
 	stopped := w.s.wal.Err()
 	if failed != nil && stopped == nil {
 		// Nothing was lost: acknowledged data is readable, and work can go on.

@@ -223,8 +223,8 @@ func (g *generation) writeRegions(tx *metadata.Tx) error {
 	return errors.Join(errs...)
 }
 
-// settleRegions notes that the table has the regions of g now.
-func (s *Store) settleRegions(g *generation) {
+// finishRegions notes that the table has the regions of g now.
+func (s *Store) finishRegions(g *generation) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.forwards.mu.Lock()

@@ -12,10 +12,10 @@ import (
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
 )
 
-// newWorld returns a new open store with a model. Only the test cuts its power.
-func newWorld(t *testing.T) *world {
+// newModelStore returns a new open store with a model. Only the test cuts its power.
+func newModelStore(t *testing.T) *modelStore {
 	t.Helper()
-	l := newLab(t)
+	l := newCrashHarness(t)
 	w, err := l.open(crashImage{fs: crashfs.New(), table: l.table, m: newModel(1, state{}), floor: 1, what: "new"}, never, rand.New(rand.NewPCG(1, 1)))
 	if err != nil {
 		t.Fatal(err)
@@ -24,7 +24,7 @@ func newWorld(t *testing.T) *world {
 }
 
 // must does operations that must succeed.
-func (w *world) must(t *testing.T, ops ...op) {
+func (w *modelStore) must(t *testing.T, ops ...op) {
 	t.Helper()
 	for _, o := range ops {
 		if err := w.do(o); err != nil {
@@ -34,7 +34,7 @@ func (w *world) must(t *testing.T, ops ...op) {
 }
 
 // mustBe checks everything that the store holds.
-func (w *world) mustBe(t *testing.T) {
+func (w *modelStore) mustBe(t *testing.T) {
 	t.Helper()
 	if err := w.same(true); err != nil {
 		t.Fatal(err)
@@ -42,7 +42,7 @@ func (w *world) mustBe(t *testing.T) {
 }
 
 // again ends the store by SIGKILL and opens it again.
-func (w *world) again(t *testing.T) *world {
+func (w *modelStore) again(t *testing.T) *modelStore {
 	t.Helper()
 	next, err := w.restart(op{kind: "kill"}, rand.New(rand.NewPCG(w.writes, 2)))
 	if err != nil {
@@ -51,8 +51,8 @@ func (w *world) again(t *testing.T) *world {
 	return next
 }
 
-// put writes incompressible content to a volume, in the model and the store.
-func (w *world) put(name string, off, n int64) error {
+// mapBlock writes incompressible content to a volume, in the model and the store.
+func (w *modelStore) put(name string, off, n int64) error {
 	d, err := w.device(name)
 	if err != nil {
 		return err
@@ -73,8 +73,8 @@ func (w *world) put(name string, off, n int64) error {
 func TestFullDisk(t *testing.T) {
 	for _, end := range []string{"unsnap", "remove", "discard"} {
 		t.Run(end, func(t *testing.T) {
-			w := newWorld(t)
-			w.crasher.fs.SetCapacity(wal.Spare + 6<<20)
+			w := newModelStore(t)
+			w.injector.fs.SetCapacity(wal.Spare + 6<<20)
 			var first int64
 			for round := range 3 {
 				written := w.fillDisk(t)
@@ -102,7 +102,7 @@ func TestFullDisk(t *testing.T) {
 
 // fillDisk writes to the volume until the store takes no more, and takes a snapshot on the way, which keeps
 // the data that is overwritten.
-func (w *world) fillDisk(t *testing.T) (writes int64) {
+func (w *modelStore) fillDisk(t *testing.T) (writes int64) {
 	if _, ok := w.m.now()["v"]; !ok {
 		w.m.create("v", 4<<20, format.Raw)
 		if _, err := w.s.CreateVolume("v", VolumeOptions{Size: 4 << 20}); w.event(err) != nil {
@@ -128,7 +128,7 @@ func (w *world) fillDisk(t *testing.T) (writes int64) {
 }
 
 // whileFull does operations that need almost no room.
-func (w *world) whileFull(t *testing.T) {
+func (w *modelStore) whileFull(t *testing.T) {
 	for range 10 {
 		for _, r := range [][2]string{{"v", "full"}, {"full", "v"}} {
 			from, to := Ref{Volume: r[0]}, Ref{Volume: r[1]}
@@ -142,7 +142,7 @@ func (w *world) whileFull(t *testing.T) {
 }
 
 // makeRoom gives back everything that filled the disk.
-func (w *world) makeRoom(t *testing.T, how string) {
+func (w *modelStore) makeRoom(t *testing.T, how string) {
 	switch how {
 	case "discard":
 		d, err := w.device("v")
@@ -166,7 +166,7 @@ func (w *world) makeRoom(t *testing.T, how string) {
 // TestTableThatDoesNotCommit makes commits of the table fail for lack of room. The store goes on, since the
 // log has everything, and the next successful commit has it all.
 func TestTableThatDoesNotCommit(t *testing.T) {
-	w := newWorld(t)
+	w := newModelStore(t)
 	script := faultScript(5)
 	w.must(t, script[:len(script)/2]...)
 	w.must(t, op{kind: "checkpoint"})
@@ -199,8 +199,8 @@ func TestTableThatDoesNotCommit(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Run("killed", func(t *testing.T) { // with the table of the last good commit
-		img := w.now("killed", w.crasher.fs.Clone())
-		if err := w.lab.verify(img, 0, rng); err != nil {
+		img := w.now("killed", w.injector.fs.Clone())
+		if err := w.harness.verify(img, 0, rng); err != nil {
 			t.Fatal(err)
 		}
 	})

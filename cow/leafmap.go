@@ -73,12 +73,12 @@ func (s *Store) newer(tx *metadata.Tx, v metadata.Version, epoch *uint32, l *for
 // change maps block i of a writable leaf to e, and updates the live bytes. The caller holds mu and the leaf's
 // lock.
 func (s *Store) change(l *format.Leaf, i int, e format.Entry) {
-	s.account(put(l, i, e), -1)
+	s.account(mapBlock(l, i, e), -1)
 	s.account(e, +1)
 }
 
-// put maps block i to e, and returns the entry that becomes dead, or a hole if none does.
-func put(l *format.Leaf, i int, e format.Entry) (dead format.Entry) {
+// mapBlock maps block i to e, and returns the entry that becomes dead, or a hole if none does.
+func mapBlock(l *format.Leaf, i int, e format.Entry) (dead format.Entry) {
 	if l.IsChanged(i) {
 		dead = l.Entries[i]
 	} else {

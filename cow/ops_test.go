@@ -11,7 +11,7 @@ import (
 const maxSnaps = 4
 
 // administer does an operation on names.
-func (w *world) administer(o op, names []string, name string) error {
+func (w *modelStore) administer(o op, names []string, name string) error {
 	v := w.m.now()[name]
 	snaps := slices.Sorted(maps.Keys(v.snaps))
 	kind := o.kind
@@ -52,7 +52,7 @@ func (w *world) administer(o op, names []string, name string) error {
 }
 
 // snapshot takes one of this volume and, now and then, of all in the same moment.
-func (w *world) snapshot(o op, names []string, name string) error {
+func (w *modelStore) snapshot(o op, names []string, name string) error {
 	sn := w.newName("s")
 	refs := []Ref{{name, sn}}
 	if o.b%3 == 0 {
@@ -67,7 +67,7 @@ func (w *world) snapshot(o op, names []string, name string) error {
 	return w.event(w.s.Snapshot(refs...))
 }
 
-func (w *world) rename(o op, name string, snap Ref) error {
+func (w *modelStore) rename(o op, name string, snap Ref) error {
 	from, to := Ref{Volume: name}, Ref{Volume: w.newName("r")}
 	if o.c%2 == 0 && snap.Volume != "" {
 		from, to = snap, Ref{name, to.Volume}
@@ -83,7 +83,7 @@ func (w *world) rename(o op, name string, snap Ref) error {
 	return nil
 }
 
-func (w *world) resize(o op, name string, v modelVolume) error {
+func (w *modelStore) resize(o op, name string, v modelVolume) error {
 	size := 512 + int64(mix(o.b))%(2<<20)/512*512
 	if o.c%4 > 0 {
 		size = max(512, v.size+int64(o.c%64)*512-16<<10) // often a little
@@ -96,7 +96,7 @@ func (w *world) resize(o op, name string, v modelVolume) error {
 }
 
 // misuse tries what must be refused; the caller sees that nothing has been logged.
-func (w *world) misuse(name string) error {
+func (w *modelStore) misuse(name string) error {
 	d, err := w.device(name)
 	if err != nil {
 		return err

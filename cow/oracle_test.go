@@ -142,12 +142,12 @@ func TestOracleTrusts(t *testing.T) {
 
 // lookFor goes through runs of operations until something is wrong.
 func lookFor(t *testing.T, l *lie, runs uint64) (at int, err error) {
-	lab := newLab(t)
-	lab.wrap = l.wrap
+	harness := newCrashHarness(t)
+	harness.wrap = l.wrap
 	for seed := range runs {
 		rng := rand.New(rand.NewPCG(seed, 3))
-		if at, err := lab.run(randomRun(rng), rng, func() bool { return false }); err != nil {
-			return at, fmt.Errorf("run %d, after %d crash states: %w", seed, lab.states.Load(), err)
+		if at, err := harness.run(randomRun(rng), rng, func() bool { return false }); err != nil {
+			return at, fmt.Errorf("run %d, after %d crash states: %w", seed, harness.states.Load(), err)
 		}
 	}
 	return 0, nil

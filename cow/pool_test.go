@@ -27,7 +27,7 @@ type heldRead struct {
 }
 
 // hold plans a read, or fetches the one that was planned, whatever has happened since.
-func (w *world) hold(o op, name string, size int64) error {
+func (w *modelStore) hold(o op, name string, size int64) error {
 	if w.held != nil {
 		return w.letGo()
 	}
@@ -46,7 +46,7 @@ func (w *world) hold(o op, name string, size int64) error {
 }
 
 // churn overwrites one range until chunks are dead and their files chunks again, while a read is held.
-func (w *world) churn(o op, name string, size int64) error {
+func (w *modelStore) churn(o op, name string, size int64) error {
 	if w.held == nil {
 		if err := w.hold(o, name, size); err != nil {
 			return err
@@ -68,14 +68,14 @@ func (w *world) churn(o op, name string, size int64) error {
 }
 
 // letGo ends the read that is held.
-func (w *world) letGo() error {
+func (w *modelStore) letGo() error {
 	h := w.held
 	w.held = nil
 	if h == nil {
 		return nil
 	}
 	if len(h.pl.fetches) > 0 {
-		w.lab.held.Add(int64(w.reused() - h.reused))
+		w.harness.held.Add(int64(w.reused() - h.reused))
 	}
 	if err := h.pl.Fetch(); err != nil {
 		return fmt.Errorf("a read that was planned a while ago: %w", err)
@@ -86,7 +86,7 @@ func (w *world) letGo() error {
 	return nil
 }
 
-func (w *world) reused() int {
+func (w *modelStore) reused() int {
 	w.s.mu.Lock()
 	defer w.s.mu.Unlock()
 	return w.s.wal.Pool.Reused()
@@ -124,15 +124,15 @@ func (s *Store) pooled() []uint32 {
 }
 
 // overwrite writes so many chunks' worth of the same range, which kills all chunks but the last.
-func (w *world) overwrite(t *testing.T, chunks int) {
+func (w *modelStore) overwrite(t *testing.T, chunks int) {
 	t.Helper()
 	for i := range chunks * 8 {
 		must(t, w.put("v", int64(i%8)<<16, 64<<10))
 	}
 }
 
-func newPoolWorld(t *testing.T) *world {
-	w := newWorld(t)
+func newPoolStore(t *testing.T) *modelStore {
+	w := newModelStore(t)
 	w.s.wal.ChunkBytes = 512 << 10
 	w.m.create("v", 4<<20, format.Raw)
 	_, err := w.s.CreateVolume("v", VolumeOptions{Size: 4 << 20, Codec: format.Raw})
@@ -142,8 +142,8 @@ func newPoolWorld(t *testing.T) *world {
 
 // Files of dead chunks become chunks again; not more are kept than may be, and none after gc or Close.
 func TestPool(t *testing.T) {
-	w := newPoolWorld(t)
-	fs := w.crasher.fs
+	w := newPoolStore(t)
+	fs := w.injector.fs
 	w.overwrite(t, 8)
 	w.must(t, op{kind: "checkpoint"})
 	if n := len(w.s.pooled()); n != wal.PoolSize {
@@ -187,7 +187,7 @@ func TestPool(t *testing.T) {
 
 // A file is not recycled while somebody may read what it held.
 func TestPoolWaitsForReaders(t *testing.T) {
-	w := newPoolWorld(t)
+	w := newPoolStore(t)
 	w.overwrite(t, 1)
 	w.must(t, op{kind: "flush"})
 	must(t, w.hold(op{}, "v", 4<<20))
@@ -215,16 +215,16 @@ func TestPoolWaitsForReaders(t *testing.T) {
 
 // Where room is short the pool is deleted, and never stands in the way of a chunk.
 func TestPoolGoesFirst(t *testing.T) {
-	w := newPoolWorld(t)
+	w := newPoolStore(t)
 	w.overwrite(t, 8)
 	w.must(t, op{kind: "checkpoint"})
 	if n := len(w.s.pooled()); n != wal.PoolSize {
 		t.Fatalf("%d files are kept", n)
 	}
-	names := chunkFiles(t, w.crasher.fs)
-	w.crasher.fs.SetCapacity(wal.Spare + int64(len(names))<<19) // all of what data leaves free is taken by the pool
+	names := chunkFiles(t, w.injector.fs)
+	w.injector.fs.SetCapacity(wal.Spare + int64(len(names))<<19) // all of what data leaves free is taken by the pool
 	w.overwrite(t, 3)
-	if free, _ := w.crasher.fs.Free(); free+w.s.kept() < wal.Spare+512<<10 {
+	if free, _ := w.injector.fs.Free(); free+w.s.kept() < wal.Spare+512<<10 {
 		t.Errorf("%d bytes are free", free)
 	}
 	w.mustBe(t)
@@ -233,7 +233,7 @@ func TestPoolGoesFirst(t *testing.T) {
 
 // The pool makes room for the table, too.
 func TestPoolGoesWhereTheTableHasNoRoom(t *testing.T) {
-	w := newPoolWorld(t)
+	w := newPoolStore(t)
 	w.overwrite(t, 8)
 	w.must(t, op{kind: "checkpoint"})
 	if len(w.s.pooled()) == 0 {
@@ -253,7 +253,7 @@ func TestPoolGoesWhereTheTableHasNoRoom(t *testing.T) {
 // Behind the end of the log lies whatever the file was before: even a record with the very next number is not the
 // log's if it was the former life's.
 func TestFormerLifeIsNotReplayed(t *testing.T) {
-	w := newPoolWorld(t)
+	w := newPoolStore(t)
 	w.overwrite(t, 8)
 	w.must(t, op{kind: "checkpoint"})
 	formerly := map[uint32]uint64{} // sequence numbers, by slot
@@ -275,7 +275,7 @@ func TestFormerLifeIsNotReplayed(t *testing.T) {
 		rec := make([]byte, h.Size())
 		h.Encode(rec, seq, c.End)
 		copy(rec[format.RecordHeaderSize:], payload)
-		img := w.now("killed", w.crasher.fs.Clone())
+		img := w.now("killed", w.injector.fs.Clone())
 		f, err := img.fs.Open(c.Name())
 		must(t, err)
 		_, err = f.WriteAt(rec, int64(c.End))
@@ -284,7 +284,7 @@ func TestFormerLifeIsNotReplayed(t *testing.T) {
 			img.m = w.m.fork() // the test is right: of this life it would be a write
 			img.m.write("v", payload, 0)
 		}
-		next, err := w.lab.open(img, never, rand.New(rand.NewPCG(1, 1)))
+		next, err := w.harness.open(img, never, rand.New(rand.NewPCG(1, 1)))
 		must(t, err)
 		if seq == c.Seq && next.seq() != w.seq()+1 {
 			t.Error("a record of the present life was not replayed")
@@ -297,7 +297,7 @@ func TestFormerLifeIsNotReplayed(t *testing.T) {
 
 // A chunk that could not be made is gone for good when a younger one has records: a replay would end at it.
 func TestFailedChunkDoesNotComeBack(t *testing.T) {
-	w := newPoolWorld(t)
+	w := newPoolStore(t)
 	w.overwrite(t, 8)
 	w.must(t, op{kind: "checkpoint"})
 	for w.s.wal.Next() != nil { // the next chunk is made by the test
@@ -306,7 +306,7 @@ func TestFailedChunkDoesNotComeBack(t *testing.T) {
 		w.s.mu.Unlock()
 		must(t, w.put("v", 0, 16<<10))
 	}
-	w.crasher.fs.FailAt(crashfs.OpSync, 1, syscall.EIO)
+	w.injector.fs.FailAt(crashfs.OpSync, 1, syscall.EIO)
 	w.s.wal.MakeNext()
 	if w.s.wal.Next() != nil || w.s.wal.Err() != nil || w.reused() == 0 {
 		t.Fatalf("the header's sync did not fail, or the log did (%v)", w.s.wal.Err())
@@ -317,9 +317,9 @@ func TestFailedChunkDoesNotComeBack(t *testing.T) {
 	if w.reused() == reused {
 		t.Fatal("no file was recycled then")
 	}
-	for _, choice := range w.crasher.fs.Choices(1, 8) {
-		img := w.now(choice.String(), w.crasher.fs.Crash(choice))
-		must(t, w.lab.verify(img, 3, rand.New(rand.NewPCG(1, 1))))
+	for _, choice := range w.injector.fs.Choices(1, 8) {
+		img := w.now(choice.String(), w.injector.fs.Crash(choice))
+		must(t, w.harness.verify(img, 3, rand.New(rand.NewPCG(1, 1))))
 	}
 	must(t, w.close())
 }

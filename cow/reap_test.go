@@ -42,7 +42,7 @@ func TestReaperEndsWithManyLeaves(t *testing.T) {
 
 // A leaf of a head that was given up, which somebody late has brought into memory, is not what the reaper goes by.
 func TestLateLookAtAReapedHead(t *testing.T) {
-	w := newWorld(t)
+	w := newModelStore(t)
 	w.volume(t, "v", 1<<20, format.S2)
 	for i, n := range []string{"a", "b", "c"} {
 		w.write(t, "v", int64(i)*hotUnit, hotUnit, 0)

@@ -162,7 +162,7 @@ func (a *applier) applyLeaf(b *branch, index uint32, changes []heldChange) error
 			if h.e != 0 {
 				e = h.e.WithIndex(i - int(h.first))
 			}
-			a.account(put(content, i, e), -1)
+			a.account(mapBlock(content, i, e), -1)
 			a.account(e, +1)
 		}
 	}
@@ -209,7 +209,7 @@ func (a *applier) account(e format.Entry, sign int64) {
 	}
 }
 
-// settle adds the counted changes to the live bytes of the chunks.
+// reclaim adds the counted changes to the live bytes of the chunks.
 func (a *applier) settle() {
 	s := a.t.s
 	for slot, n := range a.live {

@@ -255,10 +255,10 @@ func (s *Store) newOwnerRecord() (r ownerRecord, err error) {
 
 // recoverSharedBuffers writes the acknowledged writes that a killed owner left in memory to the chunk files.
 // It must be called before the log is read. If it cannot know whether there is anything to recover, it
-// returns an error and changes nothing. The caller must call settled once the store is known to be sound.
-// settled removes ownerFile, so that the next owner need not look for the buffers, and removes recovered
+// returns an error and changes nothing. The caller must call forget once the store is known to be sound.
+// forget removes ownerFile, so that the next owner need not look for the buffers, and removes recovered
 // buffers unless they may be another store's.
-func (s *Store) recoverSharedBuffers(uuid [16]byte) (settled func() error, err error) {
+func (s *Store) recoverSharedBuffers(uuid [16]byte) (forget func() error, err error) {
 	path := s.in.Join(ownerFile)
 	text, err := s.in.Read(ownerFile)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -267,7 +267,7 @@ func (s *Store) recoverSharedBuffers(uuid [16]byte) (settled func() error, err e
 	if err != nil {
 		return nil, err
 	}
-	settled = func() error { return s.in.Remove(ownerFile) }
+	forget = func() error { return s.in.Remove(ownerFile) }
 	var last ownerRecord
 	now, err := s.newOwnerRecord()
 	if err != nil {
@@ -278,10 +278,10 @@ func (s *Store) recoverSharedBuffers(uuid [16]byte) (settled func() error, err e
 	if err = errors.Join(err, herr); err != nil || len(name) != 16 {
 		s.log.Warn("what the last owner left in memory cannot be found", "file", path, "err", err)
 		s.shared.lost = true // a power cut would have lost the writes as well
-		return settled, nil
+		return forget, nil
 	}
 	if last.Boot != now.Boot || last.Ino != now.Ino {
-		return settled, nil // of another boot, or copied with the store
+		return forget, nil // of another boot, or copied with the store
 	}
 	moved := last.Dev != now.Dev // mounted anew, or a block-level copy
 	b, err := openSharedBuffers(s.opts.SharedMemory, last.Buffers, uuid, s.in.Trusts)
@@ -293,13 +293,13 @@ func (s *Store) recoverSharedBuffers(uuid [16]byte) (settled func() error, err e
 	case err == nil:
 		return s.takeOver(b, moved)
 	case errors.Is(err, errInUse) && moved:
-		return settled, nil // this store is a copy: the owner of the original lives
+		return forget, nil // this store is a copy: the owner of the original lives
 	case errors.Is(err, fs.ErrNotExist) && (last.Shm == 0 || last.Shm != now.Shm) && !s.opts.ForgetElsewhere:
 		return nil, &elsewhereError{buffers: "vdisk-" + last.Buffers, dir: s.opts.SharedMemory, there: last.Shm, here: now.Shm}
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, errNotBuffers):
 		s.log.Warn("what the last owner had answered and not written is lost", "err", err)
 		s.shared.lost = true
-		return settled, nil
+		return forget, nil
 	}
 	return nil, fmt.Errorf("what the last owner had answered and not written: %w", err)
 }
@@ -308,7 +308,7 @@ func (s *Store) recoverSharedBuffers(uuid [16]byte) (settled func() error, err e
 // store's file system may have been mounted anew, or may be a copy. Then the buffers stay, since they may be
 // another store's. The log of a copy takes no harm from them: replay ends at the first record that is
 // missing.
-func (s *Store) takeOver(b *sharedBuffers, moved bool) (settled func() error, err error) {
+func (s *Store) takeOver(b *sharedBuffers, moved bool) (forget func() error, err error) {
 	n, err := b.restore(s.fs, s.wal.Header)
 	if err := errors.Join(err, b.close()); err != nil {
 		return nil, fmt.Errorf("writing what the last owner had answered: %w", err)

@@ -15,8 +15,8 @@ import (
 )
 
 // space deletes something, and compares what that frees with what was said that it would.
-func (w *world) space(o op, name string) error {
-	if err := w.settle(); err != nil {
+func (w *modelStore) space(o op, name string) error {
+	if err := w.reclaim(); err != nil {
 		return err
 	}
 	said, err := w.usage()
@@ -35,7 +35,7 @@ func (w *world) space(o op, name string) error {
 			return err
 		}
 	}
-	if err := w.settle(); err != nil {
+	if err := w.reclaim(); err != nil {
 		return err
 	}
 	if freed := before - w.s.Info().LiveBytes; freed != want {
@@ -45,7 +45,7 @@ func (w *world) space(o op, name string) error {
 }
 
 // giveUp deletes something of a volume, and returns what that should free.
-func (w *world) giveUp(o op, name string, said map[Ref]Usage) (want int64, err error) {
+func (w *modelStore) giveUp(o op, name string, said map[Ref]Usage) (want int64, err error) {
 	v := Ref{Volume: name}
 	snaps := slices.Sorted(maps.Keys(w.m.now()[name].snaps))
 	remove := func(r Ref) error {
@@ -74,11 +74,11 @@ func (w *world) giveUp(o op, name string, said map[Ref]Usage) (want int64, err e
 	}
 }
 
-// settle has everything reaped that is deleted.
-func (w *world) settle() error { return w.event(w.s.reclaimDeleted(context.Background())) }
+// reclaim has everything reaped that is deleted.
+func (w *modelStore) reclaim() error { return w.event(w.s.reclaimDeleted(context.Background())) }
 
 // usage is what the store says of all there is, after a comparison with the model and with the live bytes.
-func (w *world) usage() (map[Ref]Usage, error) {
+func (w *modelStore) usage() (map[Ref]Usage, error) {
 	us, err := w.s.Usage(context.Background())
 	if w.event(err) != nil {
 		return nil, err
@@ -111,7 +111,7 @@ func (w *world) usage() (map[Ref]Usage, error) {
 }
 
 // sameAlone asks for each by itself: then a snapshot is answered for in another way.
-func (w *world) sameAlone(us []Usage) error {
+func (w *modelStore) sameAlone(us []Usage) error {
 	for _, u := range us {
 		alone, err := w.s.Usage(context.Background(), u.Ref)
 		if w.event(err) != nil {
@@ -134,7 +134,7 @@ func (d disk) mapped() (n int64) {
 }
 
 // sameLive compares what all references together keep with the live bytes: the rest is deleted and not reaped.
-func (w *world) sameLive() error {
+func (w *modelStore) sameLive() error {
 	tx, err := w.s.readTable()
 	if err != nil {
 		return err

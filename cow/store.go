@@ -215,7 +215,7 @@ func (s *Store) openFiles() (err error) {
 	if s.readOnly != nil {
 		return s.readLog()
 	}
-	settled, err := s.recoverSharedBuffers(uuid)
+	forget, err := s.recoverSharedBuffers(uuid)
 	if err != nil {
 		return err
 	}
@@ -228,7 +228,7 @@ func (s *Store) openFiles() (err error) {
 	if s.onlyLooks(left) {
 		return nil
 	}
-	if err := errors.Join(settled(), s.upgrade(), s.meta.Adopt()); err != nil {
+	if err := errors.Join(forget(), s.upgrade(), s.meta.Adopt()); err != nil {
 		return err
 	}
 	if err := s.mark.Begin(s.wal.Durable()); err != nil {

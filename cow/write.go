@@ -194,7 +194,7 @@ func (s *Store) putHole(d *Device, first uint64, n int, ex *expect) error {
 	return s.put(d, &h, payload[:], n, ex, false)
 }
 
-// put writes a record of n blocks of one leaf. Where it has to wait for something, it waits and tries again.
+// mapBlock writes a record of n blocks of one leaf. Where it has to wait for something, it waits and tries again.
 func (s *Store) put(d *Device, h *format.RecordHeader, payload []byte, n int, ex *expect, small bool) error {
 	if h.Kind == format.KindData {
 		s.cleaner.pacer.wait(h.Size())

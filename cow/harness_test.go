@@ -21,9 +21,9 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// lab makes stores whose power can be cut. The chunk files are in a crashfs. The
+// crashHarness makes stores whose power can be cut. The chunk files are in a crashfs. The
 // table is a real file; the result of a commit is one durable step.
-type lab struct {
+type crashHarness struct {
 	root   string
 	format []byte // the file of every store here
 	table  []byte // of an empty store
@@ -50,9 +50,9 @@ func memoryDir(t testing.TB) string {
 	return dir
 }
 
-func newLab(t testing.TB) *lab {
+func newCrashHarness(t testing.TB) *crashHarness {
 	t.Helper()
-	l := &lab{root: memoryDir(t)}
+	l := &crashHarness{root: memoryDir(t)}
 	dir := filepath.Join(l.root, "template")
 	if err := Create(dir); err != nil {
 		t.Fatal(err)
@@ -73,7 +73,7 @@ func newLab(t testing.TB) *lab {
 }
 
 // dir gives a store directory out; its table is to be written.
-func (l *lab) dir() (string, error) {
+func (l *crashHarness) dir() (string, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if n := len(l.idle); n > 0 {
@@ -86,7 +86,7 @@ func (l *lab) dir() (string, error) {
 	return d, errors.Join(os.Mkdir(d, 0o700), os.WriteFile(filepath.Join(d, formatFile), l.format, 0o600))
 }
 
-func (l *lab) giveBack(dir string) {
+func (l *crashHarness) giveBack(dir string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.idle = append(l.idle, dir)
@@ -100,33 +100,33 @@ type crashImage struct {
 	floor  uint64 // number of the first record that the crash may have taken
 	known  uint64 // number of the first record that a crash of the process may have taken; more than floor after one
 	what   string
-	memory *memoryImage // what a killed owner left in shared memory, or nil
+	memory *sharedImage // what a killed owner left in shared memory, or nil
 
 	outlive bool // who opens it shares its buffers
 }
 
-// memoryImage is a store's owner file, and the head and the used part of each buffer.
-type memoryImage struct {
+// sharedImage is a store's owner file, and the head and the used part of each buffer.
+type sharedImage struct {
 	owner   ownerRecord
 	head    []byte
 	buffers [wal.BufferCount][]byte
 }
 
-// remember copies the shared memory of a store whose goroutines wait.
-func (s *Store) remember() (*memoryImage, error) {
+// saveShared copies the shared memory of a store whose goroutines wait.
+func (s *Store) saveShared() (*sharedImage, error) {
 	text, err := os.ReadFile(filepath.Join(s.dir, ownerFile))
 	if err != nil {
 		return nil, err
 	}
-	m := &memoryImage{head: slices.Clone(s.shared.buffers.mem[:sharedHead])}
+	m := &sharedImage{head: slices.Clone(s.shared.buffers.mem[:sharedHead])}
 	for i := range m.buffers {
 		m.buffers[i] = slices.Clone(s.shared.buffers.data(i)[:s.shared.buffers.head(i).Used.Load()])
 	}
 	return m, json.Unmarshal(text, &m.owner)
 }
 
-// recall puts it back, for a store that is not open.
-func (m *memoryImage) recall(dir string) error {
+// restore puts it back, for a store that is not open.
+func (m *sharedImage) restore(dir string) error {
 	in, err := storage.OpenFolder(dir, false)
 	if err != nil {
 		return err
@@ -150,8 +150,8 @@ func (m *memoryImage) recall(dir string) error {
 	return errors.Join(err, f.Truncate(sharedFileSize), f.Close(), s.writeOwner(r))
 }
 
-// crasher takes images of a world while it works.
-type crasher struct {
+// crashInjector takes images of a modelStore while it works.
+type crashInjector struct {
 	mu     sync.Mutex
 	rng    *rand.Rand
 	every  int // about one point in so many is taken
@@ -169,7 +169,7 @@ type crasher struct {
 const killed = "SIGKILL"
 
 // point may cut the power here.
-func (c *crasher) point(what string) {
+func (c *crashInjector) point(what string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.rng.IntN(c.every) != 0 {
@@ -191,7 +191,7 @@ func (c *crasher) point(what string) {
 }
 
 // take adds an image, unless nothing has happened since the same was taken.
-func (c *crasher) take(what, choice string, make func() *crashfs.FS) {
+func (c *crashInjector) take(what, choice string, make func() *crashfs.FS) {
 	ops := 0
 	for op := crashfs.OpCreate; op <= crashfs.OpSyncDir; op++ {
 		ops += c.fs.Count(op)
@@ -212,14 +212,14 @@ func (c *crasher) take(what, choice string, make func() *crashfs.FS) {
 const never = 1 << 62
 
 // rate sets about how many points there are to one that is taken.
-func (c *crasher) rate(every int) {
+func (c *crashInjector) rate(every int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.every = every
 }
 
 // drain returns the images taken so far.
-func (c *crasher) drain() []crashImage {
+func (c *crashInjector) drain() []crashImage {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	images := c.images
@@ -228,32 +228,32 @@ func (c *crasher) drain() []crashImage {
 }
 
 // durable notes that every record before seq must survive.
-func (c *crasher) durable(seq uint64) {
+func (c *crashInjector) durable(seq uint64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.floor = max(c.floor, seq)
 }
 
-// world is an open store, its disk and its model.
-type world struct {
-	lab     *lab
-	dir     string
-	s       *Store
-	m       *model
-	crasher *crasher
-	devs    map[string]*Device // open for writing, by volume
-	names   int                // made up so far
-	writes  uint64             // contents made up so far
-	buf     []byte
-	held    *heldRead
-	noRoom  bool // for the table
+// modelStore is an open store, its disk and its model.
+type modelStore struct {
+	harness  *crashHarness
+	dir      string
+	s        *Store
+	m        *model
+	injector *crashInjector
+	devs     map[string]*Device // open for writing, by volume
+	names    int                // made up so far
+	writes   uint64             // contents made up so far
+	buf      []byte
+	held     *heldRead
+	noRoom   bool // for the table
 
 	meanwhile func() error // called around commits of the table
 }
 
 // options are for a store of a few megabytes: chunks of half a megabyte, so that they come
 // and go, and a reaper whose batches end often.
-func (l *lab) options(fs storage.FS) Options {
+func (l *crashHarness) options(fs storage.FS) Options {
 	return Options{
 		fs: fs, checkpointInterval: -1, noTableSync: true, chunkBytes: 512 << 10, reapBatch: 3, replayBatch: 20,
 		CacheBytes: 1 << 20, Logger: slog.New(slog.DiscardHandler),
@@ -262,7 +262,7 @@ func (l *lab) options(fs storage.FS) Options {
 
 // open recovers the store that a crash left and checks that it is at a place in its history that
 // the crash may have left. Points during the recovery are taken too.
-func (l *lab) open(img crashImage, every int, rng *rand.Rand) (*world, error) {
+func (l *crashHarness) open(img crashImage, every int, rng *rand.Rand) (*modelStore, error) {
 	dir, err := l.dir()
 	if err != nil {
 		return nil, err
@@ -275,14 +275,14 @@ func (l *lab) open(img crashImage, every int, rng *rand.Rand) (*world, error) {
 		return nil, err
 	}
 	if img.memory != nil {
-		if err := img.memory.recall(dir); err != nil {
+		if err := img.memory.restore(dir); err != nil {
 			return nil, err
 		}
 	}
-	w := &world{lab: l, dir: dir, m: img.m.fork(), devs: map[string]*Device{}, buf: make([]byte, 256<<10)}
+	w := &modelStore{harness: l, dir: dir, m: img.m.fork(), devs: map[string]*Device{}, buf: make([]byte, 256<<10)}
 	// Its own: hooks run on the engine's goroutines.
-	c := &crasher{rng: rand.New(rand.NewPCG(rng.Uint64(), 2)), every: every, fs: img.fs, table: img.table, m: img.m, floor: img.floor, seen: map[string]bool{}}
-	w.crasher = c
+	c := &crashInjector{rng: rand.New(rand.NewPCG(rng.Uint64(), 2)), every: every, fs: img.fs, table: img.table, m: img.m, floor: img.floor, seen: map[string]bool{}}
+	w.injector = c
 	img.fs.OnSync(func(name string) { c.point("at a sync of " + name) })
 	fs := storage.FS(img.fs)
 	if l.wrap != nil {
@@ -324,14 +324,14 @@ func (l *lab) open(img crashImage, every int, rng *rand.Rand) (*world, error) {
 }
 
 // onCommit cuts the power right before and right after a commit of the table.
-func (w *world) onCommit(done bool) error {
+func (w *modelStore) onCommit(done bool) error {
 	if w.meanwhile != nil {
 		if err := w.meanwhile(); err != nil {
 			return err
 		}
 	}
 	if !done {
-		w.crasher.point("before a commit")
+		w.injector.point("before a commit")
 		if w.noRoom {
 			return ErrNoSpace
 		}
@@ -341,66 +341,66 @@ func (w *world) onCommit(done bool) error {
 	if err != nil {
 		return err
 	}
-	w.crasher.mu.Lock()
-	w.crasher.table = table
-	w.crasher.tables++
-	w.crasher.mu.Unlock()
-	w.crasher.point("after a commit")
+	w.injector.mu.Lock()
+	w.injector.table = table
+	w.injector.tables++
+	w.injector.mu.Unlock()
+	w.injector.point("after a commit")
 	return nil
 }
 
-func (w *world) seq() uint64 {
+func (w *modelStore) seq() uint64 {
 	w.s.mu.Lock()
 	defer w.s.mu.Unlock()
 	return w.s.wal.NextSeq()
 }
 
 // kill ends the store as SIGKILL does, but for the goroutines and files of this process.
-func (w *world) kill() error {
-	w.crasher.rate(never) // what still happens is after the end
+func (w *modelStore) kill() error {
+	w.injector.rate(never) // what still happens is after the end
 	err := w.letGo()
 	close(w.s.quit)
 	w.s.wg.Wait()
 	w.s.wal.Stop()
-	w.lab.recycled.Add(int64(w.s.wal.Pool.Reused()))
+	w.harness.recycled.Add(int64(w.s.wal.Pool.Reused()))
 	err = errors.Join(err, w.s.release())
 	if w.s.opts.Outlive { // the image that was taken has a copy
 		err = errors.Join(err, os.Remove(filepath.Join(w.dir, ownerFile)), os.Remove(w.s.shared.buffers.path))
 	}
-	w.lab.giveBack(w.dir)
+	w.harness.giveBack(w.dir)
 	return err
 }
 
 // leave is the image of the end of the process between two operations: all that was answered must be there,
 // if the store's buffers outlive it.
-func (w *world) leave() (crashImage, error) {
+func (w *modelStore) leave() (crashImage, error) {
 	defer w.s.wal.HoldWrites()() // nothing is written meanwhile, and so no buffer is given back
-	img := w.now("the process ended", w.crasher.fs.Clone())
+	img := w.now("the process ended", w.injector.fs.Clone())
 	if !w.s.SurvivesKill() {
-		img.known = w.crasher.known
+		img.known = w.injector.known
 		return img, nil
 	}
-	m, err := w.s.remember()
+	m, err := w.s.saveShared()
 	img.memory, img.known = m, w.m.next()
 	return img, err
 }
 
 // now is the image of a crash at this moment.
-func (w *world) now(what string, fs *crashfs.FS) crashImage {
-	w.crasher.mu.Lock()
-	defer w.crasher.mu.Unlock()
-	return crashImage{fs: fs, table: w.crasher.table, m: w.m, floor: w.crasher.floor, what: what}
+func (w *modelStore) now(what string, fs *crashfs.FS) crashImage {
+	w.injector.mu.Lock()
+	defer w.injector.mu.Unlock()
+	return crashImage{fs: fs, table: w.injector.table, m: w.m, floor: w.injector.floor, what: what}
 }
 
 // same checks everything that can be read, and Check.
-func (w *world) same(readData bool) error {
+func (w *modelStore) same(readData bool) error {
 	if err := same(w.s, w.m.now(), w.buf); err != nil {
 		return err
 	}
 	return w.check(readData)
 }
 
-func (w *world) check(readData bool) error {
+func (w *modelStore) check(readData bool) error {
 	var problems []error
 	_, err := w.s.Check(context.Background(), CheckOptions{ReadData: readData}, func(p Problem) {
 		problems = append(problems, fmt.Errorf("check: %s: %s: %s", p.Kind, p.Where, p.What))
@@ -413,7 +413,7 @@ func (w *world) check(readData bool) error {
 
 // verify opens an image and proves it: it is the state after some record that the
 // crash may have left, it is sound, and it can be worked with and crash again.
-func (l *lab) verify(img crashImage, depth int, rng *rand.Rand) error {
+func (l *crashHarness) verify(img crashImage, depth int, rng *rand.Rand) error {
 	l.states.Add(1)
 	if err := l.verifyOne(img, depth, rng); err != nil {
 		return fmt.Errorf("%s (durable before %d): %w", img.what, img.floor, err)
@@ -421,7 +421,7 @@ func (l *lab) verify(img crashImage, depth int, rng *rand.Rand) error {
 	return nil
 }
 
-func (l *lab) verifyOne(img crashImage, depth int, rng *rand.Rand) error {
+func (l *crashHarness) verifyOne(img crashImage, depth int, rng *rand.Rand) error {
 	every := 24
 	work := depth < 2 && rng.IntN(8) == 0
 	if depth > 2 {
@@ -439,7 +439,7 @@ func (l *lab) verifyOne(img crashImage, depth int, rng *rand.Rand) error {
 		err = w.check(rng.IntN(4) == 0)
 	}
 	if err == nil && work {
-		w.crasher.rate(6)
+		w.injector.rate(6)
 		for range 1 + rng.IntN(6) {
 			o := randomOp(rng)
 			if err = w.do(o); err != nil {
@@ -448,11 +448,11 @@ func (l *lab) verifyOne(img crashImage, depth int, rng *rand.Rand) error {
 			}
 		}
 		if err == nil {
-			w.crasher.rate(1)
-			w.crasher.point("then")
+			w.injector.rate(1)
+			w.injector.point("then")
 		}
 	}
-	images := w.crasher.drain()
+	images := w.injector.drain()
 	if err := errors.Join(err, w.kill()); err != nil {
 		return err
 	}
