@@ -11,19 +11,41 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// What Check takes and reports.
-type (
-	Problem      = audit.Problem      // one violation
-	CheckOptions = audit.CheckOptions // what to check
-	CheckReport  = audit.CheckReport  // what was looked at and found
-)
-
-// Kinds of problems: wasted space, damage, and data that could not be looked at and may be sound.
+// Kinds of problems. A leak wastes space. Unreadable data could not be looked at, because access was denied,
+// or because the disk or the system failed; it may be sound. Corrupt is everything else.
 const (
 	KindLeak       = audit.KindLeak
 	KindCorrupt    = audit.KindCorrupt
 	KindUnreadable = audit.KindUnreadable
 )
+
+// Problem is one violation that Check found.
+type Problem struct {
+	Kind  string `json:"kind"`
+	Where string `json:"where"`
+	What  string `json:"what"`
+}
+
+// CheckOptions are the options of Check.
+type CheckOptions struct {
+	ReadData bool                    // also read, verify and decompress every record that is referred to
+	Volume   string                  // check only the history and snapshots of this volume; "": all
+	Progress func(done, total int64) // called now and then, counts versions of leaves; may be nil
+}
+
+// CheckReport says what Check looked at and found.
+type CheckReport struct {
+	Branches  int64 `json:"branches"`
+	Versions  int64 `json:"versions"` // versions of leaves
+	Entries   int64 `json:"entries"`  // blocks that the versions own
+	Chunks    int64 `json:"chunks"`
+	LiveBytes int64 `json:"live_bytes"`
+	DataBytes int64 `json:"data_bytes"` // bytes of records that were read and verified
+	Leaks     int   `json:"leaks"`
+	Corrupt   int   `json:"corrupt"`
+	// Unreadable is how many records and files could not be looked at.
+	Unreadable int `json:"unreadable"`
+}
 
 // Check checks the table against itself and against the chunk files, as of a checkpoint that it begins with.
 // The store may be in use. Check verifies invariants 4 to 6 of DESIGN.md with a full recount of the live
@@ -37,8 +59,9 @@ func (s *Store) Check(ctx context.Context, o CheckOptions, problem func(Problem)
 		return CheckReport{}, fmt.Errorf("check: %w", err)
 	}
 	defer s.tasks.Done()
-	report, err := audit.NewChecker(checkedStore{s, ctx}, o, problem).Run()
-	return report, wrapIf(err, "check")
+	checker := audit.NewChecker(checkedStore{s, ctx}, audit.CheckOptions(o), func(p audit.Problem) { problem(Problem(p)) })
+	report, err := checker.Run()
+	return CheckReport(report), wrapIf(err, "check")
 }
 
 // beginCheck makes a checkpoint, and returns the table as it then is. pages checks the table's pages. That

@@ -78,11 +78,11 @@ func TestCheckInSlices(t *testing.T) {
 	whole := mustCheck(t, s)
 	check := func() (CheckReport, []Problem) {
 		var ps []Problem
-		c := audit.NewChecker(checkedStore{s, t.Context()}, CheckOptions{ReadData: true}, func(p Problem) { ps = append(ps, p) })
+		c := audit.NewChecker(checkedStore{s, t.Context()}, audit.CheckOptions{ReadData: true}, func(p audit.Problem) { ps = append(ps, Problem(p)) })
 		c.Slice = 0
 		report, err := c.Run()
 		must(t, err)
-		return report, ps
+		return CheckReport(report), ps
 	}
 	if rep, ps := check(); rep != whole || len(ps) > 0 {
 		t.Errorf("in slices %+v, and whole %+v; %+v", rep, whole, ps)

@@ -11,8 +11,13 @@ import (
 
 // Usage is how much of the store a volume or snapshot takes. docs/reclaim.md, Space, defines the figures.
 type Usage struct {
-	Ref Ref `json:"ref"`
-	audit.Figures
+	Ref             Ref   `json:"ref"`
+	Mapped          int64 `json:"mapped"`            // bytes of its blocks that hold data
+	Referenced      int64 `json:"referenced"`        // stored size of these blocks, shared or not
+	Exclusive       int64 `json:"exclusive"`         // what removing it, and nothing else, frees
+	Shared          int64 `json:"shared"`            // the part of Referenced that stays then
+	UsedBySnapshots int64 `json:"used_by_snapshots"` // of a volume: what deleting all its snapshots frees
+	Used            int64 `json:"used"`              // what deleting it frees; a volume with its snapshots
 }
 
 // Usage returns what volumes and snapshots take: those of refs that exist, or all if there are no refs, each
@@ -57,7 +62,7 @@ func (s *Store) usage(ctx context.Context, which func(*audit.UsageScan) []audit.
 		if err != nil {
 			return err
 		}
-		return scan.Figures(which(scan), func(n audit.Name, f audit.Figures) { us = append(us, Usage{Ref(n), f}) })
+		return scan.Figures(which(scan), func(n audit.Name, f audit.Figures) { us = append(us, usageOf(Ref(n), f)) })
 	})
 	return us, wrapIf(err, "usage")
 }
@@ -74,4 +79,11 @@ func (s *Store) readTable() (*metadata.Tx, error) {
 		return nil, err
 	}
 	return s.meta.Begin()
+}
+
+func usageOf(r Ref, f audit.Figures) Usage {
+	return Usage{
+		Ref: r, Mapped: f.Mapped, Referenced: f.Referenced, Exclusive: f.Exclusive, Shared: f.Shared,
+		UsedBySnapshots: f.UsedBySnapshots, Used: f.Used,
+	}
 }

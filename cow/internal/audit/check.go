@@ -22,9 +22,9 @@ const (
 
 // Problem is one violation that a check found.
 type Problem struct {
-	Kind  string `json:"kind"`
-	Where string `json:"where"`
-	What  string `json:"what"`
+	Kind  string
+	Where string
+	What  string
 }
 
 // CheckOptions are the options of a check.
@@ -36,16 +36,16 @@ type CheckOptions struct {
 
 // CheckReport says what a check looked at and found.
 type CheckReport struct {
-	Branches  int64 `json:"branches"`
-	Versions  int64 `json:"versions"` // versions of leaves
-	Entries   int64 `json:"entries"`  // blocks that the versions own
-	Chunks    int64 `json:"chunks"`
-	LiveBytes int64 `json:"live_bytes"`
-	DataBytes int64 `json:"data_bytes"` // bytes of records that were read and verified
-	Leaks     int   `json:"leaks"`
-	Corrupt   int   `json:"corrupt"`
+	Branches  int64
+	Versions  int64 // versions of leaves
+	Entries   int64 // blocks that the versions own
+	Chunks    int64
+	LiveBytes int64
+	DataBytes int64 // bytes of records that were read and verified
+	Leaks     int
+	Corrupt   int
 	// Unreadable is how many records and files could not be looked at.
-	Unreadable int `json:"unreadable"`
+	Unreadable int
 }
 
 // NewChecker returns a check that passes every violation to problem.

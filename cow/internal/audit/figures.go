@@ -16,12 +16,12 @@ func (n Name) compare(o Name) int {
 
 // Figures say how much of the store a volume or snapshot takes. docs/reclaim.md, Space, defines them.
 type Figures struct {
-	Mapped          int64 `json:"mapped"`            // bytes of its blocks that hold data
-	Referenced      int64 `json:"referenced"`        // stored size of these blocks, shared or not
-	Exclusive       int64 `json:"exclusive"`         // what removing it, and nothing else, frees
-	Shared          int64 `json:"shared"`            // the part of Referenced that stays then
-	UsedBySnapshots int64 `json:"used_by_snapshots"` // of a volume: what deleting all its snapshots frees
-	Used            int64 `json:"used"`              // what deleting it frees; a volume with its snapshots
+	Mapped          int64 // bytes of its blocks that hold data
+	Referenced      int64 // stored size of these blocks, shared or not
+	Exclusive       int64 // what removing it, and nothing else, frees
+	Shared          int64 // the part of Referenced that stays then
+	UsedBySnapshots int64 // of a volume: what deleting all its snapshots frees
+	Used            int64 // what deleting it frees; a volume with its snapshots
 }
 
 // All returns the names of all volumes and snapshots, each volume before its snapshots.
