@@ -165,7 +165,7 @@ func (d *Device) putData(sc *scratch, data []byte, first uint64, ex *expect) err
 		return d.putSingles(sc, data, first, ex)
 	}
 	h.Codec, h.PayloadLen, h.PayloadCRC = codec, len(payload), format.Checksum(payload)
-	return d.s.put(d, &h, payload, h.Blocks, ex, sc.small)
+	return d.s.writeRecord(d, &h, payload, h.Blocks, ex, sc.small)
 }
 
 // putSingles writes blocks that do not compress as one record each, so that reading one costs no more than
@@ -175,7 +175,7 @@ func (d *Device) putSingles(sc *scratch, data []byte, first uint64, ex *expect) 
 	for ; len(data) > 0; data = data[format.BlockSize:] {
 		block := data[:format.BlockSize]
 		h.PayloadCRC = format.Checksum(block)
-		if err := d.s.put(d, &h, block, 1, ex, sc.small); err != nil {
+		if err := d.s.writeRecord(d, &h, block, 1, ex, sc.small); err != nil {
 			return err
 		}
 		h.Block++
@@ -191,11 +191,11 @@ func (s *Store) putHole(d *Device, first uint64, n int, ex *expect) error {
 		Block: first, Branch: d.b.ID, Kind: format.KindHole, Blocks: 1,
 		PayloadLen: len(payload), PayloadCRC: format.Checksum(payload[:]),
 	}
-	return s.put(d, &h, payload[:], n, ex, false)
+	return s.writeRecord(d, &h, payload[:], n, ex, false)
 }
 
-// mapBlock writes a record of n blocks of one leaf. Where it has to wait for something, it waits and tries again.
-func (s *Store) put(d *Device, h *format.RecordHeader, payload []byte, n int, ex *expect, small bool) error {
+// writeRecord writes a record of n blocks of one leaf. Where it has to wait for something, it waits and tries again.
+func (s *Store) writeRecord(d *Device, h *format.RecordHeader, payload []byte, n int, ex *expect, small bool) error {
 	if h.Kind == format.KindData {
 		s.cleaner.pacer.wait(h.Size())
 	}
@@ -204,7 +204,7 @@ func (s *Store) put(d *Device, h *format.RecordHeader, payload []byte, n int, ex
 	for waited := false; ; waited = true {
 		err := s.cache.Ensure(k)
 		if err == nil {
-			err = s.tryPut(d, h, payload, n, ex, waited, small)
+			err = s.tryWriteRecord(d, h, payload, n, ex, waited, small)
 		}
 		switch {
 		case errors.Is(err, errEvicted):
@@ -229,8 +229,8 @@ func (s *Store) put(d *Device, h *format.RecordHeader, payload []byte, n int, ex
 	}
 }
 
-// tryPut is one attempt of put. waited says that the writer has waited for a checkpoint.
-func (s *Store) tryPut(d *Device, h *format.RecordHeader, payload []byte, n int, ex *expect, waited, small bool) error {
+// tryWriteRecord is one attempt of writeRecord. waited says that the writer has waited for a checkpoint.
+func (s *Store) tryWriteRecord(d *Device, h *format.RecordHeader, payload []byte, n int, ex *expect, waited, small bool) error {
 	hole := h.Kind == format.KindHole
 	s.mu.Lock()
 	defer s.mu.Unlock()
