@@ -51,7 +51,7 @@ func (w *modelStore) again(t *testing.T) *modelStore {
 	return next
 }
 
-// mapBlock writes incompressible content to a volume, in the model and the store.
+// put writes incompressible content to a volume, in the model and the store.
 func (w *modelStore) put(name string, off, n int64) error {
 	d, err := w.device(name)
 	if err != nil {

@@ -119,7 +119,7 @@ func (m *model) fork() *model { return &model{m.base, slices.Clip(m.states)} }
 // truncate drops the states after seq: a crash lost them.
 func (m *model) truncate(seq uint64) { m.states = slices.Clip(m.states[:seq-m.base+1]) }
 
-// mapBlock is a record of n blocks of a volume; a hole over holes is none.
+// put is a record of n blocks of a volume; a hole over holes is none.
 func (m *model) put(name string, first uint64, bs []block) {
 	v := m.now()[name]
 	if allNil(bs) && allNil(v.blocks[first:first+uint64(len(bs))]) {

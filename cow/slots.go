@@ -85,7 +85,7 @@ func (s *slotTable) get(slot uint32) *chunk {
 	return p.chunks[slot%pageSlots].Load()
 }
 
-// mapBlock puts a chunk into its slot, and takes the chunk that was there out of the table.
+// put puts a chunk into its slot, and takes the chunk that was there out of the table.
 func (s *slotTable) put(c *chunk) {
 	n, i := c.Slot/pageSlots, c.Slot%pageSlots
 	p := s.pages[n].Load()

@@ -58,7 +58,7 @@ func (c *unitCache) get(k unitKey, pieces []piece, first int) bool {
 	return false
 }
 
-// mapBlock adds a unit, and returns the memory of the unit that it replaces.
+// put adds a unit, and returns the memory of the unit that it replaces.
 func (c *unitCache) put(k unitKey, unit []byte) (spare []byte) {
 	s := c.shard(k)
 	s.mu.Lock()
