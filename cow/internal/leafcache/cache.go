@@ -45,6 +45,7 @@ type Cache struct {
 }
 
 type shard struct {
+	c  *Cache // never changes
 	mu sync.RWMutex
 	arena
 	buckets   []uint32    // handles, each the first of a list
@@ -74,6 +75,7 @@ func New(bytes int64, load func(Key, *format.Leaf) (epoch uint32, err error)) (*
 	}
 	words := int(bytes / 8 / int64(len(c.shards)))
 	for i := range c.shards {
+		c.shards[i].c = c
 		if err := c.shards[i].init(words); err != nil {
 			return nil, errors.Join(err, c.Close())
 		}

@@ -34,8 +34,8 @@ func (s *shard) audit(t *rapid.T) {
 	}
 }
 
-// versionPlace is a version's place in the model.
-type versionPlace struct{ index, epoch uint32 }
+// place is a version's place in the model.
+type place struct{ index, epoch uint32 }
 
 // cacheModel is a cache under test, and what it must hold.
 type cacheModel struct {
@@ -44,11 +44,11 @@ type cacheModel struct {
 	b        Branch
 	rng      *rand.Rand
 	epoch    uint32
-	now      map[uint32]format.Leaf       // the head
-	versions map[versionPlace]format.Leaf // of the head and of earlier epochs
-	table    map[versionPlace]format.Leaf // what checkpoints have written
-	writing  *Generation                  // the generation that a checkpoint is writing, or nil
-	due      map[versionPlace]format.Leaf // versions when it began
+	now      map[uint32]format.Leaf // the head
+	versions map[place]format.Leaf  // of the head and of earlier epochs
+	table    map[place]format.Leaf  // what checkpoints have written
+	writing  *Generation            // the generation that a checkpoint is writing, or nil
+	due      map[place]format.Leaf  // versions when it began
 }
 
 // load does what the store does: it looks in memory first, and then in the table.
@@ -57,7 +57,7 @@ func (m *cacheModel) load(k Key, l *format.Leaf) (uint32, error) {
 		return epoch, nil
 	}
 	for epoch := m.epoch; epoch > 0; epoch-- {
-		if v, ok := m.table[versionPlace{k.Index, epoch}]; ok {
+		if v, ok := m.table[place{k.Index, epoch}]; ok {
 			*l = v
 			return epoch, nil
 		}
@@ -93,7 +93,7 @@ func (m *cacheModel) write(k Key) {
 		content.SetChanged(i)
 		want.SetChanged(i)
 	}
-	m.now[k.Index], m.versions[versionPlace{k.Index, m.epoch}] = want, want
+	m.now[k.Index], m.versions[place{k.Index, m.epoch}] = want, want
 }
 
 // checkpoint begins a checkpoint, or ends the one that was begun.
@@ -109,10 +109,10 @@ func (m *cacheModel) checkpoint() {
 		g.Abort()
 		return
 	}
-	gens := map[versionPlace]uint64{}
+	gens := map[place]uint64{}
 	written := 0
 	g.Each(func(v metadata.Version, gen uint64, l *format.Leaf) {
-		at := versionPlace{v.Leaf, v.Epoch}
+		at := place{v.Leaf, v.Epoch}
 		if written++; gen >= gens[at] {
 			m.table[at], gens[at] = *l, gen
 		}
@@ -135,7 +135,7 @@ func TestCacheAgainstModel(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		m := &cacheModel{
 			t: t, b: Branch{ID: 3}, epoch: 1, now: map[uint32]format.Leaf{},
-			versions: map[versionPlace]format.Leaf{}, table: map[versionPlace]format.Leaf{},
+			versions: map[place]format.Leaf{}, table: map[place]format.Leaf{},
 		}
 		var err error
 		if m.c, err = New(MinBytes, m.load); err != nil {
