@@ -3,6 +3,7 @@ package wal
 import (
 	"bytes"
 	"errors"
+	"log/slog"
 	"sync"
 	"syscall"
 	"testing"
@@ -145,6 +146,72 @@ func TestReader(t *testing.T) {
 	}
 	if n, err := c.FirstSeq(); n != 1 || err != nil {
 		t.Error(n, err)
+	}
+}
+
+// syncFS calls a function before each sync of a file.
+type syncFS struct {
+	storage.FS
+	before func()
+}
+
+type syncFile struct {
+	storage.File
+	fs *syncFS
+}
+
+func (s *syncFS) Create(name string, size int64) (storage.File, error) {
+	f, err := s.FS.Create(name, size)
+	return syncFile{f, s}, err
+}
+
+func (f syncFile) Sync() error {
+	f.fs.before()
+	return f.File.Sync()
+}
+
+// Records that are appended while a sync runs are not durable by that sync: neither the log nor the mark says so, and
+// a flush of theirs does not end with it.
+func TestAppendDuringSync(t *testing.T) {
+	real := crashfs.New()
+	fs := &syncFS{FS: real, before: func() {}}
+	l, mu := newLog(t, fs)
+	l.mark.Open(real, l.uuid, slog.New(slog.DiscardHandler))
+	if err := l.mark.Begin(1); err != nil {
+		t.Fatal(err)
+	}
+	add := func() {
+		mu.Lock()
+		defer mu.Unlock()
+		l.add(t, make([]byte, 1000))
+	}
+	durable := func() uint64 {
+		mu.Lock()
+		defer mu.Unlock()
+		return l.Durable()
+	}
+	add()
+	if err := l.Sync(); err != nil { // the chunk is there by now
+		t.Fatal(err)
+	}
+	for i := range uint64(3) {
+		add()
+		syncs := 0
+		fs.before = func() { syncs++; add() }
+		if err := l.Sync(); err != nil {
+			t.Fatal(err)
+		}
+		fs.before = func() {}
+		want := 3 + 2*i // one of the two that were appended since
+		if durable() != want || l.mark.Seq() != want || syncs != 1 {
+			t.Fatalf("the log says %d, the mark %d, and record %d is the first that is not durable; %d syncs", durable(), l.mark.Seq(), want, syncs)
+		}
+		if err := l.Sync(); err != nil {
+			t.Fatal(err)
+		}
+		if durable() != want+1 {
+			t.Fatalf("a flush ended with record %d, and there are %d", durable()-1, want)
+		}
 	}
 }
 
