@@ -19,8 +19,8 @@ import (
 //
 //	go test ./nbd -run '^$' -bench Fio -benchtime 1x
 //
-// ram is a device that costs nothing, ram6us one that takes 6 us of CPU a request, file a file that
-// is read and written past the page cache. qemu-nbd is on such a file too.
+// ram is a device that costs nothing, ram6us one that takes 6 µs of CPU for each request, and file a file with O_DIRECT.
+// qemu-nbd serves such a file too.
 func BenchmarkFio(b *testing.B) {
 	const size = 1 << 30
 	cheap, cost := newRAM(size), newRAM(size)
@@ -159,7 +159,7 @@ func startPeer(b *testing.B, sock string, name string, args ...string) {
 	b.Fatalf("%s: no socket", name)
 }
 
-// newBenchFile returns a file that is fully written, so that reads are reads.
+// newBenchFile returns a file that is fully written, so that its blocks must be read.
 func newBenchFile(b *testing.B, size int) string {
 	name := filepath.Join(b.TempDir(), "f")
 	f, err := os.Create(name)

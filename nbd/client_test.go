@@ -55,7 +55,7 @@ func connect(tb testing.TB, s *Server) *client {
 	return c
 }
 
-// ended returns what ServeConn returned.
+// ended waits until ServeConn returns, and returns its error.
 func (c *client) ended() error {
 	c.tb.Helper()
 	select {
@@ -68,7 +68,7 @@ func (c *client) ended() error {
 	}
 }
 
-// hungUp checks that the server closes the connection without sending more.
+// hungUp checks that the server closes the connection and sends nothing more.
 func (c *client) hungUp() error {
 	c.tb.Helper()
 	b, err := io.ReadAll(c.Conn)

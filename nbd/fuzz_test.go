@@ -8,8 +8,7 @@ import (
 	"time"
 )
 
-// streamConn is a connection from which bytes come that are there already, in pieces, and on which
-// what is sent is checked and dropped.
+// streamConn is a connection whose input is given in advance and comes in pieces. Its output is checked and dropped.
 type streamConn struct {
 	net.Conn // panics where it is used
 	in       *bytes.Reader
@@ -23,7 +22,7 @@ func (c *streamConn) Close() error                    { return nil }
 func (c *streamConn) SetDeadline(time.Time) error     { return nil }
 func (c *streamConn) SetReadDeadline(time.Time) error { return nil }
 
-// fuzzDevice checks that what reaches the device is within it.
+// fuzzDevice checks that requests to the device are within its size.
 type fuzzDevice struct {
 	tb   testing.TB
 	size int64

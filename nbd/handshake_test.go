@@ -172,7 +172,7 @@ func TestNegotiateMetaContext(t *testing.T) {
 	}
 	c.option(optListMeta, str("disk"), u32(1<<31))
 	c.wantOptReply(optListMeta, repErrInvalid)
-	// Set for another name, and so not for this one.
+	// It was set for another name, and so not for this one.
 	c.option(optSetMeta, str(""), u32(1), str(contextAllocation))
 	c.wantOptReply(optSetMeta, repMetaContext)
 	c.wantOptReply(optSetMeta, repAck)
@@ -184,7 +184,7 @@ func TestNegotiateMetaContext(t *testing.T) {
 	c.disconnect()
 }
 
-// Clients that break the negotiation are hung up on.
+// The server closes the connection of a client that breaks the negotiation.
 func TestNegotiateHostile(t *testing.T) {
 	for name, x := range map[string]struct {
 		send func(c *client)

@@ -95,7 +95,7 @@ func TestBadMagic(t *testing.T) {
 	}
 }
 
-// Clients that go away at any point leave nothing behind, and half a write is not done.
+// Clients may disconnect at any point. Nothing is left behind, and half a write is not executed.
 func TestDisconnects(t *testing.T) {
 	for name, sent := range map[string]struct {
 		data string
@@ -128,7 +128,7 @@ func TestDisconnects(t *testing.T) {
 	}
 }
 
-// The export is closed only after its last request, though the client is long gone.
+// The export is closed only after its last request, even if the client has gone long before.
 func TestCloseWaitsForRequests(t *testing.T) {
 	d := newRAM(1 << 20)
 	entered, release := make(chan struct{}), make(chan struct{})
@@ -205,7 +205,7 @@ func TestBudget(t *testing.T) {
 	}
 }
 
-// Shutdown finishes and answers what it has received, and no more.
+// Shutdown finishes and answers the requests that were received, and no others.
 func TestShutdown(t *testing.T) {
 	d := newRAM(1 << 20)
 	entered, release := make(chan struct{}), make(chan struct{})

@@ -12,7 +12,7 @@ import (
 	"testing"
 )
 
-// A client past the limit is told so, in whichever way it begins, and the others are served.
+// A client that exceeds the limit gets a refusal with the reason, in whichever way it begins. The others are served.
 func TestTooManyConnections(t *testing.T) {
 	s := New(serveRAM(newRAM(4096)), Options{MaxConnections: 2})
 	a, b := connect(t, s), connect(t, s)
@@ -50,7 +50,7 @@ func TestTooManyConnections(t *testing.T) {
 	b.alive()
 }
 
-// Clients that are refused and stay do not pile up, nor keep others from being served.
+// Clients that are refused and do not disconnect do not accumulate, and do not prevent others from being served.
 func TestRefusedThatStay(t *testing.T) {
 	s := New(serveRAM(newRAM(4096)), Options{MaxConnections: 1})
 	a := connect(t, s)
@@ -78,7 +78,7 @@ func TestRefusedThatStay(t *testing.T) {
 	}
 }
 
-// A listing asks some options of each export on one connection, and finds those too that somebody has for himself.
+// A listing sends several options for each export on one connection. It finds even exports that are in use exclusively.
 func TestListingOfThousands(t *testing.T) {
 	const n = 3000
 	exports := exportMap{}
@@ -114,7 +114,7 @@ func TestListingOfThousands(t *testing.T) {
 	c.wantOptReply(optGo, repInfo)
 }
 
-// Many connections wait at no cost but their own: no buffer is held for one that has nothing to say.
+// Many connections can wait cheaply: the server holds no buffer for a connection without a request.
 func TestManyConnections(t *testing.T) {
 	d := newRAM(1 << 20)
 	s := New(serveRAM(d), Options{})
@@ -166,8 +166,8 @@ func (b *syncBuffer) String() string {
 	return b.b.String()
 }
 
-// What fails is logged with what was asked for and why, since the client gets no more than a number. Many failures do
-// not make many lines.
+// A failed request is logged with its parameters and the reason, since the client gets only a number. Many failures do not
+// make many lines.
 func TestFailedRequestIsLogged(t *testing.T) {
 	for name, x := range map[string]struct {
 		typ    uint16
@@ -301,7 +301,7 @@ func (d defaultExports) Open(name string) (*Export, error) {
 	return d.exportMap.Open(name)
 }
 
-// The text of a refusal says what it is about.
+// The text of a refusal names its reason.
 func TestRefusalText(t *testing.T) {
 	c := dial(t, failingExports{}, Options{})
 	c.greet(3)

@@ -13,22 +13,22 @@ import (
 // sparseLog logs at most one error per second: a full or damaged disk may fail every request, and clients
 // that are refused may try again at once.
 type sparseLog struct {
-	logger *slog.Logger
-	told   atomic.Int64 // time of the last log message, in Unix seconds
-	untold atomic.Int64 // errors not logged since
+	logger     *slog.Logger
+	lastReport atomic.Int64 // time of the last log message, in Unix seconds
+	suppressed atomic.Int64 // errors not logged since
 }
 
 func (l *sparseLog) log(level slog.Level, text string, err error, args ...any) {
-	now, last := time.Now().Unix(), l.told.Load()
-	if now == last || !l.told.CompareAndSwap(last, now) {
-		l.untold.Add(1)
+	now, last := time.Now().Unix(), l.lastReport.Load()
+	if now == last || !l.lastReport.CompareAndSwap(last, now) {
+		l.suppressed.Add(1)
 		return
 	}
 	args = append(args, "err", err)
 	if p := new(PanicError); errors.As(err, &p) {
 		args = append(args, "stack", string(p.Stack))
 	}
-	if n := l.untold.Swap(0); n > 0 {
+	if n := l.suppressed.Swap(0); n > 0 {
 		args = append(args, "not_logged_before", n)
 	}
 	l.logger.Log(context.Background(), level, text, args...)

@@ -19,7 +19,7 @@ import (
 // These tests run the clients that people use. They are part of what must work, so a client that is
 // missing is a failure; Debian has them in libnbd-bin, python3-libnbd, qemu-utils and fio.
 
-// run runs a program to its success, and returns its standard output.
+// run runs a program, which must succeed, and returns its standard output.
 func run(t *testing.T, name string, args ...string) string {
 	t.Helper()
 	out, err := try(t, name, args...)
@@ -58,7 +58,7 @@ func serveURI(t *testing.T, exports Exports) func(name string) string {
 	return func(name string) string { return "nbd+unix:///" + name + "?socket=" + sock }
 }
 
-// sparseImage makes a raw image with data here and there.
+// sparseImage makes a raw image with data in some places.
 func sparseImage(t *testing.T, size int64) string {
 	t.Helper()
 	f, err := os.Create(filepath.Join(t.TempDir(), "image"))
@@ -267,7 +267,7 @@ func TestQemuIO(t *testing.T) {
 	}
 }
 
-// fio checks all that it wrote, in mixed sizes from several connections, with flushes between.
+// fio checks all data that it wrote, in mixed sizes from several connections, with flushes between.
 func TestFioVerify(t *testing.T) {
 	d := newRAM(128 << 20)
 	uri := serveURI(t, serveRAM(d))("disk")

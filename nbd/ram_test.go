@@ -84,7 +84,7 @@ func (d *ramDevice) WriteAt(p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
-// content returns a copy of all.
+// content returns a copy of the whole content.
 func (d *ramDevice) content() []byte {
 	b := make([]byte, len(d.data))
 	d.stripes(0, d.Size(), func(l *sync.RWMutex, from, to int64) {
@@ -151,7 +151,7 @@ func (m exportMap) List() ([]string, error) {
 	return names, nil
 }
 
-// Describe does not open, and so does not know who has it.
+// Describe does not open the export, so it works even if the export is in use.
 func (m exportMap) Describe(name string) (Info, error) {
 	switch name {
 	case "secret":

@@ -95,7 +95,7 @@ func TestPace(t *testing.T) {
 	}
 }
 
-// A device that becomes slow gets its requests at the same time, from workers.
+// A device that becomes slow gets several requests at once, from workers.
 func TestSlowDeviceInParallel(t *testing.T) {
 	d := newRAM(1 << 20)
 	d.onRead = func([]byte, int64) error { time.Sleep(2 * time.Millisecond); return nil }

@@ -17,7 +17,7 @@ import (
 // These are clients that half-close, stop, or die, and devices that never answer. Nothing may wait for itself, and
 // every end is bounded.
 
-// soon fails the test unless f returns; what it waits for is instant, and the bound is one that only a hang exceeds.
+// soon fails the test unless f returns in time. f should return at once, and only a hang exceeds the bound.
 func soon(t *testing.T, what string, f func()) {
 	t.Helper()
 	done := make(chan struct{})
@@ -29,7 +29,7 @@ func soon(t *testing.T, what string, f func()) {
 	}
 }
 
-// A client that shuts down one direction only is served as far as that goes, and its connection ends.
+// A client that shuts down only one direction is served as far as possible, and its connection ends.
 func TestHalfClosed(t *testing.T) {
 	for name, req := range map[string]string{
 		"small read":    reqBytes(0, cmdRead, 1, 0, 512),
@@ -61,7 +61,7 @@ func TestHalfClosed(t *testing.T) {
 			})
 		}
 	}
-	// One that shuts down the other direction gets its replies.
+	// A client that shuts down the other direction gets its replies.
 	c := dial(t, serveRAM(newRAM(1<<20)), Options{})
 	c.open("disk", false)
 	c.put(reqBytes(0, cmdRead, 1, 0, 1<<19) + reqBytes(0, cmdRead, 2, 0, 512))
@@ -74,7 +74,7 @@ func TestHalfClosed(t *testing.T) {
 	}
 }
 
-// Clients that go in the middle of their reads leave nothing, at whatever moment it is.
+// Clients that disconnect during their reads, at any moment, leave nothing.
 func TestClientsThatDie(t *testing.T) {
 	d := newRAM(1 << 20)
 	s := New(serveRAM(d), Options{})
@@ -106,8 +106,8 @@ func TestClientsThatDie(t *testing.T) {
 	}
 }
 
-// Shutdown returns when its context ends, and lets Serve return, though a device never answers, and though the receiver
-// waits for what the device holds.
+// Shutdown returns when its context ends, and lets Serve return, even if a device never answers and the receiver waits for
+// memory that the device's requests hold.
 func TestShutdownWithStuckDevice(t *testing.T) {
 	for name, then := range map[string]string{
 		"":                               "",
@@ -202,7 +202,7 @@ func floods(size uint32) map[string]string {
 	}
 }
 
-// newFragmented is a device whose every other block is a hole.
+// newFragmented returns a device on which every second block is a hole.
 func newFragmented(size int) *ramDevice {
 	d := newRAM(size)
 	for b := range d.present {
@@ -211,7 +211,7 @@ func newFragmented(size int) *ramDevice {
 	return d
 }
 
-// What a client that takes no replies makes the server hold is what it is charged for, whatever it asks for.
+// A client that takes no replies is charged for all memory that the server holds for it, whatever its requests are.
 func TestChargeIsMemory(t *testing.T) {
 	const size, limit = 32 << 20, 8 << 20
 	for name, req := range floods(size) {
@@ -256,7 +256,7 @@ func length(p *packet) (n int) {
 	return n
 }
 
-// All connections together keep to a limit, and clients that take no replies do not keep others out for ever.
+// All connections together stay within a limit, and clients that take no replies do not block others for ever.
 func TestMemoryOfAll(t *testing.T) {
 	const size, limit, clients = 1 << 20, 8 << 20, 40
 	d := newRAM(size)
@@ -319,7 +319,7 @@ func TestSlowClientStays(t *testing.T) {
 	other.disconnect()
 }
 
-// Shutdown is bounded though clients take no replies, and ends them all.
+// Shutdown is bounded even if clients take no replies, and ends all connections.
 func TestShutdownWithStuckClients(t *testing.T) {
 	const size = 32 << 20
 	s := New(serveRAM(newFragmented(size)), Options{MaxInFlight: 2 << 20})
@@ -343,7 +343,7 @@ func TestShutdownWithStuckClients(t *testing.T) {
 	}
 }
 
-// A request that takes long does not hold up a connection that is cut off, nor do those that wait for a worker.
+// A connection that is cut off ends without waiting for a long request, or for requests that wait for a worker.
 func TestCutOffGivesUp(t *testing.T) {
 	d := newRAM(512 << 20)
 	var reads atomic.Int64

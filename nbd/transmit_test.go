@@ -21,7 +21,7 @@ func pattern(n int, seed byte) string {
 	return string(b)
 }
 
-// sizes has requests that the receiver does itself, and larger ones, aligned and not.
+// sizes has sizes that the receiver handles itself, and larger ones, aligned and not.
 var sizes = []int{1, 511, 512, 4096, 4097, inlineMax, inlineMax + 1, 100_000, 1 << 20, 3<<20 + 7}
 
 func TestReadWrite(t *testing.T) {
@@ -56,7 +56,7 @@ func btoi(b bool) int {
 	return 0
 }
 
-// A READ of holes and data is answered in chunks that make the range.
+// A READ of holes and data is answered in chunks that together cover the range.
 func TestReadHoles(t *testing.T) {
 	d := newRAM(8 << 20)
 	c := dial(t, serveRAM(d), Options{})
@@ -150,7 +150,7 @@ func TestBlockStatus(t *testing.T) {
 	}
 }
 
-// Extenters that leave gaps, overlap, or go too far give what is true nevertheless.
+// The result is right even if an Extenter leaves gaps, reports overlapping extents, or goes beyond the range.
 func TestExtents(t *testing.T) {
 	for _, x := range []struct {
 		in   []piece
@@ -245,7 +245,7 @@ func TestFUA(t *testing.T) {
 	c.want(errnoIO, 0, cmdFlush, 0, 0)
 }
 
-// A flush that hangs holds up nothing but those who wait for it, however many they are.
+// A flush that hangs delays only the requests that wait for it, however many there are.
 func TestFlushHoldsUpNothing(t *testing.T) {
 	d := newRAM(4 << 20)
 	release := make(chan struct{})
@@ -300,7 +300,7 @@ func TestFlushBeginsAfterRequest(t *testing.T) {
 	}
 }
 
-// Slow requests are done at the same time, up to Workers of them, and answered as they end.
+// Slow requests are executed at the same time, up to Workers of them, and answered in the order in which they end.
 func TestOutOfOrder(t *testing.T) {
 	const workers = 8
 	d := newRAM(8 << 20)
@@ -366,7 +366,7 @@ func (d *sleepy) ReadAt(p []byte, off int64) (int, error) {
 	return d.Device.ReadAt(p, off)
 }
 
-// Small reads that have to wait are begun in the order they come, and hold up none that need not.
+// Small reads that have to wait begin in the order of their arrival, and do not delay reads that need not wait.
 func TestTryReader(t *testing.T) {
 	ram := newRAM(1 << 20)
 	for i := range ram.data {
@@ -415,7 +415,7 @@ func TestTryReader(t *testing.T) {
 	c.disconnect()
 }
 
-// One request after the other, and many at once, give what was written.
+// Reads return what was written, with one request at a time and with many at once.
 func TestPipelining(t *testing.T) {
 	d := newRAM(1 << 20)
 	c := dial(t, serveRAM(d), Options{})
