@@ -69,8 +69,8 @@ func brittle(t *testing.T, ctx context.Context) (*world, *Owner, *brittleFS) {
 	return w, o, fs
 }
 
-// TestLastFlushFails: what was written and not flushed cannot be made durable. Detach leaves the disk, forced it says
-// so, and so does every other end.
+// TestLastFlushFails: unflushed writes cannot be made durable. Detach then leaves the disk. With force, and at every other
+// end of the disk, the error reports it.
 func TestLastFlushFails(t *testing.T) {
 	notDurable := func(t *testing.T, err error) {
 		t.Helper()
@@ -126,8 +126,8 @@ func TestLastFlushFails(t *testing.T) {
 	}
 }
 
-// TestLastClientCannotFlush: the last client of an export is gone when its writes turn out not to be durable, so the
-// service says it.
+// TestLastClientCannotFlush: if the last client of an export is gone before its writes turn out not to be durable, the
+// service returns the error.
 func TestLastClientCannotFlush(t *testing.T) {
 	_, o, fs := brittle(t, t.Context())
 	x := &catalog{exports: o.exports}
@@ -149,8 +149,8 @@ func TestLastClientCannotFlush(t *testing.T) {
 	}
 }
 
-// TestAttachAtOnce: of several that attach one snapshot or volume at once, one does, as when they come one after the
-// other.
+// TestAttachAtOnce: if several commands attach the same snapshot or volume at once, exactly one succeeds, as when they
+// run one after the other.
 func TestAttachAtOnce(t *testing.T) {
 	w := newWorld(t)
 	o := w.own(true)

@@ -10,7 +10,7 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// fakeDriver keeps devices as the kernel does: they outlive their servers.
+// fakeDriver keeps devices like the kernel: they outlive their servers.
 type fakeDriver struct {
 	mu       sync.Mutex // guards what follows, and the devices' fields
 	devices  map[int]*fakeDevice
@@ -159,7 +159,7 @@ func (b *fakeBlock) Resize(_ context.Context, size int64) error {
 	return nil
 }
 
-// end makes the device what a server's end leaves. d.mu is held.
+// end changes the device as the end of its server does. d.mu is held.
 func (b *fakeBlock) end(s ublk.State, err error) {
 	if b.state != ublk.StateLive {
 		return
@@ -200,7 +200,7 @@ func (b *fakeBlock) Quiesce(context.Context) error {
 	return nil
 }
 
-// loseServers is what the kernel sees of a process that was killed.
+// loseServers ends all servers, as when their process is killed.
 func (d *fakeDriver) loseServers() {
 	d.mu.Lock()
 	defer d.mu.Unlock()

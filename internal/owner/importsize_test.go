@@ -10,7 +10,7 @@ import (
 	"github.com/vdisk/vdisk/cow"
 )
 
-// A volume that is filled from a stream grows up to the largest there is, and what is larger is refused as that.
+// A volume that is filled from a stream grows up to the largest possible size. A longer stream is refused as too large.
 func TestImportUpToTheLargestVolume(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "store")
 	if err := cow.Create(dir); err != nil {

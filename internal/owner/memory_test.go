@@ -107,7 +107,7 @@ func TestReadThreads(t *testing.T) {
 }
 
 // TestAttachNeedsThreads: the runtime ends a process that cannot make a thread, so a device that might need the last
-// ones is refused.
+// threads is refused.
 func TestAttachNeedsThreads(t *testing.T) {
 	w := newWorld(t)
 	opts := w.options(true)
@@ -128,8 +128,8 @@ func TestAttachNeedsThreads(t *testing.T) {
 	w.close(o)
 }
 
-// TestAttachNeedsMemory: a device that would take the last memory is refused, with the machine's or the group's name;
-// nothing of it is left, and the command that asked the owner is told the same.
+// TestAttachNeedsMemory: a device that would take the last memory is refused. The error names the machine or the control
+// group, also in a command that asked the owner. Nothing is left of the device.
 func TestAttachNeedsMemory(t *testing.T) {
 	w := newWorld(t)
 	opts := w.options(true)
@@ -162,7 +162,7 @@ func TestAttachNeedsMemory(t *testing.T) {
 		t.Error(err)
 	}
 
-	// A driver that has to be given all buffers beforehand is given them, if there is memory for that.
+	// A driver that needs all buffers in advance gets them, if there is enough memory.
 	old := &ublk.FeatureError{Missing: ublk.FeatureUserCopy, Kernel: "6.1"}
 	w.d.fail["create"] = old
 	if _, err := s.Attach(t.Context(), a); err != nil || w.d.devices[1].server.opts.Copy != ublk.CopyPlain {

@@ -25,7 +25,7 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// quick are options for tests, which wait for nobody by themselves.
+// quick are options for tests. With them nothing waits for other processes.
 var quick = Options{Command: "test", LockTimeout: 5 * time.Second}
 
 // newStore makes a store with one volume, v.
@@ -46,7 +46,8 @@ func newStore(t *testing.T) string {
 	return dir
 }
 
-// removeBuffers removes the shared memory that an owner has left for the next one, after a failure or as if it was killed.
+// removeBuffers removes the shared memory that an owner has left for the next one after a failure, or because it was
+// killed.
 func removeBuffers(t *testing.T, dir string) {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join(dir, "owner"))
@@ -114,7 +115,7 @@ func TestErrorsKeepTheirMeaning(t *testing.T) {
 	}
 }
 
-// codeOf names the kind of an error.
+// codeOf returns the name of an error's kind.
 func codeOf(err error) string {
 	for _, c := range codes {
 		if errors.Is(err, c.err) {
@@ -124,7 +125,7 @@ func codeOf(err error) string {
 	return ""
 }
 
-// TestClientIsAsGoodAsOwner does the same through both, with the same outcome.
+// TestClientIsAsGoodAsOwner makes the same calls through an Owner and a Client, with the same outcome.
 func TestClientIsAsGoodAsOwner(t *testing.T) {
 	script := func(s Store) (log []string) {
 		ctx := t.Context()
@@ -193,7 +194,7 @@ type brokenReader struct{}
 
 func (brokenReader) Read([]byte) (int, error) { return 0, errors.New("the tape is torn") }
 
-// TestImportEndsWithItsClient cuts a client off in the middle: no volume may stay.
+// TestImportEndsWithItsClient cuts a client off during an import: no volume may stay.
 func TestImportEndsWithItsClient(t *testing.T) {
 	dir := newStore(t)
 	owner := offer(t, dir)
@@ -220,7 +221,7 @@ func TestImportEndsWithItsClient(t *testing.T) {
 	}
 }
 
-// TestOpenWaitsForTheNext opens and closes a store from many sides: with time to wait nobody is turned away.
+// TestOpenWaitsForTheNext opens and closes a store from many goroutines. If they may wait, none is refused.
 func TestOpenWaitsForTheNext(t *testing.T) {
 	dir := newStore(t)
 	var wg sync.WaitGroup
@@ -273,7 +274,7 @@ func TestOpenEndsWithItsContext(t *testing.T) {
 	}
 }
 
-// TestIdleOwner ends with its last session, and not before the first.
+// TestIdleOwner: an idle owner ends with its last session, and not before the first.
 func TestIdleOwner(t *testing.T) {
 	dir := newStore(t)
 	o := quick
@@ -399,7 +400,7 @@ func TestSockets(t *testing.T) {
 	}
 }
 
-// TestPassedSocket has an owner serve a socket that a client made, and end with the client or the last connection.
+// TestPassedSocket lets an owner serve a socket that a client made. The service ends with the client or the last connection.
 func TestPassedSocket(t *testing.T) {
 	dir := newStore(t)
 	owner := offer(t, dir)
@@ -459,7 +460,7 @@ func TestPassedSocket(t *testing.T) {
 	}
 }
 
-// TestInlineRequestsDoNotAllocate is for the requests that the queue's thread answers by itself.
+// TestInlineRequestsDoNotAllocate: requests that the queue's thread answers itself allocate nothing.
 func TestInlineRequestsDoNotAllocate(t *testing.T) {
 	owner := offer(t, newStore(t))
 	dev, err := owner.store.OpenDevice(cow.Ref{Volume: "v"}, false)
@@ -486,7 +487,7 @@ func TestInlineRequestsDoNotAllocate(t *testing.T) {
 	}
 }
 
-// TestFailedRequestsAreLogged: the disk's user gets an errno, and the log the reason, once a second.
+// TestFailedRequestsAreLogged: the disk's user gets an errno. The reason is logged, at most once a second.
 func TestFailedRequestsAreLogged(t *testing.T) {
 	w := newWorld(t)
 	var text bytes.Buffer
@@ -531,7 +532,7 @@ func TestFailedRequestsAreLogged(t *testing.T) {
 	w.close(o)
 }
 
-// TestPacedWritesAreNotInline: where writes wait for the cleaner, a queue's thread goes on with its reads.
+// TestPacedWritesAreNotInline: while writes wait for the cleaner, the queue's thread still serves reads.
 func TestPacedWritesAreNotInline(t *testing.T) {
 	const size = 128 << 20
 	dir := filepath.Join(t.TempDir(), "paced")

@@ -11,7 +11,7 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// TestAloneInNamespace: only who can see every process can tell that none is in its mount namespace.
+// TestAloneInNamespace: only a process that sees all others can know that none of them is in its mount namespace.
 func TestAloneInNamespace(t *testing.T) {
 	const all, none = "CapEff:\t000001ffffffffff\n", "CapEff:\t0000000000000000\n"
 	self := filepath.Join(filepath.Base(mustReadlink(t, "/proc/self")), "ns/mnt")
@@ -58,7 +58,7 @@ func mustReadlink(t *testing.T, path string) string {
 	return to
 }
 
-// TestLongMountLine: a line of mountinfo that is longer than any buffer does not hide what follows.
+// TestLongMountLine: a line of mountinfo that is longer than any buffer does not hide the lines after it.
 func TestLongMountLine(t *testing.T) {
 	mountinfo := "21 1 0:30 / /m rw - overlay overlay rw,lowerdir=" + strings.Repeat("/l:", 50000) + "/l\n" +
 		"22 1 259:3 / /mnt/a\\040b rw - ext4 /dev/ublkb0 rw\n"
@@ -67,7 +67,7 @@ func TestLongMountLine(t *testing.T) {
 	}
 }
 
-// TestPartScan: whether the kernel is to read the partition table of a volume, and of a snapshot.
+// TestPartScan: the kernel reads the partition tables of volumes and snapshots as AttachOptions.PartScan selects.
 func TestPartScan(t *testing.T) {
 	w := newWorld(t)
 	o := w.own(true)

@@ -18,7 +18,7 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// world is a store, and a kernel that has its devices.
+// world is a store, and a fake kernel that has its devices.
 type world struct {
 	t   *testing.T
 	dir string
@@ -33,7 +33,7 @@ func (w *world) options(lasting bool) Options {
 	return o
 }
 
-// own takes the store; the test ends the life of the owner.
+// own makes an owner of the store. Its life ends with the test.
 func (w *world) own(lasting bool) *Owner {
 	w.t.Helper()
 	o, err := Own(context.Background(), w.dir, w.options(lasting))
@@ -63,7 +63,7 @@ func (w *world) close(o *Owner) {
 	}
 }
 
-// kill ends an owner as SIGKILL does: its devices wait, and its file says what they are.
+// kill ends an owner as SIGKILL does: its devices wait, and the file of devices lists them.
 func (w *world) kill(o *Owner) {
 	w.t.Helper()
 	_, _, ends := o.servedUntil()
@@ -131,7 +131,7 @@ func bootID(t *testing.T) string {
 	return boot
 }
 
-// leaveOwner makes the store look as after an owner that was killed, with memory in the folder shm that is not there.
+// leaveOwner changes the store as if its owner was killed, with memory in the folder shm that does not exist.
 func (w *world) leaveOwner(shm string) {
 	w.t.Helper()
 	var st, in unix.Stat_t
@@ -214,7 +214,7 @@ func TestRecover(t *testing.T) {
 	if _, err := o.Recover(t.Context(), "nope"); !errors.Is(err, cow.ErrNotFound) {
 		t.Error(err)
 	}
-	// One that fails can be repeated.
+	// A recovery that fails can be repeated.
 	w.d.fail["recover"] = errors.New("not today")
 	w.recovers(o, "v", 0)
 	if d := o.devicesOf("v")[0]; !d.Waits || d.Error == "" {
@@ -237,7 +237,7 @@ func TestRecover(t *testing.T) {
 	}
 }
 
-// TestRecordedBeforeMade: whenever a process dies, the file knows each device that is in the kernel.
+// TestRecordedBeforeMade: whenever a process dies, the file lists every device that the kernel has.
 func TestRecordedBeforeMade(t *testing.T) {
 	w := newWorld(t)
 	o := w.own(true)
@@ -264,7 +264,7 @@ func TestRecordedBeforeMade(t *testing.T) {
 		t.Error(got, w.d.count(), w.file())
 	}
 	w.close(o)
-	// What cannot be made leaves nothing.
+	// A device that cannot be made leaves nothing.
 	o = w.own(true)
 	w.d.fail["create"] = ublk.ErrNoFreeDevice
 	if _, err := o.Attach(t.Context(), AttachOptions{Ref: cow.Ref{Volume: "v"}}); !errors.Is(err, cow.ErrBusy) {
@@ -277,7 +277,7 @@ func TestRecordedBeforeMade(t *testing.T) {
 	w.close(o)
 }
 
-// TestForeignDevices: what the file says is only believed of devices that carry the mark.
+// TestForeignDevices: the file is believed only about devices that carry the store's mark.
 func TestForeignDevices(t *testing.T) {
 	for name, change := range map[string]func(w *world){
 		"another boot":         func(w *world) { w.edit(bootID(w.t), "00000000-1111-2222-3333-444444444444") },
@@ -354,7 +354,7 @@ func TestRenamedWhileItWaits(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.close(o)
-	// A process that dies in the middle has written both names.
+	// A process that dies during a renaming has written both names.
 	for _, ref := range []string{`"ref":"gone","renaming":"x"`, `"ref":"x","renaming":"never"`} {
 		w.edit(w.file()[strings.Index(w.file(), `"ref"`):strings.LastIndex(w.file(), `}]`)], ref)
 		o = w.own(false)
@@ -396,8 +396,7 @@ func TestForce(t *testing.T) {
 	w.close(o)
 }
 
-// TestGiveUpFindsTheDevice: the number that a disk had may be another device's by now, and may not have been told at
-// first.
+// TestGiveUpFindsTheDevice: a disk's former number may belong to another device by now, and may be unknown at first.
 func TestGiveUpFindsTheDevice(t *testing.T) {
 	w := newWorld(t)
 	o := w.own(true)
@@ -421,8 +420,8 @@ func TestGiveUpFindsTheDevice(t *testing.T) {
 	w.close(o)
 }
 
-// TestForgottenAnswers: a disk whose last server had answered what cannot be found any more is not served again,
-// however often the store is opened, except for a snapshot's, which is as it was.
+// TestForgottenAnswers: if acknowledged writes to a disk are lost, the disk is not served again, however often the store
+// is opened. A snapshot's disk is served, because a snapshot does not change.
 func TestForgottenAnswers(t *testing.T) {
 	w := newWorld(t)
 	o := w.own(true)
@@ -433,7 +432,7 @@ func TestForgottenAnswers(t *testing.T) {
 	w.attach(o, "v")
 	w.attach(o, "v@s")
 	w.kill(o)
-	// As left by an owner that was killed, and whose memory somebody has removed.
+	// The state after an owner was killed and its shared memory was removed.
 	w.leaveOwner("/dev/shm")
 	w.close(w.own(false))
 	o = w.own(true)
@@ -451,8 +450,8 @@ func TestForgottenAnswers(t *testing.T) {
 	w.close(o)
 }
 
-// TestServedWithoutSharedMemory: a disk is attached and recovered as ever where there is no shared memory: what is
-// answered is in the store's files.
+// TestServedWithoutSharedMemory: without shared memory a disk is attached and recovered as usual, because acknowledged
+// data is in the store's files.
 func TestServedWithoutSharedMemory(t *testing.T) {
 	w := newWorld(t)
 	opts := w.options(true)
@@ -475,7 +474,7 @@ func TestServedWithoutSharedMemory(t *testing.T) {
 		}
 		w.kill(o)
 	}
-	// Who does not last serves nothing.
+	// A short-lived owner serves no disk.
 	opts.Offer = false
 	o, err := Own(context.Background(), w.dir, opts)
 	if err != nil {
@@ -510,7 +509,7 @@ func TestResizeAttached(t *testing.T) {
 	w.close(o)
 }
 
-// TestLostServer: a device whose queues break is served again, unless that happens at once.
+// TestLostServer: a device whose queues break is served again, unless they break soon after the start.
 func TestLostServer(t *testing.T) {
 	w := newWorld(t)
 	o := w.own(true)

@@ -23,7 +23,7 @@ import (
 	"github.com/vdisk/vdisk/nbd"
 )
 
-// serving serves NBD until the function that it returns is called, which returns how that ended.
+// serving serves NBD until the returned function is called, which returns the error of the service.
 func serving(t *testing.T, s Store, opts ServeOptions) (path string, end func() error) {
 	t.Helper()
 	path = filepath.Join(t.TempDir(), "s")
@@ -38,7 +38,7 @@ func serving(t *testing.T, s Store, opts ServeOptions) (path string, end func() 
 	return path, sync.OnceValue(func() error { cancel(); return within10s(t, ended) })
 }
 
-// within10s returns what comes from c; only a hang takes longer.
+// within10s returns the value that comes from c. Only a hang takes longer.
 func within10s[T any](t *testing.T, c <-chan T) (v T) {
 	t.Helper()
 	select {
@@ -49,7 +49,7 @@ func within10s[T any](t *testing.T, c <-chan T) (v T) {
 	return v
 }
 
-// eventually waits until ready; only a hang takes longer than it waits.
+// eventually waits until ready returns true. Only a hang takes longer than its limit.
 func eventually(t *testing.T, ready func() bool) {
 	t.Helper()
 	for end := time.Now().Add(10 * time.Second); !ready(); time.Sleep(time.Millisecond) {
@@ -59,13 +59,13 @@ func eventually(t *testing.T, ready func() bool) {
 	}
 }
 
-// nbdClient is as little of a client as these tests need.
+// nbdClient is a minimal client for these tests.
 type nbdClient struct {
 	net.Conn
 	t *testing.T
 }
 
-// openNBD opens an export, and returns the refusal's text where that is refused.
+// openNBD opens an export, or returns the text of the refusal.
 func openNBD(t *testing.T, path, name string) (c nbdClient, refusal string) {
 	t.Helper()
 	nc, err := net.Dial("unix", path)
@@ -134,7 +134,7 @@ func (c nbdClient) send(typ uint16, off uint64, length uint32, payload string) {
 
 const nbdWrite, nbdFlush = 1, 3
 
-// A service that is another process's ends with that one, which is an error to its client: nobody asked for it.
+// A service in another process ends with that process. For its client this is an error, because the client did not end it.
 func TestServiceEndsWithItsOwner(t *testing.T) {
 	dir := newStore(t)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -166,7 +166,7 @@ func TestServiceEndsWithItsOwner(t *testing.T) {
 	}
 }
 
-// What clients have open is not renamed: they would look for the old name when they connect again.
+// A volume that clients have open is not renamed, because they would look for the old name when they reconnect.
 func TestRenameOfOpenExport(t *testing.T) {
 	o := offer(t, newStore(t))
 	ref := func(name string) cow.Ref {
@@ -203,7 +203,7 @@ func TestRenameOfOpenExport(t *testing.T) {
 		_ = c.Close()
 		eventually(t, func() bool { return len(o.exports.users("v")) == 0 })
 	}
-	// Nobody comes in between.
+	// No client can open it meanwhile.
 	done, err := o.exports.keepOut(ref("v"))
 	if err != nil {
 		t.Fatal(err)
@@ -252,7 +252,7 @@ func TestWritersAreCounted(t *testing.T) {
 	}
 }
 
-// A disk that does not answer holds up those who wait for it, and neither other opens nor the end of a service.
+// A disk that does not answer delays the clients that wait for it, but neither other opens nor the end of a service.
 func TestStuckDisk(t *testing.T) {
 	_, o, disk := brittle(t, t.Context())
 	if _, err := o.CreateVolume(t.Context(), "other", cow.VolumeOptions{Size: 1 << 20}); err != nil {
@@ -312,7 +312,7 @@ func TestStuckDisk(t *testing.T) {
 	}
 }
 
-// Why a request fails is in the log of the owner.
+// The owner logs the reason why a request fails.
 func TestFailedNBDRequestIsLogged(t *testing.T) {
 	var mu sync.Mutex
 	var log bytes.Buffer
@@ -350,7 +350,7 @@ func (w lockedWriter) Write(p []byte) (int, error) {
 	return w.w.Write(p)
 }
 
-// The empty name is the only volume, whatever snapshots there are; and what is in use can be asked about.
+// The empty name means the only volume, even if there are snapshots. A volume that is in use can be described.
 func TestCatalog(t *testing.T) {
 	w := newWorld(t)
 	o := w.own(true)
@@ -406,7 +406,7 @@ func TestCatalog(t *testing.T) {
 	w.close(o)
 }
 
-// askToServe asks the owner to serve, up to where the descriptors are sent.
+// askToServe asks the owner to serve, and returns before the descriptors are sent.
 func askToServe(t *testing.T, dir string) *net.UnixConn {
 	t.Helper()
 	nc, err := net.Dial("unix", filepath.Join(dir, controlName))
@@ -422,7 +422,7 @@ func askToServe(t *testing.T, dir string) *net.UnixConn {
 	return nc.(*net.UnixConn)
 }
 
-// A service that begins is seen at all times: an upgrade neither passes it by nor cuts it off.
+// A service that is about to begin is counted at all times: an upgrade neither overlooks it nor cuts it off.
 func TestServiceThatBegins(t *testing.T) {
 	w := newWorld(t)
 	opts := w.options(true)
@@ -466,7 +466,7 @@ func TestServiceThatBegins(t *testing.T) {
 	}
 }
 
-// Whatever descriptors come, and however many, those that are not served are closed.
+// Of all descriptors that come with a request, those that are not served are closed.
 func TestPassedDescriptorsAreClosed(t *testing.T) {
 	dir := newStore(t)
 	o := offer(t, dir)

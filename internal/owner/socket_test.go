@@ -31,7 +31,7 @@ func dialPath(ctx context.Context, path string) (net.Conn, error) {
 	return c, nil
 }
 
-// asNobody calls f as another user, on a thread of its own that is not used again.
+// asNobody calls f as another user, on a thread that is not used again.
 func asNobody(t *testing.T, f func()) {
 	t.Helper()
 	if os.Geteuid() != 0 {
@@ -50,7 +50,7 @@ func asNobody(t *testing.T, f func()) {
 	<-done
 }
 
-// reachable lets everybody come to a folder that a test made.
+// reachable makes a test's folder accessible to all users.
 func reachable(t *testing.T, dir string) {
 	t.Helper()
 	for range 3 { // newStore's folder, and two of t.TempDir
@@ -61,7 +61,7 @@ func reachable(t *testing.T, dir string) {
 	}
 }
 
-// A process of another user that listens in a store's folder is not believed, and is told nothing.
+// A process of another user that listens in a store's folder is not trusted, and gets no request.
 func TestForeignOwnerIsRefused(t *testing.T) {
 	dir := newStore(t)
 	reachable(t, dir)
@@ -106,7 +106,7 @@ func TestForeignOwnerIsRefused(t *testing.T) {
 	}
 }
 
-// A process of another user that gets as far as the control socket is not served.
+// A process of another user that can connect to the control socket is not served.
 func TestForeignClientIsRefused(t *testing.T) {
 	dir := newStore(t)
 	offer(t, dir)
@@ -137,7 +137,7 @@ func TestForeignClientIsRefused(t *testing.T) {
 	}
 }
 
-// Of many that want a name that a dead process has left one gets it, and can be reached until it ends.
+// If many processes want the name of a dead process's socket, one of them gets it, and can be reached until it ends.
 func TestListenTogether(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
 	for range 20 {

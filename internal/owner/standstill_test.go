@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// streaming is a server that gives up clients, with an operation that answers until it cannot, or its context ends.
+// streaming starts a server that gives up clients. Its operation answers until that fails, or until its context ends.
 func streaming(t *testing.T, patience time.Duration, op func(w http.ResponseWriter, r *http.Request) error) (address string, ended <-chan error) {
 	t.Helper()
 	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
@@ -45,7 +45,7 @@ func ask(t *testing.T, address, request string) net.Conn {
 
 const get = "GET / HTTP/1.1\r\nHost: vdisk\r\n\r\n"
 
-// TestStandingClientIsGivenUp: of lines that nobody reads, and of a body, the operation is ended, not only its answer.
+// TestStandingClientIsGivenUp: if a client reads neither lines nor a body, the operation is ended, and not only its answer.
 func TestStandingClientIsGivenUp(t *testing.T) {
 	for name, op := range map[string]func(w http.ResponseWriter, r *http.Request) error{
 		"lines": func(w http.ResponseWriter, r *http.Request) error {
@@ -79,7 +79,7 @@ func TestStandingClientIsGivenUp(t *testing.T) {
 	}
 }
 
-// TestSlowClientIsWaitedFor: one who takes a little at a time gets all, however long it takes.
+// TestSlowClientIsWaitedFor: a client that takes a little at a time gets everything, however long it takes.
 func TestSlowClientIsWaitedFor(t *testing.T) {
 	const size, patience = 4 << 20, 2 * time.Second
 	address, ended := streaming(t, patience, func(w http.ResponseWriter, _ *http.Request) error {

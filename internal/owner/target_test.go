@@ -12,7 +12,7 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// scarce is a directory whose files have no descriptor to hold.
+// scarce is a directory whose files never have a descriptor for Hold.
 type scarce struct{ storage.FS }
 
 type scarceFile struct{ storage.File }
@@ -29,8 +29,8 @@ func (s scarce) Create(name string, size int64) (storage.File, error) {
 
 func (scarceFile) Hold() (fd int, ok bool) { return -1, false }
 
-// TestReadWithoutDescriptors: where a queue's ring can have no descriptors for a read, a worker does it. The thread of
-// the queue, whose other reads may be what has them all, does not wait.
+// TestReadWithoutDescriptors: if the queue's ring can get no descriptors for a read, a worker executes it. The queue's
+// thread does not wait, because its own reads may be using all descriptors.
 func TestReadWithoutDescriptors(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "store")
 	must := func(err error) {
@@ -69,7 +69,7 @@ func TestReadWithoutDescriptors(t *testing.T) {
 	}
 }
 
-// TestNoUnmapKeepsSpace: zeros that are not to unmap leave what is mapped so, and others unmap.
+// TestNoUnmapKeepsSpace: zeros with NoUnmap leave blocks mapped, and others unmap them.
 func TestNoUnmapKeepsSpace(t *testing.T) {
 	o := newWorld(t).own(true)
 	dev, err := o.store.OpenDevice(cow.Ref{Volume: "v"}, false)

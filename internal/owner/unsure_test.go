@@ -22,7 +22,7 @@ func waitingWorld(t *testing.T) *world {
 	return w
 }
 
-// looks opens the store as commands do that only look at it.
+// looks opens the store like a command that only looks at it.
 func (w *world) looks() *Owner {
 	w.t.Helper()
 	opts := w.options(true)
@@ -34,8 +34,8 @@ func (w *world) looks() *Owner {
 	return o
 }
 
-// TestLookingChangesNothing: a command that only looks at a store forgets no device of it and deletes none, whatever can
-// be known of them. The next owner that serves finds what it can recover.
+// TestLookingChangesNothing: a command that only looks at a store neither forgets nor deletes a device, whatever is known
+// about the devices. The next lasting owner finds all devices that it can recover.
 func TestLookingChangesNothing(t *testing.T) {
 	for name, change := range map[string]func(w *world){
 		"it waits":                   func(*world) {},
@@ -76,7 +76,7 @@ func TestLookingChangesNothing(t *testing.T) {
 	}
 }
 
-// TestLostNode: a device that a recovery cannot get at is not forgotten.
+// TestLostNode: a device that a recovery cannot open is not forgotten.
 func TestLostNode(t *testing.T) {
 	w := waitingWorld(t)
 	o := w.own(true)
@@ -95,8 +95,8 @@ func TestLostNode(t *testing.T) {
 	w.close(o)
 }
 
-// TestMovedFileSystem: with another device number it is the same file system, mounted anew, or a copy of it. The disk
-// is kept, and neither served nor deleted before somebody says which.
+// TestMovedFileSystem: a file system with another device number is the same one, mounted again, or a copy. The disk is
+// kept, and neither served nor deleted until the user decides.
 func TestMovedFileSystem(t *testing.T) {
 	w := waitingWorld(t)
 	w.edit(`"dev":`, `"dev":1`)
@@ -150,7 +150,7 @@ func TestMovedFileSystem(t *testing.T) {
 	}
 }
 
-// TestUnreadableRecord: as long as a device may be in a file that cannot be read, no volume changes.
+// TestUnreadableRecord: while the file of devices cannot be read, and may list a device, no volume changes.
 func TestUnreadableRecord(t *testing.T) {
 	w := waitingWorld(t)
 	w.edit("{", "[")
@@ -179,8 +179,8 @@ func TestUnreadableRecord(t *testing.T) {
 	}
 }
 
-// TestPruneKeepsWhatWaits: what waits is deleted only by its name and with force, even if the store does not know it,
-// and what is dead only if nobody can be its server.
+// TestPruneKeepsWhatWaits: a waiting device is deleted only by its name and with force, even if the store does not know
+// it. A dead device is deleted only if it can have no server.
 func TestPruneKeepsWhatWaits(t *testing.T) {
 	for name, change := range map[string]func(w *world){
 		"known":                     func(*world) {},
@@ -218,8 +218,8 @@ func TestPruneKeepsWhatWaits(t *testing.T) {
 	}
 }
 
-// TestMemoryElsewhere: while a disk waits whose last server's memory may be in another container, the store is opened
-// only where that is. Giving the disk up needs no memory, and leaves the other disks what they need.
+// TestMemoryElsewhere: the memory of a waiting disk's last server may be in another container. Then the store is opened
+// only there. Giving the disk up does not need the memory, and leaves it for the other disks.
 func TestMemoryElsewhere(t *testing.T) {
 	w := newWorld(t)
 	o := w.own(true)
@@ -261,13 +261,14 @@ func TestMemoryElsewhere(t *testing.T) {
 	if err := GiveUp(t.Context(), w.dir, "/dev/ublkb1", w.options(false)); err != nil || w.d.count() != 0 || w.file() != "" {
 		t.Error(err, w.d.count(), w.file())
 	}
-	// Nobody needs it any more.
+	// It is no longer needed.
 	o = w.own(true)
 	w.attach(o, "v")
 	w.close(o)
 }
 
-// TestNotWrittenBack: what the kernel could not write back at the end of a disk is told, by whatever ended that.
+// TestNotWrittenBack: if the kernel cannot write all data back at the end of a disk, the command that ended the disk
+// reports it.
 func TestNotWrittenBack(t *testing.T) {
 	w := newWorld(t)
 	o := w.own(true)
@@ -283,7 +284,7 @@ func TestNotWrittenBack(t *testing.T) {
 	}
 }
 
-// TestRecoverWaitsForOthers: what another command is about to recover is not nothing.
+// TestRecoverWaitsForOthers: Recover waits for disks that another command is recovering, and reports their outcome.
 func TestRecoverWaitsForOthers(t *testing.T) {
 	w := waitingWorld(t)
 	o := w.own(true)

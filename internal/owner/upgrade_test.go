@@ -15,7 +15,7 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// program puts a program in the place of this test's.
+// program replaces the program of this test.
 func program(t *testing.T, text string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "vdisk")
@@ -52,14 +52,14 @@ func TestUpgrade(t *testing.T) {
 		}
 	}
 	o.opts.program = good
-	// Who is at work is waited for.
+	// An upgrade waits for running commands.
 	s := open(t, w.dir)
 	o.opts.sessionTimeout = 50 * time.Millisecond
 	if _, err := o.Upgrade(t.Context()); !errors.Is(err, cow.ErrBusy) {
 		t.Error(err)
 	}
 	_ = s.Close()
-	// A device that cannot be quiesced is served on, and so are the others.
+	// If a device cannot be quiesced, it and the others are still served.
 	w.d.fail["quiesce"] = errors.New("not today")
 	if _, err := o.Upgrade(t.Context()); err == nil || len(w.waiting(o)) != 0 {
 		t.Error(err, w.waiting(o))
@@ -95,7 +95,7 @@ func TestUpgrade(t *testing.T) {
 	w.close(o)
 }
 
-// TestUpgradeRefusedWhileServing names the services.
+// TestUpgradeRefusedWhileServing: the error names the services.
 func TestUpgradeRefusedWhileServing(t *testing.T) {
 	w := newWorld(t)
 	opts := w.options(true)
@@ -122,8 +122,8 @@ func TestUpgradeRefusedWhileServing(t *testing.T) {
 	}
 }
 
-// TestDisksAreLeft: a disk that is served again between the upgrade's look at the disks and the owner's end is left
-// to the next program like the others, and an owner that ends before it was ready leaves what it had recovered.
+// TestDisksAreLeft: a disk that is served again after the upgrade has quiesced the disks is left to the next program like
+// the others. An owner that ends before it is ready leaves the disks that it has recovered.
 func TestDisksAreLeft(t *testing.T) {
 	w := newWorld(t)
 	o := w.own(true)
@@ -160,7 +160,7 @@ func TestDisksAreLeft(t *testing.T) {
 	}
 }
 
-// TestStartedFrom: the next program is looked for where this one was started by name, wherever its file has gone.
+// TestStartedFrom: the next program is looked for at the path from which this one was started, even if its file has moved.
 func TestStartedFrom(t *testing.T) {
 	exe, err := os.Readlink("/proc/self/exe")
 	if err != nil {
@@ -178,7 +178,7 @@ func TestStartedFrom(t *testing.T) {
 			t.Errorf("started as %q: %s, want %s", arg0, got, want)
 		}
 	}
-	// What an upgrade has executed by another path knows where to look from the one before.
+	// A program that an upgrade executed by another path gets that path from the program before it.
 	was := startedFrom
 	defer func() { startedFrom = was }()
 	t.Setenv(handoverEnv, `{"From":"1.0","Program":"/usr/bin/vdisk"}`)
@@ -190,7 +190,7 @@ func TestStartedFrom(t *testing.T) {
 	}
 }
 
-// TestServesAgain: an upgrade has succeeded when what was served is served again.
+// TestServesAgain: an upgrade has succeeded when all devices that were served are served again.
 func TestServesAgain(t *testing.T) {
 	served := []Device{{Path: "/dev/ublkb0"}, {Path: "/dev/ublkb1"}, {Path: "/dev/ublkb2", Waits: true, Error: "lost"}}
 	for name, c := range map[string]struct {

@@ -8,8 +8,8 @@ import (
 	"github.com/vdisk/vdisk/cow"
 )
 
-// TestUsageOfVolumes: what volumes take, with all their snapshots, is asked for by the volumes' names alone. A request
-// that names each snapshot has an end, and a volume may have very many.
+// TestUsageOfVolumes: the usage of volumes with all their snapshots is requested by the names of the volumes alone. The
+// size of a request is limited, and a volume may have very many snapshots.
 func TestUsageOfVolumes(t *testing.T) {
 	dir := newStore(t)
 	o := offer(t, dir)
