@@ -9,8 +9,8 @@ import (
 	"github.com/vdisk/vdisk/internal/owner"
 )
 
-// TestRecoveredOnce: what the new daemon has recovered before it was ready, and what the command recovered then, is told
-// of once each.
+// TestRecoveredOnce: devices that the new daemon recovered before it was ready, and those that the command recovered, are
+// reported once each.
 func TestRecoveredOnce(t *testing.T) {
 	var devices []owner.Device
 	for i, name := range []string{"a", "b", "c", "d"} {

@@ -42,7 +42,7 @@ type gcJSON struct {
 func (a *app) gc(c *cli.Context) error {
 	waste := c.Int("waste")
 	if waste < 5 || waste > 100 {
-		return usageError{c, fmt.Errorf("--waste %d: 5 to 100 is possible; what is less would be moved for next to nothing", waste)}
+		return usageError{c, fmt.Errorf("--waste %d: 5 to 100 is possible; below that, cleaning moves much data for little space", waste)}
 	}
 	if c.Bool("cold") && c.Bool("dry-run") {
 		return usageError{c, errors.New("--cold and --dry-run exclude each other")}

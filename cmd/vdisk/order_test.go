@@ -12,9 +12,9 @@ import (
 	"testing"
 )
 
-// TestOrderOfSystemCalls runs whole commands under strace and holds their system calls on the store to the rules of
+// TestOrderOfSystemCalls runs whole commands under strace and checks their system calls on the store against the rules of
 // docs/engine.md: which write must be durable before which. The engine's own tests cut the power of a double of the
-// file system. This one sees that the real one is told what the double was told.
+// file system. This one checks that the real one gets the same calls as the double.
 func TestOrderOfSystemCalls(t *testing.T) {
 	if _, err := exec.LookPath("strace"); err != nil {
 		t.Fatal("strace is needed; make test installs it")
@@ -70,7 +70,7 @@ type event struct {
 	line  string
 }
 
-// order holds system calls to the rules. A write counts from its beginning, a sync from its end.
+// order checks system calls against the rules. A write counts from its beginning, a sync from its end.
 type order struct {
 	t        *testing.T
 	looks    bool
@@ -140,7 +140,7 @@ func (o *order) add(e event) {
 	}
 }
 
-// end holds what is left at the command's end to the rules.
+// end checks the state at the command's end against the rules.
 func (o *order) end() {
 	e := event{line: "the end"}
 	if o.looks {

@@ -9,10 +9,10 @@ import (
 	"unicode/utf8"
 )
 
-// hostile is what another program may be called.
+// hostile is a name that another program may have.
 const hostile = "a\x1b]0;x\x07\x1b[2Jb\u009b31m\u202e\U000e0041\xff\x7f größe"
 
-// TestForeignText: nothing that other programs are called reaches the terminal as it is, nor makes lines of its own.
+// TestForeignText: names of other programs do not reach the terminal unescaped, and do not make lines.
 func TestForeignText(t *testing.T) {
 	for name, show := range map[string]func(a *app) error{
 		"table":  func(a *app) error { return a.table([]string{"A"}, [][]string{{hostile + "\nx\ty"}}, false) },

@@ -108,7 +108,7 @@ func exitCodeOf(ts *testscript.TestScript, err error) int {
 	return -1
 }
 
-// patience is how long a script waits for what is to come.
+// patience is how long a script waits for an event.
 const patience = 20 * time.Second
 
 // cmdWaitFor waits until somebody listens on a socket, or, with !, until there is no such file.
@@ -285,7 +285,7 @@ func cmdPoke(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 }
 
-// cmdSparse checks that a file takes at most so much on disk: sparse FILE MOST
+// cmdSparse checks that a file takes at most so many bytes on disk: sparse FILE MOST
 func cmdSparse(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 2 {
 		ts.Fatalf("usage: sparse FILE MOST")

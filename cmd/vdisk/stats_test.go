@@ -12,7 +12,7 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// TestStats shows what came between two readings, also where the server is another one.
+// TestStats: an interval shows the requests between two readings, even if the server changed meanwhile.
 func TestStats(t *testing.T) {
 	reading := func(n uint64) (s ublk.Stats) {
 		s.Queues = make([]ublk.QueueStats, 2)
@@ -40,7 +40,7 @@ func TestStats(t *testing.T) {
 	}
 }
 
-// TestStatsRepeat: as often as asked for, and until the end without a number.
+// TestStatsRepeat: statistics are printed as often as --count requires, or without it until the end.
 func TestStatsRepeat(t *testing.T) {
 	for count, want := range map[int]int{1: 1, 3: 3, 0: 5} {
 		var out bytes.Buffer
