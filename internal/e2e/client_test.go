@@ -10,7 +10,7 @@ import (
 	"syscall"
 )
 
-// disk is what the oracle writes to.
+// disk is a disk that the oracle writes to.
 type disk interface {
 	io.ReaderAt
 	io.WriterAt
@@ -117,7 +117,7 @@ func (d *nbdDisk) Close() error {
 	return d.c.Close()
 }
 
-// openDevice opens a block device past the page cache, so that what is read is what the server has.
+// openDevice opens a block device with O_DIRECT, so that reads return the server's data.
 func openDevice(path string) (disk, error) {
 	return os.OpenFile(path, os.O_RDWR|syscall.O_DIRECT, 0)
 }

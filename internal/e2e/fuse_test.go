@@ -68,7 +68,7 @@ func TestNBDFuse(t *testing.T) {
 	// The snapshot has the tree that the volume lost.
 	image := filepath.Join(dir, "image")
 	s.run("export", "v@tree", image)
-	// What was synced may be in the journal only, as after a power cut; debugfs does not look there.
+	// As after a power cut, synced data may be only in the journal, which debugfs does not read.
 	if out, err := exec.Command("/usr/sbin/e2fsck", "-fp", image).CombinedOutput(); err != nil {
 		var exit *exec.ExitError
 		if !errors.As(err, &exit) || exit.ExitCode() != 1 { // 1: the journal was replayed

@@ -47,7 +47,7 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// store is a store and the vdisk that works on it.
+// store is a store, and the vdisk program for it.
 type store struct {
 	t        *testing.T
 	bin, dir string
@@ -91,7 +91,7 @@ func (s *store) run(args ...string) string {
 	return strings.TrimSpace(string(out))
 }
 
-// owner is a process that serves the volume v, and the way to reach it.
+// owner is a process that serves the volume v, with the means to access the volume.
 type owner interface {
 	open() (disk, error)
 	kill() // SIGKILL; returns when it is gone

@@ -11,9 +11,9 @@ import (
 
 const blockSize = 4096
 
-// oracle is one writer's region of a disk and what must be there after a crash. Every block
-// carries its place, a version and a checksum. After a kill a block holds a version that is at least
-// the last one that was answered, synced or not, and at most the last one sent.
+// oracle is one writer's region of a disk, and the content that it must have after a crash. Every block has its place, a
+// version and a checksum. After a kill, a block has a version from the last one that was answered, synced or not, to the
+// last one that was sent.
 type oracle struct {
 	name           string
 	first, blocks  int64
@@ -30,14 +30,14 @@ func newOracle(name string, first, blocks int64, seed uint64) *oracle {
 	}
 }
 
-// aligned returns memory that O_DIRECT takes.
+// aligned returns memory that is suitable for O_DIRECT.
 func aligned(n int) []byte {
 	b := make([]byte, n+blockSize)
 	skip := blockSize - int(uintptr(unsafe.Pointer(&b[0]))%blockSize)
 	return b[skip:][:n:n]
 }
 
-// fill makes the content of a block: half of it noise that follows from the version, half zeros.
+// fill makes the content of a block: one half is noise that depends on the version, the other half is zeros.
 func (o *oracle) fill(p []byte, block int64, version uint64) {
 	clear(p)
 	r := rand.New(rand.NewPCG(uint64(block), version))
@@ -73,7 +73,7 @@ func (o *oracle) run(d disk) error {
 	}
 }
 
-// verify reads everything back, and takes what it finds for the truth from here on.
+// verify reads everything back and checks it. From then on it expects the content that it found.
 func (o *oracle) verify(d disk) error {
 	for b := range o.blocks {
 		p := o.buf[:blockSize]
