@@ -11,23 +11,20 @@ const (
 
 // ChunkHeader is the header of a chunk file. It says which chunk the file is, and of what store.
 type ChunkHeader struct {
-	// Slot is the chunk's place in the directory, less than MaxSlots. A slot is reused after its chunk is
-	// dead.
+	// Slot is the chunk's place in the directory, less than MaxSlots. A slot is reused after its chunk is dead.
 	Slot uint32
 	// Seq is the chunk sequence number, from 1. It is never used again once the chunk has a record.
 	Seq uint64
 	// UUID is the id of the store.
 	UUID [16]byte
-	// Durable is a sequence number: every record before it was durable when the header was written. 0
-	// says nothing.
+	// Durable is a sequence number: every record before it was durable when the header was written. 0 says nothing.
 	Durable uint64
-	// Checkpoint is a sequence number: when the header was written, a table as of this record had been
-	// committed. 0 says nothing.
+	// Checkpoint is a sequence number: when the header was written, a table as of this record had been committed. 0
+	// says nothing.
 	Checkpoint uint64
 }
 
-// Encode writes the header and its padding to the first ChunkHeaderSize bytes of dst. It panics if dst is
-// shorter.
+// Encode writes the header and its padding to the first ChunkHeaderSize bytes of dst. It panics if dst is shorter.
 func (h *ChunkHeader) Encode(dst []byte) {
 	dst = dst[:ChunkHeaderSize]
 	clear(dst)
@@ -47,9 +44,8 @@ func (h *ChunkHeader) Encode(dst []byte) {
 	}
 }
 
-// DecodeChunkHeader decodes the header at the front of src, which must have ChunkHeaderSize bytes or more. It
-// does not look at the padding, because damage there costs nothing. It returns an error that matches
-// ErrCorrupt or ErrVersion.
+// DecodeChunkHeader decodes the header at the front of src, which must have ChunkHeaderSize bytes or more. It does not
+// look at the padding, because damage there costs nothing. It returns an error that matches ErrCorrupt or ErrVersion.
 func DecodeChunkHeader(src []byte) (ChunkHeader, error) {
 	const what = "chunk header"
 	var h ChunkHeader

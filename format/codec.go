@@ -20,8 +20,7 @@ const (
 )
 
 const (
-	// MaxCompressed is the capacity in bytes of a buffer that is large enough for Compress with any unit
-	// and codec.
+	// MaxCompressed is the capacity in bytes of a buffer that is large enough for Compress with any unit and codec.
 	MaxCompressed = UnitSize + UnitSize/6 + 64
 
 	defaultZstdLevel = 3 // zstd(1)'s
@@ -44,8 +43,8 @@ func (c Codec) String() string {
 	return fmt.Sprintf("codec %d", uint8(c))
 }
 
-// ParseCodec returns the codec with the given name, which is none, s2 or zstd. For any other name it returns
-// an error that matches ErrCodec.
+// ParseCodec returns the codec with the given name, which is none, s2 or zstd. For any other name it returns an error
+// that matches ErrCodec.
 func ParseCodec(name string) (Codec, error) {
 	for _, c := range []Codec{Raw, S2, Zstd} {
 		if c.String() == name {
@@ -69,8 +68,8 @@ func (c *Codec) UnmarshalText(text []byte) (err error) {
 	return err
 }
 
-// CheckLevel returns nil if the codec has the level, and otherwise an error that matches ErrCodec. zstd has
-// levels 1 to 19, and the other codecs have none. Level 0 is the default of every codec.
+// CheckLevel returns nil if the codec has the level, and otherwise an error that matches ErrCodec. zstd has levels 1 to
+// 19, and the other codecs have none. Level 0 is the default of every codec.
 func CheckLevel(c Codec, level int) error {
 	switch {
 	case c > Zstd:
@@ -112,12 +111,12 @@ func NewCompressor(c Codec, level int) (*Compressor, error) {
 	return &Compressor{codec: c, zstd: enc}, nil
 }
 
-// Compress compresses src, a unit of whole blocks, and returns the bytes to store and the codec to store them
-// with. If compression makes the padded record no smaller, it returns src itself and Raw. Otherwise out lies
-// in dst, if dst has the capacity; MaxCompressed is always enough. dst and src must not overlap.
+// Compress compresses src, a unit of whole blocks, and returns the bytes to store and the codec to store them with. If
+// compression makes the padded record no smaller, it returns src itself and Raw. Otherwise out lies in dst, if dst has
+// the capacity; MaxCompressed is always enough. dst and src must not overlap.
 //
-// Compress leaves out the zeros at the end of the unit. Blocks are often not full, and S2 takes ten times as
-// long as copying to decode a run that ends where the unit does.
+// Compress leaves out the zeros at the end of the unit. Blocks are often not full, and S2 takes ten times as long as
+// copying to decode a run that ends where the unit does.
 func (c *Compressor) Compress(dst, src []byte) (out []byte, codec Codec) {
 	if c.codec == Raw {
 		return src, Raw
@@ -149,8 +148,8 @@ func contentLen(p []byte) int {
 	return n
 }
 
-// zstdDecoder returns a decoder that is made at its first use. Any number of goroutines may use it, and as
-// many as there are processors decode at once. It never writes beyond the capacity of the destination.
+// zstdDecoder returns a decoder that is made at its first use. Any number of goroutines may use it, and as many as
+// there are processors decode at once. It never writes beyond the capacity of the destination.
 var zstdDecoder = sync.OnceValues(func() (*zstd.Decoder, error) {
 	return zstd.NewReader(nil,
 		zstd.WithDecoderConcurrency(0),
@@ -159,8 +158,8 @@ var zstdDecoder = sync.OnceValues(func() (*zstd.Decoder, error) {
 		zstd.WithDecodeAllCapLimit(true))
 })
 
-// Decompress decompresses src into dst, whose length is that of the unit. Zeros that were left out at the end
-// of the unit are filled in. An error about src matches ErrCorrupt. Decompress may be called concurrently.
+// Decompress decompresses src into dst, whose length is that of the unit. Zeros that were left out at the end of the
+// unit are filled in. An error about src matches ErrCorrupt. Decompress may be called concurrently.
 func Decompress(c Codec, dst, src []byte) error {
 	dst = dst[:len(dst):len(dst)]
 	n := 0

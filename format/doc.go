@@ -1,26 +1,26 @@
-// Package format defines every byte format of a vdisk store: chunk headers, records, entries, leaves,
-// summaries, the durable mark, events, the rows of the table, and the file "format". It also compresses and
-// decompresses units. It does no I/O.
+// Package format defines every byte format of a vdisk store: chunk headers, records, entries, leaves, summaries, the
+// durable mark, events, the rows of the table, and the file "format". It also compresses and decompresses units. It
+// does no I/O.
 //
-// The package serves this module only, and promises no stability to anybody outside of it: any identifier may
-// change or go in any version. The bytes are stable. A store that one version has written stays readable by
-// all later ones (see [StoreVersion]), and testdata/format holds an example of each structure.
+// The package serves this module only, and promises no stability to anybody outside of it: any identifier may change or
+// go in any version. The bytes are stable. A store that one version has written stays readable by all later ones (see
+// [StoreVersion]), and testdata/format holds an example of each structure.
 //
-// No decoder panics, whatever its input holds; only [DecodeSummaryEntry] needs a minimum of bytes. A decoder
-// that rejects its input returns an error that matches [ErrCorrupt] or [ErrVersion], or another error that
-// its comment names, and that says what is wrong with which structure. A decoder allocates at most in
-// proportion to its input. After an error, the value that it returned or filled must not be used.
+// No decoder panics, whatever its input holds; only [DecodeSummaryEntry] needs a minimum of bytes. A decoder that
+// rejects its input returns an error that matches [ErrCorrupt] or [ErrVersion], or another error that its comment
+// names, and that says what is wrong with which structure. A decoder allocates at most in proportion to its input.
+// After an error, the value that it returned or filled must not be used.
 //
-// Functions may be called concurrently. Methods may be called concurrently on one value if none of them
-// changes it. A [Compressor] serves one goroutine at a time.
+// Functions may be called concurrently. Methods may be called concurrently on one value if none of them changes it. A
+// [Compressor] serves one goroutine at a time.
 //
-// In the drawings, a number in parentheses is a size in bytes, unless bits are named, and a number above a
-// field is its offset. All integers are little-endian. A CRC is a CRC-32C (Castagnoli) of 4 bytes.
+// In the drawings, a number in parentheses is a size in bytes, unless bits are named, and a number above a field is its
+// offset. All integers are little-endian. A CRC is a CRC-32C (Castagnoli) of 4 bytes.
 //
 // # Chunk
 //
-// A chunk is one file of the log, of at most 64 MiB. Its records lie without a gap. Once the chunk is full,
-// its summary ends where the file ends.
+// A chunk is one file of the log, of at most 64 MiB. Its records lie without a gap. Once the chunk is full, its summary
+// ends where the file ends.
 //
 //	0              4096                                End                                size
 //	+--------------+--------+--------+-- ... --+--------+--------+-----------------+--------+
@@ -40,10 +40,9 @@
 //	| durable (8) | CRC (4) | checkpoint (8) | CRC (4) | zero, not read  |
 //	+-------------+---------+----------------+---------+-----------------+
 //
-// Each CRC covers everything before it. Durable and checkpoint are sequence numbers of records (see
-// [ChunkHeader]). Durable and its CRC are both 0 if the header says nothing about durability; otherwise a CRC
-// that does not verify is damage. A checkpoint whose CRC does not verify says nothing, because older programs
-// take it for padding.
+// Each CRC covers everything before it. Durable and checkpoint are sequence numbers of records (see [ChunkHeader]).
+// Durable and its CRC are both 0 if the header says nothing about durability; otherwise a CRC that does not verify is
+// damage. A checkpoint whose CRC does not verify says nothing, because older programs take it for padding.
 //
 // # Record
 //
@@ -63,12 +62,12 @@
 //	bits 8..27    payload length, in bytes
 //	bits 28..31   blocks in the unit - 1
 //
-// The header CRC covers the chunk sequence number (8), the offset in the chunk (4), and bytes 4..32. So a
-// record that is left over from an earlier life of the file, or that the disk put in the wrong place, does
-// not verify. The payload CRC covers the payload as it is stored.
+// The header CRC covers the chunk sequence number (8), the offset in the chunk (4), and bytes 4..32. So a record that
+// is left over from an earlier life of the file, or that the disk put in the wrong place, does not verify. The payload
+// CRC covers the payload as it is stored.
 //
-// A record is padded to a multiple of 16 × blocks in the unit. So each block of the unit accounts for the
-// same number of bytes of it, a multiple of 16: the block's share.
+// A record is padded to a multiple of 16 × blocks in the unit. So each block of the unit accounts for the same number
+// of bytes of it, a multiple of 16: the block's share.
 //
 // # Payloads
 //
@@ -85,14 +84,13 @@
 //	moved   | entry of first block (8)    | mask (2) | zeros (6) | unit          |
 //	        +-----------------------------+----------+-----------+----- ... -----+
 //
-// A unit is 1 to 16 neighbouring blocks of 4096 bytes that were compressed together, without the zeros at its
-// end (from store version 3 on). It does not cross a multiple of 16 blocks. A raw unit is stored whole. No
-// unit takes more bytes than its blocks have.
+// A unit is 1 to 16 neighbouring blocks of 4096 bytes that were compressed together, without the zeros at its end (from
+// store version 3 on). It does not cross a multiple of 16 blocks. A raw unit is stored whole. No unit takes more bytes
+// than its blocks have.
 //
-// A hole makes its blocks read as zeros. An event is the JSON of an [Event]. Both have codec 0 and one block;
-// an event has branch 0 and block 0. A moved record is a copy that the cleaner made of a unit whose entries
-// stay as they are: the entry names the unit's old place, and the mask has a bit for each block that was
-// alive.
+// A hole makes its blocks read as zeros. An event is the JSON of an [Event]. Both have codec 0 and one block; an event
+// has branch 0 and block 0. A moved record is a copy that the cleaner made of a unit whose entries stay as they are:
+// the entry names the unit's old place, and the mask has a bit for each block that was alive.
 //
 // # Entry
 //
@@ -103,8 +101,8 @@
 //	| 1 | slot          | index     | blocks - 1   | share / 16  | offset / 16   |
 //	+---+---------------+-----------+--------------+-------------+---------------+
 //
-// Offset is where the record begins in the chunk. The record's size is share × blocks. Index is the block's
-// place in the unit.
+// Offset is where the record begins in the chunk. The record's size is share × blocks. Index is the block's place in
+// the unit.
 //
 // # Leaf
 //
@@ -115,8 +113,8 @@
 //	| CRC (4) | version (1) | flags (1) | reserved (2) | changed (32) | run | run |
 //	+---------+-------------+-----------+--------------+--------------+-----+-----+-- ...
 //
-// The CRC covers the rest. Flags and reserved are 0. Changed has one bit for each block, lowest first. Runs
-// follow until they have covered 256 blocks:
+// The CRC covers the rest. Flags and reserved are 0. Changed has one bit for each block, lowest first. Runs follow
+// until they have covered 256 blocks:
 //
 //	head    kind << 6 | count - 1 (1), if count is at most 63; else kind << 6 | 63 (1), and count - 1 (1)
 //	place   offset / 16 | share / 16 << 22 (4), and the distance from the slot of the place before, as a
@@ -156,14 +154,14 @@
 //	| CRC (4) | "VDISKSUM" (8) | version (4) | first (8) | records (4) | end (4) | entries CRC (4) | zeros |
 //	+---------+----------------+-------------+-----------+-------------+---------+-----------------+-------+
 //
-// In the footer, first is the sequence number of the first record, and end is where the last record ends. The
-// CRC covers the chunk sequence number (8), the size of the file (4), and bytes 4..40. The records have
-// consecutive sequence numbers and lie without a gap, so an entry needs neither number nor place.
+// In the footer, first is the sequence number of the first record, and end is where the last record ends. The CRC
+// covers the chunk sequence number (8), the size of the file (4), and bytes 4..40. The records have consecutive
+// sequence numbers and lie without a gap, so an entry needs neither number nor place.
 //
 // # Durable mark
 //
-// The mark says before which sequence number every record is durable. The file "durable" holds two of them,
-// at offsets 0 and 4096.
+// The mark says before which sequence number every record is durable. The file "durable" holds two of them, at offsets
+// 0 and 4096.
 //
 //	0         4                12            16          32             40           64
 //	+---------+----------------+-------------+-----------+--------------+------------+
@@ -189,6 +187,6 @@
 //	forwards of a region               | CRC (4) | offset (4) | mask (2) | entry (8) |    one for each record
 //	                                   +---------+------------+----------+-----------+-- ...
 //
-// The CRC covers the rest. JSON with a field that this version does not know is damage, because new fields
-// come with a new [StoreVersion].
+// The CRC covers the rest. JSON with a field that this version does not know is damage, because new fields come with a
+// new [StoreVersion].
 package format

@@ -21,21 +21,19 @@ const (
 	entryOffsetMask = 1<<entryOffsetBits - 1
 	entryShareMask  = 1<<entryShareBits - 1
 
-	// A record is larger than its header. A block accounts for at most its own size and the headers of a
-	// moved record of a single block.
+	// A record is larger than its header. A block accounts for at most its own size and the headers of a moved record
+	// of a single block.
 	minRecord = RecordHeaderSize + RecordAlign
 	maxShare  = (RecordHeaderSize + MovedSize + BlockSize) / RecordAlign
 )
 
-// Entry says where in the log the content of one block is. The zero entry is a hole: the block reads as
-// zeros. The methods that return parts of an entry mean something only for an entry that is Valid and no
-// hole.
+// Entry says where in the log the content of one block is. The zero entry is a hole: the block reads as zeros. The
+// methods that return parts of an entry mean something only for an entry that is Valid and no hole.
 type Entry uint64
 
-// MakeEntry returns the entry of one block of a unit. The unit has the given number of blocks, 1 to
-// UnitBlocks, and index is the place of the block in it, from 0. The record of the unit has size bytes, and
-// begins at offset in the chunk in slot. If no such record is possible, MakeEntry returns an entry that is
-// not Valid.
+// MakeEntry returns the entry of one block of a unit. The unit has the given number of blocks, 1 to UnitBlocks, and
+// index is the place of the block in it, from 0. The record of the unit has size bytes, and begins at offset in the
+// chunk in slot. If no such record is possible, MakeEntry returns an entry that is not Valid.
 func MakeEntry(slot, offset uint32, size, blocks, index int) Entry {
 	const bad = Entry(entrySet)
 	if blocks < 1 || blocks > UnitBlocks || index < 0 || index >= blocks || slot >= MaxSlots ||
@@ -69,8 +67,8 @@ func (e Entry) Blocks() int { return int(e>>entryBlocksAt&(UnitBlocks-1)) + 1 }
 // Index returns the block's place in the unit, from 0.
 func (e Entry) Index() int { return int(e >> entryIndexAt & (UnitBlocks - 1)) }
 
-// Share returns the number of bytes of the record that the block accounts for. The shares of a unit's blocks
-// add up to the size of its record.
+// Share returns the number of bytes of the record that the block accounts for. The shares of a unit's blocks add up to
+// the size of its record.
 func (e Entry) Share() uint32 { return uint32(e>>entryShareAt&entryShareMask) * RecordAlign }
 
 // SameRecord reports whether both entries name blocks of the same record.

@@ -6,8 +6,8 @@ import (
 	"fmt"
 )
 
-// Event is the payload of an event record. It lists the rows that one operation changed, as they are
-// afterwards, and the ids of the volumes that it deleted.
+// Event is the payload of an event record. It lists the rows that one operation changed, as they are afterwards, and
+// the ids of the volumes that it deleted.
 type Event struct {
 	// Op names the operation, for people.
 	Op          string     `json:"op"`
@@ -34,9 +34,9 @@ func (e *Event) check() error {
 	return errors.Join(errs...)
 }
 
-// AppendEvent appends the payload of the event to dst and returns the extended slice. It refuses an event
-// that DecodeEvent would reject. The error for an event of more than MaxPayload bytes matches ErrTooLarge.
-// After an error it returns dst unchanged.
+// AppendEvent appends the payload of the event to dst and returns the extended slice. It refuses an event that
+// DecodeEvent would reject. The error for an event of more than MaxPayload bytes matches ErrTooLarge. After an error it
+// returns dst unchanged.
 func AppendEvent(dst []byte, e *Event) ([]byte, error) {
 	if err := e.check(); err != nil {
 		return dst, fmt.Errorf("encode event %s: %w", e.Op, err)
@@ -51,8 +51,8 @@ func AppendEvent(dst []byte, e *Event) ([]byte, error) {
 	return append(dst, text...), nil
 }
 
-// DecodeEvent decodes the payload of an event record, which is all of src, into e. The caller has verified
-// the payload (RecordHeader.VerifyPayload). The error matches ErrCorrupt.
+// DecodeEvent decodes the payload of an event record, which is all of src, into e. The caller has verified the payload
+// (RecordHeader.VerifyPayload). The error matches ErrCorrupt.
 func DecodeEvent(src []byte, e *Event) error {
 	if len(src) > MaxPayload {
 		return corrupt("event", "%d bytes", len(src))

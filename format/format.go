@@ -7,9 +7,9 @@ import (
 )
 
 const (
-	// StoreVersion is the version of a store as a whole, which its file "format" holds. A program refuses
-	// a store of a higher version. Version 2 added moved records, and the rows of forwarded chunks and
-	// records. Version 3 leaves out the zeros at the end of a compressed unit.
+	// StoreVersion is the version of a store as a whole, which its file "format" holds. A program refuses a store of a
+	// higher version. Version 2 added moved records, and the rows of forwarded chunks and records. Version 3 leaves out
+	// the zeros at the end of a compressed unit.
 	StoreVersion = 3
 	// layoutVersion is the version of chunk headers, summaries, durable marks and leaves.
 	layoutVersion = 1
@@ -22,14 +22,13 @@ const (
 	UnitSize = UnitBlocks * BlockSize
 	// LeafBlocks is the number of blocks that one leaf maps.
 	LeafBlocks = 256
-	// MaxBlocks is the largest number of blocks of a volume. Keys of the leaves bucket have 32 bits for
-	// the leaf's number.
+	// MaxBlocks is the largest number of blocks of a volume. Keys of the leaves bucket have 32 bits for the leaf's
+	// number.
 	MaxBlocks = LeafBlocks << 32
 
 	// ChunkHeaderSize is the size of a chunk header in bytes, and the offset of the first record.
 	ChunkHeaderSize = 4096
-	// MaxChunkSize is the largest size of a chunk in bytes: the reach of the 22 bits of an entry's
-	// offset.
+	// MaxChunkSize is the largest size of a chunk in bytes: the reach of the 22 bits of an entry's offset.
 	MaxChunkSize = RecordAlign << entryOffsetBits
 	// MaxSlots is the number of slots: the reach of the 24 bits of an entry's slot.
 	MaxSlots = 1 << entrySlotBits
@@ -38,8 +37,8 @@ const (
 	RecordHeaderSize = 32
 	// RecordAlign is the alignment in bytes of the offset and the size of every record.
 	RecordAlign = 16
-	// MaxPayload is the largest payload in bytes: the reach of the 20 bits of a record's payload length.
-	// Only an event can be that long. The payload of a data record has at most UnitSize bytes.
+	// MaxPayload is the largest payload in bytes: the reach of the 20 bits of a record's payload length. Only an event
+	// can be that long. The payload of a data record has at most UnitSize bytes.
 	MaxPayload = 1<<20 - 1
 	// MaxDataRecord is the size in bytes of the largest data or moved record.
 	MaxDataRecord = (RecordHeaderSize + MovedSize + UnitSize + UnitBlocks*RecordAlign - 1) /
@@ -58,8 +57,8 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 // Checksum returns the CRC-32C (Castagnoli) of p.
 func Checksum(p []byte) uint32 { return crc32.Checksum(p, castagnoli) }
 
-// saltedChecksum returns the CRC-32C of a chunk sequence number, an offset and p. It folds in the salt by
-// table: hash/crc32 would move a local array that is passed as a slice to the heap.
+// saltedChecksum returns the CRC-32C of a chunk sequence number, an offset and p. It folds in the salt by table:
+// hash/crc32 would move a local array that is passed as a slice to the heap.
 func saltedChecksum(chunkSeq uint64, offset uint32, p []byte) uint32 {
 	crc := ^uint32(0)
 	for range 8 {
@@ -90,7 +89,7 @@ func checkVersion(what string, version, newest int) error {
 
 // IsZero reports whether every byte of p is zero. It is true of an empty p.
 func IsZero(p []byte) bool {
-	// p is all zeros if it begins with a zero and equals itself shifted by one byte. This is one
-	// vectorised comparison, and most data fails at its first byte.
+	// p is all zeros if it begins with a zero and equals itself shifted by one byte. This is one vectorised comparison,
+	// and most data fails at its first byte.
 	return len(p) == 0 || p[0] == 0 && string(p[1:]) == string(p[:len(p)-1])
 }

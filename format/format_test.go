@@ -86,8 +86,7 @@ func goldenFile(t testing.TB, name string) []byte {
 
 const testSummaryEnd = 1 << 21
 
-// testSummary is the summary of a data, a hole, an event and a moved record, in a file that ends at
-// testSummaryEnd.
+// testSummary is the summary of a data, a hole, an event and a moved record, in a file that ends at testSummaryEnd.
 func testSummary() ([]SummaryEntry, SummaryFooter, []byte) {
 	unit := RecordHeader{Seq: 1000, Block: 1<<33 + 3, Branch: 2, Kind: KindData, Codec: S2, Blocks: 5, PayloadLen: 9000}
 	hole := RecordHeader{Seq: 1001, Block: 256, Branch: 3, Kind: KindHole, Blocks: 1, PayloadLen: HoleSize}
@@ -127,8 +126,8 @@ func decodeSummary(b []byte) (entries []SummaryEntry, f SummaryFooter, err error
 	return entries, f, nil
 }
 
-// goldenPayload returns testUnit as the golden file has it compressed. A codec may compress differently in a
-// later version, and does so on other processors, but it must still read what it once wrote.
+// goldenPayload returns testUnit as the golden file has it compressed. A codec may compress differently in a later
+// version, and does so on other processors, but it must still read what it once wrote.
 func goldenPayload(t testing.TB, name string, c Codec) []byte {
 	if !*update {
 		b := goldenFile(t, name)
@@ -145,8 +144,7 @@ func goldenPayload(t testing.TB, name string, c Codec) []byte {
 	return out
 }
 
-// TestGolden compares the encoding of every structure with that of version 1, because existing stores depend
-// on it.
+// TestGolden compares the encoding of every structure with that of version 1, because existing stores depend on it.
 func TestGolden(t *testing.T) {
 	hole := make([]byte, HoleSize)
 	EncodeHole(hole, 1<<30)
@@ -199,8 +197,8 @@ func TestGolden(t *testing.T) {
 	}
 }
 
-// TestGoldenDecode decodes the golden files: what version 1 wrote must be understood, whatever the encoder of
-// today writes. TestGolden holds each file to be the encoding of the value here.
+// TestGoldenDecode decodes the golden files: what version 1 wrote must be understood, whatever the encoder of today
+// writes. TestGolden holds each file to be the encoding of the value here.
 func TestGoldenDecode(t *testing.T) {
 	file := func(name string) []byte { return goldenFile(t, name) }
 	info, err := DecodeStoreInfo(file("store"))
@@ -335,8 +333,8 @@ func TestEveryFlippedBitIsFound(t *testing.T) {
 	}
 }
 
-// TestChunkHeaderSaysOfTheCheckpoint changes each bit of the checkpoint, which older programs take for
-// padding: the header then says nothing about a checkpoint, and the rest of it still counts.
+// TestChunkHeaderSaysOfTheCheckpoint changes each bit of the checkpoint, which older programs take for padding: the
+// header then says nothing about a checkpoint, and the rest of it still counts.
 func TestChunkHeaderSaysOfTheCheckpoint(t *testing.T) {
 	h := ChunkHeader{Slot: 3, Seq: 1 << 40, UUID: [16]byte{1, 2}, Durable: 77, Checkpoint: 55}
 	b := make([]byte, ChunkHeaderSize)
@@ -355,8 +353,8 @@ func TestChunkHeaderSaysOfTheCheckpoint(t *testing.T) {
 	}
 }
 
-// TestRecordIsBoundToItsPlace decodes a record that is left over from an earlier life of the slot, and one in
-// the wrong place. Neither verifies.
+// TestRecordIsBoundToItsPlace decodes a record that is left over from an earlier life of the slot, and one in the wrong
+// place. Neither verifies.
 func TestRecordIsBoundToItsPlace(t *testing.T) {
 	h := RecordHeader{Seq: 1, Branch: 1, Kind: KindHole, Blocks: 1, PayloadLen: HoleSize}
 	b := make([]byte, RecordHeaderSize)

@@ -10,8 +10,7 @@ import (
 type Forward struct {
 	// Offset is the offset of the record in the chunk that the entries name.
 	Offset uint32
-	// Mask has a bit for each block of the unit that is alive, the lowest for the first block. It is
-	// never 0.
+	// Mask has a bit for each block of the unit that is alive, the lowest for the first block. It is never 0.
 	Mask uint16
 	// To is the entry of the first block of the unit, where the record is now.
 	To Entry
@@ -23,8 +22,8 @@ const (
 	ForwardRegion = 1 << 16
 )
 
-// AppendForwards appends the encoding of the forwards of one region to dst and returns the extended slice. fs
-// has one or more forwards, in the order of their offsets.
+// AppendForwards appends the encoding of the forwards of one region to dst and returns the extended slice. fs has one
+// or more forwards, in the order of their offsets.
 func AppendForwards(dst []byte, fs []Forward) []byte {
 	at := len(dst)
 	dst = append(dst, 0, 0, 0, 0)
@@ -37,9 +36,8 @@ func AppendForwards(dst []byte, fs []Forward) []byte {
 	return dst
 }
 
-// DecodeForwards decodes the forwards of a region, which are all of src. The region is its number in the
-// chunk: offset / ForwardRegion. The forwards are in the order of their offsets. The error matches
-// ErrCorrupt.
+// DecodeForwards decodes the forwards of a region, which are all of src. The region is its number in the chunk: offset
+// / ForwardRegion. The forwards are in the order of their offsets. The error matches ErrCorrupt.
 func DecodeForwards(region uint16, src []byte) ([]Forward, error) {
 	what := fmt.Sprintf("forwards of region %d", region)
 	if len(src) < 4+forwardSize || (len(src)-4)%forwardSize != 0 {
@@ -68,8 +66,8 @@ func SearchForwards(fs []Forward, offset uint32) (i int, found bool) {
 	return slices.BinarySearchFunc(fs, offset, func(f Forward, offset uint32) int { return cmp.Compare(f.Offset, offset) })
 }
 
-// Forwarded is the row of a chunk from which blocks were moved. The blocks are alive and lie in other chunks,
-// and entries still name them by this chunk.
+// Forwarded is the row of a chunk from which blocks were moved. The blocks are alive and lie in other chunks, and
+// entries still name them by this chunk.
 type Forwarded struct {
 	Slot   uint32 // the slot of the chunk, which is the row's key
 	Seq    uint64 // the sequence number of the chunk

@@ -9,9 +9,9 @@ import (
 	"testing"
 )
 
-// The fuzz targets hold every decoder to the same rule. If it accepts an input, it decodes the encoding of
-// the result to the same result. It rejects any other input with an error of this package. Where a checksum
-// would keep the fuzzer out, the target corrects the checksum.
+// The fuzz targets hold every decoder to the same rule. If it accepts an input, it decodes the encoding of the result
+// to the same result. It rejects any other input with an error of this package. Where a checksum would keep the fuzzer
+// out, the target corrects the checksum.
 
 func seedGolden(f *testing.F, pattern string) {
 	files, err := filepath.Glob(filepath.Join("..", "testdata", "format", pattern))

@@ -4,8 +4,8 @@ package format
 type Leaf struct {
 	// Entries has the entry of each block.
 	Entries [LeafBlocks]Entry
-	// Changed has a bit for each block, the lowest of the first word for block 0. It is set if the entry
-	// was put in this epoch.
+	// Changed has a bit for each block, the lowest of the first word for block 0. It is set if the entry was put in
+	// this epoch.
 	Changed [LeafBlocks / 64]uint64
 }
 
@@ -15,8 +15,8 @@ func (l *Leaf) IsChanged(i int) bool { return l.Changed[uint(i)/64%4]>>(uint(i)%
 // SetChanged sets the changed bit of block i. i is less than LeafBlocks.
 func (l *Leaf) SetChanged(i int) { l.Changed[uint(i)/64%4] |= 1 << (uint(i) % 64) }
 
-// The kinds of runs, as the package comment draws them. A run begins with a byte. Its high 2 bits are the
-// kind. Its low 6 bits are the count less one, or runLong if one more byte holds the count less one.
+// The kinds of runs, as the package comment draws them. A run begins with a byte. Its high 2 bits are the kind. Its low
+// 6 bits are the count less one, or runLong if one more byte holds the count less one.
 const (
 	runHoles   = 0
 	runSingles = 1 // records of one block each
@@ -28,15 +28,15 @@ const (
 
 const (
 	leafHeaderSize = 40
-	// MaxLeafSize bounds the size in bytes of an encoded leaf. In the worst case each block is a run of
-	// its own, of another unit, and the distances between slots are the longest.
+	// MaxLeafSize bounds the size in bytes of an encoded leaf. In the worst case each block is a run of its own, of
+	// another unit, and the distances between slots are the longest.
 	MaxLeafSize = leafHeaderSize + LeafBlocks*(1+1+4+maxSlotVarint)
 	// A zig-zag distance of slots has 25 bits: 4 bytes of 7 bits.
 	maxSlotVarint = 4
 )
 
-// AppendLeaf appends the encoding of the leaf to dst and returns the extended slice. All entries of the leaf
-// must be Valid.
+// AppendLeaf appends the encoding of the leaf to dst and returns the extended slice. All entries of the leaf must be
+// Valid.
 func AppendLeaf(dst []byte, l *Leaf) []byte {
 	start := len(dst)
 	dst = append(dst, 0, 0, 0, 0, layoutVersion, 0, 0, 0)
@@ -72,8 +72,8 @@ func appendRunHead(dst []byte, kind, n int) []byte {
 	return append(dst, byte(kind<<6|runLong), byte(n-1))
 }
 
-// appendPlace appends an entry's offset and share, and the distance of its slot from the slot prev. It
-// returns the entry's slot.
+// appendPlace appends an entry's offset and share, and the distance of its slot from the slot prev. It returns the
+// entry's slot.
 func appendPlace(dst []byte, e Entry, prev uint32) ([]byte, uint32) {
 	dst = le.AppendUint32(dst, uint32(e&entryPlaceMask))
 	d := int32(e.Slot()) - int32(prev)
@@ -114,16 +114,15 @@ func nextRun(entries []Entry) (kind, n int) {
 	return runSingles, n
 }
 
-// follows reports whether b's record has one block and the size of a's record, and begins where a's record
-// ends.
+// follows reports whether b's record has one block and the size of a's record, and begins where a's record ends.
 func follows(a, b Entry) bool {
-	// Both are Valid. So the sum carries out of the offset only if the record of a ends its chunk. Then b
-	// would have offset 0, and would not be Valid.
+	// Both are Valid. So the sum carries out of the offset only if the record of a ends its chunk. Then b would have
+	// offset 0, and would not be Valid.
 	return b.Blocks() == 1 && b == a+Entry(a.Share()/RecordAlign)
 }
 
-// DecodeLeaf decodes a leaf, which is all of src, into l. The error matches ErrCorrupt or ErrVersion. After
-// an error the content of l is undefined.
+// DecodeLeaf decodes a leaf, which is all of src, into l. The error matches ErrCorrupt or ErrVersion. After an error
+// the content of l is undefined.
 func DecodeLeaf(src []byte, l *Leaf) error {
 	const what = "leaf"
 	if len(src) < leafHeaderSize || len(src) > MaxLeafSize {
@@ -148,8 +147,8 @@ func DecodeLeaf(src []byte, l *Leaf) error {
 	return nil
 }
 
-// decodeRuns decodes runs until all entries are covered or a run is invalid. It returns the bytes behind the
-// last valid run, and the number of entries that the valid runs cover.
+// decodeRuns decodes runs until all entries are covered or a run is invalid. It returns the bytes behind the last valid
+// run, and the number of entries that the valid runs cover.
 func decodeRuns(src []byte, entries *[LeafBlocks]Entry) (rest []byte, covered int) {
 	var slot uint32
 	for covered < LeafBlocks {
@@ -180,9 +179,9 @@ func decodeRunHead(src []byte) (kind, n int, tail []byte) {
 	return kind, n, src
 }
 
-// decodeRun decodes the body of a run into out, which is not empty. slot is the slot of the place before the
-// run; decodeRun sets it to the slot of the last place in the run. It returns the bytes behind the run, or
-// nil if the run is invalid.
+// decodeRun decodes the body of a run into out, which is not empty. slot is the slot of the place before the run;
+// decodeRun sets it to the slot of the last place in the run. It returns the bytes behind the run, or nil if the run is
+// invalid.
 func decodeRun(src []byte, kind int, slot *uint32, out []Entry) []byte {
 	switch kind {
 	case runHoles:
@@ -226,8 +225,7 @@ func decodeUnit(src []byte, slot *uint32, out []Entry) []byte {
 	return src
 }
 
-// decodeSingles decodes one place for each entry of out. A leaf that was written at random consists of little
-// else.
+// decodeSingles decodes one place for each entry of out. A leaf that was written at random consists of little else.
 func decodeSingles(src []byte, slot *uint32, out []Entry) []byte {
 	prev := *slot
 	for i := range out {
@@ -249,8 +247,8 @@ func (e Entry) validSingle() bool {
 		offset >= ChunkHeaderSize/RecordAlign && offset+share <= 1<<entryOffsetBits
 }
 
-// decodePlace decodes what appendPlace wrote: the entry of a single-block record, which may not be Valid, and
-// the bytes behind it. It returns nil bytes if src is invalid.
+// decodePlace decodes what appendPlace wrote: the entry of a single-block record, which may not be Valid, and the bytes
+// behind it. It returns nil bytes if src is invalid.
 func decodePlace(src []byte, slot *uint32) (Entry, []byte) {
 	if len(src) < 5 {
 		return 0, nil

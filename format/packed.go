@@ -2,15 +2,15 @@ package format
 
 import "math/bits"
 
-// Packed is a leaf in memory, as small as it can be and still be looked up in. It never changes, and any
-// number of goroutines may read it. The words of the slice, of 64 bits each:
+// Packed is a leaf in memory, as small as it can be and still be looked up in. It never changes, and any number of
+// goroutines may read it. The words of the slice, of 64 bits each:
 //
 //	+--------+------------------+-------- ... --------+
 //	| word 0 | changed (0 or 4) | a sequence or groups |
 //	+--------+------------------+-------- ... --------+
 //
-// A sequence is a leaf whose blocks are all mapped, to records of 1, 2, 4, 8 or 16 blocks that follow one
-// another in the log without a gap. Bit 63 of word 0 tells a sequence (1) from groups (0).
+// A sequence is a leaf whose blocks are all mapped, to records of 1, 2, 4, 8 or 16 blocks that follow one another in
+// the log without a gap. Bit 63 of word 0 tells a sequence (1) from groups (0).
 //
 //	word 0     sequence: the entry of block 0, with the smallest share of all records
 //	           groups: the smallest slot of the single-block records
@@ -52,8 +52,8 @@ const (
 	slotMask     = MaxSlots - 1
 )
 
-// AppendPacked appends the packed leaf to dst and returns the extended slice. All entries of the leaf must be
-// Valid. It does not allocate if dst has room for MaxPacked words.
+// AppendPacked appends the packed leaf to dst and returns the extended slice. All entries of the leaf must be Valid. It
+// does not allocate if dst has room for MaxPacked words.
 func AppendPacked(dst []uint64, l *Leaf) Packed {
 	mode := uint64(changedMode(l))
 	from := len(dst)
@@ -102,8 +102,8 @@ func mappedBits(l *Leaf) (set [LeafBlocks / 64]uint64) {
 	return set
 }
 
-// appendSequence appends the shares of a sequence, and returns the extended slice and the bits of word 0. If
-// the leaf is no sequence, the bits are 0.
+// appendSequence appends the shares of a sequence, and returns the extended slice and the bits of word 0. If the leaf
+// is no sequence, the bits are 0.
 func appendSequence(dst []uint64, l *Leaf) ([]uint64, Entry) {
 	first := l.Entries[0]
 	n := first.Blocks()
@@ -141,9 +141,8 @@ func appendSequence(dst []uint64, l *Leaf) ([]uint64, Entry) {
 	return dst, first&^shares | Entry(low)<<entryShareAt
 }
 
-// shareWidth returns the number of bits for each share of the records of n blocks. It is the smallest width
-// that holds most and fills whole words. A reader derives it from the number of words, which is LeafBlocks /
-// n × width / 64.
+// shareWidth returns the number of bits for each share of the records of n blocks. It is the smallest width that holds
+// most and fills whole words. A reader derives it from the number of words, which is LeafBlocks / n × width / 64.
 func shareWidth(most uint64, n int) int {
 	if most == 0 {
 		return 0
@@ -292,8 +291,8 @@ func singleEntry(w *[singlesWords]uint64, i int, slot uint32) Entry {
 	return entrySet | Entry(slot+uint32(v>>32&0xffff))<<entrySlotAt | Entry(v&entryPlaceMask)
 }
 
-// sequenceEntry returns the entry of block i. The record of the block begins where the records before it end,
-// so their shares are added up.
+// sequenceEntry returns the entry of block i. The record of the block begins where the records before it end, so their
+// shares are added up.
 func sequenceEntry(base Entry, shares []uint64, i int) Entry {
 	n := uint(base.Blocks())
 	log := uint(bits.TrailingZeros(n))

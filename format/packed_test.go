@@ -7,12 +7,10 @@ import (
 	"pgregory.net/rapid"
 )
 
-// sequentialLeaf returns the leaf that one writer of whole units of n blocks makes. The units compress to any
-// length.
+// sequentialLeaf returns the leaf that one writer of whole units of n blocks makes. The units compress to any length.
 func sequentialLeaf(rng *rand.Rand, n int) *Leaf { return evenLeaf(rng, n, maxShare) }
 
-// evenLeaf returns a leaf like that of sequentialLeaf, but the shares of its units differ by less than
-// spread.
+// evenLeaf returns a leaf like that of sequentialLeaf, but the shares of its units differ by less than spread.
 func evenLeaf(rng *rand.Rand, n, spread int) *Leaf {
 	l := new(Leaf)
 	off := uint32(ChunkHeaderSize)
@@ -31,8 +29,7 @@ func evenLeaf(rng *rand.Rand, n, spread int) *Leaf {
 	return l
 }
 
-// drawPackable draws leaves of the shapes that have a packed form of their own, and of shapes that nearly
-// have.
+// drawPackable draws leaves of the shapes that have a packed form of their own, and of shapes that nearly have.
 func drawPackable(t *rapid.T) *Leaf {
 	rng := rand.New(rand.NewPCG(rapid.Uint64().Draw(t, "seed"), 0))
 	var l *Leaf

@@ -84,8 +84,8 @@ func TestRecordRoundTrip(t *testing.T) {
 	})
 }
 
-// drawLeaf draws leaves of all shapes that writes make: units, parts of units, neighbours in the log, single
-// blocks, holes.
+// drawLeaf draws leaves of all shapes that writes make: units, parts of units, neighbours in the log, single blocks,
+// holes.
 func drawLeaf(t *rapid.T) *Leaf {
 	l := new(Leaf)
 	for i := 0; i < LeafBlocks; {

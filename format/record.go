@@ -41,8 +41,8 @@ type RecordHeader struct {
 	Branch uint32
 	Kind   Kind
 	Codec  Codec
-	// Blocks is the number of blocks in the unit of a data or moved record, and 1 for the other kinds. A
-	// unit does not cross a multiple of UnitBlocks.
+	// Blocks is the number of blocks in the unit of a data or moved record, and 1 for the other kinds. A unit does not
+	// cross a multiple of UnitBlocks.
 	Blocks int
 	// PayloadLen is the length in bytes of the payload as stored.
 	PayloadLen int
@@ -50,8 +50,8 @@ type RecordHeader struct {
 	PayloadCRC uint32
 }
 
-// Size returns the size in bytes of the whole record. The record is padded so that each block of the unit
-// accounts for the same multiple of RecordAlign.
+// Size returns the size in bytes of the whole record. The record is padded so that each block of the unit accounts for
+// the same multiple of RecordAlign.
 func (h *RecordHeader) Size() int { return recordSize(h.PayloadLen, h.Blocks) }
 
 func recordSize(payloadLen, blocks int) int {
@@ -60,8 +60,8 @@ func recordSize(payloadLen, blocks int) int {
 	return n - n%align
 }
 
-// Encode writes the header to the first RecordHeaderSize bytes of dst, for a record at offset in the chunk
-// with sequence number chunkSeq. It panics if dst is shorter.
+// Encode writes the header to the first RecordHeaderSize bytes of dst, for a record at offset in the chunk with
+// sequence number chunkSeq. It panics if dst is shorter.
 func (h *RecordHeader) Encode(dst []byte, chunkSeq uint64, offset uint32) {
 	dst = dst[:RecordHeaderSize]
 	le.PutUint32(dst[4:], h.PayloadCRC)
@@ -73,9 +73,9 @@ func (h *RecordHeader) Encode(dst []byte, chunkSeq uint64, offset uint32) {
 	le.PutUint32(dst, saltedChecksum(chunkSeq, offset, dst[4:]))
 }
 
-// DecodeRecordHeader decodes the header at the front of src, which was read at offset in the chunk with
-// sequence number chunkSeq. It accepts a header only if it was written for that place and its fields are
-// valid. The error matches ErrCorrupt.
+// DecodeRecordHeader decodes the header at the front of src, which was read at offset in the chunk with sequence number
+// chunkSeq. It accepts a header only if it was written for that place and its fields are valid. The error matches
+// ErrCorrupt.
 func DecodeRecordHeader(src []byte, chunkSeq uint64, offset uint32) (RecordHeader, error) {
 	if len(src) < RecordHeaderSize {
 		return RecordHeader{}, corruptRecord(chunkSeq, offset, "%d bytes of header", len(src))
@@ -104,16 +104,16 @@ func DecodeRecordHeader(src []byte, chunkSeq uint64, offset uint32) (RecordHeade
 	return h, nil
 }
 
-// IsRecordHeader reports whether the header checksum at the front of src is that of a header written for this
-// place. It is for callers that look for records where there are most likely none, because unlike
-// DecodeRecordHeader it makes no error.
+// IsRecordHeader reports whether the header checksum at the front of src is that of a header written for this place. It
+// is for callers that look for records where there are most likely none, because unlike DecodeRecordHeader it makes no
+// error.
 func IsRecordHeader(src []byte, chunkSeq uint64, offset uint32) bool {
 	return len(src) >= RecordHeaderSize && saltedChecksum(chunkSeq, offset, src[4:RecordHeaderSize]) == le.Uint32(src)
 }
 
-// WasRecordHeader reports whether src looks like the header of the record seq that was written for this place and
-// is damaged: it has that number, or would verify if it had. Chance, or a former life of the file, hardly brings
-// either about.
+// WasRecordHeader reports whether src looks like the header of the record seq that was written for this place and is
+// damaged: it has that number, or would verify if it had. Chance, or a former life of the file, hardly brings either
+// about.
 func WasRecordHeader(src []byte, chunkSeq uint64, offset uint32, seq uint64) bool {
 	if len(src) < RecordHeaderSize || seq == 0 {
 		return false
@@ -173,8 +173,8 @@ func (h *RecordHeader) invalidData(stored int) string {
 	return ""
 }
 
-// VerifyPayload returns nil if payload, as stored, has the length and the checksum in the header. Otherwise
-// it returns an error that matches ErrCorrupt.
+// VerifyPayload returns nil if payload, as stored, has the length and the checksum in the header. Otherwise it returns
+// an error that matches ErrCorrupt.
 func (h *RecordHeader) VerifyPayload(payload []byte) error {
 	if len(payload) == h.PayloadLen && Checksum(payload) == h.PayloadCRC {
 		return nil
@@ -205,12 +205,11 @@ func VerifyRecord(stored []byte, chunkSeq uint64, e Entry, first uint64) (unit [
 	return unit, h.Codec, err
 }
 
-// EncodeHole writes the payload of a hole record to the first HoleSize bytes of dst. It panics if dst is
-// shorter.
+// EncodeHole writes the payload of a hole record to the first HoleSize bytes of dst. It panics if dst is shorter.
 func EncodeHole(dst []byte, blocks uint64) { le.PutUint64(dst[:HoleSize], blocks) }
 
-// DecodeHole decodes the payload of a hole record that begins at block. It returns the number of blocks, and
-// an error that matches ErrCorrupt if they do not lie in a volume of MaxBlocks.
+// DecodeHole decodes the payload of a hole record that begins at block. It returns the number of blocks, and an error
+// that matches ErrCorrupt if they do not lie in a volume of MaxBlocks.
 func DecodeHole(payload []byte, block uint64) (blocks uint64, err error) {
 	if len(payload) != HoleSize {
 		return 0, corrupt("hole", "%d bytes, want %d", len(payload), HoleSize)
@@ -225,9 +224,8 @@ func DecodeHole(payload []byte, block uint64) (blocks uint64, err error) {
 // MovedSize is the number of bytes before the unit in the payload of a moved record.
 const MovedSize = 16
 
-// Moved says what a moved record is a copy of. From is the entry of the first block of the unit at the place
-// that the leaves name. Mask has a bit for each block of the unit that was alive, the lowest for the first
-// block.
+// Moved says what a moved record is a copy of. From is the entry of the first block of the unit at the place that the
+// leaves name. Mask has a bit for each block of the unit that was alive, the lowest for the first block.
 type Moved struct {
 	From Entry
 	Mask uint16
@@ -239,8 +237,8 @@ func (m Moved) Encode(dst []byte) {
 	le.PutUint64(dst[8:MovedSize], uint64(m.Mask))
 }
 
-// DecodeMoved decodes the bytes before the unit in the payload of a moved record. h is the header of the
-// record. The error matches ErrCorrupt.
+// DecodeMoved decodes the bytes before the unit in the payload of a moved record. h is the header of the record. The
+// error matches ErrCorrupt.
 func DecodeMoved(h *RecordHeader, payload []byte) (m Moved, err error) {
 	if len(payload) < MovedSize {
 		return m, corrupt("moved record", "%d bytes", len(payload))

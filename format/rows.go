@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// Volume is a row of the table of volumes: a named, writable disk. Size is a number of bytes, and
-// LogicalBlock is 512 or BlockSize. Branch is the branch to whose head the volume writes.
+// Volume is a row of the table of volumes: a named, writable disk. Size is a number of bytes, and LogicalBlock is 512
+// or BlockSize. Branch is the branch to whose head the volume writes.
 type Volume struct {
 	ID           uint32    `json:"id"`
 	Name         string    `json:"name"`
@@ -23,8 +23,8 @@ type Volume struct {
 	Created      time.Time `json:"created"`
 }
 
-// Snapshot is a row of the table of snapshots: a named point of a branch. Size is the size of the volume in
-// bytes when the snapshot was taken. Volume is 0 if the snapshot is deleted and its row is still needed.
+// Snapshot is a row of the table of snapshots: a named point of a branch. Size is the size of the volume in bytes when
+// the snapshot was taken. Volume is 0 if the snapshot is deleted and its row is still needed.
 type Snapshot struct {
 	ID      uint32    `json:"id"`
 	Volume  uint32    `json:"volume"`
@@ -35,8 +35,8 @@ type Snapshot struct {
 	Created time.Time `json:"created"`
 }
 
-// Branch is a row of the table of branches: a line of history, and its current epoch. Origin is the point of
-// another branch at which it began. Both origin fields are 0 if there is none.
+// Branch is a row of the table of branches: a line of history, and its current epoch. Origin is the point of another
+// branch at which it began. Both origin fields are 0 if there is none.
 type Branch struct {
 	ID           uint32 `json:"id"`
 	Epoch        uint32 `json:"epoch"`
@@ -118,9 +118,9 @@ type row interface{ check() error }
 
 var errNotRow = errors.New("not a row")
 
-// AppendRow appends the encoding of a row to dst and returns the extended slice. v is a Volume, a Snapshot, a
-// Branch, a Checkpoint or a ColdMark, or a pointer to one. AppendRow refuses a row that DecodeRow would
-// reject, and then returns dst unchanged.
+// AppendRow appends the encoding of a row to dst and returns the extended slice. v is a Volume, a Snapshot, a Branch, a
+// Checkpoint or a ColdMark, or a pointer to one. AppendRow refuses a row that DecodeRow would reject, and then returns
+// dst unchanged.
 func AppendRow(dst []byte, v any) ([]byte, error) {
 	r, ok := v.(row)
 	if !ok {
@@ -137,9 +137,9 @@ func AppendRow(dst []byte, v any) ([]byte, error) {
 	return append(dst, text...), nil
 }
 
-// DecodeRow decodes a row, which is all of src, into v, a pointer to a row of the type that was encoded. A
-// field that this version does not know is an error, because a format with more fields has another version.
-// The error matches ErrCorrupt, unless v is no pointer to a row.
+// DecodeRow decodes a row, which is all of src, into v, a pointer to a row of the type that was encoded. A field that
+// this version does not know is an error, because a format with more fields has another version. The error matches
+// ErrCorrupt, unless v is no pointer to a row.
 func DecodeRow(src []byte, v any) error {
 	what := fmt.Sprintf("row %T", v)
 	p := reflect.ValueOf(v)

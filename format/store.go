@@ -20,8 +20,8 @@ const (
 	storeFormat = "vdisk store"
 )
 
-// CheckName returns nil if s can be the name of a volume or a snapshot: an ASCII letter or digit, then at
-// most 62 letters, digits, dots, underscores and hyphens. Otherwise it returns an error that matches ErrName.
+// CheckName returns nil if s can be the name of a volume or a snapshot: an ASCII letter or digit, then at most 62
+// letters, digits, dots, underscores and hyphens. Otherwise it returns an error that matches ErrName.
 func CheckName(s string) error {
 	if len(s) == 0 || len(s) > maxName {
 		return fmt.Errorf("%w: it has %d bytes, not 1 to %d", ErrName, len(s), maxName)
@@ -80,9 +80,8 @@ func (s *StoreInfo) Encode() ([]byte, error) {
 	return append(text, '\n'), nil
 }
 
-// DecodeStoreInfo decodes the content of the file, which is all of src. The error matches ErrNotStore if the
-// file does not belong to a store, ErrVersion if the store is of a later version, and ErrCorrupt if it is
-// damaged.
+// DecodeStoreInfo decodes the content of the file, which is all of src. The error matches ErrNotStore if the file does
+// not belong to a store, ErrVersion if the store is of a later version, and ErrCorrupt if it is damaged.
 func DecodeStoreInfo(src []byte) (StoreInfo, error) {
 	// A later version may have other fields, so look at these two first.
 	var head struct {

@@ -1,7 +1,7 @@
 package format
 
-// A chunk's summary has an entry for each of its records, in order, and then the footer, with which the file
-// ends (docs/format.md, Summary).
+// A chunk's summary has an entry for each of its records, in order, and then the footer, with which the file ends
+// (docs/format.md, Summary).
 const (
 	// SummaryEntrySize is the size in bytes of the entry of one record.
 	SummaryEntrySize = 12
@@ -11,9 +11,9 @@ const (
 	summaryMagic     = "VDISKSUM"
 	summaryFooterEnd = 40 // where the zeros begin
 
-	// The bits of an entry's first 8 bytes, from the lowest. They begin with the first block, or with the
-	// length of an event's payload. Blocks - 1 and the kind follow. The last are the share of a data or
-	// moved record, in units of RecordAlign, or the number of blocks of a hole.
+	// The bits of an entry's first 8 bytes, from the lowest. They begin with the first block, or with the length of an
+	// event's payload. Blocks - 1 and the kind follow. The last are the share of a data or moved record, in units of
+	// RecordAlign, or the number of blocks of a hole.
 	summaryBlocksAt = 40
 	summaryKindAt   = 44
 	summaryCountAt  = 48
@@ -34,8 +34,8 @@ type SummaryFooter struct {
 // Size returns the size of the summary in bytes: the entries and the footer.
 func (f *SummaryFooter) Size() int { return f.Records*SummaryEntrySize + SummaryFooterSize }
 
-// Encode writes the footer to the first SummaryFooterSize bytes of dst. The summary ends at the offset end,
-// where the file ends, in the chunk with sequence number chunkSeq. Encode panics if dst is shorter.
+// Encode writes the footer to the first SummaryFooterSize bytes of dst. The summary ends at the offset end, where the
+// file ends, in the chunk with sequence number chunkSeq. Encode panics if dst is shorter.
 func (f *SummaryFooter) Encode(dst []byte, chunkSeq uint64, end uint32) {
 	dst = dst[:SummaryFooterSize]
 	clear(dst)
@@ -48,8 +48,8 @@ func (f *SummaryFooter) Encode(dst []byte, chunkSeq uint64, end uint32) {
 	le.PutUint32(dst, saltedChecksum(chunkSeq, end, dst[4:summaryFooterEnd]))
 }
 
-// DecodeSummaryFooter decodes the footer at the front of src, which are the last bytes of a file of end
-// bytes. The file is the chunk with sequence number chunkSeq. The error matches ErrCorrupt or ErrVersion.
+// DecodeSummaryFooter decodes the footer at the front of src, which are the last bytes of a file of end bytes. The file
+// is the chunk with sequence number chunkSeq. The error matches ErrCorrupt or ErrVersion.
 func DecodeSummaryFooter(src []byte, chunkSeq uint64, end uint32) (SummaryFooter, error) {
 	const what = "summary"
 	var f SummaryFooter
@@ -75,8 +75,8 @@ func DecodeSummaryFooter(src []byte, chunkSeq uint64, end uint32) (SummaryFooter
 	return f, nil
 }
 
-// VerifyEntries returns nil if entries, which lie right before the footer, have the length and the checksum
-// in the footer. Otherwise it returns an error that matches ErrCorrupt.
+// VerifyEntries returns nil if entries, which lie right before the footer, have the length and the checksum in the
+// footer. Otherwise it returns an error that matches ErrCorrupt.
 func (f *SummaryFooter) VerifyEntries(entries []byte) error {
 	if len(entries) != f.Records*SummaryEntrySize {
 		return corrupt("summary", "%d bytes of entries of %d records", len(entries), f.Records)
@@ -87,8 +87,8 @@ func (f *SummaryFooter) VerifyEntries(entries []byte) error {
 	return nil
 }
 
-// AppendSummary appends the entry of a record to dst and returns the extended slice. holeBlocks is the number
-// of blocks of a hole, at most LeafBlocks. It is not used for other kinds.
+// AppendSummary appends the entry of a record to dst and returns the extended slice. holeBlocks is the number of blocks
+// of a hole, at most LeafBlocks. It is not used for other kinds.
 func AppendSummary(dst []byte, h *RecordHeader, holeBlocks int) []byte {
 	w := h.Block
 	switch h.Kind {
@@ -112,8 +112,8 @@ type SummaryEntry struct {
 	Size   int    // the size of the whole record in bytes
 }
 
-// DecodeSummaryEntry decodes the entry at the front of src. The error matches ErrCorrupt. It panics if src
-// has less than SummaryEntrySize bytes.
+// DecodeSummaryEntry decodes the entry at the front of src. The error matches ErrCorrupt. It panics if src has less
+// than SummaryEntrySize bytes.
 func DecodeSummaryEntry(src []byte) (SummaryEntry, error) {
 	w := le.Uint64(src)
 	n := int(w>>summaryBlocksAt&(UnitBlocks-1)) + 1

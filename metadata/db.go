@@ -39,17 +39,16 @@ var (
 	keyStore      = []byte("uuid") // the store's id
 )
 
-// initialMmaps are the sizes in bytes of the mapping that bbolt starts with. A commit that outgrows the
-// mapping waits for every reader, a Check among them, and every new reader waits for that commit. Readers
-// that hold a lock which another reader wants would then wait for ever. So the mapping is larger from the
-// start than any table becomes. It costs address space only. The second size is for systems that do not have
-// that much.
+// initialMmaps are the sizes in bytes of the mapping that bbolt starts with. A commit that outgrows the mapping waits
+// for every reader, a Check among them, and every new reader waits for that commit. Readers that hold a lock which
+// another reader wants would then wait for ever. So the mapping is larger from the start than any table becomes. It
+// costs address space only. The second size is for systems that do not have that much.
 var initialMmaps = [2]int{1 << 40, 64 << 30}
 
 // Options are the options of Open.
 type Options struct {
-	// In is the directory of the table. It stays the caller's, who closes it after the DB. If it is nil,
-	// Open opens the directory of the path.
+	// In is the directory of the table. It stays the caller's, who closes it after the DB. If it is nil, Open opens the
+	// directory of the path.
 	In *storage.Folder
 	// Timeout bounds the wait for bbolt's file lock. 0 is the shortest wait there is.
 	Timeout time.Duration
@@ -57,22 +56,21 @@ type Options struct {
 	NoSync bool
 	// Create makes an empty table if there is none. Without it, a missing or empty file is damage.
 	Create bool
-	// Store is the id of the store that the table must belong to. A table that does not name its store is
-	// accepted. Zero accepts the table of any store.
+	// Store is the id of the store that the table must belong to. A table that does not name its store is accepted.
+	// Zero accepts the table of any store.
 	Store [16]byte
 
-	// ReadOnly opens the table for reading only. Nothing is changed then, not even the note of how the
-	// table was left.
+	// ReadOnly opens the table for reading only. Nothing is changed then, not even the note of how the table was left.
 	ReadOnly bool
 
-	// Allocate gives the file blocks of its own from one size in bytes up to another, which becomes the
-	// file's size. If it returns an error, as it does above all when the disk is full, the table stays as
-	// it is. The default is the function Allocate of this package.
+	// Allocate gives the file blocks of its own from one size in bytes up to another, which becomes the file's size. If
+	// it returns an error, as it does above all when the disk is full, the table stays as it is. The default is the
+	// function Allocate of this package.
 	Allocate func(f *os.File, from, to int64) error
 }
 
-// DB is an open table. Its methods may be called concurrently, and none after Close. Updates run one after
-// the other, and any number of readers run beside them.
+// DB is an open table. Its methods may be called concurrently, and none after Close. Updates run one after the other,
+// and any number of readers run beside them.
 type DB struct {
 	b           *bbolt.DB
 	f           *os.File // the file of b
@@ -93,19 +91,19 @@ type DB struct {
 	note   *note      // nil: the next opening verifies what this process writes; guarded by noting
 }
 
-// place is where a table is. The table's file and its note are opened by name in their directory, and never
-// through a symbolic link.
+// place is where a table is. The table's file and its note are opened by name in their directory, and never through a
+// symbolic link.
 type place struct {
 	in   *storage.Folder
 	name string
 }
 
-// Open opens the table at path. It changes nothing, unless Options.Create is set: a table that is proved to
-// be sound may still be the wrong one, so the caller looks at it first. Adopt then makes the changes that are
-// needed before the first Update. With Options.Create, Open calls Adopt itself.
+// Open opens the table at path. It changes nothing, unless Options.Create is set: a table that is proved to be sound
+// may still be the wrong one, so the caller looks at it first. Adopt then makes the changes that are needed before the
+// first Update. With Options.Create, Open calls Adopt itself.
 //
-// The error matches ErrLocked if another process has the file open. It matches format.ErrCorrupt if the table
-// is missing, damaged, of another store, or older than the one that its last owner left.
+// The error matches ErrLocked if another process has the file open. It matches format.ErrCorrupt if the table is
+// missing, damaged, of another store, or older than the one that its last owner left.
 func Open(path string, o Options) (*DB, error) {
 	at := place{o.In, filepath.Base(path)}
 	if at.in == nil {
@@ -191,9 +189,9 @@ func isTable(at place, create bool) error {
 	return nil
 }
 
-// identify verifies that the table belongs to the right store and is not an older one. noted is the
-// checkpoint in the note of the last owner, or 0 if none is known. A commit is durable before the note has
-// its checkpoint, so an older table is one that somebody has put there.
+// identify verifies that the table belongs to the right store and is not an older one. noted is the checkpoint in the
+// note of the last owner, or 0 if none is known. A commit is durable before the note has its checkpoint, so an older
+// table is one that somebody has put there.
 func (d *DB) identify(noted uint64) error {
 	return d.View(func(tx *Tx) error {
 		for _, name := range firstBuckets {
@@ -221,12 +219,12 @@ func (d *DB) identify(noted uint64) error {
 	})
 }
 
-// Verified reports whether Open took the table as verified, because it is the one that the last owner left in
-// this boot.
+// Verified reports whether Open took the table as verified, because it is the one that the last owner left in this
+// boot.
 func (d *DB) Verified() bool { return d.verified }
 
-// Adopt makes the table this process's. The caller has made sure that it is the right table. Adopt adds what
-// an older program had not made yet, and leaves a note for the next owner. The first Update does the same.
+// Adopt makes the table this process's. The caller has made sure that it is the right table. Adopt adds what an older
+// program had not made yet, and leaves a note for the next owner. The first Update does the same.
 func (d *DB) Adopt() error {
 	d.updating.Lock()
 	defer d.updating.Unlock()
@@ -328,11 +326,10 @@ func (d *DB) Close() error {
 	return err
 }
 
-// Pages returns a function that verifies the table in its present state, as Open does: that the pages form
-// trees, and that no row is missing. An error about damage matches format.ErrCorrupt.
+// Pages returns a function that verifies the table in its present state, as Open does: that the pages form trees, and
+// that no row is missing. An error about damage matches format.ErrCorrupt.
 //
-// No Update may run during the call of Pages. check may run beside Updates as long as a transaction that was
-// begun in the same state is open: bbolt does not overwrite the pages that such a transaction sees, nor the
-// list of free pages. check may be called once. It opens no file, because there may be no file descriptor
-// left.
+// No Update may run during the call of Pages. check may run beside Updates as long as a transaction that was begun in
+// the same state is open: bbolt does not overwrite the pages that such a transaction sees, nor the list of free pages.
+// check may be called once. It opens no file, because there may be no file descriptor left.
 func (d *DB) Pages() (check func() error, err error) { return pagesOf(d.f) }

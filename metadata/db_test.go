@@ -56,8 +56,8 @@ func leafOf(n uint32) *format.Leaf {
 	return &l
 }
 
-// TestVersionsAsAMap compares the leaves with a plain map, over commits, aborts and reopening: which version
-// is the newest, which leaves there are, and which changed when.
+// TestVersionsAsAMap compares the leaves with a plain map, over commits, aborts and reopening: which version is the
+// newest, which leaves there are, and which changed when.
 func TestVersionsAsAMap(t *testing.T) {
 	dir := memoryDir(t)
 	n := 0
@@ -252,8 +252,8 @@ func TestLocked(t *testing.T) {
 	must(t, db.Close())
 }
 
-// TestDamage flips bits, cuts the file, and copies pages over others. A table that still opens must hold
-// exactly what it held. The rest is an error, and never a panic.
+// TestDamage flips bits, cuts the file, and copies pages over others. A table that still opens must hold exactly what
+// it held. The rest is an error, and never a panic.
 func TestDamage(t *testing.T) {
 	dir := memoryDir(t)
 	path := filepath.Join(dir, "t")
@@ -334,9 +334,9 @@ func FuzzCheckPages(f *testing.F) {
 	})
 }
 
-// TestMappingIsLargeEnough holds the mapping to be large enough for the table of 64 TiB of blocks written at
-// random, with as much again for snapshots. A commit that has to make the mapping larger would wait for all
-// readers. On systems with less address space the mapping is smaller.
+// TestMappingIsLargeEnough holds the mapping to be large enough for the table of 64 TiB of blocks written at random,
+// with as much again for snapshots. A commit that has to make the mapping larger would wait for all readers. On systems
+// with less address space the mapping is smaller.
 func TestMappingIsLargeEnough(t *testing.T) {
 	mapped := func() (size uint64) {
 		path := filepath.Join(t.TempDir(), "t")

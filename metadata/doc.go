@@ -1,12 +1,11 @@
-// Package metadata is the durable allocation table of a store: a bbolt file. It holds the volumes, snapshots
-// and branches, every version of every leaf, and the accounting of the chunks, all as of one place in the
-// log.
+// Package metadata is the durable allocation table of a store: a bbolt file. It holds the volumes, snapshots and
+// branches, every version of every leaf, and the accounting of the chunks, all as of one place in the log.
 //
-// The package serves this module only, and promises no stability to anybody outside of it: any identifier may
-// change or go in any version.
+// The package serves this module only, and promises no stability to anybody outside of it: any identifier may change or
+// go in any version.
 //
-// The table is a checkpoint, and never on the path of a write. The engine changes memory and the log, and
-// brings the table up to date from time to time, in one transaction for each checkpoint ([DB.Update]).
+// The table is a checkpoint, and never on the path of a write. The engine changes memory and the log, and brings the
+// table up to date from time to time, in one transaction for each checkpoint ([DB.Update]).
 //
 // # Buckets
 //
@@ -29,8 +28,8 @@
 //
 // # Damage
 //
-// bbolt has checksums of its two meta pages only. It panics on other damage, and faults if its file was cut
-// short. Every method here turns both into an error that matches format.ErrCorrupt. Code that uses a
-// transaction of [DB.Begin] has to run in [Guard] for that. [Open] also verifies all pages of the file, once
-// a boot; docs/format.md, The table, says why and how.
+// bbolt has checksums of its two meta pages only. It panics on other damage, and faults if its file was cut short.
+// Every method here turns both into an error that matches format.ErrCorrupt. Code that uses a transaction of [DB.Begin]
+// has to run in [Guard] for that. [Open] also verifies all pages of the file, once a boot; docs/format.md, The table,
+// says why and how.
 package metadata

@@ -24,8 +24,8 @@ func (r Region) key() (k [6]byte) {
 	return k
 }
 
-// Forwards returns where the moved records of a region are, in the order of their offsets. It returns nil if
-// the region has none.
+// Forwards returns where the moved records of a region are, in the order of their offsets. It returns nil if the region
+// has none.
 func (t *Tx) Forwards(r Region) ([]format.Forward, error) {
 	b := t.tx.Bucket(bucketForwards)
 	if b == nil {
@@ -55,8 +55,8 @@ func (t *Tx) DropForwards(r Region) error {
 	return t.drop(bucketForwards, k[:])
 }
 
-// EachRegion calls fn for every region that has forwards, in the order of slot and number. If a region is
-// damaged, fn gets the damage as bad. EachRegion stops at the first error that fn returns, and returns it.
+// EachRegion calls fn for every region that has forwards, in the order of slot and number. If a region is damaged, fn
+// gets the damage as bad. EachRegion stops at the first error that fn returns, and returns it.
 func (t *Tx) EachRegion(fn func(r Region, fs []format.Forward, bad error) error) error {
 	b := t.tx.Bucket(bucketForwards)
 	if b == nil {

@@ -6,8 +6,8 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// History calls fn for every version of the leaves of a branch: by leaf, and then the newest first. It stops
-// at the first error, of fn or of a version that does not decode. fn may use the leaf only until it returns.
+// History calls fn for every version of the leaves of a branch: by leaf, and then the newest first. It stops at the
+// first error, of fn or of a version that does not decode. fn may use the leaf only until it returns.
 func (t *Tx) History(branch uint32, fn func(v Version, l *format.Leaf) error) error {
 	b, err := t.bucket(bucketLeaves)
 	if err != nil {

@@ -8,14 +8,14 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// Version names one version of one leaf: the leaf of a branch as of the end of an epoch. Leaf is the number
-// of the leaf: block / format.LeafBlocks.
+// Version names one version of one leaf: the leaf of a branch as of the end of an epoch. Leaf is the number of the
+// leaf: block / format.LeafBlocks.
 type Version struct {
 	Branch, Leaf, Epoch uint32
 }
 
-// key returns the key of the version in the leaves bucket. It inverts the epoch, so that a seek to (branch,
-// leaf, epoch) lands on the newest version at or before that epoch.
+// key returns the key of the version in the leaves bucket. It inverts the epoch, so that a seek to (branch, leaf,
+// epoch) lands on the newest version at or before that epoch.
 func (v Version) key() (k [12]byte) {
 	binary.BigEndian.PutUint32(k[0:], v.Branch)
 	binary.BigEndian.PutUint32(k[4:], v.Leaf)
@@ -37,8 +37,8 @@ func parseKey(k []byte) (Version, error) {
 	return Version{binary.BigEndian.Uint32(k), binary.BigEndian.Uint32(k[4:]), ^binary.BigEndian.Uint32(k[8:])}, nil
 }
 
-// Leaf decodes into l the newest version of the leaf v.Leaf at or before v.Epoch that v.Branch itself has. It
-// returns the epoch of that version, or 0 if there is none. It does not look at the origins of the branch.
+// Leaf decodes into l the newest version of the leaf v.Leaf at or before v.Epoch that v.Branch itself has. It returns
+// the epoch of that version, or 0 if there is none. It does not look at the origins of the branch.
 func (t *Tx) Leaf(v Version, l *format.Leaf) (epoch uint32, err error) {
 	if t.leaves == nil { // callers look for one leaf in many branches
 		b, err := t.bucket(bucketLeaves)
@@ -59,8 +59,8 @@ func (t *Tx) Leaf(v Version, l *format.Leaf) (epoch uint32, err error) {
 	return ^binary.BigEndian.Uint32(k[8:]), nil
 }
 
-// NextLeaf returns the first leaf at or after from that the branch itself has a version of. ok is false if there
-// is none.
+// NextLeaf returns the first leaf at or after from that the branch itself has a version of. ok is false if there is
+// none.
 func (t *Tx) NextLeaf(branch, from uint32) (leaf uint32, ok bool, err error) {
 	b, err := t.bucket(bucketLeaves)
 	if err != nil {
@@ -101,8 +101,8 @@ func (t *Tx) DropLeaf(v Version) error {
 	return t.drop(bucketChanges, c[:])
 }
 
-// Changes calls fn for the versions of the branch from.Branch with an epoch in [from.Epoch, to], in the order
-// of epoch and leaf, until fn returns false. It starts at from.Leaf in the first epoch.
+// Changes calls fn for the versions of the branch from.Branch with an epoch in [from.Epoch, to], in the order of epoch
+// and leaf, until fn returns false. It starts at from.Leaf in the first epoch.
 func (t *Tx) Changes(from Version, to uint32, fn func(Version) bool) error {
 	b, err := t.bucket(bucketChanges)
 	if err != nil {
@@ -122,9 +122,9 @@ func (t *Tx) Changes(from Version, to uint32, fn func(Version) bool) error {
 	return nil
 }
 
-// Versions calls fn for every version of every leaf: by branch and leaf, and then the newest first. It stops
-// at the first error that fn returns, and returns it. fn may use the leaf only until it returns. For a
-// version that does not decode, fn gets a nil leaf, and the error as bad.
+// Versions calls fn for every version of every leaf: by branch and leaf, and then the newest first. It stops at the
+// first error that fn returns, and returns it. fn may use the leaf only until it returns. For a version that does not
+// decode, fn gets a nil leaf, and the error as bad.
 func (t *Tx) Versions(fn func(v Version, l *format.Leaf, bad error) error) error {
 	return t.VersionsFrom(Version{Epoch: ^uint32(0)}, fn)
 }
@@ -168,8 +168,7 @@ func (t *Tx) Changed(v Version) (bool, error) {
 	return b.Get(k[:]) != nil, nil
 }
 
-// Counts returns the number of versions, and the number of entries in the changes bucket. It reads all pages
-// of both.
+// Counts returns the number of versions, and the number of entries in the changes bucket. It reads all pages of both.
 func (t *Tx) Counts() (versions, changes int, err error) {
 	l, err := t.bucket(bucketLeaves)
 	if err != nil {

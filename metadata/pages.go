@@ -15,13 +15,12 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// bbolt's file format, from its internal/common (page.go, meta.go, inode.go). It has the native byte order,
-// which is little-endian wherever this runs.
+// bbolt's file format, from its internal/common (page.go, meta.go, inode.go). It has the native byte order, which is
+// little-endian wherever this runs.
 const (
 	pageHeader  = 16 // id 8, flags 2, count 2, overflow 4
 	elementSize = 16 // branch page: pos 4, ksize 4, page 8; leaf page: flags 4, pos 4, ksize 4, vsize 4
-	// magic 4, version 4, page size 4, flags 4, root 8, sequence 8, free list 8, pages 8, txid 8,
-	// checksum 8
+	// magic 4, version 4, page size 4, flags 4, root 8, sequence 8, free list 8, pages 8, txid 8, checksum 8
 	metaSize  = 64
 	metaMagic = 0xED0CDAED
 
@@ -37,11 +36,10 @@ const (
 
 var le = binary.LittleEndian
 
-// pageChecker verifies the pages of a table before bbolt opens it. bbolt trusts its pages. When it opens a
-// file, it looks at all of them in a goroutine of its own, where a panic or a fault over damage ends the
-// process. So the damage that bbolt would fail on is found here first, and with it damage that bbolt would
-// not notice: a damaged key hides the rows under it, and a damaged page number brings back older rows (bbolt
-// never overwrites a page in use).
+// pageChecker verifies the pages of a table before bbolt opens it. bbolt trusts its pages. When it opens a file, it
+// looks at all of them in a goroutine of its own, where a panic or a fault over damage ends the process. So the damage
+// that bbolt would fail on is found here first, and with it damage that bbolt would not notice: a damaged key hides the
+// rows under it, and a damaged page number brings back older rows (bbolt never overwrites a page in use).
 type pageChecker struct {
 	f     *os.File
 	size  int64  // size of the file in bytes
@@ -59,8 +57,8 @@ func damaged(text string, args ...any) error {
 	return fmt.Errorf("metadata: damaged table: %s: %w", fmt.Sprintf(text, args...), format.ErrCorrupt)
 }
 
-// checkPages verifies the pages of the table at a place. If the file is missing or empty, bbolt will make it,
-// and there is nothing to verify.
+// checkPages verifies the pages of the table at a place. If the file is missing or empty, bbolt will make it, and there
+// is nothing to verify.
 func checkPages(at place) (err error) {
 	f, err := at.in.Open(at.name, os.O_RDONLY)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -95,8 +93,7 @@ func pagesOf(f *os.File) (check func() error, err error) {
 
 // check verifies everything that the meta page refers to.
 func (c *pageChecker) check() error {
-	// All pages will be read, in the order of the keys. The disk is faster in its own order. This is a
-	// hint.
+	// All pages will be read, in the order of the keys. The disk is faster in its own order. This is a hint.
 	_ = unix.Fadvise(int(c.f.Fd()), 0, 0, unix.FADV_WILLNEED)
 	c.seen = make([]bool, c.pages)
 	if err := c.tree(c.root, nil, nil, 0, c.bucket); err != nil {
@@ -105,9 +102,9 @@ func (c *pageChecker) check() error {
 	if err := c.freeList(c.free); err != nil {
 		return err
 	}
-	// A value that does not verify is for its reader to report. Either its content is damaged, and the
-	// sum is right with the checksums as stored; or its checksum is damaged, and the sum is right with
-	// the checksums as computed. Then nothing else is missing.
+	// A value that does not verify is for its reader to report. Either its content is damaged, and the sum is right
+	// with the checksums as stored; or its checksum is damaged, and the sum is right with the checksums as computed.
+	// Then nothing else is missing.
 	if c.fields != c.stored && c.bodies != c.stored {
 		return damaged("its rows sum up to %016x, not to %016x as they should: some are lost, or old ones are back", uint64(c.fields), uint64(c.stored))
 	}
@@ -150,8 +147,8 @@ func (c *pageChecker) meta() error {
 	return nil
 }
 
-// freeList verifies that no page in the list of free pages is in use, because bbolt would write to it. It
-// comes after all trees.
+// freeList verifies that no page in the list of free pages is in use, because bbolt would write to it. It comes after
+// all trees.
 func (c *pageChecker) freeList(id uint64) error {
 	if id == noFreeList {
 		return nil // bbolt will look for the free pages itself
@@ -279,8 +276,8 @@ func (c *pageChecker) elements(p []byte, id uint64, from, to []byte, fn entryFun
 	return nil
 }
 
-// slice returns the key and the value of the element at p[at:]. bbolt packs them without a gap behind the
-// elements, so each begins where the last one ended. That shows a wrong count or length.
+// slice returns the key and the value of the element at p[at:]. bbolt packs them without a gap behind the elements, so
+// each begins where the last one ended. That shows a wrong count or length.
 func slice(p []byte, at int, next *int, pos, ksize, vsize uint32) (key, value []byte, ok bool) {
 	start := uint64(at) + uint64(pos)
 	mid, end := start+uint64(ksize), start+uint64(ksize)+uint64(vsize)

@@ -2,20 +2,19 @@ package metadata
 
 import "golang.org/x/sys/unix"
 
-// bbolt maps its file. The kernel counts the pages that were read as memory of this process, up to the whole
-// table. Giving the pages back leaves them in the page cache, where the next read finds them.
+// bbolt maps its file. The kernel counts the pages that were read as memory of this process, up to the whole table.
+// Giving the pages back leaves them in the page cache, where the next read finds them.
 
-// pagesRead is the number of leaves that are read or written before the pages are given back. The kernel maps
-// up to 16 pages around one that is read (/sys/kernel/debug/fault_around_bytes), so 128 leaves stand for 8
-// MiB.
+// pagesRead is the number of leaves that are read or written before the pages are given back. The kernel maps up to 16
+// pages around one that is read (/sys/kernel/debug/fault_around_bytes), so 128 leaves stand for 8 MiB.
 const pagesRead = 128
 
-// residentMost is the largest size in bytes of a table whose pages are not given back. To map them again
-// costs as much as a read.
+// residentMost is the largest size in bytes of a table whose pages are not given back. To map them again costs as much
+// as a read.
 const residentMost = 16 << 20
 
-// read counts leaves that a transaction has read or written, and gives pages back when there are many. The
-// transaction keeps the mapping in its place.
+// read counts leaves that a transaction has read or written, and gives pages back when there are many. The transaction
+// keeps the mapping in its place.
 func (t *Tx) read(n int64) {
 	if t.db == nil || t.db.read.Add(n) < pagesRead {
 		return

@@ -14,27 +14,26 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrUnwritten is matched by the error of an Update or a Grow for which there was no room. No sync has
-// failed, and the state on the disk is the one before, so the Update can be tried again. After any other
-// error of a commit, nobody knows what is on the disk, and another Update could write over pages of the last
-// durable state.
+// ErrUnwritten is matched by the error of an Update or a Grow for which there was no room. No sync has failed, and the
+// state on the disk is the one before, so the Update can be tried again. After any other error of a commit, nobody
+// knows what is on the disk, and another Update could write over pages of the last durable state.
 var ErrUnwritten = errors.New("metadata: no room for the table")
 
 const (
 	growLeast = 64 << 10 // the smallest step in bytes by which the file grows
 	growMost  = 64 << 20 // the largest step, unless the caller asks for more
 
-	// releaseTries is how often an Update that finds no room waits for short readers. They keep pages
-	// that an earlier Update gave up from being used again.
+	// releaseTries is how often an Update that finds no room waits for short readers. They keep pages that an earlier
+	// Update gave up from being used again.
 	releaseTries = 6
 )
 
-// room is the space of the table's file. On its own, bbolt grows the file as a hole, and learns that the disk
-// is full when it writes, or in a sync, after which nobody knows what is on the disk. So the blocks are
-// allocated here before bbolt writes anything, and bbolt stays within them (DB.MaxSize).
+// room is the space of the table's file. On its own, bbolt grows the file as a hole, and learns that the disk is full
+// when it writes, or in a sync, after which nobody knows what is on the disk. So the blocks are allocated here before
+// bbolt writes anything, and bbolt stays within them (DB.MaxSize).
 //
-// Nothing is synced here. A sync could take the error of a commit under way, which uses the same descriptor.
-// The commit that first writes behind the old end syncs the size with its pages, before its meta page.
+// Nothing is synced here. A sync could take the error of a commit under way, which uses the same descriptor. The commit
+// that first writes behind the old end syncs the size with its pages, before its meta page.
 type room struct {
 	f        *os.File // the file that bbolt uses
 	allocate func(f *os.File, from, to int64) error
@@ -46,8 +45,8 @@ type room struct {
 	end  int64      // where the pages ended as of the last commit
 }
 
-// Allocate gives a file blocks of its own from one size in bytes up to another, which becomes its size. If
-// the file system cannot allocate, it only sets the size.
+// Allocate gives a file blocks of its own from one size in bytes up to another, which becomes its size. If the file
+// system cannot allocate, it only sets the size.
 func Allocate(f *os.File, from, to int64) error {
 	for {
 		err := unix.Fallocate(int(f.Fd()), 0, from, to-from)
@@ -79,8 +78,7 @@ func (d *DB) initRoom(f *os.File, o Options) error {
 	return d.measure()
 }
 
-// fillRoom allocates what older programs left as a hole behind the pages, as far as there is room. updating
-// is held.
+// fillRoom allocates what older programs left as a hole behind the pages, as far as there is room. updating is held.
 func (d *DB) fillRoom() error {
 	pages, err := d.pages()
 	if err != nil {
@@ -126,9 +124,9 @@ func (d *DB) measure() error {
 	return nil
 }
 
-// Room returns how many bytes of pages the next Update can use without growing the file, and how many bytes
-// of pages are in use. Pages that only a reader keeps from being used count as room. During an Update, Room
-// does not know yet what that Update takes.
+// Room returns how many bytes of pages the next Update can use without growing the file, and how many bytes of pages
+// are in use. Pages that only a reader keeps from being used count as room. During an Update, Room does not know yet
+// what that Update takes.
 func (d *DB) Room() (free, used int64) { return d.room.free.Load(), d.room.used.Load() }
 
 // Size returns the size of the table's file in bytes.
@@ -138,8 +136,7 @@ func (d *DB) Size() int64 {
 	return d.room.size
 }
 
-// Grow allocates n more bytes for the file, or a little more. If there is no room, the error matches
-// ErrUnwritten.
+// Grow allocates n more bytes for the file, or a little more. If there is no room, the error matches ErrUnwritten.
 func (d *DB) Grow(n int64) (err error) {
 	d.noting.Lock()
 	defer d.noting.Unlock()
@@ -167,8 +164,8 @@ func (d *DB) grow(n int64) error {
 	return nil
 }
 
-// commit runs fn in a transaction and commits it. bbolt finds that it comes to the end of the file before it
-// writes. Then the file grows, and fn runs again.
+// commit runs fn in a transaction and commits it. bbolt finds that it comes to the end of the file before it writes.
+// Then the file grows, and fn runs again.
 func (d *DB) commit(fn func(*bbolt.Tx) error) error {
 	if d.failed != nil {
 		return d.failed
@@ -200,8 +197,8 @@ func (d *DB) commit(fn func(*bbolt.Tx) error) error {
 	}
 }
 
-// unwritten marks the error of a write for which there was no room. On file systems that write elsewhere when
-// they overwrite, allocated blocks are not enough. bbolt syncs nothing after such an error.
+// unwritten marks the error of a write for which there was no room. On file systems that write elsewhere when they
+// overwrite, allocated blocks are not enough. bbolt syncs nothing after such an error.
 func unwritten(err error) error {
 	var write *fs.PathError
 	if !errors.As(err, &write) || write.Op != "write" {

@@ -35,8 +35,8 @@ func leavesIn(t *testing.T, db *DB) (n int) {
 	return n
 }
 
-// TestTableStaysWithinItsBlocks lets the file system refuse more blocks from some point on. The commit that
-// needs more changes nothing and can be tried again, and pages that were given up serve later commits.
+// TestTableStaysWithinItsBlocks lets the file system refuse more blocks from some point on. The commit that needs more
+// changes nothing and can be tried again, and pages that were given up serve later commits.
 func TestTableStaysWithinItsBlocks(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "t")
 	full := false
@@ -115,8 +115,8 @@ func TestOldTableWithAHole(t *testing.T) {
 	must(t, db.Close())
 }
 
-// become puts a device in the place of bbolt's file until undo is called. Writes to /dev/null go nowhere, and
-// its syncs fail. Writes to /dev/full find no room.
+// become puts a device in the place of bbolt's file until undo is called. Writes to /dev/null go nowhere, and its syncs
+// fail. Writes to /dev/full find no room.
 func become(t *testing.T, f *os.File, device string) (undo func()) {
 	t.Helper()
 	fd := int(f.Fd())
@@ -132,8 +132,8 @@ func become(t *testing.T, f *os.File, device string) (undo func()) {
 	}
 }
 
-// TestFailedSyncIsFinal lets a sync fail in a commit, and later syncs succeed. Nothing more may be written,
-// because in memory the pages that the last durable state refers to count as free.
+// TestFailedSyncIsFinal lets a sync fail in a commit, and later syncs succeed. Nothing more may be written, because in
+// memory the pages that the last durable state refers to count as free.
 func TestFailedSyncIsFinal(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "t")
 	db, err := Open(path, Options{Create: true})
@@ -162,8 +162,8 @@ func TestFailedSyncIsFinal(t *testing.T) {
 	must(t, db.Close())
 }
 
-// TestWhatIsUnwritten distinguishes a write for which there was no room from a sync that fails with the same
-// errno, which bbolt returns as it is.
+// TestWhatIsUnwritten distinguishes a write for which there was no room from a sync that fails with the same errno,
+// which bbolt returns as it is.
 func TestWhatIsUnwritten(t *testing.T) {
 	for _, errno := range []error{unix.ENOSPC, unix.EDQUOT, unix.EFBIG} {
 		if !errors.Is(unwritten(&fs.PathError{Op: "write", Err: errno}), ErrUnwritten) {
@@ -178,8 +178,8 @@ func TestWhatIsUnwritten(t *testing.T) {
 	}
 }
 
-// TestWriteWithoutRoom lets a write find no room, as on file systems that write elsewhere when they
-// overwrite. The Update can be tried again.
+// TestWriteWithoutRoom lets a write find no room, as on file systems that write elsewhere when they overwrite. The
+// Update can be tried again.
 func TestWriteWithoutRoom(t *testing.T) {
 	db, err := Open(filepath.Join(t.TempDir(), "t"), Options{Create: true})
 	must(t, err)

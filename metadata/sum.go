@@ -9,13 +9,13 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// sum is the sum of a hash of every key and value of the table. It does not depend on their order, so an
-// Update can keep it up by its own changes. It is stored in the table, and compared when the table is opened.
-// A row that damage hides, or an older row that damage brings back, shows only in the sum.
+// sum is the sum of a hash of every key and value of the table. It does not depend on their order, so an Update can
+// keep it up by its own changes. It is stored in the table, and compared when the table is opened. A row that damage
+// hides, or an older row that damage brings back, shows only in the sum.
 type sum uint64
 
-// valueSums returns the checksum that a value begins with, and the one that it should begin with. They differ
-// if the value is damaged. Both are 0 for an empty value.
+// valueSums returns the checksum that a value begins with, and the one that it should begin with. They differ if the
+// value is damaged. Both are 0 for an empty value.
 func valueSums(value []byte) (field, body uint32) {
 	if len(value) < 4 {
 		return 0, 0
@@ -26,8 +26,8 @@ func valueSums(value []byte) (field, body uint32) {
 // sumOf returns what one key and the checksum of its value add to the sum.
 func sumOf(bucket, key []byte, value uint32) sum {
 	x := uint64(format.Checksum(append(append(make([]byte, 0, 32), bucket...), key...)))<<32 | uint64(value)
-	// Checksums are linear, so two changes could cancel out. The finalizer of splitmix64 (Steele, Lea and
-	// Flood, 2014) is not linear.
+	// Checksums are linear, so two changes could cancel out. The finalizer of splitmix64 (Steele, Lea and Flood, 2014)
+	// is not linear.
 	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9
 	x = (x ^ x>>27) * 0x94d049bb133111eb
 	return sum(x ^ x>>31)
@@ -54,8 +54,8 @@ func (t *Tx) drop(bucket, key []byte) error {
 	return b.Delete(key)
 }
 
-// forget takes a value that is replaced or removed out of the sum. If the value is damaged, nobody knows what
-// it had added, so the sum is recomputed when the transaction ends.
+// forget takes a value that is replaced or removed out of the sum. If the value is damaged, nobody knows what it had
+// added, so the sum is recomputed when the transaction ends.
 func (t *Tx) forget(bucket, key, value []byte) {
 	if value == nil {
 		return

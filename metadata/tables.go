@@ -8,8 +8,7 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// Tables is everything in the table but the leaves and the forwards. The rows are in the order of their ids
-// or slots.
+// Tables is everything in the table but the leaves and the forwards. The rows are in the order of their ids or slots.
 type Tables struct {
 	Checkpoint format.Checkpoint
 	Volumes    []format.Volume

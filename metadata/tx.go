@@ -11,11 +11,11 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// Update runs fn in a read-write transaction and commits it. When Update returns nil, the changes are
-// durable. If fn returns an error, nothing changes. fn may run more than once.
+// Update runs fn in a read-write transaction and commits it. When Update returns nil, the changes are durable. If fn
+// returns an error, nothing changes. fn may run more than once.
 //
-// If the error matches ErrUnwritten, nothing has changed, and the Update may be tried again. After any other
-// error of the commit, every later Update returns that error.
+// If the error matches ErrUnwritten, nothing has changed, and the Update may be tried again. After any other error of
+// the commit, every later Update returns that error.
 func (d *DB) Update(fn func(*Tx) error) error {
 	d.updating.Lock()
 	defer d.updating.Unlock()
@@ -75,9 +75,9 @@ func (d *DB) update(fn func(*Tx) error) (err error) {
 	return err
 }
 
-// View runs fn in a read-only transaction. fn sees one state, whatever is committed meanwhile. A long
-// transaction makes the file grow, because no page that it sees is reused. The error matches
-// format.ErrCorrupt if fn meets a damaged page.
+// View runs fn in a read-only transaction. fn sees one state, whatever is committed meanwhile. A long transaction makes
+// the file grow, because no page that it sees is reused. The error matches format.ErrCorrupt if fn meets a damaged
+// page.
 func (d *DB) View(fn func(*Tx) error) (err error) {
 	defer guard(&err)()
 	return d.b.View(func(tx *bbolt.Tx) error { return fn(&Tx{tx: tx, db: d}) })
@@ -93,15 +93,15 @@ func (d *DB) Begin() (tx *Tx, err error) {
 	return &Tx{tx: t, db: d}, nil
 }
 
-// Guard runs fn, which uses a transaction of Begin. It turns a panic or a memory fault over a damaged page
-// into an error that matches format.ErrCorrupt.
+// Guard runs fn, which uses a transaction of Begin. It turns a panic or a memory fault over a damaged page into an
+// error that matches format.ErrCorrupt.
 func Guard(fn func() error) (err error) {
 	defer guard(&err)()
 	return fn()
 }
 
-// guard returns the function to defer that turns a panic or a memory fault of bbolt over damaged pages into
-// an error. SetPanicOnFault is a setting of the calling goroutine.
+// guard returns the function to defer that turns a panic or a memory fault of bbolt over damaged pages into an error.
+// SetPanicOnFault is a setting of the calling goroutine.
 func guard(err *error) func() {
 	old := debug.SetPanicOnFault(true)
 	return func() {
@@ -112,8 +112,8 @@ func guard(err *error) func() {
 	}
 }
 
-// Tx is a transaction. One goroutine at a time may use it. Methods that put or drop need a transaction of
-// DB.Update. An error that is about damage matches format.ErrCorrupt.
+// Tx is a transaction. One goroutine at a time may use it. Methods that put or drop need a transaction of DB.Update. An
+// error that is about damage matches format.ErrCorrupt.
 type Tx struct {
 	tx      *bbolt.Tx
 	db      *DB

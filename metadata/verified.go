@@ -10,18 +10,17 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// Reading all pages at every opening would take longer the larger the table is. A process that has verified
-// the pages and keeps the table open does not verify them again, however long it lives, and however often
-// they come from the disk again. Opening the table again in the same boot is no different, as long as nobody
-// else has written to the file meanwhile. So the owner leaves a note of the state of the file each time after
-// it has written to it.
+// Reading all pages at every opening would take longer the larger the table is. A process that has verified the pages
+// and keeps the table open does not verify them again, however long it lives, and however often they come from the disk
+// again. Opening the table again in the same boot is no different, as long as nobody else has written to the file
+// meanwhile. So the owner leaves a note of the state of the file each time after it has written to it.
 
-// VerifiedSuffix is appended to the table's name for the name of the note's file. The note is not synced,
-// because it proves nothing in another boot.
+// VerifiedSuffix is appended to the table's name for the name of the note's file. The note is not synced, because it
+// proves nothing in another boot.
 const VerifiedSuffix = ".verified"
 
-// verified is the content of the note: which file, in which state, in which boot, has verified pages. The
-// system sets the ctime, and changes it with every write (inode(7)).
+// verified is the content of the note: which file, in which state, in which boot, has verified pages. The system sets
+// the ctime, and changes it with every write (inode(7)).
 type verified struct {
 	Boot    string `json:"boot"`
 	Dev     uint64 `json:"dev"`
@@ -55,8 +54,8 @@ func stateOf(at place) (v verified, err error) {
 }
 
 // readNote reads the note. checkpoint is the record up to which the table had the log, as the last owner knew, in any
-// boot, or 0 if that is not known. isVerified reports whether the table is as an owner in this boot left it,
-// and that owner had verified it.
+// boot, or 0 if that is not known. isVerified reports whether the table is as an owner in this boot left it, and that
+// owner had verified it.
 func readNote(at place) (checkpoint uint64, isVerified bool) {
 	text, err := at.in.Read(at.name + VerifiedSuffix)
 	if err != nil {

@@ -73,8 +73,8 @@ func TestVerified(t *testing.T) {
 	}
 }
 
-// TestFailedCommitIsNotVerified lets a commit fail. It leaves no note, because what can be read may not be
-// what it wrote.
+// TestFailedCommitIsNotVerified lets a commit fail. It leaves no note, because what can be read may not be what it
+// wrote.
 func TestFailedCommitIsNotVerified(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "t")
 	filled(t, path)
@@ -189,8 +189,8 @@ func TestDamagedFreeList(t *testing.T) {
 	}
 }
 
-// TestPagesBesideCommits verifies the pages of one state while other states are committed, as long as
-// somebody reads that state.
+// TestPagesBesideCommits verifies the pages of one state while other states are committed, as long as somebody reads
+// that state.
 func TestPagesBesideCommits(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "t")
 	filled(t, path)
@@ -205,8 +205,7 @@ func TestPagesBesideCommits(t *testing.T) {
 		}
 		rounds := uint32(20)
 		if !held {
-			// bbolt takes free pages at random, so a few rounds may not take one that the state
-			// had.
+			// bbolt takes free pages at random, so a few rounds may not take one that the state had.
 			rounds = 500
 		}
 		for round := range rounds {

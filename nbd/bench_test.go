@@ -19,8 +19,8 @@ import (
 //
 //	go test ./nbd -run '^$' -bench Fio -benchtime 1x
 //
-// ram is a device that costs nothing, ram6us one that takes 6 µs of CPU for each request, and file a file with O_DIRECT.
-// qemu-nbd serves such a file too.
+// ram is a device that costs nothing, ram6us one that takes 6 µs of CPU for each request, and file a file with
+// O_DIRECT. qemu-nbd serves such a file too.
 func BenchmarkFio(b *testing.B) {
 	const size = 1 << 30
 	cheap, cost := newRAM(size), newRAM(size)

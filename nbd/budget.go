@@ -5,13 +5,12 @@ import (
 	"time"
 )
 
-// requestCharge is charged for a request in addition to its buffers, so that requests without buffers are
-// limited, too. It covers the task, and a packet with the headers and the vector of as many chunks as a READ
-// is answered with.
+// requestCharge is charged for a request in addition to its buffers, so that requests without buffers are limited, too.
+// It covers the task, and a packet with the headers and the vector of as many chunks as a READ is answered with.
 const requestCharge = 8 << 10
 
-// memory limits what all connections of a server have under way together. Waiting connections are served in
-// the order in which they asked.
+// memory limits what all connections of a server have under way together. Waiting connections are served in the order
+// in which they asked.
 type memory struct {
 	max int64
 
@@ -20,8 +19,8 @@ type memory struct {
 	waiting []*budget // budgets whose receivers wait for others to release, the longest-waiting first
 }
 
-// budget limits what one connection has under way. Only the receiver acquires; any goroutine releases. The
-// charge is the size of the buffers, not the number of bytes in them.
+// budget limits what one connection has under way. Only the receiver acquires; any goroutine releases. The charge is
+// the size of the buffers, not the number of bytes in them.
 type budget struct {
 	all *memory
 	max int64
@@ -37,8 +36,8 @@ func newBudget(all *memory, limit int64) *budget {
 	return &budget{all: all, max: limit, granted: make(chan struct{}, 1)}
 }
 
-// fitsHere reports whether n more stays within the connection's limit, and fitsAll whether it stays within
-// the server's. One request always fits, however large. The caller holds all.mu.
+// fitsHere reports whether n more stays within the connection's limit, and fitsAll whether it stays within the
+// server's. One request always fits, however large. The caller holds all.mu.
 func (b *budget) fitsHere(n int64) bool { return b.used == 0 || b.used+n <= b.max }
 func (m *memory) fitsAll(n int64) bool  { return m.used == 0 || m.used+n <= m.max }
 
@@ -55,9 +54,9 @@ func (b *budget) tryAcquire(n int64) bool {
 	return true
 }
 
-// acquire waits until it can take n. A reply releases its charge when it is sent, or dropped because its
-// connection is broken, so acquire ends unless clients take no replies. Each time it has waited for patience
-// because of what other connections hold, it calls starved, which should end the shortage.
+// acquire waits until it can take n. A reply releases its charge when it is sent, or dropped because its connection is
+// broken, so acquire ends unless clients take no replies. Each time it has waited for patience because of what other
+// connections hold, it calls starved, which should end the shortage.
 func (b *budget) acquire(n int64, patience time.Duration, starved func()) {
 	if b.tryAcquire(n) {
 		return

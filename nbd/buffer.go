@@ -29,8 +29,8 @@ func bufferClass(n int) int {
 // bufferSize returns how much memory a buffer of length n takes.
 func bufferSize(n int) int64 { return 1 << (bufferClass(n) + minBufferBits) }
 
-// newBuffer returns a buffer of length n, at most MaxPayload, with arbitrary content. The caller owns the
-// buffer until it calls free.
+// newBuffer returns a buffer of length n, at most MaxPayload, with arbitrary content. The caller owns the buffer until
+// it calls free.
 func newBuffer(n int) *buffer {
 	class := bufferClass(n)
 	if v := bufferPools[class].Get(); v != nil {

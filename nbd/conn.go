@@ -11,12 +11,12 @@ import (
 )
 
 const (
-	// inlineMax is the largest READ or WRITE that the receiver does itself. It bounds how long
-	// requests behind it wait, and must fit in the input and in a batch.
+	// inlineMax is the largest READ or WRITE that the receiver does itself. It bounds how long requests behind it wait,
+	// and must fit in the input and in a batch.
 	inlineMax = 32 << 10
 
-	// batchSize is the room for the replies that the receiver collects; batchFlush is how many
-	// bytes it sends at the latest, so that the client has something to do meanwhile.
+	// batchSize is the room for the replies that the receiver collects; batchFlush is how many bytes it sends at the
+	// latest, so that the client has something to do meanwhile.
 	batchSize  = 64 << 10
 	batchFlush = 32 << 10
 
@@ -24,8 +24,8 @@ const (
 	batchReplies = 16
 )
 
-// ErrProtocol is in the chain of ServeConn's error if the client violated the protocol in a way that leaves
-// no choice but to hang up.
+// ErrProtocol is in the chain of ServeConn's error if the client violated the protocol in a way that leaves no choice
+// but to hang up.
 var ErrProtocol = errors.New("nbd: protocol violation")
 
 // conn is one connection in the transmission phase.
@@ -53,8 +53,8 @@ type conn struct {
 	ended  atomic.Bool // the receiver has ended: long tasks give up
 	cutOff atomic.Bool // nobody wants replies any more: long tasks give up, and no other begins
 
-	// receiving is when the receiver began to wait for the rest of a WRITE, in nanoseconds of Unix time; 0:
-	// it does not.
+	// receiving is when the receiver began to wait for the rest of a WRITE, in nanoseconds of Unix time; 0: it does
+	// not.
 	receiving atomic.Int64
 }
 
@@ -86,7 +86,8 @@ func newConn(srv *Server, nc net.Conn, s session) *conn {
 	return c
 }
 
-// run serves requests until the client disconnects, which is no error, or the connection ends in another way. When it returns, no request is under way.
+// run serves requests until the client disconnects, which is no error, or the connection ends in another way. When it
+// returns, no request is under way.
 func (c *conn) run() error {
 	err := c.receive()
 	c.sendBatch()
@@ -112,8 +113,8 @@ func (c *conn) cut() {
 // givesUp reports whether there is no point in going on with a long task.
 func (c *conn) givesUp() bool { return c.ended.Load() || c.cutOff.Load() }
 
-// stalledSince returns when the client began to keep the server waiting while requests of it are under way:
-// it takes no replies, or sends no more of a WRITE. It returns zero if the client does neither.
+// stalledSince returns when the client began to keep the server waiting while requests of it are under way: it takes no
+// replies, or sends no more of a WRITE. It returns zero if the client does neither.
 func (c *conn) stalledSince() time.Time {
 	var first int64
 	for _, since := range []int64{c.out.since.Load(), c.receiving.Load()} {
@@ -180,8 +181,8 @@ func (c *conn) dispatch(req request) error {
 	return nil
 }
 
-// allowedFlags has the flags that have a meaning for each command. FUA is allowed for all: by the specification, commands
-// that change nothing ignore it.
+// allowedFlags has the flags that have a meaning for each command. FUA is allowed for all: by the specification,
+// commands that change nothing ignore it.
 var allowedFlags = [...]uint16{
 	cmdRead:        cmdFlagFUA | cmdFlagDF,
 	cmdWrite:       cmdFlagFUA,
@@ -322,8 +323,8 @@ func (c *conn) acquire(n int64) {
 // waitFor takes n from the budget, and waits for it.
 func (c *conn) waitFor(n int64) { c.budget.acquire(n, c.srv.opts.stall, c.srv.cutStalled) }
 
-// errno returns the error number for the device's answer to req. The client learns no more than that, so the
-// reason is logged.
+// errno returns the error number for the device's answer to req. The client learns no more than that, so the reason is
+// logged.
 func (c *conn) errno(req request, err error) uint32 {
 	if err != nil {
 		c.srv.logFailed(c.name, req, err)

@@ -6,12 +6,12 @@ import (
 	"syscall"
 )
 
-// Device is what an export serves. All methods are called concurrently, by all connections that have opened
-// the export. Offsets and lengths are in bytes, of any alignment, and within Size.
+// Device is what an export serves. All methods are called concurrently, by all connections that have opened the export.
+// Offsets and lengths are in bytes, of any alignment, and within Size.
 //
-// A client learns only an error number from an error; the error itself is logged. These syscall.Errno in the
-// chain of an error have an equivalent in NBD: ENOSPC, EDQUOT, EFBIG, EPERM, EACCES, EROFS, EINVAL, ENOMEM,
-// EOVERFLOW, ENOTSUP and ESHUTDOWN. All other errors, and panics, become EIO.
+// A client learns only an error number from an error; the error itself is logged. These syscall.Errno in the chain of
+// an error have an equivalent in NBD: ENOSPC, EDQUOT, EFBIG, EPERM, EACCES, EROFS, EINVAL, ENOMEM, EOVERFLOW, ENOTSUP
+// and ESHUTDOWN. All other errors, and panics, become EIO.
 type Device interface {
 	// ReadAt fills p. If it reads fewer bytes than len(p), the client gets an error, as with io.ReaderAt.
 	ReadAt(p []byte, off int64) (int, error)
@@ -21,9 +21,9 @@ type Device interface {
 	Flush() error
 	// Discard declares that the content of the range is no longer needed.
 	Discard(off, length int64) error
-	// WriteZeroes makes the range read as zeroes. Without noHole it should be faster than writing zeroes,
-	// since clients are told so (FAST_ZERO). With noHole the range must take its space, as if it were
-	// written, so that later writes to it do not fail for want of space.
+	// WriteZeroes makes the range read as zeroes. Without noHole it should be faster than writing zeroes, since clients
+	// are told so (FAST_ZERO). With noHole the range must take its space, as if it were written, so that later writes
+	// to it do not fail for want of space.
 	WriteZeroes(off, length int64, noHole bool) error
 	// Size is called when an export is opened. It must not shrink while the export is open.
 	Size() int64
@@ -31,16 +31,16 @@ type Device interface {
 
 // Extenter is implemented by a Device that knows its holes. Without it, everything is reported as data.
 type Extenter interface {
-	// Extents calls fn with the extents of the range in ascending order, until fn returns false. A hole reads
-	// as zeroes and takes no space. Parts of the range that no call covers count as data.
+	// Extents calls fn with the extents of the range in ascending order, until fn returns false. A hole reads as zeroes
+	// and takes no space. Parts of the range that no call covers count as data.
 	Extents(off, length int64, fn func(off, length int64, hole bool) bool) error
 }
 
-// TryReader is implemented by a Device that knows what it can read at once. A connection asks it first, and
-// hands only reads that have to wait to other goroutines.
+// TryReader is implemented by a Device that knows what it can read at once. A connection asks it first, and hands only
+// reads that have to wait to other goroutines.
 type TryReader interface {
-	// TryReadAt is ReadAt, but returns false instead of waiting for a disk. It should then make the disk
-	// begin to read, since ReadAt of the same range follows.
+	// TryReadAt is ReadAt, but returns false instead of waiting for a disk. It should then make the disk begin to read,
+	// since ReadAt of the same range follows.
 	TryReadAt(p []byte, off int64) (done bool, err error)
 }
 
@@ -55,8 +55,8 @@ type Export struct {
 	// 4096. Requests with a smaller alignment are served too.
 	MinBlock, PreferredBlock int
 
-	// Close may be nil. Otherwise it is called once, when the connection that opened the export no longer
-	// needs it and none of its requests is under way.
+	// Close may be nil. Otherwise it is called once, when the connection that opened the export no longer needs it and
+	// none of its requests is under way.
 	Close func() error
 }
 
@@ -75,8 +75,7 @@ func (e *Export) info() Info {
 	}
 }
 
-// Info is what clients can ask about an export that they have not opened. The fields mean the same as in
-// Export.
+// Info is what clients can ask about an export that they have not opened. The fields mean the same as in Export.
 type Info struct {
 	Name                     string
 	Size                     int64
@@ -87,9 +86,9 @@ type Info struct {
 
 // Exports names what clients may open. Its methods are called concurrently.
 //
-// The empty name stands for the default export, if there is one. An error that matches fs.ErrNotExist tells
-// the client that there is no such export; one that matches fs.ErrPermission, that it may not use the export.
-// The text of every error is sent to the client.
+// The empty name stands for the default export, if there is one. An error that matches fs.ErrNotExist tells the client
+// that there is no such export; one that matches fs.ErrPermission, that it may not use the export. The text of every
+// error is sent to the client.
 type Exports interface {
 	// List returns the names to advertise. Describe and Open may accept others.
 	List() ([]string, error)

@@ -65,8 +65,7 @@ func (o one) Open(name string) (*nbd.Export, error) {
 	return &nbd.Export{Name: name, Device: o.dev}, nil
 }
 
-// Serve a disk in memory on a Unix socket. A client is, for example,
-// nbdinfo 'nbd+unix:///ram?socket=PATH'.
+// Serve a disk in memory on a Unix socket. A client is, for example, nbdinfo 'nbd+unix:///ram?socket=PATH'.
 func Example() {
 	dir, err := os.MkdirTemp("", "nbd-example")
 	if err != nil {

@@ -51,8 +51,8 @@ func (d fuzzDevice) Extents(off, n int64, fn func(off, length int64, hole bool) 
 	return d.within(off, n)
 }
 
-// FuzzConnection serves arbitrary bytes as a connection, the transmission phase included. It must
-// end, without a panic, with the export closed, and never call the device outside its size.
+// FuzzConnection serves arbitrary bytes as a connection, the transmission phase included. It must end, without a panic,
+// with the export closed, and never call the device outside its size.
 func FuzzConnection(f *testing.F) {
 	open := u32(3) + u64(magicOption) + u32(optStructuredReply) + u32(0) +
 		u64(magicOption) + u32(optSetMeta) + u32(30) + str("disk") + u32(1) + str(contextAllocation) +

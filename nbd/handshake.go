@@ -13,8 +13,8 @@ import (
 // errAborted ends a negotiation that the client gave up. It does not count as an error.
 var errAborted = errors.New("nbd: negotiation aborted by the client")
 
-// negotiation is a connection before the transmission phase. It never reads ahead, since what follows belongs
-// to the transmission phase.
+// negotiation is a connection before the transmission phase. It never reads ahead, since what follows belongs to the
+// transmission phase.
 type negotiation struct {
 	exports  Exports
 	conn     net.Conn
@@ -32,8 +32,8 @@ type option struct {
 	data []byte
 }
 
-// run returns a session with an open export, or an error, after which the connection is closed. The number of
-// options is not limited, because a client that lists the exports sends several for each.
+// run returns a session with an open export, or an error, after which the connection is closed. The number of options
+// is not limited, because a client that lists the exports sends several for each.
 func (n *negotiation) run() (s session, err error) {
 	defer recovered(&err)
 	if err := n.greet(); err != nil {
@@ -243,8 +243,8 @@ func (n *negotiation) transmissionFlags(info Info) uint16 {
 	return flags
 }
 
-// meta answers LIST_META_CONTEXT and SET_META_CONTEXT, whose data is an export name and queries. It does not
-// check that the export exists: only GO opens an export.
+// meta answers LIST_META_CONTEXT and SET_META_CONTEXT, whose data is an export name and queries. It does not check that
+// the export exists: only GO opens an export.
 func (n *negotiation) meta(opt option) error {
 	if !n.structured {
 		return n.refuse(opt, repErrInvalid, "metadata contexts need structured replies")
@@ -279,8 +279,7 @@ func (n *negotiation) meta(opt option) error {
 	return n.write(appendOptReply(b, opt.id, repAck))
 }
 
-// refuseOpen tells the client why an export cannot be opened or described, or why the exports cannot be
-// listed.
+// refuseOpen tells the client why an export cannot be opened or described, or why the exports cannot be listed.
 func (n *negotiation) refuseOpen(opt option, err error) error {
 	n.failed(err)
 	typ := uint32(repErrPlatform)

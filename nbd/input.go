@@ -15,14 +15,14 @@ type input struct {
 	r, w int     // buf.b[r:w] has been received and not used yet
 
 	conn net.Conn
-	// idle is called before a read that has to wait, so that no reply is held back while the client may be
-	// waiting for it. idle may wait, and may close the connection.
+	// idle is called before a read that has to wait, so that no reply is held back while the client may be waiting for
+	// it. idle may wait, and may close the connection.
 	idle func()
 
-	// raw, if conn has one, reads without waiting first, because only that shows whether a read has to wait.
-	// recv is made once, so that a read allocates nothing; the fields after it are its arguments and results.
-	// While raw calls recv, the connection cannot be closed, because Close waits. So recv makes one system
-	// call that does not wait, and does nothing else.
+	// raw, if conn has one, reads without waiting first, because only that shows whether a read has to wait. recv is
+	// made once, so that a read allocates nothing; the fields after it are its arguments and results. While raw calls
+	// recv, the connection cannot be closed, because Close waits. So recv makes one system call that does not wait, and
+	// does nothing else.
 	raw     syscall.RawConn
 	recv    func(fd uintptr) bool
 	dst     []byte // nil: read into the buffer
@@ -148,8 +148,7 @@ func (in *input) receive(p []byte, patient bool) (int, error) {
 	return in.n, nil
 }
 
-// tryRecv returns false if nothing is there and the read is patient. The runtime then waits, and calls it
-// again.
+// tryRecv returns false if nothing is there and the read is patient. The runtime then waits, and calls it again.
 func (in *input) tryRecv(fd uintptr) bool {
 	p := in.dst
 	if p == nil {

@@ -166,8 +166,8 @@ func (b *syncBuffer) String() string {
 	return b.b.String()
 }
 
-// A failed request is logged with its parameters and the reason, since the client gets only a number. Many failures do not
-// make many lines.
+// A failed request is logged with its parameters and the reason, since the client gets only a number. Many failures do
+// not make many lines.
 func TestFailedRequestIsLogged(t *testing.T) {
 	for name, x := range map[string]struct {
 		typ    uint16

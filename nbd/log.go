@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// sparseLog logs at most one error per second: a full or damaged disk may fail every request, and clients
-// that are refused may try again at once.
+// sparseLog logs at most one error per second: a full or damaged disk may fail every request, and clients that are
+// refused may try again at once.
 type sparseLog struct {
 	logger     *slog.Logger
 	lastReport atomic.Int64 // time of the last log message, in Unix seconds

@@ -16,8 +16,8 @@ import (
 	"time"
 )
 
-// These tests run the clients that people use. They are part of what must work, so a client that is
-// missing is a failure; Debian has them in libnbd-bin, python3-libnbd, qemu-utils and fio.
+// These tests run the clients that people use. They are part of what must work, so a client that is missing is a
+// failure; Debian has them in libnbd-bin, python3-libnbd, qemu-utils and fio.
 
 // run runs a program, which must succeed, and returns its standard output.
 func run(t *testing.T, name string, args ...string) string {

@@ -123,8 +123,8 @@ const (
 )
 
 const (
-	// MaxPayload is the largest payload of one READ or WRITE, 32 MiB. The specification asks clients not to
-	// exceed it unless something else is negotiated, and the server announces it.
+	// MaxPayload is the largest payload of one READ or WRITE, 32 MiB. The specification asks clients not to exceed it
+	// unless something else is negotiated, and the server announces it.
 	MaxPayload = 32 << 20
 
 	maxOptionLen = 64 << 10 // bytes in the data of one option

@@ -5,8 +5,8 @@ import (
 	"unsafe"
 )
 
-// Limits for skipping holes in a read. Below sparseMin, asking for the extents costs more than it saves. If a
-// range has more than maxPieces extents, the rest is sent as data.
+// Limits for skipping holes in a read. Below sparseMin, asking for the extents costs more than it saves. If a range has
+// more than maxPieces extents, the rest is sent as data.
 const (
 	sparseMin = 64 << 10
 	maxPieces = 64
@@ -102,8 +102,8 @@ func descriptors(req request) int {
 // statusLen returns the length of a reply with n descriptors.
 func statusLen(n int) int { return chunkLen + 4 + 8*n }
 
-// statusCharge returns the memory that a BLOCK_STATUS takes until its reply is made: the reply, and the
-// pieces it is made from. The slice of pieces may have grown to twice their number.
+// statusCharge returns the memory that a BLOCK_STATUS takes until its reply is made: the reply, and the pieces it is
+// made from. The slice of pieces may have grown to twice their number.
 func statusCharge(req request) int64 {
 	n := descriptors(req)
 	return requestCharge + bufferSize(statusLen(n)) + 2*int64(unsafe.Sizeof(piece{}))*int64(n)
@@ -137,9 +137,9 @@ func (c *conn) blockStatus(t task) {
 	c.out.send(p)
 }
 
-// extents returns the first pieces of a range that is not empty, at most most of them. They are in order and
-// without gaps, neighbours are of different kinds, and none goes past the range's end, however ext reports
-// them. If there are fewer than most, they cover the range.
+// extents returns the first pieces of a range that is not empty, at most most of them. They are in order and without
+// gaps, neighbours are of different kinds, and none goes past the range's end, however ext reports them. If there are
+// fewer than most, they cover the range.
 func extents(ext Extenter, off, length int64, most int) ([]piece, error) {
 	var pieces []piece
 	at, end := off, off+length

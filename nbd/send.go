@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// packet is the bytes of one or more replies, and what they hold until they are sent. The sender owns a
-// packet that it was given.
+// packet is the bytes of one or more replies, and what they hold until they are sent. The sender owns a packet that it
+// was given.
 type packet struct {
 	vec    [][]byte // the bytes, in pieces of head and buf
 	head   []byte   // headers
@@ -17,8 +17,8 @@ type packet struct {
 	charge int64    // released to the budget when sent
 }
 
-// Bytes of room for headers in a pooled packet: the initial room for one header, and the most that is kept,
-// which is enough for the chunks of a READ.
+// Bytes of room for headers in a pooled packet: the initial room for one header, and the most that is kept, which is
+// enough for the chunks of a READ.
 const pooledHead, maxPooledHead = 64, maxPieces * offsetHoleLen
 
 var packetPool = sync.Pool{New: func() any { return &packet{head: make([]byte, 0, pooledHead)} }}
@@ -58,8 +58,8 @@ type sender struct {
 	spare []*packet  // empty slice that replaces queue when the writer takes it
 	busy  bool       // a goroutine is writing, and will also write queue
 
-	// failed is set after a write has failed: the connection is closed, packets are dropped, and executing
-	// further requests would be pointless.
+	// failed is set after a write has failed: the connection is closed, packets are dropped, and executing further
+	// requests would be pointless.
 	failed atomic.Bool
 
 	// since is the start of the current write, in nanoseconds of Unix time; 0 if none is under way.

@@ -15,30 +15,30 @@ import (
 // ErrServerClosed is returned by Serve and ServeConn after Shutdown.
 var ErrServerClosed = errors.New("nbd: server closed")
 
-// ErrTooManyConnections is returned by ServeConn for a connection that exceeds Options.MaxConnections. Its
-// client gets that as the answer to its options.
+// ErrTooManyConnections is returned by ServeConn for a connection that exceeds Options.MaxConnections. Its client gets
+// that as the answer to its options.
 var ErrTooManyConnections = errors.New("too many NBD connections")
 
 // Options are the limits of a Server. A zero value stands for the default, which is given in parentheses.
 type Options struct {
-	// MaxConnections is the number of connections that are served at a time (10,000). Further ones are refused
-	// with that reason, and closed. A connection that waits for requests holds no buffers.
+	// MaxConnections is the number of connections that are served at a time (10,000). Further ones are refused with
+	// that reason, and closed. A connection that waits for requests holds no buffers.
 	MaxConnections int
 	// HandshakeTimeout bounds each step of a negotiation: an option of the client, and its answer (30 s).
 	HandshakeTimeout time.Duration
-	// MaxInFlight bounds the memory of the requests that one connection has under way, and of their replies
-	// (64 MiB). One request is always possible, however large.
+	// MaxInFlight bounds the memory of the requests that one connection has under way, and of their replies (64 MiB).
+	// One request is always possible, however large.
 	MaxInFlight int64
-	// MaxMemory bounds the same for all connections together (256 MiB). When it is used up, connections wait
-	// for each other. Then clients that have taken no replies for half a minute are cut off, so that they do
-	// not keep others waiting.
+	// MaxMemory bounds the same for all connections together (256 MiB). When it is used up, connections wait for each
+	// other. Then clients that have taken no replies for half a minute are cut off, so that they do not keep others
+	// waiting.
 	MaxMemory int64
-	// Workers is the number of requests of one connection that are executed at a time, besides the flush and
-	// those that the receiver executes itself (32).
+	// Workers is the number of requests of one connection that are executed at a time, besides the flush and those that
+	// the receiver executes itself (32).
 	Workers int
-	// Logger gets requests and connections that fail, at most one a second, and panics, at most one a second;
-	// clients that disconnect without notice, at info level; and the beginning and end of each connection, at
-	// debug level (none).
+	// Logger gets requests and connections that fail, at most one a second, and panics, at most one a second; clients
+	// that disconnect without notice, at info level; and the beginning and end of each connection, at debug level
+	// (none).
 	Logger *slog.Logger
 
 	stall time.Duration // a client that keeps others waiting for so long is cut off; tests set it
@@ -115,8 +115,7 @@ func New(exports Exports, opts Options) *Server {
 //   - ctx ends: it cuts the connections off, and returns ctx's error.
 //   - Accepting fails: it returns that error.
 //
-// In each case it closes l. When it returns, its connections have ended, unless Shutdown gave up waiting for
-// them.
+// In each case it closes l. When it returns, its connections have ended, unless Shutdown gave up waiting for them.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	defer l.Close()
 	if !s.addListener(l) {
@@ -162,8 +161,7 @@ func (s *Server) await(wg *sync.WaitGroup) {
 	}
 }
 
-// accept tries again after errors that pass: a client that has gone already, or too many open files at the
-// moment.
+// accept tries again after errors that pass: a client that has gone already, or too many open files at the moment.
 func accept(ctx context.Context, l net.Listener) (net.Conn, error) {
 	for delay := 5 * time.Millisecond; ; delay = min(2*delay, time.Second) {
 		nc, err := l.Accept()
@@ -183,9 +181,8 @@ func isTemporary(err error) bool {
 	return errors.As(err, &t) && t.Temporary()
 }
 
-// ServeConn serves one connection, and closes it. It returns nil if the client ended the connection properly,
-// and otherwise what ended it. When it returns, none of the connection's requests is under way, and its
-// export is closed.
+// ServeConn serves one connection, and closes it. It returns nil if the client ended the connection properly, and
+// otherwise what ended it. When it returns, none of the connection's requests is under way, and its export is closed.
 func (s *Server) ServeConn(ctx context.Context, nc net.Conn) error {
 	defer nc.Close()
 	full, err := s.addConn(nc)
@@ -263,10 +260,10 @@ func (s *Server) reason(ctx context.Context, err error) error {
 // cutTimeout is how long Shutdown waits for connections that it has cut off: only a device holds them then.
 const cutTimeout = time.Second
 
-// Shutdown ends the server. No connection is accepted, and no request is read any more; requests that are
-// under way are finished and answered. It returns nil when all connections have ended. If ctx ends before
-// that, it cuts them off, and returns an error that wraps ctx's, at most a second later. It does not wait for
-// devices that do not answer; then Serve does not either.
+// Shutdown ends the server. No connection is accepted, and no request is read any more; requests that are under way are
+// finished and answered. It returns nil when all connections have ended. If ctx ends before that, it cuts them off, and
+// returns an error that wraps ctx's, at most a second later. It does not wait for devices that do not answer; then
+// Serve does not either.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.close()
 	left := s.awaitIdle(ctx)
@@ -290,8 +287,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	return fmt.Errorf("nbd: %d clients took no replies and were cut off: %w", len(left), ctx.Err())
 }
 
-// awaitIdle waits until all connections have ended or ctx has, and returns the connections that have not
-// ended.
+// awaitIdle waits until all connections have ended or ctx has, and returns the connections that have not ended.
 func (s *Server) awaitIdle(ctx context.Context) map[net.Conn]*conn {
 	stop := context.AfterFunc(ctx, func() {
 		s.mu.Lock()
@@ -391,8 +387,8 @@ func (s *Server) removeConn(nc net.Conn) {
 	s.idle.Broadcast()
 }
 
-// cutStalled cuts off connections whose clients have kept the server waiting for too long. It is called when
-// others wait for the memory that they hold.
+// cutStalled cuts off connections whose clients have kept the server waiting for too long. It is called when others
+// wait for the memory that they hold.
 func (s *Server) cutStalled() {
 	s.mu.Lock()
 	var stalled []*conn

@@ -106,8 +106,8 @@ func TestClientsThatDie(t *testing.T) {
 	}
 }
 
-// Shutdown returns when its context ends, and lets Serve return, even if a device never answers and the receiver waits for
-// memory that the device's requests hold.
+// Shutdown returns when its context ends, and lets Serve return, even if a device never answers and the receiver waits
+// for memory that the device's requests hold.
 func TestShutdownWithStuckDevice(t *testing.T) {
 	for name, then := range map[string]string{
 		"":                               "",

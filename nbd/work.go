@@ -9,8 +9,8 @@ type task struct {
 	charge  int64
 }
 
-// give hands t to an idle worker, or to a new one if none is idle and the limit permits it. Otherwise it
-// waits for a worker.
+// give hands t to an idle worker, or to a new one if none is idle and the limit permits it. Otherwise it waits for a
+// worker.
 func (c *conn) give(t task) {
 	select {
 	case c.tasks <- t:
@@ -77,8 +77,8 @@ func (c *conn) reply(t task, errno uint32) {
 	c.out.send(p.sealHead())
 }
 
-// longStep is how much of a request is executed at a time if the request may have any length and may take
-// long. Between two steps it stops if the connection has ended.
+// longStep is how much of a request is executed at a time if the request may have any length and may take long. Between
+// two steps it stops if the connection has ended.
 const longStep = 1 << 20
 
 // cache reads the range, so that the caches of the device hold it.
@@ -93,8 +93,8 @@ func (c *conn) cache(t task) error {
 	return nil
 }
 
-// writeZeroes zeroes the range. If the range may become a hole, this takes one call; otherwise it goes in
-// steps, because reserving the space may take long.
+// writeZeroes zeroes the range. If the range may become a hole, this takes one call; otherwise it goes in steps,
+// because reserving the space may take long.
 func (c *conn) writeZeroes(t task) error {
 	off, length := int64(t.off), int64(t.length)
 	if t.flags&cmdFlagNoHole == 0 {
@@ -108,8 +108,8 @@ func (c *conn) writeZeroes(t task) error {
 	return nil
 }
 
-// flusher flushes the device for one connection. Requests that join while a flush is under way share the next
-// one, since the present flush need not cover what was acknowledged after it began.
+// flusher flushes the device for one connection. Requests that join while a flush is under way share the next one,
+// since the present flush need not cover what was acknowledged after it began.
 type flusher struct {
 	mu      sync.Mutex // guards the fields below
 	waiting []waiter

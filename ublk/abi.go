@@ -1,7 +1,7 @@
 package ublk
 
-// The ublk user ABI: include/uapi/linux/ublk_cmd.h. Structures have the layout that a C compiler gives them on all 64-bit
-// and 32-bit Linux machines; abi_test.go checks their sizes and offsets.
+// The ublk user ABI: include/uapi/linux/ublk_cmd.h. Structures have the layout that a C compiler gives them on all
+// 64-bit and 32-bit Linux machines; abi_test.go checks their sizes and offsets.
 
 // Control commands, encoded as ioctls (type 'u', size of struct ublksrv_ctrl_cmd = 32), as Linux 6.4 and later take
 // them. Older kernels take only the low byte, the legacy opcode. Some later kernels are built without legacy opcodes.

@@ -17,8 +17,8 @@ import (
 	"testing"
 )
 
-// The user ABI of abi.go and uring.go in the names of linux/ublk_cmd.h and linux/io_uring.h. The test fails if a constant
-// or a structure of abi.go, or a constant of uring.go, is missing here.
+// The user ABI of abi.go and uring.go in the names of linux/ublk_cmd.h and linux/io_uring.h. The test fails if a
+// constant or a structure of abi.go, or a constant of uring.go, is missing here.
 
 // headerConstants maps our constants to C expressions, or to "" if the headers do not define them.
 var headerConstants = map[string]string{
@@ -209,8 +209,8 @@ func shifted(bit string) string {
 	return fmt.Sprint(uint64(1) << n)
 }
 
-// headerAndCompiler finds a C compiler and a header that is new enough. If there is none, it skips the test, or fails it
-// if $VDISK_UAPI or CI is set.
+// headerAndCompiler finds a C compiler and a header that is new enough. If there is none, it skips the test, or fails
+// it if $VDISK_UAPI or CI is set.
 func headerAndCompiler(t *testing.T) (cc string, include []string) {
 	t.Helper()
 	dirs := filepath.SplitList(os.Getenv("VDISK_UAPI"))
@@ -323,8 +323,8 @@ func keys[V any](m map[string]V) map[string]bool {
 	return all
 }
 
-// abiScope type-checks the package without its imports, which the ABI's constants and structures do not need. strict has
-// the names that must be compared: those of abi.go, and the constants of uring.go.
+// abiScope type-checks the package without its imports, which the ABI's constants and structures do not need. strict
+// has the names that must be compared: those of abi.go, and the constants of uring.go.
 func abiScope(t *testing.T) (scope *types.Scope, strict map[string]bool) {
 	t.Helper()
 	names, err := filepath.Glob("*.go")

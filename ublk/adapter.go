@@ -43,13 +43,13 @@ type Adapter struct {
 	closed  bool
 }
 
-// NewReaderWriterAt returns a Handler that serves requests from rw. The calls of rw may block: at most
-// workers goroutines make them, beside the queues' threads. Further requests wait for a worker; there are
-// never more than the device has tags. rw is read and written only within the device's size.
+// NewReaderWriterAt returns a Handler that serves requests from rw. The calls of rw may block: at most workers
+// goroutines make them, beside the queues' threads. Further requests wait for a worker; there are never more than the
+// device has tags. rw is read and written only within the device's size.
 //
-// A device with Options.VolatileCache gets flushes, and each calls Sync. With Options.FUA, Sync is also
-// called after each write that asks for it. With Options.Discard, discards fail with EOPNOTSUPP unless rw has
-// Discard; zeros are written as data if rw has no WriteZeroes, or if the space must stay allocated.
+// A device with Options.VolatileCache gets flushes, and each calls Sync. With Options.FUA, Sync is also called after
+// each write that asks for it. With Options.Discard, discards fail with EOPNOTSUPP unless rw has Discard; zeros are
+// written as data if rw has no WriteZeroes, or if the space must stay allocated.
 //
 // The user of the disk sees the syscall.Errno of an error, or EIO. A panic of rw counts as one of a Handler.
 func NewReaderWriterAt(rw ReaderWriterAt, workers int) *Adapter {
@@ -73,8 +73,8 @@ func (a *Adapter) ServeUBLK(r *Request) error {
 	return ErrAsync
 }
 
-// Close waits until the workers have answered all requests that they were given, and ends them. Call it when
-// the device is done: requests that come later fail. It may be called twice.
+// Close waits until the workers have answered all requests that they were given, and ends them. Call it when the device
+// is done: requests that come later fail. It may be called twice.
 func (a *Adapter) Close() error {
 	a.mu.Lock()
 	a.closed = true
@@ -130,8 +130,8 @@ func (a *Adapter) do(r *Request) error {
 	return syscall.EOPNOTSUPP
 }
 
-// read fills Buf. If the source ends within the device, that is an error: zeros in place of the rest could
-// hide lost data.
+// read fills Buf. If the source ends within the device, that is an error: zeros in place of the rest could hide lost
+// data.
 func (a *Adapter) read(r *Request) error {
 	n, err := a.rw.ReadAt(r.Buf, r.Offset)
 	switch {

@@ -18,8 +18,8 @@ func (d *Device) queueCPUs(ctx context.Context, queue int) *unix.CPUSet {
 	return set
 }
 
-// pinThread keeps the calling thread on the CPUs of its queue. This only makes it faster. If the process is restricted to
-// other CPUs, the thread stays on those.
+// pinThread keeps the calling thread on the CPUs of its queue. This only makes it faster. If the process is restricted
+// to other CPUs, the thread stays on those.
 func pinThread(cpus *unix.CPUSet) {
 	if cpus != nil {
 		_ = unix.SchedSetaffinity(0, cpus)

@@ -71,9 +71,9 @@ var buffers = sync.OnceValue(func() *arena {
 	return newArena(int(info.Totalram * uint64(info.Unit) / arenaShare))
 })
 
-// SetBufferLimit bounds the buffer memory of all CopyUser devices of the process together. The default is an
-// eighth of the machine's memory. Requests that need more wait until others end. For each maximum request
-// size (Options.MaxIOBytes) in use, two buffers are always there.
+// SetBufferLimit bounds the buffer memory of all CopyUser devices of the process together. The default is an eighth of
+// the machine's memory. Requests that need more wait until others end. For each maximum request size
+// (Options.MaxIOBytes) in use, two buffers are always there.
 func SetBufferLimit(bytes int64) {
 	a := buffers()
 	a.mu.Lock()
@@ -224,8 +224,8 @@ func (a *arena) arm() {
 	a.trim.Reset(trimEvery)
 }
 
-// trimRoutine unmaps the chunks that were not needed since arm. It is scheduled again as long as there is more than
-// the reserve.
+// trimRoutine unmaps the chunks that were not needed since arm. It is scheduled again as long as there is more than the
+// reserve.
 func (a *arena) trimRoutine() {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -25,8 +25,8 @@ func (a *arena) mappedBytes() int {
 	return a.mapped
 }
 
-// TestIdleQueuesHaveNoMemory: a queue that sleeps without work has given its buffers back. Memory that is not needed for a
-// while is unmapped, except the reserve, which goes with the last device.
+// TestIdleQueuesHaveNoMemory: a queue that sleeps without work has given its buffers back. Memory that is not needed
+// for a while is unmapped, except the reserve, which goes with the last device.
 func TestIdleQueuesHaveNoMemory(t *testing.T) {
 	a := newArena(1 << 30)
 	held := make(chan *Request, 64)
@@ -55,8 +55,8 @@ func TestIdleQueuesHaveNoMemory(t *testing.T) {
 	}
 }
 
-// TestPoolGivesWay: once another queue has no memory at all, a pool lends nothing more, even if it has room, until it has
-// given its chunks back.
+// TestPoolGivesWay: once another queue has no memory at all, a pool lends nothing more, even if it has room, until it
+// has given its chunks back.
 func TestPoolGivesWay(t *testing.T) {
 	a := newArena(0)
 	if _, err := a.join(fakeIOMax); err != nil {
@@ -178,8 +178,8 @@ func keepBusy(q *fakeQueue) (rest func()) {
 	}
 }
 
-// TestWaiterLeaves: if a queue ends while it waits for a chunk, or before it has taken the chunk that it was granted, the
-// next queue gets the chunk.
+// TestWaiterLeaves: if a queue ends while it waits for a chunk, or before it has taken the chunk that it was granted,
+// the next queue gets the chunk.
 func TestWaiterLeaves(t *testing.T) {
 	a := newArena(0)
 	if _, err := a.join(fakeIOMax); err != nil {

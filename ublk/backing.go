@@ -13,9 +13,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// BackingDevices returns the ids of the ublk devices below the file system that path is on, or below path itself if
-// it is a block device, in ascending order. It follows partitions, device mapper, md, bcache and loop
-// devices, and btrfs and overlayfs as far as /proc/self/mountinfo names the devices below them.
+// BackingDevices returns the ids of the ublk devices below the file system that path is on, or below path itself if it
+// is a block device, in ascending order. It follows partitions, device mapper, md, bcache and loop devices, and btrfs
+// and overlayfs as far as /proc/self/mountinfo names the devices below them.
 //
 // A server must not keep anything on its own disk: when memory is short, it would wait for itself.
 func BackingDevices(path string) ([]int, error) {
@@ -111,9 +111,9 @@ func (w *blockWalk) device(number string) error {
 	return err
 }
 
-// mountSources returns what a file system without a device of its own is made of: its source if that is a
-// device, and the layers of an overlay. The mount of path is the last one in /proc/self/mountinfo
-// (proc_pid_mountinfo(5)) among those whose mount point is the longest one above path.
+// mountSources returns what a file system without a device of its own is made of: its source if that is a device, and
+// the layers of an overlay. The mount of path is the last one in /proc/self/mountinfo (proc_pid_mountinfo(5)) among
+// those whose mount point is the longest one above path.
 func mountSources(path string) ([]string, error) {
 	path, err := filepath.Abs(path)
 	if err == nil {

@@ -43,16 +43,15 @@ const (
 
 	// tagBufSize is the most that the driver puts into one buffer: 128 tags (MAX_NR_TAG in ublk_drv.c).
 	tagBufSize = 128 * tagSize
-	// maxTagBufs limits the buffers given to the FETCHes. When the buffers run out, a FETCH ends and is
-	// issued again.
+	// maxTagBufs limits the buffers given to the FETCHes. When the buffers run out, a FETCH ends and is issued again.
 	maxTagBufs = 256
-	// fetchCommands is the number of active FETCHes. Cancelling skips a FETCH that is just delivering tags.
-	// Only with a second FETCH does one always come back and report the cancellation.
+	// fetchCommands is the number of active FETCHes. Cancelling skips a FETCH that is just delivering tags. Only with a
+	// second FETCH does one always come back and report the cancellation.
 	fetchCommands = 2
 )
 
-// pbufReg is struct io_uring_buf_reg. pbuf is struct io_uring_buf; its reserved field in the first entry is
-// the ring's tail.
+// pbufReg is struct io_uring_buf_reg. pbuf is struct io_uring_buf; its reserved field in the first entry is the ring's
+// tail.
 type pbufReg struct {
 	addr    uint64
 	entries uint32
@@ -77,9 +76,9 @@ const (
 	batchEnded
 )
 
-// batchTransport is the transport of CopyBatch. One command carries all answers of a turn. Tags arrive as lists,
-// in buffers that two long-lived FETCH commands fill. The driver aborts these two commands and not a command
-// for each tag, so the transport itself reports the end of each tag once the driver has the tag back.
+// batchTransport is the transport of CopyBatch. One command carries all answers of a turn. Tags arrive as lists, in
+// buffers that two long-lived FETCH commands fill. The driver aborts these two commands and not a command for each tag,
+// so the transport itself reports the end of each tag once the driver has the tag back.
 type batchTransport struct {
 	*ringTransport
 	tags    []batchTag
@@ -142,8 +141,8 @@ func (p *batchTransport) provide(id int) {
 	b := &p.pbufs[int(tail)&(len(p.pbufs)-1)]
 	b.addr = uint64(uintptr(unsafe.Pointer(&p.tagMem[id*tagBufSize])))
 	b.len, b.id = tagBufSize, uint16(id)
-	// The kernel may read the entry once the tail is stored. There is no 16-bit atomic store, so the adjacent
-	// id is stored with it.
+	// The kernel may read the entry once the tail is stored. There is no 16-bit atomic store, so the adjacent id is
+	// stored with it.
 	word := [2]uint16{p.pbufs[0].id, tail + 1}
 	atomic.StoreUint32((*uint32)(unsafe.Pointer(&p.pbufs[0].id)), *(*uint32)(unsafe.Pointer(&word)))
 }
@@ -168,8 +167,8 @@ func (p *batchTransport) add(tag int, result int32) {
 
 func (b *elemBuf) at(i int) *batchElem { return (*batchElem)(unsafe.Pointer(&b.mem[i*elemSize])) }
 
-// newFilling takes an idle element buffer or makes one, and reports whether that succeeded. There are at most
-// as many as tags, and usually only one, because a command completes before the turn that submits it returns.
+// newFilling takes an idle element buffer or makes one, and reports whether that succeeded. There are at most as many
+// as tags, and usually only one, because a command completes before the turn that submits it returns.
 func (p *batchTransport) newFilling() bool {
 	if n := len(p.idle); n > 0 {
 		p.filling, p.idle = p.idle[n-1], p.idle[:n-1]
@@ -290,9 +289,8 @@ func (p *batchTransport) nextTag() completion {
 	return completion{completeIO, tag, 0}
 }
 
-// confirmed handles the result of a PREP or COMMIT. A COMMIT may be partial: its result is the number of
-// bytes of elements that the driver took, and the others are sent again. If the driver took none, the result
-// is the reason.
+// confirmed handles the result of a PREP or COMMIT. A COMMIT may be partial: its result is the number of bytes of
+// elements that the driver took, and the others are sent again. If the driver took none, the result is the reason.
 func (p *batchTransport) confirmed(c completion) (refused completion) {
 	b := p.elems[c.index]
 	taken := int(c.res) / elemSize
@@ -318,8 +316,8 @@ func (p *batchTransport) confirmed(c completion) (refused completion) {
 	return completion{}
 }
 
-// refusal returns the completion that ends the loop with an error. It replaces ENODEV, which would only mean
-// the end of one tag.
+// refusal returns the completion that ends the loop with an error. It replaces ENODEV, which would only mean the end of
+// one tag.
 func refusal(tag int, res int32) completion {
 	if res >= 0 || res == -int32(unix.ENODEV) {
 		res = -int32(unix.EIO)

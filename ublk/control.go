@@ -24,9 +24,9 @@ type commander interface {
 
 // control sends control commands to the driver, in the dialect of the running kernel.
 //
-// Commands that change the set of devices run one at a time, to spare the driver. Others do not: neither those that only
-// ask, nor START and STOP, which may wait for a handler or for the users of a disk. So one slow disk does not hold up the
-// others.
+// Commands that change the set of devices run one at a time, to spare the driver. Others do not: neither those that
+// only ask, nor START and STOP, which may wait for a handler or for the users of a disk. So one slow disk does not hold
+// up the others.
 type control struct {
 	commander
 	serial chan struct{} // holds a token while a command changes the set of devices
@@ -241,9 +241,9 @@ func (c *control) getParams(ctx context.Context, to target) (*params, error) {
 	return p, nil
 }
 
-// getInfo asks with the path first, because the device may be an unprivileged one. If the driver does not find the path,
-// the device may exist even so: a container's /dev may lack the node, or have another file there. Then getInfo asks
-// without the path, which is enough for a privileged device.
+// getInfo asks with the path first, because the device may be an unprivileged one. If the driver does not find the
+// path, the device may exist even so: a container's /dev may lack the node, or have another file there. Then getInfo
+// asks without the path, which is enough for a privileged device.
 func (c *control) getInfo(ctx context.Context, id int) (*devInfo, error) {
 	d, err := c.learn(ctx)
 	if err != nil {
@@ -337,8 +337,8 @@ func (c *control) del(ctx context.Context, to target) error {
 	bounded, cancel := context.WithTimeout(ctx, deleteTimeout)
 	defer cancel()
 	err = c.send(bounded, cmdDelDev, to, 0, nil)
-	// The signal that cancels one command may hit the next command of the same kernel worker thread, which then
-	// returns EINTR too early.
+	// The signal that cancels one command may hit the next command of the same kernel worker thread, which then returns
+	// EINTR too early.
 	for errors.Is(err, unix.EINTR) && bounded.Err() == nil {
 		err = c.send(bounded, cmdDelDev, to, 0, nil)
 	}
@@ -358,9 +358,9 @@ func (c *control) endRecovery(ctx context.Context, to target) error {
 	return c.send(ctx, cmdEndUserRecovery, to, uint64(os.Getpid()), nil)
 }
 
-// quiesce makes the driver hand out no more requests. The driver waits up to timeout until each queue has a command that
-// it can give back. If a queue has none by then, the driver returns an error, but hands out nothing even so. The driver
-// takes 0 for no limit.
+// quiesce makes the driver hand out no more requests. The driver waits up to timeout until each queue has a command
+// that it can give back. If a queue has none by then, the driver returns an error, but hands out nothing even so. The
+// driver takes 0 for no limit.
 func (c *control) quiesce(ctx context.Context, to target, timeout time.Duration) error {
 	return c.send(ctx, cmdQuiesceDev, to, uint64(max(timeout.Milliseconds(), 1)), nil)
 }

@@ -36,8 +36,8 @@ type controlRing struct {
 	pending map[uint64]*ctrlCall
 }
 
-// ctrlCall is one command under way. It stays in controlRing.pending until the kernel has answered, because
-// the kernel may write to buf until then.
+// ctrlCall is one command under way. It stays in controlRing.pending until the kernel has answered, because the kernel
+// may write to buf until then.
 type ctrlCall struct {
 	buf  unsafe.Pointer
 	done chan int32 // gets the result; has room for it
@@ -137,10 +137,10 @@ type controlJob struct {
 	done chan struct{} // closed when id and err are set
 }
 
-// submitRoutine submits all entries, on one thread. It runs as long as the process. The driver's control commands block,
-// so the kernel makes a worker thread for the submitting thread, and keeps it as long as that thread lives. If every
-// caller submitted its own entries, nearly every thread would get a worker, and some of these threads would become
-// threads of queues later.
+// submitRoutine submits all entries, on one thread. It runs as long as the process. The driver's control commands
+// block, so the kernel makes a worker thread for the submitting thread, and keeps it as long as that thread lives. If
+// every caller submitted its own entries, nearly every thread would get a worker, and some of these threads would
+// become threads of queues later.
 func (c *controlRing) submitRoutine() {
 	runtime.LockOSThread()
 	for j := range c.jobs {
@@ -208,8 +208,8 @@ func (c *controlRing) submit(call *ctrlCall, fill func(*sqe)) (id uint64, err er
 	return id, nil
 }
 
-// run executes one command and waits for its result. When ctx ends, run cancels the command. If the command does not end
-// even then, it is left to the kernel.
+// run executes one command and waits for its result. When ctx ends, run cancels the command. If the command does not
+// end even then, it is left to the kernel.
 func (c *controlRing) run(ctx context.Context, op uint32, cmd ctrlCmd, buf unsafe.Pointer) (int32, error) {
 	if err := ctx.Err(); err != nil {
 		return 0, err

@@ -86,8 +86,8 @@ func holdAs(t *testing.T, name string) {
 	}
 }
 
-// TestDecoyIsNoServer: a user's file with the name of a char device does not prevent a waiting device from being recovered
-// or deleted.
+// TestDecoyIsNoServer: a user's file with the name of a char device does not prevent a waiting device from being
+// recovered or deleted.
 func TestDecoyIsNoServer(t *testing.T) {
 	holdAs(t, "ublkc7")
 	d := &oneDevice{state: KernelQuiesced}

@@ -45,9 +45,8 @@ type Device struct {
 func charPath(id int) string  { return fmt.Sprintf("/dev/ublkc%d", id) }
 func blockPath(id int) string { return fmt.Sprintf("/dev/ublkb%d", id) }
 
-// Create makes a block device that h serves. When it returns, the device is live and /dev/ublkbN can be
-// opened. Requests may reach h earlier, because the kernel reads the partition table. If ctx ends first,
-// everything is undone.
+// Create makes a block device that h serves. When it returns, the device is live and /dev/ublkbN can be opened.
+// Requests may reach h earlier, because the kernel reads the partition table. If ctx ends first, everything is undone.
 func Create(ctx context.Context, o Options, h Handler) (*Device, error) {
 	o = o.withDefaults()
 	if err := o.validate(); err != nil {
@@ -104,7 +103,8 @@ func newDevice(c *control, info *devInfo, offered Feature, o Options, s State) *
 // start makes an added device live. The driver requires this order: char device, parameters, a fetch for every tag, and
 // START from a thread that is not a queue's.
 func (d *Device) start(ctx context.Context, h Handler) error {
-	// An unprivileged user may send no commands before udev has made it the owner of the char device. So open that first.
+	// An unprivileged user may send no commands before udev has made it the owner of the char device. So open that
+	// first.
 	if err := d.openChar(ctx); err != nil {
 		return err
 	}
@@ -168,8 +168,8 @@ func charOpenError(id int, err error) error {
 	return fmt.Errorf("ublk: open %s: %w (%w)", charPath(id), ErrNoNode, err)
 }
 
-// waitForNode waits until devtmpfs shows the block device. A plain file may have its name: a program makes one if it opens
-// a device for writing after the device has gone. Data that is written to such a file is lost.
+// waitForNode waits until devtmpfs shows the block device. A plain file may have its name: a program makes one if it
+// opens a device for writing after the device has gone. Data that is written to such a file is lost.
 func waitForNode(ctx context.Context, path string) error {
 	ctx, cancel := context.WithTimeout(ctx, nodeTimeout)
 	defer cancel()
@@ -197,8 +197,8 @@ func sleep(ctx context.Context, t time.Duration) error {
 	}
 }
 
-// fail ends a device that cannot go on. It kills every queue. When the rings and the char device are closed,
-// the driver fails the open requests and removes the block device.
+// fail ends a device that cannot go on. It kills every queue. When the rings and the char device are closed, the driver
+// fails the open requests and removes the block device.
 func (d *Device) fail(err error) {
 	d.mu.Lock()
 	if d.err == nil {
@@ -211,9 +211,9 @@ func (d *Device) fail(err error) {
 	}
 }
 
-// superviseRoutine waits for the end of the queues, for whatever reason, and then releases everything in the
-// driver's order: the rings (which the queue threads close, or superviseRoutine for queues that left), the
-// mappings, the char device, and the device itself unless it outlives its server.
+// superviseRoutine waits for the end of the queues, for whatever reason, and then releases everything in the driver's
+// order: the rings (which the queue threads close, or superviseRoutine for queues that left), the mappings, the char
+// device, and the device itself unless it outlives its server.
 func (d *Device) superviseRoutine() {
 	d.ending.Wait()
 	d.mu.Lock()
@@ -240,9 +240,8 @@ func (d *Device) superviseRoutine() {
 	close(d.done)
 }
 
-// settleDriver bounds the wait until the driver has noticed that its server is gone. Before Linux 6.15 that
-// may take up to 30 seconds (the block layer's timeout) if the server held every tag of a queue; a recovery
-// waits for that.
+// settleDriver bounds the wait until the driver has noticed that its server is gone. Before Linux 6.15 that may take up
+// to 30 seconds (the block layer's timeout) if the server held every tag of a queue; a recovery waits for that.
 const settleDriver = 5 * time.Second
 
 // outlivesServer reports whether the disk stays. It waits until the driver sees that there is no server.
@@ -372,8 +371,7 @@ func (d *Device) ID() int { return d.id }
 // Path returns the path of the block device.
 func (d *Device) Path() string { return blockPath(d.id) }
 
-// Options returns the options in force: with defaults filled in, and with the number of queues that the
-// driver granted.
+// Options returns the options in force: with defaults filled in, and with the number of queues that the driver granted.
 func (d *Device) Options() Options {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -383,13 +381,13 @@ func (d *Device) Options() Options {
 // Features returns the features that the driver granted the device.
 func (d *Device) Features() Feature { return d.features }
 
-// MemoryLocked reports whether the I/O buffers are locked in memory. If they are not (RLIMIT_MEMLOCK), a
-// machine that is short of memory may page them out, and writing back to this device then waits for itself.
+// MemoryLocked reports whether the I/O buffers are locked in memory. If they are not (RLIMIT_MEMLOCK), a machine that
+// is short of memory may page them out, and writing back to this device then waits for itself.
 func (d *Device) MemoryLocked() bool { return d.locked }
 
-// IOFlusher reports whether the queue threads are marked as I/O flushers (PR_SET_IO_FLUSHER), so that the
-// kernel does not make them wait for memory to be written back. If they are not (CAP_SYS_RESOURCE is
-// missing), they may wait for themselves when the machine is short of memory.
+// IOFlusher reports whether the queue threads are marked as I/O flushers (PR_SET_IO_FLUSHER), so that the kernel does
+// not make them wait for memory to be written back. If they are not (CAP_SYS_RESOURCE is missing), they may wait for
+// themselves when the machine is short of memory.
 func (d *Device) IOFlusher() bool {
 	for _, t := range d.queues {
 		if !t.flusher.Load() {
@@ -406,12 +404,12 @@ func (d *Device) State() State {
 	return d.state
 }
 
-// Done returns a channel that is closed when the device is dead or quiesced. Then no more requests come, and
-// nothing of the device is left in this process.
+// Done returns a channel that is closed when the device is dead or quiesced. Then no more requests come, and nothing of
+// the device is left in this process.
 func (d *Device) Done() <-chan struct{} { return d.done }
 
-// Err returns nil until Done is closed. After that, it returns nil if Stop, Close or Quiesce ended the
-// device, ErrStopped if something outside did, and otherwise the error that ended it.
+// Err returns nil until Done is closed. After that, it returns nil if Stop, Close or Quiesce ended the device,
+// ErrStopped if something outside did, and otherwise the error that ended it.
 func (d *Device) Err() error {
 	select {
 	case <-d.done:

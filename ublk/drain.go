@@ -14,16 +14,16 @@ const (
 
 // drainer is the part of a queue that ends it while the driver still has requests for it.
 //
-// A queue that must leave no longer passes new requests to the handler. After the handler's last answer the queue rests:
-// it gives that answer to the driver, and does not enter the ring again. The driver hands out requests only when the
-// queue's thread enters the ring (DEFER_TASKRUN). So from then on no request arrives, however busy the disk is. The queues
-// of a device come to rest one after the other, and then end together.
+// A queue that must leave no longer passes new requests to the handler. After the handler's last answer the queue
+// rests: it gives that answer to the driver, and does not enter the ring again. The driver hands out requests only when
+// the queue's thread enters the ring (DEFER_TASKRUN). So from then on no request arrives, however busy the disk is. The
+// queues of a device come to rest one after the other, and then end together.
 //
 // This also makes sure that the driver has a command of the queue when the queue ends: that of the last answer, or all
-// of them if there was no answer. Before Linux 6.15 the driver needs such a command to notice the end of a queue, because
-// it notices when it can cancel one (ublk_uring_cmd_cancel_fn). If the server has every tag, the driver notices only
-// after the block layer's timeout of 30 seconds (ublk_timeout). Later drivers notice when the char device is closed
-// (ublk_ch_release). In both cases, requests that were kept or not handed out go to the next server.
+// of them if there was no answer. Before Linux 6.15 the driver needs such a command to notice the end of a queue,
+// because it notices when it can cancel one (ublk_uring_cmd_cancel_fn). If the server has every tag, the driver notices
+// only after the block layer's timeout of 30 seconds (ublk_timeout). Later drivers notice when the char device is
+// closed (ublk_ch_release). In both cases, requests that were kept or not handed out go to the next server.
 type drainer struct {
 	// command is a leave in its low bits, and a count in its upper bits that makes each command a new one. Only one
 	// goroutine at a time sets it.
@@ -73,8 +73,8 @@ func (q *queue) leaving() bool { return leave(q.seen&leaveMask) != leaveNot }
 // idle reports whether the handler has no request.
 func (q *queue) idle() bool { return q.owned == 0 && q.reading == 0 }
 
-// finished reports whether the handler has no request and will get none. If the queue does not hold requests, the driver
-// may have handed some out before the command; they show up in one more turn of the loop.
+// finished reports whether the handler has no request and will get none. If the queue does not hold requests, the
+// driver may have handed some out before the command; they show up in one more turn of the loop.
 func (q *queue) finished() bool { return q.idle() && (q.holding() || !q.look) }
 
 // mayWait reports whether the loop has seen the last command, and so may wait for events.

@@ -88,8 +88,8 @@ func soon(r *Request) {
 	time.AfterFunc(time.Duration(rand.IntN(200))*time.Microsecond, func() { r.Complete(nil) })
 }
 
-// TestRestUnderLoad: queues whose drivers always have more requests come to rest one after the other, and rest until the
-// next command. Then they serve the requests that they held, or leave them to the driver.
+// TestRestUnderLoad: queues whose drivers always have more requests come to rest one after the other, and rest until
+// the next command. Then they serve the requests that they held, or leave them to the driver.
 func TestRestUnderLoad(t *testing.T) { inEachMode(t, testRestUnderLoad) }
 
 func testRestUnderLoad(t *testing.T, mode CopyMode) {
@@ -145,8 +145,8 @@ func testRestUnderLoad(t *testing.T, mode CopyMode) {
 	}
 }
 
-// TestRestAfterTheLastAnswer: a queue rests after the answer to the last request, even if nothing else comes. Before that,
-// a Quiesce that is given up leaves the queue as it was.
+// TestRestAfterTheLastAnswer: a queue rests after the answer to the last request, even if nothing else comes. Before
+// that, a Quiesce that is given up leaves the queue as it was.
 func TestRestAfterTheLastAnswer(t *testing.T) { inEachMode(t, testRestAfterTheLastAnswer) }
 
 func testRestAfterTheLastAnswer(t *testing.T, mode CopyMode) {

@@ -48,8 +48,9 @@ func (s *slowDriver) run(ctx context.Context, op uint32, cmd ctrlCmd, buf unsafe
 	return 0, nil
 }
 
-// TestNothingBeginsAtTheEnd: while the queues have ended and the fate of the disk is not decided yet, no further attempt
-// to end the device begins. Close still decides that the disk goes, and Resize does not touch a disk that may be gone.
+// TestNothingBeginsAtTheEnd: while the queues have ended and the fate of the disk is not decided yet, no further
+// attempt to end the device begins. Close still decides that the disk goes, and Resize does not touch a disk that may
+// be gone.
 func TestNothingBeginsAtTheEnd(t *testing.T) {
 	t.Run("Stop and Quiesce", func(t *testing.T) {
 		testNothingBegins(t, StateQuiesced, (*Device).Stop, (*Device).Quiesce)
@@ -108,8 +109,8 @@ func (w *waitingDriver) run(_ context.Context, op uint32, _ ctrlCmd, buf unsafe.
 	return 0, nil
 }
 
-// TestQueuesBreakInStop: the char device is closed even if the STOP of Close has not returned, because STOP may wait for
-// that.
+// TestQueuesBreakInStop: the char device is closed even if the STOP of Close has not returned, because STOP may wait
+// for that.
 func TestQueuesBreakInStop(t *testing.T) {
 	var pipe [2]int
 	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
@@ -183,8 +184,8 @@ func TestDeletionsDoNotWait(t *testing.T) {
 	}
 }
 
-// TestFailedStartKeepsNoMemory: a device that fails after its queues have fetched gives its buffers back when its threads
-// are gone. Before Linux 6.15 every recovery begins with such a try.
+// TestFailedStartKeepsNoMemory: a device that fails after its queues have fetched gives its buffers back when its
+// threads are gone. Before Linux 6.15 every recovery begins with such a try.
 func TestFailedStartKeepsNoMemory(t *testing.T) {
 	needNullCommands(t)
 	status := func(field string) (kib int) {

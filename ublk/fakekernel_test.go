@@ -13,8 +13,8 @@ import (
 )
 
 // fakeKernel is a driver behind the memory of a ring, for every copy mode. It takes the submission entries of a real
-// transport, dispatches the requests that a test gives it, copies payloads as the mode requires, checks that the other side
-// keeps to the protocol, and performs reads from byte slices. It is the transport's kernel and charDevice.
+// transport, dispatches the requests that a test gives it, copies payloads as the mode requires, checks that the other
+// side keeps to the protocol, and performs reads from byte slices. It is the transport's kernel and charDevice.
 type fakeKernel struct {
 	t     testing.TB
 	mode  CopyMode

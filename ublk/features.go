@@ -137,10 +137,9 @@ func (f Feature) String() string {
 	return fmt.Sprintf("%#x", uint64(f))
 }
 
-// Features asks the driver what it can do. It returns after at most 20 seconds, with the answer or without. A
-// driver before Linux 6.5 cannot be asked, so Features adds a device and looks at what was granted. The
-// kernel's release is set even if there is no answer; the error is then ErrNoDriver, ErrPermission or
-// ErrKernelTooOld.
+// Features asks the driver what it can do. It returns after at most 20 seconds, with the answer or without. A driver
+// before Linux 6.5 cannot be asked, so Features adds a device and looks at what was granted. The kernel's release is
+// set even if there is no answer; the error is then ErrNoDriver, ErrPermission or ErrKernelTooOld.
 func Features() (FeatureSet, error) {
 	s := FeatureSet{Kernel: kernelRelease()}
 	c, err := openControl()

@@ -17,8 +17,8 @@ import (
 const holdersTime = 10 * time.Second
 
 // writeBack makes the kernel write back dirty data of the block device, of its partitions, and of the devices that are
-// built on them. That includes the data of file systems, wherever they are mounted: a file system may be mounted only in
-// another mount namespace, where this process does not see it.
+// built on them. That includes the data of file systems, wherever they are mounted: a file system may be mounted only
+// in another mount namespace, where this process does not see it.
 func (d *Device) writeBack() error {
 	flushed := make(chan error, 1)
 	go func() { flushed <- flushDisk(d.id) }() // ends with the disk, at the latest

@@ -70,8 +70,8 @@ func (k *stubbornKernel) enter(uint32, uint32, uint32) error {
 func (k *stubbornKernel) register(int, unsafe.Pointer, int) error { return nil }
 func (k *stubbornKernel) close()                                  {}
 
-// TestBrokenSubmit: a command that could not be handed over is not handed over later, when its memory is not its own any
-// more; one that the kernel has taken stays known, whatever the call said.
+// TestBrokenSubmit: a command that could not be handed over is not handed over later, when its memory is not its own
+// any more; one that the kernel has taken stays known, whatever the call said.
 func TestBrokenSubmit(t *testing.T) {
 	r := newFakeKernel(t, CopyPlain, 4, nil).ring
 	k := &stubbornKernel{ring: r, err: unix.EBADF}

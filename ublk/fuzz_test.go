@@ -151,9 +151,9 @@ func (p *program) next() byte {
 	return b
 }
 
-// FuzzLoop runs the real loop and the real transport of each mode against the fake kernel. The input chooses mode and depth,
-// then requests, the handler's behaviours, and the actions of driver and kernel. Every request must be answered exactly
-// once, with the right result and the right bytes; no tag is lost; the loop ends.
+// FuzzLoop runs the real loop and the real transport of each mode against the fake kernel. The input chooses mode and
+// depth, then requests, the handler's behaviours, and the actions of driver and kernel. Every request must be answered
+// exactly once, with the right result and the right bytes; no tag is lost; the loop ends.
 func FuzzLoop(f *testing.F) {
 	for mode := range byte(3) {
 		for _, depth := range []byte{0, 3, 39} {

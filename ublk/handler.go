@@ -35,8 +35,8 @@ func (o Op) String() string {
 	return "unknown"
 }
 
-// ErrAsync is what a handler returns if it answers later, with [Request.Complete]. It must be returned as it
-// is, not wrapped.
+// ErrAsync is what a handler returns if it answers later, with [Request.Complete]. It must be returned as it is, not
+// wrapped.
 var ErrAsync = errors.New("ublk: the request is answered later")
 
 // ErrFetch is what a handler returns after [Request.Fetch]. It must be returned as it is, not wrapped.
@@ -44,30 +44,30 @@ var ErrFetch = errors.New("ublk: the request waits for its fetches")
 
 // Handler serves the requests of a device.
 //
-// ServeUBLK is called on the queue's own thread, for one request of the queue at a time. It should not block:
-// while it runs, nothing else of the queue moves. An answer must not wait for requests that are still to
-// come, since they may be waiting for this request's memory.
+// ServeUBLK is called on the queue's own thread, for one request of the queue at a time. It should not block: while it
+// runs, nothing else of the queue moves. An answer must not wait for requests that are still to come, since they may be
+// waiting for this request's memory.
 //
-// The result answers the request. nil is success. ErrAsync and ErrFetch mean that the answer comes later. Any
-// other error fails the request with the syscall.Errno that it wraps, or with EIO. A panic fails the request
-// with EIO, and is passed to Options.Report.
+// The result answers the request. nil is success. ErrAsync and ErrFetch mean that the answer comes later. Any other
+// error fails the request with the syscall.Errno that it wraps, or with EIO. A panic fails the request with EIO, and is
+// passed to Options.Report.
 type Handler interface {
 	ServeUBLK(r *Request) error
 }
 
 // Fetcher is implemented by a Handler that wants to see its fetches done, to verify or decode what was read.
 //
-// FetchedUBLK runs on the queue's thread after the last fetch of r. err is the error of the first fetch that
-// failed (io.ErrUnexpectedEOF if the file ended). The result answers the request as that of ServeUBLK does.
-// The method may call Fetch again and return ErrFetch.
+// FetchedUBLK runs on the queue's thread after the last fetch of r. err is the error of the first fetch that failed
+// (io.ErrUnexpectedEOF if the file ended). The result answers the request as that of ServeUBLK does. The method may
+// call Fetch again and return ErrFetch.
 //
 // If a Handler is no Fetcher, the outcome of its fetches answers the request.
 type Fetcher interface {
 	FetchedUBLK(r *Request, err error) error
 }
 
-// Request is one block request. Each tag of each queue has one, which is used again and again: the Request
-// and its Buf are valid only until the request is answered. Nothing is allocated for an I/O.
+// Request is one block request. Each tag of each queue has one, which is used again and again: the Request and its Buf
+// are valid only until the request is answered. Nothing is allocated for an I/O.
 type Request struct {
 	Op      Op
 	FUA     bool   // the write must be durable when it is answered
@@ -109,9 +109,9 @@ const (
 	waitCommit         // it is answered already: commit
 )
 
-// Complete answers a request for which the handler returned ErrAsync. nil is success; an error counts as one
-// from ServeUBLK. Complete may be called from any goroutine, even before ServeUBLK has returned, and must be
-// called exactly once. The request and its Buf must not be touched afterwards.
+// Complete answers a request for which the handler returned ErrAsync. nil is success; an error counts as one from
+// ServeUBLK. Complete may be called from any goroutine, even before ServeUBLK has returned, and must be called exactly
+// once. The request and its Buf must not be touched afterwards.
 func (r *Request) Complete(err error) {
 	if !r.state.CompareAndSwap(requestServing, requestAnswered) {
 		return
@@ -120,12 +120,12 @@ func (r *Request) Complete(err error) {
 	r.q.answer(r)
 }
 
-// Fetch reads len(p) bytes at off of the file fd into p, on the queue's own ring, without blocking the queue.
-// Short reads are continued. ServeUBLK and FetchedUBLK may call Fetch several times, on the goroutine of that
-// call only, and then return ErrFetch.
+// Fetch reads len(p) bytes at off of the file fd into p, on the queue's own ring, without blocking the queue. Short
+// reads are continued. ServeUBLK and FetchedUBLK may call Fetch several times, on the goroutine of that call only, and
+// then return ErrFetch.
 //
-// p may be Buf, a part of it, or memory of the handler. It belongs to the kernel until the fetch is done, and
-// fd must stay open until then.
+// p may be Buf, a part of it, or memory of the handler. It belongs to the kernel until the fetch is done, and fd must
+// stay open until then.
 func (r *Request) Fetch(fd int, p []byte, off int64) {
 	if len(p) == 0 {
 		return

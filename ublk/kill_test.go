@@ -28,8 +28,8 @@ func waiting(r ublk.Recovery) ublk.KernelState {
 	return ublk.KernelQuiesced
 }
 
-// TestAllTagsHeld: when a server that holds every request of a queue is killed, the users get errors, and the device goes:
-// at once if the driver needs no free tag to notice (see mustBecome).
+// TestAllTagsHeld: when a server that holds every request of a queue is killed, the users get errors, and the device
+// goes: at once if the driver needs no free tag to notice (see mustBecome).
 func TestAllTagsHeld(t *testing.T) {
 	needDriver(t)
 	for _, mode := range copyModes(t) {
@@ -65,10 +65,10 @@ func TestAllTagsHeld(t *testing.T) {
 	}
 }
 
-// TestScanHangs: Create does not outlast its context when a server does not answer the first read of the
-// partition table, and such a server can be killed, where the driver's scan is not part of START (Linux
-// 6.19). Before, it holds the driver's lock and the process until the read is answered: a deadlock that only
-// a reboot ends (docs/testing.md, Limits of the drivers).
+// TestScanHangs: Create does not outlast its context when a server does not answer the first read of the partition
+// table, and such a server can be killed, where the driver's scan is not part of START (Linux 6.19). Before, it holds
+// the driver's lock and the process until the read is answered: a deadlock that only a reboot ends (docs/testing.md,
+// Limits of the drivers).
 func TestScanHangs(t *testing.T) {
 	needDriver(t)
 	scansLater := false

@@ -17,8 +17,8 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// noLeftovers makes the test fail if it leaves a device, a process that hangs in the kernel, or a complaint of the kernel.
-// needDriver calls it first, so that it runs after the test's own clean-up.
+// noLeftovers makes the test fail if it leaves a device, a process that hangs in the kernel, or a complaint of the
+// kernel. needDriver calls it first, so that it runs after the test's own clean-up.
 func noLeftovers(t testing.TB) {
 	t.Helper()
 	log := openKernelLog(t)
@@ -68,8 +68,8 @@ func devicesGone() error {
 
 const kernelThread = 0x00200000 // PF_KTHREAD of include/linux/sched.h
 
-// noHangs returns an error if there are threads of user processes in uninterruptible sleep. A short sleep is no hang, so
-// the caller asks again.
+// noHangs returns an error if there are threads of user processes in uninterruptible sleep. A short sleep is no hang,
+// so the caller asks again.
 func noHangs() error {
 	var all []error
 	stats, _ := filepath.Glob("/proc/[0-9]*/task/[0-9]*/stat")

@@ -217,7 +217,8 @@ func TestCloseIsConcurrent(t *testing.T) {
 	}
 }
 
-// TestCloseIsBounded: a handler that does not answer delays the stop, but not its caller. The stop ends with the answer.
+// TestCloseIsBounded: a handler that does not answer delays the stop, but not its caller. The stop ends with the
+// answer.
 func TestCloseIsBounded(t *testing.T) {
 	needDriver(t)
 	var mu sync.Mutex
@@ -431,8 +432,8 @@ func TestQueueFailure(t *testing.T) {
 	}
 }
 
-// TestQueueFailureInClose: while Close waits for the file system's data to be written back, by flushing (with recovery) or
-// in STOP (without), a queue that breaks ends the wait.
+// TestQueueFailureInClose: while Close waits for the file system's data to be written back, by flushing (with recovery)
+// or in STOP (without), a queue that breaks ends the wait.
 func TestQueueFailureInClose(t *testing.T) {
 	needDriver(t)
 	for name, recovery := range map[string]ublk.Recovery{"recovery": ublk.RecoverReissue, "none": ublk.RecoverNone} {
@@ -483,8 +484,8 @@ func queueFailureInClose(t *testing.T, recovery ublk.Recovery) {
 	})
 }
 
-// TestCloseIsSideBySide: when several open devices are closed at once, they lose their disks together, and not one after
-// the other.
+// TestCloseIsSideBySide: when several open devices are closed at once, they lose their disks together, and not one
+// after the other.
 func TestCloseIsSideBySide(t *testing.T) {
 	needDriver(t)
 	var files []*os.File

@@ -58,10 +58,9 @@ type DeviceInfo struct {
 // Path returns the path of the block device. It exists while the device is live or waits for recovery.
 func (i DeviceInfo) Path() string { return blockPath(i.ID) }
 
-// Devices lists all ublk devices of the machine, by id. A device that goes away meanwhile is left out. If
-// Devices cannot describe all of them, it returns an error beside those that it can describe. So without an
-// error, a device that is not in the list is not there. If sysfs does not list the devices, the error is
-// ErrUnlisted.
+// Devices lists all ublk devices of the machine, by id. A device that goes away meanwhile is left out. If Devices
+// cannot describe all of them, it returns an error beside those that it can describe. So without an error, a device
+// that is not in the list is not there. If sysfs does not list the devices, the error is ErrUnlisted.
 func Devices(ctx context.Context) ([]DeviceInfo, error) {
 	c, err := openControl()
 	if err != nil {
@@ -91,8 +90,8 @@ func (c *control) describeAll(ctx context.Context, ids []int) (all []DeviceInfo,
 // classDir is where sysfs lists the char devices, which exist from ADD to DEL.
 const classDir = "/sys/class/ublk-char"
 
-// deviceIDs finds the ids by the char devices in a folder of sysfs. If there is no sysfs, it returns the ids
-// whose nodes are in dev, which may not be all, with ErrUnlisted.
+// deviceIDs finds the ids by the char devices in a folder of sysfs. If there is no sysfs, it returns the ids whose
+// nodes are in dev, which may not be all, with ErrUnlisted.
 func deviceIDs(class, dev string) (ids []int, err error) {
 	entries, rerr := os.ReadDir(class)
 	var st unix.Statfs_t
@@ -144,9 +143,9 @@ func (c *control) describe(ctx context.Context, id int) (DeviceInfo, error) {
 // udevTime is how long udev may have the char device open. A process that has it open for longer is the server.
 const udevTime = 500 * time.Millisecond
 
-// Delete removes a device that no process serves. If a process serves it, only that process can stop it
-// (ErrBusy). Without force, Delete also returns ErrBusy if the block device is in use, or waits to be
-// recovered. With force, the requests that wait on it fail.
+// Delete removes a device that no process serves. If a process serves it, only that process can stop it (ErrBusy).
+// Without force, Delete also returns ErrBusy if the block device is in use, or waits to be recovered. With force, the
+// requests that wait on it fail.
 //
 // A block device that is open goes when its last user closes it. Delete then returns ErrBusy after a while.
 func Delete(ctx context.Context, id int, force bool) error {

@@ -54,8 +54,8 @@ func inEachMode(t *testing.T, f func(t *testing.T, mode ublk.CopyMode)) {
 	}
 }
 
-// TestModeVerify writes with four jobs, mixed sizes and flushes, and reads everything back by checksum, with every
-// way of answering.
+// TestModeVerify writes with four jobs, mixed sizes and flushes, and reads everything back by checksum, with every way
+// of answering.
 func TestModeVerify(t *testing.T) {
 	inEachMode(t, func(t *testing.T, mode ublk.CopyMode) {
 		if testing.Short() && mode == ublk.CopyPlain {

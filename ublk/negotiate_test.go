@@ -10,8 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// fakeDriver answers control commands as the driver of one kernel does (drivers/block/ublk_drv.c), without
-// any queues.
+// fakeDriver answers control commands as the driver of one kernel does (drivers/block/ublk_drv.c), without any queues.
 type fakeDriver struct {
 	since         Feature // all that the driver knows
 	features      bool    // GET_FEATURES (6.5)
@@ -223,8 +222,7 @@ func TestMissingFeatures(t *testing.T) {
 	}
 }
 
-// TestUnprivilegedCommands: every command to an unprivileged device carries the char device's path, to others
-// none.
+// TestUnprivilegedCommands: every command to an unprivileged device carries the char device's path, to others none.
 func TestUnprivilegedCommands(t *testing.T) {
 	ctx := context.Background()
 	f := driverOf("6.12")
@@ -254,8 +252,8 @@ func TestUnprivilegedCommands(t *testing.T) {
 	}
 }
 
-// TestRecoverOfAnotherKind: a device with features that this package does not implement, such as zero copy, is left to the
-// program that made it.
+// TestRecoverOfAnotherKind: a device with features that this package does not implement, such as zero copy, is left to
+// the program that made it.
 func TestRecoverOfAnotherKind(t *testing.T) {
 	f := driverOf("7.3")
 	for _, k := range knownFeatures {

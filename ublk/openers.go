@@ -12,9 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A process has a device open if one of its descriptors has the device's number. A path proves nothing: any
-// user may have a file called ublkc0, or hold even the real node as a mere name (O_PATH), which needs no
-// right to it.
+// A process has a device open if one of its descriptors has the device's number. A path proves nothing: any user may
+// have a file called ublkc0, or hold even the real node as a mere name (O_PATH), which needs no right to it.
 
 // process is one that was found in /proc.
 type process struct {
@@ -24,15 +23,15 @@ type process struct {
 
 func (p process) String() string { return fmt.Sprintf("process %d (%s)", p.pid, printable(p.name)) }
 
-// printable returns another user's text in a form that is safe in an error: characters that would move a
-// terminal's cursor, or change what is shown before it, are written as Go writes them in a string.
+// printable returns another user's text in a form that is safe in an error: characters that would move a terminal's
+// cursor, or change what is shown before it, are written as Go writes them in a string.
 func printable(text string) string {
 	quoted := strconv.Quote(text)
 	return strings.ReplaceAll(quoted[1:len(quoted)-1], `\"`, `"`)
 }
 
-// findOpeners returns the processes that have a file open for which opens returns true, given its link in
-// /proc and the target of the link. hidden lists the processes whose files may not be looked at.
+// findOpeners returns the processes that have a file open for which opens returns true, given its link in /proc and the
+// target of the link. hidden lists the processes whose files may not be looked at.
 func findOpeners(opens func(link, target string) bool) (found []process, hidden []int) {
 	procs, _ := os.ReadDir("/proc")
 	for _, p := range procs {
@@ -62,9 +61,9 @@ func nameOf(pid int) string {
 	return strings.TrimSpace(string(name))
 }
 
-// deviceBehind returns the number, as major:minor, of the device of the given kind (S_IFCHR or S_IFBLK) that
-// is open behind a link in /proc. It is empty for everything else. Callers first sort out files of other
-// kinds by the text of their links, since looking at a file on a dead network file system could hang.
+// deviceBehind returns the number, as major:minor, of the device of the given kind (S_IFCHR or S_IFBLK) that is open
+// behind a link in /proc. It is empty for everything else. Callers first sort out files of other kinds by the text of
+// their links, since looking at a file on a dead network file system could hang.
 func deviceBehind(link string, kind uint32) string {
 	if onlyNames(link) {
 		return ""
@@ -93,8 +92,7 @@ func onlyNames(link string) bool {
 	return true
 }
 
-// charNumber returns the number, as major:minor, of the char device of id. The driver's minor numbers are the
-// ids.
+// charNumber returns the number, as major:minor, of the char device of id. The driver's minor numbers are the ids.
 func charNumber(id int) (string, error) {
 	if b, err := os.ReadFile(fmt.Sprintf("/sys/class/ublk-char/ublkc%d/dev", id)); err == nil {
 		return strings.TrimSpace(string(b)), nil
@@ -111,16 +109,16 @@ func charNumber(id int) (string, error) {
 	return "", fmt.Errorf("ublk: find the number of %s: %w", charPath(id), ErrNoDriver)
 }
 
-// server is what is known of the process that has a char device open: the device's server, or a process that
-// is about to be.
+// server is what is known of the process that has a char device open: the device's server, or a process that is about
+// to be.
 type server struct {
 	process
 	found bool
 	sure  bool // if none was found, there is none
 }
 
-// serverOf looks for the server of the device of id. pid is the process that the driver names. That process
-// may be gone and its number another's, so it counts only if its files may not be looked at.
+// serverOf looks for the server of the device of id. pid is the process that the driver names. That process may be gone
+// and its number another's, so it counts only if its files may not be looked at.
 func serverOf(id, pid int) server {
 	number, err := charNumber(id)
 	if err != nil {
@@ -129,8 +127,7 @@ func serverOf(id, pid int) server {
 	return charOpener(fmt.Sprintf("ublkc%d", id), number, pid)
 }
 
-// charOpener looks for the process that has the char device with the number open. The path of the device ends
-// in name.
+// charOpener looks for the process that has the char device with the number open. The path of the device ends in name.
 func charOpener(name, number string, pid int) server {
 	found, hidden := findOpeners(func(link, target string) bool {
 		return path.Base(strings.TrimSuffix(target, " (deleted)")) == name && deviceBehind(link, unix.S_IFCHR) == number
@@ -155,9 +152,9 @@ func seesAll() bool {
 	return err == nil && ns == firstPIDs
 }
 
-// Server returns the id of the process that has the char device of a device open, or 0 if there is none. That
-// process is the device's server, or about to be. sure is false if there may be one that cannot be seen from
-// here, as from a container.
+// Server returns the id of the process that has the char device of a device open, or 0 if there is none. That process
+// is the device's server, or about to be. sure is false if there may be one that cannot be seen from here, as from a
+// container.
 func Server(id int) (pid int, sure bool) {
 	s := serverOf(id, 0)
 	return s.pid, s.found || s.sure

@@ -13,29 +13,26 @@ type Options struct {
 	ID *int
 	// Size is in bytes: a multiple of LogicalBlock, above zero.
 	Size int64
-	// Queues is the number of hardware queues, each with a thread and a ring; default 1. The kernel grants no
-	// more queues than it has CPUs.
+	// Queues is the number of hardware queues, each with a thread and a ring; default 1. The kernel grants no more
+	// queues than it has CPUs.
 	Queues int
 	// Depth is the number of requests that a queue can have under way, up to 4096; default 64.
 	Depth int
-	// MaxIOBytes is the size of the largest read or write, a multiple of the page size; default 256 KiB. A
-	// queue holds Depth × MaxIOBytes of locked memory, or with CopyUser only as much as its requests need at
-	// the moment.
+	// MaxIOBytes is the size of the largest read or write, a multiple of the page size; default 256 KiB. A queue holds
+	// Depth × MaxIOBytes of locked memory, or with CopyUser only as much as its requests need at the moment.
 	MaxIOBytes int
 	// LogicalBlock is the unit of addressing: 512 (the default) or 4096.
 	LogicalBlock int
 	// PhysicalBlock is the smallest unit that is written without a read-modify-write; default 4096.
 	PhysicalBlock int
-	// IOMin and IOOpt are hints to file systems: the smallest and the best I/O, powers of two; default
-	// PhysicalBlock.
+	// IOMin and IOOpt are hints to file systems: the smallest and the best I/O, powers of two; default PhysicalBlock.
 	IOMin, IOOpt int
 	// ReadOnly makes the block device refuse writes.
 	ReadOnly bool
-	// VolatileCache declares that an answered write is durable only after a flush, so that the kernel sends
-	// OpFlush.
+	// VolatileCache declares that an answered write is durable only after a flush, so that the kernel sends OpFlush.
 	VolatileCache bool
-	// FUA lets the kernel mark single writes as durable (Request.FUA), instead of sending a flush after them.
-	// It needs VolatileCache.
+	// FUA lets the kernel mark single writes as durable (Request.FUA), instead of sending a flush after them. It needs
+	// VolatileCache.
 	FUA bool
 	// Discard lets the kernel send OpDiscard and OpWriteZeroes. Without it, the kernel writes zeros as data.
 	Discard bool
@@ -44,24 +41,24 @@ type Options struct {
 	// Report is called with faults that the device survives but its owner should know of; at present each is a
 	// *PanicError. It is called on a queue's thread, and must not block.
 	Report func(error)
-	// Copy selects how payloads travel between the driver and the handler. The default is CopyPlain, which
-	// measured fastest.
+	// Copy selects how payloads travel between the driver and the handler. The default is CopyPlain, which measured
+	// fastest.
 	Copy CopyMode
 	// Recovery selects what happens to the disk when its server ends. By default the disk ends too.
 	Recovery Recovery
 	// Cookie is a mark of the owner's. The driver keeps it with the device, and Devices returns it.
 	Cookie uint64
-	// NoPartitionScan keeps the kernel from reading the partition table. It takes effect on kernels that can
-	// (7.0); Device.Features shows whether it did.
+	// NoPartitionScan keeps the kernel from reading the partition table. It takes effect on kernels that can (7.0);
+	// Device.Features shows whether it did.
 	NoPartitionScan bool
-	// NoAffinity lets the queue threads run on all CPUs. By default a thread stays on the CPUs that the block
-	// layer maps to its queue.
+	// NoAffinity lets the queue threads run on all CPUs. By default a thread stays on the CPUs that the block layer
+	// maps to its queue.
 	NoAffinity bool
 	// Unprivileged makes a device that a user without CAP_SYS_ADMIN may make and serve (6.3); see the package
 	// documentation. The driver ignores it for a process that has CAP_SYS_ADMIN.
 	Unprivileged bool
-	// Require names features without which Create fails with a *FeatureError. Create refuses features that
-	// need another kind of server (zero copy, NEED_GET_DATA, zones, integrity).
+	// Require names features without which Create fails with a *FeatureError. Create refuses features that need another
+	// kind of server (zero copy, NEED_GET_DATA, zones, integrity).
 	Require Feature
 }
 
@@ -73,10 +70,10 @@ const (
 	CopyDefault CopyMode = iota // CopyPlain, which measured fastest
 	// CopyPlain: the driver copies between the request and the buffer of its tag.
 	CopyPlain
-	// CopyUser: the queue copies, with one system call for each payload (USER_COPY, 6.5). A request has a
-	// buffer only while it is served. All such devices of the process share the memory for buffers
-	// (SetBufferLimit), and an idle device has none of it. A queue has at most an eighth of Depth ×
-	// MaxIOBytes of it, but at least 1 MiB. When that is lent out, the next requests wait.
+	// CopyUser: the queue copies, with one system call for each payload (USER_COPY, 6.5). A request has a buffer only
+	// while it is served. All such devices of the process share the memory for buffers (SetBufferLimit), and an idle
+	// device has none of it. A queue has at most an eighth of Depth × MaxIOBytes of it, but at least 1 MiB. When that
+	// is lent out, the next requests wait.
 	CopyUser
 	// CopyBatch: as CopyPlain, but requests and answers travel in lists (BATCH_IO, 7.0).
 	CopyBatch
@@ -89,8 +86,8 @@ type Recovery uint8
 const (
 	// RecoverNone: the disk ends with its server, and its open requests fail.
 	RecoverNone Recovery = iota
-	// RecoverReissue: requests wait for the next server. Those that the last server had not answered are
-	// issued again, so a write may be applied twice.
+	// RecoverReissue: requests wait for the next server. Those that the last server had not answered are issued again,
+	// so a write may be applied twice.
 	RecoverReissue
 	// RecoverEIO: requests wait for the next server, but those that the last server had not answered fail.
 	RecoverEIO
@@ -229,8 +226,7 @@ func (o Options) Memory() (idle, most int64) {
 		buffers = poolSize(o.Depth, o.MaxIOBytes)
 	}
 	entries := 2 * o.Depth
-	// An SQE and two CQEs for each entry, the driver's request for each tag, and the thread with its
-	// counters.
+	// An SQE and two CQEs for each entry, the driver's request for each tag, and the thread with its counters.
 	idle = deviceBytes + int64(o.Queues)*int64(entries*(sqeSize+4*cqeSize)+o.Depth*1024+threadBytes)
 	most = idle + int64(o.Queues*buffers)
 	if o.Copy != CopyUser {
@@ -244,8 +240,8 @@ const (
 	threadBytes = 128 << 10 // two stacks, the runtime's state of a thread, and the counters
 )
 
-// info returns the arguments of ADD for a kernel that offers some features: those that are required, and
-// those that are useful besides. It returns a *FeatureError if the kernel does not offer enough.
+// info returns the arguments of ADD for a kernel that offers some features: those that are required, and those that are
+// useful besides. It returns a *FeatureError if the kernel does not offer enough.
 func (o Options) info(offered Feature) (*devInfo, error) {
 	if missing := o.required() &^ offered; missing != 0 {
 		return nil, &FeatureError{Missing: missing, Kernel: kernelRelease()}

@@ -11,13 +11,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// queue is one hardware queue: a loop on one thread that takes requests from its transport, passes them to
-// the handler, and commits the answers.
+// queue is one hardware queue: a loop on one thread that takes requests from its transport, passes them to the handler,
+// and commits the answers.
 //
-// A tag is in one of three states: with the driver (its fetch is under way), ours (dispatched and not
-// committed), or ended (the driver aborted it). The loop runs until every tag has ended, which happens only
-// after the driver has drained all requests. It also ends after kill, when the device cannot be saved:
-// closing the ring then makes the driver fail the open requests.
+// A tag is in one of three states: with the driver (its fetch is under way), ours (dispatched and not committed), or
+// ended (the driver aborted it). The loop runs until every tag has ended, which happens only after the driver has
+// drained all requests. It also ends after kill, when the device cannot be saved: closing the ring then makes the
+// driver fail the open requests.
 type queue struct {
 	id        int
 	depth     int
@@ -56,8 +56,8 @@ var (
 	errRefused = errors.New("the driver refused the command")
 )
 
-// newQueue makes the queue's state. buf holds depth buffers of ioMax bytes. With CopyUser buf is nil, and
-// requests get buffers from a.
+// newQueue makes the queue's state. buf holds depth buffers of ioMax bytes. With CopyUser buf is nil, and requests get
+// buffers from a.
 func newQueue(mode CopyMode, id, depth, ioMax int, buf []byte, a *arena, h Handler, report func(error)) *queue {
 	q := &queue{
 		id: id, depth: depth, ioMax: ioMax, handler: h, report: report, requests: make([]Request, depth),
@@ -92,8 +92,7 @@ func (q *queue) start(p transport) error {
 	return q.withRecover((*queue).reap)
 }
 
-// run serves until every tag has ended, or the queue leaves. After an error, tags that are still ours are
-// lost.
+// run serves until every tag has ended, or the queue leaves. After an error, tags that are still ours are lost.
 func (q *queue) run() error {
 	for q.ended < q.depth {
 		switch ends, err := q.leaves(); {
@@ -123,8 +122,8 @@ func (q *queue) turn() error {
 				return err
 			}
 		}
-		// An answer that is pushed after this store sees it and interrupts the loop; one pushed earlier is in
-		// the list. The same holds for a chunk that the arena grants.
+		// An answer that is pushed after this store sees it and interrupts the loop; one pushed earlier is in the list.
+		// The same holds for a chunk that the arena grants.
 		q.asleep.Store(true)
 		if q.later.empty() && !q.granted.Load() {
 			break
@@ -153,9 +152,9 @@ func (q *queue) turn() error {
 	return q.withRecover((*queue).reap)
 }
 
-// yieldEvery is less than 10 ms (forcePreemptNS in runtime/proc.go). After that time, the runtime takes the
-// processor of a goroutine that the scheduler has not restarted, at every system call in which it finds the
-// goroutine, and looks for that every 20 µs. This would cost a busy queue a third of its time.
+// yieldEvery is less than 10 ms (forcePreemptNS in runtime/proc.go). After that time, the runtime takes the processor
+// of a goroutine that the scheduler has not restarted, at every system call in which it finds the goroutine, and looks
+// for that every 20 µs. This would cost a busy queue a third of its time.
 const yieldEvery = 5 * time.Millisecond
 
 // yield lets the scheduler restart this goroutine.
@@ -164,8 +163,7 @@ func (q *queue) yield() {
 	q.yielded = q.stats.now()
 }
 
-// answer passes a request that was answered on any goroutine to the loop. The caller must not touch r
-// afterwards.
+// answer passes a request that was answered on any goroutine to the loop. The caller must not touch r afterwards.
 func (q *queue) answer(r *Request) {
 	q.later.push(r)
 	q.wake()
@@ -183,8 +181,8 @@ func (q *queue) wake() {
 	q.waking.Add(-1)
 }
 
-// settleWakes waits until no goroutine uses the transport to wake a loop that has ended. Since such a loop is
-// not asleep, no goroutine can begin to.
+// settleWakes waits until no goroutine uses the transport to wake a loop that has ended. Since such a loop is not
+// asleep, no goroutine can begin to.
 func (q *queue) settleWakes() {
 	for q.waking.Load() > 0 {
 		runtime.Gosched()
@@ -297,8 +295,8 @@ func (q *queue) servePayload(r *Request) {
 	q.settle(r, q.serve(r))
 }
 
-// serveStarved serves the requests that wait for a buffer, in order, while there are buffers. The first
-// request keeps the others waiting, so that the pool's memory becomes free for it, however large it is.
+// serveStarved serves the requests that wait for a buffer, in order, while there are buffers. The first request keeps
+// the others waiting, so that the pool's memory becomes free for it, however large it is.
 func (q *queue) serveStarved() error {
 	for r := q.starved.head; r != nil && q.lendBuffer(r); r = q.starved.head {
 		q.starved.pop()
@@ -358,8 +356,8 @@ func (q *queue) settleFetch(r *Request) {
 	q.settle(r, err)
 }
 
-// commit gives the answer of r to the driver, which may reuse the tag at once. If fetches of r are under way,
-// commit waits for them, because they write to its memory.
+// commit gives the answer of r to the driver, which may reuse the tag at once. If fetches of r are under way, commit
+// waits for them, because they write to its memory.
 func (q *queue) commit(r *Request) {
 	if r.reads > 0 {
 		r.wait = waitCommit

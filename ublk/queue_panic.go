@@ -6,8 +6,8 @@ import (
 	"syscall"
 )
 
-// withRecover runs f until it completes. If the handler panics, that request fails, and f is called again for
-// the rest. So there is one deferred function per turn, and not one per request.
+// withRecover runs f until it completes. If the handler panics, that request fails, and f is called again for the rest.
+// So there is one deferred function per turn, and not one per request.
 func (q *queue) withRecover(f func(*queue) error) error {
 	for {
 		panicked, err := q.untilPanic(f)
@@ -48,8 +48,8 @@ func (q *queue) reportPanic(r *Request, p any) {
 	}
 }
 
-// PanicError is passed to Options.Report after a panic of the handler. The request has failed with EIO, and
-// the device continues.
+// PanicError is passed to Options.Report after a panic of the handler. The request has failed with EIO, and the device
+// continues.
 type PanicError struct {
 	Op     Op
 	Offset int64

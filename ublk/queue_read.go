@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// readSlot is one fetch. It is on the heap and refers to p, so that the memory that the kernel writes to is
-// neither moved nor freed.
+// readSlot is one fetch. It is on the heap and refers to p, so that the memory that the kernel writes to is neither
+// moved nor freed.
 type readSlot struct {
 	r   *Request
 	fd  int

@@ -9,18 +9,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Quiesce ends serving and leaves the disk, whose users wait until a server recovers it. It needs
-// Options.Recovery.
+// Quiesce ends serving and leaves the disk, whose users wait until a server recovers it. It needs Options.Recovery.
 //
-// With RecoverReissue, every kernel can do it. The queues hand out no more requests, and each queue rests
-// when the handler has none. When all queues rest, they end, however much the users have to do. The driver
-// gives the requests that have arrived meanwhile to the next server. Until then nothing has changed: if ctx
-// ends first, or Close is called, the queues hand out the requests that they kept, and the device goes on
-// serving as before.
+// With RecoverReissue, every kernel can do it. The queues hand out no more requests, and each queue rests when the
+// handler has none. When all queues rest, they end, however much the users have to do. The driver gives the requests
+// that have arrived meanwhile to the next server. Until then nothing has changed: if ctx ends first, or Close is
+// called, the queues hand out the requests that they kept, and the device goes on serving as before.
 //
-// The other ways of recovery need Linux 6.16, whose driver holds the requests back; before that, Quiesce
-// returns a *FeatureError. The driver cannot be called back. So the device ends quiesced in any case, as soon
-// as the handler has answered its requests.
+// The other ways of recovery need Linux 6.16, whose driver holds the requests back; before that, Quiesce returns a
+// *FeatureError. The driver cannot be called back. So the device ends quiesced in any case, as soon as the handler has
+// answered its requests.
 func (d *Device) Quiesce(ctx context.Context) error {
 	if d.features&FeatureUserRecovery == 0 {
 		return fmt.Errorf("ublk: quiesce device %d: %w: it was made without recovery", d.id, ErrNotRecoverable)
@@ -53,8 +51,8 @@ func (d *Device) quiesce(ctx context.Context) error {
 	return nil
 }
 
-// quiesceDriver makes the driver hand out no more requests. Once that has begun, the driver's answer means
-// nothing: it does not tell a queue that has nothing to give back at the moment from one that never will.
+// quiesceDriver makes the driver hand out no more requests. Once that has begun, the driver's answer means nothing: it
+// does not tell a queue that has nothing to give back at the moment from one that never will.
 func (d *Device) quiesceDriver(ctx context.Context) error {
 	timeout := commandTimeout
 	if end, ok := ctx.Deadline(); ok {

@@ -8,10 +8,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// SetIOFlusher marks every thread of the process, and those that it makes later, as I/O flushers
-// (PR_SET_IO_FLUSHER, which needs CAP_SYS_RESOURCE): when they need memory, the kernel does not make them
-// wait for devices that may be their own. A server whose work is done on goroutines other than the queues'
-// should call it, best before it makes its first device. The queue threads are marked in any case.
+// SetIOFlusher marks every thread of the process, and those that it makes later, as I/O flushers (PR_SET_IO_FLUSHER,
+// which needs CAP_SYS_RESOURCE): when they need memory, the kernel does not make them wait for devices that may be
+// their own. A server whose work is done on goroutines other than the queues' should call it, best before it makes its
+// first device. The queue threads are marked in any case.
 //
 // A program with cgo cannot do this for all threads; the error is then syscall.ENOTSUP.
 func SetIOFlusher() error {

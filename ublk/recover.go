@@ -12,28 +12,27 @@ import (
 
 // RecoverOptions are the options of a device that the driver does not keep.
 type RecoverOptions struct {
-	// Cookie is the one that the device was made with. A device with another cookie is refused; 0 accepts
-	// any.
+	// Cookie is the one that the device was made with. A device with another cookie is refused; 0 accepts any.
 	Cookie uint64
 	// Report and NoAffinity are as in Options.
 	Report     func(error)
 	NoAffinity bool
 }
 
-// recoverTimeout bounds the wait for the driver to notice that the server is gone. Before Linux 6.15 that may
-// take the block layer's timeout of 30 seconds, if the server held every tag of a queue when it died.
+// recoverTimeout bounds the wait for the driver to notice that the server is gone. Before Linux 6.15 that may take the
+// block layer's timeout of 30 seconds, if the server held every tag of a queue when it died.
 const recoverTimeout = 60 * time.Second
 
 // diesWithin is how long a server that was killed may still have the char device open.
 const diesWithin = 2 * time.Second
 
 // Recover serves a device again that was made with Options.Recovery and whose server is gone. The driver has kept its
-// size, queues, limits and features. h must serve the same content. When Recover returns, the device
-// is live, and the requests that waited are being served.
+// size, queues, limits and features. h must serve the same content. When Recover returns, the device is live, and the
+// requests that waited are being served.
 //
-// Recover refuses a device that a process serves (ErrBusy), that is not there (ErrNotFound), or that cannot
-// be recovered, or not by this package (ErrNotRecoverable). If it fails for another reason, or its process
-// dies, the device waits as before, and Recover can be tried again.
+// Recover refuses a device that a process serves (ErrBusy), that is not there (ErrNotFound), or that cannot be
+// recovered, or not by this package (ErrNotRecoverable). If it fails for another reason, or its process dies, the
+// device waits as before, and Recover can be tried again.
 func Recover(ctx context.Context, id int, o RecoverOptions, h Handler) (*Device, error) {
 	c, err := openControl()
 	if err != nil {
@@ -84,9 +83,9 @@ func recoverDevice(ctx context.Context, c *control, id int, o RecoverOptions, h 
 
 // errFetchedBefore: every queue refused its fetches, because each has had a server.
 //
-// Before Linux 6.15 the driver resets the queues in START_USER_RECOVERY, and that is possible only if every queue has had
-// a server since the last START. If none has, the driver answers EINVAL. If only some have, it crashes. A recovery that
-// dies halfway leaves such a state. So with these drivers Recover begins without START, and tries to fetch:
+// Before Linux 6.15 the driver resets the queues in START_USER_RECOVERY, and that is possible only if every queue has
+// had a server since the last START. If none has, the driver answers EINVAL. If only some have, it crashes. A recovery
+// that dies halfway leaves such a state. So with these drivers Recover begins without START, and tries to fetch:
 //
 //   - If every queue refuses, each has had a server, which is gone. START is safe, and then they fetch.
 //   - If every queue fetches, there was a START, and no server since.
@@ -95,8 +94,8 @@ func recoverDevice(ctx context.Context, c *control, id int, o RecoverOptions, h 
 // The descriptors are mapped after the fetches, because the driver lets only one process map them until the next START.
 var errFetchedBefore = errors.New("ublk: every queue of the device has had a server")
 
-// waitOrphan waits until the server of a device is gone, and returns the driver's information about the device. It fails
-// if the device cannot be recovered.
+// waitOrphan waits until the server of a device is gone, and returns the driver's information about the device. It
+// fails if the device cannot be recovered.
 func (c *control) waitOrphan(ctx context.Context, id int, cookie uint64) (*devInfo, error) {
 	for begin := time.Now(); ; {
 		info, err := c.getInfo(ctx, id)

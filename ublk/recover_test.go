@@ -268,9 +268,9 @@ func TestKilledBeforeLive(t *testing.T) {
 	}
 }
 
-// TestKilledStarting kills a server while the kernel reads the partition table. Before Linux 6.19 that
-// happens inside START_DEV, with the driver's lock held, and a server that is killed then cannot end; nothing
-// can be done about it from here (see the package documentation), and the guest would not survive the test.
+// TestKilledStarting kills a server while the kernel reads the partition table. Before Linux 6.19 that happens inside
+// START_DEV, with the driver's lock held, and a server that is killed then cannot end; nothing can be done about it
+// from here (see the package documentation), and the guest would not survive the test.
 func TestKilledStarting(t *testing.T) {
 	needDriver(t)
 	if !kernelHas(t, ublk.FeatureNoAutoPartScan) {
@@ -316,8 +316,7 @@ func TestKilledServing(t *testing.T) {
 	}
 }
 
-// TestKilledRecovering kills the second server in each phase of its recovery; a third one recovers the
-// device.
+// TestKilledRecovering kills the second server in each phase of its recovery; a third one recovers the device.
 func TestKilledRecovering(t *testing.T) {
 	needDriver(t)
 	for _, phase := range []string{"recover-started", "recover-half", "recover-fetched", "recover-ended"} {
@@ -448,8 +447,8 @@ func TestRecoveryWays(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			// Both open it while it is served: to open a disk may have to wait for the scan of its
-			// partitions, and that for a server.
+			// Both open it while it is served: to open a disk may have to wait for the scan of its partitions, and that
+			// for a server.
 			first, second := openDirect(t, d, unix.O_RDWR), openDirect(t, d, unix.O_RDWR)
 			write := func(fd int) chan error {
 				done := make(chan error, 1)

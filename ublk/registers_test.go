@@ -17,9 +17,8 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// A block of 4 KiB is a register: a read returns the last value written. Several threads read, write and
-// discard a few blocks at once, and porcupine reports whether what they saw can be explained by some order of
-// their operations.
+// A block of 4 KiB is a register: a read returns the last value written. Several threads read, write and discard a few
+// blocks at once, and porcupine reports whether what they saw can be explained by some order of their operations.
 
 // registerInput is one operation on one register; every write has a value of its own, and a discard writes 0.
 type registerInput struct {
@@ -175,8 +174,7 @@ func (d lateDisk) ServeUBLK(r *ublk.Request) error {
 
 const registerBlocks = 4
 
-// TestRegisters: the device is linearizable, in each way of copying, with answers at once, later and out of
-// order.
+// TestRegisters: the device is linearizable, in each way of copying, with answers at once, later and out of order.
 func TestRegisters(t *testing.T) {
 	needDriver(t)
 	for _, mode := range copyModes(t) {
@@ -216,8 +214,8 @@ const (
 	faultStale       // a read returns what was there before the last write
 )
 
-// faulty is a disk of registers in memory that makes one mistake. It is a handler as well, so that the
-// mistake can be made below a device.
+// faulty is a disk of registers in memory that makes one mistake. It is a handler as well, so that the mistake can be
+// made below a device.
 type faulty struct {
 	mu     sync.Mutex
 	data   [registerBlocks][4096]byte

@@ -5,8 +5,8 @@ import (
 	"fmt"
 )
 
-// Resize changes the size of a live device (Linux 6.16; a *FeatureError before that). From before Resize
-// until it has returned, the handler must be able to serve the larger of the two sizes.
+// Resize changes the size of a live device (Linux 6.16; a *FeatureError before that). From before Resize until it has
+// returned, the handler must be able to serve the larger of the two sizes.
 func (d *Device) Resize(ctx context.Context, size int64) error {
 	block := int64(d.Options().LogicalBlock)
 	if size <= 0 || size%block != 0 {
@@ -46,8 +46,8 @@ func (d *Device) Resize(ctx context.Context, size int64) error {
 	return nil
 }
 
-// waitResize waits until no change of the size is under way. It is called before the disk may go. Once the
-// state is not live, or the queues have ended, no further change begins.
+// waitResize waits until no change of the size is under way. It is called before the disk may go. Once the state is not
+// live, or the queues have ended, no further change begins.
 func (d *Device) waitResize() {
 	d.sizing <- struct{}{} // waits for two commands at most
 	<-d.sizing

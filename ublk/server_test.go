@@ -333,8 +333,8 @@ func remove(t testing.TB, id int) {
 	})
 }
 
-// mustBecome waits for a state of a device in the driver. If the server held every request of a queue when it died, that
-// takes 30 s before Linux 6.15: the block layer's timeout.
+// mustBecome waits for a state of a device in the driver. If the server held every request of a queue when it died,
+// that takes 30 s before Linux 6.15: the block layer's timeout.
 func mustBecome(t testing.TB, id int, want ublk.KernelState) {
 	t.Helper()
 	within(t, stepLimit, "state", func() error {
@@ -416,7 +416,8 @@ func (f *fioRun) fails(t testing.TB) {
 	}
 }
 
-// sectorsWritten returns how many sectors were written to a block device (Documentation/block/stat.rst: the seventh field).
+// sectorsWritten returns how many sectors were written to a block device (Documentation/block/stat.rst: the seventh
+// field).
 func sectorsWritten(path string) int {
 	text, _ := os.ReadFile("/sys/block/" + filepath.Base(path) + "/stat")
 	fields := strings.Fields(string(text))

@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestCallsOfAllThreads: system calls that Go makes on every thread of the process, as for syscall.Setgid, do not wait for
-// an idle queue.
+// TestCallsOfAllThreads: system calls that Go makes on every thread of the process, as for syscall.Setgid, do not wait
+// for an idle queue.
 func TestCallsOfAllThreads(t *testing.T) {
 	needNullCommands(t)
 	if os.Getenv("UBLK_TEST_ALL_THREADS") != "1" { // it stops the process if it does not work

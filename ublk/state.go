@@ -32,8 +32,8 @@ var transitions = [...][]State{
 	StateQuiesced:   nil,
 }
 
-// moveLocked moves the device to a state if there is such a transition, and reports whether there is. Nothing
-// else sets the state. d.mu is held.
+// moveLocked moves the device to a state if there is such a transition, and reports whether there is. Nothing else sets
+// the state. d.mu is held.
 func (d *Device) moveLocked(to State) bool {
 	if !slices.Contains(transitions[d.state], to) {
 		return false

@@ -50,8 +50,8 @@ func (o *OpStats) add(p *OpStats) {
 }
 
 const (
-	// Every power of two of nanoseconds has 2^subBits buckets of the same width, so a bucket's middle is off
-	// by at most 1/2^(subBits+1) of what it counts: 3.2 %.
+	// Every power of two of nanoseconds has 2^subBits buckets of the same width, so a bucket's middle is off by at most
+	// 1/2^(subBits+1) of what it counts: 3.2 %.
 	subBits = 4
 	// maxBits bounds the durations that have buckets of their own: 2^maxBits ns are 18 minutes.
 	maxBits = 40
@@ -59,8 +59,8 @@ const (
 	histogramSize = (maxBits - subBits + 1) << subBits
 )
 
-// Histogram counts durations. Bucket i holds those from Bucket(i) to below Bucket(i+1); the last bucket also
-// holds all longer ones. A quantile is off by at most 3.2 %.
+// Histogram counts durations. Bucket i holds those from Bucket(i) to below Bucket(i+1); the last bucket also holds all
+// longer ones. A quantile is off by at most 3.2 %.
 type Histogram struct {
 	Counts [histogramSize]uint64
 	Sum    time.Duration
@@ -109,8 +109,8 @@ func (h *Histogram) Mean() time.Duration {
 	return h.Sum / time.Duration(n)
 }
 
-// Quantile returns the duration that a part q (0 to 1) of all durations does not exceed: 0.5 gives the
-// median. It returns 0 if there is no duration.
+// Quantile returns the duration that a part q (0 to 1) of all durations does not exceed: 0.5 gives the median. It
+// returns 0 if there is no duration.
 func (h *Histogram) Quantile(q float64) time.Duration {
 	rank := max(uint64(math.Ceil(q*float64(h.Count()))), 1)
 	var seen uint64
@@ -130,8 +130,8 @@ func (h *Histogram) Quantile(q float64) time.Duration {
 	return (h.Bucket(last) + h.Bucket(last+1)) / 2
 }
 
-// Stats returns the counters of the device. It may be called at any time, even after the end. Requests,
-// Bytes, Errors and Latency are each exact, but they are read one after another while the queues go on.
+// Stats returns the counters of the device. It may be called at any time, even after the end. Requests, Bytes, Errors
+// and Latency are each exact, but they are read one after another while the queues go on.
 func (d *Device) Stats() Stats {
 	s := Stats{Queues: make([]QueueStats, len(d.queues))}
 	for i, t := range d.queues {
@@ -147,8 +147,8 @@ type counter struct{ v atomic.Uint64 }
 
 func (c *counter) add(n uint64) { c.v.Store(c.v.Load() + n) }
 
-// queueCounters are the live numbers of a queue. Only its thread writes them, once a turn: the requests of a
-// turn begin together when its system call returns, and their answers go out together with the next one.
+// queueCounters are the live numbers of a queue. Only its thread writes them, once a turn: the requests of a turn begin
+// together when its system call returns, and their answers go out together with the next one.
 type queueCounters struct {
 	ops      [OpWriteZeroes + 1]opCounters
 	underway atomic.Int64
@@ -186,8 +186,8 @@ func (c *queueCounters) note(a answer) {
 	c.answered = append(c.answered, a)
 }
 
-// publish counts what was answered since the last time. Answers that are alike, which is the rule when the
-// handler answers at once, are counted together.
+// publish counts what was answered since the last time. Answers that are alike, which is the rule when the handler
+// answers at once, are counted together.
 func (c *queueCounters) publish(underway int) {
 	if c.underway.Load() != int64(underway) {
 		c.underway.Store(int64(underway))

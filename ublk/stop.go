@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// attempt is one try to end a device. It runs on a goroutine of its own, because the kernel cannot be called
-// back from it. There is one at a time.
+// attempt is one try to end a device. It runs on a goroutine of its own, because the kernel cannot be called back from
+// it. There is one at a time.
 type attempt struct {
 	kind   attemptKind
 	cancel context.CancelFunc // ends an attemptQuiesce; the others cannot be called back
@@ -28,17 +28,16 @@ const (
 
 // Stop ends the device if it is not in use. Otherwise it returns ErrBusy, in an error that names the users.
 //
-// The kernel writes dirty data back through the live handler, then the queues end, and then the device is
-// deleted. If ctx ends first, the stop goes on; call Stop or Close again to wait for it. Stopping a device
-// that has ended is no error. The disk of a quiesced device stays, and Delete removes it.
+// The kernel writes dirty data back through the live handler, then the queues end, and then the device is deleted. If
+// ctx ends first, the stop goes on; call Stop or Close again to wait for it. Stopping a device that has ended is no
+// error. The disk of a quiesced device stays, and Delete removes it.
 //
-// From Linux 7.0 on, the kernel makes the check and the stop in one step. Before that, Stop claims the block
-// device and looks through the open files of all processes, so a process may still open the device just after
-// the check.
+// From Linux 7.0 on, the kernel makes the check and the stop in one step. Before that, Stop claims the block device and
+// looks through the open files of all processes, so a process may still open the device just after the check.
 func (d *Device) Stop(ctx context.Context) error { return d.end(ctx, attemptStop) }
 
-// Close is Stop without the check for users: a mounted file system is synced, and then loses its disk. Close
-// calls off a Quiesce that is not done yet.
+// Close is Stop without the check for users: a mounted file system is synced, and then loses its disk. Close calls off
+// a Quiesce that is not done yet.
 func (d *Device) Close(ctx context.Context) error { return d.end(ctx, attemptClose) }
 
 func (d *Device) end(ctx context.Context, kind attemptKind) error {
@@ -153,13 +152,13 @@ func (d *Device) attemptRoutine(ctx context.Context, a *attempt) {
 	d.mu.Unlock()
 }
 
-// leaveAndDelete ends a device with recovery, without STOP: the queues leave when the handler has no request,
-// and what arrives after that fails when the device is deleted.
+// leaveAndDelete ends a device with recovery, without STOP: the queues leave when the handler has no request, and what
+// arrives after that fails when the device is deleted.
 //
-// The STOP of a device with recovery fails all requests from its beginning on, and does not end before the
-// server has answered those that it has. A server that is killed meanwhile never ends: the thread in STOP
-// waits for the server's end, and the driver sees that only when the last thread is gone. If the server is
-// killed while it leaves in the way used here, the disk waits for the next server.
+// The STOP of a device with recovery fails all requests from its beginning on, and does not end before the server has
+// answered those that it has. A server that is killed meanwhile never ends: the thread in STOP waits for the server's
+// end, and the driver sees that only when the last thread is gone. If the server is killed while it leaves in the way
+// used here, the disk waits for the next server.
 func (d *Device) leaveAndDelete() {
 	err := d.writeBack() // first, because no queue would serve the writes after the queues have ended
 	d.mu.Lock()
@@ -168,8 +167,8 @@ func (d *Device) leaveAndDelete() {
 	d.tellQueues(leaveDrop)
 }
 
-// settleTime is how long a device may be open before Stop counts that as a use: udev and blkid open a device
-// for a moment after it appears or changes.
+// settleTime is how long a device may be open before Stop counts that as a use: udev and blkid open a device for a
+// moment after it appears or changes.
 const settleTime = 2 * time.Second
 
 // stopIfUnused calls try until it no longer returns EBUSY, or the device turns out to have a lasting user.
@@ -192,9 +191,9 @@ func (d *Device) stopIfUnused(try func() error) error {
 
 func (d *Device) tryStop() error { return d.control.tryStop(d.target) }
 
-// claimAndStop is TRY_STOP for kernels without it. The exclusive open fails if the device is mounted, part of
-// another device or opened exclusively, and it prevents all of these until the stop. Other opens are found among the
-// open files of processes.
+// claimAndStop is TRY_STOP for kernels without it. The exclusive open fails if the device is mounted, part of another
+// device or opened exclusively, and it prevents all of these until the stop. Other opens are found among the open files
+// of processes.
 func (d *Device) claimAndStop() error {
 	fd, err := openRetry(blockPath(d.id), unix.O_RDONLY|unix.O_EXCL|unix.O_NONBLOCK)
 	if errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENOENT) && diskGone(d.id) {
@@ -208,8 +207,8 @@ func (d *Device) claimAndStop() error {
 		return unix.EBUSY
 	}
 	if d.features&FeatureUserRecovery != 0 {
-		// A process that closed the disk while this claim holds it open was not the last to close it, so the
-		// kernel wrote nothing back. STOP would fail those writes (leaveAndDelete).
+		// A process that closed the disk while this claim holds it open was not the last to close it, so the kernel
+		// wrote nothing back. STOP would fail those writes (leaveAndDelete).
 		if err := d.writeBack(); err != nil {
 			return err
 		}

@@ -175,8 +175,8 @@ func TestKillIdle(t *testing.T) {
 	}
 }
 
-// TestQuiesceUnderLoad: quiescing answers the requests that the server has. The users wait for the next server, and see no
-// error.
+// TestQuiesceUnderLoad: quiescing answers the requests that the server has. The users wait for the next server, and see
+// no error.
 func TestQuiesceUnderLoad(t *testing.T) {
 	needDriver(t)
 	for _, mode := range copyModes(t) {

@@ -140,8 +140,8 @@ func (d *Device) startQueues() error {
 	return errs
 }
 
-// queueRoutine is the thread of one queue. It never unlocks the thread, so the thread ends with it, and passes neither its
-// name nor its ring registration on to other goroutines.
+// queueRoutine is the thread of one queue. It never unlocks the thread, so the thread ends with it, and passes neither
+// its name nor its ring registration on to other goroutines.
 func (d *Device) queueRoutine(t *queueThread, ready chan<- error) {
 	if !lockThread() {
 		other := make(chan struct{})
@@ -157,8 +157,8 @@ func (d *Device) queueRoutine(t *queueThread, ready chan<- error) {
 	d.serveQueue(t, ready)
 }
 
-// lockThread keeps the goroutine on its thread, and reports whether the thread ends with the goroutine. The
-// main thread does not, and the driver waits for the end of a queue's thread.
+// lockThread keeps the goroutine on its thread, and reports whether the thread ends with the goroutine. The main thread
+// does not, and the driver waits for the end of a queue's thread.
 func lockThread() bool {
 	runtime.LockOSThread()
 	return unix.Gettid() != unix.Getpid()
@@ -220,8 +220,8 @@ func nameThread(name string) {
 	}
 }
 
-// abandoned keeps the memory of queues that ended with open requests or reads, because a handler or the kernel may still
-// write to it, and of queues whose thread does not end.
+// abandoned keeps the memory of queues that ended with open requests or reads, because a handler or the kernel may
+// still write to it, and of queues whose thread does not end.
 var abandoned struct {
 	sync.Mutex
 	queues []*queueThread
@@ -230,8 +230,8 @@ var abandoned struct {
 // threadTimeout bounds the wait for the thread of a queue that has not drained.
 const threadTimeout = 5 * time.Second
 
-// gone waits until the thread of an ended queue has ended too, and reports whether it has. Until then the driver may copy
-// to the queue's memory, and treats the queue as one that is still served.
+// gone waits until the thread of an ended queue has ended too, and reports whether it has. Until then the driver may
+// copy to the queue's memory, and treats the queue as one that is still served.
 func (t *queueThread) gone() bool {
 	for end := time.Now().Add(threadTimeout); time.Now().Before(end); time.Sleep(time.Millisecond) {
 		if unix.Tgkill(unix.Getpid(), int(t.tid.Load()), 0) == unix.ESRCH {

@@ -11,9 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// transport is the part of the driver that the queue loop uses. Each copy mode has an implementation. All methods except
-// interrupt are called on the queue's thread only. fetch, commit, read and arm only queue work; submitAndWait and flush
-// submit it.
+// transport is the part of the driver that the queue loop uses. Each copy mode has an implementation. All methods
+// except interrupt are called on the queue's thread only. fetch, commit, read and arm only queue work; submitAndWait
+// and flush submit it.
 type transport interface {
 	// fetch offers tag to the driver for its first request.
 	fetch(tag int)
@@ -27,7 +27,8 @@ type transport interface {
 	read(slot int, fd int, p []byte, off int64)
 	// arm makes the next interrupt a completion. An interrupt that comes earlier becomes one when arm is called.
 	arm()
-	// submitAndWait submits the queued work. If wait is true, it returns only when there is a completion, or spuriously.
+	// submitAndWait submits the queued work. If wait is true, it returns only when there is a completion, or
+	// spuriously.
 	submitAndWait(wait bool) error
 	// flush submits queued work without letting the driver hand out requests. The caller must repeat it until done is
 	// true, and take all completions in between.
@@ -86,8 +87,8 @@ type charDevice interface {
 	interrupt()
 }
 
-// newTransport sets up the ring of a queue, and the transport of its mode. It must be called on the thread that will run
-// the queue.
+// newTransport sets up the ring of a queue, and the transport of its mode. It must be called on the thread that will
+// run the queue.
 func newTransport(c transportConfig, charFD int) (transport, error) {
 	// Twice the depth leaves room for a commit of every tag and as many reads in one turn. More reads cost an extra
 	// submission. The kernel keeps completions for which the ring has no room (NODROP).
@@ -122,8 +123,8 @@ func newTransportOn(r *ring, c transportConfig) (transport, error) {
 	return p, nil
 }
 
-// ringTransport is the transport of CopyPlain, and the common part of the others. Every tag has a command of its own, and
-// the driver copies between the request and the tag's buffer.
+// ringTransport is the transport of CopyPlain, and the common part of the others. Every tag has a command of its own,
+// and the driver copies between the request and the tag's buffer.
 type ringTransport struct {
 	transportConfig
 	ring  *ring

@@ -15,8 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// needNullCommands skips a test if io_uring is switched off, or if /dev/null does not answer commands. If it answers them,
-// every command succeeds at once, so it acts as a driver that dispatches a request for every commit.
+// needNullCommands skips a test if io_uring is switched off, or if /dev/null does not answer commands. If it answers
+// them, every command succeeds at once, so it acts as a driver that dispatches a request for every commit.
 func needNullCommands(t testing.TB) {
 	t.Helper()
 	r, err := newRing(8, 16, 0)

@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The parts of include/uapi/linux/io_uring.h that a ublk server needs. The versions are the Linux releases
-// that introduced them.
+// The parts of include/uapi/linux/io_uring.h that a ublk server needs. The versions are the Linux releases that
+// introduced them.
 const (
 	setupCQSize       = 1 << 3
 	setupClamp        = 1 << 4
@@ -95,15 +95,15 @@ type ringParams struct {
 
 // kernel is the other side of a ring's memory. Tests replace it with a driver of their own.
 type kernel interface {
-	// enter takes submit entries and, if minComplete > 0, waits for that many completions. Without
-	// enterGetEvents in flags it only takes the entries, and the driver's deferred work is not done.
+	// enter takes submit entries and, if minComplete > 0, waits for that many completions. Without enterGetEvents in
+	// flags it only takes the entries, and the driver's deferred work is not done.
 	enter(submit, minComplete, flags uint32) error
 	register(op int, arg unsafe.Pointer, n int) error
 	close()
 }
 
-// ring is one io_uring with 128-byte submission entries. Its memory belongs to the kernel and is outside the
-// Go heap. It is not safe for concurrent use.
+// ring is one io_uring with 128-byte submission entries. Its memory belongs to the kernel and is outside the Go heap.
+// It is not safe for concurrent use.
 type ring struct {
 	kernel  kernel
 	ringMem []byte
@@ -118,8 +118,8 @@ type ring struct {
 }
 
 // queueSetup lists the set-up flags for a queue's ring, best first. NO_SQARRAY (6.6) saves an indirection.
-// DEFER_TASKRUN (6.1) runs the driver's work only when the thread asks for events. SINGLE_ISSUER (6.0) saves
-// locking. COOP_TASKRUN (5.19) saves interrupts.
+// DEFER_TASKRUN (6.1) runs the driver's work only when the thread asks for events. SINGLE_ISSUER (6.0) saves locking.
+// COOP_TASKRUN (5.19) saves interrupts.
 var queueSetup = []uint32{
 	setupCoopTaskrun | setupSingleIssuer | setupDeferTaskrun | setupNoSQArray,
 	setupCoopTaskrun | setupSingleIssuer | setupDeferTaskrun,
@@ -234,8 +234,8 @@ type ringFDUpdate struct {
 	data   uint64
 }
 
-// registerSelf registers the ring with this thread, which saves a file lookup in every enter (5.18). A
-// failure only costs time.
+// registerSelf registers the ring with this thread, which saves a file lookup in every enter (5.18). A failure only
+// costs time.
 func (k *ringFD) registerSelf() {
 	u := ringFDUpdate{offset: ^uint32(0), data: uint64(k.fd)}
 	if k.register(registerRingFDs, unsafe.Pointer(&u), 1) == nil {
@@ -256,13 +256,12 @@ func (k *ringFD) register(op int, arg unsafe.Pointer, n int) error {
 	}
 }
 
-// threadSignal is the signal by which the runtime, or with cgo the C library, makes all threads of the
-// process execute a system call (syscall.AllThreadsSyscall, setgid(2)). The process stands still until each
-// thread has done so.
+// threadSignal is the signal by which the runtime, or with cgo the C library, makes all threads of the process execute
+// a system call (syscall.AllThreadsSyscall, setgid(2)). The process stands still until each thread has done so.
 const threadSignal = 33
 
-// mostSignals blocks all signals except threadSignal during a wait, so that they do not end the wait with
-// EINTR. Another thread takes them.
+// mostSignals blocks all signals except threadSignal during a wait, so that they do not end the wait with EINTR.
+// Another thread takes them.
 var mostSignals = ^uint64(1 << (threadSignal - 1))
 
 func (k *ringFD) enter(submit, minComplete, flags uint32) error {
@@ -282,8 +281,7 @@ func (k *ringFD) close() {
 	_ = unix.Close(k.fd)
 }
 
-// get returns a cleared entry, or nil if the submission ring is full. The next enter or submit publishes the
-// entry.
+// get returns a cleared entry, or nil if the submission ring is full. The next enter or submit publishes the entry.
 func (r *ring) get() *sqe {
 	if r.sqNext-atomic.LoadUint32(r.sqHead) > r.sqMask {
 		return nil
@@ -294,9 +292,8 @@ func (r *ring) get() *sqe {
 	return e
 }
 
-// enter submits the entries that get returned and, if minComplete > 0, waits for that many completions. The
-// ring, and not the result, shows whether entries were taken, because the result of an interrupted wait does
-// not.
+// enter submits the entries that get returned and, if minComplete > 0, waits for that many completions. The ring, and
+// not the result, shows whether entries were taken, because the result of an interrupted wait does not.
 func (r *ring) enter(minComplete uint32) error {
 	atomic.StoreUint32(r.sqTail, r.sqNext)
 	return r.kernel.enter(r.unsubmitted(), minComplete, enterGetEvents)
@@ -308,8 +305,8 @@ func (r *ring) takeBack() {
 	atomic.StoreUint32(r.sqTail, r.sqNext)
 }
 
-// submit submits entries without asking for events. With DEFER_TASKRUN the driver then receives the entries,
-// but hands out nothing.
+// submit submits entries without asking for events. With DEFER_TASKRUN the driver then receives the entries, but hands
+// out nothing.
 func (r *ring) submit() error {
 	atomic.StoreUint32(r.sqTail, r.sqNext)
 	return r.kernel.enter(r.unsubmitted(), 0, 0)
@@ -332,8 +329,8 @@ func (r *ring) nextCQE() (e cqe, ok bool) {
 	return e, true
 }
 
-// transient reports whether err is a result of enter after which the caller only needs to look at the
-// completions and continue.
+// transient reports whether err is a result of enter after which the caller only needs to look at the completions and
+// continue.
 func transient(err error) bool {
 	return err == unix.EINTR || err == unix.EAGAIN || err == unix.EBUSY
 }

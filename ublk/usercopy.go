@@ -16,9 +16,9 @@ const (
 	userQueueShift = userTagShift + 16
 )
 
-// userTransport is the transport of CopyUser. Its commands carry no address. It copies payloads with pread and pwrite on
-// the char device. Reads and writes on the ring would work too, but the ring would pass each of them to a worker thread,
-// because the char device cannot declare that it never blocks.
+// userTransport is the transport of CopyUser. Its commands carry no address. It copies payloads with pread and pwrite
+// on the char device. Reads and writes on the ring would work too, but the ring would pass each of them to a worker
+// thread, because the char device cannot declare that it never blocks.
 type userTransport struct{ *ringTransport }
 
 func (p *userTransport) offset(tag int) int64 {
@@ -50,8 +50,8 @@ func transfer(f func(p []byte, off int64) (int, error), b []byte, off int64) err
 	return nil
 }
 
-// rawCopyMax is the largest copy that is made without informing Go's scheduler. Such a copy takes a few microseconds and
-// cannot sleep. Giving up the processor and taking it back would cost more. A larger copy would keep the garbage
+// rawCopyMax is the largest copy that is made without informing Go's scheduler. Such a copy takes a few microseconds
+// and cannot sleep. Giving up the processor and taking it back would cost more. A larger copy would keep the garbage
 // collector waiting.
 const rawCopyMax = 64 << 10
 

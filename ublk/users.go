@@ -16,8 +16,8 @@ type user struct {
 	lasting bool // not just an open file, which may be closed soon, as udev's are
 }
 
-// users lists the users of the block device of id: mounts (of this mount namespace), swap, devices that are built on it,
-// and processes that have it open. It is for error messages, and may miss users that this process may not see.
+// users lists the users of the block device of id: mounts (of this mount namespace), swap, devices that are built on
+// it, and processes that have it open. It is for error messages, and may miss users that this process may not see.
 func users(id int) []user {
 	var us []user
 	devs := blockNumbers(id)
@@ -73,8 +73,9 @@ func blockNumbers(id int) map[string]bool {
 	return devs
 }
 
-// mountsOf returns the mount points of the devices in a text like /proc/self/mountinfo (proc_pid_mountinfo(5): the third
-// field is major:minor, the fifth the mount point). A line may have any length: an overlay's options make it long.
+// mountsOf returns the mount points of the devices in a text like /proc/self/mountinfo (proc_pid_mountinfo(5): the
+// third field is major:minor, the fifth the mount point). A line may have any length: an overlay's options make it
+// long.
 func mountsOf(devs map[string]bool, mountinfo string) []string {
 	var points []string
 	for line := range strings.Lines(mountinfo) {
@@ -86,8 +87,8 @@ func mountsOf(devs map[string]bool, mountinfo string) []string {
 	return points
 }
 
-// swapsOn reports whether a text like /proc/swaps (proc_swaps(5): the first field is the path) has the block
-// device of that name or one of its partitions.
+// swapsOn reports whether a text like /proc/swaps (proc_swaps(5): the first field is the path) has the block device of
+// that name or one of its partitions.
 func swapsOn(name, swaps string) bool {
 	for line := range strings.Lines(swaps) {
 		fields := strings.Fields(line)

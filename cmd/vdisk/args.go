@@ -7,9 +7,9 @@ import (
 	"github.com/urfave/cli/v2"
 )
 
-// reorderArgs puts the arguments into the order that package cli understands. After a command's first
-// argument that is not a flag, package cli takes everything for an argument, even "--size 10G". So flags of
-// the program move before the command, flags of the command right behind it, and the rest follows "--".
+// reorderArgs puts the arguments into the order that package cli understands. After a command's first argument that is
+// not a flag, package cli takes everything for an argument, even "--size 10G". So flags of the program move before the
+// command, flags of the command right behind it, and the rest follows "--".
 func reorderArgs(program *cli.App, args []string) []string {
 	global := flagTable(program.Flags)
 	global.add(cli.HelpFlag, cli.VersionFlag)
@@ -77,8 +77,8 @@ func reorderArgs(program *cli.App, args []string) []string {
 // table maps each name of a flag to whether the flag takes a value.
 type table map[string]bool
 
-// takesValue reports whether the next argument is the value of the flag, or of the last one of several
-// combined one-letter flags, as in -Ht.
+// takesValue reports whether the next argument is the value of the flag, or of the last one of several combined
+// one-letter flags, as in -Ht.
 func (t table) takesValue(arg, name string) bool {
 	if _, ok := t[name]; ok || strings.HasPrefix(arg, "--") || name == "" {
 		return t[name]

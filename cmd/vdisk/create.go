@@ -94,8 +94,7 @@ func (a *app) create(c *cli.Context) error {
 	})
 }
 
-// printVolume prints a new volume as JSON. Without --json it prints nothing, since the user knows what was
-// created.
+// printVolume prints a new volume as JSON. Without --json it prints nothing, since the user knows what was created.
 func (a *app) printVolume(v owner.Volume) error {
 	return a.print(volumeOf(v), func() error { return nil })
 }

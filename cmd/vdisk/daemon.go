@@ -82,8 +82,8 @@ func (a *app) daemon(c *cli.Context) error {
 			return err
 		}
 		if err != nil {
-			// The devices have been flushed, or there would be no successor. Opening the store does what could not
-			// be done now.
+			// The devices have been flushed, or there would be no successor. Opening the store does what could not be
+			// done now.
 			a.log.Error("closing the store before the upgrade", "err", err)
 		}
 		err = successor.Execute(version())
@@ -93,9 +93,9 @@ func (a *app) daemon(c *cli.Context) error {
 	}
 }
 
-// startOwner opens the store, recovers waiting devices, and reports to the process that started this daemon,
-// or that executed its program. If it fails, or is stopped before it is ready, the recovered devices wait
-// again: their users did not ask for their end.
+// startOwner opens the store, recovers waiting devices, and reports to the process that started this daemon, or that
+// executed its program. If it fails, or is stopped before it is ready, the recovered devices wait again: their users
+// did not ask for their end.
 func (a *app) startOwner(c *cli.Context, o owner.Options, handover *owner.Handover) (*owner.Owner, error) {
 	s, err := owner.Own(c.Context, a.dir, o)
 	if err == nil {
@@ -200,8 +200,7 @@ func (a *app) recover(c *cli.Context) error {
 	return a.printRecovered(outcome)
 }
 
-// withServed adds to outcome the served devices that what names, or all of them if it is empty, each only
-// once.
+// withServed adds to outcome the served devices that what names, or all of them if it is empty, each only once.
 func withServed(outcome []owner.Recovery, devices []owner.Device, what string) []owner.Recovery {
 	told := map[string]bool{}
 	for _, r := range outcome {

@@ -9,8 +9,8 @@ import (
 	"github.com/vdisk/vdisk/internal/owner"
 )
 
-// TestRecoveredOnce: devices that the new daemon recovered before it was ready, and those that the command recovered, are
-// reported once each.
+// TestRecoveredOnce: devices that the new daemon recovered before it was ready, and those that the command recovered,
+// are reported once each.
 func TestRecoveredOnce(t *testing.T) {
 	var devices []owner.Device
 	for i, name := range []string{"a", "b", "c", "d"} {

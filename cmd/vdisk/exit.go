@@ -44,8 +44,8 @@ type signalError struct{ signal syscall.Signal }
 
 func (e signalError) Error() string { return "stopped by a signal (" + e.signal.String() + ")" }
 
-// closeError is an error of closing a store. Data written before may not be durable, so it takes precedence
-// over the signal that ended the command.
+// closeError is an error of closing a store. Data written before may not be durable, so it takes precedence over the
+// signal that ended the command.
 type closeError struct{ err error }
 
 func (e closeError) Error() string { return e.err.Error() }

@@ -19,8 +19,8 @@ type failingClose struct {
 
 func (s failingClose) Close() error { return s.err }
 
-// TestCloseErrorsCount: an error of closing the store decides the exit code of a command that has done its work, and of a
-// command that a signal has ended.
+// TestCloseErrorsCount: an error of closing the store decides the exit code of a command that has done its work, and of
+// a command that a signal has ended.
 func TestCloseErrorsCount(t *testing.T) {
 	failed := fmt.Errorf("the last flush: %w", cow.ErrFailed)
 	stopped, stop := context.WithCancelCause(t.Context())

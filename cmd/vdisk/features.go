@@ -46,8 +46,8 @@ type featuresJSON struct {
 	Reclaim   owner.Reclaim `json:"reclaim"`
 }
 
-// reclaim returns the measures that keep the process which serves the store's devices from waiting for
-// itself. If there is no such process, it returns those of a daemon that this user would start.
+// reclaim returns the measures that keep the process which serves the store's devices from waiting for itself. If there
+// is no such process, it returns those of a daemon that this user would start.
 func (a *app) reclaim(c *cli.Context) (of string, r owner.Reclaim) {
 	if st, err := owner.Running(c.Context, a.dir, a.options(c)); err == nil && st.Reclaim != nil {
 		return fmt.Sprintf("pid %d (%s)", st.PID, st.Command), *st.Reclaim

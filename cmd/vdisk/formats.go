@@ -19,8 +19,8 @@ type imageFormat struct {
 	foot  bool // magic is at the start of the footer instead
 }
 
-// imageFormats lists formats that can be told from raw images. A disk may be encrypted or hold any file
-// system, so the list has nothing that is known to be on disks.
+// imageFormats lists formats that can be told from raw images. A disk may be encrypted or hold any file system, so the
+// list has nothing that is known to be on disks.
 var imageFormats = []imageFormat{
 	{"qcow2", 0, "QFI\xfb", false},
 	{"VMDK", 0, "KDMV", false},
@@ -52,9 +52,9 @@ const (
 	footerSize = 512
 )
 
-// refuseImageFormats returns an error if the content is an image in another format, which would be useless as
-// a raw disk. It only refuses. It never selects a format, because the disk's user controls the first bytes of
-// a raw disk. head and foot are the content's first and last bytes, as far as they are known.
+// refuseImageFormats returns an error if the content is an image in another format, which would be useless as a raw
+// disk. It only refuses. It never selects a format, because the disk's user controls the first bytes of a raw disk.
+// head and foot are the content's first and last bytes, as far as they are known.
 func refuseImageFormats(name string, head, foot []byte) error {
 	for _, k := range imageFormats {
 		in := head
@@ -86,8 +86,8 @@ func refuseImageFile(name string, f *os.File) error {
 	return refuseImageFormats(name, head, foot)
 }
 
-// rawStream applies refuseImageFormats to a stream. A stream's footer is known only at its end, so the stream
-// ends with the error.
+// rawStream applies refuseImageFormats to a stream. A stream's footer is known only at its end, so the stream ends with
+// the error.
 type rawStream struct {
 	r    io.Reader
 	name string

@@ -69,8 +69,8 @@ func (a *app) importFrom(c *cli.Context, path, name string, o cow.VolumeOptions)
 	})
 }
 
-// source opens the content to import. The caller calls the returned function when done with it. A file, a
-// block device, a FIFO and standard input are all checked in the same way.
+// source opens the content to import. The caller calls the returned function when done with it. A file, a block device,
+// a FIFO and standard input are all checked in the same way.
 func (a *app) source(ctx context.Context, path string, raw bool) (sparse.Source, func(), error) {
 	if path == "-" {
 		if isTerminal(a.stdin) {

@@ -27,10 +27,9 @@ func main() {
 	os.Exit(run(os.Args))
 }
 
-// setGOMAXPROCS lets twice as many threads run Go code as there are processors, unless GOMAXPROCS is set. The
-// kernel gives a processor at once to a thread whose flush has ended. The Go scheduler would let it wait
-// until a computing goroutine, such as a checkpoint, has used up its 10 ms (docs/engine.md, Locks and
-// goroutines).
+// setGOMAXPROCS lets twice as many threads run Go code as there are processors, unless GOMAXPROCS is set. The kernel
+// gives a processor at once to a thread whose flush has ended. The Go scheduler would let it wait until a computing
+// goroutine, such as a checkpoint, has used up its 10 ms (docs/engine.md, Locks and goroutines).
 func setGOMAXPROCS() {
 	if os.Getenv("GOMAXPROCS") == "" {
 		runtime.GOMAXPROCS(2 * runtime.GOMAXPROCS(0))
@@ -63,8 +62,8 @@ const defaultStore = "/var/lib/vdisk"
 // run runs one command and returns its exit code.
 func run(args []string) int {
 	syscall.Umask(0o077) // stores, sockets and images are only for their owner
-	// Writing to a pipe without a reader must not kill the process in the middle of its work. This holds for
-	// the output and for diagnostics.
+	// Writing to a pipe without a reader must not kill the process in the middle of its work. This holds for the output
+	// and for diagnostics.
 	signal.Ignore(syscall.SIGPIPE)
 	ctx, stop := interruptible(context.Background())
 	defer stop()
@@ -97,12 +96,12 @@ func withCause(ctx context.Context, err error) error {
 	return fmt.Errorf("%w: %w", cause, err)
 }
 
-// together is how long after the first signal further ones count as the same: timeout(1) sends its signal to
-// the process and then to its process group.
+// together is how long after the first signal further ones count as the same: timeout(1) sends its signal to the
+// process and then to its process group.
 const together = time.Second
 
-// interruptible returns a context that the first SIGINT, SIGTERM or SIGHUP ends, with a signalError as its
-// cause. After together has passed, a further signal kills the process as if it were not caught.
+// interruptible returns a context that the first SIGINT, SIGTERM or SIGHUP ends, with a signalError as its cause. After
+// together has passed, a further signal kills the process as if it were not caught.
 func interruptible(parent context.Context) (context.Context, func()) {
 	ctx, cancel := context.WithCancelCause(parent)
 	signals := make(chan os.Signal, 1)
@@ -199,8 +198,8 @@ func (a *app) prepare(*cli.Context) error {
 	if a.cacheBytes, err = a.sizeBetween("--map-cache", a.mapCache, cow.MinCacheBytes, cow.MaxCacheBytes); err != nil {
 		return err
 	}
-	// These are for a daemon that this command starts, and for the programs that follow the daemon in an
-	// upgrade, which may be older.
+	// These are for a daemon that this command starts, and for the programs that follow the daemon in an upgrade, which
+	// may be older.
 	if err := errors.Join(os.Setenv(mapCacheEnv, a.mapCache), os.Setenv(coldAfterEnv, a.coldAfter.String())); err != nil {
 		return err
 	}

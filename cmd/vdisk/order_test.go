@@ -12,8 +12,8 @@ import (
 	"testing"
 )
 
-// TestOrderOfSystemCalls runs whole commands under strace and checks their system calls on the store against the rules of
-// docs/engine.md: which write must be durable before which. The engine's own tests cut the power of a double of the
+// TestOrderOfSystemCalls runs whole commands under strace and checks their system calls on the store against the rules
+// of docs/engine.md: which write must be durable before which. The engine's own tests cut the power of a double of the
 // file system. This one checks that the real one gets the same calls as the double.
 func TestOrderOfSystemCalls(t *testing.T) {
 	if _, err := exec.LookPath("strace"); err != nil {

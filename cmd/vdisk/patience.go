@@ -9,12 +9,12 @@ import (
 	"time"
 )
 
-// A system call that waits for another party, such as the other end of a pipe, cannot be interrupted. A
-// signal must end the command nevertheless, so such calls run on a goroutine of their own. When the context
-// ends, that goroutine is left behind, since the program is about to exit.
+// A system call that waits for another party, such as the other end of a pipe, cannot be interrupted. A signal must end
+// the command nevertheless, so such calls run on a goroutine of their own. When the context ends, that goroutine is
+// left behind, since the program is about to exit.
 
-// patiently returns the result of f, or the cause of ctx's end if that comes first. In the second case late,
-// unless nil, is called with the value of f once f returns without an error.
+// patiently returns the result of f, or the cause of ctx's end if that comes first. In the second case late, unless
+// nil, is called with the value of f once f returns without an error.
 func patiently[T any](ctx context.Context, f func() (T, error), late func(T)) (T, error) {
 	type result struct {
 		v   T
@@ -46,8 +46,8 @@ func openPatiently(ctx context.Context, path string, flags int) (*os.File, error
 	return patiently(ctx, func() (*os.File, error) { return os.OpenFile(path, flags, 0o600) }, func(f *os.File) { _ = f.Close() })
 }
 
-// patient is a stream whose reads and writes end with ctx. The buffer of such a read or write may still be
-// used afterwards.
+// patient is a stream whose reads and writes end with ctx. The buffer of such a read or write may still be used
+// afterwards.
 type patient struct {
 	ctx context.Context
 	f   *os.File
@@ -66,9 +66,8 @@ type closedPipe struct{ error }
 
 func (e closedPipe) Unwrap() error { return e.error }
 
-// output is standard output. Its writes end with ctx, and do not kill the process (SIGPIPE) if the reader has
-// gone. It keeps the first error, because not every writer reports errors: package cli, which prints the
-// help, does not.
+// output is standard output. Its writes end with ctx, and do not kill the process (SIGPIPE) if the reader has gone. It
+// keeps the first error, because not every writer reports errors: package cli, which prints the help, does not.
 type output struct {
 	ctx context.Context
 	*os.File
@@ -98,8 +97,8 @@ func (o output) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// diagnostics is standard error. If its reader has gone or does not read, the text is lost: no work may wait
-// for it or end because of it.
+// diagnostics is standard error. If its reader has gone or does not read, the text is lost: no work may wait for it or
+// end because of it.
 type diagnostics struct {
 	*os.File
 	since *atomic.Int64 // start of the current write, in Unix milliseconds; 0: none

@@ -8,10 +8,10 @@ import (
 	"unicode/utf8"
 )
 
-// plainWriter writes text for people, and JSON. Much of it comes from elsewhere: names that processes give
-// themselves, mount points, the error texts of another owner. Characters that could move a terminal's cursor
-// or change what it shows are written as \uXXXX, which means the same in JSON, and bytes that are not text as
-// \xXX. Newlines and tabs are left to the caller: see cell.
+// plainWriter writes text for people, and JSON. Much of it comes from elsewhere: names that processes give themselves,
+// mount points, the error texts of another owner. Characters that could move a terminal's cursor or change what it
+// shows are written as \uXXXX, which means the same in JSON, and bytes that are not text as \xXX. Newlines and tabs are
+// left to the caller: see cell.
 type plainWriter struct{ w io.Writer }
 
 // Write writes all of b or fails.

@@ -15,8 +15,7 @@ func isTerminal(stream any) bool {
 // bar shows progress to people. Its zero value shows nothing.
 type bar struct{ bar *progressbar.ProgressBar }
 
-// progress starts a progress bar of bytes on standard error if that is a terminal. total is -1 if it is
-// unknown.
+// progress starts a progress bar of bytes on standard error if that is a terminal. total is -1 if it is unknown.
 func (a *app) progress(what string, total int64) *bar {
 	return a.bar(what, total, progressbar.OptionShowBytes(true), progressbar.OptionUseIECUnits(true))
 }

@@ -41,9 +41,8 @@ func (a *app) rmCommand() *cli.Command {
 	})
 }
 
-// remove removes all of the refs. If one of them cannot be removed, it returns the reason and removes none. A
-// change between the check and the removal may still stop it halfway; then the error names what has been
-// removed.
+// remove removes all of the refs. If one of them cannot be removed, it returns the reason and removes none. A change
+// between the check and the removal may still stop it halfway; then the error names what has been removed.
 func (a *app) remove(c *cli.Context, s owner.Store, refs []cow.Ref) error {
 	if len(refs) > 1 {
 		if _, err := removals(c, s, refs); err != nil {

@@ -88,8 +88,8 @@ func (a *app) serve(c *cli.Context) error {
 	return err
 }
 
-// handDisksOver lets a daemon serve the disks that others attached while this process owned the store: their
-// users did not ask for their end.
+// handDisksOver lets a daemon serve the disks that others attached while this process owned the store: their users did
+// not ask for their end.
 func (a *app) handDisksOver(c *cli.Context) error {
 	s, _, err := owner.OpenLasting(context.WithoutCancel(c.Context), a.dir, a.options(c), a.daemonArgs())
 	if err != nil {
@@ -167,8 +167,7 @@ func (a *app) serveSocket(c *cli.Context, s owner.Store, o owner.ServeOptions) e
 	return s.Serve(c.Context, l, o)
 }
 
-// exportNames returns the names of what is served now. It fails if something that was asked for does not
-// exist.
+// exportNames returns the names of what is served now. It fails if something that was asked for does not exist.
 func exportNames(ctx context.Context, s owner.Store, o owner.ServeOptions) (names []string, err error) {
 	if len(o.Exports) == 0 {
 		volumes, err := s.Volumes(ctx)

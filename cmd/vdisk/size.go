@@ -9,8 +9,8 @@ import (
 	"github.com/docker/go-units"
 )
 
-// parseSize parses a size: a number of bytes, or one with K, M, G, T or P, which are powers of 1024. It
-// refuses ambiguous units, such as GB (10^9 or 2^30).
+// parseSize parses a size: a number of bytes, or one with K, M, G, T or P, which are powers of 1024. It refuses
+// ambiguous units, such as GB (10^9 or 2^30).
 func parseSize(s string) (int64, error) {
 	lower := strings.ToLower(s)
 	bare := strings.TrimSuffix(lower, "b")

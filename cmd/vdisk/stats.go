@@ -39,8 +39,8 @@ func (a *app) stats(c *cli.Context) error {
 	return a.repeatStats(c.Context, interval, count, func() (owner.DeviceStats, error) { return a.sample(c) })
 }
 
-// repeatStats prints the totals once. With an interval, it prints what each interval added: count times, or
-// until ctx ends if count is 0.
+// repeatStats prints the totals once. With an interval, it prints what each interval added: count times, or until ctx
+// ends if count is 0.
 func (a *app) repeatStats(ctx context.Context, interval time.Duration, count int, sample func() (owner.DeviceStats, error)) error {
 	s, err := sample()
 	if err != nil {
@@ -82,8 +82,7 @@ func (a *app) sample(c *cli.Context) (s owner.DeviceStats, err error) {
 	return s, err
 }
 
-// minus returns the difference of two readings. A counter that went down comes from a new server and is taken
-// as it is.
+// minus returns the difference of two readings. A counter that went down comes from a new server and is taken as it is.
 func minus(now, before ublk.Stats) ublk.Stats {
 	d := ublk.Stats{Queues: slices.Clone(now.Queues)}
 	for q := range d.Queues {

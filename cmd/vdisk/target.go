@@ -20,8 +20,8 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// toFile returns a sink that writes to path. An existing file is overwritten only if force is true. Then only
-// its content changes: a symbolic link, other names of the file, its owner and its mode stay.
+// toFile returns a sink that writes to path. An existing file is overwritten only if force is true. Then only its
+// content changes: a symbolic link, other names of the file, its owner and its mode stay.
 func toFile(path string, force bool) (sink, error) {
 	fi, err := os.Lstat(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -60,9 +60,9 @@ func newFile(path string) sink {
 	}
 }
 
-// overFile replaces a regular file once the new one is complete, provided that nobody can tell the
-// difference. If the new file cannot get the old one's owner, mode or attributes, or if the old one has other
-// names, it is overwritten in place.
+// overFile replaces a regular file once the new one is complete, provided that nobody can tell the difference. If the
+// new file cannot get the old one's owner, mode or attributes, or if the old one has other names, it is overwritten in
+// place.
 func overFile(path string) sink {
 	return func(ctx context.Context, src sparse.Source, progress func(int64)) error {
 		target, err := filepath.EvalSymlinks(path)
@@ -94,8 +94,7 @@ func fill(ctx context.Context, f *os.File, src sparse.Source, progress func(int6
 	return errors.Join(f.Truncate(src.Size()), f.Sync())
 }
 
-// unnamed is a file that disappears when it is closed or the process is killed, unless it has been given a
-// name.
+// unnamed is a file that disappears when it is closed or the process is killed, unless it has been given a name.
 type unnamed struct {
 	*os.File
 	dir string
@@ -164,8 +163,8 @@ func (u unnamed) Close() error {
 	return u.File.Close()
 }
 
-// becomes gives the file the owner, mode and attributes of the one at path. It reports whether that succeeded
-// and the file at path has no other name.
+// becomes gives the file the owner, mode and attributes of the one at path. It reports whether that succeeded and the
+// file at path has no other name.
 func (u unnamed) becomes(path string) bool {
 	var st unix.Stat_t
 	if unix.Lstat(path, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink != 1 {

@@ -18,8 +18,8 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// Volume is the name of the scratch volume. Run removes it. A process that is killed leaves it behind, with
-// its snapshots.
+// Volume is the name of the scratch volume. Run removes it. A process that is killed leaves it behind, with its
+// snapshots.
 const Volume = "vdisk-bench.scratch"
 
 // MinSize is the smallest volume that gives meaningful figures.
@@ -63,8 +63,8 @@ type run struct {
 	buf  []byte
 }
 
-// Run makes a scratch volume, calls made with it, performs the steps, and calls each with the result of every
-// step. It removes the volume in any case.
+// Run makes a scratch volume, calls made with it, performs the steps, and calls each with the result of every step. It
+// removes the volume in any case.
 func Run(ctx context.Context, s *cow.Store, o Options, made func(cow.VolumeInfo) error, each func(Result)) (err error) {
 	if o.Size > cow.MaxVolume {
 		return fmt.Errorf("a scratch volume of %d bytes: the largest volume has 64 TiB: %w", o.Size, cow.ErrInvalid)
@@ -103,8 +103,8 @@ func Run(ctx context.Context, s *cow.Store, o Options, made func(cow.VolumeInfo)
 	return nil
 }
 
-// enough returns an error if the writes to the volume might not fit. It does not count on space that the
-// cleaner could give back.
+// enough returns an error if the writes to the volume might not fit. It does not count on space that the cleaner could
+// give back.
 func enough(s *cow.Store, o Options) error {
 	room, err := s.Room()
 	if err != nil {
@@ -124,7 +124,8 @@ func enough(s *cow.Store, o Options) error {
 	return nil
 }
 
-// leftover explains why the scratch volume exists already, if that is what err means. It returns any other error as it is.
+// leftover explains why the scratch volume exists already, if that is what err means. It returns any other error as it
+// is.
 func leftover(s *cow.Store, err error) error {
 	v, verr := s.Volume(Volume)
 	switch {

@@ -18,8 +18,8 @@ type disk interface {
 	io.Closer
 }
 
-// nbdDisk is the least NBD client there is: one request at a time, simple replies.
-// Numbers: the protocol's doc/proto.md, "Values".
+// nbdDisk is the least NBD client there is: one request at a time, simple replies. Numbers: the protocol's
+// doc/proto.md, "Values".
 type nbdDisk struct {
 	c net.Conn
 	r *bufio.Reader

@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// TestNBDFuse puts a real file system on a volume on a machine without any network or user-space block
-// driver: NBD socket, nbdfuse, loop device, mkfs, mount.
+// TestNBDFuse puts a real file system on a volume on a machine without any network or user-space block driver: NBD
+// socket, nbdfuse, loop device, mkfs, mount.
 func TestNBDFuse(t *testing.T) {
 	if inGuest {
 		return // /dev/ublkbN is tested there

@@ -175,8 +175,8 @@ func (o *ublkOwner) kill() {
 
 func (o *ublkOwner) stop() { o.s.run("detach", "v") }
 
-// TestKill kills the owner again and again while writers with an oracle, and fio, write and sync.
-// Whatever was answered must read back from the next owner, and Check must be clean.
+// TestKill kills the owner again and again while writers with an oracle, and fio, write and sync. Whatever was answered
+// must read back from the next owner, and Check must be clean.
 func TestKill(t *testing.T) {
 	start, n := startNBD, *kills
 	if testing.Short() && !inGuest {

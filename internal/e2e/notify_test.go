@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// TestServiceManager: a daemon under systemd tells it when the store is open (sd_notify(3)), also after an upgrade,
-// and that it stops.
+// TestServiceManager: a daemon under systemd tells it when the store is open (sd_notify(3)), also after an upgrade, and
+// that it stops.
 func TestServiceManager(t *testing.T) {
 	s := newStore(t)
 	s.run("create", "v", "--size", "1M")

@@ -11,9 +11,9 @@ import (
 
 const blockSize = 4096
 
-// oracle is one writer's region of a disk, and the content that it must have after a crash. Every block has its place, a
-// version and a checksum. After a kill, a block has a version from the last one that was answered, synced or not, to the
-// last one that was sent.
+// oracle is one writer's region of a disk, and the content that it must have after a crash. Every block has its place,
+// a version and a checksum. After a kill, a block has a version from the last one that was answered, synced or not, to
+// the last one that was sent.
 type oracle struct {
 	name           string
 	first, blocks  int64

@@ -15,10 +15,10 @@ type machine struct{ accel, cpu string }
 
 var kvm = machine{accel: "kvm", cpu: "host"}
 
-// emulated are the machines to try in turn without KVM. QEMU 7.2 sometimes gets cmpxchg16b wrong, and then
-// the allocator of Linux 6.12 panics; kernels can do without the instruction. Emulated processors of QEMU
-// before 8.1 sometimes fail to boot, because of a race on translated code, which its commit deba78709ae8
-// fixed. A boot that does not reach the payload is safe to repeat.
+// emulated are the machines to try in turn without KVM. QEMU 7.2 sometimes gets cmpxchg16b wrong, and then the
+// allocator of Linux 6.12 panics; kernels can do without the instruction. Emulated processors of QEMU before 8.1
+// sometimes fail to boot, because of a race on translated code, which its commit deba78709ae8 fixed. A boot that does
+// not reach the payload is safe to repeat.
 var emulated = []machine{
 	{"tcg,thread=multi", "max,-cx16"},
 	{"tcg,thread=multi", "max"},
@@ -34,9 +34,8 @@ type accelProbe struct {
 	kvm  bool
 }
 
-// machines lists the machines to try. KVM counts only if it has booted the kernel: a /dev/kvm that can be
-// opened, and that even runs real-mode code, may still fail on the first long-mode kernel (nested and
-// emulated KVMs).
+// machines lists the machines to try. KVM counts only if it has booted the kernel: a /dev/kvm that can be opened, and
+// that even runs real-mode code, may still fail on the first long-mode kernel (nested and emulated KVMs).
 func (img *Image) machines(ctx context.Context, k Kernel) []machine {
 	img.accel.once.Do(func() {
 		switch os.Getenv("VDISK_GUEST_ACCEL") {

@@ -8,8 +8,8 @@ import (
 // Alert is a line from the guest's kernel that reports trouble.
 type Alert struct {
 	Line string
-	// Fatal is set for trouble that no test may cause: a hung task, a bug or an oops of the kernel. I/O
-	// errors and warnings may be what a test is about.
+	// Fatal is set for trouble that no test may cause: a hung task, a bug or an oops of the kernel. I/O errors and
+	// warnings may be what a test is about.
 	Fatal bool
 }
 

@@ -32,12 +32,11 @@ type Image struct {
 	accel   accelProbe
 }
 
-// staleAfter is how long a build of another recipe is kept, because guests of another checkout may be using
-// it.
+// staleAfter is how long a build of another recipe is kept, because guests of another checkout may be using it.
 const staleAfter = 24 * time.Hour
 
-// DefaultDir returns $VDISK_GUEST_DIR if it is set, else .guest in the folder of the nearest go.mod at or
-// above the working folder.
+// DefaultDir returns $VDISK_GUEST_DIR if it is set, else .guest in the folder of the nearest go.mod at or above the
+// working folder.
 func DefaultDir() (string, error) {
 	if dir := os.Getenv("VDISK_GUEST_DIR"); dir != "" {
 		return filepath.Abs(dir)
@@ -56,8 +55,8 @@ func DefaultDir() (string, error) {
 	}
 }
 
-// Build returns the guest for opts, and makes what the cache folder does not have yet. It may be interrupted,
-// and may be called from several processes at once.
+// Build returns the guest for opts, and makes what the cache folder does not have yet. It may be interrupted, and may
+// be called from several processes at once.
 func Build(ctx context.Context, opts Options) (*Image, error) {
 	b, err := newBuilder(opts)
 	if err != nil {
@@ -82,15 +81,13 @@ func Build(ctx context.Context, opts Options) (*Image, error) {
 	return img, nil
 }
 
-// builder makes the parts of a guest. Each part is a folder <part>-<hash of its recipe>, which appears by a
-// rename.
+// builder makes the parts of a guest. Each part is a folder <part>-<hash of its recipe>, which appears by a rename.
 type builder struct {
 	dir string
 	log io.Writer
 	// Both are set while building.
 	apt *aptArea
-	// debootstrap holds the lock, too: if this process is killed, debootstrap and its children may go on for
-	// a while.
+	// debootstrap holds the lock, too: if this process is killed, debootstrap and its children may go on for a while.
 	lock *os.File
 }
 
@@ -141,8 +138,7 @@ func (b *builder) kernelPath(s kernelSpec) string {
 	return filepath.Join(b.dir, "kernel-"+s.name+"-"+recipeHash(s.recipe()))
 }
 
-// recipeHash returns a name for a part, made of everything that we choose and that determines the part's
-// content.
+// recipeHash returns a name for a part, made of everything that we choose and that determines the part's content.
 func recipeHash(parts []string) string {
 	h := sha256.New()
 	for _, p := range parts {
@@ -216,8 +212,8 @@ func (b *builder) part(ctx context.Context, place string, fill func(context.Cont
 	return os.Rename(part, place)
 }
 
-// sweep removes what interrupted builds left, and parts of other recipes that can no longer be in use. The
-// caller holds the lock, so no build is under way.
+// sweep removes what interrupted builds left, and parts of other recipes that can no longer be in use. The caller holds
+// the lock, so no build is under way.
 func (b *builder) sweep() error {
 	entries, err := os.ReadDir(b.dir)
 	if err != nil {
@@ -260,8 +256,8 @@ func isDir(path string) bool {
 	return err == nil && info.IsDir()
 }
 
-// lockFile takes an exclusive flock on path. If it has to wait, it calls waiting once. Closing the file
-// releases the lock.
+// lockFile takes an exclusive flock on path. If it has to wait, it calls waiting once. Closing the file releases the
+// lock.
 func lockFile(ctx context.Context, path string, waiting func()) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
 	if err != nil {

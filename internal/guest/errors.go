@@ -3,8 +3,8 @@ package guest
 import "errors"
 
 var (
-	// ErrUnavailable is matched by errors of a machine that cannot build or run a guest. The text says why,
-	// and what to do about it.
+	// ErrUnavailable is matched by errors of a machine that cannot build or run a guest. The text says why, and what to
+	// do about it.
 	ErrUnavailable = errors.New("this machine cannot build or run a guest")
 	// ErrTimeout is matched if the run's deadline passed and QEMU was killed.
 	ErrTimeout = errors.New("guest: deadline passed")

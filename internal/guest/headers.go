@@ -11,8 +11,8 @@ import (
 // headersPackage has the kernel's user headers, from the suite that the newest kernel comes from.
 const headersPackage = "linux-libc-dev/trixie-backports"
 
-// Headers returns two folders of C headers: the user ABI of the newest kernel, and the part of it that
-// depends on the processor. The first use gets them. Unlike a guest, they need no root.
+// Headers returns two folders of C headers: the user ABI of the newest kernel, and the part of it that depends on the
+// processor. The first use gets them. Unlike a guest, they need no root.
 func Headers(ctx context.Context, opts Options) ([]string, error) {
 	b, err := newBuilder(opts)
 	if err != nil {
@@ -35,9 +35,8 @@ func (b *builder) headersPath() string {
 	return filepath.Join(b.dir, "headers-"+recipeHash([]string{"headers 1", headersPackage}))
 }
 
-// Package returns a folder with the files of a package from the root image's suite, without those of its
-// dependencies. The first use gets it. It is for programs that only one run in a guest needs. Unlike a guest,
-// it needs no root.
+// Package returns a folder with the files of a package from the root image's suite, without those of its dependencies.
+// The first use gets it. It is for programs that only one run in a guest needs. Unlike a guest, it needs no root.
 func Package(ctx context.Context, opts Options, name string) (string, error) {
 	b, err := newBuilder(opts)
 	if err != nil {

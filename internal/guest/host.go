@@ -97,8 +97,8 @@ func (b *builder) install(ctx context.Context, programs []string) error {
 // mirrors are the addresses of Debian's archive and of its security archive.
 type mirrors struct{ main, security string }
 
-// hostMirrors takes the addresses from the machine's apt sources. An Ubuntu machine names none, so it gets
-// Debian's own.
+// hostMirrors takes the addresses from the machine's apt sources. An Ubuntu machine names none, so it gets Debian's
+// own.
 func hostMirrors() mirrors {
 	var text strings.Builder
 	files := []string{"/etc/apt/sources.list"}
@@ -115,8 +115,8 @@ func hostMirrors() mirrors {
 	return findMirrors(text.String())
 }
 
-// findMirrors reads sources in both of apt's formats (sources.list(5)). A source is Debian's if its address
-// ends in /debian or /debian-security, as on every public mirror.
+// findMirrors reads sources in both of apt's formats (sources.list(5)). A source is Debian's if its address ends in
+// /debian or /debian-security, as on every public mirror.
 func findMirrors(sources string) mirrors {
 	var m mirrors
 	for line := range strings.Lines(sources) {
@@ -152,8 +152,7 @@ func findMirrors(sources string) mirrors {
 	return m
 }
 
-// aptArea is a private apt: it has its own sources, lists and cache, and the machine's other settings, such
-// as proxies.
+// aptArea is a private apt: it has its own sources, lists and cache, and the machine's other settings, such as proxies.
 type aptArea struct {
 	dir     string
 	mirrors mirrors
@@ -205,8 +204,7 @@ func (a *aptArea) names(ctx context.Context, prefix string) ([]string, error) {
 	return strings.Fields(out), err
 }
 
-// proxy returns the HTTP proxy that apt is set to use. It is for debootstrap, which does not read apt's
-// settings.
+// proxy returns the HTTP proxy that apt is set to use. It is for debootstrap, which does not read apt's settings.
 func (a *aptArea) proxy(ctx context.Context) string {
 	out, err := exec.CommandContext(ctx, "apt-config", "dump", "--format", "%v%n", "Acquire::http::Proxy").Output()
 	if v, _, _ := strings.Cut(string(out), "\n"); err == nil && v != "DIRECT" {

@@ -47,8 +47,7 @@ const (
 	modeFile = 0o100000
 )
 
-// cpio builds an archive in the "newc" format (Linux,
-// Documentation/driver-api/early-userspace/buffer-format.rst).
+// cpio builds an archive in the "newc" format (Linux, Documentation/driver-api/early-userspace/buffer-format.rst).
 type cpio struct {
 	buf   bytes.Buffer
 	inode int

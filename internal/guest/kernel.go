@@ -38,22 +38,22 @@ func (img *Image) kernel(name string) (Kernel, error) {
 }
 
 // kernelSpec selects the releases that may be a kernel. Each pattern matches the text between "linux-image-" (or
-// "linux-modules-", since 7.2) and "-unsigned". A release that matches an earlier pattern is preferred, then
-// the newest.
+// "linux-modules-", since 7.2) and "-unsigned". A release that matches an earlier pattern is preferred, then the
+// newest.
 type kernelSpec struct {
 	name     string
 	releases []string
 }
 
 var kernelSpecs = []kernelSpec{
-	// The oldest kernel with ublk that Debian still supports: the one built for bookworm, or trixie's when
-	// that has gone.
+	// The oldest kernel with ublk that Debian still supports: the one built for bookworm, or trixie's when that has
+	// gone.
 	{"stable", []string{`6\.12\.[0-9]+\+deb12[^-]*-cloud-amd64`, `6\.12\.[0-9]+\+deb[^-]*-cloud-amd64`}},
 	{"newest", []string{`[0-9]+\.[0-9]+\.[0-9]+\+deb13[^-]*-cloud-amd64`}},
 }
 
-// bootModules are needed before the root image can be mounted. Those that are built into a kernel are not
-// among its modules.
+// bootModules are needed before the root image can be mounted. Those that are built into a kernel are not among its
+// modules.
 var bootModules = []string{"virtio_pci", "virtio_blk", "virtio_console", "ext4"}
 
 // recipe changes if a build from the same packages would make another folder.
@@ -93,9 +93,8 @@ func (s kernelSpec) candidates(offered []string) []string {
 	return all
 }
 
-// kernelPackages picks from the offered packages those that together contain a release: one package up to
-// 7.1, and the packages binary, modules and base since then. Signed and unsigned packages contain the same
-// code.
+// kernelPackages picks from the offered packages those that together contain a release: one package up to 7.1, and the
+// packages binary, modules and base since then. Signed and unsigned packages contain the same code.
 func kernelPackages(offered []string, release string) []string {
 	var pkgs []string
 	for _, choice := range [][]string{
@@ -253,8 +252,8 @@ func bootModuleFiles(mods, to string) error {
 	return nil
 }
 
-// loadOrder reads modules.dep and lists the files of the named modules, each after those that it needs. A
-// line of modules.dep is "file: needed files", the last needed first (modules.dep(5)).
+// loadOrder reads modules.dep and lists the files of the named modules, each after those that it needs. A line of
+// modules.dep is "file: needed files", the last needed first (modules.dep(5)).
 func loadOrder(dep string, names []string) []string {
 	needs := map[string][]string{}
 	file := map[string]string{}
@@ -283,8 +282,8 @@ func loadOrder(dep string, names []string) []string {
 	return order
 }
 
-// decompressModules replaces compressed modules by plain ones, because an emulated processor takes seconds to
-// unpack xfs.
+// decompressModules replaces compressed modules by plain ones, because an emulated processor takes seconds to unpack
+// xfs.
 func decompressModules(ctx context.Context, mods string) error {
 	files := map[string][]string{} // by the tool that unpacks them
 	err := filepath.WalkDir(mods, func(file string, d fs.DirEntry, err error) error {

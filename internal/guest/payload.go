@@ -49,8 +49,8 @@ func (p *payload) data(name string, data []byte) error {
 	return err
 }
 
-// add puts a file, or a folder with everything in it, at name. It follows a link that the caller names; links
-// inside a folder stay links.
+// add puts a file, or a folder with everything in it, at name. It follows a link that the caller names; links inside a
+// folder stay links.
 func (p *payload) add(name, from string) error {
 	from, err := filepath.EvalSymlinks(from)
 	if err != nil {

@@ -35,8 +35,8 @@ func qemuProgram() string {
 	return lookTool("qemu-system-x86_64")
 }
 
-// baseArgs returns the arguments for every machine: it has no devices but those asked for and no network, and
-// a reset ends it.
+// baseArgs returns the arguments for every machine: it has no devices but those asked for and no network, and a reset
+// ends it.
 func baseArgs(m machine, cpus, memory int) []string {
 	return []string{
 		"-accel", m.accel, "-cpu", m.cpu, "-smp", strconv.Itoa(cpus), "-m", strconv.Itoa(memory),
@@ -44,16 +44,14 @@ func baseArgs(m machine, cpus, memory int) []string {
 	}
 }
 
-// kernelArgs is the kernel's command line. Panics and oopses reset the machine, which ends QEMU. The initial
-// console level shows only warnings.
+// kernelArgs is the kernel's command line. Panics and oopses reset the machine, which ends QEMU. The initial console
+// level shows only warnings.
 //
-// no_timer_check leaves out a test of the timer's interrupt, which panics on emulated processors when the
-// host is busy.
+// no_timer_check leaves out a test of the timer's interrupt, which panics on emulated processors when the host is busy.
 //
-// tsc=nowatchdog makes the kernel trust the time stamp counter, which is the host's clock. Otherwise the
-// kernel compares it with the emulated timer, which is read late, and gives the counter up. For that the
-// kernel patches its own code, which emulated processors of QEMU 7.2 may execute half patched ("Oops: int3"
-// in sched_clock_cpu).
+// tsc=nowatchdog makes the kernel trust the time stamp counter, which is the host's clock. Otherwise the kernel
+// compares it with the emulated timer, which is read late, and gives the counter up. For that the kernel patches its
+// own code, which emulated processors of QEMU 7.2 may execute half patched ("Oops: int3" in sched_clock_cpu).
 const kernelArgs = "console=ttyS0 panic=-1 oops=panic no_timer_check tsc=nowatchdog quiet loglevel=5 mitigations=off"
 
 // args returns QEMU's arguments for this boot. File descriptor 3 is the socket behind the guest's port.
@@ -89,8 +87,8 @@ func (b boot) args(nonce, console string) []string {
 // escape doubles commas, as the values of QEMU's options need.
 func escape(s string) string { return strings.ReplaceAll(s, ",", ",,") }
 
-// progress is what the guest's events have reported. The reader of the port sets it. Others read it only
-// after that reader has ended, or after a channel was closed.
+// progress is what the guest's events have reported. The reader of the port sets it. Others read it only after that
+// reader has ended, or after a channel was closed.
 type progress struct {
 	ready    chan struct{} // closed when the script starts
 	exited   chan struct{} // closed when it has ended
@@ -168,8 +166,7 @@ func bootOnce(ctx context.Context, b boot) (*Result, error) {
 	}()
 	var bootTime time.Duration
 	why := q.supervise(ctx, p, func() { bootTime = time.Since(start) })
-	// All that QEMU wrote is in the socket. The deadline is for a stray process that has inherited QEMU's end
-	// of it.
+	// All that QEMU wrote is in the socket. The deadline is for a stray process that has inherited QEMU's end of it.
 	ours.SetReadDeadline(time.Now().Add(5 * time.Second))
 	<-read
 
@@ -189,8 +186,8 @@ func bootOnce(ctx context.Context, b boot) (*Result, error) {
 	return res, nil
 }
 
-// verdict turns the way in which a boot ended into the error of the run; nil if the payload ended or asked
-// for a power cut.
+// verdict turns the way in which a boot ended into the error of the run; nil if the payload ended or asked for a power
+// cut.
 func (b boot) verdict(why error, p *progress, res *Result, stderr string) error {
 	detail := func(err error, text string) error {
 		return fmt.Errorf("%w (kernel %s, %s, after %.1fs)%s\n%s%s", err, res.Release, res.Machine, res.Elapsed.Seconds(), text, stderr, lastLines(res.Console, 40))
@@ -232,8 +229,8 @@ type process struct {
 	ended chan struct{} // closed after Wait has returned
 }
 
-// startProcess starts cmd on a thread that lives as long as cmd runs, because PR_SET_PDEATHSIG fires when the
-// starting thread ends.
+// startProcess starts cmd on a thread that lives as long as cmd runs, because PR_SET_PDEATHSIG fires when the starting
+// thread ends.
 func startProcess(cmd *exec.Cmd) (*process, error) {
 	q := &process{cmd: cmd, ended: make(chan struct{})}
 	started := make(chan error, 1)
@@ -250,8 +247,8 @@ func startProcess(cmd *exec.Cmd) (*process, error) {
 	return q, <-started
 }
 
-// supervise returns when QEMU has ended. It kills QEMU when the context ends (and returns the context's
-// error), when the guest does not come up or down in time, and when the guest asks for a power cut.
+// supervise returns when QEMU has ended. It kills QEMU when the context ends (and returns the context's error), when
+// the guest does not come up or down in time, and when the guest asks for a power cut.
 func (q *process) supervise(ctx context.Context, p *progress, onReady func()) error {
 	defer func() { <-q.ended }()
 	kill := func() {

@@ -13,8 +13,7 @@ import (
 
 const rootSuite = "trixie"
 
-// rootSize is the size of the root file system. The file is sparse, and what a run writes goes to its
-// overlay.
+// rootSize is the size of the root file system. The file is sparse, and what a run writes goes to its overlay.
 const rootSize = 4 << 30
 
 // rootPackages are what tests in a guest need, besides Debian's essential packages.
@@ -72,9 +71,8 @@ func (b *builder) debootstrap(ctx context.Context, tree string) error {
 		cmd.Env = append(cmd.Env, "http_proxy="+p)
 	}
 	cmd.ExtraFiles = []*os.File{b.lock}
-	// debootstrap mounts /proc and /sys in a namespace of its own. So the mounts go with it even if it is
-	// killed, and removing the tree cannot reach through them. The process group makes sure that its children
-	// are killed, too.
+	// debootstrap mounts /proc and /sys in a namespace of its own. So the mounts go with it even if it is killed, and
+	// removing the tree cannot reach through them. The process group makes sure that its children are killed, too.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	_, err := command(cmd)

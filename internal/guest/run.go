@@ -32,8 +32,7 @@ type Run struct {
 	Results string    // host folder that gets the content of /results; empty: no such disk
 	Stdout  io.Writer // the payload's stdout and stderr, live; nil: dropped
 
-	// Terminal connects the guest's second serial port, /dev/ttyS1, to the calling process's stdin and
-	// stdout.
+	// Terminal connects the guest's second serial port, /dev/ttyS1, to the calling process's stdin and stdout.
 	Terminal bool
 }
 
@@ -55,15 +54,14 @@ const (
 	defaultMemory  = 3072
 	defaultScratch = 8 << 30
 	resultsSize    = 4 << 30
-	// bootTimeout is for one try. An emulated guest takes 6 s on an idle machine, and 40 s on a very busy
-	// one.
+	// bootTimeout is for one try. An emulated guest takes 6 s on an idle machine, and 40 s on a very busy one.
 	bootTimeout = 120 * time.Second
 	// endTimeout is how long the guest may take to reset once its payload has ended.
 	endTimeout = 60 * time.Second
 )
 
-// Run boots the guest, runs the script, and waits for its end. The result is nil only if nothing could be
-// started. A script that fails is not an error.
+// Run boots the guest, runs the script, and waits for its end. The result is nil only if nothing could be started. A
+// script that fails is not an error.
 func (img *Image) Run(ctx context.Context, r Run) (*Result, error) {
 	r.setDefaults()
 	k, err := img.kernel(r.Kernel)
@@ -123,8 +121,8 @@ func (r *Run) setDefaults() {
 	}
 }
 
-// runDir makes a folder for a run's files, and returns a function that removes it. It also removes the
-// folders of runs that were killed: their locks are free.
+// runDir makes a folder for a run's files, and returns a function that removes it. It also removes the folders of runs
+// that were killed: their locks are free.
 func (img *Image) runDir() (dir string, release func(), err error) {
 	done, cancel := context.WithCancel(context.Background())
 	cancel() // do not wait for a lock that is taken

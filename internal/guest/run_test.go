@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// fakeGuest returns an image whose QEMU is a script that acts as QEMU and guest. The script finds the nonce in $nonce and
-// the console's file in $console.
+// fakeGuest returns an image whose QEMU is a script that acts as QEMU and guest. The script finds the nonce in $nonce
+// and the console's file in $console.
 func fakeGuest(t *testing.T, script string) *Image {
 	t.Helper()
 	dir := t.TempDir()

@@ -11,10 +11,10 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// adopt finds the devices that earlier owners left. It runs after the store was opened and before anyone else
-// can use the store. A device that waits for a server keeps its volume open. A lasting owner drops devices
-// that the kernel no longer has, and deletes dead ones; a short-lived owner leaves both to the next lasting
-// owner. If the state of a device cannot be determined, adopt leaves it as it is.
+// adopt finds the devices that earlier owners left. It runs after the store was opened and before anyone else can use
+// the store. A device that waits for a server keeps its volume open. A lasting owner drops devices that the kernel no
+// longer has, and deletes dead ones; a short-lived owner leaves both to the next lasting owner. If the state of a
+// device cannot be determined, adopt leaves it as it is.
 func (o *Owner) adopt(ctx context.Context) error {
 	r, err := readRecord(o.in)
 	if err != nil {
@@ -39,9 +39,9 @@ func (o *Owner) adopt(ctx context.Context) error {
 	return nil
 }
 
-// adoptUnread continues if the file of devices cannot be read. That is harmless if the kernel has no device
-// that the file could list. Otherwise a lasting owner fails; any other owner can look at the store, and its
-// volumes stay as they are.
+// adoptUnread continues if the file of devices cannot be read. That is harmless if the kernel has no device that the
+// file could list. Otherwise a lasting owner fails; any other owner can look at the store, and its volumes stay as they
+// are.
 func (o *Owner) adoptUnread(ctx context.Context, cause error) error {
 	infos, err := o.opts.driver.Devices(ctx)
 	if errors.Is(err, ublk.ErrNoDriver) {

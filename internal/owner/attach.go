@@ -13,8 +13,8 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// maxQueues is the default number of queues of a device on machines with at least as many CPUs. Each queue
-// takes a thread and locked memory, and with more queues the engine is the bottleneck.
+// maxQueues is the default number of queues of a device on machines with at least as many CPUs. Each queue takes a
+// thread and locked memory, and with more queues the engine is the bottleneck.
 const maxQueues = 4
 
 // defaultDepth is the default number of requests that one queue of a device handles at once.
@@ -63,8 +63,8 @@ func (o *Owner) Attach(ctx context.Context, a AttachOptions) (Device, error) {
 	return o.serving(d, b, t), nil
 }
 
-// admit adds a disk that is about to be made, unless the same volume or snapshot has one. It checks and adds
-// in one step, so that of two concurrent attaches only one succeeds.
+// admit adds a disk that is about to be made, unless the same volume or snapshot has one. It checks and adds in one
+// step, so that of two concurrent attaches only one succeeds.
 func (o *Owner) admit(d *disk) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -75,8 +75,8 @@ func (o *Owner) admit(d *disk) error {
 	return nil
 }
 
-// shown returns an error if a disk shows the volume or snapshot, or is about to: two disks of the same data
-// would not know of each other. The caller holds Owner.mu.
+// shown returns an error if a disk shows the volume or snapshot, or is about to: two disks of the same data would not
+// know of each other. The caller holds Owner.mu.
 func (o *Owner) shown(r cow.Ref) error {
 	for _, d := range o.disks {
 		switch {
@@ -92,8 +92,8 @@ func (o *Owner) shown(r cow.Ref) error {
 	return nil
 }
 
-// create makes the device, and loads the driver if it is missing. A driver that cannot leave copying to its
-// server (before Linux 6.5) needs a buffer for every request in advance.
+// create makes the device, and loads the driver if it is missing. A driver that cannot leave copying to its server
+// (before Linux 6.5) needs a buffer for every request in advance.
 func (o *Owner) create(ctx context.Context, opts ublk.Options, t *target) (block, error) {
 	b, err := o.createAs(ctx, opts, t)
 	if errors.Is(err, ublk.ErrNoDriver) && loadDriver(ctx) {
@@ -160,8 +160,8 @@ func blockOptions(dev *cow.Device, a AttachOptions, c cookie, report func(error)
 	}
 }
 
-// reporter returns a function that logs the failed requests of a disk. The function takes no lock of the
-// store, because a request may fail while one is held.
+// reporter returns a function that logs the failed requests of a disk. The function takes no lock of the store, because
+// a request may fail while one is held.
 func (o *Owner) reporter(name string) func(error) {
 	return func(err error) {
 		log := o.opts.Logger.With("what", name)
@@ -203,8 +203,8 @@ func (o *Owner) Detach(ctx context.Context, what string, force bool) error {
 	return err
 }
 
-// stop ends a device that is served. If its volume cannot be flushed, the device stays unless force is set:
-// while it exists, its users can still save its content.
+// stop ends a device that is served. If its volume cannot be flushed, the device stays unless force is set: while it
+// exists, its users can still save its content.
 func (o *Owner) stop(ctx context.Context, d *disk, b block, end *ending, force bool) error {
 	how, ref := b.Close, d.ref()
 	if !force {
@@ -227,9 +227,9 @@ func (o *Owner) stop(ctx context.Context, d *disk, b block, end *ending, force b
 	return nil
 }
 
-// giveUp deletes a waiting device; the requests of its users fail. It finds the device by its cookie, since
-// its number may belong to another device by now. A device that may belong to the store that this one is a
-// copy of is only forgotten.
+// giveUp deletes a waiting device; the requests of its users fail. It finds the device by its cookie, since its number
+// may belong to another device by now. A device that may belong to the store that this one is a copy of is only
+// forgotten.
 func (o *Owner) giveUp(ctx context.Context, d *disk) error {
 	info, err := o.lookFor(ctx, d)
 	o.mu.Lock()
@@ -252,8 +252,8 @@ func (o *Owner) giveUp(ctx context.Context, d *disk) error {
 	return o.forget(d)
 }
 
-// removed reports whether the kernel no longer lists the disk. Its number stays taken while anything, such as
-// a mounted file system, holds the rest of it; such users only get errors.
+// removed reports whether the kernel no longer lists the disk. Its number stays taken while anything, such as a mounted
+// file system, holds the rest of it; such users only get errors.
 func (o *Owner) removed(ctx context.Context, d *disk) bool {
 	_, err := o.lookFor(ctx, d)
 	return errors.Is(err, ublk.ErrNotFound)

@@ -27,14 +27,14 @@ type Client struct {
 	http *http.Client
 }
 
-// leastAnswer is the least time that an owner gets for its first answer, however short Options.LockTimeout
-// is. Otherwise an owner at work on a busy machine would be mistaken for a stopped one.
+// leastAnswer is the least time that an owner gets for its first answer, however short Options.LockTimeout is.
+// Otherwise an owner at work on a busy machine would be mistaken for a stopped one.
 const leastAnswer = 2 * time.Second
 
-// connect opens a session with the owner of the store at dir and returns the owner's first status. It fails
-// with ErrNoOwner if nobody listens, with errStopping if the owner is about to end, and with cow.ErrBusy if
-// the owner listens but does not answer within the larger of Options.LockTimeout and leastAnswer. Only this
-// first answer has a time limit.
+// connect opens a session with the owner of the store at dir and returns the owner's first status. It fails with
+// ErrNoOwner if nobody listens, with errStopping if the owner is about to end, and with cow.ErrBusy if the owner
+// listens but does not answer within the larger of Options.LockTimeout and leastAnswer. Only this first answer has a
+// time limit.
 func connect(ctx context.Context, dir string, o Options) (*Client, Status, error) {
 	in, err := storage.OpenFolder(dir, o.Foreign)
 	if err != nil && !errors.Is(err, cow.ErrForeign) {
@@ -80,8 +80,8 @@ func (c *Client) Close() error {
 	return c.in.Close()
 }
 
-// post sends an operation and returns the answer, whose body the caller closes. args, unless nil, go into a
-// header, since the body is something else then.
+// post sends an operation and returns the answer, whose body the caller closes. args, unless nil, go into a header,
+// since the body is something else then.
 func (c *Client) post(ctx context.Context, name string, args *request, body io.Reader) (*http.Response, error) {
 	r, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://vdisk/v1/"+name, body)
 	if err != nil {
@@ -325,8 +325,8 @@ func (c *Client) Import(ctx context.Context, name string, o cow.VolumeOptions, s
 	return v, err
 }
 
-// outlast returns a context for an operation whose data stream tells the owner that ctx has ended. The
-// operation then has stopTimeout to clean up.
+// outlast returns a context for an operation whose data stream tells the owner that ctx has ended. The operation then
+// has stopTimeout to clean up.
 func outlast(ctx context.Context) (context.Context, context.CancelFunc) {
 	longer, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(ctx, func() {

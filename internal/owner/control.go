@@ -28,8 +28,8 @@ type control struct {
 // maxRequest limits the body of a plain operation, and the arguments of the other operations.
 const maxRequest = 1 << 20
 
-// listenControl starts to offer the store on its control socket. The store's lock is held, so an existing
-// socket is not in use.
+// listenControl starts to offer the store on its control socket. The store's lock is held, so an existing socket is not
+// in use.
 func listenControl(o *Owner) (*control, error) {
 	if err := o.in.Remove(controlName); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
@@ -52,8 +52,8 @@ func listenControl(o *Owner) (*control, error) {
 	return c, nil
 }
 
-// close stops the server. Operations under way have been told that the owner's life is over; close waits up
-// to stopTimeout for them.
+// close stops the server. Operations under way have been told that the owner's life is over; close waits up to
+// stopTimeout for them.
 func (c *control) close() error {
 	c.remove() // first, so that nobody connects to a closing server; the store's lock is held until the end
 	ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
@@ -76,8 +76,8 @@ func (c *control) count(_ net.Conn, s http.ConnState) {
 	}
 }
 
-// request is the body of a plain operation, and the arguments of the others. Each operation uses the fields
-// that it needs.
+// request is the body of a plain operation, and the arguments of the others. Each operation uses the fields that it
+// needs.
 type request struct {
 	Name   string            `json:",omitempty"`
 	Names  []string          `json:",omitempty"`
@@ -187,8 +187,8 @@ func (c *control) importStream(w http.ResponseWriter, r *http.Request) {
 	v, err := c.owner.Import(r.Context(), req.Name, req.Volume, sparse.Decode(r.Body, req.Size), nil)
 	reply(w, v, err)
 	if err != nil && duplexErr == nil {
-		// The client stops once it has read the answer. If the connection were closed earlier, the client
-		// would see a broken pipe instead of the reason.
+		// The client stops once it has read the answer. If the connection were closed earlier, the client would see a
+		// broken pipe instead of the reason.
 		if errors.Join(rc.Flush(), rc.SetReadDeadline(time.Now().Add(stopTimeout))) == nil {
 			_, _ = io.Copy(io.Discard, r.Body) // ends when the client closes, or at the deadline
 		}
@@ -261,9 +261,8 @@ func (c *control) bench(w http.ResponseWriter, r *http.Request) {
 	lines.write(last)
 }
 
-// serve takes over the connection. It answers 101, receives the listening socket, and serves until the client
-// closes the connection or the service ends by itself. At the end it sends an Error, which is empty after
-// success.
+// serve takes over the connection. It answers 101, receives the listening socket, and serves until the client closes
+// the connection or the service ends by itself. At the end it sends an Error, which is empty after success.
 func (c *control) serve(w http.ResponseWriter, r *http.Request) {
 	req, err := arguments(r)
 	if err == nil {
@@ -273,8 +272,8 @@ func (c *control) serve(w http.ResponseWriter, r *http.Request) {
 		reply(w, nil, err)
 		return
 	}
-	// The connection counts as a session until the service is counted: no upgrade, and no end of an idle
-	// owner, may come in between.
+	// The connection counts as a session until the service is counted: no upgrade, and no end of an idle owner, may
+	// come in between.
 	c.owner.begin()
 	registered := sync.OnceFunc(c.owner.end)
 	defer registered()

@@ -28,8 +28,8 @@ const (
 // readyAnswer is what a daemon sends when it is ready. A daemon that fails sends an Error.
 var readyAnswer = []byte("{}")
 
-// OpenLasting opens the store at dir through a lasting owner: the present one, or a daemon that it starts by
-// running this program with args. started reports whether it started one. The daemon must call Ready.
+// OpenLasting opens the store at dir through a lasting owner: the present one, or a daemon that it starts by running
+// this program with args. started reports whether it started one. The daemon must call Ready.
 func OpenLasting(ctx context.Context, dir string, o Options, args []string) (c *Client, started bool, err error) {
 	if err := refuseWaiting(ctx, dir, o.withDefaults()); err != nil {
 		return nil, false, err
@@ -85,8 +85,7 @@ func startDaemon(ctx context.Context, dir string, args []string) error {
 	return fmt.Errorf("the daemon ended before it was ready: %w", errors.Join(err, werr))
 }
 
-// original turns a daemon's error that the store is locked into a cow.LockedError again, so that it is
-// retried.
+// original turns a daemon's error that the store is locked into a cow.LockedError again, so that it is retried.
 func (e *Error) original(dir string) error {
 	if errors.Is(e, errLocked) {
 		return &cow.LockedError{Dir: dir, Holder: Holder(dir)}
@@ -94,9 +93,9 @@ func (e *Error) original(dir string) error {
 	return e
 }
 
-// Ready tells the process that started this daemon that it works (err is nil), or why it does not. From then
-// on the daemon's output goes to the store's log, since its starter may be gone. If the folder could not be
-// opened as a store, there is no log.
+// Ready tells the process that started this daemon that it works (err is nil), or why it does not. From then on the
+// daemon's output goes to the store's log, since its starter may be gone. If the folder could not be opened as a store,
+// there is no log.
 func Ready(dir string, foreign bool, err error) error {
 	w := os.NewFile(ReadyFD, "ready pipe")
 	syscall.CloseOnExec(ReadyFD)

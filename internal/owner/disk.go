@@ -14,15 +14,15 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// disk is a block device of the store. Either this process serves it, or it waits for a server to recover it.
-// In both cases its volume is open, so that nobody changes the volume without the disk's knowledge.
+// disk is a block device of the store. Either this process serves it, or it waits for a server to recover it. In both
+// cases its volume is open, so that nobody changes the volume without the disk's knowledge.
 type disk struct {
 	cookie   cookie
 	name     string // of the volume or snapshot, as recorded
 	readOnly bool
 	lost     bool // see deviceRecord
-	// elsewhere is deviceRecord.Dev. While it is not 0, the disk may belong to a store that this one is a
-	// copy of, and is neither served nor deleted. Guarded by Owner.mu.
+	// elsewhere is deviceRecord.Dev. While it is not 0, the disk may belong to a store that this one is a copy of, and
+	// is neither served nor deleted. Guarded by Owner.mu.
 	elsewhere uint64
 	dev       *cow.Device // nil: the volume is gone, and the disk cannot be served again
 
@@ -67,8 +67,7 @@ func pathOf(id int) string {
 	return fmt.Sprintf("/dev/ublkb%d", id)
 }
 
-// listed reports whether the disk is shown to others. It is not while it is being made. The caller holds
-// Owner.mu.
+// listed reports whether the disk is shown to others. It is not while it is being made. The caller holds Owner.mu.
 func (d *disk) listed() bool { return d.id >= 0 || !d.busy }
 
 // info returns the disk's public description. The caller holds Owner.mu.
@@ -104,8 +103,7 @@ func (o *Owner) devicesOf(volume string) []Device {
 	return list
 }
 
-// find returns the disk at a path, or the disk that shows the named volume or snapshot. The caller holds
-// Owner.mu.
+// find returns the disk at a path, or the disk that shows the named volume or snapshot. The caller holds Owner.mu.
 func (o *Owner) find(what string) (*disk, error) {
 	name := what
 	if strings.HasPrefix(what, "/") {
@@ -121,8 +119,7 @@ func (o *Owner) find(what string) (*disk, error) {
 	return nil, fmt.Errorf("%s is not attached: %w", what, cow.ErrNotFound)
 }
 
-// claim prevents others from attaching, recovering or giving up a disk until release. The caller holds
-// Owner.mu.
+// claim prevents others from attaching, recovering or giving up a disk until release. The caller holds Owner.mu.
 func (d *disk) claim() error {
 	if d.busy {
 		return fmt.Errorf("%v: another command is working on it: %w", d.ref(), cow.ErrBusy)
@@ -155,8 +152,8 @@ func (o *Owner) forget(d *disk) error {
 // record writes the present disks to the file of devices.
 func (o *Owner) record() error { return o.recordRenaming(cow.Ref{}, cow.Ref{}) }
 
-// recordRenaming is record for the time just before a volume or snapshot is renamed: for each affected disk
-// it records the new name, too.
+// recordRenaming is record for the time just before a volume or snapshot is renamed: for each affected disk it records
+// the new name, too.
 func (o *Owner) recordRenaming(from, to cow.Ref) error {
 	o.recording.Lock()
 	defer o.recording.Unlock()
@@ -181,9 +178,9 @@ func (o *Owner) recordRenaming(from, to cow.Ref) error {
 	return r.write(o.in)
 }
 
-// watchRoutine waits for the end of a block device, whatever caused it. It then closes the volume behind the device,
-// or keeps the volume open for the next server if the device stays. An error becomes the result of the
-// command that ended the device, or of the owner's end if no command did.
+// watchRoutine waits for the end of a block device, whatever caused it. It then closes the volume behind the device, or
+// keeps the volume open for the next server if the device stays. An error becomes the result of the command that ended
+// the device, or of the owner's end if no command did.
 func (o *Owner) watchRoutine(d *disk, b block, t *target, end *ending) {
 	defer close(end.done)
 	since := time.Now()
@@ -271,8 +268,8 @@ func (o *Owner) servedUntil() (disks []*disk, blocks []block, ends []*ending) {
 	return disks, blocks, ends
 }
 
-// endServing calls end for all block devices in parallel, and waits until the ones that it ended are gone.
-// Its error includes data that could not be made durable.
+// endServing calls end for all block devices in parallel, and waits until the ones that it ended are gone. Its error
+// includes data that could not be made durable.
 func (o *Owner) endServing(ctx context.Context, end func(block) error) error {
 	disks, blocks, ends := o.servedUntil()
 	errs := make([]error, len(disks))
@@ -293,8 +290,7 @@ func (o *Owner) endServing(ctx context.Context, end func(block) error) error {
 	return errors.Join(errs...)
 }
 
-// closeDisks ends all devices, even those in use, or leaves them to the next owner. Waiting devices keep
-// waiting.
+// closeDisks ends all devices, even those in use, or leaves them to the next owner. Waiting devices keep waiting.
 func (o *Owner) closeDisks(ctx context.Context) error {
 	end := func(b block) error { return b.Close(ctx) }
 	if _, blocks := o.servedDisks(); o.leaving() {

@@ -12,12 +12,12 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// The data that a killed owner had acknowledged may be in the shared memory of another container
-// (cow.ErrElsewhere). A waiting disk needs that data, because its users have seen the acknowledgements. While
-// there is such a disk, the store may be opened only in that container.
+// The data that a killed owner had acknowledged may be in the shared memory of another container (cow.ErrElsewhere). A
+// waiting disk needs that data, because its users have seen the acknowledgements. While there is such a disk, the store
+// may be opened only in that container.
 
-// openElsewhere opens a store whose last owner's memory is elsewhere, if no waiting disk needs that memory.
-// cause is the error of the first attempt.
+// openElsewhere opens a store whose last owner's memory is elsewhere, if no waiting disk needs that memory. cause is
+// the error of the first attempt.
 func openElsewhere(ctx context.Context, dir string, o Options, opts cow.Options, cause error) (*cow.Store, error) {
 	need, err := needMemory(ctx, dir, o)
 	if err != nil {
@@ -30,8 +30,7 @@ func openElsewhere(ctx context.Context, dir string, o Options, opts cow.Options,
 	return openStore(dir, o, opts)
 }
 
-// needMemory lists the writable disks that wait, or that may wait because the driver's devices could not all
-// be listed.
+// needMemory lists the writable disks that wait, or that may wait because the driver's devices could not all be listed.
 func needMemory(ctx context.Context, dir string, o Options) (need []string, err error) {
 	in, err := storage.OpenFolder(dir, o.Foreign)
 	if err != nil {
@@ -55,9 +54,8 @@ func needMemory(ctx context.Context, dir string, o Options) (need []string, err 
 	return need, nil
 }
 
-// GiveUp does what Detach with force does to a waiting disk, for a store that Open refuses with
-// cow.ErrElsewhere. It needs only the file of devices. The shared memory stays, because other disks may need
-// it.
+// GiveUp does what Detach with force does to a waiting disk, for a store that Open refuses with cow.ErrElsewhere. It
+// needs only the file of devices. The shared memory stays, because other disks may need it.
 func GiveUp(ctx context.Context, dir, what string, o Options) error {
 	o = o.withDefaults()
 	ctx, cancel := context.WithTimeout(ctx, stopTimeout)
@@ -100,8 +98,8 @@ func GiveUp(ctx context.Context, dir, what string, o Options) error {
 	return fmt.Errorf("%s is not attached: %w", what, cow.ErrNotFound)
 }
 
-// deleteWaiting deletes a device. An error is ignored if the driver no longer lists the device: something
-// still holds it, but it is deleted.
+// deleteWaiting deletes a device. An error is ignored if the driver no longer lists the device: something still holds
+// it, but it is deleted.
 func deleteWaiting(ctx context.Context, k driver, info ublk.DeviceInfo) error {
 	err := k.Delete(ctx, info.ID, true)
 	if err == nil || errors.Is(err, ublk.ErrNotFound) {

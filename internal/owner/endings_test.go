@@ -69,8 +69,8 @@ func brittle(t *testing.T, ctx context.Context) (*world, *Owner, *brittleFS) {
 	return w, o, fs
 }
 
-// TestLastFlushFails: unflushed writes cannot be made durable. Detach then leaves the disk. With force, and at every other
-// end of the disk, the error reports it.
+// TestLastFlushFails: unflushed writes cannot be made durable. Detach then leaves the disk. With force, and at every
+// other end of the disk, the error reports it.
 func TestLastFlushFails(t *testing.T) {
 	notDurable := func(t *testing.T, err error) {
 		t.Helper()

@@ -10,8 +10,8 @@ import (
 	"github.com/vdisk/vdisk/internal/owner/sparse"
 )
 
-// ErrUnsupported means that this machine cannot do it: it has no ublk driver, the process may not use the
-// driver, or the kernel is too old.
+// ErrUnsupported means that this machine cannot do it: it has no ublk driver, the process may not use the driver, or
+// the kernel is too old.
 var ErrUnsupported = errors.New("not supported on this machine")
 
 // ErrNoMemory means that there is not enough memory for another device.
@@ -26,8 +26,8 @@ var ErrNoOwner = errors.New("nobody offers the store")
 // errLocked stands for a cow.LockedError that came through a pipe or socket.
 var errLocked = errors.New("the store has another owner")
 
-// codes maps errors to the names under which they travel. The names are a promise: other versions of the
-// program read them.
+// codes maps errors to the names under which they travel. The names are a promise: other versions of the program read
+// them.
 var codes = []struct {
 	code string
 	err  error
@@ -53,8 +53,7 @@ var codes = []struct {
 	{"canceled", context.Canceled},
 }
 
-// Error is an owner's error as its client sees it: the text, and the codes of all sentinels that the error
-// matched.
+// Error is an owner's error as its client sees it: the text, and the codes of all sentinels that the error matched.
 type Error struct {
 	Message string   `json:"error"`
 	Codes   []string `json:"codes"`

@@ -11,9 +11,9 @@ import (
 	"github.com/vdisk/vdisk/nbd"
 )
 
-// exports holds the volumes and snapshots that NBD clients have open. All clients of one volume or snapshot
-// share a handle, because the engine allows one writer per volume, and a flush on one connection must cover
-// the writes of all connections (MULTI_CONN).
+// exports holds the volumes and snapshots that NBD clients have open. All clients of one volume or snapshot share a
+// handle, because the engine allows one writer per volume, and a flush on one connection must cover the writes of all
+// connections (MULTI_CONN).
 type exports struct {
 	store   *cow.Store
 	explain func(volume string, err error) error // adds the users of a busy volume to err
@@ -29,8 +29,7 @@ type handle struct {
 	dev      *cow.Device
 	readOnly bool // as it was opened
 	users    int
-	// flushing counts the releases of a last user that still flush. A client that arrives meanwhile shares the
-	// handle.
+	// flushing counts the releases of a last user that still flush. A client that arrives meanwhile shares the handle.
 	flushing int
 }
 
@@ -82,9 +81,9 @@ func (x *exports) release(h *handle) error {
 	return errors.Join(err, h.dev.Close())
 }
 
-// keepOut prevents clients from opening from, which is about to be renamed, until the returned function is
-// called. It fails if clients have it open: when they reconnect they would ask for the old name and find
-// nothing, or another volume.
+// keepOut prevents clients from opening from, which is about to be renamed, until the returned function is called. It
+// fails if clients have it open: when they reconnect they would ask for the old name and find nothing, or another
+// volume.
 func (x *exports) keepOut(from cow.Ref) (func(), error) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -102,8 +101,8 @@ func (x *exports) keepOut(from cow.Ref) (func(), error) {
 	}, nil
 }
 
-// sharing returns how many more clients have a volume or its snapshots open than the engine counts. The
-// engine counts one per handle.
+// sharing returns how many more clients have a volume or its snapshots open than the engine counts. The engine counts
+// one per handle.
 func (x *exports) sharing(volume string) (n int) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -154,8 +153,8 @@ type catalog struct {
 	err error      // the first failure to make a leaving client's writes durable
 }
 
-// leave ends a client's use of a handle. If the client's writes could not be made durable, the service fails,
-// too, since the client may be gone.
+// leave ends a client's use of a handle. If the client's writes could not be made durable, the service fails, too,
+// since the client may be gone.
 func (c *catalog) leave(h *handle) error {
 	err := c.release(h)
 	c.mu.Lock()
@@ -232,8 +231,8 @@ func notExist(err error) error {
 	return err
 }
 
-// Open opens an export for a client. An empty name means the service's only export; if the service shows all
-// exports, it means the store's only volume.
+// Open opens an export for a client. An empty name means the service's only export; if the service shows all exports,
+// it means the store's only volume.
 func (c *catalog) Open(name string) (*nbd.Export, error) {
 	r, err := c.resolve(name)
 	if err != nil {

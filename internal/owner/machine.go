@@ -85,8 +85,8 @@ func probeNBD() error {
 	return nil
 }
 
-// loadDriver loads the ublk driver as the kernel itself would, so that attaching needs no set-up. It reports
-// whether that succeeded. If not, the user sees the error that the driver is missing.
+// loadDriver loads the ublk driver as the kernel itself would, so that attaching needs no set-up. It reports whether
+// that succeeded. If not, the user sees the error that the driver is missing.
 func loadDriver(ctx context.Context) bool {
 	path, err := os.ReadFile("/proc/sys/kernel/modprobe") // proc(5)
 	if err != nil || os.Geteuid() != 0 {

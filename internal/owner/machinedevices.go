@@ -29,8 +29,8 @@ type MachineDevice struct {
 	Abandoned string // why nobody can need it any more; empty: somebody may
 }
 
-// MachineDevices lists the ublk devices of the machine, and names those of the store at dir, if there is one.
-// If it cannot list all devices, it returns those that it can, and an error.
+// MachineDevices lists the ublk devices of the machine, and names those of the store at dir, if there is one. If it
+// cannot list all devices, it returns those that it can, and an error.
 func MachineDevices(ctx context.Context, dir string) ([]MachineDevice, error) {
 	return machineDevices(ctx, kernel{}, dir)
 }
@@ -57,9 +57,8 @@ func machineDevices(ctx context.Context, k driver, dir string) ([]MachineDevice,
 	return list, err
 }
 
-// storeDevices returns the names of the volumes and snapshots that the store has attached, by cookie. It
-// returns nothing if the store cannot be read, and leaves out devices that may belong to a store that this
-// one is a copy of.
+// storeDevices returns the names of the volumes and snapshots that the store has attached, by cookie. It returns
+// nothing if the store cannot be read, and leaves out devices that may belong to a store that this one is a copy of.
 func storeDevices(ctx context.Context, k driver, dir string) map[cookie]string {
 	if refuseWaiting(ctx, dir, Options{driver: k}.withDefaults()) != nil {
 		return nil
@@ -97,13 +96,13 @@ func commandOf(pid int) string {
 	return strings.TrimSpace(strings.ReplaceAll(string(b), "\x00", " "))
 }
 
-// pruneDelay is how long a device must be seen dead before it is deleted: a device that is being made is
-// dead, too, for some milliseconds.
+// pruneDelay is how long a device must be seen dead before it is deleted: a device that is being made is dead, too, for
+// some milliseconds.
 const pruneDelay = time.Second
 
-// Prune deletes the devices of the machine that nobody can need any more, and returns the deleted ones. It
-// keeps waiting devices, whatever the store's file of devices says: a store and a block-level copy of it have
-// the same mark in their devices.
+// Prune deletes the devices of the machine that nobody can need any more, and returns the deleted ones. It keeps
+// waiting devices, whatever the store's file of devices says: a store and a block-level copy of it have the same mark
+// in their devices.
 func Prune(ctx context.Context, dir string) (deleted []MachineDevice, err error) {
 	return prune(ctx, kernel{}, dir)
 }
@@ -136,9 +135,8 @@ func prune(ctx context.Context, k driver, dir string) (deleted []MachineDevice, 
 	return deleted, errors.Join(errs...)
 }
 
-// DeleteDevice deletes the device at a path, of any program. With force it deletes a device that waits for
-// its server, too. It refuses a device of the store at dir, which is left to Detach; a served device is left
-// to its server.
+// DeleteDevice deletes the device at a path, of any program. With force it deletes a device that waits for its server,
+// too. It refuses a device of the store at dir, which is left to Detach; a served device is left to its server.
 func DeleteDevice(ctx context.Context, dir, path string, force bool) (MachineDevice, error) {
 	return deleteDevice(ctx, kernel{}, dir, path, force)
 }

@@ -18,8 +18,7 @@ type memory struct {
 	available int64 // what is free, or can be freed without writing anything
 }
 
-// limitBuffers limits the buffers of all devices together to a fraction of the memory that this process may
-// use.
+// limitBuffers limits the buffers of all devices together to a fraction of the memory that this process may use.
 func (o *Owner) limitBuffers() {
 	const share = 8
 	least := int64(0)
@@ -33,11 +32,10 @@ func (o *Owner) limitBuffers() {
 	}
 }
 
-// hasMemoryFor refuses a device that would use up the memory: the kernel would sooner or later kill the
-// process, which serves all the other devices. There must be enough for the idle device and for one busy
-// queue; further requests wait for each other's buffers. Some memory must be left over, since available
-// memory includes the pages of running programs: a guest of 512 MiB became slow and lost processes when 40
-// MiB were left.
+// hasMemoryFor refuses a device that would use up the memory: the kernel would sooner or later kill the process, which
+// serves all the other devices. There must be enough for the idle device and for one busy queue; further requests wait
+// for each other's buffers. Some memory must be left over, since available memory includes the pages of running
+// programs: a guest of 512 MiB became slow and lost processes when 40 MiB were left.
 func (o *Owner) hasMemoryFor(opts ublk.Options) error {
 	idle, most := opts.Memory()
 	need := idle + (most-idle)/int64(max(opts.Queues, 1))
@@ -56,8 +54,8 @@ type room struct {
 	left int64
 }
 
-// spareThreads is how many threads are left for the runtime, which ends the process if it cannot make a
-// thread, and for other programs.
+// spareThreads is how many threads are left for the runtime, which ends the process if it cannot make a thread, and for
+// other programs.
 const spareThreads = 64
 
 // hasThreadsFor refuses a device if there is no room for its threads.
@@ -98,8 +96,8 @@ func readThreads(root string) []room {
 	return list
 }
 
-// readMemory reads the limits on memory from the files below root, which is / except in tests. A file that
-// cannot be read sets no limit.
+// readMemory reads the limits on memory from the files below root, which is / except in tests. A file that cannot be
+// read sets no limit.
 func readMemory(root string) []memory {
 	var list []memory
 	info := readFields(filepath.Join(root, "proc/meminfo"))
@@ -128,9 +126,8 @@ type group struct {
 	old        bool // of cgroup version 1
 }
 
-// groups returns the control groups of this process that have a controller, from the innermost outwards. In a
-// container the names may be those of the host, whose groups cannot be seen from there; then the root is the
-// container's group.
+// groups returns the control groups of this process that have a controller, from the innermost outwards. In a container
+// the names may be those of the host, whose groups cannot be seen from there; then the root is the container's group.
 func groups(root, controller string) (list []group) {
 	text, err := os.ReadFile(filepath.Join(root, "proc/self/cgroup"))
 	if err != nil {

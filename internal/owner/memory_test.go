@@ -128,8 +128,8 @@ func TestAttachNeedsThreads(t *testing.T) {
 	w.close(o)
 }
 
-// TestAttachNeedsMemory: a device that would take the last memory is refused. The error names the machine or the control
-// group, also in a command that asked the owner. Nothing is left of the device.
+// TestAttachNeedsMemory: a device that would take the last memory is refused. The error names the machine or the
+// control group, also in a command that asked the owner. Nothing is left of the device.
 func TestAttachNeedsMemory(t *testing.T) {
 	w := newWorld(t)
 	opts := w.options(true)

@@ -14,8 +14,8 @@ import (
 // retryEvery is the pause between two attempts to open a busy store.
 const retryEvery = 25 * time.Millisecond
 
-// Open opens the store at dir: through its owner if one answers, otherwise by owning it until Close. A store
-// that this process cannot write to is opened for reading. ctx must last for as long as the store is open.
+// Open opens the store at dir: through its owner if one answers, otherwise by owning it until Close. A store that this
+// process cannot write to is opened for reading. ctx must last for as long as the store is open.
 func Open(ctx context.Context, dir string, o Options) (Store, error) {
 	o = o.withDefaults()
 	if err := refuseWaiting(ctx, dir, o); err != nil {
@@ -88,8 +88,7 @@ func retry[T any](ctx context.Context, o Options, f func() (T, error)) (T, error
 	}
 }
 
-// Holder returns the lock file's text about the process that has locked the store at dir, or "" if it cannot
-// be read.
+// Holder returns the lock file's text about the process that has locked the store at dir, or "" if it cannot be read.
 func Holder(dir string) string {
 	in, err := storage.OpenFolder(dir, true)
 	if err != nil {

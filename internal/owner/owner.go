@@ -13,8 +13,7 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// Owner is a store that this process owns: the engine, the control socket, the block devices and the NBD
-// services.
+// Owner is a store that this process owns: the engine, the control socket, the block devices and the NBD services.
 type Owner struct {
 	dir     string
 	in      *storage.Folder // the store's folder, at dir
@@ -52,9 +51,9 @@ type Owner struct {
 	changed     chan struct{} // closed and replaced when a field above changes
 }
 
-// own makes this process the owner of the store, which must exist. ctx limits what is done for others while
-// the store is owned. A store that cannot be written to is opened only if mayRead is set. It then has no
-// control socket and no devices, and others may read it at the same time.
+// own makes this process the owner of the store, which must exist. ctx limits what is done for others while the store
+// is owned. A store that cannot be written to is opened only if mayRead is set. It then has no control socket and no
+// devices, and others may read it at the same time.
 func own(ctx context.Context, dir string, o Options, mayRead bool) (*Owner, error) {
 	opts := cow.Options{ // its clients and devices continue when it is killed
 		LockTimeout: o.LockTimeout, Holder: o.Command, Logger: o.Logger, CacheBytes: o.MapCache, MaxBytes: o.MaxBytes, ColdAfter: o.ColdAfter,
@@ -106,8 +105,7 @@ func openStore(dir string, o Options, opts cow.Options) (*cow.Store, error) {
 // stopTimeout limits each step of ending: a client's last operation, a device's last requests.
 const stopTimeout = 20 * time.Second
 
-// closeTimeout limits the closing of the store, which writes what is in memory. Only an unresponsive disk
-// takes longer.
+// closeTimeout limits the closing of the store, which writes what is in memory. Only an unresponsive disk takes longer.
 const closeTimeout = 2 * time.Minute
 
 // inTime returns the result of f, or an error if f takes longer than limit; f then continues.
@@ -124,16 +122,15 @@ func inTime(limit time.Duration, what string, f func() error) error {
 	}
 }
 
-// Close ends the owner. It waits for the clients of the control socket, unless the context that the owner was
-// opened with has ended; stops the services and devices; and closes the store.
+// Close ends the owner. It waits for the clients of the control socket, unless the context that the owner was opened
+// with has ended; stops the services and devices; and closes the store.
 func (o *Owner) Close() error {
 	o.wait(func() bool { o.stopping = o.stopping || o.sessions == 0; return o.stopping })
 	return o.close()
 }
 
-// CloseWhenIdle does what Close does, once no device, service or client is left. It waits up to grace for the
-// first of them. It does not wait after the context that the owner was opened with has ended, or after
-// Upgrade.
+// CloseWhenIdle does what Close does, once no device, service or client is left. It waits up to grace for the first of
+// them. It does not wait after the context that the owner was opened with has ended, or after Upgrade.
 func (o *Owner) CloseWhenIdle(grace time.Duration) error {
 	timer := time.AfterFunc(grace, o.notify)
 	defer timer.Stop()
@@ -147,8 +144,7 @@ func (o *Owner) CloseWhenIdle(grace time.Duration) error {
 	return o.close()
 }
 
-// CloseWhenDone does what Close does, once the context that the owner was opened with has ended, or after
-// Upgrade.
+// CloseWhenDone does what Close does, once the context that the owner was opened with has ended, or after Upgrade.
 func (o *Owner) CloseWhenDone() error {
 	o.wait(func() bool { return o.successor != nil })
 	return o.close()
@@ -157,8 +153,8 @@ func (o *Owner) CloseWhenDone() error {
 // WritesThrough reports whether writes are slower for lack of shared memory.
 func (o *Owner) WritesThrough() bool { return o.store.WritesThrough() }
 
-// LeaveDisks keeps the disks in the kernel when the owner closes, and their users wait for the next owner. It
-// reports whether this process serves any disk.
+// LeaveDisks keeps the disks in the kernel when the owner closes, and their users wait for the next owner. It reports
+// whether this process serves any disk.
 func (o *Owner) LeaveDisks() bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -172,8 +168,8 @@ func (o *Owner) CloseLeaving() error {
 	return o.close()
 }
 
-// leaving reports whether the disks outlive the owner. An upgrade has quiesced them all, but a disk whose
-// server failed may have got a new server since.
+// leaving reports whether the disks outlive the owner. An upgrade has quiesced them all, but a disk whose server failed
+// may have got a new server since.
 func (o *Owner) leaving() bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -249,8 +245,8 @@ func (o *Owner) end() {
 	o.notifyLocked()
 }
 
-// lasting refuses an operation that must outlive an owner that is about to end, or one that would lose
-// acknowledged data when it is killed.
+// lasting refuses an operation that must outlive an owner that is about to end, or one that would lose acknowledged
+// data when it is killed.
 func (o *Owner) lasting() error {
 	if !o.store.SurvivesKill() {
 		return fmt.Errorf("%w until the command that uses it ends", &cow.LockedError{Dir: o.dir, Holder: o.holder()})

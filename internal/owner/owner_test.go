@@ -400,7 +400,8 @@ func TestSockets(t *testing.T) {
 	}
 }
 
-// TestPassedSocket lets an owner serve a socket that a client made. The service ends with the client or the last connection.
+// TestPassedSocket lets an owner serve a socket that a client made. The service ends with the client or the last
+// connection.
 func TestPassedSocket(t *testing.T) {
 	dir := newStore(t)
 	owner := offer(t, dir)

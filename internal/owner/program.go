@@ -8,12 +8,11 @@ import (
 )
 
 // startedFrom is the path by which this program was started. An upgrade looks for the next version there.
-// /proc/self/exe cannot tell the path later: it follows the file if that is renamed to make way for a new
-// one.
+// /proc/self/exe cannot tell the path later: it follows the file if that is renamed to make way for a new one.
 var startedFrom = startPath(os.Args[0])
 
-// startPath returns the absolute path that arg0, the first argument, stands for. If that is not this program,
-// as when the starter chose another name, startPath returns the present path of the program's file.
+// startPath returns the absolute path that arg0, the first argument, stands for. If that is not this program, as when
+// the starter chose another name, startPath returns the present path of the program's file.
 func startPath(arg0 string) string {
 	path := arg0
 	if !strings.Contains(path, "/") {

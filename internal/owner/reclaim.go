@@ -17,8 +17,8 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// A process that serves a disk must not wait for memory that becomes free only when that disk has been
-// written. The measures against it are taken once, before the first device; Status reports them.
+// A process that serves a disk must not wait for memory that becomes free only when that disk has been written. The
+// measures against it are taken once, before the first device; Status reports them.
 
 // Reclaim reports which of these measures are in effect. Its JSON is a promise to scripts.
 type Reclaim struct {
@@ -28,8 +28,8 @@ type Reclaim struct {
 	MountNamespace Availability `json:"mount_namespace"`
 }
 
-// oomScore protects the process from the out-of-memory killer, since its death stops file systems. -1000
-// would protect it even if it is the process that leaks memory.
+// oomScore protects the process from the out-of-memory killer, since its death stops file systems. -1000 would protect
+// it even if it is the process that leaks memory.
 const oomScore = -900
 
 // prepareForReclaim takes these measures before the first device, and logs each one that is not available.
@@ -128,9 +128,9 @@ func mountNamespace() error {
 	return nil
 }
 
-// dropMountCopies unmounts the mounts of a device that exist only in this process's mount namespace. They are
-// copies, made when the namespace was made. They would hold the device after the real mount is gone, and
-// would be written back while this process, the device's server, exits. The device must be served meanwhile.
+// dropMountCopies unmounts the mounts of a device that exist only in this process's mount namespace. They are copies,
+// made when the namespace was made. They would hold the device after the real mount is gone, and would be written back
+// while this process, the device's server, exits. The device must be served meanwhile.
 func dropMountCopies(id int) error {
 	if mountNamespace() == nil {
 		return nil
@@ -157,12 +157,12 @@ func dropMountCopies(id int) error {
 	return errors.Join(errs...)
 }
 
-// capSysPtrace is CAP_SYS_PTRACE in linux/capability.h. Without it the namespaces of other users' processes
-// cannot be read, and the processes may not even be listed (hidepid).
+// capSysPtrace is CAP_SYS_PTRACE in linux/capability.h. Without it the namespaces of other users' processes cannot be
+// read, and the processes may not even be listed (hidepid).
 const capSysPtrace = 19
 
-// aloneInNamespace reports whether no other process is in this process's mount namespace. It returns an error
-// if it cannot determine that.
+// aloneInNamespace reports whether no other process is in this process's mount namespace. It returns an error if it
+// cannot determine that.
 func aloneInNamespace(proc string) (bool, error) {
 	if has, err := hasCapability(proc, capSysPtrace); err != nil || !has {
 		return false, errors.Join(errors.New("the other processes in the mount namespace cannot be listed without CAP_SYS_PTRACE"), err)
@@ -190,8 +190,7 @@ func aloneInNamespace(proc string) (bool, error) {
 	return true, nil
 }
 
-// mountsOf returns the mount points of a device and its partitions in this mount namespace
-// (proc_pid_mountinfo(5)).
+// mountsOf returns the mount points of a device and its partitions in this mount namespace (proc_pid_mountinfo(5)).
 func mountsOf(id int) (points []string, err error) {
 	numbers := map[string]bool{}
 	name := fmt.Sprintf("ublkb%d", id)
@@ -207,8 +206,8 @@ func mountsOf(id int) (points []string, err error) {
 	return mountPoints(numbers, string(text)), err
 }
 
-// mountPoints returns the mount points of the devices with the given numbers. A line may have any length: an
-// overlay's options make it long.
+// mountPoints returns the mount points of the devices with the given numbers. A line may have any length: an overlay's
+// options make it long.
 func mountPoints(numbers map[string]bool, mountinfo string) (points []string) {
 	for line := range strings.Lines(mountinfo) {
 		if f := strings.Fields(line); len(f) > 4 && numbers[f[2]] {
@@ -223,9 +222,8 @@ func unescape(s string) string {
 	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(s)
 }
 
-// refuseWaiting refuses a store whose folder is on a device that waits for a server: touching the folder
-// would hang until the server comes, and this process may be meant to be that server. It touches nothing in
-// the folder.
+// refuseWaiting refuses a store whose folder is on a device that waits for a server: touching the folder would hang
+// until the server comes, and this process may be meant to be that server. It touches nothing in the folder.
 func refuseWaiting(ctx context.Context, dir string, o Options) error {
 	ids, err := o.driver.BackingDevices(dir)
 	if err != nil || len(ids) == 0 {

@@ -15,9 +15,9 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// recordName is the file in a store that lists its block devices, while there are any. A device outlives its
-// killed server; the file tells the next owner what the device shows. docs/ublk.md, Recovery and upgrade, has
-// the order of the writes.
+// recordName is the file in a store that lists its block devices, while there are any. A device outlives its killed
+// server; the file tells the next owner what the device shows. docs/ublk.md, Recovery and upgrade, has the order of the
+// writes.
 const recordName = "devices"
 
 // record is the content of the file of devices.
@@ -29,8 +29,8 @@ type record struct {
 	Devices   []deviceRecord `json:"devices"`
 }
 
-// deviceRecord is one device. Only its cookie identifies it in the kernel: its id is not known yet when the
-// record is written, and may belong to another device later.
+// deviceRecord is one device. Only its cookie identifies it in the kernel: its id is not known yet when the record is
+// written, and may belong to another device later.
 type deviceRecord struct {
 	Cookie   cookie `json:"cookie"`
 	Ref      string `json:"ref"`
@@ -38,8 +38,8 @@ type deviceRecord struct {
 	ReadOnly bool   `json:"readonly,omitempty"`
 	// The server's acknowledged data is lost: the device must not be recovered.
 	Lost bool `json:"lost,omitempty"`
-	// Dev is the file system that the store's folder was on, if it is on another one now. Either it is the
-	// same file system, mounted again, or the one that this is a copy of; this process cannot tell which.
+	// Dev is the file system that the store's folder was on, if it is on another one now. Either it is the same file
+	// system, mounted again, or the one that this is a copy of; this process cannot tell which.
 	Dev uint64 `json:"dev,omitempty"`
 }
 
@@ -63,8 +63,8 @@ type mark uint32
 
 func (c cookie) mark() mark { return mark(c >> 32) }
 
-// markOf returns the mark of the store in a folder. It depends on the folder's inode, so that a copy of a
-// store does not take the original's devices for its own.
+// markOf returns the mark of the store in a folder. It depends on the folder's inode, so that a copy of a store does
+// not take the original's devices for its own.
 func markOf(in *storage.Folder, uuid string) (mark, error) {
 	st, err := in.Stat()
 	if err != nil {
@@ -74,16 +74,15 @@ func markOf(in *storage.Folder, uuid string) (mark, error) {
 	return mark(max(sum, 1)), nil // 0 is the cookie of other programs' devices
 }
 
-// newCookie returns a new cookie with the store's mark. It is never 0, which means any cookie to package
-// ublk.
+// newCookie returns a new cookie with the store's mark. It is never 0, which means any cookie to package ublk.
 func (m mark) newCookie() cookie {
 	var b [4]byte
 	_, _ = rand.Read(b[:]) // never fails
 	return cookie(m)<<32 | cookie(binary.LittleEndian.Uint32(b[:]))
 }
 
-// process is one process of this boot. Its start time tells it from a later process with the same id;
-// executing another program does not change the start time.
+// process is one process of this boot. Its start time tells it from a later process with the same id; executing another
+// program does not change the start time.
 type process struct {
 	PID   int    `json:"pid"`
 	Start string `json:"start"` // field 22 of proc_pid_stat(5)
@@ -94,9 +93,8 @@ func thisProcess() process { return process{os.Getpid(), startOf(os.Getpid())} }
 // alive reports whether the process exists.
 func (p process) alive() bool { return p.Start != "" && startOf(p.PID) == p.Start }
 
-// startOf returns the start time of a process, or "" if there is none. A process whose first thread is a
-// zombie exists while it has other threads: a thread that executes another program becomes the first thread
-// once that has ended.
+// startOf returns the start time of a process, or "" if there is none. A process whose first thread is a zombie exists
+// while it has other threads: a thread that executes another program becomes the first thread once that has ended.
 func startOf(pid int) string {
 	for range 2 { // a zombie may have been replaced after the first look
 		state, start := readStat(pid)
@@ -123,9 +121,8 @@ func readStat(pid int) (state, start string) {
 	return fields[0], fields[19]
 }
 
-// readRecord reads the file of devices in a store's folder. A file from another boot, or one that came with a
-// copy of the folder, counts as empty. A device that may belong to a store that this one is a block-level
-// copy of has Dev set.
+// readRecord reads the file of devices in a store's folder. A file from another boot, or one that came with a copy of
+// the folder, counts as empty. A device that may belong to a store that this one is a block-level copy of has Dev set.
 func readRecord(in *storage.Folder) (record, error) {
 	r, err := parseRecord(in)
 	if err != nil {
@@ -168,8 +165,7 @@ func parseRecord(in *storage.Folder) (r record, err error) {
 	return r, nil
 }
 
-// write replaces the file of devices atomically. The file need not survive a power cut, because no device
-// does.
+// write replaces the file of devices atomically. The file need not survive a power cut, because no device does.
 func (r record) write(in *storage.Folder) error {
 	if len(r.Devices) == 0 && r.Successor == nil {
 		if err := in.Remove(recordName); !errors.Is(err, fs.ErrNotExist) {

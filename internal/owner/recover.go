@@ -24,9 +24,9 @@ type Recovery struct {
 	Error  *Error // nil: the device is served again
 }
 
-// Recover serves waiting devices again: the one that what names by its path, volume or snapshot, or all of
-// them if what is empty. Each device succeeds or fails by itself. Recover also waits for devices that another
-// command is recovering or giving up, and includes them in the outcome.
+// Recover serves waiting devices again: the one that what names by its path, volume or snapshot, or all of them if what
+// is empty. Each device succeeds or fails by itself. Recover also waits for devices that another command is recovering
+// or giving up, and includes them in the outcome.
 func (o *Owner) Recover(ctx context.Context, what string) ([]Recovery, error) {
 	if err := cmp.Or(o.ReadOnly(), o.lasting()); err != nil {
 		return nil, err
@@ -47,8 +47,7 @@ func (o *Owner) Recover(ctx context.Context, what string) ([]Recovery, error) {
 	return append(outcome, o.outcomeOf(ctx, others)...), nil
 }
 
-// outcomeOf waits until no command has a claim on the disks, and returns the outcome for those that still
-// exist.
+// outcomeOf waits until no command has a claim on the disks, and returns the outcome for those that still exist.
 func (o *Owner) outcomeOf(ctx context.Context, disks []*disk) (list []Recovery) {
 	ctx, cancel := context.WithTimeout(ctx, recoverTimeout)
 	defer cancel()
@@ -69,8 +68,8 @@ func (o *Owner) outcomeOf(ctx context.Context, disks []*disk) (list []Recovery) 
 	return list
 }
 
-// claimWaiting claims the waiting disks that what names. It returns the disks that another command has
-// claimed in others.
+// claimWaiting claims the waiting disks that what names. It returns the disks that another command has claimed in
+// others.
 func (o *Owner) claimWaiting(what string) (list, others []*disk, err error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -159,8 +158,8 @@ func (o *Owner) isOurs(d *disk) error {
 	return d.mayBeAnothers(o.dir)
 }
 
-// mayBeAnothers returns an error if the disk was made when the store was on another file system, since the
-// disk may belong to that store. The caller holds Owner.mu.
+// mayBeAnothers returns an error if the disk was made when the store was on another file system, since the disk may
+// belong to that store. The caller holds Owner.mu.
 func (d *disk) mayBeAnothers(dir string) error {
 	if d.elsewhere == 0 {
 		return nil
@@ -173,8 +172,8 @@ func (d *disk) mayBeAnothers(dir string) error {
 
 func devText(dev uint64) string { return fmt.Sprintf("%d:%d", unix.Major(dev), unix.Minor(dev)) }
 
-// Claim declares that waiting disks, named as for Recover, belong to this store, although they were made when
-// the store was on another file system. The caller knows that it is the same file system, mounted again.
+// Claim declares that waiting disks, named as for Recover, belong to this store, although they were made when the store
+// was on another file system. The caller knows that it is the same file system, mounted again.
 func (o *Owner) Claim(ctx context.Context, what string) error {
 	if err := o.lasting(); err != nil {
 		return err

@@ -420,8 +420,8 @@ func TestGiveUpFindsTheDevice(t *testing.T) {
 	w.close(o)
 }
 
-// TestForgottenAnswers: if acknowledged writes to a disk are lost, the disk is not served again, however often the store
-// is opened. A snapshot's disk is served, because a snapshot does not change.
+// TestForgottenAnswers: if acknowledged writes to a disk are lost, the disk is not served again, however often the
+// store is opened. A snapshot's disk is served, because a snapshot does not change.
 func TestForgottenAnswers(t *testing.T) {
 	w := newWorld(t)
 	o := w.own(true)

@@ -30,8 +30,8 @@ func (s *service) info() Service {
 	return Service{Socket: s.opts.Socket, ReadOnly: s.opts.ReadOnly, Exports: exports, Clients: int(s.listener.open.Load())}
 }
 
-// Serve serves the NBD clients that connect to l until ctx or the owner ends, or, with Once, until the last
-// client has left.
+// Serve serves the NBD clients that connect to l until ctx or the owner ends, or, with Once, until the last client has
+// left.
 func (o *Owner) Serve(ctx context.Context, l net.Listener, opts ServeOptions) error {
 	return o.serve(ctx, l, opts, func() {})
 }
@@ -90,8 +90,8 @@ func (o *Owner) serve(asked context.Context, l net.Listener, opts ServeOptions, 
 // defaultConnections is the default limit on a service's clients, if the limit on open files allows it.
 const defaultConnections = 10_000
 
-// connections returns how many clients a service accepts. Half of the open files are reserved for the store:
-// a client must not be the reason why a chunk file cannot be opened.
+// connections returns how many clients a service accepts. Half of the open files are reserved for the store: a client
+// must not be the reason why a chunk file cannot be opened.
 func connections(asked int) (int, error) {
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {

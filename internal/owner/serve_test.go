@@ -134,7 +134,8 @@ func (c nbdClient) send(typ uint16, off uint64, length uint32, payload string) {
 
 const nbdWrite, nbdFlush = 1, 3
 
-// A service in another process ends with that process. For its client this is an error, because the client did not end it.
+// A service in another process ends with that process. For its client this is an error, because the client did not end
+// it.
 func TestServiceEndsWithItsOwner(t *testing.T) {
 	dir := newStore(t)
 	ctx, cancel := context.WithCancel(t.Context())

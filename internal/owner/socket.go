@@ -21,17 +21,16 @@ import (
 // controlName is the control socket's name in a store.
 const controlName = "control.sock"
 
-// SunPath is the longest path of a socket that most clients can use: the size of sockaddr_un.sun_path without
-// the terminating zero (unix(7)).
+// SunPath is the longest path of a socket that most clients can use: the size of sockaddr_un.sun_path without the
+// terminating zero (unix(7)).
 const SunPath = 107
 
 // ofFd returns a path of an open file that fits in SunPath, however long the file's other paths are.
 func ofFd(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }
 
-// Listen makes a unix socket at path to which only its owner may connect. Until the socket's mode is set,
-// only the process's umask protects it, so that must be 077. Listen replaces an existing socket on which
-// nobody listens. If anything else is there, the error matches fs.ErrExist. The caller calls remove once the
-// socket is closed.
+// Listen makes a unix socket at path to which only its owner may connect. Until the socket's mode is set, only the
+// process's umask protects it, so that must be 077. Listen replaces an existing socket on which nobody listens. If
+// anything else is there, the error matches fs.ErrExist. The caller calls remove once the socket is closed.
 func Listen(path string) (l *net.UnixListener, remove func(), err error) {
 	in, err := storage.OpenFolder(filepath.Dir(path), true) // a socket may be in any folder, foreign or not
 	if err != nil {
@@ -49,8 +48,8 @@ func listenIn(in *storage.Folder, name string) (l *net.UnixListener, remove func
 	if len(name) > SunPath {
 		return nil, nil, fmt.Errorf("the socket's name %s is too long: %d bytes are possible", name, SunPath)
 	}
-	// The socket gets its name only when it listens already. Otherwise another process could take it for a
-	// leftover one.
+	// The socket gets its name only when it listens already. Otherwise another process could take it for a leftover
+	// one.
 	tmp := storage.Unique(".sock.")
 	l, err = net.ListenUnix("unix", &net.UnixAddr{Name: ofFd(in.Fd()) + "/" + tmp, Net: "unix"})
 	if err != nil {
@@ -68,8 +67,7 @@ func listenIn(in *storage.Folder, name string) (l *net.UnixListener, remove func
 	return l, func() { removeSocket(in, name, made) }, nil
 }
 
-// secureSocket sets the mode of a socket that this process made, and returns the stat that identifies the
-// socket.
+// secureSocket sets the mode of a socket that this process made, and returns the stat that identifies the socket.
 func secureSocket(in *storage.Folder, name string) (st unix.Stat_t, err error) {
 	fd, st, err := pathTo(in, name)
 	if err != nil {
@@ -102,14 +100,13 @@ func pathTo(in *storage.Folder, name string) (fd int, st unix.Stat_t, err error)
 	return fd, st, nil
 }
 
-// sameSocket reports whether a and b are the same socket. An inode number is soon used again, but not within
-// one tick of the file's time.
+// sameSocket reports whether a and b are the same socket. An inode number is soon used again, but not within one tick
+// of the file's time.
 func sameSocket(a, b unix.Stat_t) bool { return a.Dev == b.Dev && a.Ino == b.Ino && a.Mtim == b.Mtim }
 
-// nameSocket gives the socket its name, unless somebody listens on a socket of that name. Only one process of
-// vdisk at a time examines and replaces the old socket. If another program puts one there meanwhile, the
-// exchange moves it to tmp, where it is examined again, and it gets its name back unless it is the one that was
-// examined before.
+// nameSocket gives the socket its name, unless somebody listens on a socket of that name. Only one process of vdisk at
+// a time examines and replaces the old socket. If another program puts one there meanwhile, the exchange moves it to
+// tmp, where it is examined again, and it gets its name back unless it is the one that was examined before.
 func nameSocket(in *storage.Folder, tmp, name string) error {
 	defer lockFolder(in)()
 	for {
@@ -140,9 +137,9 @@ func nameSocket(in *storage.Folder, tmp, name string) error {
 	}
 }
 
-// lockFolder keeps other processes of vdisk from changing the names of sockets in a folder until unlock is
-// called. Anyone who can read the folder can lock it, so lockFolder waits at most one second, which is longer
-// than such a change takes, and then goes on without the lock.
+// lockFolder keeps other processes of vdisk from changing the names of sockets in a folder until unlock is called.
+// Anyone who can read the folder can lock it, so lockFolder waits at most one second, which is longer than such a
+// change takes, and then goes on without the lock.
 func lockFolder(in *storage.Folder) (unlock func()) {
 	fd, err := unix.Openat(in.Fd(), ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -156,8 +153,8 @@ func lockFolder(in *storage.Folder) (unlock func()) {
 	}
 }
 
-// leftSocket returns the stat of a leftover socket. It returns an error if the file is not a socket, or
-// somebody listens on it.
+// leftSocket returns the stat of a leftover socket. It returns an error if the file is not a socket, or somebody
+// listens on it.
 func leftSocket(in *storage.Folder, name string) (unix.Stat_t, error) {
 	fd, st, err := pathTo(in, name)
 	if err != nil {
@@ -178,8 +175,8 @@ func leftSocket(in *storage.Folder, name string) (unix.Stat_t, error) {
 	return st, nil
 }
 
-// removeSocket removes the socket made, unless another process has found it closed and replaced it. At worst
-// it leaves a socket on which nobody listens.
+// removeSocket removes the socket made, unless another process has found it closed and replaced it. At worst it leaves
+// a socket on which nobody listens.
 func removeSocket(in *storage.Folder, name string, made unix.Stat_t) {
 	defer lockFolder(in)()
 	if st, err := in.Lstat(name); err == nil && sameSocket(st, made) {
@@ -202,9 +199,8 @@ func dial(ctx context.Context, in *storage.Folder, name string) (*net.UnixConn, 
 	return c.(*net.UnixConn), nil
 }
 
-// dialControl connects to the owner of the store in a folder. It fails with ErrNoOwner if nobody listens. The
-// listening process must run as a user that the folder trusts: being able to put a socket there is not
-// enough.
+// dialControl connects to the owner of the store in a folder. It fails with ErrNoOwner if nobody listens. The listening
+// process must run as a user that the folder trusts: being able to put a socket there is not enough.
 func dialControl(ctx context.Context, in *storage.Folder) (*net.UnixConn, error) {
 	c, err := dial(ctx, in, controlName)
 	if err != nil {

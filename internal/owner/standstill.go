@@ -12,15 +12,15 @@ import (
 const (
 	// standstill is how long a client may take nothing of an answer before its connection is given up.
 	standstill = 30 * time.Second
-	// exportStandstill is the same for an export, which blocks nobody else: its reader may be a tape, or a
-	// disk that is writing back its cache.
+	// exportStandstill is the same for an export, which blocks nobody else: its reader may be a tape, or a disk that is
+	// writing back its cache.
 	exportStandstill = 10 * time.Minute
 	// streamPiece is how much of an answer a client must take in that time.
 	streamPiece = 16 << 10
 )
 
-// givingUp wraps h and gives up clients that stand still: writing the answer fails, and the operation's
-// context ends. It waits for a client that takes something, however slowly.
+// givingUp wraps h and gives up clients that stand still: writing the answer fails, and the operation's context ends.
+// It waits for a client that takes something, however slowly.
 func givingUp(h http.Handler, patience time.Duration) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithCancelCause(r.Context())

@@ -45,7 +45,8 @@ func ask(t *testing.T, address, request string) net.Conn {
 
 const get = "GET / HTTP/1.1\r\nHost: vdisk\r\n\r\n"
 
-// TestStandingClientIsGivenUp: if a client reads neither lines nor a body, the operation is ended, and not only its answer.
+// TestStandingClientIsGivenUp: if a client reads neither lines nor a body, the operation is ended, and not only its
+// answer.
 func TestStandingClientIsGivenUp(t *testing.T) {
 	for name, op := range map[string]func(w http.ResponseWriter, r *http.Request) error{
 		"lines": func(w http.ResponseWriter, r *http.Request) error {

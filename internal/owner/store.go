@@ -13,15 +13,15 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// Store is a store as commands see it, whichever process owns it. The methods' errors match the engine's
-// errors (cow.Err…) and ErrUnsupported with errors.Is.
+// Store is a store as commands see it, whichever process owns it. The methods' errors match the engine's errors
+// (cow.Err…) and ErrUnsupported with errors.Is.
 type Store interface {
 	Status(ctx context.Context) (Status, error)
 	Info(ctx context.Context) (cow.StoreInfo, error)
 	Volumes(ctx context.Context) ([]Volume, error)
 	Volume(ctx context.Context, name string) (Volume, error)
-	// Usage returns the space that volumes and snapshots take: the named ones that exist, or all of them. It
-	// reads their maps.
+	// Usage returns the space that volumes and snapshots take: the named ones that exist, or all of them. It reads
+	// their maps.
 	Usage(ctx context.Context, refs ...cow.Ref) ([]cow.Usage, error)
 	VolumeUsage(ctx context.Context, names ...string) ([]cow.Usage, error)
 
@@ -35,33 +35,32 @@ type Store interface {
 	Check(ctx context.Context, o cow.CheckOptions, problem func(cow.Problem)) (cow.CheckReport, error)
 	// Clean reclaims the space of every chunk file whose dead fraction is at least waste (0 to 1).
 	Clean(ctx context.Context, waste float64) (cow.CleanReport, error)
-	// Bench measures the engine, in the process that owns the store, on a scratch volume that it then
-	// removes. It calls each with the result of each step.
+	// Bench measures the engine, in the process that owns the store, on a scratch volume that it then removes. It calls
+	// each with the result of each step.
 	Bench(ctx context.Context, o bench.Options, each func(bench.Result)) error
 	// Cold runs a whole cold pass: it compresses written data again, better and in order.
 	Cold(ctx context.Context) (cow.ColdReport, error)
 
-	// Import makes a volume with the content of src. o.Size is at least the size of src; 0 means that size,
-	// rounded up to a logical block. The volume appears with its whole content, durably, or not at all. If
-	// progress is not nil, it is called with the offset in src that has been reached.
+	// Import makes a volume with the content of src. o.Size is at least the size of src; 0 means that size, rounded up
+	// to a logical block. The volume appears with its whole content, durably, or not at all. If progress is not nil, it
+	// is called with the offset in src that has been reached.
 	Import(ctx context.Context, name string, o cow.VolumeOptions, src sparse.Source, progress func(off int64)) (cow.VolumeInfo, error)
-	// Export calls use with the content of r. It fails if r is a volume that is open for writing, because its
-	// content would not be of one moment.
+	// Export calls use with the content of r. It fails if r is a volume that is open for writing, because its content
+	// would not be of one moment.
 	Export(ctx context.Context, r cow.Ref, use func(src sparse.Source) error) error
 
-	// Attach makes a block device for a volume or snapshot. The device lives as long as the process that owns
-	// the store.
+	// Attach makes a block device for a volume or snapshot. The device lives as long as the process that owns the
+	// store.
 	Attach(ctx context.Context, o AttachOptions) (Device, error)
-	// Detach removes the block device that what names by its path, or by its volume or snapshot. A device
-	// that is open, or that waits for its server, is refused (cow.ErrBusy) without force; with force its
-	// users' requests fail.
+	// Detach removes the block device that what names by its path, or by its volume or snapshot. A device that is open,
+	// or that waits for its server, is refused (cow.ErrBusy) without force; with force its users' requests fail.
 	Detach(ctx context.Context, what string, force bool) error
-	// Recover serves waiting devices again: the one that what names as for Detach, or all if what is empty.
-	// An empty outcome means that there was nothing to do.
+	// Recover serves waiting devices again: the one that what names as for Detach, or all if what is empty. An empty
+	// outcome means that there was nothing to do.
 	Recover(ctx context.Context, what string) ([]Recovery, error)
-	// Claim declares that waiting devices, named as for Recover, belong to this store, although the store's
-	// folder was on another file system when they were made. The caller knows that it is the same file
-	// system, mounted again, and not a copy.
+	// Claim declares that waiting devices, named as for Recover, belong to this store, although the store's folder was
+	// on another file system when they were made. The caller knows that it is the same file system, mounted again, and
+	// not a copy.
 	Claim(ctx context.Context, what string) error
 	// Stats returns the counters of the block device that what names as for Detach.
 	Stats(ctx context.Context, what string) (DeviceStats, error)
@@ -81,8 +80,8 @@ type Options struct {
 	Offer bool
 	// Temporary means that this process will end soon. It lets no device or NBD service depend on it.
 	Temporary bool
-	// MaxBytes limits the space of the chunk files while this process owns the store. With 0, only the file
-	// system limits it.
+	// MaxBytes limits the space of the chunk files while this process owns the store. With 0, only the file system
+	// limits it.
 	MaxBytes int64
 	// Logger logs events of devices and services. The default discards them.
 	Logger *slog.Logger
@@ -90,8 +89,7 @@ type Options struct {
 	MapCache int64
 	// ColdAfter is cow.Options.ColdAfter.
 	ColdAfter time.Duration
-	// Foreign permits a store whose folder belongs to another user, or that other users may change
-	// (cow.ErrForeign).
+	// Foreign permits a store whose folder belongs to another user, or that other users may change (cow.ErrForeign).
 	Foreign bool
 	// Look is cow.Options.Look, for a command that only looks at the store.
 	Look bool
@@ -116,8 +114,8 @@ type Options struct {
 	sessionTimeout time.Duration // how long an upgrade waits for running commands
 }
 
-// lasts reports whether the owner serves others until it is told to end. Only then may it drop recorded devices
-// that are gone, and delete dead ones.
+// lasts reports whether the owner serves others until it is told to end. Only then may it drop recorded devices that
+// are gone, and delete dead ones.
 func (o Options) lasts() bool { return o.Offer && !o.Temporary }
 
 func (o Options) withDefaults() Options {
@@ -182,9 +180,9 @@ type AttachOptions struct {
 	Ref           cow.Ref
 	ReadOnly      bool
 	Queues, Depth int
-	// PartScan selects whether the kernel reads the partition table: "yes", "no" (an error on kernels before
-	// 7.0), or empty. If it is empty, the kernel reads a volume's table. It reads a snapshot's only if the
-	// kernel cannot leave that out.
+	// PartScan selects whether the kernel reads the partition table: "yes", "no" (an error on kernels before 7.0), or
+	// empty. If it is empty, the kernel reads a volume's table. It reads a snapshot's only if the kernel cannot leave
+	// that out.
 	PartScan string `json:",omitempty"`
 }
 

@@ -13,9 +13,9 @@ import (
 
 // target answers the requests of a block device with a volume or snapshot.
 //
-// Reads are planned and finished on the queue's thread, and fetched on its ring. Small writes are done on the
-// queue's thread, because handing them over would cost more than doing them. Requests that may wait for the
-// disk or the cleaner, or that are large enough to be worth another CPU, go to the workers.
+// Reads are planned and finished on the queue's thread, and fetched on its ring. Small writes are done on the queue's
+// thread, because handing them over would cost more than doing them. Requests that may wait for the disk or the
+// cleaner, or that are large enough to be worth another CPU, go to the workers.
 type target struct {
 	dev    *cow.Device
 	report func(error) // called with the reason why a request failed; the sender gets only an errno
@@ -27,11 +27,11 @@ type target struct {
 }
 
 const (
-	// inlineBytes is the largest write or read that is compressed or decompressed on the queue's thread: one
-	// unit of the engine. Copying and coding in parallel pays off from about twice that size.
+	// inlineBytes is the largest write or read that is compressed or decompressed on the queue's thread: one unit of
+	// the engine. Copying and coding in parallel pays off from about twice that size.
 	inlineBytes = 64 << 10
-	// workers is how many requests can wait for the disk at the same time. A few are enough, since flushes
-	// share one sync.
+	// workers is how many requests can wait for the disk at the same time. A few are enough, since flushes share one
+	// sync.
 	workers = 16
 )
 
@@ -42,8 +42,8 @@ type readState struct {
 	fetch bool  // the worker must also fetch
 }
 
-// newTarget makes the target of a device that handles at most the given number of requests at once. The
-// channel of jobs holds that many, so a queue's thread never waits to hand one over.
+// newTarget makes the target of a device that handles at most the given number of requests at once. The channel of jobs
+// holds that many, so a queue's thread never waits to hand one over.
 func newTarget(dev *cow.Device, requests int, report func(error)) *target {
 	t := &target{dev: dev, report: report, jobs: make(chan *ublk.Request, requests)}
 	for range workers {
@@ -132,8 +132,8 @@ func (t *target) reportFailure(r *ublk.Request, err error) error {
 	return err
 }
 
-// work performs a request completely. A panic fails the request, since an unanswered request would hang its
-// process forever.
+// work performs a request completely. A panic fails the request, since an unanswered request would hang its process
+// forever.
 func (t *target) work(r *ublk.Request) (err error) {
 	defer func() {
 		if p := recover(); p != nil {

@@ -11,15 +11,15 @@ import (
 	"github.com/vdisk/vdisk/internal/owner/sparse"
 )
 
-// importingSuffix ends the name of a volume while it is being filled. A killed process leaves the volume with
-// that name.
+// importingSuffix ends the name of a volume while it is being filled. A killed process leaves the volume with that
+// name.
 const importingSuffix = ".importing"
 
 // firstSize is the initial size of a volume if the length of its content is unknown.
 const firstSize = 1 << 30
 
-// Import makes a volume from src. It fills the volume under another name, and renames it in one step once it
-// is durable.
+// Import makes a volume from src. It fills the volume under another name, and renames it in one step once it is
+// durable.
 func (o *Owner) Import(ctx context.Context, name string, v cow.VolumeOptions, src sparse.Source, progress func(int64)) (cow.VolumeInfo, error) {
 	if _, err := o.store.Volume(name); err == nil {
 		return cow.VolumeInfo{}, fmt.Errorf("volume %s: %w", name, cow.ErrExists)
@@ -52,8 +52,7 @@ func (o *Owner) Import(ctx context.Context, name string, v cow.VolumeOptions, sr
 	return o.store.Volume(name)
 }
 
-// importName returns the volume's name while it is filled. It has no more than the 63 characters that a name
-// may have.
+// importName returns the volume's name while it is filled. It has no more than the 63 characters that a name may have.
 func importName(name string) string {
 	return name[:min(len(name), 63-len(importingSuffix))] + importingSuffix
 }
@@ -159,8 +158,8 @@ func (im *importing) finish(name string, size int64) error {
 
 // Export calls use with the content of a snapshot, or of a volume that is not open for writing.
 func (o *Owner) Export(_ context.Context, r cow.Ref, use func(sparse.Source) error) (err error) {
-	// Opening a volume for writing ensures that nobody else writes to it while it is read. In a store that
-	// can only be read, nobody can.
+	// Opening a volume for writing ensures that nobody else writes to it while it is read. In a store that can only be
+	// read, nobody can.
 	dev, err := o.store.OpenDevice(r, r.Snapshot != "" || o.ReadOnly() != nil)
 	if errors.Is(err, cow.ErrBusy) {
 		return o.inUse(r.Volume, fmt.Errorf("%w: take a snapshot and export that", err))

@@ -13,9 +13,9 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// unfinishedName is the file in a store that lists the volumes that imports are filling and measurements are
-// writing to. A killed process leaves such volumes, and the next owner removes them. Their names alone do not
-// identify them, since a user may give a volume any name.
+// unfinishedName is the file in a store that lists the volumes that imports are filling and measurements are writing
+// to. A killed process leaves such volumes, and the next owner removes them. Their names alone do not identify them,
+// since a user may give a volume any name.
 const unfinishedName = "importing"
 
 // unfinished maintains the file.
@@ -25,8 +25,8 @@ type unfinished struct {
 	list []unfinishedVolume
 }
 
-// unfinishedVolume identifies a volume by its name and creation time, so that it is not confused with an
-// earlier or later volume of that name.
+// unfinishedVolume identifies a volume by its name and creation time, so that it is not confused with an earlier or
+// later volume of that name.
 type unfinishedVolume struct {
 	Name    string    `json:"name"`
 	Created time.Time `json:"created"`
@@ -71,9 +71,8 @@ func (x unfinishedVolume) is(v cow.VolumeInfo) bool {
 	return x.Name == v.Name && x.Created.Equal(v.Created)
 }
 
-// removeUnfinished removes the volumes that imports and measurements of an earlier owner left unfinished. If
-// one cannot be removed now, because the store is full or the volume has snapshots, the next owner tries
-// again.
+// removeUnfinished removes the volumes that imports and measurements of an earlier owner left unfinished. If one cannot
+// be removed now, because the store is full or the volume has snapshots, the next owner tries again.
 func (o *Owner) removeUnfinished() {
 	u := &o.unfinished
 	u.mu.Lock()

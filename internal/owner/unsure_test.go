@@ -34,8 +34,8 @@ func (w *world) looks() *Owner {
 	return o
 }
 
-// TestLookingChangesNothing: a command that only looks at a store neither forgets nor deletes a device, whatever is known
-// about the devices. The next lasting owner finds all devices that it can recover.
+// TestLookingChangesNothing: a command that only looks at a store neither forgets nor deletes a device, whatever is
+// known about the devices. The next lasting owner finds all devices that it can recover.
 func TestLookingChangesNothing(t *testing.T) {
 	for name, change := range map[string]func(w *world){
 		"it waits":                   func(*world) {},

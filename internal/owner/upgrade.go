@@ -23,12 +23,10 @@ import (
 //	→ the devices are quiesced → the client is answered → the store is closed
 //	→ this process executes the new program
 //
-// The new program opens the store, finds the waiting devices and recovers them. If that fails, it executes
-// the old program again. It was given the old program as an open file, since the old program's path now has
-// the new file.
+// The new program opens the store, finds the waiting devices and recovers them. If that fails, it executes the old
+// program again. It was given the old program as an open file, since the old program's path now has the new file.
 
-// HandoverVersion is the version of the hand-over. A program can take over only from one with the same
-// version.
+// HandoverVersion is the version of the hand-over. A program can take over only from one with the same version.
 const HandoverVersion = 1
 
 const (
@@ -87,9 +85,9 @@ func (o *Owner) findSuccessor(ctx context.Context) (*Program, error) {
 	return &p, nil
 }
 
-// Upgrade prepares the hand-over to the program that is now at the path from which this one was started. The
-// owner's CloseWhen… methods then return, and Successor returns the program to execute. If Upgrade fails,
-// everything is as before.
+// Upgrade prepares the hand-over to the program that is now at the path from which this one was started. The owner's
+// CloseWhen… methods then return, and Successor returns the program to execute. If Upgrade fails, everything is as
+// before.
 func (o *Owner) Upgrade(ctx context.Context) (Upgrade, error) { return o.upgrade(ctx, 0) }
 
 // upgrade is Upgrade. asking is the number of sessions that ask for it: 1 from a client, otherwise 0.
@@ -148,8 +146,8 @@ func (o *Owner) noServices() error {
 	return fmt.Errorf("NBD clients are served at %s and would be cut off: %w: end those 'vdisk serve' first", strings.Join(names, ", "), cow.ErrBusy)
 }
 
-// stopAccepting prevents new sessions, and waits for the present ones, except the number that ask for the
-// upgrade. If they do not end in time, it permits sessions again and fails.
+// stopAccepting prevents new sessions, and waits for the present ones, except the number that ask for the upgrade. If
+// they do not end in time, it permits sessions again and fails.
 func (o *Owner) stopAccepting(ctx context.Context, asking int) error {
 	ctx, cancel := context.WithTimeout(ctx, o.opts.sessionTimeout)
 	defer cancel()
@@ -197,8 +195,8 @@ type Handover struct {
 	From   string // the version of the passing program
 	Back   int    // a file descriptor of the passing program; 0: there is no way back
 	Failed string // why the new program went back to the old one
-	// Program is the path where the next version is looked for: the one that the first of these programs was
-	// started from.
+	// Program is the path where the next version is looked for: the one that the first of these programs was started
+	// from.
 	Program string `json:",omitempty"`
 }
 
@@ -245,8 +243,8 @@ func (p *Program) Execute(from string) error {
 	return err
 }
 
-// Return executes the program that executed this one, because of cause. self is this program's version.
-// Return returns only if that fails.
+// Return executes the program that executed this one, because of cause. self is this program's version. Return returns
+// only if that fails.
 func (h *Handover) Return(self string, cause error) error {
 	if h.Back == 0 {
 		return cause
@@ -263,9 +261,9 @@ func (h *Handover) Done() {
 	}
 }
 
-// UpgradeDaemon makes the daemon that owns the store at dir hand over to the program that is now at the path
-// from which the daemon was started, and waits until the new program answers and has recovered the devices.
-// It fails with ErrNoOwner if nobody owns the store.
+// UpgradeDaemon makes the daemon that owns the store at dir hand over to the program that is now at the path from which
+// the daemon was started, and waits until the new program answers and has recovered the devices. It fails with
+// ErrNoOwner if nobody owns the store.
 func UpgradeDaemon(ctx context.Context, dir string, o Options) (Upgrade, error) {
 	if err := refuseWaiting(ctx, dir, o.withDefaults()); err != nil {
 		return Upgrade{}, err
@@ -306,8 +304,8 @@ func UpgradeDaemon(ctx context.Context, dir string, o Options) (Upgrade, error) 
 	}
 }
 
-// servesAgain compares the devices before and after an upgrade. pending reports whether some are still to be
-// recovered. If none are, the error names all devices that were served before and are not now.
+// servesAgain compares the devices before and after an upgrade. pending reports whether some are still to be recovered.
+// If none are, the error names all devices that were served before and are not now.
 func servesAgain(before, after []Device) (pending bool, err error) {
 	var errs []error
 	for _, b := range before {

@@ -122,8 +122,8 @@ func TestUpgradeRefusedWhileServing(t *testing.T) {
 	}
 }
 
-// TestDisksAreLeft: a disk that is served again after the upgrade has quiesced the disks is left to the next program like
-// the others. An owner that ends before it is ready leaves the disks that it has recovered.
+// TestDisksAreLeft: a disk that is served again after the upgrade has quiesced the disks is left to the next program
+// like the others. An owner that ends before it is ready leaves the disks that it has recovered.
 func TestDisksAreLeft(t *testing.T) {
 	w := newWorld(t)
 	o := w.own(true)
@@ -160,7 +160,8 @@ func TestDisksAreLeft(t *testing.T) {
 	}
 }
 
-// TestStartedFrom: the next program is looked for at the path from which this one was started, even if its file has moved.
+// TestStartedFrom: the next program is looked for at the path from which this one was started, even if its file has
+// moved.
 func TestStartedFrom(t *testing.T) {
 	exe, err := os.Readlink("/proc/self/exe")
 	if err != nil {

@@ -88,8 +88,8 @@ func (o *Owner) Rename(_ context.Context, from, to cow.Ref) error {
 	return errors.Join(o.store.Rename(from, to), o.record())
 }
 
-// Resize changes the size of a volume. The volume's block device grows with it; if the kernel cannot do that,
-// Resize fails.
+// Resize changes the size of a volume. The volume's block device grows with it; if the kernel cannot do that, Resize
+// fails.
 func (o *Owner) Resize(ctx context.Context, name string, size int64, shrink bool) error {
 	info, err := o.store.Volume(name)
 	if err == nil {
@@ -117,8 +117,8 @@ func (o *Owner) Resize(ctx context.Context, name string, size int64, shrink bool
 	return nil
 }
 
-// resizable returns the block device of a volume, or nil if it has none. It returns an error if the kernel
-// cannot resize the device.
+// resizable returns the block device of a volume, or nil if it has none. It returns an error if the kernel cannot
+// resize the device.
 func (o *Owner) resizable(name string) (block, error) {
 	disks, blocks := o.servedDisks()
 	for i, d := range disks {

@@ -57,8 +57,8 @@ func giveListener(conn *net.UnixConn, l net.Listener) error {
 	return err
 }
 
-// passedFiles returns all files that came with a message, even if there is an error, since they are open and
-// must be closed.
+// passedFiles returns all files that came with a message, even if there is an error, since they are open and must be
+// closed.
 func passedFiles(oob []byte) (files []*os.File, err error) {
 	messages, err := unix.ParseSocketControlMessage(oob)
 	for i := range messages {

@@ -15,8 +15,7 @@ import (
 // asideSuffix is added to the directory's name to get the name of the directory beside it.
 const asideSuffix = ".aside"
 
-// aside opens the directory of the files that were set aside. If it does not exist and create is true, aside
-// makes it.
+// aside opens the directory of the files that were set aside. If it does not exist and create is true, aside makes it.
 func (d *dir) aside(create bool) (*Folder, error) {
 	name := filepath.Base(d.in.path) + asideSuffix
 	up, err := openAt(d.in, "..")

@@ -7,8 +7,8 @@ import (
 
 var bootID atomic.Pointer[string]
 
-// BootID returns the id of this boot, which changes with every boot (random(4)). It cannot change during the
-// life of a process, so the file is read once.
+// BootID returns the id of this boot, which changes with every boot (random(4)). It cannot change during the life of a
+// process, so the file is read once.
 func BootID() (string, error) {
 	if id := bootID.Load(); id != nil {
 		return *id, nil

@@ -11,15 +11,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// There may be more open files than the process may have descriptors. A file has a descriptor while it is
-// used, and keeps it until another file needs it: docs/engine.md, Open files.
+// There may be more open files than the process may have descriptors. A file has a descriptor while it is used, and
+// keeps it until another file needs it: docs/engine.md, Open files.
 
 const (
 	leastDescriptors = 4
 	mostDescriptors  = 16384
 
-	// patience is how long an operation waits for a descriptor if the process or the system has no more and
-	// all of ours are in use. Each is in use for only one system call, or one read on a ring.
+	// patience is how long an operation waits for a descriptor if the process or the system has no more and all of ours
+	// are in use. Each is in use for only one system call, or one read on a ring.
 	patience = 30 * time.Second
 	retryIn  = 2 * time.Millisecond
 )
@@ -56,15 +56,15 @@ func (d *descriptor) release() error {
 type table struct {
 	limit int // files that have a descriptor, as long as one that is not in use can be closed
 
-	// mu guards the fields below, and file.at. It is taken while file.mu is held. While mu is held, the
-	// file.mu of other files is taken only by TryLock.
+	// mu guards the fields below, and file.at. It is taken while file.mu is held. While mu is held, the file.mu of
+	// other files is taken only by TryLock.
 	mu   sync.Mutex
 	open []*file
 	hand int
 }
 
-// descriptorLimit leaves most of the process's descriptors to other uses: sockets, devices, rings. (Go raises
-// the soft limit to the hard one when the process starts.)
+// descriptorLimit leaves most of the process's descriptors to other uses: sockets, devices, rings. (Go raises the soft
+// limit to the hard one when the process starts.)
 func descriptorLimit() int {
 	var lim unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &lim); err != nil {
@@ -105,9 +105,9 @@ func (t *table) removeLocked(f *file) {
 	f.at = -1
 }
 
-// evict closes a descriptor that is not in use, and returns false if there is none. If its file was written
-// to, evict first makes the writes durable, so that a failure to do so is not forgotten with the descriptor.
-// If hasty is true, it leaves such files alone.
+// evict closes a descriptor that is not in use, and returns false if there is none. If its file was written to, evict
+// first makes the writes durable, so that a failure to do so is not forgotten with the descriptor. If hasty is true, it
+// leaves such files alone.
 func (t *table) evict(hasty bool) bool {
 	f, d := t.choose(func(f *file) bool { return f.clean() })
 	if f == nil && !hasty {
@@ -127,8 +127,8 @@ func (t *table) evict(hasty bool) bool {
 	return true
 }
 
-// choose removes a file from the table, and returns it with its lock held and its descriptor not in use; nil
-// if there is none.
+// choose removes a file from the table, and returns it with its lock held and its descriptor not in use; nil if there
+// is none.
 func (t *table) choose(suits func(*file) bool) (*file, *descriptor) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -155,8 +155,8 @@ func (t *table) choose(suits func(*file) bool) (*file, *descriptor) {
 // tooMany reports whether err says that the process or the system has no more descriptors.
 func tooMany(err error) bool { return errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) }
 
-// with calls open, which needs a descriptor. If there is none left, with closes another one and tries again.
-// If all are in use, it waits for up to patience; a hasty caller gets the error at once.
+// with calls open, which needs a descriptor. If there is none left, with closes another one and tries again. If all are
+// in use, it waits for up to patience; a hasty caller gets the error at once.
 func (t *table) with(hasty bool, open func() error) error {
 	var until time.Time
 	for {

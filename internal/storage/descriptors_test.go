@@ -13,8 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// few returns a directory of n files. Each holds its number. At most limit of them have a
-// descriptor.
+// few returns a directory of n files. Each holds its number. At most limit of them have a descriptor.
 func few(t *testing.T, n, limit int) (*dir, []File) {
 	t.Helper()
 	made, _ := openDir(t)
@@ -92,8 +91,8 @@ func TestMoreFilesThanDescriptors(t *testing.T) {
 	}
 }
 
-// TestHeldDescriptorsStay checks that a descriptor that is held for a ring stays open, and that Hold fails if
-// it would have to wait for one.
+// TestHeldDescriptorsStay checks that a descriptor that is held for a ring stays open, and that Hold fails if it would
+// have to wait for one.
 func TestHeldDescriptorsStay(t *testing.T) {
 	d, files := few(t, 20, 4)
 	for _, f := range files {
@@ -130,8 +129,8 @@ func TestHeldDescriptorsStay(t *testing.T) {
 	}
 }
 
-// TestEvictionSyncs checks that a descriptor is not closed before everything written through it is durable,
-// and that Sync reports a failure of that.
+// TestEvictionSyncs checks that a descriptor is not closed before everything written through it is durable, and that
+// Sync reports a failure of that.
 func TestEvictionSyncs(t *testing.T) {
 	d, files := few(t, 4, 100)
 	for d.files.evict(false) {
@@ -195,8 +194,8 @@ func TestWriteBesideSync(t *testing.T) {
 	}
 }
 
-// TestTryReadAtSyncsNothing checks that a caller that does not want to wait for the disk does not wait for
-// the sync that would free a descriptor, either.
+// TestTryReadAtSyncsNothing checks that a caller that does not want to wait for the disk does not wait for the sync
+// that would free a descriptor, either.
 func TestTryReadAtSyncsNothing(t *testing.T) {
 	d, files := few(t, 8, 4)
 	for _, f := range files[:4] {
@@ -217,8 +216,8 @@ func TestTryReadAtSyncsNothing(t *testing.T) {
 	}
 }
 
-// TestNoDescriptorsLeft limits the descriptors of the process. Those that are not in use must be closed, and
-// if all are in use, an operation must wait for one.
+// TestNoDescriptorsLeft limits the descriptors of the process. Those that are not in use must be closed, and if all are
+// in use, an operation must wait for one.
 func TestNoDescriptorsLeft(t *testing.T) {
 	d, files := few(t, 30, 100)
 	var old unix.Rlimit
@@ -265,8 +264,7 @@ func TestNoDescriptorsLeft(t *testing.T) {
 	d.check(t, 20, files[20])
 }
 
-// TestReadOnlyDirectory checks that nothing can be made or removed in a directory that was opened for
-// reading.
+// TestReadOnlyDirectory checks that nothing can be made or removed in a directory that was opened for reading.
 func TestReadOnlyDirectory(t *testing.T) {
 	_, path := openDir(t)
 	must(t, os.WriteFile(filepath.Join(path, "a"), []byte("hello"), 0o400))

@@ -30,8 +30,8 @@ type dir struct {
 	live map[string][]*file
 }
 
-// OpenDir opens the directory at path, and makes it if it does not exist. The last element of the path must
-// not be a symbolic link.
+// OpenDir opens the directory at path, and makes it if it does not exist. The last element of the path must not be a
+// symbolic link.
 func OpenDir(path string) (FS, error) {
 	err := os.Mkdir(path, dirMode)
 	if err == nil {
@@ -57,8 +57,8 @@ func newDir(in *Folder, readOnly bool) *dir {
 	return d
 }
 
-// overwrites reports whether the file system is known to overwrite blocks in place and never to share them
-// between files (statfs(2)).
+// overwrites reports whether the file system is known to overwrite blocks in place and never to share them between
+// files (statfs(2)).
 func overwrites(f *os.File) bool {
 	var st unix.Statfs_t
 	_, err := retry(func() (int, error) { return 0, unix.Fstatfs(int(f.Fd()), &st) })
@@ -131,8 +131,8 @@ func (d *dir) openFile(name string, flags int, hasty bool) (*os.File, error) {
 	} else {
 		flags |= unix.O_RDWR
 	}
-	// If all descriptors are in use, open one beyond the limit. A hasty caller may not do that: it keeps the
-	// descriptor for a read on a ring, while others need theirs for one system call only.
+	// If all descriptors are in use, open one beyond the limit. A hasty caller may not do that: it keeps the descriptor
+	// for a read on a ring, while others need theirs for one system call only.
 	if d.files.full() && !d.files.evict(hasty) && hasty {
 		return nil, &fs.PathError{Op: "open", Path: d.in.Join(name), Err: unix.EMFILE}
 	}
@@ -217,8 +217,7 @@ func (d *dir) Free() (int64, error) {
 	return bytesOf(st.Bavail, unit), nil
 }
 
-// bytesOf returns the bytes in n units, or freeMost if there are more: some file systems return arbitrary
-// numbers.
+// bytesOf returns the bytes in n units, or freeMost if there are more: some file systems return arbitrary numbers.
 func bytesOf(n uint64, unit int64) int64 {
 	if hi, lo := bits.Mul64(n, uint64(max(unit, 0))); hi == 0 && lo <= freeMost {
 		return int64(lo)

@@ -58,8 +58,7 @@ func (f *file) open(hasty bool) (*descriptor, error) {
 	return d, err
 }
 
-// openLocked returns the descriptor, opening the file if it has none. It takes no reference. The caller holds
-// mu.
+// openLocked returns the descriptor, opening the file if it has none. It takes no reference. The caller holds mu.
 func (f *file) openLocked(hasty bool) (*descriptor, error) {
 	if d := f.desc.Load(); d != nil {
 		return d, nil
@@ -186,9 +185,9 @@ func (f *file) change(do func(*descriptor) error) error {
 		return err
 	}
 	err = do(d)
-	// Count after the change: a sync that began before the change ended may not include all of it, and must
-	// not count for it. And count before the release: while the descriptor is in use, it cannot be closed as
-	// one whose writes are all durable.
+	// Count after the change: a sync that began before the change ended may not include all of it, and must not count
+	// for it. And count before the release: while the descriptor is in use, it cannot be closed as one whose writes are
+	// all durable.
 	f.wrote.Add(1)
 	_ = d.release()
 	return err
@@ -201,8 +200,8 @@ func (f *file) Sync() error {
 		return err
 	}
 	defer func() { _ = d.release() }()
-	// Check failed while the descriptor is in use, which keeps evict from syncing and closing it. The system
-	// reports a failure only once, and may have reported it to evict.
+	// Check failed while the descriptor is in use, which keeps evict from syncing and closing it. The system reports a
+	// failure only once, and may have reported it to evict.
 	f.mu.Lock()
 	failed := f.failed
 	f.mu.Unlock()
@@ -212,8 +211,7 @@ func (f *file) Sync() error {
 	return f.fdatasync(d)
 }
 
-// syncTo makes durable what is not durable yet, before d is closed, and keeps the error in failed. The caller
-// holds mu.
+// syncTo makes durable what is not durable yet, before d is closed, and keeps the error in failed. The caller holds mu.
 func (f *file) syncTo(d *descriptor) error {
 	if f.clean() {
 		return nil

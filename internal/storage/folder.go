@@ -17,17 +17,17 @@ import (
 )
 
 var (
-	// ErrForeign is matched by the error about a folder, or a process, that belongs to another user and so
-	// cannot be trusted.
+	// ErrForeign is matched by the error about a folder, or a process, that belongs to another user and so cannot be
+	// trusted.
 	ErrForeign = errors.New("what another user could have made is not used unasked")
-	// ErrIrregular is matched by the error about something that has the name of a file but is not a regular
-	// file of its own: a symbolic link, a FIFO, or a second name of a file elsewhere.
+	// ErrIrregular is matched by the error about something that has the name of a file but is not a regular file of its
+	// own: a symbolic link, a FIFO, or a second name of a file elsewhere.
 	ErrIrregular = errors.New("only regular files are used here")
 )
 
-// Folder is an open directory. Its files are opened by plain names, relative to its descriptor, and never
-// through a symbolic link. So a user who can change the directory, or a folder above it, cannot lead this
-// process to another file. Its methods may be called concurrently.
+// Folder is an open directory. Its files are opened by plain names, relative to its descriptor, and never through a
+// symbolic link. So a user who can change the directory, or a folder above it, cannot lead this process to another
+// file. Its methods may be called concurrently.
 type Folder struct {
 	path string
 	f    *os.File
@@ -36,8 +36,8 @@ type Folder struct {
 	ours bool // only this user and root can change what is in the directory
 }
 
-// OpenFolder opens the directory at path. Unless foreign is true, the directory must belong to this user or
-// to root, and no other user may have the right to change it; otherwise the error matches ErrForeign.
+// OpenFolder opens the directory at path. Unless foreign is true, the directory must belong to this user or to root,
+// and no other user may have the right to change it; otherwise the error matches ErrForeign.
 func OpenFolder(path string, foreign bool) (*Folder, error) {
 	f, err := os.OpenFile(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -80,8 +80,8 @@ func userName(uid uint32) string {
 	return "user " + id
 }
 
-// Own changes the mode of the directory so that only its owner can read or change it. Unless foreign is true,
-// the directory must belong to this user or to root; otherwise the error matches ErrForeign.
+// Own changes the mode of the directory so that only its owner can read or change it. Unless foreign is true, the
+// directory must belong to this user or to root; otherwise the error matches ErrForeign.
 func (d *Folder) Own(foreign bool) error {
 	if !foreign && !trusted(d.uid) {
 		return d.refusal()
@@ -105,8 +105,8 @@ func (d *Folder) Fd() int { return int(d.f.Fd()) }
 // Owner returns the user id of the directory's owner.
 func (d *Folder) Owner() uint32 { return d.uid }
 
-// Trusts reports whether files of user uid can be used: those of this user, of root and of the directory's
-// owner can. A caller that opened a foreign directory has agreed to trust its owner.
+// Trusts reports whether files of user uid can be used: those of this user, of root and of the directory's owner can. A
+// caller that opened a foreign directory has agreed to trust its owner.
 func (d *Folder) Trusts(uid uint32) bool { return trusted(uid) || uid == d.uid }
 
 // Stat returns the directory's status.
@@ -117,10 +117,9 @@ func (d *Folder) Stat() (st unix.Stat_t, err error) {
 	return st, nil
 }
 
-// Open opens a regular file with flags as for open(2). It never blocks, whatever has that name; anything but
-// a regular file is an error that matches ErrIrregular. In a folder that is not ours, so is a file that has a
-// second name, or an owner whom the folder does not trust. If flags has O_CREAT, the file is given to the
-// folder's owner (Give).
+// Open opens a regular file with flags as for open(2). It never blocks, whatever has that name; anything but a regular
+// file is an error that matches ErrIrregular. In a folder that is not ours, so is a file that has a second name, or an
+// owner whom the folder does not trust. If flags has O_CREAT, the file is given to the folder's owner (Give).
 func (d *Folder) Open(name string, flags int) (*os.File, error) {
 	path, err := joined(d.path, name)
 	if err != nil {
@@ -147,12 +146,12 @@ func (d *Folder) Open(name string, flags int) (*os.File, error) {
 	return f, nil
 }
 
-// Gives reports whether files that this process makes must be given to another user: root is working in that
-// user's folder.
+// Gives reports whether files that this process makes must be given to another user: root is working in that user's
+// folder.
 func (d *Folder) Gives() bool { return d.uid != 0 && os.Geteuid() == 0 }
 
-// Give changes the owner of a file in the directory to the directory's owner, who could not use a file of
-// root's. It does nothing unless Gives.
+// Give changes the owner of a file in the directory to the directory's owner, who could not use a file of root's. It
+// does nothing unless Gives.
 func (d *Folder) Give(f *os.File) error {
 	if !d.Gives() {
 		return nil
@@ -206,8 +205,8 @@ func (d *Folder) Read(name string) ([]byte, error) {
 	return b, errors.Join(err, f.Close())
 }
 
-// Replace replaces the content of the file called name in one step. If durable is true, the content and the
-// name are durable when Replace returns.
+// Replace replaces the content of the file called name in one step. If durable is true, the content and the name are
+// durable when Replace returns.
 func (d *Folder) Replace(name string, content []byte, durable bool) error {
 	tmp := name + ".tmp"
 	// Never write to a file that an interrupted Replace left, or that another user put there.
@@ -288,9 +287,9 @@ func (d *Folder) Sync() error {
 	return nil
 }
 
-// Sub opens a directory in this one, and makes it if it does not exist. A symbolic link is refused
-// (ErrIrregular). So is a directory whose owner this folder does not trust (ErrForeign) or, in a folder that
-// only this user can change, one that others can change.
+// Sub opens a directory in this one, and makes it if it does not exist. A symbolic link is refused (ErrIrregular). So
+// is a directory whose owner this folder does not trust (ErrForeign) or, in a folder that only this user can change,
+// one that others can change.
 func (d *Folder) Sub(name string) (*Folder, error) {
 	path, err := joined(d.path, name)
 	if err != nil {

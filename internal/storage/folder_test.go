@@ -19,8 +19,8 @@ func openFolder(t *testing.T, path string) *Folder {
 	return d
 }
 
-// TestFolderFollowsNothing checks that nothing in the place of a file can lead to another file, or make the
-// process wait.
+// TestFolderFollowsNothing checks that nothing in the place of a file can lead to another file, or make the process
+// wait.
 func TestFolderFollowsNothing(t *testing.T) {
 	path := t.TempDir()
 	must(t, os.Chmod(path, 0o700))
@@ -71,8 +71,7 @@ func TestFolderFollowsNothing(t *testing.T) {
 	}
 }
 
-// TestFolderIsOurs checks that the owner and the mode of a folder decide whether it is opened without
-// foreign.
+// TestFolderIsOurs checks that the owner and the mode of a folder decide whether it is opened without foreign.
 func TestFolderIsOurs(t *testing.T) {
 	for _, mode := range []os.FileMode{0o700, 0o755, 0o770, 0o702} {
 		path := filepath.Join(t.TempDir(), "folder")

@@ -6,9 +6,8 @@ import (
 	"math/rand/v2"
 )
 
-// source returns a source of random bytes that r determines. It uses its own generator, ChaCha8, because that
-// fills a slice with a fifth of the work under the race detector, which looks at each byte that is stored
-// here.
+// source returns a source of random bytes that r determines. It uses its own generator, ChaCha8, because that fills a
+// slice with a fifth of the work under the race detector, which looks at each byte that is stored here.
 func source(r *rand.Rand) *rand.ChaCha8 {
 	var seed [32]byte
 	binary.LittleEndian.PutUint64(seed[:], r.Uint64())

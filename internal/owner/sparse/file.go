@@ -20,8 +20,8 @@ type fileSource struct {
 	plain bool // the file system cannot distinguish holes from data
 }
 
-// FromFile returns the content of a regular file or a block device. It does not read holes, and leaves out
-// blocks of zeros.
+// FromFile returns the content of a regular file or a block device. It does not read holes, and leaves out blocks of
+// zeros.
 func FromFile(f *os.File) (Source, error) {
 	fi, err := f.Stat()
 	if err != nil {
@@ -66,8 +66,8 @@ func (s *fileSource) Next(p []byte) (int, int64, error) {
 	}
 }
 
-// nextRun sets at and end to the file's next run of data, rounded to multiples of Block, or returns io.EOF if
-// there is none.
+// nextRun sets at and end to the file's next run of data, rounded to multiples of Block, or returns io.EOF if there is
+// none.
 func (s *fileSource) nextRun() error {
 	if s.at >= s.size {
 		return io.EOF

@@ -14,9 +14,9 @@ import (
 //	8   4   length of the data that follows, 1 to Piece
 //	12  ..  data
 //
-// A frame of length 0 has no data and ends the stream; its offset is the size of the content. A frame of
-// length frameError also ends the stream, and means that the sender failed; its offset is the length of the
-// message that follows. A stream that ends in any other way is incomplete.
+// A frame of length 0 has no data and ends the stream; its offset is the size of the content. A frame of length
+// frameError also ends the stream, and means that the sender failed; its offset is the length of the message that
+// follows. A stream that ends in any other way is incomplete.
 const (
 	frameHeader = 12
 	frameError  = 1<<32 - 1

@@ -1,5 +1,5 @@
-// Package sparse moves the content of disks without moving their holes: from and to files and block devices,
-// from and to plain streams, and over a framed stream of its own that carries only data.
+// Package sparse moves the content of disks without moving their holes: from and to files and block devices, from and
+// to plain streams, and over a framed stream of its own that carries only data.
 package sparse
 
 import (
@@ -20,8 +20,8 @@ const Block = 4096
 
 // Source is the content of a disk, as runs of data in ascending order. Everything between the runs is zeros.
 type Source interface {
-	// Next fills p from the next run of data: n bytes that belong at off. If a run is longer than p, the next
-	// call continues it. At the end Next returns io.EOF and no data.
+	// Next fills p from the next run of data: n bytes that belong at off. If a run is longer than p, the next call
+	// continues it. At the end Next returns io.EOF and no data.
 	Next(p []byte) (n int, off int64, err error)
 	// Size returns the length of the content, or -1 while it is unknown. After io.EOF it is known.
 	Size() int64
@@ -30,8 +30,8 @@ type Source interface {
 // zeroBlock is compared with blocks to detect zeros.
 var zeroBlock [Block]byte
 
-// dataRun returns the first run of p that is not zeros: p[skip:skip+n]. The start of p lies at a multiple of
-// Block. n is 0 if all of p is zeros.
+// dataRun returns the first run of p that is not zeros: p[skip:skip+n]. The start of p lies at a multiple of Block. n
+// is 0 if all of p is zeros.
 func dataRun(p []byte) (skip, n int) {
 	for skip < len(p) && isZero(p[skip:min(skip+Block, len(p))]) {
 		skip += Block
@@ -48,9 +48,9 @@ func isZero(p []byte) bool {
 	return bytes.Equal(p, zeroBlock[:len(p)])
 }
 
-// Copy writes the runs of src to dst, several at a time, and returns how many bytes of data it copied. If
-// progress is not nil, Copy calls it after each run with the offset in src that has been reached; only one
-// goroutine calls it. If grow is not nil, Copy calls it with the end of each run before it writes the run.
+// Copy writes the runs of src to dst, several at a time, and returns how many bytes of data it copied. If progress is
+// not nil, Copy calls it after each run with the offset in src that has been reached; only one goroutine calls it. If
+// grow is not nil, Copy calls it with the end of each run before it writes the run.
 func Copy(ctx context.Context, dst io.WriterAt, src Source, grow func(end int64) error, progress func(off int64)) (int64, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)

@@ -13,8 +13,8 @@ type page struct {
 	data  [pageSize]byte
 }
 
-// content is the content of a file: pages by number, and zeros where there is no page. Once it is frozen it
-// never changes, so any number of inodes, of any number of FS, can share it without a lock.
+// content is the content of a file: pages by number, and zeros where there is no page. Once it is frozen it never
+// changes, so any number of inodes, of any number of FS, can share it without a lock.
 type content struct {
 	size  int64
 	pages map[int64]*page
@@ -22,8 +22,7 @@ type content struct {
 
 func newContent() *content { return &content{pages: map[int64]*page{}} }
 
-// thaw returns a new content that holds the same. The two share their pages until one of them writes to a
-// page.
+// thaw returns a new content that holds the same. The two share their pages until one of them writes to a page.
 func (c *content) thaw() *content { return &content{size: c.size, pages: maps.Clone(c.pages)} }
 
 func (c *content) readAt(p []byte, off int64) int {

@@ -8,14 +8,14 @@ import (
 	"slices"
 )
 
-// Choice says which of the operations that are not durable survive a power loss. The operations are counted
-// in the order in which they were made, over all files and the directory: writes, truncations (reserving a
-// new file's space counts as one), creations and removals.
+// Choice says which of the operations that are not durable survive a power loss. The operations are counted in the
+// order in which they were made, over all files and the directory: writes, truncations (reserving a new file's space
+// counts as one), creations and removals.
 type Choice struct {
 	// Prefix is the number of operations that survive, counted from the first.
 	Prefix int
-	// Seed, if not 0, makes each operation after the prefix survive or be lost at random. If it is 0, all of
-	// them are lost.
+	// Seed, if not 0, makes each operation after the prefix survive or be lost at random. If it is 0, all of them are
+	// lost.
 	Seed uint64
 	// Torn makes each write that survives because of Seed lose sectors at random.
 	Torn bool
@@ -29,8 +29,7 @@ func (c Choice) String() string {
 // Everything is the Choice that loses nothing.
 var Everything = Choice{Prefix: int(^uint(0) >> 1)}
 
-// pendingOp is an operation that is not durable: one of a file if node is set, and otherwise one of the
-// directory.
+// pendingOp is an operation that is not durable: one of a file if node is set, and otherwise one of the directory.
 type pendingOp struct {
 	seq  uint64
 	node *inode
@@ -68,8 +67,8 @@ func (f *FS) Unsynced() int {
 	return len(f.pending())
 }
 
-// Choices returns choices for a power loss now: every prefix, k random subsets, and k subsets with torn
-// writes. The same seed gives the same choices.
+// Choices returns choices for a power loss now: every prefix, k random subsets, and k subsets with torn writes. The
+// same seed gives the same choices.
 func (f *FS) Choices(seed uint64, k int) []Choice {
 	n := f.Unsynced()
 	var cs []Choice
@@ -90,9 +89,9 @@ func (f *FS) Choices(seed uint64, k int) []Choice {
 	return cs
 }
 
-// Crash returns an FS as it would be if power was lost now: everything durable, and those other operations
-// that survive by choice. The FS is independent of f, which does not change. It has f's capacity, but neither
-// its hook nor its faults.
+// Crash returns an FS as it would be if power was lost now: everything durable, and those other operations that survive
+// by choice. The FS is independent of f, which does not change. It has f's capacity, but neither its hook nor its
+// faults.
 func (f *FS) Crash(choice Choice) *FS {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -133,8 +132,8 @@ func (f *FS) Crash(choice Choice) *FS {
 	return image
 }
 
-// Clone returns an independent FS in the same state, including what is not durable: it is what another
-// process finds after this one was killed.
+// Clone returns an independent FS in the same state, including what is not durable: it is what another process finds
+// after this one was killed.
 func (f *FS) Clone() *FS {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -1,10 +1,9 @@
-// Package crashfs is a double of the engine's file layer that can lose power. It keeps files in memory, knows
-// what has been made durable and in which order everything else was done, and makes images of what a power
-// loss would leave. It can also make operations fail, and run out of space.
+// Package crashfs is a double of the engine's file layer that can lose power. It keeps files in memory, knows what has
+// been made durable and in which order everything else was done, and makes images of what a power loss would leave. It
+// can also make operations fail, and run out of space.
 //
-// It is stricter than most file systems: syncing a file's content does not make its name durable, and
-// operations on different files, the sectors of one write, and the operations of the directory reach the disk
-// in any order.
+// It is stricter than most file systems: syncing a file's content does not make its name durable, and operations on
+// different files, the sectors of one write, and the operations of the directory reach the disk in any order.
 package crashfs
 
 import (
@@ -91,8 +90,8 @@ func (f *FS) SetCapacity(bytes int64) {
 	f.capacity = bytes
 }
 
-// Take takes n bytes of the capacity, like a file in another directory, or gives them back if n < 0. It fails
-// with ENOSPC if there is less room, as a reservation does.
+// Take takes n bytes of the capacity, like a file in another directory, or gives them back if n < 0. It fails with
+// ENOSPC if there is less room, as a reservation does.
 func (f *FS) Take(n int64) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -103,17 +102,16 @@ func (f *FS) Take(n int64) error {
 	return nil
 }
 
-// OnSync makes the FS call fn before and after each File.Sync, with the file's name, and before and after
-// each SyncDir, with ".". fn may use the FS, but must not sync.
+// OnSync makes the FS call fn before and after each File.Sync, with the file's name, and before and after each SyncDir,
+// with ".". fn may use the FS, but must not sync.
 func (f *FS) OnSync(fn func(name string)) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.onSync = fn
 }
 
-// FailAt makes the nth operation of a kind from now on (1 is the next) fail with err. A failing write still
-// writes its first half, in whole sectors. What a failed Sync covered is never durable for certain, even if a
-// later Sync succeeds.
+// FailAt makes the nth operation of a kind from now on (1 is the next) fail with err. A failing write still writes its
+// first half, in whole sectors. What a failed Sync covered is never durable for certain, even if a later Sync succeeds.
 func (f *FS) FailAt(op Op, nth int, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -134,8 +132,7 @@ func (f *FS) Handles() int {
 	return f.handles
 }
 
-// begin counts an operation, and returns the error with which it must fail, or nil. The caller holds the
-// lock.
+// begin counts an operation, and returns the error with which it must fail, or nil. The caller holds the lock.
 func (f *FS) begin(op Op) error {
 	f.counts[op]++
 	for _, ft := range f.faults[op] {
@@ -242,8 +239,7 @@ func (f *FS) Remove(name string) error {
 	return nil
 }
 
-// SetAside implements storage.FS. Files that were set aside are not part of the directory; Aside returns
-// their names.
+// SetAside implements storage.FS. Files that were set aside are not part of the directory; Aside returns their names.
 func (f *FS) SetAside(name, as string) error {
 	if err := f.Remove(name); err != nil {
 		return err
@@ -298,8 +294,7 @@ func (f *FS) SyncDir() error {
 	})
 }
 
-// sync calls the hook, then finish with the injected error or nil, with the lock held, and then the hook
-// again.
+// sync calls the hook, then finish with the injected error or nil, with the lock held, and then the hook again.
 func (f *FS) sync(op Op, name string, finish func(err error)) error {
 	f.mu.Lock()
 	hook := f.onSync

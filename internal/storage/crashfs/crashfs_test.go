@@ -127,8 +127,8 @@ func TestPrefixKeepsTheOrderOverFiles(t *testing.T) {
 	}
 }
 
-// TestChoicesReachEveryState counts the states that the choices leave of three writes to three files and two
-// directory operations.
+// TestChoicesReachEveryState counts the states that the choices leave of three writes to three files and two directory
+// operations.
 func TestChoicesReachEveryState(t *testing.T) {
 	f := New()
 	state := func(f *FS) (s string) {
@@ -194,8 +194,8 @@ func TestTornWrite(t *testing.T) {
 	}
 }
 
-// TestFailedSyncLosesData checks that the FS behaves like the kernel: after a failed fsync, lost data counts
-// as clean. A program must not mistake that for success.
+// TestFailedSyncLosesData checks that the FS behaves like the kernel: after a failed fsync, lost data counts as clean.
+// A program must not mistake that for success.
 func TestFailedSyncLosesData(t *testing.T) {
 	f := New()
 	h := durable(t, f, "a", "00")

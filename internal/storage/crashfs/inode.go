@@ -10,8 +10,8 @@ type inode struct {
 	frozen bool
 	// pending holds the operations since the last sync, in order.
 	pending []op
-	// failed is the number of operations in pending that a failed sync covered. They may or may not have
-	// reached the disk, and no later sync writes them.
+	// failed is the number of operations in pending that a failed sync covered. They may or may not have reached the
+	// disk, and no later sync writes them.
 	failed int
 	// diverged says that such operations were lost: now is no longer durable plus pending.
 	diverged bool
@@ -41,8 +41,8 @@ func (n *inode) change(o op) {
 	n.pending = append(n.pending, o)
 }
 
-// sync makes the pending operations durable, except those that a failed sync covered: the kernel treats those
-// as clean, though reads still see them.
+// sync makes the pending operations durable, except those that a failed sync covered: the kernel treats those as clean,
+// though reads still see them.
 func (n *inode) sync() {
 	if n.failed == 0 && !n.diverged {
 		n.durable, n.frozen = n.now, true
