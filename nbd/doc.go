@@ -1,5 +1,5 @@
 // Package nbd serves block devices over the NBD protocol: fixed newstyle negotiation, simple and structured replies,
-// and the metadata context base:allocation. It knows nothing of what is behind a [Device].
+// and the metadata context base:allocation. It does not know how a [Device] stores its content.
 //
 // A program implements [Device] and [Exports], and gives its listeners to [Server.Serve]:
 //
@@ -46,9 +46,9 @@
 //
 // # What is bounded
 //
-// Options.MaxInFlight bounds what one connection can make the server hold, and Options.MaxMemory what all of them can
-// (budget.go): the receiver stops reading when that much was received and is not yet answered. What counts is the
-// memory of the buffers, not the bytes in them. A connection that waits for requests holds no buffers.
+// Options.MaxInFlight bounds the memory for the requests of one connection, and Options.MaxMemory that of all
+// connections (budget.go): at the limit, the receiver stops reading until requests are answered. The size of the
+// buffers counts, and not the number of bytes in them. A connection that waits for requests holds no buffers.
 //
 // Nothing waits for itself. Closing a connection waits until the system call that reads it has returned, so the
 // receiver does nothing else while it holds the socket (input.go). A client may take no replies for as long as it
