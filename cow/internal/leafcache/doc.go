@@ -57,8 +57,8 @@
 //	the lock of checkpoints                Each, Finish
 //	any of these, or none                  everything else
 //
-// A generation is written from Begin to Finish or Abort, under the lock of checkpoints (Store.checkpoints.mu). So the reaper,
-// which holds both locks, meets no generation that is being written.
+// A generation is written from Begin to Finish or Abort, under the lock of checkpoints (Store.checkpoints.mu). So the
+// reaper, which holds both locks, meets no generation that is being written.
 //
 // A replay is alone with the cache, on several goroutines. A lock of its own takes the place of the store's there. It
 // is taken for MakeWritable only, under the lock of a shard.
