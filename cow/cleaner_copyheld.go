@@ -218,7 +218,7 @@ func (m *mover) forward(h *format.RecordHeader, payload []byte, name format.Entr
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err := errors.Join(s.wal.Reserve(nh.Size(), wal.ForMoves), s.usable()); err != nil {
+	if err := s.wal.Reserve(nh.Size(), wal.ForMoves); err != nil {
 		return 0, err
 	}
 	// A record that cannot be applied would stop every replay.

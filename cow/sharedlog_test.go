@@ -9,6 +9,8 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -360,4 +362,47 @@ func TestWriteThroughTogether(t *testing.T) {
 		}
 	}
 	must(t, errors.Join(d.Close(), s.Close()))
+}
+
+// TestBuffersGoLast watches the removal of the buffers: the file that names them goes first. Between the two, the next
+// owner would look for buffers that are gone, and report lost writes.
+func TestBuffersGoLast(t *testing.T) {
+	o := sharing(t)
+	dir, content := answered(t, o) // a killed owner leaves both files
+	names := removals(t, dir, o.SharedMemory)
+	if !found(t, dir, o, content) { // takes them over, makes its own, and removes those at its end
+		t.Error("the write is lost")
+	}
+	var order []string
+	for _, n := range names() {
+		if n == ownerFile || strings.HasPrefix(n, "vdisk-") {
+			order = append(order, n[:5])
+		}
+	}
+	if want := []string{"owner", "vdisk", "owner", "vdisk"}; !slices.Equal(order, want) {
+		t.Errorf("removed were %v, not %v", order, want)
+	}
+}
+
+// removals watches two folders, and returns a function that returns the names that were removed, in order.
+func removals(t *testing.T, dirs ...string) func() []string {
+	t.Helper()
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	must(t, err)
+	t.Cleanup(func() { unix.Close(fd) })
+	for _, dir := range dirs {
+		_, err := unix.InotifyAddWatch(fd, dir, unix.IN_DELETE)
+		must(t, err)
+	}
+	return func() (names []string) {
+		p := make([]byte, 64<<10)
+		n, err := unix.Read(fd, p)
+		must(t, err)
+		for p = p[:n]; len(p) > 0; { // struct inotify_event, inotify(7)
+			size := unix.SizeofInotifyEvent + int(binary.NativeEndian.Uint32(p[12:]))
+			names = append(names, string(bytes.TrimRight(p[unix.SizeofInotifyEvent:size], "\x00")))
+			p = p[size:]
+		}
+		return names
+	}
 }

@@ -257,9 +257,6 @@ func (s *Store) admit(d *Device, h *format.RecordHeader, n int, hole bool) error
 	if err := s.wal.Reserve(h.Size(), purposeIn(h)); err != nil {
 		return err
 	}
-	if err := s.usable(); err != nil { // checked after reserve, which may have waited
-		return err
-	}
 	if end := h.Block + uint64(n); end > blocksOf(d.v.Size) {
 		return fmt.Errorf("block %d is behind the end (the volume has shrunk): %w", end-1, ErrInvalid)
 	}

@@ -168,7 +168,8 @@ func (l *Log) Err() error {
 
 // Reserve makes room for a record of n bytes. The caller holds mu; Reserve releases it while it waits for a
 // buffer or a chunk. If there is no room for data, Reserve waits for the cleaner as long as the cleaner has
-// something to give back. It returns the log's final error, fault.ErrClosed, or the error of making a chunk.
+// something to give back. It returns the log's final error, fault.ErrClosed, or the error of making a chunk. If it
+// returns nil, the log is open and has not failed, and stays so until the caller releases mu or waits.
 func (l *Log) Reserve(n int, p Purpose) error {
 	tries := 0
 	for {
