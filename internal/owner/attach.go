@@ -84,7 +84,7 @@ func (o *Owner) shown(r cow.Ref) error {
 		case !d.listed():
 			return fmt.Errorf("%v is being attached by another command: %w", r, cow.ErrBusy)
 		case d.block == nil:
-			return d.info().waits()
+			return d.info().waitingError()
 		default:
 			return fmt.Errorf("%v is attached already, as %s: %w", r, pathOf(d.id), cow.ErrBusy)
 		}
@@ -183,7 +183,7 @@ func (o *Owner) Detach(ctx context.Context, what string, force bool) error {
 	o.mu.Lock()
 	d, err := o.find(what)
 	if err == nil && d.block == nil && !force {
-		err = d.info().waits()
+		err = d.info().waitingError()
 	}
 	if err == nil {
 		err = d.claim()
@@ -267,7 +267,7 @@ func (o *Owner) inUse(volume string, err error) error {
 	var users []string
 	for _, d := range o.devicesOf(volume) {
 		if d.Waits {
-			users = append(users, d.waitsText())
+			users = append(users, d.waitingText())
 		} else {
 			users = append(users, fmt.Sprintf("%v is attached as %s", d.Ref, d.Path))
 		}

@@ -81,12 +81,12 @@ func (d *disk) info() Device {
 
 func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }
 
-// waits returns the error for an attempt to use the volume of a waiting disk.
-func (d Device) waits() error {
-	return fmt.Errorf("%w: %s", cow.ErrBusy, d.waitsText())
+// waitingError returns the error for an attempt to use the volume of a waiting disk.
+func (d Device) waitingError() error {
+	return fmt.Errorf("%w: %s", cow.ErrBusy, d.waitingText())
 }
 
-func (d Device) waitsText() string {
+func (d Device) waitingText() string {
 	return fmt.Sprintf("%v waits as %s for its server: run 'vdisk recover', or 'vdisk detach --force %[1]v' to give it up", d.Ref, d.Path)
 }
 
@@ -317,7 +317,7 @@ func (o *Owner) closeDisks(ctx context.Context) error {
 func (o *Owner) notWaiting(r cow.Ref) error {
 	for _, d := range o.devicesOf(r.Volume) {
 		if d.Waits && d.Ref == r && r.Snapshot == "" {
-			return d.waits()
+			return d.waitingError()
 		}
 	}
 	return nil

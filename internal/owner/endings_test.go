@@ -51,9 +51,9 @@ func (f *brittleFile) Sync() error {
 }
 
 // brittle owns a store whose disk can be made to fail.
-func brittle(t *testing.T, ctx context.Context) (*world, *Owner, *brittleFS) {
+func brittle(t *testing.T, ctx context.Context) (*fakeMachine, *Owner, *brittleFS) {
 	t.Helper()
-	w := newWorld(t)
+	w := newFakeMachine(t)
 	dir, err := storage.OpenDir(w.dir)
 	if err != nil {
 		t.Fatal(err)
@@ -78,8 +78,8 @@ func TestLastFlushFails(t *testing.T) {
 			t.Errorf("want that the durability of the unflushed writes is not known, got: %v", err)
 		}
 	}
-	for name, end := range map[string]func(t *testing.T, w *world, o *Owner, stop context.CancelFunc){
-		"detach": func(t *testing.T, w *world, o *Owner, _ context.CancelFunc) {
+	for name, end := range map[string]func(t *testing.T, w *fakeMachine, o *Owner, stop context.CancelFunc){
+		"detach": func(t *testing.T, w *fakeMachine, o *Owner, _ context.CancelFunc) {
 			err := o.Detach(t.Context(), "v", false)
 			notDurable(t, err)
 			if w.d.count() != 1 || !strings.Contains(err.Error(), "detach --force") {
@@ -87,11 +87,11 @@ func TestLastFlushFails(t *testing.T) {
 			}
 			notDurable(t, o.Detach(t.Context(), "v", true))
 		},
-		"close": func(t *testing.T, _ *world, o *Owner, stop context.CancelFunc) {
+		"close": func(t *testing.T, _ *fakeMachine, o *Owner, stop context.CancelFunc) {
 			stop()
 			notDurable(t, o.CloseWhenDone())
 		},
-		"outside": func(t *testing.T, w *world, o *Owner, _ context.CancelFunc) {
+		"outside": func(t *testing.T, w *fakeMachine, o *Owner, _ context.CancelFunc) {
 			_, _, ends := o.servedUntil()
 			if err := w.d.devices[0].server.Stop(t.Context()); err != nil {
 				t.Fatal(err)
@@ -99,7 +99,7 @@ func TestLastFlushFails(t *testing.T) {
 			<-ends[0].done
 			notDurable(t, o.CloseWhenIdle(0))
 		},
-		"upgrade": func(t *testing.T, w *world, o *Owner, _ context.CancelFunc) {
+		"upgrade": func(t *testing.T, w *fakeMachine, o *Owner, _ context.CancelFunc) {
 			_, err := o.Upgrade(t.Context())
 			notDurable(t, err)
 			if o.Successor() != nil || w.d.count() != 1 || w.d.devices[0].info.State != ublk.KernelLive {
@@ -152,7 +152,7 @@ func TestLastClientCannotFlush(t *testing.T) {
 // TestAttachAtOnce: if several commands attach the same snapshot or volume at once, exactly one succeeds, as when they
 // run one after the other.
 func TestAttachAtOnce(t *testing.T) {
-	w := newWorld(t)
+	w := newFakeMachine(t)
 	o := w.own(true)
 	if err := o.Snapshot(t.Context(), cow.Ref{Volume: "v", Snapshot: "s"}); err != nil {
 		t.Fatal(err)

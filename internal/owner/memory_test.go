@@ -109,7 +109,7 @@ func TestReadThreads(t *testing.T) {
 // TestAttachNeedsThreads: the runtime ends a process that cannot make a thread, so a device that might need the last
 // threads is refused.
 func TestAttachNeedsThreads(t *testing.T) {
-	w := newWorld(t)
+	w := newFakeMachine(t)
 	opts := w.options(true)
 	left := int64(spareThreads + 1)
 	opts.threads = func() []room { return []room{{"the group", left}} }
@@ -131,7 +131,7 @@ func TestAttachNeedsThreads(t *testing.T) {
 // TestAttachNeedsMemory: a device that would take the last memory is refused. The error names the machine or the
 // control group, also in a command that asked the owner. Nothing is left of the device.
 func TestAttachNeedsMemory(t *testing.T) {
-	w := newWorld(t)
+	w := newFakeMachine(t)
 	opts := w.options(true)
 	free := []memory{{"the machine", 1 << 30, 1 << 30}, {"the control group /x", 1 << 30, 1 << 30}}
 	opts.memory = func() []memory { return free }

@@ -490,7 +490,7 @@ func TestInlineRequestsDoNotAllocate(t *testing.T) {
 
 // TestFailedRequestsAreLogged: the disk's user gets an errno. The reason is logged, at most once a second.
 func TestFailedRequestsAreLogged(t *testing.T) {
-	w := newWorld(t)
+	w := newFakeMachine(t)
 	var text bytes.Buffer
 	opts := w.options(true)
 	opts.Logger = slog.New(slog.NewTextHandler(&text, nil))

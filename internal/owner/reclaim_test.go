@@ -69,7 +69,7 @@ func TestLongMountLine(t *testing.T) {
 
 // TestPartScan: the kernel reads the partition tables of volumes and snapshots as AttachOptions.PartScan selects.
 func TestPartScan(t *testing.T) {
-	w := newWorld(t)
+	w := newFakeMachine(t)
 	o := w.own(true)
 	snapshot := cow.Ref{Volume: "v", Snapshot: "s"}
 	if err := o.Snapshot(t.Context(), snapshot); err != nil {

@@ -62,7 +62,7 @@ func (o *Owner) outcomeOf(ctx context.Context, disks []*disk) (list []Recovery) 
 		case d.block != nil:
 			list = append(list, Recovery{Device: d.info()})
 		default:
-			list = append(list, Recovery{Device: d.info(), Error: toWire(cmp.Or(d.err, d.info().waits()))})
+			list = append(list, Recovery{Device: d.info(), Error: toWire(cmp.Or(d.err, d.info().waitingError()))})
 		}
 	}
 	return list
@@ -218,7 +218,7 @@ func (o *Owner) Stats(_ context.Context, what string) (DeviceStats, error) {
 		return DeviceStats{}, err
 	}
 	if d.block == nil {
-		return DeviceStats{}, d.info().waits()
+		return DeviceStats{}, d.info().waitingError()
 	}
 	return DeviceStats{Device: d.info(), Stats: d.block.Stats()}, nil
 }

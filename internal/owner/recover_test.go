@@ -18,23 +18,23 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// world is a store, and a fake kernel that has its devices.
-type world struct {
+// fakeMachine is a store, and a fake kernel that has its devices.
+type fakeMachine struct {
 	t   *testing.T
 	dir string
 	d   *fakeDriver
 }
 
-func newWorld(t *testing.T) *world { return &world{t, newStore(t), newFakeDriver()} }
+func newFakeMachine(t *testing.T) *fakeMachine { return &fakeMachine{t, newStore(t), newFakeDriver()} }
 
-func (w *world) options(lasting bool) Options {
+func (w *fakeMachine) options(lasting bool) Options {
 	o := quick
 	o.driver, o.Offer, o.Temporary, o.LockTimeout = w.d, lasting, !lasting, 200*time.Millisecond
 	return o
 }
 
 // own makes an owner of the store. Its life ends with the test.
-func (w *world) own(lasting bool) *Owner {
+func (w *fakeMachine) own(lasting bool) *Owner {
 	w.t.Helper()
 	o, err := Own(context.Background(), w.dir, w.options(lasting))
 	if err != nil {
@@ -43,7 +43,7 @@ func (w *world) own(lasting bool) *Owner {
 	return o
 }
 
-func (w *world) attach(o *Owner, name string) Device {
+func (w *fakeMachine) attach(o *Owner, name string) Device {
 	w.t.Helper()
 	r, err := cow.ParseRef(name)
 	if err != nil {
@@ -56,7 +56,7 @@ func (w *world) attach(o *Owner, name string) Device {
 	return d
 }
 
-func (w *world) close(o *Owner) {
+func (w *fakeMachine) close(o *Owner) {
 	w.t.Helper()
 	if err := o.Close(); err != nil {
 		w.t.Fatal(err)
@@ -64,7 +64,7 @@ func (w *world) close(o *Owner) {
 }
 
 // kill ends an owner as SIGKILL does: its devices wait, and the file of devices lists them.
-func (w *world) kill(o *Owner) {
+func (w *fakeMachine) kill(o *Owner) {
 	w.t.Helper()
 	_, _, ends := o.servedUntil()
 	w.d.loseServers()
@@ -74,7 +74,7 @@ func (w *world) kill(o *Owner) {
 	w.close(o)
 }
 
-func (w *world) file() string {
+func (w *fakeMachine) file() string {
 	b, err := os.ReadFile(filepath.Join(w.dir, recordName))
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		w.t.Fatal(err)
@@ -83,7 +83,7 @@ func (w *world) file() string {
 }
 
 // edit changes the file of devices.
-func (w *world) edit(from, to string) {
+func (w *fakeMachine) edit(from, to string) {
 	w.t.Helper()
 	text := w.file()
 	if !strings.Contains(text, from) {
@@ -94,7 +94,7 @@ func (w *world) edit(from, to string) {
 	}
 }
 
-func (w *world) waiting(o *Owner) (list []string) {
+func (w *fakeMachine) waiting(o *Owner) (list []string) {
 	for _, d := range o.devicesOf("") {
 		if d.Waits {
 			list = append(list, fmt.Sprint(d.Ref, " ", d.Path))
@@ -103,7 +103,7 @@ func (w *world) waiting(o *Owner) (list []string) {
 	return list
 }
 
-func (w *world) recovers(o *Owner, what string, want int) {
+func (w *fakeMachine) recovers(o *Owner, what string, want int) {
 	w.t.Helper()
 	outcome, err := o.Recover(w.t.Context(), what)
 	if err != nil {
@@ -132,7 +132,7 @@ func bootID(t *testing.T) string {
 }
 
 // leaveOwner changes the store as if its owner was killed, with memory in the folder shm that does not exist.
-func (w *world) leaveOwner(shm string) {
+func (w *fakeMachine) leaveOwner(shm string) {
 	w.t.Helper()
 	var st, in unix.Stat_t
 	if err := errors.Join(unix.Stat(w.dir, &st), unix.Stat(shm, &in)); err != nil {
@@ -162,7 +162,7 @@ func read(t *testing.T, b *fakeBlock) string {
 }
 
 func TestRecover(t *testing.T) {
-	w := newWorld(t)
+	w := newFakeMachine(t)
 	o := w.own(true)
 	w.attach(o, "v")
 	write(t, w.d.devices[0].server, "text")
@@ -239,7 +239,7 @@ func TestRecover(t *testing.T) {
 
 // TestRecordedBeforeMade: whenever a process dies, the file lists every device that the kernel has.
 func TestRecordedBeforeMade(t *testing.T) {
-	w := newWorld(t)
+	w := newFakeMachine(t)
 	o := w.own(true)
 	w.d.onCreate = func() {
 		if !strings.Contains(w.file(), cookie(w.d.devices[0].info.Cookie).String()) {
@@ -279,16 +279,16 @@ func TestRecordedBeforeMade(t *testing.T) {
 
 // TestForeignDevices: the file is believed only about devices that carry the store's mark.
 func TestForeignDevices(t *testing.T) {
-	for name, change := range map[string]func(w *world){
-		"another boot":         func(w *world) { w.edit(bootID(w.t), "00000000-1111-2222-3333-444444444444") },
-		"another cookie":       func(w *world) { w.d.devices[0].info.Cookie++ },
-		"a device that went":   func(w *world) { delete(w.d.devices, 0) },
-		"no driver":            func(w *world) { w.d.fail["devices"] = ublk.ErrNoDriver },
-		"another folder":       func(w *world) { w.edit(`"ino":`, `"ino":1`) },
-		"an id of another use": func(w *world) { w.d.devices[0].info.Cookie = 0 },
+	for name, change := range map[string]func(w *fakeMachine){
+		"another boot":         func(w *fakeMachine) { w.edit(bootID(w.t), "00000000-1111-2222-3333-444444444444") },
+		"another cookie":       func(w *fakeMachine) { w.d.devices[0].info.Cookie++ },
+		"a device that went":   func(w *fakeMachine) { delete(w.d.devices, 0) },
+		"no driver":            func(w *fakeMachine) { w.d.fail["devices"] = ublk.ErrNoDriver },
+		"another folder":       func(w *fakeMachine) { w.edit(`"ino":`, `"ino":1`) },
+		"an id of another use": func(w *fakeMachine) { w.d.devices[0].info.Cookie = 0 },
 	} {
 		t.Run(name, func(t *testing.T) {
-			w := newWorld(t)
+			w := newFakeMachine(t)
 			o := w.own(true)
 			w.attach(o, "v")
 			w.kill(o)
@@ -304,7 +304,7 @@ func TestForeignDevices(t *testing.T) {
 		})
 	}
 	t.Run("a copy of the store", func(t *testing.T) {
-		w := newWorld(t)
+		w := newFakeMachine(t)
 		o := w.own(true)
 		w.attach(o, "v")
 		w.kill(o)
@@ -325,7 +325,7 @@ func TestForeignDevices(t *testing.T) {
 		w.close(o)
 	})
 	t.Run("a driver that cannot be asked", func(t *testing.T) {
-		w := newWorld(t)
+		w := newFakeMachine(t)
 		o := w.own(true)
 		w.attach(o, "v")
 		w.kill(o)
@@ -342,7 +342,7 @@ func TestForeignDevices(t *testing.T) {
 }
 
 func TestRenamedWhileItWaits(t *testing.T) {
-	w := newWorld(t)
+	w := newFakeMachine(t)
 	o := w.own(true)
 	w.attach(o, "v")
 	if err := o.Rename(t.Context(), cow.Ref{Volume: "v"}, cow.Ref{Volume: "w"}); err != nil {
@@ -374,7 +374,7 @@ func TestRenamedWhileItWaits(t *testing.T) {
 }
 
 func TestForce(t *testing.T) {
-	w := newWorld(t)
+	w := newFakeMachine(t)
 	o := w.own(true)
 	w.attach(o, "v")
 	w.d.devices[0].server.inUse = true
@@ -398,7 +398,7 @@ func TestForce(t *testing.T) {
 
 // TestGiveUpFindsTheDevice: a disk's former number may belong to another device by now, and may be unknown at first.
 func TestGiveUpFindsTheDevice(t *testing.T) {
-	w := newWorld(t)
+	w := newFakeMachine(t)
 	o := w.own(true)
 	w.attach(o, "v")
 	w.kill(o)
@@ -423,7 +423,7 @@ func TestGiveUpFindsTheDevice(t *testing.T) {
 // TestForgottenAnswers: if acknowledged writes to a disk are lost, the disk is not served again, however often the
 // store is opened. A snapshot's disk is served, because a snapshot does not change.
 func TestForgottenAnswers(t *testing.T) {
-	w := newWorld(t)
+	w := newFakeMachine(t)
 	o := w.own(true)
 	snap := cow.Ref{Volume: "v", Snapshot: "s"}
 	if err := o.Snapshot(t.Context(), snap); err != nil {
@@ -453,7 +453,7 @@ func TestForgottenAnswers(t *testing.T) {
 // TestServedWithoutSharedMemory: without shared memory a disk is attached and recovered as usual, because acknowledged
 // data is in the store's files.
 func TestServedWithoutSharedMemory(t *testing.T) {
-	w := newWorld(t)
+	w := newFakeMachine(t)
 	opts := w.options(true)
 	opts.sharedMemory = filepath.Join(t.TempDir(), "missing")
 	for range 2 {
@@ -487,7 +487,7 @@ func TestServedWithoutSharedMemory(t *testing.T) {
 }
 
 func TestResizeAttached(t *testing.T) {
-	w := newWorld(t)
+	w := newFakeMachine(t)
 	o := w.own(true)
 	w.attach(o, "v")
 	if err := o.Resize(t.Context(), "v", 128<<20, false); err != nil {
@@ -511,7 +511,7 @@ func TestResizeAttached(t *testing.T) {
 
 // TestLostServer: a device whose queues break is served again, unless they break soon after the start.
 func TestLostServer(t *testing.T) {
-	w := newWorld(t)
+	w := newFakeMachine(t)
 	o := w.own(true)
 	w.attach(o, "v")
 	disks, _ := o.servedDisks()
@@ -527,7 +527,7 @@ func TestLostServer(t *testing.T) {
 }
 
 func TestStoreOnItsOwnDevice(t *testing.T) {
-	w := newWorld(t)
+	w := newFakeMachine(t)
 	o := w.own(true)
 	w.attach(o, "v")
 	w.d.backing = []int{0}

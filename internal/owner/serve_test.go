@@ -353,7 +353,7 @@ func (w lockedWriter) Write(p []byte) (int, error) {
 
 // The empty name means the only volume, even if there are snapshots. A volume that is in use can be described.
 func TestCatalog(t *testing.T) {
-	w := newWorld(t)
+	w := newFakeMachine(t)
 	o := w.own(true)
 	x := &catalog{exports: o.exports}
 	if err := o.Snapshot(t.Context(), cow.Ref{Volume: "v", Snapshot: "s"}); err != nil {
@@ -425,7 +425,7 @@ func askToServe(t *testing.T, dir string) *net.UnixConn {
 
 // A service that is about to begin is counted at all times: an upgrade neither overlooks it nor cuts it off.
 func TestServiceThatBegins(t *testing.T) {
-	w := newWorld(t)
+	w := newFakeMachine(t)
 	opts := w.options(true)
 	opts.Replaceable, opts.program = true, program(t, `echo '{"version":"2.0","store_format":99,"handover":1}'`)
 	opts.sessionTimeout = 50 * time.Millisecond

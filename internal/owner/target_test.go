@@ -71,7 +71,7 @@ func TestReadWithoutDescriptors(t *testing.T) {
 
 // TestNoUnmapKeepsSpace: zeros with NoUnmap leave blocks mapped, and others unmap them.
 func TestNoUnmapKeepsSpace(t *testing.T) {
-	o := newWorld(t).own(true)
+	o := newFakeMachine(t).own(true)
 	dev, err := o.store.OpenDevice(cow.Ref{Volume: "v"}, false)
 	if err != nil {
 		t.Fatal(err)

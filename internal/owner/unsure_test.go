@@ -13,9 +13,9 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-// waitingWorld is a world in which a device of volume v waits.
-func waitingWorld(t *testing.T) *world {
-	w := newWorld(t)
+// waitingMachine returns a fakeMachine on which a device of volume v waits.
+func waitingMachine(t *testing.T) *fakeMachine {
+	w := newFakeMachine(t)
 	o := w.own(true)
 	w.attach(o, "v")
 	w.kill(o)
@@ -23,7 +23,7 @@ func waitingWorld(t *testing.T) *world {
 }
 
 // looks opens the store like a command that only looks at it.
-func (w *world) looks() *Owner {
+func (w *fakeMachine) looks() *Owner {
 	w.t.Helper()
 	opts := w.options(true)
 	opts.Offer = false
@@ -37,18 +37,18 @@ func (w *world) looks() *Owner {
 // TestLookingChangesNothing: a command that only looks at a store neither forgets nor deletes a device, whatever is
 // known about the devices. The next lasting owner finds all devices that it can recover.
 func TestLookingChangesNothing(t *testing.T) {
-	for name, change := range map[string]func(w *world){
-		"it waits":                   func(*world) {},
-		"a driver that is not asked": func(w *world) { w.d.fail["devices"] = ublk.ErrPermission },
-		"a list that is not whole":   func(w *world) { w.d.hidden, w.d.fail["devices"] = true, ublk.ErrUnlisted },
-		"no driver":                  func(w *world) { w.d.hidden, w.d.fail["devices"] = true, ublk.ErrNoDriver },
-		"it is gone":                 func(w *world) { w.d.hidden = true },
-		"it is dead":                 func(w *world) { w.d.devices[0].info.State = ublk.KernelDead },
-		"another file system":        func(w *world) { w.edit(`"dev":`, `"dev":1`) },
-		"a file that is damaged":     func(w *world) { w.edit("{", "[") },
+	for name, change := range map[string]func(w *fakeMachine){
+		"it waits":                   func(*fakeMachine) {},
+		"a driver that is not asked": func(w *fakeMachine) { w.d.fail["devices"] = ublk.ErrPermission },
+		"a list that is not whole":   func(w *fakeMachine) { w.d.hidden, w.d.fail["devices"] = true, ublk.ErrUnlisted },
+		"no driver":                  func(w *fakeMachine) { w.d.hidden, w.d.fail["devices"] = true, ublk.ErrNoDriver },
+		"it is gone":                 func(w *fakeMachine) { w.d.hidden = true },
+		"it is dead":                 func(w *fakeMachine) { w.d.devices[0].info.State = ublk.KernelDead },
+		"another file system":        func(w *fakeMachine) { w.edit(`"dev":`, `"dev":1`) },
+		"a file that is damaged":     func(w *fakeMachine) { w.edit("{", "[") },
 	} {
 		t.Run(name, func(t *testing.T) {
-			w := waitingWorld(t)
+			w := waitingMachine(t)
 			before := w.file()
 			for _, look := range []func() *Owner{w.looks, func() *Owner { return w.own(false) }} {
 				change(w)
@@ -78,7 +78,7 @@ func TestLookingChangesNothing(t *testing.T) {
 
 // TestLostNode: a device that a recovery cannot open is not forgotten.
 func TestLostNode(t *testing.T) {
-	w := waitingWorld(t)
+	w := waitingMachine(t)
 	o := w.own(true)
 	for _, err := range []error{ublk.ErrNoNode, ublk.ErrBusy, ublk.ErrPermission} {
 		w.d.fail["recover"] = err
@@ -98,7 +98,7 @@ func TestLostNode(t *testing.T) {
 // TestMovedFileSystem: a file system with another device number is the same one, mounted again, or a copy. The disk is
 // kept, and neither served nor deleted until the user decides.
 func TestMovedFileSystem(t *testing.T) {
-	w := waitingWorld(t)
+	w := waitingMachine(t)
 	w.edit(`"dev":`, `"dev":1`)
 	o := w.own(true)
 	if got := w.waiting(o); len(got) != 1 {
@@ -152,7 +152,7 @@ func TestMovedFileSystem(t *testing.T) {
 
 // TestUnreadableRecord: while the file of devices cannot be read, and may list a device, no volume changes.
 func TestUnreadableRecord(t *testing.T) {
-	w := waitingWorld(t)
+	w := waitingMachine(t)
 	w.edit("{", "[")
 	if _, err := Own(t.Context(), w.dir, w.options(true)); !errors.Is(err, cow.ErrBusy) || !strings.Contains(err.Error(), "/dev/ublkb0") {
 		t.Error(err)
@@ -182,12 +182,12 @@ func TestUnreadableRecord(t *testing.T) {
 // TestPruneKeepsWhatWaits: a waiting device is deleted only by its name and with force, even if the store does not know
 // it. A dead device is deleted only if it can have no server.
 func TestPruneKeepsWhatWaits(t *testing.T) {
-	for name, change := range map[string]func(w *world){
-		"known":                     func(*world) {},
-		"forgotten":                 func(w *world) { w.edit(w.file(), "") },
-		"of what this is a copy of": func(w *world) { w.edit(`"dev":`, `"dev":1`) },
+	for name, change := range map[string]func(w *fakeMachine){
+		"known":                     func(*fakeMachine) {},
+		"forgotten":                 func(w *fakeMachine) { w.edit(w.file(), "") },
+		"of what this is a copy of": func(w *fakeMachine) { w.edit(`"dev":`, `"dev":1`) },
 	} {
-		w := waitingWorld(t)
+		w := waitingMachine(t)
 		change(w)
 		if deleted, err := prune(t.Context(), w.d, w.dir); len(deleted) != 0 || err != nil || w.d.count() != 1 {
 			t.Errorf("%s: deleted %v (%v)", name, deleted, err)
@@ -199,7 +199,7 @@ func TestPruneKeepsWhatWaits(t *testing.T) {
 			t.Errorf("%s, with force: %v", name, err)
 		}
 	}
-	w := waitingWorld(t)
+	w := waitingMachine(t)
 	w.d.devices[0].info.State = ublk.KernelDead
 	w.d.blind = true
 	if deleted, err := prune(t.Context(), w.d, w.dir); len(deleted) != 0 || err != nil {
@@ -221,7 +221,7 @@ func TestPruneKeepsWhatWaits(t *testing.T) {
 // TestMemoryElsewhere: the memory of a waiting disk's last server may be in another container. Then the store is opened
 // only there. Giving the disk up does not need the memory, and leaves it for the other disks.
 func TestMemoryElsewhere(t *testing.T) {
-	w := newWorld(t)
+	w := newFakeMachine(t)
 	o := w.own(true)
 	if _, err := o.CreateVolume(t.Context(), "u", cow.VolumeOptions{Size: 1 << 20}); err != nil {
 		t.Fatal(err)
@@ -270,7 +270,7 @@ func TestMemoryElsewhere(t *testing.T) {
 // TestNotWrittenBack: if the kernel cannot write all data back at the end of a disk, the command that ended the disk
 // reports it.
 func TestNotWrittenBack(t *testing.T) {
-	w := newWorld(t)
+	w := newFakeMachine(t)
 	o := w.own(true)
 	w.attach(o, "v")
 	w.d.fail["flush"] = ublk.ErrNotFlushed
@@ -286,7 +286,7 @@ func TestNotWrittenBack(t *testing.T) {
 
 // TestRecoverWaitsForOthers: Recover waits for disks that another command is recovering, and reports their outcome.
 func TestRecoverWaitsForOthers(t *testing.T) {
-	w := waitingWorld(t)
+	w := waitingMachine(t)
 	o := w.own(true)
 	mine, _, err := o.claimWaiting("")
 	if err != nil || len(mine) != 1 {

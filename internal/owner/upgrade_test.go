@@ -26,7 +26,7 @@ func program(t *testing.T, text string) string {
 }
 
 func TestUpgrade(t *testing.T) {
-	w := newWorld(t)
+	w := newFakeMachine(t)
 	good := program(t, fmt.Sprintf(`echo '{"version":"2.0","store_format":%d,"handover":1}'`, format.StoreVersion))
 	replaceable := func() *Owner {
 		opts := w.options(true)
@@ -97,7 +97,7 @@ func TestUpgrade(t *testing.T) {
 
 // TestUpgradeRefusedWhileServing: the error names the services.
 func TestUpgradeRefusedWhileServing(t *testing.T) {
-	w := newWorld(t)
+	w := newFakeMachine(t)
 	opts := w.options(true)
 	opts.Replaceable = true
 	ctx, cancel := context.WithCancel(t.Context())
@@ -125,7 +125,7 @@ func TestUpgradeRefusedWhileServing(t *testing.T) {
 // TestDisksAreLeft: a disk that is served again after the upgrade has quiesced the disks is left to the next program
 // like the others. An owner that ends before it is ready leaves the disks that it has recovered.
 func TestDisksAreLeft(t *testing.T) {
-	w := newWorld(t)
+	w := newFakeMachine(t)
 	o := w.own(true)
 	w.attach(o, "v")
 	o.mu.Lock()
