@@ -90,7 +90,7 @@ func (t *batch) apply() error {
 	var errs []error
 	for i := range workers {
 		errs = append(errs, workers[i].err)
-		workers[i].settle()
+		workers[i].merge()
 	}
 	for i := range t.parts {
 		t.parts[i] = t.parts[i][:0]
@@ -210,7 +210,7 @@ func (a *applier) account(e format.Entry, sign int64) {
 }
 
 // reclaim adds the counted changes to the live bytes of the chunks.
-func (a *applier) settle() {
+func (a *applier) merge() {
 	s := a.t.s
 	for slot, n := range a.live {
 		if c := s.slots.get(uint32(slot)); n != 0 && c != nil {
