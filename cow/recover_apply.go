@@ -209,7 +209,7 @@ func (a *applier) account(e format.Entry, sign int64) {
 	}
 }
 
-// reclaim adds the counted changes to the live bytes of the chunks.
+// merge adds the counted changes to the live bytes of the chunks.
 func (a *applier) merge() {
 	s := a.t.s
 	for slot, n := range a.live {
