@@ -283,7 +283,7 @@ func (s *Store) removeDead(dead []*chunk) error {
 	var errs []error
 	kept, low := s.checkpoints.pendingRemoval[:0], s.lowDisk()
 	for _, c := range s.checkpoints.pendingRemoval {
-		if !low && !c.gone && !c.hasMoved && !c.damaged && s.wal.Pool.Keep(c.Chunk, s.wal.ChunkBytes) {
+		if !low && s.mayReuse(c) && s.wal.Pool.Keep(c.Chunk, s.wal.ChunkBytes) {
 			continue
 		}
 		if err := s.removeFile(c); err != nil {
@@ -307,6 +307,14 @@ func (s *Store) removeDead(dead []*chunk) error {
 	}
 	s.checkpoints.pendingRemoval = kept
 	return errors.Join(errs...)
+}
+
+// mayReuse reports whether the file of a dead chunk may become another chunk: no blocks were moved from it, and the
+// cleaner has met no damage in it.
+func (s *Store) mayReuse(c *chunk) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !c.gone && !c.hasMoved && !c.damaged
 }
 
 // removeFile removes the file of a dead chunk. Goroutines that have a reference to the chunk can still read

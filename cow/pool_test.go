@@ -5,9 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -372,4 +374,57 @@ func chunkFiles(t *testing.T, fs storage.FS) (names []string) {
 		}
 	}
 	return names
+}
+
+// undeletable is a disk on which no file of a chunk can be removed.
+type undeletable struct{ storage.FS }
+
+func (undeletable) Overwrites() bool    { return false }
+func (undeletable) Remove(string) error { return syscall.EPERM }
+
+// The cleaner may meet damage in a chunk that has died, while a checkpoint decides whether the pool may have its file.
+func TestDamageInADeadChunk(t *testing.T) {
+	if !raceEnabled {
+		t.Skip("only the race detector can see it")
+	}
+	fs := undeletable{crashfs.New()}
+	s, _ := newStore(t, Options{fs: fs, checkpointInterval: -1, chunkBytes: 1 << 20, Logger: slog.New(slog.DiscardHandler)})
+	_, err := s.CreateVolume("v", VolumeOptions{Size: 4 << 20, Codec: format.Raw})
+	must(t, err)
+	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+	must(t, err)
+	for i := range int64(3) {
+		_, err = d.WriteAt(randomBytes(1<<20, uint64(i)), i<<20)
+		must(t, err)
+	}
+	must(t, d.Discard(0, 4<<20))
+	if err := s.Checkpoint(); !errors.Is(err, syscall.EPERM) {
+		t.Fatalf("no chunk has died: %v", err)
+	}
+	c := s.checkpoints.pendingRemoval[0]
+	m := newMover(s)
+	must(t, m.begin(c))
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				_, _, _ = m.stopped(0, 0, ErrCorrupt)
+			}
+		}
+	})
+	for range 1000 {
+		s.checkpoints.mu.Lock()
+		if err := s.removeDead(nil); !errors.Is(err, syscall.EPERM) {
+			t.Errorf("removed: %v", err)
+		}
+		s.checkpoints.mu.Unlock()
+	}
+	close(stop)
+	wg.Wait()
+	must(t, d.Close())
+	_ = s.Close() // the files cannot be removed
 }
