@@ -7,8 +7,9 @@ import (
 
 // Engine is what a check needs of the engine.
 type Engine interface {
-	// Checkpoint makes a checkpoint, and returns the table as it then is. pages checks the table's pages. An error
-	// of it that matches format.ErrCorrupt is damage that the check reports.
+	// Checkpoint makes a checkpoint, and returns the table as it then is. If the store can make none any more, the
+	// table is as of the last one. pages checks the table's pages. If an error of pages matches format.ErrCorrupt, it
+	// is damage, which the check reports.
 	Checkpoint() (tx *metadata.Tx, pages func() error, err error)
 
 	// Begin returns the table as of the last checkpoint. A check that reads data asks for it again and again.

@@ -71,6 +71,8 @@ func (b *branchRefs) own(by refRange, n int64) {
 	}
 }
 
+// NewUsageScan reads the names, the branches and the points in a state of the table, which has to last as long as the
+// scan. interrupted is called now and then; if it returns an error, the scan ends with that.
 func NewUsageScan(tx *metadata.Tx, interrupted func() error) (*UsageScan, error) {
 	tb, err := tx.Load()
 	if err != nil {

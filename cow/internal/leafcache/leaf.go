@@ -20,8 +20,9 @@ type Branch struct {
 
 // Key names a cached leaf: one of a branch's head, which changes, or one of a point, which does not.
 type Key struct {
-	Branch      *Branch
-	Index, AsOf uint32
+	Branch *Branch
+	Index  uint32
+	AsOf   uint32 // the point's epoch, or Head
 }
 
 // Leaf is a merged leaf in memory: this header, followed by the other fields of an openLeaf or by a

@@ -3,7 +3,8 @@ package leafcache
 import "github.com/vdisk/vdisk/format"
 
 // Locked is a leaf with all that the cache has of it: the leaf itself and its pre-images. Its shard is locked,
-// so nobody else sees or changes any of it until Unlock, and the caller must not call the cache until then.
+// so nobody else sees or changes any of it until Unlock. Until then the caller must not call a method of the Cache,
+// but for Unwritten, which needs no shard.
 //
 // What a method returns is memory of the shard. It may have moved after the next call of MakeWritable, Reopen
 // or AddPreimage, even if that returned an error.
@@ -16,7 +17,7 @@ type Locked struct {
 	lf *Leaf // nil: the leaf is not in memory
 }
 
-// Lock locks a leaf, wherever it is. The caller must call Unlock.
+// Lock locks a leaf, whether it is in memory or not. The caller must call Unlock.
 func (c *Cache) Lock(k Key) Locked {
 	s := c.shard(k.Branch.ID, k.Index)
 	s.mu.Lock()
@@ -27,8 +28,8 @@ func (c *Cache) Lock(k Key) Locked {
 	return Locked{s, k, lf}
 }
 
-// LockLoaded locks a leaf that is in memory. If need be, it loads the leaf first. After an error nothing is
-// locked.
+// LockLoaded locks a leaf, and sees to it that the leaf is in memory: it loads it if need be. After an error nothing
+// is locked.
 func (c *Cache) LockLoaded(k Key) (Locked, error) {
 	for {
 		if err := c.Ensure(k); err != nil {

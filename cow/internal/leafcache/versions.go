@@ -8,7 +8,7 @@ import (
 
 // Newest copies the newest version at or before k that is in memory, and maybe not in the table, to l: one of
 // k's branch, or else one of its origins. It returns the branch that has the version, and the version's epoch,
-// or nil if there is none. A branch's own head counts only if k is not of that head: the caller is about to
+// or nil if there is none. If k names the leaf of a head, that leaf itself does not count: the caller is about to
 // load it.
 func (c *Cache) Newest(k Key, l *format.Leaf) (of *Branch, epoch uint32) {
 	asOf := k.AsOf

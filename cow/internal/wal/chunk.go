@@ -12,8 +12,9 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// Chunk is one file of the log. The store, in its account of chunks, holds one reference to it, and a reader holds one as long as it may
-// still touch the file. A chunk file that has been removed stays readable until the last reference is dropped.
+// Chunk is one file of the log. The store, in its account of chunks, holds one reference to it, and a reader holds one
+// as long as it may still touch the file. A chunk file that has been removed stays readable until the last reference is
+// dropped.
 type Chunk struct {
 	Slot uint32
 	Seq  uint64
@@ -133,8 +134,8 @@ func AsideName(why string, seq uint64, name string) string {
 	return fmt.Sprintf("%s-%016x-%s", why, seq, name)
 }
 
-// Header reads the header of a chunk file. A header that is all zeros, or is cut short, yields the sequence number 0:
-// power failed while the chunk was made.
+// Header reads the header of the chunk file called name, in a slot. A header that is all zeros, or is cut short, yields
+// the sequence number 0: power failed while the chunk was made. A header of another slot or store is damage.
 func (l *Log) Header(name string, slot uint32) (h format.ChunkHeader, err error) {
 	f, err := l.fs.Open(name)
 	if err != nil {

@@ -12,7 +12,7 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// Log is the append end of the log. Records enter it under mu, in the order of their sequence
+// Log is the append end of the log. Records enter it under mu, the store's lock, in the order of their sequence
 // numbers; buffers leave it in the same order.
 //
 //	append → active buffer → (cut) → queue → (drain) → chunk file → (sync) → durable
@@ -81,8 +81,8 @@ func New(fs storage.FS, mu *sync.Mutex, uuid [16]byte, space Space, stock *Reser
 	return l
 }
 
-// Share gives buffer i memory that outlives the process, bufferSize bytes, and a place for what the next owner has
-// to know of it. It must be called before the first record.
+// Share gives buffer i memory that outlives the process: BufferSize bytes, and a head that tells the next owner what is
+// in them. It must be called before the first record.
 func (l *Log) Share(i int, data []byte, head *BufferHead) {
 	l.free[i].data, l.free[i].head = data, head
 }
@@ -144,7 +144,7 @@ func (l *Log) Fail(err error) error {
 // Refuse makes err the error of every later change.
 func (l *Log) Refuse(err error) { l.failed.Store(&err) }
 
-// RoomMade wakes the writers that wait for room.
+// RoomMade wakes the writers that wait for room. The caller holds mu.
 func (l *Log) RoomMade() { l.progress.Broadcast() }
 
 // DropNext removes the chunk that was made in advance. The caller holds mu, and nothing is appended any more.
@@ -253,7 +253,7 @@ func (l *Log) rotate(p Purpose) {
 	l.space.Rotated(p)
 }
 
-// Append adds a record for which reserve has made room, gives it the next sequence number, and returns its
+// Append adds a record for which Reserve has made room, gives it the next sequence number, and returns its
 // place. The caller holds mu.
 func (l *Log) Append(h *format.RecordHeader, payload []byte) (c *Chunk, off uint32) {
 	h.Seq = l.nextSeq

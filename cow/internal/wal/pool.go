@@ -98,7 +98,7 @@ func (p *Pool) Empty() (deleted int, err error) {
 	return deleted, errors.Join(errs...)
 }
 
-// EmptyIdle empties the pool if it was not used for poolIdle.
+// EmptyIdle empties the pool if it was not used for PoolIdle.
 func (p *Pool) EmptyIdle() error {
 	p.mu.Lock()
 	idle := len(p.spares) > 0 && time.Since(p.touched) > PoolIdle

@@ -10,36 +10,37 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// Reader reads the records of a chunk in order, through a window. For each of its methods: if there is no
-// record, or it does not verify, or the disk cannot read it, the method returns nil and sets why. An error is one that
-// says nothing of the log.
+// Reader reads the records of a chunk in order, through a window of its file. Begin makes it ready.
 type Reader struct {
-	f       storage.File
-	c       *Chunk
-	Off     uint32 // offset of the next record
-	win     []byte // bytes of the file from at on
-	at      uint32 // offset of win in the file
-	size    int    // bytes to read at once, or one record, if that is larger
-	Durable uint32 // what lies before it was durable, and is not written back
-	Why     error
+	Off      uint32 // offset of the next record
+	Why      error  // why the last call of Next returned no record, or no payload
+	Durable  uint32 // what lies before this offset was durable, and is not written back
+	Rewrites bool   // the reader writes back what has verified: see WriteBack
 
-	Rewrites bool // writes back what verified, see writeBack
+	f    storage.File
+	c    *Chunk
+	win  []byte // bytes of the file from at on
+	at   uint32 // offset of win in the file
+	size int    // bytes to read at once, or one record, if that is larger
 }
 
+// The windows of a replay and of the cleaner, in bytes.
 const (
 	ReplayWindow = 128 << 10
 	MoveWindow   = 1 << 20
 )
 
-// Begin makes the reader read the records of c from offset off on.
+// Begin makes the reader read the records of c from offset off on, through a window of window bytes. It does not write
+// back what an earlier chunk has left in the window.
 func (r *Reader) Begin(c *Chunk, off uint32, window int) error {
 	f, err := c.Handle()
 	*r = Reader{f: f, c: c, Off: off, at: off, win: r.win[:0], size: window}
 	return err
 }
 
-// Next returns the record at off if it verifies and has the number seq, and moves off behind it. It returns a header
-// without a payload if only the payload does not verify.
+// Next returns the record at Off if it verifies and has the number seq, and moves Off behind it. Otherwise it leaves Off
+// where it is, and sets Why: it returns a header without a payload if only the payload cannot be had or does not verify,
+// and else no header. An error is one that says nothing of the log. The record is valid until the next call.
 func (r *Reader) Next(seq uint64) (*format.RecordHeader, []byte, error) {
 	h, err := r.header()
 	if h == nil {
@@ -60,7 +61,7 @@ func (r *Reader) Next(seq uint64) (*format.RecordHeader, []byte, error) {
 	return h, payload, nil
 }
 
-// Any returns the record at off, whatever its number is, and moves off behind it. The payload is not verified. If
+// Any returns the record at Off, whatever its number is, and moves Off behind it. The payload is not verified. If
 // there is no record, the error says why. The record is valid until the next call.
 func (r *Reader) Any() (*format.RecordHeader, []byte, error) {
 	h, err := r.header()
@@ -75,7 +76,8 @@ func (r *Reader) Any() (*format.RecordHeader, []byte, error) {
 	return h, payload, nil
 }
 
-// header returns the header of the record at off.
+// header returns the header of the record at Off. If there is none, or the disk cannot read it, it returns nil and sets
+// Why.
 func (r *Reader) header() (*format.RecordHeader, error) {
 	r.Why = nil
 	head, err := r.bytes(format.RecordHeaderSize)
@@ -90,7 +92,8 @@ func (r *Reader) header() (*format.RecordHeader, error) {
 	return &h, nil
 }
 
-// payload returns the payload of the record at off, whose header is h. It is not nil even if it is empty.
+// payload returns the payload of the record at Off, whose header is h. It is not nil even if it is empty. If the file
+// ends before, or the disk cannot read it, payload returns nil and sets Why.
 func (r *Reader) payload(h *format.RecordHeader) ([]byte, error) {
 	rec, err := r.bytes(h.Size())
 	if err != nil || rec == nil {
@@ -99,8 +102,8 @@ func (r *Reader) payload(h *format.RecordHeader) ([]byte, error) {
 	return rec[format.RecordHeaderSize : format.RecordHeaderSize+h.PayloadLen], nil
 }
 
-// bytes returns n bytes from off on. If the file ends before, or the disk cannot read them, it returns nil
-// and sets why.
+// bytes returns n bytes from Off on. If the file ends before, or the disk cannot read them, it returns nil
+// and sets Why.
 func (r *Reader) bytes(n int) ([]byte, error) {
 	if r.Off < r.at || r.Off+uint32(n) > r.at+uint32(len(r.win)) {
 		err := r.load(max(n, r.size), r.Off)
@@ -169,7 +172,7 @@ func (c *Chunk) FirstSeq() (seq uint64, err error) {
 }
 
 // Tail returns the number of bytes that were written to the log behind its end, which is at offset end of the chunk,
-// as far as that can be seen. It looks up to a stretch of replayWindow bytes without a record of this chunk, since the
+// as far as that can be seen. It looks up to a stretch of ReplayWindow bytes without a record of this chunk, since the
 // file's former life may have left any other bytes there. next is the number of the record that the log would go on
 // with, or 0: a damaged header of that record counts, though nothing else may lie behind.
 func (c *Chunk) Tail(end uint32, next uint64) (n int64, err error) {

@@ -13,9 +13,9 @@ const (
 	// ReserveName is the name of the file in the store's folder. Older programs leave the file alone.
 	ReserveName = "reserve"
 
-	ReserveLeast = 8 << 20
+	ReserveLeast = 8 << 20 // the size that the file should have in a small store
 	reserveMost  = Spare
-	ReserveStep  = 1 << 20
+	ReserveStep  = 1 << 20 // by how much it grows at least, and what a commit takes of it at a time
 
 	// ElbowRoom is left free for small files: the owner's record, the file of devices, and the like.
 	ElbowRoom = 1 << 20
