@@ -19,7 +19,7 @@ import (
 var (
 	// ErrForeign is matched by the error about a folder, or a process, that belongs to another user and so cannot be
 	// trusted.
-	ErrForeign = errors.New("what another user could have made is not used unasked")
+	ErrForeign = errors.New("files and processes of other users are not trusted")
 	// ErrIrregular is matched by the error about something that has the name of a file but is not a regular file of its
 	// own: a symbolic link, a FIFO, or a second name of a file elsewhere.
 	ErrIrregular = errors.New("only regular files are used here")
