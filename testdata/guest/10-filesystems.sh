@@ -1,7 +1,7 @@
-# On /dev/ublkbN: mkfs, mount, a real tree, a snapshot under fio load, a clone attached beside it, fsck, the
-# content as of the moment of the snapshot; detach; the device is gone.
+# On /dev/ublkbN: mkfs, mount, a real tree, a snapshot under fio load, and a clone of it that is attached too. fsck finds
+# no error, the content is that of the moment of the snapshot, and the device is gone after detach.
 set -euo pipefail
-dmesg -C # what earlier tests broke on purpose is theirs
+dmesg -C # drop the messages of earlier tests, which cause errors on purpose
 export VDISK_STORE=$VDISK_SCRATCH/fs-store
 mkdir -p /mnt/a /mnt/b
 fail() { echo "FAIL: $*" >&2; exit 1; }

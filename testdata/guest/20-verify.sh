@@ -2,7 +2,7 @@
 # and after a snapshot, and again after the store was opened anew.
 set -euo pipefail
 modprobe ublk_drv
-dmesg -C # what earlier tests broke on purpose is theirs
+dmesg -C # drop the messages of earlier tests, which cause errors on purpose
 export VDISK_STORE=$VDISK_SCRATCH/verify-store
 fail() { echo "FAIL: $*" >&2; exit 1; }
 job() { # write|read target...

@@ -1,10 +1,10 @@
-# Block devices outlive their server: it is killed again and again under fio's verification and under a mounted file
-# system, upgraded, killed while it recovers; nobody may see an error or a lost write.
+# Block devices outlive their server. The server is killed again and again under fio's verification and under a mounted
+# file system, upgraded, and killed while it recovers. No user may see an error or a lost write.
 # RECOVERY_KILLS, RECOVERY_AGAIN (kills while it recovers) and RECOVERY_UPGRADES make it longer (make recovery-test).
 set -euo pipefail
 kills=${RECOVERY_KILLS:-3} again=${RECOVERY_AGAIN:-3} upgrades=${RECOVERY_UPGRADES:-3}
 modprobe ublk_drv
-dmesg -C # what earlier tests broke on purpose is theirs
+dmesg -C # drop the messages of earlier tests, which cause errors on purpose
 export VDISK_STORE=$VDISK_SCRATCH/recovery-store VDISK_LOCK_TIMEOUT=60s # everything is emulated here
 mkdir -p /mnt/a /tmp/recovery
 cd /tmp/recovery
@@ -67,7 +67,7 @@ dev=$(v attach v)
 v features
 [ "$(v features --json | grep -c '"available": false')" = "$(v features --json | grep -A1 -E 'nbd_client' | grep -c false)" ] || fail "not safe when memory is short"
 
-# Beside all this a local user without rights holds what looks like the devices, and fills the shared memory again and again.
+# Meanwhile a local user without rights holds files that look like the devices, and fills the shared memory again and again.
 mount -o remount,size=64M /dev/shm
 chmod 1777 /dev/shm
 setpriv --reuid=65534 --regid=65534 --clear-groups perl -e 'open(F, ">/tmp/ublkc0") or die; $0 = "vdisk";
@@ -76,8 +76,8 @@ setpriv --reuid=65534 --regid=65534 --clear-groups perl -e 'open(F, ">/tmp/ublkc
 		open(S, ">/dev/shm/fill") or die; while (syswrite(S, "x" x 1048576)) {}
 		select(undef, undef, undef, rand 2); unlink "/dev/shm/fill"; close S; select(undef, undef, undef, rand 2) }' &
 hostile=$!
-# In a folder of its own it exchanges a store of root's for links to files of root's, while root works with that store.
-# Root's commands may be refused there; they must neither wait nor write elsewhere, and what they say they did is done.
+# In its own folder it replaces files of a store of root's by links to other files of root's, while root uses that store.
+# Root's commands may fail there, but they must neither wait nor write elsewhere. If they succeed, they have done their work.
 theirs=$VDISK_SCRATCH/nobody
 mkdir "$theirs"
 VDISK_STORE=$theirs/store v create t --size 1M
@@ -145,7 +145,7 @@ for i in $(seq "$again"); do
 	v recover >/dev/null 2>&1 &
 	r=$!
 	sleep "$(((i * 7) % 10 / 5)).$(((i * 3) % 10))"
-	kill -KILL "$(owner)" 2>/dev/null || true # it may be the one that is dead, or not there yet
+	kill -KILL "$(owner)" 2>/dev/null || true # it may be dead already, or not started yet
 	wait $r || true
 	[ "$(v recover | head -1)" = "$dev" ] || v info | grep -q "attached *v as $dev" || fail "not recovered after a kill in recovery $i"
 done
@@ -217,7 +217,7 @@ echo "== an owner that does not become ready"
 murder
 mv "$VDISK_STORE/daemon.log" unready.log
 mkdir "$VDISK_STORE/daemon.log"
-refused 1 "daemon.log" recover # it has recovered them by then, and leaves them
+refused 1 "daemon.log" recover # by then it has recovered them, and it leaves them
 v devices | grep -qE "^$dev +128MiB +quiesced +v +-" || fail "devices: $(v devices)"
 rmdir "$VDISK_STORE/daemon.log"
 v recover
@@ -289,7 +289,7 @@ v check --read-data
 complaints() { dmesg | grep -E "$1" && fail "the kernel complained" || true; }
 complaints 'hung task|blocked for more|blocked in I/O|I/O error|Oops|BUG:'
 
-echo "== giving up" # from here on errors are what users, and udev's probes, are to see
+echo "== giving up" # from here on users, and udev's probes, must see errors
 dev=$(v attach v)
 mount "$dev" /mnt/a
 murder

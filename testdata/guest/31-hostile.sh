@@ -1,5 +1,5 @@
-# What a local user without rights, a container, and a copy of the store can do to disks that wait for their server:
-# nothing. A user called nobody holds files that look like the devices all the time.
+# A local user without rights, a container, and a copy of the store cannot harm disks that wait for their server. The user
+# nobody holds files that look like the devices all the time.
 set -euo pipefail
 modprobe ublk_drv
 export VDISK_STORE=$VDISK_SCRATCH/hostile-store VDISK_LOCK_TIMEOUT=60s
@@ -37,7 +37,7 @@ PATH=$PWD/bin:$PATH
 v create a --size 64M
 dev=$(v attach a)
 chmod 777 /tmp/hostile
-# A file with a device's name, and both true nodes as mere names (O_PATH), for which no right is needed.
+# A file with a device's name, and both real nodes opened with O_PATH, which needs no permission.
 nobody perl -e 'open(F, ">/tmp/hostile/ublkc0") or die; open(E, ">/tmp/hostile/ublkb0") or die; $0 = "vdisk";
 	for (qw(/dev/ublkc0 /dev/ublkb0)) { sysopen(my $fh, $_, 010000000) or die $!; push @held, $fh } print "held\n"; close STDOUT; sleep 3000' >held &
 decoy=$!

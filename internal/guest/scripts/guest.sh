@@ -1,5 +1,5 @@
-# Process 1 of the guest: makes the system ready, runs the payload, tells how it ended, resets the machine.
-# Programs cost much when emulated, so what busybox and the shell itself can do they do.
+# Process 1 of the guest: prepares the system, runs the payload, reports its exit status, and resets the machine.
+# Starting programs is slow when emulated, so this uses busybox and the shell's own commands where it can.
 export PATH=/payload/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 export HOME=/root TMPDIR=/tmp LANG=C.UTF-8 TERM=linux USER=root SHELL=/bin/bash
 export VDISK_GUEST=1 VDISK_SCRATCH=/scratch VDISK_RESULTS=/results
@@ -10,25 +10,25 @@ for w in $(</proc/cmdline); do
 done
 ulimit -n 65536; ulimit -l unlimited; ulimit -u unlimited; ulimit -c 0
 
-# From here on all that the kernel says goes to the console, which the host keeps.
+# From here on all kernel messages go to the console, which the host keeps.
 cd /proc/sys/kernel
 echo guest >hostname
 echo 8 >printk
-echo 60 >hung_task_timeout_secs # before Linux 6.15 the driver may need 30 to see that a server is gone
+echo 60 >hung_task_timeout_secs # before Linux 6.15 the driver may need 30 s to notice that a server is gone
 echo 10 >hung_task_check_interval_secs
 echo -1 >hung_task_warnings
 echo 60 >watchdog_thresh # emulated processors may wait long for a real one
 echo 1 >sysrq
 cd /
 
-# Devices that are there already have their nodes from devtmpfs; udev is for those that tests make.
+# Present devices have their nodes from devtmpfs. udev is for devices that tests make.
 /usr/lib/systemd/systemd-udevd --daemon 2>/dev/null
 
 for p in /sys/class/virtio-ports/*; do
 	[ "$(<"$p/name")" = vdisk.0 ] && port=/dev/${p##*/}
 done
 exec 3<>"$port" || { echo "guest: no port to the host" >/dev/console; echo b >/proc/sysrq-trigger; }
-# The port can be open once only, so the payload writes to a pipe (/dev/stdout can be opened again there).
+# The port can be opened only once, so the payload writes to a pipe, where /dev/stdout can be opened again.
 $bb mkfifo /run/out
 $bb cat /run/out >&3 &
 exec 4>/run/out
@@ -45,7 +45,7 @@ setsid -w bash /payload/.script </dev/null >&4 2>&1 3>&- 4>&-
 code=$?
 event exit $code
 read -r -t 30 -u 3 _ # the host has all output
-# Disks that the host keeps are brought in order, but a file system that hangs shall not hang the end.
+# Unmount the disks that the host keeps, but do not let a file system that hangs delay the end.
 { $bb umount /results; $bb umount /scratch || sync -f /scratch; : >/run/down; } 2>/dev/null &
 n=0
 until [ -e /run/down ] || [ $n -ge 100 ]; do n=$((n + 1)); $bb sleep 0.1; done

@@ -1,5 +1,5 @@
 #!/bin/busybox sh
-# First program of the guest: finds the root image, puts the kernel's modules on it and goes there.
+# First program of the guest: finds the root image, mounts the kernel's modules on it, and switches to it.
 bb=/bin/busybox
 $bb mount -t devtmpfs dev /dev
 $bb mount -t proc proc /proc

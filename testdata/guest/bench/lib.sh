@@ -1,4 +1,4 @@
-# What the benchmarks in a guest share; they source it in the folder of the payload.
+# Functions for the benchmarks in a guest, which source this file in the payload's folder.
 modprobe ublk_drv
 export LD_LIBRARY_PATH=/payload/lib
 declare -A device pid # of a target: its path, and the process that serves it if there is one
@@ -9,11 +9,11 @@ await() { # command...: tries for half a minute
 	say "waited in vain for: $*"
 	return 1
 }
-# Data that a codec halves, as the engine's benchmarks have it.
+# Data that compresses to about half, as in the engine's benchmarks.
 half=(--buffer_compress_percentage=50 --buffer_compress_chunk=4k --refill_buffers)
 have_peer() { command -v ublk >/dev/null && command -v "ublk.$1" >/dev/null; }
 
-# Each of these shows a device as a target.
+# Each of these functions makes a device for a target.
 peer() { # target id type flags...: ublksrv
 	local target=$1 id=$2 type=$3
 	shift 3

@@ -1,5 +1,5 @@
-# vdisk on ublk beside the kernel's own disks, copy-on-write or not, and ublksrv's and qemu's, measured in one boot with the
-# targets taking turns. bench-guest.sh runs it in a guest and makes a table of its lines "R test target round IOPS p50(ns) p99(ns)".
+# Measures vdisk on ublk beside the kernel's own disks, copy-on-write or not, and those of ublksrv and qemu: in one boot, in
+# turns. bench-guest.sh runs it in a guest, and makes a table of its lines "R test target round IOPS p50(ns) p99(ns)".
 # Environment: PEERS, ROUNDS, RUNTIME (seconds a test), FILE_MB (of data), DISK_MB (a disk's size), QUEUES (empty: not two queues).
 set -euo pipefail
 . ./lib.sh
@@ -9,10 +9,10 @@ sectors=$((DISK_MB * 2048))
 owner=
 modprobe loop
 
-# A target TARGET is made by make_TARGET, fresh, which puts its path into device[], and removed by remove_TARGET; snapshot_TARGET takes
-# a snapshot of it. lacks_TARGET is the reason why it cannot run here; without one it always can.
+# make_TARGET makes a new target and puts its path into device[]. remove_TARGET removes the target, and snapshot_TARGET takes
+# a snapshot of it. lacks_TARGET prints the reason why it cannot run here. A target without lacks_TARGET always can.
 start_owner() {
-	vdisk -q create first --size 1M # a daemon wants a store
+	vdisk -q create first --size 1M # a daemon needs a store
 	vdisk daemon >/tmp/daemon.log 2>&1 &
 	owner=$!
 	await vdisk -q ls >/dev/null 2>&1
@@ -110,7 +110,7 @@ round() { # target round
 	fill "$1" "$2"
 	measure 2-randread-4k "$1" "$2" read
 	measure 3-randwrite-4k "$1" "$2" write
-	if [ "$1" = vdisk ]; then # of the others none stores otherwise what was written by less than 1 MiB
+	if [ "$1" = vdisk ]; then # the others store data the same way, whether it was written in pieces of 4 KiB or of 1 MiB
 		overwrite vdisk
 		device[vdisk.4k]=${device[vdisk]}
 		measure 2-randread-4k vdisk.4k "$2" read
@@ -123,7 +123,7 @@ round() { # target round
 	"remove_$1"
 }
 
-# What two queues bring, each with a thread, beside null_blk, which shows what this machine lets two bring.
+# The gain of a second queue and its thread, beside that of null_blk, which is the most that this machine permits.
 queues() { # targets
 	local FILE_MB=64 round target jobs q rw
 	for target; do

@@ -1,5 +1,5 @@
-# What block devices cost, measured in one boot with the targets taking turns. bench-ublk.sh runs it in a guest and makes
-# a table of its lines "R group test target round IOPS p50(ns) CPU(ns an I/O)".
+# Measures the cost of block devices: in one boot, in turns. bench-ublk.sh runs it in a guest, and makes a table of its
+# lines "R group test target round IOPS p50(ns) CPU(ns an I/O)".
 # Environment: GROUPS_, ROUNDS, RUNTIME (seconds a run), FILE_MB.
 set -euo pipefail
 . ./lib.sh
@@ -61,7 +61,7 @@ null_group() {
 file_group() {
 	local q
 	fill "$VDISK_SCRATCH/base"
-	vdisk -q create first --size 1M # a daemon wants a store
+	vdisk -q create first --size 1M # a daemon needs a store
 	vdisk daemon >/tmp/daemon.log 2>&1 &
 	owner=$!
 	await vdisk -q ls >/dev/null 2>&1
