@@ -1,9 +1,9 @@
 #!/bin/bash
-# bench-cleaner.sh: what cleaning costs writers, over NBD with fio's own client. Random, half-compressible writes of
+# bench-cleaner.sh: the cost of cleaning for writers, over NBD with fio's own client. Random, half-compressible writes of
 # 4 KiB at depth 32 go to a store with a limit: first until the volume is full, then over and over, so that the cleaner
 # has to keep up with them.
 # Environment: DIR (bench-server.sh)
-#   LIMIT_MB  of the store (1024); USE, what the volume takes of it, in percent ("70 85"); RUNTIME, seconds (10); ROUNDS (3)
+#   LIMIT_MB  of the store (1024); USE, the volume's part of it in percent ("70 85"); RUNTIME, seconds (10); ROUNDS (3)
 set -euo pipefail
 . "$(dirname "$0")/bench-server.sh"
 limit=${LIMIT_MB:-1024}

@@ -1,4 +1,5 @@
-# What bench-ublk.sh and bench-guest.sh share; they source it in the top folder. flags[] are those of the run in the guest. Environment:
+# Functions for bench-ublk.sh and bench-guest.sh, which source this file in the top folder. flags[] are the flags of "guest
+# run". Environment:
 #   UBLKSRV_DIR  folder of ublksrv's ublk, ublk.null and ublk.loop, static or with their libraries; default: on PATH
 #   KERNEL       newest (default) or stable
 #   ICOUNT=1     a guest whose clock counts instructions: figures without the host's load, but of instructions only

@@ -23,7 +23,7 @@ for i in $(seq "$clones"); do
 	"$vdisk" -q snapshot "clone$((i - 1))@s"
 	"$vdisk" -q clone "clone$((i - 1))@s" "clone$i"
 done
-for r in $(seq 0 "${ROUNDS:-6}"); do # the first finds what the others have in memory
+for r in $(seq 0 "${ROUNDS:-6}"); do # the first round only fills the caches
 	order="flat snapshots clone$clones"
 	for v in $(if ((r % 2)); then echo "$order"; else echo "$order" | tac -s' '; fi); do
 		numbers=$(with_cpu "$v" --rw=randread --bs=4k --iodepth=32 --size="${size}M" --time_based --runtime="${RUNTIME:-4}" --norandommap)

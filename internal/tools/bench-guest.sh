@@ -1,7 +1,7 @@
 #!/bin/bash
 # bench-guest.sh: a volume's block device beside dm-thin, dm-vdo, qcow2 (on the kernel's nbd), the kernel's loop and, where it is found,
 # ublksrv's loop, measured in one boot of a guest in turns, and a table of medians. Half-compressible data, all with O_DIRECT. Peers that
-# cannot be had are named. Environment, beside that of bench-common.sh (UBLKSRV_DIR, KERNEL, ICOUNT):
+# are not available are listed. Environment, beside that of bench-common.sh (UBLKSRV_DIR, KERNEL, ICOUNT):
 #   PEERS        vdisk dm-thin dm-vdo ublksrv loop qcow2; ROUNDS (3), RUNTIME (seconds a test, 3), FILE_MB (256)
 #   QUEUES       0: without the test of two queues
 #   VDOFORMAT    a vdoformat that runs in the guest's Debian; default: from its package
@@ -25,7 +25,7 @@ $1 == "R" {
 }
 $2 == "MISSING" { missing = missing "\n  " substr($0, 11) }
 function of(test, target) { return median(iops[test " " target]) }
-function best(test,    m, x) { # of those that vdisk is to be held against
+function best(test,    m, x) { # of the peers that vdisk is compared with
 	if ((m = of(test, "dm-thin")) < (x = of(test, "dm-vdo"))) m = x
 	if (m < (x = of(test, "ublksrv"))) m = x
 	return m

@@ -1,4 +1,4 @@
-# bench-server.sh: what the benchmarks of servers on a socket share, which are fio's own NBD client and a folder that is theirs. To be sourced.
+# bench-server.sh: functions for benchmarks of servers on a socket: fio's NBD client, and a temporary folder. To be sourced.
 #   DIR   a folder on the disk to measure (default: a temporary one in the present folder)
 tools=$(realpath "$(dirname "$0")")
 vdisk=$(realpath "$tools/../../bin/vdisk")
@@ -19,7 +19,7 @@ over() {
 trap over EXIT
 trap 'exit 130' INT TERM
 
-result() { # a row of figures, with what they are of
+result() { # prints a row of figures and their names
 	echo "R $*" >>"$out"
 	echo "$*" >&2
 }

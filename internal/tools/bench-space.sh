@@ -1,9 +1,10 @@
 #!/bin/bash
-# bench-space.sh: what a Debian root file system takes in a store, as it is written and after the cold pass, beside qcow2. Environment:
+# bench-space.sh: the space of a Debian root file system in a store, as written and after the cold pass, and in qcow2.
+# Environment:
 #   IMAGE    a raw image; default: ext4 that is made with debootstrap (as root, from the network)
 #   SUITE    Debian's release (bookworm)
 #   INCLUDE  packages beside the essential ones, by commas
-#   DIR      where all is made (a temporary directory); it takes a few GiB
+#   DIR      folder for all files (a temporary one); they take a few GiB
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 dir=${DIR:-$(mktemp -d)}

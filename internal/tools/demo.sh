@@ -1,7 +1,7 @@
 #!/bin/bash
 # demo.sh: vdisk's main job on a real ext4 image of a real tree (Go's standard library): import, serve
 # or attach, check, snapshot while it is written, clone, change the clone, see that the base did not change.
-# Needs root for nothing; uses ublk where the kernel has it and this user may, else NBD.
+# Needs no root. Uses ublk if the kernel has it and this user may use it, and otherwise NBD.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 vdisk=$PWD/bin/vdisk

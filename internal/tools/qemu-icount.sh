@@ -1,6 +1,6 @@
 #!/bin/bash
-# qemu-icount.sh: QEMU with a clock that counts instructions, two nanoseconds each, so that what a benchmark measures
-# does not depend on what else the machine does. It needs emulation in one thread.
+# qemu-icount.sh: QEMU with a clock that counts instructions, two nanoseconds each, so that the results of
+# a benchmark do not depend on the machine's other load. It needs emulation in one thread.
 args=()
 for a; do
 	[ "$a" != tcg,thread=multi ] || a=tcg,thread=single

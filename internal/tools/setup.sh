@@ -1,6 +1,6 @@
 #!/bin/sh
-# setup.sh WHAT...: makes sure that this machine has what the Makefile's targets need, and installs
-# it with apt-get where it is missing and can be had (root, Debian or a relative of it).
+# setup.sh WHAT...: makes sure that this machine has the programs that the Makefile's targets need. It installs missing ones
+# with apt-get if it can (as root, on Debian or a relative of it).
 #   build   Go
 #   demo    mkfs.ext4, nbdcopy, nbdinfo, fio
 #   test    the NBD clients and file-system tools that the tests drive
