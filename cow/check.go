@@ -97,7 +97,8 @@ type checkedStore struct {
 func (c checkedStore) Checkpoint() (*metadata.Tx, func() error, error) { return c.s.beginCheck() }
 func (c checkedStore) Begin() (*metadata.Tx, error)                    { return c.s.meta.Begin() }
 func (c checkedStore) Interrupted() error                              { return c.s.interrupted(c.ctx) }
-func (c checkedStore) ChunkName(slot uint32) string                    { return wal.ChunkName(slot) }
+
+func (c checkedStore) ChunkName(slot uint32) string { return wal.ChunkName(slot) }
 
 func (c checkedStore) Hold(row format.Chunk) audit.Chunk {
 	ch := c.s.slots.get(row.Slot)

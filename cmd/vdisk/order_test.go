@@ -163,8 +163,10 @@ var (
 func trace(t *testing.T, bin, store string, args []string) (events []event) {
 	t.Helper()
 	out := filepath.Join(t.TempDir(), "trace")
-	cmd := exec.Command("strace", append([]string{"-f", "-y", "-qq", "-s", "0", "-o", out,
-		"-e", "trace=openat,write,pwrite64,fdatasync,fsync,renameat,renameat2,unlinkat", bin}, args...)...)
+	cmd := exec.Command("strace", append([]string{
+		"-f", "-y", "-qq", "-s", "0", "-o", out,
+		"-e", "trace=openat,write,pwrite64,fdatasync,fsync,renameat,renameat2,unlinkat", bin,
+	}, args...)...)
 	cmd.Env = append(os.Environ(), "VDISK_STORE="+store)
 	if text, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, text)
