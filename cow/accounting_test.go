@@ -12,8 +12,8 @@ import (
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
 )
 
-// TestSpaceComesBack builds a deep tree of snapshots and clones, and deletes it in random order. Whatever the
-// order, all of the space must come back, to the last byte, when the names are gone.
+// TestSpaceComesBack builds a deep tree of snapshots and clones, and deletes it in random order. Whatever the order,
+// all of the space must come back, to the last byte, when the names are gone.
 func TestSpaceComesBack(t *testing.T) {
 	t.Parallel()
 	rounds := 8
@@ -46,8 +46,8 @@ func TestSpaceComesBack(t *testing.T) {
 	}
 }
 
-// TestPointFollowsHead makes a point lose its last clone when the head behind it is only partly reaped: a
-// batch has 3 leaves, and the branch has 32.
+// TestPointFollowsHead makes a point lose its last clone when the head behind it is only partly reaped: a batch has 3
+// leaves, and the branch has 32.
 func TestPointFollowsHead(t *testing.T) {
 	w := newModelStore(t)
 	w.m.create("v", 32<<20, format.Raw)

@@ -5,8 +5,7 @@ import (
 	"io/fs"
 )
 
-// asideDir is the folder for chunk files that were set aside: docs/engine.md, Files that are removed or set
-// aside.
+// asideDir is the folder for chunk files that were set aside: docs/engine.md, Files that are removed or set aside.
 const asideDir = chunksDir + ".aside"
 
 // setAsideSoFar returns how many files were set aside, and their bytes. It changes nothing.

@@ -27,8 +27,8 @@ func (f *fullAside) SetAside(name, as string) error {
 	return f.FS.SetAside(name, as)
 }
 
-// TestSetAsideOnFullDisk checks that on a full file system a part of the reserve is freed to set a file
-// aside. If that is not enough, Open refuses the store and names the reason, and the file stays where it is.
+// TestSetAsideOnFullDisk checks that on a full file system a part of the reserve is freed to set a file aside. If that
+// is not enough, Open refuses the store and names the reason, and the file stays where it is.
 func TestSetAsideOnFullDisk(t *testing.T) {
 	for _, c := range []struct {
 		name  string

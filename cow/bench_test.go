@@ -30,8 +30,8 @@ func benchDeviceOf(b *testing.B, o Options, codec format.Codec, size int64) *Dev
 	return d
 }
 
-// BenchmarkRandomWrite4K writes to a volume from one goroutine, or two. An operation is one block, from
-// either goroutine.
+// BenchmarkRandomWrite4K writes to a volume from one goroutine, or two. An operation is one block, from either
+// goroutine.
 func BenchmarkRandomWrite4K(b *testing.B) {
 	for _, codec := range []format.Codec{format.Raw, format.S2, format.Zstd} {
 		for _, writers := range []int{1, 2} {
@@ -107,8 +107,7 @@ func BenchmarkFill1M(b *testing.B) {
 	b.ReportMetric(float64(d.s.cache.Used())/float64(min(b.N, 1024)), "map-MiB/TiB")
 }
 
-// BenchmarkFlush4K flushes after each random write. It writes to the test's directory, so TMPDIR should be on
-// a disk.
+// BenchmarkFlush4K flushes after each random write. It writes to the test's directory, so TMPDIR should be on a disk.
 func BenchmarkFlush4K(b *testing.B) {
 	const size = 512 << 20
 	d := benchDevice(b, format.S2, size)
@@ -125,8 +124,8 @@ func BenchmarkFlush4K(b *testing.B) {
 	}
 }
 
-// BenchmarkSnapshot takes snapshots of a volume, and clones of them, at two depths. The volume has 1 GiB of
-// random 4 KiB writes, and is written to between the snapshots.
+// BenchmarkSnapshot takes snapshots of a volume, and clones of them, at two depths. The volume has 1 GiB of random 4
+// KiB writes, and is written to between the snapshots.
 func BenchmarkSnapshot(b *testing.B) {
 	for _, depth := range []int{0, 100} {
 		b.Run(fmt.Sprintf("depth=%d", depth), func(b *testing.B) {
@@ -173,8 +172,8 @@ func BenchmarkSnapshot(b *testing.B) {
 	}
 }
 
-// BenchmarkUsage measures reporting the usage of 1000 snapshots, of all of them and of one. The volume has 1
-// GiB, and 500 blocks changed between any two snapshots.
+// BenchmarkUsage measures reporting the usage of 1000 snapshots, of all of them and of one. The volume has 1 GiB, and
+// 500 blocks changed between any two snapshots.
 func BenchmarkUsage(b *testing.B) {
 	d := benchDevice(b, format.S2, 1<<30)
 	r := rand.New(rand.NewPCG(1, 2))

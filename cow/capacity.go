@@ -9,26 +9,26 @@ import (
 	"github.com/vdisk/vdisk/cow/internal/leafcache"
 )
 
-// Overwriting a block that only the head of a volume has gives back what it takes, once the old record is
-// cleaned. So overwrites can go on in a full store, if new mappings stop while the cleaner still finds enough
-// dead data: docs/reclaim.md, New mappings stop first.
+// Overwriting a block that only the head of a volume has gives back what it takes, once the old record is cleaned. So
+// overwrites can go on in a full store, if new mappings stop while the cleaner still finds enough dead data:
+// docs/reclaim.md, New mappings stop first.
 
 const (
-	// newParts is the part of the capacity, in 64ths, that new mappings leave to overwrites; smallParts is
-	// what small requests leave. The metadata of a file system comes in small requests, and a file system
-	// that cannot write its metadata breaks.
+	// newParts is the part of the capacity, in 64ths, that new mappings leave to overwrites; smallParts is what small
+	// requests leave. The metadata of a file system comes in small requests, and a file system that cannot write its
+	// metadata breaks.
 	newParts, smallParts = 7, 5
 	// smallWrite is the largest request that counts as small.
 	smallWrite = 64 << 10
-	// roomForNames is what a new name leaves to new mappings, because everything that is overwritten after a
-	// snapshot is a new mapping.
+	// roomForNames is what a new name leaves to new mappings, because everything that is overwritten after a snapshot
+	// is a new mapping.
 	roomForNames = 1 << 20
 	// endChunks are chunks for the log's end, beside the cleaner's room.
 	endChunks = 2
 )
 
-// isNew reports whether a write of n blocks maps a block that is a hole, or that a snapshot has, too. The
-// caller holds the leaf's lock.
+// isNew reports whether a write of n blocks maps a block that is a hole, or that a snapshot has, too. The caller holds
+// the leaf's lock.
 func isNew(b *branch, lf *leafcache.Leaf, first, n int) bool {
 	if lf.Epoch() != b.Epoch {
 		return true
@@ -41,8 +41,8 @@ func isNew(b *branch, lf *leafcache.Leaf, first, n int) bool {
 	return false
 }
 
-// roomForNew returns an error, which matches ErrNoSpace and errNoNew, if a new mapping of n bytes of log
-// would take what is kept for overwrites. The caller holds mu.
+// roomForNew returns an error, which matches ErrNoSpace and errNoNew, if a new mapping of n bytes of log would take
+// what is kept for overwrites. The caller holds mu.
 func (s *Store) roomForNew(n int, small bool) error {
 	capacity, parts := s.wal.Capacity(), int64(newParts)
 	if small {
@@ -67,9 +67,9 @@ func (s *Store) roomForNew(n int, small bool) error {
 // errNoNew is matched by the error of a refused new mapping.
 var errNoNew = errors.New("kept for what is written over")
 
-// moreForNew reports whether there may be room by now for a new mapping that was refused. With tries 0, which
-// is the first call, it looks at the free space again, as some may have been freed on the file system. Later
-// it makes a checkpoint, if that may reap what deleted names held.
+// moreForNew reports whether there may be room by now for a new mapping that was refused. With tries 0, which is the
+// first call, it looks at the free space again, as some may have been freed on the file system. Later it makes a
+// checkpoint, if that may reap what deleted names held.
 func (s *Store) moreForNew(tries int) (bool, error) {
 	if tries == 0 {
 		free, err := s.fs.Free()

@@ -21,8 +21,8 @@ func limitedStore(t *testing.T) (*Store, *Device) {
 	return s, d
 }
 
-// fullStore returns a limitedStore whose volume was written in order, in requests of the given number of
-// bytes, until there was no room, and how many blocks are mapped.
+// fullStore returns a limitedStore whose volume was written in order, in requests of the given number of bytes, until
+// there was no room, and how many blocks are mapped.
 func fullStore(t *testing.T, request int64) (s *Store, d *Device, blocks int64) {
 	t.Helper()
 	s, d = limitedStore(t)
@@ -43,8 +43,8 @@ func fillStore(t *testing.T, d *Device, request int64) (blocks int64) {
 	}
 }
 
-// TestFullStoreTakesWhatZerosKept: a range that was zeroed, with noHole set, can still be written when the
-// store is full.
+// TestFullStoreTakesWhatZerosKept: a range that was zeroed, with noHole set, can still be written when the store is
+// full.
 func TestFullStoreTakesWhatZerosKept(t *testing.T) {
 	const at, size = 128 << 20, 8 << 20
 	s, d := limitedStore(t)
@@ -66,8 +66,8 @@ func TestFullStoreTakesWhatZerosKept(t *testing.T) {
 	mustEnd(t, s, d)
 }
 
-// TestFullStoreTakesOverwrites: in a store that refuses new mappings, blocks that only the head has can be
-// overwritten many times, and flushed, without an error.
+// TestFullStoreTakesOverwrites: in a store that refuses new mappings, blocks that only the head has can be overwritten
+// many times, and flushed, without an error.
 func TestFullStoreTakesOverwrites(t *testing.T) {
 	quarters := int64(8) // how many quarters of the store are overwritten
 	if testing.Short() {
@@ -129,8 +129,8 @@ func TestFullStoreTakesOverwrites(t *testing.T) {
 	}
 }
 
-// TestFullStoreKeepsWhatSnapshotsHave: overwriting a block that a snapshot has too frees no space, so it
-// counts as a new mapping and is refused. When the snapshot is removed, there is room.
+// TestFullStoreKeepsWhatSnapshotsHave: overwriting a block that a snapshot has too frees no space, so it counts as a
+// new mapping and is refused. When the snapshot is removed, there is room.
 func TestFullStoreKeepsWhatSnapshotsHave(t *testing.T) {
 	s, d, blocks := fullStore(t, 1<<20)
 	must(t, d.Discard(0, 8<<20))

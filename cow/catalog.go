@@ -54,8 +54,8 @@ type snapshot struct {
 	dropped uint64 // generation in which it lost its name; guarded by Store.mu
 }
 
-// catalog is the volumes, snapshots and branches in memory. Store.mu guards all of it. The dirty sets name
-// the rows that the next checkpoint writes or removes.
+// catalog is the volumes, snapshots and branches in memory. Store.mu guards all of it. The dirty sets name the rows
+// that the next checkpoint writes or removes.
 type catalog struct {
 	volumes       map[uint32]*volume
 	snapshots     map[uint32]*snapshot
@@ -77,15 +77,15 @@ func newCatalog() catalog {
 	}
 }
 
-// IDs and epochs are never reused in the life of a store. Once they are used up, any operation that needs
-// another one is refused.
+// IDs and epochs are never reused in the life of a store. Once they are used up, any operation that needs another one
+// is refused.
 const (
 	lastID    = math.MaxUint32 - 1 // leaves room to store the next ID
 	lastEpoch = head - 1
 )
 
-// newID returns a new ID, from the one sequence that volumes, snapshots and branches share. Before the IDs
-// are used, the caller must call enoughIDs.
+// newID returns a new ID, from the one sequence that volumes, snapshots and branches share. Before the IDs are used,
+// the caller must call enoughIDs.
 func (t *catalog) newID() uint32 {
 	n := t.nextID
 	t.nextID++
@@ -102,8 +102,8 @@ func (t *catalog) enoughIDs() error {
 
 func (t *catalog) usedID(n uint32) { t.nextID = max(t.nextID, uint64(n)+1) }
 
-// putBranch, putVolume and putSnapshot install a row as it is now. A row that refers to a row that does not
-// exist is an error in the log or the table.
+// putBranch, putVolume and putSnapshot install a row as it is now. A row that refers to a row that does not exist is an
+// error in the log or the table.
 
 func (t *catalog) putBranch(r format.Branch, gen uint64) error {
 	b := t.branches[r.ID]

@@ -11,8 +11,8 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// Kinds of problems. A leak wastes space. Unreadable data could not be looked at, because access was denied,
-// or because the disk or the system failed; it may be sound. Corrupt is everything else.
+// Kinds of problems. A leak wastes space. Unreadable data could not be looked at, because access was denied, or because
+// the disk or the system failed; it may be sound. Corrupt is everything else.
 const (
 	KindLeak       = audit.KindLeak
 	KindCorrupt    = audit.KindCorrupt
@@ -47,13 +47,13 @@ type CheckReport struct {
 	Unreadable int `json:"unreadable"`
 }
 
-// Check checks the table against itself and against the chunk files, as of a checkpoint that it begins with.
-// The store may be in use. Check verifies invariants 4 to 6 of DESIGN.md with a full recount of the live
-// bytes, that entries lie in chunks that exist, the chunks' headers, and bbolt's pages. After that it reads
-// data, if asked to, as far as the data is still there.
+// Check checks the table against itself and against the chunk files, as of a checkpoint that it begins with. The store
+// may be in use. Check verifies invariants 4 to 6 of DESIGN.md with a full recount of the live bytes, that entries lie
+// in chunks that exist, the chunks' headers, and bbolt's pages. After that it reads data, if asked to, as far as the
+// data is still there.
 //
-// Check passes every violation to problem. The error that it returns is its own. Nothing waits for a check,
-// and it keeps no space from being given back.
+// Check passes every violation to problem. The error that it returns is its own. Nothing waits for a check, and it
+// keeps no space from being given back.
 func (s *Store) Check(ctx context.Context, o CheckOptions, problem func(Problem)) (CheckReport, error) {
 	if err := s.beginTask(); err != nil {
 		return CheckReport{}, fmt.Errorf("check: %w", err)
@@ -64,8 +64,8 @@ func (s *Store) Check(ctx context.Context, o CheckOptions, problem func(Problem)
 	return CheckReport(report), wrapIf(err, "check")
 }
 
-// beginCheck makes a checkpoint, and returns the table as it then is. pages checks the table's pages. That
-// may take long, and other work goes on meanwhile.
+// beginCheck makes a checkpoint, and returns the table as it then is. pages checks the table's pages. That may take
+// long, and other work goes on meanwhile.
 func (s *Store) beginCheck() (tx *metadata.Tx, pages func() error, err error) {
 	s.checkpoints.mu.Lock()
 	defer s.checkpoints.mu.Unlock()

@@ -13,9 +13,8 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// TestCheckKeepsNoSpace stops a check, in its first part or while it reads data. The stopped check must take
-// no room from a writer on a limited store. When it goes on, it must not report a problem in data that has
-// gone meanwhile.
+// TestCheckKeepsNoSpace stops a check, in its first part or while it reads data. The stopped check must take no room
+// from a writer on a limited store. When it goes on, it must not report a problem in data that has gone meanwhile.
 func TestCheckKeepsNoSpace(t *testing.T) {
 	for _, readsData := range []bool{false, true} {
 		s, _ := newStore(t, Options{MaxBytes: 64 << 20, chunkBytes: 2 << 20})
@@ -59,8 +58,8 @@ func TestCheckKeepsNoSpace(t *testing.T) {
 	}
 }
 
-// TestCheckInSlices: a check that reads data in many states of the table has the same result as one that
-// reads it in a single state, and it finds damage.
+// TestCheckInSlices: a check that reads data in many states of the table has the same result as one that reads it in a
+// single state, and it finds damage.
 func TestCheckInSlices(t *testing.T) {
 	dir := setup(t, 256<<20, format.S2)
 	s := open(t, dir, Options{checkpointInterval: -1})

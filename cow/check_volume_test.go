@@ -11,8 +11,8 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// TestCheckOfOneVolume: a check of one volume looks at the history and the snapshots of that volume only. A
-// check of a volume that does not exist returns ErrNotFound.
+// TestCheckOfOneVolume: a check of one volume looks at the history and the snapshots of that volume only. A check of a
+// volume that does not exist returns ErrNotFound.
 func TestCheckOfOneVolume(t *testing.T) {
 	s, dir := newStore(t, Options{checkpointInterval: -1})
 	write := func(name string, off int64, seed uint64) {

@@ -25,11 +25,11 @@ var errFull = leafcache.ErrFull
 type checkpoints struct {
 	mu     sync.Mutex
 	values values // of the running checkpoint
-	// lastAborted: the last checkpoint has failed, so memory may hold changes by the reaper that are in
-	// neither the table nor the log.
+	// lastAborted: the last checkpoint has failed, so memory may hold changes by the reaper that are in neither the
+	// table nor the log.
 	lastAborted bool
-	// untrimmed are chunks of the replayed log that have more allocated than they hold. The excess is given
-	// back once they are behind the replay position.
+	// untrimmed are chunks of the replayed log that have more allocated than they hold. The excess is given back once
+	// they are behind the replay position.
 	untrimmed      []*chunk
 	pendingRemoval []*chunk              // dead chunks that are not removed yet
 	reapCursor     map[uint32]reapCursor // by branch; changes need Store.mu, too
@@ -89,15 +89,15 @@ func (s *Store) checkpointLocked() error {
 	return err
 }
 
-// commit writes a generation to the table. If there was no room for it, it can be tried again. Any other
-// failure is final, whatever its errno: a sync may have failed, perhaps that of the meta page, and then
-// another commit could overwrite pages that the table on the disk refers to.
+// commit writes a generation to the table. If there was no room for it, it can be tried again. Any other failure is
+// final, whatever its errno: a sync may have failed, perhaps that of the meta page, and then another commit could
+// overwrite pages that the table on the disk refers to.
 func (s *Store) commit(g *generation) error {
 	err := s.opts.onCommit(false)
 	tried := err == nil
 	if tried {
-		// The pages that the commit takes were counted before, and there is room for them. If the file system
-		// does not keep to that, the reserve helps.
+		// The pages that the commit takes were counted before, and there is room for them. If the file system does not
+		// keep to that, the reserve helps.
 		err = s.meta.Update(g.write)
 		for errors.Is(err, metadata.ErrUnwritten) && s.reserve.Give(wal.ReserveStep) {
 			err = s.meta.Update(g.write)
@@ -115,9 +115,9 @@ func (s *Store) commit(g *generation) error {
 	return errors.Join(err, perr)
 }
 
-// trimEnds gives back the space that is allocated behind the records of chunks in which the log ended without
-// a Close. It does so once no replay begins in such a chunk any more, because its sequence number is less
-// than before. The caller holds checkpoints.mu.
+// trimEnds gives back the space that is allocated behind the records of chunks in which the log ended without a Close.
+// It does so once no replay begins in such a chunk any more, because its sequence number is less than before. The
+// caller holds checkpoints.mu.
 func (s *Store) trimEnds(before uint64) {
 	s.checkpoints.untrimmed = slices.DeleteFunc(s.checkpoints.untrimmed, func(c *chunk) bool {
 		if c.Seq >= before {
@@ -141,9 +141,8 @@ func (s *Store) trimEnds(before uint64) {
 	})
 }
 
-// beginGeneration notes the log's end and takes everything that changed up to it, in one critical section of
-// mu. What writers change from here on belongs to the next generation. The reaper's batches are part of this
-// one.
+// beginGeneration notes the log's end and takes everything that changed up to it, in one critical section of mu. What
+// writers change from here on belongs to the next generation. The reaper's batches are part of this one.
 func (s *Store) beginGeneration() *generation {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -173,9 +172,8 @@ func (s *Store) beginGeneration() *generation {
 	return g
 }
 
-// takeChunks takes the accounting of the chunks that have changed. A full chunk that lies before the replay
-// position and has no live bytes is dead. Its row is removed in this commit, and its file after it. The
-// caller holds mu.
+// takeChunks takes the accounting of the chunks that have changed. A full chunk that lies before the replay position
+// and has no live bytes is dead. Its row is removed in this commit, and its file after it. The caller holds mu.
 func (s *Store) takeChunks(g *generation) {
 	for _, c := range s.changes.rows {
 		c.rowDirty = false
@@ -276,8 +274,8 @@ func (s *Store) abortGeneration(g *generation, err error) error {
 	return err
 }
 
-// removeDead removes the files of chunks whose rows are gone, or gives them to the pool. A later checkpoint
-// tries again to remove those that could not be removed. The caller holds checkpoints.mu.
+// removeDead removes the files of chunks whose rows are gone, or gives them to the pool. A later checkpoint tries again
+// to remove those that could not be removed. The caller holds checkpoints.mu.
 func (s *Store) removeDead(dead []*chunk) error {
 	s.checkpoints.pendingRemoval = append(s.checkpoints.pendingRemoval, dead...)
 	var errs []error
@@ -317,14 +315,14 @@ func (s *Store) mayReuse(c *chunk) bool {
 	return !c.gone && !c.hasMoved && !c.damaged
 }
 
-// removeFile removes the file of a dead chunk. Goroutines that have a reference to the chunk can still read
-// it: if the file was never opened, removeFile opens it first. The caller holds checkpoints.mu.
+// removeFile removes the file of a dead chunk. Goroutines that have a reference to the chunk can still read it: if the
+// file was never opened, removeFile opens it first. The caller holds checkpoints.mu.
 func (s *Store) removeFile(c *chunk) error {
 	if c.gone {
 		return nil
 	}
-	// Until the chunk's place in the slot table is taken, others can still find it here, but only through
-	// blocks that were moved.
+	// Until the chunk's place in the slot table is taken, others can still find it here, but only through blocks that
+	// were moved.
 	if c.hasMoved || c.InUse() {
 		if _, err := c.Handle(); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
@@ -333,20 +331,19 @@ func (s *Store) removeFile(c *chunk) error {
 	return s.fs.Remove(c.Name())
 }
 
-// goneChunk returns a chunk that stands for one whose file has been removed, while blocks that were moved
-// from it are live.
+// goneChunk returns a chunk that stands for one whose file has been removed, while blocks that were moved from it are
+// live.
 func (s *Store) goneChunk(slot uint32, seq uint64, moved uint32) *chunk {
 	c := newChunk(slot, seq, s.fs)
 	c.gone, c.Sealed, c.moved, c.hasMoved = true, true, moved, true
 	return c
 }
 
-// afterFailure is the pause after a failed checkpoint. Without it, writers would ask for the next one at
-// once.
+// afterFailure is the pause after a failed checkpoint. Without it, writers would ask for the next one at once.
 const afterFailure = time.Second
 
-// checkpointer makes checkpoints when one is due, until quit is closed.
-func (s *Store) checkpointer() {
+// checkpointRoutine makes checkpoints when one is due, until quit is closed.
+func (s *Store) checkpointRoutine() {
 	if s.opts.checkpointInterval < 0 {
 		<-s.quit
 		return

@@ -6,8 +6,8 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// chunk is a file of the log with the account of what is alive in it. The slot table holds one reference to the
-// file, and a read plan holds one as long as it may still touch the file.
+// chunk is a file of the log with the account of what is alive in it. The slot table holds one reference to the file,
+// and a read plan holds one as long as it may still touch the file.
 type chunk struct {
 	*wal.Chunk
 
@@ -30,8 +30,8 @@ func newChunk(slot uint32, seq uint64, fs storage.FS) *chunk {
 	return &chunk{Chunk: wal.NewChunk(slot, seq, fs)}
 }
 
-// die takes n bytes off the live bytes. It takes pinnedDead to be spread evenly over the live bytes, and
-// reduces it in proportion. The caller holds Store.mu.
+// die takes n bytes off the live bytes. It takes pinnedDead to be spread evenly over the live bytes, and reduces it in
+// proportion. The caller holds Store.mu.
 func (c *chunk) die(n uint32) {
 	if c.pinnedDead > 0 && c.live > 0 {
 		c.pinnedDead -= min(c.pinnedDead, uint32(uint64(c.pinnedDead)*uint64(n)/uint64(c.live)))

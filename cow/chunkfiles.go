@@ -15,8 +15,8 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// findChunks matches the chunk files with the rows of the table. It returns the chunks of the log from the
-// replay position on, in order, and the files that belong to neither the log nor the table.
+// findChunks matches the chunk files with the rows of the table. It returns the chunks of the log from the replay
+// position on, in order, and the files that belong to neither the log nor the table.
 func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks []*chunk, left []leaving, err error) {
 	names, err := s.fs.List()
 	if err != nil {
@@ -113,8 +113,8 @@ func (f *foundFiles) add(name string, slot uint32) error {
 	return nil
 }
 
-// findMissing looks for the files of the table's chunks, and reports whether all are there. The replay will miss
-// those of the log.
+// findMissing looks for the files of the table's chunks, and reports whether all are there. The replay will miss those
+// of the log.
 func (f *foundFiles) findMissing(tb *metadata.Tables, names []string) (whole bool) {
 	whole = true
 	var missing []string
@@ -138,8 +138,8 @@ func (f *foundFiles) findMissing(tb *metadata.Tables, names []string) (whole boo
 // firstOf returns the first few names, so that a warning stays on one line however many there are.
 func firstOf(names []string) []string { return names[:min(len(names), 3)] }
 
-// inTime refuses a table that is older than the checkpoint in a chunk's header. That checkpoint's commit was
-// durable before the header was written.
+// inTime refuses a table that is older than the checkpoint in a chunk's header. That checkpoint's commit was durable
+// before the header was written.
 func inTime(h format.ChunkHeader, cp format.Checkpoint) error {
 	if h.Checkpoint > cp.Seq {
 		return fault.Corruptf("the table is older than the log: it is as of record %d, and has been as of record %d", cp.Seq, h.Checkpoint)
@@ -147,10 +147,10 @@ func inTime(h format.ChunkHeader, cp format.Checkpoint) error {
 	return nil
 }
 
-// proveRows checks that the files of the table's chunks are those chunks. It does nothing if the table is
-// known to be the one that the last owner left. It refuses the table if a file's header has a later
-// checkpoint than the table, or if a file holds a younger chunk, which belongs to a younger table. Any other
-// mismatch is damage to that one chunk, which its readers and Check report.
+// proveRows checks that the files of the table's chunks are those chunks. It does nothing if the table is known to be
+// the one that the last owner left. It refuses the table if a file's header has a later checkpoint than the table, or
+// if a file holds a younger chunk, which belongs to a younger table. Any other mismatch is damage to that one chunk,
+// which its readers and Check report.
 func (s *Store) proveRows(tb *metadata.Tables, names []string) error {
 	if s.meta.Verified() {
 		return nil
@@ -227,10 +227,10 @@ type leaving struct {
 // droppedKept is the number of dropped files that are kept, of those from the last logs that ended early.
 const droppedKept = 4
 
-// judge decides what becomes of a file before the replay position that has no row. A chunk dies when a
-// checkpoint takes its row away, and its file is removed after that. A chunk that was still being made has no
-// records. Any other file is set aside. If the file of a row is missing (whole is false), the table may be
-// another one, and a file with a header is set aside in any case.
+// judge decides what becomes of a file before the replay position that has no row. A chunk dies when a checkpoint takes
+// its row away, and its file is removed after that. A chunk that was still being made has no records. Any other file is
+// set aside. If the file of a row is missing (whole is false), the table may be another one, and a file with a header
+// is set aside in any case.
 func (s *Store) judge(f *leaving, cp format.Checkpoint, whole bool) error {
 	slot, _ := wal.ParseChunkName(f.name)
 	c := newChunk(slot, f.seq, s.fs)
@@ -265,8 +265,7 @@ func (s *Store) judge(f *leaving, cp format.Checkpoint, whole bool) error {
 	return nil
 }
 
-// hasOnlyZeros reports whether a file holds nothing but zeros. It returns false for a file that cannot be
-// read.
+// hasOnlyZeros reports whether a file holds nothing but zeros. It returns false for a file that cannot be read.
 func hasOnlyZeros(f storage.File) (bool, error) {
 	p := make([]byte, 1<<20)
 	for off := int64(0); ; off += int64(len(p)) {
@@ -280,8 +279,8 @@ func hasOnlyZeros(f storage.File) (bool, error) {
 	}
 }
 
-// clear removes the files that nobody needs, and then sets the others aside. Removing comes first because it
-// may make room for the directory of those set aside.
+// clear removes the files that nobody needs, and then sets the others aside. Removing comes first because it may make
+// room for the directory of those set aside.
 func (s *Store) clear(left []leaving) error {
 	for _, f := range left {
 		if f.as == "" {

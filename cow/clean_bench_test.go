@@ -16,9 +16,9 @@ import (
 
 var cleanerLimit = flag.Float64("cleaner.limit", 1, "GiB that the store may take in BenchmarkCleaner")
 
-// BenchmarkCleaner overwrites random blocks of 4 KiB in a store whose limit leaves little room. It measures
-// once the cleaner works at the writers' pace. For comparison it also reports how the same writers filled the
-// volume, in the same store when it was empty.
+// BenchmarkCleaner overwrites random blocks of 4 KiB in a store whose limit leaves little room. It measures once the
+// cleaner works at the writers' pace. For comparison it also reports how the same writers filled the volume, in the
+// same store when it was empty.
 func BenchmarkCleaner(b *testing.B) {
 	for _, c := range []struct {
 		use     float64

@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// TestCleanReportBesideWriter: the report of Clean does not count the data that others write meanwhile,
-// neither as space that cleaning gave back nor as its cost.
+// TestCleanReportBesideWriter: the report of Clean does not count the data that others write meanwhile, neither as
+// space that cleaning gave back nor as its cost.
 func TestCleanReportBesideWriter(t *testing.T) {
 	var beside func() error // called once, while the table is committed
 	s, _ := newStore(t, Options{chunkBytes: 1 << 20, checkpointInterval: -1, onCommit: func(done bool) error {

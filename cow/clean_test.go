@@ -44,9 +44,9 @@ func limited(t testing.TB, use float64) (s *Store, d *Device, blocks int64) {
 	return s, d, blocks
 }
 
-// TestOverwriteOfALimitedStore: overwriting goes on however full a store is, and the cleaner does not write
-// too much for it. On an idle machine, at a use of 0.7, it all comes to 2.1 times what the user writes; it is
-// more if the cleaner starts late.
+// TestOverwriteOfALimitedStore: overwriting goes on however full a store is, and the cleaner does not write too much
+// for it. On an idle machine, at a use of 0.7, it all comes to 2.1 times what the user writes; it is more if the
+// cleaner starts late.
 func TestOverwriteOfALimitedStore(t *testing.T) {
 	if testing.Short() {
 		t.Skip("hundreds of megabytes; the long run has it")
@@ -95,9 +95,8 @@ func TestOverwriteOfALimitedStore(t *testing.T) {
 	}
 }
 
-// TestMovedBlocksDieAfterReopen: a chunk that was cleaned in part has a row of its moved blocks beside its
-// own row. If all of these blocks die at once, in a process that found the row in the table, the row is
-// removed.
+// TestMovedBlocksDieAfterReopen: a chunk that was cleaned in part has a row of its moved blocks beside its own row. If
+// all of these blocks die at once, in a process that found the row in the table, the row is removed.
 func TestMovedBlocksDieAfterReopen(t *testing.T) {
 	o := Options{checkpointInterval: -1, chunkBytes: 1 << 20}
 	s, dir := newStore(t, o)
@@ -135,9 +134,9 @@ func TestMovedBlocksDieAfterReopen(t *testing.T) {
 	mustEnd(t, s)
 }
 
-// TestCleanEndsAtPartsOfRecords: the cleaner moves a record that a snapshot holds as a whole, including its
-// dead blocks. The space of those is reclaimed with the rest of the record. If the cleaner moved records
-// again because of them, it would never end.
+// TestCleanEndsAtPartsOfRecords: the cleaner moves a record that a snapshot holds as a whole, including its dead
+// blocks. The space of those is reclaimed with the rest of the record. If the cleaner moved records again because of
+// them, it would never end.
 func TestCleanEndsAtPartsOfRecords(t *testing.T) {
 	s, _ := newStore(t, Options{checkpointInterval: -1, chunkBytes: 1 << 20})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 4 << 20, Codec: format.S2})
@@ -173,9 +172,8 @@ func TestCleanEndsAtPartsOfRecords(t *testing.T) {
 	must(t, errors.Join(d.Close(), s.Close()))
 }
 
-// TestNothingIsMovedAfterAFailedCommit: what the reaper did for a checkpoint that did not commit is neither
-// in the table nor in the log. So no record may rely on it: a replay would find other live blocks than a
-// moved record says.
+// TestNothingIsMovedAfterAFailedCommit: what the reaper did for a checkpoint that did not commit is neither in the
+// table nor in the log. So no record may rely on it: a replay would find other live blocks than a moved record says.
 func TestNothingIsMovedAfterAFailedCommit(t *testing.T) {
 	for _, again := range []bool{false, true} {
 		t.Run(fmt.Sprint(again), func(t *testing.T) {
@@ -236,8 +234,8 @@ func (w *modelStore) fillChunk(t *testing.T) *chunk {
 	return c
 }
 
-// TestCleanEndsAtWhatNobodyOwns: a damaged table can give a chunk live bytes that no leaf accounts for.
-// Cleaning ends there too, and cleans the other chunks.
+// TestCleanEndsAtWhatNobodyOwns: a damaged table can give a chunk live bytes that no leaf accounts for. Cleaning ends
+// there too, and cleans the other chunks.
 func TestCleanEndsAtWhatNobodyOwns(t *testing.T) {
 	s, d := halfDead(t, nil)
 	s.mu.Lock()
@@ -259,8 +257,7 @@ func TestCleanEndsAtWhatNobodyOwns(t *testing.T) {
 	must(t, errors.Join(d.Close(), s.Close()))
 }
 
-// TestCleanPassesOverWhatCannotBeRead: a chunk that cannot be read stays as it is, and the others are
-// cleaned.
+// TestCleanPassesOverWhatCannotBeRead: a chunk that cannot be read stays as it is, and the others are cleaned.
 func TestCleanPassesOverWhatCannotBeRead(t *testing.T) {
 	var bad atomic.Bool
 	s, d := halfDead(t, func(name string) error {
@@ -297,8 +294,8 @@ func halfDead(t *testing.T, onRead func(name string) error) (*Store, *Device) {
 	return s, d
 }
 
-// TestCleanEndsBesideWriters: a Clean ignores the dead data that others leave while it runs, since otherwise
-// it would never end.
+// TestCleanEndsBesideWriters: a Clean ignores the dead data that others leave while it runs, since otherwise it would
+// never end.
 func TestCleanEndsBesideWriters(t *testing.T) {
 	s, _ := newStore(t, Options{checkpointInterval: -1, chunkBytes: 256 << 10})
 	const blocks = 2048
@@ -330,9 +327,9 @@ func TestCleanEndsBesideWriters(t *testing.T) {
 	must(t, errors.Join(d.Close(), s.Close()))
 }
 
-// TestNameOfAnotherLife: while the cleaner works on a record, the record's chunk may be removed, and its slot
-// reused. The new chunk may have a record of the same block at the same place, so that the leaf refers to it
-// with an equal entry. The old content must not come back.
+// TestNameOfAnotherLife: while the cleaner works on a record, the record's chunk may be removed, and its slot reused.
+// The new chunk may have a record of the same block at the same place, so that the leaf refers to it with an equal
+// entry. The old content must not come back.
 func TestNameOfAnotherLife(t *testing.T) {
 	s, _ := newStore(t, Options{checkpointInterval: -1, chunkBytes: 1 << 20})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 20, Codec: format.Raw})
@@ -384,9 +381,9 @@ func TestNameOfAnotherLife(t *testing.T) {
 	mustEnd(t, s, d)
 }
 
-// TestHandedToTheHead: a checkpoint hands a record that a point held to the head, while the cleaner is about
-// to move it. The cleaner does not forward a record of a head, which may change, but writes it again. Nothing
-// is left in the chunk.
+// TestHandedToTheHead: a checkpoint hands a record that a point held to the head, while the cleaner is about to move
+// it. The cleaner does not forward a record of a head, which may change, but writes it again. Nothing is left in the
+// chunk.
 func TestHandedToTheHead(t *testing.T) {
 	s, _ := newStore(t, Options{checkpointInterval: -1, chunkBytes: 1 << 20})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 8 << 20, Codec: format.S2})
@@ -432,8 +429,8 @@ func TestHandedToTheHead(t *testing.T) {
 	mustEnd(t, s, d)
 }
 
-// TestCleanOfAFutureEpoch: a damaged table may have a version of an epoch that its branch has not reached.
-// The cleaner reports it, and ends.
+// TestCleanOfAFutureEpoch: a damaged table may have a version of an epoch that its branch has not reached. The cleaner
+// reports it, and ends.
 func TestCleanOfAFutureEpoch(t *testing.T) {
 	s, _ := newStore(t, Options{checkpointInterval: -1, chunkBytes: 1 << 20, Logger: slog.New(slog.DiscardHandler)})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 8 << 20, Codec: format.S2})
@@ -496,8 +493,8 @@ func TestCloseWaitsForClean(t *testing.T) {
 	must(t, <-closed)
 }
 
-// TestHelpless: a cleaner that can give nothing back tells the writers that wait for room. It does not do so
-// if one of them was given a chunk meanwhile, since it has not seen what that one has overwritten.
+// TestHelpless: a cleaner that can give nothing back tells the writers that wait for room. It does not do so if one of
+// them was given a chunk meanwhile, since it has not seen what that one has overwritten.
 func TestHelpless(t *testing.T) {
 	s, d, fs := hooked(t)
 	for _, others := range []bool{true, false} {

@@ -29,9 +29,9 @@ type mover struct {
 	full      bool // the last batch stopped because a checkpoint has to come first
 }
 
-// heldMost is how many bytes of records that snapshots hold are moved in one turn of the checkpoint lock. For
-// a chunk with more than heldLarge bytes of live data it is heldLarge: while much is being deleted, the
-// cleaner waits for each turn, and writers wait for the chunk.
+// heldMost is how many bytes of records that snapshots hold are moved in one turn of the checkpoint lock. For a chunk
+// with more than heldLarge bytes of live data it is heldLarge: while much is being deleted, the cleaner waits for each
+// turn, and writers wait for the chunk.
 const heldMost, heldLarge = 2 << 20, 8 << 20
 
 func newMover(s *Store) *mover {
@@ -59,8 +59,8 @@ func (s *Store) livesIn(c *chunk) int {
 	return int(c.live)
 }
 
-// look reads the state of the chunk at the beginning of a batch: where its records end, and whether the chunk
-// still exists.
+// look reads the state of the chunk at the beginning of a batch: where its records end, and whether the chunk still
+// exists.
 func (m *mover) look() (end uint32, here bool) {
 	s := m.s
 	s.mu.Lock()
@@ -69,9 +69,9 @@ func (m *mover) look() (end uint32, here bool) {
 	return m.c.End, s.slots.get(m.c.Slot) == m.c && !m.c.dead
 }
 
-// batch goes on through the chunk until it has moved or passed over a batch. Records that snapshots may hold
-// are gathered, and moved together when there are enough or at the chunk's end. It returns the bytes that it
-// wrote, and whether there is more to do in the chunk.
+// batch goes on through the chunk until it has moved or passed over a batch. Records that snapshots may hold are
+// gathered, and moved together when there are enough or at the chunk's end. It returns the bytes that it wrote, and
+// whether there is more to do in the chunk.
 func (m *mover) batch() (moved int, more bool, err error) {
 	m.full = false
 	end, here := m.look()
@@ -106,8 +106,8 @@ func (m *mover) batch() (moved int, more bool, err error) {
 	return moved, true, nil
 }
 
-// stopped ends a batch at a record that returned an error. After errFull, the next batch goes on at that
-// record once a checkpoint has been made.
+// stopped ends a batch at a record that returned an error. After errFull, the next batch goes on at that record once a
+// checkpoint has been made.
 func (m *mover) stopped(moved int, off uint32, err error) (int, bool, error) {
 	s := m.s
 	switch {
@@ -119,8 +119,7 @@ func (m *mover) stopped(moved int, off uint32, err error) (int, bool, error) {
 		m.held.reset()
 		return moved, true, nil
 	case errors.Is(err, ErrCorrupt):
-		// A copy would make damaged data look sound. Check reports the damage; the rest of the chunk stays
-		// where it is.
+		// A copy would make damaged data look sound. Check reports the damage; the rest of the chunk stays where it is.
 		s.log.Error("a chunk cannot be cleaned; run check", "chunk", m.c.Name(), "offset", off, "err", err)
 		s.mu.Lock()
 		m.c.damaged = true
@@ -141,8 +140,8 @@ type record struct {
 	of      *chunk       // chunk in name's slot when find looked
 }
 
-// move rewrites the blocks of a record that only a head has, and returns the size of what it wrote. If a
-// snapshot may hold other blocks of the record, the record is gathered.
+// move rewrites the blocks of a record that only a head has, and returns the size of what it wrote. If a snapshot may
+// hold other blocks of the record, the record is gathered.
 func (m *mover) move(h *format.RecordHeader, payload []byte, off uint32) (n int, err error) {
 	r, err := m.decode(h, payload, off)
 	if err != nil {
@@ -180,9 +179,9 @@ func (m *mover) decode(h *format.RecordHeader, payload []byte, off uint32) (r re
 	return r, nil
 }
 
-// find looks up what the record's name means now, and sets r.of. It returns false if the name means another
-// record, or none. Code that relies on the result later must check that r.of is still in the name's slot; as
-// long as it is, the name means the same.
+// find looks up what the record's name means now, and sets r.of. It returns false if the name means another record, or
+// none. Code that relies on the result later must check that r.of is still in the name's slot; as long as it is, the
+// name means the same.
 func (m *mover) find(r *record) (ok bool, err error) {
 	if r.of = m.s.slots.get(r.name.Slot()); r.of == nil {
 		return false, nil
@@ -197,9 +196,9 @@ func (m *mover) find(r *record) (ok bool, err error) {
 	return r.h.Kind == format.KindData && r.of == m.c, err // otherwise it was moved on, or has died
 }
 
-// moveOwn rewrites those blocks of a record that only the head of its volume has. The head's entry becomes a
-// new one, so nothing has to be forwarded. rest is true if the record may have other live blocks. For a
-// replay this is an ordinary write; so it takes no more locks than a write, and runs beside a checkpoint.
+// moveOwn rewrites those blocks of a record that only the head of its volume has. The head's entry becomes a new one,
+// so nothing has to be forwarded. rest is true if the record may have other live blocks. For a replay this is an
+// ordinary write; so it takes no more locks than a write, and runs beside a checkpoint.
 func (m *mover) moveOwn(r *record) (n int, rest bool, err error) {
 	if ok, err := m.find(r); !ok {
 		return 0, false, err
@@ -226,8 +225,7 @@ func ownedIn(l *format.Leaf, h *format.RecordHeader, name format.Entry) (mask ui
 	return mask
 }
 
-// lineage is what the mover knows of a branch, as of the beginning of a batch or of the last change that it
-// noticed.
+// lineage is what the mover knows of a branch, as of the beginning of a batch or of the last change that it noticed.
 type lineage struct {
 	b       *branch
 	epoch   uint32
@@ -247,9 +245,9 @@ func (m *mover) lineageOf(branch uint32) *lineage {
 	return &m.line
 }
 
-// headMask returns a mask of those blocks of a record that a volume's head put there in its present epoch,
-// and that nothing else has. rest is true if the record may have other live blocks. (A snapshot that is taken
-// meanwhile may hold the blocks, too. Then their bytes count as live, and they are cleaned another time.)
+// headMask returns a mask of those blocks of a record that a volume's head put there in its present epoch, and that
+// nothing else has. rest is true if the record may have other live blocks. (A snapshot that is taken meanwhile may hold
+// the blocks, too. Then their bytes count as live, and they are cleaned another time.)
 func (m *mover) headMask(h *format.RecordHeader, name format.Entry) (mask uint16, rest bool, err error) {
 	l := m.lineageOf(h.Branch)
 	if !l.written {
@@ -322,9 +320,9 @@ func (s *Store) codecOf(branch uint32) *codecPool {
 	return nil
 }
 
-// putMoved writes blocks of a head again with the same content, and returns the size of the record. same
-// reports whether the blocks are still those that were copied; it is called with mu and the leaf's lock held.
-// If they are not, or are not of the present epoch, putMoved returns errChanged.
+// putMoved writes blocks of a head again with the same content, and returns the size of the record. same reports
+// whether the blocks are still those that were copied; it is called with mu and the leaf's lock held. If they are not,
+// or are not of the present epoch, putMoved returns errChanged.
 func (s *Store) putMoved(h *format.RecordHeader, payload []byte, same func(*leafcache.Leaf) bool) (n int, err error) {
 	for {
 		k, err := s.tryPutMoved(h, payload, same)
@@ -364,8 +362,8 @@ func (s *Store) tryPutMoved(h *format.RecordHeader, payload []byte, same func(*l
 	return k, err
 }
 
-// still returns a function that reports whether n blocks of a record, beginning with block from, are still
-// the own blocks of its volume's head.
+// still returns a function that reports whether n blocks of a record, beginning with block from, are still the own
+// blocks of its volume's head.
 func (m *mover) still(r *record, from, n int) func(*leafcache.Leaf) bool {
 	first := int(r.h.Block%format.LeafBlocks) + from
 	return func(lf *leafcache.Leaf) bool {

@@ -23,8 +23,8 @@ type gathered struct {
 
 func (g *gathered) reset() { g.records, g.heads, g.data = g.records[:0], g.heads[:0], g.data[:0] }
 
-// add keeps a record, and copies its header and payload. (When heads or data grow into new memory, earlier
-// records keep the old memory.)
+// add keeps a record, and copies its header and payload. (When heads or data grow into new memory, earlier records keep
+// the old memory.)
 func (g *gathered) add(r *record, off uint32) {
 	if len(g.records) == 0 {
 		g.from = off
@@ -38,12 +38,12 @@ func (g *gathered) add(r *record, off uint32) {
 	g.records = append(g.records, kept)
 }
 
-// moveGathered moves those of the gathered records that snapshots hold. It holds the checkpoint lock, which
-// keeps out the reaper, because the reaper works within checkpoints. Once a version's epoch has ended, only
-// the reaper changes which version of a leaf owns a record.
+// moveGathered moves those of the gathered records that snapshots hold. It holds the checkpoint lock, which keeps out
+// the reaper, because the reaper works within checkpoints. Once a version's epoch has ended, only the reaper changes
+// which version of a leaf owns a record.
 //
-// All records are moved in one turn of the lock: while much is being deleted, one checkpoint follows another,
-// and the cleaner has to wait for each turn.
+// All records are moved in one turn of the lock: while much is being deleted, one checkpoint follows another, and the
+// cleaner has to wait for each turn.
 func (m *mover) moveGathered() (moved int, err error) {
 	changed := m.again[:0]
 	m.s.checkpoints.mu.Lock()
@@ -89,12 +89,11 @@ func (m *mover) moveAgain(r *record) (moved int, err error) {
 	}
 }
 
-// moveHeld copies a record that snapshots or clones hold, and notes where it is now. It returns errFull if a
-// checkpoint has to come first, and errChanged if the record has another owner by now. The caller holds
-// checkpoints.mu.
+// moveHeld copies a record that snapshots or clones hold, and notes where it is now. It returns errFull if a checkpoint
+// has to come first, and errChanged if the record has another owner by now. The caller holds checkpoints.mu.
 func (m *mover) moveHeld(r *record) (n int, err error) {
-	// A moved record is logged with a mask of its live blocks, and a replay, which begins with the table, has
-	// to find the same blocks alive. After an aborted checkpoint, memory and table differ.
+	// A moved record is logged with a mask of its live blocks, and a replay, which begins with the table, has to find
+	// the same blocks alive. After an aborted checkpoint, memory and table differ.
 	if m.s.checkpoints.lastAborted {
 		return 0, errFull
 	}
@@ -127,9 +126,9 @@ func (m *mover) moveHeld(r *record) (n int, err error) {
 	return m.forward(&h, data, r.name, mask)
 }
 
-// trim returns the content of a record with the blocks outside mask, which are dead, as zeros. Zeros take
-// next to nothing. Otherwise the space of the dead blocks would not come back as long as a snapshot holds one
-// of their neighbours.
+// trim returns the content of a record with the blocks outside mask, which are dead, as zeros. Zeros take next to
+// nothing. Otherwise the space of the dead blocks would not come back as long as a snapshot holds one of their
+// neighbours.
 func (m *mover) trim(r *record, mask uint16) (data []byte, codec format.Codec, err error) {
 	if bits.OnesCount16(mask) == r.h.Blocks {
 		return r.data, r.h.Codec, nil
@@ -166,10 +165,10 @@ func leaveOut(unit []byte, mask uint16) {
 	}
 }
 
-// ownedMask returns a mask of those blocks of a record that the version that owns the record has. All live
-// blocks of a record have one owner: they were put together, and the reaper hands them on to a single
-// successor. If the owner is the present epoch of a volume's head by now, others may change it at any time,
-// and ownedMask returns errChanged. The caller holds checkpoints.mu.
+// ownedMask returns a mask of those blocks of a record that the version that owns the record has. All live blocks of a
+// record have one owner: they were put together, and the reaper hands them on to a single successor. If the owner is
+// the present epoch of a volume's head by now, others may change it at any time, and ownedMask returns errChanged. The
+// caller holds checkpoints.mu.
 func (m *mover) ownedMask(h *format.RecordHeader, name format.Entry) (mask uint16, err error) {
 	s := m.s
 	s.mu.Lock()
@@ -183,8 +182,7 @@ func (m *mover) ownedMask(h *format.RecordHeader, name format.Entry) (mask uint1
 	}
 	index := uint32(h.Block / format.LeafBlocks)
 	for asOf := head; asOf > 0; {
-		// While the head is being reaped, the cache still has what is gone, and the table has all that is
-		// left.
+		// While the head is being reaped, the cache still has what is gone, and the table has all that is left.
 		epoch, err := s.version(b, index, asOf, !b.reaping, &m.leaf)
 		if err != nil || epoch == 0 {
 			return 0, err
@@ -205,8 +203,8 @@ func (m *mover) ownedMask(h *format.RecordHeader, name format.Entry) (mask uint1
 	return 0, nil
 }
 
-// forward copies a whole record, and notes where it is now. A version of an ended epoch owns those of its
-// blocks that are in mask. The caller holds checkpoints.mu.
+// forward copies a whole record, and notes where it is now. A version of an ended epoch owns those of its blocks that
+// are in mask. The caller holds checkpoints.mu.
 func (m *mover) forward(h *format.RecordHeader, payload []byte, name format.Entry, mask uint16) (n int, err error) {
 	s := m.s
 	m.pay = append(m.pay[:0], make([]byte, format.MovedSize)...)

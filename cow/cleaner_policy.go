@@ -49,8 +49,8 @@ func (s *Store) cleanRoutine() {
 	}
 }
 
-// cleanFor cleans one chunk at the speed that the urgency allows, and starts the checkpoint that gives the
-// chunk's space back (if pressed, throttle.giveUp starts it). It reports whether cleaning should go on now.
+// cleanFor cleans one chunk at the speed that the urgency allows, and starts the checkpoint that gives the chunk's
+// space back (if pressed, throttle.giveUp starts it). It reports whether cleaning should go on now.
 func (s *Store) cleanFor(u urgency, t *throttle) (more bool) {
 	waste := worthwhile
 	pause := func(took time.Duration) error { return t.batch(took, u == hungry) }
@@ -61,10 +61,10 @@ func (s *Store) cleanFor(u urgency, t *throttle) (more bool) {
 	taken, failed := s.taken(), false
 	r, err := s.cleanOne(context.Background(), waste, all, pause)
 	gained := func() bool { return r.Moved < r.Freed || s.used(false) < before }
-	// More may be dead than the table knows, and some chunks may not lie before the replay position yet. One
-	// checkpoint may be enough to change that. Do not wait until everything deleted is reaped: that can take
-	// very long. Nor is it a reason to give up if a cleaned chunk was not given back whole, because a
-	// snapshot was taken meanwhile, and the reaper has nothing left.
+	// More may be dead than the table knows, and some chunks may not lie before the replay position yet. One checkpoint
+	// may be enough to change that. Do not wait until everything deleted is reaped: that can take very long. Nor is it
+	// a reason to give up if a cleaned chunk was not given back whole, because a snapshot was taken meanwhile, and the
+	// reaper has nothing left.
 	for tries := 0; u == hungry && (err == nil || errors.Is(err, ErrNoSpace)) && !gained(); tries++ {
 		if err = s.interrupted(context.Background()); err == nil {
 			err = s.checkpoint()
@@ -91,9 +91,9 @@ func (s *Store) cleanFor(u urgency, t *throttle) (more bool) {
 	s.cleaningFailed(err)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	// exhausted holds until a checkpoint or a writer changes something. Do not set it if a writer
-	// found room meanwhile (roomTaken), or if something was deleted since the reaper was last asked
-	// (awaitsReaper): the cleaner may have something to gain again.
+	// exhausted holds until a checkpoint or a writer changes something. Do not set it if a writer found room meanwhile
+	// (roomTaken), or if something was deleted since the reaper was last asked (awaitsReaper): the cleaner may have
+	// something to gain again.
 	s.cleaner.exhausted = u == hungry && (err != nil || !gain) && s.cleaner.roomTaken == taken && (failed || !s.awaitsReaper())
 	s.cleaner.writersWaiting = false
 	s.wal.RoomMade()
@@ -121,8 +121,7 @@ func (s *Store) taken() uint64 {
 	return s.cleaner.roomTaken
 }
 
-// cleaningFailed logs an error of the cleaner. It does not log ErrNoSpace, which writers get instead, or
-// ErrClosed.
+// cleaningFailed logs an error of the cleaner. It does not log ErrNoSpace, which writers get instead, or ErrClosed.
 func (s *Store) cleaningFailed(err error) {
 	if err != nil && !errors.Is(err, ErrNoSpace) && !errors.Is(err, ErrClosed) {
 		s.log.Error("cleaning failed", "err", err)
@@ -162,9 +161,9 @@ func (s *Store) urgency() urgency {
 	return idle
 }
 
-// giveWay waits after a batch that took so long, so that other work goes first: twice as long if others
-// appended since the last call, else a quarter as long, and at most a second. It does not wait if writers are
-// waiting for room. It returns ErrClosed when the store closes.
+// giveWay waits after a batch that took so long, so that other work goes first: twice as long if others appended since
+// the last call, else a quarter as long, and at most a second. It does not wait if writers are waiting for room. It
+// returns ErrClosed when the store closes.
 func (s *Store) giveWay(took time.Duration) error {
 	s.mu.Lock()
 	others := s.wal.Appended() - s.cleaner.moved

@@ -11,20 +11,19 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// The cleaner: docs/reclaim.md, Cleaning. It copies the live data of a chunk to the end of the log. A
-// checkpoint then removes the chunk like any other dead one. Blocks that only a volume's head has are written
-// again, by compare and swap on their entries; records that snapshots hold are moved and forwarded.
+// The cleaner: docs/reclaim.md, Cleaning. It copies the live data of a chunk to the end of the log. A checkpoint then
+// removes the chunk like any other dead one. Blocks that only a volume's head has are written again, by compare and
+// swap on their entries; records that snapshots hold are moved and forwarded.
 
 const (
 	// cleanBatch is how many bytes the cleaner moves before it lets checkpoints and other work run.
 	cleanBatch = 256 << 10
 	// worthwhile is the part of a chunk that must be dead for cleaning to gain anything.
 	worthwhile = 0.05
-	// quickWaste is the part of a chunk that must be dead for it to be cleaned before a larger chunk, which
-	// takes long.
+	// quickWaste is the part of a chunk that must be dead for it to be cleaned before a larger chunk, which takes long.
 	quickWaste = 0.25
-	// slack and slackBytes bound the dead data on a disk that has room: cleaning starts when dead data
-	// exceeds slack of the live data plus slackBytes.
+	// slack and slackBytes bound the dead data on a disk that has room: cleaning starts when dead data exceeds slack of
+	// the live data plus slackBytes.
 	slack      = 0.4
 	slackBytes = 256 << 20
 	// ahead is for how many chunks the cleaner tries to keep room.
@@ -54,15 +53,15 @@ type cleaner struct {
 type CleanReport struct {
 	Chunks int   `json:"chunks"`      // chunks cleaned
 	Moved  int64 `json:"moved_bytes"` // bytes of records written again
-	// Freed is the bytes in dead chunks whose files were removed, or reused for new chunks, while Clean ran,
-	// less Moved; at least 0. What others write meanwhile is not counted. What they overwrite is counted,
-	// because the chunks that die of it are removed as well.
+	// Freed is the bytes in dead chunks whose files were removed, or reused for new chunks, while Clean ran, less
+	// Moved; at least 0. What others write meanwhile is not counted. What they overwrite is counted, because the chunks
+	// that die of it are removed as well.
 	Freed int64 `json:"freed_bytes"`
 }
 
-// Clean gives back the space of data that was overwritten, discarded or deleted. It cleans every chunk that
-// existed when cleaning began, if the dead part of the chunk is at least waste (0.05 to 1). It returns when that
-// is done, or when ctx ends.
+// Clean gives back the space of data that was overwritten, discarded or deleted. It cleans every chunk that existed
+// when cleaning began, if the dead part of the chunk is at least waste (0.05 to 1). It returns when that is done, or
+// when ctx ends.
 func (s *Store) Clean(ctx context.Context, waste float64) (CleanReport, error) {
 	var rep CleanReport
 	if err := s.beginTask(); err != nil {
@@ -95,17 +94,15 @@ func (s *Store) Clean(ctx context.Context, waste float64) (CleanReport, error) {
 	}
 }
 
-// removedBytes returns how many bytes were in the dead chunks whose files were removed or reused for new
-// chunks.
+// removedBytes returns how many bytes were in the dead chunks whose files were removed or reused for new chunks.
 func (s *Store) removedBytes() int64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.slots.removed
 }
 
-// unpin resets pinnedDead in all chunks if names have been reaped since it was counted (pinnedStale): the
-// head may have become the owner of records that are partly dead, and the cleaner writes only the live blocks
-// of a head's record.
+// unpin resets pinnedDead in all chunks if names have been reaped since it was counted (pinnedStale): the head may have
+// become the owner of records that are partly dead, and the cleaner writes only the live blocks of a head's record.
 func (s *Store) unpin() {
 	s.mu.Lock()
 	stale := s.cleaner.pinnedStale
@@ -124,8 +121,8 @@ func (s *Store) unpin() {
 	}
 }
 
-// reclaimDeleted makes checkpoints until the table knows everything that is dead: all that was written lies
-// before the replay position, and everything deleted is reaped.
+// reclaimDeleted makes checkpoints until the table knows everything that is dead: all that was written lies before the
+// replay position, and everything deleted is reaped.
 func (s *Store) reclaimDeleted(ctx context.Context) error {
 	for {
 		if err := errors.Join(s.Checkpoint(), ctx.Err()); err != nil {
@@ -140,9 +137,9 @@ func (s *Store) reclaimDeleted(ctx context.Context) error {
 // all, as a limit for sequence numbers, includes every chunk.
 const all = ^uint64(0)
 
-// cleanOne cleans the most promising of the chunks with sequence numbers below limit. If there is none, the
-// report counts no chunk. If there are some but no room to clean any, it returns ErrNoSpace. pause, which may
-// be nil, is called between batches with the time that the last batch took.
+// cleanOne cleans the most promising of the chunks with sequence numbers below limit. If there is none, the report
+// counts no chunk. If there are some but no room to clean any, it returns ErrNoSpace. pause, which may be nil, is
+// called between batches with the time that the last batch took.
 func (s *Store) cleanOne(ctx context.Context, waste float64, limit uint64, pause func(time.Duration) error) (r CleanReport, err error) {
 	s.cleaner.mu.Lock()
 	defer s.cleaner.mu.Unlock()
@@ -161,11 +158,10 @@ func (s *Store) cleanOne(ctx context.Context, waste float64, limit uint64, pause
 	return r, err
 }
 
-// victim chooses the chunk that is best to clean, of those that there is room to clean, and takes a
-// reference. At least the part waste of it is dead. While writers wait, or while the reaper may give back
-// data that would be copied, a chunk with more live data than a new one holds is chosen only if no other
-// chunk gives something back soon. victim returns nil if there is no such chunk, and ErrNoSpace if there are
-// some but no room to clean any.
+// victim chooses the chunk that is best to clean, of those that there is room to clean, and takes a reference. At least
+// the part waste of it is dead. While writers wait, or while the reaper may give back data that would be copied, a
+// chunk with more live data than a new one holds is chosen only if no other chunk gives something back soon. victim
+// returns nil if there is no such chunk, and ErrNoSpace if there are some but no room to clean any.
 func (s *Store) victim(waste float64, limit uint64) (*chunk, error) {
 	free, err := s.fs.Free()
 	if err != nil {
@@ -256,8 +252,8 @@ func (s *Store) growToMove() error {
 	return s.growTable(short, wal.ForMoves)
 }
 
-// markUncleanable notes that the live data of a chunk cannot be moved. Otherwise the chunk would be chosen
-// again and again.
+// markUncleanable notes that the live data of a chunk cannot be moved. Otherwise the chunk would be chosen again and
+// again.
 func (s *Store) markUncleanable(c *chunk) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -123,8 +123,8 @@ func withDevices(t *testing.T, o Options) (s *Store, d, ro *Device) {
 	return s, d, ro
 }
 
-// TestCallsAfterClose: after Close, all calls are refused at once, even if the log's buffers were shared
-// memory, which is gone.
+// TestCallsAfterClose: after Close, all calls are refused at once, even if the log's buffers were shared memory, which
+// is gone.
 func TestCallsAfterClose(t *testing.T) {
 	for name, o := range map[string]Options{
 		"heap":   {checkpointInterval: -1, chunkBytes: 4 << 20},
@@ -160,8 +160,8 @@ func TestCallsAfterDeviceClose(t *testing.T) {
 	mustEnd(t, s)
 }
 
-// TestCallsAfterFailure: after the log has failed, every change is refused at once, and Close returns the
-// failure. After Close all calls are refused.
+// TestCallsAfterFailure: after the log has failed, every change is refused at once, and Close returns the failure.
+// After Close all calls are refused.
 func TestCallsAfterFailure(t *testing.T) {
 	s, d, ro := withDevices(t, Options{checkpointInterval: -1, Outlive: true, SharedMemory: t.TempDir()})
 	_ = s.wal.Fail(errors.New("the disk is gone"))

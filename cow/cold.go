@@ -10,24 +10,21 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// The cold pass: docs/reclaim.md, The cold pass. It writes leaves that have not changed for a while once
-// more: in address order, in whole units, and compressed as well as possible. Like the cleaner, it changes no
-// block's content: it uses compare and swap for data that only a head has, and moves records that snapshots
-// hold.
+// The cold pass: docs/reclaim.md, The cold pass. It writes leaves that have not changed for a while once more: in
+// address order, in whole units, and compressed as well as possible. Like the cleaner, it changes no block's content:
+// it uses compare and swap for data that only a head has, and moves records that snapshots hold.
 
 const (
-	// coldLevel is the zstd level, the best that there is. Its output is 5 % smaller than level 7's. It takes
-	// four times as long (14 MB/s on a core), and 34 MiB of memory, which the pool gives back when a pass
-	// rests.
+	// coldLevel is the zstd level, the best that there is. Its output is 5 % smaller than level 7's. It takes four
+	// times as long (14 MB/s on a core), and 34 MiB of memory, which the pool gives back when a pass rests.
 	coldLevel = 11
-	// coldGain says by how much a leaf, or a record that a snapshot holds, has to get smaller: by 1/32 of its
-	// size.
+	// coldGain says by how much a leaf, or a record that a snapshot holds, has to get smaller: by 1/32 of its size.
 	coldGain = 32
-	// coldPlaces is how many times as many places as runs a leaf has to lie in to be rewritten for its order
-	// alone. What the pass writes lies in at most one place for each run, even if others write meanwhile.
+	// coldPlaces is how many times as many places as runs a leaf has to lie in to be rewritten for its order alone.
+	// What the pass writes lies in at most one place for each run, even if others write meanwhile.
 	coldPlaces = 4
-	// coldSlice is how many blocks of a version that a point holds are worked on in one turn of the
-	// checkpoint lock. No unit crosses the end of a slice.
+	// coldSlice is how many blocks of a version that a point holds are worked on in one turn of the checkpoint lock. No
+	// unit crosses the end of a slice.
 	coldSlice = 4 * format.UnitBlocks
 	// coldScan is how many leaves of the table are looked at in one transaction.
 	coldScan = 128
@@ -62,8 +59,8 @@ type coldState struct {
 	codec *codecPool // codecs of cold passes; nil before the first pass
 }
 
-// coldPass goes once over all leaves of a store that were written between two places of its log, and not
-// since. Only one goroutine at a time may use it.
+// coldPass goes once over all leaves of a store that were written between two places of its log, and not since. Only
+// one goroutine at a time may use it.
 type coldPass struct {
 	s        *Store
 	from, to place
@@ -129,8 +126,8 @@ func (s *Store) newColdPass(from, to place) (*coldPass, error) {
 	return p, nil
 }
 
-// Cold makes a whole cold pass over everything that has been written so far. It returns when the pass is
-// done, or when ctx ends.
+// Cold makes a whole cold pass over everything that has been written so far. It returns when the pass is done, or when
+// ctx ends.
 func (s *Store) Cold(ctx context.Context) (ColdReport, error) {
 	if err := s.beginTask(); err != nil {
 		return ColdReport{}, fmt.Errorf("cold pass: %w", err)
@@ -173,8 +170,8 @@ func (s *Store) coldDone(to place) {
 	s.cold.mark, s.cold.noted, s.changes.catalog = to, true, true
 }
 
-// step works on one leaf, or looks for leaves to work on. more is false at the end of the pass. After errBusy
-// or ErrNoSpace, step may be called again to go on.
+// step works on one leaf, or looks for leaves to work on. more is false at the end of the pass. After errBusy or
+// ErrNoSpace, step may be called again to go on.
 func (p *coldPass) step() (more bool, err error) {
 	s := p.s
 	if len(p.due) == 0 {
@@ -264,8 +261,8 @@ func (p *coldPass) look(tx *metadata.Tx, b *branch, index uint32) coldLeaf {
 	return l
 }
 
-// isCold reports whether one of a version's own blocks was written between the places from and to. If whole
-// is set, none may have been written since.
+// isCold reports whether one of a version's own blocks was written between the places from and to. If whole is set,
+// none may have been written since.
 func (p *coldPass) isCold(l *format.Leaf, whole bool) (cold bool) {
 	for i, e := range l.Entries {
 		if e.IsHole() || !l.IsChanged(i) {

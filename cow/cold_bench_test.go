@@ -9,8 +9,8 @@ import (
 	"github.com/vdisk/vdisk/internal/workload"
 )
 
-// BenchmarkCold reads a volume in order and at random, in three states: filled in order, then overwritten at
-// random, and then rewritten by a cold pass.
+// BenchmarkCold reads a volume in order and at random, in three states: filled in order, then overwritten at random,
+// and then rewritten by a cold pass.
 func BenchmarkCold(b *testing.B) {
 	const size = 256 << 20
 	d := benchDevice(b, format.S2, size)

@@ -27,8 +27,8 @@ var quickCodec = func() *codecPool {
 	return p
 }()
 
-// cold makes a whole cold pass, or a part of one over what the table has at the moment, and counts the
-// records that it wrote.
+// cold makes a whole cold pass, or a part of one over what the table has at the moment, and counts the records that it
+// wrote.
 func (w *modelStore) cold(o op) error {
 	s := w.s
 	if o.c%3 == 0 {
@@ -249,8 +249,8 @@ func TestColdRaces(t *testing.T) {
 	}
 }
 
-// TestColdAndSlotReuse makes a block's entry come again, in another chunk of the same slot, between the
-// pass's reading and rewriting of the block.
+// TestColdAndSlotReuse makes a block's entry come again, in another chunk of the same slot, between the pass's reading
+// and rewriting of the block.
 func TestColdAndSlotReuse(t *testing.T) {
 	dir := setup(t, 4<<20, format.Raw)
 	s := open(t, dir, Options{checkpointInterval: -1, chunkBytes: 64 << 10})
@@ -268,8 +268,7 @@ func TestColdAndSlotReuse(t *testing.T) {
 	must(t, err)
 	k := d.b.leaf(0, head)
 	must(t, p.prepare(d.b, 0))
-	// Rewriting would gain nothing, so the pass makes no unit. The unit is made here, from what the pass
-	// read.
+	// Rewriting would gain nothing, so the pass makes no unit. The unit is made here, from what the pass read.
 	_, _, err = p.read(d.b, 0)
 	must(t, err)
 	u := &p.units[0]
@@ -356,8 +355,8 @@ func TestColdGains(t *testing.T) {
 	}
 }
 
-// TestColdShared: a disk image that a snapshot and clones share becomes smaller, once for all of them. Its
-// space comes back when the last of them is gone.
+// TestColdShared: a disk image that a snapshot and clones share becomes smaller, once for all of them. Its space comes
+// back when the last of them is gone.
 func TestColdShared(t *testing.T) {
 	w := newModelStore(t)
 	w.s.cold.codec = nil
@@ -408,8 +407,7 @@ func TestColdShared(t *testing.T) {
 	must(t, w.close())
 }
 
-// TestColdPointRaces lets others work on a volume while the pass moves a version that the volume's snapshot
-// holds.
+// TestColdPointRaces lets others work on a volume while the pass moves a version that the volume's snapshot holds.
 func TestColdPointRaces(t *testing.T) {
 	for _, c := range []struct {
 		name string
@@ -466,9 +464,8 @@ func TestColdPointRaces(t *testing.T) {
 	}
 }
 
-// TestColdPresentEpoch: a pass does not take a version of the present epoch for one that a point has, even
-// though a snapshot may be taken a moment later. What the pass has read of the version may have changed
-// before that.
+// TestColdPresentEpoch: a pass does not take a version of the present epoch for one that a point has, even though a
+// snapshot may be taken a moment later. What the pass has read of the version may have changed before that.
 func TestColdPresentEpoch(t *testing.T) {
 	w := newModelStore(t)
 	w.volume(t, "v", 1<<20, format.S2)
@@ -486,8 +483,8 @@ func TestColdPresentEpoch(t *testing.T) {
 	must(t, w.close())
 }
 
-// TestColdMark: leaves that a pass has gone over are skipped by the next one, after a restart too. Leaves
-// that have changed since are not skipped.
+// TestColdMark: leaves that a pass has gone over are skipped by the next one, after a restart too. Leaves that have
+// changed since are not skipped.
 func TestColdMark(t *testing.T) {
 	w := newModelStore(t)
 	w.volume(t, "v", 2<<20, format.S2)
@@ -587,8 +584,7 @@ func TestColdOnAFullStore(t *testing.T) {
 	w.end(t)
 }
 
-// TestColdGoesOn: if a pass runs out of room in the middle of a leaf, it finishes the leaf once there is
-// room.
+// TestColdGoesOn: if a pass runs out of room in the middle of a leaf, it finishes the leaf once there is room.
 func TestColdGoesOn(t *testing.T) {
 	w := newModelStore(t)
 	w.volume(t, "v", 1<<20, format.S2)

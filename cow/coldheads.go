@@ -9,8 +9,7 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// The part of a cold pass for blocks that only the heads of volumes have. They are written again, by compare
-// and swap.
+// The part of a cold pass for blocks that only the heads of volumes have. They are written again, by compare and swap.
 
 // coldUnit is a run of a leaf's own blocks, as the pass will write it.
 type coldUnit struct {
@@ -57,8 +56,7 @@ func (p *coldPass) head(b *branch, index uint32) error {
 	return p.rewrite()
 }
 
-// prepare makes the units as which a head's leaf is to be rewritten. It makes none if rewriting gains
-// nothing.
+// prepare makes the units as which a head's leaf is to be rewritten. It makes none if rewriting gains nothing.
 func (p *coldPass) prepare(b *branch, index uint32) error {
 	p.units, p.next = p.units[:0], 0
 	pool := p.s.codecOf(b.ID)
@@ -104,9 +102,9 @@ func (p *coldPass) prepare(b *branch, index uint32) error {
 	return nil
 }
 
-// rewrite writes the units in the place of the blocks that they were read from, unless those have changed.
-// After an error, calling it again goes on with the next unit: a partly rewritten leaf is not cold any more,
-// and would not be read again.
+// rewrite writes the units in the place of the blocks that they were read from, unless those have changed. After an
+// error, calling it again goes on with the next unit: a partly rewritten leaf is not cold any more, and would not be
+// read again.
 func (p *coldPass) rewrite() error {
 	for ; p.next < len(p.units); p.next++ {
 		u := &p.units[p.next]
@@ -125,8 +123,8 @@ func (p *coldPass) rewrite() error {
 	return nil
 }
 
-// unchanged reports whether a leaf still has the blocks that were read for u. The caller holds Store.mu and
-// the leaf's lock.
+// unchanged reports whether a leaf still has the blocks that were read for u. The caller holds Store.mu and the leaf's
+// lock.
 func (p *coldPass) unchanged(lf *leafcache.Leaf, u *coldUnit) bool {
 	for i := u.first; i < u.first+u.n; i++ {
 		e := p.leaf.Entries[i]
@@ -137,8 +135,8 @@ func (p *coldPass) unchanged(lf *leafcache.Leaf, u *coldUnit) bool {
 	return true
 }
 
-// read reads a head's own blocks of a leaf, and cuts them into units. It makes no units if the leaf is not
-// cold. It returns the stored size of the blocks, and in how many places of the log they lie.
+// read reads a head's own blocks of a leaf, and cuts them into units. It makes no units if the leaf is not cold. It
+// returns the stored size of the blocks, and in how many places of the log they lie.
 func (p *coldPass) read(b *branch, index uint32) (size, places int, err error) {
 	s := p.s
 	s.mu.Lock()

@@ -9,8 +9,7 @@ import (
 )
 
 const (
-	// coldOthers is how many reads and 4 KiB writes others may make in a second for the store to count as
-	// idle.
+	// coldOthers is how many reads and 4 KiB writes others may make in a second for the store to count as idle.
 	coldOthers = 100
 	// coldRate is how many bytes of volumes the pass goes over in a second at most.
 	coldRate = 64 << 20
@@ -40,8 +39,8 @@ func (c *coldClock) sample(now time.Time, end place) {
 	}
 }
 
-// horizon returns a place such that everything younger than after lies behind it in the log. It is the zero
-// place while the samples do not go back that far.
+// horizon returns a place such that everything younger than after lies behind it in the log. It is the zero place while
+// the samples do not go back that far.
 func (c *coldClock) horizon(now time.Time) (p place) {
 	if len(c.samples) > 0 && now.Sub(c.samples[0].at) >= c.after {
 		p = c.samples[0].end
@@ -144,8 +143,8 @@ func (w *coldWorker) work() error {
 	return nil
 }
 
-// clean gives back the space of a chunk that is dead in good part, through this pass or otherwise. If there
-// is no such chunk, the pass is over.
+// clean gives back the space of a chunk that is dead in good part, through this pass or otherwise. If there is no such
+// chunk, the pass is over.
 func (w *coldWorker) clean() error {
 	s := w.s
 	r, err := s.cleanOne(context.Background(), coldWaste, w.pass.to.ChunkSeq, s.giveWay)
@@ -168,8 +167,7 @@ func (w *coldWorker) rest(d time.Duration) {
 	}
 }
 
-// activity counts what others than the cleaner and the cold pass do: reads, and 4 KiB units appended to the
-// log.
+// activity counts what others than the cleaner and the cold pass do: reads, and 4 KiB units appended to the log.
 func (s *Store) activity() uint64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -19,8 +19,8 @@ type coldRecord struct {
 	mask  uint16       // the blocks that the version owns
 }
 
-// points goes on with the versions of ended epochs of a leaf. It moves those records of the next coldSlice
-// blocks that get smaller. It returns errFull if a checkpoint has to come first.
+// points goes on with the versions of ended epochs of a leaf. It moves those records of the next coldSlice blocks that
+// get smaller. It returns errFull if a checkpoint has to come first.
 func (p *coldPass) points(l *coldLeaf) error {
 	s, b := p.s, l.b
 	s.checkpoints.mu.Lock() // as in mover.moveGathered
@@ -31,8 +31,8 @@ func (p *coldPass) points(l *coldLeaf) error {
 	s.mu.Lock()
 	asOf, mine := l.epoch, s.catalog.branches[b.ID] == b
 	if b.volume != nil {
-		// What the head owns in its present epoch changes all the time, until a snapshot ends the epoch.
-		// Earlier versions do not change.
+		// What the head owns in its present epoch changes all the time, until a snapshot ends the epoch. Earlier
+		// versions do not change.
 		asOf, mine = min(asOf, b.Epoch-1), mine && b.volume.codec.codec != format.Raw
 	}
 	s.mu.Unlock()
@@ -61,8 +61,8 @@ func (p *coldPass) points(l *coldLeaf) error {
 	return nil
 }
 
-// version moves those records in the next slice of a version, which is in p.leaf, that get smaller. The
-// caller holds checkpoints.mu.
+// version moves those records in the next slice of a version, which is in p.leaf, that get smaller. The caller holds
+// checkpoints.mu.
 func (p *coldPass) version(l *coldLeaf) error {
 	var rs []coldRecord
 	end := l.block + coldSlice // no record crosses it
@@ -97,8 +97,8 @@ func (p *coldPass) version(l *coldLeaf) error {
 	return nil
 }
 
-// record moves one record of a version if it gets smaller: from size is to size n. n is 0 if it was not
-// moved. The caller holds checkpoints.mu.
+// record moves one record of a version if it gets smaller: from size is to size n. n is 0 if it was not moved. The
+// caller holds checkpoints.mu.
 func (p *coldPass) record(b *branch, r coldRecord) (is, n int, err error) {
 	s := p.s
 	at := r.name

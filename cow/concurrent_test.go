@@ -25,8 +25,8 @@ var registers = []struct {
 	block  int64
 }{{"a", 0}, {"a", 1}, {"a", 300}, {"b", 15}, {"b", 257}}
 
-// registerInput is a read or write of one register. If register is negative, it is a snapshot of both
-// volumes, whose output is all registers.
+// registerInput is a read or write of one register. If register is negative, it is a snapshot of both volumes, whose
+// output is all registers.
 type registerInput struct {
 	register int
 	write    uint64 // the value; 0: a read
@@ -50,8 +50,8 @@ var registerModel = porcupine.Model{
 	DescribeOperation: func(in, out any) string { return fmt.Sprintf("%+v: %v", in, out) },
 }
 
-// busyStore is a store with two volumes in which everything happens at once: leaves are evicted, checkpoints
-// begin for every reason, and chunks come and go.
+// busyStore is a store with two volumes in which everything happens at once: leaves are evicted, checkpoints begin for
+// every reason, and chunks come and go.
 type busyStore struct {
 	t    *testing.T
 	s    *Store
@@ -118,8 +118,8 @@ func (b *busyStore) again(fn func(r *rand.Rand) error) {
 	})
 }
 
-// noise writes, discards and flushes in the part of the volumes behind the registers. It also makes
-// checkpoints and cold passes, takes and deletes snapshots, and cleans.
+// noise writes, discards and flushes in the part of the volumes behind the registers. It also makes checkpoints and
+// cold passes, takes and deletes snapshots, and cleans.
 func (b *busyStore) noise() {
 	b.again(func(r *rand.Rand) error {
 		d := b.devs[[]string{"a", "b"}[r.IntN(2)]]
@@ -212,8 +212,8 @@ func (b *busyStore) close() {
 	}
 }
 
-// TestLinearizable lets clients write, read and snapshot registers. Then it asks whether some order of all
-// these operations explains what each client has seen.
+// TestLinearizable lets clients write, read and snapshot registers. Then it asks whether some order of all these
+// operations explains what each client has seen.
 func TestLinearizable(t *testing.T) {
 	t.Parallel()
 	b := newBusyStore(t)
@@ -276,8 +276,7 @@ func (b *busyStore) linearizable(round int, from registerState, each int) regist
 	return now
 }
 
-// operate does one operation. It reads what a snapshot holds after the snapshot was taken, since that cannot
-// change.
+// operate does one operation. It reads what a snapshot holds after the snapshot was taken, since that cannot change.
 func (b *busyStore) operate(in registerInput, name string, start time.Time) (out registerState, ret int64, err error) {
 	switch {
 	case in.register < 0:
@@ -331,8 +330,8 @@ func readRegister(d *Device, block int64) (uint64, error) {
 	return v, nil
 }
 
-// TestSectorsOfOneBlock lets eight writers write one sector each of the same block. Each write reads and
-// replaces the block, but no write of another sector may be lost.
+// TestSectorsOfOneBlock lets eight writers write one sector each of the same block. Each write reads and replaces the
+// block, but no write of another sector may be lost.
 func TestSectorsOfOneBlock(t *testing.T) {
 	b := newBusyStore(t)
 	b.noise()

@@ -65,9 +65,9 @@ func genOps() *rapid.Generator[[]op] {
 // mix spreads the small numbers that rapid prefers over all numbers.
 func mix(x uint32) uint64 { return uint64(x) * 0x9e3779b97f4a7c15 >> 16 }
 
-// TestCrashStates runs random operations against the model. It cuts the power wherever something may be half
-// done: before and after every sync and commit, within recoveries, and between operations. It opens every
-// state, and compares it with the model after exactly those records that survived.
+// TestCrashStates runs random operations against the model. It cuts the power wherever something may be half done:
+// before and after every sync and commit, within recoveries, and between operations. It opens every state, and compares
+// it with the model after exactly those records that survived.
 func TestCrashStates(t *testing.T) {
 	l := newCrashHarness(t)
 	enough := *crashStates
@@ -356,8 +356,8 @@ func (w *modelStore) change(o op, name string, size int64) error {
 	return err
 }
 
-// fill makes content that never existed before, of one kind after another: half compressible, incompressible,
-// zeros, very compressible, and a mix of all.
+// fill makes content that never existed before, of one kind after another: half compressible, incompressible, zeros,
+// very compressible, and a mix of all.
 func fill(p []byte, kind int, r *rand.Rand) {
 	switch kind {
 	case 0:
@@ -416,8 +416,8 @@ func (w *modelStore) withChunk(o op, fn func(*chunk) error) error {
 	return err
 }
 
-// beside makes the cleaner rewrite blocks of heads during a checkpoint, before its commit and after it: as
-// many as it can without the checkpoint's lock. Some of the commits fail.
+// beside makes the cleaner rewrite blocks of heads during a checkpoint, before its commit and after it: as many as it
+// can without the checkpoint's lock. Some of the commits fail.
 func (w *modelStore) beside(o op) error {
 	before := w.m.next()
 	w.noRoom = o.c%4 == 0
@@ -462,8 +462,8 @@ func (w *modelStore) rewriteHeads(c *chunk) error {
 	return nil
 }
 
-// cleanBetween cleans a chunk. Between looking at what a head has of a record and looking at what points have
-// of it, it makes checkpoints, which reap.
+// cleanBetween cleans a chunk. Between looking at what a head has of a record and looking at what points have of it, it
+// makes checkpoints, which reap.
 func (w *modelStore) cleanBetween(c *chunk) error {
 	m := newMover(w.s)
 	if err := m.begin(c); err != nil {

@@ -16,9 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Create makes a store in dir, and makes dir if it does not exist. If dir is a store already, Create does
-// nothing. It refuses a directory with anything else in it (ErrNotStore), and a directory of another user
-// (ErrForeign).
+// Create makes a store in dir, and makes dir if it does not exist. If dir is a store already, Create does nothing. It
+// refuses a directory with anything else in it (ErrNotStore), and a directory of another user (ErrForeign).
 func Create(dir string) error { return CreateIn(dir, false) }
 
 // CreateIn is like Create, but also accepts a directory of another user if foreign is true.
@@ -26,15 +25,15 @@ func CreateIn(dir string, foreign bool) error {
 	if err := makeDirs(dir); err != nil {
 		return fmt.Errorf("make store: %w", err)
 	}
-	// Other users may still have the right to change the directory. What counts is what it holds once they
-	// have lost it.
+	// Other users may still have the right to change the directory. What counts is what it holds once they have lost
+	// it.
 	in, err := storage.OpenFolder(dir, true)
 	if err != nil {
 		return fmt.Errorf("make store: %w", err)
 	}
 	defer in.Close()
-	// Check a foreign directory before a lock is written into it, and again under the lock, since another
-	// process may be making the store.
+	// Check a foreign directory before a lock is written into it, and again under the lock, since another process may
+	// be making the store.
 	if _, err := readFormat(in); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -66,9 +65,8 @@ func CreateIn(dir string, foreign bool) error {
 	return nil
 }
 
-// makeDirs makes a directory, and those above it that do not exist, and makes each name durable, from the top
-// down. It syncs the name of dir even if dir exists: the process that made it may have been killed before its
-// sync.
+// makeDirs makes a directory, and those above it that do not exist, and makes each name durable, from the top down. It
+// syncs the name of dir even if dir exists: the process that made it may have been killed before its sync.
 func makeDirs(dir string) error {
 	parent := filepath.Dir(dir)
 	if _, err := os.Stat(parent); errors.Is(err, fs.ErrNotExist) {
@@ -150,8 +148,8 @@ func makeStore(in *storage.Folder) error {
 	return in.Replace(formatFile, text, true)
 }
 
-// syncName makes the name of a directory durable. If this process may pass the parent but not read it, the
-// parent cannot be synced by itself, so syncName syncs the whole file system.
+// syncName makes the name of a directory durable. If this process may pass the parent but not read it, the parent
+// cannot be synced by itself, so syncName syncs the whole file system.
 func syncName(dir string) error {
 	err := syncDir(filepath.Dir(dir))
 	if !errors.Is(err, fs.ErrPermission) {
@@ -173,15 +171,14 @@ var syncDir = func(dir string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
-// readFormat reads the file "format". If a store has lost that file, the error matches ErrUnusable, and
-// neither ErrNotStore nor fs.ErrNotExist.
+// readFormat reads the file "format". If a store has lost that file, the error matches ErrUnusable, and neither
+// ErrNotStore nor fs.ErrNotExist.
 func readFormat(in *storage.Folder) (format.StoreInfo, error) {
 	info, err := decodeFormat(in)
 	if !lostFormat(err) || !hasStore(in) {
 		return info, err
 	}
-	// Create writes the file before any chunk file exists, but perhaps after decodeFormat looked for it
-	// above.
+	// Create writes the file before any chunk file exists, but perhaps after decodeFormat looked for it above.
 	if info, err = decodeFormat(in); !lostFormat(err) {
 		return info, err
 	}
@@ -200,14 +197,12 @@ func decodeFormat(in *storage.Folder) (info format.StoreInfo, err error) {
 	return info, err
 }
 
-// lostFormat reports whether err says that the file does not exist, or is not what Create or an upgrade
-// writes.
+// lostFormat reports whether err says that the file does not exist, or is not what Create or an upgrade writes.
 func lostFormat(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, ErrNotStore) || errors.Is(err, ErrCorrupt)
 }
 
-// hasStore reports whether a directory has a table and chunk files. An interrupted Create leaves no chunk
-// files.
+// hasStore reports whether a directory has a table and chunk files. An interrupted Create leaves no chunk files.
 func hasStore(in *storage.Folder) bool {
 	for _, name := range []string{tableFile, chunksDir} {
 		if _, err := in.Lstat(name); err != nil {

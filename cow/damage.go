@@ -10,8 +10,8 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// LogDamage is Open's error if the log is known to have been longer than what can be read now, or may have
-// been. Nothing was changed. Options.Repair is the way out. It matches ErrDamagedLog and ErrCorrupt.
+// LogDamage is Open's error if the log is known to have been longer than what can be read now, or may have been.
+// Nothing was changed. Options.Repair is the way out. It matches ErrDamagedLog and ErrCorrupt.
 type LogDamage struct {
 	Chunk  string // name of the chunk file; "": there is none
 	Offset uint32 // offset of the damage in the file; 0: the header
@@ -46,8 +46,8 @@ func (d *LogDamage) Error() string {
 // Unwrap makes a LogDamage match ErrDamagedLog and ErrCorrupt.
 func (d *LogDamage) Unwrap() []error { return []error{ErrDamagedLog, ErrCorrupt, d.Err} }
 
-// repair asks Options.Repair whether to go on without the damaged part. It returns nil to go on, and
-// otherwise the damage or the error of Options.Repair. Nothing has been changed yet.
+// repair asks Options.Repair whether to go on without the damaged part. It returns nil to go on, and otherwise the
+// damage or the error of Options.Repair. Nothing has been changed yet.
 func (s *Store) repair(d *LogDamage) error {
 	if s.opts.Repair == nil || s.readOnly != nil {
 		return d
@@ -72,9 +72,9 @@ type chunkBehind struct {
 	r chunkReplay
 }
 
-// add notes what was found in the next chunk. If the log goes on in that chunk, the bytes behind the records
-// of the chunks before it were not part of the log. The chunks between have no records: room was made in them
-// that was not used in the end.
+// add notes what was found in the next chunk. If the log goes on in that chunk, the bytes behind the records of the
+// chunks before it were not part of the log. The chunks between have no records: room was made in them that was not
+// used in the end.
 func (e *logEnd) add(c *chunk, r chunkReplay, goesOn bool) {
 	if goesOn {
 		*e = logEnd{c: c, r: r, headers: e.headers}
@@ -83,10 +83,9 @@ func (e *logEnd) add(c *chunk, r chunkReplay, goesOn bool) {
 	}
 }
 
-// endLog decides whether the log ends where replay stopped. It refuses if that is known to be wrong or cannot
-// be known: if records behind the end had been durable, or if the disk does not give back what is there. Then
-// the error is a LogDamage, unless Options.Repair agrees to go on. endLog returns what to do with the files
-// behind the end.
+// endLog decides whether the log ends where replay stopped. It refuses if that is known to be wrong or cannot be known:
+// if records behind the end had been durable, or if the disk does not give back what is there. Then the error is a
+// LogDamage, unless Options.Repair agrees to go on. endLog returns what to do with the files behind the end.
 func (s *Store) endLog(e *logEnd, cp format.Checkpoint) (left []leaving, err error) {
 	rec := &s.recovery
 	rec.DroppedBytes = e.r.dropped
@@ -164,8 +163,8 @@ func (s *Store) damageAt(e *logEnd, cp format.Checkpoint) *LogDamage {
 // asideFile is the name of a copy that is made to be set aside.
 const asideFile = "aside.tmp"
 
-// copyAside sets a copy of a chunk's file aside. The log ends in this chunk, and what lies behind the end may
-// be overwritten later.
+// copyAside sets a copy of a chunk's file aside. The log ends in this chunk, and what lies behind the end may be
+// overwritten later.
 func (s *Store) copyAside(c *chunk) (err error) {
 	from, err := c.Handle()
 	if err != nil {

@@ -25,8 +25,8 @@ type sound struct {
 	root          string
 }
 
-// newSound makes a store that has everything: volumes, snapshots, clones, several chunks, and records behind
-// the last checkpoint.
+// newSound makes a store that has everything: volumes, snapshots, clones, several chunks, and records behind the last
+// checkpoint.
 func newSound(t *testing.T) *sound {
 	t.Helper()
 	w := newModelStore(t)
@@ -57,8 +57,8 @@ func newSound(t *testing.T) *sound {
 	return &sound{img.fs, img.table, w.harness.format, img.m, w.harness.root}
 }
 
-// holds opens a store with these files and reads everything in it. It accepts an error, and also the state
-// after some record, if Open has said that it dropped something. It does not accept wrong data.
+// holds opens a store with these files and reads everything in it. It accepts an error, and also the state after some
+// record, if Open has said that it dropped something. It does not accept wrong data.
 func (s *sound) holds(fs *crashfs.FS, table, formatText []byte, cut bool) (opened bool, problem error) {
 	dir, err := os.MkdirTemp(s.root, "damaged")
 	if err != nil {
@@ -153,8 +153,7 @@ func damages(rng *rand.Rand, n, count int) (ds []func([]byte) []byte) {
 	return ds
 }
 
-// damageCount returns n, or much less under the race detector, for which the place of the damage does not
-// matter.
+// damageCount returns n, or much less under the race detector, for which the place of the damage does not matter.
 func damageCount(n int) int {
 	if raceEnabled {
 		return max(1, n/40)

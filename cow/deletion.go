@@ -13,14 +13,14 @@ import (
 const (
 	// defaultReapBatch bounds the leaves that one batch looks at, since it runs under Store.mu.
 	defaultReapBatch = 32
-	// defaultReapTime bounds the time for which a checkpoint starts further batches. More batches share the
-	// fixed cost of a checkpoint, and reclaiming deleted data is the cheapest way to get room.
+	// defaultReapTime bounds the time for which a checkpoint starts further batches. More batches share the fixed cost
+	// of a checkpoint, and reclaiming deleted data is the cheapest way to get room.
 	defaultReapTime = 50 * time.Millisecond
 )
 
-// A deletion reclaims a half-open interval of epochs of a branch, (from, to], whose last state has no name
-// any more. next is the end of the following interval, whose state takes over the blocks that it still needs.
-// If next is 0, there is no following interval.
+// A deletion reclaims a half-open interval of epochs of a branch, (from, to], whose last state has no name any more.
+// next is the end of the following interval, whose state takes over the blocks that it still needs. If next is 0, there
+// is no following interval.
 type deletion struct {
 	b        *branch
 	from, to uint32
@@ -34,17 +34,16 @@ func (s *Store) reapable() bool {
 	return ok
 }
 
-// awaitsReaper reports whether there is a deletion to work on, or will be one after the next checkpoint. The
-// caller holds mu.
+// awaitsReaper reports whether there is a deletion to work on, or will be one after the next checkpoint. The caller
+// holds mu.
 func (s *Store) awaitsReaper() bool {
 	_, ok := s.nextDeletionAsOf(math.MaxUint64)
 	return ok
 }
 
-// nextDeletion returns a deletion whose versions are all in the table, because a checkpoint has committed
-// since the name went. A deletion that was begun comes first. Otherwise the reaper would look at its leaves
-// again, and with many leaves it would never end. The caller holds mu, and either holds checkpoints.mu or knows that
-// no checkpoint runs.
+// nextDeletion returns a deletion whose versions are all in the table, because a checkpoint has committed since the
+// name went. A deletion that was begun comes first. Otherwise the reaper would look at its leaves again, and with many
+// leaves it would never end. The caller holds mu, and either holds checkpoints.mu or knows that no checkpoint runs.
 func (s *Store) nextDeletion() (deletion, bool) {
 	return s.nextDeletionAsOf(s.checkpoints.committed.Load())
 }
@@ -75,8 +74,8 @@ func (s *Store) nextDeletionAsOf(committed uint64) (deletion, bool) {
 	return deletion{}, false
 }
 
-// isReapable reports whether the point is unnamed and no longer needed, and the table has all that the reaper
-// looks at. The caller holds mu.
+// isReapable reports whether the point is unnamed and no longer needed, and the table has all that the reaper looks at.
+// The caller holds mu.
 func (sn *snapshot) isReapable(committed uint64) bool {
 	b := sn.branch
 	if b.damaged || b.reaping && !b.reaped {
@@ -102,8 +101,8 @@ func (sn *snapshot) deletion() deletion {
 	return j
 }
 
-// neighbours returns the epochs of the branch's points before and after an epoch. before is 0 if there is
-// none. After the last point, after is the head's epoch, or 0 if the head is reaped.
+// neighbours returns the epochs of the branch's points before and after an epoch. before is 0 if there is none. After
+// the last point, after is the head's epoch, or 0 if the head is reaped.
 func (b *branch) neighbours(epoch uint32) (before, after uint32) {
 	i, found := b.search(epoch)
 	if i > 0 {
@@ -121,9 +120,9 @@ func (b *branch) neighbours(epoch uint32) (before, after uint32) {
 	return before, after
 }
 
-// prepareReaping loads the leaves and versions that the next batch looks at. It loads them without mu; the
-// batch, which holds mu, would make everybody wait for the disk. It ignores errors, since the batch meets
-// them again. The caller holds checkpoints.mu.
+// prepareReaping loads the leaves and versions that the next batch looks at. It loads them without mu; the batch, which
+// holds mu, would make everybody wait for the disk. It ignores errors, since the batch meets them again. The caller
+// holds checkpoints.mu.
 func (s *Store) prepareReaping() {
 	s.mu.Lock()
 	j, ok := s.nextDeletion()
@@ -156,8 +155,8 @@ func (s *Store) prepareReaping() {
 	}
 }
 
-// cursorOf returns how far the reaper has come with a deletion. It begins the deletion if that has not been
-// done. The caller holds mu.
+// cursorOf returns how far the reaper has come with a deletion. It begins the deletion if that has not been done. The
+// caller holds mu.
 func (s *Store) cursorOf(j deletion) (cursor reapCursor, err error) {
 	cursor, ok := s.checkpoints.reapCursor[j.b.ID]
 	if !ok || cursor.to != j.to {
@@ -168,9 +167,8 @@ func (s *Store) cursorOf(j deletion) (cursor reapCursor, err error) {
 	return cursor, err
 }
 
-// reapForCheckpoint does the reaper's work of one checkpoint, as part of the generation that the checkpoint
-// then takes. Others may write between two batches; their changes are part of the same generation. The caller
-// holds checkpoints.mu.
+// reapForCheckpoint does the reaper's work of one checkpoint, as part of the generation that the checkpoint then takes.
+// Others may write between two batches; their changes are part of the same generation. The caller holds checkpoints.mu.
 func (s *Store) reapForCheckpoint() {
 	start := time.Now()
 	for more := true; more; {
@@ -182,8 +180,7 @@ func (s *Store) reapForCheckpoint() {
 }
 
 // reap does one batch of work, and reports whether this checkpoint can do another. The caller holds mu and
-// checkpoints.mu. So the table will be what memory is now, and decisions by the state in memory hold for the table
-// too.
+// checkpoints.mu. So the table will be what memory is now, and decisions by the state in memory hold for the table too.
 func (s *Store) reap() (more bool) {
 	if s.checkpoints.lastAborted {
 		return false // there was no room for the last batch
@@ -214,8 +211,8 @@ func (s *Store) reap() (more bool) {
 	return true
 }
 
-// deleteBatch works on up to limit leaves of a deletion, from where the last batch stopped. It reports
-// whether the deletion is done, and how many leaves it worked on. The caller holds mu and checkpoints.mu.
+// deleteBatch works on up to limit leaves of a deletion, from where the last batch stopped. It reports whether the
+// deletion is done, and how many leaves it worked on. The caller holds mu and checkpoints.mu.
 func (s *Store) deleteBatch(j deletion, limit int) (done bool, n int, err error) {
 	cursor, err := s.cursorOf(j)
 	if err != nil {
@@ -257,8 +254,8 @@ func (s *Store) deleteBatch(j deletion, limit int) (done bool, n int, err error)
 	return done, len(found), nil
 }
 
-// reapCursor is how far the reaper has come with a deletion. It goes over either the versions that are
-// deleted or their successors.
+// reapCursor is how far the reaper has come with a deletion. It goes over either the versions that are deleted or their
+// successors.
 type reapCursor struct {
 	to   uint32           // the deletion's to
 	next metadata.Version // the next version to look at
@@ -268,10 +265,10 @@ type reapCursor struct {
 // reapCount bounds how many versions are counted to find the smaller of two sets.
 const reapCount = 16 << 10
 
-// beginDeletion returns a cursor that goes over the versions of the point, or, if they are fewer, over the
-// versions that changed after it up to the next point. The latter is enough, because a version without a
-// successor stays as it is, unless it becomes a head's. So deleting the oldest snapshot need not look at
-// everything that was written before it.
+// beginDeletion returns a cursor that goes over the versions of the point, or, if they are fewer, over the versions
+// that changed after it up to the next point. The latter is enough, because a version without a successor stays as it
+// is, unless it becomes a head's. So deleting the oldest snapshot need not look at everything that was written before
+// it.
 func (s *Store) beginDeletion(j deletion) (c reapCursor, err error) {
 	c = reapCursor{to: j.to, next: metadata.Version{Branch: j.b.ID, Epoch: j.from + 1}, last: j.to}
 	i, isPoint := j.b.search(j.next)

@@ -7,11 +7,10 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// reapVersion reclaims one version v. A block that changed in v, and again in v's successor w, is dead. A
-// block that did not change in w becomes w's. If v has no successor, one of three things happens. v stays, as
-// the version of the next point. Or, if the head that follows is being written to, v becomes the version of
-// the head's present epoch; otherwise the head would take v for a kept point's version. Or, if nothing
-// follows, all of v is dead.
+// reapVersion reclaims one version v. A block that changed in v, and again in v's successor w, is dead. A block that
+// did not change in w becomes w's. If v has no successor, one of three things happens. v stays, as the version of the
+// next point. Or, if the head that follows is being written to, v becomes the version of the head's present epoch;
+// otherwise the head would take v for a kept point's version. Or, if nothing follows, all of v is dead.
 func (s *Store) reapVersion(j deletion, v metadata.Version) error {
 	var old format.Leaf
 	if err := s.exact(v, &old); err != nil {
@@ -46,8 +45,7 @@ func (s *Store) reapVersion(j deletion, v metadata.Version) error {
 // exact reads the version v. The table has it, and memory may have a later state of it.
 func (s *Store) exact(v metadata.Version, l *format.Leaf) error {
 	b := s.catalog.branches[v.Branch]
-	// Another goroutine may have loaded a leaf of a reaped head, too late. Such a leaf is not kept up to
-	// date.
+	// Another goroutine may have loaded a leaf of a reaped head, too late. Such a leaf is not kept up to date.
 	if s.cache.Version(&b.leaves, v.Leaf, v.Epoch, v.Epoch, !b.reaped, l) != 0 {
 		return nil
 	}
@@ -60,9 +58,9 @@ func (s *Store) exact(v metadata.Version, l *format.Leaf) error {
 	})
 }
 
-// successor runs fn on the version of v's leaf in (j.to, j.next], wherever it is, and makes this generation
-// write it. If there is no successor, v may become the head's version of the present epoch, which is written
-// too. moved is false if neither happened, so that v has to stay.
+// successor runs fn on the version of v's leaf in (j.to, j.next], wherever it is, and makes this generation write it.
+// If there is no successor, v may become the head's version of the present epoch, which is written too. moved is false
+// if neither happened, so that v has to stay.
 func (s *Store) successor(j deletion, v metadata.Version, fn func(*format.Leaf)) (moved bool, err error) {
 	k := j.b.leaf(v.Leaf, head)
 	if j.b.reaped {
@@ -70,8 +68,8 @@ func (s *Store) successor(j deletion, v metadata.Version, fn func(*format.Leaf))
 		defer l.Unlock()
 		return s.successorBeforeHead(j, v, &l, fn)
 	}
-	// For a head, the cached leaf counts, not the table. It is loaded first, so that no other goroutine can
-	// load it from the table's present state.
+	// For a head, the cached leaf counts, not the table. It is loaded first, so that no other goroutine can load it
+	// from the table's present state.
 	l, err := s.cache.LockLoaded(k)
 	if err != nil {
 		return false, err
@@ -110,8 +108,8 @@ func (s *Store) successorBeforeHead(j deletion, v metadata.Version, l *leafcache
 	return true, nil
 }
 
-// inTable reads the newest version of v's leaf with an epoch in (after, v.Epoch] that is not being dropped.
-// The returned version has epoch 0 if there is none.
+// inTable reads the newest version of v's leaf with an epoch in (after, v.Epoch] that is not being dropped. The
+// returned version has epoch 0 if there is none.
 func (s *Store) inTable(v metadata.Version, after uint32, l *format.Leaf) (metadata.Version, error) {
 	err := s.meta.View(func(tx *metadata.Tx) error {
 		for {

@@ -18,8 +18,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// limitFiles allows the process to open n more files than it has open now. It assumes that nothing else is
-// opened meanwhile.
+// limitFiles allows the process to open n more files than it has open now. It assumes that nothing else is opened
+// meanwhile.
 func limitFiles(t *testing.T, n int) {
 	t.Helper()
 	var old unix.Rlimit
@@ -32,8 +32,8 @@ func limitFiles(t *testing.T, n int) {
 	t.Cleanup(func() { must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &old)) })
 }
 
-// TestMoreChunksThanDescriptors: a store that has more chunks than the process may have descriptors can be
-// read, written, cleaned and checked like any other.
+// TestMoreChunksThanDescriptors: a store that has more chunks than the process may have descriptors can be read,
+// written, cleaned and checked like any other.
 func TestMoreChunksThanDescriptors(t *testing.T) {
 	o := Options{checkpointInterval: -1, chunkBytes: 128 << 10}
 	s, dir := newStore(t, o)
@@ -97,8 +97,8 @@ func TestMoreChunksThanDescriptors(t *testing.T) {
 	}
 }
 
-// TestPlanWithoutDescriptors: Hold gets the descriptors of all of a plan's fetches, or keeps none. In the
-// latter case Fetch still does the read.
+// TestPlanWithoutDescriptors: Hold gets the descriptors of all of a plan's fetches, or keeps none. In the latter case
+// Fetch still does the read.
 func TestPlanWithoutDescriptors(t *testing.T) {
 	s, dir := newStore(t, Options{checkpointInterval: -1, chunkBytes: 128 << 10})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 8 << 20, Codec: format.Raw})
@@ -165,8 +165,7 @@ func (f *failingFile) TryReadAt([]byte, int64) bool      { return false }
 func (f *failingFile) Size() (int64, error)              { return 0, f.err }
 func (f *failingFile) Hold() (fd int, ok bool)           { return -1, false }
 
-// TestAccessIsNoDamage: neither a check nor the cleaner nor Open calls a file damaged that cannot be
-// accessed.
+// TestAccessIsNoDamage: neither a check nor the cleaner nor Open calls a file damaged that cannot be accessed.
 func TestAccessIsNoDamage(t *testing.T) {
 	s, dir := newStore(t, Options{checkpointInterval: -1, chunkBytes: 1 << 20})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 8 << 20, Codec: format.Raw})

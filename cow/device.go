@@ -34,8 +34,8 @@ func (r Ref) String() string {
 	return r.Volume + "@" + r.Snapshot
 }
 
-// Device is an open volume or snapshot. Its methods may be called concurrently, but Close only after all
-// other uses have ended.
+// Device is an open volume or snapshot. Its methods may be called concurrently, but Close only after all other uses
+// have ended.
 type Device struct {
 	s        *Store
 	ref      Ref // the name when it was opened, for messages
@@ -49,8 +49,8 @@ type Device struct {
 	closed   atomic.Bool
 }
 
-// OpenDevice opens a volume, or a snapshot, which is always read-only. A volume has at most one writable
-// device at a time (else ErrBusy), and any number of read-only ones.
+// OpenDevice opens a volume, or a snapshot, which is always read-only. A volume has at most one writable device at a
+// time (else ErrBusy), and any number of read-only ones.
 func (s *Store) OpenDevice(r Ref, readOnly bool) (*Device, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -123,8 +123,7 @@ func (d *Device) Ref() Ref {
 	return r
 }
 
-// checkRange returns ErrInvalid if the range does not lie in the device, and ErrClosed if the device is
-// closed.
+// checkRange returns ErrInvalid if the range does not lie in the device, and ErrClosed if the device is closed.
 func (d *Device) checkRange(off, length int64) error {
 	size := d.Size()
 	switch {

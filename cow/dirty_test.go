@@ -12,8 +12,8 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// TestWritersWaitForCheckpoints makes many times more leaves dirty than the smallest cache holds, from
-// several goroutines.
+// TestWritersWaitForCheckpoints makes many times more leaves dirty than the smallest cache holds, from several
+// goroutines.
 func TestWritersWaitForCheckpoints(t *testing.T) {
 	s, _ := newStore(t, Options{CacheBytes: MinCacheBytes})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 40, Codec: format.Raw})
@@ -45,9 +45,9 @@ func TestWritersWaitForCheckpoints(t *testing.T) {
 	must(t, s.Close())
 }
 
-// TestReplayOfMoreThanFits opens a store whose log changes more leaves than the cache holds. When Open
-// returns, the cache has its proper size again. A power cut before or after the commit that this takes loses
-// nothing: the next Open, whose cache is also too small, finds all leaves.
+// TestReplayOfMoreThanFits opens a store whose log changes more leaves than the cache holds. When Open returns, the
+// cache has its proper size again. A power cut before or after the commit that this takes loses nothing: the next Open,
+// whose cache is also too small, finds all leaves.
 func TestReplayOfMoreThanFits(t *testing.T) {
 	dir := setup(t, 1<<30, format.Raw)
 	o := Options{checkpointInterval: -1, chunkBytes: 1 << 20}

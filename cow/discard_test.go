@@ -8,9 +8,8 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// TestDiscardOfTheLastBlockBesideResize: if a volume ends within its last block, a discard of that part
-// discards the block. It does not if the volume has grown since its size was looked at, since then there may
-// be data behind.
+// TestDiscardOfTheLastBlockBesideResize: if a volume ends within its last block, a discard of that part discards the
+// block. It does not if the volume has grown since its size was looked at, since then there may be data behind.
 func TestDiscardOfTheLastBlockBesideResize(t *testing.T) {
 	s, _ := newStore(t, Options{checkpointInterval: -1})
 	const old = 3*format.BlockSize + 3*512
@@ -40,8 +39,7 @@ func TestDiscardOfTheLastBlockBesideResize(t *testing.T) {
 		t.Error("a discard of less than a block changed something")
 	}
 
-	// After a discard has looked at the size, another goroutine grows the volume, and writes behind the old
-	// end.
+	// After a discard has looked at the size, another goroutine grows the volume, and writes behind the old end.
 	must(t, s.Resize("v", 4*format.BlockSize, false))
 	want := randomBytes(512, 2)
 	_, err = d.WriteAt(want, old)

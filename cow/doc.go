@@ -24,8 +24,8 @@
 //	  ┊  Store.checkpoint   checkpoint.go changed leaves and rows go to the table in one transaction
 //	  ┊  mover              cleaner_copy.go  the cleaner copies what lives in a chunk to the log's end
 //
-// Creating, snapshotting, cloning and deleting are events (event.go, volume.go), which are records too. [Open] replays what no
-// checkpoint has (recover.go).
+// Creating, snapshotting, cloning and deleting are events (event.go, volume.go), which are records too. [Open] replays
+// what no checkpoint has (recover.go).
 //
 // # The way of a read
 //

@@ -29,8 +29,8 @@ func holdsAt(t *testing.T, s *Store, volume string, off int64, want []byte) bool
 	return bytes.Equal(got, want)
 }
 
-// TestChunkMadeForNothing: if a chunk was made for an event that is then refused, or for a discard that then
-// has nothing to do, the log goes on in the next chunk.
+// TestChunkMadeForNothing: if a chunk was made for an event that is then refused, or for a discard that then has
+// nothing to do, the log goes on in the next chunk.
 func TestChunkMadeForNothing(t *testing.T) {
 	for _, kind := range []string{"event", "discard"} {
 		t.Run(kind, func(t *testing.T) {
@@ -90,8 +90,7 @@ func TestChunkMadeForNothing(t *testing.T) {
 	}
 }
 
-// TestEmptyChunks: chunks without records may lie anywhere in the log, as stores of an older version have
-// them.
+// TestEmptyChunks: chunks without records may lie anywhere in the log, as stores of an older version have them.
 func TestEmptyChunks(t *testing.T) {
 	o := Options{checkpointInterval: -1, chunkBytes: 1 << 20}
 	s, dir := newStore(t, o)
@@ -142,8 +141,8 @@ func TestEmptyChunks(t *testing.T) {
 	}
 }
 
-// TestLogEndsWhereTheNextOwnerFoundItsEnd: a record does not verify once, so the log goes on before it. Later
-// the record verifies again. What was written after the first time counts.
+// TestLogEndsWhereTheNextOwnerFoundItsEnd: a record does not verify once, so the log goes on before it. Later the
+// record verifies again. What was written after the first time counts.
 func TestLogEndsWhereTheNextOwnerFoundItsEnd(t *testing.T) {
 	o := Options{checkpointInterval: -1, chunkBytes: 1 << 20}
 	s, dir := newStore(t, o)

@@ -10,8 +10,8 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// Errors, grouped by what the caller can do about them. Each is returned wrapped with the name of the thing
-// and, if there is one, the way out.
+// Errors, grouped by what the caller can do about them. Each is returned wrapped with the name of the thing and, if
+// there is one, the way out.
 var (
 	// Returned for names: no such volume, snapshot or store exists, or one exists already.
 	ErrNotFound = fault.ErrNotFound
@@ -21,15 +21,14 @@ var (
 	// (LockedError).
 	ErrBusy = errors.New("busy")
 
-	// Returned by Open if the last owner was killed and its acknowledged but unwritten writes are in a shared
-	// memory that this process does not have, such as that of another container. It also matches ErrBusy.
+	// Returned by Open if the last owner was killed and its acknowledged but unwritten writes are in a shared memory
+	// that this process does not have, such as that of another container. It also matches ErrBusy.
 	ErrElsewhere = errors.New("the last owner's memory is elsewhere")
 
 	// Returned for arguments: a bad name, size, range or option.
 	ErrInvalid = errors.New("invalid")
 
-	// Returned by writes that the target does not accept. ErrReadOnly also matches EROFS, and ErrNoSpace
-	// ENOSPC.
+	// Returned by writes that the target does not accept. ErrReadOnly also matches EROFS, and ErrNoSpace ENOSPC.
 	ErrReadOnly error = &errnoError{"read-only", syscall.EROFS}
 	ErrNoSpace        = storage.ErrNoSpace
 
@@ -40,19 +39,19 @@ var (
 	ErrCorrupt  = format.ErrCorrupt
 	ErrNotStore = format.ErrNotStore
 	ErrVersion  = format.ErrVersion
-	// ErrUnusable is matched, besides ErrCorrupt, by an error of Open about damage to the store. Open has
-	// changed nothing then.
+	// ErrUnusable is matched, besides ErrCorrupt, by an error of Open about damage to the store. Open has changed
+	// nothing then.
 	ErrUnusable = errors.New("the store cannot be opened")
 	// ErrDamagedLog is matched by a LogDamage.
 	ErrDamagedLog = errors.New("the log is damaged")
 
-	// Returned for a store that another user could have made or changed, and for a symbolic link, a FIFO or
-	// the like with the name of one of its files.
+	// Returned for a store that another user could have made or changed, and for a symbolic link, a FIFO or the like
+	// with the name of one of its files.
 	ErrForeign   = storage.ErrForeign
 	ErrIrregular = storage.ErrIrregular
 
-	// Returned by every change after a write or sync of the log has failed (the log's end is then unknown),
-	// and after Close.
+	// Returned by every change after a write or sync of the log has failed (the log's end is then unknown), and after
+	// Close.
 	ErrFailed = fault.ErrFailed
 	ErrClosed = fault.ErrClosed
 )

@@ -8,10 +8,9 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// transact makes one event happen. It calls build under mu. build checks everything, and returns the event,
-// which lists the rows that change. The event gets its place in the log, the catalog changes, and transact
-// returns when the event is durable. If build returns a nil event, nothing changes. transact may call build
-// more than once.
+// transact makes one event happen. It calls build under mu. build checks everything, and returns the event, which lists
+// the rows that change. The event gets its place in the log, the catalog changes, and transact returns when the event
+// is durable. If build returns a nil event, nothing changes. transact may call build more than once.
 func (s *Store) transact(build func() (*format.Event, error)) error {
 	cleared, refused := false, 0
 	for {
@@ -40,11 +39,11 @@ func (s *Store) transact(build func() (*format.Event, error)) error {
 	}
 }
 
-// transactLocked is transact without the sync. It returns errFull if the table has no room for the event,
-// whose purpose is p. The caller holds mu.
+// transactLocked is transact without the sync. It returns errFull if the table has no room for the event, whose purpose
+// is p. The caller holds mu.
 func (s *Store) transactLocked(build func() (*format.Event, error)) (p wal.Purpose, err error) {
-	// build runs before room is made, so that a refused event costs nothing, and is refused even where there
-	// is no room.
+	// build runs before room is made, so that a refused event costs nothing, and is refused even where there is no
+	// room.
 	for room := 0; ; {
 		if room > 0 {
 			if err := s.wal.Reserve(room, p); err != nil {

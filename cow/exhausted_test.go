@@ -11,8 +11,8 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// TestIDsAreUsedUp: IDs are never reused. When they are used up, operations that need one are refused, and no
-// row of another is overwritten.
+// TestIDsAreUsedUp: IDs are never reused. When they are used up, operations that need one are refused, and no row of
+// another is overwritten.
 func TestIDsAreUsedUp(t *testing.T) {
 	s, dir := newStore(t, Options{checkpointInterval: -1})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 20, Codec: format.Raw})
@@ -113,8 +113,8 @@ func TestEpochsAreUsedUp(t *testing.T) {
 	mustEnd(t, s)
 }
 
-// TestSlotsAreUsedUp: when all slots are taken, writes are refused before they are acknowledged. Deleting
-// data gives slots back.
+// TestSlotsAreUsedUp: when all slots are taken, writes are refused before they are acknowledged. Deleting data gives
+// slots back.
 func TestSlotsAreUsedUp(t *testing.T) {
 	s, _ := newStore(t, Options{checkpointInterval: -1, chunkBytes: 1 << 20})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 64 << 20, Codec: format.Raw})

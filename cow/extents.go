@@ -8,8 +8,7 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// Extents calls fn for the runs of data and holes in a range, in order and without gaps, until fn returns
-// false.
+// Extents calls fn for the runs of data and holes in a range, in order and without gaps, until fn returns false.
 func (d *Device) Extents(off, length int64, fn func(off, length int64, hole bool) bool) error {
 	if err := d.checkRange(off, length); err != nil {
 		return fmt.Errorf("extents of %s: %w", d.ref, err)

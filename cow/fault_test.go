@@ -11,8 +11,7 @@ import (
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
 )
 
-// faultScript returns operations that cause every kind of I/O: rotation, checkpoints, reaping, removal of
-// chunks.
+// faultScript returns operations that cause every kind of I/O: rotation, checkpoints, reaping, removal of chunks.
 func faultScript(seed uint64) []op {
 	rng := rand.New(rand.NewPCG(seed, 7))
 	ops := []op{{"create", 0, 0, 0}, {"create", 1, 100, 1}}
@@ -33,8 +32,8 @@ func faultScript(seed uint64) []op {
 	return append(script, op{kind: "reap"}, op{kind: "check"})
 }
 
-// faulty runs the script until an operation fails. The model may then have records that the store does not
-// have. The caller can go on after every error, except that of a flush.
+// faulty runs the script until an operation fails. The model may then have records that the store does not have. The
+// caller can go on after every error, except that of a flush.
 func (w *modelStore) faulty(script []op) (failed error, err error) {
 	for i, o := range script {
 		if len(w.m.now()) == 0 && o.kind != "create" {
@@ -60,8 +59,8 @@ func (w *modelStore) settleModel(before *model) {
 	}
 }
 
-// TestFaultAtEveryOperation makes each disk operation of a script fail once. The store may stop or go on, but
-// what it says must be true: whatever else happens, what it acknowledged as durable is there after a crash.
+// TestFaultAtEveryOperation makes each disk operation of a script fail once. The store may stop or go on, but what it
+// says must be true: whatever else happens, what it acknowledged as durable is there after a crash.
 func TestFaultAtEveryOperation(t *testing.T) {
 	for seed := range uint64(4) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
@@ -103,8 +102,8 @@ func faultEverywhere(t *testing.T, script []op) {
 	t.Logf("%d faults", total)
 }
 
-// fault runs the script with one failing operation. It then looks at what the store has: while it runs, after
-// SIGKILL, and after a power cut.
+// fault runs the script with one failing operation. It then looks at what the store has: while it runs, after SIGKILL,
+// and after a power cut.
 func (l *crashHarness) fault(script []op, kind crashfs.Op, nth int, errno error, rng *rand.Rand) error {
 	fs := crashfs.New()
 	fs.FailAt(kind, nth, errno)
@@ -145,8 +144,7 @@ func (l *crashHarness) fault(script []op, kind crashfs.Op, nth int, errno error,
 	return nil
 }
 
-// isFault reports whether an error is about the failure. It compares the text too, since Check's problems are
-// text.
+// isFault reports whether an error is about the failure. It compares the text too, since Check's problems are text.
 func isFault(err error, errno error) bool {
 	return err != nil && (errors.Is(err, errno) || strings.Contains(err.Error(), errno.Error()))
 }

@@ -11,9 +11,9 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// forwards say where records are now that the cleaner or the cold pass moved without changing the entries
-// that name them: the records that snapshots hold. They are kept by the place that the entries name, one
-// region of a chunk at a time. A region is in memory while it is used, or is not in the table yet.
+// forwards say where records are now that the cleaner or the cold pass moved without changing the entries that name
+// them: the records that snapshots hold. They are kept by the place that the entries name, one region of a chunk at a
+// time. A region is in memory while it is used, or is not in the table yet.
 //
 // A change of a region takes both Store.mu and forwards.mu. Either of them is enough to read it.
 type forwards struct {
@@ -23,8 +23,7 @@ type forwards struct {
 	regions map[metadata.Region]*region
 }
 
-// region has one region's forwards, by offset. list is replaced, never changed, so that a checkpoint can keep
-// it.
+// region has one region's forwards, by offset. list is replaced, never changed, so that a checkpoint can keep it.
 type region struct {
 	metadata.Region
 	list []format.Forward
@@ -60,8 +59,8 @@ func (f *forwards) region(k metadata.Region) (*region, error) {
 	return r, nil
 }
 
-// find finds the forward of the record that e names: its region, and its index there. ok is false if there is
-// none; i is then where it would be. The caller holds mu.
+// find finds the forward of the record that e names: its region, and its index there. ok is false if there is none; i
+// is then where it would be. The caller holds mu.
 func (f *forwards) find(e format.Entry) (r *region, i int, ok bool, err error) {
 	if r, err = f.region(metadata.RegionOf(e)); err != nil {
 		return nil, 0, false, err
@@ -81,8 +80,8 @@ func (f *forwards) lookup(e format.Entry) (to format.Forward, ok bool, err error
 	return to, ok, err
 }
 
-// follow returns the entry that e stands for, and its chunk with a reference taken. It takes the reference
-// under mu: until the forward changes, the chunk has a live block.
+// follow returns the entry that e stands for, and its chunk with a reference taken. It takes the reference under mu:
+// until the forward changes, the chunk has a live block.
 func (f *forwards) follow(e format.Entry, slots *slotTable) (format.Entry, *chunk, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -101,8 +100,8 @@ func (f *forwards) follow(e format.Entry, slots *slotTable) (format.Entry, *chun
 	return to, c, nil
 }
 
-// putForward changes the list of a region. It inserts the forward at i, or replaces the one at i, or removes
-// that one if the mask of f is 0. The caller holds Store.mu and forwards.mu.
+// putForward changes the list of a region. It inserts the forward at i, or replaces the one at i, or removes that one
+// if the mask of f is 0. The caller holds Store.mu and forwards.mu.
 func (s *Store) putForward(r *region, i int, insert bool, f format.Forward) {
 	list := slices.Clone(r.list)
 	switch {
@@ -120,8 +119,8 @@ func (s *Store) putForward(r *region, i int, insert bool, f format.Forward) {
 	}
 }
 
-// forward notes that the record which from names is now at to, with the blocks of mask alive, and moves the
-// live bytes. Both the cleaner and a replay use it. The caller holds mu.
+// forward notes that the record which from names is now at to, with the blocks of mask alive, and moves the live bytes.
+// Both the cleaner and a replay use it. The caller holds mu.
 func (s *Store) forward(from format.Entry, mask uint16, to format.Entry) error {
 	old, target := s.slots.get(from.Slot()), s.slots.get(to.Slot())
 	if old == nil || target == nil {
@@ -155,8 +154,8 @@ func (s *Store) forward(from format.Entry, mask uint16, to format.Entry) error {
 	return nil
 }
 
-// dieMoved accounts for the death of a block that was moved from c. It returns false if the block was not
-// moved. The caller holds mu.
+// dieMoved accounts for the death of a block that was moved from c. It returns false if the block was not moved. The
+// caller holds mu.
 func (s *Store) dieMoved(c *chunk, e format.Entry) bool {
 	s.forwards.mu.Lock()
 	defer s.forwards.mu.Unlock()

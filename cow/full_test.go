@@ -68,8 +68,8 @@ func (w *modelStore) put(name string, off, n int64) error {
 	return err
 }
 
-// TestFullDisk fills the disk until the store takes no more data. Nothing may be half done. Everything in the
-// store can still be read, renamed, deleted and discarded, and that brings the space back.
+// TestFullDisk fills the disk until the store takes no more data. Nothing may be half done. Everything in the store can
+// still be read, renamed, deleted and discarded, and that brings the space back.
 func TestFullDisk(t *testing.T) {
 	for _, end := range []string{"unsnap", "remove", "discard"} {
 		t.Run(end, func(t *testing.T) {
@@ -100,8 +100,8 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
-// fillDisk writes to the volume until the store takes no more, and takes a snapshot on the way, which keeps
-// the data that is overwritten.
+// fillDisk writes to the volume until the store takes no more, and takes a snapshot on the way, which keeps the data
+// that is overwritten.
 func (w *modelStore) fillDisk(t *testing.T) (writes int64) {
 	if _, ok := w.m.now()["v"]; !ok {
 		w.m.create("v", 4<<20, format.Raw)
@@ -163,8 +163,8 @@ func (w *modelStore) makeRoom(t *testing.T, how string) {
 	w.mustBe(t)
 }
 
-// TestTableThatDoesNotCommit makes commits of the table fail for lack of room. The store goes on, since the
-// log has everything, and the next successful commit has it all.
+// TestTableThatDoesNotCommit makes commits of the table fail for lack of room. The store goes on, since the log has
+// everything, and the next successful commit has it all.
 func TestTableThatDoesNotCommit(t *testing.T) {
 	w := newModelStore(t)
 	script := faultScript(5)

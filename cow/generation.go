@@ -116,8 +116,8 @@ func compareVersions(a, b metadata.Version) int {
 	return 0
 }
 
-// sort sorts rows in the order of the table's keys. In any other order, the time that bbolt takes to insert
-// very many rows grows with the square of their number.
+// sort sorts rows in the order of the table's keys. In any other order, the time that bbolt takes to insert very many
+// rows grows with the square of their number.
 func (g *generation) sort() {
 	slices.SortFunc(g.dropLeaves, compareVersions)
 	slices.SortFunc(g.volumes, func(a, b format.Volume) int { return cmp.Compare(a.ID, b.ID) })

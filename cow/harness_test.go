@@ -21,8 +21,8 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// crashHarness makes stores whose power can be cut. The chunk files are in a crashfs. The
-// table is a real file; the result of a commit is one durable step.
+// crashHarness makes stores whose power can be cut. The chunk files are in a crashfs. The table is a real file; the
+// result of a commit is one durable step.
 type crashHarness struct {
 	root   string
 	format []byte // the file of every store here
@@ -251,8 +251,8 @@ type modelStore struct {
 	meanwhile func() error // called around commits of the table
 }
 
-// options are for a store of a few megabytes: chunks of half a megabyte, so that they come
-// and go, and a reaper whose batches end often.
+// options are for a store of a few megabytes: chunks of half a megabyte, so that they come and go, and a reaper whose
+// batches end often.
 func (l *crashHarness) options(fs storage.FS) Options {
 	return Options{
 		fs: fs, checkpointInterval: -1, noTableSync: true, chunkBytes: 512 << 10, reapBatch: 3, replayBatch: 20,
@@ -260,8 +260,8 @@ func (l *crashHarness) options(fs storage.FS) Options {
 	}
 }
 
-// open recovers the store that a crash left and checks that it is at a place in its history that
-// the crash may have left. Points during the recovery are taken too.
+// open recovers the store that a crash left and checks that it is at a place in its history that the crash may have
+// left. Points during the recovery are taken too.
 func (l *crashHarness) open(img crashImage, every int, rng *rand.Rand) (*modelStore, error) {
 	dir, err := l.dir()
 	if err != nil {
@@ -371,8 +371,8 @@ func (w *modelStore) kill() error {
 	return err
 }
 
-// leave is the image of the end of the process between two operations: all that was answered must be there,
-// if the store's buffers outlive it.
+// leave is the image of the end of the process between two operations: all that was answered must be there, if the
+// store's buffers outlive it.
 func (w *modelStore) leave() (crashImage, error) {
 	defer w.s.wal.HoldWrites()() // nothing is written meanwhile, and so no buffer is given back
 	img := w.now("the process ended", w.injector.fs.Clone())
@@ -411,8 +411,8 @@ func (w *modelStore) check(readData bool) error {
 	return errors.Join(append(problems, err)...)
 }
 
-// verify opens an image and proves it: it is the state after some record that the
-// crash may have left, it is sound, and it can be worked with and crash again.
+// verify opens an image and proves it: it is the state after some record that the crash may have left, it is sound, and
+// it can be worked with and crash again.
 func (l *crashHarness) verify(img crashImage, depth int, rng *rand.Rand) error {
 	l.states.Add(1)
 	if err := l.verifyOne(img, depth, rng); err != nil {

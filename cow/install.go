@@ -11,14 +11,14 @@ import (
 // errNothing is returned by a check of install if the record would change nothing.
 var errNothing = errors.New("there is nothing to change")
 
-// install is the commit point of every change of blocks, by writers and by the cleaner. In one critical
-// section (invariant 1), it gives the record its sequence number and its place in the log, and changes the
-// leaf of b's head that has all of the record's n blocks, to match.
+// install is the commit point of every change of blocks, by writers and by the cleaner. In one critical section
+// (invariant 1), it gives the record its sequence number and its place in the log, and changes the leaf of b's head
+// that has all of the record's n blocks, to match.
 //
-// The caller holds mu, has reserved room for the record for purpose p, and has not released mu since. install
-// calls check with the leaf locked, to decide by the leaf's present state whether to make the change; if
-// check returns an error, install returns it. install returns errEvicted if the leaf is not in the cache, and
-// errFull if the leaf may not become dirty now. After any error nothing has changed.
+// The caller holds mu, has reserved room for the record for purpose p, and has not released mu since. install calls
+// check with the leaf locked, to decide by the leaf's present state whether to make the change; if check returns an
+// error, install returns it. install returns errEvicted if the leaf is not in the cache, and errFull if the leaf may
+// not become dirty now. After any error nothing has changed.
 func (s *Store) install(b *branch, h *format.RecordHeader, payload []byte, n int, p wal.Purpose, waited bool, check func(*leafcache.Leaf) error) error {
 	l := s.cache.Lock(b.leaf(uint32(h.Block/format.LeafBlocks), head))
 	defer l.Unlock()

@@ -6,9 +6,9 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// loadLeaf fills l with the leaf of k's branch as of k.AsOf, merged with everything older. That is the
-// branch's own newest version, or, if it has none, what its origin had. loadLeaf returns the epoch of the
-// branch's own version, or 0.
+// loadLeaf fills l with the leaf of k's branch as of k.AsOf, merged with everything older. That is the branch's own
+// newest version, or, if it has none, what its origin had. loadLeaf returns the epoch of the branch's own version,
+// or 0.
 func (s *Store) loadLeaf(k leafcache.Key, l *format.Leaf) (epoch uint32, err error) {
 	b, epoch, err := s.newest(k, l)
 	switch {
@@ -24,9 +24,9 @@ func (s *Store) loadLeaf(k leafcache.Key, l *format.Leaf) (epoch uint32, err err
 	return 0, nil
 }
 
-// newest reads the newest version at or before k into l: one of k.Branch, or else one of its origins. It returns
-// the branch that has the version, and the version's epoch. It looks in memory before it looks in the table,
-// because a version leaves memory only after the table has it.
+// newest reads the newest version at or before k into l: one of k.Branch, or else one of its origins. It returns the
+// branch that has the version, and the version's epoch. It looks in memory before it looks in the table, because a
+// version leaves memory only after the table has it.
 func (s *Store) newest(k leafcache.Key, l *format.Leaf) (of *leafcache.Branch, epoch uint32, err error) {
 	inMemory, epoch := s.cache.Newest(k, l)
 	err = s.meta.View(func(tx *metadata.Tx) error {
@@ -48,8 +48,8 @@ func (s *Store) newest(k leafcache.Key, l *format.Leaf) (of *leafcache.Branch, e
 	return of, epoch, err
 }
 
-// version reads the newest version that the branch itself has, at or before asOf, into l. It returns the
-// version's epoch, or 0 if there is none. The head's leaf in memory counts only if withHead is set.
+// version reads the newest version that the branch itself has, at or before asOf, into l. It returns the version's
+// epoch, or 0 if there is none. The head's leaf in memory counts only if withHead is set.
 func (s *Store) version(b *branch, index, asOf uint32, withHead bool, l *format.Leaf) (epoch uint32, err error) {
 	epoch = s.cache.Version(&b.leaves, index, 1, asOf, withHead, l)
 	err = s.meta.View(func(tx *metadata.Tx) error {
@@ -58,8 +58,8 @@ func (s *Store) version(b *branch, index, asOf uint32, withHead bool, l *format.
 	return epoch, err
 }
 
-// newer looks for v in the table. If what the table has is newer than epoch, the epoch of the version that
-// memory had, newer replaces both epoch and l.
+// newer looks for v in the table. If what the table has is newer than epoch, the epoch of the version that memory had,
+// newer replaces both epoch and l.
 func (s *Store) newer(tx *metadata.Tx, v metadata.Version, epoch *uint32, l *format.Leaf) error {
 	t := s.unpacked.Get().(*format.Leaf)
 	defer s.unpacked.Put(t)
@@ -70,8 +70,7 @@ func (s *Store) newer(tx *metadata.Tx, v metadata.Version, epoch *uint32, l *for
 	return err
 }
 
-// change maps block i of a writable leaf to e, and updates the live bytes. The caller holds mu and the leaf's
-// lock.
+// change maps block i of a writable leaf to e, and updates the live bytes. The caller holds mu and the leaf's lock.
 func (s *Store) change(l *format.Leaf, i int, e format.Entry) {
 	s.account(mapBlock(l, i, e), -1)
 	s.account(e, +1)
@@ -88,8 +87,8 @@ func mapBlock(l *format.Leaf, i int, e format.Entry) (dead format.Entry) {
 	return dead
 }
 
-// account adds a block's share of its record to the live bytes of its chunk, or subtracts it if sign is
-// negative. The caller holds mu.
+// account adds a block's share of its record to the live bytes of its chunk, or subtracts it if sign is negative. The
+// caller holds mu.
 func (s *Store) account(e format.Entry, sign int) {
 	if e.IsHole() {
 		return
@@ -137,8 +136,8 @@ func (s *Store) applyHole(l *format.Leaf, first, n int) {
 	}
 }
 
-// nextLeaf returns the first leaf at or after index that the branch or one of its origins has in the table,
-// or limit if there is none before it. The cache may have earlier ones.
+// nextLeaf returns the first leaf at or after index that the branch or one of its origins has in the table, or limit if
+// there is none before it. The cache may have earlier ones.
 func (s *Store) nextLeaf(b *branch, index, limit uint32) (uint32, error) {
 	err := s.meta.View(func(tx *metadata.Tx) error {
 		for ; b != nil; b = b.origin {

@@ -13,8 +13,8 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// LockFolder keeps owners of the store in a folder away until the returned lock is closed. It waits up to
-// timeout. It is for callers that change files that belong to an owner and not to the store.
+// LockFolder keeps owners of the store in a folder away until the returned lock is closed. It waits up to timeout. It
+// is for callers that change files that belong to an owner and not to the store.
 func LockFolder(in *storage.Folder, timeout time.Duration, holder string) (io.Closer, error) {
 	return lockStore(in, timeout, holder)
 }
@@ -44,8 +44,8 @@ func writeAt0(f *os.File, text string) error {
 	return err
 }
 
-// holderText returns the holder as the first line of the lock file names it, or "another process" if that
-// line is empty.
+// holderText returns the holder as the first line of the lock file names it, or "another process" if that line is
+// empty.
 func holderText(b []byte) string {
 	for i, c := range b {
 		if c < ' ' {

@@ -18,8 +18,8 @@ func (l logSpace) Drop(slot uint32)                 { l.s.slots.remove(slot) }
 func (l logSpace) Changed(c *wal.Chunk)             { l.s.slots.recount(l.s.slots.get(c.Slot)) }
 func (l logSpace) Freed(n int64)                    { l.s.slots.removed += n }
 
-// Rotated notes that there was room, and that whatever filled the last chunk may have overwritten something, which
-// can be cleaned.
+// Rotated notes that there was room, and that whatever filled the last chunk may have overwritten something, which can
+// be cleaned.
 func (l logSpace) Rotated(p wal.Purpose) {
 	l.s.cleaner.exhausted = false
 	if p == wal.ForData {

@@ -82,8 +82,8 @@ func BenchmarkDepth(b *testing.B) {
 
 const deepSize = 256 << 20
 
-// deepDevice is a volume whose blocks were all written, and then ten more before each of its snapshots; or with
-// clones, the last clone of the last, so many deep.
+// deepDevice is a volume whose blocks were all written, and then ten more before each of its snapshots; or with clones,
+// the last clone of the last, so many deep.
 func deepDevice(b *testing.B, rng *rand.Rand, snapshots, clones int) *Device {
 	d := benchDevice(b, format.S2, deepSize)
 	buf := make([]byte, 4096)
@@ -126,8 +126,7 @@ const (
 	bigStride = 0x2545f491
 )
 
-// makeBig makes a store with a volume v of 256 GiB. All of v is mapped, to blocks that lie in random order in
-// the log.
+// makeBig makes a store with a volume v of 256 GiB. All of v is mapped, to blocks that lie in random order in the log.
 func makeBig(final string) error {
 	dir := final + ".tmp"
 	if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(dir, 0o700), Create(dir)); err != nil {

@@ -264,8 +264,8 @@ func (l *lockedMark) Create(name string, size int64) (storage.File, error) {
 	return l.FS.Create(name, size)
 }
 
-// After a repair the mark speaks of records that are given up. Where it cannot be taken away the log does not go on,
-// or a sound store would be refused later; where no other can be made, the store is sound without.
+// After a repair the mark speaks of records that are given up. Where it cannot be taken away the log does not go on, or
+// a sound store would be refused later; where no other can be made, the store is sound without.
 func TestRepairTakesTheMarkAway(t *testing.T) {
 	for name, c := range map[string]struct {
 		bad  lockedMark

@@ -10,9 +10,9 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// The model of a store: what it holds after each record of its log, as plain
-// blocks in memory. It knows how an operation is cut into records (docs/engine.md, Writing) and nothing of how they are stored, so the state that a crash left can
-// be compared with exactly the state that it should be.
+// The model of a store: what it holds after each record of its log, as plain blocks in memory. It knows how an
+// operation is cut into records (docs/engine.md, Writing) and nothing of how they are stored, so the state that a crash
+// left can be compared with exactly the state that it should be.
 
 // block is one block's content; nil is zeros. It never changes once made.
 type block = *[format.BlockSize]byte
@@ -142,8 +142,8 @@ func (m *model) writeZeros(name string, p []byte, off int64, zero block) {
 	}
 }
 
-// writeUnit is a record for each run of blocks with data, if they compress, or else for each block, and for each run
-// of zeros, or for each block of them if they are solid.
+// writeUnit is a record for each run of blocks with data, if they compress, or else for each block, and for each run of
+// zeros, or for each block of them if they are solid.
 func (m *model) writeUnit(name string, p []byte, off int64, zero block) {
 	first, skip := uint64(off/format.BlockSize), int(off%format.BlockSize)
 	data := make([]byte, blocksOf(int64(skip+len(p)))*format.BlockSize)

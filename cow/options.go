@@ -22,47 +22,45 @@ type Options struct {
 	Holder string
 	// Logger gets warnings, errors and what Open found (default: slog.Default()).
 	Logger *slog.Logger
-	// CacheBytes is the most memory that the block map may take (docs/memory.md): MinCacheBytes to
-	// MaxCacheBytes, default 256 MiB.
+	// CacheBytes is the most memory that the block map may take (docs/memory.md): MinCacheBytes to MaxCacheBytes,
+	// default 256 MiB.
 	CacheBytes int64
-	// ColdAfter is the time after which an unchanged leaf is rewritten by the cold pass, better compressed
-	// and in order (default 10 min; negative: never).
+	// ColdAfter is the time after which an unchanged leaf is rewritten by the cold pass, better compressed and in order
+	// (default 10 min; negative: never).
 	ColdAfter time.Duration
-	// MaxBytes limits the total size of the chunk files; 0: the file system is the limit. Data that does not
-	// fit waits for the cleaner, or fails with ErrNoSpace.
+	// MaxBytes limits the total size of the chunk files; 0: the file system is the limit. Data that does not fit waits
+	// for the cleaner, or fails with ErrNoSpace.
 	MaxBytes int64
-	// AllowReadOnly opens a store only for reading if this process cannot write to it, because of its file
-	// system or its permissions: see Store.ReadOnly. Nothing is changed then. Without AllowReadOnly, Open
-	// returns an error that matches ErrReadOnly.
+	// AllowReadOnly opens a store only for reading if this process cannot write to it, because of its file system or
+	// its permissions: see Store.ReadOnly. Nothing is changed then. Without AllowReadOnly, Open returns an error that
+	// matches ErrReadOnly.
 	AllowReadOnly bool
-	// Look is for commands that only look at the store. If the log ends before some of its records, an owner
-	// that writes sets those records aside. With Look they stay where they are, and the store is opened
-	// read-only, as it is up to that end; Store.ReadOnly says why.
+	// Look is for commands that only look at the store. If the log ends before some of its records, an owner that
+	// writes sets those records aside. With Look they stay where they are, and the store is opened read-only, as it is
+	// up to that end; Store.ReadOnly says why.
 	Look bool
-	// Outlive keeps the log's buffers in shared memory, so that the next owner finds the acknowledged writes
-	// if this process is killed; see Store.SurvivesKill. Set it when clients outlive this process. It takes
-	// 16 MiB of shared memory; if there is no room for them, writes are slower.
+	// Outlive keeps the log's buffers in shared memory, so that the next owner finds the acknowledged writes if this
+	// process is killed; see Store.SurvivesKill. Set it when clients outlive this process. It takes 16 MiB of shared
+	// memory; if there is no room for them, writes are slower.
 	Outlive bool
 	// SharedMemory is the directory for these buffers (default /dev/shm).
 	SharedMemory string
-	// ForgetElsewhere opens the store even if writes that its last owner acknowledged but did not write are
-	// in a shared memory other than this one. Those writes are given up. See ErrElsewhere.
+	// ForgetElsewhere opens the store even if writes that its last owner acknowledged but did not write are in a shared
+	// memory other than this one. Those writes are given up. See ErrElsewhere.
 	ForgetElsewhere bool
-	// Foreign allows a store whose folder belongs to another user, or can be changed by other users
-	// (ErrForeign).
+	// Foreign allows a store whose folder belongs to another user, or can be changed by other users (ErrForeign).
 	Foreign bool
-	// Repair is called before anything is changed if the log is damaged. If it returns nil, Open ends the log
-	// at the damage and sets aside what lies behind it; otherwise Open returns Repair's error. Without
-	// Repair, Open returns the damage.
+	// Repair is called before anything is changed if the log is damaged. If it returns nil, Open ends the log at the
+	// damage and sets aside what lies behind it; otherwise Open returns Repair's error. Without Repair, Open returns
+	// the damage.
 	Repair func(*LogDamage) error
 
 	// The fields below are for the tests of this package.
 
 	fs storage.FS // holds the chunk files; nil: the store's folder
 
-	// A checkpoint begins after this many bytes of log (default 256 MiB), after this many dirty leaves
-	// (default and at most a part of the cache), or this long after a change (default 10 s; negative: never
-	// by itself).
+	// A checkpoint begins after this many bytes of log (default 256 MiB), after this many dirty leaves (default and at
+	// most a part of the cache), or this long after a change (default 10 s; negative: never by itself).
 	checkpointBytes    int64
 	checkpointLeaves   int
 	checkpointInterval time.Duration

@@ -89,9 +89,9 @@ func rarely(n int64, fn func(f storage.File, p []byte, off int64) (int, error)) 
 	}
 }
 
-// TestOracle has the model test look at disks and engines that are known to be wrong. One that
-// it does not tell from a right one would be a hole in it. (A new chunk's own sync is not
-// among them: the first flush of its records makes its header durable as well.)
+// TestOracle has the model test look at disks and engines that are known to be wrong. One that it does not tell from a
+// right one would be a hole in it. (A new chunk's own sync is not among them: the first flush of its records makes its
+// header durable as well.)
 func TestOracle(t *testing.T) {
 	cases := []struct {
 		name string

@@ -9,16 +9,16 @@ import (
 )
 
 const (
-	// paceGrain is how many bytes are appended to the log before one writer waits for all of them. So of many
-	// small writes, few wait.
+	// paceGrain is how many bytes are appended to the log before one writer waits for all of them. So of many small
+	// writes, few wait.
 	paceGrain = 512 << 10
 	// paceMost is the longest time that a write waits for the pace.
 	paceMost = 100 * time.Millisecond
 )
 
-// pacer limits the bytes that writers append in a second. The writer that fills a grain sleeps until the
-// grain is due, after the grains before it; the others go on. Heavier writers fill more grains and so sleep
-// more often, which keeps it fair.
+// pacer limits the bytes that writers append in a second. The writer that fills a grain sleeps until the grain is due,
+// after the grains before it; the others go on. Heavier writers fill more grains and so sleep more often, which keeps
+// it fair.
 type pacer struct {
 	on atomic.Bool
 
@@ -39,8 +39,8 @@ func (p *pacer) set(rate float64) {
 	p.on.Store(rate > 0)
 }
 
-// Paced reports whether writes may have to wait for the pace, because room is short and the cleaner is making
-// some. A caller that has other work to do should then leave writes to another goroutine.
+// Paced reports whether writes may have to wait for the pace, because room is short and the cleaner is making some. A
+// caller that has other work to do should then leave writes to another goroutine.
 func (d *Device) Paced() bool { return d.s.cleaner.pacer.on.Load() }
 
 // wait sleeps as long as the pace asks before n bytes are appended. The caller holds no lock.
@@ -74,21 +74,18 @@ func (p *pacer) take(n int) time.Duration {
 const (
 	// level is for how many chunks there is room when others write just as fast as the cleaner makes room.
 	level = 6
-	// unpaced is for how many chunks there must be room for writers not to be held back, and for the cleaner
-	// to rest.
+	// unpaced is for how many chunks there must be room for writers not to be held back, and for the cleaner to rest.
 	unpaced = 7
-	// leastPace is the part of the cleaner's rate at which writers may always append, even with no room at
-	// all.
+	// leastPace is the part of the cleaner's rate at which writers may always append, even with no room at all.
 	leastPace = 0.2
-	// giveUpAt is for how many chunks there is room when a checkpoint is begun just to remove the chunks that
-	// were cleaned. At waitAt the cleaner waits for that checkpoint, because cleaning takes room before it
-	// gives any.
+	// giveUpAt is for how many chunks there is room when a checkpoint is begun just to remove the chunks that were
+	// cleaned. At waitAt the cleaner waits for that checkpoint, because cleaning takes room before it gives any.
 	giveUpAt = 2
 	waitAt   = 0.5
 )
 
-// throttle fits the speed of a pressed cleaner, and the pace of the writers, to the room that is left. It
-// counts room in chunks. Only the cleaner's goroutine uses it.
+// throttle fits the speed of a pressed cleaner, and the pace of the writers, to the room that is left. It counts room
+// in chunks. Only the cleaner's goroutine uses it.
 type throttle struct {
 	s      *Store
 	gained float64 // bytes gained by cleaning the last chunks; worked is the seconds that it took
@@ -97,10 +94,10 @@ type throttle struct {
 	asked  uint64 // generation of the last checkpoint that it asked for, or of a later one that ran
 }
 
-// batch adjusts speed and pace after each batch of a chunk. The less room there is, the less the cleaner
-// rests. When it does not rest any more, others may write as fast as it makes room. The part of the chunk
-// that it has gone through, and chunks that are cleaned and not removed yet, count as room that is about to
-// come back. Otherwise the pace would go up and down with every chunk.
+// batch adjusts speed and pace after each batch of a chunk. The less room there is, the less the cleaner rests. When it
+// does not rest any more, others may write as fast as it makes room. The part of the chunk that it has gone through,
+// and chunks that are cleaned and not removed yet, count as room that is about to come back. Otherwise the pace would
+// go up and down with every chunk.
 func (t *throttle) batch(took time.Duration, urgent bool) error {
 	now, owed, lent := t.room()
 	room := now + owed - lent + min(1, float64(t.s.cleaner.mover.r.Off)/float64(t.s.wal.ChunkBytes))
@@ -127,8 +124,8 @@ func (t *throttle) chunk(gain int64, took time.Duration) {
 	t.rested = 0
 }
 
-// giveUp asks the checkpointer for a checkpoint if there is little room without the chunks that the
-// checkpoint gives back. With next to no room it waits until the checkpoint is made.
+// giveUp asks the checkpointer for a checkpoint if there is little room without the chunks that the checkpoint gives
+// back. With next to no room it waits until the checkpoint is made.
 func (t *throttle) giveUp(now, owed float64) error {
 	if owed == 0 || now >= giveUpAt {
 		return nil
@@ -151,9 +148,9 @@ func (t *throttle) giveUp(now, owed float64) error {
 	return nil
 }
 
-// room returns for how many chunks data has room now, and how many chunks (owed) the checkpoint under way and
-// the next one give back. lent is how many of the owed chunks the cleaner's room will need; data does not
-// have to leave these free now.
+// room returns for how many chunks data has room now, and how many chunks (owed) the checkpoint under way and the next
+// one give back. lent is how many of the owed chunks the cleaner's room will need; data does not have to leave these
+// free now.
 func (t *throttle) room() (now, owed, lent float64) {
 	s := t.s
 	free, err := s.fs.Free()
@@ -175,8 +172,8 @@ func (t *throttle) room() (now, owed, lent float64) {
 	return chunks(room), chunks(back), chunks(min(back, s.workBeyond()))
 }
 
-// room returns how many more bytes the chunk files can take if the file system has free bytes free. The
-// caller holds mu.
+// room returns how many more bytes the chunk files can take if the file system has free bytes free. The caller holds
+// mu.
 func (s *Store) room(free int64) int64 {
 	room := min(free, free+s.kept()-wal.Spare)
 	if s.wal.Limit > 0 {

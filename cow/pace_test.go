@@ -66,8 +66,8 @@ func TestPacer(t *testing.T) {
 	})
 }
 
-// TestGiveUpAsksOnce: while a checkpoint is under way that removes chunks, and has not been asked for here, no other
-// is asked for.
+// TestGiveUpAsksOnce: while a checkpoint is under way that removes chunks, and has not been asked for here, no other is
+// asked for.
 func TestGiveUpAsksOnce(t *testing.T) {
 	s := &Store{changes: changes{gen: 8}, checkpoints: checkpoints{pendingFree: 1, work: make(chan struct{}, 1)}}
 	th := throttle{s: s}

@@ -252,8 +252,8 @@ func TestPoolGoesWhereTheTableHasNoRoom(t *testing.T) {
 	must(t, w.close())
 }
 
-// Behind the end of the log lies whatever the file was before: even a record with the very next number is not the
-// log's if it was the former life's.
+// Behind the end of the log lies whatever the file was before: even a record with the very next number is not the log's
+// if it was the former life's.
 func TestFormerLifeIsNotReplayed(t *testing.T) {
 	w := newPoolStore(t)
 	w.overwrite(t, 8)

@@ -15,9 +15,9 @@ import (
 // maxPlan bounds how much of a read ReadAt plans at once.
 const maxPlan = 1 << 20
 
-// ReadPlan is one read, in three steps. PlanRead looks up the blocks. The caller then does the reads that
-// Fetches lists, in any way it likes. Finish verifies, decompresses and copies. A plan is for one read at a
-// time, and is reused without allocation.
+// ReadPlan is one read, in three steps. PlanRead looks up the blocks. The caller then does the reads that Fetches
+// lists, in any way it likes. Finish verifies, decompresses and copies. A plan is for one read at a time, and is reused
+// without allocation.
 type ReadPlan struct {
 	d       *Device
 	records []planned
@@ -71,8 +71,8 @@ func (f *Fetch) Read() error {
 	return fmt.Errorf("chunk %s: %w", wal.ChunkName(f.slot), err)
 }
 
-// PlanRead plans the read of len(p) bytes at off into p. The range may have any alignment, and must lie
-// within the device. PlanRead clears holes in p at once. After an error there is nothing to finish.
+// PlanRead plans the read of len(p) bytes at off into p. The range may have any alignment, and must lie within the
+// device. PlanRead clears holes in p at once. After an error there is nothing to finish.
 func (d *Device) PlanRead(pl *ReadPlan, p []byte, off int64) error {
 	if err := d.checkRange(off, int64(len(p))); err != nil {
 		return fmt.Errorf("read %s: %w", d.ref, err)
@@ -81,8 +81,7 @@ func (d *Device) PlanRead(pl *ReadPlan, p []byte, off int64) error {
 	return d.plan(pl, p, off)
 }
 
-// plan is PlanRead without the range check. Where the device ends within a block, the map still has all of
-// that block.
+// plan is PlanRead without the range check. Where the device ends within a block, the map still has all of that block.
 func (d *Device) plan(pl *ReadPlan, p []byte, off int64) error {
 	pl.begin(d)
 	for len(p) > 0 {
@@ -110,8 +109,8 @@ func (pl *ReadPlan) begin(d *Device) {
 	pl.records, pl.pieces, pl.fetches = pl.records[:0], pl.pieces[:0], pl.fetches[:0]
 }
 
-// plan adds the pieces of a range within one leaf. The leaf's shard is locked, so that the chunk of an entry
-// cannot go before plan has taken a reference to it.
+// plan adds the pieces of a range within one leaf. The leaf's shard is locked, so that the chunk of an entry cannot go
+// before plan has taken a reference to it.
 func (pl *ReadPlan) plan(lf *leafcache.Leaf, p []byte, off int64) error {
 	for len(p) > 0 {
 		block, skip := uint64(off/format.BlockSize), int(off%format.BlockSize)
@@ -158,8 +157,8 @@ func (pl *ReadPlan) add(e format.Entry, block uint64, dst []byte, skip int) erro
 	return nil
 }
 
-// resolve finds the chunk that holds the record of entry e, and takes a reference to it. The caller holds the
-// lock of a leaf that has e, so that the slot keeps its meaning.
+// resolve finds the chunk that holds the record of entry e, and takes a reference to it. The caller holds the lock of a
+// leaf that has e, so that the slot keeps its meaning.
 func (s *Store) resolve(e format.Entry) (was content, c *chunk, to format.Entry, err error) {
 	for {
 		c = s.slots.get(e.Slot())
@@ -175,8 +174,8 @@ func (s *Store) resolve(e format.Entry) (was content, c *chunk, to format.Entry,
 	}
 }
 
-// locate gives each record its place in the arena. It copies the records that are still in the log's buffers,
-// and makes fetches for the others, one for records that are neighbours in a chunk.
+// locate gives each record its place in the arena. It copies the records that are still in the log's buffers, and makes
+// fetches for the others, one for records that are neighbours in a chunk.
 func (pl *ReadPlan) locate() error {
 	size := 0
 	for i := range pl.records {
@@ -217,9 +216,9 @@ func (pl *ReadPlan) locate() error {
 // Fetches returns the reads that have to be done before Finish. It is empty if memory had everything.
 func (pl *ReadPlan) Fetches() []Fetch { return pl.fetches }
 
-// Hold gets the file descriptors of all fetches and keeps them until Finish, for a caller that passes them on
-// to be read elsewhere. It returns false, and keeps none, if that many descriptors are not free now. Fetch,
-// by contrast, waits for them one by one.
+// Hold gets the file descriptors of all fetches and keeps them until Finish, for a caller that passes them on to be
+// read elsewhere. It returns false, and keeps none, if that many descriptors are not free now. Fetch, by contrast,
+// waits for them one by one.
 func (pl *ReadPlan) Hold() bool {
 	for i := range pl.fetches {
 		f := &pl.fetches[i]
@@ -241,8 +240,8 @@ func (pl *ReadPlan) drop() {
 	}
 }
 
-// Finish ends a read that PlanRead planned. If err, the error of the fetches, is not nil, Finish returns it.
-// Otherwise it verifies the records and copies their blocks. It must be called once.
+// Finish ends a read that PlanRead planned. If err, the error of the fetches, is not nil, Finish returns it. Otherwise
+// it verifies the records and copies their blocks. It must be called once.
 func (pl *ReadPlan) Finish(err error) error {
 	defer pl.release()
 	if err != nil {
@@ -327,8 +326,8 @@ func (pl *ReadPlan) Fetch() (err error) {
 	return pl.Finish(err)
 }
 
-// try does the fetches whose data is in the page cache. For all others it makes the disk begin to read, all
-// at the same time. It reports whether there were no others.
+// try does the fetches whose data is in the page cache. For all others it makes the disk begin to read, all at the same
+// time. It reports whether there were no others.
 func (pl *ReadPlan) try() (done bool) {
 	missing := pl.fetches[:0]
 	for _, f := range pl.fetches {
@@ -340,8 +339,8 @@ func (pl *ReadPlan) try() (done bool) {
 	return len(missing) == 0
 }
 
-// TryReadAt reads like ReadAt, but only if all of the data is in memory, and only a range within the device.
-// Otherwise it starts reading the data from the disk and returns false; ReadAt then waits for the data.
+// TryReadAt reads like ReadAt, but only if all of the data is in memory, and only a range within the device. Otherwise
+// it starts reading the data from the disk and returns false; ReadAt then waits for the data.
 func (d *Device) TryReadAt(p []byte, off int64) (done bool, err error) {
 	sc := d.s.scratch.Get().(*scratch)
 	defer d.s.scratch.Put(sc)
@@ -356,8 +355,8 @@ func (d *Device) TryReadAt(p []byte, off int64) (done bool, err error) {
 	return true, pl.Finish(nil)
 }
 
-// ReadAt reads len(p) bytes at off, both of any alignment. At the end of the device it returns io.EOF, as
-// io.ReaderAt requires.
+// ReadAt reads len(p) bytes at off, both of any alignment. At the end of the device it returns io.EOF, as io.ReaderAt
+// requires.
 func (d *Device) ReadAt(p []byte, off int64) (n int, err error) {
 	size := d.Size()
 	if off < 0 || off > size {
@@ -379,8 +378,8 @@ func (d *Device) ReadAt(p []byte, off int64) (n int, err error) {
 	return n, eof
 }
 
-// content identifies what a block held: an entry, and the chunk that was in the entry's slot. The chunk is
-// needed because a slot is reused, and so an equal entry may mean other content.
+// content identifies what a block held: an entry, and the chunk that was in the entry's slot. The chunk is needed
+// because a slot is reused, and so an equal entry may mean other content.
 type content struct {
 	e format.Entry
 	c *chunk

@@ -39,9 +39,9 @@ func (e *unwritableError) Unwrap() []error { return []error{ErrReadOnly, e.err} 
 // ReadOnly returns why the store could only be opened for reading, or nil.
 func (s *Store) ReadOnly() error { return s.readOnly }
 
-// lockToRead keeps writing owners away from the store; it waits up to timeout for one that has the lock. Any
-// number of processes may read at the same time. If there is no lock file, it returns nil: none can be made,
-// and no owner has been here, since an owner would have made one.
+// lockToRead keeps writing owners away from the store; it waits up to timeout for one that has the lock. Any number of
+// processes may read at the same time. If there is no lock file, it returns nil: none can be made, and no owner has
+// been here, since an owner would have made one.
 func lockToRead(in *storage.Folder, timeout time.Duration) (*os.File, error) {
 	f, err := in.Open(lockFile, os.O_RDONLY)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -56,8 +56,7 @@ func lockToRead(in *storage.Folder, timeout time.Duration) (*os.File, error) {
 	return f, nil
 }
 
-// flock takes a lock on f, waiting up to timeout. It returns EWOULDBLOCK if another process still has the
-// lock.
+// flock takes a lock on f, waiting up to timeout. It returns EWOULDBLOCK if another process still has the lock.
 func flock(f *os.File, how int, timeout time.Duration) error {
 	for deadline := time.Now().Add(timeout); ; time.Sleep(20 * time.Millisecond) {
 		err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
@@ -70,8 +69,8 @@ func flock(f *os.File, how int, timeout time.Duration) error {
 	}
 }
 
-// lockedBy returns the error about a lock that another process has. Processes that only read do not write
-// down their names.
+// lockedBy returns the error about a lock that another process has. Processes that only read do not write down their
+// names.
 func lockedBy(in *storage.Folder, f *os.File, err error) error {
 	if !errors.Is(err, unix.EWOULDBLOCK) {
 		return fmt.Errorf("lock store: %w", err)
@@ -84,8 +83,8 @@ func lockedBy(in *storage.Folder, f *os.File, err error) error {
 	return &LockedError{Dir: in.Path(), Holder: holderText(text)}
 }
 
-// leftInMemory refuses a store whose last owner was killed, if the acknowledged writes of that owner may
-// still be in memory: only an owner that writes can put them in their place.
+// leftInMemory refuses a store whose last owner was killed, if the acknowledged writes of that owner may still be in
+// memory: only an owner that writes can put them in their place.
 func (s *Store) leftInMemory() error {
 	text, err := s.in.Read(ownerFile)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -122,8 +121,8 @@ func (s *Store) leftInMemory() error {
 	return nil
 }
 
-// readLog is the end of openFiles for a store that cannot be written to. From here on every change is
-// refused, and nothing is started that would make a change.
+// readLog is the end of openFiles for a store that cannot be written to. From here on every change is refused, and
+// nothing is started that would make a change.
 func (s *Store) readLog() error {
 	if err := s.leftInMemory(); err != nil {
 		return err
@@ -139,8 +138,8 @@ func (s *Store) readLog() error {
 	return nil
 }
 
-// onlyLooks makes a store that was opened with Options.Look read-only if going on would remove something from
-// the log for good. It reports whether it did.
+// onlyLooks makes a store that was opened with Options.Look read-only if going on would remove something from the log
+// for good. It reports whether it did.
 func (s *Store) onlyLooks(left []leaving) bool {
 	r := &s.recovery
 	keeps := slices.ContainsFunc(left, func(f leaving) bool { return f.as != "" })

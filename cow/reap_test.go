@@ -9,8 +9,8 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// Deletions of several snapshots of one volume come to their end, one after the other, however many leaves each has
-// to look at.
+// Deletions of several snapshots of one volume come to their end, one after the other, however many leaves each has to
+// look at.
 func TestReaperEndsWithManyLeaves(t *testing.T) {
 	const leaves = 100
 	s, _ := newStore(t, Options{checkpointInterval: -1, reapBatch: 1})

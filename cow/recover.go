@@ -27,10 +27,10 @@ type Recovery struct {
 // Recovery returns what Open replayed and dropped.
 func (s *Store) Recovery() Recovery { return s.recovery }
 
-// loadAndReplay brings memory to the end of the log: it loads the tables of the last checkpoint and replays
-// every record behind it. It returns the chunk files that are behind the end of the log, or were being made
-// or removed at a crash. They are removed or set aside once everything is proved. Nothing on disk is changed,
-// except that records that may not be durable are written once more.
+// loadAndReplay brings memory to the end of the log: it loads the tables of the last checkpoint and replays every
+// record behind it. It returns the chunk files that are behind the end of the log, or were being made or removed at a
+// crash. They are removed or set aside once everything is proved. Nothing on disk is changed, except that records that
+// may not be durable are written once more.
 func (s *Store) loadAndReplay() (left []leaving, err error) {
 	var tb *metadata.Tables
 	err = s.meta.View(func(tx *metadata.Tx) (err error) { tb, err = tx.Load(); return err })
@@ -104,10 +104,9 @@ func (s *Store) loadTables(tb *metadata.Tables) error {
 	return nil
 }
 
-// firstRecords returns, for each chunk of the log, the lowest number of the first record of any later chunk.
-// When a later chunk was made, its owner's log ended before that record. So a record with that number or a
-// higher one in the earlier chunk is not part of the log, even if it verifies now and did not verify for that
-// owner.
+// firstRecords returns, for each chunk of the log, the lowest number of the first record of any later chunk. When a
+// later chunk was made, its owner's log ended before that record. So a record with that number or a higher one in the
+// earlier chunk is not part of the log, even if it verifies now and did not verify for that owner.
 func firstRecords(chunks []*chunk) (limits []uint64, err error) {
 	limits = make([]uint64, len(chunks))
 	limit := uint64(math.MaxUint64)
@@ -135,10 +134,9 @@ type chunkReplay struct {
 	lost    bool  // the end found is not the end of a log, or may not be
 }
 
-// replayChunk applies the records of a chunk from offset from. It ends at the first record that does not
-// verify, does not have the next sequence number, or has the number limit. If all records of the chunk are
-// known to have been durable, it applies what the summary says of them and reads only those that the summary
-// does not describe in full.
+// replayChunk applies the records of a chunk from offset from. It ends at the first record that does not verify, does
+// not have the next sequence number, or has the number limit. If all records of the chunk are known to have been
+// durable, it applies what the summary says of them and reads only those that the summary does not describe in full.
 func (s *Store) replayChunk(t *batch, c *chunk, from uint32, limit uint64) (r chunkReplay, err error) {
 	c.End = from
 	f, err := c.Handle()
@@ -198,8 +196,8 @@ func (s *Store) replayChunk(t *batch, c *chunk, from uint32, limit uint64) (r ch
 	return r, err
 }
 
-// replaySummary applies what a summary says of the records from offset from. It reads only events and moved
-// records, whose payloads are not in the summary. why says why the next record is not there.
+// replaySummary applies what a summary says of the records from offset from. It reads only events and moved records,
+// whose payloads are not in the summary. why says why the next record is not there.
 func (s *Store) replaySummary(t *batch, c *chunk, sum *wal.Summary, from uint32, limit uint64) (why, err error) {
 	var r wal.Reader
 	if err := r.Begin(c.Chunk, from, wal.ReplayWindow); err != nil {
@@ -283,8 +281,8 @@ func (s *Store) replayRecords(t *batch, c *chunk, from uint32, limit uint64) (wh
 	return why, r.WriteBack()
 }
 
-// replayRecord applies a record, or holds its change back in the batch. For events and moved records the
-// caller must pass the header and the payload.
+// replayRecord applies a record, or holds its change back in the batch. For events and moved records the caller must
+// pass the header and the payload.
 func (s *Store) replayRecord(t *batch, e *format.SummaryEntry, h *format.RecordHeader, payload []byte, c *chunk, off uint32) error {
 	if e.Kind == format.KindEvent || e.Kind == format.KindMoved {
 		if err := t.apply(); err != nil { // these records need the state that the records before them left

@@ -36,16 +36,14 @@ type batch struct {
 	held     int
 	branches []*branch
 
-	// mu guards what the appliers share: the store's lists of dirty things, and the accounting of moved
-	// blocks.
+	// mu guards what the appliers share: the store's lists of dirty things, and the accounting of moved blocks.
 	mu sync.Mutex
-	// moved says, by slot, whether blocks of the chunk may have been moved elsewhere. Appending does not
-	// change that, so it stays the same within a batch.
+	// moved says, by slot, whether blocks of the chunk may have been moved elsewhere. Appending does not change that,
+	// so it stays the same within a batch.
 	moved []bool
 }
 
-// hold adds a change of n blocks of a leaf, from block first on. If the batch is full, it applies the batch
-// first.
+// hold adds a change of n blocks of a leaf, from block first on. If the batch is full, it applies the batch first.
 func (t *batch) hold(b *branch, index uint32, first, n int, e format.Entry) error {
 	if t.held == t.s.opts.replayBatch || len(t.branches) == 1<<16 {
 		if err := t.apply(); err != nil {
@@ -125,8 +123,7 @@ func (a *applier) apply(part []heldChange) error {
 	return nil
 }
 
-// group sorts the changes so that those of one leaf are together, in their order. It is a counting sort by
-// hash.
+// group sorts the changes so that those of one leaf are together, in their order. It is a counting sort by hash.
 func (a *applier) group(part []heldChange) []heldChange {
 	var next [groupCount]uint32
 	group := func(h *heldChange) uint32 { return leafHash(a.t.branches[h.b], h.index) / batchParts % groupCount }
@@ -169,10 +166,10 @@ func (a *applier) applyLeaf(b *branch, index uint32, changes []heldChange) error
 	return nil
 }
 
-// own returns a leaf that is writable, locked, and its content. A log changes no more leaves than
-// fitted into the cache of the owner that wrote it. If that cache was larger than this one, this one grows,
-// until the checkpoint with which Open then ends. A checkpoint in the middle of the log is impossible: at its
-// replay position, a batch would be half applied.
+// own returns a leaf that is writable, locked, and its content. A log changes no more leaves than fitted into the cache
+// of the owner that wrote it. If that cache was larger than this one, this one grows, until the checkpoint with which
+// Open then ends. A checkpoint in the middle of the log is impossible: at its replay position, a batch would be half
+// applied.
 func (a *applier) own(b *branch, index uint32) (l leafcache.Locked, content *format.Leaf, err error) {
 	s := a.t.s
 	k := b.leaf(index, head)

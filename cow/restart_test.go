@@ -104,8 +104,8 @@ func BenchmarkOpen(b *testing.B) {
 	}
 }
 
-// BenchmarkRestart opens a store whose owner was killed, with a log of random half-compressible 4 KiB writes
-// behind its last checkpoint.
+// BenchmarkRestart opens a store whose owner was killed, with a log of random half-compressible 4 KiB writes behind its
+// last checkpoint.
 func BenchmarkRestart(b *testing.B) {
 	size := *restartVolume << 30
 	dir := bigStore(b, size)

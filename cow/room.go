@@ -12,26 +12,25 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// Room for the table: docs/reclaim.md, The table. What the next commits may take is counted before anything
-// changes that they have to write, and the table's file already has the blocks by then.
+// Room for the table: docs/reclaim.md, The table. What the next commits may take is counted before anything changes
+// that they have to write, and the table's file already has the blocks by then.
 
 const (
-	// leafNeed bounds what a commit takes for one leaf: three pages for its value and for pages that it
-	// splits, one for the list of changes, and one above each of the two.
+	// leafNeed bounds what a commit takes for one leaf: three pages for its value and for pages that it splits, one for
+	// the list of changes, and one above each of the two.
 	leafNeed = 6 << 12
-	// leafGrowth bounds what one leaf adds to a table that is written whole: value and change, in pages half
-	// full.
+	// leafGrowth bounds what one leaf adds to a table that is written whole: value and change, in pages half full.
 	leafGrowth = 8 << 10
-	// rowNeed bounds what a commit takes for rows of volumes, snapshots, branches and chunks, for each
-	// version that the reaper may reap.
+	// rowNeed bounds what a commit takes for rows of volumes, snapshots, branches and chunks, for each version that the
+	// reaper may reap.
 	rowNeed = 8 << 10
 	// growMost is the most that the table's file grows by at once, if no more is needed.
 	growMost = 16 << 20
 )
 
-// tableShort returns how many bytes the table's file lacks for the next commits: for all that is dirty, for n
-// leaves more, and for what is kept from purpose p. Room for a batch of the reaper is kept from all purposes.
-// The file is large enough if the result is not positive. The caller holds mu.
+// tableShort returns how many bytes the table's file lacks for the next commits: for all that is dirty, for n leaves
+// more, and for what is kept from purpose p. Room for a batch of the reaper is kept from all purposes. The file is
+// large enough if the result is not positive. The caller holds mu.
 func (s *Store) tableShort(n int, p wal.Purpose) int64 {
 	free, used := s.meta.Room()
 	rows := len(s.catalog.dirtyVolumes) + len(s.catalog.dirtySnapshots) + len(s.catalog.dirtyBranches)
@@ -45,8 +44,8 @@ func (s *Store) tableShort(n int, p wal.Purpose) int64 {
 	return need - free
 }
 
-// growTable makes the table's file n bytes larger, or somewhat more, if that leaves free what purpose p may
-// not use. Otherwise it returns ErrNoSpace.
+// growTable makes the table's file n bytes larger, or somewhat more, if that leaves free what purpose p may not use.
+// Otherwise it returns ErrNoSpace.
 func (s *Store) growTable(n int64, p wal.Purpose) error {
 	free, err := s.fs.Free()
 	if err != nil {
@@ -77,8 +76,8 @@ func (s *Store) allocateTable(f *os.File, from, to int64) error {
 	return metadata.Allocate(f, from, to)
 }
 
-// purposeOf returns how far an event may use the space that is kept free. An event that makes a name counts
-// as data; all others give room back, or take next to none.
+// purposeOf returns how far an event may use the space that is kept free. An event that makes a name counts as data;
+// all others give room back, or take next to none.
 func purposeOf(ev *format.Event) wal.Purpose {
 	switch ev.Op {
 	case "create", "snapshot", "clone":
@@ -106,15 +105,14 @@ func (s *Store) Room() (int64, error) {
 	return room - s.workRoom(), nil
 }
 
-// kept returns how much of the space that has to stay free the store holds already: the reserve, and the free
-// pages of the table. The pages count up to half of spare.
+// kept returns how much of the space that has to stay free the store holds already: the reserve, and the free pages of
+// the table. The pages count up to half of spare.
 func (s *Store) kept() int64 {
 	free, _ := s.meta.Room()
 	return s.reserve.Bytes() + min(free, wal.Spare/2)
 }
 
-// lowDisk reports whether less is free on the file system than has to stay free. Then nothing is kept for
-// reuse.
+// lowDisk reports whether less is free on the file system than has to stay free. Then nothing is kept for reuse.
 func (s *Store) lowDisk() bool {
 	free, err := s.fs.Free()
 	kept := s.kept()

@@ -38,7 +38,8 @@ func leaveFree(t *testing.T, fs *crashfs.FS, n int64) {
 	must(t, fs.Take(free-n))
 }
 
-// mapLeaves maps all blocks of the first leaves of a device, in an order that makes them as large in the table as can be.
+// mapLeaves maps all blocks of the first leaves of a device, in an order that makes them as large in the table as can
+// be.
 func mapLeaves(t *testing.T, d *Device, leaves int64) {
 	t.Helper()
 	r, p := rand.New(rand.NewPCG(1, 1)), make([]byte, format.BlockSize)

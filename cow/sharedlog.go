@@ -21,8 +21,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The log's buffers can be kept in shared memory, so that acknowledged writes outlive the process:
-// docs/ublk.md, Shared buffers.
+// The log's buffers can be kept in shared memory, so that acknowledged writes outlive the process: docs/ublk.md, Shared
+// buffers.
 
 // ownerFile exists in a store while its owner has shared buffers, and after that owner was killed.
 const ownerFile = "owner"
@@ -30,8 +30,8 @@ const ownerFile = "owner"
 // sharedMemory is the directory of the system's shared memory (shm_overview(7)).
 const sharedMemory = "/dev/shm"
 
-// ownerRecord is the content of ownerFile. It says which file of the shared memory holds the buffers, during
-// which boot, and for which directory. A copy of the store has another inode.
+// ownerRecord is the content of ownerFile. It says which file of the shared memory holds the buffers, during which
+// boot, and for which directory. A copy of the store has another inode.
 type ownerRecord struct {
 	Boot    string `json:"boot"`
 	Dev     uint64 `json:"dev"`
@@ -61,8 +61,7 @@ const (
 type sharedLog struct {
 	buffers *sharedBuffers // nil: the log's buffers are private to this process
 	lost    bool           // see LostAcknowledged
-	// writeThrough: acknowledged writes must be in the chunk files, because the buffers are lost with this
-	// process.
+	// writeThrough: acknowledged writes must be in the chunk files, because the buffers are lost with this process.
 	writeThrough bool
 }
 
@@ -73,8 +72,8 @@ type sharedBuffers struct {
 	mem  []byte
 }
 
-// newSharedBuffers makes the file, and takes its lock. It allocates the space at once: touching memory that
-// the file system has no room for would kill the process.
+// newSharedBuffers makes the file, and takes its lock. It allocates the space at once: touching memory that the file
+// system has no room for would kill the process.
 func newSharedBuffers(in *storage.Folder, dir, name string, uuid [16]byte) (_ *sharedBuffers, err error) {
 	path := filepath.Join(dir, "vdisk-"+name)
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
@@ -104,8 +103,8 @@ func newSharedBuffers(in *storage.Folder, dir, name string, uuid [16]byte) (_ *s
 	return b, nil
 }
 
-// lockBuffers takes the lock that an owner holds on its buffers as long as it lives. The owner of a copy of
-// the store may know the same buffers; the lock tells it that they are in use (errInUse).
+// lockBuffers takes the lock that an owner holds on its buffers as long as it lives. The owner of a copy of the store
+// may know the same buffers; the lock tells it that they are in use (errInUse).
 func lockBuffers(f *os.File) error {
 	err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	if errors.Is(err, unix.EWOULDBLOCK) {
@@ -131,9 +130,8 @@ func encodeSharedHead(p []byte, uuid [16]byte) {
 	binary.NativeEndian.PutUint32(p[40:], crc32.Checksum(p[:40], crc32.MakeTable(crc32.Castagnoli)))
 }
 
-// openSharedBuffers opens the buffers of an owner that was killed. The error matches errInUse if their owner
-// lives, errNotBuffers if the file is not one that an owner of this store left, and fs.ErrNotExist if there
-// is no file.
+// openSharedBuffers opens the buffers of an owner that was killed. The error matches errInUse if their owner lives,
+// errNotBuffers if the file is not one that an owner of this store left, and fs.ErrNotExist if there is no file.
 func openSharedBuffers(dir, name string, uuid [16]byte, trusts func(uid uint32) bool) (_ *sharedBuffers, err error) {
 	path := filepath.Join(dir, "vdisk-"+name)
 	f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
@@ -181,9 +179,9 @@ func (b *sharedBuffers) data(i int) []byte {
 	return b.mem[at : at+wal.BufferSize : at+wal.BufferSize]
 }
 
-// restore finishes the writes of the dead owner: it writes the content of the buffers to its place in the
-// chunk files, and returns the number of bytes. Replay then finds the records there, and rejects a record
-// that was still being copied.
+// restore finishes the writes of the dead owner: it writes the content of the buffers to its place in the chunk files,
+// and returns the number of bytes. Replay then finds the records there, and rejects a record that was still being
+// copied.
 func (b *sharedBuffers) restore(fsys storage.FS, header func(name string, slot uint32) (format.ChunkHeader, error)) (n int64, err error) {
 	for i := range wal.BufferCount {
 		h := b.head(i)
@@ -253,11 +251,10 @@ func (s *Store) newOwnerRecord() (r ownerRecord, err error) {
 	return r, err
 }
 
-// recoverSharedBuffers writes the acknowledged writes that a killed owner left in memory to the chunk files.
-// It must be called before the log is read. If it cannot know whether there is anything to recover, it
-// returns an error and changes nothing. The caller must call forget once the store is known to be sound.
-// forget removes ownerFile, so that the next owner need not look for the buffers, and removes recovered
-// buffers unless they may be another store's.
+// recoverSharedBuffers writes the acknowledged writes that a killed owner left in memory to the chunk files. It must be
+// called before the log is read. If it cannot know whether there is anything to recover, it returns an error and
+// changes nothing. The caller must call forget once the store is known to be sound. forget removes ownerFile, so that
+// the next owner need not look for the buffers, and removes recovered buffers unless they may be another store's.
 func (s *Store) recoverSharedBuffers(uuid [16]byte) (forget func() error, err error) {
 	path := s.in.Join(ownerFile)
 	text, err := s.in.Read(ownerFile)
@@ -304,10 +301,9 @@ func (s *Store) recoverSharedBuffers(uuid [16]byte) (forget func() error, err er
 	return nil, fmt.Errorf("what the last owner had answered and not written: %w", err)
 }
 
-// takeOver writes the buffers of a killed owner to their place in the chunk files. If moved is true, the
-// store's file system may have been mounted anew, or may be a copy. Then the buffers stay, since they may be
-// another store's. The log of a copy takes no harm from them: replay ends at the first record that is
-// missing.
+// takeOver writes the buffers of a killed owner to their place in the chunk files. If moved is true, the store's file
+// system may have been mounted anew, or may be a copy. Then the buffers stay, since they may be another store's. The
+// log of a copy takes no harm from them: replay ends at the first record that is missing.
 func (s *Store) takeOver(b *sharedBuffers, moved bool) (forget func() error, err error) {
 	n, err := b.restore(s.fs, s.wal.Header)
 	if err := errors.Join(err, b.close()); err != nil {
@@ -340,8 +336,8 @@ func devText(dev uint64) string { return fmt.Sprintf("%d:%d", unix.Major(dev), u
 
 func (e *elsewhereError) Is(target error) bool { return target == ErrElsewhere || target == ErrBusy }
 
-// outlive gives the log buffers that outlive the process. If there is no memory for them (any user can fill
-// it), every write goes to its chunk file before it is acknowledged. That is slower, but loses no more.
+// outlive gives the log buffers that outlive the process. If there is no memory for them (any user can fill it), every
+// write goes to its chunk file before it is acknowledged. That is slower, but loses no more.
 func (s *Store) outlive(uuid [16]byte) {
 	r, err := s.newOwnerRecord()
 	if err == nil {
@@ -391,16 +387,15 @@ func (s *Store) removeSharedBuffers() error {
 	return err
 }
 
-// LostAcknowledged reports whether the last owner was killed and its acknowledged but unwritten writes cannot
-// be found. Clients that outlived that owner may then have acknowledgements for writes that are not in this
-// store.
+// LostAcknowledged reports whether the last owner was killed and its acknowledged but unwritten writes cannot be found.
+// Clients that outlived that owner may then have acknowledgements for writes that are not in this store.
 func (s *Store) LostAcknowledged() bool { return s.shared.lost }
 
-// SurvivesKill reports whether acknowledged writes outlive this process if it is killed, so that the next
-// owner of the store can go on where it ended. Acknowledged writes are then in shared memory or, if there is
-// none, in the chunk files.
+// SurvivesKill reports whether acknowledged writes outlive this process if it is killed, so that the next owner of the
+// store can go on where it ended. Acknowledged writes are then in shared memory or, if there is none, in the chunk
+// files.
 func (s *Store) SurvivesKill() bool { return s.shared.buffers != nil || s.shared.writeThrough }
 
-// WritesThrough reports whether every write goes to its chunk file before it is acknowledged, because there
-// is no shared memory.
+// WritesThrough reports whether every write goes to its chunk file before it is acknowledged, because there is no
+// shared memory.
 func (s *Store) WritesThrough() bool { return s.shared.writeThrough }

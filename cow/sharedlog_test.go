@@ -68,7 +68,8 @@ func answered(t *testing.T, o Options) (dir string, content []byte) {
 	return dir, content
 }
 
-// found reports whether the next owner has the block; it closes the store. An owner that has not knows whether it should.
+// found reports whether the next owner has the block; it closes the store. An owner that has not knows whether it
+// should.
 func found(t *testing.T, dir string, o Options, content []byte) bool {
 	t.Helper()
 	s, err := Open(dir, o)

@@ -10,8 +10,8 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// slotTable finds chunks by slot, keeps sums over all chunks, and knows which chunk is best to clean. None of
-// these operations looks at all chunks. Changes happen under Store.mu; get needs no lock.
+// slotTable finds chunks by slot, keeps sums over all chunks, and knows which chunk is best to clean. None of these
+// operations looks at all chunks. Changes happen under Store.mu; get needs no lock.
 type slotTable struct {
 	pages [format.MaxSlots / pageSlots]atomic.Pointer[slotPage] // nil if there never was a chunk in it
 
@@ -23,8 +23,7 @@ type slotTable struct {
 	lives [format.MaxChunkSize/liveStep + 1]int // chunks to clean now or later, by live bytes
 	top   int                                   // no element after it is set
 
-	// removed is the bytes in dead chunks whose files were removed or reused for new ones, since the store
-	// was opened.
+	// removed is the bytes in dead chunks whose files were removed or reused for new ones, since the store was opened.
 	removed int64
 }
 
@@ -184,9 +183,9 @@ func (s *slotTable) closeAll() error {
 	return errors.Join(errs...)
 }
 
-// recount brings the sums up to date with a chunk. It must be called, in the same critical section of
-// Store.mu, after any change of what the sums are made of: the chunk's size, end, live, pinnedDead, sealed,
-// damaged, dead and gone, and the table's cleanable.
+// recount brings the sums up to date with a chunk. It must be called, in the same critical section of Store.mu, after
+// any change of what the sums are made of: the chunk's size, end, live, pinnedDead, sealed, damaged, dead and gone, and
+// the table's cleanable.
 func (s *slotTable) recount(c *chunk) {
 	n := &c.counted
 	now := s.measure(c)
@@ -267,14 +266,13 @@ func (c *chunk) dirt() int {
 	return int((all - min(all, uint64(c.live)+uint64(c.pinnedDead))) * dirtSteps / all)
 }
 
-// dirtiest chooses a chunk to clean by benefit and cost (Rosenblum and Ousterhout, 1992, section 3.5): what
-// cleaning it gives back, times its age, divided by the cost of reading all of it and writing its live data.
-// At least the part waste of the chunk is dead, rounded down to a step, and its sequence number is below
-// limit. now is the sequence number of the next chunk. It chooses no chunk that takes more than room bytes to
-// copy; tooLarge reports that there was no other.
+// dirtiest chooses a chunk to clean by benefit and cost (Rosenblum and Ousterhout, 1992, section 3.5): what cleaning it
+// gives back, times its age, divided by the cost of reading all of it and writing its live data. At least the part
+// waste of the chunk is dead, rounded down to a step, and its sequence number is below limit. now is the sequence
+// number of the next chunk. It chooses no chunk that takes more than room bytes to copy; tooLarge reports that there
+// was no other.
 //
-// Of the chunks that are equally dead, to a step, the oldest is the best. So only one chunk of each step is
-// looked at.
+// Of the chunks that are equally dead, to a step, the oldest is the best. So only one chunk of each step is looked at.
 func (s *slotTable) dirtiest(waste float64, limit, now uint64, room int64) (best *chunk, tooLarge bool) {
 	var most float64
 	consider := func(c *chunk) {

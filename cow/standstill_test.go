@@ -72,7 +72,8 @@ func (w *overwriter) write() error {
 const longest = 30 * time.Second
 
 // TestWritesGoOnWhileSnapshotsAreRemoved: while many snapshots of another volume go, which takes a checkpoint after the
-// other, the cleaner finds room for a writer on a store that is full, though all that it can move is held by a snapshot.
+// other, the cleaner finds room for a writer on a store that is full, though all that it can move is held by a
+// snapshot.
 func TestWritesGoOnWhileSnapshotsAreRemoved(t *testing.T) {
 	s := slowTable(t, 64<<20)
 	g := half(t, s, "g", 16<<20)
@@ -231,8 +232,8 @@ func TestDeadNeighboursComeBack(t *testing.T) {
 	mustEnd(t, s, w.d)
 }
 
-// TestCleanLeavesOutWhatIsDead: if a snapshot holds one block of a unit, only that block is moved, however the
-// volume is compressed.
+// TestCleanLeavesOutWhatIsDead: if a snapshot holds one block of a unit, only that block is moved, however the volume
+// is compressed.
 func TestCleanLeavesOutWhatIsDead(t *testing.T) {
 	for _, codec := range []format.Codec{format.Raw, format.S2, format.Zstd} {
 		t.Run(codec.String(), func(t *testing.T) {

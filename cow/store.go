@@ -71,15 +71,15 @@ type Store struct {
 	recovery Recovery
 }
 
-// OpenOver is Open with the chunk files in files instead of the store's folder. It is for tests of this
-// module whose disk fails.
+// OpenOver is Open with the chunk files in files instead of the store's folder. It is for tests of this module whose
+// disk fails.
 func OpenOver(dir string, files storage.FS, o Options) (*Store, error) {
 	o.fs = files
 	return Open(dir, o)
 }
 
-// Open opens the store in dir and replays what its last checkpoint does not have. The caller owns the store
-// until Close.
+// Open opens the store in dir and replays what its last checkpoint does not have. The caller owns the store until
+// Close.
 func Open(dir string, o Options) (*Store, error) {
 	o.setDefaults()
 	in, err := storage.OpenFolder(dir, o.Foreign)
@@ -148,7 +148,7 @@ func openIn(in *storage.Folder, o Options) (*Store, error) {
 	if s.readOnly != nil {
 		return s, nil
 	}
-	s.wg.Go(s.checkpointer)
+	s.wg.Go(s.checkpointRoutine)
 	if s.opts.checkpointInterval >= 0 {
 		s.wg.Go(s.cleanRoutine)
 		if s.opts.ColdAfter > 0 {
@@ -158,8 +158,8 @@ func openIn(in *storage.Folder, o Options) (*Store, error) {
 	return s, nil
 }
 
-// upgrade raises the version of the store to this program's. It does so before anything is written that an
-// older program would misread.
+// upgrade raises the version of the store to this program's. It does so before anything is written that an older
+// program would misread.
 func (s *Store) upgrade() error {
 	if s.info.Version == format.StoreVersion || s.readOnly != nil {
 		return nil
@@ -172,8 +172,8 @@ func (s *Store) upgrade() error {
 	return s.in.Replace(formatFile, text, true)
 }
 
-// openChunks opens the folder of the chunks, the durable mark and the reserve, and makes sure that there is
-// room for what opening writes.
+// openChunks opens the folder of the chunks, the durable mark and the reserve, and makes sure that there is room for
+// what opening writes.
 func (s *Store) openChunks() (err error) {
 	in := s.fs // folder of the reserve and the durable mark
 	if s.fs == nil {
@@ -201,8 +201,8 @@ func (s *Store) openChunks() (err error) {
 	return nil
 }
 
-// openFiles opens the table, takes over what a killed owner left in memory, replays the log, and makes the
-// store ready to serve. A store that can only be read ends with readLog.
+// openFiles opens the table, takes over what a killed owner left in memory, replays the log, and makes the store ready
+// to serve. A store that can only be read ends with readLog.
 func (s *Store) openFiles() (err error) {
 	uuid := s.wal.UUID()
 	s.meta, err = metadata.Open(s.in.Join(tableFile), metadata.Options{
@@ -219,8 +219,7 @@ func (s *Store) openFiles() (err error) {
 	if err != nil {
 		return err
 	}
-	// Nothing has been changed so far that a store with a missing part, or a part of another store, would
-	// need.
+	// Nothing has been changed so far that a store with a missing part, or a part of another store, would need.
 	left, err := s.loadAndReplay()
 	if err != nil {
 		return unusable(err)
@@ -249,8 +248,8 @@ func (s *Store) openFiles() (err error) {
 	return nil
 }
 
-// sizeChunks makes chunks smaller if there is little room: the cleaner needs a chunk to work with, and frees
-// whole chunks.
+// sizeChunks makes chunks smaller if there is little room: the cleaner needs a chunk to work with, and frees whole
+// chunks.
 func (s *Store) sizeChunks() error {
 	s.wal.Limit, s.wal.ChunkBytes = s.opts.MaxBytes, s.opts.chunkBytes
 	if s.wal.ChunkBytes > 0 && s.wal.ChunkBytes <= format.MaxChunkSize {
@@ -270,10 +269,10 @@ func (s *Store) sizeChunks() error {
 	return nil
 }
 
-// resumeAfterReplay prepares the log for records behind the replayed ones. It removes or sets aside the files
-// behind the end of the log before the next chunk is made; making that chunk makes this durable, too. The
-// checkpoint that a replay calls for can come later, except in two cases: a chunk keeps a summary of records
-// that it does not have, or the cache had to grow beyond its limit.
+// resumeAfterReplay prepares the log for records behind the replayed ones. It removes or sets aside the files behind
+// the end of the log before the next chunk is made; making that chunk makes this durable, too. The checkpoint that a
+// replay calls for can come later, except in two cases: a chunk keeps a summary of records that it does not have, or
+// the cache had to grow beyond its limit.
 func (s *Store) resumeAfterReplay(left []leaving) error {
 	r := &s.recovery
 	if r.Records > 0 || len(left) > 0 || r.DroppedBytes > 0 {
@@ -311,8 +310,8 @@ func (s *Store) release() error {
 	return errors.Join(append(errs, s.cache.Close(), s.in.Close())...)
 }
 
-// Close makes everything durable with a last checkpoint and gives the store up. All devices must be closed
-// first; otherwise Close returns ErrBusy. After a failure of the log it only closes the files.
+// Close makes everything durable with a last checkpoint and gives the store up. All devices must be closed first;
+// otherwise Close returns ErrBusy. After a failure of the log it only closes the files.
 func (s *Store) Close() error {
 	s.mu.Lock()
 	if s.closed {
@@ -350,8 +349,8 @@ func (s *Store) Close() error {
 // closeReaping bounds the time that Close spends on giving space back. The next owner does the rest.
 const closeReaping = 2 * time.Second
 
-// finish writes the last checkpoint, lets the reaper work for up to closeReaping, and gives back what was
-// allocated ahead.
+// finish writes the last checkpoint, lets the reaper work for up to closeReaping, and gives back what was allocated
+// ahead.
 func (s *Store) finish() error {
 	s.mu.Lock()
 	last := s.wal.Retire()
@@ -364,8 +363,8 @@ func (s *Store) finish() error {
 	return s.trim(last)
 }
 
-// trim gives back what was allocated ahead: the rest of the last chunk, the chunk that was made in advance,
-// and the pool.
+// trim gives back what was allocated ahead: the rest of the last chunk, the chunk that was made in advance, and the
+// pool.
 func (s *Store) trim(last *wal.Chunk) error {
 	s.wal.WaitIdle()
 	s.mu.Lock()

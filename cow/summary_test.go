@@ -40,8 +40,8 @@ func longLog(t *testing.T) (dir string, content []byte, chunks []string) {
 	return dir, content, chunks
 }
 
-// replayed opens the store, and returns what it replayed and how many blocks cannot be read; the others
-// must be right. It ends it as SIGKILL does.
+// replayed opens the store, and returns what it replayed and how many blocks cannot be read; the others must be right.
+// It ends it as SIGKILL does.
 func replayed(t *testing.T, dir string, content []byte) (r Recovery, bad int) {
 	t.Helper()
 	s, err := Open(dir, Options{checkpointInterval: -1})

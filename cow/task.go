@@ -2,8 +2,7 @@ package cow
 
 import "context"
 
-// beginTask registers a long task, such as a check, so that Close waits for it. After Close it returns
-// ErrClosed.
+// beginTask registers a long task, such as a check, so that Close waits for it. After Close it returns ErrClosed.
 func (s *Store) beginTask() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()

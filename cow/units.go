@@ -6,14 +6,13 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// unitCache keeps units that were read in part, verified and decompressed, since their other blocks are often
-// read next. The cache is small, because a unit is useful only for a short time: data that is read again and
-// again is in the page cache, and in the caches above the disk.
+// unitCache keeps units that were read in part, verified and decompressed, since their other blocks are often read
+// next. The cache is small, because a unit is useful only for a short time: data that is read again and again is in the
+// page cache, and in the caches above the disk.
 //
-// A unit's key is its place: a chunk's sequence number and an offset. The content of a place never changes,
-// and a sequence number is never reused in the life of a store. So no unit has to be removed: not when a
-// block is overwritten or moved, since the map then names another place, and not when the chunk is removed
-// and its slot is reused.
+// A unit's key is its place: a chunk's sequence number and an offset. The content of a place never changes, and a
+// sequence number is never reused in the life of a store. So no unit has to be removed: not when a block is overwritten
+// or moved, since the map then names another place, and not when the chunk is removed and its slot is reused.
 type unitCache struct{ shards [unitShards]unitShard }
 
 const (
@@ -30,8 +29,8 @@ type unitShard struct {
 	next  int // the oldest unit, which is replaced next
 }
 
-// unitKey is a unit's place, together with whatever else verify compares with the map. So a unit that is
-// found in the cache would pass verify.
+// unitKey is a unit's place, together with whatever else verify compares with the map. So a unit that is found in the
+// cache would pass verify.
 type unitKey struct {
 	chunk uint64       // sequence number; 0: none
 	e     format.Entry // of the unit's first block

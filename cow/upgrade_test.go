@@ -10,8 +10,8 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// A store of an older version opens, and is of the present version from then on: an older program would take its
-// first moved record for the end of the log, and a unit without the zeros at its end for damage.
+// A store of an older version opens, and is of the present version from then on: an older program would take its first
+// moved record for the end of the log, and a unit without the zeros at its end for damage.
 func TestOlderStoreIsUpgraded(t *testing.T) {
 	s, dir := newStore(t, Options{})
 	must(t, s.Close())

@@ -20,9 +20,8 @@ type Usage struct {
 	Used            int64 `json:"used"`              // what deleting it frees; a volume with its snapshots
 }
 
-// Usage returns what volumes and snapshots take: those of refs that exist, or all if there are no refs, each
-// volume before its snapshots. It begins with a checkpoint, and its figures are exact as of then. The store
-// may be in use.
+// Usage returns what volumes and snapshots take: those of refs that exist, or all if there are no refs, each volume
+// before its snapshots. It begins with a checkpoint, and its figures are exact as of then. The store may be in use.
 func (s *Store) Usage(ctx context.Context, refs ...Ref) ([]Usage, error) {
 	return s.usage(ctx, func(scan *audit.UsageScan) (names []audit.Name) {
 		if len(refs) == 0 {
@@ -35,8 +34,8 @@ func (s *Store) Usage(ctx context.Context, refs ...Ref) ([]Usage, error) {
 	})
 }
 
-// VolumeUsage returns what the named volumes and all their snapshots take, as Usage does, each volume before
-// its snapshots. Volumes that do not exist are left out.
+// VolumeUsage returns what the named volumes and all their snapshots take, as Usage does, each volume before its
+// snapshots. Volumes that do not exist are left out.
 func (s *Store) VolumeUsage(ctx context.Context, volumes ...string) ([]Usage, error) {
 	return s.usage(ctx, func(scan *audit.UsageScan) (names []audit.Name) {
 		for _, v := range volumes {

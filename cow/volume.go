@@ -167,8 +167,8 @@ func (s *Store) branchAt(sn *snapshot) format.Branch {
 	return format.Branch{ID: s.catalog.newID(), Epoch: 1, OriginBranch: sn.Branch, OriginEpoch: sn.Epoch}
 }
 
-// Rollback gives a volume the content of one of its snapshots. All its snapshots stay, the newer ones too.
-// The volume must not be open.
+// Rollback gives a volume the content of one of its snapshots. All its snapshots stay, the newer ones too. The volume
+// must not be open.
 func (s *Store) Rollback(to Ref) error {
 	err := s.transact(func() (*format.Event, error) {
 		v, sn, err := s.lookupSnapshot(to)
@@ -224,8 +224,8 @@ func (s *Store) Rename(from, to Ref) error {
 	return wrapIf(err, "rename %s", from)
 }
 
-// Resize changes a volume's size. When a volume shrinks, it loses the data behind the new size (its snapshots
-// keep theirs), so the caller must set shrink to confirm that.
+// Resize changes a volume's size. When a volume shrinks, it loses the data behind the new size (its snapshots keep
+// theirs), so the caller must set shrink to confirm that.
 func (s *Store) Resize(name string, size int64, shrink bool) error {
 	err := s.resize(name, size, shrink)
 	return wrapIf(err, "resize %s", name)
@@ -273,8 +273,8 @@ func (s *Store) resize(name string, size int64, shrink bool) error {
 	return s.cutOff(behind, size, old)
 }
 
-// cutOff zeroes the data behind the new size, so that it does not come back when the volume grows again. Then
-// it makes the volume smaller.
+// cutOff zeroes the data behind the new size, so that it does not come back when the volume grows again. Then it makes
+// the volume smaller.
 func (s *Store) cutOff(d *Device, size, old int64) error {
 	if err := d.WriteZeroes(size, old-size, false); err != nil {
 		return err
@@ -286,9 +286,9 @@ func (s *Store) cutOff(d *Device, size, old int64) error {
 	})
 }
 
-// Remove deletes a snapshot, or a volume; with recursive set, it deletes the volume's snapshots too. Clones
-// live on. Remove returns ErrBusy if the volume or snapshot is open, or if a volume has snapshots and
-// recursive is not set. When it returns, the names are gone; the following checkpoints reclaim the space.
+// Remove deletes a snapshot, or a volume; with recursive set, it deletes the volume's snapshots too. Clones live on.
+// Remove returns ErrBusy if the volume or snapshot is open, or if a volume has snapshots and recursive is not set. When
+// it returns, the names are gone; the following checkpoints reclaim the space.
 func (s *Store) Remove(r Ref, recursive bool) error {
 	err := s.transact(func() (*format.Event, error) {
 		v, sn, err := s.lookup(r)
@@ -323,9 +323,8 @@ func (s *Store) Remove(r Ref, recursive bool) error {
 	return wrapIf(err, "remove %s", r)
 }
 
-// mostNamed bounds the number of snapshots for which an event says that they are deleted with their volume.
-// Replay deletes them in any case. Older versions of vdisk have to be told, but the size of an event is
-// limited.
+// mostNamed bounds the number of snapshots for which an event says that they are deleted with their volume. Replay
+// deletes them in any case. Older versions of vdisk have to be told, but the size of an event is limited.
 const mostNamed = 1000
 
 // someNames returns the names of a volume's snapshots, or the first few and the number of the others.

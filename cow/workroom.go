@@ -8,15 +8,15 @@ import (
 	"github.com/vdisk/vdisk/cow/internal/wal"
 )
 
-// Room for the cleaner to work in: docs/reclaim.md, The cleaner's room. A chunk gives nothing back before all
-// of its live data has been copied. So data leaves room to copy the live data of any one chunk, and the
-// cleaner begins no chunk that it has no room to finish. Otherwise the copies from an unfinished chunk would
-// take that room, and then no chunk could be cleaned, however much is dead.
+// Room for the cleaner to work in: docs/reclaim.md, The cleaner's room. A chunk gives nothing back before all of its
+// live data has been copied. So data leaves room to copy the live data of any one chunk, and the cleaner begins no
+// chunk that it has no room to finish. Otherwise the copies from an unfinished chunk would take that room, and then no
+// chunk could be cleaned, however much is dead.
 //
 // Chunks differ in size: each was made as large as there was room for at the time.
 
-// workShare bounds the room that is left for chunks larger than new ones: an eighth of the capacity.
-// Otherwise an old chunk of 64 MiB would take all of a store whose limit is 64 MiB from data.
+// workShare bounds the room that is left for chunks larger than new ones: an eighth of the capacity. Otherwise an old
+// chunk of 64 MiB would take all of a store whose limit is 64 MiB from data.
 const workShare = 8
 
 // workRoom returns how much room for chunks it takes to clean any chunk that there is. The caller holds mu.
@@ -38,9 +38,8 @@ func (s *Store) workBeyond() int64 {
 	return need - chunk
 }
 
-// workKept returns how much of workRoom data has to leave at this moment. What the cleaner has copied of the
-// chunk that it is cleaning comes back with that chunk, and what is dead comes back with the next checkpoint.
-// The caller holds mu.
+// workKept returns how much of workRoom data has to leave at this moment. What the cleaner has copied of the chunk that
+// it is cleaning comes back with that chunk, and what is dead comes back with the next checkpoint. The caller holds mu.
 func (s *Store) workKept() int64 {
 	back := s.slots.owed + s.checkpoints.pendingFree
 	c := s.cleaner.chunk
@@ -54,12 +53,12 @@ func (s *Store) workKept() int64 {
 	return keep
 }
 
-// workFor returns how many bytes it takes to copy the live data of a chunk. A moved record is a little longer
-// than the original.
+// workFor returns how many bytes it takes to copy the live data of a chunk. A moved record is a little longer than the
+// original.
 func workFor(c *chunk) int64 { return int64(c.live) + int64(c.live)/64 }
 
-// workable returns how many bytes the cleaner can copy, whatever others write meanwhile, if the file system
-// has free bytes free. The caller holds mu.
+// workable returns how many bytes the cleaner can copy, whatever others write meanwhile, if the file system has free
+// bytes free. The caller holds mu.
 func (s *Store) workable(free int64) int64 {
 	l := s.wal
 	room := s.room(free)

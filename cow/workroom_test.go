@@ -14,9 +14,9 @@ import (
 // largeChunk and smallChunk are of a store that was made where there was much room, and is used where there is little.
 const largeChunk, smallChunk = 8 << 20, 2 << 20
 
-// largeChunks makes a store of large chunks with the volumes g, h and k. It writes 16 MiB to what create returns, and as
-// much to k, 64 KiB to each in turn, so that half of each chunk dies with the first. It returns the store, opened again
-// with small chunks and the options.
+// largeChunks makes a store of large chunks with the volumes g, h and k. It writes 16 MiB to what create returns, and
+// as much to k, 64 KiB to each in turn, so that half of each chunk dies with the first. It returns the store, opened
+// again with small chunks and the options.
 func largeChunks(t *testing.T, o Options, create func(s *Store) *Device) *Store {
 	t.Helper()
 	const size, piece = 16 << 20, 64 << 10
@@ -178,7 +178,8 @@ func TestFullStoreHasRoomAfterDeletion(t *testing.T) {
 	}
 }
 
-// TestCleanerChoosesWhatFits: with room for less than the best chunk needs, another is cleaned, and none where none fits.
+// TestCleanerChoosesWhatFits: with room for less than the best chunk needs, another is cleaned, and none where none
+// fits.
 func TestCleanerChoosesWhatFits(t *testing.T) {
 	s := &slotTable{cleanable: 100}
 	for i, c := range []struct{ size, live uint32 }{{64 << 20, 30 << 20}, {64 << 20, 20 << 20}, {4 << 20, 3 << 20}, {4 << 20, 2 << 20}} {
@@ -242,8 +243,8 @@ func TestCleanerWorksInLessThanAChunk(t *testing.T) {
 	mustEnd(t, s, d)
 }
 
-// TestHungryCleanerTakesSmallChunksFirst: while writers wait, a chunk that gives something back soon is cleaned before a
-// larger one that is older. Of the larger one, much is moved in one turn of the checkpoint lock.
+// TestHungryCleanerTakesSmallChunksFirst: while writers wait, a chunk that gives something back soon is cleaned before
+// a larger one that is older. Of the larger one, much is moved in one turn of the checkpoint lock.
 func TestHungryCleanerTakesSmallChunksFirst(t *testing.T) {
 	s := largeChunks(t, Options{checkpointInterval: -1}, func(s *Store) *Device { return mustOpen(t, s, "g") })
 	g, h := mustOpen(t, s, "g"), mustOpen(t, s, "h")

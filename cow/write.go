@@ -32,9 +32,8 @@ type scratch struct {
 
 func newScratch() any { return &scratch{comp: make([]byte, 0, format.MaxCompressed)} }
 
-// WriteAt writes p at off, both of any alignment. When it returns, the write is acknowledged but not durable;
-// Flush makes it durable. A write is split at multiples of 16 KiB, and only each 4 KiB block is written
-// atomically.
+// WriteAt writes p at off, both of any alignment. When it returns, the write is acknowledged but not durable; Flush
+// makes it durable. A write is split at multiples of 16 KiB, and only each 4 KiB block is written atomically.
 func (d *Device) WriteAt(p []byte, off int64) (n int, err error) {
 	if err := d.checkWrite(off, int64(len(p))); err != nil {
 		return 0, fmt.Errorf("write %s: %w", d.ref, err)
@@ -57,8 +56,8 @@ func (d *Device) WriteAt(p []byte, off int64) (n int, err error) {
 	return n, nil
 }
 
-// expect is what must still hold when a record is installed: that the first and the last block, if they were
-// merged, are what they were merged with, and that the volume still has the size that was looked at.
+// expect is what must still hold when a record is installed: that the first and the last block, if they were merged,
+// are what they were merged with, and that the volume still has the size that was looked at.
 type expect struct {
 	first, last       uint64 // none: the block is covered whole
 	wasFirst, wasLast content
@@ -111,8 +110,7 @@ func (d *Device) readEdges(sc *scratch, buf []byte, first uint64, skip, n int) (
 	return ex, err
 }
 
-// unchangedSince reports whether the n blocks of the leaf from block on still are what ex expects. The caller
-// holds mu.
+// unchangedSince reports whether the n blocks of the leaf from block on still are what ex expects. The caller holds mu.
 func (s *Store) unchangedSince(d *Device, ex *expect, lf *leafcache.Leaf, block uint64, n int) bool {
 	if ex == nil {
 		return true
@@ -130,8 +128,8 @@ func (s *Store) unchangedSince(d *Device, ex *expect, lf *leafcache.Leaf, block 
 	return same(ex.first, ex.wasFirst) && same(ex.last, ex.wasLast)
 }
 
-// putBlocks writes whole blocks that lie within one unit. It writes runs of zeros as holes, unless sc.solid
-// is set, and all other blocks as data.
+// putBlocks writes whole blocks that lie within one unit. It writes runs of zeros as holes, unless sc.solid is set, and
+// all other blocks as data.
 func (d *Device) putBlocks(sc *scratch, data []byte, first uint64, ex *expect) error {
 	for len(data) > 0 {
 		zero := format.IsZero(data[:format.BlockSize])
@@ -168,8 +166,8 @@ func (d *Device) putData(sc *scratch, data []byte, first uint64, ex *expect) err
 	return d.s.writeRecord(d, &h, payload, h.Blocks, ex, sc.small)
 }
 
-// putSingles writes blocks that do not compress as one record each, so that reading one costs no more than
-// its own size.
+// putSingles writes blocks that do not compress as one record each, so that reading one costs no more than its own
+// size.
 func (d *Device) putSingles(sc *scratch, data []byte, first uint64, ex *expect) error {
 	h := format.RecordHeader{Block: first, Branch: d.b.ID, Kind: format.KindData, Codec: format.Raw, Blocks: 1, PayloadLen: format.BlockSize}
 	for ; len(data) > 0; data = data[format.BlockSize:] {
@@ -251,8 +249,8 @@ func (s *Store) tryWriteRecord(d *Device, h *format.RecordHeader, payload []byte
 	})
 }
 
-// admit checks that the store and the volume take the write, and reserves room for it in the log. The caller
-// holds mu, which admit may release while it waits.
+// admit checks that the store and the volume take the write, and reserves room for it in the log. The caller holds mu,
+// which admit may release while it waits.
 func (s *Store) admit(d *Device, h *format.RecordHeader, n int, hole bool) error {
 	if err := s.wal.Reserve(h.Size(), purposeIn(h)); err != nil {
 		return err
@@ -263,8 +261,8 @@ func (s *Store) admit(d *Device, h *format.RecordHeader, n int, hole bool) error
 	return nil
 }
 
-// clearEvents makes a checkpoint, to get back the chunks that events and holes took from the reserve. Nothing
-// in these chunks is live.
+// clearEvents makes a checkpoint, to get back the chunks that events and holes took from the reserve. Nothing in these
+// chunks is live.
 func (s *Store) clearEvents() error {
 	s.mu.Lock()
 	gen := s.changes.gen
@@ -280,9 +278,8 @@ func purposeIn(h *format.RecordHeader) wal.Purpose {
 	return wal.ForData
 }
 
-// mayDirty reports whether one more leaf may become dirty in this generation. A part of each generation is
-// reserved for writers that have waited for a checkpoint, so that they need not wait for another. The caller
-// holds mu.
+// mayDirty reports whether one more leaf may become dirty in this generation. A part of each generation is reserved for
+// writers that have waited for a checkpoint, so that they need not wait for another. The caller holds mu.
 func (s *Store) mayDirty(waited bool, p wal.Purpose) bool {
 	limit := s.dirtyLimit
 	if !waited {
@@ -291,8 +288,8 @@ func (s *Store) mayDirty(waited bool, p wal.Purpose) bool {
 	return s.cache.Unwritten() < limit && s.cache.Unwritten()+s.checkpoints.writing < 2*s.dirtyLimit && s.tableShort(1, p) <= 0
 }
 
-// makeRoom makes room for one more dirty leaf. If the table is short of room, it grows the table. Otherwise
-// it waits until a checkpoint has begun to write the leaves that fill the cache, or has failed.
+// makeRoom makes room for one more dirty leaf. If the table is short of room, it grows the table. Otherwise it waits
+// until a checkpoint has begun to write the leaves that fill the cache, or has failed.
 func (s *Store) makeRoom(p wal.Purpose) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -328,8 +325,8 @@ func (s *Store) makeRoom(p wal.Purpose) error {
 	return nil
 }
 
-// checkpointOf returns when a checkpoint of the generation gen, or of a later one, has committed. If no such
-// checkpoint has been made by the time it gets checkpoints.mu, it makes one.
+// checkpointOf returns when a checkpoint of the generation gen, or of a later one, has committed. If no such checkpoint
+// has been made by the time it gets checkpoints.mu, it makes one.
 func (s *Store) checkpointOf(gen uint64) error {
 	s.checkpoints.mu.Lock()
 	defer s.checkpoints.mu.Unlock()
@@ -364,9 +361,9 @@ func (d *Device) Flush() error {
 	return nil
 }
 
-// Discard unmaps the whole 4 KiB blocks in the range, which then read as zeros. Blocks that are only partly
-// in the range do not change. The exception is the device's last block, if the device ends within it: Discard
-// unmaps that block if the range covers the device's part of it.
+// Discard unmaps the whole 4 KiB blocks in the range, which then read as zeros. Blocks that are only partly in the
+// range do not change. The exception is the device's last block, if the device ends within it: Discard unmaps that
+// block if the range covers the device's part of it.
 func (d *Device) Discard(off, length int64) error {
 	if err := d.checkWrite(off, length); err != nil {
 		return fmt.Errorf("discard %s: %w", d.ref, err)
@@ -381,9 +378,9 @@ func (d *Device) Discard(off, length int64) error {
 	return wrapIf(d.punch(first, end), "discard %s", d.ref)
 }
 
-// punchTo is punch up to and including the volume's last block, if the volume ends within that block, so that
-// nothing lies behind it. If the volume's size has changed, something may lie there: the block then stays,
-// and punchTo returns errChanged.
+// punchTo is punch up to and including the volume's last block, if the volume ends within that block, so that nothing
+// lies behind it. If the volume's size has changed, something may lie there: the block then stays, and punchTo returns
+// errChanged.
 func (d *Device) punchTo(first, end uint64, size int64) error {
 	return d.punchIf(first, end, &expect{first: none, last: none, size: size})
 }

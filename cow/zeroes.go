@@ -8,9 +8,9 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// WriteZeroes makes the range read as zeros. The zeros are a hole and take no space, unless noHole is set.
-// Then they take the space of data that does not compress: the cold pass does not compress them, and a later
-// overwrite can use the space that it frees.
+// WriteZeroes makes the range read as zeros. The zeros are a hole and take no space, unless noHole is set. Then they
+// take the space of data that does not compress: the cold pass does not compress them, and a later overwrite can use
+// the space that it frees.
 func (d *Device) WriteZeroes(off, length int64, noHole bool) error {
 	if err := d.checkWrite(off, length); err != nil {
 		return fmt.Errorf("write zeroes %s: %w", d.ref, err)
@@ -56,8 +56,8 @@ func (d *Device) fill(off, length int64) error {
 	return d.s.answer()
 }
 
-// Zero makes the range read as zeros without giving up space: mapped blocks stay mapped, as after WriteZeroes
-// with noHole, and holes stay holes.
+// Zero makes the range read as zeros without giving up space: mapped blocks stay mapped, as after WriteZeroes with
+// noHole, and holes stay holes.
 func (d *Device) Zero(off, length int64) error {
 	type run struct{ off, length int64 }
 	var runs []run
@@ -82,8 +82,8 @@ func (d *Device) Zero(off, length int64) error {
 	return nil
 }
 
-// keepSolid leaves out the units that contain zeros which are not holes. If such a unit were compressed, it
-// would not keep its space.
+// keepSolid leaves out the units that contain zeros which are not holes. If such a unit were compressed, it would not
+// keep its space.
 func (p *coldPass) keepSolid() {
 	p.units = slices.DeleteFunc(p.units, func(u coldUnit) bool {
 		for data := p.data[u.first*format.BlockSize:][:u.n*format.BlockSize]; len(data) > 0; data = data[format.BlockSize:] {

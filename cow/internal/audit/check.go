@@ -12,8 +12,8 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// Kinds of problems. A leak wastes space. Unreadable data could not be looked at, because access was denied,
-// or because the disk or the system failed; it may be sound. Corrupt is everything else.
+// Kinds of problems. A leak wastes space. Unreadable data could not be looked at, because access was denied, or because
+// the disk or the system failed; it may be sound. Corrupt is everything else.
 const (
 	KindLeak       = "leak"
 	KindCorrupt    = "corrupt"
@@ -250,8 +250,8 @@ func where(v metadata.Version) string {
 	return fmt.Sprintf("branch %d leaf %d epoch %d", v.Branch, v.Leaf, v.Epoch)
 }
 
-// version checks one version. Versions come by branch and leaf, the newest first. So the version before is
-// either the next newer one of the same leaf, or the oldest one of another leaf.
+// version checks one version. Versions come by branch and leaf, the newest first. So the version before is either the
+// next newer one of the same leaf, or the oldest one of another leaf.
 func (c *Checker) version(tx *metadata.Tx, v metadata.Version, l *format.Leaf) error {
 	b, ok := c.branches[v.Branch]
 	if !ok || v.Epoch == 0 || v.Epoch > b.Epoch {

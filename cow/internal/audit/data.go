@@ -10,10 +10,10 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// A check keeps nothing in use: no chunk, and no state of the table for long, since the table's file grows
-// while a state is kept. So data is read in slices, each from the table as it is by then. Every record is
-// read that existed at the beginning and still exists. Data that was given up meanwhile does not matter any
-// more. Data that the cleaner or the cold pass moved was verified when it was moved.
+// A check keeps nothing in use: no chunk, and no state of the table for long, since the table's file grows while a
+// state is kept. So data is read in slices, each from the table as it is by then. Every record is read that existed at
+// the beginning and still exists. Data that was given up meanwhile does not matter any more. Data that the cleaner or
+// the cold pass moved was verified when it was moved.
 
 const (
 	// checkSlice is for how long one state of the table is read.
@@ -47,8 +47,8 @@ func (c *Checker) readData() error {
 	return nil
 }
 
-// readSlice reads the records that the versions from version from on refer to, until the slice has lasted
-// long enough. It returns the version to go on with, and whether there is one.
+// readSlice reads the records that the versions from version from on refer to, until the slice has lasted long enough.
+// It returns the version to go on with, and whether there is one.
 func (c *Checker) readSlice(tx *metadata.Tx, from metadata.Version, done *int64) (next metadata.Version, more bool, err error) {
 	start, n := time.Now(), 0
 	rows := map[uint32]format.Chunk{}

@@ -11,9 +11,9 @@
 //   - 6, live bytes: it counts them again, and compares each chunk's sum with its row.
 //
 // It also checks that each version is listed as a change, that entries lie in chunks, that forwards and the rows of
-// moved blocks agree with one another and with the entries, that each chunk file has the header and the length that
-// its row asks for, and the pages of the table. If asked to, it then reads, verifies and decompresses every record
-// that a version owns.
+// moved blocks agree with one another and with the entries, that each chunk file has the header and the length that its
+// row asks for, and the pages of the table. If asked to, it then reads, verifies and decompresses every record that a
+// version owns.
 //
 // What it needs beside the table, its caller hands in as an [Engine]: a checkpoint to begin with, states of the table
 // while it reads data, chunks to read, and the word to stop.

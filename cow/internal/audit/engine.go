@@ -18,8 +18,8 @@ type Engine interface {
 	// Interrupted returns an error if the check has to end.
 	Interrupted() error
 
-	// Hold takes a reference to the chunk that a row of the table describes. It returns nil if the chunk has gone
-	// since that state of the table.
+	// Hold takes a reference to the chunk that a row of the table describes. It returns nil if the chunk has gone since
+	// that state of the table.
 	Hold(row format.Chunk) Chunk
 
 	// ChunkName returns the name of the file of the chunk in a slot.

@@ -9,8 +9,7 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// UsageScan finds what keeps which blocks alive in one state of the table: docs/reclaim.md, How the figures
-// are found.
+// UsageScan finds what keeps which blocks alive in one state of the table: docs/reclaim.md, How the figures are found.
 type UsageScan struct {
 	tx          *metadata.Tx
 	interrupted func() error
@@ -172,8 +171,8 @@ func (s *UsageScan) freed(points ...pointRef) (n int64, err error) {
 	return n, nil
 }
 
-// lost returns, by branch and in order, the references that go when the points lose their names. A branch goes
-// with its last reference, and the point at which it began may go with the branch.
+// lost returns, by branch and in order, the references that go when the points lose their names. A branch goes with its
+// last reference, and the point at which it began may go with the branch.
 func (s *UsageScan) lost(points []pointRef) map[*branchRefs][]int32 {
 	lost := map[*branchRefs][]int32{}
 	left := map[pointRef]reference{}

@@ -7,9 +7,8 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// snapshot finds the figures of one snapshot without a scan of all versions. It looks at the leaves of the
-// snapshot, and at the versions between the references before and after it. done is false if other points would
-// go with it.
+// snapshot finds the figures of one snapshot without a scan of all versions. It looks at the leaves of the snapshot,
+// and at the versions between the references before and after it. done is false if other points would go with it.
 func (s *UsageScan) snapshot(point pointRef) (u Figures, done bool, err error) {
 	lost := s.lost([]pointRef{point})
 	if len(lost) > 1 {
@@ -228,8 +227,8 @@ func (p *pass) enter(leaf uint32) bool {
 	return true
 }
 
-// owners calls fn for each block that the version owns and that references see, with the range of these references
-// and the block's share. first is the first reference that sees the version.
+// owners calls fn for each block that the version owns and that references see, with the range of these references and
+// the block's share. first is the first reference that sees the version.
 func (p *pass) owners(first int32, lf *format.Leaf, fn func(i int, by refRange, share int64)) error {
 	for i, e := range lf.Entries {
 		if !lf.IsChanged(i) {
@@ -249,8 +248,8 @@ func (p *pass) owners(first int32, lf *format.Leaf, fn func(i int, by refRange, 
 	return nil
 }
 
-// only returns how many bytes of the blocks that a point refers to go with it: those of blocks that nothing else
-// sees, except points that go with it.
+// only returns how many bytes of the blocks that a point refers to go with it: those of blocks that nothing else sees,
+// except points that go with it.
 func (s *UsageScan) only(point pointRef) (n int64, err error) {
 	for b, lost := range s.lost([]pointRef{point}) {
 		if b == point.b {
@@ -266,8 +265,8 @@ func (s *UsageScan) only(point pointRef) (n int64, err error) {
 	return n, nil
 }
 
-// seenBy returns the bytes of those blocks that only one reference of an origin sees, and that the point sees,
-// too. Only the point keeps that reference alive.
+// seenBy returns the bytes of those blocks that only one reference of an origin sees, and that the point sees, too.
+// Only the point keeps that reference alive.
 func (s *UsageScan) seenBy(point pointRef, b *branchRefs, only int32) (n int64, err error) {
 	p := pass{s: s, b: b}
 	var now format.Leaf

@@ -29,8 +29,8 @@ func NoSpace(err error) error {
 	return err
 }
 
-// OutOfReach reports whether err is about access to a file. Such an error says nothing of what the file
-// holds, and may not occur again, or not for another user.
+// OutOfReach reports whether err is about access to a file. Such an error says nothing of what the file holds, and may
+// not occur again, or not for another user.
 func OutOfReach(err error) bool {
 	for _, errno := range []syscall.Errno{syscall.EACCES, syscall.EPERM, syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.ESTALE, syscall.EROFS} {
 		if errors.Is(err, errno) {

@@ -4,9 +4,9 @@ import (
 	"unsafe"
 )
 
-// arena is a shard's memory, in segments. Leaves are appended to a segment one after another, and a segment
-// is freed as a whole. The leaves that are still wanted move to another segment first. So leaves of any size
-// lie without gaps, and no memory is bound to one size. The shard's lock guards it.
+// arena is a shard's memory, in segments. Leaves are appended to a segment one after another, and a segment is freed as
+// a whole. The leaves that are still wanted move to another segment first. So leaves of any size lie without gaps, and
+// no memory is bound to one size. The shard's lock guards it.
 //
 // One segment is always free, to take the leaves that move.
 type arena struct {
@@ -48,8 +48,8 @@ func (a *arena) handle(lf *Leaf) handle {
 
 func (a *arena) segment(h handle) *segment { return &a.segs[(h-1)/a.segWords] }
 
-// append takes memory from the current segment, or, when that is full, from a free one, provided that more
-// than keep segments are free. It returns 0 if there is none.
+// append takes memory from the current segment, or, when that is full, from a free one, provided that more than keep
+// segments are free. It returns 0 if there is none.
 func (a *arena) append(words uint32, keep int) handle {
 	s := &a.segs[a.current]
 	if s.used+words > a.segWords {
@@ -99,8 +99,8 @@ func (a *arena) each(i uint32, fn func(handle, *Leaf)) {
 	}
 }
 
-// alloc returns memory for a leaf. It may move any leaf of the shard, and may evict any clean one. It returns
-// 0 if the dirty leaves leave no room.
+// alloc returns memory for a leaf. It may move any leaf of the shard, and may evict any clean one. It returns 0 if the
+// dirty leaves leave no room.
 func (s *shard) alloc(words uint32) handle {
 	for try := range 2*len(s.segs) + 2 {
 		if h := s.append(words, 1); h != 0 {
@@ -115,8 +115,8 @@ func (s *shard) alloc(words uint32) handle {
 	return 0
 }
 
-// compact frees the segment that has the least to move. It returns false if no segment has at least a quarter
-// of its memory to give back.
+// compact frees the segment that has the least to move. It returns false if no segment has at least a quarter of its
+// memory to give back.
 func (s *shard) compact() bool {
 	best, live := s.current, s.segWords/4*3
 	for i := range s.segs {
@@ -131,8 +131,8 @@ func (s *shard) compact() bool {
 	return true
 }
 
-// evict moves the clock hand to the next segment in which enough leaves have not been used since the hand
-// last passed, and frees that segment. It returns false if there is none.
+// evict moves the clock hand to the next segment in which enough leaves have not been used since the hand last passed,
+// and frees that segment. It returns false if there is none.
 func (s *shard) evict() bool {
 	for step := range 2 * len(s.segs) {
 		if s.hand++; s.hand >= uint32(len(s.segs)) {
@@ -154,8 +154,7 @@ func (s *shard) evict() bool {
 	return false
 }
 
-// evictable returns how many words of a segment would be freed by evicting its leaves that are clean and
-// unused.
+// evictable returns how many words of a segment would be freed by evicting its leaves that are clean and unused.
 func (s *shard) evictable(i uint32) uint32 {
 	n := s.segWords - s.segs[i].live
 	s.each(i, func(_ handle, lf *Leaf) {
@@ -166,9 +165,8 @@ func (s *shard) evictable(i uint32) uint32 {
 	return n
 }
 
-// vacate moves the live leaves of a segment elsewhere, and frees the segment. With evict it moves only those
-// that are dirty or were used, and evicts the others. What moves fits into the rest of the current segment
-// and one other.
+// vacate moves the live leaves of a segment elsewhere, and frees the segment. With evict it moves only those that are
+// dirty or were used, and evicts the others. What moves fits into the rest of the current segment and one other.
 func (s *shard) vacate(i uint32, evict bool) {
 	c := &s.segs[i]
 	s.each(i, func(h handle, lf *Leaf) {

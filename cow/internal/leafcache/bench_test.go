@@ -33,8 +33,8 @@ var leafKinds = []struct {
 	blocks int
 }{{"random", 0}, {"sequential4K", 1}, {"sequential16K", 4}, {"sequential64K", 16}}
 
-// BenchmarkMap measures the cache of leaves when it has what is looked for: ns a get and a set, and the memory that
-// it takes a TiB that is mapped.
+// BenchmarkMap measures the cache of leaves when it has what is looked for: ns a get and a set, and the memory that it
+// takes a TiB that is mapped.
 func BenchmarkMap(b *testing.B) {
 	for _, kind := range leafKinds {
 		const leaves = 16 << 10

@@ -18,15 +18,15 @@ const (
 	minShard = 1 << 20
 	// MinBytes is the least memory that a cache gets: New raises smaller values to it.
 	MinBytes = 1 << 20
-	// MaxBytes is the most memory that a cache should get. At first the cache takes only address space, but
-	// its bookkeeping grows with its size and takes memory at once.
+	// MaxBytes is the most memory that a cache should get. At first the cache takes only address space, but its
+	// bookkeeping grows with its size and takes memory at once.
 	MaxBytes = 1 << 40
 
-	// checkpointCopy is the memory that a checkpoint takes for each leaf that it writes: the leaf's encoding
-	// (1.9 KB) and the page of the table that holds it (4 KiB).
+	// checkpointCopy is the memory that a checkpoint takes for each leaf that it writes: the leaf's encoding (1.9 KB)
+	// and the page of the table that holds it (4 KiB).
 	checkpointCopy = 6 << 10
-	// bucketShare is the ratio of a shard's memory to the memory of its buckets: one 4-byte handle for each
-	// 96 bytes. The smallest leaves take 32 bytes.
+	// bucketShare is the ratio of a shard's memory to the memory of its buckets: one 4-byte handle for each 96 bytes.
+	// The smallest leaves take 32 bytes.
 	bucketShare = 96 / 4
 )
 
@@ -55,13 +55,13 @@ type shard struct {
 	words     int      // intended len(mapped); larger while replaying a larger cache's log
 }
 
-// MostDirty returns how many leaves one checkpoint may write, given the bytes of the cache. A quarter of
-// those bytes is kept for the checkpoint's copies.
+// MostDirty returns how many leaves one checkpoint may write, given the bytes of the cache. A quarter of those bytes is
+// kept for the checkpoint's copies.
 func MostDirty(bytes int64) int { return int(max(bytes, MinBytes) / 4 / checkpointCopy) }
 
-// New returns an empty cache. bytes is the memory for it and for what a checkpoint copies of it. load fills in a
-// leaf, merged with everything older, and returns the epoch of the branch's own version, or 0 if the branch has
-// none. It is called without any lock of the cache.
+// New returns an empty cache. bytes is the memory for it and for what a checkpoint copies of it. load fills in a leaf,
+// merged with everything older, and returns the epoch of the branch's own version, or 0 if the branch has none. It is
+// called without any lock of the cache.
 func New(bytes int64, load func(Key, *format.Leaf) (epoch uint32, err error)) (*Cache, error) {
 	bytes = max(bytes, MinBytes) / 4 * 3 // the rest is for checkpoints, see MostDirty
 	n := 1
@@ -101,8 +101,8 @@ func (s *shard) divide() {
 	s.mem = s.mapped[buckets:]
 }
 
-// Grow doubles the memory of a leaf's shard, beyond the cache's limit. The next checkpoint after which the
-// shard has nothing dirty gives it back.
+// Grow doubles the memory of a leaf's shard, beyond the cache's limit. The next checkpoint after which the shard has
+// nothing dirty gives it back.
 func (c *Cache) Grow(k Key) error {
 	s := c.shard(k.Branch.ID, k.Index)
 	s.mu.Lock()
@@ -138,8 +138,7 @@ func (c *Cache) Grown() bool {
 	return false
 }
 
-// shrink gives back the extra memory of the shards that have grown and have nothing dirty. Their leaves are
-// forgotten.
+// shrink gives back the extra memory of the shards that have grown and have nothing dirty. Their leaves are forgotten.
 func (c *Cache) shrink() {
 	for i := range c.shards {
 		s := &c.shards[i]
@@ -160,9 +159,9 @@ func (s *shard) hasDirty() bool {
 	return slices.ContainsFunc(s.segs, func(g segment) bool { return g.dirty > 0 })
 }
 
-// Restrict makes each shard forget its leaves. It leaves the shard memory for so many open leaves, one of them
-// for a leaf that moves, or, with 0, all of its memory. A shard that has something dirty stays as it is. Tests
-// use it: leaves are then evicted and loaded again all the time, and writers wait for checkpoints.
+// Restrict makes each shard forget its leaves. It leaves the shard memory for so many open leaves, one of them for a
+// leaf that moves, or, with 0, all of its memory. A shard that has something dirty stays as it is. Tests use it: leaves
+// are then evicted and loaded again all the time, and writers wait for checkpoints.
 func (c *Cache) Restrict(leaves int) {
 	for i := range c.shards {
 		s := &c.shards[i]
@@ -179,8 +178,8 @@ func (c *Cache) Restrict(leaves int) {
 	}
 }
 
-// Used returns how many bytes the leaves in memory take. That includes their part of the buckets, and of the
-// segment that is kept free, which is 1 of 48.
+// Used returns how many bytes the leaves in memory take. That includes their part of the buckets, and of the segment
+// that is kept free, which is 1 of 48.
 func (c *Cache) Used() int64 {
 	words := uint64(0)
 	for i := range c.shards {
@@ -209,8 +208,8 @@ func (c *Cache) Close() error {
 	return errors.Join(errs...)
 }
 
-// hash returns the hash of a leaf's branch and index. So all leaves and pre-images with the same branch and
-// index are in one bucket.
+// hash returns the hash of a leaf's branch and index. So all leaves and pre-images with the same branch and index are
+// in one bucket.
 func hash(branch, index uint32) uint64 {
 	return (uint64(branch)<<32 | uint64(index)) * 0x9e3779b97f4a7c15
 }
@@ -219,8 +218,8 @@ func (c *Cache) shard(branch, index uint32) *shard {
 	return &c.shards[hash(branch, index)>>c.shift] // a shift by 64 gives 0
 }
 
-// bucket returns the first handle of the bucket of (branch, index). It uses bits of the hash that did not
-// choose the shard.
+// bucket returns the first handle of the bucket of (branch, index). It uses bits of the hash that did not choose the
+// shard.
 func (s *shard) bucket(branch, index uint32) *handle {
 	return &s.buckets[(hash(branch, index)>>16&(1<<32-1))*uint64(len(s.buckets))>>32]
 }
@@ -268,8 +267,8 @@ func (s *shard) remove(h handle) {
 	s.drop(h)
 }
 
-// setGen sets the generation of the checkpoint that has to write a leaf; 0 makes the leaf clean. gen may be
-// other than 0 only for an open leaf.
+// setGen sets the generation of the checkpoint that has to write a leaf; 0 makes the leaf clean. gen may be other than
+// 0 only for an open leaf.
 func (s *shard) setGen(h handle, gen uint64) {
 	o := s.at(h).open()
 	switch {
@@ -284,8 +283,8 @@ func (s *shard) setGen(h handle, gen uint64) {
 	}
 }
 
-// open makes a leaf that is in memory an open one, which can be changed. It returns nil if there is no room.
-// Other leaves of the shard may move.
+// open makes a leaf that is in memory an open one, which can be changed. It returns nil if there is no room. Other
+// leaves of the shard may move.
 func (s *shard) open(k Key) *openLeaf {
 	lf, _ := s.find(k)
 	if o := lf.open(); o != nil {

@@ -129,8 +129,8 @@ func (m *cacheModel) checkpoint() {
 	}
 }
 
-// TestCacheAgainstModel changes, writes and reads leaves in a cache of a few segments, while checkpoints begin,
-// end and fail, and epochs end. The cache must never grow, never lose a dirty leaf, and never hold a wrong one.
+// TestCacheAgainstModel changes, writes and reads leaves in a cache of a few segments, while checkpoints begin, end and
+// fail, and epochs end. The cache must never grow, never lose a dirty leaf, and never hold a wrong one.
 func TestCacheAgainstModel(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		m := &cacheModel{

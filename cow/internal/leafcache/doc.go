@@ -8,8 +8,8 @@
 // leaf of a point does not; [Key] names either.
 //
 //   - A clean leaf is the same in the table. It is packed, and may be evicted at any time.
-//   - A dirty leaf is to be written by the next checkpoint. It is open, which means that it can be changed in place, and
-//     it is never evicted.
+//   - A dirty leaf is to be written by the next checkpoint. It is open, which means that it can be changed in place,
+//     and it is never evicted.
 //   - A pre-image is an older state of a dirty leaf that a checkpoint still has to write: see preimage.go.
 //
 // The dirty leaves and pre-images since the last checkpoint began are a [Generation]. The way of a change:
@@ -27,8 +27,8 @@
 //
 //   - a function that loads a leaf. [Cache.Newest] tells this function what memory has; it looks in memory before it
 //     looks in the table, because a version leaves memory only after the table has it.
-//   - of each branch a [Branch], which the catalog's branch holds: what never changes, and a count of the cache's own. A
-//     branch's present epoch does change, under the store's lock, so that the caller, who has that lock, hands it in.
+//   - of each branch a [Branch], which the catalog's branch holds: what never changes, and a count of the cache's own.
+//     A branch's present epoch does change, under the store's lock, so that the caller, who has that lock, hands it in.
 //
 // The cache does not account for the entries. Whoever changes the content of a leaf says what has died.
 //

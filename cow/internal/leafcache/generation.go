@@ -5,9 +5,9 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-// Generation is what one checkpoint has to write of the cache: the leaves and pre-images that became dirty
-// before it began, and those that an aborted checkpoint left. Only one generation is written at a time. It ends
-// with Finish or Abort.
+// Generation is what one checkpoint has to write of the cache: the leaves and pre-images that became dirty before it
+// began, and those that an aborted checkpoint left. Only one generation is written at a time. It ends with Finish or
+// Abort.
 type Generation struct {
 	c      *Cache
 	gen    uint64
@@ -15,8 +15,8 @@ type Generation struct {
 	count  int
 }
 
-// Begin ends the present generation, and returns it to be written. What becomes dirty from here on belongs to
-// the next one. The caller holds the store's lock.
+// Begin ends the present generation, and returns it to be written. What becomes dirty from here on belongs to the next
+// one. The caller holds the store's lock.
 func (c *Cache) Begin() Generation {
 	g := Generation{c: c, gen: c.gen, leaves: c.dirty, count: c.unwritten}
 	c.gen++
@@ -24,16 +24,15 @@ func (c *Cache) Begin() Generation {
 	return g
 }
 
-// Unwritten returns how many leaves and pre-images the present generation has. The caller holds the store's
-// lock.
+// Unwritten returns how many leaves and pre-images the present generation has. The caller holds the store's lock.
 func (c *Cache) Unwritten() int { return c.unwritten }
 
 // Len returns how many leaves and pre-images the generation has.
 func (g *Generation) Len() int { return g.count }
 
-// Each calls fn for the versions to write, each with its shard locked. fn must not call the cache. If a writer
-// has changed a leaf since the generation began, it left a pre-image of it, which is written instead. After an
-// aborted checkpoint there may be several states of one version. The one with the highest gen is the latest.
+// Each calls fn for the versions to write, each with its shard locked. fn must not call the cache. If a writer has
+// changed a leaf since the generation began, it left a pre-image of it, which is written instead. After an aborted
+// checkpoint there may be several states of one version. The one with the highest gen is the latest.
 func (g *Generation) Each(fn func(v metadata.Version, gen uint64, l *format.Leaf)) {
 	write := func(o *openLeaf) {
 		fn(metadata.Version{Branch: o.branch, Leaf: o.index, Epoch: o.epoch}, o.gen, &o.content)
@@ -59,9 +58,9 @@ func (g *Generation) Each(fn func(v metadata.Version, gen uint64, l *format.Leaf
 	}
 }
 
-// Finish is called when the table has the generation. It removes pre-images before it makes leaves clean, and
-// so evictable: a reader that misses the pre-image finds the leaf. It gives back the memory that a replay took
-// beyond the cache's limit.
+// Finish is called when the table has the generation. It removes pre-images before it makes leaves clean, and so
+// evictable: a reader that misses the pre-image finds the leaf. It gives back the memory that a replay took beyond the
+// cache's limit.
 func (g *Generation) Finish() {
 	for i := range g.c.shards {
 		g.c.shards[i].dropWritten(g.gen)
@@ -79,8 +78,7 @@ func (g *Generation) Finish() {
 	g.c.shrink()
 }
 
-// Abort makes a generation that could not be written part of the present one. The caller holds the store's
-// lock.
+// Abort makes a generation that could not be written part of the present one. The caller holds the store's lock.
 func (g *Generation) Abort() {
 	for _, k := range g.leaves {
 		l := g.c.Lock(k)

@@ -25,9 +25,9 @@ type Key struct {
 	AsOf   uint32 // the point's epoch, or Head
 }
 
-// Leaf is a merged leaf in memory: this header, followed by the other fields of an openLeaf or by a
-// format.Packed. It lies in a shard's arena, and only the shard's lock keeps it from moving. Its content
-// changes under the store's lock and the shard's lock together.
+// Leaf is a merged leaf in memory: this header, followed by the other fields of an openLeaf or by a format.Packed. It
+// lies in a shard's arena, and only the shard's lock keeps it from moving. Its content changes under the store's lock
+// and the shard's lock together.
 type Leaf struct {
 	next   uint32 // the next leaf of the bucket
 	branch uint32
@@ -65,8 +65,7 @@ func (lf *Leaf) is(bit uint32) bool { return lf.state.Load()&bit != 0 }
 
 func (lf *Leaf) words() uint32 { return lf.state.Load() & stateWords }
 
-// touch marks the leaf used. Readers share the cache line of state, so touch writes to it only if the bit
-// changes.
+// touch marks the leaf used. Readers share the cache line of state, so touch writes to it only if the bit changes.
 func (lf *Leaf) touch() {
 	if !lf.is(stateUsed) {
 		lf.state.Or(stateUsed)

@@ -8,8 +8,8 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// loading is one load of a leaf. Others that want the leaf wait for it. A second loader could put back a leaf
-// that was changed, written and evicted since that loader read it.
+// loading is one load of a leaf. Others that want the leaf wait for it. A second loader could put back a leaf that was
+// changed, written and evicted since that loader read it.
 type loading struct {
 	done chan struct{}
 	err  error
@@ -21,8 +21,8 @@ type loaded struct {
 	packed [headerWords + format.MaxPacked]uint64
 }
 
-// Ensure loads a leaf into the cache if it is not there. The leaf may be evicted again at once, so callers
-// look it up under a lock, and call Ensure again if it is gone.
+// Ensure loads a leaf into the cache if it is not there. The leaf may be evicted again at once, so callers look it up
+// under a lock, and call Ensure again if it is gone.
 func (c *Cache) Ensure(k Key) error {
 	for {
 		s := c.shard(k.Branch.ID, k.Index)
@@ -38,8 +38,8 @@ func (c *Cache) Ensure(k Key) error {
 	}
 }
 
-// View runs fn on a leaf, either under the shard's read lock or before any other goroutine can see the leaf. fn
-// must not call the cache, nor keep the leaf.
+// View runs fn on a leaf, either under the shard's read lock or before any other goroutine can see the leaf. fn must
+// not call the cache, nor keep the leaf.
 func (c *Cache) View(k Key, fn func(*Leaf)) error {
 	s := c.shard(k.Branch.ID, k.Index)
 	for {
@@ -60,9 +60,9 @@ func (c *Cache) View(k Key, fn func(*Leaf)) error {
 	}
 }
 
-// fetch loads a leaf that was not in the cache, runs fn on it, and then adds it to the cache. If another
-// goroutine is already loading the leaf, fetch waits for it instead, does not run fn, and returns false for
-// mine. If the cache has no room for the leaf, it returns ErrFull, after fn has run.
+// fetch loads a leaf that was not in the cache, runs fn on it, and then adds it to the cache. If another goroutine is
+// already loading the leaf, fetch waits for it instead, does not run fn, and returns false for mine. If the cache has
+// no room for the leaf, it returns ErrFull, after fn has run.
 func (c *Cache) fetch(k Key, fn func(*Leaf)) (mine bool, err error) {
 	s := c.shard(k.Branch.ID, k.Index)
 	s.mu.Lock()
@@ -106,8 +106,8 @@ func (c *Cache) fetch(k Key, fn func(*Leaf)) (mine bool, err error) {
 	return true, err
 }
 
-// insert adds a loaded leaf to the cache, packed if that is smaller. It returns false if there is no room.
-// The shard is locked.
+// insert adds a loaded leaf to the cache, packed if that is smaller. It returns false if there is no room. The shard is
+// locked.
 func (s *shard) insert(ld *loaded, packed []uint64) bool {
 	if s.buckets == nil {
 		return false

@@ -2,15 +2,15 @@ package leafcache
 
 import "github.com/vdisk/vdisk/format"
 
-// Locked is a leaf with all that the cache has of it: the leaf itself and its pre-images. Its shard is locked,
-// so nobody else sees or changes any of it until Unlock. Until then the caller must not call a method of the Cache,
-// but for Unwritten, which needs no shard.
+// Locked is a leaf with all that the cache has of it: the leaf itself and its pre-images. Its shard is locked, so
+// nobody else sees or changes any of it until Unlock. Until then the caller must not call a method of the Cache, but
+// for Unwritten, which needs no shard.
 //
-// What a method returns is memory of the shard. It may have moved after the next call of MakeWritable, Reopen
-// or AddPreimage, even if that returned an error.
+// What a method returns is memory of the shard. It may have moved after the next call of MakeWritable, Reopen or
+// AddPreimage, even if that returned an error.
 //
-// A Locked has four words, so that Lock returns it in registers. With a word more, the compiler would copy it
-// through memory, and a change of a leaf that is in memory would take half as long again (BenchmarkMap).
+// A Locked has four words, so that Lock returns it in registers. With a word more, the compiler would copy it through
+// memory, and a change of a leaf that is in memory would take half as long again (BenchmarkMap).
 type Locked struct {
 	s  *shard
 	k  Key
@@ -28,8 +28,8 @@ func (c *Cache) Lock(k Key) Locked {
 	return Locked{s, k, lf}
 }
 
-// LockLoaded locks a leaf, and sees to it that the leaf is in memory: it loads it if need be. After an error nothing
-// is locked.
+// LockLoaded locks a leaf, and sees to it that the leaf is in memory: it loads it if need be. After an error nothing is
+// locked.
 func (c *Cache) LockLoaded(k Key) (Locked, error) {
 	for {
 		if err := c.Ensure(k); err != nil {
@@ -54,10 +54,10 @@ func (l *Locked) IsWritable(epoch uint32) bool {
 	return l.lf.dirtyGen() == l.s.c.gen && l.lf.epoch == epoch
 }
 
-// MakeWritable makes a head leaf that is in memory ready to be changed in epoch, the branch's present one, and
-// in the present generation, and returns its content. If the leaf's state in an earlier epoch or generation is
-// still to be written, a pre-image stays behind. If there is no room, MakeWritable fails with ErrFull, and
-// nothing has changed. The caller holds the store's lock.
+// MakeWritable makes a head leaf that is in memory ready to be changed in epoch, the branch's present one, and in the
+// present generation, and returns its content. If the leaf's state in an earlier epoch or generation is still to be
+// written, a pre-image stays behind. If there is no room, MakeWritable fails with ErrFull, and nothing has changed. The
+// caller holds the store's lock.
 func (l *Locked) MakeWritable(epoch uint32) (*format.Leaf, error) {
 	o := l.lf.open()
 	switch {
@@ -85,10 +85,9 @@ func (l *Locked) MakeWritable(epoch uint32) (*format.Leaf, error) {
 	return &o.content, nil
 }
 
-// Reopen makes a head leaf that is in memory one that the present generation writes, as its branch's version
-// of epoch, and returns its content. Unlike MakeWritable, it leaves no pre-image, and keeps the changed bits.
-// If there is no room, it fails with ErrFull. The caller holds the store's lock, and no generation is being
-// written.
+// Reopen makes a head leaf that is in memory one that the present generation writes, as its branch's version of epoch,
+// and returns its content. Unlike MakeWritable, it leaves no pre-image, and keeps the changed bits. If there is no
+// room, it fails with ErrFull. The caller holds the store's lock, and no generation is being written.
 func (l *Locked) Reopen(epoch uint32) (*format.Leaf, error) {
 	o := l.open()
 	if o == nil {
@@ -116,9 +115,8 @@ func (l *Locked) markDirty() {
 	}
 }
 
-// Preimage returns the newest version of the leaf with an epoch in [from, to] that is in memory as a
-// pre-image, or nil if there is none. The caller may change it, if it holds the store's lock and no generation
-// is being written.
+// Preimage returns the newest version of the leaf with an epoch in [from, to] that is in memory as a pre-image, or nil
+// if there is none. The caller may change it, if it holds the store's lock and no generation is being written.
 func (l *Locked) Preimage(from, to uint32) *format.Leaf {
 	if o := l.s.preimage(l.k.Branch.ID, l.k.Index, from, to); o != nil {
 		return &o.content
@@ -126,9 +124,9 @@ func (l *Locked) Preimage(from, to uint32) *format.Leaf {
 	return nil
 }
 
-// AddPreimage makes the present generation write content as the leaf's version of epoch. It returns the
-// content in the cache, which the caller may change like that of Preimage. If there is no room, it fails with
-// ErrFull. The caller holds the store's lock.
+// AddPreimage makes the present generation write content as the leaf's version of epoch. It returns the content in the
+// cache, which the caller may change like that of Preimage. If there is no room, it fails with ErrFull. The caller
+// holds the store's lock.
 func (l *Locked) AddPreimage(epoch uint32, content *format.Leaf) (*format.Leaf, error) {
 	o := l.s.addPreimage(l.k, epoch, l.s.c.gen, content)
 	l.lf, _ = l.s.find(l.k)

@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// allocate returns zeroed memory outside Go's heap. The garbage collector neither scans it nor counts it when
-// it sizes the heap. The kernel provides each page at its first use.
+// allocate returns zeroed memory outside Go's heap. The garbage collector neither scans it nor counts it when it sizes
+// the heap. The kernel provides each page at its first use.
 func allocate(words int) ([]uint64, error) {
 	b, err := unix.Mmap(-1, 0, 8*words, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
 	if err != nil {

@@ -7,11 +7,11 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// A pre-image is a version of a leaf that is on its way to the table and is not the head's present state. It
-// is either a copy of a dirty leaf, as it was before a writer went on in a new epoch or generation, or a
-// version that the reaper read from the table to change it. It is an openLeaf with statePreimage, in the shard
-// of its head's leaf. Its asOf and epoch are the version's epoch, and a checkpoint of generation gen or later
-// writes it. Until that checkpoint has committed, others find the version in the pre-image.
+// A pre-image is a version of a leaf that is on its way to the table and is not the head's present state. It is either
+// a copy of a dirty leaf, as it was before a writer went on in a new epoch or generation, or a version that the reaper
+// read from the table to change it. It is an openLeaf with statePreimage, in the shard of its head's leaf. Its asOf and
+// epoch are the version's epoch, and a checkpoint of generation gen or later writes it. Until that checkpoint has
+// committed, others find the version in the pre-image.
 
 // leafPlace identifies a leaf by its branch and its index.
 type leafPlace struct {
@@ -19,8 +19,8 @@ type leafPlace struct {
 	index  uint32
 }
 
-// pushPreimage leaves a copy of a dirty head leaf behind as a pre-image. It returns false if there is no room.
-// Leaves of the shard may move.
+// pushPreimage leaves a copy of a dirty head leaf behind as a pre-image. It returns false if there is no room. Leaves
+// of the shard may move.
 func (s *shard) pushPreimage(k Key) bool {
 	to := s.alloc(uint32(openWords))
 	if to == 0 {
@@ -32,8 +32,8 @@ func (s *shard) pushPreimage(k Key) bool {
 	return true
 }
 
-// addPreimage makes a pre-image of a version of k's leaf. It returns nil if there is no room. Leaves of the
-// shard may move.
+// addPreimage makes a pre-image of a version of k's leaf. It returns nil if there is no room. Leaves of the shard may
+// move.
 func (s *shard) addPreimage(k Key, epoch uint32, gen uint64, l *format.Leaf) *openLeaf {
 	to := s.alloc(uint32(openWords))
 	if to == 0 {
@@ -59,8 +59,8 @@ func (s *shard) notePreimage(b *Branch, lf *Leaf) {
 	b.unwritten.Add(1)
 }
 
-// eachPreimage calls fn, which may remove the pre-image, for each pre-image. It walks the places in
-// s.preimaged instead of all dirty leaves, since few of those are pre-images.
+// eachPreimage calls fn, which may remove the pre-image, for each pre-image. It walks the places in s.preimaged instead
+// of all dirty leaves, since few of those are pre-images.
 func (s *shard) eachPreimage(fn func(*Branch, handle, *openLeaf)) {
 	if s.buckets == nil {
 		return
@@ -83,8 +83,8 @@ func (s *shard) eachPreimage(fn func(*Branch, handle, *openLeaf)) {
 	})
 }
 
-// preimage returns the pre-image of a leaf with the highest epoch in [from, to], and among those with that
-// epoch the latest one. It returns nil if there is none.
+// preimage returns the pre-image of a leaf with the highest epoch in [from, to], and among those with that epoch the
+// latest one. It returns nil if there is none.
 func (s *shard) preimage(branch, index, from, to uint32) (best *openLeaf) {
 	if s.buckets == nil {
 		return nil

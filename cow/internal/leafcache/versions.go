@@ -6,10 +6,9 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// Newest copies the newest version at or before k that is in memory, and maybe not in the table, to l: one of
-// k's branch, or else one of its origins. It returns the branch that has the version, and the version's epoch,
-// or nil if there is none. If k names the leaf of a head, that leaf itself does not count: the caller is about to
-// load it.
+// Newest copies the newest version at or before k that is in memory, and maybe not in the table, to l: one of k's
+// branch, or else one of its origins. It returns the branch that has the version, and the version's epoch, or nil if
+// there is none. If k names the leaf of a head, that leaf itself does not count: the caller is about to load it.
 func (c *Cache) Newest(k Key, l *format.Leaf) (of *Branch, epoch uint32) {
 	asOf := k.AsOf
 	for b := k.Branch; b != nil; b, asOf = b.Origin, b.OriginEpoch {
@@ -23,8 +22,8 @@ func (c *Cache) Newest(k Key, l *format.Leaf) (of *Branch, epoch uint32) {
 	return nil, 0
 }
 
-// Version copies the newest version of a branch's leaf with an epoch in [from, to] that is in memory to l. It
-// returns the version's epoch, or 0 if there is none. The head's leaf counts only if withHead is set.
+// Version copies the newest version of a branch's leaf with an epoch in [from, to] that is in memory to l. It returns
+// the version's epoch, or 0 if there is none. The head's leaf counts only if withHead is set.
 func (c *Cache) Version(b *Branch, index, from, to uint32, withHead bool, l *format.Leaf) uint32 {
 	s := c.shard(b.ID, index)
 	s.mu.RLock()
@@ -42,8 +41,8 @@ func (c *Cache) Version(b *Branch, index, from, to uint32, withHead bool, l *for
 	return 0
 }
 
-// DropVersion removes a version of a branch from memory, so that no checkpoint writes it. The caller holds the
-// store's lock, and no generation is being written.
+// DropVersion removes a version of a branch from memory, so that no checkpoint writes it. The caller holds the store's
+// lock, and no generation is being written.
 func (c *Cache) DropVersion(b *Branch, index, epoch uint32) {
 	s := c.shard(b.ID, index)
 	s.mu.Lock()
@@ -54,9 +53,8 @@ func (c *Cache) DropVersion(b *Branch, index, epoch uint32) {
 	}
 }
 
-// Forget drops the cached leaves of a branch: those of its head, and with points also those of its points. A
-// dirty leaf of the head is a version that a point needs, so it becomes a pre-image. The caller holds the
-// store's lock.
+// Forget drops the cached leaves of a branch: those of its head, and with points also those of its points. A dirty leaf
+// of the head is a version that a point needs, so it becomes a pre-image. The caller holds the store's lock.
 func (c *Cache) Forget(b *Branch, points bool) {
 	for i := range c.shards {
 		s := &c.shards[i]
@@ -78,8 +76,8 @@ func (c *Cache) Forget(b *Branch, points bool) {
 	}
 }
 
-// InMemory returns, in order, the indexes in [from, to) of the leaves that are in memory, and maybe not in the
-// table, for b and its origins.
+// InMemory returns, in order, the indexes in [from, to) of the leaves that are in memory, and maybe not in the table,
+// for b and its origins.
 func (c *Cache) InMemory(b *Branch, from, to uint32) (out []uint32) {
 	var chain []*Branch
 	for ; b != nil; b = b.Origin {

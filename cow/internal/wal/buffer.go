@@ -17,8 +17,8 @@ const (
 	MaxEvent = BufferSize / 2
 )
 
-// buffer holds records on their way to one chunk file. Bytes before the log's end never change. The buffer is
-// reused once its bytes are in the file.
+// buffer holds records on their way to one chunk file. Bytes before the log's end never change. The buffer is reused
+// once its bytes are in the file.
 type buffer struct {
 	chunk *Chunk
 	off   uint32 // offset of data[0] in the chunk
@@ -29,8 +29,8 @@ type buffer struct {
 	summary *format.SummaryFooter // not nil: the buffer holds the chunk's summary, not records
 }
 
-// BufferHead says where the bytes of a shared buffer belong: in a chunk, at an offset. used is stored after the
-// bytes, and set to 0 before any other field changes. It lies in shared memory, which the next owner reads.
+// BufferHead says where the bytes of a shared buffer belong: in a chunk, at an offset. used is stored after the bytes,
+// and set to 0 before any other field changes. It lies in shared memory, which the next owner reads.
 type BufferHead struct {
 	Seq  uint64 // sequence number of the chunk
 	Slot uint32
@@ -76,8 +76,8 @@ func (l *Log) cut() {
 	}
 }
 
-// enqueue closes the active buffer and, if it holds anything, queues it for writing. It reports whether it
-// queued a buffer. The caller holds mu.
+// enqueue closes the active buffer and, if it holds anything, queues it for writing. It reports whether it queued a
+// buffer. The caller holds mu.
 func (l *Log) enqueue() bool {
 	b := l.active
 	l.active = nil
@@ -107,8 +107,8 @@ func (l *Log) Read(c *Chunk, off uint32, p []byte) bool {
 	if off+uint32(len(p)) <= c.written {
 		return false
 	}
-	// Search from the newest buffer back. A buffer that was cut before it was full does not have the bytes
-	// behind its end; the next buffer has them.
+	// Search from the newest buffer back. A buffer that was cut before it was full does not have the bytes behind its
+	// end; the next buffer has them.
 	for _, b := range slices.Backward(l.buffered) {
 		if b.chunk == c && off >= b.off {
 			copy(p, b.data[off-b.off:])
@@ -118,8 +118,8 @@ func (l *Log) Read(c *Chunk, off uint32, p []byte) bool {
 	return false
 }
 
-// CutIdle queues the active buffer, so that a process that is killed loses little of what it acknowledged
-// without a flush.
+// CutIdle queues the active buffer, so that a process that is killed loses little of what it acknowledged without a
+// flush.
 func (l *Log) CutIdle() {
 	l.mu.Lock()
 	l.cut()

@@ -54,8 +54,7 @@ func FoundChunk(slot uint32, seq uint64, end uint32, fs storage.FS) *Chunk {
 // ChunkName returns the name of the chunk file in a slot.
 func ChunkName(slot uint32) string { return fmt.Sprintf("%08x", slot) }
 
-// ParseChunkName returns the slot of the chunk file called name. ok is false if that is not the name of a
-// chunk file.
+// ParseChunkName returns the slot of the chunk file called name. ok is false if that is not the name of a chunk file.
 func ParseChunkName(name string) (slot uint32, ok bool) {
 	n, err := strconv.ParseUint(name, 16, 32)
 	return uint32(n), err == nil && n < format.MaxSlots && ChunkName(uint32(n)) == name
@@ -64,12 +63,11 @@ func ParseChunkName(name string) (slot uint32, ok bool) {
 // Name returns the name of the chunk's file.
 func (c *Chunk) Name() string { return ChunkName(c.Slot) }
 
-// Acquire takes a reference. The caller already holds one, or holds a lock under which the store cannot
-// drop its own.
+// Acquire takes a reference. The caller already holds one, or holds a lock under which the store cannot drop its own.
 func (c *Chunk) Acquire() { c.refs.Add(1) }
 
-// TryAcquire takes a reference when the store may drop its own at the same time. It returns false if the
-// last reference is gone.
+// TryAcquire takes a reference when the store may drop its own at the same time. It returns false if the last reference
+// is gone.
 func (c *Chunk) TryAcquire() bool {
 	for {
 		n := c.refs.Load()
@@ -106,9 +104,9 @@ func (c *Chunk) Release() {
 	}
 }
 
-// Handle returns the chunk's file, and opens it at its first use, because a store may have very many chunks.
-// The file has a descriptor only while it is used (docs/engine.md, Open files). A missing file is an error
-// that matches ErrCorrupt.
+// Handle returns the chunk's file, and opens it at its first use, because a store may have very many chunks. The file
+// has a descriptor only while it is used (docs/engine.md, Open files). A missing file is an error that matches
+// ErrCorrupt.
 func (c *Chunk) Handle() (storage.File, error) {
 	c.open.Lock()
 	defer c.open.Unlock()

@@ -67,8 +67,8 @@ type Log struct {
 	wg                            sync.WaitGroup
 }
 
-// New returns the log of a store. mu is the lock under which records are appended and the state of the
-// store changes with them. The log releases it only to wait, where a method says so.
+// New returns the log of a store. mu is the lock under which records are appended and the state of the store changes
+// with them. The log releases it only to wait, where a method says so.
 func New(fs storage.FS, mu *sync.Mutex, uuid [16]byte, space Space, stock *ReserveFile, mark *Mark) *Log {
 	l := &Log{
 		fs: fs, mu: mu, uuid: uuid, space: space, stock: stock, mark: mark, progress: sync.NewCond(mu),
@@ -166,10 +166,10 @@ func (l *Log) Err() error {
 	return nil
 }
 
-// Reserve makes room for a record of n bytes. The caller holds mu; Reserve releases it while it waits for a
-// buffer or a chunk. If there is no room for data, Reserve waits for the cleaner as long as the cleaner has
-// something to give back. It returns the log's final error, fault.ErrClosed, or the error of making a chunk. If it
-// returns nil, the log is open and has not failed, and stays so until the caller releases mu or waits.
+// Reserve makes room for a record of n bytes. The caller holds mu; Reserve releases it while it waits for a buffer or a
+// chunk. If there is no room for data, Reserve waits for the cleaner as long as the cleaner has something to give back.
+// It returns the log's final error, fault.ErrClosed, or the error of making a chunk. If it returns nil, the log is open
+// and has not failed, and stays so until the caller releases mu or waits.
 func (l *Log) Reserve(n int, p Purpose) error {
 	tries := 0
 	for {
@@ -221,9 +221,9 @@ func (l *Log) fits(n int, p Purpose) bool {
 	return n <= room
 }
 
-// waitForChunk asks for a chunk for p, and waits until there is one or an attempt to make one has ended. For
-// a higher purpose than data it also waits for an attempt that is still under way. The caller holds mu, which
-// is released while it waits.
+// waitForChunk asks for a chunk for p, and waits until there is one or an attempt to make one has ended. For a higher
+// purpose than data it also waits for an attempt that is still under way. The caller holds mu, which is released while
+// it waits.
 func (l *Log) waitForChunk(p Purpose) {
 	l.wanted = max(l.wanted, p)
 	round := l.madeRound
@@ -236,8 +236,8 @@ func (l *Log) waitForChunk(p Purpose) {
 // suits reports whether the next chunk exists and may be used for p.
 func (l *Log) suits(p Purpose) bool { return l.next != nil && (p > ForData || !l.next.Reserved) }
 
-// wantChunk wakes the goroutine that makes chunks, unless it is at work or there is a next chunk for data.
-// The caller holds mu.
+// wantChunk wakes the goroutine that makes chunks, unless it is at work or there is a next chunk for data. The caller
+// holds mu.
 func (l *Log) wantChunk() {
 	if !l.making && !l.suits(ForData) {
 		l.making = true
@@ -253,8 +253,8 @@ func (l *Log) rotate(p Purpose) {
 	l.space.Rotated(p)
 }
 
-// Append adds a record for which Reserve has made room, gives it the next sequence number, and returns its
-// place. The caller holds mu.
+// Append adds a record for which Reserve has made room, gives it the next sequence number, and returns its place. The
+// caller holds mu.
 func (l *Log) Append(h *format.RecordHeader, payload []byte) (c *Chunk, off uint32) {
 	h.Seq = l.nextSeq
 	l.nextSeq++
@@ -273,9 +273,8 @@ func (l *Log) Append(h *format.RecordHeader, payload []byte) (c *Chunk, off uint
 	return c, off
 }
 
-// Retire seals the current chunk, so that the log goes on in another, and returns it; nil if there is none.
-// It reduces the chunk's size to what the chunk holds. The caller must truncate the file to that size. The
-// caller holds mu.
+// Retire seals the current chunk, so that the log goes on in another, and returns it; nil if there is none. It reduces
+// the chunk's size to what the chunk holds. The caller must truncate the file to that size. The caller holds mu.
 func (l *Log) Retire() *Chunk {
 	l.cut()
 	c := l.current
@@ -312,8 +311,8 @@ func (l *Log) WaitIdle() {
 	}
 }
 
-// Position returns the place of the next record, which is the replay position for a checkpoint of the present
-// state. The caller holds mu.
+// Position returns the place of the next record, which is the replay position for a checkpoint of the present state.
+// The caller holds mu.
 func (l *Log) Position() (chunkSeq uint64, off uint32) {
 	switch {
 	case l.current != nil:

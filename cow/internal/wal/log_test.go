@@ -170,8 +170,8 @@ func (f syncFile) Sync() error {
 	return f.File.Sync()
 }
 
-// Records that are appended while a sync runs are not durable by that sync: neither the log nor the mark says so, and
-// a flush of theirs does not end with it.
+// Records that are appended while a sync runs are not durable by that sync: neither the log nor the mark says so, and a
+// flush of theirs does not end with it.
 func TestAppendDuringSync(t *testing.T) {
 	real := crashfs.New()
 	fs := &syncFS{FS: real, before: func() {}}

@@ -15,8 +15,8 @@ import (
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
-// makeChunk makes the next chunk. Its file, its header and its directory entry are durable before a record
-// can go into it.
+// makeChunk makes the next chunk. Its file, its header and its directory entry are durable before a record can go into
+// it.
 func (l *Log) makeChunk() {
 	l.mu.Lock()
 	wanted, next, seq := l.wanted, l.next, l.nextChunk
@@ -56,17 +56,17 @@ func (l *Log) makeChunk() {
 	l.progress.Broadcast()
 }
 
-// seqStep returns a random step from one chunk sequence number to the next. The step is random because
-// content that was written into a file in an earlier life must not have known the file's later sequence
-// number (docs/engine.md, Blocks under the log). 2^64 numbers are enough for 2^35 chunks.
+// seqStep returns a random step from one chunk sequence number to the next. The step is random because content that was
+// written into a file in an earlier life must not have known the file's later sequence number (docs/engine.md, Blocks
+// under the log). 2^64 numbers are enough for 2^35 chunks.
 func seqStep() uint64 {
 	var b [4]byte
 	_, _ = rand.Read(b[:]) // crypto/rand never fails
 	return 1<<28 | uint64(binary.NativeEndian.Uint32(b[:])>>4)
 }
 
-// A chunk is made only if the next sequence numbers are at most these, because numbers never start over. Then
-// the chunk has a number of its own, and there are enough numbers for all records that it can hold.
+// A chunk is made only if the next sequence numbers are at most these, because numbers never start over. Then the chunk
+// has a number of its own, and there are enough numbers for all records that it can hold.
 const (
 	LastChunkSeq  = math.MaxUint64 - 1<<30
 	LastRecordSeq = math.MaxUint64 - 1<<30
@@ -77,9 +77,9 @@ func (l *Log) UsedChunk(seq uint64) {
 	l.nextChunk = max(l.nextChunk, seq, seq+1) // seq alone if seq+1 overflows
 }
 
-// createChunk makes a chunk from a file of the pool, or from a new file. If room is short, p says how far
-// into the kept space it may go. used reports whether the sequence number may be on the disk now, even if
-// there is an error. If the failed chunk's file cannot be removed, the log fails.
+// createChunk makes a chunk from a file of the pool, or from a new file. If room is short, p says how far into the kept
+// space it may go. used reports whether the sequence number may be on the disk now, even if there is an error. If the
+// failed chunk's file cannot be removed, the log fails.
 func (l *Log) createChunk(seq uint64, p Purpose) (c *Chunk, used bool, err error) {
 	l.mu.Lock()
 	record := l.nextSeq
@@ -114,8 +114,8 @@ func (l *Log) createChunk(seq uint64, p Purpose) (c *Chunk, used bool, err error
 	return nil, true, err
 }
 
-// recycle makes a chunk from a file of the pool. It returns nil if no file can be used. The file's old chunk
-// keeps its slot until the new chunk is made.
+// recycle makes a chunk from a file of the pool. It returns nil if no file can be used. The file's old chunk keeps its
+// slot until the new chunk is made.
 func (l *Log) recycle(seq uint64) *Chunk {
 	if size, err := l.chunkSize(ForData, l.ChunkBytes); err != nil || int64(size) < l.ChunkBytes {
 		return nil
@@ -130,8 +130,8 @@ func (l *Log) recycle(seq uint64) *Chunk {
 	return c
 }
 
-// SlotsAbove returns the number of slots that a purpose leaves to higher purposes, so that deleting can still
-// give slots back.
+// SlotsAbove returns the number of slots that a purpose leaves to higher purposes, so that deleting can still give
+// slots back.
 func SlotsAbove(p Purpose) int {
 	switch p {
 	case ForData:
@@ -154,8 +154,8 @@ func (l *Log) slotFor(p Purpose) error {
 	return nil
 }
 
-// createFile makes a chunk from a new file. If there is no room for data and p is a higher purpose, it takes
-// room from what is kept free, and from the reserve.
+// createFile makes a chunk from a new file. If there is no room for data and p is a higher purpose, it takes room from
+// what is kept free, and from the reserve.
 func (l *Log) createFile(seq uint64, p Purpose) (*Chunk, error) {
 	l.mu.Lock()
 	slot, ok := l.space.FreeSlot()
@@ -188,8 +188,8 @@ func (l *Log) createFile(seq uint64, p Purpose) (*Chunk, error) {
 	return c, nil
 }
 
-// sizeForData returns the size that a new chunk for data can have. If that is less than the usual size, it
-// first deletes the files in the pool.
+// sizeForData returns the size that a new chunk for data can have. If that is less than the usual size, it first
+// deletes the files in the pool.
 func (l *Log) sizeForData() (uint32, error) {
 	if err := l.slotFor(ForData); err != nil {
 		return 0, err
@@ -203,9 +203,8 @@ func (l *Log) sizeForData() (uint32, error) {
 	return size, err
 }
 
-// chunkSize returns the largest size for a new chunk that there is room for. The chunk takes the place of
-// instead bytes that are already used. If there is not even room for the smallest chunk, the error matches
-// ErrNoSpace.
+// chunkSize returns the largest size for a new chunk that there is room for. The chunk takes the place of instead bytes
+// that are already used. If there is not even room for the smallest chunk, the error matches ErrNoSpace.
 func (l *Log) chunkSize(p Purpose, instead int64) (uint32, error) {
 	free, err := l.fs.Free()
 	if err != nil {
@@ -247,8 +246,7 @@ func (l *Log) chunkSize(p Purpose, instead int64) (uint32, error) {
 		fault.NoSpace(syscall.ENOSPC), free>>20, keep>>20)
 }
 
-// NoteCapacity notes how many bytes the chunk files can take in total; used of them are taken. The caller
-// holds mu.
+// NoteCapacity notes how many bytes the chunk files can take in total; used of them are taken. The caller holds mu.
 func (l *Log) NoteCapacity(free, kept, used int64) {
 	l.capacity = used + max(0, min(free, free+kept-Spare))
 	if l.Limit > 0 {
@@ -256,8 +254,8 @@ func (l *Log) NoteCapacity(free, kept, used int64) {
 	}
 }
 
-// ChunkLoss returns how many bytes of a new chunk moved records cannot use: its header, and the end that is
-// kept for events.
+// ChunkLoss returns how many bytes of a new chunk moved records cannot use: its header, and the end that is kept for
+// events.
 func (l *Log) ChunkLoss() int64 {
 	return format.ChunkHeaderSize + min(eventRoom, l.ChunkBytes/16)
 }

@@ -22,9 +22,9 @@ const (
 	markRetry = time.Second // from a failed write to the next try
 )
 
-// Mark is the file that says how far the log is durable: docs/format.md, Durable mark. Without it,
-// records that were flushed last could not be told from records that a crash cut short. The mark is a hint
-// that is always true, so a failure to write it is not a failure of the log.
+// Mark is the file that says how far the log is durable: docs/format.md, Durable mark. Without it, records that were
+// flushed last could not be told from records that a crash cut short. The mark is a hint that is always true, so a
+// failure to write it is not a failure of the log.
 type Mark struct {
 	fs   storage.FS
 	uuid [16]byte
@@ -84,8 +84,8 @@ func (m *Mark) read(place int) (format.DurableMark, error) {
 }
 
 // Begin prepares the file for an owner that writes, and whose log is durable up to seq. If a repair has given up
-// records, the file says more than that, which is false from now on. It must be gone before the log goes on, so
-// a failure to remove it is an error. A file that cannot be written is none.
+// records, the file says more than that, which is false from now on. It must be gone before the log goes on, so a
+// failure to remove it is an error. A file that cannot be written is none.
 func (m *Mark) Begin(seq uint64) error {
 	if m.file != nil && m.seq > seq {
 		if err := m.remove(); err != nil {
@@ -108,8 +108,7 @@ func (m *Mark) remove() error {
 	return err
 }
 
-// make writes both marks, and syncs the file and the directory, so that the file's blocks are allocated and
-// written.
+// make writes both marks, and syncs the file and the directory, so that the file's blocks are allocated and written.
 func (m *Mark) make(seq uint64) (err error) {
 	if m.file == nil {
 		if m.file, err = m.fs.Create(MarkName, MarkCount*MarkPlace); err != nil {
@@ -128,8 +127,8 @@ func (m *Mark) make(seq uint64) (err error) {
 	return errors.Join(m.file.Sync(), m.fs.SyncDir())
 }
 
-// set records that every record before seq is durable. The caller holds Log.syncMu. After a failure it
-// tries again, but not with each flush.
+// set records that every record before seq is durable. The caller holds Log.syncMu. After a failure it tries again, but
+// not with each flush.
 func (m *Mark) set(seq uint64) {
 	if m.file == nil || seq <= m.seq || !m.failedAt.IsZero() && time.Since(m.failedAt) < markRetry {
 		return

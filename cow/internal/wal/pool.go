@@ -11,15 +11,14 @@ import (
 )
 
 const (
-	// PoolSize is the number of files that the pool keeps: as many chunks as are filled between two
-	// checkpoints.
+	// PoolSize is the number of files that the pool keeps: as many chunks as are filled between two checkpoints.
 	PoolSize = 4
 	// PoolIdle is how long the files are kept while no chunk is made.
 	PoolIdle = 30 * time.Second
 )
 
-// Pool keeps the files of dead chunks to be the next chunks: docs/engine.md, Blocks under the log. The
-// files keep their slots, as the dead chunks that they were.
+// Pool keeps the files of dead chunks to be the next chunks: docs/engine.md, Blocks under the log. The files keep their
+// slots, as the dead chunks that they were.
 type Pool struct {
 	fs    storage.FS
 	space Space
@@ -30,8 +29,8 @@ type Pool struct {
 	reused  int         // files reused over the life of the process
 }
 
-// Keep takes the file of a dead chunk that no new read can reach, and whose records are sound. It reports whether
-// it took the file: the file must be fit to become a chunk of size bytes.
+// Keep takes the file of a dead chunk that no new read can reach, and whose records are sound. It reports whether it
+// took the file: the file must be fit to become a chunk of size bytes.
 func (p *Pool) Keep(c *Chunk, size int64) bool {
 	p.mu.Lock()
 	fit := len(p.spares) < PoolSize
@@ -55,8 +54,8 @@ func (p *Pool) Keep(c *Chunk, size int64) bool {
 	return true
 }
 
-// take returns a spare that nobody reads any more, or nil. The chunk has no references left: its file and
-// slot are the caller's.
+// take returns a spare that nobody reads any more, or nil. The chunk has no references left: its file and slot are the
+// caller's.
 func (p *Pool) take() *Chunk {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -38,9 +38,9 @@ func (r *Reader) Begin(c *Chunk, off uint32, window int) error {
 	return err
 }
 
-// Next returns the record at Off if it verifies and has the number seq, and moves Off behind it. Otherwise it leaves Off
-// where it is, and sets Why: it returns a header without a payload if only the payload cannot be had or does not verify,
-// and else no header. An error is one that says nothing of the log. The record is valid until the next call.
+// Next returns the record at Off if it verifies and has the number seq, and moves Off behind it. Otherwise it leaves
+// Off where it is, and sets Why: it returns a header without a payload if only the payload cannot be had or does not
+// verify, and else no header. An error is one that says nothing of the log. The record is valid until the next call.
 func (r *Reader) Next(seq uint64) (*format.RecordHeader, []byte, error) {
 	h, err := r.header()
 	if h == nil {
@@ -61,8 +61,8 @@ func (r *Reader) Next(seq uint64) (*format.RecordHeader, []byte, error) {
 	return h, payload, nil
 }
 
-// Any returns the record at Off, whatever its number is, and moves Off behind it. The payload is not verified. If
-// there is no record, the error says why. The record is valid until the next call.
+// Any returns the record at Off, whatever its number is, and moves Off behind it. The payload is not verified. If there
+// is no record, the error says why. The record is valid until the next call.
 func (r *Reader) Any() (*format.RecordHeader, []byte, error) {
 	h, err := r.header()
 	if h == nil {
@@ -102,8 +102,8 @@ func (r *Reader) payload(h *format.RecordHeader) ([]byte, error) {
 	return rec[format.RecordHeaderSize : format.RecordHeaderSize+h.PayloadLen], nil
 }
 
-// bytes returns n bytes from Off on. If the file ends before, or the disk cannot read them, it returns nil
-// and sets Why.
+// bytes returns n bytes from Off on. If the file ends before, or the disk cannot read them, it returns nil and sets
+// Why.
 func (r *Reader) bytes(n int) ([]byte, error) {
 	if r.Off < r.at || r.Off+uint32(n) > r.at+uint32(len(r.win)) {
 		err := r.load(max(n, r.size), r.Off)
@@ -125,9 +125,8 @@ func (r *Reader) bytes(n int) ([]byte, error) {
 	return r.win[r.Off-r.at:][:n], nil
 }
 
-// WriteBack writes the verified records in the window once more. A process whose sync has failed may have
-// left records that the page cache calls clean and that the disk does not have. Only what is written again is
-// synced again.
+// WriteBack writes the verified records in the window once more. A process whose sync has failed may have left records
+// that the page cache calls clean and that the disk does not have. Only what is written again is synced again.
 func (r *Reader) WriteBack() error {
 	from := max(r.at, r.Durable)
 	if !r.Rewrites || r.Off <= from {
@@ -137,8 +136,7 @@ func (r *Reader) WriteBack() error {
 	return err
 }
 
-// load fills the window with n bytes from off on. It first writes back the verified records in the old
-// window.
+// load fills the window with n bytes from off on. It first writes back the verified records in the old window.
 func (r *Reader) load(n int, off uint32) error {
 	if err := r.WriteBack(); err != nil {
 		return err
@@ -171,8 +169,8 @@ func (c *Chunk) FirstSeq() (seq uint64, err error) {
 	return h.Seq, nil
 }
 
-// Tail returns the number of bytes that were written to the log behind its end, which is at offset end of the chunk,
-// as far as that can be seen. It looks up to a stretch of ReplayWindow bytes without a record of this chunk, since the
+// Tail returns the number of bytes that were written to the log behind its end, which is at offset end of the chunk, as
+// far as that can be seen. It looks up to a stretch of ReplayWindow bytes without a record of this chunk, since the
 // file's former life may have left any other bytes there. next is the number of the record that the log would go on
 // with, or 0: a damaged header of that record counts, though nothing else may lie behind.
 func (c *Chunk) Tail(end uint32, next uint64) (n int64, err error) {

@@ -21,9 +21,9 @@ const (
 	ElbowRoom = 1 << 20
 )
 
-// ReserveFile is a file of allocated blocks, for the time when the file system has none left: other programs fill
-// the disk, too. Operations that have to go on then take blocks from it, some at a time, by making the file
-// shorter first. See docs/reclaim.md, A full disk.
+// ReserveFile is a file of allocated blocks, for the time when the file system has none left: other programs fill the
+// disk, too. Operations that have to go on then take blocks from it, some at a time, by making the file shorter first.
+// See docs/reclaim.md, A full disk.
 type ReserveFile struct {
 	fs storage.FS
 
@@ -48,8 +48,8 @@ func (r *ReserveFile) Open(fsys storage.FS) error {
 	}
 	size, err := f.Size()
 	if err == nil {
-		// A copy of a store may have a file of holes, since nothing was ever written to it. If the blocks are
-		// there already, this takes none.
+		// A copy of a store may have a file of holes, since nothing was ever written to it. If the blocks are there
+		// already, this takes none.
 		if err = f.Allocate(size); errors.Is(err, errors.ErrUnsupported) {
 			r.not, size = true, 0
 			err = f.Truncate(0)
@@ -88,8 +88,7 @@ func (r *ReserveFile) Wanted() int64 {
 	return r.want
 }
 
-// Give gives up to n bytes back to the file system, for the caller to take. It returns false if nothing is
-// left.
+// Give gives up to n bytes back to the file system, for the caller to take. It returns false if nothing is left.
 func (r *ReserveFile) Give(n int64) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -104,8 +103,8 @@ func (r *ReserveFile) Give(n int64) bool {
 	return true
 }
 
-// Fill lets the reserve grow to the size that a store with used bytes of chunk files should have, as far as
-// there is room.
+// Fill lets the reserve grow to the size that a store with used bytes of chunk files should have, as far as there is
+// room.
 func (r *ReserveFile) Fill(used int64) error {
 	free, err := r.fs.Free()
 	if err != nil {

@@ -1,22 +1,20 @@
 package wal
 
 const (
-	// Spare is the free space of the file system below which no chunk is made for data or for the cleaner:
-	// checkpoints, deletes and discards use it to go on. The cleaner has room for one chunk more than data
-	// has.
+	// Spare is the free space of the file system below which no chunk is made for data or for the cleaner: checkpoints,
+	// deletes and discards use it to go on. The cleaner has room for one chunk more than data has.
 	Spare = 64 << 20
 	// MinChunkSize is the least size of a chunk for data, on a disk that is nearly full.
 	MinChunkSize = 4 << 20
 	// EventChunkSize is the size of a chunk for events, from the reserve.
 	EventChunkSize = 1 << 20
 
-	// eventRoom is the space that data leaves free at the end of a chunk while there is no next chunk, so
-	// that names can be deleted and blocks discarded on a full disk.
+	// eventRoom is the space that data leaves free at the end of a chunk while there is no next chunk, so that names
+	// can be deleted and blocks discarded on a full disk.
 	eventRoom = 64 << 10
 )
 
-// Purpose says what room in the log is wanted for. A higher purpose may use more of the space that is kept
-// free.
+// Purpose says what room in the log is wanted for. A higher purpose may use more of the space that is kept free.
 type Purpose uint8
 
 const (
@@ -25,8 +23,8 @@ const (
 	ForEvents         // for events and holes: deleting gives back room
 )
 
-// Space is the store's account of the chunks and of the room for them. The log asks it, and reports to it.
-// The caller of each method but Held holds mu.
+// Space is the store's account of the chunks and of the room for them. The log asks it, and reports to it. The caller
+// of each method but Held holds mu.
 type Space interface {
 	// FreeSlot returns a slot without a chunk; ok is false if there is none.
 	FreeSlot() (slot uint32, ok bool)

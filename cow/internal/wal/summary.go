@@ -17,9 +17,9 @@ func (l *Log) summarize(h *format.RecordHeader, payload []byte) {
 	l.entries = format.AppendSummary(l.entries, h, holes)
 }
 
-// queueSummary queues the summary of a full chunk to be written behind its records. The summary ends where
-// the file ends. Its memory is not one of the buffers that outlive the process: the summary means nothing
-// until it is durable, and then it is in the file. The caller holds mu.
+// queueSummary queues the summary of a full chunk to be written behind its records. The summary ends where the file
+// ends. Its memory is not one of the buffers that outlive the process: the summary means nothing until it is durable,
+// and then it is in the file. The caller holds mu.
 func (l *Log) queueSummary(c *Chunk) {
 	if len(l.entries) == 0 {
 		return
@@ -76,8 +76,8 @@ func (c *Chunk) Summary() (*Summary, error) {
 	return sum, nil
 }
 
-// Each calls fn with the records in order until fn returns false. It returns an error if the entries are not
-// what appending records can produce.
+// Each calls fn with the records in order until fn returns false. It returns an error if the entries are not what
+// appending records can produce.
 func (m *Summary) Each(fn func(seq uint64, off uint32, e *format.SummaryEntry) bool) error {
 	off, seq := uint32(format.ChunkHeaderSize), m.FirstSeq
 	var e format.SummaryEntry

@@ -65,9 +65,9 @@ func (l *Log) drainLocked(n int) error {
 // pageSize is the size of a page. To write part of a page, the page cache has to read all of it first.
 const pageSize = 4096
 
-// write writes a buffer to its place in the chunk file. It also writes zeros behind the buffer, which makes
-// later writes and flushes cheaper (docs/engine.md, Blocks under the log). The log has nothing there yet,
-// since buffers are written in order. The caller holds writeMu.
+// write writes a buffer to its place in the chunk file. It also writes zeros behind the buffer, which makes later
+// writes and flushes cheaper (docs/engine.md, Blocks under the log). The log has nothing there yet, since buffers are
+// written in order. The caller holds writeMu.
 func (l *Log) write(b *buffer) error {
 	c, data := b.chunk, b.data[:b.n]
 	if b.summary != nil {
@@ -144,8 +144,8 @@ func (l *Log) Sync() error {
 	return nil
 }
 
-// WriteOut writes every record that was appended before the call to its chunk file, so that none is lost if
-// this process is killed. It does not make them durable.
+// WriteOut writes every record that was appended before the call to its chunk file, so that none is lost if this
+// process is killed. It does not make them durable.
 func (l *Log) WriteOut() error {
 	l.mu.Lock()
 	target := l.appended
@@ -167,8 +167,8 @@ func (l *Log) WriteOut() error {
 	return nil
 }
 
-// NeedSync marks a chunk that replay has read as not synced: after a crash of the process, its bytes may be
-// only in the page cache.
+// NeedSync marks a chunk that replay has read as not synced: after a crash of the process, its bytes may be only in the
+// page cache.
 func (l *Log) NeedSync(c *Chunk) {
 	l.writeMu.Lock()
 	defer l.writeMu.Unlock()
