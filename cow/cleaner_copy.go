@@ -342,9 +342,6 @@ func (s *Store) putMoved(h *format.RecordHeader, payload []byte, same func(*leaf
 func (s *Store) tryPutMoved(h *format.RecordHeader, payload []byte, same func(*leafcache.Leaf) bool) (k leafcache.Key, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err := s.wal.Reserve(h.Size(), wal.ForMoves); err != nil {
-		return k, err
-	}
 	b := s.catalog.branches[h.Branch]
 	if b == nil {
 		return k, errChanged

@@ -10,19 +10,19 @@
 //	Device.WriteAt        write.go        cut into units; merge partial blocks; compress: no lock is held
 //	  │
 //	  ├─ Store.mu ─────────────────────────────────────────────────────────────────────────────
-//	  │  wal.Log.Reserve    wal/log.go    wait for a buffer and a chunk, or for the cleaner; ErrNoSpace
 //	  │  Store.install      install.go    the commit point, of writers and of the cleaner:
-//	  │    Cache.Lock       leafcache/locked.go  the leaf that maps the block; if it was evicted, load it and begin again
-//	  │    MakeWritable     leafcache/locked.go  the leaf becomes one of the branch's present epoch
-//	  │    wal.Log.Append   wal/log.go      the next sequence number, a place in the chunk, a copy in the buffer
+//	  │    Log.Reserve      wal             wait for a buffer and a chunk, or for the cleaner; ErrNoSpace
+//	  │    Cache.Lock       leafcache       the leaf that maps the block; if it was evicted, load it and begin again
+//	  │    MakeWritable     leafcache       the leaf becomes one of the branch's present epoch
+//	  │    Log.Append       wal             the next sequence number, a place in the chunk, a copy in the buffer
 //	  │    Store.applyData  leafmap.go      the leaf's entry; what was there before is accounted dead
 //	  ├────────────────────────────────────────────────────────────────────────────────────────
 //	  ▼
 //	acknowledged
-//	  ┊  wal.Log.drain      wal/write.go  the flusher writes full buffers to the chunk file, in order
-//	  ┊  wal.Log.Sync       wal/write.go  a flush: write the rest, fdatasync the chunks, write the durable mark
+//	  ┊  Log.drain          wal           the flusher writes full buffers to the chunk file, in order
+//	  ┊  Log.Sync           wal           a flush: write the rest, fdatasync the chunks, write the durable mark
 //	  ┊  Store.checkpoint   checkpoint.go changed leaves and rows go to the table in one transaction
-//	  ┊  mover              cleaner_copy.go  the cleaner copies what lives in a chunk to the log's end
+//	  ┊  mover              cleaner_copy.go  the cleaner copies the live data of a chunk to the log's end
 //
 // Creating, snapshotting, cloning and deleting are events (event.go, volume.go), which are records too. [Open] replays
 // what no checkpoint has (recover.go).

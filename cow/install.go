@@ -15,11 +15,14 @@ var errNothing = errors.New("there is nothing to change")
 // (invariant 1), it gives the record its sequence number and its place in the log, and changes the leaf of b's head
 // that has all of the record's n blocks, to match.
 //
-// The caller holds mu, has reserved room for the record for purpose p, and has not released mu since. install calls
-// check with the leaf locked, to decide by the leaf's present state whether to make the change; if check returns an
-// error, install returns it. install returns errEvicted if the leaf is not in the cache, and errFull if the leaf may
+// The caller holds mu. install may release mu while it waits for room in the log, for purpose p. From then on it does
+// not: it calls check with the leaf locked, to decide by the present state whether to make the change; if check returns
+// an error, install returns it. install returns errEvicted if the leaf is not in the cache, and errFull if the leaf may
 // not become dirty now. After any error nothing has changed.
 func (s *Store) install(b *branch, h *format.RecordHeader, payload []byte, n int, p wal.Purpose, waited bool, check func(*leafcache.Leaf) error) error {
+	if err := s.wal.Reserve(h.Size(), p); err != nil {
+		return err
+	}
 	l := s.cache.Lock(b.leaf(uint32(h.Block/format.LeafBlocks), head))
 	defer l.Unlock()
 	lf := l.Leaf()

@@ -198,32 +198,32 @@ func (s *Store) writeRecord(d *Device, h *format.RecordHeader, payload []byte, n
 		s.cleaner.pacer.wait(h.Size())
 	}
 	k := d.b.leaf(uint32(h.Block/format.LeafBlocks), head)
-	cleared, refused := false, 0
-	for waited := false; ; waited = true {
-		err := s.cache.Ensure(k)
-		if err == nil {
-			err = s.tryWriteRecord(d, h, payload, n, ex, waited, small)
+	waited, cleared, refused := false, false, 0
+	for {
+		err := s.tryWriteRecord(d, h, payload, n, ex, waited, small)
+		if errors.Is(err, errEvicted) {
+			if err = s.cache.Ensure(k); err == nil {
+				continue
+			}
 		}
 		switch {
-		case errors.Is(err, errEvicted):
-			continue
-		case errors.Is(err, errNothing):
+		case err == nil, errors.Is(err, errNothing):
 			return nil
 		case errors.Is(err, ErrNoSpace) && h.Kind == format.KindHole && !cleared && s.clearEvents() == nil:
 			cleared = true
-			continue
 		case errors.Is(err, errNoNew):
 			if more, merr := s.moreForNew(refused); !more || merr != nil {
 				return errors.Join(err, merr)
 			}
 			refused++
-			continue
-		case !errors.Is(err, errFull):
+		case errors.Is(err, errFull):
+			if err := s.makeRoom(purposeIn(h)); err != nil {
+				return err
+			}
+		default:
 			return err
 		}
-		if err := s.makeRoom(purposeIn(h)); err != nil {
-			return err
-		}
+		waited = true
 	}
 }
 
@@ -232,12 +232,11 @@ func (s *Store) tryWriteRecord(d *Device, h *format.RecordHeader, payload []byte
 	hole := h.Kind == format.KindHole
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err := s.admit(d, h, n, hole); err != nil {
-		return err
-	}
 	first := int(h.Block % format.LeafBlocks)
 	return s.install(d.b, h, payload, n, purposeIn(h), waited, func(lf *leafcache.Leaf) error {
-		switch {
+		switch end := h.Block + uint64(n); {
+		case end > blocksOf(d.v.Size):
+			return fmt.Errorf("block %d is behind the end (the volume has shrunk): %w", end-1, ErrInvalid)
 		case !s.unchangedSince(d, ex, lf, h.Block, n):
 			return errChanged
 		case hole && lf.IsHole(first, n):
@@ -247,18 +246,6 @@ func (s *Store) tryWriteRecord(d *Device, h *format.RecordHeader, payload []byte
 		}
 		return nil
 	})
-}
-
-// admit checks that the store and the volume take the write, and reserves room for it in the log. The caller holds mu,
-// which admit may release while it waits.
-func (s *Store) admit(d *Device, h *format.RecordHeader, n int, hole bool) error {
-	if err := s.wal.Reserve(h.Size(), purposeIn(h)); err != nil {
-		return err
-	}
-	if end := h.Block + uint64(n); end > blocksOf(d.v.Size) {
-		return fmt.Errorf("block %d is behind the end (the volume has shrunk): %w", end-1, ErrInvalid)
-	}
-	return nil
 }
 
 // clearEvents makes a checkpoint, to get back the chunks that events and holes took from the reserve. Nothing in these
