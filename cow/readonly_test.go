@@ -220,7 +220,7 @@ func readOnly(t *testing.T, dir, says string) {
 	must(t, err)
 	for what, call := range calls(s, d, d) {
 		switch what {
-		case "volume", "check", "usage", "room", "close", "device read", "device try", "device plan", "device extents",
+		case "volume", "check", "usage", "close", "device read", "device try", "device plan", "device extents",
 			"device flush", "device close", "snapshot read", "snapshot closed":
 			continue
 		}

@@ -86,12 +86,16 @@ func purposeOf(ev *format.Event) wal.Purpose {
 	return wal.ForEvents
 }
 
-// Room returns how many bytes of records fit into the store as it is, without cleaning.
+// Room returns how many bytes of records fit into the store as it is, without cleaning. It is an error to ask a store
+// that can only be read, for which Open sets no size of chunks.
 func (s *Store) Room() (int64, error) {
 	if err := s.beginTask(); err != nil {
 		return 0, err
 	}
 	defer s.tasks.Done()
+	if s.readOnly != nil {
+		return 0, s.readOnly
+	}
 	free, err := s.fs.Free()
 	if err != nil {
 		return 0, fmt.Errorf("free space of the store: %w", err)
