@@ -5,6 +5,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"testing"
+	"time"
 
 	"pgregory.net/rapid"
 
@@ -167,4 +168,58 @@ func TestCacheAgainstModel(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestFinishDropsPreimagesFirst lets Finish wait for one shard's lock while it drops the pre-images. No leaf may be clean
+// by then: a clean leaf may be evicted, and its next reader would take a pre-image for the newest state.
+func TestFinishDropsPreimagesFirst(t *testing.T) {
+	c, err := New(16<<20, func(Key, *format.Leaf) (uint32, error) { return 0, nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(c.shards) < 2 {
+		t.Fatal("the cache has one shard")
+	}
+	last := &c.shards[len(c.shards)-1]
+	b := &Branch{ID: 1}
+	k := Key{Branch: b, AsOf: Head}
+	for c.shard(b.ID, k.Index) == last {
+		k.Index++
+	}
+	dirty := func() bool {
+		l := c.Lock(k)
+		defer l.Unlock()
+		return l.Leaf().dirtyGen() != 0
+	}
+	if err := c.Ensure(k); err != nil {
+		t.Fatal(err)
+	}
+	l := c.Lock(k)
+	_, err = l.MakeWritable(1)
+	l.Unlock()
+	if err != nil || !dirty() {
+		t.Fatal("the leaf is not dirty:", err)
+	}
+	g := c.Begin()
+	g.Each(func(metadata.Version, uint64, *format.Leaf) {})
+	last.mu.Lock()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		g.Finish()
+	}()
+	for end := time.Now().Add(50 * time.Millisecond); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if !dirty() {
+			t.Error("a leaf is clean before all pre-images are gone")
+			break
+		}
+	}
+	last.mu.Unlock()
+	<-done
+	if dirty() {
+		t.Error("the leaf is dirty for ever")
+	}
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
 }
