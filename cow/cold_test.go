@@ -677,3 +677,41 @@ func TestColdPassesOverWhatCannotBeRead(t *testing.T) {
 		})
 	}
 }
+
+// TestColdAfterAFailedCommit: a moved record is logged with its live blocks, and after a failed commit those in memory
+// are not those of the table, with which a replay would begin. So nothing of a point is moved until a commit succeeds.
+func TestColdAfterAFailedCommit(t *testing.T) {
+	w := newModelStore(t)
+	w.volume(t, "v", 1<<20, format.S2)
+	w.write(t, "v", 0, 1<<20, 5)
+	w.takeSnapshot(t, "golden")
+	w.write(t, "v", 0, 4096, 5)
+	w.must(t, op{kind: "checkpoint"})
+	s := w.s
+	d, err := w.device("v")
+	must(t, err)
+	p, err := s.newColdPass(place{}, s.end())
+	must(t, err)
+	w.write(t, "v", 64<<10, 4096, 5)
+	undo := limitFileSize(t, 8<<10)
+	err = s.Checkpoint()
+	undo()
+	if !errors.Is(err, syscall.EFBIG) {
+		t.Fatalf("checkpoint: %v", err)
+	}
+	before := w.seq()
+	l := coldLeaf{b: d.b, epoch: 1, ofPoint: true}
+	if err := p.points(&l); !errors.Is(err, errFull) || w.seq() != before {
+		t.Errorf("%v; %d records were moved", err, w.seq()-before)
+	}
+	w.must(t, op{kind: "checkpoint"})
+	for l = (coldLeaf{b: d.b, epoch: 1, ofPoint: true}); l.ofPoint; {
+		must(t, p.points(&l))
+	}
+	if w.seq() == before {
+		t.Error("nothing is moved after a commit that succeeded")
+	}
+	w.catchUp()
+	w.mustBe(t)
+	must(t, w.close())
+}

@@ -1,12 +1,16 @@
 package cow
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"testing"
 
+	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -45,5 +49,45 @@ func TestCheckOfDamagedPage(t *testing.T) {
 	rep, err := s.Check(context.Background(), CheckOptions{}, func(Problem) {})
 	if n == 0 || err != nil || rep.Corrupt == 0 {
 		t.Errorf("%d branch pages damaged: check says %+v, %v", n, rep, err)
+	}
+}
+
+// A record whose payload has rotted is not made to look sound by the cleaner, whether a snapshot holds it or only the
+// head has it: its blocks stay unreadable, and its neighbours are whole.
+func TestCleanKeepsRot(t *testing.T) {
+	for _, held := range []bool{true, false} {
+		s, dir := newStore(t, Options{checkpointInterval: -1, chunkBytes: 1 << 20, Logger: slog.New(slog.DiscardHandler)})
+		_, err := s.CreateVolume("v", VolumeOptions{Size: 64 << 20, Codec: format.Raw})
+		must(t, err)
+		d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+		must(t, err)
+		want := randomBytes(2<<20, 1)
+		_, err = d.WriteAt(want, 0)
+		must(t, err)
+		if held {
+			must(t, s.Snapshot(Ref{"v", "a"}))
+		}
+		must(t, s.Checkpoint())
+		const block = 10
+		var e format.Entry
+		must(t, s.cache.View(d.b.leaf(0, head), func(lf *leafcache.Leaf) { e = lf.Entry(block) }))
+		c := s.slots.get(e.Slot())
+		change(t, filepath.Join(dir, chunksDir, c.Name()), int64(e.Offset())+format.RecordHeaderSize+100, flip, 1)
+		c.Acquire()
+		s.cleaner.mu.Lock()
+		_, err = s.cleanChunk(context.Background(), c, nil)
+		s.cleaner.mu.Unlock()
+		c.Release()
+		must(t, errors.Join(err, s.Checkpoint(), s.Checkpoint()))
+		got := make([]byte, 4096)
+		for i := range 512 {
+			_, err := d.ReadAt(got, int64(i)*4096)
+			if i == block && !errors.Is(err, ErrCorrupt) {
+				t.Errorf("held: %t: the damaged block reads as %x…, %v", held, got[:4], err)
+			} else if i != block && (err != nil || !bytes.Equal(got, want[i*4096:][:4096])) {
+				t.Errorf("held: %t: block %d: %v", held, i, err)
+			}
+		}
+		must(t, errors.Join(d.Close(), s.Close()))
 	}
 }
