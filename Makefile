@@ -9,7 +9,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
 .DEFAULT_GOAL = build
-.PHONY: help build install demo test guest-test recovery-test crash-test bench-engine bench-cleaner bench-depth bench-nbd bench-ublk bench-guest bench-space lint clean
+.PHONY: help build install demo test guest-test recovery-test crash-test mutants bench-engine bench-cleaner bench-depth bench-nbd bench-ublk bench-guest bench-space lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,10 @@ recovery-test: build ## 200 kills and 20 upgrades of a block device's server, on
 
 crash-test: ## the engine's power-cut test, long
 	$(GO) test -count=1 -timeout 3h -run 'Crash' ./cow -crash.states=200000
+
+mutants: ## break the program on purpose, a line at a time: a test must notice each; 20 minutes
+	@$(TOOLS)/setup.sh build test
+	@$(GO) run ./internal/tools/mutants testdata/mutants/*.txt
 
 bench-engine: ## the engine alone; benchstat reads the output
 	$(GO) test -run '^$$' -bench . -count 5 ./cow/...
