@@ -91,3 +91,41 @@ func TestCleanKeepsRot(t *testing.T) {
 		must(t, errors.Join(d.Close(), s.Close()))
 	}
 }
+
+// A unit of a head that is overwritten in part is compressed anew when it is copied, with a checksum of its own. Rot in
+// it must be noticed before that.
+func TestCleanKeepsRotOfPartOfAUnit(t *testing.T) {
+	s, dir := newStore(t, Options{checkpointInterval: -1, chunkBytes: 1 << 20, Logger: slog.New(slog.DiscardHandler)})
+	_, err := s.CreateVolume("v", VolumeOptions{Size: 64 << 20, Codec: format.S2})
+	must(t, err)
+	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+	must(t, err)
+	unit := make([]byte, format.UnitBlocks/4*format.BlockSize)
+	for i := 0; i < len(unit); i += format.BlockSize {
+		copy(unit[i:], randomBytes(format.BlockSize/2, uint64(i+1))) // S2 stores it as it is
+	}
+	_, err = d.WriteAt(unit, 0)
+	must(t, err)
+	_, err = d.WriteAt(randomBytes(2<<20, 9), 1<<20) // fills the chunk
+	must(t, err)
+	var e format.Entry
+	must(t, s.cache.View(d.b.leaf(0, head), func(lf *leafcache.Leaf) { e = lf.Entry(0) }))
+	_, err = d.WriteAt(randomBytes(format.BlockSize, 77), int64(len(unit)-format.BlockSize))
+	must(t, errors.Join(err, s.Checkpoint()))
+	if e.Blocks() != len(unit)/format.BlockSize {
+		t.Fatalf("the unit has %d blocks", e.Blocks())
+	}
+	c := s.slots.get(e.Slot())
+	change(t, filepath.Join(dir, chunksDir, c.Name()), int64(e.Offset())+format.RecordHeaderSize+200, flip, 1)
+	c.Acquire()
+	s.cleaner.mu.Lock()
+	_, err = s.cleanChunk(context.Background(), c, nil)
+	s.cleaner.mu.Unlock()
+	c.Release()
+	must(t, errors.Join(err, s.Checkpoint(), s.Checkpoint()))
+	got := make([]byte, format.BlockSize)
+	if _, err := d.ReadAt(got, 0); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("the damaged unit reads, with the right content: %t; %v", bytes.Equal(got, unit[:len(got)]), err)
+	}
+	must(t, errors.Join(d.Close(), s.Close()))
+}
