@@ -130,9 +130,9 @@ func (l *Log) recycle(seq uint64) *Chunk {
 	return c
 }
 
-// SlotsAbove returns the number of slots that a purpose leaves to higher purposes, so that deleting can still give
+// slotsAbove returns the number of slots that a purpose leaves to higher purposes, so that deleting can still give
 // slots back.
-func SlotsAbove(p Purpose) int {
+func slotsAbove(p Purpose) int {
 	switch p {
 	case ForData:
 		return 64
@@ -148,7 +148,7 @@ var errNoSlot = fmt.Errorf("%w: all %d places for chunks are taken; delete snaps
 func (l *Log) slotFor(p Purpose) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.space.FreeSlots() <= SlotsAbove(p) {
+	if l.space.FreeSlots() <= slotsAbove(p) {
 		return errNoSlot
 	}
 	return nil

@@ -1,0 +1,69 @@
+package wal
+
+import (
+	"errors"
+	"sync"
+	"syscall"
+	"testing"
+
+	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/storage"
+	"github.com/vdisk/vdisk/internal/storage/crashfs"
+)
+
+// stubbornFS fails the syncs of files, and keeps files that are to be removed.
+type stubbornFS struct {
+	storage.FS
+	overwrites bool
+}
+
+type unsyncedFile struct{ storage.File }
+
+func (s stubbornFS) Create(name string, size int64) (storage.File, error) {
+	f, err := s.FS.Create(name, size)
+	return unsyncedFile{f}, err
+}
+func (s stubbornFS) Remove(string) error { return syscall.EIO }
+func (s stubbornFS) Overwrites() bool    { return s.overwrites }
+func (unsyncedFile) Sync() error         { return syscall.EIO }
+
+// A chunk that could not be made, and whose file stays, would end a replay before younger chunks. So the log fails.
+func TestChunkThatStays(t *testing.T) {
+	l, mu := newLog(t, stubbornFS{FS: crashfs.New()})
+	mu.Lock()
+	defer mu.Unlock()
+	if err := l.Reserve(4096, ForData); !errors.Is(err, fault.ErrFailed) || !errors.Is(l.Err(), fault.ErrFailed) {
+		t.Errorf("room for a record: %v; the log: %v", err, l.Err())
+	}
+}
+
+// Where overwriting a file takes new space, a file of the pool would have none.
+func TestPoolNeedsOverwrites(t *testing.T) {
+	for _, overwrites := range []bool{true, false} {
+		fs := stubbornFS{FS: crashfs.New(), overwrites: overwrites}
+		if _, err := fs.FS.Create(ChunkName(0), 4<<20); err != nil {
+			t.Fatal(err)
+		}
+		var mu sync.Mutex
+		p := Pool{fs: fs, space: &bareSpace{}, mu: &mu}
+		if kept := p.Keep(FoundChunk(0, 1, format.ChunkHeaderSize, fs), 4<<20); kept != overwrites {
+			t.Errorf("overwrites: %t, kept: %t", overwrites, kept)
+		}
+	}
+}
+
+// Content that was written into a file in an earlier life must not have known the file's later sequence number.
+func TestChunkNumbersCannotBeGuessed(t *testing.T) {
+	steps := map[uint64]bool{}
+	for range 16 {
+		step := seqStep()
+		if step < 1<<28 || step >= 1<<29 {
+			t.Errorf("a step of %d", step)
+		}
+		steps[step] = true
+	}
+	if len(steps) < 15 { // two may be the same by chance, once in 2^20 runs
+		t.Errorf("16 steps have %d values", len(steps))
+	}
+}
