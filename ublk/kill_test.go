@@ -85,7 +85,7 @@ func TestScanHangs(t *testing.T) {
 		}))
 		if err == nil {
 			closeDevice(t, d)
-		} else if scansLater || !errors.Is(err, context.DeadlineExceeded) {
+		} else if !errors.Is(err, context.DeadlineExceeded) { // a slow machine may not come as far as START
 			t.Error(err)
 		}
 		if took := time.Since(begin); took > stepLimit {
