@@ -132,3 +132,12 @@ func TestUnknownChunkFile(t *testing.T) {
 		t.Errorf("chunk files: %v, were %v", now, names)
 	}
 }
+
+// A chunk's header says which checkpoint was committed before it was written: an older table is not the store's.
+func TestInTime(t *testing.T) {
+	for seq, want := range map[uint64]error{9: ErrCorrupt, 10: nil, 11: nil} {
+		if err := inTime(format.ChunkHeader{Checkpoint: 10}, format.Checkpoint{Seq: seq}); !errors.Is(err, want) {
+			t.Errorf("a table as of record %d: %v", seq, err)
+		}
+	}
+}

@@ -67,3 +67,22 @@ func TestChunkNumbersCannotBeGuessed(t *testing.T) {
 		t.Errorf("16 steps have %d values", len(steps))
 	}
 }
+
+// A chunk file of another store, or of another slot, is damage.
+func TestHeaderOfAnotherStore(t *testing.T) {
+	fs := crashfs.New()
+	l, mu := newLog(t, fs)
+	mu.Lock()
+	c, _, _ := l.add(t, make([]byte, 100))
+	mu.Unlock()
+	if h, err := l.Header(c.Name(), c.Slot); err != nil || h.Seq != c.Seq {
+		t.Fatal(h, err)
+	}
+	if _, err := l.Header(c.Name(), c.Slot+1); !errors.Is(err, format.ErrCorrupt) {
+		t.Error("another slot:", err)
+	}
+	other := New(fs, mu, [16]byte{2}, &bareSpace{}, &ReserveFile{}, &Mark{})
+	if _, err := other.Header(c.Name(), c.Slot); !errors.Is(err, format.ErrCorrupt) {
+		t.Error("another store:", err)
+	}
+}
