@@ -82,6 +82,8 @@ func (f *slowFile) WriteAt(p []byte, off int64) (int, error) {
 func TestReadBehindCutBuffer(t *testing.T) {
 	fs := &slowFS{crashfs.New(), make(chan struct{})}
 	l, mu := newLog(t, fs)
+	release := sync.OnceFunc(func() { close(fs.hold) })
+	t.Cleanup(release) // before the log is stopped
 	for i := range byte(3) {
 		payload := bytes.Repeat([]byte{i + 1}, 1000)
 		mu.Lock()
@@ -96,7 +98,7 @@ func TestReadBehindCutBuffer(t *testing.T) {
 			t.Fatalf("record %d: %x…", i, got[format.RecordHeaderSize:][:4])
 		}
 	}
-	close(fs.hold)
+	release()
 	if err := l.Sync(); err != nil {
 		t.Fatal(err)
 	}
