@@ -514,3 +514,61 @@ func TestHelpless(t *testing.T) {
 	}
 	mustEnd(t, s, d)
 }
+
+// TestOverwriteBesideACopy overwrites a block after the cleaner has decided to copy it, and before the copy takes its
+// place: the copy is refused, and the newer content stays. So is the copy of a block that was discarded.
+func TestOverwriteBesideACopy(t *testing.T) {
+	for _, how := range []string{"overwritten", "discarded", "untouched"} {
+		s, _ := newStore(t, Options{checkpointInterval: -1, chunkBytes: 1 << 20})
+		_, err := s.CreateVolume("v", VolumeOptions{Size: 8 << 20, Codec: format.Raw})
+		must(t, err)
+		d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+		must(t, err)
+		want := randomBytes(4096, 1)
+		_, err = d.WriteAt(want, 0)
+		must(t, err)
+		c := s.current()
+		for off := int64(1 << 20); s.current() == c; off += 64 << 10 {
+			_, err := d.WriteAt(randomBytes(64<<10, uint64(off)), off)
+			must(t, err)
+		}
+		must(t, s.Checkpoint())
+		m := newMover(s)
+		must(t, m.begin(c))
+		m.look()
+		var r record
+		for r.h == nil || r.h.Kind != format.KindData {
+			off := m.r.Off
+			h, payload, err := m.r.Any()
+			must(t, err)
+			r, err = m.decode(h, payload, off)
+			must(t, err)
+		}
+		if ok, err := m.find(&r); !ok || err != nil || r.h.Block != 0 {
+			t.Fatal(ok, err, r.h)
+		}
+		mask, _, err := m.headMask(r.h, r.name)
+		if err != nil || mask != 1 {
+			t.Fatal(mask, err)
+		}
+		refused := errChanged
+		switch how {
+		case "overwritten":
+			want = randomBytes(4096, 2)
+			_, err = d.WriteAt(want, 0)
+		case "discarded":
+			want = make([]byte, 4096)
+			err = d.Discard(0, 4096)
+		default:
+			refused = nil
+		}
+		must(t, err)
+		if _, err := m.rewrite(&r, mask); !errors.Is(err, refused) {
+			t.Errorf("%s: %v", how, err)
+		}
+		if !holdsAt(t, s, "v", 0, want) {
+			t.Errorf("%s: the block has other content", how)
+		}
+		mustEnd(t, s, d)
+	}
+}
