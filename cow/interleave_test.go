@@ -26,6 +26,7 @@ type hookFS struct {
 	onOpen   func(name string) error
 	onWrite  func(name string, n int)
 	onRead   func(name string) error
+	onSync   func(name string)
 	onFree   func() (int64, bool)
 }
 
@@ -88,6 +89,13 @@ func (f *hookFile) WriteAt(p []byte, off int64) (int, error) {
 		f.h.onWrite(f.name, len(p))
 	}
 	return f.File.WriteAt(p, off)
+}
+
+func (f *hookFile) Sync() error {
+	if f.h.onSync != nil {
+		f.h.onSync(f.name)
+	}
+	return f.File.Sync()
 }
 
 func newHook(t *testing.T, dir string) *hookFS {
@@ -173,6 +181,41 @@ func TestCheckpointWhileFirstChunkIsMade(t *testing.T) {
 	if !bytes.Equal(got, data) {
 		t.Errorf("flushed data is lost; zero=%v", format.IsZero(got))
 	}
+}
+
+// Writes that come while a checkpoint syncs the log are not part of it: a replay begins before them.
+func TestWriteWhileACheckpointSyncs(t *testing.T) {
+	dir := setup(t, 64<<20, format.Raw)
+	fs := newHook(t, dir)
+	s := open(t, dir, Options{fs: fs, checkpointInterval: -1})
+	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+	must(t, err)
+	_, err = d.WriteAt(randomBytes(4096, 1), 0)
+	must(t, err)
+	want := [][]byte{randomBytes(4096, 2), randomBytes(4096, 3)}
+	fs.onSync = func(string) {
+		fs.onSync = nil
+		for i, p := range want {
+			_, err := d.WriteAt(p, int64(i)<<20)
+			must(t, err)
+		}
+	}
+	must(t, s.Checkpoint())
+	if fs.onSync != nil {
+		t.Fatal("the checkpoint did not sync the log")
+	}
+	must(t, d.Flush())
+	killStore(s)
+	s = open(t, dir, Options{checkpointInterval: -1})
+	for i := range want {
+		if !holdsAt(t, s, "v", int64(i)<<20, want[i]) {
+			t.Errorf("write %d is gone: %+v", i, s.Recovery())
+		}
+	}
+	if n := s.Recovery().Records; n != 2 {
+		t.Errorf("%d records were replayed", n)
+	}
+	mustEnd(t, s)
 }
 
 // Leaves() misses a leaf that is committed and evicted between the table's look-up and the cache's.
