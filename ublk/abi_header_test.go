@@ -160,7 +160,7 @@ var headerStructs = map[string]headerStruct{
 	"pbuf":         {"io_uring_buf", map[string]string{"id": "bid", "tail": "resv"}},
 }
 
-// prefixes are structures of which ours is only the beginning, or whose size may differ from ours.
+// prefixes are structures that may be longer in the header than here.
 var prefixes = map[string]bool{"params": true, "sqe": true, "batchElem": true}
 
 // TestLayoutAgainstHeader lets a C compiler compare every structure, field, command, flag and limit with the newest

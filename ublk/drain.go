@@ -28,7 +28,7 @@ type drainer struct {
 	// command is a leave in its low bits, and a count in its upper bits that makes each command a new one. Only one
 	// goroutine at a time sets it.
 	command atomic.Uint32
-	rests   atomic.Uint32 // the command because of which the queue rests, or restsForGood
+	rests   atomic.Uint32 // the command that made the queue rest, or restsForGood
 	wakeup  chan struct{} // has room for one signal; gets it when command or killed changes
 	// holds is set, before the queue starts, if the driver issues requests again that the queue leaves unanswered.
 	holds bool

@@ -28,9 +28,10 @@
 //   - a function that loads a leaf. [Cache.Newest] tells this function what memory has; it looks in memory before it
 //     looks in the table, because a version leaves memory only after the table has it.
 //   - of each branch a [Branch], which the catalog's branch holds: what never changes, and a count of the cache's own.
-//     A branch's present epoch does change, under the store's lock, so that the caller, who has that lock, hands it in.
+//     A branch's present epoch changes under the store's lock. So the cache does not keep it: the caller, which holds
+//     that lock, passes it to each call that needs it.
 //
-// The cache does not account for the entries. Whoever changes the content of a leaf says what has died.
+// The cache does not count live and dead entries. Code that changes the content of a leaf does that itself.
 //
 // # Memory
 //

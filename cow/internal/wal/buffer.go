@@ -107,8 +107,8 @@ func (l *Log) Read(c *Chunk, off uint32, p []byte) bool {
 	if off+uint32(len(p)) <= c.written {
 		return false
 	}
-	// Search from the newest buffer back. A buffer that was cut before it was full does not have the bytes behind its
-	// end; the next buffer has them.
+	// Search from the newest buffer back. If a buffer was cut before it was full, the bytes behind its end are in the
+	// next buffer.
 	for _, b := range slices.Backward(l.buffered) {
 		if b.chunk == c && off >= b.off {
 			copy(p, b.data[off-b.off:])
