@@ -401,17 +401,7 @@ func TestHandedToTheHead(t *testing.T) {
 	}
 	must(t, errors.Join(s.Checkpoint(), s.Remove(Ref{Volume: "v", Snapshot: "s"}, false), s.Checkpoint())) // the next checkpoint reaps it
 
-	m := newMover(s)
-	must(t, m.begin(c))
-	m.look()
-	var r record
-	for r.h == nil || r.h.Kind != format.KindData {
-		off := m.r.Off
-		h, payload, err := m.r.Any()
-		must(t, err)
-		r, err = m.decode(h, payload, off)
-		must(t, err)
-	}
+	m, r := firstData(t, s, c)
 	if n, rest, err := m.moveOwn(&r); n != 0 || !rest || err != nil {
 		t.Fatal(n, rest, err)
 	}
@@ -533,17 +523,7 @@ func TestOverwriteBesideACopy(t *testing.T) {
 			must(t, err)
 		}
 		must(t, s.Checkpoint())
-		m := newMover(s)
-		must(t, m.begin(c))
-		m.look()
-		var r record
-		for r.h == nil || r.h.Kind != format.KindData {
-			off := m.r.Off
-			h, payload, err := m.r.Any()
-			must(t, err)
-			r, err = m.decode(h, payload, off)
-			must(t, err)
-		}
+		m, r := firstData(t, s, c)
 		if ok, err := m.find(&r); !ok || err != nil || r.h.Block != 0 {
 			t.Fatal(ok, err, r.h)
 		}
@@ -571,4 +551,20 @@ func TestOverwriteBesideACopy(t *testing.T) {
 		}
 		mustEnd(t, s, d)
 	}
+}
+
+// firstData returns a mover that has come to the first data record of a chunk, and the record.
+func firstData(t *testing.T, s *Store, c *chunk) (m *mover, r record) {
+	t.Helper()
+	m = newMover(s)
+	must(t, m.begin(c))
+	m.look()
+	for r.h == nil || r.h.Kind != format.KindData {
+		off := m.r.Off
+		h, payload, err := m.r.Any()
+		must(t, err)
+		r, err = m.decode(h, payload, off)
+		must(t, err)
+	}
+	return m, r
 }

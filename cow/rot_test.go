@@ -71,14 +71,7 @@ func TestCleanKeepsRot(t *testing.T) {
 		const block = 10
 		var e format.Entry
 		must(t, s.cache.View(d.b.leaf(0, head), func(lf *leafcache.Leaf) { e = lf.Entry(block) }))
-		c := s.slots.get(e.Slot())
-		change(t, filepath.Join(dir, chunksDir, c.Name()), int64(e.Offset())+format.RecordHeaderSize+100, flip, 1)
-		c.Acquire()
-		s.cleaner.mu.Lock()
-		_, err = s.cleanChunk(context.Background(), c, nil)
-		s.cleaner.mu.Unlock()
-		c.Release()
-		must(t, errors.Join(err, s.Checkpoint(), s.Checkpoint()))
+		cleanRotten(t, s, dir, e, 100)
 		got := make([]byte, 4096)
 		for i := range 512 {
 			_, err := d.ReadAt(got, int64(i)*4096)
@@ -115,17 +108,23 @@ func TestCleanKeepsRotOfPartOfAUnit(t *testing.T) {
 	if e.Blocks() != len(unit)/format.BlockSize {
 		t.Fatalf("the unit has %d blocks", e.Blocks())
 	}
-	c := s.slots.get(e.Slot())
-	change(t, filepath.Join(dir, chunksDir, c.Name()), int64(e.Offset())+format.RecordHeaderSize+200, flip, 1)
-	c.Acquire()
-	s.cleaner.mu.Lock()
-	_, err = s.cleanChunk(context.Background(), c, nil)
-	s.cleaner.mu.Unlock()
-	c.Release()
-	must(t, errors.Join(err, s.Checkpoint(), s.Checkpoint()))
+	cleanRotten(t, s, dir, e, 200)
 	got := make([]byte, format.BlockSize)
 	if _, err := d.ReadAt(got, 0); !errors.Is(err, ErrCorrupt) {
 		t.Errorf("the damaged unit reads, with the right content: %t; %v", bytes.Equal(got, unit[:len(got)]), err)
 	}
 	must(t, errors.Join(d.Close(), s.Close()))
+}
+
+// cleanRotten damages the payload of the record that e names, at an offset, and cleans its chunk.
+func cleanRotten(t *testing.T, s *Store, dir string, e format.Entry, at int64) {
+	t.Helper()
+	c := s.slots.get(e.Slot())
+	change(t, filepath.Join(dir, chunksDir, c.Name()), int64(e.Offset())+format.RecordHeaderSize+at, flip, 1)
+	c.Acquire()
+	defer c.Release()
+	s.cleaner.mu.Lock()
+	_, err := s.cleanChunk(context.Background(), c, nil)
+	s.cleaner.mu.Unlock()
+	must(t, errors.Join(err, s.Checkpoint(), s.Checkpoint()))
 }

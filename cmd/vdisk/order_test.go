@@ -64,7 +64,6 @@ func TestOrderOfSystemCalls(t *testing.T) {
 type event struct {
 	call  string // "write", "sync", "make", "rename", "remove"
 	file  string // relative to the store; "": its folder
-	to    string // of a rename
 	off   int64  // of a write
 	ended bool
 	line  string
@@ -245,7 +244,7 @@ func parse(call, args, store string) (e event, ok bool) {
 		if len(paths) != 2 {
 			return e, false
 		}
-		return event{call: "rename", file: paths[0], to: paths[1]}, true
+		return event{call: "rename", file: paths[0]}, true
 	case "unlinkat":
 		if len(paths) != 1 {
 			return e, false

@@ -21,9 +21,6 @@ func (p *Pool) Age(d time.Duration) { p.touched = p.touched.Add(-d) }
 // Fits reports whether a record of n bytes may go into the current chunk. The caller holds mu.
 func (l *Log) Fits(n int, p Purpose) bool { return l.fits(n, p) }
 
-// Cut makes the next record begin a new buffer. The caller holds mu.
-func (l *Log) Cut() { l.cut() }
-
 // SkipChunk leaves the rest of the current chunk, or all of it, without records. The caller holds mu.
 func (l *Log) SkipChunk() error {
 	for l.next == nil {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"log/slog"
 	"sync"
-	"syscall"
 	"testing"
 
 	"github.com/vdisk/vdisk/format"
@@ -55,40 +54,56 @@ func (l *Log) add(t *testing.T, payload []byte) (c *Chunk, off uint32, h format.
 	return c, off, h
 }
 
-// slowFS holds up the writes of records until it is let go.
-type slowFS struct {
+// hookFS calls functions before files are synced and written to; a write fails with the function's error.
+type hookFS struct {
 	storage.FS
-	hold chan struct{}
+	onSync  func()
+	onWrite func(off int64) error
 }
 
-type slowFile struct {
+type hookFile struct {
 	storage.File
-	hold chan struct{}
+	fs *hookFS
 }
 
-func (s *slowFS) Create(name string, size int64) (storage.File, error) {
-	f, err := s.FS.Create(name, size)
-	return &slowFile{f, s.hold}, err
+func newHookFS() *hookFS {
+	return &hookFS{crashfs.New(), func() {}, func(int64) error { return nil }}
 }
 
-func (f *slowFile) WriteAt(p []byte, off int64) (int, error) {
-	if off >= format.ChunkHeaderSize {
-		<-f.hold
+func (h *hookFS) Create(name string, size int64) (storage.File, error) {
+	f, err := h.FS.Create(name, size)
+	return hookFile{f, h}, err
+}
+
+func (f hookFile) Sync() error {
+	f.fs.onSync()
+	return f.File.Sync()
+}
+
+func (f hookFile) WriteAt(p []byte, off int64) (int, error) {
+	if err := f.fs.onWrite(off); err != nil {
+		return 0, err
 	}
 	return f.File.WriteAt(p, off)
 }
 
 // A record in the buffer after one that was cut early, and is being written, is read from its own buffer.
 func TestReadBehindCutBuffer(t *testing.T) {
-	fs := &slowFS{crashfs.New(), make(chan struct{})}
+	fs, hold := newHookFS(), make(chan struct{})
+	fs.onWrite = func(off int64) error {
+		if off >= format.ChunkHeaderSize {
+			<-hold
+		}
+		return nil
+	}
 	l, mu := newLog(t, fs)
-	release := sync.OnceFunc(func() { close(fs.hold) })
+	release := sync.OnceFunc(func() { close(hold) })
 	t.Cleanup(release) // before the log is stopped
 	for i := range byte(3) {
 		payload := bytes.Repeat([]byte{i + 1}, 1000)
 		mu.Lock()
 		c, off, h := l.add(t, payload)
-		l.Cut()
+		l.cut()
 		mu.Unlock()
 		got := make([]byte, h.Size())
 		if !l.Read(c, off, got) {
@@ -151,34 +166,12 @@ func TestReader(t *testing.T) {
 	}
 }
 
-// syncFS calls a function before each sync of a file.
-type syncFS struct {
-	storage.FS
-	before func()
-}
-
-type syncFile struct {
-	storage.File
-	fs *syncFS
-}
-
-func (s *syncFS) Create(name string, size int64) (storage.File, error) {
-	f, err := s.FS.Create(name, size)
-	return syncFile{f, s}, err
-}
-
-func (f syncFile) Sync() error {
-	f.fs.before()
-	return f.File.Sync()
-}
-
 // Records that are appended while a sync runs are not durable by that sync: neither the log nor the mark says so, and a
 // flush of theirs does not end with it.
 func TestAppendDuringSync(t *testing.T) {
-	real := crashfs.New()
-	fs := &syncFS{FS: real, before: func() {}}
+	fs := newHookFS()
 	l, mu := newLog(t, fs)
-	l.mark.Open(real, l.uuid, slog.New(slog.DiscardHandler))
+	l.mark.Open(fs.FS, l.uuid, slog.New(slog.DiscardHandler))
 	if err := l.mark.Begin(1); err != nil {
 		t.Fatal(err)
 	}
@@ -199,11 +192,11 @@ func TestAppendDuringSync(t *testing.T) {
 	for i := range uint64(3) {
 		add()
 		syncs := 0
-		fs.before = func() { syncs++; add() }
+		fs.onSync = func() { syncs++; add() }
 		if err := l.Sync(); err != nil {
 			t.Fatal(err)
 		}
-		fs.before = func() {}
+		fs.onSync = func() {}
 		want := 3 + 2*i // one of the two that were appended since
 		if durable() != want || l.mark.Seq() != want || syncs != 1 {
 			t.Fatalf("the log says %d, the mark %d, and record %d is the first that is not durable; %d syncs", durable(), l.mark.Seq(), want, syncs)
@@ -215,27 +208,4 @@ func TestAppendDuringSync(t *testing.T) {
 			t.Fatalf("a flush ended with record %d, and there are %d", durable()-1, want)
 		}
 	}
-}
-
-// badFS refuses writes to the mark while off is set.
-type badFS struct {
-	storage.FS
-	off bool
-}
-
-type badFile struct {
-	storage.File
-	fs *badFS
-}
-
-func (b *badFS) Create(name string, size int64) (storage.File, error) {
-	f, err := b.FS.Create(name, size)
-	return badFile{f, b}, err
-}
-
-func (f badFile) WriteAt(p []byte, off int64) (int, error) {
-	if f.fs.off {
-		return 0, syscall.EIO
-	}
-	return f.File.WriteAt(p, off)
 }

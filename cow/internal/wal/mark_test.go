@@ -2,23 +2,28 @@ package wal
 
 import (
 	"log/slog"
+	"syscall"
 	"testing"
-
-	"github.com/vdisk/vdisk/internal/storage/crashfs"
 )
 
 // A disk that does not take the mark once takes it again later.
 func TestMarkIsTriedAgain(t *testing.T) {
-	fs := &badFS{FS: crashfs.New()}
+	fs, off := newHookFS(), false
+	fs.onWrite = func(int64) error {
+		if off {
+			return syscall.EIO
+		}
+		return nil
+	}
 	var m Mark
 	m.Open(fs, [16]byte{1}, slog.New(slog.DiscardHandler))
 	if err := m.Begin(1); err != nil {
 		t.Fatal(err)
 	}
 	m.set(2)
-	fs.off = true
+	off = true
 	m.set(3)
-	fs.off = false
+	off = false
 	m.set(4)
 	if m.Seq() != 2 {
 		t.Errorf("the mark is %d, though a try has just failed", m.Seq())
