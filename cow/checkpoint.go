@@ -78,7 +78,7 @@ func (s *Store) checkpointLocked() error {
 	}
 	err := s.opts.onCommit(true)
 	s.finishGeneration(g)
-	s.trimEnds(g.at.ChunkSeq)
+	s.trimEnds()
 	err = errors.Join(err, s.removeDead(g.dead))
 	s.mu.Lock()
 	if s.checkpoints.pendingFree > 0 {
@@ -116,29 +116,26 @@ func (s *Store) commit(g *generation) error {
 }
 
 // trimEnds gives back the space that is allocated behind the records of chunks in which the log ended without a Close.
-// It does so once no replay begins in such a chunk any more, because its sequence number is less than before. The
-// caller holds checkpoints.mu.
-func (s *Store) trimEnds(before uint64) {
-	s.checkpoints.untrimmed = slices.DeleteFunc(s.checkpoints.untrimmed, func(c *chunk) bool {
-		if c.Seq >= before {
-			return false
-		}
+// A committed checkpoint lets it do so: no replay begins in such a chunk any more, since the log went on in a new one
+// when the store was opened. The caller holds checkpoints.mu.
+func (s *Store) trimEnds() {
+	for _, c := range s.checkpoints.untrimmed {
 		s.mu.Lock()
 		here := s.slots.get(c.Slot) == c && !c.dead
 		s.mu.Unlock()
 		if !here {
-			return true
+			continue
 		}
 		if err := c.Truncate(c.End); err != nil {
-			s.log.Warn("what is allocated behind a chunk's records stays", "chunk", c.Name(), "err", err)
-			return true
+			s.log.Warn("the space behind a chunk's records stays allocated", "chunk", c.Name(), "err", err)
+			continue
 		}
 		s.mu.Lock()
 		c.Size = c.End
 		s.slots.recount(c)
 		s.mu.Unlock()
-		return true
-	})
+	}
+	s.checkpoints.untrimmed = nil
 }
 
 // beginGeneration notes the log's end and takes everything that changed up to it, in one critical section of mu. What
