@@ -107,6 +107,22 @@ func TestOldestSnapshotGoesFast(t *testing.T) {
 	mustEnd(t, s, d)
 }
 
+// A deletion does not go by successors that the table does not have yet: those of a point that was made after the last
+// checkpoint.
+func TestSuccessorIsNotInTheTableYet(t *testing.T) {
+	w := newModelStore(t)
+	w.volume(t, "v", 1<<20, format.S2)
+	w.write(t, "v", 0, hotUnit, 0)
+	w.takeSnapshot(t, "a")
+	w.m.remove(Ref{"v", "a"})
+	must(t, w.event(w.s.Remove(Ref{"v", "a"}, false)))
+	must(t, w.s.Checkpoint()) // the table knows that the name is gone; the next checkpoint lets the reaper work
+	w.write(t, "v", 0, hotUnit, 1)
+	w.takeSnapshot(t, "b")
+	w.must(t, op{kind: "reap"})
+	w.end(t)
+}
+
 // What a deletion has to look at comes from the table before the store's lock is taken, which keeps writers waiting.
 func TestReaperReadsWithoutTheLock(t *testing.T) {
 	s, _ := newStore(t, Options{checkpointInterval: -1})

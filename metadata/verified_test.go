@@ -167,7 +167,7 @@ func TestDamagedFreeList(t *testing.T) {
 		t.Fatal("it is too short")
 	}
 	for name, damage := range map[string]func(p []byte){
-		"a page in use":   func(p []byte) { le.PutUint64(p[16:], root) },
+		"a page in use":   func(p []byte) { le.PutUint16(p[10:], 1); le.PutUint64(p[16:], root) }, // it alone, so that the order is right
 		"itself":          func(p []byte) { le.PutUint64(p[16:], free) },
 		"a meta page":     func(p []byte) { le.PutUint64(p[16:], 1) },
 		"behind the end":  func(p []byte) { le.PutUint64(p[16+8*(int(le.Uint16(p[10:]))-1):], c.pages) },
