@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/testwatch"
 )
 
 // TestEventDuringClose closes the store while an event waits for a chunk.
@@ -51,17 +52,10 @@ func TestEventDuringClose(t *testing.T) {
 }
 
 // within fails the test if fn hangs.
-func within(t *testing.T, what string, fn func() error) error {
+func within(t *testing.T, what string, fn func() error) (err error) {
 	t.Helper()
-	done := make(chan error, 1)
-	go func() { done <- fn() }()
-	select {
-	case err := <-done:
-		return err
-	case <-time.After(time.Minute):
-		t.Fatalf("%s hangs", what)
-		return nil
-	}
+	testwatch.Do(t, testwatch.Long, what, func() { err = fn() })
+	return err
 }
 
 // calls returns all methods of a store and of a device that return an error.

@@ -18,8 +18,11 @@ import (
 	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
+	"github.com/vdisk/vdisk/internal/testwatch"
 	"github.com/vdisk/vdisk/metadata"
 )
+
+func TestMain(m *testing.M) { os.Exit(testwatch.Run(m)) }
 
 // crashHarness makes stores whose power can be cut. The chunk files are in a crashfs. The table is a real file; the
 // result of a commit is one durable step.

@@ -6,10 +6,15 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/vdisk/vdisk/internal/testwatch"
 )
+
+func TestMain(m *testing.M) { os.Exit(testwatch.Run(m)) }
 
 // client speaks the protocol by hand, so that it can also break it.
 type client struct {
@@ -58,14 +63,9 @@ func connect(tb testing.TB, s *Server) *client {
 // ended waits until ServeConn returns, and returns its error.
 func (c *client) ended() error {
 	c.tb.Helper()
-	select {
-	case err := <-c.served:
-		c.served <- err
-		return err
-	case <-time.After(10 * time.Second):
-		c.tb.Fatal("the connection does not end")
-		return nil
-	}
+	err := testwatch.Wait(c.tb, testwatch.Long, "the end of the connection", c.served)
+	c.served <- err
+	return err
 }
 
 // hungUp checks that the server closes the connection and sends nothing more.

@@ -11,6 +11,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/vdisk/vdisk/internal/testwatch"
 )
 
 // Requests that cannot be served get their error, and the connection goes on.
@@ -270,13 +272,9 @@ func TestServe(t *testing.T) {
 			c.open("disk", true)
 			c.alive()
 			end(s, cancel)
-			select {
-			case err := <-done:
-				if !errors.Is(err, context.Canceled) && !errors.Is(err, ErrServerClosed) {
-					t.Errorf("Serve: %v", err)
-				}
-			case <-time.After(5 * time.Second):
-				t.Fatal("Serve does not return")
+			err = testwatch.Wait(t, testwatch.Long, "Serve", done)
+			if !errors.Is(err, context.Canceled) && !errors.Is(err, ErrServerClosed) {
+				t.Errorf("Serve: %v", err)
 			}
 			if _, err := net.Dial("unix", sock); err == nil {
 				t.Error("still listening")

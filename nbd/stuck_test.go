@@ -12,22 +12,12 @@ import (
 	"testing"
 	"time"
 	"unsafe"
+
+	"github.com/vdisk/vdisk/internal/testwatch"
 )
 
 // These are clients that half-close, stop, or die, and devices that never answer. Nothing may wait for itself, and
 // every end is bounded.
-
-// soon fails the test unless f returns in time. f should return at once, and only a hang exceeds the bound.
-func soon(t *testing.T, what string, f func()) {
-	t.Helper()
-	done := make(chan struct{})
-	go func() { defer close(done); f() }()
-	select {
-	case <-done:
-	case <-time.After(10 * time.Second):
-		t.Fatalf("%s: hangs", what)
-	}
-}
 
 // A client that shuts down only one direction is served as far as possible, and its connection ends.
 func TestHalfClosed(t *testing.T) {
@@ -53,7 +43,7 @@ func TestHalfClosed(t *testing.T) {
 				if d.closes.Load() != 1 {
 					t.Errorf("%d closes of the export", d.closes.Load())
 				}
-				soon(t, "Shutdown", func() {
+				testwatch.Do(t, testwatch.Long, "Shutdown", func() {
 					if err := s.Shutdown(context.Background()); err != nil {
 						t.Error(err)
 					}
@@ -142,20 +132,20 @@ func TestShutdownWithStuckDevice(t *testing.T) {
 			<-entered
 			c.put(then)
 			time.Sleep(20 * time.Millisecond) // so that the receiver waits
-			soon(t, "Shutdown", func() {
+			testwatch.Do(t, testwatch.Long, "Shutdown", func() {
 				ctx, cancel := context.WithTimeout(context.Background(), 30*time.Millisecond)
 				defer cancel()
 				if err := s.Shutdown(ctx); !errors.Is(err, context.DeadlineExceeded) {
 					t.Errorf("Shutdown: %v", err)
 				}
 			})
-			soon(t, "Serve", func() {
+			testwatch.Do(t, testwatch.Long, "Serve", func() {
 				if err := <-served; !errors.Is(err, ErrServerClosed) {
 					t.Errorf("Serve: %v", err)
 				}
 			})
 			close(release)
-			soon(t, "the connection", func() {
+			testwatch.Do(t, testwatch.Long, "the connection", func() {
 				for d.closes.Load() == 0 {
 					time.Sleep(time.Millisecond)
 				}
@@ -331,7 +321,7 @@ func TestShutdownWithStuckClients(t *testing.T) {
 		_, _ = c.Write([]byte(strings.Repeat(req, 3000)))
 		clients = append(clients, c)
 	}
-	soon(t, "Shutdown", func() {
+	testwatch.Do(t, testwatch.Long, "Shutdown", func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Millisecond)
 		defer cancel()
 		if err := s.Shutdown(ctx); !errors.Is(err, context.DeadlineExceeded) {
@@ -356,7 +346,7 @@ func TestCutOffGivesUp(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	soon(t, "Shutdown", func() {
+	testwatch.Do(t, testwatch.Long, "Shutdown", func() {
 		if err := s.Shutdown(ctx); !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "took no replies") {
 			t.Errorf("Shutdown: %v", err)
 		}

@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/vdisk/vdisk/internal/testwatch"
 )
 
 // pattern is n bytes that differ by offset and seed.
@@ -289,11 +291,7 @@ func TestFlushBeginsAfterRequest(t *testing.T) {
 	if r := c.reply(0); r.cookie != 1 {
 		t.Fatalf("reply to %d", r.cookie)
 	}
-	select {
-	case <-entered:
-	case <-time.After(5 * time.Second):
-		t.Fatal("the second flush did not flush again")
-	}
+	testwatch.Wait(t, testwatch.Long, "the second flush of the device", entered)
 	release <- struct{}{}
 	if r := c.reply(0); r.cookie != 2 {
 		t.Fatalf("reply to %d", r.cookie)

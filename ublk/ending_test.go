@@ -12,6 +12,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vdisk/vdisk/internal/testwatch"
 )
 
 // slowDriver is a driver of one device that waits to be recovered. It answers nothing before answer is closed.
@@ -129,13 +131,9 @@ func TestQueuesBreakInStop(t *testing.T) {
 	d.err = broken
 	d.mu.Unlock()
 	go d.superviseRoutine() // there are no queues, so all have ended
-	select {
-	case err := <-closed:
-		if !errors.Is(err, broken) || d.State() != StateDead {
-			t.Errorf("%v: %v", d.State(), err)
-		}
-	case <-time.After(10 * time.Second):
-		t.Error("the end of the device waits for STOP, and STOP for that")
+	err := testwatch.Wait(t, testwatch.Long, "the end of the device, which must not wait for STOP", closed)
+	if !errors.Is(err, broken) || d.State() != StateDead {
+		t.Errorf("%v: %v", d.State(), err)
 	}
 }
 

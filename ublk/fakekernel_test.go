@@ -10,6 +10,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vdisk/vdisk/internal/testwatch"
 )
 
 // fakeKernel is a driver behind the memory of a ring, for every copy mode. It takes the submission entries of a real
@@ -587,8 +589,8 @@ func (f *fakeQueue) wait() error {
 	select {
 	case err := <-f.end:
 		return err
-	case <-time.After(10 * time.Second):
-		return fmt.Errorf("the loop does not end")
+	case <-time.After(testwatch.Long):
+		return fmt.Errorf("the loop does not end\n%s", testwatch.Stacks())
 	}
 }
 
@@ -596,16 +598,11 @@ func (f *fakeQueue) wait() error {
 func (f *fakeQueue) do(t testing.TB, d ioDesc) int32 {
 	t.Helper()
 	tag := f.kernel.dispatch(d)
-	select {
-	case r := <-f.kernel.results:
-		if r.tag != tag {
-			t.Fatalf("tag %d was answered, want %d", r.tag, tag)
-		}
-		return r.res
-	case <-time.After(10 * time.Second):
-		t.Fatal("no answer")
-		return 0
+	r := testwatch.Wait(t, testwatch.Long, "an answer", f.kernel.results)
+	if r.tag != tag {
+		t.Fatalf("tag %d was answered, want %d", r.tag, tag)
 	}
+	return r.res
 }
 
 // inEachMode runs a test on the transport of every copy mode.

@@ -291,13 +291,7 @@ func (w *writers) ended() []error {
 // wait waits until all writes have ended, and returns their errors.
 func (w *writers) wait(t testing.TB) []error {
 	t.Helper()
-	done := make(chan struct{})
-	go func() { w.wg.Wait(); close(done) }()
-	select {
-	case <-done:
-	case <-time.After(stepLimit):
-		t.Fatalf("%d writes have ended, the others hang: %v", len(w.ended()), noHangs())
-	}
+	bounded(t, &w.wg, "the writes")
 	return w.ended()
 }
 

@@ -366,11 +366,7 @@ func TestStoppedFromOutside(t *testing.T) {
 	if err := ublk.StopForTest(d.ID()); err != nil {
 		t.Fatal(err)
 	}
-	select {
-	case <-d.Done():
-	case <-time.After(30 * time.Second):
-		t.Fatal("the device did not end")
-	}
+	ended(t, stepLimit, "the device", d.Done())
 	if !errors.Is(d.Err(), ublk.ErrStopped) {
 		t.Errorf("Err: %v", d.Err())
 	}
@@ -407,20 +403,11 @@ func TestQueueFailure(t *testing.T) {
 			if how == "error" {
 				ublk.KillForTest(d, broken)
 			}
-			select {
-			case err := <-wrote:
-				if err == nil {
-					t.Error("the open write succeeded")
-				}
-			case <-time.After(20 * time.Second):
-				t.Fatal("the open write hangs")
+			if err := ended(t, stepLimit, "the open write", wrote); err == nil {
+				t.Error("the open write succeeded")
 			}
 			_ = unix.Close(fd)
-			select {
-			case <-d.Done():
-			case <-time.After(20 * time.Second):
-				t.Fatal("the device does not end")
-			}
+			ended(t, stepLimit, "the device", d.Done())
 			if err := d.Err(); err == nil || how == "error" && !errors.Is(err, broken) || errors.Is(err, ublk.ErrStopped) {
 				t.Errorf("Err: %v", err)
 			}

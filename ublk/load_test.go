@@ -90,13 +90,7 @@ func (l *load) advance(t testing.TB, n int64) {
 func (l *load) stop(t testing.TB) {
 	t.Helper()
 	l.quit.Store(true)
-	ended := make(chan struct{})
-	go func() { l.wg.Wait(); close(ended) }()
-	select {
-	case <-ended:
-	case <-time.After(stepLimit):
-		t.Fatalf("a write does not end: %v", noHangs())
-	}
+	bounded(t, &l.wg, "the writes")
 }
 
 // check reads every block that was written.

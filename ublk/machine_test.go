@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
 
+	"github.com/vdisk/vdisk/internal/testwatch"
 	"github.com/vdisk/vdisk/ublk"
 )
 
@@ -262,13 +263,22 @@ func (m *machine) finish(rt *rapid.T) {
 	m.complain(rt)
 }
 
-// bounded waits for a group, and fails when it takes too long.
-func bounded(rt *rapid.T, wg *sync.WaitGroup, what string) {
+// bounded waits for a group. If that takes too long it fails the test, with the stacks of our goroutines and of threads
+// that hang in the kernel.
+func bounded(t testwatch.TB, wg *sync.WaitGroup, what string) {
+	t.Helper()
 	done := make(chan struct{})
 	go func() { wg.Wait(); close(done) }()
+	ended(t, 2*stepLimit, what, done)
+}
+
+// ended waits for a value of c, as bounded does for a group.
+func ended[T any](t testwatch.TB, limit time.Duration, what string, c <-chan T) (v T) {
+	t.Helper()
 	select {
-	case <-done:
-	case <-time.After(2 * stepLimit):
-		rt.Fatalf("%s: no end: %v", what, noHangs())
+	case v = <-c:
+	case <-time.After(limit):
+		t.Fatalf("%s: no end in %v: %v\n%s", what, limit, noHangs(), testwatch.Stacks())
 	}
+	return v
 }

@@ -7,10 +7,11 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vdisk/vdisk/internal/testwatch"
 )
 
 func TestOptionsAreChecked(t *testing.T) {
@@ -172,13 +173,9 @@ func TestControlCancel(t *testing.T) {
 	if _, err := c.submit(nil, func(e *sqe) { e.opcode, e.fd, e.addr = opAsyncCancel, -1, id }); err != nil {
 		t.Fatal(err)
 	}
-	select {
-	case res := <-call.done:
-		if res != -int32(unix.ECANCELED) && res != -int32(unix.EINTR) {
-			t.Errorf("result %d", res)
-		}
-	case <-time.After(5 * time.Second):
-		t.Error("the cancelled command does not come back")
+	res := testwatch.Wait(t, testwatch.Long, "the cancelled command", call.done)
+	if res != -int32(unix.ECANCELED) && res != -int32(unix.EINTR) {
+		t.Errorf("result %d", res)
 	}
 }
 

@@ -98,13 +98,8 @@ func startPhase(t testing.TB, phase, file string, recovery ublk.Recovery) *phase
 		s.kill()
 		_ = ublk.Delete(stopCtx(t), serverID, true) // after a failure; else it is gone
 	})
-	select {
-	case text := <-ready:
-		if text != "" {
-			t.Fatalf("the server ended: %s", text)
-		}
-	case <-time.After(60 * time.Second):
-		t.Fatalf("the server does not come to %q", phase)
+	if text := ended(t, stepLimit, fmt.Sprintf("the server's way to %q", phase), ready); text != "" {
+		t.Fatalf("the server ended: %s", text)
 	}
 	return s
 }
@@ -459,11 +454,7 @@ func TestRecoveryWays(t *testing.T) {
 			<-disk.held
 			broken := errors.New("the ring broke")
 			ublk.KillForTest(d, broken)
-			select {
-			case <-d.Done():
-			case <-time.After(20 * time.Second):
-				t.Fatal("the device does not end")
-			}
+			ended(t, stepLimit, "the device", d.Done())
 			if !errors.Is(d.Err(), broken) || d.State() != ublk.StateQuiesced {
 				t.Errorf("a device with recovery whose queues broke: %v, %v", d.State(), d.Err())
 			}

@@ -22,6 +22,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/vdisk/vdisk/internal/testwatch"
 	"github.com/vdisk/vdisk/ublk"
 )
 
@@ -32,7 +33,7 @@ func TestMain(m *testing.M) {
 	if config := os.Getenv(serverVariable); config != "" {
 		os.Exit(serve(config))
 	}
-	os.Exit(m.Run())
+	os.Exit(testwatch.Run(m))
 }
 
 // serverConfig configures a server process.
@@ -290,7 +291,7 @@ func (s *serverProcess) line(t testing.TB) string {
 			return ""
 		}
 	case <-time.After(90 * time.Second):
-		t.Fatal("the server says nothing")
+		t.Fatalf("the server says nothing: %v\n%s", noHangs(), testwatch.Stacks())
 		return ""
 	}
 }
@@ -313,11 +314,7 @@ func (s *serverProcess) kill(t testing.TB) {
 
 func (s *serverProcess) wait(t testing.TB) {
 	t.Helper()
-	select {
-	case <-s.gone:
-	case <-time.After(60 * time.Second):
-		t.Fatalf("the server does not end: %v", noHangs())
-	}
+	ended(t, stepLimit, "the server", s.gone)
 }
 
 // remove deletes, by force, a device whose server is gone, and waits until the device is gone.

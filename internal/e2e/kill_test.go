@@ -16,6 +16,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/vdisk/vdisk/internal/testwatch"
 )
 
 var kills = flag.Int("kills", 50, "how often TestKill kills the owner")
@@ -40,7 +42,7 @@ var vdiskBinary = sync.OnceValues(func() (string, error) {
 })
 
 func TestMain(m *testing.M) {
-	code := m.Run()
+	code := testwatch.Run(m)
 	if path, err := vdiskBinary(); err == nil && !inGuest {
 		os.RemoveAll(filepath.Dir(path))
 	}

@@ -22,8 +22,11 @@ import (
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/owner/sparse"
+	"github.com/vdisk/vdisk/internal/testwatch"
 	"github.com/vdisk/vdisk/ublk"
 )
+
+func TestMain(m *testing.M) { os.Exit(testwatch.Run(m)) }
 
 // quick are options for tests. With them nothing waits for other processes.
 var quick = Options{Command: "test", LockTimeout: 5 * time.Second}

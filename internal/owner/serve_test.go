@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/testwatch"
 	"github.com/vdisk/vdisk/nbd"
 )
 
@@ -35,26 +36,15 @@ func serving(t *testing.T, s Store, opts ServeOptions) (path string, end func() 
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- s.Serve(ctx, l, opts); remove() }()
-	return path, sync.OnceValue(func() error { cancel(); return within10s(t, ended) })
-}
-
-// within10s returns the value that comes from c. Only a hang takes longer.
-func within10s[T any](t *testing.T, c <-chan T) (v T) {
-	t.Helper()
-	select {
-	case v = <-c:
-	case <-time.After(10 * time.Second):
-		t.Fatal("hangs")
-	}
-	return v
+	return path, sync.OnceValue(func() error { cancel(); return testwatch.Wait(t, testwatch.Long, "the end of the service", ended) })
 }
 
 // eventually waits until ready returns true. Only a hang takes longer than its limit.
 func eventually(t *testing.T, ready func() bool) {
 	t.Helper()
-	for end := time.Now().Add(10 * time.Second); !ready(); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(testwatch.Long); !ready(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatal("hangs")
+			t.Fatalf("hangs\n%s", testwatch.Stacks())
 		}
 	}
 }
@@ -157,7 +147,7 @@ func TestServiceEndsWithItsOwner(t *testing.T) {
 	closed := make(chan error, 1)
 	cancel()
 	go func() { closed <- o.Close() }()
-	if err := within10s(t, closed); err != nil {
+	if err := testwatch.Wait(t, testwatch.Long, "Close", closed); err != nil {
 		t.Error(err)
 	}
 	for _, end := range []func() error{endOwn, endTheirs} {
@@ -295,7 +285,7 @@ func TestStuckDisk(t *testing.T) {
 	c.send(nbdFlush, 0, 0, "")
 	time.Sleep(20 * time.Millisecond)
 	cancel()
-	if err := within10s(t, ended); !errors.Is(err, context.DeadlineExceeded) {
+	if err := testwatch.Wait(t, testwatch.Long, "the end of the service", ended); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("a service ends with %v", err)
 	}
 
@@ -456,7 +446,7 @@ func TestServiceThatBegins(t *testing.T) {
 	if err := giveListener(asker, l); err != nil {
 		t.Fatal(err)
 	}
-	err = within10s(t, upgraded)
+	err = testwatch.Wait(t, testwatch.Long, "the upgrade", upgraded)
 	answer, _ := io.ReadAll(asker)
 	if refused := strings.Contains(string(answer), "stopping"); (err == nil) != refused || o.Successor() == nil != (err != nil) {
 		t.Errorf("upgrade: %v, the service: %s", err, answer)

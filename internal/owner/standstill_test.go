@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/vdisk/vdisk/internal/testwatch"
 )
 
 // streaming starts a server that gives up clients. Its operation answers until that fails, or until its context ends.
@@ -68,13 +70,9 @@ func TestStandingClientIsGivenUp(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			address, ended := streaming(t, 100*time.Millisecond, op)
 			ask(t, address, get)
-			select {
-			case err := <-ended:
-				if !errors.Is(err, context.Canceled) {
-					t.Errorf("the operation ended with %v", err)
-				}
-			case <-time.After(time.Minute):
-				t.Fatal("the operation goes on for a client that stands still")
+			err := testwatch.Wait(t, testwatch.Long, "the operation of a client that stands still", ended)
+			if !errors.Is(err, context.Canceled) {
+				t.Errorf("the operation ended with %v", err)
 			}
 		})
 	}

@@ -30,6 +30,7 @@ var layers = map[string][]string{
 	"ublk/examples/null":       {"ublk"},
 	"ublk/examples/ram":        {"ublk"},
 	"internal/guest/cmd/guest": {"internal/guest"},
+	"internal/testwatch":       {},
 }
 
 // TestLayers checks that imports only point down, that ublk and nbd stand alone, and that format is at the bottom.

@@ -7,8 +7,8 @@ import (
 	"path/filepath"
 	"syscall"
 	"testing"
-	"time"
 
+	"github.com/vdisk/vdisk/internal/testwatch"
 	"github.com/vdisk/vdisk/ublk"
 )
 
@@ -99,13 +99,8 @@ func TestLoop(t *testing.T) {
 		// The kernel asks for zeros that keep their space.
 		command(t, "blkdiscard", "-z", "-o", "40M", "-l", "1M", path)
 		cancel()
-		select {
-		case err := <-end:
-			if err != nil {
-				t.Error(err)
-			}
-		case <-time.After(time.Minute):
-			t.Fatal("the server does not end")
+		if err := testwatch.Wait(t, testwatch.Long, "the end of the server", end); err != nil {
+			t.Error(err)
 		}
 		command(t, "fio", append(verify, "--verify_only", "--filename="+file)...)
 		if used := allocated(t, file); used > size-(1<<20)+(64<<10) {

@@ -7,8 +7,8 @@ import (
 	"os"
 	"os/exec"
 	"testing"
-	"time"
 
+	"github.com/vdisk/vdisk/internal/testwatch"
 	"github.com/vdisk/vdisk/ublk"
 )
 
@@ -32,13 +32,8 @@ func TestRAMDisk(t *testing.T) {
 	}
 	fileSystem(t, path)
 	cancel()
-	select {
-	case err := <-end:
-		if err != nil {
-			t.Error(err)
-		}
-	case <-time.After(time.Minute):
-		t.Fatal("the server does not end")
+	if err := testwatch.Wait(t, testwatch.Long, "the end of the server", end); err != nil {
+		t.Error(err)
 	}
 	if _, err := os.Stat(path); !os.IsNotExist(err) {
 		t.Errorf("%s is still there: %v", path, err)
