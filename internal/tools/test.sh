@@ -1,6 +1,6 @@
 #!/bin/bash
 # test.sh: everything that `make test` runs, one stage after the other, all of them even if one fails,
-# and a last line with the sum. Environment: STAGES (default "vet host race guest").
+# and a last line with the sum. Environment: STAGES (default "vet host race mutants guest").
 set -u
 cd "$(dirname "$0")/../.." || exit 1
 mkdir -p bin
@@ -51,7 +51,7 @@ get_headers() {
 	fi
 }
 
-for s in ${STAGES:-vet host race guest}; do
+for s in ${STAGES:-vet host race mutants guest}; do
 	case $s in
 	vet)
 		stage "gofmt, go vet"
@@ -69,6 +69,10 @@ for s in ${STAGES:-vet host race guest}; do
 		get_headers
 		# Not those in which one goroutine does everything, and then looks at the outcome: the host stage runs them.
 		gotest race -skip 'TestWrongTable|TestDamaged.*|TestDamage$|TestFramesDamaged|TestReadOnlyStore|TestOracleTrusts|TestColdPassesOverWhatCannotBeRead|TestRoundsLeaveNoSpace|TestColdGains|TestColdShared|TestTableCannotFillTheDisk|TestDeadNeighboursComeBack|TestChunkMadeForNothing|TestFullStoreHasRoomAfterDeletion|TestRemoveWithVeryManySnapshots|TestChunksOfHolesGo|TestCleanLeavesOutWhatIsDead' -race -short -vet=off -count=1 -timeout 25m ./... # the stages before have vetted it
+		;;
+	mutants)
+		stage "mutants of the small packages"
+		run go run ./internal/tools/mutants -parallel 2 -package '^\./(format|metadata|cow/internal/.*)$' testdata/mutants/*.txt
 		;;
 	guest)
 		stage "tests in a guest with ublk"

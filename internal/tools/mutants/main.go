@@ -1,6 +1,6 @@
 // Command mutants breaks the program on purpose, one line at a time, and reports which test notices.
 //
-//	mutants [-run REGEXP] [-all] FILE...
+//	mutants [-run REGEXP] [-package REGEXP] [-parallel N] FILE...
 //
 // A FILE is a list of mutants, blocks that a blank line separates:
 //
@@ -18,6 +18,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -25,14 +26,21 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"time"
 )
 
 func main() {
-	pattern := flag.String("run", "", "run only mutants whose name matches this regular expression")
+	name := flag.String("run", "", "run only mutants whose name matches this regular expression")
+	pkg := flag.String("package", "", "run only mutants whose test is in a package that matches this regular expression")
+	parallel := flag.Int("parallel", 1, "mutants to try at once")
 	limit := flag.Duration("timeout", 5*time.Minute, "limit for the tests of one mutant")
 	flag.Parse()
-	if err := run(*pattern, *limit, flag.Args()); err != nil {
+	ms, err := choose(*name, *pkg, flag.Args())
+	if err == nil {
+		err = run(ms, *parallel, *limit)
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "mutants:", err)
 		os.Exit(1)
 	}
@@ -46,42 +54,74 @@ type mutant struct {
 	equivalent string // why no test can notice it
 }
 
-func run(pattern string, limit time.Duration, files []string) error {
-	only, err := regexp.Compile(pattern)
+// choose returns the mutants of the files whose names and packages match.
+func choose(name, pkg string, files []string) (chosen []mutant, err error) {
+	names, err := regexp.Compile(name)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	var killed, equivalent int
-	var bad []string
+	packages, err := regexp.Compile(pkg)
+	if err != nil {
+		return nil, err
+	}
 	for _, file := range files {
 		ms, err := read(file)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		for _, m := range ms {
-			if !only.MatchString(m.name) {
-				continue
+			if names.MatchString(m.name) && packages.MatchString(m.pkg) {
+				chosen = append(chosen, m)
 			}
-			if m.equivalent != "" {
-				equivalent++
-				fmt.Printf("equivalent  %s: %s\n", m.name, m.equivalent)
-				continue
-			}
-			start := time.Now()
-			by, err := m.try(limit)
-			if err != nil {
-				bad = append(bad, m.name)
-				fmt.Printf("%-10s  %s (%s): %v\n", "FAILED", m.name, m.file, err)
-				continue
-			}
+		}
+	}
+	if len(chosen) == 0 {
+		return nil, errors.New("no mutant matches")
+	}
+	return chosen, nil
+}
+
+// run tries the mutants, so many at once, and prints what became of each.
+func run(ms []mutant, parallel int, limit time.Duration) error {
+	var mu sync.Mutex // guards the counts and the output
+	var killed, equivalent int
+	var bad []string
+	try := func(m *mutant) {
+		start := time.Now()
+		by, err := m.try(limit)
+		mu.Lock()
+		defer mu.Unlock()
+		switch {
+		case err != nil:
+			bad = append(bad, m.name)
+			fmt.Printf("FAILED      %s (%s): %v\n", m.name, m.file, err)
+		case m.equivalent != "":
+			equivalent++
+			fmt.Printf("equivalent  %s: %s\n", m.name, m.equivalent)
+		default:
 			killed++
 			fmt.Printf("killed      %s: by %s, %.0f s\n", m.name, by, time.Since(start).Seconds())
 		}
 	}
+	var wg sync.WaitGroup
+	next := make(chan *mutant)
+	for range max(parallel, 1) {
+		wg.Go(func() {
+			for m := range next {
+				try(m)
+			}
+		})
+	}
+	for i := range ms {
+		next <- &ms[i]
+	}
+	close(next)
+	wg.Wait()
 	fmt.Printf("mutants: %d killed, %d equivalent, %d not\n", killed, equivalent, len(bad))
 	if len(bad) > 0 {
 		return fmt.Errorf("not killed: %s", strings.Join(bad, "; "))
 	}
+	fmt.Printf("proof: mutants: %d of %d killed, %d equivalent\n", killed, len(ms), equivalent)
 	return nil
 }
 
@@ -126,7 +166,8 @@ func read(path string) (ms []mutant, err error) {
 
 var failedTest = regexp.MustCompile(`(?m)^\s*--- FAIL: (\S+)`)
 
-// try runs the test with the mutant in place of the file, and returns the tests that failed.
+// try runs the test with the mutant in place of the file, and returns the tests that failed. It does nothing with a
+// mutant that no test can notice, but to make sure that its lines are there.
 func (m *mutant) try(limit time.Duration) (by string, err error) {
 	dir, err := os.MkdirTemp("", "mutants")
 	if err != nil {
@@ -134,7 +175,7 @@ func (m *mutant) try(limit time.Duration) (by string, err error) {
 	}
 	defer func() { _ = os.RemoveAll(dir) }() // a leftover in the folder for temporary files
 	overlay, err := m.overlay(dir)
-	if err != nil {
+	if err != nil || m.equivalent != "" {
 		return "", err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), limit+time.Minute)
