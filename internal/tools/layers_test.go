@@ -31,6 +31,8 @@ var layers = map[string][]string{
 	"ublk/examples/ram":        {"ublk"},
 	"internal/guest/cmd/guest": {"internal/guest"},
 	"internal/testwatch":       {},
+
+	"internal/storage/crashtable": {"internal/storage", "internal/storage/crashfs"},
 }
 
 // TestLayers checks that imports only point down, that ublk and nbd stand alone, and that format is at the bottom.
