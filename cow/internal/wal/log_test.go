@@ -166,6 +166,28 @@ func TestReader(t *testing.T) {
 	}
 }
 
+// What lies behind the end of the log is counted to its end, also if the log ends at a record of which only the payload is
+// damaged.
+func TestTailBehindDamagedRecord(t *testing.T) {
+	l, mu := newLog(t, crashfs.New())
+	var c *Chunk
+	mu.Lock()
+	for i := range byte(5) {
+		c, _, _ = l.add(t, bytes.Repeat([]byte{i + 1}, 1000))
+	}
+	mu.Unlock()
+	if err := l.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	const size = format.RecordHeaderSize + 1000 + 8
+	for _, end := range []uint32{format.ChunkHeaderSize, format.ChunkHeaderSize + 3*size} {
+		want := int64(format.ChunkHeaderSize + 5*size - end)
+		if n, err := c.Tail(end, 1+uint64(end-format.ChunkHeaderSize)/size); n != want || err != nil {
+			t.Errorf("%d bytes lie behind the end at %d, want %d (%v)", n, end, want, err)
+		}
+	}
+}
+
 // Records that are appended while a sync runs are not durable by that sync: neither the log nor the mark says so, and a
 // flush of theirs does not end with it.
 func TestAppendDuringSync(t *testing.T) {

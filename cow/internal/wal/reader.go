@@ -183,7 +183,7 @@ func (c *Chunk) Tail(end uint32, next uint64) (n int64, err error) {
 	if err == nil && head != nil && format.WasRecordHeader(head, c.Seq, end, next) {
 		last += format.RecordHeaderSize
 	}
-	for r.Off-last < ReplayWindow {
+	for r.Off < last+ReplayWindow {
 		head, err := r.bytes(format.RecordHeaderSize)
 		if err != nil || head == nil {
 			return int64(last - end), err // the end of the file, or of what can be read
