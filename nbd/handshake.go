@@ -98,7 +98,11 @@ func (n *negotiation) readOption() (option, error) {
 		return option{}, fmt.Errorf("%w: option %d has %d bytes", ErrProtocol, id, length)
 	}
 	opt := option{id: id, data: make([]byte, length)}
-	return opt, n.read(opt.data)
+	err := n.read(opt.data)
+	if errors.Is(err, io.EOF) { // none of the data came, and it was announced
+		err = fmt.Errorf("nbd: negotiation: %w", io.ErrUnexpectedEOF)
+	}
+	return opt, err
 }
 
 // answer answers opt. After a successful GO or EXPORT_NAME, n.export is set.
