@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 )
 
 // The framed stream consists of frames. All integers are little-endian.
@@ -99,6 +100,10 @@ func (s *frames) header() error {
 		return incomplete(err)
 	}
 	off, n := int64(binary.LittleEndian.Uint64(h[:])), binary.LittleEndian.Uint32(h[8:])
+	end := int64(math.MaxInt64) // where the content ends at the latest
+	if s.size >= 0 {
+		end = s.size
+	}
 	switch {
 	case n == frameError:
 		m := make([]byte, min(max(off, 0), maxMessage))
@@ -113,6 +118,8 @@ func (s *frames) header() error {
 	case n == 0:
 		s.size, s.done = off, true
 		return io.EOF
+	case off > end-int64(n):
+		return fmt.Errorf("a bad frame in the stream: offset %d, length %d, in a content of %d bytes", off, n, end)
 	}
 	s.at, s.left = off, int(n)
 	return nil
