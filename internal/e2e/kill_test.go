@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vdisk/vdisk/internal/nbdclient"
 	"github.com/vdisk/vdisk/internal/testwatch"
 )
 
@@ -126,7 +127,7 @@ func startNBD(s *store) owner {
 	return nil
 }
 
-func (o *nbdOwner) open() (disk, error) { return dialNBD(o.socket, "v") }
+func (o *nbdOwner) open() (disk, error) { return nbdclient.Dial(o.socket, "v") }
 
 func (o *nbdOwner) kill() {
 	_ = o.cmd.Process.Kill()
