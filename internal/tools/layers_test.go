@@ -33,6 +33,7 @@ var layers = map[string][]string{
 	"internal/testwatch":       {},
 
 	"internal/storage/crashtable": {"internal/storage", "internal/storage/crashfs"},
+	"internal/tools/soak":         {"internal/nbdclient", "internal/workload"},
 }
 
 // TestLayers checks that imports only point down, that ublk and nbd stand alone, and that format is at the bottom.
