@@ -50,7 +50,7 @@ type conn struct {
 	tasks  chan task
 	wg     sync.WaitGroup // workers and flusher
 	flush  flusher
-	ended  atomic.Bool // the receiver has ended: long tasks give up
+	ended  atomic.Bool // the receiver has ended, and not by DISC: long tasks give up
 	cutOff atomic.Bool // nobody wants replies any more: long tasks give up, and no other begins
 
 	// receiving is when the receiver began to wait for the rest of a WRITE, in nanoseconds of Unix time; 0: it does
@@ -91,7 +91,7 @@ func newConn(srv *Server, nc net.Conn, s session) *conn {
 func (c *conn) run() error {
 	err := c.receive()
 	c.sendBatch()
-	c.ended.Store(true)
+	c.ended.Store(err != nil) // after DISC, what was asked for is still done
 	close(c.tasks)
 	c.wg.Wait()
 	c.in.free()
@@ -326,7 +326,7 @@ func (c *conn) waitFor(n int64) { c.budget.acquire(n, c.srv.opts.stall, c.srv.cu
 // errno returns the error number for the device's answer to req. The client learns no more than that, so the reason is
 // logged.
 func (c *conn) errno(req request, err error) uint32 {
-	if err != nil {
+	if err != nil && err != errGivenUp {
 		c.srv.logFailed(c.name, req, err)
 	}
 	return wireErrno(err)

@@ -356,3 +356,50 @@ func TestCutOffGivesUp(t *testing.T) {
 		t.Errorf("%d bytes stay charged", s.memory.used)
 	}
 }
+
+// TestGivenUpIsNoSuccess: when a client has ended its sending while long zeros are being written, they are not
+// acknowledged unless they are there. After DISC they are finished.
+func TestGivenUpIsNoSuccess(t *testing.T) {
+	for _, disc := range []bool{false, true} {
+		const size = 3 * longStep
+		d := newRAM(size)
+		for i := range d.data {
+			d.data[i] = 0xee
+		}
+		begun, release := make(chan struct{}), make(chan struct{})
+		var once sync.Once
+		d.onZero = func(int64, int64, bool) error {
+			once.Do(func() { close(begun); <-release })
+			return nil
+		}
+		c, s := dialServer(t, serveRAM(d), Options{})
+		c.open("disk", false)
+		c.request(cmdFlagNoHole, cmdWriteZeroes, 5, 0, size)
+		<-begun
+		conn := theConn(s)
+		if disc {
+			c.request(0, cmdDisc, 0, 0, 0)
+		} else if err := c.Conn.(*net.UnixConn).CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		if !disc {
+			for !conn.ended.Load() {
+				time.Sleep(time.Millisecond)
+			}
+		} else {
+			time.Sleep(20 * time.Millisecond) // so that the receiver has ended
+		}
+		close(release)
+		r := c.reply(0)
+		_ = c.ended()
+		zeros := 0
+		for _, b := range d.data {
+			if b == 0 {
+				zeros++
+			}
+		}
+		if (r.errno == 0) != (zeros == size) || disc && r.errno != 0 {
+			t.Errorf("after DISC: %v: error %d, and %d of %d bytes are zero", disc, r.errno, zeros, size)
+		}
+	}
+}

@@ -1,6 +1,10 @@
 package nbd
 
-import "sync"
+import (
+	"fmt"
+	"sync"
+	"syscall"
+)
 
 // task is a request for a worker. The worker owns the payload and the charge.
 type task struct {
@@ -81,11 +85,17 @@ func (c *conn) reply(t task, errno uint32) {
 // two steps it stops if the connection has ended.
 const longStep = 1 << 20
 
+// errGivenUp is the answer to a long request that was not carried out to its end.
+var errGivenUp = fmt.Errorf("nbd: given up, since the client has gone: %w", syscall.ESHUTDOWN)
+
 // cache reads the range, so that the caches of the device hold it.
 func (c *conn) cache(t task) error {
 	buf := newBuffer(int(min(longStep, t.length)))
 	defer buf.free()
-	for off, end := int64(t.off), int64(t.off)+int64(t.length); off < end && !c.givesUp(); off += longStep {
+	for off, end := int64(t.off), int64(t.off)+int64(t.length); off < end; off += longStep {
+		if c.givesUp() {
+			return errGivenUp
+		}
 		if err := readFull(c.dev, buf.b[:min(longStep, end-off)], off); err != nil {
 			return err
 		}
@@ -100,7 +110,10 @@ func (c *conn) writeZeroes(t task) error {
 	if t.flags&cmdFlagNoHole == 0 {
 		return c.dev.WriteZeroes(off, length, false)
 	}
-	for end := off + length; off < end && !c.givesUp(); off += longStep {
+	for end := off + length; off < end; off += longStep {
+		if c.givesUp() { // the client may still take replies, if it has only ended its sending
+			return errGivenUp
+		}
 		if err := c.dev.WriteZeroes(off, min(longStep, end-off), true); err != nil {
 			return err
 		}
