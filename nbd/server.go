@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -161,11 +162,12 @@ func (s *Server) await(wg *sync.WaitGroup) {
 	}
 }
 
-// accept tries again after errors that pass: a client that has gone already, or too many open files at the moment.
+// accept tries again after errors that pass: a client that has gone already, or no memory or too many open files at the
+// moment.
 func accept(ctx context.Context, l net.Listener) (net.Conn, error) {
 	for delay := 5 * time.Millisecond; ; delay = min(2*delay, time.Second) {
 		nc, err := l.Accept()
-		if err == nil || errors.Is(err, net.ErrClosed) || !isTemporary(err) {
+		if err == nil || errors.Is(err, net.ErrClosed) || !passes(err) {
 			return nc, err
 		}
 		select {
@@ -176,8 +178,18 @@ func accept(ctx context.Context, l net.Listener) (net.Conn, error) {
 	}
 }
 
-func isTemporary(err error) bool {
-	var t interface{ Temporary() bool }
+// passes reports whether an error of accept says nothing about the listener: it concerns one connection, or the machine
+// at the moment (accept(2)).
+func passes(err error) bool {
+	var errno syscall.Errno
+	if errors.As(err, &errno) {
+		switch errno {
+		case syscall.ENOMEM, syscall.ENOBUFS, syscall.ECONNABORTED, syscall.ECONNRESET, syscall.EPERM, syscall.EPROTO,
+			syscall.ENOPROTOOPT, syscall.ENETDOWN, syscall.ENETUNREACH, syscall.EHOSTDOWN, syscall.EHOSTUNREACH, syscall.ENONET:
+			return true
+		}
+	}
+	var t interface{ Temporary() bool } // too many open files, among others
 	return errors.As(err, &t) && t.Temporary()
 }
 
