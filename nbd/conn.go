@@ -82,7 +82,7 @@ func newConn(srv *Server, nc net.Conn, s session) *conn {
 		c.ext = c.dev
 	}
 	c.out = sender{conn: nc, budget: c.budget}
-	c.in = newInput(nc, c.sendBatch)
+	c.in = newInput(nc, srv.opts.read, c.sendBatch)
 	return c
 }
 

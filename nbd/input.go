@@ -25,15 +25,16 @@ type input struct {
 	// does nothing else.
 	raw     syscall.RawConn
 	recv    func(fd uintptr) bool
-	dst     []byte // nil: read into the buffer
-	patient bool   // wait instead of returning with nothing
-	nothing bool   // nothing is there to be read
+	sysRead func(fd int, p []byte) (int, error) // read(2)
+	dst     []byte                              // nil: read into the buffer
+	patient bool                                // wait instead of returning with nothing
+	nothing bool                                // nothing is there to be read
 	n       int
 	err     error
 }
 
-func newInput(conn net.Conn, idle func()) *input {
-	in := &input{conn: conn, idle: idle}
+func newInput(conn net.Conn, sysRead func(fd int, p []byte) (int, error), idle func()) *input {
+	in := &input{conn: conn, sysRead: sysRead, idle: idle}
 	in.recv = in.tryRecv
 	if sc, ok := conn.(syscall.Conn); ok {
 		if raw, err := sc.SyscallConn(); err == nil {
@@ -155,7 +156,7 @@ func (in *input) tryRecv(fd uintptr) bool {
 		p = in.room()
 	}
 	for {
-		n, err := syscall.Read(int(fd), p)
+		n, err := in.sysRead(int(fd), p)
 		switch err {
 		case nil:
 			in.n = n

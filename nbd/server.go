@@ -42,7 +42,9 @@ type Options struct {
 	// (none).
 	Logger *slog.Logger
 
-	stall time.Duration // a client that keeps others waiting for so long is cut off; tests set it
+	// Tests set these.
+	stall time.Duration                       // a client that keeps others waiting for so long is cut off
+	read  func(fd int, p []byte) (int, error) // read(2) of a connection's socket
 }
 
 func (o Options) withDefaults() Options {
@@ -66,6 +68,9 @@ func (o Options) withDefaults() Options {
 	}
 	if o.stall == 0 {
 		o.stall = 30 * time.Second
+	}
+	if o.read == nil {
+		o.read = syscall.Read
 	}
 	return o
 }
