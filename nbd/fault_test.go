@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/vdisk/vdisk/internal/testwatch"
 )
 
 // allFaults reports whether the tests of faults run at their long size: every call, with every kind of fault.
@@ -239,8 +241,8 @@ func (s *socketRuns) run(t *testing.T, kind socketKind, how handshake, fault soc
 	go func() { served <- s.ServeConn(context.Background(), nc) }()
 	go func() { ended <- v.run() }()
 	s.goesOn(t, nth)
-	whole := within(t, "the client", ended)
-	err := within(t, "the connection", served)
+	whole := testwatch.Wait(t, testwatch.Long, "the client", ended)
+	err := testwatch.Wait(t, testwatch.Long, "the connection", served)
 	s.goesOn(t, nth+1)
 	s.begin(t, nil, nil)
 	point.mu.Lock()

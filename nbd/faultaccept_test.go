@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/vdisk/vdisk/internal/testwatch"
 )
 
 // faultyListener fails its first calls of Accept.
@@ -42,7 +44,7 @@ func TestFaultAtAccept(t *testing.T) {
 		served := make(chan error, 1)
 		go func() { served <- s.Serve(context.Background(), &faultyListener{l, []error{errno}}) }()
 		if !slices.Contains(passing, errno) {
-			soon(t, "Serve", func() {
+			testwatch.Do(t, testwatch.Long, "Serve", func() {
 				if err := <-served; !errors.Is(err, errno) {
 					t.Errorf("Serve returned %v after %v", err, errno)
 				}
@@ -56,7 +58,7 @@ func TestFaultAtAccept(t *testing.T) {
 		if err != nil {
 			t.Fatalf("after %v: %v", errno, err)
 		}
-		_ = nc.SetDeadline(time.Now().Add(20 * time.Second))
+		_ = nc.SetDeadline(time.Now().Add(testwatch.Long))
 		c := &client{tb: t, Conn: nc, served: make(chan error, 1)}
 		select {
 		case err := <-served:
@@ -69,7 +71,7 @@ func TestFaultAtAccept(t *testing.T) {
 		if err := s.Shutdown(context.Background()); err != nil {
 			t.Error(err)
 		}
-		soon(t, "Serve", func() {
+		testwatch.Do(t, testwatch.Long, "Serve", func() {
 			if err := <-served; !errors.Is(err, ErrServerClosed) {
 				t.Errorf("Serve: %v", err)
 			}

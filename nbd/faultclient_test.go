@@ -8,12 +8,13 @@ import (
 	"io"
 	"net"
 	"os"
-	"runtime"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/vdisk/vdisk/internal/testwatch"
 )
 
 // The tests of faults run a script against a server: a client, the victim, negotiates, has all requests of faultScript
@@ -422,7 +423,7 @@ func connPair(t *testing.T) (client, server *net.UnixConn) {
 		}
 		conns[i] = c.(*net.UnixConn)
 	}
-	_ = conns[0].SetDeadline(time.Now().Add(20 * time.Second)) // a hang shows
+	_ = conns[0].SetDeadline(time.Now().Add(testwatch.Long)) // a hang shows
 	return conns[0], conns[1]
 }
 
@@ -484,7 +485,7 @@ func (h handles) Open(name string) (*Export, error) {
 // goesOn checks that the other client is served.
 func (s *faultServer) goesOn(t *testing.T, round int) {
 	t.Helper()
-	_ = s.other.SetDeadline(time.Now().Add(20 * time.Second))
+	_ = s.other.SetDeadline(time.Now().Add(testwatch.Long))
 	p := pattern(2000, byte(round))
 	s.other.want(0, cmdFlagFUA, cmdWrite, slot(otherSlot), 2000, p)
 	if r := s.other.want(0, 0, cmdRead, slot(otherSlot), 2000); r.data != p {
@@ -504,28 +505,10 @@ func openFiles(t *testing.T) int {
 	return len(names)
 }
 
-// stacks returns the stacks of all goroutines.
-func stacks() string {
-	b := make([]byte, 256<<10)
-	return string(b[:runtime.Stack(b, true)])
-}
-
 // goroutinesLeft counts goroutines, without the other client's workers: it may have got one more.
 func (s *faultServer) goroutinesLeft() int {
-	text := "\n" + stacks()
+	text := "\n" + testwatch.Stacks()
 	return strings.Count(text, "\ngoroutine ") - strings.Count(text, fmt.Sprintf(".workRoutine(%p", s.otherConn))
-}
-
-// within waits for f, and fails the test with all stacks if it does not return.
-func within[T any](t *testing.T, what string, ch <-chan T) T {
-	t.Helper()
-	select {
-	case v := <-ch:
-		return v
-	case <-time.After(30 * time.Second):
-		t.Fatalf("%s: hangs\n%s", what, stacks())
-		panic("unreachable")
-	}
 }
 
 // nothingLeft checks that the victim's connection has left nothing.
@@ -539,7 +522,7 @@ func (s *faultServer) nothingLeft(t *testing.T, c *conn) {
 		defer s.memory.mu.Unlock()
 		return s.memory.used, len(s.memory.waiting)
 	}
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(100 * time.Microsecond) { // a reply arrives before its charge is released
+	for end := time.Now().Add(testwatch.Long); ; time.Sleep(100 * time.Microsecond) { // a reply arrives before its charge is released
 		used, waiting := charged()
 		if used == 0 && waiting == 0 {
 			break
@@ -557,9 +540,9 @@ func (s *faultServer) nothingLeft(t *testing.T, c *conn) {
 	if c != nil && (c.in.buf != nil || c.batch != nil || len(c.out.queue) != 0 || len(c.flush.waiting) != 0) {
 		t.Error("the connection keeps buffers or replies")
 	}
-	for end := time.Now().Add(10 * time.Second); s.goroutinesLeft() > s.goroutines; time.Sleep(100 * time.Microsecond) {
+	for end := time.Now().Add(testwatch.Long); s.goroutinesLeft() > s.goroutines; time.Sleep(100 * time.Microsecond) {
 		if time.Now().After(end) {
-			t.Fatalf("%d goroutines, %d before\n%s", s.goroutinesLeft(), s.goroutines, stacks())
+			t.Fatalf("%d goroutines, %d before\n%s", s.goroutinesLeft(), s.goroutines, testwatch.Stacks())
 		}
 	}
 	if n := openFiles(t); n > s.files {

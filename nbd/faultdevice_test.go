@@ -7,6 +7,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/vdisk/vdisk/internal/testwatch"
 )
 
 // deviceFault is what happens at one call of the device.
@@ -196,8 +198,8 @@ func (s *faultServer) deviceRun(t *testing.T, handle *Device, tried bool, how ha
 		}
 	}
 	s.goesOn(t, nth+1)
-	whole := within(t, "the client", ended)
-	if err := within(t, "the connection", served); err != nil || !whole {
+	whole := testwatch.Wait(t, testwatch.Long, "the client", ended)
+	if err := testwatch.Wait(t, testwatch.Long, "the connection", served); err != nil || !whole {
 		t.Errorf("the connection ended with %v after %d replies", err, len(v.got))
 	}
 	h.mu.Lock()
