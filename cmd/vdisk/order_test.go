@@ -1,15 +1,15 @@
 package main
 
 import (
-	"fmt"
 	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/vdisk/vdisk/internal/strace"
 )
 
 // TestOrderOfSystemCalls runs whole commands under strace and checks their system calls on the store against the rules
@@ -47,7 +47,13 @@ func TestOrderOfSystemCalls(t *testing.T) {
 	} {
 		t.Run(strings.Fields(c.args)[0], func(t *testing.T) {
 			o := order{t: t, looks: slices.Contains(c.want, "look"), makes: i == 0, met: map[string]int{}, unsynced: map[string]bool{}, written: map[string]bool{}}
-			for _, e := range trace(t, bin, store, strings.Fields(c.args)) {
+			cmd := exec.Command(bin, strings.Fields(c.args)...)
+			cmd.Env = append(os.Environ(), "VDISK_STORE="+store)
+			events, err := strace.Run(cmd, store)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, e := range events {
 				o.add(e)
 			}
 			o.end()
@@ -60,15 +66,6 @@ func TestOrderOfSystemCalls(t *testing.T) {
 	}
 }
 
-// event is the beginning or the end of a system call on a file of the store.
-type event struct {
-	call  string // "write", "sync", "make", "rename", "remove"
-	file  string // relative to the store; "": its folder
-	off   int64  // of a write
-	ended bool
-	line  string
-}
-
 // order checks system calls against the rules. A write counts from its beginning, a sync from its end.
 type order struct {
 	t        *testing.T
@@ -79,11 +76,11 @@ type order struct {
 	makes    bool            // the table is being made
 }
 
-func (o *order) must(ok bool, rule, text string, e event) {
+func (o *order) must(ok bool, rule, text string, e strace.Event) {
 	o.t.Helper()
 	o.met[rule]++
 	if !ok {
-		o.t.Errorf("%s: %s\n  unsynced: %v", e.line, text, slices.Sorted(maps.Keys(o.unsynced)))
+		o.t.Errorf("%s: %s\n  unsynced: %v", e.Line, text, slices.Sorted(maps.Keys(o.unsynced)))
 	}
 }
 
@@ -99,41 +96,41 @@ func (o *order) dirtyChunk() bool {
 
 const headerSize = 4096
 
-func (o *order) add(e event) {
-	folder := filepath.Dir(e.file)
+func (o *order) add(e strace.Event) {
+	folder := filepath.Dir(e.File)
 	if folder == "." {
 		folder = ""
 	}
-	isChunk := strings.HasPrefix(e.file, "chunks/")
+	isChunk := strings.HasPrefix(e.File, "chunks/")
 	switch {
-	case e.call == "sync" && e.ended:
-		delete(o.unsynced, e.file)
-	case e.ended || e.call == "sync":
-	case e.call == "write" && isChunk:
-		if e.off >= headerSize {
-			o.must(!o.unsynced["chunks"] && (o.written[e.file] || !o.unsynced[e.file]), "chunk", "a record is written before the chunk's header and name are durable", e)
-			o.written[e.file] = true
+	case e.Call == "sync" && e.Ended:
+		delete(o.unsynced, e.File)
+	case e.Ended || e.Call == "sync":
+	case e.Call == "write" && isChunk:
+		if e.Off >= headerSize {
+			o.must(!o.unsynced["chunks"] && (o.written[e.File] || !o.unsynced[e.File]), "chunk", "a record is written before the chunk's header and name are durable", e)
+			o.written[e.File] = true
 		}
-		o.unsynced[e.file] = true
-	case e.call == "write" && e.file == "durable":
+		o.unsynced[e.File] = true
+	case e.Call == "write" && e.File == "durable":
 		o.must(!o.dirtyChunk(), "mark", "the mark says that the log is durable, and it is not", e)
-	case e.call == "write" && e.file == "meta.db" && e.off < 2*4096:
+	case e.Call == "write" && e.File == "meta.db" && e.Off < 2*4096:
 		if !o.makes { // a table that is being made has nothing to lose
 			o.must(!o.unsynced["meta.db"], "commit", "the meta page is written before the pages that it refers to are durable", e)
 			o.must(!o.dirtyChunk(), "commit", "the table refers to records that are not durable", e)
 		}
 		o.unsynced["meta.db"] = true
-	case e.call == "write":
-		o.unsynced[e.file] = true
-		o.makes = o.makes && e.file != "format.tmp"
-	case e.call == "make":
+	case e.Call == "write":
+		o.unsynced[e.File] = true
+		o.makes = o.makes && e.File != "format.tmp"
+	case e.Call == "make":
 		o.unsynced[folder] = true
-	case e.call == "rename":
+	case e.Call == "rename":
 		o.unsynced[folder] = true
-		if strings.HasSuffix(e.file, ".tmp") {
-			o.must(!o.unsynced[e.file], "rename", "a file gets its name before it is durable", e)
+		if strings.HasSuffix(e.File, ".tmp") {
+			o.must(!o.unsynced[e.File], "rename", "a file gets its name before it is durable", e)
 		}
-	case e.call == "remove" && isChunk:
+	case e.Call == "remove" && isChunk:
 		o.must(!o.looks, "look", "a command that only looks removes a chunk", e)
 		o.must(!o.unsynced["meta.db"], "remove", "a chunk is removed before the table does without it", e)
 	}
@@ -141,125 +138,10 @@ func (o *order) add(e event) {
 
 // end checks the state at the command's end against the rules.
 func (o *order) end() {
-	e := event{line: "the end"}
+	e := strace.Event{Line: "the end"}
 	if o.looks {
 		o.must(len(o.written) == 0, "look", "a command that only looks writes records", e)
 		return
 	}
 	o.must(!o.dirtyChunk() && !o.unsynced["meta.db"] && !o.unsynced["format"], "end", "something is not durable", e)
-}
-
-var (
-	begun   = regexp.MustCompile(`^(\d+) +(\w+)\((.*)$`)
-	resumed = regexp.MustCompile(`^(\d+) +<\.\.\. (\w+) resumed>`)
-	result  = regexp.MustCompile(`= (-?\d+)[^=]*$`)
-	inDir   = regexp.MustCompile(`\d+<([^>]*)>, "([^"]*)"`)
-	ofFile  = regexp.MustCompile(`^\d+<([^>]*)>`)
-	atEnd   = regexp.MustCompile(`, (\d+)( <unfinished|\) )`)
-)
-
-// trace runs a command under strace, and returns what happened to the files of the store, in order.
-func trace(t *testing.T, bin, store string, args []string) (events []event) {
-	t.Helper()
-	out := filepath.Join(t.TempDir(), "trace")
-	cmd := exec.Command("strace", append([]string{
-		"-f", "-y", "-qq", "-s", "0", "-o", out,
-		"-e", "trace=openat,write,pwrite64,fdatasync,fsync,renameat,renameat2,unlinkat", bin,
-	}, args...)...)
-	cmd.Env = append(os.Environ(), "VDISK_STORE="+store)
-	if text, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, text)
-	}
-	text, err := os.ReadFile(out)
-	if err != nil {
-		t.Fatal(err)
-	}
-	open := map[string]event{} // by thread: its unfinished call
-	for line := range strings.Lines(string(text)) {
-		line = strings.TrimSpace(line)
-		if m := resumed.FindStringSubmatch(line); m != nil {
-			if e, ok := open[m[1]]; ok && !failed(line) {
-				e.ended = true
-				events = append(events, e)
-			}
-			delete(open, m[1])
-			continue
-		}
-		m := begun.FindStringSubmatch(line)
-		if m == nil {
-			continue
-		}
-		e, ok := parse(m[2], m[3], store)
-		if !ok || failed(line) {
-			continue
-		}
-		e.line = line
-		events = append(events, e)
-		if strings.HasSuffix(line, "<unfinished ...>") {
-			open[m[1]] = e
-			continue
-		}
-		e.ended = true
-		events = append(events, e)
-	}
-	if len(events) == 0 {
-		t.Fatalf("strace saw nothing: %s", text)
-	}
-	return events
-}
-
-// failed reports whether a line has the result of a call that failed.
-func failed(line string) bool {
-	m := result.FindStringSubmatch(line)
-	return m != nil && strings.HasPrefix(m[1], "-")
-}
-
-// parse returns the event of a call; ok is false if it changes nothing in the store.
-func parse(call, args, store string) (e event, ok bool) {
-	relative := func(path string) (string, bool) {
-		if path == store {
-			return "", true
-		}
-		return strings.CutPrefix(path, store+"/")
-	}
-	var paths []string
-	for _, m := range inDir.FindAllStringSubmatch(args, -1) {
-		p, ours := relative(filepath.Join(m[1], m[2]))
-		if !ours {
-			return e, false
-		}
-		paths = append(paths, p)
-	}
-	file, ours := "", false
-	if m := ofFile.FindStringSubmatch(args); m != nil {
-		file, ours = relative(m[1])
-	}
-	switch call {
-	case "openat":
-		if len(paths) != 1 || !strings.Contains(args, "O_CREAT|O_EXCL") {
-			return e, false
-		}
-		return event{call: "make", file: paths[0]}, true
-	case "renameat", "renameat2":
-		if len(paths) != 2 {
-			return e, false
-		}
-		return event{call: "rename", file: paths[0]}, true
-	case "unlinkat":
-		if len(paths) != 1 {
-			return e, false
-		}
-		return event{call: "remove", file: paths[0]}, true
-	case "fdatasync", "fsync":
-		return event{call: "sync", file: file}, ours
-	case "write", "pwrite64":
-		e = event{call: "write", file: file}
-		if m := atEnd.FindStringSubmatch(args); m != nil && call == "pwrite64" {
-			if _, err := fmt.Sscan(m[1], &e.off); err != nil {
-				return e, false
-			}
-		}
-		return e, ours
-	}
-	return e, false
 }
