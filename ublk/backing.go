@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -85,10 +84,8 @@ func (w *blockWalk) device(number string) error {
 	if _, err := os.Stat(dir + "/partition"); err == nil {
 		dir = filepath.Dir(dir)
 	}
-	if rest, ok := strings.CutPrefix(filepath.Base(dir), "ublkb"); ok {
-		if id, err := strconv.Atoi(rest); err == nil {
-			w.ids = append(w.ids, id)
-		}
+	if id, ok := idOf(filepath.Base(dir), "ublkb"); ok {
+		w.ids = append(w.ids, id)
 	}
 	slaves, _ := filepath.Glob(dir + "/slaves/*/dev")
 	for _, slave := range slaves {

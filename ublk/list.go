@@ -105,14 +105,26 @@ func deviceIDs(class, dev string) (ids []int, err error) {
 		}
 	}
 	for _, e := range entries {
-		if rest, ok := strings.CutPrefix(e.Name(), "ublkc"); ok {
-			if id, err := strconv.Atoi(rest); err == nil {
-				ids = append(ids, id)
-			}
+		if id, ok := idOf(e.Name(), "ublkc"); ok {
+			ids = append(ids, id)
 		}
 	}
 	slices.Sort(ids)
 	return ids, err
+}
+
+// maxDeviceID is above all ids: the driver's ids are minor numbers (MINORBITS of linux/kdev_t.h).
+const maxDeviceID = 1 << 20
+
+// idOf returns the id in the name of a device, prefix and id. ok is false for every other name: where the names come
+// from /dev, anything may have them.
+func idOf(name, prefix string) (id int, ok bool) {
+	rest, ok := strings.CutPrefix(name, prefix)
+	if !ok {
+		return 0, false
+	}
+	id, err := strconv.Atoi(rest)
+	return id, err == nil && id >= 0 && id < maxDeviceID && strconv.Itoa(id) == rest
 }
 
 func (c *control) describe(ctx context.Context, id int) (DeviceInfo, error) {
