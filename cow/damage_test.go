@@ -27,7 +27,7 @@ type sound struct {
 
 // newSound makes a store that has everything: volumes, snapshots, clones, several chunks, and records behind the last
 // checkpoint.
-func newSound(t *testing.T) *sound {
+func newSound(t testing.TB) *sound {
 	t.Helper()
 	w := newModelStore(t)
 	rng := rand.New(rand.NewPCG(11, 1))
@@ -198,7 +198,7 @@ func TestDamagedChunks(t *testing.T) {
 	t.Logf("%d damages, %d stores still opened", total, opened)
 }
 
-func contentOf(t *testing.T, fs storage.FS, name string) []byte {
+func contentOf(t testing.TB, fs storage.FS, name string) []byte {
 	t.Helper()
 	f, err := fs.Open(name)
 	if err != nil {
@@ -213,7 +213,7 @@ func contentOf(t *testing.T, fs storage.FS, name string) []byte {
 	return p
 }
 
-func replace(t *testing.T, fs storage.FS, name string, p []byte) {
+func replace(t testing.TB, fs storage.FS, name string, p []byte) {
 	t.Helper()
 	f, err := fs.Open(name)
 	if err == nil {

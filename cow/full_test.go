@@ -13,7 +13,7 @@ import (
 )
 
 // newModelStore returns a new open store with a model. Only the test cuts its power.
-func newModelStore(t *testing.T) *modelStore {
+func newModelStore(t testing.TB) *modelStore {
 	t.Helper()
 	l := newCrashHarness(t)
 	w, err := l.open(crashImage{fs: crashfs.New(), table: l.table, m: newModel(1, state{}), floor: 1, what: "new"}, never, rand.New(rand.NewPCG(1, 1)))
@@ -24,7 +24,7 @@ func newModelStore(t *testing.T) *modelStore {
 }
 
 // must does operations that must succeed.
-func (w *modelStore) must(t *testing.T, ops ...op) {
+func (w *modelStore) must(t testing.TB, ops ...op) {
 	t.Helper()
 	for _, o := range ops {
 		if err := w.do(o); err != nil {

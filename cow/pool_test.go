@@ -364,7 +364,7 @@ func TestFirstReadOfARemovedFile(t *testing.T) {
 }
 
 // chunkFiles lists the files of chunks.
-func chunkFiles(t *testing.T, fs storage.FS) (names []string) {
+func chunkFiles(t testing.TB, fs storage.FS) (names []string) {
 	t.Helper()
 	all, err := fs.List()
 	must(t, err)
