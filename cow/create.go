@@ -159,7 +159,7 @@ func syncName(dir string) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(unix.Syncfs(int(d.Fd())), d.Close())
+	return errors.Join(storage.Retry(func() error { return unix.Syncfs(int(d.Fd())) }), d.Close())
 }
 
 // syncDir makes the names in a directory durable. It is a variable so that tests can observe it.

@@ -92,7 +92,7 @@ func newSharedBuffers(in *storage.Folder, dir, name string, uuid [16]byte) (_ *s
 	if err := lockBuffers(f); err != nil {
 		return nil, err
 	}
-	if err := unix.Fallocate(int(f.Fd()), 0, 0, sharedFileSize); err != nil {
+	if err := storage.Retry(func() error { return unix.Fallocate(int(f.Fd()), 0, 0, sharedFileSize) }); err != nil {
 		return nil, fmt.Errorf("allocate %d bytes: %w", sharedFileSize, err)
 	}
 	if b.mem, err = unix.Mmap(int(f.Fd()), 0, sharedFileSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE); err != nil {
@@ -106,7 +106,7 @@ func newSharedBuffers(in *storage.Folder, dir, name string, uuid [16]byte) (_ *s
 // lockBuffers takes the lock that an owner holds on its buffers as long as it lives. The owner of a copy of the store
 // may know the same buffers; the lock tells it that they are in use (errInUse).
 func lockBuffers(f *os.File) error {
-	err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	err := storage.Retry(func() error { return unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) })
 	if errors.Is(err, unix.EWOULDBLOCK) {
 		return fmt.Errorf("%s: %w", f.Name(), errInUse)
 	}
@@ -148,7 +148,7 @@ func openSharedBuffers(dir, name string, uuid [16]byte, trusts func(uid uint32) 
 		}
 	}()
 	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+	if err := storage.Retry(func() error { return unix.Fstat(int(f.Fd()), &st) }); err != nil {
 		return nil, err
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size != sharedFileSize || !trusts(st.Uid) {

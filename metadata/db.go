@@ -144,6 +144,10 @@ func openAt(at place, o Options) (db *DB, err error) {
 	case errors.Is(err, berrors.ErrTimeout):
 		return nil, fmt.Errorf("%s: %w", path, ErrLocked)
 	case errors.Is(err, berrors.ErrInvalid), errors.Is(err, berrors.ErrChecksum), errors.Is(err, berrors.ErrVersionMismatch):
+		// bbolt does not say that it could not read the file.
+		if rerr := checkPages(at); rerr != nil && !errors.Is(rerr, format.ErrCorrupt) {
+			return nil, rerr
+		}
 		return nil, fmt.Errorf("%s: %v: %w", path, err, format.ErrCorrupt)
 	case err != nil:
 		return nil, fmt.Errorf("open the table: %w", err)
@@ -253,7 +257,7 @@ func (d *DB) adopt() (err error) {
 // openTable opens the table with bbolt. It sets *file to the file that bbolt uses.
 func openTable(at place, o Options, file **os.File) (b *bbolt.DB, err error) {
 	for _, mmap := range initialMmaps {
-		b, err = bbolt.Open(at.in.Join(at.name), 0o600, &bbolt.Options{
+		bo := &bbolt.Options{
 			Timeout:         o.Timeout,
 			NoSync:          o.NoSync,
 			ReadOnly:        o.ReadOnly,
@@ -265,7 +269,9 @@ func openTable(at place, o Options, file **os.File) (b *bbolt.DB, err error) {
 				*file, err = at.in.Open(at.name, flags)
 				return *file, err
 			},
-		})
+		}
+		// bbolt does not try its lock again if a signal comes.
+		err = storage.Retry(func() (err error) { b, err = bbolt.Open(at.in.Join(at.name), 0o600, bo); return err })
 		if !errors.Is(err, unix.ENOMEM) {
 			break
 		}

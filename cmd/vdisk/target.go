@@ -104,7 +104,11 @@ type unnamed struct {
 // beside makes a file that can later be given the name path.
 func beside(path string) (unnamed, error) {
 	dir := filepath.Dir(path)
-	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+	var fd int
+	err := storage.Retry(func() (err error) {
+		fd, err = unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+		return err
+	})
 	if err == nil {
 		return unnamed{os.NewFile(uintptr(fd), path), dir, ""}, nil
 	}
@@ -124,7 +128,7 @@ func (u unnamed) link(path string) error {
 	if old == "" {
 		old = "/proc/self/fd/" + strconv.Itoa(int(u.Fd()))
 	}
-	err := unix.Linkat(unix.AT_FDCWD, old, unix.AT_FDCWD, path, unix.AT_SYMLINK_FOLLOW)
+	err := storage.Retry(func() error { return unix.Linkat(unix.AT_FDCWD, old, unix.AT_FDCWD, path, unix.AT_SYMLINK_FOLLOW) })
 	// A file system without hard links.
 	if u.tmp != "" && (errors.Is(err, unix.EPERM) || errors.Is(err, unix.EOPNOTSUPP)) {
 		err = unix.Renameat2(unix.AT_FDCWD, old, unix.AT_FDCWD, path, unix.RENAME_NOREPLACE)

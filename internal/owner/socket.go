@@ -86,11 +86,14 @@ func secureSocket(in *storage.Folder, name string) (st unix.Stat_t, err error) {
 
 // pathTo opens the socket file of that name, not a connection to it (O_PATH).
 func pathTo(in *storage.Folder, name string) (fd int, st unix.Stat_t, err error) {
-	fd, err = unix.Openat(in.Fd(), name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	err = storage.Retry(func() (err error) {
+		fd, err = unix.Openat(in.Fd(), name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+		return err
+	})
 	if err != nil {
 		return -1, st, &fs.PathError{Op: "open", Path: in.Join(name), Err: err}
 	}
-	if err = unix.Fstat(fd, &st); err == nil && st.Mode&unix.S_IFMT != unix.S_IFSOCK {
+	if err = storage.Retry(func() error { return unix.Fstat(fd, &st) }); err == nil && st.Mode&unix.S_IFMT != unix.S_IFSOCK {
 		err = fmt.Errorf("%w and is no socket", fs.ErrExist)
 	}
 	if err != nil {
@@ -104,13 +107,17 @@ func pathTo(in *storage.Folder, name string) (fd int, st unix.Stat_t, err error)
 // of the file's time.
 func sameSocket(a, b unix.Stat_t) bool { return a.Dev == b.Dev && a.Ino == b.Ino && a.Mtim == b.Mtim }
 
+func exchange(in *storage.Folder, from, to string, how uint) error {
+	return storage.Retry(func() error { return unix.Renameat2(in.Fd(), from, in.Fd(), to, how) })
+}
+
 // nameSocket gives the socket its name, unless somebody listens on a socket of that name. Only one process of vdisk at
 // a time examines and replaces the old socket. If another program puts one there meanwhile, the exchange moves it to
 // tmp, where it is examined again, and it gets its name back unless it is the one that was examined before.
 func nameSocket(in *storage.Folder, tmp, name string) error {
 	defer lockFolder(in)()
 	for {
-		err := unix.Renameat2(in.Fd(), tmp, in.Fd(), name, unix.RENAME_NOREPLACE)
+		err := exchange(in, tmp, name, unix.RENAME_NOREPLACE)
 		if errors.Is(err, unix.EINVAL) { // a file system without RENAME_NOREPLACE
 			if err = unix.Linkat(in.Fd(), tmp, in.Fd(), name, 0); err == nil {
 				return in.Remove(tmp)
@@ -121,7 +128,7 @@ func nameSocket(in *storage.Folder, tmp, name string) error {
 		}
 		old, err := leftSocket(in, name)
 		if err == nil {
-			err = unix.Renameat2(in.Fd(), tmp, in.Fd(), name, unix.RENAME_EXCHANGE)
+			err = exchange(in, tmp, name, unix.RENAME_EXCHANGE)
 		}
 		if errors.Is(err, unix.EINVAL) {
 			err = in.Remove(name)
@@ -129,7 +136,7 @@ func nameSocket(in *storage.Folder, tmp, name string) error {
 			if got, lerr := leftSocket(in, tmp); lerr == nil && sameSocket(old, got) {
 				return in.Remove(tmp)
 			}
-			err = unix.Renameat2(in.Fd(), tmp, in.Fd(), name, unix.RENAME_EXCHANGE)
+			err = exchange(in, tmp, name, unix.RENAME_EXCHANGE)
 		}
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err

@@ -68,7 +68,7 @@ func (d *dir) SetAside(name, as string) (err error) {
 		}
 		to = fmt.Sprintf("%s.%d", as, i)
 	}
-	if err := unix.Renameat(d.in.Fd(), name, aside.Fd(), to); err != nil {
+	if err := Retry(func() error { return unix.Renameat(d.in.Fd(), name, aside.Fd(), to) }); err != nil {
 		return fmt.Errorf("set aside: %w", noSpace(&os.LinkError{Op: "rename", Old: d.in.Join(name), New: aside.Join(to), Err: err}))
 	}
 	return aside.Sync()

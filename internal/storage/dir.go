@@ -61,7 +61,7 @@ func newDir(in *Folder, readOnly bool) *dir {
 // files (statfs(2)).
 func overwrites(f *os.File) bool {
 	var st unix.Statfs_t
-	_, err := retry(func() (int, error) { return 0, unix.Fstatfs(int(f.Fd()), &st) })
+	err := Retry(func() error { return unix.Fstatfs(int(f.Fd()), &st) })
 	return err == nil && (st.Type == unix.EXT4_SUPER_MAGIC || st.Type == unix.TMPFS_MAGIC)
 }
 
@@ -154,7 +154,7 @@ func reserve(f *os.File, size int64) error {
 	if size == 0 {
 		return nil
 	}
-	_, err := retry(func() (int, error) { return 0, unix.Fallocate(int(f.Fd()), 0, 0, size) })
+	err := Retry(func() error { return unix.Fallocate(int(f.Fd()), 0, 0, size) })
 	if errors.Is(err, unix.EOPNOTSUPP) {
 		return writeZeros(f, size) // as posix_fallocate(3) does
 	}
@@ -206,7 +206,7 @@ func (d *dir) Overwrites() bool { return d.overwrites }
 
 func (d *dir) Free() (int64, error) {
 	var st unix.Statfs_t
-	_, err := retry(func() (int, error) { return 0, unix.Fstatfs(d.in.Fd(), &st) })
+	err := Retry(func() error { return unix.Fstatfs(d.in.Fd(), &st) })
 	if err != nil {
 		return 0, fmt.Errorf("free space of %s: %w", d.in.path, err)
 	}
@@ -246,4 +246,11 @@ func retry(call func() (int, error)) (int, error) {
 			return n, err
 		}
 	}
+}
+
+// Retry repeats a system call as long as a signal interrupts it. Go's own signals do that to its threads, and some file
+// systems, such as those over a network, return EINTR from calls that never do on a local disk.
+func Retry(call func() error) error {
+	_, err := retry(func() (int, error) { return 0, call() })
+	return err
 }

@@ -162,7 +162,7 @@ func (f *file) Allocate(size int64) error {
 		if err != nil {
 			return err
 		}
-		_, err = retry(func() (int, error) { return 0, unix.Fallocate(int(d.Fd()), 0, 0, size) })
+		err = Retry(func() error { return unix.Fallocate(int(d.Fd()), 0, 0, size) })
 		switch {
 		case err == nil:
 			return nil
@@ -222,8 +222,7 @@ func (f *file) syncTo(d *descriptor) error {
 
 func (f *file) fdatasync(d *descriptor) error {
 	wrote := f.wrote.Load()
-	_, err := retry(func() (int, error) { return 0, unix.Fdatasync(int(d.Fd())) })
-	if err != nil {
+	if err := Retry(func() error { return unix.Fdatasync(int(d.Fd())) }); err != nil {
 		return &fs.PathError{Op: "fdatasync", Path: f.path(), Err: noSpace(err)}
 	}
 	for was := f.synced.Load(); was < wrote && !f.synced.CompareAndSwap(was, wrote); {

@@ -55,7 +55,7 @@ func OpenFolder(path string, foreign bool) (*Folder, error) {
 
 func newFolder(path string, f *os.File) (*Folder, error) {
 	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+	if err := Retry(func() error { return unix.Fstat(int(f.Fd()), &st) }); err != nil {
 		return nil, &fs.PathError{Op: "stat", Path: path, Err: err}
 	}
 	return &Folder{path: path, f: f, uid: st.Uid, gid: st.Gid, ours: trusted(st.Uid) && st.Mode&0o022 == 0}, nil
@@ -111,7 +111,7 @@ func (d *Folder) Trusts(uid uint32) bool { return trusted(uid) || uid == d.uid }
 
 // Stat returns the directory's status.
 func (d *Folder) Stat() (st unix.Stat_t, err error) {
-	if err := unix.Fstat(d.Fd(), &st); err != nil {
+	if err := Retry(func() error { return unix.Fstat(d.Fd(), &st) }); err != nil {
 		return st, &fs.PathError{Op: "stat", Path: d.path, Err: err}
 	}
 	return st, nil
@@ -131,7 +131,7 @@ func (d *Folder) Open(name string, flags int) (*os.File, error) {
 		return f, err
 	}
 	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+	if err := Retry(func() error { return unix.Fstat(int(f.Fd()), &st) }); err != nil {
 		return nil, errors.Join(&fs.PathError{Op: "stat", Path: path, Err: err}, f.Close())
 	}
 	// The file may be a second name of a file that the directory's owner must not change.
@@ -173,7 +173,7 @@ func openRegular(dir int, path, name string, flags int) (*os.File, error) {
 		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
 	}
 	var st unix.Stat_t
-	err = unix.Fstat(fd, &st)
+	err = Retry(func() error { return unix.Fstat(fd, &st) })
 	if err == nil {
 		err = unix.SetNonblock(fd, false)
 	}
@@ -235,7 +235,7 @@ func (d *Folder) Replace(name string, content []byte, durable bool) error {
 
 // Rename renames the file from to to, and replaces a file that has that name.
 func (d *Folder) Rename(from, to string) error {
-	if err := unix.Renameat(d.Fd(), from, d.Fd(), to); err != nil {
+	if err := Retry(func() error { return unix.Renameat(d.Fd(), from, d.Fd(), to) }); err != nil {
 		return &os.LinkError{Op: "rename", Old: d.Join(from), New: d.Join(to), Err: err}
 	}
 	return nil
@@ -247,7 +247,7 @@ func (d *Folder) Remove(name string) error {
 	if err != nil {
 		return err
 	}
-	if err := unix.Unlinkat(d.Fd(), name, 0); err != nil {
+	if err := Retry(func() error { return unix.Unlinkat(d.Fd(), name, 0) }); err != nil {
 		return &fs.PathError{Op: "remove", Path: path, Err: err}
 	}
 	return nil
@@ -255,7 +255,7 @@ func (d *Folder) Remove(name string) error {
 
 // Lstat returns the status of what has the name. It does not follow a symbolic link.
 func (d *Folder) Lstat(name string) (st unix.Stat_t, err error) {
-	if err := unix.Fstatat(d.Fd(), name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+	if err := Retry(func() error { return unix.Fstatat(d.Fd(), name, &st, unix.AT_SYMLINK_NOFOLLOW) }); err != nil {
 		return st, &fs.PathError{Op: "stat", Path: d.Join(name), Err: err}
 	}
 	return st, nil
@@ -295,7 +295,7 @@ func (d *Folder) Sub(name string) (*Folder, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = unix.Mkdirat(d.Fd(), name, dirMode)
+	err = Retry(func() error { return unix.Mkdirat(d.Fd(), name, dirMode) })
 	made := err == nil
 	if made {
 		err = d.Sync()
