@@ -114,6 +114,7 @@ func (c *pageChecker) check() error {
 // meta finds the newer of the two meta pages that verify, as bbolt does.
 func (c *pageChecker) meta() error {
 	var newest, found uint64
+	var unread error
 	offsets := []int64{0}
 	for at := int64(1 << 10); at <= maxMetaOffset; at *= 2 {
 		offsets = append(offsets, at)
@@ -124,6 +125,9 @@ func (c *pageChecker) meta() error {
 		}
 		var p [pageHeader + metaSize]byte
 		if _, err := c.f.ReadAt(p[:], at); err != nil {
+			if !errors.Is(err, io.EOF) {
+				unread = err
+			}
 			continue
 		}
 		m := p[pageHeader:]
@@ -137,6 +141,9 @@ func (c *pageChecker) meta() error {
 			c.page, c.pages = int64(le.Uint32(m[8:])), le.Uint64(m[40:])
 		}
 		found++
+	}
+	if found == 0 && unread != nil {
+		return fmt.Errorf("read the table: %w", unread)
 	}
 	if found == 0 {
 		return damaged("no meta page verifies")
