@@ -9,7 +9,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
 .DEFAULT_GOAL = build
-.PHONY: help build install demo test guest-test recovery-test crash-test soak fuzz mutants bench-engine bench-cleaner bench-depth bench-nbd bench-ublk bench-guest bench-space lint clean
+.PHONY: help build install demo test guest-test recovery-test crash-test fault-test soak fuzz mutants bench-engine bench-cleaner bench-depth bench-nbd bench-ublk bench-guest bench-space lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ soak: build ## the server over NBD for HOURS (1), with everything at once, and k
 fuzz: ## every fuzz target for FUZZTIME (10m) each, two at once; TARGETS, a regular expression, chooses some
 	@$(TOOLS)/setup.sh build
 	@$(GO) run ./internal/tools/fuzz -time $(or $(FUZZTIME),10m) -targets '$(TARGETS)'
+
+fault-test: ## every fault of the disk and of the peers at every call: the engine, whole commands, the servers; hours
+	VDISK_FAULTS=all $(GO) test -v -count=1 -timeout 12h -run 'Fault' ./cow ./metadata ./internal/storage ./cmd/vdisk ./nbd ./ublk
 
 mutants: ## break the program on purpose, a line at a time: a test must notice each; 20 minutes
 	@$(TOOLS)/setup.sh build test
