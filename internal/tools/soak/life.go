@@ -131,6 +131,9 @@ func (w *world) live(ctx context.Context, r *rand.Rand, life time.Duration) erro
 	case failed = <-w.failure:
 	}
 	sig := howToEnd(r)
+	if w.atWork.Load() > 0 {
+		w.state.count("ends beside a command that changes names")
+	}
 	err := w.server.end(sig) // in the middle of everything
 	cancel()
 	wg.Wait()
@@ -152,7 +155,7 @@ func (w *world) await(r *rand.Rand) {
 	for i := 0; i < 5000 && w.atWork.Load() == 0; i++ {
 		time.Sleep(time.Millisecond)
 	}
-	time.Sleep(time.Duration(r.Int64N(int64(20 * time.Millisecond))))
+	time.Sleep(time.Duration(r.Int64N(int64(60 * time.Millisecond))))
 }
 
 // howToEnd chooses how a server ends: mostly by SIGKILL. Sometimes it prints all its stacks while it dies, and sometimes

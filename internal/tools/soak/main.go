@@ -82,6 +82,6 @@ type config struct {
 
 func defaults() config {
 	return config{
-		life: 75 * time.Second, cores: 0.5, maxSize: 768, volumeSize: 160, volumes: 12, snapshots: 24, clients: 6, commands: 3,
+		life: 75 * time.Second, cores: 0.5, maxSize: 512, volumeSize: 160, volumes: 12, snapshots: 24, clients: 6, commands: 3,
 	}
 }

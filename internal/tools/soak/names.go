@@ -34,13 +34,13 @@ func (w *world) choose(r *rand.Rand) func(*rand.Rand) {
 		return w.create
 	}
 	choices := []choice{
-		{6 * more * (w.snapshots - snapshots) / w.snapshots, w.snapshot},
-		{3 * more * (w.volumes - volumes) / w.volumes, w.create},
-		{5 * more * (w.volumes - volumes) / w.volumes, w.clone},
-		{4 * more * (w.volumes - volumes) / w.volumes, w.importFile},
-		{snapshots/w.snapshots + less*(1+4*snapshots/w.snapshots), w.removeSnapshot},
-		{volumes/w.volumes + less, w.removeVolume},
-		{2, w.rollback}, {2, w.grow}, {1 + less/2, w.shrink}, {2, w.renameVolume}, {2, w.renameSnapshot},
+		{more * max(0, 12*(w.snapshots-snapshots)) / w.snapshots, w.snapshot},
+		{more * max(0, 6*(w.volumes-volumes)) / w.volumes, w.create},
+		{more * max(0, 10*(w.volumes-volumes)) / w.volumes, w.clone},
+		{more * max(0, 12*(w.volumes-volumes)) / w.volumes, w.importFile},
+		{4*(snapshots/w.snapshots) + less*(1+4*snapshots/w.snapshots), w.removeSnapshot},
+		{4*(volumes/w.volumes) + less, w.removeVolume},
+		{1, w.rollback}, {3, w.grow}, {1, w.shrink}, {2, w.renameVolume}, {2, w.renameSnapshot},
 		{3, w.export}, {6, w.chore},
 	}
 	sum := 0

@@ -59,6 +59,8 @@ func (w *world) start() (*server, error) {
 	fmt.Fprintf(s.log, "== life %d\n", w.state.Lives)
 	s.cmd = w.command("serve", "--socket", s.socket)
 	s.cmd.Stderr = s.log
+	// A signal for the soak's group is not the server's; and if the soak is killed, the server goes with it.
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	if err := s.cmd.Start(); err != nil {
 		return nil, err
 	}
@@ -154,6 +156,7 @@ func (w *world) doKilled(after time.Duration, args []string, also ...int) outcom
 	var stderr, stdout bytes.Buffer
 	cmd := w.command(append([]string{"-q"}, args...)...)
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	return w.finish(cmd, after, args, &stdout, &stderr, also)
 }
 
