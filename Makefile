@@ -9,7 +9,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
 .DEFAULT_GOAL = build
-.PHONY: help build install demo test guest-test recovery-test crash-test fault-test soak fuzz mutants bench-engine bench-cleaner bench-depth bench-nbd bench-ublk bench-guest bench-space lint clean
+.PHONY: help build install demo test guest-test recovery-test crash-test fault-test kill-test soak fuzz mutants bench-engine bench-cleaner bench-depth bench-nbd bench-ublk bench-guest bench-space lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,7 +45,11 @@ recovery-test: build ## 200 kills and 20 upgrades of a block device's server, on
 crash-test: ## the engine's power-cut test, long
 	$(GO) test -count=1 -timeout 3h -run 'Crash' ./cow -crash.states=200000
 
-soak: build ## the server over NBD for HOURS (1), with everything at once, and kills; SOAK_DIR keeps the sums, so that pieces add up
+kill-test: ## the server over NBD is killed KILLS (1000) times, mostly when something is half done
+	@$(TOOLS)/setup.sh test
+	$(GO) test -count=1 -timeout 6h -v -run 'TestKill$$' ./internal/e2e -kills $(or $(KILLS),1000)
+
+soak: build ## everything at once over NBD for HOURS (1), with kills; SOAK_DIR keeps the sums, so that pieces add up
 	$(GO) build -o bin/soak ./internal/tools/soak
 	bin/soak -vdisk bin/vdisk -dir "$(or $(SOAK_DIR),bin/soak.d)" -hours "$(or $(HOURS),1)" $(SOAK_FLAGS)
 

@@ -54,6 +54,7 @@ func TestMain(m *testing.M) {
 type store struct {
 	t        *testing.T
 	bin, dir string
+	limit    string // VDISK_MAX_SIZE
 }
 
 func newStore(t *testing.T) *store {
@@ -69,12 +70,20 @@ func newStore(t *testing.T) *store {
 		}
 		t.Cleanup(func() { os.RemoveAll(base) })
 	}
-	return &store{t, bin, filepath.Join(base, "store")}
+	return &store{t: t, bin: bin, dir: filepath.Join(base, "store")}
+}
+
+func (s *store) env() []string {
+	env := append(os.Environ(), "VDISK_STORE="+s.dir)
+	if s.limit != "" {
+		env = append(env, "VDISK_MAX_SIZE="+s.limit)
+	}
+	return env
 }
 
 func (s *store) command(args ...string) *exec.Cmd {
 	cmd := exec.Command(s.bin, args...)
-	cmd.Env = append(os.Environ(), "VDISK_STORE="+s.dir)
+	cmd.Env = s.env()
 	return cmd
 }
 
@@ -84,7 +93,7 @@ func (s *store) run(args ...string) string {
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, s.bin, args...)
-	cmd.Env = append(os.Environ(), "VDISK_STORE="+s.dir)
+	cmd.Env = s.env()
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
@@ -105,11 +114,12 @@ type nbdOwner struct {
 	s      *store
 	socket string
 	cmd    *exec.Cmd
+	beside *exec.Cmd // a command that runs when the owner is killed; may be nil
 }
 
 func startNBD(s *store) owner {
 	s.t.Helper()
-	o := &nbdOwner{s: s, socket: filepath.Join(s.t.TempDir(), "s")}
+	o := &nbdOwner{s: s, socket: s.dir + ".sock"}
 	o.cmd = s.command("-q", "serve", "--socket", o.socket, "v")
 	o.cmd.Stderr = os.Stderr
 	if err := o.cmd.Start(); err != nil {
@@ -178,74 +188,78 @@ func (o *ublkOwner) kill() {
 
 func (o *ublkOwner) stop() { o.s.run("detach", "v") }
 
-// TestKill kills the owner again and again while writers with an oracle, and fio, write and sync. Whatever was answered
-// must read back from the next owner, and Check must be clean.
-func TestKill(t *testing.T) {
-	start, n := startNBD, *kills
-	if testing.Short() && !inGuest {
-		n = max(1, n/5) // vdisk is built without the race detector, so that the long form has all of it
-	}
-	if inGuest {
-		start, n = startUblk, max(1, n/10)
-		if testing.Short() {
-			n = min(n, 2)
-		}
-		if out, err := exec.Command("modprobe", "ublk_drv").CombinedOutput(); err != nil {
-			t.Fatalf("%v: %s", err, out)
-		}
-	}
-	s := newStore(t)
-	s.run("create", "v", "--size", "64M")
-	var writers []*oracle
+// killing kills the owner of a volume v again and again while writers with an oracle, and fio, write and sync. Everything
+// that was answered must read back from the next owner, and a check must find nothing.
+type killing struct {
+	t            *testing.T
+	s            *store
+	start        func(*store) owner
+	check        func() bool // whether a check comes before the next owner; it recovers the store
+	fio          func() bool // whether fio writes, too
+	writers      []*oracle
+	lives, kills int
+}
+
+func (k *killing) begin() {
+	k.t.Helper()
+	k.s.run("create", "v", "--size", "64M")
 	for i := range 3 {
-		writers = append(writers, newOracle(fmt.Sprintf("writer %d", i), int64(i)*2048, 2048, uint64(i)))
+		w := newOracle(fmt.Sprintf("writer %d", i), int64(i)*4096, 4096, uint64(i))
+		w.lazy = i == 2
+		k.writers = append(k.writers, w)
 	}
-	t.Cleanup(func() {
-		if text, err := os.ReadFile(filepath.Join(s.dir, "daemon.log")); t.Failed() && err == nil {
-			t.Logf("daemon.log:\n%s", text)
+	k.t.Cleanup(func() {
+		if text, err := os.ReadFile(filepath.Join(k.s.dir, "daemon.log")); k.t.Failed() && err == nil {
+			k.t.Logf("daemon.log:\n%s", text)
 		}
 	})
-	for i := range n {
-		o := start(s)
-		t.Logf("life %d", i)
-		verifyAll(t, o, writers)
-		load := startFio(t, o)
-		var wg sync.WaitGroup
-		for _, w := range writers {
-			d, err := o.open()
-			if err != nil {
-				t.Fatal(err)
-			}
-			wg.Go(func() {
-				_ = w.run(d) // ends when the owner dies
-				_ = d.Close()
-			})
-		}
-		if i%3 == 0 { // some deaths come with a fresh snapshot
-			s.run("snapshot", fmt.Sprintf("v@s%d", i))
-		}
-		life := time.Duration(100+i*37%400) * time.Millisecond
-		if inGuest {
-			life *= 10 // everything is emulated there
-		}
-		time.Sleep(life)
-		o.kill()
-		wg.Wait()
-		_ = load.Wait() // fio fails with its server
-		s.run("check", "--read-data")
+}
+
+// life starts an owner, and lets it be killed under load.
+func (k *killing) life(kill func(owner) int) {
+	k.t.Helper()
+	o := k.start(k.s)
+	verifyAll(k.t, o, k.writers)
+	var load *exec.Cmd
+	if k.fio() {
+		load = startFio(k.t, o)
 	}
-	o := start(s)
-	verifyAll(t, o, writers)
+	var wg sync.WaitGroup
+	for _, w := range k.writers {
+		d, err := o.open()
+		if err != nil {
+			k.t.Fatal(err)
+		}
+		wg.Go(func() {
+			_ = w.run(d) // ends when the owner dies
+			_ = d.Close()
+		})
+	}
+	k.kills += kill(o)
+	k.lives++
+	wg.Wait()
+	if load != nil {
+		_ = load.Wait() // fio fails with its server
+	}
+	if k.check() {
+		k.s.run("check", "--read-data")
+	}
+}
+
+func (k *killing) end() {
+	k.t.Helper()
+	o := k.start(k.s)
+	verifyAll(k.t, o, k.writers)
 	o.stop()
-	s.run("check", "--read-data")
+	k.s.run("check", "--read-data")
 	var rounds int64
-	for _, w := range writers {
+	for _, w := range k.writers {
 		rounds += w.rounds.Load()
 	}
-	if rounds < int64(n) {
-		t.Errorf("only %d syncs in %d lives: this proves little", rounds, n)
+	if rounds < int64(k.lives) {
+		k.t.Errorf("only %d syncs in %d lives: this proves little", rounds, k.lives)
 	}
-	t.Logf("%d kills, %d syncs by the oracle's writers, nothing lost", n, rounds)
+	k.t.Logf("%d kills, %d syncs by the oracle's writers, nothing lost", k.kills, rounds)
 }
 
 func verifyAll(t *testing.T, o owner, writers []*oracle) {

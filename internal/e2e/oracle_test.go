@@ -19,6 +19,7 @@ type oracle struct {
 	first, blocks  int64
 	sent, answered []uint64 // by block
 	rounds         atomic.Int64
+	lazy           bool // it writes far more than it syncs
 	rng            *rand.Rand
 	buf            []byte
 }
@@ -52,7 +53,11 @@ func (o *oracle) fill(p []byte, block int64, version uint64) {
 // run writes a few runs of blocks, syncs, and again, until the disk fails.
 func (o *oracle) run(d disk) error {
 	for {
-		for range 1 + o.rng.IntN(4) {
+		n := 1 + o.rng.IntN(4)
+		if o.lazy {
+			n *= 100
+		}
+		for range n {
 			n := 1 + o.rng.Int64N(8)
 			at := o.rng.Int64N(o.blocks - n)
 			for i := range n {
@@ -75,23 +80,33 @@ func (o *oracle) run(d disk) error {
 
 // verify reads everything back and checks it. From then on it expects the content that it found.
 func (o *oracle) verify(d disk) error {
-	for b := range o.blocks {
-		p := o.buf[:blockSize]
+	const atOnce = 16
+	for b := int64(0); b < o.blocks; b += atOnce {
+		p := o.buf[:atOnce*blockSize]
 		if _, err := d.ReadAt(p, (o.first+b)*blockSize); err != nil {
-			return fmt.Errorf("%s: read block %d: %w", o.name, o.first+b, err)
+			return fmt.Errorf("%s: read from block %d: %w", o.name, o.first+b, err)
 		}
-		version := binary.LittleEndian.Uint64(p[12:])
-		switch {
-		case version == 0 && crc32.ChecksumIEEE(p) == crc32.ChecksumIEEE(make([]byte, blockSize)): // never written
-		case binary.LittleEndian.Uint32(p) != crc32.ChecksumIEEE(p[4:]):
-			return fmt.Errorf("%s: block %d is garbled", o.name, o.first+b)
-		case binary.LittleEndian.Uint64(p[4:]) != uint64(o.first+b):
-			return fmt.Errorf("%s: block %d holds block %d", o.name, o.first+b, binary.LittleEndian.Uint64(p[4:]))
+		for i := range int64(atOnce) {
+			if err := o.verifyBlock(b+i, p[i*blockSize:][:blockSize]); err != nil {
+				return err
+			}
 		}
-		if version < o.answered[b] || version > o.sent[b] {
-			return fmt.Errorf("%s: block %d has version %d; %d was answered, %d sent", o.name, o.first+b, version, o.answered[b], o.sent[b])
-		}
-		o.answered[b], o.sent[b] = version, version
 	}
+	return nil
+}
+
+func (o *oracle) verifyBlock(b int64, p []byte) error {
+	version := binary.LittleEndian.Uint64(p[12:])
+	switch {
+	case version == 0 && crc32.ChecksumIEEE(p) == crc32.ChecksumIEEE(make([]byte, blockSize)): // never written
+	case binary.LittleEndian.Uint32(p) != crc32.ChecksumIEEE(p[4:]):
+		return fmt.Errorf("%s: block %d is garbled", o.name, o.first+b)
+	case binary.LittleEndian.Uint64(p[4:]) != uint64(o.first+b):
+		return fmt.Errorf("%s: block %d holds block %d", o.name, o.first+b, binary.LittleEndian.Uint64(p[4:]))
+	}
+	if version < o.answered[b] || version > o.sent[b] {
+		return fmt.Errorf("%s: block %d has version %d; %d was answered, %d sent", o.name, o.first+b, version, o.answered[b], o.sent[b])
+	}
+	o.answered[b], o.sent[b] = version, version
 	return nil
 }

@@ -25,10 +25,12 @@ refused() { # status text command...
 	grep -qF -- "$text" err || fail "vdisk $* does not say '$text': $(cat err)"
 }
 owner() { local pid; read -r _ pid _ <"$VDISK_STORE/lock" && echo "$pid"; }
+murders=0
 murder() {
 	local pid
 	pid=$(owner)
 	kill -KILL "$pid" || fail "there is no owner to kill ($pid)"
+	murders=$((murders + 1))
 }
 settled() { # nobody hangs
 	local n d
@@ -145,7 +147,7 @@ for i in $(seq "$again"); do
 	v recover >/dev/null 2>&1 &
 	r=$!
 	sleep "$(((i * 7) % 10 / 5)).$(((i * 3) % 10))"
-	kill -KILL "$(owner)" 2>/dev/null || true # it may be dead already, or not started yet
+	! kill -KILL "$(owner)" 2>/dev/null || murders=$((murders + 1)) # it may be dead already, or not started yet
 	wait $r || true
 	[ "$(v recover | head -1)" = "$dev" ] || v info | grep -q "attached *v as $dev" || fail "not recovered after a kill in recovery $i"
 done
@@ -329,3 +331,4 @@ complaints 'hung task|blocked for more|blocked in I/O|Oops|BUG:'
 kill $hostile || fail "the hostile user is gone"
 rm -f /dev/shm/fill
 mount -o remount,size=50% /dev/shm
+echo "proof: kills over ublk: $murders"
