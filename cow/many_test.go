@@ -22,7 +22,7 @@ func manySnapshots(t *testing.T, s *Store, name string, n int) {
 			for i := from; i < min(n, from+1000); i++ {
 				ev.Snapshots = append(ev.Snapshots, format.Snapshot{
 					ID: s.catalog.newID(), Volume: v.ID, Name: fmt.Sprintf("a-snapshot-with-a-name-of-some-length-%08d", i),
-					Branch: b.ID, Epoch: b.Epoch, Size: v.Size, Created: now(),
+					Branch: b.ID, Epoch: b.Epoch, Size: v.Size, Created: Now(),
 				})
 				b.Epoch++
 			}

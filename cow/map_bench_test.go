@@ -215,7 +215,7 @@ func makeBigTable(dir string) error {
 		}
 		return errors.Join(append(errs,
 			tx.PutBranch(&format.Branch{ID: 1, Epoch: 1}),
-			tx.PutVolume(&format.Volume{ID: 2, Name: "v", Size: bigBlocks * format.BlockSize, Codec: format.S2, LogicalBlock: 512, Branch: 1, Created: now()}),
+			tx.PutVolume(&format.Volume{ID: 2, Name: "v", Size: bigBlocks * format.BlockSize, Codec: format.S2, LogicalBlock: 512, Branch: 1, Created: Now()}),
 			tx.PutCheckpoint(&format.Checkpoint{Seq: bigBlocks + 1, ChunkSeq: chunks + 1, Offset: format.ChunkHeaderSize, NextID: 3, NextChunkSeq: chunks + 1}))...)
 	}))
 	return errors.Join(err, db.Close())

@@ -55,6 +55,9 @@ type VolumeOptions struct {
 	Codec        format.Codec // format.Raw: none
 	Level        int          // of zstd, 1 to 19; 0: the codec's default
 	LogicalBlock int          // 512 (default) or 4096
+	// Created is the time of creation, in whole milliseconds; zero stands for now. An owner that has to note a volume
+	// before it exists chooses the time.
+	Created time.Time `json:"-"`
 }
 
 func checkSize(size int64, block int) error {
@@ -93,7 +96,10 @@ func (s *Store) CreateVolume(name string, o VolumeOptions) (VolumeInfo, error) {
 		b := format.Branch{ID: s.catalog.newID(), Epoch: 1}
 		v := format.Volume{
 			ID: s.catalog.newID(), Name: name, Size: o.Size, Codec: o.Codec, Level: o.Level,
-			LogicalBlock: o.LogicalBlock, Branch: b.ID, Created: now(),
+			LogicalBlock: o.LogicalBlock, Branch: b.ID, Created: o.Created,
+		}
+		if v.Created.IsZero() {
+			v.Created = Now()
 		}
 		return &format.Event{Op: "create", Branches: []format.Branch{b}, Volumes: []format.Volume{v}}, nil
 	})
@@ -103,7 +109,8 @@ func (s *Store) CreateVolume(name string, o VolumeOptions) (VolumeInfo, error) {
 	return s.Volume(name)
 }
 
-func now() time.Time { return time.Now().UTC().Truncate(time.Millisecond) }
+// Now returns the time, as a volume or snapshot that is made now gets it.
+func Now() time.Time { return time.Now().UTC().Truncate(time.Millisecond) }
 
 // Snapshot takes snapshots of volumes, open or not, all at one moment. It takes either all of them or none.
 func (s *Store) Snapshot(refs ...Ref) error {
@@ -132,7 +139,7 @@ func (s *Store) Snapshot(refs ...Ref) error {
 			b := v.branch.Branch
 			ev.Snapshots = append(ev.Snapshots, format.Snapshot{
 				ID: s.catalog.newID(), Volume: v.ID, Name: r.Snapshot,
-				Branch: b.ID, Epoch: b.Epoch, Size: v.Size, Created: now(),
+				Branch: b.ID, Epoch: b.Epoch, Size: v.Size, Created: Now(),
 			})
 			b.Epoch++
 			ev.Branches = append(ev.Branches, b)
@@ -155,7 +162,7 @@ func (s *Store) Clone(src Ref, name string) error {
 		b := s.branchAt(sn)
 		c := format.Volume{
 			ID: s.catalog.newID(), Name: name, Size: sn.Size, Codec: v.Codec, Level: v.Level,
-			LogicalBlock: v.LogicalBlock, Branch: b.ID, Created: now(),
+			LogicalBlock: v.LogicalBlock, Branch: b.ID, Created: Now(),
 		}
 		return &format.Event{Op: "clone", Branches: []format.Branch{b}, Volumes: []format.Volume{c}}, nil
 	})

@@ -35,7 +35,7 @@ func TestOrderOfSystemCalls(t *testing.T) {
 	}{
 		{"create v --size 1G", []string{"chunk", "commit", "mark", "rename", "end"}},
 		{"ls", []string{"look"}},
-		{"import " + image + " i", []string{"chunk", "commit", "mark", "rename", "end"}},
+		{"import " + image + " i", []string{"chunk", "commit", "mark", "rename", "end", "note"}},
 		{"snapshot i@a", []string{"chunk", "commit", "mark", "end"}},
 		{"clone i@a c", []string{"commit", "mark", "end"}},
 		{"info", []string{"look"}},
@@ -44,9 +44,10 @@ func TestOrderOfSystemCalls(t *testing.T) {
 		{"resize v 2G", []string{"commit", "mark", "end"}},
 		{"rm -r i c", []string{"commit", "mark", "end", "remove"}},
 		{"gc", []string{"end"}},
+		{"bench --size 16M --time 10ms", []string{"note"}},
 	} {
 		t.Run(strings.Fields(c.args)[0], func(t *testing.T) {
-			o := order{t: t, looks: slices.Contains(c.want, "look"), makes: i == 0, met: map[string]int{}, unsynced: map[string]bool{}, written: map[string]bool{}}
+			o := order{t: t, looks: slices.Contains(c.want, "look"), makes: i == 0, notes: slices.Contains(c.want, "note"), met: map[string]int{}, unsynced: map[string]bool{}, written: map[string]bool{}}
 			cmd := exec.Command(bin, strings.Fields(c.args)...)
 			cmd.Env = append(os.Environ(), "VDISK_STORE="+store)
 			events, err := strace.Run(cmd, store)
@@ -74,6 +75,7 @@ type order struct {
 	unsynced map[string]bool // files with writes, and folders with changes of names, that are not synced
 	written  map[string]bool // chunks with records that this command has written
 	makes    bool            // the table is being made
+	notes    bool            // a note must come before the first record, and has not come yet
 }
 
 func (o *order) must(ok bool, rule, text string, e strace.Event) {
@@ -110,6 +112,7 @@ func (o *order) add(e strace.Event) {
 		if e.Off >= headerSize {
 			o.must(!o.unsynced["chunks"] && (o.written[e.File] || !o.unsynced[e.File]), "chunk", "a record is written before the chunk's header and name are durable", e)
 			o.written[e.File] = true
+			o.must(!o.notes, "note", "a volume is made that a kill would leave, and nothing says so yet", e)
 		}
 		o.unsynced[e.File] = true
 	case e.Call == "write" && e.File == "durable":
@@ -127,6 +130,7 @@ func (o *order) add(e strace.Event) {
 		o.unsynced[folder] = true
 	case e.Call == "rename":
 		o.unsynced[folder] = true
+		o.notes = o.notes && e.File != "importing.tmp"
 		if strings.HasSuffix(e.File, ".tmp") {
 			o.must(!o.unsynced[e.File], "rename", "a file gets its name before it is durable", e)
 		}

@@ -63,9 +63,9 @@ type run struct {
 	buf  []byte
 }
 
-// Run makes a scratch volume, calls made with it, performs the steps, and calls each with the result of every step. It
-// removes the volume in any case.
-func Run(ctx context.Context, s *cow.Store, o Options, made func(cow.VolumeInfo) error, each func(Result)) (err error) {
+// Run makes a scratch volume, performs the steps, and calls each with the result of every step. It removes the volume in
+// any case.
+func Run(ctx context.Context, s *cow.Store, o Options, each func(Result)) (err error) {
 	if o.Size > cow.MaxVolume {
 		return fmt.Errorf("a scratch volume of %d bytes: the largest volume has 64 TiB: %w", o.Size, cow.ErrInvalid)
 	}
@@ -77,14 +77,10 @@ func Run(ctx context.Context, s *cow.Store, o Options, made func(cow.VolumeInfo)
 		return err
 	}
 	o.Volume.Size = o.Size
-	v, err := s.CreateVolume(Volume, o.Volume)
-	if err != nil {
+	if _, err := s.CreateVolume(Volume, o.Volume); err != nil {
 		return leftover(s, err)
 	}
 	defer func() { err = errors.Join(err, s.Remove(cow.Ref{Volume: Volume}, true)) }()
-	if err := made(v); err != nil {
-		return err
-	}
 	d, err := s.OpenDevice(cow.Ref{Volume: Volume}, false)
 	if err != nil {
 		return err

@@ -27,29 +27,32 @@ func (o *Owner) Import(ctx context.Context, name string, v cow.VolumeOptions, sr
 		return cow.VolumeInfo{}, err
 	}
 	im := &importing{store: o.store, name: importName(name), fixed: v.Size > 0, opts: v}
-	made, err := im.create(src.Size())
+	created, err := o.unfinished.add(im.name, false)
 	if err != nil {
 		return cow.VolumeInfo{}, err
 	}
-	if err = o.unfinished.add(made, false); err == nil {
-		err = im.fill(ctx, src, progress)
-	}
-	if err == nil {
-		err = im.finish(name, src.Size())
-	}
-	if err != nil {
-		if rerr := o.store.Remove(im.ref(), true); rerr != nil {
-			return cow.VolumeInfo{}, errors.Join(err, rerr) // the next owner tries again
-		}
-	}
-	// The volume no longer exists under that name, so a leftover note is harmless.
-	if derr := o.unfinished.done(made); derr != nil {
-		o.opts.Logger.Warn("noting which volumes are unfinished", "err", derr)
-	}
+	im.opts.Created = created
+	err = im.run(ctx, name, src, progress)
+	o.noLonger(im.name, created)
 	if err != nil {
 		return cow.VolumeInfo{}, err
 	}
 	return o.store.Volume(name)
+}
+
+// run makes, fills and finishes the volume. If it fails, it removes the volume.
+func (im *importing) run(ctx context.Context, name string, src sparse.Source, progress func(int64)) error {
+	if _, err := im.create(src.Size()); err != nil {
+		return err
+	}
+	err := im.fill(ctx, src, progress)
+	if err == nil {
+		err = im.finish(name, src.Size())
+	}
+	if err != nil {
+		err = errors.Join(err, im.store.Remove(im.ref(), true))
+	}
+	return err
 }
 
 // importName returns the volume's name while it is filled. It has no more than the 63 characters that a name may have.

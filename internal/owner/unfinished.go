@@ -15,7 +15,8 @@ import (
 
 // unfinishedName is the file in a store that lists the volumes that imports are filling and measurements are writing
 // to. A killed process leaves such volumes, and the next owner removes them. Their names alone do not identify them,
-// since a user may give a volume any name.
+// since a user may give a volume any name. A volume is listed before it is made, and until it is finished or gone, so
+// that there is no moment at which a kill leaves one that is not listed.
 const unfinishedName = "importing"
 
 // unfinished maintains the file.
@@ -47,24 +48,38 @@ func (u *unfinished) write() error {
 	return u.in.Replace(unfinishedName, append(text, '\n'), true)
 }
 
-// add records that a volume, which has just been made, is useless until it is finished.
-func (u *unfinished) add(v cow.VolumeInfo, scratch bool) error {
+// add records that a volume, which is about to be made, is useless until it is finished. It returns the time of creation
+// that the volume must get.
+func (u *unfinished) add(name string, scratch bool) (created time.Time, err error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	u.list = append(u.list, unfinishedVolume{v.Name, v.Created, scratch})
+	created = cow.Now()
+	u.list = append(u.list, unfinishedVolume{name, created, scratch})
 	if err := u.write(); err != nil {
 		u.list = u.list[:len(u.list)-1]
-		return fmt.Errorf("noting that volume %s is unfinished: %w", v.Name, err)
+		return created, fmt.Errorf("noting that volume %s is unfinished: %w", name, err)
 	}
-	return nil
+	return created, nil
 }
 
-// done records that a volume is finished or gone.
-func (u *unfinished) done(v cow.VolumeInfo) error {
+// done records that a volume is finished or gone, or was not made.
+func (u *unfinished) done(name string, created time.Time) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	u.list = slices.DeleteFunc(u.list, func(x unfinishedVolume) bool { return x.is(v) })
+	u.list = slices.DeleteFunc(u.list, func(x unfinishedVolume) bool { return x.Name == name && x.Created.Equal(created) })
 	return u.write()
+}
+
+// noLonger records that a volume is no longer unfinished, unless it is still there, or may be: then the next owner tries
+// again to remove it.
+func (o *Owner) noLonger(name string, created time.Time) {
+	if v, err := o.store.Volume(name); err == nil && v.Created.Equal(created) || err != nil && !errors.Is(err, cow.ErrNotFound) {
+		return
+	}
+	// The volume no longer exists under that name, so a leftover note is harmless.
+	if err := o.unfinished.done(name, created); err != nil {
+		o.opts.Logger.Warn("noting which volumes are unfinished", "err", err)
+	}
 }
 
 func (x unfinishedVolume) is(v cow.VolumeInfo) bool {

@@ -149,20 +149,13 @@ func (o *Owner) Clean(ctx context.Context, waste float64) (cow.CleanReport, erro
 
 // Bench measures the engine on a scratch volume.
 func (o *Owner) Bench(ctx context.Context, b bench.Options, each func(bench.Result)) error {
-	var made []cow.VolumeInfo // at most one
-	err := bench.Run(ctx, o.store, b, func(v cow.VolumeInfo) error {
-		made = append(made, v)
-		return o.unfinished.add(v, true)
-	}, each)
-	for _, v := range made {
-		if now, verr := o.store.Volume(v.Name); verr == nil && now.Created.Equal(v.Created) {
-			continue // it could not be removed; the next owner tries again
-		}
-		// The volume no longer exists, so a leftover note is harmless.
-		if derr := o.unfinished.done(v); derr != nil {
-			o.opts.Logger.Warn("noting which volumes are unfinished", "err", derr)
-		}
+	created, err := o.unfinished.add(bench.Volume, true)
+	if err != nil {
+		return err
 	}
+	b.Volume.Created = created
+	err = bench.Run(ctx, o.store, b, each)
+	o.noLonger(bench.Volume, created)
 	return err
 }
 
