@@ -45,19 +45,27 @@ func volumeOptions(c *cli.Context) (o cow.VolumeOptions, err error) {
 	return o, nil
 }
 
-// compression parses the flag --compress.
+// compression reads the flag --compress.
 func compression(c *cli.Context) (codec format.Codec, level int, err error) {
-	name, text, hasLevel := strings.Cut(c.String("compress"), ":")
+	if codec, level, err = parseCompression(c.String("compress")); err != nil {
+		err = usageError{c, err}
+	}
+	return codec, level, err
+}
+
+// parseCompression parses a codec's name, or one with a level behind a colon.
+func parseCompression(compress string) (codec format.Codec, level int, err error) {
+	name, text, hasLevel := strings.Cut(compress, ":")
 	if codec, err = format.ParseCodec(name); err != nil {
-		return codec, 0, usageError{c, fmt.Errorf("--compress: %w", err)}
+		return codec, 0, fmt.Errorf("--compress: %w", err)
 	}
 	if hasLevel {
 		if level, err = strconv.Atoi(text); err != nil || level == 0 {
-			return codec, 0, usageError{c, fmt.Errorf("--compress %s: the level is no number from 1 on", c.String("compress"))}
+			return codec, 0, fmt.Errorf("--compress %s: the level is no number from 1 on", compress)
 		}
 	}
 	if err := format.CheckLevel(codec, level); err != nil {
-		return codec, 0, usageError{c, fmt.Errorf("--compress: %w", err)}
+		return codec, 0, fmt.Errorf("--compress: %w", err)
 	}
 	return codec, level, nil
 }

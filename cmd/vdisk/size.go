@@ -5,6 +5,7 @@ import (
 	"math"
 	"strconv"
 	"strings"
+	"unicode"
 
 	"github.com/docker/go-units"
 )
@@ -12,6 +13,9 @@ import (
 // parseSize parses a size: a number of bytes, or one with K, M, G, T or P, which are powers of 1024. It refuses
 // ambiguous units, such as GB (10^9 or 2^30).
 func parseSize(s string) (int64, error) {
+	if strings.ContainsFunc(s, func(r rune) bool { return r > unicode.MaxASCII }) { // such letters may become others, or longer
+		return 0, usagef("size %q: write a number of bytes, or one with K, M, G or T (1024s), as 10G", s)
+	}
 	lower := strings.ToLower(s)
 	bare := strings.TrimSuffix(lower, "b")
 	if len(bare) > 0 && bare != lower && strings.ContainsAny(bare[len(bare)-1:], "kmgtp") {
