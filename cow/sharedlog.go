@@ -186,7 +186,7 @@ func (b *sharedBuffers) restore(fsys storage.FS, header func(name string, slot u
 	for i := range wal.BufferCount {
 		h := b.head(i)
 		used := h.Used.Load()
-		if used == 0 || used > wal.BufferSize || h.Off < format.ChunkHeaderSize || h.Slot >= format.MaxSlots {
+		if used == 0 || used > wal.BufferSize || h.Off < format.ChunkHeaderSize || h.Off > format.MaxChunkSize-used || h.Slot >= format.MaxSlots {
 			continue
 		}
 		// If the chunk has gone since, a checkpoint has made it unnecessary: all of it was in its file.
