@@ -165,17 +165,22 @@ func (c *controlRing) answerRoutine() {
 			return
 		}
 		c.mu.Lock()
-		for {
-			id, res, ok := c.ring.next()
-			if !ok {
-				break
-			}
-			if call := c.pending[id]; call != nil {
-				delete(c.pending, id)
-				call.done <- res
-			}
-		}
+		c.deliver()
 		c.mu.Unlock()
+	}
+}
+
+// deliver passes on the results that the ring has. c.mu is held.
+func (c *controlRing) deliver() {
+	for {
+		id, res, ok := c.ring.next()
+		if !ok {
+			return
+		}
+		if call := c.pending[id]; call != nil {
+			delete(c.pending, id)
+			call.done <- res
+		}
 	}
 }
 
@@ -195,14 +200,19 @@ func (c *controlRing) submit(call *ctrlCall, fill func(*sqe)) (id uint64, err er
 		c.pending[id] = call
 	}
 	for c.ring.unsubmitted() > 0 {
-		if err := c.ring.enter(0); err != nil && !transient(err) {
-			if c.ring.unsubmitted() == 0 {
-				break // the kernel has taken the command, and may write to buf; only a later step failed
-			}
+		err := c.ring.enter(0)
+		switch {
+		case err == nil, c.ring.unsubmitted() == 0:
+			// If there is an error, the kernel has taken the command even so, and may write to buf; only a later step
+			// failed.
+		case !transient(err):
 			// Otherwise a later enter would submit the entry, when buf may be other memory.
 			c.ring.takeBack()
 			delete(c.pending, id)
 			return 0, fmt.Errorf("ublk: submit a control command: %w", err)
+		case err != unix.EINTR: // no memory, or too many results that nobody has taken; answerRoutine waits for mu
+			c.deliver()
+			time.Sleep(time.Millisecond)
 		}
 	}
 	return id, nil
