@@ -32,6 +32,8 @@ type fakeKernel struct {
 	enterErr func(nth int) error
 	// takes, when set, limits how many elements the nth COMMIT takes; one that takes none is refused with the error.
 	takes func(nth, n int) (int, unix.Errno)
+	// alter, when set, may change the nth completion that is delivered, or hold it back until release.
+	alter func(nth int, c *cqe) (late bool)
 	// refill, when set, returns the next request for a tag that has become free.
 	refill func() ioDesc
 
@@ -47,7 +49,8 @@ type fakeKernel struct {
 	commits  int
 	reads    int
 	copies   int
-	held     []cqe // reads that hold keeps back
+	held     []cqe // reads that hold keeps back, and completions that alter does
+	altered  int   // completions that alter has seen
 	hold     bool
 	armed    bool
 	pending  bool // an interrupt
@@ -184,6 +187,12 @@ func (k *fakeKernel) deferred() {
 func (k *fakeKernel) deliver() {
 	n := 0
 	for ; n < len(k.backlog) && *k.ring.cqTail-*k.ring.cqHead <= k.ring.cqMask; n++ {
+		if k.alter != nil {
+			if k.altered++; k.alter(k.altered, &k.backlog[n]) {
+				k.held = append(k.held, k.backlog[n])
+				continue
+			}
+		}
 		*(*cqe)(unsafe.Add(k.ring.cqes, uintptr(*k.ring.cqTail&k.ring.cqMask)*cqeSize)) = k.backlog[n]
 		*k.ring.cqTail++
 	}

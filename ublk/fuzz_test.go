@@ -44,6 +44,8 @@ func (b behaviour) wants(size int32) int32 {
 type programDisk struct {
 	t    testing.TB
 	plan [256]behaviour
+	// mayFail: a fetch that fails is not a fault of the loop, and fails its request.
+	mayFail bool
 
 	mu   sync.Mutex // guards what follows
 	held []*Request
@@ -76,6 +78,9 @@ func (d *programDisk) ServeUBLK(r *Request) error {
 }
 
 func (d *programDisk) FetchedUBLK(r *Request, err error) error {
+	if err != nil && d.mayFail {
+		return err
+	}
 	if err != nil || !allAre(r.Buf, byte(r.Offset/fakeIOMax)+1) {
 		d.t.Errorf("the fetch at %d brought other bytes (%v)", r.Offset, err)
 	}
