@@ -147,7 +147,7 @@ for i in $(seq "$again"); do
 	v recover >/dev/null 2>&1 &
 	r=$!
 	sleep "$(((i * 7) % 10 / 5)).$(((i * 3) % 10))"
-	! kill -KILL "$(owner)" 2>/dev/null || murders=$((murders + 1)) # it may be dead already, or not started yet
+	if kill -KILL "$(owner)" 2>/dev/null; then murders=$((murders + 1)); fi # it may be dead already, or not started yet
 	wait $r || true
 	[ "$(v recover | head -1)" = "$dev" ] || v info | grep -q "attached *v as $dev" || fail "not recovered after a kill in recovery $i"
 done

@@ -96,7 +96,8 @@ func (w *world) look() {
 		w.fail(fmt.Errorf("the chunk files take %d bytes, and the limit is %d", i.Chunks, most))
 	}
 	w.used.Store(i.Live * 100 / (w.maxSize << 20))
-	if i.Chunks*100/(w.maxSize<<20) >= 80 {
+	w.taking.Store(i.Chunks * 100 / (w.maxSize << 20))
+	if w.taking.Load() >= 80 {
 		w.filled.Store(true)
 	}
 	full := w.full.Swap(0)

@@ -56,7 +56,7 @@ func (w *world) piece(ctx context.Context) error {
 		if err := w.live(ctx, r, life); err != nil {
 			return err
 		}
-		w.log("life %d: the store is %d %% full of live data; %v", w.state.Lives, w.used.Load(), &w.state)
+		w.log("life %d: the files take %d %% of the limit, live data %d %%; %v", w.state.Lives, w.taking.Load(), w.used.Load(), &w.state)
 	}
 	if err := w.last(r); err != nil {
 		return err
@@ -164,7 +164,7 @@ func howToEnd(r *rand.Rand) syscall.Signal {
 	switch r.IntN(20) {
 	case 0, 1:
 		return syscall.SIGTERM
-	case 2, 3:
+	case 2, 3, 4:
 		return syscall.SIGQUIT
 	}
 	return syscall.SIGKILL

@@ -122,7 +122,7 @@ func flat(samples []sample, log func(string, ...any)) error {
 				all = append(all, v)
 			}
 		}
-		if len(all) < 9 { // too few to say anything
+		if len(all) < 6 { // too few to say anything
 			continue
 		}
 		third := len(all) / 3

@@ -9,7 +9,11 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/vdisk/vdisk/internal/testwatch"
 )
+
+func TestMain(m *testing.M) { os.Exit(testwatch.Run(m)) }
 
 func build(t *testing.T) string {
 	t.Helper()
@@ -77,7 +81,7 @@ func TestFlat(t *testing.T) {
 	if err := flat(grow(3<<20), t.Logf); err == nil || !strings.Contains(err.Error(), "memory grew") {
 		t.Error("memory grew, and nothing says so:", err)
 	}
-	if err := flat(grow(3 << 20)[:8], t.Logf); err != nil {
+	if err := flat(grow(30 << 20)[:5], t.Logf); err != nil {
 		t.Error("of too few samples:", err)
 	}
 }

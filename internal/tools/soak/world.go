@@ -26,6 +26,7 @@ type world struct {
 	samples []sample
 	brake   throttle
 	filled  atomic.Bool  // the store has been nearly full once
+	taking  atomic.Int64 // per cent of the limit that the chunk files take
 	used    atomic.Int64 // per cent of the limit that the live data has
 	full    atomic.Int64 // answers "no space"
 	atWork  atomic.Int64 // commands that run and change names, sizes or whole contents
