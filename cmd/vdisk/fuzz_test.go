@@ -68,6 +68,9 @@ func FuzzArguments(f *testing.F) {
 		if !slices.Equal(args, before) || got[0] != "vdisk" {
 			t.Fatalf("%q became %q", before, got)
 		}
+		if strings.HasPrefix(args[len(args)-1], "-") {
+			return // its value may be missing, and package cli then reports that, whatever the other arguments are
+		}
 		asksForHelp := slices.ContainsFunc(got, func(a string) bool {
 			return a == "--help" || strings.HasPrefix(a, "-") && strings.ContainsAny(a, "h")
 		})

@@ -422,9 +422,10 @@ func FuzzMark(f *testing.F) {
 				}
 				var p [format.DurableMarkSize]byte
 				_, err = file.ReadAt(p[:], int64(place)*MarkPlace)
-				if mark, derr := format.DecodeDurableMark(p[:]); err != nil || derr != nil || mark.UUID != uuid {
+				mark, derr := format.DecodeDurableMark(p[:])
+				if places[place] = mark.Seq; err != nil || derr != nil || mark.UUID != uuid {
 					places[place] = 0
-				}
+				} // else the byte is what it was before, or was before it was damaged
 				_ = file.Close()
 			case 3:
 				m.push()

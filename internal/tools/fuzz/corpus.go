@@ -23,8 +23,8 @@ const (
 	mostOften  = 5
 )
 
-// keep chooses the inputs of all targets.
-func keep(ts []target) error {
+// keep chooses the inputs of all targets. It tries so many of each.
+func keep(ts []target, tries int) error {
 	out, err := exec.Command("go", "env", "GOCACHE").Output()
 	if err != nil {
 		return fmt.Errorf("go env: %w", err)
@@ -36,7 +36,7 @@ func keep(ts []target) error {
 	}
 	defer os.RemoveAll(tmp)
 	for _, t := range ts {
-		n, bytes, err := t.keep(cache, tmp)
+		n, bytes, err := t.keep(cache, tmp, tries)
 		if err != nil {
 			return fmt.Errorf("%v: %w", t, err)
 		}
@@ -52,12 +52,19 @@ type candidate struct {
 	reaches map[string]bool
 }
 
-// keep chooses the inputs of a target. It measures each by the compiled test, in the package's folder.
-func (t target) keep(cache, tmp string) (n, size int, err error) {
+// keep chooses the inputs of a target. It measures each by the compiled test, in the package's folder. If there are more
+// than tries, it measures as many, of all sizes.
+func (t target) keep(cache, tmp string, tries int) (n, size int, err error) {
 	kept := filepath.Join(t.dir, "testdata", "fuzz", t.name)
 	all, err := candidates(kept, filepath.Join(cache, "fuzz", t.pkg, t.name))
 	if err != nil || len(all) == 0 {
 		return 0, 0, err
+	}
+	if n := len(all); n > tries {
+		for i := range tries {
+			all[i] = all[i*n/tries]
+		}
+		all = all[:tries]
 	}
 	binary := filepath.Join(tmp, strings.ReplaceAll(t.pkg, "/", "_"))
 	if _, err := os.Stat(binary); errors.Is(err, fs.ErrNotExist) {

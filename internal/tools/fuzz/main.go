@@ -1,7 +1,7 @@
 // Command fuzz runs the fuzz targets of the module, each for a time, and prints how many inputs they executed.
 //
 //	fuzz [-time 10m] [-targets REGEXP] [-first REGEXP] [-parallel N] [-out DIR]
-//	fuzz -corpus [-targets REGEXP]
+//	fuzz -corpus [-tries N] [-targets REGEXP]
 //
 // The output of each target goes to a file in the folder DIR. A target that finds a failing input leaves the input in
 // its package's testdata/fuzz, and the command fails. It also fails a target that hangs, with the stacks of its
@@ -44,12 +44,13 @@ func main() {
 	names := flag.String("targets", "", "only targets whose name matches this regular expression")
 	first := flag.String("first", "^$", "targets whose name matches this regular expression come first")
 	corpus := flag.Bool("corpus", false, "choose the inputs that are kept in testdata/fuzz")
+	tries := flag.Int("tries", 150, "how many inputs of each target to look at for that")
 	flag.Parse()
 	targets, err := find(*names, *first)
 	switch {
 	case err != nil:
 	case *corpus:
-		err = keep(targets)
+		err = keep(targets, *tries)
 	default:
 		err = run(targets, o)
 	}
