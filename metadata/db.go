@@ -67,6 +67,9 @@ type Options struct {
 	// it returns an error, as it does above all when the disk is full, the table stays as it is. The default is the
 	// function Allocate of this package.
 	Allocate func(f *os.File, from, to int64) error
+	// Sync makes durable what an earlier process may have left in memory, before this one reads the file, which Sync must
+	// not change. The default is the function Sync of this package, or nothing with NoSync.
+	Sync func(f *os.File) error
 }
 
 // DB is an open table. Its methods may be called concurrently, and none after Close. Updates run one after the other,
@@ -129,11 +132,16 @@ func openAt(at place, o Options) (db *DB, err error) {
 		o.Timeout = time.Millisecond // bbolt would wait for ever with 0
 	}
 	path := at.in.Join(at.name)
-	noted, verified := readNote(at)
+	was := readNote(at)
 	if err := isTable(at, o.Create); err != nil {
 		return nil, err
 	}
-	if !verified {
+	if !was.durable && !o.ReadOnly {
+		if err := settle(at, o); err != nil {
+			return nil, err
+		}
+	}
+	if !was.verified {
 		if err := checkPages(at); err != nil {
 			return nil, err
 		}
@@ -152,9 +160,9 @@ func openAt(at place, o Options) (db *DB, err error) {
 	case err != nil:
 		return nil, fmt.Errorf("open the table: %w", err)
 	}
-	db = &DB{b: b, f: f, at: at, store: o.Store, verified: verified}
+	db = &DB{b: b, f: f, at: at, store: o.Store, verified: was.verified}
 	if o.ReadOnly {
-		err := errors.Join(db.identify(noted), db.made(path))
+		err := errors.Join(db.identify(was.checkpoint), db.made(path))
 		if err == nil {
 			db.room.size, err = sizeOf(f)
 		}
@@ -168,7 +176,7 @@ func openAt(at place, o Options) (db *DB, err error) {
 		err = db.Adopt()
 	}
 	if err == nil {
-		err = db.identify(noted)
+		err = db.identify(was.checkpoint)
 	}
 	if err != nil {
 		return nil, errors.Join(err, b.Close())

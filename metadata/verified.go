@@ -4,8 +4,11 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/vdisk/vdisk/internal/storage"
 )
@@ -53,28 +56,70 @@ func stateOf(at place) (v verified, err error) {
 	return v, err
 }
 
-// readNote reads the note. checkpoint is the record up to which the table had the log, as the last owner knew, in any
-// boot, or 0 if that is not known. isVerified reports whether the table is as an owner in this boot left it, and that
-// owner had verified it.
-func readNote(at place) (checkpoint uint64, isVerified bool) {
+// left is how the last owner left the table.
+type left struct {
+	checkpoint uint64 // the record up to which the table had the log, as that owner knew, in any boot; 0: not known
+	verified   bool   // the table is as an owner in this boot left it, and that owner had verified it
+	durable    bool   // it is verified, and no commit was under way
+}
+
+// readNote reads the note.
+func readNote(at place) (l left) {
 	text, err := at.in.Read(at.name + VerifiedSuffix)
 	if err != nil {
-		return 0, false
+		return l
 	}
 	var was verified
 	if json.Unmarshal(bytes.TrimSpace(text), &was) != nil {
-		return 0, false
+		return l
 	}
+	l.checkpoint = was.Checkpoint
 	now, err := stateOf(at)
 	if err != nil || now.Boot == "" {
-		return was.Checkpoint, false
+		return l
 	}
 	now.Checkpoint = was.Checkpoint
 	// The owner was killed in a commit, which leaves the state before it or after it.
 	if was.Writing && now.Size >= was.Size {
 		now.Size, now.Changed, now.Writing = was.Size, was.Changed, true
 	}
-	return was.Checkpoint, now == was
+	l.verified = now == was
+	l.durable = l.verified && !was.Writing
+	return l
+}
+
+// settle makes the table durable as it is read. A process that was killed in a commit may have left a meta page that is
+// not on the disk. The next commit would write over pages that the meta page on the disk refers to, and a new note would
+// name a checkpoint that a power cut still takes.
+func settle(at place, o Options) error {
+	if o.Sync == nil {
+		if o.NoSync {
+			return nil
+		}
+		o.Sync = Sync
+	}
+	f, err := at.in.Open(at.name, os.O_RDONLY)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("open the table: %w", err)
+	}
+	defer f.Close()
+	if err := o.Sync(f); err != nil {
+		return fmt.Errorf("open the table: make it durable: %w", err)
+	}
+	return nil
+}
+
+// Sync makes durable what other processes have written to a file, and makes what is read of it from now on come from
+// the disk. If a sync of such a process has failed, the page cache may call clean what is not on the disk. That is no
+// error of a later sync.
+func Sync(f *os.File) error {
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	return os.NewSyscallError("fadvise", unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED))
 }
 
 // newNote leaves a note that the table, which this process has open, is verified, and has the log up to the record

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
 
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
@@ -232,6 +233,76 @@ func verifiedAt(t *testing.T, path string) bool {
 		t.Fatal(err)
 	}
 	defer in.Close()
-	_, verified := readNote(place{in, filepath.Base(path)})
-	return verified
+	return readNote(place{in, filepath.Base(path)}).verified
+}
+
+// TestSettled opens tables as owners leave them. A commit that may not be on the disk is made durable before the table
+// is read, so that no later commit writes over pages which the disk still needs. Nothing is synced for a table that its
+// owner has closed, nor by a reader.
+func TestSettled(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "t")
+	syncs := 0
+	o := Options{NoSync: true, Sync: func(f *os.File) error { syncs++; return nil }}
+	opens := func(what string, o Options, want int) *DB {
+		t.Helper()
+		syncs = 0
+		db, err := Open(path, o)
+		must(t, err)
+		if syncs != want {
+			t.Errorf("%s: %d syncs, not %d", what, syncs, want)
+		}
+		return db
+	}
+	filled(t, path)
+	db := opens("closed", o, 0)
+	must(t, db.Update(func(tx *Tx) error { return tx.DropChunk(1) }))
+	must(t, db.note.begin()) // the owner is killed in the next commit
+	must(t, db.Close())
+	reader := o
+	reader.ReadOnly = true
+	must(t, opens("in a commit, read", reader, 0).Close())
+	db = opens("in a commit", o, 1)
+	must(t, db.Close())
+	db = opens("in a commit, and only looked at", o, 1)
+	must(t, db.Adopt())
+	must(t, db.Close())
+	db = opens("adopted", o, 0)
+	if err := db.Update(func(*Tx) error { return errLost }); !errors.Is(err, errLost) {
+		t.Fatal(err)
+	}
+	must(t, db.Close())
+	o.Sync = func(*os.File) error { return errLost }
+	if _, err := Open(path, o); !errors.Is(err, errLost) {
+		t.Error("after a commit that failed:", err)
+	}
+}
+
+// TestSyncForgets looks for a file's content in the page cache after Sync, which must not leave what a failed sync
+// called clean.
+func TestSyncForgets(t *testing.T) {
+	f, err := os.Create(filepath.Join(t.TempDir(), "f"))
+	must(t, err)
+	defer f.Close()
+	p := make([]byte, 4096)
+	_, err = f.WriteAt(p, 0)
+	must(t, err)
+	cached := func() bool {
+		t.Helper()
+		n, err := unix.Preadv2(int(f.Fd()), [][]byte{p}, 0, unix.RWF_NOWAIT)
+		if err == unix.EOPNOTSUPP {
+			t.Skip("the file system does not say what is in memory")
+		}
+		if err != unix.EAGAIN {
+			must(t, err)
+		}
+		return n > 0
+	}
+	must(t, f.Sync())
+	was := cached()
+	must(t, Sync(f))
+	var st unix.Statfs_t
+	must(t, unix.Fstatfs(int(f.Fd()), &st))
+	if cached() && st.Type != unix.TMPFS_MAGIC { // which is all in memory
+		t.Error("the content is still in memory; before:", was)
+	}
 }
