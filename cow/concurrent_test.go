@@ -2,9 +2,9 @@ package cow
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"math/rand/v2"
 	"os"
@@ -13,85 +13,120 @@ import (
 	"testing"
 	"time"
 
-	"github.com/anishathalye/porcupine"
-
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
+	"github.com/vdisk/vdisk/metadata"
 )
 
-// registers are blocks of two volumes, in different leaves and units, and at different places in a unit.
-var registers = []struct {
-	volume string
-	block  int64
-}{{"a", 0}, {"a", 1}, {"a", 300}, {"b", 15}, {"b", 257}}
-
-// registerInput is a read or write of one register. If register is negative, it is a snapshot of both volumes, whose
-// output is all registers.
-type registerInput struct {
-	register int
-	write    uint64 // the value; 0: a read
-}
-
-type registerState [5]uint64
-
-var registerModel = porcupine.Model{
-	Init: func() any { return registerState{} },
-	Step: func(st, in, out any) (bool, any) {
-		s, i := st.(registerState), in.(registerInput)
-		switch {
-		case i.register < 0:
-			return out.(registerState) == s, s
-		case i.write == 0:
-			return out.(registerState)[i.register] == s[i.register], s
-		}
-		s[i.register] = i.write
-		return true, s
-	},
-	DescribeOperation: func(in, out any) string { return fmt.Sprintf("%+v: %v", in, out) },
-}
-
-// busyStore is a store with two volumes in which everything happens at once: leaves are evicted, checkpoints begin for
-// every reason, and chunks come and go.
+// busyStore is a store with three volumes in which everything happens at once: leaves are evicted, checkpoints begin
+// for every reason, and chunks come and go. Its power can be cut at any moment.
 type busyStore struct {
-	t    *testing.T
-	s    *Store
-	dir  string
-	fs   *crashfs.FS
-	devs map[string]*Device
-	stop chan struct{}
-	wg   sync.WaitGroup
+	t       *testing.T
+	harness *crashHarness
+	s       *Store
+	dir     string
+	fs      *crashfs.FS
+	devs    map[string]*Device
+	stop    chan struct{}
+	wg      sync.WaitGroup
+
+	mu    sync.Mutex // guards the fields below
+	armed bool       // the power may be cut
+	table []byte     // as of the last commit, if armed
 }
+
+var busyVolumes = []string{"a", "b", "c"}
 
 func newBusyStore(t *testing.T) *busyStore {
-	b := &busyStore{t: t, dir: filepath.Join(memoryDir(t), "store"), fs: crashfs.New(), devs: map[string]*Device{}, stop: make(chan struct{})}
-	if err := errors.Join(os.Mkdir(b.dir, 0o700), Create(b.dir)); err != nil {
-		t.Fatal(err)
-	}
-	b.open()
-	for _, name := range []string{"a", "b"} {
-		if _, err := b.s.CreateVolume(name, VolumeOptions{Size: 4 << 20, Codec: format.S2}); err != nil {
-			t.Fatal(err)
-		}
-	}
-	b.openDevices()
+	b := &busyStore{t: t, harness: newCrashHarness(t)}
+	b.create()
 	return b
 }
 
-func (b *busyStore) open() {
+// create makes the store.
+func (b *busyStore) create() {
+	b.open(crashImage{fs: crashfs.New(), table: b.harness.table})
+	for _, name := range busyVolumes {
+		if _, err := b.s.CreateVolume(name, VolumeOptions{Size: 4 << 20, Codec: format.S2}); err != nil {
+			b.t.Fatal(err)
+		}
+	}
+	b.openDevices()
+}
+
+// open opens what a power cut has left.
+func (b *busyStore) open(img crashImage) {
+	b.t.Helper()
+	dir, err := b.harness.dir()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	b.dir, b.fs, b.armed = dir, img.fs, false
+	// The note that may be there is of another table.
+	if err := os.Remove(filepath.Join(dir, tableFile+metadata.VerifiedSuffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		b.t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, tableFile), img.table, 0o600); err != nil {
+		b.t.Fatal(err)
+	}
+	b.reopen()
+}
+
+// reopen opens the store where it is.
+func (b *busyStore) reopen() {
+	b.t.Helper()
 	s, err := Open(b.dir, Options{
 		fs: b.fs, chunkBytes: 512 << 10, reapBatch: 3, checkpointBytes: 256 << 10, checkpointLeaves: 2,
-		checkpointInterval: time.Second, noTableSync: true, Logger: slog.New(slog.DiscardHandler),
+		checkpointInterval: time.Second, noTableSync: true, Logger: slog.New(slog.DiscardHandler), onCommit: b.committed,
 	})
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	b.s = s
+	b.s, b.devs, b.stop = s, map[string]*Device{}, make(chan struct{})
 	s.cold.codec = quickCodec
 	s.cache.Restrict(3)
 }
 
+// committed keeps the table that a power cut leaves from now on. The store does nothing that rests on the commit
+// before this returns.
+func (b *busyStore) committed(done bool) (err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if done && b.armed {
+		b.table, err = os.ReadFile(filepath.Join(b.dir, tableFile))
+	}
+	return err
+}
+
+// arm lets cutPower be called.
+func (b *busyStore) arm() {
+	b.s.checkpoints.mu.Lock() // nothing is committed meanwhile
+	defer b.s.checkpoints.mu.Unlock()
+	b.mu.Lock()
+	b.armed = true
+	b.mu.Unlock()
+	if err := b.committed(true); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// cutPower returns what would be left if power was lost at a moment between before and after, by the clock now. The
+// store was armed.
+func (b *busyStore) cutPower(r *rand.Rand, now func() int64) (img crashImage, before, after int64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	choices := b.fs.Choices(r.Uint64(), 8)
+	choice := choices[r.IntN(len(choices))]
+	if r.IntN(2) == 0 {
+		choice = choices[0] // only what was synced
+	}
+	before = now()
+	img = crashImage{fs: b.fs.Crash(choice), table: b.table, what: choice.String()}
+	return img, before, now()
+}
+
 func (b *busyStore) openDevices() {
-	for _, name := range []string{"a", "b"} {
+	for _, name := range busyVolumes[:2] {
 		d, err := b.s.OpenDevice(Ref{Volume: name}, false)
 		if err != nil {
 			b.t.Fatal(err)
@@ -119,8 +154,9 @@ func (b *busyStore) again(fn func(r *rand.Rand) error) {
 }
 
 // noise writes, discards and flushes in the part of the volumes behind the registers. It also makes checkpoints and
-// cold passes, takes and deletes snapshots, and cleans.
+// cold passes, takes and deletes snapshots, cleans, makes volumes larger, and rolls another volume back.
 func (b *busyStore) noise() {
+	b.again(b.rollBack)
 	b.again(func(r *rand.Rand) error {
 		d := b.devs[[]string{"a", "b"}[r.IntN(2)]]
 		off := 2<<20 + r.Int64N(4000)*512
@@ -130,6 +166,8 @@ func (b *busyStore) noise() {
 			return d.Discard(off, int64(len(p)))
 		case 1:
 			return d.Flush()
+		case 2:
+			time.Sleep(time.Millisecond) // or clients would wait for their turn on a processor more than for the store
 		}
 		fill(p, r.IntN(4), r)
 		_, err := d.WriteAt(p, off)
@@ -176,6 +214,43 @@ func (b *busyStore) noise() {
 	})
 }
 
+// rollBack changes the volume c, which nothing else uses, and rolls it back. It makes c and the volume a larger, too,
+// and c smaller again.
+func (b *busyStore) rollBack(r *rand.Rand) error {
+	time.Sleep(time.Duration(r.IntN(5000)) * time.Microsecond)
+	c, was := Ref{Volume: "c"}, Ref{"c", "was"}
+	var p, q, got [3 * format.BlockSize]byte
+	fill(p[:], 3, r)
+	fill(q[:], 3, r)
+	off := r.Int64N(4<<20 - int64(len(p)))
+	a, err := b.s.Volume("a")
+	if err != nil {
+		return err
+	}
+	write := func(p []byte) error {
+		d, err := b.s.OpenDevice(c, false)
+		if err != nil {
+			return err
+		}
+		_, err = d.WriteAt(p, off)
+		return errors.Join(err, d.Close())
+	}
+	if err := errors.Join(
+		write(p[:]), b.s.Snapshot(was), write(q[:]), b.s.Resize("c", 5<<20, false),
+		b.s.Resize("a", min(a.Size+format.BlockSize, 8<<20), false), b.s.Resize("c", 4<<20, true), b.s.Rollback(was), b.s.Remove(was, false),
+	); err != nil {
+		return err
+	}
+	d, err := b.s.OpenDevice(c, true)
+	if err != nil {
+		return err
+	}
+	if _, err = d.ReadAt(got[:], off); err == nil && got != p {
+		err = errors.New("a volume that was rolled back holds something else than before")
+	}
+	return errors.Join(err, d.Close())
+}
+
 // renameOpen renames a snapshot while it is being read.
 func (b *busyStore) renameOpen(sn Ref) error {
 	d, err := b.s.OpenDevice(sn, true)
@@ -193,12 +268,17 @@ func (b *busyStore) renameOpen(sn Ref) error {
 
 // finish ends the noise, checks the store, and opens it again.
 func (b *busyStore) finish() {
-	close(b.stop)
-	b.wg.Wait()
+	b.quiet()
 	mustCheck(b.t, b.s)
 	b.close()
-	b.open()
+	b.reopen()
 	b.openDevices()
+}
+
+// quiet ends the noise.
+func (b *busyStore) quiet() {
+	close(b.stop)
+	b.wg.Wait()
 }
 
 func (b *busyStore) close() {
@@ -210,124 +290,6 @@ func (b *busyStore) close() {
 	if err := b.s.Close(); err != nil {
 		b.t.Fatal(err)
 	}
-}
-
-// TestLinearizable lets clients write, read and snapshot registers. Then it asks whether some order of all these
-// operations explains what each client has seen.
-func TestLinearizable(t *testing.T) {
-	t.Parallel()
-	b := newBusyStore(t)
-	b.noise()
-	rounds, each := 300, 40
-	if raceEnabled {
-		rounds = 40
-	}
-	var last registerState
-	for round := range rounds {
-		last = b.linearizable(round, last, each)
-	}
-	b.finish()
-	if got, err := b.all("", ""); err != nil || got != last {
-		t.Errorf("after a restart the registers are %v, and were %v: %v", got, last, err)
-	}
-	b.close()
-}
-
-// linearizable runs one history. It is short, since finding an order takes exponential time.
-func (b *busyStore) linearizable(round int, from registerState, each int) registerState {
-	const clients = 4
-	start := time.Now()
-	var mu sync.Mutex
-	var history []porcupine.Operation
-	var wg sync.WaitGroup
-	for client := range clients {
-		wg.Go(func() {
-			r := rand.New(rand.NewPCG(uint64(round), uint64(client)))
-			for i := range each {
-				in := registerInput{register: r.IntN(len(registers))}
-				if r.IntN(2) == 0 {
-					in.write = uint64(round+1)<<32 | uint64(client+1)<<16 | uint64(i)
-				}
-				if r.IntN(10) == 0 {
-					in = registerInput{register: -1}
-				}
-				call := int64(time.Since(start))
-				out, ret, err := b.operate(in, fmt.Sprintf("s%d-%d-%d", round, client, i), start)
-				if err != nil {
-					b.t.Error(err)
-					return
-				}
-				mu.Lock()
-				history = append(history, porcupine.Operation{ClientId: client, Input: in, Call: call, Output: out, Return: ret})
-				mu.Unlock()
-			}
-		})
-	}
-	wg.Wait()
-	model := registerModel
-	model.Init = func() any { return from }
-	if res, _ := porcupine.CheckOperationsVerbose(model, history, time.Minute); res != porcupine.Ok {
-		b.t.Fatalf("round %d: the history is %v: %v", round, res, history)
-	}
-	now, err := b.all("", "")
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	return now
-}
-
-// operate does one operation. It reads what a snapshot holds after the snapshot was taken, since that cannot change.
-func (b *busyStore) operate(in registerInput, name string, start time.Time) (out registerState, ret int64, err error) {
-	switch {
-	case in.register < 0:
-		err = b.s.Snapshot(Ref{"a", name}, Ref{"b", name})
-		ret = int64(time.Since(start))
-		if err == nil {
-			out, err = b.all(name, name)
-		}
-		return out, ret, errors.Join(err, b.s.Remove(Ref{"a", name}, false), b.s.Remove(Ref{"b", name}, false))
-	case in.write == 0:
-		reg := registers[in.register]
-		out[in.register], err = readRegister(b.devs[reg.volume], reg.block)
-	default:
-		reg := registers[in.register]
-		p := make([]byte, format.BlockSize)
-		for i := 0; i < len(p); i += 8 {
-			binary.LittleEndian.PutUint64(p[i:], in.write)
-		}
-		_, err = b.devs[reg.volume].WriteAt(p, reg.block*format.BlockSize)
-	}
-	return out, int64(time.Since(start)), err
-}
-
-// all reads all registers, of the volumes or of a snapshot of each.
-func (b *busyStore) all(snapA, snapB string) (st registerState, err error) {
-	for i, reg := range registers {
-		ref := Ref{reg.volume, map[string]string{"a": snapA, "b": snapB}[reg.volume]}
-		d, err := b.s.OpenDevice(ref, true)
-		if err != nil {
-			return st, err
-		}
-		st[i], err = readRegister(d, reg.block)
-		if err := errors.Join(err, d.Close()); err != nil {
-			return st, err
-		}
-	}
-	return st, nil
-}
-
-func readRegister(d *Device, block int64) (uint64, error) {
-	var p [format.BlockSize]byte
-	if _, err := d.ReadAt(p[:], block*format.BlockSize); err != nil {
-		return 0, err
-	}
-	v := binary.LittleEndian.Uint64(p[:])
-	for i := 0; i < len(p); i += 8 {
-		if x := binary.LittleEndian.Uint64(p[i:]); x != v {
-			return 0, fmt.Errorf("block %d holds %x at 0 and %x at %d: the write was not atomic", block, v, x, i)
-		}
-	}
-	return v, nil
 }
 
 // TestSectorsOfOneBlock lets eight writers write one sector each of the same block. Each write reads and replaces the

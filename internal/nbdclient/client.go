@@ -1,5 +1,5 @@
-// Package nbdclient is a small NBD client for tests that run a server from outside: one request at a time, with simple
-// replies. Numbers: the protocol's doc/proto.md, "Values".
+// Package nbdclient is a small NBD client for tests that run a server from outside, with simple replies and any number
+// of requests in flight. Numbers: the protocol's doc/proto.md, "Values".
 package nbdclient
 
 import (
@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -43,15 +45,29 @@ func (e Errno) Error() string { return "server's error: " + e.Errno.Error() }
 // Unwrap makes an Errno match its number.
 func (e Errno) Unwrap() error { return e.Errno }
 
-// Client is a connection to an export. It serves one goroutine.
+// Client is a connection to an export. Its methods may be called concurrently, until one of those that end it. Each
+// call is one request in flight.
 type Client struct {
 	c        net.Conn
-	r        *bufio.Reader
+	r        *bufio.Reader // used by receive only, after the handshake
 	size     int64
 	readOnly bool
 
-	// Patience limits how long a request may take; 0: for ever.
+	// Patience limits how long a request may take; 0: for ever. After that the connection is lost.
 	Patience time.Duration
+
+	sendMu sync.Mutex // a request is sent whole
+
+	mu    sync.Mutex // guards the fields below
+	last  uint64     // cookie
+	calls map[uint64]call
+	lost  error // why there are no more answers
+}
+
+// call is a request that waits for its answer.
+type call struct {
+	in   []byte // the place of what is read
+	done chan<- error
 }
 
 // Dial opens an export of the server at a Unix socket.
@@ -60,11 +76,12 @@ func Dial(socket, export string) (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &Client{c: c, r: bufio.NewReaderSize(c, 128<<10)}
+	d := &Client{c: c, r: bufio.NewReaderSize(c, 128<<10), calls: map[uint64]call{}}
 	if err := d.handshake(export); err != nil {
 		c.Close()
 		return nil, fmt.Errorf("handshake: %w", err)
 	}
+	go d.receive()
 	return d, nil
 }
 
@@ -103,39 +120,95 @@ func (d *Client) Size() int64 { return d.size }
 func (d *Client) ReadOnly() bool { return d.readOnly }
 
 // send sends one request, with the payload of a write.
-func (d *Client) send(cmd, flags uint16, off int64, n int, out []byte) error {
+func (d *Client) send(cmd, flags uint16, cookie uint64, off int64, n int, out []byte) error {
 	b := binary.BigEndian.AppendUint32(make([]byte, 0, 28+len(out)), requestMagic)
 	b = binary.BigEndian.AppendUint16(b, flags)
 	b = binary.BigEndian.AppendUint16(b, cmd)
-	b = binary.BigEndian.AppendUint64(b, 7)
+	b = binary.BigEndian.AppendUint64(b, cookie)
 	b = binary.BigEndian.AppendUint64(b, uint64(off))
 	b = binary.BigEndian.AppendUint32(b, uint32(n))
+	d.sendMu.Lock()
+	defer d.sendMu.Unlock()
 	_, err := d.c.Write(append(b, out...))
 	return err
 }
 
-// request sends one request and reads its reply.
+// request sends one request and waits for its reply.
 func (d *Client) request(cmd, flags uint16, off int64, n int, out, in []byte) error {
+	if cmd == cmdDisconnect {
+		return d.send(cmd, flags, 0, off, n, out)
+	}
+	done := make(chan error, 1)
+	d.mu.Lock()
+	if d.lost != nil {
+		defer d.mu.Unlock()
+		return d.lost
+	}
+	d.last++
+	cookie := d.last
+	d.calls[cookie] = call{in, done}
+	d.mu.Unlock()
 	if d.Patience > 0 {
-		if err := d.c.SetDeadline(time.Now().Add(d.Patience)); err != nil {
-			return err
+		defer time.AfterFunc(d.Patience, func() { d.lose(os.ErrDeadlineExceeded) }).Stop()
+	}
+	if err := d.send(cmd, flags, cookie, off, n, out); err != nil {
+		d.lose(err)
+	}
+	return <-done
+}
+
+// lose ends the connection, and all requests that wait.
+func (d *Client) lose(err error) {
+	d.c.Close()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.lost == nil {
+		d.lost = fmt.Errorf("the connection was lost: %w", err)
+	}
+	for _, c := range d.calls {
+		c.done <- d.lost
+	}
+	clear(d.calls)
+}
+
+// receive hands replies to the requests that wait, until the connection is lost.
+func (d *Client) receive() {
+	for {
+		if err := d.reply(); err != nil {
+			d.lose(err)
+			return
 		}
 	}
-	if err := d.send(cmd, flags, off, n, out); err != nil || cmd == cmdDisconnect {
+}
+
+// reply receives one reply.
+func (d *Client) reply() error {
+	var head [16]byte
+	if _, err := io.ReadFull(d.r, head[:]); err != nil {
 		return err
 	}
-	var reply [16]byte
-	if _, err := io.ReadFull(d.r, reply[:]); err != nil {
+	cookie := binary.BigEndian.Uint64(head[8:])
+	d.mu.Lock()
+	c, ok := d.calls[cookie]
+	d.mu.Unlock()
+	if binary.BigEndian.Uint32(head[:]) != replyMagic || !ok {
+		return fmt.Errorf("reply %x", head)
+	}
+	var result error
+	data := make([]byte, len(c.in)) // c.in is not ours any more if the connection is lost meanwhile
+	if e := binary.BigEndian.Uint32(head[4:]); e != 0 {
+		result = Errno{syscall.Errno(e)}
+	} else if _, err := io.ReadFull(d.r, data); err != nil {
 		return err
 	}
-	if binary.BigEndian.Uint32(reply[:]) != replyMagic {
-		return fmt.Errorf("reply %x", reply)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if _, ok := d.calls[cookie]; ok {
+		copy(c.in, data)
+		delete(d.calls, cookie)
+		c.done <- result
 	}
-	if e := binary.BigEndian.Uint32(reply[4:]); e != 0 {
-		return Errno{syscall.Errno(e)}
-	}
-	_, err := io.ReadFull(d.r, in)
-	return err
+	return nil
 }
 
 // ReadAt fills p.
@@ -170,7 +243,7 @@ func (d *Client) Desert(p []byte, off int64, half bool) error {
 	if half {
 		p = p[:n/2]
 	}
-	err := d.send(cmdWrite, 0, off, n, p)
+	err := d.send(cmdWrite, 0, 0, off, n, p)
 	d.c.Close()
 	return err
 }

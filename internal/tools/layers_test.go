@@ -34,6 +34,8 @@ var layers = map[string][]string{
 
 	"internal/storage/crashtable": {"internal/storage", "internal/storage/crashfs"},
 	"internal/tools/soak":         {"internal/nbdclient", "internal/workload"},
+	"internal/nbdclient":          {},
+	"internal/registers":          {"internal/nbdclient"},
 }
 
 // TestLayers checks that imports only point down, that ublk and nbd stand alone, and that format is at the bottom.
