@@ -117,10 +117,13 @@ type nbdOwner struct {
 	beside *exec.Cmd // a command that runs when the owner is killed; may be nil
 }
 
-func startNBD(s *store) owner {
+func startNBD(s *store) owner { return serveNBD(s, "v") }
+
+// serveNBD serves volumes; all of them if none is named.
+func serveNBD(s *store, volumes ...string) *nbdOwner {
 	s.t.Helper()
 	o := &nbdOwner{s: s, socket: s.dir + ".sock"}
-	o.cmd = s.command("-q", "serve", "--socket", o.socket, "v")
+	o.cmd = s.command(append([]string{"-q", "serve", "--socket", o.socket}, volumes...)...)
 	o.cmd.Stderr = os.Stderr
 	if err := o.cmd.Start(); err != nil {
 		s.t.Fatal(err)
@@ -159,15 +162,21 @@ type ublkOwner struct {
 
 func startUblk(s *store) owner {
 	s.t.Helper()
-	o := &ublkOwner{s: s, dev: s.run("attach", "v")}
+	dev := s.run("attach", "v")
+	return &ublkOwner{s: s, dev: dev, pid: s.owner()}
+}
+
+// owner returns the process that owns the store.
+func (s *store) owner() (pid int) {
+	s.t.Helper()
 	text, err := os.ReadFile(filepath.Join(s.dir, "lock"))
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	if _, err := fmt.Sscanf(string(text), "pid %d", &o.pid); err != nil {
+	if _, err := fmt.Sscanf(string(text), "pid %d", &pid); err != nil {
 		s.t.Fatalf("lock file %q: %v", text, err)
 	}
-	return o
+	return pid
 }
 
 func (o *ublkOwner) open() (disk, error) { return openDevice(o.dev) }

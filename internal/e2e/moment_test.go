@@ -186,9 +186,7 @@ func TestKillUblk(t *testing.T) {
 	if testing.Short() {
 		n = min(n, 2)
 	}
-	if out, err := exec.Command("modprobe", "ublk_drv").CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
+	loadDriver(t)
 	always := func() bool { return true }
 	k := &killing{t: t, s: newStore(t), start: startUblk, check: always, fio: always}
 	k.begin()
@@ -203,4 +201,11 @@ func TestKillUblk(t *testing.T) {
 		})
 	}
 	k.end()
+}
+
+func loadDriver(t *testing.T) {
+	t.Helper()
+	if out, err := exec.Command("modprobe", "ublk_drv").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
 }
