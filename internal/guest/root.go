@@ -20,7 +20,7 @@ const rootSize = 4 << 30
 var rootPackages = []string{
 	"busybox-static", // copied out of the root image, for initrds
 	"fio", "e2fsprogs", "xfsprogs", "btrfs-progs", "util-linux", "coreutils", "kmod", "udev", "procps", "psmisc", "iproute2",
-	"libnbd-bin", "nbd-client", "qemu-utils", "fuse3", "dmsetup", "strace", "python3-minimal", "xxd",
+	"libnbd-bin", "nbd-client", "qemu-utils", "fuse3", "dmsetup", "sqlite3", "strace", "python3-minimal", "xxd",
 }
 
 // rootDropped is left out of the image to make it smaller.
