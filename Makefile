@@ -9,7 +9,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
 .DEFAULT_GOAL = build
-.PHONY: help build install demo test guest-test recovery-test crash-test fault-test kill-test soak fuzz mutants bench-engine bench-cleaner bench-depth bench-nbd bench-ublk bench-guest bench-space lint clean
+.PHONY: help build install demo test guest-test recovery-test power-test crash-test fault-test kill-test soak fuzz mutants bench-engine bench-cleaner bench-depth bench-nbd bench-ublk bench-guest bench-space lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,10 @@ recovery-test: build ## 200 kills and 20 upgrades of a block device's server, on
 		$(GO) run ./internal/guest/cmd/guest run -kernel $$k -timeout 3h -bin bin/vdisk -file recovery.sh=testdata/guest/30-recovery.sh -- \
 			env RECOVERY_KILLS=200 RECOVERY_AGAIN=50 RECOVERY_UPGRADES=20 bash /payload/recovery.sh || exit 1; \
 	done
+
+power-test: ## 200 power cuts of the disk below a store, and every flush of a recorded load, in a guest; 90 minutes at most
+	@$(GO) run ./internal/guest/cmd/guest test -kernel newest -timeout 90m -scripts none -env VDISK_POWER_CUTS=200 \
+		-env VDISK_POWER_SYNCS=32 -env VDISK_POWER_STATES=0 ./internal/powercut
 
 crash-test: ## the engine's power-cut test, long
 	$(GO) test -count=1 -timeout 3h -run 'Crash' ./cow -crash.states=200000

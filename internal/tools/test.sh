@@ -76,7 +76,7 @@ for s in ${STAGES:-vet host race mutants guest}; do
 		;;
 	guest)
 		stage "tests in a guest with ublk"
-		go run ./internal/guest/cmd/guest test ${GUEST_FLAGS:--kernel newest -short -timeout 25m} ./ublk ./ublk/examples/ram ./ublk/examples/loop ./internal/e2e 2>&1 | tee bin/guest.out
+		go run ./internal/guest/cmd/guest test ${GUEST_FLAGS:--kernel newest -short -timeout 25m} ./ublk ./ublk/examples/ram ./ublk/examples/loop ./internal/e2e ./internal/powercut 2>&1 | tee bin/guest.out
 		status=${PIPESTATUS[0]}
 		line=$(grep -aE '^guest: [0-9]+ passed, [0-9]+ failed' bin/guest.out | tail -1)
 		if [ "$status" = 77 ] && [ -z "${CI:-}" ]; then
