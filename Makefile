@@ -62,7 +62,7 @@ fuzz: ## every fuzz target for FUZZTIME (10m) each, two at once; TARGETS, a regu
 	@$(GO) run ./internal/tools/fuzz -time $(or $(FUZZTIME),10m) -targets '$(TARGETS)'
 
 fault-test: ## every fault of the disk and of the peers at every call: the engine, whole commands, the servers; hours
-	VDISK_FAULTS=all $(GO) test -v -count=1 -timeout 12h -run 'Fault' ./cow ./metadata ./internal/storage ./cmd/vdisk ./nbd ./ublk
+	VDISK_FAULTS=all $(GO) test -v -count=1 -timeout 12h -run 'Fault' ./cow ./metadata ./internal/storage ./cmd/vdisk ./nbd ./ublk ./internal/owner
 
 mutants: ## break the program on purpose, a line at a time: a test must notice each; 20 minutes
 	@$(TOOLS)/setup.sh build test

@@ -320,9 +320,24 @@ func (c *Client) Import(ctx context.Context, name string, o cow.VolumeOptions, s
 		defer resp.Body.Close()
 	}
 	if err == nil {
-		err = json.NewDecoder(resp.Body).Decode(&v)
+		err = json.NewDecoder(&answerBody{resp.Body, c, ctx}).Decode(&v)
 	}
 	return v, err
+}
+
+// answerBody is the body of an answer. An error says that it was cut off.
+type answerBody struct {
+	io.Reader
+	c   *Client
+	ctx context.Context
+}
+
+func (b *answerBody) Read(p []byte) (int, error) {
+	n, err := b.Reader.Read(p)
+	if err != nil && err != io.EOF {
+		err = b.c.lost(b.ctx, err)
+	}
+	return n, err
 }
 
 // outlast returns a context for an operation whose data stream tells the owner that ctx has ended. The operation then
@@ -368,7 +383,7 @@ func (c *Client) Export(ctx context.Context, ref cow.Ref, use func(sparse.Source
 	if err != nil {
 		return fmt.Errorf("the owner of the store does not report the size of %v: %w", ref, err)
 	}
-	return fromStream(use(sparse.Decode(bufio.NewReaderSize(resp.Body, 256<<10), size)))
+	return fromStream(use(sparse.Decode(bufio.NewReaderSize(&answerBody{resp.Body, c, ctx}, 256<<10), size)))
 }
 
 // Serve makes the owner serve the NBD clients that connect to l.
