@@ -111,8 +111,10 @@ func killNBD(t *testing.T, o *nbdOwner, r *rand.Rand, done map[string]int) (kill
 	m := moments[r.IntN(len(moments))]
 	m.wait(t, o, r)
 	o.kill()
-	if o.beside != nil {
-		_ = o.beside.Wait() // cut off, or it became the owner itself
+	if o.beside != nil { // it was cut off, or became the owner itself, and is killed as such if that takes long
+		limit := time.AfterFunc(time.Duration(r.Int64N(int64(500*time.Millisecond))), func() { _ = o.beside.Process.Kill() })
+		_ = o.beside.Wait()
+		limit.Stop()
 	}
 	done[m.name]++
 	kills++
@@ -151,6 +153,9 @@ func TestKill(t *testing.T) {
 		})
 		if k.lives%5 == 0 {
 			k.s.tidy(r)
+		}
+		if k.lives%100 == 0 {
+			t.Logf("%d kills", k.kills)
 		}
 	}
 	k.end()
