@@ -206,11 +206,24 @@ func (c *client) change(ch *change, send func() error) error {
 		return fmt.Errorf("change %d bytes at %d: %w", ch.n, ch.off, err)
 	case no.Errno == syscall.ENOSPC:
 		c.full.Add(1)
-		return c.im.refused(c.name, ch, c.d)
+		return c.refused(ch)
 	case no.Errno == syscall.ESHUTDOWN && c.server.dying.Load():
 		return err
 	}
 	return fmt.Errorf("change %d bytes at %d: %w", ch.n, ch.off, err)
+}
+
+// refused finds out what is there after a change was answered with "no space". It asks by a connection of its own, since
+// the client's may be from before the volume grew, and not reach the end of its last block.
+func (c *client) refused(ch *change) error {
+	c.im.shape.Lock()
+	defer c.im.shape.Unlock()
+	d, err := c.server.dial(c.name)
+	if err != nil {
+		return err
+	}
+	defer d.Abort()
+	return c.im.refused(c.name, ch, d)
 }
 
 // desert goes away in the middle of a write.

@@ -23,7 +23,7 @@ type image struct {
 	// users is held for reading by those who use the image, and for writing by those who change it as a whole. It is
 	// only ever tried.
 	users sync.RWMutex
-	// shape is held by those who change the size or need it to stay. It is only ever tried.
+	// shape is held by those who change the size or need it to stay.
 	shape sync.Mutex
 
 	mu       sync.Mutex
