@@ -358,12 +358,17 @@ func (c *conn) appendError(b []byte, req request, errno uint32) []byte {
 	return appendSimple(b, req.cookie, errno)
 }
 
-// room makes n bytes free in the batch.
+// batchCharge is what a batch takes from the budget, from its beginning until it is sent. It must not be taken when the
+// batch is sent: the receiver may hold the charge of a request by then, and what it waits for might not fit beside it.
+const batchCharge = requestCharge + batchSize
+
+// room makes n bytes free in the batch. The caller holds nothing of the budget.
 func (c *conn) room(n int) {
 	if c.batch != nil && len(c.batch.b)+n > cap(c.batch.b) {
 		c.sendBatch()
 	}
 	if c.batch == nil {
+		c.waitFor(batchCharge)
 		c.batch = newBuffer(batchSize)
 		c.batch.b = c.batch.b[:0]
 	}
@@ -376,14 +381,12 @@ func (c *conn) addedReply() {
 	}
 }
 
-// sendBatch gives the batch to the sender.
+// sendBatch gives the batch to the sender. It does not wait for the budget.
 func (c *conn) sendBatch() {
 	if c.batch == nil {
 		return
 	}
-	const charge = requestCharge + batchSize
-	c.waitFor(charge)
-	p := newPacket(charge)
+	p := newPacket(batchCharge)
 	p.buf = c.batch
 	p.vec = append(p.vec, c.batch.b)
 	c.batch, c.batched = nil, 0

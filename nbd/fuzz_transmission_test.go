@@ -373,6 +373,9 @@ func FuzzTransmission(f *testing.F) {
 		f.Add([]byte{mode, 2, 0, 4, 4, 0, 0, 0, 0, 7, 8, 4, 0, 0, 0, 0, 255, 0, 0, 0, 0, 1, 0, 1, 201, 0, 0, 0, 0, 1, 5, 0, 2, 1, 0, 7, 7})
 		f.Add([]byte{mode, 5, 1, 0, 1, 0, 0, 2, 0, 1, 0, 2, 255, 255, 9, 9, 0, 0, 3, 0, 5, 0, 0, 1, 0, 5, 1, 0, 200, 0, 4, 0, 0, 0, 0, 0, 0, 6})
 	}
+	f.Add([]byte{2, 0, 1, 0, 0, 0, 0, 0, 1, 0, 7, 8, 4, 0, 0, 0, 0, 255, 0}) // a status that may have one descriptor
+	// Little memory, and a batch of replies beside a request that waits for a worker: it hung.
+	f.Add([]byte("\x97\x87\x1f\x1f\x1f\x1f\x1f\x1f\x1f\x1f\x1f\x87\x87\x1f\x1f\x1f\x87\x87\x87\x870\x1f\x87\x87\x1f\x1f\x1f\x1f\x1f \x1f1G0\x1f"))
 	f.Fuzz(func(t *testing.T, program []byte) {
 		if len(program) > 400 {
 			return
