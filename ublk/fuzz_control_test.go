@@ -19,7 +19,7 @@ import (
 type scriptedDriver struct {
 	t        *testing.T
 	code     []byte
-	commands int
+	commands int    // of the present instruction
 	learned  bool   // it has answered GET_FEATURES
 	legacy   bool   // ... as a driver that may know the legacy opcodes only
 	last     []byte // what it has put into the buffer of the last command that asks
@@ -38,7 +38,7 @@ func (d *scriptedDriver) next() byte {
 }
 
 func (d *scriptedDriver) run(ctx context.Context, op uint32, cmd ctrlCmd, buf unsafe.Pointer) (int32, error) {
-	if d.commands++; d.commands > 400 {
+	if d.commands++; d.commands > 50+len(d.code) { // an instruction may repeat a command while the driver tells it to
 		d.t.Fatal("the commands do not end")
 	}
 	if op == cmdGetFeatures {
@@ -113,6 +113,7 @@ func FuzzControl(f *testing.F) {
 		f.Add([]byte{op, 7, 129, 128, 129, 129, 130, 0, 0, 1, 135, 135, 131})
 		f.Add([]byte{op, 7, 128, 0, op, 8, 0, 130, 131, op, 9, 133})
 	}
+	f.Add([]byte{3, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0}) // other parameters than were set
 	f.Fuzz(func(t *testing.T, code []byte) {
 		if len(code) > 1000 {
 			return
@@ -120,6 +121,7 @@ func FuzzControl(f *testing.F) {
 		d := &scriptedDriver{t: t, code: code}
 		c := newControl(d)
 		for len(d.code) > 0 {
+			d.commands = 0
 			d.command(c, d.next(), int(d.next()))
 		}
 	})

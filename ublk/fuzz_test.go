@@ -349,6 +349,7 @@ func (p *program) finish() {
 				p.t.Errorf("the loop ended with %v", err)
 			}
 			p.check(err)
+			p.unmap()
 			return
 		case <-deadline:
 			p.t.Fatalf("the loop does not end: %d of %d answered", len(p.answered), len(p.expected))
@@ -356,6 +357,24 @@ func (p *program) finish() {
 			p.collect()
 		}
 	}
+}
+
+// unmap gives back the memory of a queue that has ended, also where a real server would leave it to the kernel. Otherwise
+// a long run would come to the limit of mappings.
+func (p *program) unmap() {
+	p.q.queue.transport.free()
+	pool := p.q.pool
+	if pool == nil {
+		return
+	}
+	pool.drop()
+	for i, chunk := range pool.chunks {
+		if chunk != nil { // lent when the queue was killed
+			_ = unix.Munmap(chunk)
+			pool.chunks[i] = nil
+		}
+	}
+	pool.lender.leave(poolBlock(fakeIOMax))
 }
 
 // check compares the outcome of the requests with the way in which the loop ended.
