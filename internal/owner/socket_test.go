@@ -4,17 +4,22 @@ import (
 	"context"
 	"errors"
 	"io"
+	"log"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"runtime"
 	"sync"
+	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/internal/storage"
+	"github.com/vdisk/vdisk/internal/testwatch"
 )
 
 // dialPath connects to the socket at path.
@@ -181,5 +186,53 @@ func TestListenTogether(t *testing.T) {
 		if in, err := os.ReadDir(filepath.Dir(path)); err != nil || len(in) > 0 {
 			t.Fatal(in, err)
 		}
+	}
+}
+
+// failingAccept is a listener whose first accept fails.
+type failingAccept struct {
+	net.Listener
+	err error
+}
+
+func (l *failingAccept) Accept() (net.Conn, error) {
+	if err := l.err; err != nil {
+		l.err = nil
+		return nil, acceptError(&net.OpError{Op: "accept", Net: "unix", Err: os.NewSyscallError("accept4", err)})
+	}
+	return l.Listener.Accept()
+}
+
+// TestFaultAtAcceptOfControl: an http.Server goes on after an error of accept that passes, as too many open files or no
+// memory, and ends after another one.
+func TestFaultAtAcceptOfControl(t *testing.T) {
+	for errno, passes := range map[syscall.Errno]bool{
+		syscall.EMFILE: true, syscall.ENFILE: true, syscall.ENOMEM: true, syscall.ENOBUFS: true, syscall.EBADF: false,
+	} {
+		l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := &http.Server{Handler: http.NotFoundHandler(), ErrorLog: log.New(io.Discard, "", 0)}
+		ended := make(chan error, 1)
+		go func() { ended <- s.Serve(&failingAccept{l, errno}) }()
+		if !passes {
+			if err := testwatch.Wait(t, testwatch.Long, "Serve", ended); !errors.Is(err, errno) {
+				t.Errorf("%v: Serve returned %v", errno, err)
+			}
+			continue
+		}
+		c, err := net.Dial("unix", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = c.SetDeadline(time.Now().Add(testwatch.Long))
+		_, werr := io.WriteString(c, "GET / HTTP/1.0\r\n\r\n")
+		answer, rerr := io.ReadAll(c)
+		if werr != nil || rerr != nil || len(answer) == 0 {
+			t.Errorf("%v: no answer: %v, %v", errno, werr, rerr)
+		}
+		_, _ = c.Close(), s.Close()
+		_ = testwatch.Wait(t, testwatch.Long, "Serve", ended)
 	}
 }
