@@ -201,6 +201,7 @@ func (l *linearStore) powerCut(disks []map[string]registers.Disk) {
 		l.quiet()
 	}
 	l.arm()
+	must(l.t, l.devs["a"].Flush()) // the history begins with a durable state
 	wg := l.clients(h, disks, 40)
 	for enough := r.IntN(100); h.Len() < enough && !l.t.Failed(); {
 		time.Sleep(50 * time.Microsecond)
