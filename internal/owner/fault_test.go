@@ -259,7 +259,7 @@ func (r *cutRun) run(t *testing.T, c *cut) bool {
 	switch {
 	case err == nil && now != r.after, err != nil && now != r.before && now != r.after:
 		t.Errorf("%s: %v: %s; before %s", at, err, now, r.before)
-	case c.fired && request && (err == nil || now != r.before):
+	case c.fired && request && (err == nil || now != r.before && r.op.name != "import"): // whose content has an end of its own
 		t.Errorf("%s: half a request: %v: %s; before %s", at, err, now, r.before)
 	case !c.fired && err != nil:
 		t.Errorf("%s: %v", at, err)
