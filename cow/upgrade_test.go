@@ -20,12 +20,20 @@ func TestOlderStoreIsUpgraded(t *testing.T) {
 	}
 }
 
+// makeOlder makes a store one of an older version. It returns the file that says so, as it was and as it is.
+func makeOlder(t *testing.T, dir string, version int) (was, is []byte) {
+	t.Helper()
+	path := filepath.Join(dir, formatFile)
+	was, err := os.ReadFile(path)
+	must(t, err)
+	is = bytes.Replace(was, fmt.Appendf(nil, `"version":%d`, format.StoreVersion), fmt.Appendf(nil, `"version":%d`, version), 1)
+	must(t, os.WriteFile(path, is, 0o600))
+	return was, is
+}
+
 func upgradeFrom(t *testing.T, dir string, version int) {
 	path := filepath.Join(dir, formatFile)
-	text, err := os.ReadFile(path)
-	must(t, err)
-	older := bytes.Replace(text, fmt.Appendf(nil, `"version":%d`, format.StoreVersion), fmt.Appendf(nil, `"version":%d`, version), 1)
-	must(t, os.WriteFile(path, older, 0o600))
+	text, older := makeOlder(t, dir, version)
 	s, err := Open(dir, Options{})
 	must(t, err)
 	must(t, s.Close())
