@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -59,18 +60,27 @@ func (w *modelStore) settleModel(before *model) {
 	}
 }
 
-// TestFaultAtEveryOperation makes each disk operation of a script fail once. The store may stop or go on, but what it
-// says must be true: whatever else happens, what it acknowledged as durable is there after a crash.
+// TestFaultAtEveryOperation makes each disk operation of a script fail, once or from then on, and each operation of the
+// recovery that follows. The store may stop or go on, but what it says must be true: whatever else happens, what it
+// acknowledged as durable is there after a crash.
+//
+// Of reads, of recoveries and of disks that go away it takes a sample, unless VDISK_FAULTS says otherwise.
 func TestFaultAtEveryOperation(t *testing.T) {
+	var total atomic.Int64
+	t.Cleanup(func() {
+		if !t.Failed() {
+			t.Logf("proof: faults in the engine's file operations: %d", total.Load())
+		}
+	})
 	for seed := range uint64(4) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			t.Parallel()
-			faultEverywhere(t, faultScript(seed))
+			total.Add(faultEverywhere(t, faultScript(seed)))
 		})
 	}
 }
 
-func faultEverywhere(t *testing.T, script []op) {
+func faultEverywhere(t *testing.T, script []op) (total int64) {
 	l := newCrashHarness(t)
 	fs := crashfs.New()
 	rng := rand.New(rand.NewPCG(1, 1))
@@ -84,29 +94,43 @@ func faultEverywhere(t *testing.T, script []op) {
 	if err := w.kill(); err != nil {
 		t.Fatal(err)
 	}
-	total := 0
-	for kind := crashfs.OpCreate; kind <= crashfs.OpSyncDir; kind++ {
+	sample := faultSample(t, 4) // of each kind that has very many
+	for kind := crashfs.OpCreate; kind <= crashfs.OpRead; kind++ {
 		n := fs.Count(kind)
-		for nth := 1; nth <= n+1; nth++ {
+		step, errnos := 1, []error{syscall.EIO, syscall.ENOSPC}
+		if kind == crashfs.OpRead {
+			step, errnos = max(1, n/sample), errnos[:1]
+		}
+		if sample > 4 {
+			errnos = append(errnos, syscall.EINTR)
+		}
+		for nth := 1 + rng.IntN(step); nth <= n+1; nth += step {
 			if raceEnabled && nth%8 != 0 {
 				continue
 			}
-			for _, errno := range []error{syscall.EIO, syscall.ENOSPC} {
-				if err := l.fault(script, kind, nth, errno, rng); err != nil {
+			for _, errno := range errnos {
+				if err := l.fault(script, func(fs *crashfs.FS) { fs.FailAt(kind, nth, errno) }, kind, errno, rng); err != nil {
 					t.Errorf("%v at %v %d of %d: %v", errno, kind, nth, n, err)
 				}
 				total++
 			}
 		}
 	}
-	t.Logf("%d faults", total)
+	n := fs.Total()
+	for nth := 1 + rng.IntN(max(1, n/sample)); nth <= n+1; nth += max(1, n/sample) {
+		if err := l.fault(script, func(fs *crashfs.FS) { fs.GoneAt(nth, syscall.EIO) }, crashfs.OpWrite, syscall.EIO, rng); err != nil {
+			t.Errorf("the disk goes away at operation %d of %d: %v", nth, n, err)
+		}
+		total++
+	}
+	return total
 }
 
-// fault runs the script with one failing operation. It then looks at what the store has: while it runs, after SIGKILL,
-// and after a power cut.
-func (l *crashHarness) fault(script []op, kind crashfs.Op, nth int, errno error, rng *rand.Rand) error {
+// fault runs the script on a disk that breaks: an operation of a kind fails. It then looks at what the store has: while
+// it runs, after SIGKILL, and after a power cut.
+func (l *crashHarness) fault(script []op, breaks func(*crashfs.FS), kind crashfs.Op, errno error, rng *rand.Rand) error {
 	fs := crashfs.New()
-	fs.FailAt(kind, nth, errno)
+	breaks(fs)
 	w, err := l.open(crashImage{fs: fs, table: l.table, m: newModel(1, state{}), floor: 1, what: "new"}, never, rng)
 	if err != nil {
 		if errors.Is(err, errno) {
@@ -123,6 +147,9 @@ func (l *crashHarness) fault(script []op, kind crashfs.Op, nth int, errno error,
 		if isFault(err, errno) {
 			err = nil // the failing operation was one of these
 		}
+	}
+	if lerr := w.letGo(); lerr != nil && !isFault(lerr, errno) {
+		err = errors.Join(err, lerr)
 	}
 	if err != nil {
 		return errors.Join(err, w.kill())

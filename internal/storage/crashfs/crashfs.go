@@ -31,10 +31,11 @@ const (
 	OpTruncate
 	OpSync
 	OpSyncDir
+	OpRead
 	opCount
 )
 
-var opNames = [opCount]string{"create", "open", "remove", "write", "truncate", "sync", "syncdir"}
+var opNames = [opCount]string{"create", "open", "remove", "write", "truncate", "sync", "syncdir", "read"}
 
 // String returns the operation's name.
 func (o Op) String() string { return opNames[o] }
@@ -72,6 +73,9 @@ type FS struct {
 	handles  int
 	counts   [opCount]int
 	faults   [opCount][]fault
+	total    int   // operations of all kinds
+	goneAt   int   // the disk is gone from this operation on; 0: it stays
+	gone     error // the error of each of them
 	onSync   func(name string)
 	aside    []string // names of the files that were set aside
 }
@@ -118,6 +122,20 @@ func (f *FS) FailAt(op Op, nth int, err error) {
 	f.faults[op] = append(f.faults[op], fault{f.counts[op] + nth, err})
 }
 
+// GoneAt makes every operation fail with err from the nth of all kinds on (1 is the next), as if the disk was pulled out.
+func (f *FS) GoneAt(nth int, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.goneAt, f.gone = f.total+nth, err
+}
+
+// Total returns the number of operations of all kinds so far, including failed ones.
+func (f *FS) Total() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.total
+}
+
 // Count returns the number of operations of a kind so far, including failed ones.
 func (f *FS) Count(op Op) int {
 	f.mu.Lock()
@@ -135,6 +153,10 @@ func (f *FS) Handles() int {
 // begin counts an operation, and returns the error with which it must fail, or nil. The caller holds the lock.
 func (f *FS) begin(op Op) error {
 	f.counts[op]++
+	f.total++
+	if f.goneAt > 0 && f.total >= f.goneAt {
+		return noSpace(f.gone)
+	}
 	for _, ft := range f.faults[op] {
 		if ft.at == f.counts[op] {
 			return noSpace(ft.err)

@@ -20,6 +20,9 @@ func (h *file) ReadAt(p []byte, off int64) (int, error) {
 	if h.closed || off < 0 {
 		return 0, &fs.PathError{Op: "read", Path: h.name, Err: h.misuse()}
 	}
+	if err := h.fs.begin(OpRead); err != nil {
+		return 0, pathError(OpRead, h.name, err)
+	}
 	n := h.node.now.readAt(p, off)
 	if n < len(p) {
 		return n, io.EOF
