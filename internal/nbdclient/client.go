@@ -5,6 +5,7 @@ package nbdclient
 import (
 	"bufio"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -253,6 +254,9 @@ func (d *Client) Abort() { d.c.Close() }
 
 // Close says goodbye and goes away.
 func (d *Client) Close() error {
-	_ = d.request(cmdDisconnect, 0, 0, 0, nil, nil) // a server that is gone is no error here
-	return d.c.Close()
+	_ = d.request(cmdDisconnect, 0, 0, 0, nil, nil)         // a server that is gone is no error here
+	if err := d.c.Close(); !errors.Is(err, net.ErrClosed) { // receive closes it when the server has gone
+		return err
+	}
+	return nil
 }
