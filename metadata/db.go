@@ -217,7 +217,7 @@ func (d *DB) identify(noted uint64) error {
 		}
 		var zero [16]byte
 		if d.named = id != zero; d.named && d.store != zero && id != d.store {
-			return damaged("it is of another store, %x", id)
+			return damaged("it is of store %x, and the file format names store %x", id, d.store)
 		}
 		cp, err := tx.checkpoint()
 		if err != nil {

@@ -2,7 +2,6 @@ package metadata
 
 import (
 	"encoding/binary"
-	"fmt"
 
 	"github.com/vdisk/vdisk/format"
 )
@@ -38,7 +37,7 @@ func (t *Tx) Forwards(r Region) ([]format.Forward, error) {
 	}
 	fs, err := format.DecodeForwards(r.Number, v)
 	if err != nil {
-		return nil, fmt.Errorf("slot %08x: %w", r.Slot, err)
+		return nil, t.damaged(err, "moved records of chunk %08x", r.Slot)
 	}
 	return fs, nil
 }
@@ -64,7 +63,7 @@ func (t *Tx) EachRegion(fn func(r Region, fs []format.Forward, bad error) error)
 	}
 	return b.ForEach(func(k, v []byte) error {
 		if len(k) != 6 {
-			return fn(Region{}, nil, fmt.Errorf("forwards key %x: %w", k, format.ErrCorrupt))
+			return fn(Region{}, nil, t.damaged(format.ErrCorrupt, "forwards key %x", k))
 		}
 		r := Region{binary.BigEndian.Uint32(k), binary.BigEndian.Uint16(k[4:])}
 		fs, err := format.DecodeForwards(r.Number, v)
@@ -88,11 +87,11 @@ func (t *Tx) forwarded(out *[]format.Forwarded) error {
 	}
 	return b.ForEach(func(k, v []byte) error {
 		if len(k) != 4 {
-			return fmt.Errorf("row %x of a forwarded chunk: %w", k, format.ErrCorrupt)
+			return t.damaged(format.ErrCorrupt, "forwarded row %x", k)
 		}
 		r, err := format.DecodeForwarded(binary.BigEndian.Uint32(k), v)
 		if err != nil {
-			return fmt.Errorf("row %x of a forwarded chunk: %w", k, err)
+			return t.damaged(err, "forwarded row %x", k)
 		}
 		*out = append(*out, r)
 		return nil

@@ -1,10 +1,6 @@
 package metadata
 
-import (
-	"fmt"
-
-	"github.com/vdisk/vdisk/format"
-)
+import "github.com/vdisk/vdisk/format"
 
 // History calls fn for every version of the leaves of a branch: by leaf, and then the newest first. It stops at the
 // first error, of fn or of a version that does not decode. fn may use the leaf only until it returns.
@@ -26,7 +22,7 @@ func (t *Tx) History(branch uint32, fn func(v Version, l *format.Leaf) error) er
 			return nil
 		}
 		if err := format.DecodeLeaf(val, &l); err != nil {
-			return fmt.Errorf("branch %d leaf %d epoch %d: %w", v.Branch, v.Leaf, v.Epoch, err)
+			return t.damaged(err, "branch %d leaf %d epoch %d", v.Branch, v.Leaf, v.Epoch)
 		}
 		if err := fn(v, &l); err != nil {
 			return err

@@ -54,7 +54,7 @@ func (t *Tx) Leaf(v Version, l *format.Leaf) (epoch uint32, err error) {
 		return 0, nil
 	}
 	if err := format.DecodeLeaf(val, l); err != nil {
-		return 0, fmt.Errorf("branch %d leaf %d epoch %d: %w", v.Branch, v.Leaf, ^binary.BigEndian.Uint32(k[8:]), err)
+		return 0, t.damaged(err, "branch %d leaf %d epoch %d", v.Branch, v.Leaf, ^binary.BigEndian.Uint32(k[8:]))
 	}
 	return ^binary.BigEndian.Uint32(k[8:]), nil
 }
@@ -112,7 +112,7 @@ func (t *Tx) Changes(from Version, to uint32, fn func(Version) bool) error {
 	c := b.Cursor()
 	for k, _ := c.Seek(start[:]); k != nil; k, _ = c.Next() {
 		if len(k) != 12 {
-			return fmt.Errorf("change key %x: %w", k, format.ErrCorrupt)
+			return t.damaged(format.ErrCorrupt, "change key %x", k)
 		}
 		v := Version{Branch: binary.BigEndian.Uint32(k), Epoch: binary.BigEndian.Uint32(k[4:]), Leaf: binary.BigEndian.Uint32(k[8:])}
 		if v.Branch != from.Branch || v.Epoch > to || !fn(v) {

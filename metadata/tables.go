@@ -3,7 +3,6 @@ package metadata
 import (
 	"encoding/binary"
 	"errors"
-	"fmt"
 
 	"github.com/vdisk/vdisk/format"
 )
@@ -31,7 +30,7 @@ func (t *Tx) Load() (*Tables, error) {
 	}
 	if v := b.Get(keyCold); v != nil {
 		if err := format.DecodeRow(v, &tb.Cold); err != nil {
-			return nil, fmt.Errorf("cold row: %w", err)
+			return nil, t.damaged(err, "cold row")
 		}
 	}
 	err = errors.Join(
@@ -56,10 +55,10 @@ func rows[T any](t *Tx, bucket []byte, out *[]T, idOf func(*T) uint32) error {
 	return b.ForEach(func(k, v []byte) error {
 		var row T
 		if err := format.DecodeRow(v, &row); err != nil {
-			return fmt.Errorf("%s row %x: %w", bucket, k, err)
+			return t.damaged(err, "%s row %x", bucket, k)
 		}
 		if len(k) != 4 || binary.BigEndian.Uint32(k) != idOf(&row) {
-			return fmt.Errorf("%s row %x holds id %d: %w", bucket, k, idOf(&row), format.ErrCorrupt)
+			return t.damaged(format.ErrCorrupt, "%s row %x holds id %d", bucket, k, idOf(&row))
 		}
 		*out = append(*out, row)
 		return nil
@@ -73,11 +72,11 @@ func (t *Tx) chunks(out *[]format.Chunk) error {
 	}
 	return b.ForEach(func(k, v []byte) error {
 		if len(k) != 4 {
-			return fmt.Errorf("chunk row %x: %w", k, format.ErrCorrupt)
+			return t.damaged(format.ErrCorrupt, "chunk row %x", k)
 		}
 		c, err := format.DecodeChunk(binary.BigEndian.Uint32(k), v)
 		if err != nil {
-			return fmt.Errorf("chunk row %x: %w", k, err)
+			return t.damaged(err, "chunk row %x", k)
 		}
 		*out = append(*out, c)
 		return nil
@@ -95,7 +94,7 @@ func (t *Tx) Chunk(slot uint32) (c format.Chunk, ok bool, err error) {
 		return c, false, nil
 	}
 	if c, err = format.DecodeChunk(slot, v); err != nil {
-		return c, false, fmt.Errorf("chunk row %x: %w", slot, err)
+		return c, false, t.damaged(err, "chunk row %08x", slot)
 	}
 	return c, true, nil
 }
@@ -107,7 +106,7 @@ func (t *Tx) checkpoint() (cp format.Checkpoint, err error) {
 	}
 	if v := b.Get(keyCheckpoint); v != nil {
 		if err := format.DecodeRow(v, &cp); err != nil {
-			return cp, fmt.Errorf("checkpoint row: %w", err)
+			return cp, t.damaged(err, "checkpoint row")
 		}
 	}
 	return cp, nil
@@ -130,7 +129,7 @@ func (t *Tx) storeID() (id [16]byte, err error) {
 		return id, nil
 	}
 	if field, body := valueSums(v); len(v) != 4+len(id) || field != body {
-		return id, fmt.Errorf("the store's id: %w", format.ErrCorrupt)
+		return id, t.damaged(format.ErrCorrupt, "the store's id")
 	}
 	copy(id[:], v[4:])
 	return id, nil

@@ -128,11 +128,16 @@ func (t *Tx) Close() error { return t.tx.Rollback() }
 
 func id(n uint32) []byte { return binary.BigEndian.AppendUint32(nil, n) }
 
+// damaged says where in the table's file the damage err is.
+func (t *Tx) damaged(err error, where string, args ...any) error {
+	return fmt.Errorf("%s: %s: %w", t.db.at.name, fmt.Sprintf(where, args...), err)
+}
+
 // bucket returns a bucket. Adopt has made all of them, so a missing one is damage.
 func (t *Tx) bucket(name []byte) (*bbolt.Bucket, error) {
 	b := t.tx.Bucket(name)
 	if b == nil {
-		return nil, fmt.Errorf("metadata: bucket %q is missing: %w", name, format.ErrCorrupt)
+		return nil, t.damaged(format.ErrCorrupt, "bucket %q is missing", name)
 	}
 	return b, nil
 }
