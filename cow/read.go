@@ -1,6 +1,7 @@
 package cow
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -37,6 +38,7 @@ type planned struct {
 	piece int     // its first piece
 	last  int     // its last piece
 	done  bool    // the pieces are filled
+	bad   error   // why the chunk's file cannot be read
 }
 
 // piece is a range of the caller's buffer that a record fills.
@@ -203,6 +205,10 @@ func (pl *ReadPlan) locate() error {
 			f.Buf = f.Buf[:len(f.Buf)+len(buf)]
 		} else {
 			file, err := r.c.Handle()
+			if errors.Is(err, ErrCorrupt) { // the record may be elsewhere, too
+				r.bad, before = err, nil
+				continue
+			}
 			if err != nil {
 				return err
 			}
@@ -244,12 +250,19 @@ func (pl *ReadPlan) drop() {
 // it verifies the records and copies their blocks. It must be called once.
 func (pl *ReadPlan) Finish(err error) error {
 	defer pl.release()
-	if err != nil {
-		return fmt.Errorf("read %s: %w", pl.d.ref, fault.Lost(err))
+	if err = fault.Lost(err); err != nil && !errors.Is(err, ErrCorrupt) {
+		return fmt.Errorf("read %s: %w", pl.d.ref, err)
 	}
 	for i := range pl.records {
-		if err := pl.finish(&pl.records[i]); err != nil {
-			return fmt.Errorf("read %s: chunk %s offset %d: %w", pl.d.ref, pl.records[i].c.Name(), pl.records[i].e.Offset(), err)
+		r := &pl.records[i]
+		bad := cmp.Or(err, r.bad)
+		if bad == nil {
+			if bad = pl.finish(r); bad != nil {
+				bad = fmt.Errorf("chunk %s offset %d: %w", r.c.Name(), r.e.Offset(), bad)
+			}
+		}
+		if bad != nil && !pl.rescue(r, err != nil) {
+			return fmt.Errorf("read %s: %w", pl.d.ref, bad)
 		}
 	}
 	return nil

@@ -128,3 +128,43 @@ func cleanRotten(t *testing.T, s *Store, dir string, e format.Entry, at int64) {
 	s.cleaner.mu.Unlock()
 	must(t, errors.Join(err, s.Checkpoint(), s.Checkpoint()))
 }
+
+// A chunk that could not be cleaned to its end stays, and the records before the damage have been moved. They can be
+// read as long as one of both copies is whole, whatever becomes of the chunk's file.
+func TestRotOfWhatWasMoved(t *testing.T) {
+	for name, damage := range map[string]func(t *testing.T, path string, at int64){
+		"header":  func(t *testing.T, path string, at int64) { change(t, path, at, flip, 1) },
+		"payload": func(t *testing.T, path string, at int64) { change(t, path, at+format.RecordHeaderSize+99, flip, 1) },
+		"cut":     func(t *testing.T, path string, at int64) { must(t, os.Truncate(path, at+100)) },
+		"missing": func(t *testing.T, path string, at int64) { must(t, os.Remove(path)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			o := Options{checkpointInterval: -1, chunkBytes: 1 << 20, Logger: slog.New(slog.DiscardHandler)}
+			s, dir := newStore(t, o)
+			_, err := s.CreateVolume("v", VolumeOptions{Size: 64 << 20, Codec: format.Raw})
+			must(t, err)
+			d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+			must(t, err)
+			want := randomBytes(2<<20, 1)
+			_, err = d.WriteAt(want, 0)
+			must(t, errors.Join(err, s.Snapshot(Ref{"v", "a"}), s.Checkpoint()))
+			var moved, rotten format.Entry
+			must(t, s.cache.View(d.b.leaf(0, head), func(lf *leafcache.Leaf) { moved, rotten = lf.Entry(5), lf.Entry(10) }))
+			cleanRotten(t, s, dir, rotten, 100)
+			must(t, errors.Join(d.Close(), s.Close()))
+			damage(t, filepath.Join(dir, chunksDir, s.slots.get(moved.Slot()).Name()), int64(moved.Offset()))
+
+			s = open(t, dir, o)
+			d, err = s.OpenDevice(Ref{"v", "a"}, true)
+			must(t, err)
+			got := make([]byte, 10*4096)
+			if _, err := d.ReadAt(got, 0); err != nil || !bytes.Equal(got, want[:len(got)]) {
+				t.Errorf("what was moved cannot be read: %v", err)
+			}
+			if _, err := d.ReadAt(got[:4096], 10*4096); !errors.Is(err, ErrCorrupt) {
+				t.Errorf("the first damage is gone: %v", err)
+			}
+			must(t, errors.Join(d.Close(), s.Close()))
+		})
+	}
+}
