@@ -150,7 +150,11 @@ func (s *Store) damageAt(e *logEnd, cp format.Checkpoint) *LogDamage {
 		d.Err = fault.Corruptf("no chunk file has the sequence %d, with which the log goes on", cp.ChunkSeq)
 	case d.Lost == 0:
 		return nil
-	case len(e.behind) > 0 && (e.c == nil || e.r.dropped == 0):
+	case len(e.behind) > 0 && e.c != nil && e.r.dropped == 0: // or the end of a file that was cut
+		d = at(e.behind[0].c, format.ChunkHeaderSize, e.behind[0].r.why)
+		d.Err = fmt.Errorf("%w; or at the end of chunk file %s, which has %d bytes", d.Err, e.c.Name(), e.c.Size)
+		return d
+	case len(e.behind) > 0 && e.c == nil:
 		return at(e.behind[0].c, format.ChunkHeaderSize, e.behind[0].r.why)
 	case e.c != nil:
 		return at(e.c, e.c.End, e.r.why)
