@@ -325,7 +325,11 @@ func (s *Store) removeFile(c *chunk) error {
 			return err
 		}
 	}
-	return s.fs.Remove(c.Name())
+	err := s.fs.Remove(c.Name())
+	if errors.Is(err, fs.ErrNotExist) { // Open has reported it as missing
+		return nil
+	}
+	return err
 }
 
 // goneChunk returns a chunk that stands for one whose file has been removed, while blocks that were moved from it are

@@ -168,3 +168,22 @@ func TestRotOfWhatWasMoved(t *testing.T) {
 		})
 	}
 }
+
+// A chunk file that is missing is no obstacle once nothing in it is live: checkpoints go on.
+func TestMissingChunkDies(t *testing.T) {
+	o := Options{checkpointInterval: -1, chunkBytes: 1 << 20, Logger: slog.New(slog.DiscardHandler)}
+	s, dir := newStore(t, o)
+	filledVolume(t, s, "a", 3, 1)
+	filledVolume(t, s, "b", 1, 2)
+	first := s.slots.all()[0].Name()
+	must(t, s.Close())
+	must(t, os.Remove(filepath.Join(dir, chunksDir, first)))
+	s = open(t, dir, o)
+	must(t, s.Remove(Ref{Volume: "a"}, false))
+	_, err := s.Clean(t.Context(), 0)
+	must(t, err)
+	if !holdsAt(t, s, "b", 0, randomBytes(1<<20, 2)) {
+		t.Error("the other volume is not what it was")
+	}
+	mustEnd(t, s)
+}
