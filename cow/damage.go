@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"strings"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/cow/internal/wal"
@@ -13,14 +14,15 @@ import (
 // LogDamage is Open's error if the log is known to have been longer than what can be read now, or may have been.
 // Nothing was changed. Options.Repair is the way out. It matches ErrDamagedLog and ErrCorrupt.
 type LogDamage struct {
-	Chunk  string // name of the chunk file; "": there is none
-	Offset uint32 // offset of the damage in the file; 0: the header
-	Seq    uint64 // number of the record there; 0: not known
-	Lost   uint64 // number of records from there on that are known to have been durable
-	Bytes  int64  // bytes of the records that lie behind the damage
-	Files  int    // further chunk files that hold such records
-	ByMark bool   // only the file durable says that they were
-	Err    error  // what is wrong there
+	Chunk  string   // name of the chunk file; "": there is none
+	Offset uint32   // offset of the damage in the file; 0: the header
+	Seq    uint64   // number of the record there; 0: not known
+	Lost   uint64   // number of records from there on that are known to have been durable
+	Bytes  int64    // bytes of the records that lie behind the damage
+	Files  int      // further chunk files that hold such records
+	ByMark bool     // only the file durable says that they were
+	NoHead []string // chunk files without a header, which may be a part of the log
+	Err    error    // what is wrong there
 }
 
 func (d *LogDamage) Error() string {
@@ -36,6 +38,9 @@ func (d *LogDamage) Error() string {
 	}
 	if d.ByMark {
 		text += fmt.Sprintf(", by the file %s alone; if older copies of other files were put back, restore the whole folder from one backup", wal.MarkName)
+	}
+	if len(d.NoHead) > 0 {
+		text += fmt.Sprintf("; chunk file %s has no header", strings.Join(firstOf(d.NoHead), ", "))
 	}
 	if d.Bytes > 0 {
 		text += fmt.Sprintf("; %d bytes of records lie behind, in this and %d further files", d.Bytes, d.Files)
@@ -85,8 +90,9 @@ func (e *logEnd) add(c *chunk, r chunkReplay, goesOn bool) {
 
 // endLog decides whether the log ends where replay stopped. It refuses if that is known to be wrong or cannot be known:
 // if records behind the end had been durable, or if the disk does not give back what is there. Then the error is a
-// LogDamage, unless Options.Repair agrees to go on. endLog returns what to do with the files behind the end.
-func (s *Store) endLog(e *logEnd, cp format.Checkpoint) (left []leaving, err error) {
+// LogDamage, unless Options.Repair agrees to go on. endLog returns what to do with the files behind the end. others are
+// files that are not in the log.
+func (s *Store) endLog(e *logEnd, cp format.Checkpoint, others []leaving) (left []leaving, err error) {
 	rec := &s.recovery
 	rec.DroppedBytes = e.r.dropped
 	for _, b := range e.behind {
@@ -97,6 +103,11 @@ func (s *Store) endLog(e *logEnd, cp format.Checkpoint) (left []leaving, err err
 	}
 	as := wal.AsDropped
 	if d := s.damageAt(e, cp); d != nil {
+		for _, f := range others {
+			if f.seq == 0 {
+				d.NoHead = append(d.NoHead, f.name)
+			}
+		}
 		if cp.Seq == 1 && s.wal.NextSeq() == 1 { // it is not a new store, either: there was a log
 			return nil, fault.Corruptf("the table is empty, and the log is not: %v", d)
 		}

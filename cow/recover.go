@@ -74,7 +74,7 @@ func (s *Store) loadAndReplay() (left []leaving, err error) {
 	if err := t.apply(); err != nil {
 		return nil, fmt.Errorf("replay: %w", err)
 	}
-	leavings, err := s.endLog(&end, cp)
+	leavings, err := s.endLog(&end, cp, left)
 	return append(left, leavings...), err
 }
 
