@@ -9,7 +9,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
 .DEFAULT_GOAL = build
-.PHONY: help build install demo test guest-test recovery-test power-test crash-test fault-test kill-test soak fuzz mutants bench-engine bench-cleaner bench-depth bench-nbd bench-ublk bench-guest bench-space lint clean
+.PHONY: help build install demo test guest-test recovery-test power-test crash-test damage-test fault-test kill-test soak fuzz mutants bench-engine bench-cleaner bench-depth bench-nbd bench-ublk bench-guest bench-space lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ fuzz: ## every fuzz target for FUZZTIME (10m) each, two at once; TARGETS, a regu
 
 fault-test: ## every fault of the disk and of the peers at every call: the engine, whole commands, the servers; hours
 	VDISK_FAULTS=all $(GO) test -v -count=1 -timeout 12h -run 'Fault' ./cow ./metadata ./internal/storage ./cmd/vdisk ./nbd ./ublk ./internal/owner
+
+damage-test: ## every byte of every structure of a store damaged, its files cut, removed and exchanged; half an hour
+	$(GO) test -count=1 -timeout 3h -v -run 'TestDamaged(Bytes|Files)$$' ./cow -damage.every
 
 mutants: ## break the program on purpose, a line at a time: a test must notice each; 20 minutes
 	@$(TOOLS)/setup.sh build test

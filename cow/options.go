@@ -57,7 +57,8 @@ type Options struct {
 
 	// The fields below are for the tests of this package.
 
-	fs storage.FS // holds the chunk files; nil: the store's folder
+	fs         storage.FS // holds the chunk files; nil: the store's folder
+	unwritable error      // why the store can only be read; nil: what the system says
 
 	// A checkpoint begins after this many bytes of log (default 256 MiB), after this many dirty leaves (default and at
 	// most a part of the cache), or this long after a change (default 10 s; negative: never by itself).

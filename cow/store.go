@@ -1,6 +1,7 @@
 package cow
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -111,7 +112,7 @@ func openIn(in *storage.Folder, o Options) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	readOnly := unwritable(in)
+	readOnly := cmp.Or(o.unwritable, unwritable(in))
 	var lock *os.File
 	switch {
 	case readOnly == nil:
