@@ -1,7 +1,6 @@
 package cow
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -92,7 +91,7 @@ func (s *Store) leftInMemory() error {
 	}
 	var last ownerRecord
 	if err == nil {
-		err = json.Unmarshal(text, &last)
+		last, err = parseOwner(text)
 	}
 	now, nerr := s.newOwnerRecord()
 	if err = errors.Join(err, nerr); err != nil {

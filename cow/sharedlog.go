@@ -38,6 +38,22 @@ type ownerRecord struct {
 	Ino     uint64 `json:"ino"`
 	Shm     uint64 `json:"shm,omitempty"` // device number of the shared memory's file system
 	Buffers string `json:"buffers"`       // 32 hexadecimal digits
+	Sum     uint32 `json:"sum,omitempty"` // CRC of the record without it; 0: older programs write none
+}
+
+func (r ownerRecord) sum() uint32 {
+	r.Sum = 0
+	text, _ := json.Marshal(r) // cannot fail: there are only strings and numbers in it
+	return format.Checksum(text)
+}
+
+// parseOwner decodes what writeOwner has written. Damage must not look like a record of another boot or folder, which
+// would be put aside without a word.
+func parseOwner(text []byte) (r ownerRecord, err error) {
+	if err = json.Unmarshal(text, &r); err == nil && r.Sum != 0 && r.Sum != r.sum() {
+		err = fault.Corruptf("the file %s has the checksum %08x, and should have %08x", ownerFile, r.Sum, r.sum())
+	}
+	return r, err
 }
 
 // Layout of the shared file: a page of head, then bufferCount buffers.
@@ -265,12 +281,11 @@ func (s *Store) recoverSharedBuffers(uuid [16]byte) (forget func() error, err er
 		return nil, err
 	}
 	forget = func() error { return s.in.Remove(ownerFile) }
-	var last ownerRecord
 	now, err := s.newOwnerRecord()
 	if err != nil {
 		return nil, err
 	}
-	err = json.Unmarshal(text, &last)
+	last, err := parseOwner(text)
 	name, herr := hex.DecodeString(last.Buffers)
 	if err = errors.Join(err, herr); err != nil || len(name) != 16 {
 		s.log.Warn("what the last owner left in memory cannot be found", "file", path, "err", err)
@@ -370,6 +385,7 @@ func (s *Store) answer() error {
 
 // writeOwner writes ownerFile. The file is not synced, since it means nothing after a power cut.
 func (s *Store) writeOwner(r ownerRecord) error {
+	r.Sum = r.sum()
 	text, err := json.Marshal(r)
 	if err != nil {
 		return err

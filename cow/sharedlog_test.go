@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io/fs"
+	"math/rand/v2"
 	"os"
 	"path"
 	"path/filepath"
@@ -167,9 +168,39 @@ func changeOwner(change func(*ownerRecord)) func(t *testing.T, dir, _ string) {
 		var r ownerRecord
 		must(t, json.Unmarshal(text, &r))
 		change(&r)
+		r.Sum = r.sum()
 		text, err = json.Marshal(r)
 		must(t, err)
 		must(t, os.WriteFile(path, text, 0o600))
+	}
+}
+
+// TestDamagedOwnerFile flips each byte of the file that says where a killed owner's buffers are, and cuts it anywhere.
+// What was answered is found, or the store says that it may be lost: damage never looks like another boot.
+func TestDamagedOwnerFile(t *testing.T) {
+	o := sharing(t)
+	dir, content := answered(t, o)
+	img, buffers := readImage(t, dir), filepath.Join(o.SharedMemory, files(t, o.SharedMemory)[0])
+	memory, err := os.ReadFile(buffers)
+	must(t, err)
+	text := img[ownerFile]
+	step := 1 + rand.IntN(10) // a sample, unless it is the long size (-damage.every)
+	if *damageEvery {
+		step = 1
+	}
+	for at := 0; at < 2*len(text); at += step {
+		damaged := bytes.Clone(text[:at/2])
+		if at%2 == 0 {
+			damaged = bytes.Clone(text)
+			damaged[at/2] ^= 1 << rand.IntN(8)
+		}
+		must(t, errors.Join(lay(dir, img.with(image{ownerFile: damaged})), os.WriteFile(buffers, memory, 0o600)))
+		s, err := Open(dir, o)
+		must(t, err)
+		if !s.LostAcknowledged() && !holdsAt(t, s, "v", 8192, content) {
+			t.Errorf("with %q what was answered is lost, and nothing says so", damaged)
+		}
+		must(t, s.Close())
 	}
 }
 
