@@ -163,7 +163,7 @@ func (s *Store) damageAt(e *logEnd, cp format.Checkpoint) *LogDamage {
 		return nil
 	case len(e.behind) > 0 && e.c != nil && e.r.dropped == 0: // or the end of a file that was cut
 		d = at(e.behind[0].c, format.ChunkHeaderSize, e.behind[0].r.why)
-		d.Err = fmt.Errorf("%w; or at the end of chunk file %s, which has %d bytes", d.Err, e.c.Name(), e.c.Size)
+		d.Err = fmt.Errorf("%w; or at the end of chunk file %s, which has %d bytes, or in a file between them that is missing", d.Err, e.c.Name(), e.c.Size)
 		return d
 	case len(e.behind) > 0 && e.c == nil:
 		return at(e.behind[0].c, format.ChunkHeaderSize, e.behind[0].r.why)

@@ -50,7 +50,7 @@ func (c *chimeras) one(x *specimen, what, file string, content []byte) {
 		return
 	}
 	d := c.add(x, what, fmt.Sprintf("%s, %d bytes instead of %d", file, len(content), len(right)), image{file: content})
-	d.file = file
+	d.file, d.gone = file, content == nil
 	switch {
 	case filepath.Dir(file) == chunksDir:
 		d.undo = func(now []byte) ([]byte, bool) {

@@ -28,6 +28,7 @@ type damage struct {
 	files    func(image) image // makes the damaged files
 	m        *model            // what may be there; nil: the specimen's
 	floor    uint64            // the least record that the store must go on with; 0: the specimen's
+	gone     bool              // the file is missing: nothing has its name if the log goes on there
 	harmless bool              // nothing may be noticed
 
 	// undo takes the damage back from the content that the file has after the store was used (nil: there is none). It
@@ -297,7 +298,7 @@ func (d *damage) named(err error) error {
 	case d.file == "":
 		where = chunkFileName.MatchString(text) || strings.Contains(text, "table") || strings.Contains(text, "log") || strings.Contains(text, "branch")
 	case strings.HasPrefix(d.file, chunksDir):
-		where = strings.Contains(text, filepath.Base(d.file)) || strings.Contains(text, "the log is damaged at record")
+		where = strings.Contains(text, filepath.Base(d.file)) || d.gone && strings.Contains(text, "the log is damaged")
 	case d.file == tableFile:
 		where = strings.Contains(text, "table") || strings.Contains(text, tableFile) || strings.Contains(text, "branch")
 	default:
