@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
@@ -27,6 +28,13 @@ type record struct {
 	Ino       uint64         `json:"ino,omitempty"`  // the folder's inode there
 	Successor *process       `json:"heir,omitempty"` // the next owner, during a hand-over
 	Devices   []deviceRecord `json:"devices"`
+	Sum       uint32         `json:"sum,omitempty"` // CRC of the record without it; 0: older programs write none
+}
+
+func (r record) sum() uint32 {
+	r.Sum = 0
+	text, _ := json.Marshal(r) // cannot fail: there are only texts, numbers and booleans in it
+	return crc32.Checksum(text, crc32.MakeTable(crc32.Castagnoli))
 }
 
 // deviceRecord is one device. Only its cookie identifies it in the kernel: its id is not known yet when the record is
@@ -142,6 +150,11 @@ func parseRecord(in *storage.Folder) (r record, err error) {
 	if err := json.Unmarshal(b, &r); err != nil {
 		return record{}, fmt.Errorf("%s: %w", in.Join(recordName), err)
 	}
+	// Damage must not look like another boot, nor make a device show another volume.
+	if r.Sum != 0 && r.Sum != r.sum() {
+		return record{}, fmt.Errorf("%s: %w: its checksum is %08x, and should be %08x", in.Join(recordName), cow.ErrCorrupt, r.Sum, r.sum())
+	}
+	r.Sum = 0
 	st, err := in.Stat()
 	if err != nil {
 		return record{}, err
@@ -181,6 +194,7 @@ func (r record) write(in *storage.Folder) error {
 		return err
 	}
 	r.Dev, r.Ino = st.Dev, st.Ino
+	r.Sum = r.sum()
 	b, err := json.Marshal(r)
 	if err != nil {
 		return err

@@ -3,10 +3,12 @@ package owner
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -82,16 +84,58 @@ func (w *fakeMachine) file() string {
 	return string(b)
 }
 
-// edit changes the file of devices.
+// edit changes the file of devices, and its checksum if it can still be read.
 func (w *fakeMachine) edit(from, to string) {
 	w.t.Helper()
 	text := w.file()
 	if !strings.Contains(text, from) {
 		w.t.Fatalf("no %q in %s", from, text)
 	}
-	if err := os.WriteFile(filepath.Join(w.dir, recordName), []byte(strings.Replace(text, from, to, 1)), 0o600); err != nil {
+	changed := []byte(strings.Replace(text, from, to, 1))
+	var r record
+	if json.Unmarshal(changed, &r) == nil {
+		r.Sum = r.sum()
+		changed, _ = json.Marshal(r)
+	}
+	if err := os.WriteFile(filepath.Join(w.dir, recordName), changed, 0o600); err != nil {
 		w.t.Fatal(err)
 	}
+}
+
+// TestDamagedFileOfDevices flips each byte of the file of devices: it lists what it listed, or it is damage. It never
+// lists something else, or nothing.
+func TestDamagedFileOfDevices(t *testing.T) {
+	w := waitingMachine(t)
+	in, err := storage.OpenFolder(w.dir, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	want, err := readRecord(in)
+	if err != nil || len(want.Devices) != 1 {
+		t.Fatal(want, err)
+	}
+	text := []byte(w.file())
+	for at := range text {
+		for bit := range 8 {
+			bad := bytes.Clone(text)
+			bad[at] ^= 1 << bit
+			if err := os.WriteFile(filepath.Join(w.dir, recordName), bad, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if got, err := readRecord(in); err == nil && !reflect.DeepEqual(got, want) {
+				t.Errorf("byte %d, bit %d: %s lists %+v", at, bit, bad, got)
+			} else if err != nil && !strings.Contains(err.Error(), recordName) {
+				t.Error(err)
+			}
+		}
+	}
+	if err := os.WriteFile(filepath.Join(w.dir, recordName), text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	o := w.own(true)
+	w.recovers(o, "", 1)
+	w.close(o)
 }
 
 func (w *fakeMachine) waiting(o *Owner) (list []string) {
