@@ -65,7 +65,7 @@ fault-test: ## every fault of the disk and of the peers at every call: the engin
 	VDISK_FAULTS=all $(GO) test -v -count=1 -timeout 12h -run 'Fault' ./cow ./metadata ./internal/storage ./cmd/vdisk ./nbd ./ublk ./internal/owner
 
 damage-test: ## every byte of every structure of a store damaged, its files cut, removed and exchanged; half an hour
-	$(GO) test -count=1 -timeout 3h -v -run 'TestDamaged(Bytes|Files)$$' ./cow -damage.every
+	$(GO) test -count=1 -timeout 3h -v -run 'TestDamaged(OwnerFile|Files|Bytes)$$' ./cow -damage.every
 
 mutants: ## break the program on purpose, a line at a time: a test must notice each; 20 minutes
 	@$(TOOLS)/setup.sh build test

@@ -137,6 +137,17 @@ func (s *Store) endLog(e *logEnd, cp format.Checkpoint, others []leaving) (left 
 	return left, nil
 }
 
+// upToRecords returns the names of the chunk files behind the end up to the first that has records.
+func (e *logEnd) upToRecords() (names []string) {
+	for _, b := range e.behind {
+		names = append(names, b.c.Name())
+		if b.r.dropped > 0 {
+			break
+		}
+	}
+	return names
+}
+
 // damageAt returns what is wrong with the end of the log, or nil if nothing is known to be wrong.
 func (s *Store) damageAt(e *logEnd, cp format.Checkpoint) *LogDamage {
 	d := &LogDamage{Seq: s.wal.NextSeq(), Lost: max(s.wal.Durable(), s.wal.NextSeq()) - s.wal.NextSeq(), Bytes: s.recovery.DroppedBytes, Files: s.recovery.DroppedFiles}
@@ -161,9 +172,10 @@ func (s *Store) damageAt(e *logEnd, cp format.Checkpoint) *LogDamage {
 		d.Err = fault.Corruptf("no chunk file has the sequence %d, with which the log goes on", cp.ChunkSeq)
 	case d.Lost == 0:
 		return nil
-	case len(e.behind) > 0 && e.c != nil && e.r.dropped == 0: // or the end of a file that was cut
+	case len(e.behind) > 0 && e.c != nil && e.r.dropped == 0:
 		d = at(e.behind[0].c, format.ChunkHeaderSize, e.behind[0].r.why)
-		d.Err = fmt.Errorf("%w; or at the end of chunk file %s, which has %d bytes, or in a file between them that is missing", d.Err, e.c.Name(), e.c.Size)
+		d.Err = fmt.Errorf("%w; or at the end of chunk file %s, which has %d bytes, or in %s or a file between that is missing",
+			d.Err, e.c.Name(), e.c.Size, strings.Join(e.upToRecords(), ", "))
 		return d
 	case len(e.behind) > 0 && e.c == nil:
 		return at(e.behind[0].c, format.ChunkHeaderSize, e.behind[0].r.why)

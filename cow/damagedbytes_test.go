@@ -54,16 +54,24 @@ func flipped(x *specimen, r stretch, at int, bits byte) *damage {
 	return d
 }
 
-// try proves damages on all processors.
-func try(t *testing.T, n int, next func(i int) (*specimen, *damage, string)) *outcomes {
+// try proves n damages on all processors, and prints what became of them. It returns how many there were: fewer if the
+// limit of the run (-timeout) is near.
+func try(t *testing.T, n int, next func(i int) (*specimen, *damage, string)) (done int64) {
 	t.Helper()
+	defer debug.SetGCPercent(debug.SetGCPercent(400)) // each opening takes 16 MiB for a moment
+	start := time.Now()
+	end, limited := t.Deadline()
 	o := &outcomes{counts: map[string]*[4]int{}}
-	var taken, failures atomic.Int64
+	var taken, failures, proved atomic.Int64
 	var wg sync.WaitGroup
 	for range runtime.GOMAXPROCS(0) {
 		tr := &trial{dir: filepath.Join(memoryDir(t), "store"), buf: make([]byte, 64<<10)}
 		wg.Go(func() {
-			for i := int(taken.Add(1)) - 1; i < n && failures.Load() < 30; i = int(taken.Add(1)) - 1 {
+			for failures.Load() < 30 && !(limited && time.Until(end) < trialLimit) {
+				i := int(taken.Add(1)) - 1
+				if i >= n {
+					return
+				}
 				x, d, what := next(i)
 				outcome, err := tr.run(x, d)
 				if err != nil {
@@ -71,12 +79,14 @@ func try(t *testing.T, n int, next func(i int) (*specimen, *damage, string)) *ou
 					t.Error(err)
 					continue
 				}
+				proved.Add(1)
 				o.add(what, outcome)
 			}
 		})
 	}
 	wg.Wait()
-	return o
+	t.Logf("%d of %d damages in %v:%v", proved.Load(), n, time.Since(start).Round(time.Millisecond), o)
+	return proved.Load()
 }
 
 // TestDamagedBytes damages single bytes of every structure of a store: the store is refused, or each block is right or
@@ -117,12 +127,9 @@ func TestDamagedBytes(t *testing.T) {
 	for i := range bits {
 		bits[i] = 1 << rng.IntN(8)
 	}
-	defer debug.SetGCPercent(debug.SetGCPercent(400)) // each opening takes 16 MiB for a moment
-	start := time.Now()
-	o := try(t, n, func(i int) (*specimen, *damage, string) {
+	done := try(t, n, func(i int) (*specimen, *damage, string) {
 		p := all[i]
 		return p.x, flipped(p.x, p.r, p.at, bits[i]), p.r.what
 	})
-	t.Logf("%d of %d bytes in %v:%v", n, len(all), time.Since(start).Round(time.Millisecond), o)
-	t.Logf("proof: flips: %d", n)
+	t.Logf("proof: flips: %d", done)
 }
