@@ -46,8 +46,8 @@ power-test: ## 200 power cuts of the disk below a store, and every flush of a re
 	@$(GO) run ./internal/guest/cmd/guest test -kernel newest -timeout 90m -scripts none -env VDISK_POWER_CUTS=200 \
 		-env VDISK_POWER_SYNCS=32 -env VDISK_POWER_STATES=0 ./internal/powercut
 
-crash-test: ## the engine's power-cut test, long
-	$(GO) test -count=1 -timeout 3h -run 'Crash' ./cow -crash.states=200000
+crash-test: ## the engine's power-cut test over STATES (200,000) crash states
+	$(GO) test -count=1 -timeout 12h -v -run 'Crash' ./cow -crash.states=$(or $(STATES),200000)
 
 kill-test: ## the server over NBD is killed KILLS (1000) times, mostly when something is half done
 	@$(TOOLS)/setup.sh test

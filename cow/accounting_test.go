@@ -23,7 +23,7 @@ func TestSpaceComesBack(t *testing.T) {
 	l := newCrashHarness(t)
 	for seed := range rounds {
 		rng := rand.New(rand.NewPCG(uint64(seed), 6))
-		w, err := l.open(crashImage{fs: crashfs.New(), table: l.table, m: newModel(1, state{}), floor: 1, what: "new"}, never, rng)
+		w, err := l.open(crashImage{fs: crashfs.New(), table: l.newTable(), m: newModel(1, state{}), floor: 1, what: "new"}, never, rng)
 		if err != nil {
 			t.Fatal(err)
 		}

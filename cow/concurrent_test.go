@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"math/rand/v2"
 	"os"
@@ -15,7 +14,6 @@ import (
 
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
-	"github.com/vdisk/vdisk/metadata"
 )
 
 // busyStore is a store with three volumes in which everything happens at once: leaves are evicted, checkpoints begin
@@ -45,7 +43,7 @@ func newBusyStore(t *testing.T) *busyStore {
 
 // create makes the store.
 func (b *busyStore) create() {
-	b.open(crashImage{fs: crashfs.New(), table: b.harness.table})
+	b.open(crashImage{fs: crashfs.New(), table: b.harness.newTable()})
 	for _, name := range busyVolumes {
 		if _, err := b.s.CreateVolume(name, VolumeOptions{Size: 4 << 20, Codec: format.S2}); err != nil {
 			b.t.Fatal(err)
@@ -62,11 +60,7 @@ func (b *busyStore) open(img crashImage) {
 		b.t.Fatal(err)
 	}
 	b.dir, b.fs, b.armed = dir, img.fs, false
-	// The note that may be there is of another table.
-	if err := os.Remove(filepath.Join(dir, tableFile+metadata.VerifiedSuffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		b.t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(dir, tableFile), img.table, 0o600); err != nil {
+	if err := img.table.restore(dir); err != nil {
 		b.t.Fatal(err)
 	}
 	b.reopen()
@@ -121,7 +115,7 @@ func (b *busyStore) cutPower(r *rand.Rand, now func() int64) (img crashImage, be
 		choice = choices[0] // only what was synced
 	}
 	before = now()
-	img = crashImage{fs: b.fs.Crash(choice), table: b.table, what: choice.String()}
+	img = crashImage{fs: b.fs.Crash(choice), table: tableOf(b.table), what: choice.String()}
 	return img, before, now()
 }
 

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -18,6 +19,7 @@ import (
 
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
+	"github.com/vdisk/vdisk/internal/storage/crashtable"
 	"github.com/vdisk/vdisk/internal/workload"
 )
 
@@ -45,7 +47,7 @@ var opKinds = func() (kinds []string) {
 }()
 
 // restarts are the operations that end one store and go on with another.
-var restarts = []string{"reopen", "kill", "powercut"}
+var restarts = []string{"reopen", "kill", "powercut", "failedcommit"}
 
 func randomOp(r *rand.Rand) op {
 	return op{opKinds[r.IntN(len(opKinds))], r.Uint32(), r.Uint32(), r.Uint32()}
@@ -66,8 +68,9 @@ func genOps() *rapid.Generator[[]op] {
 func mix(x uint32) uint64 { return uint64(x) * 0x9e3779b97f4a7c15 >> 16 }
 
 // TestCrashStates runs random operations against the model. It cuts the power wherever something may be half done:
-// before and after every sync and commit, within recoveries, and between operations. It opens every state, and compares
-// it with the model after exactly those records that survived.
+// before and after every sync, within commits of the table and recoveries, and between operations. It opens every state,
+// and compares it with the model after exactly those records that survived. It goes through -crash.states states; make
+// crash-test has more.
 func TestCrashStates(t *testing.T) {
 	l := newCrashHarness(t)
 	enough := *crashStates
@@ -90,8 +93,15 @@ func TestCrashStates(t *testing.T) {
 	})
 	t.Logf("crash states: %d in %v, in which %d chunks were replayed from summaries, %d over a former life of their file; %d files were recycled, and %d reads held chunks meanwhile",
 		l.states.Load(), time.Since(start).Round(time.Millisecond), l.summaries.Load(), l.overOld.Load(), l.recycled.Load(), l.held.Load())
+	if l.inCommit.Load() < l.states.Load()/50 {
+		t.Errorf("only %d of %d states are inside a commit of the table", l.inCommit.Load(), l.states.Load())
+	}
 	if (l.summaries.Load() == 0 || l.overOld.Load() == 0 || l.held.Load() == 0) && l.states.Load() > 20000 {
 		t.Error("no summary was ever read, no file recycled, or none while it was read")
+	}
+	if !t.Failed() {
+		t.Logf("proof: crash states: %d", l.states.Load())
+		t.Logf("proof: crash states inside a commit of the table: %d", l.inCommit.Load())
 	}
 	fmt.Printf("crash states: %d\n", l.states.Load())
 }
@@ -115,7 +125,7 @@ func (l *crashHarness) crashProperty(enough int64) func(*rapid.T) {
 
 // run does the operations on a new store until done returns true, and verifies every image as it is taken.
 func (l *crashHarness) run(ops []op, rng *rand.Rand, done func() bool) (at int, err error) {
-	w, err := l.open(crashImage{fs: crashfs.New(), table: l.table, m: newModel(1, state{}), floor: 1, what: "new", outlive: true}, 6, rng)
+	w, err := l.open(crashImage{fs: crashfs.New(), table: l.newTable(), m: newModel(1, state{}), floor: 1, what: "new", outlive: true}, 6, rng)
 	if err != nil {
 		return 0, err
 	}
@@ -187,8 +197,18 @@ func (w *modelStore) restart(o op, rng *rand.Rand) (*modelStore, error) {
 			err = w.kill()
 		}
 	case "powercut":
-		choice := choices[mix(o.b)%uint64(len(choices))]
-		img = w.now(choice.String(), w.injector.fs.Crash(choice))
+		img = w.cut(choices[mix(o.b)%uint64(len(choices))])
+		err = w.kill()
+	case "failedcommit":
+		if err = w.failCommit(o); err != nil {
+			break
+		}
+		w.injector.point("after a commit that failed")
+		if o.c%2 == 0 {
+			img = w.cut(choices[mix(o.b)%uint64(len(choices))])
+		} else if img, err = w.leave(); err != nil {
+			break
+		}
 		err = w.kill()
 	}
 	if err != nil {
@@ -509,11 +529,20 @@ func (w *modelStore) cleanBetween(c *chunk) error {
 	return nil
 }
 
-// uncommitted makes a checkpoint fail because the table finds no room, and cleans meanwhile.
+// uncommitted makes a checkpoint fail because the table finds no room, before it writes or while it does, and cleans
+// meanwhile.
 func (w *modelStore) uncommitted(o op, name string) error {
-	w.noRoom = true
-	defer func() { w.noRoom = false }()
-	if err := w.s.Checkpoint(); !errors.Is(err, ErrNoSpace) {
+	w.noRoom = o.b%2 == 0
+	if !w.noRoom {
+		w.failAt(o.c%3, syscall.ENOSPC, crashtable.WritePage, crashtable.WriteMeta)
+	}
+	err := w.s.Checkpoint()
+	never := w.noRoom
+	w.noRoom, w.failing = false, nil
+	switch {
+	case err == nil && !never: // the reserve has given room, and the second attempt has succeeded
+		w.injector.durable(w.m.next())
+	case !errors.Is(err, ErrNoSpace):
 		return fmt.Errorf("a checkpoint without room for the table: %w", err)
 	}
 	if err := w.clean(o); err != nil && !errors.Is(err, ErrNoSpace) {

@@ -15,6 +15,7 @@ import (
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
+	"github.com/vdisk/vdisk/internal/storage/crashtable"
 )
 
 // sound is an intact store, to be damaged: its files, and what it holds.
@@ -54,7 +55,11 @@ func newSound(t testing.TB) *sound {
 	if err := w.kill(); err != nil {
 		t.Fatal(err)
 	}
-	return &sound{img.fs, img.table, w.harness.format, img.m, w.harness.root}
+	table, err := crashtable.Content(img.table.disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &sound{img.fs, table, w.harness.format, img.m, w.harness.root}
 }
 
 // holds opens a store with these files and reads everything in it. It accepts an error, and also the state after some

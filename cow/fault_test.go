@@ -84,7 +84,7 @@ func faultEverywhere(t *testing.T, script []op) (total int64) {
 	l := newCrashHarness(t)
 	fs := crashfs.New()
 	rng := rand.New(rand.NewPCG(1, 1))
-	w, err := l.open(crashImage{fs: fs, table: l.table, m: newModel(1, state{}), floor: 1, what: "new"}, never, rng)
+	w, err := l.open(crashImage{fs: fs, table: l.newTable(), m: newModel(1, state{}), floor: 1, what: "new"}, never, rng)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -131,7 +131,7 @@ func faultEverywhere(t *testing.T, script []op) (total int64) {
 func (l *crashHarness) fault(script []op, breaks func(*crashfs.FS), kind crashfs.Op, errno error, rng *rand.Rand) error {
 	fs := crashfs.New()
 	breaks(fs)
-	w, err := l.open(crashImage{fs: fs, table: l.table, m: newModel(1, state{}), floor: 1, what: "new"}, never, rng)
+	w, err := l.open(crashImage{fs: fs, table: l.newTable(), m: newModel(1, state{}), floor: 1, what: "new"}, never, rng)
 	if err != nil {
 		if errors.Is(err, errno) {
 			return nil // the failure was in Open, which returned it

@@ -16,7 +16,7 @@ import (
 func newModelStore(t testing.TB) *modelStore {
 	t.Helper()
 	l := newCrashHarness(t)
-	w, err := l.open(crashImage{fs: crashfs.New(), table: l.table, m: newModel(1, state{}), floor: 1, what: "new"}, never, rand.New(rand.NewPCG(1, 1)))
+	w, err := l.open(crashImage{fs: crashfs.New(), table: l.newTable(), m: newModel(1, state{}), floor: 1, what: "new"}, never, rand.New(rand.NewPCG(1, 1)))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"math/rand/v2"
 	"os"
@@ -18,14 +17,15 @@ import (
 	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
+	"github.com/vdisk/vdisk/internal/storage/crashtable"
 	"github.com/vdisk/vdisk/internal/testwatch"
 	"github.com/vdisk/vdisk/metadata"
 )
 
 func TestMain(m *testing.M) { os.Exit(testwatch.Run(m)) }
 
-// crashHarness makes stores whose power can be cut. The chunk files are in a crashfs. The table is a real file; the
-// result of a commit is one durable step.
+// crashHarness makes stores whose power can be cut. The chunk files are in a crashfs. The table is a real file, and has
+// a copy in a crashfs of its own, which says what a power cut leaves of it.
 type crashHarness struct {
 	root   string
 	format []byte // the file of every store here
@@ -36,6 +36,7 @@ type crashHarness struct {
 	made int
 
 	states    atomic.Int64                // crash states verified
+	inCommit  atomic.Int64                // of them, inside a commit of the table
 	summaries atomic.Int64                // chunks that they replayed from the summary alone
 	overOld   atomic.Int64                // chunks that they replayed over a former life of their file
 	recycled  atomic.Int64                // files that became chunks again
@@ -98,7 +99,7 @@ func (l *crashHarness) giveBack(dir string) {
 // crashImage is what a crash left behind, and what is known of what it must hold.
 type crashImage struct {
 	fs     *crashfs.FS
-	table  []byte
+	table  tableImage
 	m      *model
 	floor  uint64 // number of the first record that the crash may have taken
 	known  uint64 // number of the first record that a crash of the process may have taken; more than floor after one
@@ -157,10 +158,12 @@ func (m *sharedImage) restore(dir string) error {
 type crashInjector struct {
 	mu     sync.Mutex
 	rng    *rand.Rand
-	every  int // about one point in so many is taken
-	fs     *crashfs.FS
-	table  []byte // as of the last commit
-	tables int    // commits
+	every  int         // about one point in so many is taken
+	dir    string      // of the store
+	fs     *crashfs.FS // has the chunk files
+	table  *crashfs.FS // has the table
+	begun  bool        // a commit of the table has begun, and has not succeeded
+	failed bool        // a sync of the table has failed
 	m      *model
 	floor  uint64
 	known  uint64          // records before were replayed: they are in the files, durable or not
@@ -179,32 +182,38 @@ func (c *crashInjector) point(what string) {
 		return
 	}
 	if c.rng.IntN(6) == 0 {
-		c.take(what, killed, c.fs.Clone)
+		c.take(what, killed, c.fs.Clone, c.tableNow)
 		return
 	}
 	choices := c.fs.Choices(c.rng.Uint64(), 3)
 	c.rng.Shuffle(len(choices), func(i, j int) { choices[i], choices[j] = choices[j], choices[i] })
+	tables := c.tableChoices()
 	n := 1 + c.rng.IntN(2)
+	if c.inside() {
+		n += c.rng.IntN(2)
+	}
 	if c.rng.IntN(8) == 0 {
 		n = 24 // now and then all
 	}
 	for _, ch := range choices[:min(n, len(choices))] {
-		c.take(what, ch.String(), func() *crashfs.FS { return c.fs.Crash(ch) })
+		of := tables[c.rng.IntN(len(tables))]
+		c.take(what, fmt.Sprintf("%v, of the table %v", ch, of),
+			func() *crashfs.FS { return c.fs.Crash(ch) }, func() tableImage { return c.tableCut(of) })
 	}
 }
 
 // take adds an image, unless nothing has happened since the same was taken.
-func (c *crashInjector) take(what, choice string, make func() *crashfs.FS) {
+func (c *crashInjector) take(what, choice string, make func() *crashfs.FS, table func() tableImage) {
 	ops := 0
 	for op := crashfs.OpCreate; op <= crashfs.OpSyncDir; op++ {
-		ops += c.fs.Count(op)
+		ops += c.fs.Count(op) + c.table.Count(op)
 	}
-	key := fmt.Sprint(ops, c.tables, choice)
+	key := fmt.Sprint(ops, choice)
 	if c.seen[key] {
 		return
 	}
 	c.seen[key] = true
-	img := crashImage{fs: make(), table: c.table, m: c.m, floor: c.floor, what: what + ", " + choice}
+	img := crashImage{table: table(), fs: make(), m: c.m, floor: c.floor, what: what + ", " + choice}
 	if choice == killed {
 		img.known = c.known
 	}
@@ -250,6 +259,8 @@ type modelStore struct {
 	buf      []byte
 	held     *heldRead
 	noRoom   bool // for the table
+	table    *crashtable.Table
+	failing  func(crashtable.Step) error // returns the error of a step of a commit; nil: none fails
 
 	meanwhile func() error // called around commits of the table
 }
@@ -270,11 +281,7 @@ func (l *crashHarness) open(img crashImage, every int, rng *rand.Rand) (*modelSt
 	if err != nil {
 		return nil, err
 	}
-	// The note that is there is of another table: a later one, perhaps.
-	if err := os.Remove(filepath.Join(dir, tableFile+metadata.VerifiedSuffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
-	if err := os.WriteFile(filepath.Join(dir, tableFile), img.table, 0o600); err != nil {
+	if err := img.table.restore(dir); err != nil {
 		return nil, err
 	}
 	if img.memory != nil {
@@ -284,7 +291,7 @@ func (l *crashHarness) open(img crashImage, every int, rng *rand.Rand) (*modelSt
 	}
 	w := &modelStore{harness: l, dir: dir, m: img.m.fork(), devs: map[string]*Device{}, buf: make([]byte, 256<<10)}
 	// Its own: hooks run on the engine's goroutines.
-	c := &crashInjector{rng: rand.New(rand.NewPCG(rng.Uint64(), 2)), every: every, fs: img.fs, table: img.table, m: img.m, floor: img.floor, seen: map[string]bool{}}
+	c := &crashInjector{rng: rand.New(rand.NewPCG(rng.Uint64(), 2)), every: every, dir: dir, fs: img.fs, table: img.table.disk, failed: img.table.failed, m: img.m, floor: img.floor, seen: map[string]bool{}}
 	w.injector = c
 	img.fs.OnSync(func(name string) { c.point("at a sync of " + name) })
 	fs := storage.FS(img.fs)
@@ -293,7 +300,7 @@ func (l *crashHarness) open(img crashImage, every int, rng *rand.Rand) (*modelSt
 	}
 	o := l.options(fs)
 	o.onCommit, o.Outlive = w.onCommit, img.outlive
-	o.growTable = img.fs.Take // the table is on the same disk
+	o.onTable, o.growTable, o.syncTable = w.onTable, w.growTable, w.syncTable
 	if rng.IntN(2) == 0 {
 		o.chunkBytes = 160 << 10 // logs of many chunks, with summaries
 	}
@@ -326,7 +333,7 @@ func (l *crashHarness) open(img crashImage, every int, rng *rand.Rand) (*modelSt
 	return w, nil
 }
 
-// onCommit cuts the power right before and right after a commit of the table.
+// onCommit cuts the power right before and right after a commit of the table. Within it, step does.
 func (w *modelStore) onCommit(done bool) error {
 	if w.meanwhile != nil {
 		if err := w.meanwhile(); err != nil {
@@ -340,14 +347,15 @@ func (w *modelStore) onCommit(done bool) error {
 		}
 		return nil
 	}
-	table, err := os.ReadFile(filepath.Join(w.dir, tableFile))
-	if err != nil {
-		return err
-	}
 	w.injector.mu.Lock()
-	w.injector.table = table
-	w.injector.tables++
+	w.injector.begun = false
+	compare := w.injector.rng.IntN(32) == 0
 	w.injector.mu.Unlock()
+	if compare {
+		if err := w.sameTable(); err != nil {
+			return err
+		}
+	}
 	w.injector.point("after a commit")
 	return nil
 }
@@ -392,7 +400,7 @@ func (w *modelStore) leave() (crashImage, error) {
 func (w *modelStore) now(what string, fs *crashfs.FS) crashImage {
 	w.injector.mu.Lock()
 	defer w.injector.mu.Unlock()
-	return crashImage{fs: fs, table: w.injector.table, m: w.m, floor: w.injector.floor, what: what}
+	return crashImage{fs: fs, table: w.injector.tableNow(), m: w.m, floor: w.injector.floor, what: what}
 }
 
 // same checks everything that can be read, and Check.
@@ -418,6 +426,9 @@ func (w *modelStore) check(readData bool) error {
 // it can be worked with and crash again.
 func (l *crashHarness) verify(img crashImage, depth int, rng *rand.Rand) error {
 	l.states.Add(1)
+	if img.table.inside {
+		l.inCommit.Add(1)
+	}
 	if err := l.verifyOne(img, depth, rng); err != nil {
 		return fmt.Errorf("%s (durable before %d): %w", img.what, img.floor, err)
 	}

@@ -2,10 +2,12 @@ package cow
 
 import (
 	"log/slog"
+	"os"
 	"time"
 
 	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/internal/storage"
+	"github.com/vdisk/vdisk/metadata"
 )
 
 // MinCacheBytes and MaxCacheBytes bound Options.CacheBytes: values beyond them are taken for the nearest one.
@@ -72,9 +74,11 @@ type Options struct {
 	replayBatch int           // changes that Open applies at once (default 2 Mi)
 	takeAll     bool          // new mappings may take what is kept for overwrites
 
-	onCommit    func(done bool) error // called before and after each commit; an error before fails it
-	growTable   func(n int64) error   // called before the table's file grows by n bytes; an error prevents it
-	noTableSync bool                  // do not sync the table
+	onCommit    func(done bool) error    // called before and after each commit; an error before fails it
+	growTable   func(n int64) error      // called before the table's file grows by n bytes; an error prevents it
+	noTableSync bool                     // do not sync the table
+	syncTable   func(*os.File) error     // metadata.Options.Sync
+	onTable     func(*metadata.DB) error // called when the table is open; an error prevents it
 }
 
 func (o *Options) setDefaults() {
@@ -111,6 +115,9 @@ func (o *Options) setDefaults() {
 	}
 	if o.onCommit == nil {
 		o.onCommit = func(bool) error { return nil }
+	}
+	if o.onTable == nil {
+		o.onTable = func(*metadata.DB) error { return nil }
 	}
 	if o.growTable == nil {
 		o.growTable = func(int64) error { return nil }

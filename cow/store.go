@@ -207,11 +207,14 @@ func (s *Store) openChunks() (err error) {
 func (s *Store) openFiles() (err error) {
 	uuid := s.wal.UUID()
 	s.meta, err = metadata.Open(s.in.Join(tableFile), metadata.Options{
-		In: s.in, Store: uuid, Timeout: time.Second, NoSync: s.opts.noTableSync, Allocate: s.allocateTable,
+		In: s.in, Store: uuid, Timeout: time.Second, NoSync: s.opts.noTableSync, Allocate: s.allocateTable, Sync: s.opts.syncTable,
 		ReadOnly: s.readOnly != nil,
 	})
 	if err != nil {
 		return unusable(err)
+	}
+	if err := s.opts.onTable(s.meta); err != nil {
+		return err
 	}
 	if s.readOnly != nil {
 		return s.readLog()

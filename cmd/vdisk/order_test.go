@@ -75,6 +75,7 @@ type order struct {
 	unsynced map[string]bool // files with writes, and folders with changes of names, that are not synced
 	written  map[string]bool // chunks with records that this command has written
 	makes    bool            // the table is being made
+	metaPage bool            // a meta page of the table is written and not synced
 	notes    bool            // a note must come before the first record, and has not come yet
 }
 
@@ -107,6 +108,7 @@ func (o *order) add(e strace.Event) {
 	switch {
 	case e.Call == "sync" && e.Ended:
 		delete(o.unsynced, e.File)
+		o.metaPage = o.metaPage && e.File != "meta.db"
 	case e.Ended || e.Call == "sync":
 	case e.Call == "write" && isChunk:
 		if e.Off >= headerSize {
@@ -117,7 +119,11 @@ func (o *order) add(e strace.Event) {
 		o.unsynced[e.File] = true
 	case e.Call == "write" && e.File == "durable":
 		o.must(!o.dirtyChunk(), "mark", "the mark says that the log is durable, and it is not", e)
-	case e.Call == "write" && e.File == "meta.db" && e.Off < 2*4096:
+	case e.Call == "write" && e.File == "meta.db" && e.Off >= 2*4096:
+		o.must(!o.metaPage, "commit", "a page of the table is written before the meta page of the last commit is durable", e)
+		o.unsynced["meta.db"] = true
+	case e.Call == "write" && e.File == "meta.db":
+		o.metaPage = !o.makes
 		if !o.makes { // a table that is being made has nothing to lose
 			o.must(!o.unsynced["meta.db"], "commit", "the meta page is written before the pages that it refers to are durable", e)
 			o.must(!o.dirtyChunk(), "commit", "the table refers to records that are not durable", e)
@@ -133,6 +139,7 @@ func (o *order) add(e strace.Event) {
 		o.notes = o.notes && e.File != "importing.tmp"
 		if strings.HasSuffix(e.File, ".tmp") {
 			o.must(!o.unsynced[e.File], "rename", "a file gets its name before it is durable", e)
+			o.must(e.File != "format.tmp" || !o.unsynced["meta.db"], "rename", "there is a store before its table is durable", e)
 		}
 	case e.Call == "remove" && isChunk:
 		o.must(!o.looks, "look", "a command that only looks removes a chunk", e)
