@@ -55,19 +55,20 @@ func flipped(x *specimen, r stretch, at int, bits byte) *damage {
 }
 
 // try proves n damages on all processors, and prints what became of them. It returns how many there were: fewer if the
-// limit of the run (-timeout) is near.
+// limit of a test (half of -timeout) is near.
 func try(t *testing.T, n int, next func(i int) (*specimen, *damage, string)) (done int64) {
 	t.Helper()
 	defer debug.SetGCPercent(debug.SetGCPercent(400)) // each opening takes 16 MiB for a moment
 	start := time.Now()
 	end, limited := t.Deadline()
+	end = start.Add(end.Sub(start)/2 - 2*trialLimit)
 	o := &outcomes{counts: map[string]*[4]int{}}
 	var taken, failures, proved atomic.Int64
 	var wg sync.WaitGroup
 	for range runtime.GOMAXPROCS(0) {
 		tr := &trial{dir: filepath.Join(memoryDir(t), "store"), buf: make([]byte, 64<<10)}
 		wg.Go(func() {
-			for failures.Load() < 30 && !(limited && time.Until(end) < trialLimit) {
+			for failures.Load() < 30 && (!limited || time.Now().Before(end)) {
 				i := int(taken.Add(1)) - 1
 				if i >= n {
 					return
