@@ -179,7 +179,7 @@ func changeOwner(change func(*ownerRecord)) func(t *testing.T, dir, _ string) {
 // TestDamagedOwnerFile flips each byte of the file that says where a killed owner's buffers are, and cuts it anywhere.
 // What was answered is found, or the store says that it may be lost: damage never looks like another boot.
 func TestDamagedOwnerFile(t *testing.T) {
-	o := Options{Outlive: true, SharedMemory: memoryDir(t), checkpointInterval: -1, Logger: slog.New(slog.DiscardHandler)}
+	o := Options{Outlive: true, SharedMemory: memoryDir(t), checkpointInterval: -1, chunkBytes: 2 << 20, Logger: slog.New(slog.DiscardHandler)}
 	dir, content := filepath.Join(memoryDir(t), "store"), randomBytes(4096, 1)
 	must(t, Create(dir))
 	first := open(t, dir, o)
