@@ -78,6 +78,9 @@ func (s *store) env() []string {
 	if s.limit != "" {
 		env = append(env, "VDISK_MAX_SIZE="+s.limit)
 	}
+	if inGuest { // everything is emulated there
+		env = append(env, "VDISK_LOCK_TIMEOUT=60s")
+	}
 	return env
 }
 

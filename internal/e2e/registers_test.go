@@ -254,14 +254,17 @@ func (i image) ReadAt(p []byte, off int64) (int, error) { return copy(p, i[off:]
 // and lets other volumes come and go.
 func (m *registerTest) noise(d registers.Disk) (stop func()) {
 	var wg sync.WaitGroup
-	end := make(chan struct{})
+	end, pause := make(chan struct{}), 3*time.Millisecond
+	if inGuest { // it is emulated, and clients would wait for a processor more than for the disk
+		pause = 50 * time.Millisecond
+	}
 	for _, work := range []func(r *rand.Rand) error{
 		func(r *rand.Rand) error {
 			p := make([]byte, registers.Size*(1+r.IntN(16)))
 			for i := range len(p) / 2 {
 				p[i] = byte(r.Uint32())
 			}
-			off := 2<<20 + r.Int64N((2<<20-int64(len(p)))/registers.Size)*registers.Size
+			off := 2<<20 + r.Int64N((512<<10-int64(len(p)))/registers.Size)*registers.Size // snapshots are exported
 			if r.IntN(8) == 0 {
 				return d.Zero(off, int64(len(p)))
 			}
@@ -271,7 +274,7 @@ func (m *registerTest) noise(d registers.Disk) (stop func()) {
 		m.others,
 	} {
 		wg.Go(func() {
-			for r := rand.New(rand.NewPCG(rand.Uint64(), 0)); ; time.Sleep(time.Duration(r.IntN(3000)) * time.Microsecond) {
+			for r := rand.New(rand.NewPCG(rand.Uint64(), 0)); ; time.Sleep(rand.N(pause)) {
 				select {
 				case <-end:
 					return
