@@ -7,12 +7,12 @@ import (
 	"io/fs"
 	"math"
 	"slices"
-	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/cow/internal/leafcache"
+	"github.com/vdisk/vdisk/cow/internal/lockorder"
 	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
@@ -23,7 +23,7 @@ var errFull = leafcache.ErrFull
 
 // checkpoints is the state of the checkpoints. mu lets one run at a time; it is taken before Store.mu.
 type checkpoints struct {
-	mu     sync.Mutex
+	mu     lockorder.Mutex[lockorder.Checkpoints]
 	values values // of the running checkpoint
 	// lastAborted: the last checkpoint has failed, so memory may hold changes by the reaper that are in neither the
 	// table nor the log.

@@ -4,9 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
 	"time"
 
+	"github.com/vdisk/vdisk/cow/internal/lockorder"
 	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 )
@@ -32,7 +32,7 @@ const (
 
 // cleaner is the state of the cleaner. mu is held while one chunk is cleaned; it is taken before checkpoints.mu.
 type cleaner struct {
-	mu         sync.Mutex
+	mu         lockorder.Mutex[lockorder.Cleaner]
 	mover      *mover
 	othersSeen uint64 // bytes that others had appended when giveWay last looked
 

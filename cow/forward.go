@@ -4,9 +4,9 @@ import (
 	"errors"
 	"math/bits"
 	"slices"
-	"sync"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/cow/internal/lockorder"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -19,7 +19,7 @@ import (
 type forwards struct {
 	load func(metadata.Region) ([]format.Forward, error)
 
-	mu      sync.Mutex
+	mu      lockorder.Mutex[lockorder.Forwards]
 	regions map[metadata.Region]*region
 }
 

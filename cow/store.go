@@ -13,6 +13,7 @@ import (
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/cow/internal/leafcache"
+	"github.com/vdisk/vdisk/cow/internal/lockorder"
 	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
@@ -53,7 +54,7 @@ type Store struct {
 	unpacked   sync.Pool // *format.Leaf
 
 	// mu orders every change: see docs/engine.md, Locks and goroutines.
-	mu      sync.Mutex
+	mu      lockorder.Mutex[lockorder.Store]
 	wal     *wal.Log
 	catalog catalog
 	changes changes

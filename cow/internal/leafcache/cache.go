@@ -6,6 +6,7 @@ import (
 	"sync"
 	"unsafe"
 
+	"github.com/vdisk/vdisk/cow/internal/lockorder"
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -46,7 +47,7 @@ type Cache struct {
 
 type shard struct {
 	c  *Cache // never changes
-	mu sync.RWMutex
+	mu lockorder.RWMutex[lockorder.Shard]
 	arena
 	buckets   []uint32    // handles, each the first of a list
 	preimaged []leafPlace // where pre-images are; eachPreimage removes places that have none any more

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
+	"github.com/vdisk/vdisk/cow/internal/lockorder"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
 )
@@ -22,7 +23,7 @@ type Log struct {
 	Limit      int64 // most bytes in all chunk files; 0: the file system sets the limit
 
 	fs     storage.FS
-	mu     *sync.Mutex // the lock that orders all changes of the store
+	mu     *lockorder.Mutex[lockorder.Store] // the lock that orders all changes of the store
 	uuid   [16]byte
 	space  Space
 	Pool   Pool
@@ -56,10 +57,10 @@ type Log struct {
 	bufMu    sync.RWMutex
 	buffered []*buffer
 
-	writeMu  sync.Mutex // held while buffers are written, so that they are written one at a time and in order
-	unsynced []*Chunk   // chunks written to since their last sync; guarded by writeMu
-	out      uint64     // the part of appended that writeOut has put into the chunk files; guarded by writeMu
-	syncMu   sync.Mutex // held during a sync; callers that arrive meanwhile share the next one
+	writeMu  lockorder.Mutex[lockorder.Write] // held while buffers are written, so that they are written one at a time and in order
+	unsynced []*Chunk                         // chunks written to since their last sync; guarded by writeMu
+	out      uint64                           // the part of appended that writeOut has put into the chunk files; guarded by writeMu
+	syncMu   lockorder.Mutex[lockorder.Sync]  // held during a sync; callers that arrive meanwhile share the next one
 	synced   atomic.Uint64
 
 	flushWork, makeWork, syncWork chan struct{} // capacity 1: a value means that there is work
@@ -69,7 +70,7 @@ type Log struct {
 
 // New returns the log of a store. mu is the lock under which records are appended and the state of the store changes
 // with them. The log releases it only to wait, where a method says so.
-func New(fs storage.FS, mu *sync.Mutex, uuid [16]byte, space Space, stock *ReserveFile, mark *Mark) *Log {
+func New(fs storage.FS, mu *lockorder.Mutex[lockorder.Store], uuid [16]byte, space Space, stock *ReserveFile, mark *Mark) *Log {
 	l := &Log{
 		fs: fs, mu: mu, uuid: uuid, space: space, stock: stock, mark: mark, progress: sync.NewCond(mu),
 		Pool:      Pool{fs: fs, space: space, mu: mu},

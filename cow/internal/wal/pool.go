@@ -4,9 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"sync"
 	"time"
 
+	"github.com/vdisk/vdisk/cow/internal/lockorder"
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
@@ -23,10 +23,10 @@ type Pool struct {
 	fs    storage.FS
 	space Space
 
-	mu      *sync.Mutex // Log.mu; guards the fields below
-	spares  []*Chunk    // oldest first
-	touched time.Time   // when a file last came or went
-	reused  int         // files reused over the life of the process
+	mu      *lockorder.Mutex[lockorder.Store] // Log.mu; guards the fields below
+	spares  []*Chunk                          // oldest first
+	touched time.Time                         // when a file last came or went
+	reused  int                               // files reused over the life of the process
 }
 
 // Keep takes the file of a dead chunk that no new read can reach, and whose records are sound. It reports whether it
