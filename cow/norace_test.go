@@ -4,5 +4,5 @@ package cow
 
 const (
 	raceEnabled        = false
-	defaultCrashStates = 50_500
+	defaultCrashStates = 30_000
 )
