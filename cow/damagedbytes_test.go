@@ -61,7 +61,7 @@ func try(t *testing.T, n int, next func(i int) (*specimen, *damage, string)) (do
 	defer debug.SetGCPercent(debug.SetGCPercent(400)) // each opening takes 16 MiB for a moment
 	start := time.Now()
 	end, limited := t.Deadline()
-	end = start.Add(end.Sub(start)/2 - 2*trialLimit)
+	end = start.Add(end.Sub(start) * 3 / 8)
 	o := &outcomes{counts: map[string]*[4]int{}}
 	var taken, failures, proved atomic.Int64
 	var wg sync.WaitGroup
@@ -86,6 +86,9 @@ func try(t *testing.T, n int, next func(i int) (*specimen, *damage, string)) (do
 		})
 	}
 	wg.Wait()
+	if proved.Load() == 0 {
+		t.Error("no damage was made")
+	}
 	t.Logf("%d of %d damages in %v:%v", proved.Load(), n, time.Since(start).Round(time.Millisecond), o)
 	return proved.Load()
 }

@@ -305,7 +305,7 @@ func (d *damage) named(err error) error {
 	case strings.HasPrefix(d.file, chunksDir):
 		where = strings.Contains(text, filepath.Base(d.file)) || d.gone && strings.Contains(text, "the log is damaged")
 	case d.file == tableFile:
-		where = strings.Contains(text, "table") || strings.Contains(text, tableFile) || strings.Contains(text, "branch")
+		where = strings.Contains(text, "table") || strings.Contains(text, tableFile)
 	default:
 		where = strings.Contains(text, filepath.Base(d.file))
 	}
