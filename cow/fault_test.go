@@ -64,7 +64,7 @@ func (w *modelStore) settleModel(before *model) {
 // recovery that follows. The store may stop or go on, but what it says must be true: whatever else happens, what it
 // acknowledged as durable is there after a crash.
 //
-// Of reads, of recoveries and of disks that go away it takes a sample, unless VDISK_FAULTS says otherwise.
+// It takes a sample of them, another in each run, unless VDISK_FAULTS says otherwise.
 func TestFaultAtEveryOperation(t *testing.T) {
 	var total atomic.Int64
 	t.Cleanup(func() {
@@ -94,17 +94,18 @@ func faultEverywhere(t *testing.T, script []op) (total int64) {
 	if err := w.kill(); err != nil {
 		t.Fatal(err)
 	}
-	sample := faultSample(t, 4) // of each kind that has very many
+	const few = 4
+	sample := faultSample(t, few) // of each kind that has very many
 	for kind := crashfs.OpCreate; kind <= crashfs.OpRead; kind++ {
 		n := fs.Count(kind)
-		step, errnos := 1, []error{syscall.EIO, syscall.ENOSPC}
-		if kind == crashfs.OpRead {
+		step, errnos := 1, []error{syscall.EIO, syscall.ENOSPC, syscall.EINTR}
+		switch {
+		case kind == crashfs.OpRead:
 			step, errnos = max(1, n/sample), errnos[:1]
+		case sample == few:
+			step, errnos = max(1, n/10), []error{errnos[rand.IntN(2)]}
 		}
-		if sample > 4 {
-			errnos = append(errnos, syscall.EINTR)
-		}
-		for nth := 1 + rng.IntN(step); nth <= n+1; nth += step {
+		for nth := 1 + rand.IntN(step); nth <= n+1; nth += step {
 			if raceEnabled && nth%8 != 0 {
 				continue
 			}
@@ -117,7 +118,7 @@ func faultEverywhere(t *testing.T, script []op) (total int64) {
 		}
 	}
 	n := fs.Total()
-	for nth := 1 + rng.IntN(max(1, n/sample)); nth <= n+1; nth += max(1, n/sample) {
+	for nth := 1 + rand.IntN(max(1, n/sample)); nth <= n+1; nth += max(1, n/sample) {
 		if err := l.fault(script, func(fs *crashfs.FS) { fs.GoneAt(nth, syscall.EIO) }, crashfs.OpWrite, syscall.EIO, rng); err != nil {
 			t.Errorf("the disk goes away at operation %d of %d: %v", nth, n, err)
 		}
