@@ -9,7 +9,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
 .DEFAULT_GOAL = build
-.PHONY: help build install demo test guest-test recovery-test power-test crash-test damage-test fault-test kill-test soak fuzz mutants bench-engine bench-cleaner bench-depth bench-nbd bench-ublk bench-guest bench-space lint clean
+.PHONY: help build install demo test guest-test recovery-test power-test crash-test damage-test fault-test kill-test linear-test proof soak fuzz mutants bench-engine bench-cleaner bench-depth bench-nbd bench-ublk bench-guest bench-space lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,9 +67,18 @@ fault-test: ## every fault of the disk and of the peers at every call: the engin
 damage-test: ## every byte of every structure of a store damaged, its files cut, removed and exchanged; half an hour
 	$(GO) test -count=1 -timeout 3h -v -run 'TestDamaged(OwnerFile|Files|Bytes)$$' ./cow -damage.every
 
+linear-test: build ## histories of concurrent clients: of the engine, over NBD and, in a guest, over ublk; an hour
+	@$(TOOLS)/setup.sh test
+	VDISK_LINEAR=1000 $(GO) test -count=1 -v -timeout 2h -run 'TestLinearizable$$' ./cow
+	VDISK_LINEAR=400 $(GO) test -count=1 -v -timeout 2h -run 'TestLinearizableNBD$$|TestRegisters$$' ./cow ./internal/e2e
+	$(GO) run ./internal/guest/cmd/guest test -kernel newest -timeout 1h -scripts none -env VDISK_LINEAR=24 -run 'TestRegisters$$' ./internal/e2e
+
 mutants: ## break the program on purpose, a line at a time: a test must notice each; 20 minutes
 	@$(TOOLS)/setup.sh build test
 	@$(GO) run ./internal/tools/mutants testdata/mutants/*.txt
+
+proof: ## the long forms of all tests of promises, in pieces (STEPS), and a table of what they went through (proof.sh)
+	@$(TOOLS)/proof.sh
 
 bench-engine: ## the engine alone; benchstat reads the output
 	$(GO) test -run '^$$' -bench . -count 5 ./cow/...
