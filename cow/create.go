@@ -34,7 +34,7 @@ func CreateIn(dir string, foreign bool) error {
 	defer in.Close()
 	// Check a foreign directory before a lock is written into it, and again under the lock, since another process may
 	// be making the store.
-	if _, err := readFormat(in); !errors.Is(err, fs.ErrNotExist) {
+	if is, err := isStore(in); is || err != nil {
 		return err
 	}
 	if err := checkUninitialized(in); err != nil {
@@ -46,14 +46,14 @@ func CreateIn(dir string, foreign bool) error {
 	lock, err := lockStore(in, 0, "vdisk create")
 	if err != nil {
 		if errors.Is(err, ErrBusy) {
-			if _, ferr := readFormat(in); ferr == nil {
-				return nil
+			if is, serr := isStore(in); is {
+				return serr
 			}
 		}
 		return err
 	}
 	defer lock.Close()
-	if _, err := readFormat(in); !errors.Is(err, fs.ErrNotExist) {
+	if is, err := isStore(in); is || err != nil {
 		return err
 	}
 	if err := checkUninitialized(in); err != nil {
@@ -64,6 +64,21 @@ func CreateIn(dir string, foreign bool) error {
 	}
 	return nil
 }
+
+// isStore reports whether the folder is a store, by the file format. If it is, the name of that file is made durable:
+// the process that made it may have been killed before its sync.
+func isStore(in *storage.Folder) (bool, error) {
+	_, err := readFormat(in)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return false, nil
+	case err != nil:
+		return false, err
+	}
+	return true, syncFolder(in)
+}
+
+var syncFolder = (*storage.Folder).Sync // tests replace it
 
 // makeDirs makes a directory, and those above it that do not exist, and makes each name durable, from the top down. It
 // syncs the name of dir even if dir exists: the process that made it may have been killed before its sync.
