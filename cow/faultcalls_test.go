@@ -58,7 +58,7 @@ var (
 func TestFaultAtEveryCall(t *testing.T) {
 	t.Parallel()
 	root := memoryDir(t)
-	least, scripts := 30, uint64(1)
+	least, scripts := 16, uint64(1)
 	if testing.Short() {
 		least = 8
 	}
