@@ -24,7 +24,7 @@ const loggedMiB = 512
 // are looked at in each, 0 for all; those that are left out are random. If its time is up, it leaves out the last ones.
 func TestLoggedWrites(t *testing.T) {
 	needGuest(t)
-	syncs, states := number(t, "VDISK_POWER_SYNCS", 12), number(t, "VDISK_POWER_STATES", 3)
+	syncs, states := number(t, "VDISK_POWER_SYNCS", 8), number(t, "VDISK_POWER_STATES", 2)
 	kinds := []string{"ext4", "xfs"}
 	if testing.Short() {
 		i := rand.IntN(2)
