@@ -4,5 +4,5 @@ package cow
 
 const (
 	raceEnabled        = false
-	defaultCrashStates = 30_000
+	defaultCrashStates = 20_500
 )
