@@ -341,8 +341,10 @@ func (p *program) work(t *testing.T, part int) {
 // script does a part of the script until an operation fails.
 func (p *program) script(t *testing.T, w *modelStore, part int) error {
 	rng := rand.New(rand.NewPCG(p.rng.Uint64(), uint64(part)))
-	kinds := []string{"create", "write", "snapshot", "write", "checkpoint", "churn", "churn", "clean", "clone", "write", "flush",
-		"rollback", "resize", "cold", "unsnap", "discard", "reap", "zero", "check", "rename", "churn", "beside", "remove", "hold", "cold", "drain"}
+	kinds := []string{
+		"create", "write", "snapshot", "write", "checkpoint", "churn", "churn", "clean", "clone", "write", "flush",
+		"rollback", "resize", "cold", "unsnap", "discard", "reap", "zero", "check", "rename", "churn", "beside", "remove", "hold", "cold", "drain",
+	}
 	if part > 0 {
 		rng.Shuffle(len(kinds), func(i, j int) { kinds[i], kinds[j] = kinds[j], kinds[i] })
 	}

@@ -53,7 +53,7 @@ func TestLinearizable(t *testing.T) {
 func TestLinearizableNBD(t *testing.T) {
 	t.Parallel()
 	l := newLinearStore(t)
-	l.run(linearHistories(t, 16), func() (disks []map[string]registers.Disk) {
+	l.run(linearHistories(t, 40), func() (disks []map[string]registers.Disk) {
 		socket := l.serve()
 		for range 2 {
 			conns := map[string]registers.Disk{"a": l.dial(socket, "a"), "b": l.dial(socket, "b")}

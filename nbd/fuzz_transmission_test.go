@@ -135,7 +135,7 @@ func (x *transmitter) draw() *sent {
 	}
 	s := &sent{request: r}
 	if r.typ == cmdWrite {
-		s.payload = bytes.Repeat([]byte{byte(x.next), byte(where)}, int(r.length)/2+1)[:r.length]
+		s.payload = bytes.Repeat([]byte{byte(x.next), where}, int(r.length)/2+1)[:r.length]
 	}
 	if r.typ == cmdRead {
 		s.covered = make([]bool, min(r.length, fuzzSize))
@@ -351,7 +351,7 @@ func (x *transmitter) breaks(how byte) {
 		b, want = b+reqBytes(0, cmdRead, 0, 0, 512)[:1+how/4%(requestLen-1)], io.ErrUnexpectedEOF
 	case 3: // in the middle of a payload, of a request that is valid or not
 		flags := uint16(how/4%2) * cmdFlagReqOne
-		b, want = b+reqBytes(flags, cmdWrite, 0, 0, 100<<(how/8%12))+string(x.code.text(99)), io.ErrUnexpectedEOF
+		b, want = b+reqBytes(flags, cmdWrite, 0, 0, 100<<(how/8%12))+x.code.text(99), io.ErrUnexpectedEOF
 	}
 	x.exchange(b)
 	_ = x.Conn.(*net.UnixConn).CloseWrite()

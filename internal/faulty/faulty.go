@@ -1,6 +1,7 @@
 package faulty
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -62,8 +63,7 @@ func Run(judge Judge, fn func()) error {
 		return <-done
 	}
 	err = supervise(fd, int(end.Fd()), judge)
-	<-done
-	return err
+	return errors.Join(err, <-done)
 }
 
 // Start starts a command whose calls are faulty; it must have no ExtraFiles. The caller calls wait instead of cmd.Wait.

@@ -104,13 +104,17 @@ func cutOperations() []cutOperation {
 		}, func(o *Owner) error {
 			return errors.Join(o.Remove(ctx, cow.Ref{Volume: "v", Snapshot: "s"}, false), o.Remove(ctx, cow.Ref{Volume: "u", Snapshot: "s"}, false))
 		}},
-		{"clone", func(ctx context.Context, c *Client) error { return c.Clone(ctx, base, "c") },
-			func(o *Owner) error { return o.Remove(ctx, cow.Ref{Volume: "c"}, false) }},
+		{
+			"clone", func(ctx context.Context, c *Client) error { return c.Clone(ctx, base, "c") },
+			func(o *Owner) error { return o.Remove(ctx, cow.Ref{Volume: "c"}, false) },
+		},
 		{"rename", func(ctx context.Context, c *Client) error {
 			return c.Rename(ctx, cow.Ref{Volume: "u"}, cow.Ref{Volume: "x"})
 		}, func(o *Owner) error { return o.Rename(ctx, cow.Ref{Volume: "x"}, cow.Ref{Volume: "u"}) }},
-		{"resize", func(ctx context.Context, c *Client) error { return c.Resize(ctx, "v", 128<<20, false) },
-			func(o *Owner) error { return o.Resize(ctx, "v", 64<<20, true) }},
+		{
+			"resize", func(ctx context.Context, c *Client) error { return c.Resize(ctx, "v", 128<<20, false) },
+			func(o *Owner) error { return o.Resize(ctx, "v", 64<<20, true) },
+		},
 		{"import", func(ctx context.Context, c *Client) error {
 			v, err := c.Import(ctx, "i", cow.VolumeOptions{}, sparse.FromStream(bytes.NewReader(content)), nil)
 			return right(err, v.Size >= int64(len(content)))

@@ -299,8 +299,10 @@ func (s *session) look(ctx context.Context) string {
 
 // rawOperations are all that can be asked for, but upgrade and serve, which are about processes and sockets, and bench,
 // which takes its time.
-var rawOperations = []string{"status", "info", "volumes", "volume", "space", "volume-space", "create", "snapshot", "clone", "rollback", "rename", "resize", "remove",
-	"attach", "detach", "claim", "recover", "stats", "clean", "cold", "check", "import", "export", "nonsense", "", "../v1/status"}
+var rawOperations = []string{
+	"status", "info", "volumes", "volume", "space", "volume-space", "create", "snapshot", "clone", "rollback", "rename", "resize", "remove",
+	"attach", "detach", "claim", "recover", "stats", "clean", "cold", "check", "import", "export", "nonsense", "", "../v1/status",
+}
 
 // raw sends a request that no client of ours sends. The owner must answer it, in JSON if it refuses it, and must not have
 // done anything then.

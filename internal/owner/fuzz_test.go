@@ -40,8 +40,10 @@ func (c cannedOwner) RoundTrip(r *http.Request) (*http.Response, error) {
 // must end, with an error that says what was asked, or that the owner gave, unless the answer is what it should be.
 func FuzzAnswers(f *testing.F) {
 	refused := `{"error":"the volume is busy","codes":["busy","what is that"]}`
-	for i, body := range []string{`{}`, `null`, `[]`, refused, `{"PID":1}`, `[{"name":"v","Devices":[]}]`, `{"Progress":[1,2]}{"Problem":{}}{"Report":{}}`,
-		`{"Report":{},"Error":` + refused + `}`, `{"Result":{}}{"Done":true}`, `{"Error":` + refused + `}`, `{"error":""}`, `{"codes":["busy"]}`, `{"PID":`, `"text"`, `{"Report":null}`} {
+	for i, body := range []string{
+		`{}`, `null`, `[]`, refused, `{"PID":1}`, `[{"name":"v","Devices":[]}]`, `{"Progress":[1,2]}{"Problem":{}}{"Report":{}}`,
+		`{"Report":{},"Error":` + refused + `}`, `{"Result":{}}{"Done":true}`, `{"Error":` + refused + `}`, `{"error":""}`, `{"codes":["busy"]}`, `{"PID":`, `"text"`, `{"Report":null}`,
+	} {
 		f.Add(byte(i), uint16(200), "10", []byte(body))
 		f.Add(byte(i), uint16(422), "", []byte(body))
 	}
@@ -216,8 +218,10 @@ func FuzzUnfinishedFile(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Cleanup(func() { _ = in.Close() })
-	for _, text := range []string{`[{"name":"v","created":"CREATED"}]`, `[{"name":"v","created":"2026-01-01T00:00:00Z"}]`, `[{"name":"v","created":"CREATED","scratch":true}]`,
-		`[{"name":"w","created":"CREATED"}]`, `null`, `[`, `[{}]`, `[{"name":"v"}]`, `[{"name":"","created":"CREATED"}]`, `{"name":"v"}`} {
+	for _, text := range []string{
+		`[{"name":"v","created":"CREATED"}]`, `[{"name":"v","created":"2026-01-01T00:00:00Z"}]`, `[{"name":"v","created":"CREATED","scratch":true}]`,
+		`[{"name":"w","created":"CREATED"}]`, `null`, `[`, `[{}]`, `[{"name":"v"}]`, `[{"name":"","created":"CREATED"}]`, `{"name":"v"}`,
+	} {
 		f.Add([]byte(text))
 	}
 	f.Fuzz(func(t *testing.T, text []byte) {
@@ -268,8 +272,10 @@ func FuzzSystemTexts(f *testing.F) {
 		if len(meminfo)+len(status)+len(loadavg)+len(cgroup)+len(number) > 3000 {
 			return
 		}
-		for name, text := range map[string]string{"proc/meminfo": meminfo, "proc/self/status": status, "proc/loadavg": loadavg, "proc/self/cgroup": cgroup, "proc/sys/kernel/threads-max": number,
-			"sys/fs/cgroup/a/b/memory.max": number, "sys/fs/cgroup/a/b/memory.current": number, "sys/fs/cgroup/a/b/pids.max": number, "sys/fs/cgroup/a/b/pids.current": "3"} {
+		for name, text := range map[string]string{
+			"proc/meminfo": meminfo, "proc/self/status": status, "proc/loadavg": loadavg, "proc/self/cgroup": cgroup, "proc/sys/kernel/threads-max": number,
+			"sys/fs/cgroup/a/b/memory.max": number, "sys/fs/cgroup/a/b/memory.current": number, "sys/fs/cgroup/a/b/pids.max": number, "sys/fs/cgroup/a/b/pids.current": "3",
+		} {
 			if err := os.WriteFile(filepath.Join(root, name), []byte(text), 0o600); err != nil {
 				t.Fatal(err)
 			}

@@ -40,8 +40,13 @@ func (w *world) choose(r *rand.Rand) func(*rand.Rand) {
 		{more * max(0, 12*(w.volumes-volumes)) / w.volumes, w.importFile},
 		{4*(snapshots/w.snapshots) + less*(1+4*snapshots/w.snapshots), w.removeSnapshot},
 		{4*(volumes/w.volumes) + less, w.removeVolume},
-		{1, w.rollback}, {3, w.grow}, {1, w.shrink}, {2, w.renameVolume}, {2, w.renameSnapshot},
-		{3, w.export}, {6, w.chore},
+		{1, w.rollback},
+		{3, w.grow},
+		{1, w.shrink},
+		{2, w.renameVolume},
+		{2, w.renameSnapshot},
+		{3, w.export},
+		{6, w.chore},
 	}
 	sum := 0
 	for _, c := range choices {

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -52,10 +53,10 @@ func (w *world) measure(pid int) sample {
 			var kb int64
 			switch key, value, _ := strings.Cut(line, ":"); key {
 			case "VmRSS":
-				fmt.Sscan(value, &kb)
+				kb, _ = strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 10, 64) // 0 if there is none
 				s.Memory = kb << 10
 			case "Threads":
-				fmt.Sscan(value, &s.Threads)
+				s.Threads, _ = strconv.ParseInt(strings.TrimSpace(value), 10, 64)
 			}
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -251,13 +252,15 @@ func cpu(pid int) time.Duration {
 	if err != nil {
 		return 0
 	}
-	var user, system int64
 	f := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
 	if len(f) < 13 {
 		return 0
 	}
-	fmt.Sscan(f[11], &user)
-	fmt.Sscan(f[12], &system)
+	user, uerr := strconv.ParseInt(f[11], 10, 64)
+	system, serr := strconv.ParseInt(f[12], 10, 64)
+	if uerr != nil || serr != nil {
+		return 0
+	}
 	return time.Duration(user+system) * 10 * time.Millisecond // USER_HZ is 100
 }
 

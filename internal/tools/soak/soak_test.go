@@ -140,8 +140,13 @@ func TestDoubt(t *testing.T) {
 		disk lines
 		ok   bool
 	}{
-		{snap, lines{0: "d"}, false}, {snap, lines{}, false}, {snap, lines{0: "b"}, true}, {snap, lines{0: "b"}, true},
-		{im, lines{0: "c", 1: "y"}, false}, {im, lines{0: "c", 1: "x"}, true}, {im, lines{0: "c", 1: "x"}, true},
+		{snap, lines{0: "d"}, false},
+		{snap, lines{}, false},
+		{snap, lines{0: "b"}, true},
+		{snap, lines{0: "b"}, true},
+		{im, lines{0: "c", 1: "y"}, false},
+		{im, lines{0: "c", 1: "x"}, true},
+		{im, lines{0: "c", 1: "x"}, true},
 	} {
 		w := &world{}
 		w.brake.cores = 100
