@@ -280,6 +280,16 @@ func TestSettled(t *testing.T) {
 // TestSyncForgets looks for a file's content in the page cache after Sync, which must not leave what a failed sync
 // called clean.
 func TestSyncForgets(t *testing.T) {
+	for range 5 { // a page that a processor has just taken may stay (posix_fadvise(2), DONTNEED)
+		if forgets(t) {
+			return
+		}
+	}
+	t.Error("the content is still in memory")
+}
+
+// forgets reports whether Sync takes a new file's content out of the page cache. On a tmpfs all is in memory.
+func forgets(t *testing.T) bool {
 	f, err := os.Create(filepath.Join(t.TempDir(), "f"))
 	must(t, err)
 	defer f.Close()
@@ -298,11 +308,8 @@ func TestSyncForgets(t *testing.T) {
 		return n > 0
 	}
 	must(t, f.Sync())
-	was := cached()
 	must(t, Sync(f))
 	var st unix.Statfs_t
 	must(t, unix.Fstatfs(int(f.Fd()), &st))
-	if cached() && st.Type != unix.TMPFS_MAGIC { // which is all in memory
-		t.Error("the content is still in memory; before:", was)
-	}
+	return !cached() || st.Type == unix.TMPFS_MAGIC
 }
