@@ -329,7 +329,7 @@ func (d *damage) named(err error) error {
 	return fmt.Errorf("an error that does not say what is damaged: %w", err)
 }
 
-// putBack opens a store with a damaged table as its owner, who is killed once everything is read. With the right table,
+// putBack opens a store with a damaged table, reads everything, and kills that owner. With the right table,
 // everything must be there then.
 func (tr *trial) putBack(x *specimen, d *damage, img image) error {
 	s, err := Open(tr.dir, specimenOptions())

@@ -71,21 +71,7 @@ func drawPackable(t *rapid.T) *Leaf {
 
 func TestPackedRoundTrip(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		l := drawPackable(t)
-		p := AppendPacked(make([]uint64, 0, MaxPacked), l)
-		if len(p) > MaxPacked {
-			t.Fatal(len(p))
-		}
-		var got Leaf
-		got.Entries[0], got.Changed[0] = 1, 1 // nothing of the old content may be left
-		if p.Unpack(&got); got != *l {
-			t.Fatal("unpacks to something else")
-		}
-		for i, e := range l.Entries {
-			if p.Entry(i) != e || p.IsChanged(i) != l.IsChanged(i) {
-				t.Fatalf("block %d: %v %v, want %v %v", i, p.Entry(i), p.IsChanged(i), e, l.IsChanged(i))
-			}
-		}
+		checkPacked(t, drawPackable(t))
 	})
 }
 

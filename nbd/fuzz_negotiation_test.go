@@ -77,7 +77,7 @@ type negotiationModel struct {
 
 var negotiationNames = []string{"disk", "ro", "", "secret", "busy", "nosuch", strings.Repeat("x", maxNameLen), strings.Repeat("x", maxNameLen+1), "di\xffsk"}
 
-// exists returns the properties of an export, or the error for it. opens says whether it is to be opened.
+// exists returns the properties of an export, or the error for it. If opens is true, the client wants to open it.
 func (m *negotiationModel) exists(name string, opens bool) (size uint64, flags uint16, info [2]string, errTyp uint32) {
 	flags = flagHasFlags | flagSendFlush | flagSendFUA | flagMultiConn | flagSendCache
 	writable := uint16(flagSendTrim | flagSendWriteZeroes | flagSendFastZero)

@@ -363,9 +363,9 @@ func (x *transmitter) breaks(how byte) {
 	}
 }
 
-// FuzzTransmission is a program of requests, well-formed and broken, several under way at a time, against a real server
-// and a disk of which a block fails. A model says how each must be answered, what reads and statuses must return, and
-// what the disk must hold after each batch.
+// FuzzTransmission is a program of requests, well-formed and broken, several under way at a time, against a real server.
+// One block of the disk fails. A model knows the right answer to each request, and the content that reads, statuses and,
+// after each batch, the disk must have.
 func FuzzTransmission(f *testing.F) {
 	for mode := range byte(8) {
 		f.Add([]byte{mode, 4, 1, 0, 0, 0, 1, 0, 2, 0, 0, 0, 0, 1, 0, 2, 3, 0, 0, 0, 0, 0, 0, 7, 0, 4, 0, 0, 0, 0, 5, 6, 2, 0, 0, 2, 0, 1, 9})

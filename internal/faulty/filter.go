@@ -47,7 +47,7 @@ var calls = map[uintptr]shape{
 	unix.SYS_FCHMOD:          {name: "chmod"},
 }
 
-// install makes the calling thread's system calls above wait for an answer from whoever has the listener.
+// install makes those system calls of the calling thread wait for an answer, which the holder of the listener gives.
 func install() (listener int, err error) {
 	prog := []unix.SockFilter{
 		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: 4}, // seccomp_data.arch

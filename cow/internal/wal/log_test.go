@@ -166,8 +166,8 @@ func TestReader(t *testing.T) {
 	}
 }
 
-// What lies behind the end of the log is counted to its end, also if the log ends at a record of which only the payload is
-// damaged.
+// The bytes behind the end of the log are all counted. That holds, too, if the log ends at a record with a whole header
+// and a damaged payload.
 func TestTailBehindDamagedRecord(t *testing.T) {
 	l, mu := newLog(t, crashfs.New())
 	var c *Chunk

@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// throttle keeps the processor time of the soak, its server and its commands below a share. Whoever is about to cause
-// work waits here while too much was used.
+// throttle keeps the processor time of the soak, its server and its commands below a share. While they
+// have used too much, goroutines that are about to cause work wait here.
 type throttle struct {
 	cores float64
 
