@@ -15,31 +15,21 @@ import (
 
 	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/fuzzcode"
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
 )
 
-// fuzzCode is the input of a target that runs a program. It reads as zeros behind its end.
-type fuzzCode struct{ b []byte }
-
-func (c *fuzzCode) byte() byte {
-	if len(c.b) == 0 {
-		return 0
-	}
-	b := c.b[0]
-	c.b = c.b[1:]
-	return b
-}
-
-func (c *fuzzCode) u16() int { return int(c.byte())<<8 | int(c.byte()) }
+// fuzzCode makes damage and records as a program says.
+type fuzzCode struct{ fuzzcode.Code }
 
 // spoil edits a file as the program says, four bytes an edit. certain says that a store whose log ends before the damage
 // has to say so: there was one flipped bit, and nothing else.
 func (c *fuzzCode) spoil(b []byte) (out []byte, certain bool) {
-	n := 1 + int(c.byte())%3
+	n := 1 + int(c.Byte())%3
 	certain = n == 1
 	for range n {
-		how, at := c.byte(), (c.u16()<<3|int(c.byte()&7))%len(b)
-		size := min(len(b)-at, 1+c.u16()%8192)
+		how, at := c.Byte(), (c.U16()<<3|int(c.Byte()&7))%len(b)
+		size := min(len(b)-at, 1+c.U16()%8192)
 		switch how % 8 {
 		default:
 			b[at] ^= 1 << (how >> 3 & 7)
@@ -88,22 +78,22 @@ func logEndOf(f *testing.F, fs *crashfs.FS) (name string, h format.ChunkHeader, 
 
 // event makes an event of arbitrary rows with small numbers, or arbitrary text.
 func (c *fuzzCode) event() []byte {
-	if c.byte()%8 == 7 {
-		n := min(1+int(c.byte()), len(c.b))
-		text := bytes.Clone(c.b[:n])
-		c.b = c.b[n:]
+	if c.Byte()%8 == 7 {
+		n := min(1+int(c.Byte()), len(c.B))
+		text := bytes.Clone(c.B[:n])
+		c.B = c.B[n:]
 		return append(text, ' ')
 	}
 	e := format.Event{Op: "fuzz"}
-	small := func() uint32 { return uint32(c.byte()) % 48 }
-	for range 1 + c.byte()%4 {
-		switch c.byte() % 5 {
+	small := func() uint32 { return uint32(c.Byte()) % 48 }
+	for range 1 + c.Byte()%4 {
+		switch c.Byte() % 5 {
 		case 0, 1:
 			e.Branches = append(e.Branches, format.Branch{ID: small(), Epoch: small(), OriginBranch: small(), OriginEpoch: small()})
 		case 2:
-			e.Volumes = append(e.Volumes, format.Volume{ID: small(), Name: string(rune('a' + small()%26)), Size: 4096 * (1 + int64(c.u16())), Codec: format.S2, LogicalBlock: 512, Branch: small()})
+			e.Volumes = append(e.Volumes, format.Volume{ID: small(), Name: string(rune('a' + small()%26)), Size: 4096 * (1 + int64(c.U16())), Codec: format.S2, LogicalBlock: 512, Branch: small()})
 		case 3:
-			e.Snapshots = append(e.Snapshots, format.Snapshot{ID: small(), Volume: small(), Name: string(rune('a' + small()%26)), Branch: small(), Epoch: small(), Size: 4096 * (1 + int64(c.u16()))})
+			e.Snapshots = append(e.Snapshots, format.Snapshot{ID: small(), Volume: small(), Name: string(rune('a' + small()%26)), Branch: small(), Epoch: small(), Size: 4096 * (1 + int64(c.U16()))})
 		case 4:
 			e.DropVolumes = append(e.DropVolumes, small())
 		}
@@ -117,31 +107,31 @@ func (c *fuzzCode) event() []byte {
 
 // records makes records that verify, of arbitrary content, as they would follow in the log.
 func (c *fuzzCode) records(chunkSeq uint64, off uint32, seq uint64) (b []byte) {
-	for n := 0; len(c.b) > 0 && n < 12 && len(b) < 64<<10; n++ {
-		h := format.RecordHeader{Seq: seq, Blocks: 1, Branch: uint32(c.byte()) % 48}
+	for n := 0; len(c.B) > 0 && n < 12 && len(b) < 64<<10; n++ {
+		h := format.RecordHeader{Seq: seq, Blocks: 1, Branch: uint32(c.Byte()) % 48}
 		var payload []byte
-		unit := uint64(c.u16()) % 512 * format.UnitBlocks
-		switch c.byte() % 5 {
+		unit := uint64(c.U16()) % 512 * format.UnitBlocks
+		switch c.Byte() % 5 {
 		case 0, 1:
 			h.Kind, h.Branch, payload = format.KindEvent, 0, c.event()
 		case 2:
 			h.Kind, h.Block, payload = format.KindHole, unit, make([]byte, format.HoleSize)
-			format.EncodeHole(payload, uint64(c.u16()))
+			format.EncodeHole(payload, uint64(c.U16()))
 		case 3:
-			h.Kind, h.Codec, h.Block, h.Blocks = format.KindData, format.S2, unit, 1+int(c.byte())%format.UnitBlocks
-			payload = bytes.Repeat([]byte{c.byte()}, 1+int(c.byte()))
+			h.Kind, h.Codec, h.Block, h.Blocks = format.KindData, format.S2, unit, 1+int(c.Byte())%format.UnitBlocks
+			payload = bytes.Repeat([]byte{c.Byte()}, 1+int(c.Byte()))
 		case 4:
-			h.Kind, h.Codec, h.Block, h.Blocks = format.KindMoved, format.S2, unit, 1+int(c.byte())%format.UnitBlocks
-			payload = make([]byte, format.MovedSize+1+int(c.byte()))
-			from := format.MakeEntry(uint32(c.byte())%8, uint32(c.u16())*format.RecordAlign, int(c.byte())*h.Blocks*format.RecordAlign, h.Blocks, 0)
-			format.Moved{From: from, Mask: uint16(c.u16()) & (1<<h.Blocks - 1)}.Encode(payload)
+			h.Kind, h.Codec, h.Block, h.Blocks = format.KindMoved, format.S2, unit, 1+int(c.Byte())%format.UnitBlocks
+			payload = make([]byte, format.MovedSize+1+int(c.Byte()))
+			from := format.MakeEntry(uint32(c.Byte())%8, uint32(c.U16())*format.RecordAlign, int(c.Byte())*h.Blocks*format.RecordAlign, h.Blocks, 0)
+			format.Moved{From: from, Mask: uint16(c.U16()) & (1<<h.Blocks - 1)}.Encode(payload)
 		}
 		h.PayloadLen, h.PayloadCRC = len(payload), format.Checksum(payload)
 		rec := make([]byte, h.Size())
 		h.Encode(rec, chunkSeq, off)
 		copy(rec[format.RecordHeaderSize:], payload)
 		b, off = append(b, rec...), off+uint32(len(rec))
-		if seq++; n%5 == 4 && c.byte()%4 == 0 { // a gap in the numbers
+		if seq++; n%5 == 4 && c.Byte()%4 == 0 { // a gap in the numbers
 			seq++
 		}
 	}
@@ -215,16 +205,16 @@ func FuzzRecovery(f *testing.F) {
 		if len(program) > 400 {
 			return
 		}
-		c := &fuzzCode{program}
+		c := &fuzzCode{fuzzcode.Code{B: program}}
 		fs := s.fs.Clone()
-		if c.byte()%2 == 1 {
+		if c.Byte()%2 == 1 {
 			content := contentOf(t, fs, last)
 			b := append(bytes.Clone(content[:end]), c.records(head.Seq, end, next)...)
 			replace(t, fs, last, append(b, content[min(len(b), len(content)):]...))
 			s.lives(t, fs)
 			return
 		}
-		name := names[int(c.byte())%len(names)]
+		name := names[int(c.Byte())%len(names)]
 		content := contentOf(t, fs, name)
 		used := len(bytes.TrimRight(content, "\x00"))
 		bad, certain := c.spoil(bytes.Clone(content)[:used])

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vdisk/vdisk/internal/fuzzcode"
 	"golang.org/x/sys/unix"
 )
 
@@ -39,27 +40,6 @@ func pairClient(tb testing.TB, exports Exports, opts Options) *client {
 	go func() { c.served <- New(exports, opts).ServeConn(context.Background(), server) }()
 	_ = nc.SetDeadline(time.Now().Add(20 * time.Second)) // a test that hangs says where
 	return c
-}
-
-// code is the input of a fuzz target that runs a program. It reads as zeros behind its end.
-type code struct{ b []byte }
-
-func (c *code) byte() byte {
-	if len(c.b) == 0 {
-		return 0
-	}
-	b := c.b[0]
-	c.b = c.b[1:]
-	return b
-}
-
-func (c *code) u16() int { return int(c.byte())<<8 | int(c.byte()) }
-
-func (c *code) text(n int) string {
-	n = min(n, len(c.b))
-	s := string(c.b[:n])
-	c.b = c.b[n:]
-	return s
 }
 
 // wantReply is a reply that a model expects. An error's text is free.
@@ -151,22 +131,22 @@ func (m *negotiationModel) meta(set bool, name string, queries []string, malform
 // negotiator runs a program of options against a server and the model.
 type negotiator struct {
 	*client
-	code  code
+	code  fuzzcode.Code
 	model negotiationModel
 }
 
 // name chooses a name, mostly one that means something.
 func (n *negotiator) name() string {
-	if i := int(n.code.byte()); i < 4*len(negotiationNames) {
+	if i := int(n.code.Byte()); i < 4*len(negotiationNames) {
 		return negotiationNames[i%len(negotiationNames)]
 	}
-	return n.code.text(int(n.code.byte()) % 20)
+	return n.code.Text(int(n.code.Byte()) % 20)
 }
 
 // spoilt damages the data of an option that has a structure, and reports whether it did. What it makes is malformed,
 // whatever the data was: a byte is missing or too many.
 func (n *negotiator) spoilt(data string) (string, bool) {
-	switch how := n.code.byte(); {
+	switch how := n.code.Byte(); {
 	case how%8 == 1 && len(data) > 0:
 		return data[:len(data)-1-int(how)%len(data)], true
 	case how%8 == 2:
@@ -177,7 +157,7 @@ func (n *negotiator) spoilt(data string) (string, bool) {
 
 // step sends one option and checks the answer. It returns false if that was the last.
 func (n *negotiator) step() bool {
-	switch n.code.byte() % 12 {
+	switch n.code.Byte() % 12 {
 	default:
 		n.put(u64(magicOption), u32(optStructuredReply), n.sized(""))
 		n.model.structured = true
@@ -187,7 +167,7 @@ func (n *negotiator) step() bool {
 	case 3, 4:
 		n.metaContext()
 	case 5:
-		junk := n.code.text(int(n.code.byte()) % 3)
+		junk := n.code.Text(int(n.code.Byte()) % 3)
 		n.put(u64(magicOption), u32(optList), n.sized(junk))
 		if junk != "" {
 			n.expect(optList, wantReply{repErrInvalid, ""})
@@ -196,31 +176,31 @@ func (n *negotiator) step() bool {
 		// The order of the names is the exports'.
 		n.expect(optList, wantReply{repServer, str("disk")}, wantReply{repServer, str("ro")}, wantReply{repAck, ""})
 	case 6:
-		n.option(optAbort, n.code.text(int(n.code.byte())%5))
+		n.option(optAbort, n.code.Text(int(n.code.Byte())%5))
 		n.expect(optAbort, wantReply{repAck, ""})
 		n.ends(nil)
 		return false
 	case 7:
 		return n.exportName()
 	case 8:
-		id := uint32(n.code.u16())
+		id := uint32(n.code.U16())
 		if id == 0 || id > optSetMeta || id == 4 || id == 5 {
-			n.option(id, n.code.text(int(n.code.byte())))
+			n.option(id, n.code.Text(int(n.code.Byte())))
 			n.expect(id, wantReply{repErrUnsup, ""})
 		}
 	case 9:
-		n.put(u64(magicOption^1<<(n.code.byte()%64)), u32(optList), u32(0))
+		n.put(u64(magicOption^1<<(n.code.Byte()%64)), u32(optList), u32(0))
 		n.ends(ErrProtocol)
 		return false
 	case 10:
-		id := uint32(n.code.byte())
-		n.put(u64(magicOption), u32(id), u32(maxOptionLen+1+uint32(n.code.u16())))
+		id := uint32(n.code.Byte())
+		n.put(u64(magicOption), u32(id), u32(maxOptionLen+1+uint32(n.code.U16())))
 		n.expect(id, wantReply{repErrTooBig, ""})
 		n.ends(ErrProtocol)
 		return false
 	case 11: // the client goes away within an option
-		part := u64(magicOption) + u32(optGo) + u32(100) + n.code.text(int(n.code.byte())%99)
-		n.put(part[:min(len(part), 1+int(n.code.byte()))])
+		part := u64(magicOption) + u32(optGo) + u32(100) + n.code.Text(int(n.code.Byte())%99)
+		n.put(part[:min(len(part), 1+int(n.code.Byte()))])
 		_ = n.Conn.(*net.UnixConn).CloseWrite()
 		n.ends(io.ErrUnexpectedEOF)
 		return false
@@ -231,12 +211,12 @@ func (n *negotiator) step() bool {
 func (n *negotiator) sized(data string) string { return u32(uint32(len(data))) + data }
 
 func (n *negotiator) infoOrGo() bool {
-	id := uint32(optInfo + n.code.byte()%2)
+	id := uint32(optInfo + n.code.Byte()%2)
 	name := n.name()
-	kinds := make([]uint16, n.code.byte()%8)
+	kinds := make([]uint16, n.code.Byte()%8)
 	data := str(name) + u16(uint16(len(kinds)))
 	for i := range kinds {
-		kinds[i] = uint16(n.code.byte() % 6)
+		kinds[i] = uint16(n.code.Byte() % 6)
 		data += u16(kinds[i])
 	}
 	data, malformed := n.spoilt(data)
@@ -251,12 +231,12 @@ func (n *negotiator) infoOrGo() bool {
 }
 
 func (n *negotiator) metaContext() {
-	id := uint32(optListMeta + n.code.byte()%2)
+	id := uint32(optListMeta + n.code.Byte()%2)
 	name := n.name()
-	queries := make([]string, n.code.byte()%4)
+	queries := make([]string, n.code.Byte()%4)
 	data := str(name) + u32(uint32(len(queries)))
 	for i := range queries {
-		switch n.code.byte() % 4 {
+		switch n.code.Byte() % 4 {
 		case 0:
 			queries[i] = contextAllocation
 		case 1:
@@ -264,7 +244,7 @@ func (n *negotiator) metaContext() {
 		case 2:
 			queries[i] = "qemu:dirty-bitmap:"
 		case 3:
-			queries[i] = n.code.text(int(n.code.byte()) % 30)
+			queries[i] = n.code.Text(int(n.code.Byte()) % 30)
 		}
 		data += str(queries[i])
 	}
@@ -358,9 +338,9 @@ func FuzzNegotiation(f *testing.F) {
 		}
 		disk, ro := newRAM(1<<18+512), newRAM(1<<16)
 		exports := listedExports{exportMap{"disk": {Device: disk, Name: "disk"}, "ro": {Device: ro, Name: "ro", ReadOnly: true, Description: "for reading"}}}
-		n := &negotiator{client: pairClient(t, exports, Options{Workers: 2}), code: code{program}}
+		n := &negotiator{client: pairClient(t, exports, Options{Workers: 2}), code: fuzzcode.Code{B: program}}
 		defer n.Close()
-		flags := uint32(n.code.byte())
+		flags := uint32(n.code.Byte())
 		n.greet(flags)
 		if flags > 3 {
 			n.ends(ErrProtocol)
@@ -368,7 +348,7 @@ func FuzzNegotiation(f *testing.F) {
 		}
 		n.model.noZeroes = flags&flagNoZeroes != 0
 		goesOn := true
-		for goesOn && len(n.code.b) > 0 {
+		for goesOn && len(n.code.B) > 0 {
 			goesOn = n.step()
 		}
 		if goesOn {

@@ -7,6 +7,8 @@ import (
 	"net"
 	"syscall"
 	"testing"
+
+	"github.com/vdisk/vdisk/internal/fuzzcode"
 )
 
 // What a program of FuzzTransmission works on: a disk whose end is no multiple of anything, and a block that fails.
@@ -51,7 +53,7 @@ type sent struct {
 // transmitter runs a program of requests against a server and a model of the disk.
 type transmitter struct {
 	*client
-	code       code
+	code       fuzzcode.Code
 	device     *ramDevice
 	disk       []byte // the model's content
 	present    []bool // the model's blocks that are no holes
@@ -103,7 +105,7 @@ func (x *transmitter) skipsBad(r request) bool {
 // draw makes a request of the program.
 func (x *transmitter) draw() *sent {
 	c := &x.code
-	r := request{typ: uint16(c.byte()), cookie: x.next}
+	r := request{typ: uint16(c.Byte()), cookie: x.next}
 	x.next++
 	if r.typ < 250 {
 		r.typ %= 8
@@ -111,7 +113,7 @@ func (x *transmitter) draw() *sent {
 	if r.typ == cmdDisc {
 		r.typ = cmdRead
 	}
-	if f := c.byte(); f < 200 {
+	if f := c.Byte(); f < 200 {
 		r.flags = uint16(f) % 32
 		if f < 100 { // mostly those that are allowed
 			r.flags &= map[uint16]uint16{cmdWriteZeroes: cmdFlagFUA | cmdFlagNoHole, cmdBlockStatus: cmdFlagReqOne, cmdRead: cmdFlagDF, cmdWrite: cmdFlagFUA, cmdTrim: cmdFlagFUA}[r.typ]
@@ -119,7 +121,7 @@ func (x *transmitter) draw() *sent {
 	} else {
 		r.flags = uint16(f) << 8
 	}
-	where, off, n := c.byte(), c.u16(), c.u16()
+	where, off, n := c.Byte(), c.U16(), c.U16()
 	r.off, r.length = uint64(off*512%fuzzSize), uint32(n)
 	switch where % 8 {
 	case 0:
@@ -351,7 +353,7 @@ func (x *transmitter) breaks(how byte) {
 		b, want = b+reqBytes(0, cmdRead, 0, 0, 512)[:1+how/4%(requestLen-1)], io.ErrUnexpectedEOF
 	case 3: // in the middle of a payload, of a request that is valid or not
 		flags := uint16(how/4%2) * cmdFlagReqOne
-		b, want = b+reqBytes(flags, cmdWrite, 0, 0, 100<<(how/8%12))+x.code.text(99), io.ErrUnexpectedEOF
+		b, want = b+reqBytes(flags, cmdWrite, 0, 0, 100<<(how/8%12))+x.code.Text(99), io.ErrUnexpectedEOF
 	}
 	x.exchange(b)
 	_ = x.Conn.(*net.UnixConn).CloseWrite()
@@ -380,18 +382,18 @@ func FuzzTransmission(f *testing.F) {
 		if len(program) > 400 {
 			return
 		}
-		x := &transmitter{code: code{program}, device: fuzzRAM(), disk: make([]byte, fuzzSize), present: make([]bool, (fuzzSize+ramBlock-1)/ramBlock), open: map[uint64]*sent{}, touched: map[int64]int{}}
-		mode := x.code.byte()
+		x := &transmitter{code: fuzzcode.Code{B: program}, device: fuzzRAM(), disk: make([]byte, fuzzSize), present: make([]bool, (fuzzSize+ramBlock-1)/ramBlock), open: map[uint64]*sent{}, touched: map[int64]int{}}
+		mode := x.code.Byte()
 		x.readOnly = mode&1 != 0
 		x.client = pairClient(t, exportMap{"disk": {Device: x.device, ReadOnly: x.readOnly}}, Options{Workers: 2 + int(mode>>3)%3, MaxInFlight: 1 << (12 + mode>>5)})
 		defer x.Close()
 		x.client.open("disk", mode&2 != 0)
 		x.allocation = x.structured
 		end := byte(0)
-		for len(x.code.b) > 0 {
-			n := x.code.byte()
+		for len(x.code.B) > 0 {
+			n := x.code.Byte()
 			if n >= 250 {
-				end = x.code.byte()
+				end = x.code.Byte()
 				break
 			}
 			x.batch(1 + int(n)%fuzzBatch)

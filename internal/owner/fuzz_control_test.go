@@ -16,45 +16,27 @@ import (
 
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/fuzzcode"
 	"github.com/vdisk/vdisk/internal/owner/sparse"
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
 )
-
-// fuzzCode is the input of a target that runs a program. It reads as zeros behind its end.
-type fuzzCode struct{ b []byte }
-
-func (c *fuzzCode) byte() byte {
-	if len(c.b) == 0 {
-		return 0
-	}
-	b := c.b[0]
-	c.b = c.b[1:]
-	return b
-}
-
-func (c *fuzzCode) text(n int) string {
-	n = min(n, len(c.b))
-	s := string(c.b[:n])
-	c.b = c.b[n:]
-	return s
-}
 
 // session is one run of FuzzRequests: a client of an owner, and the names that the store must have.
 type session struct {
 	t     *testing.T
 	owner *Owner
 	store *Client
-	code  fuzzCode
+	code  fuzzcode.Code
 	names map[string][]string // by volume: its snapshots, sorted
 }
 
 var sessionNames = []string{"a", "b", "c", "d", "", "no name", strings.Repeat("x", 64), "a@s", "\xff"}
 
 func (s *session) name() string {
-	if i := s.code.byte(); i < 240 {
+	if i := s.code.Byte(); i < 240 {
 		return sessionNames[i%16%byte(len(sessionNames))]
 	}
-	return s.code.text(int(s.code.byte()) % 70)
+	return s.code.Text(int(s.code.Byte()) % 70)
 }
 
 func (s *session) ref() cow.Ref { return cow.Ref{Volume: s.name(), Snapshot: s.name()} }
@@ -153,10 +135,10 @@ var sessionSizes = []int64{4096, 1 << 20, 512, 0, -1, 513, 1 << 50, 1 << 62}
 // step makes one request.
 func (s *session) step() string {
 	ctx := s.t.Context()
-	switch op := s.code.byte() % 16; op {
+	switch op := s.code.Byte() % 16; op {
 	case 0, 1:
-		name, size := s.name(), sessionSizes[int(s.code.byte())%len(sessionSizes)]
-		v, err := s.store.CreateVolume(ctx, name, cow.VolumeOptions{Size: size, LogicalBlock: 512 * int(s.code.byte()%3)})
+		name, size := s.name(), sessionSizes[int(s.code.Byte())%len(sessionSizes)]
+		v, err := s.store.CreateVolume(ctx, name, cow.VolumeOptions{Size: size, LogicalBlock: 512 * int(s.code.Byte()%3)})
 		s.outcome("create", err, s.fresh(name) && size > 0 && size%512 == 0, func() { s.names[name] = []string{} })
 		if err == nil && (v.Name != name || v.Size != size) {
 			s.t.Fatalf("created %+v", v)
@@ -173,14 +155,14 @@ func (s *session) step() string {
 	case 6:
 		s.rename(ctx)
 	case 7:
-		name, size := s.name(), sessionSizes[int(s.code.byte())%len(sessionSizes)]
-		err := s.store.Resize(ctx, name, size, s.code.byte()%2 == 1)
+		name, size := s.name(), sessionSizes[int(s.code.Byte())%len(sessionSizes)]
+		err := s.store.Resize(ctx, name, size, s.code.Byte()%2 == 1)
 		s.outcome("resize", err, s.has(cow.Ref{Volume: name}) && size > 0 && size%512 == 0, func() {})
 		if v, verr := s.store.Volume(ctx, name); err == nil && (verr != nil || v.Size != size) {
 			s.t.Fatalf("resized to %d: %+v, %v", size, v, verr)
 		}
 	case 8, 9:
-		r, all := s.ref(), s.code.byte()%2 == 1
+		r, all := s.ref(), s.code.Byte()%2 == 1
 		err := s.store.Remove(ctx, r, all)
 		s.outcome("remove", err, s.has(r) && (r.Snapshot != "" || all || len(s.names[r.Volume]) == 0), func() { s.drop(r) })
 	case 10:
@@ -196,7 +178,7 @@ func (s *session) step() string {
 }
 
 func (s *session) snapshot(ctx context.Context) {
-	refs := make([]cow.Ref, 1+s.code.byte()%3)
+	refs := make([]cow.Ref, 1+s.code.Byte()%3)
 	possible, seen := true, map[cow.Ref]bool{}
 	for i := range refs {
 		refs[i] = s.ref()
@@ -212,7 +194,7 @@ func (s *session) snapshot(ctx context.Context) {
 
 func (s *session) rename(ctx context.Context) {
 	from, to := s.ref(), s.ref()
-	if s.code.byte()%2 == 0 {
+	if s.code.Byte()%2 == 0 {
 		to.Volume = from.Volume
 	}
 	err := s.store.Rename(ctx, from, to)
@@ -233,8 +215,8 @@ func (s *session) rename(ctx context.Context) {
 // device attaches and detaches, by the fake driver.
 func (s *session) device(ctx context.Context) string {
 	r := s.ref()
-	if s.code.byte()%2 == 0 {
-		d, err := s.store.Attach(ctx, AttachOptions{Ref: r, ReadOnly: s.code.byte()%2 == 1, Queues: int(s.code.byte()%4) - 1, Depth: int(s.code.byte())})
+	if s.code.Byte()%2 == 0 {
+		d, err := s.store.Attach(ctx, AttachOptions{Ref: r, ReadOnly: s.code.Byte()%2 == 1, Queues: int(s.code.Byte()%4) - 1, Depth: int(s.code.Byte())})
 		s.outcome("attach", err, s.has(r), func() {})
 		if err == nil && d.Ref != r {
 			s.t.Fatalf("attached %v: %+v", r, d)
@@ -243,7 +225,7 @@ func (s *session) device(ctx context.Context) string {
 	}
 	what := r.String()
 	_, serr := s.store.Stats(ctx, what)
-	err := s.store.Detach(ctx, what, s.code.byte()%2 == 1)
+	err := s.store.Detach(ctx, what, s.code.Byte()%2 == 1)
 	if serr == nil && errors.Is(err, cow.ErrNotFound) {
 		s.t.Fatalf("%s has counters and is not attached: %v", what, err)
 	}
@@ -253,7 +235,7 @@ func (s *session) device(ctx context.Context) string {
 // transfer imports a volume, from a stream that may be damaged, and exports one.
 func (s *session) transfer(ctx context.Context) {
 	name := s.name()
-	content := append([]byte(s.code.text(int(s.code.byte()))), make([]byte, 512*int(s.code.byte()%4))...)
+	content := append([]byte(s.code.Text(int(s.code.Byte()))), make([]byte, 512*int(s.code.Byte()%4))...)
 	v, err := s.store.Import(ctx, name, cow.VolumeOptions{}, sparse.FromStream(bytes.NewReader(content)), nil)
 	s.outcome("import", err, s.fresh(name) && len(content) > 0, func() { s.names[name] = []string{} })
 	if err != nil {
@@ -288,7 +270,7 @@ func (s *session) look(ctx context.Context) string {
 	if info.UUID != s.owner.store.Info().UUID {
 		s.t.Fatalf("%+v", info)
 	}
-	if s.code.byte()%4 == 0 {
+	if s.code.Byte()%4 == 0 {
 		report, err := s.store.Check(ctx, cow.CheckOptions{ReadData: true}, func(p cow.Problem) { s.t.Errorf("%+v", p) })
 		if err != nil {
 			s.t.Fatalf("%+v, %v", report, err)
@@ -307,10 +289,10 @@ var rawOperations = []string{
 // raw sends a request that no client of ours sends. The owner must answer it, in JSON if it refuses it, and must not have
 // done anything then.
 func (s *session) raw(ctx context.Context) string {
-	name := rawOperations[int(s.code.byte())%len(rawOperations)]
-	method := []string{http.MethodPost, http.MethodGet, http.MethodPut, "BREW"}[max(0, int(s.code.byte()%16)-12)]
-	how := s.code.byte()
-	text := s.code.text(int(s.code.byte()))
+	name := rawOperations[int(s.code.Byte())%len(rawOperations)]
+	method := []string{http.MethodPost, http.MethodGet, http.MethodPut, "BREW"}[max(0, int(s.code.Byte()%16)-12)]
+	how := s.code.Byte()
+	text := s.code.Text(int(s.code.Byte()))
 	switch how % 8 {
 	case 1:
 		text = `{"Name":"` + s.name() + `","Volume":{"Size":4096},"Unknown":` + text + `}`
@@ -392,9 +374,9 @@ func FuzzRequests(f *testing.F) {
 		if len(program) > 300 {
 			return
 		}
-		s := &session{t: t, owner: owner, store: client, code: fuzzCode{program}}
+		s := &session{t: t, owner: owner, store: client, code: fuzzcode.Code{B: program}}
 		s.begin()
-		for len(s.code.b) > 0 {
+		for len(s.code.B) > 0 {
 			what := s.step()
 			s.same(what)
 		}
