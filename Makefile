@@ -64,16 +64,16 @@ fuzz: ## every fuzz target for FUZZTIME (10m) each, two at once; TARGETS, a regu
 fault-test: ## every fault of the disk and of the peers at every call: the engine, whole commands, the servers; hours
 	VDISK_FAULTS=all $(GO) test -v -count=1 -timeout 12h -run 'Fault' ./cow ./metadata ./internal/storage ./cmd/vdisk ./nbd ./ublk ./internal/owner
 
-damage-test: ## every byte of every structure of a store damaged, its files cut, removed and exchanged; half an hour
+damage-test: ## every byte of every structure of a store damaged, its files cut, removed and exchanged
 	$(GO) test -count=1 -timeout 3h -v -run 'TestDamaged(OwnerFile|Files|Bytes)$$' ./cow -damage.every
 
-linear-test: build ## histories of concurrent clients: of the engine, over NBD and, in a guest, over ublk; an hour
+linear-test: build ## histories of concurrent clients: of the engine, over NBD and, in a guest, over ublk
 	@$(TOOLS)/setup.sh test
 	VDISK_LINEAR=1000 $(GO) test -count=1 -v -timeout 2h -run 'TestLinearizable$$' ./cow
 	VDISK_LINEAR=400 $(GO) test -count=1 -v -timeout 2h -run 'TestLinearizableNBD$$|TestRegisters$$' ./cow ./internal/e2e
 	$(GO) run ./internal/guest/cmd/guest test -kernel newest -timeout 1h -scripts none -env VDISK_LINEAR=24 -run 'TestRegisters$$' ./internal/e2e
 
-mutants: ## break the program on purpose, a line at a time: a test must notice each; 20 minutes
+mutants: ## break the program on purpose, a line at a time: a test must notice each
 	@$(TOOLS)/setup.sh build test
 	@$(GO) run ./internal/tools/mutants testdata/mutants/*.txt
 
