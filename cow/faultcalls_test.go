@@ -24,32 +24,8 @@ import (
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
 )
 
-// callFault is a kind of fault, from the nth system call on a file of the store on.
-type callFault struct {
-	name  string
-	fault faulty.Fault
-	late  bool     // the call waits for a moment
-	ever  bool     // not only the nth call, but all from it on
-	only  []string // calls that it can meet; nil: all
-	fine  bool     // it must do no harm
-}
-
-var callFaults = []callFault{
-	{name: "EIO", fault: faulty.Fault{Err: unix.EIO}},
-	{name: "EIO ever after", fault: faulty.Fault{Err: unix.EIO}, ever: true},
-	{name: "ENOSPC", fault: faulty.Fault{Err: unix.ENOSPC}, only: takeRoom},
-	{name: "ENOSPC ever after", fault: faulty.Fault{Err: unix.ENOSPC}, only: takeRoom, ever: true},
-	{name: "EINTR", fault: faulty.Fault{Err: unix.EINTR}, fine: true},
-	{name: "half, then EIO", fault: faulty.Fault{Err: unix.EIO, Half: true}, only: transfer},
-	{name: "half", fault: faulty.Fault{Half: true}, only: transfer, fine: true},
-	{name: "half ever after", fault: faulty.Fault{Half: true}, only: transfer, ever: true, fine: true},
-	{name: "late", late: true, fine: true},
-}
-
-var (
-	takeRoom = []string{"write", "allocate", "sync", "mkdir", "create", "rename"}
-	transfer = []string{"read", "write"}
-)
+// late is a call that only takes its time.
+var late = faulty.Kind{Name: "late", Fine: true}
 
 // TestFaultAtEveryCall makes the engine's system calls fail, on real files and a real table, in a process that works by
 // a script (TestFaultProgram). Each call in turn meets each kind of fault.
@@ -77,14 +53,14 @@ func TestFaultAtEveryCall(t *testing.T) {
 		if err != nil || len(calls) < 100 {
 			t.Fatalf("without a fault: %v, after %d calls: %s", err, len(calls), out)
 		}
-		for _, f := range callFaults {
+		for _, f := range append(slices.Clone(faulty.Kinds), late) {
 			for n := 1; n <= len(calls); n++ {
-				if f.only == nil || slices.Contains(f.only, calls[n-1].Name) {
+				if f.Meets(calls[n-1].Name) {
 					jobs = append(jobs, func() {
-						dir := filepath.Join(root, fmt.Sprintf("%d-%d-%s", seed, n, f.name))
+						dir := filepath.Join(root, fmt.Sprintf("%d-%d-%s", seed, n, f.Name))
 						hit, err := meetCall(dir, seed, f, n)
 						if err != nil {
-							t.Errorf("script %d, %s at call %d of %d: %v", seed, f.name, n, len(calls), err)
+							t.Errorf("script %d, %s at call %d of %d: %v", seed, f.Name, n, len(calls), err)
 						}
 						if hit {
 							met.Add(1)
@@ -156,23 +132,23 @@ func faultProgram(dir string, seed uint64, judge faulty.Judge) (out string, err 
 }
 
 // meetCall runs the program with a fault, and looks at what it says.
-func meetCall(dir string, seed uint64, f callFault, n int) (hit bool, err error) {
+func meetCall(dir string, seed uint64, f faulty.Kind, n int) (hit bool, err error) {
 	var at faulty.Call
 	seen := 0
 	out, err := faultProgram(dir, seed, func(c faulty.Call) faulty.Fault {
 		seen++
-		if seen < n || at.Name != "" && !f.ever || f.only != nil && !slices.Contains(f.only, c.Name) {
+		if seen < n || at.Name != "" && !f.Ever || !f.Meets(c.Name) {
 			return faulty.Fault{}
 		}
 		if at.Name == "" {
 			at = c
 		}
-		if f.late {
+		if f.Name == late.Name {
 			wait := make(chan struct{})
 			time.AfterFunc(100*time.Millisecond, func() { close(wait) })
 			return faulty.Fault{Wait: wait}
 		}
-		return f.fault
+		return f.Fault
 	})
 	where := fmt.Sprintf("%s %s", at.Name, strings.TrimPrefix(at.Path, dir))
 	_, said, failed := strings.Cut(out, "failed: ")
@@ -185,11 +161,11 @@ func meetCall(dir string, seed uint64, f callFault, n int) (hit bool, err error)
 		return true, fmt.Errorf("%s: it has not done all: %s", where, out)
 	case failed && at.Name == "":
 		return false, fmt.Errorf("without a fault: %s", out)
-	case failed && f.fine && !(table && (at.Name == "sync" || at.Name == "lock")): // bbolt does not try again
+	case failed && f.Fine && !(table && (at.Name == "sync" || at.Name == "lock")): // bbolt does not try again
 		return true, fmt.Errorf("%s: it failed: %s", where, said)
-	case failed && f.fault.Err != 0 && !strings.Contains(said, f.fault.Err.Error()):
+	case failed && f.Fault.Err != 0 && !strings.Contains(said, f.Fault.Err.Error()):
 		return true, fmt.Errorf("%s: it failed with another error: %s", where, said)
-	case strings.Contains(out, ": stopped\n") && !f.ever && !mayStop(at.Name):
+	case strings.Contains(out, ": stopped\n") && !f.Ever && !mayStop(at.Name):
 		return true, fmt.Errorf("%s: the store has stopped: %s", where, said)
 	}
 	return at.Name != "", nil

@@ -29,31 +29,6 @@ import (
 	"github.com/vdisk/vdisk/internal/faulty"
 )
 
-// commandFault is a kind of fault, from a command's nth call on a file on.
-type commandFault struct {
-	name  string
-	fault faulty.Fault
-	ever  bool     // not only the nth call, but all from it on
-	only  []string // calls that it can meet; nil: all
-	fine  bool     // the command must succeed nevertheless
-}
-
-var commandFaults = []commandFault{
-	{name: "EIO", fault: faulty.Fault{Err: unix.EIO}},
-	{name: "EIO ever after", fault: faulty.Fault{Err: unix.EIO}, ever: true},
-	{name: "ENOSPC", fault: faulty.Fault{Err: unix.ENOSPC}, only: takesRoom},
-	{name: "ENOSPC ever after", fault: faulty.Fault{Err: unix.ENOSPC}, only: takesRoom, ever: true},
-	{name: "EINTR", fault: faulty.Fault{Err: unix.EINTR}, fine: true},
-	{name: "half, then EIO", fault: faulty.Fault{Err: unix.EIO, Half: true}, only: transfers},
-	{name: "half", fault: faulty.Fault{Half: true}, only: transfers, fine: true},
-	{name: "half ever after", fault: faulty.Fault{Half: true}, only: transfers, ever: true, fine: true},
-}
-
-var (
-	takesRoom = []string{"write", "allocate", "sync", "mkdir", "create", "rename", "copy"}
-	transfers = []string{"read", "write"}
-)
-
 // commandCase is a command, and the commands that prepare its folder.
 type commandCase struct {
 	before []string
@@ -98,9 +73,9 @@ func TestFaultInCommands(t *testing.T) {
 	cases, sample := sampleFaults()
 	for _, c := range cases {
 		s := h.prepare(t, c)
-		for _, f := range commandFaults {
+		for _, f := range faulty.Kinds {
 			for n := 1; n <= len(s.calls)+2; n++ {
-				if n > len(s.calls) || f.only == nil || slices.Contains(f.only, s.calls[n-1].Name) {
+				if n > len(s.calls) || f.Meets(s.calls[n-1].Name) {
 					jobs = append(jobs, func() { h.meet(t, s, f, n) })
 				}
 			}
@@ -360,7 +335,7 @@ func state(dir string) (text string, err error) {
 }
 
 // meet runs a command that meets a fault at its nth call.
-func (h *commandHarness) meet(t *testing.T, s *prepared, f commandFault, n int) {
+func (h *commandHarness) meet(t *testing.T, s *prepared, f faulty.Kind, n int) {
 	dir := h.copy(s.dir)
 	defer os.RemoveAll(dir)
 	var at faulty.Call
@@ -370,27 +345,27 @@ func (h *commandHarness) meet(t *testing.T, s *prepared, f commandFault, n int) 
 			return faulty.Fault{}
 		}
 		seen++
-		if seen < n || at.Name != "" && !f.ever || f.only != nil && !slices.Contains(f.only, c.Name) {
+		if seen < n || at.Name != "" && !f.Ever || !f.Meets(c.Name) {
 			return faulty.Fault{}
 		}
 		if at.Name == "" {
 			at = c
 		}
-		return f.fault
+		return f.Fault
 	})
 	if at.Name != "" {
 		h.met.Add(1)
 	}
 	if err := h.judge(s, f, dir, text, at, err); err != nil {
 		t.Errorf("%s (crashed: %t, old: %t), %s at call %d of %d, %v: %v\nits output: %s",
-			s.args, s.crash, s.old, f.name, n, len(s.calls), strings.Replace(at.String(), dir, "", 1), err, text)
+			s.args, s.crash, s.old, f.Name, n, len(s.calls), strings.Replace(at.String(), dir, "", 1), err, text)
 	}
 }
 
 // judge looks at how a command ended, and at what it left.
-func (h *commandHarness) judge(s *prepared, f commandFault, dir, text string, at faulty.Call, err error) error {
+func (h *commandHarness) judge(s *prepared, f faulty.Kind, dir, text string, at faulty.Call, err error) error {
 	met := at.Name != ""
-	chunk := strings.HasPrefix(at.Path, filepath.Join(dir, "store", "chunks")) || f.ever
+	chunk := strings.HasPrefix(at.Path, filepath.Join(dir, "store", "chunks")) || f.Ever
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {
 		return err
@@ -401,14 +376,14 @@ func (h *commandHarness) judge(s *prepared, f commandFault, dir, text string, at
 		return fmt.Errorf("it died: %w", err)
 	case !met:
 		return fmt.Errorf("it failed: %w", err)
-	case f.fine:
+	case f.Fine:
 		// bbolt takes an interrupted sync for a failed one, which is final, and an interrupted unlocking too.
 		if table := at.Path == filepath.Join(dir, "store", "meta.db"); !table || at.Name != "sync" && at.Name != "lock" {
 			return fmt.Errorf("it failed: %w", err)
 		}
-	case !strings.Contains(text, f.fault.Err.Error()):
+	case !strings.Contains(text, f.Fault.Err.Error()):
 		return fmt.Errorf("it failed with another error: %w", err)
-	case f.fault.Err == unix.ENOSPC && exit.ExitCode() != exitNoSpace, f.fault.Err == unix.EIO && exit.ExitCode() != exitFailed && (exit.ExitCode() != exitCorrupt || !chunk): // an unreadable file of the log is damage to it
+	case f.Fault.Err == unix.ENOSPC && exit.ExitCode() != exitNoSpace, f.Fault.Err == unix.EIO && exit.ExitCode() != exitFailed && (exit.ExitCode() != exitCorrupt || !chunk): // an unreadable file of the log is damage to it
 		return fmt.Errorf("a wrong code: %w", err)
 	}
 	now, serr := state(dir)
