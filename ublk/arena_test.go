@@ -28,6 +28,7 @@ func (a *arena) mappedBytes() int {
 // TestIdleQueuesHaveNoMemory: a queue that sleeps without work has given its buffers back. Memory that is not needed
 // for a while is unmapped, except the reserve, which goes with the last device.
 func TestIdleQueuesHaveNoMemory(t *testing.T) {
+	onHost(t)
 	a := newArena(1 << 30)
 	held := make(chan *Request, 64)
 	q := startFakeOn(t, a, CopyUser, 64, handlerFunc(func(r *Request) error { held <- r; return ErrAsync }), nil)

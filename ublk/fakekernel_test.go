@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"os"
 	"sync"
 	"testing"
 	"time"
@@ -614,8 +615,17 @@ func (f *fakeQueue) do(t testing.TB, d ioDesc) int32 {
 	return r.res
 }
 
+// onHost skips a test in the guest with -short: it needs no driver, and has been run outside.
+func onHost(t testing.TB) {
+	t.Helper()
+	if os.Getenv("VDISK_GUEST") == "1" && testing.Short() {
+		t.Skip("needs no driver")
+	}
+}
+
 // inEachMode runs a test on the transport of every copy mode.
 func inEachMode(t *testing.T, f func(t *testing.T, mode CopyMode)) {
+	onHost(t)
 	for mode, name := range map[CopyMode]string{CopyPlain: "plain", CopyUser: "user", CopyBatch: "batch"} {
 		t.Run(name, func(t *testing.T) { f(t, mode) })
 	}

@@ -210,6 +210,7 @@ func ringScript() (script [][3]byte) {
 // answered once and rightly, or with the error, or is left to the driver when the queue ends with that error.
 // VDISK_FAULTS=all runs every n with every kind of fault.
 func TestFaultAtEveryRingCall(t *testing.T) {
+	onHost(t)
 	seed := int(time.Now().UnixNano() >> 10 & 0xffff)
 	t.Logf("seed %d", seed)
 	a, kept := newArena(1<<30), 0

@@ -227,6 +227,7 @@ func controlScript(ctx context.Context, c *control, did func(step string, err er
 // until it is cancelled, for every n of a device's life. The caller gets that error and no other one does, other commands
 // go on, and nothing is left.
 func TestFaultAtEveryControlCommand(t *testing.T) {
+	onHost(t)
 	goroutines, maps, count := runtime.NumGoroutine(), mappings(t), 0
 	for _, fault := range controlFaults() {
 		for nth := 1; runControl(t, fault, nth); nth++ {

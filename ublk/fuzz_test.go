@@ -160,6 +160,7 @@ func (p *program) next() byte {
 // depth, then requests, the handler's behaviours, and the actions of driver and kernel. Every request must be answered
 // exactly once, with the right result and the right bytes; no tag is lost; the loop ends.
 func FuzzLoop(f *testing.F) {
+	onHost(f)
 	for mode := range byte(3) {
 		for _, depth := range []byte{0, 3, 39} {
 			var everything []byte

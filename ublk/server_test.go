@@ -457,3 +457,14 @@ func copyModes(t testing.TB) []copyMode {
 	}
 	return all
 }
+
+// someModes lists the copy modes in which a test runs: all, or with -short one that is chosen at random.
+func someModes(t testing.TB) []copyMode {
+	t.Helper()
+	all := copyModes(t)
+	if !testing.Short() {
+		return all
+	}
+	i := rand.IntN(len(all))
+	return all[i : i+1]
+}

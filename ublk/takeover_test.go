@@ -75,7 +75,7 @@ func TestDeathWhileFetching(t *testing.T) {
 // and of recovery, and lets another one take over. Users of the disk see what Recovery promises.
 func TestKillRecover(t *testing.T) {
 	needDriver(t)
-	for _, mode := range copyModes(t) {
+	for _, mode := range someModes(t) {
 		for name, recovery := range recoveries(t) {
 			t.Run(mode.name+" "+name, func(t *testing.T) {
 				killRecover(t, mode.mode, recovery)
@@ -179,7 +179,7 @@ func TestKillIdle(t *testing.T) {
 // no error.
 func TestQuiesceUnderLoad(t *testing.T) {
 	needDriver(t)
-	for _, mode := range copyModes(t) {
+	for _, mode := range someModes(t) {
 		t.Run(mode.name, func(t *testing.T) {
 			c := serverConfig{
 				ID: new(killID), Memory: memoryFile(t), Size: 16 << 20, Queues: 2, Depth: 16, Copy: mode.mode,
@@ -213,7 +213,7 @@ func TestQuiesceUnderLoad(t *testing.T) {
 // TestKillVerify kills servers under fio at random moments. fio sees neither an error nor a wrong block.
 func TestKillVerify(t *testing.T) {
 	needDriver(t)
-	for _, mode := range copyModes(t) {
+	for _, mode := range someModes(t) {
 		t.Run(mode.name, func(t *testing.T) {
 			c := serverConfig{
 				ID: new(killID), Memory: memoryFile(t), Size: 16 << 20, Queues: 2, Depth: 32, Copy: mode.mode,
