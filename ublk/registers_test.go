@@ -369,8 +369,10 @@ func TestRegistersCatchOnDevice(t *testing.T) {
 	for name, f := range faults {
 		t.Run(name, func(t *testing.T) {
 			disk := &faulty{}
-			// The kernel may read the partition table at any time, and the mistake must be made in a read of the test.
+			// The kernel may read the partition table at any time, and udev reads a new disk. The mistake must be made in a
+			// read of the test.
 			d := create(t, ublk.Options{Size: registerBlocks * 4096, Queues: 2, Discard: true, NoPartitionScan: true}, disk)
+			run(t, "udevadm", "settle", "--timeout=60")
 			r := deviceRegisters{openDirect(t, d, unix.O_RDWR)}
 			history := workload(t, r, 4, registerBlocks, 60)
 			judge(t, f, mistake(t, r, disk, f, history))
