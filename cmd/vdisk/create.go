@@ -19,9 +19,9 @@ func (a *app) createCommand() *cli.Command {
 		Category:  groupVolumes,
 		Usage:     "create a volume, and the store if there is none",
 		UsageText: "vdisk create VOL --size SIZE [--from FILE|-] [--compress none|s2|zstd[:N]] [--logical-block 512|4096]",
-		Flags: append(volumeFlags(), formatFlag(),
+		Flags: append(append(volumeFlags(), formatFlags()...),
 			&cli.StringFlag{Name: "size", Aliases: []string{"s"}, Usage: "`SIZE` of the volume, as 10G; with --from the default is the file's"},
-			&cli.StringFlag{Name: "from", Usage: "fill the volume from a raw image or block device, or - for standard input"},
+			&cli.StringFlag{Name: "from", Usage: "fill the volume from an image (--format) or block device, or - for standard input"},
 		),
 	}, a.create)
 }

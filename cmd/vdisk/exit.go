@@ -11,6 +11,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/image"
 	"github.com/vdisk/vdisk/internal/owner"
 )
 
@@ -72,6 +73,7 @@ var kinds = []struct {
 	{cow.ErrForeign, exitFailed, "foreign", "run vdisk as the store's owner (sudo -u USER vdisk ...); if you trust everybody who can change it, use --foreign or VDISK_FOREIGN=1"},
 	{cow.ErrIrregular, exitFailed, "irregular", "find out who put it there, and remove it"},
 	{cow.ErrNotStore, exitFailed, "not-a-store", "nothing was changed; choose another folder with --store or VDISK_STORE"},
+	{image.ErrMissing, exitUnsupported, "missing-program", "nothing was changed; install it, and try again"},
 	{owner.ErrUnsupported, exitUnsupported, "unsupported", "'vdisk features' shows what this machine supports; 'vdisk serve' (NBD) needs no kernel driver"},
 	{owner.ErrNoMemory, exitFailed, "no-memory", "detach unneeded devices, raise the memory limit of the machine or the cgroup, or attach with fewer --queues"},
 	{cow.ErrExhausted, exitFailed, "exhausted", ""},

@@ -1,120 +1,140 @@
 package main
 
 import (
-	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"strings"
 
+	"github.com/urfave/cli/v2"
+
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/image"
+	"github.com/vdisk/vdisk/internal/owner/sparse"
 )
 
-// imageFormat is a format of disk images or archives, and the magic bytes that identify it.
-type imageFormat struct {
-	name  string
-	at    int // offset of magic in the head
-	magic string
-	foot  bool // magic is at the start of the footer instead
+// formatFlags returns the flags of commands that read an image.
+func formatFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "format", Usage: "`FORMAT` of the image: " + image.Names(), DefaultText: "raw, and refuse what looks like another"},
+		&cli.BoolFlag{Name: "backing", Usage: "permit an image that refers to other files, such as a backing file: it chooses files that this command reads"},
+	}
 }
 
-// imageFormats lists formats that can be told from raw images. A disk may be encrypted or hold any file system, so the
-// list has nothing that is known to be on disks.
-var imageFormats = []imageFormat{
-	{"qcow2", 0, "QFI\xfb", false},
-	{"VMDK", 0, "KDMV", false},
-	{"VMDK", 0, "COWD", false},
-	{"a VMDK descriptor (the data is in the files that it names)", 0, "# Disk DescriptorFile", false},
-	{"VDI", 64, "\x7f\x10\xda\xbe", false},
-	{"VHDX", 0, "vhdxfile", false},
-	{"VHD", 0, "conectix", false},
-	{"VHD", 0, "conectix", true}, // of fixed size: raw content and a footer
-	{"DMG", 0, "koly", true},
-	{"QED", 0, "QED\x00", false},
-	{"Parallels", 0, "WithoutFreeSpace", false},
-	{"Parallels", 0, "WithouFreSpacExt", false},
-	{"Bochs", 0, "Bochs Virtual HD Image", false},
-	{"EWF", 0, "EVF\x09\x0d\x0a\xff\x00", false},
-	{"gzip", 0, "\x1f\x8b\x08", false},
-	{"bzip2", 4, "1AY&SY", false},
-	{"xz", 0, "\xfd7zXZ\x00", false},
-	{"zstd", 0, "\x28\xb5\x2f\xfd", false},
-	{"LZ4", 0, "\x04\x22\x4d\x18", false},
-	{"lzop", 0, "\x89LZO\x00\r\n\x1a\n", false},
-	{"7z", 0, "7z\xbc\xaf\x27\x1c", false},
-	{"zip", 0, "PK\x03\x04", false},
-	{"tar (as OVA)", 257, "ustar", false},
+// reading is how an image is read.
+type reading struct {
+	image.Options
+	checked bool   // what looks like another format is refused
+	from    origin // file or stream
 }
 
-const (
-	headSize   = 512
-	footerSize = 512
-)
+// readingOf reads the flags of formatFlags.
+func readingOf(c *cli.Context) (r reading, err error) {
+	r.checked = !c.IsSet("format")
+	name := "raw"
+	if !r.checked {
+		name = c.String("format")
+	}
+	if r.Format, err = image.Parse(name); err != nil {
+		return r, usageError{c, fmt.Errorf("--format: %w", err)}
+	}
+	r.Backing = c.Bool("backing")
+	return r, nil
+}
 
-// refuseImageFormats returns an error if the content is an image in another format, which would be useless as a raw
-// disk. It only refuses. It never selects a format, because the disk's user controls the first bytes of a raw disk.
-// head and foot are the content's first and last bytes, as far as they are known.
-func refuseImageFormats(name string, head, foot []byte) error {
-	for _, k := range imageFormats {
-		in := head
-		if k.foot {
-			in = foot
-		}
-		if len(in) > k.at && bytes.HasPrefix(in[k.at:], []byte(k.magic)) {
-			return fmt.Errorf("%s looks like %s, and a raw image is needed: convert it (qemu-img convert -O raw) or unpack it; "+
-				"--format raw takes it as it is: %w", name, k.name, cow.ErrInvalid)
+// refuse returns an error if a content is no raw disk, as which it would be useless. It only refuses. It never selects a
+// format, because the disk's user controls the first bytes of a raw disk. first and last are the content's first and
+// last bytes, as far as they are known.
+func refuse(name string, from origin, first, last []byte) error {
+	f, is := image.Recognise(first, last)
+	if !is {
+		return nil
+	}
+	if from == packed {
+		return fmt.Errorf("what %s holds looks like %s, and a raw image is needed: unpack it into a file, and import that: %w", name, f.What, cow.ErrInvalid)
+	}
+	how := "unpack or convert it"
+	if format, err := image.Parse(f.Format); err == nil {
+		if how = "--format " + f.Format + " imports it"; from == stream && !format.IsStream() {
+			how = "put it into a file, which --format " + f.Format + " imports"
 		}
 	}
-	return nil
+	return fmt.Errorf("%s looks like %s, and a raw image is needed: %s; --format raw takes its bytes as they are: %w", name, f.What, how, cow.ErrInvalid)
 }
 
-// refuseImageFile applies refuseImageFormats to a file or block device.
-func refuseImageFile(name string, f *os.File) error {
+// origin is where a content comes from.
+type origin int
+
+const (
+	file   origin = iota
+	stream        // it can only be read in order
+	packed        // it was compressed
+)
+
+// refuseFile applies refuse to a file or block device.
+func refuseFile(name string, from origin, f *os.File) error {
 	size, err := f.Seek(0, io.SeekEnd)
 	if err != nil {
 		return err
 	}
-	head, foot := make([]byte, min(headSize, size)), make([]byte, min(footerSize, size))
-	_, err = f.ReadAt(head, 0)
-	if _, ferr := f.ReadAt(foot, size-int64(len(foot))); err == nil {
+	first, last := make([]byte, min(image.HeadSize, size)), make([]byte, min(image.FootSize, size))
+	_, err = f.ReadAt(first, 0)
+	if _, ferr := f.ReadAt(last, size-int64(len(last))); err == nil {
 		err = ferr
 	}
 	if err != nil && !errors.Is(err, io.EOF) {
 		return err
 	}
-	return refuseImageFormats(name, head, foot)
+	return refuse(name, from, first, last)
 }
 
-// rawStream applies refuseImageFormats to a stream. A stream's footer is known only at its end, so the stream ends with
-// the error.
+// rawStream applies refuse to a stream. A stream's end is known only when it is there, so the stream ends with the error.
 type rawStream struct {
 	r    io.Reader
 	name string
-	foot []byte // the last bytes read, at most footerSize
+	from origin
+	last []byte // the last bytes read, at most image.FootSize
 }
 
 // newRawStream waits for the first bytes of r and checks them.
-func newRawStream(r io.Reader, name string) (*rawStream, error) {
-	head := make([]byte, headSize)
-	n, err := io.ReadFull(r, head)
+func newRawStream(r io.Reader, name string, from origin) (*rawStream, error) {
+	first := make([]byte, image.HeadSize)
+	n, err := io.ReadFull(r, first)
 	if err != nil && err != io.EOF && err != io.ErrUnexpectedEOF {
 		return nil, err
 	}
-	if err := refuseImageFormats(name, head[:n], nil); err != nil {
+	if err := refuse(name, from, first[:n], nil); err != nil {
 		return nil, err
 	}
-	return &rawStream{r: io.MultiReader(strings.NewReader(string(head[:n])), r), name: name}, nil
+	return &rawStream{r: io.MultiReader(strings.NewReader(string(first[:n])), r), name: name, from: from}, nil
 }
 
 func (s *rawStream) Read(p []byte) (int, error) {
 	n, err := s.r.Read(p)
-	s.foot = append(s.foot, p[max(0, n-footerSize):n]...)
-	s.foot = append(s.foot[:0], s.foot[max(0, len(s.foot)-footerSize):]...)
+	s.last = append(s.last, p[max(0, n-image.FootSize):n]...)
+	s.last = append(s.last[:0], s.last[max(0, len(s.last)-image.FootSize):]...)
 	if err == io.EOF {
-		if ferr := refuseImageFormats(s.name, nil, s.foot); ferr != nil {
+		if ferr := refuse(s.name, s.from, nil, s.last); ferr != nil {
 			err = ferr
 		}
 	}
 	return n, err
+}
+
+// unpacked returns the raw disk in a compressed stream. What was compressed is checked, too: an image in another format
+// has to be unpacked into a file first.
+func unpacked(ctx context.Context, r io.Reader, name string, f image.Format) (sparse.Source, func(), error) {
+	z, err := image.Unpack(ctx, r, f)
+	if err != nil {
+		return nil, nil, fmt.Errorf("%s: %w", name, err)
+	}
+	done := func() { _ = z.Close() }
+	s, err := newRawStream(z, name, packed)
+	if err != nil {
+		done()
+		return nil, nil, err
+	}
+	return sparse.FromStream(s), done, nil
 }

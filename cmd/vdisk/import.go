@@ -10,6 +10,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/image"
 	"github.com/vdisk/vdisk/internal/owner"
 	"github.com/vdisk/vdisk/internal/owner/sparse"
 )
@@ -18,12 +19,13 @@ func (a *app) importCommand() *cli.Command {
 	return a.command(arity{2, 2}, &cli.Command{
 		Name:      "import",
 		Category:  groupData,
-		Usage:     "import a raw image as a new volume",
-		UsageText: "vdisk import FILE|- VOL [--format raw] [--compress none|s2|zstd[:N]] [--logical-block 512|4096]",
-		Description: "FILE is a raw image, a block device, or - for standard input. The volume must not exist. It appears when all of its\n" +
-			"content is durable, and has the size of the content, rounded up to a logical block. For other formats use\n" +
-			"qemu-img convert FILE nbd+unix:///VOL?socket=..., with a volume that is served.",
-		Flags: append(volumeFlags(), formatFlag()),
+		Usage:     "import an image as a new volume",
+		UsageText: "vdisk import FILE|- VOL [--format FORMAT] [--backing] [--compress none|s2|zstd[:N]] [--logical-block 512|4096]",
+		Description: "FILE is an image, a block device, or - for standard input. The volume must not exist. It appears when all of its\n" +
+			"content is durable, and has the size of the content, rounded up to a logical block. Without --format the image is raw,\n" +
+			"and one that looks like another format is refused. gzip, xz and zstd are raw images that were compressed; the other\n" +
+			"formats are read by qemu-img, from a file. Standard input is raw or compressed.",
+		Flags: append(volumeFlags(), formatFlags()...),
 	}, func(c *cli.Context) error {
 		name, err := volumeName(c, 1)
 		if err != nil {
@@ -37,17 +39,13 @@ func (a *app) importCommand() *cli.Command {
 	})
 }
 
-// formatFlag returns the --format flag of commands that read an image.
-func formatFlag() cli.Flag {
-	return &cli.StringFlag{Name: "format", Usage: "raw: import the file as it is, even if it looks like an image of another format"}
-}
-
 // importFrom makes a volume from the content at path. If o.Size is 0, the content's size is used.
 func (a *app) importFrom(c *cli.Context, path, name string, o cow.VolumeOptions) error {
-	if f := c.String("format"); f != "" && f != "raw" {
-		return usageError{c, fmt.Errorf("--format %s: only raw is possible; convert others with qemu-img", f)}
+	in, err := readingOf(c)
+	if err != nil {
+		return err
 	}
-	src, closeSource, err := a.source(c.Context, path, c.IsSet("format"))
+	src, closeSource, err := a.source(c.Context, path, in)
 	if err != nil {
 		return err
 	}
@@ -71,53 +69,67 @@ func (a *app) importFrom(c *cli.Context, path, name string, o cow.VolumeOptions)
 
 // source opens the content to import. The caller calls the returned function when done with it. A file, a block device,
 // a FIFO and standard input are all checked in the same way.
-func (a *app) source(ctx context.Context, path string, raw bool) (sparse.Source, func(), error) {
+func (a *app) source(ctx context.Context, path string, in reading) (sparse.Source, func(), error) {
 	if path == "-" {
 		if isTerminal(a.stdin) {
 			return nil, nil, usagef("standard input is a terminal: connect it to an image")
 		}
-		src, err := content(ctx, a.stdin, "standard input", raw)
-		return src, func() {}, err
+		if !in.Format.IsStream() {
+			return nil, nil, usagef("--format %s: such an image is read at random, and standard input is a stream: put it into a file", in.Format.Name)
+		}
+		in.from = stream
+		return content(ctx, a.stdin, "standard input", in)
 	}
 	f, err := openPatiently(ctx, path, os.O_RDONLY)
 	if err != nil {
 		return nil, nil, err
 	}
-	src, err := content(ctx, f, path, raw)
+	src, done, err := content(ctx, f, path, in)
 	if err != nil {
 		return nil, nil, errors.Join(err, f.Close())
 	}
-	return src, func() { _ = f.Close() }, nil
+	return src, func() { done(); _ = f.Close() }, nil
 }
 
-// content returns the content of a file or stream from its present offset. With raw, any format is accepted.
-func content(ctx context.Context, f *os.File, name string, raw bool) (sparse.Source, error) {
+// content returns the content of a file or stream from its present offset.
+func content(ctx context.Context, f *os.File, name string, in reading) (src sparse.Source, done func(), err error) {
+	done = func() {}
 	fi, err := f.Stat()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if fi.IsDir() {
-		return nil, fmt.Errorf("%s is a folder, and a raw image is needed", name)
-	}
-	if fi.Mode()&(os.ModeNamedPipe|os.ModeCharDevice|os.ModeSocket) == 0 {
-		if at, err := f.Seek(0, io.SeekCurrent); err == nil && at == 0 { // holes need not be read
-			return wholeFile(ctx, f, name, raw)
-		}
+		return nil, nil, fmt.Errorf("%s is a folder, and an image is needed", name)
 	}
 	r := io.Reader(patient{ctx, f})
-	if !raw {
-		if r, err = newRawStream(r, name); err != nil {
-			return nil, err
+	switch {
+	case !in.Format.IsStream():
+		d, err := image.Open(ctx, f, in.Options)
+		if err != nil {
+			return nil, nil, fmt.Errorf("%s: %w", name, err)
+		}
+		return d, func() { _ = d.Close() }, nil
+	case !in.Format.IsRaw():
+		return unpacked(ctx, r, name, in.Format)
+	case fi.Mode()&(os.ModeNamedPipe|os.ModeCharDevice|os.ModeSocket) == 0:
+		if at, err := f.Seek(0, io.SeekCurrent); err == nil && at == 0 { // holes need not be read
+			src, err = wholeFile(ctx, f, name, in)
+			return src, done, err
 		}
 	}
-	return sparse.FromStream(r), nil
+	if in.checked {
+		if r, err = newRawStream(r, name, stream); err != nil {
+			return nil, nil, err
+		}
+	}
+	return sparse.FromStream(r), done, nil
 }
 
 // wholeFile returns the content of a regular file or block device.
-func wholeFile(ctx context.Context, f *os.File, name string, raw bool) (sparse.Source, error) {
+func wholeFile(ctx context.Context, f *os.File, name string, in reading) (sparse.Source, error) {
 	return patiently(ctx, func() (sparse.Source, error) {
-		if !raw {
-			if err := refuseImageFile(name, f); err != nil {
+		if in.checked {
+			if err := refuseFile(name, in.from, f); err != nil {
 				return nil, err
 			}
 		}

@@ -266,17 +266,21 @@ func (c *control) bench(w http.ResponseWriter, r *http.Request) {
 func (c *control) serve(w http.ResponseWriter, r *http.Request) {
 	req, err := arguments(r)
 	if err == nil {
-		err = c.owner.lasting()
+		err = c.owner.mayServe(req.Serve)
 	}
 	if err != nil {
 		reply(w, nil, err)
 		return
 	}
 	// The connection counts as a session until the service is counted: no upgrade, and no end of an idle owner, may
-	// come in between.
+	// come in between. One that is Fixed is a session to its end.
 	c.owner.begin()
-	registered := sync.OnceFunc(c.owner.end)
-	defer registered()
+	ended := sync.OnceFunc(c.owner.end)
+	defer ended()
+	registered := ended
+	if req.Serve.Fixed {
+		registered = func() {}
+	}
 	conn, _, err := w.(http.Hijacker).Hijack()
 	if err != nil {
 		reply(w, nil, err)

@@ -148,21 +148,47 @@ type catalog struct {
 	*exports
 	only     []cow.Ref // empty: all
 	readOnly bool
+	watched  bool // a failed read counts, because it may be why the service's only client fails
 
 	mu  sync.Mutex // guards err
-	err error      // the first failure to make a leaving client's writes durable
+	err error      // the first failure to make a leaving client's writes durable, or to read
 }
 
 // leave ends a client's use of a handle. If the client's writes could not be made durable, the service fails, too,
 // since the client may be gone.
 func (c *catalog) leave(h *handle) error {
 	err := c.release(h)
+	c.failed(err)
+	return err
+}
+
+func (c *catalog) failed(err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.err == nil {
 		c.err = err
 	}
-	return err
+}
+
+// watchedDevice is a device whose first failed read is the outcome of its service.
+type watchedDevice struct {
+	*cow.Device
+	c *catalog
+}
+
+// ReadAt is that of nbd.Device.
+func (d watchedDevice) ReadAt(p []byte, off int64) (int, error) {
+	n, err := d.Device.ReadAt(p, off)
+	if err != nil {
+		d.c.failed(fmt.Errorf("reading %v at %d: %w", d.Ref(), off, err))
+	}
+	return n, err
+}
+
+// TryReadAt is that of nbd.TryReader. A read that fails is not done by it, so that ReadAt meets the failure, too.
+func (d watchedDevice) TryReadAt(p []byte, off int64) (bool, error) {
+	done, err := d.Device.TryReadAt(p, off)
+	return done && err == nil, nil
 }
 
 // outcome returns the error of the service once it has ended.
@@ -243,8 +269,12 @@ func (c *catalog) Open(name string) (*nbd.Export, error) {
 		return nil, notExist(c.explain(r.Volume, err))
 	}
 	var once sync.Once
+	dev := nbd.Device(h.dev)
+	if c.watched {
+		dev = watchedDevice{h.dev, c}
+	}
 	return &nbd.Export{
-		Device:         h.dev,
+		Device:         dev,
 		Name:           r.String(),
 		ReadOnly:       h.dev.ReadOnly(),
 		Description:    r.String(),

@@ -38,12 +38,10 @@ func (o *Owner) Serve(ctx context.Context, l net.Listener, opts ServeOptions) er
 
 // serve is Serve, and calls registered once the service is visible to others.
 func (o *Owner) serve(asked context.Context, l net.Listener, opts ServeOptions, registered func()) error {
-	var err error
-	if o.ReadOnly() != nil {
+	if o.ReadOnly() != nil || opts.Fixed {
 		opts.ReadOnly = true
-	} else {
-		err = o.lasting()
 	}
+	err := o.mayServe(opts)
 	if err == nil {
 		opts.MaxConnections, err = connections(opts.MaxConnections)
 	}
@@ -59,6 +57,11 @@ func (o *Owner) serve(asked context.Context, l net.Listener, opts ServeOptions, 
 			return errors.Join(err, l.Close())
 		}
 	}
+	release, err := o.fix(opts)
+	if err != nil {
+		return errors.Join(err, l.Close())
+	}
+	defer release()
 	ctx, cancel := context.WithCancel(asked)
 	defer cancel()
 	s := &service{opts: opts, listener: &countingListener{Listener: l}}
@@ -78,13 +81,46 @@ func (o *Owner) serve(asked context.Context, l net.Listener, opts ServeOptions, 
 	registered()
 	defer o.served(s)
 	defer context.AfterFunc(o.life, cancel)()
-	shown := &catalog{exports: o.exports, only: opts.Exports, readOnly: opts.ReadOnly}
+	shown := &catalog{exports: o.exports, only: opts.Exports, readOnly: opts.ReadOnly, watched: opts.Fixed}
 	limits := nbd.Options{Logger: o.opts.Logger, MaxConnections: opts.MaxConnections, MaxMemory: opts.MaxMemory}
 	err = serveUntil(ctx, nbd.New(shown, limits), s.listener, stopTimeout/2)
 	if o.life.Err() != nil && asked.Err() == nil {
 		err = errors.Join(fmt.Errorf("%s has ended, and these NBD clients were served by it: %w", o.holder(), errStopping), err)
 	}
 	return errors.Join(err, shown.outcome())
+}
+
+// mayServe refuses a service that an owner that is about to end could not keep up.
+func (o *Owner) mayServe(opts ServeOptions) error {
+	if o.ReadOnly() != nil || opts.Fixed {
+		return nil
+	}
+	return o.lasting()
+}
+
+// fix sees to it that nobody writes to the volumes of a service that is Fixed, until the returned function is called.
+func (o *Owner) fix(opts ServeOptions) (release func(), err error) {
+	var held []*cow.Device
+	release = func() {
+		for _, d := range held {
+			_ = d.Close() // nothing was written
+		}
+	}
+	if !opts.Fixed || o.ReadOnly() != nil {
+		return release, nil
+	}
+	for _, r := range opts.Exports {
+		if r.Snapshot != "" {
+			continue
+		}
+		dev, err := o.still(r)
+		if err != nil {
+			release()
+			return nil, err
+		}
+		held = append(held, dev)
+	}
+	return release, nil
 }
 
 // defaultConnections is the default limit on a service's clients, if the limit on open files allows it.

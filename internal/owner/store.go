@@ -200,6 +200,9 @@ type ServeOptions struct {
 	Exports  []cow.Ref // empty: all volumes and snapshots, including future ones
 	ReadOnly bool
 	Once     bool // end when the last client has left
+	// Fixed is for a command that reads all of its exports: they do not change. They are read-only, a volume that is open
+	// for writing is refused, and none can be opened for writing until the service ends. The owner does not end before.
+	Fixed bool `json:",omitempty"`
 
 	// MaxConnections and MaxMemory are those of nbd.Options, for this service alone. 0 means the default.
 	MaxConnections int   `json:",omitempty"`

@@ -161,17 +161,23 @@ func (im *importing) finish(name string, size int64) error {
 
 // Export calls use with the content of a snapshot, or of a volume that is not open for writing.
 func (o *Owner) Export(_ context.Context, r cow.Ref, use func(sparse.Source) error) (err error) {
-	// Opening a volume for writing ensures that nobody else writes to it while it is read. In a store that can only be
-	// read, nobody can.
-	dev, err := o.store.OpenDevice(r, r.Snapshot != "" || o.ReadOnly() != nil)
-	if errors.Is(err, cow.ErrBusy) {
-		return o.inUse(r.Volume, fmt.Errorf("%w: take a snapshot and export that", err))
-	}
+	dev, err := o.still(r)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, dev.Close()) }()
 	return use(&deviceSource{dev: dev})
+}
+
+// still opens a snapshot, or a volume that nobody writes to while it is open.
+func (o *Owner) still(r cow.Ref) (*cow.Device, error) {
+	// Opening a volume for writing ensures that nobody else writes to it while it is read. In a store that can only be
+	// read, nobody can.
+	dev, err := o.store.OpenDevice(r, r.Snapshot != "" || o.ReadOnly() != nil)
+	if errors.Is(err, cow.ErrBusy) {
+		err = o.inUse(r.Volume, fmt.Errorf("%w: take a snapshot and export that", err))
+	}
+	return dev, err
 }
 
 // deviceSource is a Source over an open volume or snapshot.

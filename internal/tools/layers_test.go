@@ -16,7 +16,8 @@ const module = "github.com/vdisk/vdisk"
 // layers lists the packages from the top down, with the packages of this module that each may import. A package that is
 // missing here may import none of them.
 var layers = map[string][]string{
-	"cmd/vdisk":                {"internal/owner", "internal/owner/sparse", "internal/bench", "internal/storage", "cow", "format", "ublk"},
+	"cmd/vdisk":                {"internal/owner", "internal/owner/sparse", "internal/image", "internal/bench", "internal/storage", "cow", "format", "ublk"},
+	"internal/image":           {"internal/owner/sparse", "nbd", "cow"},
 	"internal/owner":           {"internal/owner/sparse", "internal/bench", "internal/storage", "cow", "format", "nbd", "ublk"},
 	"internal/bench":           {"internal/workload", "cow", "format", "ublk"},
 	"cow":                      {"cow/internal/audit", "cow/internal/leafcache", "cow/internal/wal", "cow/internal/fault", "cow/internal/lockorder", "metadata", "format", "internal/storage"},

@@ -68,6 +68,8 @@ for what; do
 		need qemu-img qemu-utils
 		need qemu-nbd qemu-utils
 		need nbdkit nbdkit
+		need xz xz-utils
+		need zstd zstd
 		need losetup mount
 		need mkfs.xfs xfsprogs
 		need pgrep procps

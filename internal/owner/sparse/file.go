@@ -56,7 +56,7 @@ func (s *fileSource) Next(p []byte) (int, int64, error) {
 			}
 			return 0, 0, fmt.Errorf("reading %s at %d: %w", s.f.Name(), s.at, err)
 		}
-		skip, n := dataRun(buf)
+		skip, n := DataRun(buf)
 		off := s.at + int64(skip)
 		s.at = off + int64(n)
 		if n > 0 {

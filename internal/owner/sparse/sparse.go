@@ -30,9 +30,9 @@ type Source interface {
 // zeroBlock is compared with blocks to detect zeros.
 var zeroBlock [Block]byte
 
-// dataRun returns the first run of p that is not zeros: p[skip:skip+n]. The start of p lies at a multiple of Block. n
+// DataRun returns the first run of p that is not zeros: p[skip:skip+n]. The start of p lies at a multiple of Block. n
 // is 0 if all of p is zeros.
-func dataRun(p []byte) (skip, n int) {
+func DataRun(p []byte) (skip, n int) {
 	for skip < len(p) && isZero(p[skip:min(skip+Block, len(p))]) {
 		skip += Block
 	}
@@ -169,7 +169,7 @@ func FromStream(r io.Reader) Source {
 
 func (s *streamSource) Next(p []byte) (int, int64, error) {
 	for {
-		skip, n := dataRun(s.rest)
+		skip, n := DataRun(s.rest)
 		s.rest, s.at = s.rest[skip:], s.at+int64(skip)
 		if n > 0 {
 			n = copy(p[:len(p)/Block*Block], s.rest[:n])
@@ -180,12 +180,26 @@ func (s *streamSource) Next(p []byte) (int, int64, error) {
 		if s.ended {
 			return 0, 0, io.EOF
 		}
-		n, err := io.ReadFull(s.r, s.buf)
-		if s.ended = err == io.EOF || err == io.ErrUnexpectedEOF; err != nil && !s.ended {
-			return 0, 0, fmt.Errorf("reading the input at %d: %w", s.at, err)
+		n, err := s.fill()
+		if s.ended = err == io.EOF; err != nil && !s.ended {
+			return 0, 0, fmt.Errorf("reading the input at %d: %w", s.at+int64(n), err)
 		}
 		s.rest = s.buf[:n]
 	}
+}
+
+// fill reads until buf is full. Unlike io.ReadFull, it tells the end of r from one that comes too early for r, such as
+// that of compressed data.
+func (s *streamSource) fill() (n int, err error) {
+	for n < len(s.buf) && err == nil {
+		var k int
+		k, err = s.r.Read(s.buf[n:])
+		n += k
+	}
+	if n == len(s.buf) {
+		err = nil
+	}
+	return n, err
 }
 
 func (s *streamSource) Size() int64 {

@@ -57,7 +57,7 @@ func sparseFile(t *rapid.T, p []byte) *os.File {
 		t.Fatal(err)
 	}
 	for at := 0; at < len(p); {
-		skip, n := dataRun(p[at:])
+		skip, n := DataRun(p[at:])
 		if _, err := f.WriteAt(p[at+skip:at+skip+n], int64(at+skip)); err != nil {
 			t.Fatal(err)
 		}
@@ -231,6 +231,15 @@ func TestFileThatShrinks(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, _, err := src.Next(p); !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Fatal(err)
+	}
+}
+
+// TestStreamThatEndsTooEarly: only io.EOF is an end. A reader of compressed data tells a cut by io.ErrUnexpectedEOF.
+func TestStreamThatEndsTooEarly(t *testing.T) {
+	r := io.MultiReader(bytes.NewReader(bytes.Repeat([]byte("x"), 3*Block)), iotest.ErrReader(io.ErrUnexpectedEOF))
+	m := &memory{p: make([]byte, Piece)}
+	if _, err := Copy(t.Context(), m, FromStream(r), nil, nil); !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Fatal(err)
 	}
 }
