@@ -5,6 +5,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/vdisk/vdisk/format"
 )
 
 // SnapshotInfo describes a snapshot.
@@ -14,6 +16,8 @@ type SnapshotInfo struct {
 	Size    int64     `json:"size"`
 	Created time.Time `json:"created"`
 	Clones  []string  `json:"clones,omitempty"` // volumes that began here
+	// GUID is the same in all stores that have this state, because they sent it to one another.
+	GUID format.GUID `json:"guid"`
 }
 
 // VolumeInfo describes a volume.
@@ -95,7 +99,7 @@ func (s *Store) describe(v *volume, clones map[point][]*volume) VolumeInfo {
 		in.Snapshots = make([]SnapshotInfo, 0, len(v.snapshots))
 	}
 	for _, sn := range v.snapshots {
-		si := SnapshotInfo{Volume: v.Name, Name: sn.Name, Size: sn.Size, Created: sn.Created}
+		si := SnapshotInfo{Volume: v.Name, Name: sn.Name, Size: sn.Size, Created: sn.Created, GUID: s.guidOf(sn)}
 		for _, c := range clones[point{sn.branch, sn.Epoch}] {
 			if c.ID != sn.Volume { // not the volume itself, rolled back to this snapshot
 				si.Clones = append(si.Clones, c.Name)
@@ -105,6 +109,9 @@ func (s *Store) describe(v *volume, clones map[point][]*volume) VolumeInfo {
 	}
 	return in
 }
+
+// guidOf returns the GUID of a snapshot.
+func (s *Store) guidOf(sn *snapshot) format.GUID { return sn.GUIDOf(s.wal.UUID()) }
 
 func (s *Store) pointName(b *branch, epoch uint32) string {
 	if i, found := b.search(epoch); found && b.points[i].Volume != 0 {

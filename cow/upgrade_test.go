@@ -3,6 +3,7 @@ package cow
 import (
 	"bytes"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"testing"
@@ -40,4 +41,45 @@ func upgradeFrom(t *testing.T, dir string, version int) {
 	if got, err := os.ReadFile(path); err != nil || !bytes.Equal(got, text) || bytes.Equal(older, text) {
 		t.Errorf("the format file is %q, %v", got, err)
 	}
+}
+
+// A snapshot of a store of version 3 has no GUID in its row. It gets one all the same, the same each time that the store
+// is opened, whatever name it has. A new snapshot has one of its own.
+func TestGUIDOfAnOlderSnapshot(t *testing.T) {
+	s, dir := newStore(t, Options{})
+	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 20})
+	must(t, err)
+	look := func() map[string]format.GUID {
+		t.Helper()
+		in, err := s.Volume("v")
+		must(t, err)
+		seen := map[string]format.GUID{}
+		for _, sn := range in.Snapshots {
+			seen[sn.Name] = sn.GUID
+		}
+		return seen
+	}
+	must(t, s.transact(func() (*format.Event, error) { // as an older program does it
+		b := s.catalog.byName["v"].branch.Branch
+		sn := format.Snapshot{ID: s.catalog.newID(), Volume: s.catalog.byName["v"].ID, Name: "old", Branch: b.ID, Epoch: b.Epoch, Size: 1 << 20, Created: Now()}
+		b.Epoch++
+		return &format.Event{Op: "snapshot", Snapshots: []format.Snapshot{sn}, Branches: []format.Branch{b}}, nil
+	}))
+	guids := look()
+	must(t, s.Close())
+	makeOlder(t, dir, 3)
+	s, err = Open(dir, Options{})
+	must(t, err)
+	must(t, s.Snapshot(Ref{"v", "new"}))
+	if guids["new"] = look()["new"]; !maps.Equal(look(), guids) || guids["old"].IsZero() || guids["new"].IsZero() || guids["old"] == guids["new"] {
+		t.Error(look(), guids)
+	}
+	must(t, s.Rename(Ref{"v", "old"}, Ref{"v", "older"}))
+	must(t, s.Close())
+	s, err = Open(dir, Options{})
+	must(t, err)
+	if got := look(); got["older"] != guids["old"] || got["new"] != guids["new"] {
+		t.Error(got, guids)
+	}
+	must(t, s.Close())
 }

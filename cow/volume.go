@@ -1,6 +1,7 @@
 package cow
 
 import (
+	"crypto/rand"
 	"fmt"
 	"maps"
 	"slices"
@@ -139,7 +140,7 @@ func (s *Store) Snapshot(refs ...Ref) error {
 			b := v.branch.Branch
 			ev.Snapshots = append(ev.Snapshots, format.Snapshot{
 				ID: s.catalog.newID(), Volume: v.ID, Name: r.Snapshot,
-				Branch: b.ID, Epoch: b.Epoch, Size: v.Size, Created: Now(),
+				Branch: b.ID, Epoch: b.Epoch, Size: v.Size, Created: Now(), GUID: newGUID(),
 			})
 			b.Epoch++
 			ev.Branches = append(ev.Branches, b)
@@ -147,6 +148,12 @@ func (s *Store) Snapshot(refs ...Ref) error {
 		return ev, nil
 	})
 	return wrapIf(err, "snapshot")
+}
+
+// newGUID returns a GUID that no other snapshot has, in any store.
+func newGUID() (g format.GUID) {
+	_, _ = rand.Read(g[:]) // it never fails
+	return g
 }
 
 // Clone makes a volume whose content begins as that of a snapshot.

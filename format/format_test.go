@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -27,6 +28,12 @@ var (
 	testTime      = time.Date(2026, 3, 1, 12, 0, 0, 123456789, time.UTC)
 	testVolume    = Volume{ID: 1, Name: "vol.1_a-b", Size: 1 << 40, Codec: S2, LogicalBlock: 4096, Branch: 2, Created: testTime}
 	testSnap      = Snapshot{ID: 3, Volume: 1, Name: "before", Branch: 2, Epoch: 7, Size: 1 << 40, Created: testTime}
+	testReceiving = Volume{
+		ID: 9, Name: "vol.receiving", Size: 1 << 40, Codec: Zstd, Level: 5, LogicalBlock: 512, Branch: 10, Created: testTime,
+		Properties: map[string]string{"org:owner": "Zoë", "b": ""},
+		Receiving:  &Receiving{Volume: "vol", Snapshot: "v2", GUID: GUID{1, 2, 15: 3}, Base: GUID{4}, Size: 1 << 30, Created: testTime, Block: 1 << 18},
+	}
+	testGUID      = Snapshot{ID: 3, Volume: 1, Name: "before", Branch: 2, Epoch: 7, Size: 1 << 40, Created: testTime, GUID: GUID{1, 2, 15: 3}}
 	testBranch    = Branch{ID: 4, Epoch: 1, OriginBranch: 2, OriginEpoch: 7}
 	testCold      = ColdMark{ChunkSeq: 16, Offset: 1 << 21}
 	testCheck     = Checkpoint{Seq: 1 << 40, ChunkSeq: 17, Offset: 1 << 20, NextID: 5, NextChunkSeq: 18}
@@ -182,7 +189,7 @@ func TestGolden(t *testing.T) {
 		"forwards":             AppendForwards(nil, testForwards),
 		"row-forwarded":        forwardedRow[:],
 	}
-	for name, row := range map[string]any{"row-volume": &testVolume, "row-snapshot": &testSnap, "row-branch": &testBranch, "row-checkpoint": &testCheck, "row-cold": &testCold} {
+	for name, row := range map[string]any{"row-volume": &testVolume, "row-snapshot": &testSnap, "row-volume-4": &testReceiving, "row-snapshot-4": &testGUID, "row-branch": &testBranch, "row-checkpoint": &testCheck, "row-cold": &testCold} {
 		golden[name], err = AppendRow(nil, row)
 		must(t, err)
 	}
@@ -240,7 +247,7 @@ func TestGoldenDecode(t *testing.T) {
 			}
 		case KindEvent:
 			var e Event
-			if err := DecodeEvent(payload, &e); err != nil || len(e.DropVolumes) != 1 || e.Volumes[0] != testVolume {
+			if err := DecodeEvent(payload, &e); err != nil || len(e.DropVolumes) != 1 || !reflect.DeepEqual(e.Volumes[0], testVolume) {
 				t.Error(name, e, err)
 			}
 		}
@@ -264,16 +271,16 @@ func TestGoldenDecode(t *testing.T) {
 	if m, err := DecodeMoved(&h, rec[RecordHeaderSize:]); err != nil || m != testMoved || h.Kind != KindMoved {
 		t.Error(h, m, err)
 	}
-	var v Volume
-	var s Snapshot
+	var v, v4 Volume
+	var s, s4 Snapshot
 	var b Branch
 	var c Checkpoint
 	var m ColdMark
-	for name, row := range map[string]any{"row-volume": &v, "row-snapshot": &s, "row-branch": &b, "row-checkpoint": &c, "row-cold": &m} {
+	for name, row := range map[string]any{"row-volume": &v, "row-snapshot": &s, "row-volume-4": &v4, "row-snapshot-4": &s4, "row-branch": &b, "row-checkpoint": &c, "row-cold": &m} {
 		must(t, DecodeRow(file(name), row))
 	}
-	if v != testVolume || s != testSnap || b != testBranch || c != testCheck || m != testCold {
-		t.Error(v, s, b, c, m)
+	if !reflect.DeepEqual(v, testVolume) || !reflect.DeepEqual(v4, testReceiving) || s4 != testGUID || s != testSnap || b != testBranch || c != testCheck || m != testCold {
+		t.Error(v, v4, s, s4, b, c, m)
 	}
 }
 
@@ -294,6 +301,7 @@ func TestEveryFlippedBitIsFound(t *testing.T) {
 		"leaf":         func(b []byte) error { return DecodeLeaf(b, new(Leaf)) },
 		"row-chunk":    func(b []byte) error { _, err := DecodeChunk(1, b); return err },
 		"row-volume":   func(b []byte) error { return DecodeRow(b, new(Volume)) },
+		"row-volume-4": func(b []byte) error { return DecodeRow(b, new(Volume)) },
 		"summary":      func(b []byte) error { _, _, err := decodeSummary(b); return err },
 		"durable-mark": func(b []byte) error { _, err := DecodeDurableMark(b); return err },
 		"chunk-header-durable": func(b []byte) error {
@@ -446,9 +454,9 @@ func TestLaterVersionsAreNamed(t *testing.T) {
 	l := AppendLeaf(nil, testLeaf())
 	l[4] = 2
 	le.PutUint32(l, Checksum(l[4:]))
-	_, storeErr := DecodeStoreInfo([]byte(`{"format":"vdisk store","version":4,"shape":"new"}`))
+	_, storeErr := DecodeStoreInfo([]byte(`{"format":"vdisk store","version":5,"shape":"new"}`))
 	for what, err := range map[string]error{"chunk": chunkErr, "leaf": DecodeLeaf(l, new(Leaf)), "store": storeErr} {
-		if !errors.Is(err, ErrVersion) || !strings.Contains(err.Error(), "up to") || what == "store" && !strings.Contains(err.Error(), "version 4") {
+		if !errors.Is(err, ErrVersion) || !strings.Contains(err.Error(), "up to") || what == "store" && !strings.Contains(err.Error(), "version 5") {
 			t.Errorf("%s: %v", what, err)
 		}
 	}

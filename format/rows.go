@@ -21,6 +21,26 @@ type Volume struct {
 	LogicalBlock int       `json:"logical_block"`
 	Branch       uint32    `json:"branch"`
 	Created      time.Time `json:"created"`
+	// Properties are the user's own. Nobody changes the map of a row; a row with other properties has another map.
+	Properties map[string]string `json:"properties,omitempty"`
+	// Receiving is set for a volume whose content is being received. Nobody changes what it points to.
+	Receiving *Receiving `json:"receiving,omitempty"`
+}
+
+// Receiving says what a volume is being filled with, and how far.
+type Receiving struct {
+	// Volume and Snapshot are the names of the target, and of the snapshot that the target gets.
+	Volume   string `json:"volume"`
+	Snapshot string `json:"snapshot"`
+	// GUID is that of the snapshot, Base that of the state to which the stream is applied, or zero.
+	GUID GUID `json:"guid"`
+	Base GUID `json:"base,omitzero"`
+	// Size is the size of the snapshot in bytes. The volume is as large as its base until all is received.
+	Size int64 `json:"size"`
+	// Created is the time of creation of the snapshot.
+	Created time.Time `json:"created"`
+	// Block is the mark: everything before it has been received. It is at most the number of blocks of the snapshot.
+	Block uint64 `json:"block"`
 }
 
 // Snapshot is a row of the table of snapshots: a named point of a branch. Size is the size of the volume in bytes when
@@ -33,6 +53,8 @@ type Snapshot struct {
 	Epoch   uint32    `json:"epoch"`
 	Size    int64     `json:"size"`
 	Created time.Time `json:"created"`
+	// GUID identifies the state. It is zero in a row that a program before version 4 of the store wrote: see GUIDOf.
+	GUID GUID `json:"guid,omitzero"`
 }
 
 // Branch is a row of the table of branches: a line of history, and its current epoch. Origin is the point of another
@@ -74,8 +96,26 @@ func (v Volume) check() error {
 	case v.LogicalBlock != 512 && v.LogicalBlock != BlockSize:
 		return fmt.Errorf("logical block %d", v.LogicalBlock)
 	}
-	return errors.Join(CheckName(v.Name), CheckLevel(v.Codec, v.Level))
+	if err := v.Receiving.check(); err != nil {
+		return err
+	}
+	return errors.Join(CheckName(v.Name), CheckLevel(v.Codec, v.Level), CheckProperties(v.Properties))
 }
+
+func (r *Receiving) check() error {
+	switch {
+	case r == nil:
+		return nil
+	case r.GUID.IsZero() || r.GUID == r.Base:
+		return fmt.Errorf("receiving %v on top of %v", r.GUID, r.Base)
+	case r.Size <= 0 || r.Size > maxVolumeSize || r.Block > blocksOf(r.Size):
+		return fmt.Errorf("receiving block %d of %d bytes", r.Block, r.Size)
+	}
+	return errors.Join(CheckName(r.Volume), CheckName(r.Snapshot))
+}
+
+// blocksOf returns the number of blocks of a volume of n bytes.
+func blocksOf(n int64) uint64 { return uint64(n+BlockSize-1) / BlockSize }
 
 func (s Snapshot) check() error {
 	switch {

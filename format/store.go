@@ -5,7 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 )
 
 var (
@@ -22,16 +25,29 @@ const (
 
 // CheckName returns nil if s can be the name of a volume or a snapshot: an ASCII letter or digit, then at most 62
 // letters, digits, dots, underscores and hyphens. Otherwise it returns an error that matches ErrName.
-func CheckName(s string) error {
+func CheckName(s string) error { return checkName(s, "") }
+
+// checkName is CheckName, with some more characters allowed behind the first.
+func checkName(s, more string) error {
 	if len(s) == 0 || len(s) > maxName {
 		return fmt.Errorf("%w: it has %d bytes, not 1 to %d", ErrName, len(s), maxName)
 	}
 	for i, c := range s {
 		alnum := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
-		if alnum || i > 0 && (c == '.' || c == '_' || c == '-') {
+		if alnum || i > 0 && (c == '.' || c == '_' || c == '-' || strings.ContainsRune(more, c)) {
 			continue
 		}
 		return fmt.Errorf("%w: %q at byte %d of %q", ErrName, c, i, s) // the whole rune, not one of its bytes
+	}
+	return nil
+}
+
+// checkText returns nil if s is UTF-8 without control characters, and otherwise an error that matches ErrName.
+func checkText(s string) error {
+	for i, c := range s {
+		if c == utf8.RuneError || unicode.IsControl(c) {
+			return fmt.Errorf("%w: %q at byte %d", ErrName, c, i)
+		}
 	}
 	return nil
 }

@@ -252,6 +252,7 @@ func snapshotFields(a *app, j snapshotJSON) [][2]string {
 	return append(f, [][2]string{
 		{"used", a.size(j.Usage.Used) + ", what removing it would free"},
 		{"created", when(j.Created)},
+		{"guid", dash(j.GUID)},
 		{"clones", dash(strings.Join(j.Clones, ", "))},
 		{"device", dash(shown(j.Device, j.DeviceState))},
 	}...)

@@ -74,6 +74,7 @@ type snapshotJSON struct {
 	Volume      string     `json:"volume"`
 	Size        int64      `json:"size"`
 	Created     time.Time  `json:"created"`
+	GUID        string     `json:"guid"` // of its content, the same in all stores
 	Clones      []string   `json:"clones"`
 	Device      string     `json:"device"`
 	DeviceState string     `json:"device_state"`
@@ -108,7 +109,7 @@ func volumeOf(v owner.Volume) volumeJSON {
 func snapshotOf(v owner.Volume, s cow.SnapshotInfo) snapshotJSON {
 	j := snapshotJSON{
 		Name: cow.Ref{Volume: v.Name, Snapshot: s.Name}.String(), Volume: v.Name, Size: s.Size,
-		Created: s.Created.UTC(), Clones: append([]string{}, s.Clones...),
+		Created: s.Created.UTC(), GUID: s.GUID.String(), Clones: append([]string{}, s.Clones...),
 	}
 	j.Device, j.DeviceState = deviceOf(v, s.Name)
 	return j

@@ -1,0 +1,80 @@
+package format
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+)
+
+// GUID identifies the state that a snapshot holds, in all stores. The zero GUID stands for none.
+type GUID [16]byte
+
+// IsZero reports whether g stands for no state.
+func (g GUID) IsZero() bool { return g == GUID{} }
+
+// String returns 32 hexadecimal digits, or nothing for the zero GUID.
+func (g GUID) String() string {
+	if g.IsZero() {
+		return ""
+	}
+	return hex.EncodeToString(g[:])
+}
+
+// MarshalText returns the text of String.
+func (g GUID) MarshalText() ([]byte, error) { return []byte(g.String()), nil }
+
+// UnmarshalText accepts what MarshalText returns, and nothing else. The error matches ErrCorrupt.
+func (g *GUID) UnmarshalText(text []byte) error {
+	*g = GUID{}
+	if len(text) == 0 {
+		return nil
+	}
+	if n, err := hex.Decode(g[:], text[:min(len(text), 2*len(g))]); err != nil || n != len(g) || g.String() != string(text) {
+		return corrupt("guid", "%q", text)
+	}
+	return nil
+}
+
+// GUIDOf returns the GUID of a snapshot. That of a row which an older program wrote is derived: from the id of the
+// store, and from the fields of the row that never change.
+func (s *Snapshot) GUIDOf(store [16]byte) (g GUID) {
+	if !s.GUID.IsZero() {
+		return s.GUID
+	}
+	b := le.AppendUint32(store[:], s.Branch)
+	b = le.AppendUint32(b, s.Epoch)
+	b = le.AppendUint32(b, s.ID)
+	b = le.AppendUint64(b, uint64(s.Created.UnixNano()))
+	sum := sha256.Sum256(b)
+	copy(g[:], sum[:])
+	return g
+}
+
+// Bounds of the properties of a volume.
+const (
+	// MaxProperties is the largest number of properties.
+	MaxProperties = 64
+	// MaxPropertyValue is the largest length in bytes of a value.
+	MaxPropertyValue = 1024
+)
+
+// CheckProperties returns nil if a volume can have these properties: at most MaxProperties; each key 1 to 63 ASCII
+// letters, digits, dots, underscores, hyphens and colons, of which the first is a letter or digit; each value at most
+// MaxPropertyValue bytes of UTF-8 without control characters. Otherwise it returns an error that matches ErrName.
+func CheckProperties(m map[string]string) error {
+	if len(m) > MaxProperties {
+		return fmt.Errorf("%w: %d properties, the most is %d", ErrName, len(m), MaxProperties)
+	}
+	for key, value := range m {
+		if err := checkName(key, ":"); err != nil {
+			return fmt.Errorf("property: %w", err)
+		}
+		if len(value) > MaxPropertyValue {
+			return fmt.Errorf("%w: property %s has %d bytes, the most is %d", ErrName, key, len(value), MaxPropertyValue)
+		}
+		if err := checkText(value); err != nil {
+			return fmt.Errorf("property %s: %w", key, err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,84 @@
+package format
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+)
+
+// TestGUID holds the text of a GUID, and that of a row without one, to what other stores have already seen.
+func TestGUID(t *testing.T) {
+	for text, want := range map[string]GUID{"": {}, "01020000000000000000000000000003": {1, 2, 15: 3}} {
+		var g GUID
+		if err := g.UnmarshalText([]byte(text)); err != nil || g != want || g.String() != text || g.IsZero() != (text == "") {
+			t.Error(text, g, err)
+		}
+	}
+	for _, text := range []string{"0", "00", strings.Repeat("0", 32), strings.Repeat("A", 32), strings.Repeat("a", 31), strings.Repeat("a", 33), strings.Repeat("a", 34), strings.Repeat("g", 32)} {
+		if err := new(GUID).UnmarshalText([]byte(text)); !errors.Is(err, ErrCorrupt) {
+			t.Error(text, err)
+		}
+	}
+	if g := testGUID.GUIDOf(testUUID); g != testGUID.GUID {
+		t.Error(g)
+	}
+	row := testSnap
+	if g := row.GUIDOf(testUUID); g.String() != "b343da2be50b6541fcee840c577e8d67" {
+		t.Error(g)
+	}
+	row.Name, row.Volume = "renamed", 0
+	if row.GUIDOf(testUUID) != testSnap.GUIDOf(testUUID) {
+		t.Error("a name has changed it")
+	}
+	seen := map[GUID]bool{testSnap.GUIDOf(testUUID): true}
+	for _, change := range []func(){
+		func() { row.Branch++ }, func() { row.Epoch++ }, func() { row.ID++ }, func() { row.Created = row.Created.Add(1) },
+	} {
+		change()
+		seen[row.GUIDOf(testUUID)] = true
+	}
+	if seen[row.GUIDOf([16]byte{1})] = true; len(seen) != 6 {
+		t.Error(seen)
+	}
+}
+
+func TestCheckProperties(t *testing.T) {
+	many := map[string]string{}
+	for i := range MaxProperties {
+		many[fmt.Sprintf("%d:a.b_c-D", i)] = strings.Repeat("é", MaxPropertyValue/2)
+	}
+	if err := errors.Join(CheckProperties(nil), CheckProperties(many)); err != nil {
+		t.Error(err)
+	}
+	many["one-more"] = ""
+	for _, m := range []map[string]string{
+		many, {"": "x"}, {":x": "x"}, {"a=b": "x"}, {strings.Repeat("k", 64): "x"}, {"k": strings.Repeat("v", MaxPropertyValue+1)}, {"k": "a\nb"}, {"k": "a\x7f"}, {"k": "\xff"},
+	} {
+		if err := CheckProperties(m); !errors.Is(err, ErrName) {
+			t.Error(len(m), err)
+		}
+	}
+}
+
+// TestReceivingRows refuses what a reception never is.
+func TestReceivingRows(t *testing.T) {
+	if _, err := AppendRow(nil, testReceiving); err != nil {
+		t.Fatal(err)
+	}
+	for name, spoil := range map[string]func(*Receiving){
+		"no guid":        func(r *Receiving) { r.GUID = GUID{} },
+		"its own base":   func(r *Receiving) { r.Base = r.GUID },
+		"no volume":      func(r *Receiving) { r.Volume = "" },
+		"no snapshot":    func(r *Receiving) { r.Snapshot = "a@b" },
+		"no size":        func(r *Receiving) { r.Size = 0 },
+		"behind the end": func(r *Receiving) { r.Block = blocksOf(r.Size) + 1 },
+	} {
+		v, bad := testReceiving, *testReceiving.Receiving
+		spoil(&bad)
+		v.Receiving = &bad
+		if _, err := AppendRow(nil, v); err == nil {
+			t.Error(name)
+		}
+	}
+}
