@@ -189,4 +189,23 @@
 //
 // The CRC covers the rest. JSON with a field that this version does not know is damage, because new fields come with a
 // new [StoreVersion].
+//
+// # Stream
+//
+// A stream is no part of a store: it carries a snapshot from one to another (docs/streams.md). It is a sequence of
+// frames: a header, then units and marks, then the end.
+//
+//	0             4          5              8            16           20        24
+//	+-------------+----------+--------------+------------+------------+---------+-- ... --+
+//	| "VDSF" (4)  | kind (1) | reserved (3) | number (8) | length (4) | CRC (4) | payload |    frame
+//	+-------------+----------+--------------+------------+------------+---------+-- ... --+
+//	+-----------+------------+----------+-----------+------------+-- ... --+
+//	| block (8) | blocks (2) | kind (1) | codec (1) | length (4) | unit    |                    item
+//	+-----------+------------+----------+-----------+------------+-- ... --+
+//	+-----------+-----------+-----------+--------------+
+//	| block (8) | units (8) | bytes (8) | SHA-256 (32) |                                        mark, end
+//	+-----------+-----------+-----------+--------------+
+//
+// The CRC covers the first 20 bytes and the payload. The payload of the header is JSON (see [StreamHeader]), and that of
+// a units frame is a list of items.
 package format

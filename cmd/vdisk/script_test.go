@@ -47,6 +47,10 @@ func runBroken() int {
 
 // TestScripts runs the scripts of testdata/script, each in a folder of its own with a store at $VDISK_STORE.
 func TestScripts(t *testing.T) {
+	formats, err := filepath.Abs(filepath.Join("..", "..", "testdata", "format"))
+	if err != nil {
+		t.Fatal(err)
+	}
 	testscript.Run(t, testscript.Params{
 		Dir:                 filepath.Join("..", "..", "testdata", "script"),
 		RequireExplicitExec: true,
@@ -54,6 +58,7 @@ func TestScripts(t *testing.T) {
 		Deadline:            time.Now().Add(4 * time.Minute),
 		Setup: func(e *testscript.Env) error {
 			e.Setenv("VDISK_STORE", filepath.Join(e.WorkDir, "store"))
+			e.Setenv("FORMATS", formats)
 			e.Setenv("GORACE", "atexit_sleep_ms=20") // the race detector's default is a second for each process
 			return nil
 		},

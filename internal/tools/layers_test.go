@@ -16,7 +16,7 @@ const module = "github.com/vdisk/vdisk"
 // layers lists the packages from the top down, with the packages of this module that each may import. A package that is
 // missing here may import none of them.
 var layers = map[string][]string{
-	"cmd/vdisk":                {"internal/owner", "internal/owner/sparse", "internal/image", "internal/bench", "internal/storage", "cow", "format", "ublk"},
+	"cmd/vdisk":                {"internal/owner", "internal/owner/sparse", "internal/image", "internal/stream", "internal/bench", "internal/storage", "cow", "format", "ublk"},
 	"internal/image":           {"internal/owner/sparse", "nbd", "cow"},
 	"internal/owner":           {"internal/owner/sparse", "internal/bench", "internal/storage", "cow", "format", "nbd", "ublk"},
 	"internal/bench":           {"internal/workload", "cow", "format", "ublk"},
@@ -27,6 +27,7 @@ var layers = map[string][]string{
 	"cow/internal/fault":       {"format", "internal/storage"},
 	"cow/internal/lockorder":   {},
 	"metadata":                 {"format", "internal/storage"},
+	"internal/stream":          {"format"},
 	"internal/storage/crashfs": {"internal/storage"},
 	"ublk/examples/loop":       {"ublk"},
 	"ublk/examples/null":       {"ublk"},
