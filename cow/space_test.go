@@ -135,7 +135,7 @@ func (d disk) mapped() (n int64) {
 
 // sameLive compares what all references together keep with the live bytes: the rest is deleted and not reaped.
 func (w *modelStore) sameLive() error {
-	tx, err := w.s.readTable()
+	tx, _, err := w.s.readTable()
 	if err != nil {
 		return err
 	}

@@ -51,7 +51,7 @@ func (s *Store) usage(ctx context.Context, which func(*audit.UsageScan) []audit.
 		return nil, fmt.Errorf("usage: %w", err)
 	}
 	defer s.tasks.Done()
-	tx, err := s.readTable()
+	tx, _, err := s.readTable()
 	if err != nil {
 		return nil, fmt.Errorf("usage: %w", err)
 	}
@@ -66,18 +66,21 @@ func (s *Store) usage(ctx context.Context, which func(*audit.UsageScan) []audit.
 	return us, wrapIf(err, "usage")
 }
 
-// readTable returns the table as of now. If no checkpoint can be made any more, it is as of the last one.
-func (s *Store) readTable() (*metadata.Tx, error) {
+// readTable returns the table as of now. If no checkpoint can be made any more, it is as of the last one, and all is
+// false.
+func (s *Store) readTable() (tx *metadata.Tx, all bool, err error) {
 	s.checkpoints.mu.Lock()
 	defer s.checkpoints.mu.Unlock()
-	err := s.live()
+	err = s.live()
 	if err == nil && s.changed() {
 		err = s.checkpointLocked()
 	}
 	if err != nil && s.readOnly == nil && !errors.Is(err, ErrFailed) && !errors.Is(err, ErrNoSpace) {
-		return nil, err
+		return nil, false, err
 	}
-	return s.meta.Begin()
+	all = err == nil
+	tx, err = s.meta.Begin()
+	return tx, all, err
 }
 
 func usageOf(r Ref, f audit.Figures) Usage {
