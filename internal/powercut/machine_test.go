@@ -46,12 +46,26 @@ func needGuest(t *testing.T) {
 	}
 	sh(t, "mount", "--bind", ourBootID, bootID)
 	t.Cleanup(func() { sh(t, "umount", bootID) })
-	t.Cleanup(func() { // of a test that failed
-		if t.Failed() { // leave nothing to the next test
-			_ = exec.Command("sh", "-c", "fuser -kM -m "+lower+"; umount -l "+upper+" "+lower).Run()
+	t.Cleanup(func() {
+		if t.Failed() {
+			cleanUp(t)
 		}
 	})
 	reboot(t)
+}
+
+// cleanUp leaves nothing of a test that failed to the next tests.
+func cleanUp(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	_ = exec.CommandContext(ctx, "sh", "-c", "fuser -kM -m "+lower+"; umount -l "+upper+" "+lower).Run()
+	devices, err := ublk.Devices(ctx)
+	for _, d := range devices {
+		err = errors.Join(err, ublk.Delete(ctx, d.ID, true))
+	}
+	if err != nil {
+		t.Log("clean up:", err)
+	}
 }
 
 // reboot takes away what no power cut leaves: shared memory, and the id of the boot.

@@ -164,7 +164,10 @@ func (m *machine) cut(t *testing.T, failing, early bool, sum *tally) {
 	t.Helper()
 	users := m.start()
 	if !early {
-		wait(t, "all users of the volumes to be promised something", m.hasPromises)
+		wait(t, "all users of the volumes to be promised something", func() bool {
+			users.mustBeActive(t)
+			return m.hasPromises()
+		})
 	}
 	time.Sleep(time.Duration(m.rng.IntN(4000)) * time.Millisecond)
 	var p promised
@@ -268,6 +271,16 @@ func (u *users) run(name string, load func() error) {
 		delete(u.active, name)
 		u.ends[name] = err
 	}()
+}
+
+// mustBeActive fails the test if a user has ended.
+func (u *users) mustBeActive(t *testing.T) {
+	t.Helper()
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if len(u.ends) > 0 {
+		t.Fatalf("users of the volumes have ended while the disk worked: %v", u.ends)
+	}
 }
 
 // waitEnded waits until all users have ended.

@@ -85,6 +85,8 @@ for s in ${STAGES:-vet host race mutants guest}; do
 		elif [ -z "$line" ]; then
 			failed=$((failed + 1))
 		else
+			# What failed is said once more, below the many lines of the kernel.
+			[ "$status" = 0 ] || grep -aE -B 30 -A 5 '^ *--- FAIL|^FAIL:|^panic:' bin/guest.out | tail -n 150
 			read -r p f < <(sed -E 's/^guest: ([0-9]+) passed, ([0-9]+) failed.*/\1 \2/' <<<"$line")
 			passed=$((passed + p)) failed=$((failed + f))
 			[ "$status" = 0 ] || [ "$f" -gt 0 ] || failed=$((failed + 1))
