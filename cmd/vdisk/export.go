@@ -7,6 +7,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"github.com/vdisk/vdisk/internal/image"
 	"github.com/vdisk/vdisk/internal/owner"
 	"github.com/vdisk/vdisk/internal/owner/sparse"
 )
@@ -15,13 +16,34 @@ func (a *app) exportCommand() *cli.Command {
 	return a.command(arity{2, 2}, &cli.Command{
 		Name:      "export",
 		Category:  groupData,
-		Usage:     "export a volume or snapshot to a raw image",
-		UsageText: "vdisk export VOL[@SNAP] FILE|- [--force]",
-		Description: "FILE is sparse, and appears when it is complete. An existing FILE or a block device is overwritten only with --force,\n" +
+		Usage:     "export a volume or snapshot to an image",
+		UsageText: "vdisk export VOL[@SNAP] FILE|- [--format FORMAT] [--options KEY=VALUE,...] [--compressed] [--force]",
+		Description: "FILE appears when it is complete; a raw one is sparse. An existing FILE or a block device is overwritten only with --force,\n" +
 			"and keeps its owner, mode and names; a block device that is in use is refused. - is standard output, which also gets the\n" +
-			"zeros. A volume that is open for writing is refused: take a snapshot and export that.",
-		Flags: []cli.Flag{&cli.BoolFlag{Name: "force", Aliases: []string{"f"}, Usage: "overwrite FILE"}},
+			"zeros. A volume that is open for writing is refused: take a snapshot and export that. gzip, xz and zstd are the raw\n" +
+			"image, compressed; the other formats are written by qemu-img, to a file.",
+		Flags: []cli.Flag{
+			&cli.BoolFlag{Name: "force", Aliases: []string{"f"}, Usage: "overwrite FILE"},
+			&cli.StringFlag{Name: "format", Usage: "`FORMAT` of the image: " + image.Names(), Value: "raw"},
+			&cli.StringFlag{Name: "options", Usage: "of a format that qemu-img writes, as `KEY=VALUE,...`: subformat=streamOptimized, for example"},
+			&cli.BoolFlag{Name: "compressed", Usage: "compress the data within the image, as qcow2 can"},
+		},
 	}, a.export)
+}
+
+// outputOf reads the flags that say how an image is written.
+func outputOf(c *cli.Context) (o image.Output, err error) {
+	if o.Format, err = image.Parse(c.String("format")); err != nil {
+		return o, usageError{c, fmt.Errorf("--format: %w", err)}
+	}
+	o.Options, o.Compress = c.String("options"), c.Bool("compressed")
+	if o.Format.IsStream() && (o.Options != "" || o.Compress) {
+		return o, usageError{c, fmt.Errorf("--format %s: --options and --compressed are for formats that qemu-img writes", o.Format.Name)}
+	}
+	if err := o.Check(); err != nil {
+		return o, usageError{c, fmt.Errorf("--options: %w", err)}
+	}
+	return o, nil
 }
 
 func (a *app) export(c *cli.Context) error {
@@ -29,13 +51,18 @@ func (a *app) export(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	out, err := outputOf(c)
+	if err != nil {
+		return err
+	}
 	path := c.Args().Get(1)
 	write := a.toStdout
-	if path == "-" {
-		if isTerminal(rawOf(a.stdout)) {
-			return usagef("standard output is a terminal: redirect it, or name a file")
-		}
-	} else {
+	switch {
+	case path == "-" && isTerminal(rawOf(a.stdout)):
+		return usagef("standard output is a terminal: redirect it, or name a file")
+	case path == "-" && !out.Format.IsStream():
+		return usagef("--format %s: such an image is written at random, and standard output is a stream: name a file", out.Format.Name)
+	case path != "-":
 		if write, err = toFile(path, c.Bool("force")); err != nil {
 			return err
 		}
@@ -43,11 +70,20 @@ func (a *app) export(c *cli.Context) error {
 	o := a.options(c)
 	o.Offer, o.Temporary, o.Look = true, true, true
 	return use(func(s owner.Store) error {
-		err := s.Export(c.Context, r, func(src sparse.Source) error {
-			bar := a.progress("exporting "+r.String(), src.Size())
-			defer bar.finish()
-			return write(c.Context, src, bar.set)
-		})
+		var err error
+		if out.Format.IsStream() {
+			err = s.Export(c.Context, r, func(src sparse.Source) error {
+				bar := a.progress("exporting "+r.String(), src.Size())
+				defer bar.finish()
+				raw := rawDisk{src, bar.set}
+				if out.Format.IsRaw() {
+					return write(c.Context, raw)
+				}
+				return write(c.Context, packedDisk{raw, out.Format})
+			})
+		} else {
+			err = a.exportImage(c.Context, s, r, out, write)
+		}
 		if err != nil {
 			return fmt.Errorf("exporting %v to %s: %w", r, path, err)
 		}
@@ -55,12 +91,9 @@ func (a *app) export(c *cli.Context) error {
 	})(owner.Open(c.Context, a.dir, o))
 }
 
-// sink writes the content of a disk somewhere.
-type sink func(ctx context.Context, src sparse.Source, progress func(int64)) error
-
-func (a *app) toStdout(ctx context.Context, src sparse.Source, progress func(int64)) error {
+func (a *app) toStdout(ctx context.Context, c exported) error {
 	w := bufio.NewWriterSize(rawOf(a.stdout), 256<<10)
-	if err := sparse.WriteTo(ctx, w, src, progress); err != nil {
+	if err := c.toStream(ctx, w); err != nil {
 		return err
 	}
 	return w.Flush()

@@ -16,7 +16,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vdisk/vdisk/cow"
-	"github.com/vdisk/vdisk/internal/owner/sparse"
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
@@ -48,12 +47,12 @@ func toFile(path string, force bool) (sink, error) {
 
 // newFile creates the file at path once its content is complete, unless something else is there by then.
 func newFile(path string) sink {
-	return func(ctx context.Context, src sparse.Source, progress func(int64)) error {
+	return func(ctx context.Context, c exported) error {
 		f, err := beside(path)
 		if err != nil {
 			return err
 		}
-		if err = fill(ctx, f.File, src, progress); err == nil {
+		if err = c.toFile(ctx, f.File); err == nil {
 			err = f.link(path)
 		}
 		return errors.Join(err, f.Close())
@@ -64,10 +63,10 @@ func newFile(path string) sink {
 // new file cannot get the old one's owner, mode or attributes, or if the old one has other names, it is overwritten in
 // place.
 func overFile(path string) sink {
-	return func(ctx context.Context, src sparse.Source, progress func(int64)) error {
+	return func(ctx context.Context, c exported) error {
 		target, err := filepath.EvalSymlinks(path)
 		if err != nil {
-			return inPlace(path)(ctx, src, progress) // such as /dev/stdout
+			return inPlace(path)(ctx, c) // such as /dev/stdout
 		}
 		f, err := beside(target)
 		if err != nil || !f.becomes(target) {
@@ -77,21 +76,13 @@ func overFile(path string) sink {
 			if err != nil && !errors.Is(err, fs.ErrPermission) && !errors.Is(err, unix.EROFS) {
 				return err
 			}
-			return inPlace(path)(ctx, src, progress)
+			return inPlace(path)(ctx, c)
 		}
-		if err = fill(ctx, f.File, src, progress); err == nil {
+		if err = c.toFile(ctx, f.File); err == nil {
 			err = f.replace(target)
 		}
 		return errors.Join(err, f.Close())
 	}
-}
-
-// fill writes the content to an empty file and syncs it.
-func fill(ctx context.Context, f *os.File, src sparse.Source, progress func(int64)) error {
-	if _, err := sparse.Copy(ctx, f, src, nil, progress); err != nil {
-		return err
-	}
-	return errors.Join(f.Truncate(src.Size()), f.Sync())
 }
 
 // unnamed is a file that disappears when it is closed or the process is killed, unless it has been given a name.
@@ -224,7 +215,7 @@ func syncFolder(dir string) error {
 
 // inPlace overwrites what is at path: a file, a block device, or something else that accepts a stream.
 func inPlace(path string) sink {
-	return func(ctx context.Context, src sparse.Source, progress func(int64)) error {
+	return func(ctx context.Context, c exported) error {
 		flags := os.O_WRONLY
 		switch fi, err := os.Stat(path); {
 		case errors.Is(err, fs.ErrNotExist):
@@ -248,24 +239,24 @@ func inPlace(path string) sink {
 			if err := f.Truncate(0); err != nil { // so that holes become zeros
 				return err
 			}
-			if err := errors.Join(fill(ctx, f, src, progress), f.Close()); err != nil {
+			if err := errors.Join(c.toFile(ctx, f), f.Close()); err != nil {
 				return fmt.Errorf("what it had is gone, and what it has now is incomplete: %w", err)
 			}
 			return nil
 		}
-		return toDevice(ctx, f, src, progress)
+		return toDevice(ctx, f, c)
 	}
 }
 
 // toDevice writes to an open block device, FIFO or the like.
-func toDevice(ctx context.Context, f *os.File, src sparse.Source, progress func(int64)) error {
+func toDevice(ctx context.Context, f *os.File, c exported) error {
 	fi, err := f.Stat()
 	if err != nil {
 		return err
 	}
 	size, err := f.Seek(0, io.SeekEnd)
-	if err == nil && size < src.Size() && isBlockDevice(fi) {
-		return fmt.Errorf("it has %d bytes, and %d are needed", size, src.Size())
+	if need := c.size(); err == nil && size < need && isBlockDevice(fi) {
+		return fmt.Errorf("it has %d bytes, and %d are needed", size, need)
 	}
 	if err == nil {
 		_, err = f.Seek(0, io.SeekStart)
@@ -273,7 +264,7 @@ func toDevice(ctx context.Context, f *os.File, src sparse.Source, progress func(
 	if err != nil && !errors.Is(err, syscall.ESPIPE) {
 		return err
 	}
-	if err := sparse.WriteTo(ctx, patient{ctx, f}, src, progress); err != nil {
+	if err := c.toStream(ctx, patient{ctx, f}); err != nil {
 		return err
 	}
 	// Seek and Sync fail on a pipe, which has no size and needs no sync.

@@ -39,6 +39,14 @@ var variants = []variant{
 	{"parallels", ""},
 }
 
+// some returns the variants, or a few of them with -short.
+func some() []variant {
+	if testing.Short() {
+		return []variant{variants[2], variants[10], variants[13]}
+	}
+	return variants
+}
+
 func (v variant) name() string {
 	return strings.NewReplacer(",", "-", "=", "-").Replace(v.format + "-" + v.options)
 }
@@ -137,7 +145,7 @@ func TestOpen(t *testing.T) {
 	want := disk16()
 	dir := t.TempDir()
 	raw := rawFile(t, dir, want)
-	for _, v := range variants {
+	for _, v := range some() {
 		t.Run(v.name(), func(t *testing.T) {
 			t.Parallel()
 			path := v.make(t, dir, raw)

@@ -13,7 +13,8 @@ import (
 type Output struct {
 	Format  Format
 	Options string // options of the format, as qemu-img takes them
-	Pack    bool   // compress the clusters
+	// Compress compresses the data within the image.
+	Compress bool
 }
 
 // severalFiles are values of the option subformat that make more than one file, and files are the options that name
@@ -65,7 +66,7 @@ func (o Output) Convert(ctx context.Context, socket, export string, f *os.File, 
 	}
 	defer os.Remove(link)
 	args := []string{"convert", "-p", "-f", "raw", "-O", o.Format.Name}
-	if o.Pack {
+	if o.Compress {
 		args = append(args, "-c")
 	} else {
 		args = append(args, "-W")
