@@ -295,7 +295,7 @@ func TestSectorsOfOneBlock(t *testing.T) {
 	const sectors = 8
 	writes := 10_000
 	if raceEnabled {
-		writes = 2000
+		writes = 500
 	}
 	const at = 17 * format.BlockSize
 	var wg sync.WaitGroup

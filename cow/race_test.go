@@ -5,5 +5,5 @@ package cow
 // The race detector makes everything about ten times slower.
 const (
 	raceEnabled        = true
-	defaultCrashStates = 300
+	defaultCrashStates = 150
 )
