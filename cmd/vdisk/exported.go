@@ -113,7 +113,7 @@ func (a *app) exportImage(ctx context.Context, s owner.Store, r cow.Ref, o image
 		defer end() // a service that has ended has an error, and qemu-img would go on for a while
 		served <- s.Serve(serving, l, owner.ServeOptions{Exports: []cow.Ref{r}, Fixed: true, Socket: socket})
 	}()
-	bar := a.progress("exporting "+r.String(), 100)
+	bar := a.bar("exporting "+r.String(), 100)
 	err = write(converting, imageDisk{o, r, socket, folder, func(percent float64) { bar.set(int64(percent)) }})
 	bar.finish()
 	stop()

@@ -40,7 +40,9 @@ func readingOf(c *cli.Context) (r reading, err error) {
 	if r.Format, err = image.Parse(name); err != nil {
 		return r, usageError{c, fmt.Errorf("--format: %w", err)}
 	}
-	r.Backing = c.Bool("backing")
+	if r.Backing = c.Bool("backing"); r.Backing && r.Format.IsStream() {
+		return r, usageError{c, fmt.Errorf("--backing is for a --format that qemu-img reads; a %s image refers to nothing", r.Format.Name)}
+	}
 	return r, nil
 }
 

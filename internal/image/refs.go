@@ -142,10 +142,12 @@ type extent struct {
 	kind, name    string
 }
 
-var extentLine = regexp.MustCompile(`(?m)^[ \t]*(RW|RDONLY|NOACCESS)[ \t]+(\d+)[ \t]+(\w+)(?:[ \t]+"([^"\n]*)"(?:[ \t]+(\d+))?)?`)
+// extentText finds all that qemu could take for an extent. qemu uses sscanf(3), which takes line breaks for blanks, and a
+// name without its second quotation mark for one. So this looks anywhere in the text.
+var extentText = regexp.MustCompile(`(RW|RDONLY|NOACCESS)[\s\v]+([+-]?\d+)[\s\v]+([^\s\v"]+)[\s\v]*"([^\n\r"]*)(?:"[\s\v]+(\d+))?`)
 
 func extentsOf(descriptor []byte) (list []extent, err error) {
-	for _, m := range extentLine.FindAllStringSubmatch(string(descriptor), -1) {
+	for _, m := range extentText.FindAllStringSubmatch(string(descriptor), -1) {
 		if m[1] != "RW" {
 			return nil, fmt.Errorf("a part of it cannot be read: %s", strings.TrimSpace(m[0]))
 		}
@@ -164,9 +166,6 @@ func extentsOf(descriptor []byte) (list []extent, err error) {
 // check looks at the file of an extent, which belongs in the folder dir. It returns a reference in words if that is not
 // a plain file there.
 func (e extent) check(dir string) (ref string, err error) {
-	if e.name == "" { // of kind ZERO
-		return "", nil
-	}
 	if strings.ContainsAny(e.name, "/:") {
 		return fmt.Sprintf("%q, outside of its folder", e.name), nil
 	}
