@@ -28,6 +28,7 @@ const (
 	exitLeaks       = 7
 	exitUnsupported = 8
 	exitNoSpace     = 9
+	exitDiffer      = 10
 	exitSignal      = 128 // plus the signal's number
 )
 
@@ -64,6 +65,7 @@ var kinds = []struct {
 	hint string // what to do, if the error itself cannot say it
 }{
 	{errLeaks, exitLeaks, "leaks", ""},
+	{errDiffer, exitDiffer, "differ", ""},
 	{cow.ErrNoSpace, exitNoSpace, "no-space", "the operation changed nothing; free space on the store's file system, or remove snapshots or volumes (vdisk rm)"},
 	{syscall.ENOSPC, exitNoSpace, "no-space", "free space on that file system"},
 	{syscall.EDQUOT, exitNoSpace, "no-space", "raise the quota, or free space"},

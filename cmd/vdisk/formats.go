@@ -31,14 +31,17 @@ type reading struct {
 }
 
 // readingOf reads the flags of formatFlags.
-func readingOf(c *cli.Context) (r reading, err error) {
-	r.checked = !c.IsSet("format")
+func readingOf(c *cli.Context) (r reading, err error) { return readingAs(c, "format") }
+
+// readingAs is readingOf with the format in another flag.
+func readingAs(c *cli.Context, flag string) (r reading, err error) {
+	r.checked = !c.IsSet(flag)
 	name := "raw"
 	if !r.checked {
-		name = c.String("format")
+		name = c.String(flag)
 	}
 	if r.Format, err = image.Parse(name); err != nil {
-		return r, usageError{c, fmt.Errorf("--format: %w", err)}
+		return r, usageError{c, fmt.Errorf("--%s: %w", flag, err)}
 	}
 	if r.Backing = c.Bool("backing"); r.Backing && r.Format.IsStream() {
 		return r, usageError{c, fmt.Errorf("--backing is for a --format that qemu-img reads; a %s image refers to nothing", r.Format.Name)}

@@ -69,6 +69,7 @@ func TestScripts(t *testing.T) {
 			"json":    cmdJSON,
 			"keys":    cmdKeys,
 			"image":   cmdImage,
+			"put":     cmdPut,
 			"poke":    cmdPoke,
 			"sparse":  cmdSparse,
 			"retry":   cmdRetry,

@@ -49,6 +49,12 @@ type Store interface {
 	// would not be of one moment.
 	Export(ctx context.Context, r cow.Ref, use func(src sparse.Source) error) error
 
+	// Difference calls each with the extents in which to may be other than from, in order, some at a time. Without from,
+	// these are all extents of data. It returns the sizes of both.
+	Difference(ctx context.Context, from, to cow.Ref, each func([]Extent) error) (sizes [2]int64, err error)
+	// Compare compares the contents of two volumes or snapshots. Like Export, it fails if one is open for writing.
+	Compare(ctx context.Context, a, b cow.Ref) (Comparison, error)
+
 	// Attach makes a block device for a volume or snapshot. The device lives as long as the process that owns the
 	// store.
 	Attach(ctx context.Context, o AttachOptions) (Device, error)

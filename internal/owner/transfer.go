@@ -175,7 +175,7 @@ func (o *Owner) still(r cow.Ref) (*cow.Device, error) {
 	// read, nobody can.
 	dev, err := o.store.OpenDevice(r, r.Snapshot != "" || o.ReadOnly() != nil)
 	if errors.Is(err, cow.ErrBusy) {
-		err = o.inUse(r.Volume, fmt.Errorf("%w: take a snapshot and export that", err))
+		err = o.inUse(r.Volume, fmt.Errorf("%w: take a snapshot and use that", err))
 	}
 	return dev, err
 }

@@ -1,0 +1,183 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/owner"
+	"github.com/vdisk/vdisk/internal/owner/sparse"
+)
+
+func (a *app) compareCommand() *cli.Command {
+	return a.command(arity{2, 2}, &cli.Command{
+		Name:      "compare",
+		Category:  groupData,
+		Usage:     "compare the contents of two volumes, snapshots or files",
+		UsageText: "vdisk compare A B [--strict] [-f FORMAT] [-F FORMAT]",
+		Description: "A and B are VOL, VOL@SNAP, or a file or block device. A name with a slash is a file, and so is one that the store does\n" +
+			"not have. The end of the shorter one must be followed by zeros in the other; with --strict the sizes must be equal.\n" +
+			"Exit codes: 0 the same, 10 different; the message then says at which byte the difference begins. Of two snapshots, only\n" +
+			"what changed since the last state that both have in common is read; of a file, no holes are. A volume that is open for\n" +
+			"writing is refused: take a snapshot and compare that. A file is raw unless -f (of A) or -F (of B) says another format,\n" +
+			"as for 'vdisk import'; one that looks like another format is refused.",
+		Flags: []cli.Flag{
+			&cli.BoolFlag{Name: "strict", Aliases: []string{"s"}, Usage: "the sizes must be equal, too"},
+			&cli.StringFlag{Name: "format", Aliases: []string{"f"}, Usage: "`FORMAT` of the file A"},
+			&cli.StringFlag{Name: "format2", Aliases: []string{"F"}, Usage: "`FORMAT` of the file B"},
+		},
+	}, a.compare)
+}
+
+// errDiffer is the result of a comparison of contents that differ.
+var errDiffer = errors.New("they differ")
+
+// compareJSON is the result of a comparison in the JSON output.
+type compareJSON struct {
+	Identical bool   `json:"identical"`
+	Offset    *int64 `json:"offset"` // of the first byte that differs; null if none does
+	SizeA     int64  `json:"size_a"`
+	SizeB     int64  `json:"size_b"`
+}
+
+// side is one of two things to compare: a file, or else ref.
+type side struct {
+	name string
+	file bool
+	ref  cow.Ref
+	in   reading
+}
+
+func (a *app) compare(c *cli.Context) error {
+	var sides [2]side
+	for i, flag := range []string{"format", "format2"} {
+		sides[i].name = c.Args().Get(i)
+		in, err := readingAs(c, flag)
+		if err != nil {
+			return err
+		}
+		if sides[i].name == "-" {
+			return usagef("standard input cannot be compared: put it into a file")
+		}
+		sides[i].in, sides[i].file = in, strings.Contains(sides[i].name, "/")
+	}
+	if sides[0].file && sides[1].file {
+		return a.compared(c, sides, nil)
+	}
+	opened := false
+	err := a.lookLong(c, func(s owner.Store) error {
+		opened = true
+		for i := range sides {
+			if err := sides[i].find(c.Context, s); err != nil {
+				return err
+			}
+		}
+		return a.compared(c, sides, s)
+	})
+	if !opened && errors.As(err, &noStoreError{}) && sides[0].exists() && sides[1].exists() {
+		sides[0].file, sides[1].file = true, true
+		return a.compared(c, sides, nil)
+	}
+	return err
+}
+
+// exists reports whether there is a file of this name.
+func (d *side) exists() bool {
+	_, err := os.Stat(d.name)
+	return err == nil
+}
+
+// find says whether it is a file or something in the store.
+func (d *side) find(ctx context.Context, s owner.Store) error {
+	if d.file {
+		return nil
+	}
+	ref, err := cow.ParseRef(d.name)
+	if err == nil {
+		_, err = s.Volume(ctx, ref.Volume)
+	}
+	if err == nil {
+		d.ref = ref
+		return nil
+	}
+	if d.file = d.exists(); d.file {
+		return nil
+	}
+	if errors.Is(err, cow.ErrNotFound) {
+		return fmt.Errorf("%s is neither in the store nor a file: %w", d.name, fs.ErrNotExist)
+	}
+	return err
+}
+
+// with calls use with the content.
+func (d *side) with(c *cli.Context, a *app, s owner.Store, use func(sparse.Source) error) error {
+	if !d.file {
+		return s.Export(c.Context, d.ref, use)
+	}
+	src, done, err := a.source(c.Context, d.name, d.in)
+	if err != nil {
+		return err
+	}
+	defer done()
+	return use(src)
+}
+
+// compared compares two sides and says the result.
+func (a *app) compared(c *cli.Context, sides [2]side, s owner.Store) (err error) {
+	var r owner.Comparison
+	if !sides[0].file && !sides[1].file {
+		r, err = s.Compare(c.Context, sides[0].ref, sides[1].ref)
+	} else {
+		err = sides[0].with(c, a, s, func(x sparse.Source) error {
+			return sides[1].with(c, a, s, func(y sparse.Source) error {
+				if c.Bool("strict") && x.Size() >= 0 && y.Size() >= 0 && x.Size() != y.Size() {
+					r.Sizes = [2]int64{x.Size(), y.Size()}
+					return nil
+				}
+				bar := a.progress("comparing", max(x.Size(), y.Size()))
+				defer bar.finish()
+				var err error
+				r.At, r.Differs, err = sparse.Compare(c.Context, x, y, bar.set)
+				r.Sizes = [2]int64{x.Size(), y.Size()} // of a stream known only now
+				return err
+			})
+		})
+	}
+	if err != nil {
+		return fmt.Errorf("comparing %s and %s: %w", sides[0].name, sides[1].name, err)
+	}
+	return a.compareResult(c, sides, r)
+}
+
+func (a *app) compareResult(c *cli.Context, sides [2]side, r owner.Comparison) error {
+	names := sides[0].name + " and " + sides[1].name
+	sizes := fmt.Sprintf("%d and %d bytes", r.Sizes[0], r.Sizes[1])
+	j := compareJSON{SizeA: r.Sizes[0], SizeB: r.Sizes[1]}
+	var err error
+	switch {
+	case c.Bool("strict") && r.Sizes[0] != r.Sizes[1]:
+		err = fmt.Errorf("%s have different sizes, %s: %w", names, sizes, errDiffer)
+	case r.Differs:
+		j.Offset = &r.At
+		err = fmt.Errorf("%s differ from byte %d on: %w", names, r.At, errDiffer)
+	default:
+		j.Identical = true
+		if r.Sizes[0] != r.Sizes[1] {
+			a.note("their sizes are different, %s; behind the end of the shorter one there are only zeros", sizes)
+		}
+	}
+	perr := a.print(j, func() error {
+		if err != nil {
+			return nil
+		}
+		_, err := fmt.Fprintf(a.stdout, "%s have the same content\n", names)
+		return err
+	})
+	return errors.Join(perr, err)
+}
