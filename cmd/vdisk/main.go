@@ -167,7 +167,8 @@ func (a *app) program() *cli.App {
 			a.renameCommand(), a.resizeCommand(), a.rmCommand(),
 			a.attachCommand(), a.detachCommand(), a.recoverCommand(), a.devicesCommand(), a.statsCommand(),
 			a.serveCommand(), a.daemonCommand(), a.upgradeCommand(),
-			a.importCommand(), a.exportCommand(), a.diffCommand(), a.mapCommand(), a.compareCommand(), a.streamCommand(),
+			a.importCommand(), a.exportCommand(), a.diffCommand(), a.mapCommand(), a.compareCommand(),
+			a.exportDiffCommand(), a.importDiffCommand(), a.streamCommand(),
 			a.checkCommand(), a.gcCommand(), a.benchCommand(), a.featuresCommand(), a.versionCommand(),
 		},
 	}

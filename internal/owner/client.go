@@ -295,10 +295,14 @@ func (c *Client) Bench(ctx context.Context, o bench.Options, each func(bench.Res
 
 // Import makes a volume with the content of src. Holes of src are not sent.
 func (c *Client) Import(ctx context.Context, name string, o cow.VolumeOptions, src sparse.Source, progress func(int64)) (v cow.VolumeInfo, err error) {
+	return v, c.send(ctx, "import", &request{Name: name, Volume: o, Size: src.Size()}, src, progress, &v)
+}
+
+// send performs an operation whose body is the content of src, and decodes the answer into answer.
+func (c *Client) send(ctx context.Context, name string, args *request, src sparse.Source, progress func(int64), answer any) error {
 	r, w := io.Pipe()
 	sent := make(chan error, 1)
 	watched := &watchedSource{Source: src, progress: progress}
-	size := src.Size()
 	go func() {
 		bw := bufio.NewWriterSize(w, 256<<10)
 		// If the source fails, watched.err has the reason; if the owner wants no more, its answer has it.
@@ -308,7 +312,7 @@ func (c *Client) Import(ctx context.Context, name string, o cow.VolumeOptions, s
 	}()
 	patient, cancel := outlast(ctx)
 	defer cancel()
-	resp, err := c.post(patient, "import", &request{Name: name, Volume: o, Size: size}, r)
+	resp, err := c.post(patient, name, args, r)
 	_ = r.Close() // ends the sender if it is still running
 	if serr := <-sent; serr != nil {
 		err = serr // this is what caused the owner's error
@@ -320,9 +324,9 @@ func (c *Client) Import(ctx context.Context, name string, o cow.VolumeOptions, s
 		defer resp.Body.Close()
 	}
 	if err == nil {
-		err = json.NewDecoder(&answerBody{resp.Body, c, ctx}).Decode(&v)
+		err = json.NewDecoder(&answerBody{resp.Body, c, ctx}).Decode(answer)
 	}
-	return v, err
+	return err
 }
 
 // answerBody is the body of an answer. An error says that it was cut off.
@@ -374,14 +378,19 @@ func (s *watchedSource) Next(p []byte) (int, int64, error) {
 
 // Export calls use with the content of a snapshot, or of a volume that is not open for writing.
 func (c *Client) Export(ctx context.Context, ref cow.Ref, use func(sparse.Source) error) error {
-	resp, err := c.post(ctx, "export", &request{Ref: ref}, nil)
+	return c.receive(ctx, "export", &request{Ref: ref}, use)
+}
+
+// receive performs an operation that is answered with a framed stream.
+func (c *Client) receive(ctx context.Context, name string, args *request, use func(sparse.Source) error) error {
+	resp, err := c.post(ctx, name, args, nil)
 	if err != nil {
 		return err
 	}
 	defer resp.Body.Close()
 	size, err := strconv.ParseInt(resp.Header.Get(sizeHeader), 10, 64)
 	if err != nil {
-		return fmt.Errorf("the owner of the store does not report the size of %v: %w", ref, err)
+		return fmt.Errorf("the owner of the store does not say the size of its answer to %s: %w", name, err)
 	}
 	return fromStream(use(sparse.Decode(bufio.NewReaderSize(&answerBody{resp.Body, c, ctx}, 256<<10), size)))
 }

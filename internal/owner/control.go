@@ -144,6 +144,8 @@ func (c *control) routes() *http.ServeMux {
 	mux.HandleFunc("POST /v1/difference", c.difference)
 	mux.HandleFunc("POST /v1/import", c.importStream)
 	mux.HandleFunc("POST /v1/export", c.exportStream)
+	mux.HandleFunc("POST /v1/export-diff", c.exportDiff)
+	mux.HandleFunc("POST /v1/import-diff", c.importDiff)
 	mux.HandleFunc("POST /v1/serve", c.serve)
 	return mux
 }
@@ -179,6 +181,13 @@ const (
 )
 
 func (c *control) importStream(w http.ResponseWriter, r *http.Request) {
+	c.takeStream(w, r, func(req request, src sparse.Source) (any, error) {
+		return c.owner.Import(r.Context(), req.Name, req.Volume, src, nil)
+	})
+}
+
+// takeStream answers an operation whose body is a framed stream.
+func (c *control) takeStream(w http.ResponseWriter, r *http.Request, take func(request, sparse.Source) (any, error)) {
 	req, err := arguments(r)
 	if err != nil {
 		reply(w, nil, err)
@@ -186,7 +195,7 @@ func (c *control) importStream(w http.ResponseWriter, r *http.Request) {
 	}
 	rc := http.NewResponseController(w)
 	duplexErr := rc.EnableFullDuplex() // lets an error be answered while the client is still sending
-	v, err := c.owner.Import(r.Context(), req.Name, req.Volume, sparse.Decode(r.Body, req.Size), nil)
+	v, err := take(req, sparse.Decode(r.Body, req.Size))
 	reply(w, v, err)
 	if err != nil && duplexErr == nil {
 		// The client stops once it has read the answer. If the connection were closed earlier, the client would see a
@@ -198,13 +207,20 @@ func (c *control) importStream(w http.ResponseWriter, r *http.Request) {
 }
 
 func (c *control) exportStream(w http.ResponseWriter, r *http.Request) {
+	c.sendStream(w, r, func(req request, use func(sparse.Source) error) error {
+		return c.owner.Export(r.Context(), req.Ref, use)
+	})
+}
+
+// sendStream answers an operation with a framed stream.
+func (c *control) sendStream(w http.ResponseWriter, r *http.Request, send func(request, func(sparse.Source) error) error) {
 	req, err := arguments(r)
 	if err != nil {
 		reply(w, nil, err)
 		return
 	}
 	begun := false
-	err = c.owner.Export(r.Context(), req.Ref, func(src sparse.Source) error {
+	err = send(req, func(src sparse.Source) error {
 		begun = true
 		waitLonger(w, exportStandstill)
 		w.Header().Set(sizeHeader, fmt.Sprint(src.Size()))

@@ -16,10 +16,10 @@
 // # The control socket
 //
 // The protocol is HTTP/1.1 over a unix socket: POST /v1/OPERATION with a JSON body. The answer is status 200 and JSON,
-// or another status and an [Error]. Six operations carry more. The body of import and the answer of export are framed
-// streams of package sparse. The answers of check, bench and difference are JSON lines. serve takes over the connection
-// to pass the listening socket (SCM_RIGHTS), so that the command that asked determines the socket's path, permissions
-// and lifetime.
+// or another status and an [Error]. Eight operations carry more. The bodies of import and import-diff, and the answers
+// of export and export-diff, are framed streams of package sparse. The answers of check, bench and difference are JSON
+// lines. serve takes over the connection to pass the listening socket (SCM_RIGHTS), so that the command that asked
+// determines the socket's path, permissions and lifetime.
 //
 // A client keeps one connection open from Open to Close. An owner that ends by itself (a daemon whose last device is
 // gone, a command that has done its work) first waits until the clients have gone. So an operation is never refused

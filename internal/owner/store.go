@@ -55,6 +55,12 @@ type Store interface {
 	// Compare compares the contents of two volumes or snapshots. Like Export, it fails if one is open for writing.
 	Compare(ctx context.Context, a, b cow.Ref) (Comparison, error)
 
+	// ExportDiff calls use with the difference from one snapshot to another, or to a volume that is not open for writing,
+	// in the format of package rbddiff. Without from it is all data.
+	ExportDiff(ctx context.Context, from, to cow.Ref, use func(src sparse.Source) error) error
+	// ImportDiff applies such a difference to a volume, and takes the snapshot to which it goes. See Owner.ImportDiff.
+	ImportDiff(ctx context.Context, name string, v cow.VolumeOptions, force bool, src sparse.Source, progress func(off int64)) (ImportedDiff, error)
+
 	// Attach makes a block device for a volume or snapshot. The device lives as long as the process that owns the
 	// store.
 	Attach(ctx context.Context, o AttachOptions) (Device, error)
