@@ -1,5 +1,5 @@
 // Package format defines every byte format of a vdisk store: chunk headers, records, entries, leaves, summaries, the
-// durable mark, events, the rows of the table, and the file "format". It also compresses and decompresses units. It
+// durable mark, events, the rows of the table and its copy, and the file "format". It also compresses and decompresses units. It
 // does no I/O.
 //
 // The package serves this module only, and promises no stability to anybody outside of it: any identifier may change or
@@ -189,6 +189,25 @@
 //
 // The CRC covers the rest. JSON with a field that this version does not know is damage, because new fields come with a
 // new [StoreVersion].
+//
+// # Copy of the table
+//
+// The copy is a header and batches of changes. Package metadata has the order of the buckets.
+//
+//	0                8             12          28        32
+//	+----------------+-------------+-----------+---------+
+//	| "VDISKCPY" (8) | version (4) | UUID (16) | CRC (4) |                                            header
+//	+----------------+-------------+-----------+---------+
+//	+------------+----------+------------+------------+---------+---------------+---------+-- ... --+
+//	| "CPYB" (4) | kind (4) | number (8) | length (8) | sum (8) | items CRC (4) | CRC (4) | items   |    batch
+//	+------------+----------+------------+------------+---------+---------------+---------+-- ... --+
+//	+--------+------------+----------------+------------------+-----+-------+
+//	| op (1) | bucket (1) | key length (2) | value length (4) | key | value |                         item
+//	+--------+------------+----------------+------------------+-----+-------+
+//
+// The CRC of a batch's head covers the 36 bytes before it and the batch's offset in the file (8). Kinds: 1 part of the
+// base, 2 end of the base, 3 changes. Ops: 1 put, 2 removal, 3 patch. A patch is a sequence of three uvarints and bytes:
+// how many bytes to copy of the old value, how many to skip, and how many follow to insert.
 //
 // # Stream
 //

@@ -58,6 +58,9 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 // Checksum returns the CRC-32C (Castagnoli) of p.
 func Checksum(p []byte) uint32 { return crc32.Checksum(p, castagnoli) }
 
+// MoreChecksum returns the checksum of what sum is the checksum of, followed by p. That of nothing is 0.
+func MoreChecksum(sum uint32, p []byte) uint32 { return crc32.Update(sum, castagnoli, p) }
+
 // saltedChecksum returns the CRC-32C of a chunk sequence number, an offset and p. It folds in the salt by table:
 // hash/crc32 would move a local array that is passed as a slice to the heap.
 func saltedChecksum(chunkSeq uint64, offset uint32, p []byte) uint32 {

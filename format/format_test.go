@@ -175,6 +175,7 @@ func TestGolden(t *testing.T) {
 	golden := map[string][]byte{
 		"chunk-header-durable": durableHeader,
 		"durable-mark":         mark,
+		"table-copy":           testCopy(),
 		"summary":              summary,
 		"store":                infoText,
 		"chunk-header":         chunkHeader,
@@ -303,6 +304,7 @@ func TestEveryFlippedBitIsFound(t *testing.T) {
 		"row-volume":   func(b []byte) error { return DecodeRow(b, new(Volume)) },
 		"row-volume-4": func(b []byte) error { return DecodeRow(b, new(Volume)) },
 		"summary":      func(b []byte) error { _, _, err := decodeSummary(b); return err },
+		"table-copy":   func(b []byte) error { return wholeCopy(b) },
 		"durable-mark": func(b []byte) error { _, err := DecodeDurableMark(b); return err },
 		"chunk-header-durable": func(b []byte) error {
 			if len(b) >= chunkHeaderEnd { // the padding does not count, so make it whole

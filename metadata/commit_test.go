@@ -14,6 +14,7 @@ import (
 	"go.etcd.io/bbolt"
 
 	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
 	"github.com/vdisk/vdisk/internal/storage/crashtable"
 )
@@ -36,19 +37,26 @@ type cutter struct {
 	steps  [][]byte // the file at each step of the present commit
 	states int
 	worked int
+
+	in      *storage.Folder
+	copies  *crashfs.FS   // has the copy of the table
+	left    []*crashfs.FS // what a power cut can leave of the copy, before the table is written
+	ahead   []*crashfs.FS // and from then on
+	copied  int           // tables that were made from those
+	copyWas []byte        // the file of the copy after the last commit
 }
 
 // TestEveryCutInACommit runs a script of commits. Of each it makes what a power cut can leave: every prefix of what it
 // writes, down to the sector; everything without one page; everything without one sector; and the meta page with each
 // subset of its sectors; each with the file grown and not grown. All of these open without damage as the table before
-// the commit, or, with the meta page, as the one after it, and can be committed to.
+// the commit, or, with the meta page, as the one after it, and can be committed to. The same for the copy of the table:
+// its last whole batch is the table's state, or one commit ahead while the table has not been written.
 func TestEveryCutInACommit(t *testing.T) {
 	dir := memoryDir(t)
-	c := &cutter{t: t, path: filepath.Join(dir, "t"), cut: filepath.Join(dir, "cut")}
+	c := &cutter{t: t, path: filepath.Join(dir, "t"), cut: filepath.Join(dir, "cut"), in: folderOf(t, dir), copies: crashfs.New()}
 	filled(t, c.path)
 	must(t, os.Remove(c.path+VerifiedSuffix))
 	c.attach()
-	rng := rand.New(rand.NewPCG(5, 5))
 	old, err := content(c.db)
 	must(t, err)
 	commits, meta, grown, pages := 36, 0, 0, 0
@@ -57,7 +65,8 @@ func TestEveryCutInACommit(t *testing.T) {
 	}
 	for i := range commits {
 		c.steps = nil
-		must(t, c.db.Update(func(tx *Tx) error { return scripted(tx, i, rng) }))
+		// The function may run more than once, and must do the same each time.
+		must(t, c.db.Update(func(tx *Tx) error { return scripted(tx, i, rand.New(rand.NewPCG(5, uint64(i)))) }))
 		now, err := content(c.db)
 		must(t, err)
 		if old == now || len(c.steps) < 3 {
@@ -66,6 +75,7 @@ func TestEveryCutInACommit(t *testing.T) {
 		n := len(c.steps) - 3 // the last three are the sync of the pages, the write of the meta page, and its sync
 		c.prefixes(c.steps[:n+1], old)
 		c.holes(c.steps[:n+1], old)
+		c.copyCuts(i%4 == 0 || i%8 == 7, old, now)
 		meta += c.metas(c.steps[n], c.steps[n+2], old, now)
 		pages += n
 		if len(c.steps[n]) > len(c.was) {
@@ -78,7 +88,7 @@ func TestEveryCutInACommit(t *testing.T) {
 	if meta != commits || grown == 0 {
 		t.Errorf("%d of %d commits have a meta page that makes them, and %d made the file grow", meta, commits, grown)
 	}
-	t.Logf("%d states of %d commits, which wrote %d pages and made the file grow %d times; %d were worked with", c.states, commits, pages, grown, c.worked)
+	t.Logf("%d states of %d commits, which wrote %d pages and made the file grow %d times; %d were worked with; %d tables were made from the copy", c.states, commits, pages, grown, c.worked, c.copied)
 }
 
 // attach opens the table, and copies it to a disk.
@@ -89,11 +99,15 @@ func (c *cutter) attach() {
 	must(c.t, err)
 	c.disk, err = crashtable.NewDisk(c.was)
 	must(c.t, err)
-	c.db, err = Open(c.path, Options{NoSync: true, Allocate: func(f *os.File, from, to int64) error {
+	c.db, err = Open(c.path, Options{NoSync: true, Copy: c.copies, Allocate: func(f *os.File, from, to int64) error {
 		return errors.Join(c.table.Grow(to-from), Allocate(f, from, to))
 	}})
 	must(c.t, err)
-	c.table, err = crashtable.Attach(c.db, c.disk, func(crashtable.Step) error {
+	must(c.t, c.db.Adopt())
+	_, c.copyWas = copyNow(c.t, c.copies)
+	c.copies.OnSync(c.beforeSync)
+	c.table, err = crashtable.Attach(c.db, c.disk, func(s crashtable.Step) error {
+		c.beforeStep(s)
 		p, err := crashtable.Content(c.disk)
 		c.steps = append(c.steps, p)
 		return err
@@ -238,6 +252,8 @@ func (c *cutter) one(state []byte, want ...uint64) uint64 {
 	if c.states++; c.states%perState == 0 {
 		c.worked++
 		c.work(got)
+		must(c.t, os.WriteFile(c.cut, state, 0o600))
+		c.workWithCopy()
 	}
 	return got
 }

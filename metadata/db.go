@@ -67,6 +67,12 @@ type Options struct {
 	// it returns an error, as it does above all when the disk is full, the table stays as it is. The default is the
 	// function Allocate of this package.
 	Allocate func(f *os.File, from, to int64) error
+	// Copy is the directory of the copy of the table: docs/format.md, The copy of the table. It stays the caller's, who
+	// closes it after the DB. If it is nil, no copy is kept. A copy that is there is then not changed, and the next
+	// opening with one finds that it is not of this table.
+	Copy storage.FS
+	// CopyLost is called when the copy is given up, with the reason. The default does nothing.
+	CopyLost func(error)
 	// Sync makes durable what an earlier process may have left in memory, before this one reads the file, which Sync must
 	// not change. The default is the function Sync of this package, or nothing with NoSync.
 	Sync func(f *os.File) error
@@ -84,7 +90,9 @@ type DB struct {
 	verified    bool         // the file is the one that the last owner left in this boot
 	store       [16]byte     // Options.Store
 
-	updating sync.Mutex // one Update at a time; guards the fields up to seq
+	copy tableCopy
+
+	updating sync.Mutex // one Update at a time; guards the fields up to seq, and copy
 	failed   error      // a commit failed with this error, and what is on the disk is not known any more
 	adopted  bool       // Adopt has been called
 	named    bool       // the table names its store
@@ -161,6 +169,7 @@ func openAt(at place, o Options) (db *DB, err error) {
 		return nil, fmt.Errorf("open the table: %w", err)
 	}
 	db = &DB{b: b, f: f, at: at, store: o.Store, verified: was.verified}
+	db.copy = tableCopy{in: o.Copy, store: o.Store, lost: o.CopyLost}
 	if o.ReadOnly {
 		err := errors.Join(db.identify(was.checkpoint), db.made(path))
 		if err == nil {
@@ -255,6 +264,9 @@ func (d *DB) adopt() (err error) {
 	if err := d.makeBuckets(); err != nil {
 		return err
 	}
+	if err := d.findCopy(); err != nil {
+		return err
+	}
 	d.adopted = true
 	d.noting.Lock()
 	defer d.noting.Unlock()
@@ -330,7 +342,7 @@ func (d *DB) makeBuckets() error {
 
 // Close waits for the readers and closes the file. The DB must not be used afterwards.
 func (d *DB) Close() error {
-	err := d.b.Close()
+	err := errors.Join(d.b.Close(), d.copy.close())
 	if d.note != nil {
 		err = errors.Join(err, d.note.close())
 	}

@@ -39,9 +39,11 @@ func (t *Tx) set(bucket, key, value []byte) error {
 	if err != nil {
 		return err
 	}
-	t.forget(bucket, key, b.Get(key))
+	old := b.Get(key)
+	intact := t.forget(bucket, key, old)
 	field, _ := valueSums(value)
 	t.sum += sumOf(bucket, key, field)
+	t.db.copy.record(bucket, key, old, value, intact)
 	return b.Put(key, value)
 }
 
@@ -50,19 +52,22 @@ func (t *Tx) drop(bucket, key []byte) error {
 	if err != nil {
 		return err
 	}
-	t.forget(bucket, key, b.Get(key))
+	old := b.Get(key)
+	intact := t.forget(bucket, key, old)
+	t.db.copy.record(bucket, key, old, nil, intact)
 	return b.Delete(key)
 }
 
-// forget takes a value that is replaced or removed out of the sum. If the value is damaged, nobody knows what it had
-// added, so the sum is recomputed when the transaction ends.
-func (t *Tx) forget(bucket, key, value []byte) {
+// forget takes a value that is replaced or removed out of the sum, and reports whether it is intact. If it is damaged,
+// nobody knows what it had added, so the sum is recomputed when the transaction ends.
+func (t *Tx) forget(bucket, key, value []byte) (intact bool) {
 	if value == nil {
-		return
+		return true
 	}
 	field, body := valueSums(value)
 	t.sum -= sumOf(bucket, key, field)
 	t.recount = t.recount || field != body
+	return field == body
 }
 
 // recountSum adds up the whole table.

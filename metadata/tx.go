@@ -54,7 +54,7 @@ func (d *DB) update(fn func(*Tx) error) (err error) {
 	seq, named := d.seq, d.named
 	err = d.commit(func(tx *bbolt.Tx) error {
 		t := &Tx{tx: tx, db: d}
-		if err := t.loadSum(); err != nil {
+		if err := errors.Join(t.loadSum(), d.copy.begin()); err != nil {
 			return err
 		}
 		if err := fn(t); err != nil {
@@ -67,11 +67,15 @@ func (d *DB) update(fn func(*Tx) error) (err error) {
 			named = true
 		}
 		seq = max(seq, t.seq)
-		return t.storeSum()
+		if err := t.storeSum(); err != nil {
+			return err
+		}
+		return d.copy.write(t.sum)
 	})
 	if err == nil {
 		d.seq, d.named = seq, named
 	}
+	d.copy.finish(err == nil, d.failed == nil)
 	return err
 }
 

@@ -1,0 +1,313 @@
+package metadata
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+	"sync/atomic"
+
+	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/storage"
+)
+
+// CopyNames are the names that files of the copy of the table can have. One is in use, and the next base goes to the
+// other.
+var CopyNames = [2]string{"meta.copy.1", "meta.copy.2"}
+
+const (
+	copyChanges    = 16 << 20 // changes of so many bytes beyond the size of the base call for a new base
+	copyBatchLeast = 4 << 10  // what a batch counts for at least
+	patchLeast     = 64       // smaller values are not patched
+	copyAtOnce     = 2 << 20  // of a table up to this size, in bytes, the copy is made when the table is adopted
+)
+
+// copyBuckets are the buckets that a copy has. The number of a bucket in an item is its place here.
+var copyBuckets = [][]byte{bucketStore, bucketVolumes, bucketSnapshots, bucketBranches, bucketLeaves, bucketChanges, bucketChunks, bucketForwarded, bucketForwards}
+
+// tableCopy is the second copy of the table, from which the table can be made anew: docs/format.md, The copy of the
+// table. An Update gives it every change, and it is durable before bbolt writes. DB.updating guards it.
+type tableCopy struct {
+	in    storage.FS // nil: no copy is kept
+	store [16]byte
+	lost  func(error)
+
+	inUse  *copyFile // nil: there is no copy
+	making *newCopy  // nil: no new base is being made
+	// stale: a file may be there, beside those above, that is not of this table any more. It goes before the next commit.
+	stale bool
+	why   error // why there is no copy, or no new base
+
+	patch []byte
+	state atomic.Pointer[CopyState]
+}
+
+// CopyState describes the copy of a table.
+type CopyState struct {
+	Bytes   int64  // 0: there is no copy
+	Base    int64  // of them, in the base
+	Batches int64  // of changes
+	Number  uint64 // of the last batch
+	Why     error  // why there is none, or no new one
+}
+
+// CopyState returns the state of the copy as of the last commit.
+func (d *DB) CopyState() CopyState {
+	if s := d.copy.state.Load(); s != nil {
+		return *s
+	}
+	return CopyState{}
+}
+
+func (c *tableCopy) publish() {
+	s := CopyState{Why: c.why}
+	if f := c.inUse; f != nil {
+		s = CopyState{f.end, f.base, f.batches, f.next - 1, c.why}
+	}
+	c.state.Store(&s)
+}
+
+// begin begins the batch of an Update. If there are files of a copy that was given up, they go first.
+func (c *tableCopy) begin() error {
+	if err := c.removeStale(); err != nil {
+		return err
+	}
+	if c.inUse != nil {
+		c.inUse.begin()
+	}
+	if c.making != nil {
+		c.making.begin()
+	}
+	return nil
+}
+
+// record adds a change of a key to the batch. old is nil if the key is not there, and value is nil if it is removed.
+// intact says that the old value verifies.
+func (c *tableCopy) record(bucket, key, old, value []byte, intact bool) {
+	if c.inUse == nil && c.making == nil || old == nil && value == nil {
+		return
+	}
+	if old != nil && value != nil && intact && bytes.Equal(old, value) {
+		return
+	}
+	n := bucketNumber(bucket)
+	it := format.CopyItem{Op: format.CopyPut, Bucket: n, Key: key, Value: value}
+	switch {
+	case value == nil:
+		it.Op = format.CopyRemove
+	case old != nil && intact && len(value) >= patchLeast:
+		var ok bool
+		if c.patch, ok = format.AppendPatch(c.patch[:0], old, value, len(value)/4*3); ok {
+			it.Op, it.Value = format.CopyPatch, c.patch
+		}
+	}
+	if c.inUse != nil {
+		c.inUse.add(&it)
+	}
+	if m := c.making; m != nil && m.has(n, key) {
+		m.add(&it)
+		m.count(bucket, key, old, value, intact)
+	}
+}
+
+func bucketNumber(bucket []byte) uint8 {
+	return uint8(slices.IndexFunc(copyBuckets, func(b []byte) bool { return bytes.Equal(b, bucket) }))
+}
+
+// write completes the batch, and makes it durable. The table has the sum after it. If that fails, the copy is given up,
+// and the commit can go on without one; write then returns an error only if the old copy cannot be removed.
+func (c *tableCopy) write(sum sum) error {
+	if m := c.making; m != nil {
+		if m.dead = m.finish(format.CopyBase, 0); m.dead != nil {
+			c.making = nil
+		}
+	}
+	if c.inUse == nil {
+		return nil
+	}
+	err := c.inUse.finish(format.CopyChanges, sum)
+	if err == nil {
+		err = c.inUse.f.Sync()
+	}
+	if err != nil {
+		c.lose(err)
+	}
+	return c.removeStale()
+}
+
+// finish ends the batch. If the Update was undone, the batch is cut off. If bbolt failed, nobody knows whether the table
+// has it, and the next owner finds out; nothing is committed before.
+func (c *tableCopy) finish(done, undone bool) {
+	if !done && !undone {
+		return
+	}
+	if f := c.inUse; f != nil && done {
+		f.took()
+	} else if f != nil {
+		if err := f.cut(); err != nil {
+			c.lose(err)
+		}
+	}
+	if m := c.making; m != nil && done {
+		m.took()
+		m.sum += m.change
+	} else if m != nil {
+		if m.dead = m.cut(); m.dead != nil {
+			c.making = nil
+		}
+	}
+	if done {
+		c.publish()
+	}
+}
+
+// lose gives the copy up. Its files go before the next commit, since no copy is better than an old one.
+func (c *tableCopy) lose(err error) {
+	_ = c.inUse.f.Close() // what it has does not count any more
+	c.inUse, c.stale = nil, true
+	c.says(fmt.Errorf("the copy of the table is given up: %w", err))
+}
+
+// says notes why there is no copy, or no new base.
+func (c *tableCopy) says(why error) {
+	c.why = why
+	c.publish()
+	c.lost(why)
+}
+
+// removeStale removes the files of a copy that was given up, durably.
+func (c *tableCopy) removeStale() error {
+	if !c.stale {
+		return nil
+	}
+	for _, name := range CopyNames {
+		if c.making != nil && c.making.name == name || c.inUse != nil && c.inUse.name == name {
+			continue
+		}
+		if err := c.in.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return c.unremoved(err)
+		}
+	}
+	if err := c.in.SyncDir(); err != nil {
+		return c.unremoved(err)
+	}
+	c.stale = false
+	return nil
+}
+
+// unremoved is the error of an Update before which an old copy could not be removed. Nothing has changed in the table.
+func (c *tableCopy) unremoved(err error) error {
+	err = fmt.Errorf("remove an old copy of the table: %w", err)
+	if errors.Is(err, storage.ErrNoSpace) {
+		err = fmt.Errorf("%w: %w", ErrUnwritten, err)
+	}
+	return err
+}
+
+// close closes the files.
+func (c *tableCopy) close() error {
+	if c.making != nil {
+		c.remove(c.making)
+	}
+	if c.inUse == nil {
+		return nil
+	}
+	return c.inUse.f.Close()
+}
+
+// findCopy finds the copy of the table, and makes one if there is none and the table is small. updating is held. The
+// table is known to be the right one. A copy that cannot be used is no reason not to use the table.
+func (d *DB) findCopy() error {
+	c := &d.copy
+	if c.in == nil {
+		return nil
+	}
+	if c.lost == nil {
+		c.lost = func(error) {}
+	}
+	sum, err := d.sumNow()
+	if err != nil {
+		return err
+	}
+	var why error
+	for _, name := range CopyNames {
+		f, err := useCopy(c.in, name, c.store, sum)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if f != nil && (c.inUse == nil || f.next > c.inUse.next) {
+			c.inUse, f = f, c.inUse
+		}
+		if f != nil {
+			err = f.f.Close()
+		}
+		why, c.stale = errors.Join(why, err), true
+	}
+	if c.inUse != nil {
+		c.stale = c.stale && c.exists(c.otherName()) // a base that was never completed, or an older copy
+		c.publish()
+		return nil
+	}
+	c.stale = true // if a name cannot be looked up, its file may be there
+	if why != nil {
+		c.says(fmt.Errorf("the copy of the table is of no use: %w", why))
+	}
+	if _, used := d.Room(); used > copyAtOnce {
+		return nil
+	}
+	if err := d.copyAtOnce(); err != nil {
+		c.says(err)
+	}
+	return nil
+}
+
+func (c *tableCopy) exists(name string) bool {
+	f, err := c.in.Open(name)
+	if err == nil {
+		_ = f.Close()
+	}
+	return !errors.Is(err, fs.ErrNotExist)
+}
+
+// sumNow returns the sum of the table.
+func (d *DB) sumNow() (sum sum, err error) {
+	err = d.View(func(tx *Tx) error {
+		err := tx.loadSum()
+		sum = tx.sum
+		return err
+	})
+	return sum, err
+}
+
+// otherName returns the name for the next base.
+func (c *tableCopy) otherName() string {
+	if c.inUse != nil && c.inUse.name == CopyNames[0] {
+		return CopyNames[1]
+	}
+	return CopyNames[0]
+}
+
+// useCopy opens a file of the copy to go on with, if its state is that of a table with the given sum. The last batch may
+// be of a commit that a crash took. Then it is cut off.
+func useCopy(in storage.FS, name string, store [16]byte, sum sum) (*copyFile, error) {
+	r, err := openCopy(in, name, store)
+	if err != nil {
+		return nil, err
+	}
+	whole, err := r.toEnd()
+	if err == nil && !whole {
+		err = fmt.Errorf("%s: it was not completed: %w", name, format.ErrCorrupt)
+	}
+	if err != nil {
+		return nil, errors.Join(err, r.f.Close())
+	}
+	over := r.over
+	for i := len(r.last) - 1; i >= max(0, len(r.last)-2); i-- {
+		if b := r.last[i]; b.Sum == uint64(sum) && b.end() >= r.base {
+			return &copyFile{name: name, f: r.f, end: b.end(), base: r.base, batches: over, next: b.Number + 1, torn: r.size > b.end()}, nil
+		}
+		over--
+	}
+	return nil, errors.Join(fmt.Errorf("%s: it is of another state of the table: %w", name, format.ErrCorrupt), r.f.Close())
+}
