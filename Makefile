@@ -9,7 +9,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
 .DEFAULT_GOAL = build
-.PHONY: help build install demo test guest-test recovery-test power-test crash-test damage-test fault-test kill-test linear-test proof soak fuzz mutants bench-engine bench-cleaner bench-depth bench-nbd bench-ublk bench-guest bench-space lint clean
+.PHONY: help build install demo test guest-test recovery-test power-test crash-test damage-test fault-test kill-test linear-test proof soak fuzz mutants bench-engine bench-cleaner bench-depth bench-nbd bench-import bench-ublk bench-guest bench-space lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -94,6 +94,10 @@ bench-depth: build ## read cost over NBD by snapshot and clone depth (bench-dept
 bench-nbd: build ## against qemu-nbd (qcow2, raw) and nbdkit over NBD (bench-nbd.sh)
 	@$(TOOLS)/setup.sh test
 	@$(TOOLS)/bench-nbd.sh
+
+bench-import: build ## the import of 8 GiB, beside cp and qemu-img convert; needs root (bench-import.sh)
+	@$(TOOLS)/setup.sh test
+	@$(TOOLS)/bench-import.sh
 
 bench-ublk: build ## block devices in a guest, against ublksrv if UBLKSRV_DIR has it (bench-ublk.sh)
 	@$(TOOLS)/bench-ublk.sh

@@ -18,6 +18,8 @@ type fileSource struct {
 	// The end of the file's run of data that contains at; if at == end, the next run must be found.
 	end   int64
 	plain bool // the file system cannot distinguish holes from data
+
+	cached bool // the file cannot be read without filling the page cache
 }
 
 // FromFile returns the content of a regular file or a block device. It does not read holes, and leaves out blocks of
@@ -49,7 +51,7 @@ func (s *fileSource) Next(p []byte) (int, int64, error) {
 			}
 		}
 		buf := p[:min(int64(len(p)), s.end-s.at)]
-		n, err := s.f.ReadAt(buf, s.at)
+		n, err := s.readAt(buf, s.at)
 		if n < len(buf) {
 			if err == nil || errors.Is(err, io.EOF) {
 				err = fmt.Errorf("it shrank while it was read: %w", io.ErrUnexpectedEOF)
@@ -64,6 +66,30 @@ func (s *fileSource) Next(p []byte) (int, int64, error) {
 			return n, off, nil
 		}
 	}
+}
+
+// readAt is ReadAt of the file. On Linux 6.14 and later, what it brings into the page cache is dropped again. That takes
+// the kernel less time than finding new pages for all of a large file, and the pages that others have cached stay.
+func (s *fileSource) readAt(p []byte, off int64) (done int, err error) {
+	for !s.cached && done < len(p) {
+		n, err := unix.Preadv2(int(s.f.Fd()), [][]byte{p[done:]}, off+int64(done), unix.RWF_DONTCACHE)
+		switch {
+		case err == unix.EINTR:
+		case err == unix.EOPNOTSUPP, err == unix.ENOSYS, err == unix.EINVAL:
+			s.cached = true
+		case err != nil:
+			return done, os.NewSyscallError("preadv2", err)
+		case n == 0:
+			return done, io.EOF
+		default:
+			done += n
+		}
+	}
+	if done == len(p) {
+		return done, nil
+	}
+	n, err := s.f.ReadAt(p[done:], off+int64(done))
+	return done + n, err
 }
 
 // nextRun sets at and end to the file's next run of data, rounded to multiples of Block, or returns io.EOF if there is

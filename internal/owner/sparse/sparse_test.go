@@ -90,6 +90,11 @@ func TestSources(t *testing.T) {
 			}
 			return src
 		}
+		cached := func() Source { // as on an older kernel, and on some file systems
+			src := file()
+			src.(*fileSource).cached = true
+			return src
+		}
 		framed := func(src Source) Source {
 			var b bytes.Buffer
 			if err := Encode(t.Context(), &b, src, nil); err != nil {
@@ -99,6 +104,7 @@ func TestSources(t *testing.T) {
 		}
 		for name, src := range map[string]Source{
 			"file":          file(),
+			"cached file":   cached(),
 			"stream":        FromStream(iotest.HalfReader(bytes.NewReader(want))),
 			"framed file":   framed(file()),
 			"framed stream": framed(FromStream(bytes.NewReader(want))),
