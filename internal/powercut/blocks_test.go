@@ -26,7 +26,8 @@ type blocks struct {
 
 	mu           sync.Mutex // guards what follows
 	sent, synced []uint64
-	syncs        int // since the last cut
+	now          []uint64 // what the device holds: the last version that was sent, if no power cut has taken it
+	syncs        int      // since the last cut
 }
 
 func newBlocks(first, n, run int64, writes int, rng *rand.Rand) *blocks {
@@ -34,7 +35,7 @@ func newBlocks(first, n, run int64, writes int, rng *rand.Rand) *blocks {
 	skip := blockSize - int(uintptr(unsafe.Pointer(&b[0]))%blockSize) // O_DIRECT wants aligned memory
 	return &blocks{
 		first: first, run: run, writes: writes, buf: b[skip:][: run*blockSize : run*blockSize], rng: rng,
-		sent: make([]uint64, n), synced: make([]uint64, n),
+		sent: make([]uint64, n), synced: make([]uint64, n), now: make([]uint64, n),
 	}
 }
 
@@ -78,6 +79,7 @@ func (b *blocks) write(dev *os.File) error {
 	b.mu.Lock()
 	for i := range n {
 		b.sent[at+i]++
+		b.now[at+i] = b.sent[at+i]
 		fill(b.buf[i*blockSize:][:blockSize], b.first+at+i, b.sent[at+i])
 	}
 	b.mu.Unlock()
@@ -92,7 +94,7 @@ func (b *blocks) sync(dev *os.File) error {
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	copy(b.synced, b.sent)
+	copy(b.synced, b.now)
 	b.syncs++
 	return nil
 }
@@ -155,6 +157,7 @@ func (b *blocks) check(r io.ReaderAt, promise []uint64) error {
 		return err
 	}
 	b.synced = found
+	copy(b.now, found)
 	return nil
 }
 
