@@ -61,6 +61,7 @@ type catalog struct {
 	snapshots     map[uint32]*snapshot
 	branches      map[uint32]*branch
 	byName        map[string]*volume
+	receiving     map[string]*volume     // the hidden volumes that are being received, by the name of the target
 	unnamedPoints map[*snapshot]struct{} // the points without a volume, which have lost their name
 	waiting       map[*snapshot]struct{} // of these, the ones at which no branch begins: for the reaper
 	orphaned      map[*branch]struct{}   // branches that have no volume and are not reaped
@@ -72,7 +73,7 @@ type catalog struct {
 func newCatalog() catalog {
 	return catalog{
 		volumes: map[uint32]*volume{}, snapshots: map[uint32]*snapshot{}, branches: map[uint32]*branch{},
-		byName: map[string]*volume{}, unnamedPoints: map[*snapshot]struct{}{}, waiting: map[*snapshot]struct{}{}, orphaned: map[*branch]struct{}{}, nextID: 1,
+		byName: map[string]*volume{}, receiving: map[string]*volume{}, unnamedPoints: map[*snapshot]struct{}{}, waiting: map[*snapshot]struct{}{}, orphaned: map[*branch]struct{}{}, nextID: 1,
 		dirtyVolumes: map[uint32]struct{}{}, dirtySnapshots: map[uint32]struct{}{}, dirtyBranches: map[uint32]struct{}{},
 	}
 }
@@ -140,7 +141,7 @@ func (t *catalog) putVolume(r format.Volume, gen uint64) error {
 		v = &volume{codec: pool, snapshots: map[string]*snapshot{}}
 		t.volumes[r.ID] = v
 	} else {
-		delete(t.byName, v.Name)
+		t.unlist(v)
 		if v.branch != b {
 			t.orphan(v.branch, gen)
 		}
@@ -149,6 +150,9 @@ func (t *catalog) putVolume(r format.Volume, gen uint64) error {
 	delete(t.orphaned, b)
 	v.size.Store(r.Size)
 	t.byName[r.Name] = v
+	if r.Receiving != nil {
+		t.receiving[r.Receiving.Volume] = v
+	}
 	t.usedID(r.ID)
 	t.dirtyVolumes[r.ID] = struct{}{}
 	return nil
@@ -166,10 +170,18 @@ func (t *catalog) dropVolume(n uint32, gen uint64) error {
 		t.dirtySnapshots[s.ID] = struct{}{}
 	}
 	delete(t.volumes, n)
-	delete(t.byName, v.Name)
+	t.unlist(v)
 	t.orphan(v.branch, gen)
 	t.dirtyVolumes[n] = struct{}{}
 	return nil
+}
+
+// unlist removes a volume from what finds it by name.
+func (t *catalog) unlist(v *volume) {
+	delete(t.byName, v.Name)
+	if v.Receiving != nil {
+		delete(t.receiving, v.Receiving.Volume)
+	}
 }
 
 func (t *catalog) putSnapshot(r format.Snapshot, gen uint64) error {

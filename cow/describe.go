@@ -30,6 +30,8 @@ type VolumeInfo struct {
 	Origin       string         `json:"origin,omitempty"` // VOL@SNAP it was cloned from or rolled back to
 	Snapshots    []SnapshotInfo `json:"snapshots,omitempty"`
 	Open         int            `json:"open"` // number of open devices
+	// Receiving is set for a hidden volume, whose content is being received.
+	Receiving *ReceivingInfo `json:"receiving,omitempty"`
 }
 
 // Volumes describes all volumes, in the order of their names.
@@ -84,7 +86,7 @@ func (in *VolumeInfo) sort() {
 func (s *Store) describe(v *volume, clones map[point][]*volume) VolumeInfo {
 	in := VolumeInfo{
 		Name: v.Name, Size: v.Size, Codec: v.Codec.String(), LogicalBlock: v.LogicalBlock,
-		Created: v.Created, Open: v.readers,
+		Created: v.Created, Open: v.readers, Receiving: receivingInfo(v.Receiving),
 	}
 	if v.Level != 0 {
 		in.Codec += fmt.Sprintf(":%d", v.Level)

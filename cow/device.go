@@ -61,6 +61,9 @@ func (s *Store) OpenDevice(r Ref, readOnly bool) (*Device, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := v.received(); err != nil {
+		return nil, err
+	}
 	d := &Device{s: s, ref: r, v: v, b: v.branch, asOf: head, readOnly: readOnly || sn != nil, block: v.LogicalBlock}
 	switch {
 	case !d.readOnly && s.readOnly != nil:

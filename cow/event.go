@@ -12,6 +12,14 @@ import (
 // the rows that change. The event gets its place in the log, the catalog changes, and transact returns when the event
 // is durable. If build returns a nil event, nothing changes. transact may call build more than once.
 func (s *Store) transact(build func() (*format.Event, error)) error {
+	if err := s.record(build); err != nil {
+		return err
+	}
+	return s.wal.Sync()
+}
+
+// record is transact, but does not wait until the event is durable.
+func (s *Store) record(build func() (*format.Event, error)) error {
 	cleared, refused := false, 0
 	for {
 		s.mu.Lock()
@@ -19,7 +27,7 @@ func (s *Store) transact(build func() (*format.Event, error)) error {
 		s.mu.Unlock()
 		switch {
 		case err == nil:
-			return s.wal.Sync()
+			return nil
 		case errors.Is(err, errFull):
 			err = s.makeRoom(p)
 		case errors.Is(err, errNoNew):

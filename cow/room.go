@@ -80,7 +80,7 @@ func (s *Store) allocateTable(f *os.File, from, to int64) error {
 // all others give room back, or take next to none.
 func purposeOf(ev *format.Event) wal.Purpose {
 	switch ev.Op {
-	case "create", "snapshot", "clone":
+	case "create", "snapshot", "clone", "receive", "mark", "received":
 		return wal.ForData
 	}
 	return wal.ForEvents

@@ -2,6 +2,7 @@ package cow
 
 import (
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -33,6 +34,9 @@ func (s *Store) lookup(r Ref) (*volume, *snapshot, error) {
 
 // lookupSnapshot is lookup, but returns ErrInvalid if the ref does not name a snapshot. The caller holds mu.
 func (s *Store) lookupSnapshot(r Ref) (*volume, *snapshot, error) {
+	if v := s.catalog.byName[r.Volume]; v != nil && v.Receiving != nil {
+		return nil, nil, v.received()
+	}
 	v, sn, err := s.lookup(r)
 	if err == nil && sn == nil {
 		err = fmt.Errorf("%q is a volume; name a snapshot of it, VOL@SNAP: %w", r, ErrInvalid)
@@ -47,7 +51,7 @@ func (s *Store) freeName(name string) error {
 	if s.catalog.byName[name] != nil {
 		return fmt.Errorf("volume %q: %w", name, ErrExists)
 	}
-	return nil
+	return s.receives(name)
 }
 
 // VolumeOptions are the options of CreateVolume.
@@ -125,6 +129,8 @@ func (s *Store) Snapshot(refs ...Ref) error {
 				return nil, fmt.Errorf("%q names no snapshot, VOL@SNAP: %w", r, ErrInvalid)
 			case err != nil:
 				return nil, err
+			case v.received() != nil:
+				return nil, v.received()
 			case v.snapshots[r.Snapshot] != nil:
 				return nil, fmt.Errorf("%s: %w", r, ErrExists)
 			case v.branch.Epoch >= lastEpoch:
@@ -218,7 +224,7 @@ func (s *Store) Rename(from, to Ref) error {
 		case sn == nil && to.Snapshot != "", sn != nil && (to.Snapshot == "" || to.Volume != from.Volume):
 			return nil, fmt.Errorf("%s cannot become %s: a volume stays a volume and a snapshot its volume's: %w", from, to, ErrInvalid)
 		case sn == nil:
-			if err := s.freeName(to.Volume); err != nil {
+			if err := errors.Join(v.received(), s.receives(v.Name), s.freeName(to.Volume)); err != nil {
 				return nil, err
 			}
 			row := v.Volume
@@ -253,7 +259,7 @@ func (s *Store) resize(name string, size int64, shrink bool) error {
 		if err != nil {
 			return nil, err
 		}
-		if err := checkSize(size, v.LogicalBlock); err != nil {
+		if err := errors.Join(v.received(), checkSize(size, v.LogicalBlock)); err != nil {
 			return nil, err
 		}
 		switch {
@@ -314,6 +320,9 @@ func (s *Store) Remove(r Ref, recursive bool) error {
 			if sn.open > 0 {
 				return nil, fmt.Errorf("it is open: %w", ErrBusy)
 			}
+			if err := s.isBase(sn); err != nil {
+				return nil, err
+			}
 			ev.Snapshots = append(ev.Snapshots, unnamed(sn))
 			return ev, nil
 		}
@@ -322,6 +331,9 @@ func (s *Store) Remove(r Ref, recursive bool) error {
 		}
 		if len(v.snapshots) > 0 && !recursive {
 			return nil, fmt.Errorf("it has snapshots (%s); -r removes them with it: %w", someNames(v), ErrBusy)
+		}
+		if err := s.needed(v); err != nil {
+			return nil, err
 		}
 		if len(v.snapshots) <= mostNamed {
 			for _, sn := range v.snapshots {

@@ -17,6 +17,10 @@ const (
 
 // Writer writes one stream. After an error nothing more can be written.
 type Writer struct {
+	// FrameBytes and MarkBytes are the numbers of bytes from which on a frame and a mark are written. Tests make them
+	// smaller.
+	FrameBytes, MarkBytes int
+
 	w      io.Writer
 	sum    hash.Hash
 	frame  []byte // the payload of the next units frame
@@ -35,7 +39,7 @@ func NewWriter(w io.Writer, h *format.StreamHeader) (*Writer, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Writer{w: w, sum: sha256.New(), blocks: h.Blocks(), at: h.From, frame: make([]byte, 0, frameBytes+format.StreamItemSize+format.UnitSize)}
+	s := &Writer{FrameBytes: frameBytes, MarkBytes: markBytes, w: w, sum: sha256.New(), blocks: h.Blocks(), at: h.From, frame: make([]byte, 0, frameBytes+format.StreamItemSize+format.UnitSize)}
 	return s, s.put(format.FrameHeader, payload)
 }
 
@@ -44,7 +48,7 @@ func (s *Writer) Put(it *format.StreamItem) error {
 	s.frame = format.AppendStreamItem(s.frame, it)
 	s.mark.Units++
 	s.at = it.End()
-	if len(s.frame) < frameBytes {
+	if len(s.frame) < s.FrameBytes {
 		return nil
 	}
 	return s.Flush()
@@ -60,7 +64,7 @@ func (s *Writer) Flush() error {
 	}
 	s.mark.Bytes += uint64(len(s.frame))
 	s.frame = s.frame[:0]
-	if s.mark.Bytes-s.marked < markBytes {
+	if s.mark.Bytes-s.marked < uint64(s.MarkBytes) {
 		return nil
 	}
 	return s.putMark(format.FrameMark, s.at)
@@ -91,4 +95,12 @@ func (s *Writer) put(kind format.FrameKind, payload []byte) error {
 	n, err := s.w.Write(s.out)
 	s.length += int64(n)
 	return err
+}
+
+// Estimate returns about how long a stream is that has so many items, and so many bytes in units.
+func Estimate(h *format.StreamHeader, items uint64, bytes int64) int64 {
+	head, _ := format.AppendStreamHeader(nil, h) // a header that cannot be encoded has no stream
+	payload := bytes + int64(items)*format.StreamItemSize
+	const frame, mark = format.FrameHeaderSize, format.FrameHeaderSize + format.StreamMarkSize
+	return frame + int64(len(head)) + payload + (payload+frameBytes-1)/frameBytes*frame + payload/markBytes*mark + mark
 }

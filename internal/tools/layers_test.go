@@ -20,7 +20,7 @@ var layers = map[string][]string{
 	"internal/image":           {"internal/owner/sparse", "nbd", "cow"},
 	"internal/owner":           {"internal/owner/sparse", "internal/rbddiff", "internal/bench", "internal/storage", "cow", "format", "nbd", "ublk"},
 	"internal/bench":           {"internal/workload", "cow", "format", "ublk"},
-	"cow":                      {"cow/internal/audit", "cow/internal/leafcache", "cow/internal/wal", "cow/internal/fault", "cow/internal/lockorder", "metadata", "format", "internal/storage"},
+	"cow":                      {"internal/stream", "cow/internal/audit", "cow/internal/leafcache", "cow/internal/wal", "cow/internal/fault", "cow/internal/lockorder", "metadata", "format", "internal/storage"},
 	"cow/internal/audit":       {"cow/internal/fault", "metadata", "format"},
 	"cow/internal/leafcache":   {"cow/internal/fault", "cow/internal/lockorder", "metadata", "format"},
 	"cow/internal/wal":         {"cow/internal/fault", "cow/internal/lockorder", "format", "internal/storage"},
