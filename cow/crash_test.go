@@ -5,7 +5,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"maps"
 	"math/rand/v2"
 	"runtime"
 	"slices"
@@ -38,7 +37,7 @@ var opKinds = func() (kinds []string) {
 	for kind, weight := range map[string]int{
 		"write": 30, "discard": 4, "zero": 4, "flush": 4, "drain": 5, "read": 2,
 		"create": 1, "snapshot": 6, "clone": 3, "unsnap": 4, "remove": 1, "rollback": 2, "rename": 2, "resize": 3,
-		"checkpoint": 5, "reap": 1, "clean": 6, "cold": 7, "check": 1, "difference": 4, "misuse": 1, "space": 3, "hold": 3, "churn": 3, "unpool": 1, "skip": 3, "uncommitted": 5, "beside": 5, "between": 3,
+		"checkpoint": 5, "reap": 1, "clean": 6, "cold": 7, "check": 1, "difference": 4, "send": 4, "misuse": 1, "space": 3, "hold": 3, "churn": 3, "unpool": 1, "skip": 3, "uncommitted": 5, "beside": 5, "between": 3,
 	} {
 		kinds = append(kinds, slices.Repeat([]string{kind}, weight)...)
 	}
@@ -255,7 +254,7 @@ func (w *modelStore) event(err error) error {
 }
 
 func (w *modelStore) operate(o op) error {
-	names := slices.Sorted(maps.Keys(w.m.now()))
+	names := w.m.now().names()
 	if o.kind == "create" && len(names) < 3 || len(names) == 0 {
 		return w.create(o)
 	}
@@ -294,6 +293,8 @@ func (w *modelStore) operate(o op) error {
 		return w.event(errors.Join(w.check(true), w.s.wal.Err()))
 	case "difference":
 		return w.difference(o)
+	case "send":
+		return w.send(o, names)
 	case "misuse":
 		return w.misuse(name)
 	case "space":

@@ -13,6 +13,9 @@ import (
 // refs are all volumes and snapshots of a state, in order.
 func (st state) refs() (refs []Ref) {
 	for name, v := range st {
+		if v.hidden != nil {
+			continue
+		}
 		refs = append(refs, Ref{Volume: name})
 		for sn := range v.snaps {
 			refs = append(refs, Ref{name, sn})

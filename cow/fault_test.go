@@ -197,7 +197,7 @@ func (w *modelStore) goOn(kind crashfs.Op, failed error) error {
 	for name := range w.devs { // a failed rename may have changed their names
 		w.closeDevice(name)
 	}
-	for name := range w.m.now() {
+	for _, name := range w.m.now().names() {
 		d, err := w.device(name)
 		if err != nil {
 			return err

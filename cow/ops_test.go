@@ -32,6 +32,9 @@ func (w *modelStore) administer(o op, names []string, name string) error {
 	case "snapshot":
 		return w.snapshot(o, names, name)
 	case "unsnap":
+		if w.pinned(snap) {
+			return busy(w.s.Remove(snap, true))
+		}
 		w.m.remove(snap)
 		return w.event(w.s.Remove(snap, o.c%2 == 0))
 	case "clone":
@@ -46,6 +49,9 @@ func (w *modelStore) administer(o op, names []string, name string) error {
 		return w.rename(o, name, snap)
 	default: // remove; create where there are enough
 		w.closeDevice(name)
+		if w.pinned(Ref{Volume: name}) {
+			return busy(w.s.Remove(Ref{Volume: name}, true))
+		}
 		w.m.remove(Ref{Volume: name})
 		return w.event(w.s.Remove(Ref{Volume: name}, len(snaps) > 0 || o.c%2 == 0))
 	}
@@ -71,6 +77,9 @@ func (w *modelStore) rename(o op, name string, snap Ref) error {
 	from, to := Ref{Volume: name}, Ref{Volume: w.newName("r")}
 	if o.c%2 == 0 && snap.Volume != "" {
 		from, to = snap, Ref{name, to.Volume}
+	}
+	if h := w.m.now().hidden(); from.Snapshot == "" && h != "" && w.m.now()[h].hidden.target.Volume == name {
+		return busy(w.s.Rename(from, to))
 	}
 	w.m.rename(from, to)
 	if err := w.event(w.s.Rename(from, to)); err != nil {

@@ -21,7 +21,7 @@ type ReceiveOptions struct {
 	// DryRun changes nothing: it finds out whether the streams are sound, and whether they would be accepted.
 	DryRun bool
 	// Progress, unless nil, is called with the bytes of the snapshot that have been gone through, and its size.
-	Progress func(done, size int64)
+	Progress func(done, size int64) `json:"-"`
 }
 
 // Received describes a snapshot that was received, or would be.

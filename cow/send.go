@@ -25,7 +25,7 @@ type SendOptions struct {
 	// Estimate reads no data and writes nothing.
 	Estimate bool
 	// Progress, unless nil, is called with the bytes of the snapshot that have been gone through, and its size.
-	Progress func(done, size int64)
+	Progress func(done, size int64) `json:"-"`
 
 	frameBytes, markBytes int // those of the writer, if tests set them
 }

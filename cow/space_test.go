@@ -16,6 +16,9 @@ import (
 
 // space deletes something, and compares what that frees with what was said that it would.
 func (w *modelStore) space(o op, name string) error {
+	if err := w.abort(); err != nil { // it keeps its base
+		return err
+	}
 	if err := w.reclaim(); err != nil {
 		return err
 	}
