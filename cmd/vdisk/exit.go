@@ -72,6 +72,7 @@ var kinds = []struct {
 	{cow.ErrDamagedLog, exitCorrupt, "corrupt", "nothing was changed; restore that file from a better copy, or give up the records behind the damage: 'vdisk check --repair'"},
 	{cow.ErrUnusable, exitCorrupt, "corrupt", "nothing was changed; restore the missing, damaged or foreign file, or the whole store, from a backup"},
 	{streams.ErrDamaged, exitCorrupt, "corrupt", "the store is as sound as it was; 'vdisk stream check FILE' verifies a stream that is kept in a file"},
+	{streams.ErrCut, exitFailed, "cut", ""},
 	{cow.ErrCorrupt, exitCorrupt, "corrupt", "'vdisk check' lists all damage; 'vdisk serve --read-only' and 'qemu-img convert --salvage -O raw URI FILE' save all readable data, with zeros for the rest"},
 	{cow.ErrVersion, exitUnsupported, "newer-format", "nothing was changed; use the version of vdisk that wrote it, or a later one"},
 	{cow.ErrForeign, exitFailed, "foreign", "run vdisk as the store's owner (sudo -u USER vdisk ...); if you trust everybody who can change it, use --foreign or VDISK_FOREIGN=1"},

@@ -225,6 +225,9 @@ func volumeFields(a *app, j volumeJSON) [][2]string {
 		{"origin", dash(j.Origin)},
 		{"device", dash(shown(j.Device, j.DeviceState))},
 	}...)
+	if r := j.Receiving; r != nil {
+		f = append(f, [2]string{"receiving", fmt.Sprintf("%s, up to block %d of %d", r.Snapshot, r.Mark, r.Blocks)}, [2]string{"guid", r.GUID}, [2]string{"base", dash(r.Base)})
+	}
 	for _, s := range j.Snapshots {
 		text := fmt.Sprintf("%s  %s  %s", s.Name, a.size(s.Size), when(s.Created))
 		if s.Usage != nil {

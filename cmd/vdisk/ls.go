@@ -15,7 +15,7 @@ func (a *app) lsCommand() *cli.Command {
 	return a.command(arity{0, -1}, &cli.Command{
 		Name:      "ls",
 		Category:  groupVolumes,
-		Usage:     "list volumes and snapshots",
+		Usage:     "list volumes and snapshots; with -t all also what is being received",
 		UsageText: "vdisk ls [-t vol|snap|all] [-l] [-o COLUMN,...] [-H] [VOL...]",
 		Description: "Columns: " + strings.Join(columnNames(), ", ") + ".\n" +
 			"mapped      bytes of data\n" +
@@ -78,7 +78,12 @@ func bytesOf(part func(*usageJSON) int64) func(*app, item) string {
 
 var columns = []column{
 	{"name", false, pick(func(v volumeJSON) string { return v.Name }, func(s snapshotJSON) string { return s.Name })},
-	{"type", false, pick(func(volumeJSON) string { return "vol" }, func(snapshotJSON) string { return "snap" })},
+	{"type", false, pick(func(v volumeJSON) string {
+		if v.Receiving != nil {
+			return "receiving"
+		}
+		return "vol"
+	}, func(snapshotJSON) string { return "snap" })},
 	{"size", false, func(a *app, i item) string {
 		if i.snapshot != nil {
 			return a.size(i.snapshot.Size)
@@ -157,6 +162,9 @@ func (a *app) ls(c *cli.Context) error {
 		volumes, err := a.selectVolumes(c, s)
 		if err != nil {
 			return err
+		}
+		if kind != "all" && c.NArg() == 0 {
+			volumes = slices.DeleteFunc(volumes, func(v volumeJSON) bool { return v.Receiving != nil })
 		}
 		items := itemsOf(volumes, kind)
 		if slices.ContainsFunc(chosen, func(c column) bool { return c.usage }) {

@@ -168,7 +168,7 @@ func (a *app) program() *cli.App {
 			a.attachCommand(), a.detachCommand(), a.recoverCommand(), a.devicesCommand(), a.statsCommand(),
 			a.serveCommand(), a.daemonCommand(), a.upgradeCommand(),
 			a.importCommand(), a.exportCommand(), a.diffCommand(), a.mapCommand(), a.compareCommand(),
-			a.exportDiffCommand(), a.importDiffCommand(), a.streamCommand(),
+			a.exportDiffCommand(), a.importDiffCommand(), a.sendCommand(), a.receiveCommand(), a.streamCommand(),
 			a.checkCommand(), a.gcCommand(), a.benchCommand(), a.featuresCommand(), a.versionCommand(),
 		},
 	}

@@ -66,6 +66,19 @@ type volumeJSON struct {
 	DeviceState  string         `json:"device_state"` // live, waits or empty
 	Snapshots    []snapshotJSON `json:"snapshots"`
 	Usage        *usageJSON     `json:"usage,omitempty"`
+	// Receiving is there if the volume holds what has been received of another one.
+	Receiving *receivingJSON `json:"receiving,omitempty"`
+}
+
+// receivingJSON is what is being received, in the JSON output.
+type receivingJSON struct {
+	Snapshot string    `json:"snapshot"` // VOL@SNAP, what it becomes
+	GUID     string    `json:"guid"`
+	Base     string    `json:"base"` // GUID, or empty
+	Size     int64     `json:"size"`
+	Created  time.Time `json:"created"`
+	Mark     uint64    `json:"mark"`   // the block to resume at
+	Blocks   uint64    `json:"blocks"` // of the snapshot
 }
 
 // snapshotJSON is a snapshot in the JSON output.
@@ -100,6 +113,12 @@ func volumeOf(v owner.Volume) volumeJSON {
 		Origin: v.Origin, Open: v.Open, Snapshots: []snapshotJSON{},
 	}
 	j.Device, j.DeviceState = deviceOf(v, "")
+	if r := v.Receiving; r != nil {
+		j.Receiving = &receivingJSON{
+			Snapshot: cow.Ref{Volume: r.Volume, Snapshot: r.Snapshot}.String(), GUID: r.GUID.String(), Base: r.Base.String(),
+			Size: r.Size, Created: r.Created.UTC(), Mark: r.Mark, Blocks: r.Blocks,
+		}
+	}
 	for _, s := range v.Snapshots {
 		j.Snapshots = append(j.Snapshots, snapshotOf(v, s))
 	}

@@ -92,6 +92,9 @@ type request struct {
 	Check  checkRequest      `json:",omitzero"`
 	Waste  float64           `json:",omitempty"`
 	Bench  bench.Options     `json:",omitzero"`
+
+	Send    cow.SendOptions    `json:",omitzero"`
+	Receive cow.ReceiveOptions `json:",omitzero"`
 }
 
 type checkRequest struct {
@@ -130,6 +133,7 @@ func (c *control) routes() *http.ServeMux {
 	plain("rename", func(ctx context.Context, r request) (any, error) { return nil, o.Rename(ctx, r.Ref, r.To) })
 	plain("resize", func(ctx context.Context, r request) (any, error) { return nil, o.Resize(ctx, r.Name, r.Size, r.Flag) })
 	plain("remove", func(ctx context.Context, r request) (any, error) { return nil, o.Remove(ctx, r.Ref, r.Flag) })
+	plain("abort-receive", func(ctx context.Context, r request) (any, error) { return nil, o.AbortReceive(ctx, r.Name) })
 	plain("attach", func(ctx context.Context, r request) (any, error) { return o.Attach(ctx, r.Attach) })
 	plain("detach", func(ctx context.Context, r request) (any, error) { return nil, o.Detach(ctx, r.Name, r.Flag) })
 	plain("claim", func(ctx context.Context, r request) (any, error) { return nil, o.Claim(ctx, r.Name) })
@@ -146,6 +150,8 @@ func (c *control) routes() *http.ServeMux {
 	mux.HandleFunc("POST /v1/export", c.exportStream)
 	mux.HandleFunc("POST /v1/export-diff", c.exportDiff)
 	mux.HandleFunc("POST /v1/import-diff", c.importDiff)
+	mux.HandleFunc("POST /v1/send", c.sendSnapshot)
+	mux.HandleFunc("POST /v1/receive", c.receiveSnapshot)
 	mux.HandleFunc("POST /v1/serve", c.serve)
 	return mux
 }

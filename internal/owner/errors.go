@@ -8,6 +8,7 @@ import (
 
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/internal/owner/sparse"
+	"github.com/vdisk/vdisk/internal/stream"
 )
 
 // ErrUnsupported means that this machine cannot do it: it has no ublk driver, the process may not use the driver, or
@@ -39,6 +40,8 @@ var codes = []struct {
 	{"exists", cow.ErrExists},
 	{"busy", cow.ErrBusy},
 	{"invalid", cow.ErrInvalid},
+	{"damaged-stream", stream.ErrDamaged},
+	{"cut-stream", stream.ErrCut},
 	{"corrupt", cow.ErrCorrupt},
 	{"no-space", cow.ErrNoSpace},
 	{"read-only", cow.ErrReadOnly},

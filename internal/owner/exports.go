@@ -213,6 +213,9 @@ func (c *catalog) refs() []cow.Ref {
 	}
 	var refs []cow.Ref
 	for _, v := range c.store.Volumes() {
+		if v.Receiving != nil {
+			continue
+		}
 		refs = append(refs, cow.Ref{Volume: v.Name})
 		for _, s := range v.Snapshots {
 			refs = append(refs, cow.Ref{Volume: v.Name, Snapshot: s.Name})

@@ -2,6 +2,7 @@ package owner
 
 import (
 	"context"
+	"io"
 	"log/slog"
 	"net"
 	"time"
@@ -60,6 +61,12 @@ type Store interface {
 	ExportDiff(ctx context.Context, from, to cow.Ref, use func(src sparse.Source) error) error
 	// ImportDiff applies such a difference to a volume, and takes the snapshot to which it goes. See Owner.ImportDiff.
 	ImportDiff(ctx context.Context, name string, v cow.VolumeOptions, force bool, src sparse.Source, progress func(off int64)) (ImportedDiff, error)
+
+	// Send writes snapshots to w as streams, and Receive makes snapshots of the streams in r: docs/streams.md. A read of
+	// r must end with ctx. AbortReceive gives up what has been received of a volume.
+	Send(ctx context.Context, o cow.SendOptions, w io.Writer) ([]cow.Sent, error)
+	Receive(ctx context.Context, r io.Reader, o cow.ReceiveOptions) ([]cow.Received, error)
+	AbortReceive(ctx context.Context, name string) error
 
 	// Attach makes a block device for a volume or snapshot. The device lives as long as the process that owns the
 	// store.

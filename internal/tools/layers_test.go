@@ -18,7 +18,7 @@ const module = "github.com/vdisk/vdisk"
 var layers = map[string][]string{
 	"cmd/vdisk":                {"internal/owner", "internal/owner/sparse", "internal/image", "internal/stream", "internal/bench", "internal/storage", "cow", "format", "ublk"},
 	"internal/image":           {"internal/owner/sparse", "nbd", "cow"},
-	"internal/owner":           {"internal/owner/sparse", "internal/rbddiff", "internal/bench", "internal/storage", "cow", "format", "nbd", "ublk"},
+	"internal/owner":           {"internal/owner/sparse", "internal/rbddiff", "internal/stream", "internal/bench", "internal/storage", "cow", "format", "nbd", "ublk"},
 	"internal/bench":           {"internal/workload", "cow", "format", "ublk"},
 	"cow":                      {"internal/stream", "cow/internal/audit", "cow/internal/leafcache", "cow/internal/wal", "cow/internal/fault", "cow/internal/lockorder", "metadata", "format", "internal/storage"},
 	"cow/internal/audit":       {"cow/internal/fault", "metadata", "format"},
