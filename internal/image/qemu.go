@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"time"
 
@@ -256,16 +257,20 @@ func mappedText(r io.Reader) (map[string]int64, error) {
 	ends := make(map[string]int64)
 	lines := bufio.NewScanner(r)
 	for lines.Scan() {
-		var off, length, at int64
-		var path string
 		if strings.HasPrefix(lines.Text(), "Offset") {
 			continue
 		}
-		if _, err := fmt.Sscanf(lines.Text(), "%v %v %v %s", &off, &length, &at, &path); err != nil {
-			return nil, err
+		var numbers [3]int64 // in the disk, length, in the file
+		path := lines.Text() // the rest, which may have blanks
+		for i := range numbers {
+			text, rest, _ := strings.Cut(path, " ")
+			n, err := strconv.ParseInt(text, 0, 64)
+			if err != nil || n < 0 {
+				return nil, fmt.Errorf("the line %q", lines.Text())
+			}
+			numbers[i], path = n, strings.TrimLeft(rest, " ")
 		}
-		path = lines.Text()[strings.Index(lines.Text(), path):] // with the spaces in it
-		ends[path] = max(ends[path], at+length)
+		ends[path] = max(ends[path], numbers[2]+numbers[1])
 	}
 	return ends, lines.Err()
 }

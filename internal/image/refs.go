@@ -144,9 +144,10 @@ type extent struct {
 
 // extentText finds all that qemu could take for an extent. qemu uses sscanf(3), which takes line breaks for blanks, and a
 // name without its second quotation mark for one. So this looks anywhere in the text.
-var extentText = regexp.MustCompile(`(RW|RDONLY|NOACCESS)[\s\v]+([+-]?\d+)[\s\v]+([^\s\v"]+)[\s\v]*"([^\n\r"]*)(?:"[\s\v]+(\d+))?`)
+var extentText = regexp.MustCompile(`(RW|RDONLY|NOACCESS)[\s\v]+([+-]?\d+)[\s\v]*([^\s\v"]+)[\s\v]*"([^\n\r"]*)(?:"[\s\v]+(\d+))?`)
 
 func extentsOf(descriptor []byte) (list []extent, err error) {
+	descriptor, _, _ = bytes.Cut(descriptor, []byte{0}) // as qemu does
 	for _, m := range extentText.FindAllStringSubmatch(string(descriptor), -1) {
 		if m[1] != "RW" {
 			return nil, fmt.Errorf("a part of it cannot be read: %s", strings.TrimSpace(m[0]))
