@@ -192,6 +192,7 @@ func (b *busyStore) noise() {
 		_, err := b.s.Clean(context.Background(), worthwhile)
 		return err
 	})
+	b.again(b.difference)
 	n := 0
 	b.again(func(r *rand.Rand) error {
 		n++
@@ -243,6 +244,48 @@ func (b *busyStore) rollBack(r *rand.Rand) error {
 		err = errors.New("a volume that was rolled back holds something else than before")
 	}
 	return errors.Join(err, d.Close())
+}
+
+// difference takes the difference of two snapshots of a volume that is in use, and reads both.
+func (b *busyStore) difference(r *rand.Rand) (err error) {
+	time.Sleep(time.Duration(r.IntN(20_000)) * time.Microsecond)
+	from, to := Ref{"b", "from"}, Ref{"b", "to"}
+	if err := b.s.Snapshot(from); err != nil {
+		return err
+	}
+	time.Sleep(time.Duration(r.IntN(3000)) * time.Microsecond)
+	if err := b.s.Snapshot(to); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.s.Remove(from, false), b.s.Remove(to, false)) }()
+	x, err := b.s.OpenDevice(from, true)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, x.Close()) }()
+	y, err := b.s.OpenDevice(to, true)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, y.Close()) }()
+	d, err := b.s.Difference(context.Background(), x, y)
+	if err != nil {
+		return err
+	}
+	was, is := make([]byte, y.Size()), make([]byte, y.Size())
+	_, err1 := x.ReadAt(was, 0)
+	_, err2 := y.ReadAt(is, 0)
+	err = d.Extents(context.Background(), 0, d.Size(), func(off, length int64, zero bool) bool {
+		if zero && !format.IsZero(is[off:off+length]) {
+			err1 = fmt.Errorf("difference %s: %d bytes at %d are called a hole", d, length, off)
+		}
+		copy(was[off:off+length], is[off:])
+		return true
+	})
+	if err = errors.Join(err, err1, err2); err == nil && string(was) != string(is) {
+		err = fmt.Errorf("difference %s: something is missing", d)
+	}
+	return err
 }
 
 // renameOpen renames a snapshot while it is being read.
