@@ -101,6 +101,18 @@ func (d *Device) Close() error {
 	return nil
 }
 
+// Alone reports whether no other device has the present content of the volume open. Devices of its snapshots do not
+// count.
+func (d *Device) Alone() bool {
+	d.s.mu.Lock()
+	defer d.s.mu.Unlock()
+	heads := d.v.readers - d.s.openSnapshots(d.v)
+	if d.v.writer {
+		heads++
+	}
+	return heads == 1 && d.snap == nil
+}
+
 // Size returns the present size in bytes. A volume may be resized while it is open.
 func (d *Device) Size() int64 {
 	if d.snap != nil {

@@ -176,6 +176,9 @@ func (o *Owner) onSnapshot(ctx context.Context, name string, d *rbddiff.Reader, 
 	}
 	begun := false
 	err := o.applyDiff(ctx, name, d, func(dev *cow.Device) error {
+		if !dev.Alone() {
+			return o.inUse(name, fmt.Errorf("volume %s is open, and would change under its readers: %w", name, cow.ErrBusy))
+		}
 		if err := o.unchanged(ctx, dev, base); err != nil {
 			return err
 		}
