@@ -190,7 +190,11 @@ func checkCut(t *testing.T, path string, o Options, want []byte) {
 		t.Fatal(err)
 	}
 	whole := strings.TrimSuffix(strings.TrimSuffix(path, "-flat"), "-s001")
-	for _, n := range []int64{fi.Size() - 1<<10, fi.Size() / 2} {
+	cuts := []int64{fi.Size() - 1<<10}
+	if o.Format.Name == "qcow2" || strings.HasSuffix(path, "streamOptimized") { // compressed data is not in the map
+		cuts = append(cuts, fi.Size()/2)
+	}
+	for _, n := range cuts {
 		if err := os.Truncate(path, n); err != nil {
 			t.Fatal(err)
 		}

@@ -148,7 +148,7 @@ func TestPack(t *testing.T) {
 				t.Errorf("recognised as %+v", at)
 			}
 			p = pack(t, f, small)
-			step := map[bool]int{true: 31, false: 1}[name == "xz"] // a process each
+			step := map[bool]int{true: 41, false: 1}[name == "xz"] // a process each
 			for n := 1; n < len(p); n += step {
 				if got, err := unpack(t, f, p[:n]); err == nil {
 					t.Errorf("cut at %d of %d: %d bytes and no error", n, len(p), len(got))
