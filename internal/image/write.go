@@ -68,8 +68,6 @@ func (o Output) Convert(ctx context.Context, socket, export string, f *os.File, 
 	args := []string{"convert", "-p", "-f", "raw", "-O", o.Format.Name}
 	if o.Compress {
 		args = append(args, "-c")
-	} else {
-		args = append(args, "-W")
 	}
 	if opts := o.options(); opts != "" {
 		args = append(args, "-o", opts)
