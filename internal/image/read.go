@@ -86,7 +86,7 @@ func (d *Disk) Close() error {
 	d.end(errors.New("the image is no longer needed"))
 	d.once.Do(func() { d.ran <- nil })
 	if d.err == nil {
-		<-d.ran
+		<-d.ran //nolint:errcheck // that it was ended
 	}
 	return nil
 }

@@ -29,6 +29,7 @@ func (d served) List() ([]string, error)            { return []string{"d"}, nil 
 func (d served) Describe(string) (nbd.Info, error) {
 	return nbd.Info{Size: d.Size(), ReadOnly: true}, nil
 }
+
 func (d served) Open(name string) (*nbd.Export, error) {
 	return &nbd.Export{Device: d, Name: name, ReadOnly: true}, nil
 }
