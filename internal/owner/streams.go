@@ -173,8 +173,11 @@ func (c *control) receiveSnapshot(w http.ResponseWriter, r *http.Request) {
 	}
 	rc := http.NewResponseController(w)
 	duplexErr := rc.EnableFullDuplex() // lets an error be answered while the client is still sending
+	// The owner may be told to end while the client waits for a sender.
+	stop := context.AfterFunc(r.Context(), func() { _ = rc.SetReadDeadline(time.Now()) })
+	defer stop()
 	var end receiveEnd
-	if end.Received, err = c.owner.Receive(r.Context(), r.Body, req.Receive); err != nil {
+	if end.Received, err = c.owner.Receive(r.Context(), stoppedBody{r.Context(), r.Body}, req.Receive); err != nil {
 		end.Error = toWire(err)
 	}
 	reply(w, end, nil)
@@ -184,6 +187,20 @@ func (c *control) receiveSnapshot(w http.ResponseWriter, r *http.Request) {
 			_, _ = io.Copy(io.Discard, r.Body)
 		}
 	}
+}
+
+// stoppedBody is the body of a request. Once ctx has ended, an error of reading it says so.
+type stoppedBody struct {
+	ctx context.Context
+	io.Reader
+}
+
+func (b stoppedBody) Read(p []byte) (int, error) {
+	n, err := b.Reader.Read(p)
+	if err != nil && err != io.EOF && b.ctx.Err() != nil {
+		err = errStopping
+	}
+	return n, err
 }
 
 // Receive makes snapshots of the streams in r. If ctx ends, the owner gets what was read, and notes how far that goes.
