@@ -9,8 +9,8 @@ import (
 const (
 	// StoreVersion is the version of a store as a whole, which its file "format" holds. A program refuses a store of a
 	// higher version. Version 2 added moved records, and the rows of forwarded chunks and records. Version 3 leaves out
-	// the zeros at the end of a compressed unit. Version 4 added the GUID of snapshots, and the properties of volumes
-	// and what they are receiving.
+	// the zeros at the end of a compressed unit. Version 4 added the GUID and the holds of snapshots, and the
+	// properties of volumes and what they are receiving.
 	StoreVersion = 4
 	// layoutVersion is the version of chunk headers, summaries, durable marks and leaves.
 	layoutVersion = 1

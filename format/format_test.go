@@ -34,6 +34,7 @@ var (
 		Receiving:  &Receiving{Volume: "vol", Snapshot: "v2", GUID: GUID{1, 2, 15: 3}, Base: GUID{4}, Size: 1 << 30, Created: testTime, Block: 1 << 18},
 	}
 	testGUID      = Snapshot{ID: 3, Volume: 1, Name: "before", Branch: 2, Epoch: 7, Size: 1 << 40, Created: testTime, GUID: GUID{1, 2, 15: 3}}
+	testHeld      = Snapshot{ID: 3, Volume: 1, Name: "before", Branch: 2, Epoch: 7, Size: 1 << 40, Created: testTime, GUID: GUID{4}, Holds: map[string]time.Time{"backup": testTime, "a.b": testTime.Add(time.Hour)}}
 	testBranch    = Branch{ID: 4, Epoch: 1, OriginBranch: 2, OriginEpoch: 7}
 	testCold      = ColdMark{ChunkSeq: 16, Offset: 1 << 21}
 	testCheck     = Checkpoint{Seq: 1 << 40, ChunkSeq: 17, Offset: 1 << 20, NextID: 5, NextChunkSeq: 18}
@@ -190,7 +191,7 @@ func TestGolden(t *testing.T) {
 		"forwards":             AppendForwards(nil, testForwards),
 		"row-forwarded":        forwardedRow[:],
 	}
-	for name, row := range map[string]any{"row-volume": &testVolume, "row-snapshot": &testSnap, "row-volume-4": &testReceiving, "row-snapshot-4": &testGUID, "row-branch": &testBranch, "row-checkpoint": &testCheck, "row-cold": &testCold} {
+	for name, row := range map[string]any{"row-volume": &testVolume, "row-snapshot": &testSnap, "row-volume-4": &testReceiving, "row-snapshot-4": &testGUID, "row-snapshot-held": &testHeld, "row-branch": &testBranch, "row-checkpoint": &testCheck, "row-cold": &testCold} {
 		golden[name], err = AppendRow(nil, row)
 		must(t, err)
 	}
@@ -273,15 +274,15 @@ func TestGoldenDecode(t *testing.T) {
 		t.Error(h, m, err)
 	}
 	var v, v4 Volume
-	var s, s4 Snapshot
+	var s, s4, held Snapshot
 	var b Branch
 	var c Checkpoint
 	var m ColdMark
-	for name, row := range map[string]any{"row-volume": &v, "row-snapshot": &s, "row-volume-4": &v4, "row-snapshot-4": &s4, "row-branch": &b, "row-checkpoint": &c, "row-cold": &m} {
+	for name, row := range map[string]any{"row-volume": &v, "row-snapshot": &s, "row-volume-4": &v4, "row-snapshot-4": &s4, "row-snapshot-held": &held, "row-branch": &b, "row-checkpoint": &c, "row-cold": &m} {
 		must(t, DecodeRow(file(name), row))
 	}
-	if !reflect.DeepEqual(v, testVolume) || !reflect.DeepEqual(v4, testReceiving) || s4 != testGUID || s != testSnap || b != testBranch || c != testCheck || m != testCold {
-		t.Error(v, v4, s, s4, b, c, m)
+	if !reflect.DeepEqual(v, testVolume) || !reflect.DeepEqual(v4, testReceiving) || !reflect.DeepEqual(s4, testGUID) || !reflect.DeepEqual(held, testHeld) || !reflect.DeepEqual(s, testSnap) || b != testBranch || c != testCheck || m != testCold {
+		t.Error(v, v4, s, s4, held, b, c, m)
 	}
 }
 
@@ -299,13 +300,14 @@ func TestEveryFlippedBitIsFound(t *testing.T) {
 			payload := b[RecordHeaderSize:]
 			return h.VerifyPayload(payload[:min(h.PayloadLen, len(payload))])
 		},
-		"leaf":         func(b []byte) error { return DecodeLeaf(b, new(Leaf)) },
-		"row-chunk":    func(b []byte) error { _, err := DecodeChunk(1, b); return err },
-		"row-volume":   func(b []byte) error { return DecodeRow(b, new(Volume)) },
-		"row-volume-4": func(b []byte) error { return DecodeRow(b, new(Volume)) },
-		"summary":      func(b []byte) error { _, _, err := decodeSummary(b); return err },
-		"table-copy":   func(b []byte) error { return wholeCopy(b) },
-		"durable-mark": func(b []byte) error { _, err := DecodeDurableMark(b); return err },
+		"leaf":              func(b []byte) error { return DecodeLeaf(b, new(Leaf)) },
+		"row-chunk":         func(b []byte) error { _, err := DecodeChunk(1, b); return err },
+		"row-volume":        func(b []byte) error { return DecodeRow(b, new(Volume)) },
+		"row-volume-4":      func(b []byte) error { return DecodeRow(b, new(Volume)) },
+		"row-snapshot-held": func(b []byte) error { return DecodeRow(b, new(Snapshot)) },
+		"summary":           func(b []byte) error { _, _, err := decodeSummary(b); return err },
+		"table-copy":        func(b []byte) error { return wholeCopy(b) },
+		"durable-mark":      func(b []byte) error { _, err := DecodeDurableMark(b); return err },
 		"chunk-header-durable": func(b []byte) error {
 			if len(b) >= chunkHeaderEnd { // the padding does not count, so make it whole
 				b = append(b[:chunkHeaderEnd:chunkHeaderEnd], make([]byte, ChunkHeaderSize-chunkHeaderEnd)...)

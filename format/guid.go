@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"time"
 )
 
 // GUID identifies the state that a snapshot holds, in all stores. The zero GUID stands for none.
@@ -48,6 +49,23 @@ func (s *Snapshot) GUIDOf(store [16]byte) (g GUID) {
 	sum := sha256.Sum256(b)
 	copy(g[:], sum[:])
 	return g
+}
+
+// MaxHolds is the largest number of holds of a snapshot.
+const MaxHolds = 64
+
+// CheckHolds returns nil if a snapshot can have these holds: at most MaxHolds, and each tag is a name (CheckName).
+// Otherwise it returns an error that matches ErrName.
+func CheckHolds(m map[string]time.Time) error {
+	if len(m) > MaxHolds {
+		return fmt.Errorf("%w: %d holds, the most is %d", ErrName, len(m), MaxHolds)
+	}
+	for tag := range m {
+		if err := CheckName(tag); err != nil {
+			return fmt.Errorf("tag: %w", err)
+		}
+	}
+	return nil
 }
 
 // Bounds of the properties of a volume.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 )
 
 // TestGUID holds the text of a GUID, and that of a row without one, to what other stores have already seen.
@@ -57,6 +58,29 @@ func TestCheckProperties(t *testing.T) {
 	} {
 		if err := CheckProperties(m); !errors.Is(err, ErrName) {
 			t.Error(len(m), err)
+		}
+	}
+}
+
+func TestCheckHolds(t *testing.T) {
+	many := map[string]time.Time{}
+	for i := range MaxHolds {
+		many[fmt.Sprint("tag-", i)] = testTime
+	}
+	if err := errors.Join(CheckHolds(nil), CheckHolds(many)); err != nil {
+		t.Error(err)
+	}
+	many["one-more"] = testTime
+	for _, m := range []map[string]time.Time{many, {"": testTime}, {"a b": testTime}, {"a:b": testTime}, {strings.Repeat("k", 64): testTime}} {
+		if err := CheckHolds(m); !errors.Is(err, ErrName) {
+			t.Error(len(m), err)
+		}
+		for _, volume := range []uint32{0, 1} {
+			row := testHeld
+			row.Volume, row.Holds = volume, m
+			if _, err := AppendRow(nil, row); !errors.Is(err, ErrName) {
+				t.Error(len(m), err)
+			}
 		}
 	}
 }

@@ -55,6 +55,9 @@ type Snapshot struct {
 	Created time.Time `json:"created"`
 	// GUID identifies the state. It is zero in a row that a program before version 4 of the store wrote: see GUIDOf.
 	GUID GUID `json:"guid,omitzero"`
+	// Holds are the tags that keep the snapshot from being removed, each with the time since when. Nobody changes the
+	// map of a row; a row with other holds has another map.
+	Holds map[string]time.Time `json:"holds,omitempty"`
 }
 
 // Branch is a row of the table of branches: a line of history, and its current epoch. Origin is the point of another
@@ -124,9 +127,9 @@ func (s Snapshot) check() error {
 	case s.Size <= 0 || s.Size > maxVolumeSize:
 		return fmt.Errorf("size %d", s.Size)
 	case s.Volume == 0:
-		return nil
+		return CheckHolds(s.Holds)
 	}
-	return CheckName(s.Name)
+	return errors.Join(CheckName(s.Name), CheckHolds(s.Holds))
 }
 
 func (b Branch) check() error {
