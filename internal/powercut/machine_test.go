@@ -59,6 +59,7 @@ func needGuest(t *testing.T) {
 func cleanUp(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
+	killVdisk(t)
 	_ = exec.CommandContext(ctx, "sh", "-c", "fuser -kM -m "+lower+"; umount -l "+upper+" "+lower).Run()
 	devices, err := ublk.Devices(ctx)
 	for _, d := range devices {
@@ -94,16 +95,7 @@ func reboot(t *testing.T) {
 // its log has failed.
 func powerOff(t *testing.T, stop func()) {
 	t.Helper()
-	wait(t, "vdisk's processes to die", func() bool {
-		left := false
-		for _, pid := range processes(t) {
-			if isVdisk(pid) {
-				left = true
-				_ = syscall.Kill(pid, syscall.SIGKILL) // it may have ended
-			}
-		}
-		return !left
-	})
+	wait(t, "vdisk's processes to die", func() bool { return !killVdisk(t) })
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	devices, err := ublk.Devices(ctx)
@@ -128,18 +120,20 @@ func powerOff(t *testing.T, stop func()) {
 	})
 }
 
-func processes(t *testing.T) (pids []int) {
+// killVdisk kills vdisk's processes, and reports whether there were any.
+func killVdisk(t *testing.T) (found bool) {
 	t.Helper()
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, e := range entries {
-		if pid, err := strconv.Atoi(e.Name()); err == nil {
-			pids = append(pids, pid)
+		if pid, err := strconv.Atoi(e.Name()); err == nil && isVdisk(pid) {
+			found = true
+			_ = syscall.Kill(pid, syscall.SIGKILL) // it may have ended
 		}
 	}
-	return pids
+	return found
 }
 
 func isVdisk(pid int) bool {
