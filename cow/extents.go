@@ -16,7 +16,7 @@ func (d *Device) Extents(off, length int64, fn func(off, length int64, hole bool
 	if length == 0 {
 		return nil
 	}
-	run := extentRun{fn: fn, start: off, end: off + length, hole: true}
+	run := extentRun[bool]{fn: fn, start: off, end: off + length, kind: true}
 	first, last := uint64(off)/format.BlockSize, uint64(off+length-1)/format.BlockSize
 	err := d.s.leaves(d.b, uint32(first/format.LeafBlocks), uint32(last/format.LeafBlocks)+1, func(index uint32) error {
 		var l format.Leaf
@@ -40,7 +40,7 @@ func (d *Device) Extents(off, length int64, fn func(off, length int64, hole bool
 		return fmt.Errorf("extents of %s: %w", d.ref, err)
 	}
 	if run.start < run.end {
-		fn(run.start, run.end-run.start, run.hole)
+		fn(run.start, run.end-run.start, run.kind)
 	}
 	return nil
 }
@@ -48,19 +48,19 @@ func (d *Device) Extents(off, length int64, fn func(off, length int64, hole bool
 var errStop = errors.New("stop")
 
 // extentRun joins neighbouring blocks of one kind into runs.
-type extentRun struct {
-	fn         func(off, length int64, hole bool) bool
+type extentRun[K comparable] struct {
+	fn         func(off, length int64, kind K) bool
 	start, end int64 // the part of the range that is not reported yet
-	hole       bool  // the kind of the run that begins at start
+	kind       K     // of the run that begins at start
 }
 
-// to says that the blocks from off on are holes, or are data. It returns false if fn wants no more.
-func (r *extentRun) to(off int64, hole bool) bool {
+// to says of which kind the blocks from off on are. It returns false if fn wants no more.
+func (r *extentRun[K]) to(off int64, kind K) bool {
 	off = max(r.start, min(off, r.end))
-	if hole == r.hole {
+	if kind == r.kind {
 		return true
 	}
-	more := off == r.start || r.fn(r.start, off-r.start, r.hole)
-	r.start, r.hole = off, hole
+	more := off == r.start || r.fn(r.start, off-r.start, r.kind)
+	r.start, r.kind = off, kind
 	return more
 }
