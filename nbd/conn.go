@@ -63,8 +63,8 @@ type session struct {
 	export     *Export
 	name       string // the export's, as the client gave it
 	size       uint64
-	structured bool // structured replies
-	allocation bool // base:allocation
+	structured bool          // structured replies
+	contexts   []metaContext // for BLOCK_STATUS
 }
 
 func newConn(srv *Server, nc net.Conn, s session) *conn {
@@ -208,7 +208,7 @@ func (c *conn) check(req request) uint32 {
 			return errnoPerm
 		}
 	case cmdBlockStatus:
-		if !c.allocation || req.length == 0 {
+		if len(c.contexts) == 0 || req.length == 0 {
 			return errnoInval
 		}
 	case cmdRead:
@@ -305,7 +305,7 @@ func (c *conn) handOver(req request) {
 	case cmdCache:
 		charge += bufferSize(int(min(longStep, req.length)))
 	case cmdBlockStatus:
-		charge = statusCharge(req)
+		charge = statusCharge(req, len(c.contexts))
 	}
 	c.acquire(charge)
 	c.give(task{request: req, charge: charge})

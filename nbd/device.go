@@ -82,6 +82,10 @@ type Info struct {
 	ReadOnly                 bool
 	Description              string
 	MinBlock, PreferredBlock int
+
+	// Contexts are the names of metadata contexts that clients can select: those that the export's Device, a
+	// ContextOpener, can open. base:allocation is not among them.
+	Contexts []string
 }
 
 // Exports names what clients may open. Its methods are called concurrently.

@@ -123,7 +123,7 @@ func (m *negotiationModel) meta(set bool, name string, queries []string, malform
 		return []wantReply{{repAck, ""}}
 	case set:
 		m.allocation, m.metaExport = true, name
-		return []wantReply{{repMetaContext, u32(contextAllocationID) + contextAllocation}, {repAck, ""}}
+		return []wantReply{{repMetaContext, u32(metaContextID(0)) + contextAllocation}, {repAck, ""}}
 	}
 	return []wantReply{{repMetaContext, u32(0) + contextAllocation}, {repAck, ""}}
 }

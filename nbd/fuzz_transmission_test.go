@@ -264,7 +264,7 @@ func (x *transmitter) data(s *sent, off uint64, p []byte) {
 
 // status checks the descriptors of a BLOCK_STATUS.
 func (x *transmitter) status(s *sent, b []byte) {
-	if s.typ != cmdBlockStatus || len(b) < 12 || len(b)%8 != 4 || be.Uint32(b) != contextAllocationID || s.flags&cmdFlagReqOne != 0 && len(b) != 12 {
+	if s.typ != cmdBlockStatus || len(b) < 12 || len(b)%8 != 4 || be.Uint32(b) != metaContextID(0) || s.flags&cmdFlagReqOne != 0 && len(b) != 12 {
 		x.tb.Fatalf("a status of %d bytes to %+v", len(b), s.request)
 	}
 	at, end := int64(s.off), int64(s.off)+int64(s.length)

@@ -69,3 +69,16 @@ func (g *guard) TryReadAt(p []byte, off int64) (done bool, err error) {
 	defer recovered(&err)
 	return g.try.TryReadAt(p, off)
 }
+
+// guardedContext is a Context whose panics become errors.
+type guardedContext struct{ c Context }
+
+func (g guardedContext) Status(off, length int64, fn func(off, length int64, flags uint32) bool) (err error) {
+	defer recovered(&err)
+	return g.c.Status(off, length, fn)
+}
+
+func (g guardedContext) Close() (err error) {
+	defer recovered(&err)
+	return g.c.Close()
+}

@@ -23,7 +23,8 @@ type negotiation struct {
 	noZeroes bool
 
 	session
-	metaExport string // the export for which allocation was negotiated
+	selected   []string // metadata contexts
+	metaExport string   // the export for which they were selected
 }
 
 // option is a client's option with its data.
@@ -139,21 +140,25 @@ func (n *negotiation) exportName(opt option) error {
 		n.failed(err)
 		return fmt.Errorf("nbd: open export %q: %w", opt.data, err)
 	}
+	contexts, err := n.openContexts(string(opt.data), export)
+	if err != nil {
+		n.failed(err)
+		return errors.Join(fmt.Errorf("nbd: open export %q: %w", opt.data, err), export.close())
+	}
 	b := be.AppendUint64(nil, uint64(info.Size))
 	b = be.AppendUint16(b, n.transmissionFlags(info))
 	if !n.noZeroes {
 		b = append(b, make([]byte, exportZeroes)...)
 	}
-	return n.begin(string(opt.data), export, info, b)
+	return n.begin(string(opt.data), export, contexts, info, b)
 }
 
 // begin sends the last reply of a negotiation, and makes export the session's export.
-func (n *negotiation) begin(name string, export *Export, info Info, reply []byte) error {
+func (n *negotiation) begin(name string, export *Export, contexts []metaContext, info Info, reply []byte) error {
 	if err := n.write(reply); err != nil {
-		return errors.Join(err, export.close())
+		return errors.Join(err, closeContexts(contexts), export.close())
 	}
-	n.export, n.name, n.size = export, name, uint64(info.Size)
-	n.allocation = n.allocation && n.metaExport == name
+	n.export, n.contexts, n.name, n.size = export, contexts, name, uint64(info.Size)
 	return nil
 }
 
@@ -217,7 +222,11 @@ func (n *negotiation) info(opt option) error {
 	if err != nil {
 		return n.refuseOpen(opt, err)
 	}
-	return n.begin(asked, export, info, n.infoReply(opt, info, kinds))
+	contexts, err := n.openContexts(asked, export)
+	if err != nil {
+		return errors.Join(n.refuseOpen(opt, err), export.close())
+	}
+	return n.begin(asked, export, contexts, info, n.infoReply(opt, info, kinds))
 }
 
 func (n *negotiation) infoReply(opt option, info Info, kinds map[uint16]bool) []byte {
@@ -245,42 +254,6 @@ func (n *negotiation) transmissionFlags(info Info) uint16 {
 		flags |= flagSendDF
 	}
 	return flags
-}
-
-// meta answers LIST_META_CONTEXT and SET_META_CONTEXT, whose data is an export name and queries. It does not check that
-// the export exists: only GO opens an export.
-func (n *negotiation) meta(opt option) error {
-	if !n.structured {
-		return n.refuse(opt, repErrInvalid, "metadata contexts need structured replies")
-	}
-	set := opt.id == optSetMeta
-	if set { // even if it fails, since SET replaces what was set before
-		n.allocation = false
-	}
-	d := decoder{b: opt.data}
-	name := d.str()
-	count := d.u32()
-	found := !set && count == 0 // a list of all contexts
-	for range count {
-		query := d.str()
-		if d.failed {
-			break
-		}
-		found = found || query == contextAllocation || !set && query == "base:"
-	}
-	if !d.done() {
-		return n.refuse(opt, repErrInvalid, "malformed metadata context query")
-	}
-	var b []byte
-	if found {
-		id := uint32(0) // has no meaning in a list
-		if set {
-			id = contextAllocationID
-			n.allocation, n.metaExport = true, name
-		}
-		b = appendOptReply(b, opt.id, repMetaContext, u32(id), contextAllocation)
-	}
-	return n.write(appendOptReply(b, opt.id, repAck))
 }
 
 // refuseOpen tells the client why an export cannot be opened or described, or why the exports cannot be listed.

@@ -238,9 +238,9 @@ func TestQemuImg(t *testing.T) {
 		t.Fatal(err)
 	}
 	var want []extent
-	pieces, _ := extents(d, 0, size, maxDescriptors)
+	pieces, _ := extents(d, 0, size, maxDescriptors, nil)
 	for _, p := range pieces {
-		want = append(want, extent{p.off, p.length, !p.hole})
+		want = append(want, extent{p.off, p.length, !p.hole()})
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("map\n%v, want\n%v", got, want)

@@ -104,10 +104,9 @@ const (
 
 // base:allocation.
 const (
-	contextAllocation   = "base:allocation"
-	contextAllocationID = 1 // chosen by the server
-	stateHole           = 1 << 0
-	stateZero           = 1 << 1
+	contextAllocation = "base:allocation"
+	stateHole         = 1 << 0
+	stateZero         = 1 << 1
 )
 
 // Error numbers on the wire. The specification gives them Linux's values.

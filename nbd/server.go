@@ -233,7 +233,7 @@ func (s *Server) ServeConn(ctx context.Context, nc net.Conn) error {
 
 // closeExport ends a session.
 func (s *Server) closeExport(session session) error {
-	err := session.export.close()
+	err := errors.Join(closeContexts(session.contexts), session.export.close())
 	if err != nil {
 		err = fmt.Errorf("closing export %q: %w", session.name, err)
 		s.logPanic(err)

@@ -124,7 +124,7 @@ func TestBlockStatus(t *testing.T) {
 	d.WriteAt(make([]byte, 8192), 1<<20)
 	status := func(flags uint16, off uint64, n uint32) string {
 		r := c.want(0, flags, cmdBlockStatus, off, n)
-		if r.typ != chunkBlockStatus || r.flags != chunkFlagDone || r.data[:4] != u32(contextAllocationID) {
+		if r.typ != chunkBlockStatus || r.flags != chunkFlagDone || r.data[:4] != u32(metaContextID(0)) {
 			t.Fatalf("chunk %+v", r)
 		}
 		return r.data[4:]
@@ -159,16 +159,16 @@ func TestExtents(t *testing.T) {
 		most int
 		want string
 	}{
-		{nil, 9, "[{100 1000 false}]"},
-		{[]piece{{100, 1000, true}}, 9, "[{100 1000 true}]"},
-		{[]piece{{0, 5000, true}}, 9, "[{100 1000 true}]"},
-		{[]piece{{200, 100, true}}, 9, "[{100 100 false} {200 100 true} {300 800 false}]"},
-		{[]piece{{200, 100, true}}, 2, "[{100 100 false} {200 100 true}]"},
-		{[]piece{{100, 100, true}, {200, 100, true}, {250, 100, true}, {350, 1, false}}, 9, "[{100 250 true} {350 750 false}]"},
-		{[]piece{{100, 100, true}, {200, 100, false}, {300, 800, true}}, 1, "[{100 100 true}]"},
-		{[]piece{{2000, 10, true}}, 9, "[{100 1000 false}]"},
+		{nil, 9, "[{100 1000 0}]"},
+		{[]piece{{100, 1000, 3}}, 9, "[{100 1000 3}]"},
+		{[]piece{{0, 5000, 3}}, 9, "[{100 1000 3}]"},
+		{[]piece{{200, 100, 3}}, 9, "[{100 100 0} {200 100 3} {300 800 0}]"},
+		{[]piece{{200, 100, 3}}, 2, "[{100 100 0} {200 100 3}]"},
+		{[]piece{{100, 100, 3}, {200, 100, 3}, {250, 100, 3}, {350, 1, 0}}, 9, "[{100 250 3} {350 750 0}]"},
+		{[]piece{{100, 100, 3}, {200, 100, 0}, {300, 800, 3}}, 1, "[{100 100 3}]"},
+		{[]piece{{2000, 10, 3}}, 9, "[{100 1000 0}]"},
 	} {
-		got, err := extents(fakeExtents(x.in), 100, 1000, x.most)
+		got, err := extents(fakeExtents(x.in), 100, 1000, x.most, nil)
 		if err != nil || fmt.Sprint(got) != x.want {
 			t.Errorf("%v: %v %v, want %s", x.in, got, err, x.want)
 		}
@@ -179,7 +179,7 @@ type fakeExtents []piece
 
 func (f fakeExtents) Extents(_, _ int64, fn func(off, length int64, hole bool) bool) error {
 	for _, p := range f {
-		if !fn(p.off, p.length, p.hole) {
+		if !fn(p.off, p.length, p.hole()) {
 			break
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"sync"
 	"testing"
@@ -359,7 +360,7 @@ func TestCatalog(t *testing.T) {
 		"v@s": {Name: "v@s", Size: 64 << 20, ReadOnly: true},
 	} {
 		want.Description, want.PreferredBlock = want.Name, preferredBlock
-		if got, err := x.Describe(name); err != nil || got != want {
+		if got, err := x.Describe(name); err != nil || !reflect.DeepEqual(got, want) {
 			t.Errorf("%q: %+v %v", name, got, err)
 		}
 	}
