@@ -22,6 +22,8 @@ type exports struct {
 	mu       sync.Mutex
 	open     []*handle
 	renaming []cow.Ref // these may not be opened until they are renamed
+
+	differences int64 // the memory that differences take
 }
 
 // handle is an open volume or snapshot.
@@ -172,8 +174,7 @@ func (c *catalog) failed(err error) {
 
 // watchedDevice is a device whose first failed read is the outcome of its service.
 type watchedDevice struct {
-	*cow.Device
-	c *catalog
+	exportedDevice
 }
 
 // ReadAt is that of nbd.Device.
@@ -240,7 +241,7 @@ func (c *catalog) Describe(name string) (nbd.Info, error) {
 	if err != nil {
 		return info, notExist(err)
 	}
-	info.Size = v.Size
+	info.Size, info.Contexts = v.Size, contextNames(v)
 	if r.Snapshot == "" {
 		return info, nil
 	}
@@ -272,9 +273,10 @@ func (c *catalog) Open(name string) (*nbd.Export, error) {
 		return nil, notExist(c.explain(r.Volume, err))
 	}
 	var once sync.Once
-	dev := nbd.Device(h.dev)
+	exported := exportedDevice{h.dev, c}
+	dev := nbd.Device(exported)
 	if c.watched {
-		dev = watchedDevice{h.dev, c}
+		dev = watchedDevice{exported}
 	}
 	return &nbd.Export{
 		Device:         dev,

@@ -360,6 +360,7 @@ func TestCatalog(t *testing.T) {
 		"v@s": {Name: "v@s", Size: 64 << 20, ReadOnly: true},
 	} {
 		want.Description, want.PreferredBlock = want.Name, preferredBlock
+		want.Contexts = []string{"qemu:allocation-depth", "qemu:dirty-bitmap:s"}
 		if got, err := x.Describe(name); err != nil || !reflect.DeepEqual(got, want) {
 			t.Errorf("%q: %+v %v", name, got, err)
 		}
