@@ -16,6 +16,7 @@ import (
 	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/storage/crashfs"
 )
 
 // quickCodec is the codec of tests that make very many passes.
@@ -26,6 +27,14 @@ var quickCodec = func() *codecPool {
 	}
 	return p
 }()
+
+// faults returns the number of operations of the disk that have failed.
+func (w *modelStore) faults() int {
+	if fs, ok := w.s.fs.(*crashfs.FS); ok {
+		return fs.Failed()
+	}
+	return 0
+}
 
 // cold makes a whole cold pass, or a part of one over what the table has at the moment, and counts the records that it
 // wrote.
@@ -38,6 +47,7 @@ func (w *modelStore) cold(o op) error {
 				return err
 			}
 		}
+		faults := w.faults()
 		rep, err := s.Cold(context.Background())
 		w.catchUp()
 		if err := w.event(err); err != nil || !twice {
@@ -49,7 +59,7 @@ func (w *modelStore) cold(o op) error {
 		if err := w.event(err); err != nil {
 			return err
 		}
-		if w.seq() != seq {
+		if w.seq() != seq && w.faults() == faults { // a pass leaves out what it cannot read
 			return fmt.Errorf("a cold pass wrote %+v, and the next %+v", rep, again)
 		}
 		return nil

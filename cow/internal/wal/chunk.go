@@ -91,6 +91,15 @@ func (c *Chunk) Close() error {
 	return c.file.Close()
 }
 
+// give hands over the file, which from then on is another chunk's to close. Nobody has a reference.
+func (c *Chunk) give() storage.File {
+	c.open.Lock()
+	defer c.open.Unlock()
+	f := c.file
+	c.file = nil
+	return f
+}
+
 // Truncate gives back what is allocated behind offset size. The caller holds a reference, and the file was opened.
 func (c *Chunk) Truncate(size uint32) error { return c.file.Truncate(int64(size)) }
 

@@ -125,7 +125,7 @@ func (l *Log) recycle(seq uint64) *Chunk {
 		return nil
 	}
 	c := NewChunk(old.Slot, seq, l.fs)
-	c.file, c.Size = old.file, old.Size
+	c.file, c.Size = old.give(), old.Size
 	c.fileSize, c.prepared = c.Size, c.Size
 	return c
 }

@@ -86,3 +86,25 @@ func TestHeaderOfAnotherStore(t *testing.T) {
 		t.Error("another store:", err)
 	}
 }
+
+// A file of the pool has one chunk that closes it, also if it cannot become the next chunk.
+func TestFileOfThePoolIsClosedOnce(t *testing.T) {
+	fs := crashfs.New()
+	l, mu := newLog(t, stubbornFS{FS: fs, overwrites: true})
+	old := FoundChunk(7, 1, format.ChunkHeaderSize, fs)
+	if _, err := fs.Create(old.Name(), l.ChunkBytes); err != nil {
+		t.Fatal(err)
+	}
+	if !l.Pool.Keep(old, l.ChunkBytes) {
+		t.Fatal("the pool does not take the file")
+	}
+	mu.Lock()
+	c, _, _ := l.add(t, make([]byte, 100))
+	mu.Unlock()
+	if c.Slot != old.Slot {
+		t.Fatal("the file was not used again")
+	}
+	if err := errors.Join(old.Close(), l.Sync(), c.Close()); err != nil {
+		t.Error(err)
+	}
+}

@@ -74,6 +74,7 @@ type FS struct {
 	counts   [opCount]int
 	faults   [opCount][]fault
 	total    int   // operations of all kinds
+	failed   int   // operations that FailAt or GoneAt made fail
 	goneAt   int   // the disk is gone from this operation on; 0: it stays
 	gone     error // the error of each of them
 	onSync   func(name string)
@@ -143,6 +144,13 @@ func (f *FS) Count(op Op) int {
 	return f.counts[op]
 }
 
+// Failed returns the number of operations that failed because of FailAt or GoneAt.
+func (f *FS) Failed() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.failed
+}
+
 // Handles returns the number of open files.
 func (f *FS) Handles() int {
 	f.mu.Lock()
@@ -155,10 +163,12 @@ func (f *FS) begin(op Op) error {
 	f.counts[op]++
 	f.total++
 	if f.goneAt > 0 && f.total >= f.goneAt {
+		f.failed++
 		return noSpace(f.gone)
 	}
 	for _, ft := range f.faults[op] {
 		if ft.at == f.counts[op] {
+			f.failed++
 			return noSpace(ft.err)
 		}
 	}
