@@ -198,7 +198,7 @@ func (c *client) reply(n int) chunk {
 		}
 		r := chunk{flags: be.Uint16(h[4:]), typ: be.Uint16(h[6:]), cookie: be.Uint64(h[8:])}
 		r.data = string(c.get(int(be.Uint32(c.get(4)))))
-		if r.typ == chunkError {
+		if r.typ == chunkError || r.typ == chunkErrorOffset {
 			r.errno = be.Uint32([]byte(r.data))
 		}
 		return r

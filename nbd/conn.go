@@ -154,18 +154,18 @@ func (c *conn) receive() (err error) {
 
 // dispatch does req or hands it over. It returns an error only if the connection is of no more use.
 func (c *conn) dispatch(req request) error {
-	if errno := c.check(req); errno != 0 {
+	if f := c.check(req); f.errno != 0 {
 		if req.typ == cmdWrite {
 			if err := c.in.discard(int(req.length)); err != nil {
 				return err
 			}
 		}
-		c.replyBatched(req, errno)
+		c.replyBatched(req, f)
 		return nil
 	}
 	switch {
 	case req.length == 0 && (req.typ == cmdRead || req.typ == cmdCache || req.typ != cmdFlush && req.flags&cmdFlagFUA == 0):
-		c.replyBatched(req, 0) // FUA means nothing to those that change nothing
+		c.replyBatched(req, failure{}) // FUA means nothing to those that change nothing
 	case req.typ == cmdRead && req.length <= inlineMax && c.reads.inline():
 		c.readInline(req)
 	case req.typ == cmdWrite && req.length <= inlineMax && c.writes.inline():
@@ -194,46 +194,57 @@ var allowedFlags = [...]uint16{
 	cmdBlockStatus: cmdFlagFUA | cmdFlagReqOne,
 }
 
-// check returns the error number for a request that cannot be served.
-func (c *conn) check(req request) uint32 {
+// check returns why a request cannot be served.
+func (c *conn) check(req request) failure {
 	if int(req.typ) >= len(allowedFlags) || req.flags&^allowedFlags[req.typ] != 0 {
-		return errnoInval
+		return failure{errno: errnoInval, text: "there is no such command, or it has no such flags"}
 	}
 	if req.typ == cmdFlush {
-		return 0 // offset and length are reserved, and ignored
+		return failure{} // offset and length are reserved, and ignored
 	}
 	switch req.typ {
 	case cmdWrite, cmdTrim, cmdWriteZeroes:
 		if c.export.ReadOnly {
-			return errnoPerm
+			return failure{errno: errnoPerm, text: "the export is read-only"}
 		}
 	case cmdBlockStatus:
 		if len(c.contexts) == 0 || req.length == 0 {
-			return errnoInval
+			return failure{errno: errnoInval, text: "a block status needs a metadata context that was selected for the export, and a length"}
 		}
 	case cmdRead:
 		if req.flags&cmdFlagDF != 0 && !c.structured {
-			return errnoInval
+			return failure{errno: errnoInval}
 		}
 	}
 	if req.off > c.size || uint64(req.length) > c.size-req.off {
+		f := failure{errno: errnoInval, text: "the range lies behind the end of the export"}
 		if req.typ == cmdWrite || req.typ == cmdWriteZeroes {
-			return errnoNoSpace
+			f.errno = errnoNoSpace
 		}
-		return errnoInval
+		return f
 	}
 	if req.flags&(cmdFlagNoHole|cmdFlagFastZero) == cmdFlagNoHole|cmdFlagFastZero {
-		return errnoNotSup // to make sure of the space is not faster than to write
+		return failure{errno: errnoNotSup} // to make sure of the space is not faster than to write
 	}
-	if req.length > MaxPayload && (req.typ == cmdRead || req.typ == cmdWrite) {
-		return errnoInval
+	return c.checkPayload(req)
+}
+
+// checkPayload returns why the payload of a request, or of its reply, is too long.
+func (c *conn) checkPayload(req request) failure {
+	switch {
+	case req.length <= MaxPayload, req.typ != cmdRead && req.typ != cmdWrite:
+		return failure{}
+	case req.typ == cmdRead && req.flags&cmdFlagDF != 0:
+		return failure{errno: errnoOverflow, text: "so much cannot be read in one chunk"}
+	case req.typ == cmdRead && c.structured:
+		return failure{} // in several chunks
 	}
-	return 0
+	return failure{errno: errnoInval, text: "more than the largest payload"}
 }
 
 // readInline reads into the batch, or gives a read that has to wait to a worker.
 func (c *conn) readInline(req request) {
-	c.room(offsetDataLen + int(req.length))
+	c.room(replyRoom + int(req.length))
 	start := len(c.batch.b)
 	b := c.batch.b
 	if c.structured {
@@ -256,7 +267,7 @@ func (c *conn) readInline(req request) {
 	}
 	c.reads.observe(time.Since(began))
 	if err != nil {
-		b = c.appendError(b[:start], req, c.errno(req, err))
+		b = c.appendError(b[:start], req, c.failed(req, err))
 	}
 	c.batch.b = b
 	c.addedReply()
@@ -276,7 +287,7 @@ func (c *conn) writeInline(req request) error {
 		c.joinFlush(req, requestCharge)
 		return nil
 	}
-	c.replyBatched(req, c.errno(req, err))
+	c.replyBatched(req, c.failed(req, err))
 	return nil
 }
 
@@ -301,7 +312,7 @@ func (c *conn) handOver(req request) {
 	charge := int64(requestCharge)
 	switch req.typ {
 	case cmdRead:
-		charge += bufferSize(int(req.length))
+		charge += bufferSize(int(readStep(req)))
 	case cmdCache:
 		charge += bufferSize(int(min(longStep, req.length)))
 	case cmdBlockStatus:
@@ -322,41 +333,6 @@ func (c *conn) acquire(n int64) {
 
 // waitFor takes n from the budget, and waits for it.
 func (c *conn) waitFor(n int64) { c.budget.acquire(n, c.srv.opts.stall, c.srv.cutStalled) }
-
-// errno returns the error number for the device's answer to req. The client learns no more than that, so the reason is
-// logged.
-func (c *conn) errno(req request, err error) uint32 {
-	if err != nil && err != errGivenUp {
-		c.srv.logFailed(c.name, req, err)
-	}
-	return wireErrno(err)
-}
-
-// replyBatched adds a reply without content to the batch.
-func (c *conn) replyBatched(req request, errno uint32) {
-	c.room(offsetDataLen)
-	c.batch.b = c.appendResult(c.batch.b, req, errno)
-	c.addedReply()
-}
-
-// appendResult appends the reply to a request that has no content to return, or that failed.
-func (c *conn) appendResult(b []byte, req request, errno uint32) []byte {
-	if errno != 0 {
-		return c.appendError(b, req, errno)
-	}
-	if c.structured && req.typ == cmdRead { // of nothing
-		return appendChunk(b, chunkFlagDone, chunkNone, req.cookie, 0)
-	}
-	return appendSimple(b, req.cookie, 0)
-}
-
-// appendError appends an error reply, structured where the specification wants it so.
-func (c *conn) appendError(b []byte, req request, errno uint32) []byte {
-	if c.structured && (req.typ == cmdRead || req.typ == cmdBlockStatus) {
-		return appendErrorChunk(b, req.cookie, errno)
-	}
-	return appendSimple(b, req.cookie, errno)
-}
 
 // batchCharge is what a batch takes from the budget, from its beginning until it is sent. It must not be taken when the
 // batch is sent: the receiver may hold the charge of a request by then, and what it waits for might not fit beside it.

@@ -9,7 +9,7 @@ import (
 // Device is what an export serves. All methods are called concurrently, by all connections that have opened the export.
 // Offsets and lengths are in bytes, of any alignment, and within Size.
 //
-// A client learns only an error number from an error; the error itself is logged. These syscall.Errno in the chain of
+// A client learns an error number from an error, and its text in replies that can carry one; the error is logged, too. These syscall.Errno in the chain of
 // an error have an equivalent in NBD: ENOSPC, EDQUOT, EFBIG, EPERM, EACCES, EROFS, EINVAL, ENOMEM, EOVERFLOW, ENOTSUP
 // and ESHUTDOWN. All other errors, and panics, become EIO.
 type Device interface {
@@ -130,7 +130,8 @@ func wireErrno(err error) uint32 {
 	return errnoIO
 }
 
-// readFull reads as io.ReaderAt promises. It ignores an error, even io.EOF, if all bytes were read.
+// readFull reads as io.ReaderAt promises. It ignores an error, even io.EOF, if all bytes were read. Its error is a
+// locatedError.
 func readFull(d io.ReaderAt, p []byte, off int64) error {
 	n, err := d.ReadAt(p, off)
 	if n == len(p) {
@@ -139,7 +140,7 @@ func readFull(d io.ReaderAt, p []byte, off int64) error {
 	if err == nil {
 		err = io.ErrUnexpectedEOF
 	}
-	return err
+	return &locatedError{off + int64(max(0, min(n, len(p)-1))), err}
 }
 
 func writeFull(d io.WriterAt, p []byte, off int64) error {

@@ -347,7 +347,7 @@ func (v *victim) chunk(r faultRequest, flags, typ uint16) bool {
 		n := be.Uint32(b[8:])
 		v.parts[r.cookie] += int(n)
 		ok = v.right(r, be.Uint64(b), make([]byte, n))
-	case chunkError:
+	case chunkError, chunkErrorOffset:
 		return v.answered(r, be.Uint32(b))
 	}
 	switch {

@@ -232,17 +232,33 @@ func (x *transmitter) chunk(s *sent, flags, typ uint16, b []byte) {
 		x.data(s, be.Uint64(b), make([]byte, be.Uint32(b[8:])))
 	case chunkBlockStatus:
 		x.status(s, b)
-	case chunkError:
-		if len(b) < 6 || len(b) != 6+int(be.Uint16(b[4:])) {
-			x.tb.Fatalf("an error chunk of %x", b)
-		}
-		errno = be.Uint32(b)
+	case chunkError, chunkErrorOffset:
+		errno = x.failure(s, typ, b)
 	default:
 		x.tb.Fatalf("chunk %d", typ)
 	}
 	if flags&chunkFlagDone != 0 {
 		x.done(s, errno)
 	}
+}
+
+// failure checks an error chunk: it says why, and an offset lies in the range of a READ.
+func (x *transmitter) failure(s *sent, typ uint16, b []byte) (errno uint32) {
+	if len(b) < 6 {
+		x.tb.Fatalf("an error chunk of %x", b)
+	}
+	rest := b[6:]
+	text := int(be.Uint16(b[4:]))
+	switch {
+	case typ == chunkError && len(rest) == text:
+	case typ == chunkErrorOffset && s.typ == cmdRead && len(rest) == text+8:
+		if at := be.Uint64(rest[text:]); at < s.off || at >= s.off+uint64(s.length) {
+			x.tb.Fatalf("an error at %d of %+v", at, s.request)
+		}
+	default:
+		x.tb.Fatalf("an error chunk of %x", b)
+	}
+	return be.Uint32(b)
 }
 
 // data checks a part of a READ: it was not there yet, and is what the model holds, but for blocks that are being changed.

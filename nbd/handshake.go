@@ -235,10 +235,10 @@ func (n *negotiation) infoReply(opt option, info Info, kinds map[uint16]bool) []
 	b = appendOptReply(b, opt.id, repInfo,
 		u16(infoBlockSize), u32(orDefault(info.MinBlock, 1)), u32(orDefault(info.PreferredBlock, 4096)), u32(MaxPayload))
 	if kinds[infoName] {
-		b = appendOptReply(b, opt.id, repInfo, u16(infoName), clip(info.Name))
+		b = appendOptReply(b, opt.id, repInfo, u16(infoName), clip(info.Name, maxNameLen))
 	}
 	if kinds[infoDescription] && info.Description != "" {
-		b = appendOptReply(b, opt.id, repInfo, u16(infoDescription), clip(info.Description))
+		b = appendOptReply(b, opt.id, repInfo, u16(infoDescription), clip(info.Description, maxNameLen))
 	}
 	return appendOptReply(b, opt.id, repAck)
 }
@@ -273,7 +273,7 @@ func (n *negotiation) refuseOpen(opt option, err error) error {
 
 // refuse answers with an error. The client may continue the negotiation.
 func (n *negotiation) refuse(opt option, typ uint32, text string) error {
-	return n.reply(opt, typ, clip(text))
+	return n.reply(opt, typ, clip(text, maxNameLen))
 }
 
 func (n *negotiation) reply(opt option, typ uint32, data ...string) error {
@@ -297,12 +297,9 @@ func (n *negotiation) write(p []byte) error {
 	return nil
 }
 
-// clip shortens a string to the limit of the specification, and makes it valid UTF-8.
-func clip(s string) string {
-	if len(s) > maxNameLen {
-		s = s[:maxNameLen]
-	}
-	return strings.ToValidUTF8(s, "?")
+// clip shortens a string to limit bytes, and makes it valid UTF-8.
+func clip(s string, limit int) string {
+	return strings.ToValidUTF8(s[:min(limit, len(s))], "?")
 }
 
 func orDefault(v, def int) uint32 {

@@ -27,7 +27,7 @@ func TestBadRequests(t *testing.T) {
 		c.want(errnoInval, 0, cmdRead, size-1, 2)
 		c.want(errnoInval, 0, cmdRead, 1<<63, 512)
 		c.want(errnoInval, 0, cmdRead, ^uint64(0), 512)
-		c.want(errnoInval, 0, cmdRead, 0, 33<<20)
+		c.want(map[bool]uint32{false: errnoInval, true: errnoOverflow}[structured], uint16(btoi(structured))*cmdFlagDF, cmdRead, 0, 33<<20)
 		c.want(errnoInval, 0, cmdRead, 0, ^uint32(0))
 		c.want(errnoNoSpace, 0, cmdWrite, size-1, 2, "xx")
 		c.want(errnoNoSpace, 0, cmdWrite, size, 1<<20, big[:1<<20])

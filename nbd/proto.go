@@ -100,6 +100,7 @@ const (
 	chunkOffsetHole  = 2
 	chunkBlockStatus = 5
 	chunkError       = 1<<15 | 1
+	chunkErrorOffset = 1<<15 | 2
 )
 
 // base:allocation.
@@ -122,8 +123,8 @@ const (
 )
 
 const (
-	// MaxPayload is the largest payload of one READ or WRITE, 32 MiB. The specification asks clients not to exceed it
-	// unless something else is negotiated, and the server announces it.
+	// MaxPayload is the largest payload of one WRITE, or of a READ that is answered in one piece, 32 MiB. The specification
+	// asks clients not to exceed it unless something else is negotiated, and the server announces it.
 	MaxPayload = 32 << 20
 
 	maxOptionLen = 64 << 10 // bytes in the data of one option
@@ -187,11 +188,20 @@ func appendOffsetHole(b []byte, flags uint16, cookie, off uint64, length uint32)
 	return be.AppendUint32(b, length)
 }
 
-// appendErrorChunk appends an ERROR chunk without a text.
-func appendErrorChunk(b []byte, cookie uint64, errno uint32) []byte {
-	b = appendChunk(b, chunkFlagDone, chunkError, cookie, 6)
-	b = be.AppendUint32(b, errno)
-	return be.AppendUint16(b, 0)
+// appendErrorChunk appends an ERROR chunk, or ERROR_OFFSET where it is known what failed.
+func appendErrorChunk(b []byte, cookie uint64, f failure) []byte {
+	typ, length := uint16(chunkError), uint32(6+len(f.text))
+	if f.located {
+		typ, length = chunkErrorOffset, length+8
+	}
+	b = appendChunk(b, chunkFlagDone, typ, cookie, length)
+	b = be.AppendUint32(b, f.errno)
+	b = be.AppendUint16(b, uint16(len(f.text)))
+	b = append(b, f.text...)
+	if f.located {
+		b = be.AppendUint64(b, f.at)
+	}
+	return b
 }
 
 func appendOptReply(b []byte, option, typ uint32, data ...string) []byte {

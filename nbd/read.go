@@ -11,25 +11,76 @@ const (
 
 // read executes a READ and sends the reply.
 func (c *conn) read(t task) {
-	p := newPacket(t.charge)
-	var err error
-	if c.ext != nil && c.structured && t.flags&cmdFlagDF == 0 && t.length >= sparseMin {
-		err = c.readPieces(p, t, c.ext)
-	} else {
-		err = c.readWhole(p, t)
+	if t.length > MaxPayload {
+		c.readLong(t)
+		return
 	}
-	if err != nil {
-		p.reset()
-		p.head = c.appendError(p.head, t.request, c.errno(t.request, err))
-		p.sealHead()
+	p := newPacket(t.charge)
+	if err := c.readPart(p, t, chunkFlagDone); err != nil {
+		c.failRead(p, t, err)
 	}
 	c.out.send(p)
 }
 
-func (c *conn) readWhole(p *packet, t task) error {
+// readPart fills p with the content of t's range. The last chunk gets flags.
+func (c *conn) readPart(p *packet, t task, flags uint16) error {
+	if c.ext != nil && c.structured && t.flags&cmdFlagDF == 0 && t.length >= sparseMin {
+		return c.readPieces(p, t, c.ext, flags)
+	}
+	return c.readWhole(p, t, flags)
+}
+
+// failRead makes p the reply that ends a READ that failed.
+func (c *conn) failRead(p *packet, t task, err error) {
+	p.reset()
+	p.head = c.appendError(p.head, t.request, c.failed(t.request, err))
+	p.sealHead()
+}
+
+// longRead is how much of a READ of more than MaxPayload is read at a time.
+const longRead = 4 << 20
+
+// readStep returns how much of a READ is in memory at a time.
+func readStep(req request) uint32 {
+	if req.length > MaxPayload {
+		return longRead
+	}
+	return req.length
+}
+
+// readLong executes a READ that is longer than a payload may be. It reads a part when the part before has been sent, and
+// so needs the memory of one part. An error ends the reply after the parts before it.
+func (c *conn) readLong(t task) {
+	sent := make(chan struct{}, 1)
+	for part, end := t, t.off+uint64(t.length); ; part.off += longRead {
+		part.length = uint32(min(longRead, end-part.off))
+		last, flags := part.off+uint64(part.length) == end, uint16(0)
+		if last {
+			flags = chunkFlagDone
+		}
+		p := newPacket(0)
+		err := errGivenUp
+		if !c.givesUp() {
+			err = c.readPart(p, part, flags)
+		}
+		if err != nil {
+			c.failRead(p, t, err)
+		}
+		if err != nil || last {
+			p.charge = t.charge
+			c.out.send(p)
+			return
+		}
+		p.sent = sent
+		c.out.send(p)
+		<-sent
+	}
+}
+
+func (c *conn) readWhole(p *packet, t task, flags uint16) error {
 	p.buf = newBuffer(int(t.length))
 	if c.structured {
-		p.head = appendOffsetData(p.head, chunkFlagDone, t.cookie, t.off, t.length)
+		p.head = appendOffsetData(p.head, flags, t.cookie, t.off, t.length)
 	} else {
 		p.head = appendSimple(p.head, t.cookie, 0)
 	}
@@ -37,8 +88,8 @@ func (c *conn) readWhole(p *packet, t task) error {
 	return readFull(c.dev, p.buf.b, int64(t.off))
 }
 
-// readPieces fills p with one chunk for each extent.
-func (c *conn) readPieces(p *packet, t task, ext Extenter) error {
+// readPieces fills p with one chunk for each extent. The last one gets lastFlags.
+func (c *conn) readPieces(p *packet, t task, ext Extenter, lastFlags uint16) error {
 	pieces, err := extents(ext, int64(t.off), int64(t.length), maxPieces, nil)
 	if err != nil {
 		return err
@@ -63,7 +114,7 @@ func (c *conn) readPieces(p *packet, t task, ext Extenter) error {
 	for i, x := range pieces {
 		var flags uint16
 		if i == len(pieces)-1 {
-			flags = chunkFlagDone
+			flags = lastFlags
 		}
 		start := len(h)
 		if x.hole() {

@@ -15,6 +15,8 @@ type packet struct {
 	head   []byte   // headers
 	buf    *buffer  // freed when sent; may be nil
 	charge int64    // released to the budget when sent
+
+	sent chan<- struct{} // gets a value when p was sent or dropped; may be nil; must have room
 }
 
 // Bytes of room for headers in a pooled packet: the initial room for one header, and the most that is kept, which is
@@ -110,8 +112,13 @@ func (s *sender) write(packets []*packet) {
 	for i, p := range packets {
 		packets[i] = nil
 		s.budget.release(p.charge)
+		sent := p.sent
 		p.reset()
+		p.sent = nil
 		packetPool.Put(p)
+		if sent != nil {
+			sent <- struct{}{}
+		}
 	}
 }
 

@@ -36,7 +36,7 @@ func (c *conn) blockStatus(t task) {
 	for i, x := range c.contexts {
 		var err error
 		if pieces, err = c.status(x, t.request, pieces[:0]); err != nil {
-			c.reply(t, c.errno(t.request, err))
+			c.reply(t, c.failed(t.request, err))
 			return
 		}
 		last := i == len(c.contexts)-1

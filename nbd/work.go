@@ -60,7 +60,7 @@ func (c *conn) do(t task) {
 	case cmdWriteZeroes:
 		c.changed(t, c.writeZeroes(t))
 	case cmdCache:
-		c.reply(t, c.errno(t.request, c.cache(t)))
+		c.reply(t, c.failed(t.request, c.cache(t)))
 	case cmdBlockStatus:
 		c.blockStatus(t)
 	}
@@ -72,12 +72,12 @@ func (c *conn) changed(t task, err error) {
 		c.joinFlush(t.request, t.charge)
 		return
 	}
-	c.reply(t, c.errno(t.request, err))
+	c.reply(t, c.failed(t.request, err))
 }
 
-func (c *conn) reply(t task, errno uint32) {
+func (c *conn) reply(t task, f failure) {
 	p := newPacket(t.charge)
-	p.head = c.appendResult(p.head, t.request, errno)
+	p.head = c.appendResult(p.head, t.request, f)
 	c.out.send(p.sealHead())
 }
 
@@ -158,7 +158,7 @@ func (c *conn) flushRoutine() {
 		taken := f.waiting
 		f.waiting = f.spare[:0]
 		f.mu.Unlock()
-		errno := c.errno(request{typ: cmdFlush}, c.dev.Flush())
+		errno := c.failed(request{typ: cmdFlush}, c.dev.Flush()).errno
 		p := newPacket(0)
 		for _, w := range taken {
 			p.head = appendSimple(p.head, w.cookie, errno)
