@@ -135,8 +135,14 @@ func TestSendReceive(t *testing.T) {
 	// Back to an older state, and one volume from another: a difference goes between any two states.
 	must(t, receive(b, sent(t, a, SendOptions{Snapshot: Ref{"v", "s0"}, Base: Ref{"c", "t"}}), ReceiveOptions{Target: Ref{Volume: "d"}}))
 	for _, r := range [][2]Ref{
-		{{"v", "s0"}, {"v", "s0"}}, {{"v", "s1"}, {"v", "s1"}}, {{"v", "s2"}, {"v", "s2"}}, {{"v", "s3"}, {"v", "s3"}}, {{"v", "s3"}, {Volume: "v"}},
-		{{"c", "t"}, {"d", "u"}}, {{"v", "s0"}, {"d", "s0"}}, {{"v", "s0"}, {Volume: "d"}},
+		{{"v", "s0"}, {"v", "s0"}},
+		{{"v", "s1"}, {"v", "s1"}},
+		{{"v", "s2"}, {"v", "s2"}},
+		{{"v", "s3"}, {"v", "s3"}},
+		{{"v", "s3"}, {Volume: "v"}},
+		{{"c", "t"}, {"d", "u"}},
+		{{"v", "s0"}, {"d", "s0"}},
+		{{"v", "s0"}, {Volume: "d"}},
 	} {
 		mustBeSame(t, a, r[0], b, r[1])
 		if r[1].Snapshot != "" && guid(t, a, r[0]) != guid(t, b, r[1]) {

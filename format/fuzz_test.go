@@ -337,7 +337,8 @@ func FuzzPacked(f *testing.F) {
 func checkPacked(t interface {
 	Fatal(args ...any)
 	Fatalf(format string, args ...any)
-}, l *Leaf) {
+}, l *Leaf,
+) {
 	p := AppendPacked(make([]uint64, 0, MaxPacked), l)
 	if len(p) > MaxPacked {
 		t.Fatal(len(p))

@@ -99,7 +99,8 @@ func extents(ext Extenter, off, length int64, most int, pieces []piece) ([]piece
 // are in order and without gaps, neighbours are of different states, and none goes past the range's end, however status
 // reports them. If there are fewer than most, they cover the range.
 func states(status func(off, length int64, fn func(off, length int64, flags uint32) bool) error,
-	off, length int64, most int, pieces []piece) ([]piece, error) {
+	off, length int64, most int, pieces []piece,
+) ([]piece, error) {
 	at, end := off, off+length
 	// add appends a piece up to x. It returns false if there is no room.
 	add := func(x int64, flags uint32) bool {

@@ -165,8 +165,13 @@ func (a *app) printStreams(list []streamJSON, all bool) error {
 
 func streamFields(a *app, j *streamJSON, state string) [][2]string {
 	f := [][2]string{
-		{"stream", j.title()}, {"guid", j.GUID}, {"base", dash(j.Base)}, {"size", a.size(j.Size)}, {"compress", j.Compress},
-		{"logical block", fmt.Sprint(j.LogicalBlock)}, {"created", when(j.Created)},
+		{"stream", j.title()},
+		{"guid", j.GUID},
+		{"base", dash(j.Base)},
+		{"size", a.size(j.Size)},
+		{"compress", j.Compress},
+		{"logical block", fmt.Sprint(j.LogicalBlock)},
+		{"created", when(j.Created)},
 	}
 	for _, key := range slices.Sorted(maps.Keys(j.Properties)) {
 		f = append(f, [2]string{"property", key + "=" + j.Properties[key]})
