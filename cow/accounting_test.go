@@ -143,6 +143,9 @@ func (w *modelStore) shrinkAway(t *testing.T, rng *rand.Rand) *modelStore {
 		if r.Snapshot == "" {
 			w.closeDevice(r.Volume)
 		}
+		if err := w.release(r); err != nil {
+			t.Fatal(err)
+		}
 		w.m.remove(r)
 		if err := w.event(w.s.Remove(r, true)); err != nil {
 			t.Fatal(err)

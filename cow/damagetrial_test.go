@@ -407,6 +407,9 @@ func (w *modelStore) toil(lost blocks) error {
 	}
 	for sn := range w.m.now()[names[0]].snaps {
 		r := Ref{names[0], sn}
+		if err := w.release(r); err != nil {
+			return err
+		}
 		if err := w.s.Remove(r, false); err != nil {
 			return err
 		}

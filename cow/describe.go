@@ -17,7 +17,8 @@ type SnapshotInfo struct {
 	Created time.Time `json:"created"`
 	Clones  []string  `json:"clones,omitempty"` // volumes that began here
 	// GUID is the same in all stores that have this state, because they sent it to one another.
-	GUID format.GUID `json:"guid"`
+	GUID  format.GUID `json:"guid"`
+	Holds []HoldInfo  `json:"holds,omitempty"` // in the order of their tags
 }
 
 // VolumeInfo describes a volume.
@@ -32,6 +33,8 @@ type VolumeInfo struct {
 	Open         int            `json:"open"` // number of open devices
 	// Receiving is set for a hidden volume, whose content is being received.
 	Receiving *ReceivingInfo `json:"receiving,omitempty"`
+	// Properties are the user's own. Nobody changes the map.
+	Properties map[string]string `json:"properties,omitempty"`
 }
 
 // Volumes describes all volumes, in the order of their names.
@@ -86,7 +89,7 @@ func (in *VolumeInfo) sort() {
 func (s *Store) describe(v *volume, clones map[point][]*volume) VolumeInfo {
 	in := VolumeInfo{
 		Name: v.Name, Size: v.Size, Codec: v.Codec.String(), LogicalBlock: v.LogicalBlock,
-		Created: v.Created, Open: v.readers, Receiving: receivingInfo(v.Receiving),
+		Created: v.Created, Open: v.readers, Receiving: receivingInfo(v.Receiving), Properties: v.Properties,
 	}
 	if v.Level != 0 {
 		in.Codec += fmt.Sprintf(":%d", v.Level)
@@ -101,7 +104,7 @@ func (s *Store) describe(v *volume, clones map[point][]*volume) VolumeInfo {
 		in.Snapshots = make([]SnapshotInfo, 0, len(v.snapshots))
 	}
 	for _, sn := range v.snapshots {
-		si := SnapshotInfo{Volume: v.Name, Name: sn.Name, Size: sn.Size, Created: sn.Created, GUID: s.guidOf(sn)}
+		si := SnapshotInfo{Volume: v.Name, Name: sn.Name, Size: sn.Size, Created: sn.Created, GUID: s.guidOf(sn), Holds: holdInfos(sn.Holds)}
 		for _, c := range clones[point{sn.branch, sn.Epoch}] {
 			if c.ID != sn.Volume { // not the volume itself, rolled back to this snapshot
 				si.Clones = append(si.Clones, c.Name)

@@ -32,6 +32,8 @@ type modelVolume struct {
 	disk
 	codec  format.Codec
 	snaps  map[string]disk
+	holds  map[string]string // the tags of each snapshot, which a comma ends
+	props  map[string]string
 	hidden *hidden // it is being received
 }
 
@@ -57,8 +59,17 @@ func (v modelVolume) withSnap(name string, d disk) modelVolume {
 }
 
 func (v modelVolume) withoutSnap(name string) modelVolume {
-	v.snaps = maps.Clone(v.snaps)
+	v.snaps, v.holds = maps.Clone(v.snaps), maps.Clone(v.holds)
 	delete(v.snaps, name)
+	delete(v.holds, name)
+	return v
+}
+
+func (v modelVolume) withHolds(name, tags string) modelVolume {
+	if v.holds = maps.Clone(v.holds); v.holds == nil {
+		v.holds = map[string]string{}
+	}
+	v.holds[name] = tags
 	return v
 }
 
@@ -268,7 +279,7 @@ func (m *model) rename(from, to Ref) {
 		m.record(m.now().without(from.Volume).with(to.Volume, v))
 		return
 	}
-	v = v.withSnap(to.Snapshot, v.snaps[from.Snapshot]).withoutSnap(from.Snapshot)
+	v = v.withSnap(to.Snapshot, v.snaps[from.Snapshot]).withHolds(to.Snapshot, v.holds[from.Snapshot]).withoutSnap(from.Snapshot)
 	m.record(m.now().with(from.Volume, v))
 }
 
@@ -310,6 +321,9 @@ func same(s *Store, st state, buf []byte) error {
 		if err := sameDisk(s, Ref{Volume: in.Name}, in.Size, v.disk, buf); err != nil {
 			return err
 		}
+		if !maps.Equal(in.Properties, v.props) {
+			return fmt.Errorf("%s has the properties %v, not %v", in.Name, in.Properties, v.props)
+		}
 		if len(in.Snapshots) != len(v.snaps) {
 			return fmt.Errorf("%s has %d snapshots, not %d", in.Name, len(in.Snapshots), len(v.snaps))
 		}
@@ -318,12 +332,22 @@ func same(s *Store, st state, buf []byte) error {
 			if !ok {
 				return fmt.Errorf("there is a snapshot %s of %s", sn.Name, in.Name)
 			}
+			if tags := tagsOf(sn); tags != v.holds[sn.Name] {
+				return fmt.Errorf("%s@%s has the holds %q, not %q", in.Name, sn.Name, tags, v.holds[sn.Name])
+			}
 			if err := sameDisk(s, Ref{in.Name, sn.Name}, sn.Size, d, buf); err != nil {
 				return err
 			}
 		}
 	}
 	return nil
+}
+
+func tagsOf(sn SnapshotInfo) (tags string) {
+	for _, h := range sn.Holds {
+		tags += h.Tag + ","
+	}
+	return tags
 }
 
 func sameDisk(s *Store, r Ref, size int64, want disk, buf []byte) (err error) {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 )
 
 // maxSnaps bounds the snapshots of a volume in the model test: each is read in each state.
@@ -21,7 +22,7 @@ func (w *modelStore) administer(o op, names []string, name string) error {
 	if kind == "clone" && len(names) >= 4 {
 		kind = "remove"
 	}
-	if len(snaps) == 0 && (kind == "unsnap" || kind == "clone" || kind == "rollback") {
+	if len(snaps) == 0 && (kind == "tag" || kind == "unsnap" || kind == "clone" || kind == "rollback") {
 		kind = "snapshot"
 	}
 	var snap Ref
@@ -47,6 +48,10 @@ func (w *modelStore) administer(o op, names []string, name string) error {
 		return w.event(w.s.Rollback(snap))
 	case "rename":
 		return w.rename(o, name, snap)
+	case "tag":
+		return w.tag(o, name, snap)
+	case "property":
+		return w.property(o, name)
 	default: // remove; create where there are enough
 		w.closeDevice(name)
 		if w.pinned(Ref{Volume: name}) {
@@ -71,6 +76,83 @@ func (w *modelStore) snapshot(o op, names []string, name string) error {
 	}
 	w.m.snapshot(refs...)
 	return w.event(w.s.Snapshot(refs...))
+}
+
+// tag gives a snapshot, or all of its volume, a hold, or takes it away. If the holds are not as they have to be, that
+// must be refused.
+func (w *modelStore) tag(o op, name string, snap Ref) error {
+	v, tag := w.m.now()[name], string(rune('a'+o.a%2))
+	refs := []Ref{snap}
+	if o.b%3 == 0 {
+		refs = nil
+		for _, sn := range slices.Sorted(maps.Keys(v.snaps)) {
+			refs = append(refs, Ref{name, sn})
+		}
+	}
+	release := o.c%4 > 0 // most of the time there is no hold, or the test would remove too little
+	next, allowed := v, true
+	for _, r := range refs {
+		tags := v.holds[r.Snapshot]
+		allowed = allowed && strings.Contains(tags, tag) == release
+		if release {
+			tags = strings.Replace(tags, tag+",", "", 1)
+		} else {
+			tags = strings.Join(slices.Sorted(slices.Values(append(strings.SplitAfter(tags, ","), tag+","))), "")
+		}
+		next = next.withHolds(r.Snapshot, tags)
+	}
+	do, refusal := w.s.Hold, ErrExists
+	if release {
+		do, refusal = w.s.Release, ErrNotFound
+	}
+	if !allowed {
+		if err := do(tag, refs...); !errors.Is(err, refusal) {
+			return fmt.Errorf("it is not refused: %v", err)
+		}
+		return nil
+	}
+	w.m.record(w.m.now().with(name, next))
+	return w.event(do(tag, refs...))
+}
+
+// release takes all holds from a snapshot, or from those of a volume.
+func (w *modelStore) release(r Ref) error {
+	for sn, tags := range w.m.now()[r.Volume].holds {
+		if r.Snapshot != "" && r.Snapshot != sn {
+			continue
+		}
+		for tag := range strings.SplitSeq(strings.TrimSuffix(tags, ","), ",") {
+			if tag == "" {
+				continue
+			}
+			v := w.m.now()[r.Volume]
+			w.m.record(w.m.now().with(r.Volume, v.withHolds(sn, strings.Replace(v.holds[sn], tag+",", "", 1))))
+			if err := w.event(w.s.Release(tag, Ref{r.Volume, sn})); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// property sets properties, or removes them.
+func (w *modelStore) property(o op, name string) error {
+	v := w.m.now()[name]
+	changes := map[string]string{"k": fmt.Sprint(o.b % 3), string(rune('a' + o.a%3)): fmt.Sprint(o.c)}
+	if o.b%4 == 0 {
+		changes["k"], changes["b"] = "", ""
+	}
+	next := maps.Clone(v.props)
+	if next == nil {
+		next = map[string]string{}
+	}
+	maps.Copy(next, changes)
+	maps.DeleteFunc(next, func(_, value string) bool { return value == "" })
+	if !maps.Equal(next, v.props) {
+		v.props = next
+		w.m.record(w.m.now().with(name, v))
+	}
+	return w.event(w.s.SetProperties(name, changes))
 }
 
 func (w *modelStore) rename(o op, name string, snap Ref) error {

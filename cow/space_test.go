@@ -52,6 +52,9 @@ func (w *modelStore) giveUp(o op, name string, said map[Ref]Usage) (want int64, 
 	v := Ref{Volume: name}
 	snaps := slices.Sorted(maps.Keys(w.m.now()[name].snaps))
 	remove := func(r Ref) error {
+		if err := w.release(r); err != nil {
+			return err
+		}
 		w.m.remove(r)
 		return w.event(w.s.Remove(r, true))
 	}

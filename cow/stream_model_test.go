@@ -59,9 +59,14 @@ func (w *modelStore) guidIn(r Ref) format.GUID {
 	return w.s.guidOf(w.s.catalog.byName[r.Volume].snapshots[r.Snapshot])
 }
 
-// pinned reports whether a volume or snapshot cannot be removed because of what is being received.
+// pinned reports whether a volume or snapshot cannot be removed because of holds, or of what is being received.
 func (w *modelStore) pinned(r Ref) bool {
 	st := w.m.now()
+	for sn, tags := range st[r.Volume].holds {
+		if tags != "" && (r.Snapshot == "" || r.Snapshot == sn) {
+			return true
+		}
+	}
 	h := st[st.hidden()].hidden
 	if h == nil {
 		return false
@@ -258,6 +263,10 @@ func (w *modelStore) receive(o op, name string, ro ReceiveOptions, h *hidden) er
 	if !errors.Is(err, stream.ErrCut) {
 		return fmt.Errorf("it does not say that the stream is cut: %v", err)
 	}
+	first, ferr := format.DecodeFrame(h.file)
+	if ferr != nil || len(file) < format.FrameHeaderSize+first.Length {
+		return ferr // of a stream without its header nobody knows what it goes on with
+	}
 	var resumable *ReceiveError
 	// Without the header nobody knows what it is.
 	if v, ok := w.m.now()[name]; ok && hasHeader(file) && (!errors.As(err, &resumable) || resumable.Mark != v.hidden.mark) {
@@ -287,7 +296,11 @@ func (m *model) receive(name string, h *hidden, file []byte) (whole bool, err er
 	if _, ok := m.now()[name]; !ok {
 		d := h.from.resized(max(h.from.size, h.header.Size))
 		begun := *h
-		m.record(m.now().with(name, modelVolume{disk: d, codec: h.codec, hidden: &begun}))
+		props := h.header.Properties
+		if _, ok := m.now()[h.target.Volume]; ok {
+			props = nil
+		}
+		m.record(m.now().with(name, modelVolume{disk: d, codec: h.codec, props: props, hidden: &begun}))
 	}
 	for _, f := range frames {
 		for _, it := range f.items {
@@ -317,7 +330,7 @@ func (m *model) received(name string) {
 	d := st[name].disk.resized(h.header.Size)
 	target, ok := st[h.target.Volume]
 	if !ok {
-		target = modelVolume{codec: h.codec, snaps: map[string]disk{}}
+		target = modelVolume{codec: h.codec, props: h.header.Properties, snaps: map[string]disk{}}
 	}
 	target.disk = d
 	if target.snaps == nil {

@@ -307,8 +307,8 @@ func (s *Store) cutOff(d *Device, size, old int64) error {
 }
 
 // Remove deletes a snapshot, or a volume; with recursive set, it deletes the volume's snapshots too. Clones live on.
-// Remove returns ErrBusy if the volume or snapshot is open, or if a volume has snapshots and recursive is not set. When
-// it returns, the names are gone; the following checkpoints reclaim the space.
+// Remove returns ErrBusy if the volume or snapshot is open, if a snapshot has holds, or if a volume has snapshots and
+// recursive is not set. When it returns, the names are gone; the following checkpoints reclaim the space.
 func (s *Store) Remove(r Ref, recursive bool) error {
 	err := s.transact(func() (*format.Event, error) {
 		v, sn, err := s.lookup(r)
@@ -320,7 +320,7 @@ func (s *Store) Remove(r Ref, recursive bool) error {
 			if sn.open > 0 {
 				return nil, fmt.Errorf("it is open: %w", ErrBusy)
 			}
-			if err := s.isBase(sn); err != nil {
+			if err := errors.Join(held(v, sn), s.isBase(sn)); err != nil {
 				return nil, err
 			}
 			ev.Snapshots = append(ev.Snapshots, unnamed(sn))
@@ -332,7 +332,7 @@ func (s *Store) Remove(r Ref, recursive bool) error {
 		if len(v.snapshots) > 0 && !recursive {
 			return nil, fmt.Errorf("it has snapshots (%s); -r removes them with it: %w", someNames(v), ErrBusy)
 		}
-		if err := s.needed(v); err != nil {
+		if err := errors.Join(held(v, slices.Collect(maps.Values(v.snapshots))...), s.needed(v)); err != nil {
 			return nil, err
 		}
 		if len(v.snapshots) <= mostNamed {

@@ -74,16 +74,21 @@ const (
 	MaxProperties = 64
 	// MaxPropertyValue is the largest length in bytes of a value.
 	MaxPropertyValue = 1024
+	// MaxPropertyBytes is the largest length in bytes of all keys and values together. A row is written again with each
+	// change of the volume.
+	MaxPropertyBytes = 16 << 10
 )
 
 // CheckProperties returns nil if a volume can have these properties: at most MaxProperties; each key 1 to 63 ASCII
 // letters, digits, dots, underscores, hyphens and colons, of which the first is a letter or digit; each value at most
-// MaxPropertyValue bytes of UTF-8 without control characters. Otherwise it returns an error that matches ErrName.
+// MaxPropertyValue bytes of UTF-8 without control characters; all together at most MaxPropertyBytes. Otherwise it returns an error that matches ErrName.
 func CheckProperties(m map[string]string) error {
 	if len(m) > MaxProperties {
 		return fmt.Errorf("%w: %d properties, the most is %d", ErrName, len(m), MaxProperties)
 	}
+	size := 0
 	for key, value := range m {
+		size += len(key) + len(value)
 		if err := checkName(key, ":"); err != nil {
 			return fmt.Errorf("property: %w", err)
 		}
@@ -93,6 +98,9 @@ func CheckProperties(m map[string]string) error {
 		if err := checkText(value); err != nil {
 			return fmt.Errorf("property %s: %w", key, err)
 		}
+	}
+	if size > MaxPropertyBytes {
+		return fmt.Errorf("%w: the properties have %d bytes together, the most is %d", ErrName, size, MaxPropertyBytes)
 	}
 	return nil
 }

@@ -47,14 +47,18 @@ func TestGUID(t *testing.T) {
 func TestCheckProperties(t *testing.T) {
 	many := map[string]string{}
 	for i := range MaxProperties {
-		many[fmt.Sprintf("%d:a.b_c-D", i)] = strings.Repeat("é", MaxPropertyValue/2)
+		many[fmt.Sprintf("%02d:a.b_c-D", i)] = strings.Repeat("é", (MaxPropertyBytes/MaxProperties-len("00:a.b_c-D"))/2)
+	}
+	large := map[string]string{"k": strings.Repeat("v", MaxPropertyValue)}
+	for len(large) < MaxPropertyBytes/MaxPropertyValue {
+		large[fmt.Sprint(len(large))] = large["k"]
 	}
 	if err := errors.Join(CheckProperties(nil), CheckProperties(many)); err != nil {
 		t.Error(err)
 	}
 	many["one-more"] = ""
 	for _, m := range []map[string]string{
-		many, {"": "x"}, {":x": "x"}, {"a=b": "x"}, {strings.Repeat("k", 64): "x"}, {"k": strings.Repeat("v", MaxPropertyValue+1)}, {"k": "a\nb"}, {"k": "a\x7f"}, {"k": "\xff"},
+		many, large, {"": "x"}, {":x": "x"}, {"a=b": "x"}, {strings.Repeat("k", 64): "x"}, {"k": strings.Repeat("v", MaxPropertyValue+1)}, {"k": "a\nb"}, {"k": "a\x7f"}, {"k": "\xff"},
 	} {
 		if err := CheckProperties(m); !errors.Is(err, ErrName) {
 			t.Error(len(m), err)

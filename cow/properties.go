@@ -1,0 +1,42 @@
+package cow
+
+import (
+	"fmt"
+	"maps"
+
+	"github.com/vdisk/vdisk/format"
+)
+
+// SetProperties gives a volume the properties of changes, and leaves its others as they are. An empty value removes a
+// property.
+func (s *Store) SetProperties(name string, changes map[string]string) error {
+	if err := format.CheckProperties(changes); err != nil {
+		return fmt.Errorf("set %s: %v: %w", name, err, ErrInvalid)
+	}
+	err := s.transact(func() (*format.Event, error) {
+		v, _, err := s.lookup(Ref{Volume: name})
+		if err == nil {
+			err = v.received()
+		}
+		if err != nil {
+			return nil, err
+		}
+		row := v.Volume
+		if row.Properties = maps.Clone(row.Properties); row.Properties == nil {
+			row.Properties = map[string]string{}
+		}
+		for key, value := range changes {
+			if row.Properties[key] = value; value == "" {
+				delete(row.Properties, key)
+			}
+		}
+		if maps.Equal(row.Properties, v.Properties) {
+			return nil, nil
+		}
+		if err := format.CheckProperties(row.Properties); err != nil {
+			return nil, fmt.Errorf("%v: %w", err, ErrInvalid)
+		}
+		return &format.Event{Op: "set", Volumes: []format.Volume{row}}, nil
+	})
+	return wrapIf(err, "set %s", name)
+}
