@@ -2,6 +2,8 @@ package main
 
 import (
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -225,6 +227,9 @@ func volumeFields(a *app, j volumeJSON) [][2]string {
 		{"origin", dash(j.Origin)},
 		{"device", dash(shown(j.Device, j.DeviceState))},
 	}...)
+	for _, key := range slices.Sorted(maps.Keys(j.Properties)) {
+		f = append(f, [2]string{"property", key + "=" + j.Properties[key]})
+	}
 	if r := j.Receiving; r != nil {
 		f = append(f, [2]string{"receiving", fmt.Sprintf("%s, up to block %d of %d", r.Snapshot, r.Mark, r.Blocks)}, [2]string{"guid", r.GUID}, [2]string{"base", dash(r.Base)})
 	}
@@ -235,6 +240,9 @@ func volumeFields(a *app, j volumeJSON) [][2]string {
 		}
 		if len(s.Clones) > 0 {
 			text += "  clones: " + strings.Join(s.Clones, ", ")
+		}
+		if len(s.Holds) > 0 {
+			text += "  holds: " + strings.ReplaceAll(s.tags(), ",", ", ")
 		}
 		f = append(f, [2]string{"snapshot", text})
 	}
@@ -257,6 +265,7 @@ func snapshotFields(a *app, j snapshotJSON) [][2]string {
 		{"created", when(j.Created)},
 		{"guid", dash(j.GUID)},
 		{"clones", dash(strings.Join(j.Clones, ", "))},
+		{"holds", dash(strings.ReplaceAll(j.tags(), ",", ", "))},
 		{"device", dash(shown(j.Device, j.DeviceState))},
 	}...)
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -68,6 +69,8 @@ type volumeJSON struct {
 	Usage        *usageJSON     `json:"usage,omitempty"`
 	// Receiving is there if the volume holds what has been received of another one.
 	Receiving *receivingJSON `json:"receiving,omitempty"`
+	// Properties are the user's.
+	Properties map[string]string `json:"properties"`
 }
 
 // receivingJSON is what is being received, in the JSON output.
@@ -92,6 +95,23 @@ type snapshotJSON struct {
 	Device      string     `json:"device"`
 	DeviceState string     `json:"device_state"`
 	Usage       *usageJSON `json:"usage,omitempty"`
+	Holds       []holdJSON `json:"holds"`
+}
+
+// holdJSON is a hold of a snapshot in the JSON output.
+type holdJSON struct {
+	Snapshot string    `json:"snapshot,omitempty"` // VOL@SNAP
+	Tag      string    `json:"tag"`
+	Created  time.Time `json:"created"`
+}
+
+// tags are the tags of the holds, separated by commas.
+func (j snapshotJSON) tags() string {
+	var tags []string
+	for _, h := range j.Holds {
+		tags = append(tags, h.Tag)
+	}
+	return strings.Join(tags, ",")
 }
 
 // usageJSON is the space that a volume or snapshot takes (docs/reclaim.md, Space).
@@ -110,8 +130,9 @@ type usageJSON struct {
 func volumeOf(v owner.Volume) volumeJSON {
 	j := volumeJSON{
 		Name: v.Name, Size: v.Size, LogicalBlock: v.LogicalBlock, Compress: v.Codec, Created: v.Created.UTC(),
-		Origin: v.Origin, Open: v.Open, Snapshots: []snapshotJSON{},
+		Origin: v.Origin, Open: v.Open, Snapshots: []snapshotJSON{}, Properties: map[string]string{},
 	}
+	maps.Copy(j.Properties, v.Properties)
 	j.Device, j.DeviceState = deviceOf(v, "")
 	if r := v.Receiving; r != nil {
 		j.Receiving = &receivingJSON{
@@ -128,7 +149,10 @@ func volumeOf(v owner.Volume) volumeJSON {
 func snapshotOf(v owner.Volume, s cow.SnapshotInfo) snapshotJSON {
 	j := snapshotJSON{
 		Name: cow.Ref{Volume: v.Name, Snapshot: s.Name}.String(), Volume: v.Name, Size: s.Size,
-		Created: s.Created.UTC(), GUID: s.GUID.String(), Clones: append([]string{}, s.Clones...),
+		Created: s.Created.UTC(), GUID: s.GUID.String(), Clones: append([]string{}, s.Clones...), Holds: []holdJSON{},
+	}
+	for _, h := range s.Holds {
+		j.Holds = append(j.Holds, holdJSON{Tag: h.Tag, Created: h.Created.UTC()})
 	}
 	j.Device, j.DeviceState = deviceOf(v, s.Name)
 	return j

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"strings"
@@ -18,7 +19,7 @@ func (a *app) rmCommand() *cli.Command {
 		Usage:     "remove volumes and snapshots",
 		UsageText: "vdisk rm VOL[@SNAP]... [-r] [-n]",
 		Description: "Clones of a removed volume or snapshot stay. Space is reclaimed in the background. If one of several cannot be\n" +
-			"removed, none is.",
+			"removed, none is. A snapshot with holds cannot be removed ('vdisk hold').",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "recursive", Aliases: []string{"r"}, Usage: "also remove the volume's snapshots"},
 			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "show what would be removed, and remove nothing"},
@@ -107,12 +108,14 @@ func removal(c *cli.Context, s owner.Store, r cow.Ref, gone map[string]bool) ([]
 		return nil, err
 	}
 	var snapshots []string
+	var heldErr error
 	for _, sn := range v.Snapshots {
 		if sn.Name == r.Snapshot {
-			return []string{r.String()}, nil
+			return []string{r.String()}, held(r, sn)
 		}
 		if name := (cow.Ref{Volume: r.Volume, Snapshot: sn.Name}).String(); !gone[name] {
 			snapshots = append(snapshots, name)
+			heldErr = cmp.Or(heldErr, held(cow.Ref{Volume: r.Volume, Snapshot: sn.Name}, sn))
 		}
 	}
 	switch {
@@ -123,5 +126,17 @@ func removal(c *cli.Context, s owner.Store, r cow.Ref, gone map[string]bool) ([]
 	case len(snapshots) > 0 && !c.Bool("recursive"):
 		return nil, fmt.Errorf("volume %v has snapshots (%s), which -r removes with it: %w", r, strings.Join(snapshots, ", "), cow.ErrBusy)
 	}
-	return append(snapshots, r.Volume), nil
+	return append(snapshots, r.Volume), heldErr
+}
+
+// held returns an error if a snapshot has holds.
+func held(r cow.Ref, sn cow.SnapshotInfo) error {
+	if len(sn.Holds) == 0 {
+		return nil
+	}
+	var tags []string
+	for _, h := range sn.Holds {
+		tags = append(tags, h.Tag)
+	}
+	return cow.HeldError(r, tags)
 }

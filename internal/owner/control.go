@@ -93,6 +93,8 @@ type request struct {
 	Waste  float64           `json:",omitempty"`
 	Bench  bench.Options     `json:",omitzero"`
 
+	Properties map[string]string `json:",omitempty"`
+
 	Send    cow.SendOptions    `json:",omitzero"`
 	Receive cow.ReceiveOptions `json:",omitzero"`
 }
@@ -133,6 +135,11 @@ func (c *control) routes() *http.ServeMux {
 	plain("rename", func(ctx context.Context, r request) (any, error) { return nil, o.Rename(ctx, r.Ref, r.To) })
 	plain("resize", func(ctx context.Context, r request) (any, error) { return nil, o.Resize(ctx, r.Name, r.Size, r.Flag) })
 	plain("remove", func(ctx context.Context, r request) (any, error) { return nil, o.Remove(ctx, r.Ref, r.Flag) })
+	plain("hold", func(ctx context.Context, r request) (any, error) { return nil, o.Hold(ctx, r.Name, r.Refs...) })
+	plain("release", func(ctx context.Context, r request) (any, error) { return nil, o.Release(ctx, r.Name, r.Refs...) })
+	plain("set", func(ctx context.Context, r request) (any, error) {
+		return nil, o.SetProperties(ctx, r.Name, r.Properties)
+	})
 	plain("abort-receive", func(ctx context.Context, r request) (any, error) { return nil, o.AbortReceive(ctx, r.Name) })
 	plain("attach", func(ctx context.Context, r request) (any, error) { return o.Attach(ctx, r.Attach) })
 	plain("detach", func(ctx context.Context, r request) (any, error) { return nil, o.Detach(ctx, r.Name, r.Flag) })

@@ -33,6 +33,11 @@ type Store interface {
 	Rename(ctx context.Context, from, to cow.Ref) error
 	Resize(ctx context.Context, name string, size int64, shrink bool) error
 	Remove(ctx context.Context, r cow.Ref, recursive bool) error
+	// Hold and Release give and take a hold with a tag, which keeps snapshots from being removed.
+	Hold(ctx context.Context, tag string, refs ...cow.Ref) error
+	Release(ctx context.Context, tag string, refs ...cow.Ref) error
+	// SetProperties changes properties of a volume. An empty value removes one.
+	SetProperties(ctx context.Context, name string, changes map[string]string) error
 	Check(ctx context.Context, o cow.CheckOptions, problem func(cow.Problem)) (cow.CheckReport, error)
 	// Clean reclaims the space of every chunk file whose dead fraction is at least waste (0 to 1).
 	Clean(ctx context.Context, waste float64) (cow.CleanReport, error)
