@@ -33,7 +33,7 @@ func (s *Store) findChunks(tb *metadata.Tables, cp format.Checkpoint) (logChunks
 	for _, name := range names {
 		slot, ok := wal.ParseChunkName(name)
 		switch {
-		case name == wal.ReserveName, name == wal.MarkName: // here if the store's folder is also the folder of the chunks
+		case name == wal.ReserveName, name == wal.MarkName, slices.Contains(metadata.CopyNames[:], name): // here if the store's folder is also the folder of the chunks
 		case !ok:
 			f.strange = append(f.strange, name)
 		default:

@@ -68,7 +68,8 @@ func mix(x uint32) uint64 { return uint64(x) * 0x9e3779b97f4a7c15 >> 16 }
 
 // TestCrashStates runs random operations against the model. It cuts the power wherever something may be half done:
 // before and after every sync, within commits of the table and recoveries, and between operations. It opens every state,
-// and compares it with the model after exactly those records that survived. It goes through -crash.states states; make
+// and compares it with the model after exactly those records that survived. In a share of them it first damages the table,
+// and makes it anew from the copy. It goes through -crash.states states; make
 // crash-test has more.
 func TestCrashStates(t *testing.T) {
 	l := newCrashHarness(t)
@@ -92,6 +93,10 @@ func TestCrashStates(t *testing.T) {
 	})
 	t.Logf("crash states: %d in %v, in which %d chunks were replayed from summaries, %d over a former life of their file; %d files were recycled, and %d reads held chunks meanwhile",
 		l.states.Load(), time.Since(start).Round(time.Millisecond), l.summaries.Load(), l.overOld.Load(), l.recycled.Load(), l.held.Load())
+	t.Logf("%d tables were damaged: %d had no copy, and %d were made anew", l.damaged.Load(), l.copyless.Load(), l.rebuilt.Load())
+	if n := l.damaged.Load(); n > 100 && (l.rebuilt.Load() < n/4 || l.copyless.Load() > n/4) {
+		t.Errorf("of %d damaged tables %d had no copy, and only %d could be made anew", n, l.copyless.Load(), l.rebuilt.Load())
+	}
 	if l.inCommit.Load() < l.states.Load()/50 {
 		t.Errorf("only %d of %d states are inside a commit of the table", l.inCommit.Load(), l.states.Load())
 	}

@@ -105,7 +105,7 @@ func checkUninitialized(in *storage.Folder) error {
 	}
 	for _, n := range names {
 		switch n {
-		case lockFile, tableFile, tableFile + metadata.VerifiedSuffix, formatFile + ".tmp", "lost+found":
+		case lockFile, tableFile, tableFile + metadata.VerifiedSuffix, metadata.CopyNames[0], metadata.CopyNames[1], formatFile + ".tmp", "lost+found":
 		case chunksDir:
 			if !isEmpty(in, chunksDir) {
 				return fmt.Errorf("%s has chunk files but no %q file, so it is a damaged store or not one: %w", in.Path(), formatFile, ErrNotStore)
@@ -142,12 +142,12 @@ func makeStore(in *storage.Folder) error {
 		return err
 	}
 	// An interrupted Create may have left these.
-	for _, name := range []string{tableFile, tableFile + metadata.VerifiedSuffix} {
+	for _, name := range append(metadata.CopyNames[:], tableFile, tableFile+metadata.VerifiedSuffix) {
 		if err := in.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
-	db, err := metadata.Open(in.Join(tableFile), metadata.Options{In: in, Create: true, Store: uuid})
+	db, err := metadata.Open(in.Join(tableFile), metadata.Options{In: in, Create: true, Store: uuid, Copy: in.Files()})
 	if err != nil {
 		return err
 	}

@@ -42,6 +42,11 @@ var (
 	// ErrUnusable is matched, besides ErrCorrupt, by an error of Open about damage to the store. Open has changed
 	// nothing then.
 	ErrUnusable = errors.New("the store cannot be opened")
+	// ErrSound is matched by the error of RebuildTable and RestoreTable if the table needs no repair.
+	ErrSound = errors.New("the table is sound")
+	// ErrNotRebuilt is matched, besides ErrCorrupt, by their error if what the table was to be made from is damaged, or
+	// does not belong to the log. They have changed nothing then.
+	ErrNotRebuilt = errors.New("the table cannot be made anew")
 	// ErrDamagedLog is matched by a LogDamage.
 	ErrDamagedLog = errors.New("the log is damaged")
 

@@ -41,6 +41,9 @@ type crashHarness struct {
 	overOld   atomic.Int64                // chunks that they replayed over a former life of their file
 	recycled  atomic.Int64                // files that became chunks again
 	held      atomic.Int64                // of them, while a read that was planned held a chunk
+	damaged   atomic.Int64                // crash states whose table was then damaged
+	copyless  atomic.Int64                // of them, without a copy
+	rebuilt   atomic.Int64                // of them, with a table that was made anew from the copy
 	wrap      func(storage.FS) storage.FS // what stands between the engine and the disk; nil: nothing
 }
 
@@ -299,6 +302,12 @@ func (l *crashHarness) open(img crashImage, every int, rng *rand.Rand) (*modelSt
 		fs = l.wrap(img.fs)
 	}
 	o := l.options(fs)
+	if o.copyFS = fs; c.rng.IntN(12) == 0 {
+		if err := w.loseTable(o, c.rng); err != nil {
+			l.giveBack(dir)
+			return nil, fmt.Errorf("make a lost table anew: %w", err)
+		}
+	}
 	o.onCommit, o.Outlive = w.onCommit, img.outlive
 	o.onTable, o.growTable, o.syncTable = w.onTable, w.growTable, w.syncTable
 	if rng.IntN(2) == 0 {

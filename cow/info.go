@@ -14,10 +14,12 @@ type StoreInfo struct {
 	Volumes    int       `json:"volumes"`
 	Snapshots  int       `json:"snapshots"`
 	Chunks     int       `json:"chunks"`
-	ChunkBytes int64     `json:"chunk_bytes"` // of records in chunk files
-	LiveBytes  int64     `json:"live_bytes"`  // of those records, what volumes and snapshots refer to
-	SpareBytes int64     `json:"spare_bytes"` // of files of dead chunks that are kept for reuse
-	MetaBytes  int64     `json:"meta_bytes"`  // of the table's file, including room for growth
+	ChunkBytes int64     `json:"chunk_bytes"`        // of records in chunk files
+	LiveBytes  int64     `json:"live_bytes"`         // of those records, what volumes and snapshots refer to
+	SpareBytes int64     `json:"spare_bytes"`        // of files of dead chunks that are kept for reuse
+	MetaBytes  int64     `json:"meta_bytes"`         // of the table's file, including room for growth
+	CopyBytes  int64     `json:"copy_bytes"`         // of the copy of the table; 0: there is none
+	CopyWhy    string    `json:"copy_why,omitempty"` // why there is none, or no new one
 
 	ReserveBytes int64 `json:"reserve_bytes"` // of the file system; kept for deletes and checkpoints
 	FreeBytes    int64 `json:"free_bytes"`    // of the file system
@@ -30,6 +32,10 @@ type StoreInfo struct {
 func (s *Store) Info() StoreInfo {
 	in := StoreInfo{UUID: s.info.UUID, Created: s.info.Created, Version: s.info.Version}
 	in.MetaBytes, in.ReserveBytes = s.meta.Size(), s.reserve.Bytes()
+	c := s.meta.CopyState()
+	if in.CopyBytes = c.Bytes; c.Why != nil {
+		in.CopyWhy = c.Why.Error()
+	}
 	if n, err := s.fs.Free(); err == nil {
 		in.FreeBytes = n
 	}

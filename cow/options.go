@@ -57,9 +57,13 @@ type Options struct {
 	// the damage.
 	Repair func(*LogDamage) error
 
-	// The fields below are for the tests of this package.
+	// The fields below are for this package, most of them for its tests.
 
 	fs         storage.FS // holds the chunk files; nil: the store's folder
+	copyFS     storage.FS // holds the copy of the table; nil: there is none if fs is set
+	noCopy     bool       // no copy of the table is kept
+	table      string     // name of the table's file (default meta.db)
+	proves     bool       // the store is only opened to find out whether that table is sound
 	unwritable error      // why the store can only be read; nil: what the system says
 
 	// A checkpoint begins after this many bytes of log (default 256 MiB), after this many dirty leaves (default and at
@@ -86,6 +90,9 @@ func (o *Options) setDefaults() {
 		o.CacheBytes = 256 << 20
 	}
 	o.CacheBytes = min(o.CacheBytes, MaxCacheBytes)
+	if o.table == "" {
+		o.table = tableFile
+	}
 	if o.Logger == nil {
 		o.Logger = slog.Default()
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -220,7 +221,7 @@ func recordOrder(t *testing.T, dir string, byFile bool) []byte {
 
 func (o *orderStore) open(t *testing.T) {
 	o.s = open(t, o.dir, Options{
-		fs: o.rec, chunkBytes: 1 << 20, checkpointInterval: -1, ColdAfter: -1,
+		fs: o.rec, copyFS: o.rec, chunkBytes: 1 << 20, checkpointInterval: -1, ColdAfter: -1,
 		onCommit: func(done bool) error {
 			if done {
 				o.rec.add("table", "committed")
@@ -358,8 +359,11 @@ func (r *recorder) Open(name string) (storage.File, error) {
 }
 
 func (r *recorder) Remove(name string) error {
-	r.add(name, "remove")
-	return r.FS.Remove(name)
+	err := r.FS.Remove(name)
+	if !errors.Is(err, fs.ErrNotExist) {
+		r.add(name, "remove")
+	}
+	return err
 }
 
 func (r *recorder) SetAside(name, as string) error {

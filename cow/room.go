@@ -117,12 +117,15 @@ func (s *Store) kept() int64 {
 }
 
 // lowDisk reports whether less is free on the file system than has to stay free. Then nothing is kept for reuse.
-func (s *Store) lowDisk() bool {
+func (s *Store) lowDisk() bool { return s.lowDiskWith(0) }
+
+// lowDiskWith is lowDisk for when n more bytes are taken.
+func (s *Store) lowDiskWith(n int64) bool {
 	free, err := s.fs.Free()
 	kept := s.kept()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return err == nil && free+kept < wal.Spare+s.wal.ChunkBytes+s.workRoom()
+	return err == nil && free-n+kept < wal.Spare+s.wal.ChunkBytes+s.workRoom()
 }
 
 // fillReserve fills the reserve up. It only logs an error, because nothing depends on it.

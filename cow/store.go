@@ -37,6 +37,7 @@ type Store struct {
 	log  *slog.Logger
 	lock *os.File // holds the flock; nil: there is none, and none is needed
 	fs   storage.FS
+	copy storage.FS // holds the copy of the table; nil: none is kept
 	meta *metadata.DB
 
 	readOnly error // why nothing can be written, or nil; set by Open
@@ -126,6 +127,28 @@ func openIn(in *storage.Folder, o Options) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
+	s, err := build(in, info, o, lock, readOnly)
+	if err != nil {
+		return nil, err
+	}
+	if s.readOnly != nil {
+		return s, nil
+	}
+	s.wg.Go(s.checkpointRoutine)
+	if s.opts.checkpointInterval >= 0 {
+		s.wg.Go(s.cleanRoutine)
+		s.wg.Go(s.copyRoutine)
+		if s.opts.ColdAfter > 0 {
+			s.wg.Go(s.coldRoutine)
+		}
+	}
+	return s, nil
+}
+
+// build makes the Store in a folder, up to the end of its log. It starts no goroutine that changes anything by itself.
+// If it fails, it has closed the folder and given the lock back. The folder's lock, if there is one, is held.
+func build(in *storage.Folder, info format.StoreInfo, o Options, lock *os.File, readOnly error) (*Store, error) {
+	dir := in.Path()
 	s := &Store{
 		dir: dir, in: in, info: info, opts: o, log: o.Logger.With("store", dir), lock: lock, readOnly: readOnly, fs: o.fs,
 		catalog: newCatalog(), quit: make(chan struct{}),
@@ -138,6 +161,7 @@ func openIn(in *storage.Folder, o Options) (*Store, error) {
 	s.changes.taken = sync.NewCond(&s.mu)
 	s.dirtyLimit = min(leafcache.MostDirty(o.CacheBytes), 4*o.checkpointLeaves)
 	s.forwards.load = s.loadForwards
+	var err error
 	if s.cache, err = leafcache.New(o.CacheBytes, s.loadLeaf); err != nil {
 		return nil, errors.Join(fmt.Errorf("open store %s: %w", dir, err), lock.Close())
 	}
@@ -146,16 +170,6 @@ func openIn(in *storage.Folder, o Options) (*Store, error) {
 	}
 	if err := s.openFiles(); err != nil {
 		return nil, errors.Join(fmt.Errorf("open store %s: %w", dir, fault.NoSpace(err)), s.release())
-	}
-	if s.readOnly != nil {
-		return s, nil
-	}
-	s.wg.Go(s.checkpointRoutine)
-	if s.opts.checkpointInterval >= 0 {
-		s.wg.Go(s.cleanRoutine)
-		if s.opts.ColdAfter > 0 {
-			s.wg.Go(s.coldRoutine)
-		}
 	}
 	return s, nil
 }
@@ -191,6 +205,9 @@ func (s *Store) openChunks() (err error) {
 	if err != nil {
 		return err
 	}
+	if s.copy = s.opts.copyFS; s.opts.fs == nil && !s.opts.noCopy {
+		s.copy = in
+	}
 	s.mark.Open(in, uuid, s.log)
 	s.wal = wal.New(s.fs, &s.mu, uuid, logSpace{s}, &s.reserve, &s.mark)
 	if s.readOnly != nil {
@@ -207,9 +224,9 @@ func (s *Store) openChunks() (err error) {
 // to serve. A store that can only be read ends with readLog.
 func (s *Store) openFiles() (err error) {
 	uuid := s.wal.UUID()
-	s.meta, err = metadata.Open(s.in.Join(tableFile), metadata.Options{
+	s.meta, err = metadata.Open(s.in.Join(s.opts.table), metadata.Options{
 		In: s.in, Store: uuid, Timeout: time.Second, NoSync: s.opts.noTableSync, Allocate: s.allocateTable, Sync: s.opts.syncTable,
-		ReadOnly: s.readOnly != nil,
+		ReadOnly: s.readOnly != nil, Distrust: s.opts.proves, Copy: s.copy, CopyLost: s.copyLost,
 	})
 	if err != nil {
 		return unusable(err)

@@ -226,26 +226,12 @@ func (d *DB) findCopy() error {
 	if c.lost == nil {
 		c.lost = func(error) {}
 	}
-	sum, err := d.sumNow()
+	why, err := d.openCopies()
 	if err != nil {
 		return err
 	}
-	var why error
-	for _, name := range CopyNames {
-		f, err := useCopy(c.in, name, c.store, sum)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		if f != nil && (c.inUse == nil || f.next > c.inUse.next) {
-			c.inUse, f = f, c.inUse
-		}
-		if f != nil {
-			err = f.f.Close()
-		}
-		why, c.stale = errors.Join(why, err), true
-	}
 	if c.inUse != nil {
-		c.stale = c.stale && c.exists(c.otherName()) // a base that was never completed, or an older copy
+		c.stale = c.exists(c.otherName()) // a base that was never completed, or an older copy
 		c.publish()
 		return nil
 	}
@@ -260,6 +246,45 @@ func (d *DB) findCopy() error {
 		c.says(err)
 	}
 	return nil
+}
+
+// openCopies looks for a file of the copy that is of the table's state, and makes it the one in use. why says why others
+// are not.
+func (d *DB) openCopies() (why, err error) {
+	c := &d.copy
+	sum, err := d.sumNow()
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range CopyNames {
+		f, err := useCopy(c.in, name, c.store, sum)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if f != nil && (c.inUse == nil || f.next > c.inUse.next) {
+			c.inUse, f = f, c.inUse
+		}
+		if f != nil {
+			err = f.f.Close()
+		}
+		why = errors.Join(why, err)
+	}
+	return why, nil
+}
+
+// lookForCopy finds out whether there is a copy, for a table that is only read.
+func (d *DB) lookForCopy() (err error) {
+	c := &d.copy
+	if c.in == nil {
+		return nil
+	}
+	if c.why, err = d.openCopies(); err != nil {
+		return err
+	}
+	c.publish()
+	err = c.close()
+	c.inUse = nil
+	return err
 }
 
 func (c *tableCopy) exists(name string) bool {

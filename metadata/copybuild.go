@@ -240,3 +240,25 @@ func removeTable(in *storage.Folder, name string) error {
 	}
 	return nil
 }
+
+// Intact returns an error that matches format.ErrCorrupt if the checksum of any value in the table does not verify. Open
+// leaves such a value to its reader.
+func (t *Tx) Intact() error {
+	for _, name := range copyBuckets {
+		b, err := t.bucket(name)
+		if err != nil {
+			return err
+		}
+		err = b.ForEach(func(k, v []byte) error {
+			t.read(1)
+			if !intact(v) && (!bytes.Equal(name, bucketStore) || !bytes.Equal(k, keySum)) {
+				return t.damaged(format.ErrCorrupt, "the value of %q %x", name, k)
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}

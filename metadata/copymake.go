@@ -52,6 +52,9 @@ func (m *newCopy) count(bucket, key, old, value []byte, intact bool) {
 	}
 }
 
+// errStopped is the error of a RenewCopy that was told to stop.
+var errStopped = errors.New("it was stopped")
+
 // CopyDue reports whether RenewCopy has something to do, and about how many bytes it will write.
 func (d *DB) CopyDue() (bytes int64, due bool) {
 	d.updating.Lock()
@@ -73,7 +76,7 @@ func (d *DB) RenewCopy(stop func() bool) error {
 	}
 	for done := false; !done; {
 		if stop() {
-			err = errors.New("the store is about to be closed")
+			err = errStopped
 		} else {
 			done, err = d.copyNext(m)
 		}
@@ -199,7 +202,9 @@ func (d *DB) endCopy(m *newCopy, err error) error {
 	if err != nil {
 		err = fmt.Errorf("no new copy of the table was made: %w", err)
 		d.copy.remove(m)
-		d.copy.says(err)
+		if !errors.Is(err, errStopped) {
+			d.copy.says(err)
+		}
 	}
 	return err
 }

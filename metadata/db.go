@@ -60,6 +60,8 @@ type Options struct {
 	// Zero accepts the table of any store.
 	Store [16]byte
 
+	// Distrust reads and verifies all pages, whatever the last owner's note says.
+	Distrust bool
 	// ReadOnly opens the table for reading only. Nothing is changed then, not even the note of how the table was left.
 	ReadOnly bool
 
@@ -149,6 +151,7 @@ func openAt(at place, o Options) (db *DB, err error) {
 			return nil, err
 		}
 	}
+	was.verified = was.verified && !o.Distrust
 	if !was.verified {
 		if err := checkPages(at); err != nil {
 			return nil, err
@@ -174,6 +177,9 @@ func openAt(at place, o Options) (db *DB, err error) {
 		err := errors.Join(db.identify(was.checkpoint), db.made(path))
 		if err == nil {
 			db.room.size, err = sizeOf(f)
+		}
+		if err == nil {
+			err = db.lookForCopy()
 		}
 		if err != nil {
 			return nil, errors.Join(err, b.Close())

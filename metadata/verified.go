@@ -88,6 +88,11 @@ func readNote(at place) (l left) {
 	return l
 }
 
+// NotedCheckpoint returns the checkpoint that a table had at its last commit, as far as its last owner noted, or 0.
+func NotedCheckpoint(in *storage.Folder, name string) uint64 {
+	return readNote(place{in, name}).checkpoint
+}
+
 // settle makes the table durable as it is read. A process that was killed in a commit may have left a meta page that is
 // not on the disk. The next commit would write over pages that the meta page on the disk refers to, and a new note would
 // name a checkpoint that a power cut still takes.

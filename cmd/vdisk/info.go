@@ -44,6 +44,7 @@ type storeJSON struct {
 	ChunkBytes int64        `json:"chunk_bytes"` // size of the log's files
 	LiveBytes  int64        `json:"live_bytes"`  // live data in them
 	MetaBytes  int64        `json:"meta_bytes"`
+	CopyBytes  int64        `json:"copy_bytes"`    // second copy of the table; 0: none
 	FreeBytes  int64        `json:"free_bytes"`    // free space of the file system
 	Reserve    int64        `json:"reserve_bytes"` // space that the store reserves for a full disk
 	AsideFiles int          `json:"aside_files"`   // chunk files in STORE/chunks.aside; -1: cannot be listed
@@ -124,7 +125,7 @@ func (a *app) storeInfo(c *cli.Context, s owner.Store) error {
 	}
 	j := storeJSON{
 		Store: a.dir, UUID: i.UUID, Version: i.Version, Created: i.Created.UTC(), Volumes: i.Volumes, Snapshots: i.Snapshots,
-		ChunkFiles: i.Chunks, ChunkBytes: i.ChunkBytes, LiveBytes: i.LiveBytes, MetaBytes: i.MetaBytes, FreeBytes: i.FreeBytes, Reserve: i.ReserveBytes, AsideFiles: i.AsideFiles, AsideBytes: i.AsideBytes, Owner: ownerOf(s, st), Waiting: []deviceJSON{},
+		ChunkFiles: i.Chunks, ChunkBytes: i.ChunkBytes, LiveBytes: i.LiveBytes, MetaBytes: i.MetaBytes, CopyBytes: i.CopyBytes, FreeBytes: i.FreeBytes, Reserve: i.ReserveBytes, AsideFiles: i.AsideFiles, AsideBytes: i.AsideBytes, Owner: ownerOf(s, st), Waiting: []deviceJSON{},
 	}
 	for _, d := range st.Devices {
 		if d.Waits {
@@ -132,6 +133,13 @@ func (a *app) storeInfo(c *cli.Context, s owner.Store) error {
 		}
 	}
 	return a.print(j, func() error { return a.fields(storeFields(a, j)) })
+}
+
+func copyText(a *app, j storeJSON) string {
+	if j.CopyBytes == 0 {
+		return "no second copy"
+	}
+	return "a second copy of " + a.size(j.CopyBytes)
 }
 
 func storeFields(a *app, j storeJSON) [][2]string {
@@ -143,7 +151,7 @@ func storeFields(a *app, j storeJSON) [][2]string {
 		{"volumes", fmt.Sprint(j.Volumes)},
 		{"snapshots", fmt.Sprint(j.Snapshots)},
 		{"log", fmt.Sprintf("%s in %d chunks, %s live", a.size(j.ChunkBytes), j.ChunkFiles, a.size(j.LiveBytes))},
-		{"table", a.size(j.MetaBytes)},
+		{"table", a.size(j.MetaBytes) + ", and " + copyText(a, j)},
 		{"free", fmt.Sprintf("%s, and %s kept for when the file system is full", a.size(j.FreeBytes), a.size(j.Reserve))},
 	}
 	switch {

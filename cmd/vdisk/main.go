@@ -169,7 +169,7 @@ func (a *app) program() *cli.App {
 			a.serveCommand(), a.daemonCommand(), a.upgradeCommand(),
 			a.importCommand(), a.exportCommand(), a.diffCommand(), a.mapCommand(), a.compareCommand(),
 			a.exportDiffCommand(), a.importDiffCommand(), a.sendCommand(), a.receiveCommand(), a.streamCommand(),
-			a.checkCommand(), a.gcCommand(), a.benchCommand(), a.featuresCommand(), a.versionCommand(),
+			a.checkCommand(), a.metadataCommand(), a.gcCommand(), a.benchCommand(), a.featuresCommand(), a.versionCommand(),
 		},
 	}
 }
