@@ -63,7 +63,8 @@ type session struct {
 	export     *Export
 	name       string // the export's, as the client gave it
 	size       uint64
-	structured bool          // structured replies
+	structured bool          // structured replies, perhaps with extended headers
+	extended   bool          // extended headers
 	contexts   []metaContext // for BLOCK_STATUS
 }
 
@@ -131,11 +132,11 @@ func (c *conn) stalledSince() time.Time {
 func (c *conn) receive() (err error) {
 	defer recovered(&err)
 	for !c.out.failed.Load() && !c.cutOff.Load() {
-		b, err := c.in.next(requestLen)
+		b, err := c.in.next(c.requestLen())
 		if err != nil {
 			return err
 		}
-		req, ok := parseRequest(b)
+		req, ok := parseRequest(b, c.extended)
 		if !ok {
 			return fmt.Errorf("%w: request magic %#x", ErrProtocol, be.Uint32(b))
 		}
@@ -154,9 +155,16 @@ func (c *conn) receive() (err error) {
 
 // dispatch does req or hands it over. It returns an error only if the connection is of no more use.
 func (c *conn) dispatch(req request) error {
-	if f := c.check(req); f.errno != 0 {
-		if req.typ == cmdWrite {
-			if err := c.in.discard(int(req.length)); err != nil {
+	payload, f := c.payload(&req)
+	if payload > MaxPayload && c.extended {
+		return fmt.Errorf("%w: a payload of %d bytes", ErrProtocol, payload)
+	}
+	if f.errno == 0 {
+		f = c.check(req)
+	}
+	if f.errno != 0 {
+		if payload > 0 {
+			if err := c.in.discard(int(payload)); err != nil {
 				return err
 			}
 		}
@@ -179,6 +187,23 @@ func (c *conn) dispatch(req request) error {
 		c.handOver(req)
 	}
 	return nil
+}
+
+// payload returns how long the payload is that follows a request, and why the request cannot be served with it. With
+// extended headers a flag says whether there is one, and payload clears it. QEMU 10.0 writes without that flag, and
+// sends the payload all the same. Nobody writes nothing, so a WRITE always has one.
+func (c *conn) payload(req *request) (uint64, failure) {
+	flag := c.extended && req.flags&cmdFlagPayload != 0
+	if flag {
+		req.flags &^= cmdFlagPayload
+	}
+	switch {
+	case req.typ == cmdWrite:
+		return req.length, failure{}
+	case flag:
+		return req.length, failure{errno: errnoInval, text: "only a write has a payload"}
+	}
+	return 0, failure{}
 }
 
 // allowedFlags has the flags that have a meaning for each command. FUA is allowed for all: by the specification,
@@ -216,7 +241,7 @@ func (c *conn) check(req request) failure {
 			return failure{errno: errnoInval}
 		}
 	}
-	if req.off > c.size || uint64(req.length) > c.size-req.off {
+	if req.off > c.size || req.length > c.size-req.off {
 		f := failure{errno: errnoInval, text: "the range lies behind the end of the export"}
 		if req.typ == cmdWrite || req.typ == cmdWriteZeroes {
 			f.errno = errnoNoSpace
@@ -234,8 +259,8 @@ func (c *conn) checkPayload(req request) failure {
 	switch {
 	case req.length <= MaxPayload, req.typ != cmdRead && req.typ != cmdWrite:
 		return failure{}
-	case req.typ == cmdRead && req.flags&cmdFlagDF != 0:
-		return failure{errno: errnoOverflow, text: "so much cannot be read in one chunk"}
+	case req.typ == cmdRead && (req.flags&cmdFlagDF != 0 || req.length > maxRead):
+		return failure{errno: errnoOverflow, text: "so much cannot be read at once"}
 	case req.typ == cmdRead && c.structured:
 		return failure{} // in several chunks
 	}
@@ -248,9 +273,9 @@ func (c *conn) readInline(req request) {
 	start := len(c.batch.b)
 	b := c.batch.b
 	if c.structured {
-		b = appendOffsetData(b, chunkFlagDone, req.cookie, req.off, req.length)
+		b = c.appendOffsetData(b, chunkFlagDone, req, req.off, uint32(req.length))
 	} else {
-		b = appendSimple(b, req.cookie, 0)
+		b = c.appendSimple(b, req, 0)
 	}
 	head := len(b)
 	b = b[:head+int(req.length)]
@@ -316,7 +341,7 @@ func (c *conn) handOver(req request) {
 	case cmdCache:
 		charge += bufferSize(int(min(longStep, req.length)))
 	case cmdBlockStatus:
-		charge = statusCharge(req, len(c.contexts))
+		charge = c.statusCharge(req)
 	}
 	c.acquire(charge)
 	c.give(task{request: req, charge: charge})

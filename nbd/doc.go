@@ -1,5 +1,5 @@
 // Package nbd serves block devices over the NBD protocol: fixed newstyle negotiation, simple and structured replies,
-// and the metadata context base:allocation. It does not know how a [Device] stores its content.
+// extended headers, and the metadata context base:allocation. It does not know how a [Device] stores its content.
 //
 // A program implements [Device] and [Exports], and gives its listeners to [Server.Serve]:
 //

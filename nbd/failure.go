@@ -56,15 +56,15 @@ func (c *conn) appendResult(b []byte, req request, f failure) []byte {
 		return c.appendError(b, req, f)
 	}
 	if c.structured && req.typ == cmdRead { // of nothing
-		return appendChunk(b, chunkFlagDone, chunkNone, req.cookie, 0)
+		return c.appendChunk(b, chunkFlagDone, chunkNone, req, 0)
 	}
-	return appendSimple(b, req.cookie, 0)
+	return c.appendSimple(b, req, 0)
 }
 
 // appendError appends an error reply, structured where the specification wants it so.
 func (c *conn) appendError(b []byte, req request, f failure) []byte {
-	if c.structured && (req.typ == cmdRead || req.typ == cmdBlockStatus) {
-		return appendErrorChunk(b, req.cookie, f)
+	if c.extended || c.structured && (req.typ == cmdRead || req.typ == cmdBlockStatus) {
+		return c.appendErrorChunk(b, req, f)
 	}
-	return appendSimple(b, req.cookie, f.errno)
+	return c.appendSimple(b, req, f.errno)
 }

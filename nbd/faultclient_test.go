@@ -43,7 +43,7 @@ type faultRequest struct {
 // have been answered.
 func faultScript(structured bool) (script []faultRequest, last int) {
 	add := func(flags, typ uint16, off uint64, length uint32, errno uint32) {
-		r := faultRequest{request: request{flags, typ, uint64(len(script)), off, length}, errno: errno}
+		r := faultRequest{request: request{flags: flags, typ: typ, cookie: uint64(len(script)), off: off, length: uint64(length)}, errno: errno}
 		if typ == cmdWrite {
 			r.data = pattern(int(length), byte(len(script)+1))
 		}
@@ -286,7 +286,7 @@ func (v *victim) optionReplies() bool {
 func (v *victim) requests(rs []faultRequest) bool {
 	var b strings.Builder
 	for _, r := range rs {
-		b.WriteString(reqBytes(r.flags, r.typ, r.cookie, r.off, r.length) + r.data)
+		b.WriteString(reqBytes(r.flags, r.typ, r.cookie, r.off, uint32(r.length)) + r.data)
 	}
 	sent := make(chan bool, 1)
 	go func() { sent <- v.put(b.String()) }()

@@ -51,8 +51,8 @@ type wantReply struct {
 // negotiationModel says what a server has to answer to each option, by the specification and by what the package's
 // documentation promises beyond it.
 type negotiationModel struct {
-	noZeroes, structured, allocation bool
-	metaExport                       string
+	noZeroes, structured, extended, allocation bool
+	metaExport                                 string
 }
 
 var negotiationNames = []string{"disk", "ro", "", "secret", "busy", "nosuch", strings.Repeat("x", maxNameLen), strings.Repeat("x", maxNameLen+1), "di\xffsk"}
@@ -160,6 +160,10 @@ func (n *negotiator) step() bool {
 	switch n.code.Byte() % 12 {
 	default:
 		n.put(u64(magicOption), u32(optStructuredReply), n.sized(""))
+		if n.model.extended {
+			n.expect(optStructuredReply, wantReply{repErrExtended, ""})
+			return true
+		}
 		n.model.structured = true
 		n.expect(optStructuredReply, wantReply{repAck, ""})
 	case 1, 2:
@@ -184,7 +188,11 @@ func (n *negotiator) step() bool {
 		return n.exportName()
 	case 8:
 		id := uint32(n.code.U16())
-		if id == 0 || id > optSetMeta || id == 4 || id == 5 {
+		if id%16 == optExtendedHeaders {
+			n.extendedHeaders()
+			return true
+		}
+		if id == 0 || id > optExtendedHeaders || id == 4 || id == 5 {
 			n.option(id, n.code.Text(int(n.code.Byte())))
 			n.expect(id, wantReply{repErrUnsup, ""})
 		}
@@ -206,6 +214,17 @@ func (n *negotiator) step() bool {
 		return false
 	}
 	return true
+}
+
+func (n *negotiator) extendedHeaders() {
+	junk := n.code.Text(int(n.code.Byte()) % 2)
+	n.option(optExtendedHeaders, junk)
+	if junk != "" {
+		n.expect(optExtendedHeaders, wantReply{repErrInvalid, ""})
+		return
+	}
+	n.model.structured, n.model.extended = true, true
+	n.expect(optExtendedHeaders, wantReply{repAck, ""})
 }
 
 func (n *negotiator) sized(data string) string { return u32(uint32(len(data))) + data }
@@ -259,7 +278,7 @@ func (n *negotiator) exportName() bool {
 	n.option(optExportName, name)
 	size, flags, _, errTyp := n.model.exists(name, true)
 	switch {
-	case len(name) > maxNameLen:
+	case len(name) > maxNameLen, n.model.extended:
 		n.ends(ErrProtocol)
 		return false
 	case errTyp != 0:
@@ -282,6 +301,13 @@ func (n *negotiator) opened(name string) bool {
 	errno := uint32(errnoInval)
 	if n.model.allocation && n.model.metaExport == name {
 		errno = 0
+	}
+	if n.model.extended {
+		c := extClient{n.client}
+		c.want(errno, cmdFlagReqOne, cmdBlockStatus, 0, 512)
+		c.request(0, cmdDisc, 0, 0, 0)
+		n.ends(nil)
+		return false
 	}
 	n.want(errno, cmdFlagReqOne, cmdBlockStatus, 0, 512)
 	n.disconnect()
@@ -326,6 +352,8 @@ func FuzzNegotiation(f *testing.F) {
 	f.Add([]byte{2, 0, 3, 0, 0, 0, 0, 3, 1, 0, 1, 2, 1, 3, 1, 0, 1, 1, 2, 8, 0, 77, 3}) // broken SET_META, an unknown option
 	f.Add([]byte{3, 0, 3, 1, 0, 1, 0, 0, 3, 1, 0, 0, 0, 1, 1, 0, 0, 0})                 // SET_META twice
 	f.Add([]byte{3, 0, 3, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0})                                // SET_META for another export
+	f.Add([]byte{3, 8, 11, 0, 0, 0, 3, 1, 0, 1, 0, 0, 1, 1, 0, 0})                      // EXTENDED_HEADERS, structured, SET_META, GO
+	f.Add([]byte{3, 8, 11, 0, 0, 7, 0})                                                 // EXTENDED_HEADERS, EXPORT_NAME
 	f.Add([]byte{3, 9, 3})                                                              // wrong magic
 	f.Add([]byte{3, 10, 7, 0, 1})                                                       // too long
 	f.Add([]byte{3, 11, 7, 1, 2, 3, 4, 5, 6, 7, 20})                                    // ends in the middle

@@ -122,18 +122,18 @@ func (x *transmitter) draw() *sent {
 		r.flags = uint16(f) << 8
 	}
 	where, off, n := c.Byte(), c.U16(), c.U16()
-	r.off, r.length = uint64(off*512%fuzzSize), uint32(n)
+	r.off, r.length = uint64(off*512%fuzzSize), uint64(n)
 	switch where % 8 {
 	case 0:
-		r.off, r.length = uint64(off%24)*ramBlock, uint32(1+n%24)*ramBlock
+		r.off, r.length = uint64(off%24)*ramBlock, uint64(1+n%24)*ramBlock
 	case 1: // about the end
 		r.off = fuzzSize - uint64(n)
 	case 2:
-		r.off, r.length = uint64(off)<<48, uint32(n)
+		r.off, r.length = uint64(off)<<48, uint64(n)
 	case 3:
-		r.off, r.length = uint64(off)%fuzzSize, uint32(n)%64
+		r.off, r.length = uint64(off)%fuzzSize, uint64(n)%64
 	case 4: // all of it
-		r.off, r.length = 0, fuzzSize-uint32(off%600)
+		r.off, r.length = 0, fuzzSize-uint64(off%600)
 	}
 	s := &sent{request: r}
 	if r.typ == cmdWrite {
@@ -152,7 +152,7 @@ func (x *transmitter) batch(n int) {
 	for range n {
 		s := x.draw()
 		x.open[s.cookie] = s
-		b.WriteString(reqBytes(s.flags, s.typ, s.cookie, s.off, s.length))
+		b.WriteString(reqBytes(s.flags, s.typ, s.cookie, s.off, uint32(s.length)))
 		b.Write(s.payload)
 		if (s.typ == cmdWrite || s.typ == cmdTrim || s.typ == cmdWriteZeroes) && s.length > 0 && x.wantErrno(s.request) == 0 {
 			for blk := int64(s.off) / ramBlock; blk <= (int64(s.off)+int64(s.length)-1)/ramBlock; blk++ {

@@ -122,7 +122,16 @@ func (n *negotiation) answer(opt option) error {
 		if len(opt.data) != 0 {
 			return n.refuse(opt, repErrInvalid, "STRUCTURED_REPLY takes no data")
 		}
+		if n.extended {
+			return n.refuse(opt, repErrExtended, "extended headers have been negotiated")
+		}
 		n.structured = true
+		return n.reply(opt, repAck)
+	case optExtendedHeaders:
+		if len(opt.data) != 0 {
+			return n.refuse(opt, repErrInvalid, "EXTENDED_HEADERS takes no data")
+		}
+		n.structured, n.extended = true, true
 		return n.reply(opt, repAck)
 	case optListMeta, optSetMeta:
 		return n.meta(opt)
@@ -132,6 +141,9 @@ func (n *negotiation) answer(opt option) error {
 
 // exportName handles EXPORT_NAME, the old way to start. Its only error reply is closing the connection.
 func (n *negotiation) exportName(opt option) error {
+	if n.extended {
+		return fmt.Errorf("%w: EXPORT_NAME after EXTENDED_HEADERS", ErrProtocol)
+	}
 	if len(opt.data) > maxNameLen {
 		return fmt.Errorf("%w: export name of %d bytes", ErrProtocol, len(opt.data))
 	}

@@ -124,8 +124,8 @@ func TestNegotiateRefusals(t *testing.T) {
 		{optGo, str(strings.Repeat("n", maxNameLen+1)) + u16(0), repErrInvalid},
 		{optSetMeta, str("disk") + u32(1) + str(contextAllocation), repErrInvalid}, // before STRUCTURED_REPLY
 		{optStructuredReply, "x", repErrInvalid},
-		{5, "", repErrUnsup},         // STARTTLS
-		{11, "", repErrUnsup},        // EXTENDED_HEADERS
+		{5, "", repErrUnsup}, // STARTTLS
+		{optExtendedHeaders, "x", repErrInvalid},
 		{12345, "data", repErrUnsup}, // unknown
 	} {
 		c.option(x.id, x.data)

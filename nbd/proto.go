@@ -12,6 +12,9 @@ const (
 	magicRequest  = 0x25609513
 	magicSimple   = 0x67446698
 	magicChunk    = 0x668e33ef // a structured reply has one or more such chunks
+
+	magicExtRequest = 0x21e41c71 // with extended headers
+	magicExtReply   = 0x6e8a278c
 )
 
 // Handshake flags. The client's have the same bits as the server's.
@@ -30,6 +33,7 @@ const (
 	optStructuredReply = 8
 	optListMeta        = 9
 	optSetMeta         = 10
+	optExtendedHeaders = 11
 )
 
 // Option replies. Errors have the top bit set.
@@ -46,6 +50,7 @@ const (
 	repErrUnknown  = 1<<31 | 6
 	repErrShutdown = 1<<31 | 7
 	repErrTooBig   = 1<<31 | 9
+	repErrExtended = 1<<31 | 10 // EXT_HEADER_REQD
 )
 
 // Kinds of information in a repInfo reply.
@@ -89,6 +94,7 @@ const (
 	cmdFlagDF       = 1 << 2
 	cmdFlagReqOne   = 1 << 3
 	cmdFlagFastZero = 1 << 4
+	cmdFlagPayload  = 1 << 5 // PAYLOAD_LEN, with extended headers
 )
 
 // Structured reply chunks.
@@ -99,6 +105,7 @@ const (
 	chunkOffsetData  = 1
 	chunkOffsetHole  = 2
 	chunkBlockStatus = 5
+	chunkStatusExt   = 6 // BLOCK_STATUS_EXT
 	chunkError       = 1<<15 | 1
 	chunkErrorOffset = 1<<15 | 2
 )
@@ -127,81 +134,48 @@ const (
 	// asks clients not to exceed it unless something else is negotiated, and the server announces it.
 	MaxPayload = 32 << 20
 
-	maxOptionLen = 64 << 10 // bytes in the data of one option
-	maxNameLen   = 4096     // bytes in any string, by the specification
+	maxRead      = 1<<32 - 1 // bytes of one READ with extended headers, as without them
+	maxOptionLen = 64 << 10  // bytes in the data of one option
+	maxNameLen   = 4096      // bytes in any string, by the specification
 
 	requestLen     = 28
+	extRequestLen  = 32
 	simpleLen      = 16
 	chunkLen       = 20
-	offsetDataLen  = chunkLen + 8
-	offsetHoleLen  = chunkLen + 12
+	extChunkLen    = 32
+	offsetDataLen  = extChunkLen + 8 // at most
+	offsetHoleLen  = extChunkLen + 12
 	optionLen      = 16
 	optReplyLen    = 20
 	exportZeroes   = 124 // zero bytes after an EXPORT_NAME reply, without NO_ZEROES
 	maxDescriptors = 4096
 )
 
-// request is a request header, without the payload that follows a WRITE.
+// request is a request header, without the payload that may follow it.
 type request struct {
 	flags, typ uint16
 	cookie     uint64
 	off        uint64
-	length     uint32
+	length     uint64
+	asked      uint64 // off as the client gave it, which an extended reply repeats
 }
 
-// parseRequest decodes requestLen bytes. ok is false if they are not a request.
-func parseRequest(b []byte) (r request, ok bool) {
+// parseRequest decodes requestLen bytes, or extRequestLen with extended headers. ok is false if they are not a request.
+func parseRequest(b []byte, extended bool) (r request, ok bool) {
 	_ = b[requestLen-1]
-	return request{
+	r = request{
 		flags:  be.Uint16(b[4:]),
 		typ:    be.Uint16(b[6:]),
 		cookie: be.Uint64(b[8:]),
 		off:    be.Uint64(b[16:]),
-		length: be.Uint32(b[24:]),
-	}, be.Uint32(b) == magicRequest
-}
-
-func appendSimple(b []byte, cookie uint64, errno uint32) []byte {
-	b = be.AppendUint32(b, magicSimple)
-	b = be.AppendUint32(b, errno)
-	return be.AppendUint64(b, cookie)
-}
-
-// appendChunk appends the header of a chunk with length bytes of content.
-func appendChunk(b []byte, flags, typ uint16, cookie uint64, length uint32) []byte {
-	b = be.AppendUint32(b, magicChunk)
-	b = be.AppendUint16(b, flags)
-	b = be.AppendUint16(b, typ)
-	b = be.AppendUint64(b, cookie)
-	return be.AppendUint32(b, length)
-}
-
-// appendOffsetData appends an OFFSET_DATA chunk without its data.
-func appendOffsetData(b []byte, flags uint16, cookie, off uint64, length uint32) []byte {
-	b = appendChunk(b, flags, chunkOffsetData, cookie, length+8)
-	return be.AppendUint64(b, off)
-}
-
-func appendOffsetHole(b []byte, flags uint16, cookie, off uint64, length uint32) []byte {
-	b = appendChunk(b, flags, chunkOffsetHole, cookie, 12)
-	b = be.AppendUint64(b, off)
-	return be.AppendUint32(b, length)
-}
-
-// appendErrorChunk appends an ERROR chunk, or ERROR_OFFSET where it is known what failed.
-func appendErrorChunk(b []byte, cookie uint64, f failure) []byte {
-	typ, length := uint16(chunkError), uint32(6+len(f.text))
-	if f.located {
-		typ, length = chunkErrorOffset, length+8
+		asked:  be.Uint64(b[16:]),
 	}
-	b = appendChunk(b, chunkFlagDone, typ, cookie, length)
-	b = be.AppendUint32(b, f.errno)
-	b = be.AppendUint16(b, uint16(len(f.text)))
-	b = append(b, f.text...)
-	if f.located {
-		b = be.AppendUint64(b, f.at)
+	if extended {
+		r.length = be.Uint64(b[24:])
+		return r, be.Uint32(b) == magicExtRequest
 	}
-	return b
+	r.length = uint64(be.Uint32(b[24:]))
+	return r, be.Uint32(b) == magicRequest
 }
 
 func appendOptReply(b []byte, option, typ uint32, data ...string) []byte {

@@ -41,7 +41,7 @@ func (c *conn) failRead(p *packet, t task, err error) {
 const longRead = 4 << 20
 
 // readStep returns how much of a READ is in memory at a time.
-func readStep(req request) uint32 {
+func readStep(req request) uint64 {
 	if req.length > MaxPayload {
 		return longRead
 	}
@@ -52,9 +52,9 @@ func readStep(req request) uint32 {
 // so needs the memory of one part. An error ends the reply after the parts before it.
 func (c *conn) readLong(t task) {
 	sent := make(chan struct{}, 1)
-	for part, end := t, t.off+uint64(t.length); ; part.off += longRead {
-		part.length = uint32(min(longRead, end-part.off))
-		last, flags := part.off+uint64(part.length) == end, uint16(0)
+	for part, end := t, t.off+t.length; ; part.off += longRead {
+		part.length = min(longRead, end-part.off)
+		last, flags := part.off+part.length == end, uint16(0)
 		if last {
 			flags = chunkFlagDone
 		}
@@ -80,9 +80,9 @@ func (c *conn) readLong(t task) {
 func (c *conn) readWhole(p *packet, t task, flags uint16) error {
 	p.buf = newBuffer(int(t.length))
 	if c.structured {
-		p.head = appendOffsetData(p.head, flags, t.cookie, t.off, t.length)
+		p.head = c.appendOffsetData(p.head, flags, t.request, t.off, uint32(t.length))
 	} else {
-		p.head = appendSimple(p.head, t.cookie, 0)
+		p.head = c.appendSimple(p.head, t.request, 0)
 	}
 	p.vec = append(p.vec, p.head, p.buf.b)
 	return readFull(c.dev, p.buf.b, int64(t.off))
@@ -118,11 +118,11 @@ func (c *conn) readPieces(p *packet, t task, ext Extenter, lastFlags uint16) err
 		}
 		start := len(h)
 		if x.hole() {
-			h = appendOffsetHole(h, flags, t.cookie, uint64(x.off), uint32(x.length))
+			h = c.appendOffsetHole(h, flags, t.request, uint64(x.off), uint32(x.length))
 			p.vec = append(p.vec, h[start:])
 			continue
 		}
-		h = appendOffsetData(h, flags, t.cookie, uint64(x.off), uint32(x.length))
+		h = c.appendOffsetData(h, flags, t.request, uint64(x.off), uint32(x.length))
 		b := p.buf.b[used:][:x.length]
 		used += x.length
 		p.vec = append(p.vec, h[start:], b)

@@ -28,7 +28,7 @@ func TestNoAllocations(t *testing.T) {
 				req = append(req, make([]byte, x.n)...)
 			}
 			if x.typ == cmdRead {
-				reply = make([]byte, offsetDataLen+x.n)
+				reply = make([]byte, chunkLen+8+x.n)
 			}
 			const depth = 8
 			round := func() {

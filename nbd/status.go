@@ -19,14 +19,11 @@ func descriptors(req request) int {
 	return int(min(maxDescriptors, req.length))
 }
 
-// statusLen returns the length of a chunk with n descriptors.
-func statusLen(n int) int { return chunkLen + 4 + 8*n }
-
-// statusCharge returns the memory that a BLOCK_STATUS for some contexts takes until its reply is made: the chunks, and
+// statusCharge returns the memory that a BLOCK_STATUS takes until its reply is made: the chunks, and
 // the pieces that one of them is made from. The slice of pieces may have grown to twice their number.
-func statusCharge(req request, contexts int) int64 {
+func (s *session) statusCharge(req request) int64 {
 	n := descriptors(req)
-	return requestCharge + int64(contexts)*bufferSize(statusLen(n)) + 2*int64(unsafe.Sizeof(piece{}))*int64(n)
+	return requestCharge + int64(len(s.contexts))*bufferSize(s.statusLen(n)) + 2*int64(unsafe.Sizeof(piece{}))*int64(n)
 }
 
 // blockStatus executes a BLOCK_STATUS and sends the reply, a chunk for each context. When a context fails, the error is
@@ -65,20 +62,14 @@ func (c *conn) status(x metaContext, req request, pieces []piece) ([]piece, erro
 
 // statusChunk makes the chunk of a context.
 func (c *conn) statusChunk(t task, id uint32, pieces []piece, last bool) *packet {
-	n := statusLen(len(pieces))
+	n := c.statusLen(len(pieces))
 	p := newPacket(bufferSize(n))
 	p.buf = newBuffer(n)
 	var flags uint16
 	if last {
 		flags = chunkFlagDone
 	}
-	h := appendChunk(p.buf.b[:0], flags, chunkBlockStatus, t.cookie, uint32(n-chunkLen))
-	h = be.AppendUint32(h, id)
-	for _, x := range pieces {
-		h = be.AppendUint32(h, uint32(x.length))
-		h = be.AppendUint32(h, x.status)
-	}
-	p.vec = append(p.vec, h)
+	p.vec = append(p.vec, c.appendStatus(p.buf.b[:0], flags, t.request, id, pieces))
 	return p
 }
 

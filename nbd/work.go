@@ -56,7 +56,7 @@ func (c *conn) do(t task) {
 		t.payload.free()
 		c.changed(t, err)
 	case cmdTrim:
-		c.changed(t, c.dev.Discard(int64(t.off), int64(t.length)))
+		c.changed(t, c.inSteps(t, hugeStep, c.dev.Discard))
 	case cmdWriteZeroes:
 		c.changed(t, c.writeZeroes(t))
 	case cmdCache:
@@ -103,18 +103,29 @@ func (c *conn) cache(t task) error {
 	return nil
 }
 
-// writeZeroes zeroes the range. If the range may become a hole, this takes one call; otherwise it goes in steps,
-// because reserving the space may take long.
+// hugeStep is how much of a request is executed at a time if the time that it takes hardly goes with its length.
+const hugeStep = 1 << 32
+
+// writeZeroes zeroes the range. If the range may become a hole, this takes one call, or few; otherwise it goes in small
+// steps, because reserving the space may take long.
 func (c *conn) writeZeroes(t task) error {
-	off, length := int64(t.off), int64(t.length)
-	if t.flags&cmdFlagNoHole == 0 {
-		return c.dev.WriteZeroes(off, length, false)
+	noHole, step := t.flags&cmdFlagNoHole != 0, int64(hugeStep)
+	if noHole {
+		step = longStep
 	}
-	for end := off + length; off < end; off += longStep {
-		if c.givesUp() { // the client may still take replies, if it has only ended its sending
+	return c.inSteps(t, step, func(off, length int64) error { return c.dev.WriteZeroes(off, length, noHole) })
+}
+
+// inSteps calls do for the range of a request, a step at a time.
+func (c *conn) inSteps(t task, step int64, do func(off, length int64) error) error {
+	if t.length == 0 {
+		return do(int64(t.off), 0)
+	}
+	for off, end := int64(t.off), int64(t.off+t.length); off < end; off += step {
+		if (step < hugeStep || off > int64(t.off)) && c.givesUp() { // the client may still take replies, if it has only ended its sending
 			return errGivenUp
 		}
-		if err := c.dev.WriteZeroes(off, min(longStep, end-off), true); err != nil {
+		if err := do(off, min(step, end-off)); err != nil {
 			return err
 		}
 	}
@@ -132,7 +143,7 @@ type flusher struct {
 
 // waiter is a reply that waits for a flush.
 type waiter struct {
-	cookie uint64
+	request
 	charge int64
 }
 
@@ -141,7 +152,7 @@ func (c *conn) joinFlush(req request, charge int64) {
 	f := &c.flush
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.waiting = append(f.waiting, waiter{req.cookie, charge})
+	f.waiting = append(f.waiting, waiter{req, charge})
 	if !f.running {
 		f.running = true
 		c.wg.Add(1) // called by the receiver or a worker, so run does not wait yet
@@ -161,7 +172,7 @@ func (c *conn) flushRoutine() {
 		errno := c.failed(request{typ: cmdFlush}, c.dev.Flush()).errno
 		p := newPacket(0)
 		for _, w := range taken {
-			p.head = appendSimple(p.head, w.cookie, errno)
+			p.head = c.appendSimple(p.head, w.request, errno)
 			p.charge += w.charge
 		}
 		c.out.send(p.sealHead())
