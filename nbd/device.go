@@ -102,6 +102,12 @@ type Exports interface {
 	Open(name string) (*Export, error)
 }
 
+// InfoLister is implemented by Exports that can list descriptions with the names. ListInfo takes the place of List; of
+// each Info, Name and Description count.
+type InfoLister interface {
+	ListInfo() ([]Info, error)
+}
+
 // wireErrno returns the error number for a Device's error.
 func wireErrno(err error) uint32 {
 	if err == nil {

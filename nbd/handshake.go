@@ -192,22 +192,30 @@ func (n *negotiation) describe(name string) (info Info, err error) {
 	return n.exports.Describe(name)
 }
 
-func (n *negotiation) names() (names []string, err error) {
+// listed returns the exports to advertise.
+func (n *negotiation) listed() (infos []Info, err error) {
 	defer recovered(&err)
-	return n.exports.List()
+	if l, ok := n.exports.(InfoLister); ok {
+		return l.ListInfo()
+	}
+	names, err := n.exports.List()
+	for _, name := range names {
+		infos = append(infos, Info{Name: name})
+	}
+	return infos, err
 }
 
 func (n *negotiation) list(opt option) error {
 	if len(opt.data) != 0 {
 		return n.refuse(opt, repErrInvalid, "LIST takes no data")
 	}
-	names, err := n.names()
+	infos, err := n.listed()
 	if err != nil {
 		return n.refuseOpen(opt, err)
 	}
 	var b []byte
-	for _, name := range names {
-		b = appendOptReply(b, opt.id, repServer, u32(uint32(len(name))), name)
+	for _, info := range infos {
+		b = appendOptReply(b, opt.id, repServer, u32(uint32(len(info.Name))), info.Name, clip(info.Description, maxNameLen))
 	}
 	return n.write(appendOptReply(b, opt.id, repAck))
 }

@@ -102,6 +102,25 @@ func TestNegotiateList(t *testing.T) {
 	}
 }
 
+// describedExports list descriptions.
+type describedExports struct{ exportMap }
+
+func (describedExports) ListInfo() ([]Info, error) {
+	return []Info{{Name: "a", Description: "the first"}, {Name: "b", Description: strings.Repeat("x", 5000)}, {Name: "c"}}, nil
+}
+
+func TestNegotiateListWithDescriptions(t *testing.T) {
+	c := dial(t, describedExports{}, Options{})
+	c.greet(3)
+	c.option(optList)
+	for _, want := range []string{str("a") + "the first", str("b") + strings.Repeat("x", maxNameLen), str("c")} {
+		if got := c.wantOptReply(optList, repServer); got != want {
+			t.Errorf("listed %q, want %q", got, want)
+		}
+	}
+	c.wantOptReply(optList, repAck)
+}
+
 func TestNegotiateRefusals(t *testing.T) {
 	d := newRAM(4096)
 	c := dial(t, serveRAM(d), Options{})

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/nbd"
@@ -208,6 +209,41 @@ func (c *catalog) List() ([]string, error) {
 	return names, nil
 }
 
+// ListInfo lists the exports with their descriptions, as nbd.InfoLister does.
+func (c *catalog) ListInfo() (infos []nbd.Info, err error) {
+	for _, r := range c.only {
+		info, err := c.Describe(r.String())
+		if err != nil { // removed meanwhile
+			info.Name = r.String()
+		}
+		infos = append(infos, info)
+	}
+	if len(c.only) > 0 {
+		return infos, nil
+	}
+	for _, v := range c.store.Volumes() {
+		if v.Receiving != nil {
+			continue
+		}
+		infos = append(infos, nbd.Info{Name: v.Name, Description: describeVolume(v)})
+		for _, s := range v.Snapshots {
+			infos = append(infos, nbd.Info{Name: cow.Ref{Volume: v.Name, Snapshot: s.Name}.String(), Description: describeSnapshot(s)})
+		}
+	}
+	return infos, nil
+}
+
+func describeVolume(v cow.VolumeInfo) string {
+	if v.Origin != "" {
+		return fmt.Sprintf("%s, a volume from %s, made at %s", v.Name, v.Origin, v.Created.UTC().Format(time.RFC3339))
+	}
+	return fmt.Sprintf("%s, a volume, made at %s", v.Name, v.Created.UTC().Format(time.RFC3339))
+}
+
+func describeSnapshot(s cow.SnapshotInfo) string {
+	return fmt.Sprintf("%s@%s, a snapshot, taken at %s", s.Volume, s.Name, s.Created.UTC().Format(time.RFC3339))
+}
+
 func (c *catalog) refs() []cow.Ref {
 	if len(c.only) > 0 {
 		return c.only
@@ -235,13 +271,13 @@ func (c *catalog) Describe(name string) (nbd.Info, error) {
 		return nbd.Info{}, err
 	}
 	info := nbd.Info{
-		Name: r.String(), ReadOnly: c.readOnly || r.Snapshot != "", Description: r.String(), PreferredBlock: preferredBlock,
+		Name: r.String(), ReadOnly: c.readOnly || r.Snapshot != "", PreferredBlock: preferredBlock,
 	}
 	v, err := c.store.Volume(r.Volume)
 	if err != nil {
 		return info, notExist(err)
 	}
-	info.Size, info.Contexts = v.Size, contextNames(v)
+	info.Size, info.Contexts, info.Description = v.Size, contextNames(v), describeVolume(v)
 	if r.Snapshot == "" {
 		return info, nil
 	}
@@ -249,7 +285,7 @@ func (c *catalog) Describe(name string) (nbd.Info, error) {
 	if i < 0 {
 		return info, notExist(fmt.Errorf("snapshot %v: %w", r, cow.ErrNotFound))
 	}
-	info.Size = v.Snapshots[i].Size
+	info.Size, info.Description = v.Snapshots[i].Size, describeSnapshot(v.Snapshots[i])
 	return info, nil
 }
 
@@ -272,6 +308,10 @@ func (c *catalog) Open(name string) (*nbd.Export, error) {
 	if err != nil {
 		return nil, notExist(c.explain(r.Volume, err))
 	}
+	described, err := c.Describe(r.String())
+	if err != nil {
+		return nil, errors.Join(err, c.leave(h))
+	}
 	var once sync.Once
 	exported := exportedDevice{h.dev, c}
 	dev := nbd.Device(exported)
@@ -282,7 +322,7 @@ func (c *catalog) Open(name string) (*nbd.Export, error) {
 		Device:         dev,
 		Name:           r.String(),
 		ReadOnly:       h.dev.ReadOnly(),
-		Description:    r.String(),
+		Description:    described.Description,
 		PreferredBlock: preferredBlock,
 		Close: func() (err error) {
 			once.Do(func() { err = c.leave(h) })

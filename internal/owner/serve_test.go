@@ -359,10 +359,33 @@ func TestCatalog(t *testing.T) {
 		"v":   {Name: "v", Size: 128 << 20},
 		"v@s": {Name: "v@s", Size: 64 << 20, ReadOnly: true},
 	} {
-		want.Description, want.PreferredBlock = want.Name, preferredBlock
+		want.PreferredBlock = preferredBlock
 		want.Contexts = []string{"qemu:allocation-depth", "qemu:dirty-bitmap:s"}
-		if got, err := x.Describe(name); err != nil || !reflect.DeepEqual(got, want) {
+		got, err := x.Describe(name)
+		want.Description = got.Description
+		if err != nil || !reflect.DeepEqual(got, want) || !strings.HasPrefix(got.Description, want.Name+", a ") {
 			t.Errorf("%q: %+v %v", name, got, err)
+		}
+	}
+	names, err := x.List()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []*catalog{x, {exports: o.exports, only: []cow.Ref{{Volume: "v", Snapshot: "s"}, {Volume: "v"}, {Volume: "gone"}}}} {
+		infos, err := c.ListInfo()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c != x {
+			names = []string{"v@s", "v", "gone"}
+		}
+		for i, info := range infos {
+			if info.Name != names[i] || info.Name != "gone" && !strings.HasPrefix(info.Description, info.Name+", a ") {
+				t.Errorf("listed: %q %q, want %s", info.Name, info.Description, names[i])
+			}
+		}
+		if len(infos) != len(names) {
+			t.Errorf("%d exports are listed, want %q", len(infos), names)
 		}
 	}
 	for _, name := range []string{"w", "v@t", "w@s", "..", "v@", strings.Repeat("n", 100)} {
