@@ -94,7 +94,7 @@ func TestExtendedHeaders(t *testing.T) {
 	c := extend(dial(t, exportMap{"disk": {Device: d}}, Options{}), contextAllocation)
 
 	got := c.want(0, 0, cmdBlockStatus, 0, hugeSize)
-	want := u32(metaContextID(0)) + u32(2) + u64(ramBlock) + u64(0) + u64(hugeSize-ramBlock) + u64(stateHole|stateZero)
+	want := u32(metaContextID(0)) + u32(2) + u64(ramBlock) + u64(0) + u64(maxStatus-ramBlock) + u64(stateHole|stateZero)
 	if len(got) != 1 || got[0].typ != chunkStatusExt || got[0].data != want {
 		t.Errorf("status %+v, want %x", got, want)
 	}

@@ -26,6 +26,10 @@ func (s *session) statusCharge(req request) int64 {
 	return requestCharge + int64(len(s.contexts))*bufferSize(s.statusLen(n)) + 2*int64(unsafe.Sizeof(piece{}))*int64(n)
 }
 
+// maxStatus is how many bytes one BLOCK_STATUS looks at. A device may have to look at all of the map of a range to find
+// that it is one extent.
+const maxStatus = 64 << 30
+
 // blockStatus executes a BLOCK_STATUS and sends the reply, a chunk for each context. When a context fails, the error is
 // the last chunk.
 func (c *conn) blockStatus(t task) {
@@ -50,7 +54,7 @@ func (c *conn) blockStatus(t task) {
 
 // status appends the first pieces of a request's range in a context to pieces, which is empty.
 func (c *conn) status(x metaContext, req request, pieces []piece) ([]piece, error) {
-	off, length, most := int64(req.off), int64(req.length), descriptors(req)
+	off, length, most := int64(req.off), int64(min(req.length, maxStatus)), descriptors(req)
 	if x.state != nil {
 		return states(x.state.Status, off, length, most, pieces)
 	}
