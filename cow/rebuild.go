@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"slices"
@@ -207,4 +208,28 @@ func (t *tableRepair) freeNumber() (n int, err error) {
 			return 0, err
 		}
 	}
+}
+
+// RestoreTable makes the table of the store in dir from the text of a dump (DumpTable), as RebuildTable does from the
+// copy.
+func RestoreTable(dir, name string, dump io.Reader, force bool, o Options) (*Rebuilt, error) {
+	return replaceTable(dir, force, o, "vdisk metadata restore", func(in *storage.Folder, _ storage.FS, uuid [16]byte) (metadata.Built, error) {
+		b, err := metadata.FromDump(in, newTableFile, dump, uuid)
+		b.From = name
+		return b, err
+	})
+}
+
+// DumpTable writes the table as text, as of now or, in a store that can only be read, as of its last checkpoint.
+func (s *Store) DumpTable(w io.Writer) error {
+	if err := s.beginTask(); err != nil {
+		return err
+	}
+	defer s.tasks.Done()
+	if s.readOnly == nil {
+		if err := s.Checkpoint(); err != nil {
+			return err
+		}
+	}
+	return s.meta.View(func(tx *metadata.Tx) error { return tx.Dump(w, s.wal.UUID()) })
 }

@@ -14,7 +14,7 @@ import (
 
 const (
 	patchMatch = 8  // so many equal bytes end a difference
-	patchAhead = 24 // bytes of each value that are searched for the end of a difference,
+	patchAhead = 16 // bytes of each value that are searched for the end of a difference,
 	patchShift = 5  // and by how many less the one may go on after it than after the other
 	patchStep  = 16 // bytes that are replaced where the end of a difference is not found
 )

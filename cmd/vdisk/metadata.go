@@ -1,36 +1,92 @@
 package main
 
 import (
+	"bufio"
+	"context"
 	"fmt"
+	"io"
+	"os"
 
 	"github.com/urfave/cli/v2"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/owner"
 )
 
 func (a *app) metadataCommand() *cli.Command {
-	return a.command(arity{1, 1}, &cli.Command{
+	return a.command(arity{1, 2}, &cli.Command{
 		Name:      "metadata",
 		Category:  groupMaintenance,
-		Usage:     "make a lost or damaged table of blocks anew",
-		UsageText: "vdisk metadata rebuild [--force]",
+		Usage:     "make a lost or damaged table of blocks anew, or save it as text",
+		UsageText: "vdisk metadata rebuild [--force]\n   vdisk metadata dump FILE|- [--force]\n   vdisk metadata restore FILE|- [--force]",
 		Description: "rebuild makes the store's table, meta.db, anew from its second copy and the log, when it is missing, empty, cut, damaged\n" +
 			"or an older one. The new table is proved to belong to the log and the chunks before anything is changed. The old one stays\n" +
 			"as meta.db.aside-N. No process may have the store open. A sound table is left alone, unless --force is given; --force also\n" +
 			"takes a table although chunk files are missing.\n" +
-			"Exit codes: 0 the table was replaced, 1 it is sound, 3 there is no copy, 5 the store is in use, 6 the copy is damaged too,\n" +
-			"or does not belong to the log.",
-		Flags: []cli.Flag{&cli.BoolFlag{Name: "force", Usage: "replace a table that is sound, or though chunk files are missing"}},
-	}, func(c *cli.Context) error {
-		if what := c.Args().First(); what != "rebuild" {
-			return usageError{c, fmt.Errorf("%q: rebuild is possible", what)}
-		}
+			"dump writes the table as text, a JSON object a line, and restore makes it anew from that text, with the same proof. So a\n" +
+			"dump can be restored until the first chunk that it needs is gone. With dump, --force replaces FILE.\n" +
+			"Exit codes: 0 the table was replaced or written, 1 it is sound, 3 there is no copy, 4 FILE exists, 5 the store is in use,\n" +
+			"6 the copy or the text is damaged too, or does not belong to the log.",
+		Flags: []cli.Flag{&cli.BoolFlag{Name: "force", Usage: "replace a table that is sound, or though chunk files are missing; dump: replace FILE"}},
+	}, a.metadata)
+}
+
+func (a *app) metadata(c *cli.Context) error {
+	what, path := c.Args().Get(0), c.Args().Get(1)
+	switch {
+	case what == "rebuild" && c.NArg() == 1:
 		r, err := cow.RebuildTable(a.dir, c.Bool("force"), a.repairOptions())
 		if err != nil {
 			return err
 		}
 		return a.printRebuilt(r)
-	})
+	case what == "dump" && c.NArg() == 2:
+		return a.dumpTable(c, path)
+	case what == "restore" && c.NArg() == 2:
+		return a.restoreTable(c, path)
+	}
+	return usageError{c, fmt.Errorf("%q: rebuild, dump FILE and restore FILE are possible", what)}
+}
+
+func (a *app) dumpTable(c *cli.Context, path string) error {
+	write := a.toStdout
+	if path != "-" {
+		var err error
+		if write, err = toFile(path, c.Bool("force")); err != nil {
+			return err
+		}
+	}
+	return a.look(c, func(s owner.Store) error { return write(c.Context, tableText{s}) })
+}
+
+// tableText is the table as text.
+type tableText struct{ s owner.Store }
+
+func (t tableText) toFile(ctx context.Context, f *os.File) error {
+	if err := t.s.DumpTable(ctx, f); err != nil {
+		return err
+	}
+	return f.Sync()
+}
+
+func (t tableText) toStream(ctx context.Context, w io.Writer) error { return t.s.DumpTable(ctx, w) }
+func (t tableText) size() int64                                     { return 0 }
+
+func (a *app) restoreTable(c *cli.Context, path string) error {
+	in := io.Reader(a.stdin)
+	if path != "-" {
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		in = f
+	}
+	r, err := cow.RestoreTable(a.dir, path, bufio.NewReaderSize(in, 1<<20), c.Bool("force"), a.repairOptions())
+	if err != nil {
+		return err
+	}
+	return a.printRebuilt(r)
 }
 
 func (a *app) repairOptions() cow.Options {

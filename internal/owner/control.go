@@ -158,6 +158,7 @@ func (c *control) routes() *http.ServeMux {
 	mux.HandleFunc("POST /v1/export-diff", c.exportDiff)
 	mux.HandleFunc("POST /v1/import-diff", c.importDiff)
 	mux.HandleFunc("POST /v1/send", c.sendSnapshot)
+	mux.HandleFunc("POST /v1/dump-table", c.dumpTable)
 	mux.HandleFunc("POST /v1/receive", c.receiveSnapshot)
 	mux.HandleFunc("POST /v1/serve", c.serve)
 	return mux

@@ -38,6 +38,8 @@ type Store interface {
 	Release(ctx context.Context, tag string, refs ...cow.Ref) error
 	// SetProperties changes properties of a volume. An empty value removes one.
 	SetProperties(ctx context.Context, name string, changes map[string]string) error
+	// DumpTable writes the table as text: see cow.Store.DumpTable.
+	DumpTable(ctx context.Context, w io.Writer) error
 	Check(ctx context.Context, o cow.CheckOptions, problem func(cow.Problem)) (cow.CheckReport, error)
 	// Clean reclaims the space of every chunk file whose dead fraction is at least waste (0 to 1).
 	Clean(ctx context.Context, waste float64) (cow.CleanReport, error)
