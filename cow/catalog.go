@@ -12,11 +12,11 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// branch is a branch in memory. Its ID and origin never change, and may be read without a lock.
+// branch is a branch in memory. Its ID never changes, and may be read without a lock.
 type branch struct {
-	format.Branch                  // Epoch is guarded by Store.mu
+	format.Branch                  // all but ID is guarded by Store.mu
 	leaves        leafcache.Branch // the branch, for the cache of leaves
-	origin        *branch          // nil: it began empty
+	origin        *branch          // nil: it began empty, or has been flattened; guarded by Store.mu
 	volume        *volume          // the volume whose head this is, or nil; guarded by Store.mu
 	damaged       bool             // a version is damaged, so the reaper has stopped; guarded by Store.mu
 	reaping       bool             // the head's versions are being reaped; guarded by Store.mu
@@ -39,6 +39,7 @@ type volume struct {
 	format.Volume // guarded by Store.mu
 	branch        *branch
 	size          atomic.Int64 // Volume.Size, for devices
+	flattening    bool         // guarded by Store.mu
 	readers       int          // open read-only devices of it and its snapshots; guarded by Store.mu
 	writer        bool
 	snapshots     map[string]*snapshot // by name; guarded by Store.mu
@@ -115,13 +116,16 @@ func (t *catalog) putBranch(r format.Branch, gen uint64) error {
 			if b.origin = t.branches[r.OriginBranch]; b.origin == nil {
 				return fault.Corruptf("branch %d has the origin %d, which does not exist", r.ID, r.OriginBranch)
 			}
-			b.leaves.Origin = &b.origin.leaves
+			b.leaves.Origin.Store(&b.origin.leaves)
 			t.fork(b, +1)
 		}
 		t.branches[r.ID] = b
 		t.orphan(b, gen) // until a volume takes it
 	}
-	b.Epoch = r.Epoch // the other fields never change, and are read without the lock
+	if b.origin != nil && r.OriginBranch == 0 {
+		t.cut(b, gen)
+	}
+	b.Epoch = r.Epoch // the other fields never change
 	t.usedID(r.ID)
 	t.dirtyBranches[r.ID] = struct{}{}
 	return nil
@@ -276,6 +280,18 @@ func (t *catalog) forgetBranch(b *branch) {
 func (t *catalog) orphan(b *branch, gen uint64) {
 	b.volume, b.orphaned = nil, gen
 	t.orphaned[b] = struct{}{}
+}
+
+// cut takes a branch's origin away, in generation gen: the branch itself has all that its head maps. The reaper leaves
+// the origin's point alone until the table says so, too. Otherwise a replay would begin with a branch whose origin is
+// not what it was.
+func (t *catalog) cut(b *branch, gen uint64) {
+	if i, found := b.origin.search(b.OriginEpoch); found && b.origin.points[i].Volume == 0 {
+		b.origin.points[i].dropped = gen
+	}
+	t.fork(b, -1)
+	b.leaves.Origin.Store(nil)
+	b.origin, b.OriginBranch, b.OriginEpoch = nil, 0, 0
 }
 
 // fork adds by, which is 1 or -1, to the number of branches that begin at the point where b begins.

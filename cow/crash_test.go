@@ -37,7 +37,7 @@ var opKinds = func() (kinds []string) {
 	for kind, weight := range map[string]int{
 		"write": 30, "discard": 4, "zero": 4, "flush": 4, "drain": 5, "read": 2,
 		"create": 1, "snapshot": 6, "clone": 3, "unsnap": 4, "remove": 1, "rollback": 2, "rename": 2, "resize": 3,
-		"checkpoint": 5, "reap": 1, "clean": 6, "cold": 7, "check": 1, "difference": 4, "send": 4, "misuse": 1, "space": 3, "hold": 3, "tag": 4, "property": 2, "churn": 3, "unpool": 1, "skip": 3, "uncommitted": 5, "beside": 5, "between": 3,
+		"checkpoint": 5, "reap": 1, "clean": 6, "cold": 7, "check": 1, "difference": 4, "send": 4, "misuse": 1, "space": 3, "hold": 3, "flatten": 3, "tag": 4, "property": 2, "churn": 3, "unpool": 1, "skip": 3, "uncommitted": 5, "beside": 5, "between": 3,
 	} {
 		kinds = append(kinds, slices.Repeat([]string{kind}, weight)...)
 	}
@@ -300,6 +300,8 @@ func (w *modelStore) operate(o op) error {
 		return w.difference(o)
 	case "send":
 		return w.send(o, names)
+	case "flatten":
+		return w.flatten(o, name)
 	case "misuse":
 		return w.misuse(name)
 	case "space":

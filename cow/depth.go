@@ -65,8 +65,8 @@ func (d *Device) depths(index uint32, blocks *leafDepths) error {
 			blocks.depth[i], mapped = 1, true
 		}
 	}
-	p := point{d.b, d.asOf}.origin()
-	for depth := 1; mapped && p.b != nil; depth, p = depth+1, p.origin() {
+	p := d.s.originOf(point{d.b, d.asOf})
+	for depth := 1; mapped && p.b != nil; depth, p = depth+1, d.s.originOf(p) {
 		if _, err := d.s.loadLeaf(p.b.leaf(index, p.epoch), &blocks.older); err != nil {
 			return err
 		}

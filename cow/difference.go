@@ -204,7 +204,9 @@ func (d *Device) leaf(index uint32, l *format.Leaf) (err error) {
 
 // gather fills in the leaves that may differ: those that have a version behind the common ancestor.
 func (x *Difference) gather(ctx context.Context) (err error) {
+	x.s.mu.Lock()
 	spans, common := behindAncestor(point{x.from.b, x.from.asOf}, point{x.to.b, x.to.asOf})
+	x.s.mu.Unlock()
 	limit := x.limit()
 	x.changed = newLeafSet(limit)
 	note := func(index uint32) error {
@@ -253,7 +255,8 @@ type span struct {
 // reports whether they have one; otherwise the parts are all of both lines.
 //
 // The ancestor is one of the two points, or a point at which a branch of their lines begins. So it is kept, and the
-// reaper moves no version from one side of it to the other.
+// reaper moves no version from one side of it to the other. If a branch is flattened meanwhile, its point may go; but
+// then the branch itself has a version of each leaf. The caller holds mu.
 func behindAncestor(a, b point) (spans []span, common bool) {
 	onLine := map[*branch]uint32{} // of a, and up to which epoch
 	for p := a; p.b != nil; p = p.origin() {
@@ -276,7 +279,14 @@ func behindAncestor(a, b point) (spans []span, common bool) {
 	return spans, common
 }
 
-// origin returns the point at which p's branch begins, or the zero point.
+// originOf is origin for a caller that does not hold mu. The branch may be flattened right after.
+func (s *Store) originOf(p point) point {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return p.origin()
+}
+
+// origin returns the point at which p's branch begins, or the zero point. The caller holds mu.
 func (p point) origin() point { return point{p.b.origin, p.b.OriginEpoch} }
 
 // leafSet is a set of leaves, a bit for each.

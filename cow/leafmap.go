@@ -31,7 +31,7 @@ func (s *Store) newest(k leafcache.Key, l *format.Leaf) (of *leafcache.Branch, e
 	inMemory, epoch := s.cache.Newest(k, l)
 	err = s.meta.View(func(tx *metadata.Tx) error {
 		asOf := k.AsOf
-		for b := k.Branch; b != nil; b, asOf = b.Origin, b.OriginEpoch {
+		for b := k.Branch; b != nil; b, asOf = b.Origin.Load(), b.OriginEpoch {
 			v := metadata.Version{Branch: b.ID, Leaf: k.Index, Epoch: asOf}
 			if b == inMemory {
 				of = b
@@ -140,7 +140,7 @@ func (s *Store) applyHole(l *format.Leaf, first, n int) {
 // there is none before it. The cache may have earlier ones.
 func (s *Store) nextLeaf(b *branch, index, limit uint32) (uint32, error) {
 	err := s.meta.View(func(tx *metadata.Tx) error {
-		for ; b != nil; b = b.origin {
+		for b := &b.leaves; b != nil; b = b.Origin.Load() {
 			n, ok, err := tx.NextLeaf(b.ID, index)
 			if err != nil {
 				return err

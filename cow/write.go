@@ -62,6 +62,8 @@ type expect struct {
 	first, last       uint64 // none: the block is covered whole
 	wasFirst, wasLast content
 	size              int64 // of the volume; 0: any
+	// inherited, unless it is nil, are the entries of all blocks, which the branch itself has not put there.
+	inherited []format.Entry
 }
 
 const none = ^uint64(0)
@@ -117,6 +119,11 @@ func (s *Store) unchangedSince(d *Device, ex *expect, lf *leafcache.Leaf, block 
 	}
 	if ex.size != 0 && ex.size != d.v.Size {
 		return false
+	}
+	for i, e := range ex.inherited {
+		if n := int(block%format.LeafBlocks) + i; lf.Entry(n) != e || lf.IsChanged(n) {
+			return false
+		}
 	}
 	same := func(b uint64, was content) bool {
 		if b < block || b >= block+uint64(n) { // none, or a block of another record
@@ -239,7 +246,7 @@ func (s *Store) tryWriteRecord(d *Device, h *format.RecordHeader, payload []byte
 			return fmt.Errorf("block %d is behind the end (the volume has shrunk): %w", end-1, ErrInvalid)
 		case !s.unchangedSince(d, ex, lf, h.Block, n):
 			return errChanged
-		case hole && lf.IsHole(first, n):
+		case hole && lf.IsHole(first, n) && (ex == nil || ex.inherited == nil):
 			return errNothing
 		case !hole && isNew(d.b, lf, first, n):
 			return s.roomForNew(h.Size(), small)

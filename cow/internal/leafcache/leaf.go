@@ -10,10 +10,10 @@ import (
 // Head stands for a branch's newest state in a Key.
 const Head = ^uint32(0)
 
-// Branch is what the cache knows of a branch. All but the count never changes.
+// Branch is what the cache knows of a branch. ID and OriginEpoch never change.
 type Branch struct {
 	ID          uint32
-	Origin      *Branch // nil: it began empty
+	Origin      atomic.Pointer[Branch] // nil: it began empty, or has been flattened
 	OriginEpoch uint32
 	unwritten   atomic.Int64 // dirty leaves and pre-images that no checkpoint has committed
 }

@@ -11,7 +11,7 @@ import (
 // there is none. If k names the leaf of a head, that leaf itself does not count: the caller is about to load it.
 func (c *Cache) Newest(k Key, l *format.Leaf) (of *Branch, epoch uint32) {
 	asOf := k.AsOf
-	for b := k.Branch; b != nil; b, asOf = b.Origin, b.OriginEpoch {
+	for b := k.Branch; b != nil; b, asOf = b.Origin.Load(), b.OriginEpoch {
 		if b.unwritten.Load() == 0 {
 			continue
 		}
@@ -80,7 +80,7 @@ func (c *Cache) Forget(b *Branch, points bool) {
 // for b and its origins.
 func (c *Cache) InMemory(b *Branch, from, to uint32) (out []uint32) {
 	var chain []*Branch
-	for ; b != nil; b = b.Origin {
+	for ; b != nil; b = b.Origin.Load() {
 		if b.unwritten.Load() > 0 {
 			chain = append(chain, b)
 		}
