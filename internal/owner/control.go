@@ -140,6 +140,7 @@ func (c *control) routes() *http.ServeMux {
 	plain("set", func(ctx context.Context, r request) (any, error) {
 		return nil, o.SetProperties(ctx, r.Name, r.Properties)
 	})
+	plain("flatten", func(ctx context.Context, r request) (any, error) { return o.Flatten(ctx, r.Name) })
 	plain("abort-receive", func(ctx context.Context, r request) (any, error) { return nil, o.AbortReceive(ctx, r.Name) })
 	plain("attach", func(ctx context.Context, r request) (any, error) { return o.Attach(ctx, r.Attach) })
 	plain("detach", func(ctx context.Context, r request) (any, error) { return nil, o.Detach(ctx, r.Name, r.Flag) })

@@ -40,6 +40,8 @@ type Store interface {
 	SetProperties(ctx context.Context, name string, changes map[string]string) error
 	// DumpTable writes the table as text: see cow.Store.DumpTable.
 	DumpTable(ctx context.Context, w io.Writer) error
+	// Flatten copies all blocks that a volume shares with its origin, and then cuts it from its origin.
+	Flatten(ctx context.Context, name string) (cow.FlattenReport, error)
 	Check(ctx context.Context, o cow.CheckOptions, problem func(cow.Problem)) (cow.CheckReport, error)
 	// Clean reclaims the space of every chunk file whose dead fraction is at least waste (0 to 1).
 	Clean(ctx context.Context, waste float64) (cow.CleanReport, error)
