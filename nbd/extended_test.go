@@ -78,10 +78,12 @@ func (d *hugeDevice) Discard(off, n int64) error {
 	d.calls = append(d.calls, fmt.Sprintf("discard %d %d", off, n))
 	return nil
 }
+
 func (d *hugeDevice) WriteZeroes(off, n int64, _ bool) error {
 	d.calls = append(d.calls, fmt.Sprintf("zero %d %d", off, n))
 	return nil
 }
+
 func (d *hugeDevice) Extents(off, n int64, fn func(off, length int64, hole bool) bool) error {
 	_ = fn(0, ramBlock, false) && fn(ramBlock, hugeSize-ramBlock, true)
 	return nil

@@ -361,7 +361,7 @@ func (v *victim) chunk(r faultRequest, flags, typ uint16) bool {
 
 // right checks what was read.
 func (v *victim) right(r faultRequest, off uint64, b []byte) bool {
-	if off < r.off || off+uint64(len(b)) > r.off+uint64(r.length) || v.disk.pattern[off:][:len(b)] != string(b) {
+	if off < r.off || off+uint64(len(b)) > r.off+r.length || v.disk.pattern[off:][:len(b)] != string(b) {
 		return v.wrong("request %d read wrong content at %d", r.cookie, off)
 	}
 	return true

@@ -70,7 +70,7 @@ func (x *transmitter) wantErrno(r request) uint32 {
 	allowed := map[uint16]uint16{cmdRead: cmdFlagDF, cmdWrite: 0, cmdFlush: 0, cmdTrim: 0, cmdCache: 0, cmdWriteZeroes: cmdFlagNoHole | cmdFlagFastZero, cmdBlockStatus: cmdFlagReqOne}
 	flags, known := allowed[r.typ]
 	changes := r.typ == cmdWrite || r.typ == cmdTrim || r.typ == cmdWriteZeroes
-	outside := r.off > fuzzSize || uint64(r.length) > fuzzSize-r.off
+	outside := r.off > fuzzSize || r.length > fuzzSize-r.off
 	bad := !outside && touchesBad(int64(r.off), int64(r.length))
 	switch {
 	case !known || r.flags&^(flags|cmdFlagFUA) != 0:
@@ -252,7 +252,7 @@ func (x *transmitter) failure(s *sent, typ uint16, b []byte) (errno uint32) {
 	switch {
 	case typ == chunkError && len(rest) == text:
 	case typ == chunkErrorOffset && s.typ == cmdRead && len(rest) == text+8:
-		if at := be.Uint64(rest[text:]); at < s.off || at >= s.off+uint64(s.length) {
+		if at := be.Uint64(rest[text:]); at < s.off || at >= s.off+s.length {
 			x.tb.Fatalf("an error at %d of %+v", at, s.request)
 		}
 	default:
@@ -263,7 +263,7 @@ func (x *transmitter) failure(s *sent, typ uint16, b []byte) (errno uint32) {
 
 // data checks a part of a READ: it was not there yet, and is what the model holds, but for blocks that are being changed.
 func (x *transmitter) data(s *sent, off uint64, p []byte) {
-	if off < s.off || off+uint64(len(p)) > s.off+uint64(s.length) || s.flags&cmdFlagDF != 0 && s.chunks > 1 {
+	if off < s.off || off+uint64(len(p)) > s.off+s.length || s.flags&cmdFlagDF != 0 && s.chunks > 1 {
 		x.tb.Fatalf("%d bytes at %d in reply to %+v", len(p), off, s.request)
 	}
 	for i, b := range p {
