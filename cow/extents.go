@@ -54,7 +54,7 @@ type extentRun[K comparable] struct {
 	kind       K     // of the run that begins at start
 }
 
-// to says of which kind the blocks from off on are. It returns false if fn wants no more.
+// to sets the kind of the blocks from off on. It returns false if fn wants no more.
 func (r *extentRun[K]) to(off int64, kind K) bool {
 	off = max(r.start, min(off, r.end))
 	if kind == r.kind {

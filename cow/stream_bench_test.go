@@ -88,8 +88,8 @@ func (w *firstUnits) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// BenchmarkSendOneLeaf sends the difference of two snapshots of a volume of 1 TiB, all mapped, of which one block has
-// changed. It reports the time until the first units are written.
+// BenchmarkSendOneLeaf sends the difference between two snapshots of a volume of 1 TiB. All of the volume is mapped, and
+// one block has changed. The benchmark reports the time until the first units are written.
 func BenchmarkSendOneLeaf(b *testing.B) {
 	dir := filepath.Join(b.TempDir(), "store")
 	must(b, makeWide(dir, 1<<20))

@@ -243,7 +243,7 @@ func framesOf(file []byte) (frames []modelFrame, h format.StreamHeader, err erro
 	return frames, h, nil
 }
 
-// receive receives a stream, of which some may be cut off.
+// receive receives a stream. Its end may be cut off.
 func (w *modelStore) receive(o op, name string, ro ReceiveOptions, h *hidden) error {
 	file := h.file
 	if o.a%3 > 0 {

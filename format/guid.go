@@ -79,9 +79,10 @@ const (
 	MaxPropertyBytes = 16 << 10
 )
 
-// CheckProperties returns nil if a volume can have these properties: at most MaxProperties; each key 1 to 63 ASCII
-// letters, digits, dots, underscores, hyphens and colons, of which the first is a letter or digit; each value at most
-// MaxPropertyValue bytes of UTF-8 without control characters; all together at most MaxPropertyBytes. Otherwise it returns an error that matches ErrName.
+// CheckProperties returns nil if a volume can have these properties. Otherwise it returns an error that matches ErrName.
+// There may be at most MaxProperties, of at most MaxPropertyBytes together. A key has 1 to 63 ASCII letters, digits,
+// dots, underscores, hyphens and colons, and begins with a letter or digit. A value has at most MaxPropertyValue bytes of
+// UTF-8, without control characters.
 func CheckProperties(m map[string]string) error {
 	if len(m) > MaxProperties {
 		return fmt.Errorf("%w: %d properties, the most is %d", ErrName, len(m), MaxProperties)

@@ -189,9 +189,9 @@ func (c *conn) dispatch(req request) error {
 	return nil
 }
 
-// payload returns how long the payload is that follows a request, and why the request cannot be served with it. With
-// extended headers a flag says whether there is one, and payload clears it. QEMU 10.0 writes without that flag, and
-// sends the payload all the same. Nobody writes nothing, so a WRITE always has one.
+// payload returns the length of the payload that follows a request, and a failure if the request may have none. With
+// extended headers the flag PAYLOAD_LEN says that there is a payload; payload clears the flag. QEMU 10.0 sends the
+// payload of a WRITE without the flag. So a WRITE has a payload in any case.
 func (c *conn) payload(req *request) (uint64, failure) {
 	flag := c.extended && req.flags&cmdFlagPayload != 0
 	if flag {

@@ -93,7 +93,7 @@ func (d *side) exists() bool {
 	return err == nil
 }
 
-// find says whether it is a file or something in the store.
+// find looks the name up: in the store, and if it is not there among the files.
 func (d *side) find(ctx context.Context, s owner.Store) error {
 	if d.file {
 		return nil

@@ -29,7 +29,7 @@ var errTruncated = errors.New("the image is incomplete")
 type Options struct {
 	Format Format
 	// Backing lets an image refer to other files: a backing file, a parent, a file with its data. Their content becomes
-	// part of the disk, so whoever made the image chooses files that this process reads.
+	// part of the disk. So an image that is not trusted could make this process read any file.
 	Backing bool
 }
 
@@ -132,7 +132,7 @@ func inspect(ctx context.Context, f *os.File, o Options) (size int64, err error)
 	}
 	if len(refs) > 0 && !o.Backing {
 		return 0, fmt.Errorf("the image refers to %s, whose content would become part of the volume: %w: "+
-			"if you trust whoever made the image, --backing permits that", strings.Join(refs, " and to "), cow.ErrInvalid)
+			"if you trust the image, --backing permits that", strings.Join(refs, " and to "), cow.ErrInvalid)
 	}
 	name, err := node(f, o)
 	if err != nil {

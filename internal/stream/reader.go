@@ -18,7 +18,7 @@ var (
 	ErrCut = errors.New("the stream is cut")
 )
 
-// FrameError says which frame of which stream cannot be read.
+// FrameError names a frame that cannot be read.
 type FrameError struct {
 	Stream int    // number of the stream in its file or pipe, from 1
 	Frame  uint64 // number of the frame in its stream, from 0
