@@ -43,7 +43,6 @@ type crashHarness struct {
 	held      atomic.Int64                // of them, while a read that was planned held a chunk
 	damaged   atomic.Int64                // crash states whose table was then damaged
 	copyless  atomic.Int64                // of them, without a copy
-	refused   atomic.Int64                // of them, with a copy that is older than the last table
 	rebuilt   atomic.Int64                // of them, with a table that was made anew from the copy
 	wrap      func(storage.FS) storage.FS // what stands between the engine and the disk; nil: nothing
 }

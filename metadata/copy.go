@@ -233,6 +233,9 @@ func (d *DB) findCopy() error {
 	if c.inUse != nil {
 		c.stale = c.exists(c.otherName()) // a base that was never completed, or an older copy
 		c.publish()
+		if err := durable(c.in, c.inUse.f); err != nil { // a process that was killed may not have come to it
+			c.lose(err)
+		}
 		return nil
 	}
 	c.stale = true // if a name cannot be looked up, its file may be there

@@ -249,6 +249,48 @@ func TestStaleCopy(t *testing.T) {
 	}
 }
 
+// TestCopyOfAKilledOwner: a copy that an owner wrote, and was killed before it synced it, is durable before a table is made
+// from it, and before a table goes on with it. Otherwise a power cut would leave a copy that is older than the table.
+func TestCopyOfAKilledOwner(t *testing.T) {
+	dir := memoryDir(t)
+	path := filepath.Join(dir, "t")
+	filled(t, path)
+	in, copies := folderOf(t, dir), crashfs.New()
+	db, err := Open(path, Options{NoSync: true, Copy: copies})
+	must(t, err)
+	var killed *crashfs.FS
+	copyWorkload(t, &db, 8, func(i int) {
+		if i == 6 { // the next sync is that of the last commit's batch
+			copies.OnSync(func(string) {
+				if killed == nil {
+					killed = copies.Clone()
+				}
+			})
+		}
+	})
+	want, err := content(db)
+	must(t, errors.Join(err, db.Close()))
+	afterCut := func(fs *crashfs.FS) uint64 {
+		got, err := built(in, fs.Crash(crashfs.Choice{}))
+		must(t, err)
+		return got
+	}
+	if afterCut(killed) == want {
+		t.Fatal("the batch was durable already")
+	}
+	rebuilt := killed.Clone()
+	if got, err := built(in, rebuilt); err != nil || got != want || afterCut(rebuilt) != want {
+		t.Errorf("after a table was made, a power cut leaves an older copy: %v", err)
+	}
+	db, err = Open(path, Options{NoSync: true, Copy: killed})
+	must(t, err)
+	must(t, db.Adopt())
+	if afterCut(killed) != want {
+		t.Error("after the table was opened, a power cut leaves an older copy")
+	}
+	must(t, db.Close())
+}
+
 // TestDamagedCopy damages the copy at -copy.places places: cut short and with a flipped byte. A table is made from it only as of a
 // state that was committed: of a copy with a flipped byte only the last, and only if the byte does not matter.
 func TestDamagedCopy(t *testing.T) {

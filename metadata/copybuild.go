@@ -34,6 +34,10 @@ func FromCopy(in *storage.Folder, name string, copies storage.FS, store [16]byte
 	if err != nil {
 		return Built{}, err
 	}
+	// A process that was killed may have written the last batch without a sync. The table must not be ahead of the copy.
+	if err := durable(copies, r.f); err != nil {
+		return Built{}, errors.Join(fmt.Errorf("make the copy of the table durable: %w", err), r.f.Close())
+	}
 	last := r.last[len(r.last)-1]
 	b, err := buildTable(in, name, func(db *DB) error { return r.apply(db, last) })
 	b.From, b.Batches = r.name, int64(last.Number-r.first)+1

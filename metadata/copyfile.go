@@ -30,6 +30,9 @@ type copyFile struct {
 	torn   bool   // something may be in the file behind end
 }
 
+// durable makes durable what any process has written to a file, and the file's name.
+func durable(in storage.FS, f storage.File) error { return errors.Join(f.Sync(), in.SyncDir()) }
+
 // createCopy makes a new file of the copy, with its header. The file is not durable.
 func createCopy(in storage.FS, name string, store [16]byte, first uint64) (*copyFile, error) {
 	f, err := in.Create(name, 0)
