@@ -126,22 +126,27 @@ const (
 	bigStride = 0x2545f491
 )
 
+// idOf returns the id of the store in a folder.
+func idOf(dir string) (id [16]byte, err error) {
+	in, err := storage.OpenFolder(dir, false)
+	if err != nil {
+		return id, err
+	}
+	defer in.Close()
+	info, err := readFormat(in)
+	if err != nil {
+		return id, err
+	}
+	return info.ID()
+}
+
 // makeBig makes a store with a volume v of 256 GiB. All of v is mapped, to blocks that lie in random order in the log.
 func makeBig(final string) error {
 	dir := final + ".tmp"
 	if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(dir, 0o700), Create(dir)); err != nil {
 		return err
 	}
-	in, err := storage.OpenFolder(dir, false)
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	info, err := readFormat(in)
-	if err != nil {
-		return err
-	}
-	uuid, err := info.ID()
+	uuid, err := idOf(dir)
 	if err != nil {
 		return err
 	}

@@ -49,12 +49,9 @@ type makeTable func(in *storage.Folder, copies storage.FS, uuid [16]byte) (metad
 // replaceTable replaces the table of a store by the one that mk makes under the name newTableFile.
 func replaceTable(dir string, force bool, o Options, holder string, mk makeTable) (r *Rebuilt, err error) {
 	o.setDefaults()
-	in, err := storage.OpenFolder(dir, o.Foreign)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("no store at %s: %w", dir, errors.Join(ErrNotFound, err))
-	}
+	in, err := openFolder(dir, o.Foreign)
 	if err != nil {
-		return nil, fmt.Errorf("open store %s: %w", dir, err)
+		return nil, err
 	}
 	defer func() { err = errors.Join(err, in.Close()) }()
 	info, err := readFormat(in)

@@ -81,16 +81,25 @@ func OpenOver(dir string, files storage.FS, o Options) (*Store, error) {
 	return Open(dir, o)
 }
 
-// Open opens the store in dir and replays what its last checkpoint does not have. The caller owns the store until
-// Close.
-func Open(dir string, o Options) (*Store, error) {
-	o.setDefaults()
-	in, err := storage.OpenFolder(dir, o.Foreign)
+// openFolder opens the folder of a store. The error matches ErrNotFound if there is none.
+func openFolder(dir string, foreign bool) (*storage.Folder, error) {
+	in, err := storage.OpenFolder(dir, foreign)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("no store at %s: %w", dir, errors.Join(ErrNotFound, err))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("open store %s: %w", dir, err)
+	}
+	return in, nil
+}
+
+// Open opens the store in dir and replays what its last checkpoint does not have. The caller owns the store until
+// Close.
+func Open(dir string, o Options) (*Store, error) {
+	o.setDefaults()
+	in, err := openFolder(dir, o.Foreign)
+	if err != nil {
+		return nil, err
 	}
 	s, err := openIn(in, o)
 	if err != nil {

@@ -12,7 +12,6 @@ import (
 
 	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
-	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/internal/workload"
 	"github.com/vdisk/vdisk/metadata"
 )
@@ -22,16 +21,7 @@ func makeWide(dir string, leaves uint32) error {
 	if err := Create(dir); err != nil {
 		return err
 	}
-	in, err := storage.OpenFolder(dir, false)
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	info, err := readFormat(in)
-	if err != nil {
-		return err
-	}
-	uuid, err := info.ID()
+	uuid, err := idOf(dir)
 	if err != nil {
 		return err
 	}
