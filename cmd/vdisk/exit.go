@@ -84,7 +84,7 @@ var kinds = []struct {
 	{owner.ErrUnsupported, exitUnsupported, "unsupported", "'vdisk features' shows what this machine supports; 'vdisk serve' (NBD) needs no kernel driver"},
 	{owner.ErrNoMemory, exitFailed, "no-memory", "detach unneeded devices, raise the memory limit of the machine or the cgroup, or attach with fewer --queues"},
 	{cow.ErrExhausted, exitFailed, "exhausted", ""},
-	{cow.ErrReadOnly, exitFailed, "read-only", "commands that only read work: ls, info, check, export, and serve with --socket elsewhere"},
+	{cow.ErrReadOnly, exitFailed, "read-only", "commands that only read work: ls, info, check, export, send, diff, compare and the like, and serve with --socket elsewhere"},
 	{cow.ErrNotFound, exitNotFound, "not-found", "'vdisk ls -t all' lists what there is"},
 	{fs.ErrNotExist, exitNotFound, "not-found", ""},
 	{cow.ErrExists, exitExists, "exists", "choose another name, or remove or rename the existing one (vdisk rm, vdisk rename)"},
