@@ -44,21 +44,29 @@ func (a *app) diff(c *cli.Context) error {
 			return a.diffJSON(c, s, from, to)
 		}
 		format := "%-17d %-15d %s\n"
+		var text strings.Builder // not written yet: an error may come before the first extent
 		if c.Bool("script") {
 			format = "%d\t%d\t%s\n"
-		} else if _, err := fmt.Fprintf(a.stdout, "%-17s %-15s %s\n", "OFFSET", "LENGTH", "TYPE"); err != nil {
-			return err
+		} else {
+			fmt.Fprintf(&text, "%-17s %-15s %s\n", "OFFSET", "LENGTH", "TYPE")
 		}
-		_, err := s.Difference(c.Context, from, to, func(es []owner.Extent) error {
-			var text strings.Builder
+		if _, err := s.Difference(c.Context, from, to, func(es []owner.Extent) error {
 			for _, e := range es {
 				fmt.Fprintf(&text, format, e.Offset, e.Length, typeOf(e))
 			}
-			_, err := io.WriteString(a.stdout, text.String())
+			return a.flush(&text)
+		}); err != nil {
 			return err
-		})
-		return err
+		}
+		return a.flush(&text)
 	})
+}
+
+// flush writes the text to standard output, and empties it.
+func (a *app) flush(text *strings.Builder) error {
+	_, err := io.WriteString(a.stdout, text.String())
+	text.Reset()
+	return err
 }
 
 func typeOf(e owner.Extent) string {
@@ -77,12 +85,10 @@ type diffExtent struct {
 
 // diffJSON writes the extents as they come: there may be very many.
 func (a *app) diffJSON(c *cli.Context, s owner.Store, from, to cow.Ref) error {
-	if _, err := fmt.Fprintf(a.stdout, "{\n  \"from\": %q,\n  \"to\": %q,\n  \"extents\": [", from, to); err != nil {
-		return err
-	}
+	var text strings.Builder // not written yet: an error may come before the first extent
+	fmt.Fprintf(&text, "{\n  \"from\": %q,\n  \"to\": %q,\n  \"extents\": [", from, to)
 	between := "\n    "
 	sizes, err := s.Difference(c.Context, from, to, func(es []owner.Extent) error {
-		var text strings.Builder
 		for _, e := range es {
 			b, err := json.Marshal(diffExtent{e.Offset, e.Length, typeOf(e)})
 			if err != nil {
@@ -92,14 +98,13 @@ func (a *app) diffJSON(c *cli.Context, s owner.Store, from, to cow.Ref) error {
 			text.Write(b)
 			between = ",\n    "
 		}
-		_, err := io.WriteString(a.stdout, text.String())
-		return err
+		return a.flush(&text)
 	})
 	if err != nil {
 		return err
 	}
-	_, err = fmt.Fprintf(a.stdout, "\n  ],\n  \"from_size\": %d,\n  \"to_size\": %d\n}\n", sizes[0], sizes[1])
-	return err
+	fmt.Fprintf(&text, "\n  ],\n  \"from_size\": %d,\n  \"to_size\": %d\n}\n", sizes[0], sizes[1])
+	return a.flush(&text)
 }
 
 // lookLong is look for a command that may take long. Other commands can use the store through it meanwhile.

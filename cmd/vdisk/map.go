@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"io"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -41,13 +40,13 @@ func (a *app) mapDisk(c *cli.Context) error {
 			for _, e := range es {
 				m.add(e)
 			}
-			return m.write(a.stdout)
+			return a.flush(&m.text)
 		})
 		if err != nil {
 			return err
 		}
 		m.end(sizes[1])
-		return m.write(a.stdout)
+		return a.flush(&m.text)
 	})
 }
 
@@ -57,12 +56,6 @@ type diskMap struct {
 	json bool
 	at   int64 // everything before it is written
 	text strings.Builder
-}
-
-func (m *diskMap) write(w io.Writer) error {
-	_, err := io.WriteString(w, m.text.String())
-	m.text.Reset()
-	return err
 }
 
 func (m *diskMap) begin() {
