@@ -20,7 +20,7 @@ func (a *app) compareCommand() *cli.Command {
 		Name:      "compare",
 		Category:  groupData,
 		Usage:     "compare the contents of two volumes, snapshots or files",
-		UsageText: "vdisk compare A B [--strict] [-f FORMAT] [-F FORMAT]",
+		UsageText: "vdisk compare A B [--strict] [-f FORMAT] [-F FORMAT] [--backing]",
 		Description: "A and B are VOL, VOL@SNAP, or a file or block device. A name with a slash is a file, and so is one that the store does\n" +
 			"not have. The end of the shorter one must be followed by zeros in the other; with --strict the sizes must be equal.\n" +
 			"Exit codes: 0 the same, 10 different; the message then says at which byte the difference begins. Of two snapshots, only\n" +
@@ -31,6 +31,7 @@ func (a *app) compareCommand() *cli.Command {
 			&cli.BoolFlag{Name: "strict", Aliases: []string{"s"}, Usage: "the sizes must be equal, too"},
 			&cli.StringFlag{Name: "format", Aliases: []string{"f"}, Usage: "`FORMAT` of the file A"},
 			&cli.StringFlag{Name: "format2", Aliases: []string{"F"}, Usage: "`FORMAT` of the file B"},
+			backingFlag(),
 		},
 	}, a.compare)
 }
@@ -58,7 +59,7 @@ func (a *app) compare(c *cli.Context) error {
 	var sides [2]side
 	for i, flag := range []string{"format", "format2"} {
 		sides[i].name = c.Args().Get(i)
-		in, err := readingAs(c, flag)
+		in, err := readingAs(c, flag, "reads")
 		if err != nil {
 			return err
 		}
@@ -67,6 +68,9 @@ func (a *app) compare(c *cli.Context) error {
 		}
 		sides[i].in, sides[i].file = in, strings.Contains(sides[i].name, "/")
 	}
+	if c.Bool("backing") && sides[0].in.Format.IsStream() && sides[1].in.Format.IsStream() {
+		return usageError{c, errors.New("--backing is for a -f or -F that qemu-img reads")}
+	}
 	if sides[0].file && sides[1].file {
 		return a.compared(c, sides, nil)
 	}
@@ -74,8 +78,12 @@ func (a *app) compare(c *cli.Context) error {
 	err := a.lookLong(c, func(s owner.Store) error {
 		opened = true
 		for i := range sides {
-			if err := sides[i].find(c.Context, s); err != nil {
+			d := &sides[i]
+			if err := d.find(c.Context, s); err != nil {
 				return err
+			}
+			if !d.file && !d.in.checked {
+				return usageError{c, fmt.Errorf("--%s is for a file, and %s is in the store; a name with a slash, such as ./%s, is a file", d.in.flag, d.name, d.name)}
 			}
 		}
 		return a.compared(c, sides, s)

@@ -19,23 +19,34 @@ import (
 func formatFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{Name: "format", Usage: "`FORMAT` of the image: " + image.Names(), DefaultText: "raw, and refuse what looks like another"},
-		&cli.BoolFlag{Name: "backing", Usage: "permit an image that refers to other files, such as a backing file: it chooses files that this command reads"},
+		backingFlag(),
 	}
+}
+
+func backingFlag() cli.Flag {
+	return &cli.BoolFlag{Name: "backing", Usage: "permit an image that refers to other files, such as a backing file: it chooses files that this command reads"}
 }
 
 // reading is how an image is read.
 type reading struct {
 	image.Options
+	flag    string // by which another format is named
+	verb    string // what the command does with such an image
 	checked bool   // what looks like another format is refused
 	from    origin // file or stream
 }
 
 // readingOf reads the flags of formatFlags.
-func readingOf(c *cli.Context) (r reading, err error) { return readingAs(c, "format") }
+func readingOf(c *cli.Context) (r reading, err error) {
+	if r, err = readingAs(c, "format", "imports"); err == nil && r.Backing && r.Format.IsStream() {
+		err = usageError{c, fmt.Errorf("--backing is for a --format that qemu-img reads; a %s image refers to nothing", r.Format.Name)}
+	}
+	return r, err
+}
 
-// readingAs is readingOf with the format in another flag.
-func readingAs(c *cli.Context, flag string) (r reading, err error) {
-	r.checked = !c.IsSet(flag)
+// readingAs reads a flag that names a format, and --backing.
+func readingAs(c *cli.Context, flag, verb string) (r reading, err error) {
+	r.flag, r.verb, r.checked, r.Backing = flag, verb, !c.IsSet(flag), c.Bool("backing")
 	name := "raw"
 	if !r.checked {
 		name = c.String(flag)
@@ -43,30 +54,28 @@ func readingAs(c *cli.Context, flag string) (r reading, err error) {
 	if r.Format, err = image.Parse(name); err != nil {
 		return r, usageError{c, fmt.Errorf("--%s: %w", flag, err)}
 	}
-	if r.Backing = c.Bool("backing"); r.Backing && r.Format.IsStream() {
-		return r, usageError{c, fmt.Errorf("--backing is for a --format that qemu-img reads; a %s image refers to nothing", r.Format.Name)}
-	}
 	return r, nil
 }
 
 // refuse returns an error if a content is no raw disk, as which it would be useless. It only refuses. It never selects a
 // format, because the disk's user controls the first bytes of a raw disk. first and last are the content's first and
 // last bytes, as far as they are known.
-func refuse(name string, from origin, first, last []byte) error {
+func refuse(name string, in reading, first, last []byte) error {
 	f, is := image.Recognise(first, last)
 	if !is {
 		return nil
 	}
-	if from == packed {
-		return fmt.Errorf("what %s holds looks like %s, and a raw image is needed: unpack it into a file, and import that: %w", name, f.What, cow.ErrInvalid)
+	if in.from == packed {
+		return fmt.Errorf("what %s holds looks like %s, and a raw image is needed: unpack it into a file first: %w", name, f.What, cow.ErrInvalid)
 	}
 	how := "unpack or convert it"
 	if format, err := image.Parse(f.Format); err == nil {
-		if how = "--format " + f.Format + " imports it"; from == stream && !format.IsStream() {
-			how = "put it into a file, which --format " + f.Format + " imports"
+		flag := "--" + in.flag + " " + f.Format
+		if how = flag + " " + in.verb + " it"; in.from == stream && !format.IsStream() {
+			how = "put it into a file, which " + flag + " " + in.verb
 		}
 	}
-	return fmt.Errorf("%s looks like %s, and a raw image is needed: %s; --format raw takes its bytes as they are: %w", name, f.What, how, cow.ErrInvalid)
+	return fmt.Errorf("%s looks like %s, and a raw image is needed: %s; --%s raw takes its bytes as they are: %w", name, f.What, how, in.flag, cow.ErrInvalid)
 }
 
 // origin is where a content comes from.
@@ -79,7 +88,7 @@ const (
 )
 
 // refuseFile applies refuse to a file or block device.
-func refuseFile(name string, from origin, f *os.File) error {
+func refuseFile(name string, in reading, f *os.File) error {
 	size, err := f.Seek(0, io.SeekEnd)
 	if err != nil {
 		return err
@@ -92,28 +101,28 @@ func refuseFile(name string, from origin, f *os.File) error {
 	if err != nil && !errors.Is(err, io.EOF) {
 		return err
 	}
-	return refuse(name, from, first, last)
+	return refuse(name, in, first, last)
 }
 
 // rawStream applies refuse to a stream. A stream's end is known only when it is there, so the stream ends with the error.
 type rawStream struct {
 	r    io.Reader
 	name string
-	from origin
+	in   reading
 	last []byte // the last bytes read, at most image.FootSize
 }
 
 // newRawStream waits for the first bytes of r and checks them.
-func newRawStream(r io.Reader, name string, from origin) (*rawStream, error) {
+func newRawStream(r io.Reader, name string, in reading) (*rawStream, error) {
 	first := make([]byte, image.HeadSize)
 	n, err := io.ReadFull(r, first)
 	if err != nil && err != io.EOF && err != io.ErrUnexpectedEOF {
 		return nil, err
 	}
-	if err := refuse(name, from, first[:n], nil); err != nil {
+	if err := refuse(name, in, first[:n], nil); err != nil {
 		return nil, err
 	}
-	return &rawStream{r: io.MultiReader(strings.NewReader(string(first[:n])), r), name: name, from: from}, nil
+	return &rawStream{r: io.MultiReader(strings.NewReader(string(first[:n])), r), name: name, in: in}, nil
 }
 
 func (s *rawStream) Read(p []byte) (int, error) {
@@ -121,7 +130,7 @@ func (s *rawStream) Read(p []byte) (int, error) {
 	s.last = append(s.last, p[max(0, n-image.FootSize):n]...)
 	s.last = append(s.last[:0], s.last[max(0, len(s.last)-image.FootSize):]...)
 	if err == io.EOF {
-		if ferr := refuse(s.name, s.from, nil, s.last); ferr != nil {
+		if ferr := refuse(s.name, s.in, nil, s.last); ferr != nil {
 			err = ferr
 		}
 	}
@@ -130,13 +139,14 @@ func (s *rawStream) Read(p []byte) (int, error) {
 
 // unpacked returns the raw disk in a compressed stream. What was compressed is checked, too: an image in another format
 // has to be unpacked into a file first.
-func unpacked(ctx context.Context, r io.Reader, name string, f image.Format) (sparse.Source, func(), error) {
-	z, err := image.Unpack(ctx, r, f)
+func unpacked(ctx context.Context, r io.Reader, name string, in reading) (sparse.Source, func(), error) {
+	z, err := image.Unpack(ctx, r, in.Format)
 	if err != nil {
 		return nil, nil, fmt.Errorf("%s: %w", name, err)
 	}
 	done := func() { _ = z.Close() }
-	s, err := newRawStream(z, name, packed)
+	in.from = packed
+	s, err := newRawStream(z, name, in)
 	if err != nil {
 		done()
 		return nil, nil, err

@@ -110,7 +110,7 @@ func content(ctx context.Context, f *os.File, name string, in reading) (src spar
 		}
 		return d, func() { _ = d.Close() }, nil
 	case !in.Format.IsRaw():
-		return unpacked(ctx, r, name, in.Format)
+		return unpacked(ctx, r, name, in)
 	case fi.Mode()&(os.ModeNamedPipe|os.ModeCharDevice|os.ModeSocket) == 0:
 		if at, err := f.Seek(0, io.SeekCurrent); err == nil && at == 0 { // holes need not be read
 			src, err = wholeFile(ctx, f, name, in)
@@ -118,7 +118,8 @@ func content(ctx context.Context, f *os.File, name string, in reading) (src spar
 		}
 	}
 	if in.checked {
-		if r, err = newRawStream(r, name, stream); err != nil {
+		in.from = stream
+		if r, err = newRawStream(r, name, in); err != nil {
 			return nil, nil, err
 		}
 	}
@@ -129,7 +130,7 @@ func content(ctx context.Context, f *os.File, name string, in reading) (src spar
 func wholeFile(ctx context.Context, f *os.File, name string, in reading) (sparse.Source, error) {
 	return patiently(ctx, func() (sparse.Source, error) {
 		if in.checked {
-			if err := refuseFile(name, in.from, f); err != nil {
+			if err := refuseFile(name, in, f); err != nil {
 				return nil, err
 			}
 		}
