@@ -117,6 +117,9 @@ func newRawStream(r io.Reader, name string, in reading) (*rawStream, error) {
 	first := make([]byte, image.HeadSize)
 	n, err := io.ReadFull(r, first)
 	if err != nil && err != io.EOF && err != io.ErrUnexpectedEOF {
+		if in.from == packed { // the error is that of the format, and names no file
+			err = fmt.Errorf("%s: %w", name, err)
+		}
 		return nil, err
 	}
 	if err := refuse(name, in, first[:n], nil); err != nil {

@@ -120,9 +120,10 @@ func streamsIn(in io.Reader) ([]streamJSON, error) {
 		}
 		j := streamJSON{
 			Volume: h.Volume, Snapshot: h.Snapshot, GUID: h.GUID.String(), Base: h.Base.String(), BaseName: h.BaseName,
-			Size: h.Size, LogicalBlock: h.LogicalBlock, Compress: h.Codec.String(), Created: h.Created.UTC(), Properties: h.Properties,
-			Version: h.Version, Features: h.Features, From: h.From, Mark: h.From,
+			Size: h.Size, LogicalBlock: h.LogicalBlock, Compress: h.Codec.String(), Created: h.Created.UTC(), Properties: map[string]string{},
+			Version: h.Version, Features: append([]string{}, h.Features...), From: h.From, Mark: h.From,
 		}
+		maps.Copy(j.Properties, h.Properties)
 		if h.Level != 0 {
 			j.Compress += fmt.Sprintf(":%d", h.Level)
 		}
