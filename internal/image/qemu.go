@@ -14,6 +14,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/vdisk/vdisk/cow"
@@ -82,8 +83,23 @@ func (c *complaint) explain(ctx context.Context, err error) error {
 	if len(lines) > maxLines {
 		lines = append(lines[:maxLines], "and more")
 	}
-	return errors.New(nodeName.ReplaceAllString(strings.Join(lines, "; "), "'$1'"))
+	f := failure{text: nodeName.ReplaceAllString(strings.Join(lines, "; "), "'$1'")}
+	for _, full := range []error{syscall.ENOSPC, syscall.EDQUOT} {
+		if strings.Contains(strings.ToLower(f.text), full.Error()) {
+			f.kind = full
+		}
+	}
+	return f
 }
+
+// failure is an error of a program, in the program's words. It matches the error of a full disk if the words say that.
+type failure struct {
+	text string
+	kind error // nil: none that is known
+}
+
+func (f failure) Error() string { return f.text }
+func (f failure) Unwrap() error { return f.kind }
 
 // qemuImg runs qemu-img to its end and returns its output and exit code.
 func qemuImg(ctx context.Context, args ...string) (out []byte, code int, err error) {
