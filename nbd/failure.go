@@ -40,8 +40,9 @@ func (c *conn) failed(req request, err error) failure {
 	return f
 }
 
-// replyRoom is the room in a batch for a reply without content, or for the header of one with content.
-const replyRoom = offsetDataLen + maxErrorText
+// replyRoom is the room in a batch for a reply without content, or for the header of one with content. The longest is
+// ERROR_OFFSET.
+const replyRoom = extChunkLen + 4 + 2 + maxErrorText + 8
 
 // replyBatched adds a reply without content to the batch.
 func (c *conn) replyBatched(req request, f failure) {

@@ -163,6 +163,16 @@ func TestErrorTexts(t *testing.T) {
 	}
 }
 
+// The longest error has room in a batch, whose buffer must not move.
+func TestErrorFits(t *testing.T) {
+	f := failure{errno: errnoIO, text: strings.Repeat("x", maxErrorText), located: true}
+	for _, s := range []session{{structured: true}, {structured: true, extended: true}} {
+		if n := len(s.appendErrorChunk(nil, request{}, f)); n > replyRoom {
+			t.Errorf("extended %v: %d bytes, and there is room for %d", s.extended, n, replyRoom)
+		}
+	}
+}
+
 // libnbd reads more than a payload, and goes on after an error that has an offset and a text.
 func TestLongReadOfNbdsh(t *testing.T) {
 	d := newRAM(64 << 20)
