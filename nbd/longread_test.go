@@ -163,6 +163,26 @@ func TestErrorTexts(t *testing.T) {
 	}
 }
 
+// With extended headers, every error has a text, that of a flush for several requests, too.
+func TestExtendedErrorTexts(t *testing.T) {
+	d := newRAM(1 << 20)
+	fail := func() error { return fmt.Errorf("the disk is full: %w", syscall.ENOSPC) }
+	d.onWrite = func([]byte, int64) error { return fail() }
+	d.onFlush = fail
+	c := extend(dial(t, serveRAM(d), Options{}))
+	want := func(flags, typ uint16, length uint64, payload ...string) {
+		t.Helper()
+		if r := c.want(errnoNoSpace, flags, typ, 0, length, payload...); !strings.Contains(r[0].data, "the disk is full") {
+			t.Errorf("command %d: %q", typ, r[0].data)
+		}
+	}
+	want(0, cmdWrite, 512, pattern(512, 1))
+	want(0, cmdFlush, 0)
+	d.onWrite = nil
+	want(cmdFlagFUA, cmdWrite, 512, pattern(512, 1))
+	want(cmdFlagFUA, cmdTrim, 512)
+}
+
 // The longest error has room in a batch, whose buffer must not move.
 func TestErrorFits(t *testing.T) {
 	f := failure{errno: errnoIO, text: strings.Repeat("x", maxErrorText), located: true}

@@ -19,12 +19,10 @@ func (s *session) chunkLen() int {
 	return chunkLen
 }
 
-// appendSimple appends a reply without content. With extended headers there are no simple ones.
+// appendSimple appends a simple reply without content. With extended headers, which know no simple ones, it appends a
+// chunk without content, and errno must be 0.
 func (s *session) appendSimple(b []byte, r request, errno uint32) []byte {
-	switch {
-	case s.extended && errno != 0:
-		return s.appendErrorChunk(b, r, failure{errno: errno})
-	case s.extended:
+	if s.extended {
 		return s.appendChunk(b, chunkFlagDone, chunkNone, r, 0)
 	}
 	b = be.AppendUint32(b, magicSimple)

@@ -169,10 +169,10 @@ func (c *conn) flushRoutine() {
 		taken := f.waiting
 		f.waiting = f.spare[:0]
 		f.mu.Unlock()
-		errno := c.failed(request{typ: cmdFlush}, c.dev.Flush()).errno
+		outcome := c.failed(request{typ: cmdFlush}, c.dev.Flush())
 		p := newPacket(0)
 		for _, w := range taken {
-			p.head = c.appendSimple(p.head, w.request, errno)
+			p.head = c.appendResult(p.head, w.request, outcome)
 			p.charge += w.charge
 		}
 		c.out.send(p.sealHead())
