@@ -63,9 +63,9 @@ type session struct {
 	export     *Export
 	name       string // the export's, as the client gave it
 	size       uint64
-	structured bool          // structured replies, perhaps with extended headers
-	extended   bool          // extended headers
-	contexts   []metaContext // for BLOCK_STATUS
+	structured bool      // structured replies, perhaps with extended headers
+	extended   bool      // extended headers
+	contexts   []Context // for BLOCK_STATUS; nil in it: base:allocation
 }
 
 func newConn(srv *Server, nc net.Conn, s session) *conn {

@@ -25,21 +25,16 @@ type Context interface {
 	Close() error
 }
 
-// metaContext is a metadata context that a client has selected. Its id in the protocol is one more than its index.
-type metaContext struct {
-	name  string
-	state Context // guarded; nil: base:allocation
-}
-
-// metaContextID returns the protocol's id of the context with an index.
+// metaContextID returns the protocol's id of the context with an index in a session.
 func metaContextID(i int) uint32 { return uint32(i) + 1 }
 
-// openContexts opens the contexts that a client has selected for an export.
-func openContexts(export *Export, names []string) (cs []metaContext, err error) {
+// openContexts opens the contexts that a client has selected for an export. Their panics become errors; base:allocation
+// is nil.
+func openContexts(export *Export, names []string) (cs []Context, err error) {
 	for _, name := range names {
-		c := metaContext{name: name}
+		var c Context
 		if name != contextAllocation {
-			if c.state, err = openContext(export.Device, name); err != nil {
+			if c, err = openContext(export.Device, name); err != nil {
 				return nil, errors.Join(fmt.Errorf("metadata context %s: %w", name, err), closeContexts(cs))
 			}
 		}
@@ -61,17 +56,17 @@ func openContext(d Device, name string) (_ Context, err error) {
 	return guardedContext{c}, nil
 }
 
-func closeContexts(cs []metaContext) (err error) {
+func closeContexts(cs []Context) (err error) {
 	for _, c := range cs {
-		if c.state != nil {
-			err = errors.Join(err, c.state.Close())
+		if c != nil {
+			err = errors.Join(err, c.Close())
 		}
 	}
 	return err
 }
 
 // openContexts opens the contexts that were selected for the export with a name.
-func (n *negotiation) openContexts(name string, export *Export) ([]metaContext, error) {
+func (n *negotiation) openContexts(name string, export *Export) ([]Context, error) {
 	if n.metaExport != name {
 		return nil, nil
 	}

@@ -166,7 +166,7 @@ func (n *negotiation) exportName(opt option) error {
 }
 
 // begin sends the last reply of a negotiation, and makes export the session's export.
-func (n *negotiation) begin(name string, export *Export, contexts []metaContext, info Info, reply []byte) error {
+func (n *negotiation) begin(name string, export *Export, contexts []Context, info Info, reply []byte) error {
 	if err := n.write(reply); err != nil {
 		return errors.Join(err, closeContexts(contexts), export.close())
 	}

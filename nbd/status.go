@@ -53,10 +53,10 @@ func (c *conn) blockStatus(t task) {
 }
 
 // status appends the first pieces of a request's range in a context to pieces, which is empty.
-func (c *conn) status(x metaContext, req request, pieces []piece) ([]piece, error) {
+func (c *conn) status(x Context, req request, pieces []piece) ([]piece, error) {
 	off, length, most := int64(req.off), int64(min(req.length, maxStatus)), descriptors(req)
-	if x.state != nil {
-		return states(x.state.Status, off, length, most, pieces)
+	if x != nil {
+		return states(x.Status, off, length, most, pieces)
 	}
 	if c.ext == nil {
 		return append(pieces, piece{off: off, length: length}), nil
