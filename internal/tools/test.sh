@@ -8,11 +8,11 @@ passed=0 failed=0
 gotestsum=gotest.tools/gotestsum@v1.13.0
 
 # The race stage leaves out tests in which one goroutine, or a program without the detector, does everything: the host stage
-# runs them.
+# runs them. Each pattern is for whole names.
 not_race='
 TestAgainstModel TestCheckKeepsNoSpace TestChunkMadeForNothing TestChunksOfHolesGo
 TestCleanLeavesOutWhatIsDead TestColdGains TestColdLeavesDamage TestColdPassesOverWhatCannotBeRead
-TestColdShared TestCompressRoundTrip TestCutInCreate TestCuts TestDamage$ TestDamaged.*
+TestColdShared TestCompressRoundTrip TestCutInCreate TestCuts TestDamage TestDamaged.*
 TestDeadNeighboursComeBack TestEveryCallOfTheCopyFails TestEveryCutInACommit
 TestFaultAtEveryByteOfControl TestFaultAtEveryCall TestFaultAtEveryRingCall
 TestFaultAtEverySocketCall TestFaultInCommands TestForeignDevices TestFramesDamaged
@@ -21,7 +21,7 @@ TestMoreChunksThanDescriptors TestOracleTrusts TestOrderOf.* TestPartsOfUnits Te
 TestReadOnlyStore TestReadsDoNotAllocate TestReceiveRefuses TestRemoveWithVeryManySnapshots
 TestReplayOfMoreThanFits TestRoundsLeaveNoSpace TestSendAsStored TestSendReceive TestSizes TestSoak
 TestSpaceComesBack TestTableCannotFillTheDisk TestWrongTable
-TestScripts/(bench|damage|diff|flatten|formats|full|gc|holds|metadata|qemu|rbd|send|snapshots|standby|streams|transfer)$
+TestScripts/(bench|damage|diff|flatten|formats|full|gc|holds|metadata|qemu|rbd|send|snapshots|standby|streams|transfer)
 '
 
 stage() { printf '\n=== %s\n' "$*"; }
@@ -84,7 +84,7 @@ for s in ${STAGES:-vet host race mutants guest}; do
 	race)
 		stage "tests with the race detector (short)"
 		get_headers
-		gotest race -skip "$(xargs <<<"$not_race" | tr ' ' '|')" -race -short -vet=off -count=1 -timeout 25m ./... # the stages before have vetted it
+		gotest race -skip "$(grep -oE '[^ ]+' <<<"$not_race" | sed 's/.*/^&$/' | paste -sd '|')" -race -short -vet=off -count=1 -timeout 25m ./... # the stages before have vetted it
 		;;
 	mutants)
 		stage "mutants of the small packages"
