@@ -9,9 +9,9 @@ import (
 // Device is what an export serves. All methods are called concurrently, by all connections that have opened the export.
 // Offsets and lengths are in bytes, of any alignment, and within Size.
 //
-// A client learns an error number from an error, and its text in replies that can carry one; the error is logged, too. These syscall.Errno in the chain of
-// an error have an equivalent in NBD: ENOSPC, EDQUOT, EFBIG, EPERM, EACCES, EROFS, EINVAL, ENOMEM, EOVERFLOW, ENOTSUP
-// and ESHUTDOWN. All other errors, and panics, become EIO.
+// A client learns an error number from an error, and its text in replies that can carry one; the error is logged, too.
+// These syscall.Errno in the chain of an error have an equivalent in NBD: ENOSPC, EDQUOT, EFBIG, EPERM, EACCES, EROFS,
+// EINVAL, ENOMEM, EOVERFLOW, ENOTSUP and ESHUTDOWN. All other errors, and panics, become EIO.
 type Device interface {
 	// ReadAt fills p. If it reads fewer bytes than len(p), the client gets an error, as with io.ReaderAt.
 	ReadAt(p []byte, off int64) (int, error)

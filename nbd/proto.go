@@ -130,8 +130,8 @@ const (
 )
 
 const (
-	// MaxPayload is the largest payload of one WRITE, or of a READ that is answered in one piece, 32 MiB. The specification
-	// asks clients not to exceed it unless something else is negotiated, and the server announces it.
+	// MaxPayload is the largest payload of one WRITE, or of a READ that is answered in one piece, 32 MiB. The
+	// specification asks clients not to exceed it unless something else is negotiated, and the server announces it.
 	MaxPayload = 32 << 20
 
 	maxRead      = 1<<32 - 1 // bytes of one READ with extended headers, as without them

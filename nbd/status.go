@@ -19,8 +19,8 @@ func descriptors(req request) int {
 	return int(min(maxDescriptors, req.length))
 }
 
-// statusCharge returns the memory that a BLOCK_STATUS takes until its reply is made: the chunks, and
-// the pieces that one of them is made from. The slice of pieces may have grown to twice their number.
+// statusCharge returns the memory that a BLOCK_STATUS takes until its reply is made: the chunks, and the pieces that one
+// of them is made from. The slice of pieces may have grown to twice their number.
 func (s *session) statusCharge(req request) int64 {
 	n := descriptors(req)
 	return requestCharge + int64(len(s.contexts))*bufferSize(s.statusLen(n)) + 2*int64(unsafe.Sizeof(piece{}))*int64(n)

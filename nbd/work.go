@@ -116,13 +116,14 @@ func (c *conn) writeZeroes(t task) error {
 	return c.inSteps(t, step, func(off, length int64) error { return c.dev.WriteZeroes(off, length, noHole) })
 }
 
-// inSteps calls do for the range of a request, a step at a time.
+// inSteps calls do for the range of a request, a step at a time. Between two steps it may give up, and before the first
+// one if the steps are small. This is an answer, too: a client that has only ended its sending takes it.
 func (c *conn) inSteps(t task, step int64, do func(off, length int64) error) error {
 	if t.length == 0 {
 		return do(int64(t.off), 0)
 	}
 	for off, end := int64(t.off), int64(t.off+t.length); off < end; off += step {
-		if (step < hugeStep || off > int64(t.off)) && c.givesUp() { // the client may still take replies, if it has only ended its sending
+		if (step < hugeStep || off > int64(t.off)) && c.givesUp() {
 			return errGivenUp
 		}
 		if err := do(off, min(step, end-off)); err != nil {
