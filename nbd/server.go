@@ -278,9 +278,9 @@ func (s *Server) reason(ctx context.Context, err error) error {
 const cutTimeout = time.Second
 
 // Shutdown ends the server. No connection is accepted, and no request is read any more; requests that are under way are
-// finished and answered. It returns nil when all connections have ended. If ctx ends before that, it cuts them off, and
-// returns an error that wraps ctx's, at most a second later. It does not wait for devices that do not answer; then
-// Serve does not either.
+// finished and answered, but those that are done in steps end after a step, with ESHUTDOWN. It returns nil when all
+// connections have ended. If ctx ends before that, it cuts them off, and returns an error that wraps ctx's, at most a
+// second later. It does not wait for devices that do not answer; then Serve does not either.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.close()
 	left := s.awaitIdle(ctx)
