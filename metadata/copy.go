@@ -235,6 +235,7 @@ func (d *DB) findCopy() error {
 		c.publish()
 		if err := durable(c.in, c.inUse.f); err != nil { // a process that was killed may not have come to it
 			c.lose(err)
+			_ = c.removeStale() // the next sync would not fail any more; it is tried again before the next commit
 		}
 		return nil
 	}

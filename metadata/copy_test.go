@@ -291,6 +291,58 @@ func TestCopyOfAKilledOwner(t *testing.T) {
 	must(t, db.Close())
 }
 
+// TestCopyWhoseSyncFailed: what a failed sync leaves can be read, and the next sync does not fail, but it is not on the disk.
+// So a new copy whose sync failed is not there for the next owner, even if nothing is committed before. What an owner
+// leaves that was killed in front of that sync is not there for the owner after the one whose sync fails.
+func TestCopyWhoseSyncFailed(t *testing.T) {
+	dir := memoryDir(t)
+	path := filepath.Join(dir, "t")
+	filled(t, path)
+	in := folderOf(t, dir)
+	commit := func(copies *crashfs.FS, from, n int, then func(db *DB)) {
+		db, err := Open(path, Options{NoSync: true, Copy: copies})
+		must(t, errors.Join(err, db.Adopt()))
+		for i := from; i < from+n; i++ {
+			must(t, db.Update(func(tx *Tx) error { return scripted(tx, i, rand.New(rand.NewPCG(8, uint64(i)))) }))
+		}
+		then(db)
+		must(t, db.Close())
+	}
+	more := func(what string, copies *crashfs.FS, from int) {
+		commit(copies, from, 2, func(db *DB) {
+			want, err := content(db)
+			must(t, err)
+			if got, err := built(in, copies.Crash(crashfs.Choice{})); err != nil || got != want {
+				t.Errorf("%s: after a power cut the copy is no copy of the table: %v", what, err)
+			}
+		})
+	}
+	for i, n := range []int{1, 2, 3} {
+		copies := crashfs.New()
+		commit(copies, 4*i, 2, func(db *DB) {
+			copies.FailAt(crashfs.OpSync, n, syscall.EIO)
+			if db.RenewCopy(func() bool { return false }) == nil {
+				t.Fatalf("sync %d did not fail", n)
+			}
+		})
+		more(fmt.Sprintf("sync %d of a new copy failed", n), copies, 4*i+2)
+	}
+	copies := crashfs.New()
+	var killed *crashfs.FS
+	commit(copies, 12, 2, func(db *DB) {
+		syncs := 0
+		copies.OnSync(func(string) {
+			if syncs++; syncs == 5 { // it is called before and after each: this is before the third
+				killed = copies.Clone()
+			}
+		})
+		must(t, db.RenewCopy(func() bool { return false }))
+	})
+	killed.FailAt(crashfs.OpSync, 1, syscall.EIO)
+	commit(killed, 0, 0, func(*DB) {})
+	more("a killed owner left a copy", killed, 14)
+}
+
 // TestDamagedCopy damages the copy at -copy.places places: cut short and with a flipped byte. A table is made from it only as of a
 // state that was committed: of a copy with a flipped byte only the last, and only if the byte does not matter.
 func TestDamagedCopy(t *testing.T) {

@@ -260,8 +260,9 @@ func (d *DB) copyAtOnce() error {
 }
 
 // remove removes the file of a copy that was being made. If it was complete, it must not come back, since it would be
-// an old copy with a high number.
+// an old copy with a high number. Nor may the next owner find it, since nothing tells that owner that a sync has failed.
 func (c *tableCopy) remove(m *newCopy) {
 	_ = m.f.Close()
 	c.making, c.stale = nil, true
+	_ = c.removeStale() // it is tried again before the next commit
 }
