@@ -170,7 +170,8 @@ func (s *Store) allChunksThere() error {
 	return nil
 }
 
-// swap puts the new table in the place of the old one, which stays under another name. At no moment is there none.
+// swap puts the new table in the place of the old one, which stays under another name. If the file system has links,
+// there is a table at any moment.
 func (t *tableRepair) swap() error {
 	switch _, err := t.in.Lstat(tableFile); {
 	case errors.Is(err, fs.ErrNotExist):
@@ -188,11 +189,14 @@ func (t *tableRepair) swap() error {
 				return err
 			}
 		}
+		if err := syncFolder(t.in); err != nil { // else a power cut could leave the new table without the old one
+			return err
+		}
 	}
 	if err := t.in.Rename(newTableFile, tableFile); err != nil {
 		return err
 	}
-	return t.in.Sync()
+	return syncFolder(t.in)
 }
 
 // freeNumber returns the lowest number that no table was set aside under.

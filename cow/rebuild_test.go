@@ -10,7 +10,11 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
+
+	"github.com/vdisk/vdisk/internal/storage"
 )
 
 // loseTable damages the table that a crash left, and makes it anew from the copy. The store must then be what the crash
@@ -135,6 +139,31 @@ func TestLostTable(t *testing.T) {
 		t.Errorf("%d tables were found damaged", refused)
 	}
 	t.Logf("%d of %d tables were found damaged and made anew", refused, 11*n)
+}
+
+// TestOldTableStays: the new name of the old table is durable before the new table takes its place.
+func TestOldTableStays(t *testing.T) {
+	dir := filepath.Join(memoryDir(t), "store")
+	must(t, Create(dir))
+	var seen []string // the files of tables at each sync of the folder
+	own := syncFolder
+	defer func() { syncFolder = own }()
+	syncFolder = func(in *storage.Folder) error {
+		var there []string
+		for _, name := range []string{tableFile, asideTable + "1", newTableFile} {
+			if _, err := in.Lstat(name); err == nil {
+				there = append(there, name)
+			}
+		}
+		seen = append(seen, strings.Join(there, " "))
+		return own(in)
+	}
+	_, err := RebuildTable(dir, true, Options{})
+	must(t, err)
+	want := []string{"meta.db meta.db.aside-1 meta.db.new", "meta.db meta.db.aside-1"}
+	if !slices.Equal(seen, want) {
+		t.Errorf("at the syncs there are %q, not %q", seen, want)
+	}
 }
 
 // hardLife makes a store that was written to, cleaned, passed over by the cold pass, and rid of volumes and snapshots.
