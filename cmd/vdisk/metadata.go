@@ -23,8 +23,8 @@ func (a *app) metadataCommand() *cli.Command {
 			"or an older one. The new table is proved to belong to the log and the chunks before anything is changed. The old one stays\n" +
 			"as meta.db.aside-N. No process may have the store open. A sound table is left alone, unless --force is given; --force also\n" +
 			"takes a table although chunk files are missing.\n" +
-			"dump writes the table as text, a JSON object a line, and restore makes it anew from that text, with the same proof. So a\n" +
-			"dump can be restored until the first chunk that it needs is gone. With dump, --force replaces FILE.\n" +
+			"dump writes the table as text, a JSON object a line, and restore makes it anew from that text, with the same proof. So\n" +
+			"text that is older than the last table is refused: dump again after changes. With dump, --force replaces FILE.\n" +
 			"Exit codes: 0 the table was replaced or written, 1 it is sound, 3 there is no copy, 4 FILE exists, 5 the store is in use,\n" +
 			"6 the copy or the text is damaged too, or does not belong to the log.",
 		Flags: []cli.Flag{&cli.BoolFlag{Name: "force", Usage: "replace a table that is sound, or though chunk files are missing; dump: replace FILE"}},
