@@ -106,10 +106,3 @@ func (a *app) diffJSON(c *cli.Context, s owner.Store, from, to cow.Ref) error {
 	fmt.Fprintf(&text, "\n  ],\n  \"from_size\": %d,\n  \"to_size\": %d\n}\n", sizes[0], sizes[1])
 	return a.flush(&text)
 }
-
-// lookLong is look for a command that may take long. Other commands can use the store through it meanwhile.
-func (a *app) lookLong(c *cli.Context, do func(owner.Store) error) error {
-	o := a.options(c)
-	o.Offer, o.Temporary, o.Look = true, true, true
-	return use(do)(owner.Open(c.Context, a.dir, o))
-}

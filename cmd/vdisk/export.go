@@ -56,20 +56,14 @@ func (a *app) export(c *cli.Context) error {
 		return err
 	}
 	path := c.Args().Get(1)
-	write := a.toStdout
-	switch {
-	case path == "-" && isTerminal(rawOf(a.stdout)):
-		return usagef("standard output is a terminal: redirect it, or name a file")
-	case path == "-" && !out.Format.IsStream():
+	if path == "-" && !out.Format.IsStream() {
 		return usagef("--format %s: such an image is written at random, and standard output is a stream: name a file", out.Format.Name)
-	case path != "-":
-		if write, err = toFile(path, c.Bool("force")); err != nil {
-			return err
-		}
 	}
-	o := a.options(c)
-	o.Offer, o.Temporary, o.Look = true, true, true
-	return use(func(s owner.Store) error {
+	write, err := a.target(c, path)
+	if err != nil {
+		return err
+	}
+	return a.lookLong(c, func(s owner.Store) error {
 		var err error
 		if out.Format.IsStream() {
 			err = s.Export(c.Context, r, func(src sparse.Source) error {
@@ -88,7 +82,18 @@ func (a *app) export(c *cli.Context) error {
 			return fmt.Errorf("exporting %v to %s: %w", r, path, err)
 		}
 		return nil
-	})(owner.Open(c.Context, a.dir, o))
+	})
+}
+
+// target returns what writes to path: a file, which --force overwrites, or standard output.
+func (a *app) target(c *cli.Context, path string) (sink, error) {
+	switch {
+	case path != "-":
+		return toFile(path, c.Bool("force"))
+	case isTerminal(rawOf(a.stdout)):
+		return nil, usagef("standard output is a terminal: redirect it, or name a file")
+	}
+	return a.toStdout, nil
 }
 
 func (a *app) toStdout(ctx context.Context, c exported) error {

@@ -40,13 +40,9 @@ func (a *app) flattenCommand() *cli.Command {
 			}
 			return a.during(c, func(s owner.Store) error { return a.flattenChildren(c, s, r) })
 		}
-		var names []string
-		for i := range c.NArg() {
-			name, err := volumeName(c, i)
-			if err != nil {
-				return err
-			}
-			names = append(names, name)
+		names, err := argsFrom(c, 0, volumeName)
+		if err != nil {
+			return err
 		}
 		return a.during(c, func(s owner.Store) error { return a.flatten(c, s, names) })
 	})

@@ -34,13 +34,9 @@ func (a *app) releaseCommand() *cli.Command {
 // changeHolds returns the action of hold and release.
 func (a *app) changeHolds(change func(owner.Store, context.Context, string, ...cow.Ref) error) func(*cli.Context) error {
 	return func(c *cli.Context) error {
-		var refs []cow.Ref
-		for i := 1; i < c.NArg(); i++ {
-			r, err := snapshotRef(c, i)
-			if err != nil {
-				return err
-			}
-			refs = append(refs, r)
+		refs, err := argsFrom(c, 1, snapshotRef)
+		if err != nil {
+			return err
 		}
 		return a.with(c, func(s owner.Store) error {
 			if err := change(s, c.Context, c.Args().First(), refs...); err != nil {
@@ -59,13 +55,9 @@ func (a *app) holdsCommand() *cli.Command {
 		UsageText: "vdisk holds [-H] [VOL[@SNAP]...]",
 		Flags:     []cli.Flag{&cli.BoolFlag{Name: "script", Aliases: []string{"H"}, Usage: "no header, tabs between columns"}},
 	}, func(c *cli.Context) error {
-		var refs []cow.Ref
-		for i := range c.NArg() {
-			r, err := ref(c, i)
-			if err != nil {
-				return err
-			}
-			refs = append(refs, r)
+		refs, err := argsFrom(c, 0, ref)
+		if err != nil {
+			return err
 		}
 		return a.look(c, func(s owner.Store) error {
 			list, err := holdsOf(c, s, refs)

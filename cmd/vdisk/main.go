@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -276,6 +277,13 @@ func (a *app) during(c *cli.Context, do func(owner.Store) error) error {
 	return use(do)(owner.Open(c.Context, a.dir, o))
 }
 
+// lookLong is during for a command that only looks at the store.
+func (a *app) lookLong(c *cli.Context, do func(owner.Store) error) error {
+	o := a.options(c)
+	o.Offer, o.Temporary, o.Look = true, true, true
+	return use(do)(owner.Open(c.Context, a.dir, o))
+}
+
 // duringNew is during, and creates the store if there is none.
 func (a *app) duringNew(c *cli.Context, do func(owner.Store) error) error {
 	o := a.options(c)
@@ -308,11 +316,36 @@ func (e noStoreError) Unwrap() error { return e.error }
 // ref parses the n-th argument as a volume or snapshot.
 func ref(c *cli.Context, n int) (cow.Ref, error) { return cow.ParseRef(c.Args().Get(n)) }
 
+// argsFrom parses the n-th argument and all behind it.
+func argsFrom[T any](c *cli.Context, n int, parse func(*cli.Context, int) (T, error)) (all []T, err error) {
+	for ; n < c.NArg(); n++ {
+		x, err := parse(c, n)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, x)
+	}
+	return all, nil
+}
+
 // snapshotRef parses the n-th argument as a snapshot.
 func snapshotRef(c *cli.Context, n int) (cow.Ref, error) {
 	r, err := ref(c, n)
 	if err == nil && r.Snapshot == "" {
 		err = usageError{c, fmt.Errorf("%v is a volume, and a snapshot is needed: %v@NAME", r, r)}
+	}
+	return r, err
+}
+
+// baseRef parses the value of a flag that names a snapshot from which something goes on: @NAME is one of the volume.
+func baseRef(c *cli.Context, flag, volume string) (cow.Ref, error) {
+	text := c.String(flag)
+	if strings.HasPrefix(text, "@") {
+		text = volume + text
+	}
+	r, err := cow.ParseRef(text)
+	if err == nil && r.Snapshot == "" {
+		err = usageError{c, fmt.Errorf("--%s %v is a volume, and a snapshot is needed: @NAME, or VOL@NAME", flag, r)}
 	}
 	return r, err
 }

@@ -56,7 +56,7 @@ func (a *app) dumpTable(c *cli.Context, path string) error {
 			return err
 		}
 	}
-	return a.look(c, func(s owner.Store) error { return write(c.Context, tableText{s}) })
+	return a.lookLong(c, func(s owner.Store) error { return write(c.Context, tableText{s}) })
 }
 
 // tableText is the table as text.
@@ -73,15 +73,11 @@ func (t tableText) toStream(ctx context.Context, w io.Writer) error { return t.s
 func (t tableText) size() int64                                     { return 0 }
 
 func (a *app) restoreTable(c *cli.Context, path string) error {
-	in := io.Reader(a.stdin)
-	if path != "-" {
-		f, err := os.Open(path)
-		if err != nil {
-			return err
-		}
-		defer f.Close()
-		in = f
+	in, done, err := a.input(c, path, "a file that 'vdisk metadata dump' wrote")
+	if err != nil {
+		return err
 	}
+	defer done()
 	r, err := cow.RestoreTable(a.dir, path, bufio.NewReaderSize(in, 1<<20), c.Bool("force"), a.repairOptions())
 	if err != nil {
 		return err

@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"strings"
 
 	"github.com/urfave/cli/v2"
 
@@ -35,26 +34,15 @@ func (a *app) exportDiff(c *cli.Context) error {
 		return err
 	}
 	var from cow.Ref
-	if text := c.String("from"); text != "" {
-		if strings.HasPrefix(text, "@") {
-			text = to.Volume + text
-		}
-		if from, err = cow.ParseRef(text); err == nil && from.Snapshot == "" {
-			err = usageError{c, fmt.Errorf("--from %v is a volume, and a snapshot is needed: @NAME, or VOL@NAME", from)}
-		}
-		if err != nil {
+	if c.IsSet("from") {
+		if from, err = baseRef(c, "from", to.Volume); err != nil {
 			return err
 		}
 	}
 	path := c.Args().Get(1)
-	write := a.toStdout
-	switch {
-	case path == "-" && isTerminal(rawOf(a.stdout)):
-		return usagef("standard output is a terminal: redirect it, or name a file")
-	case path != "-":
-		if write, err = toFile(path, c.Bool("force")); err != nil {
-			return err
-		}
+	write, err := a.target(c, path)
+	if err != nil {
+		return err
 	}
 	return a.lookLong(c, func(s owner.Store) error {
 		err := s.ExportDiff(c.Context, from, to, func(src sparse.Source) error {
@@ -101,7 +89,7 @@ func (a *app) importDiff(c *cli.Context) error {
 		return err
 	}
 	path := c.Args().First()
-	in, done, err := a.streamInput(c, path)
+	in, done, err := a.input(c, path, "'vdisk export-diff', or to a file with a difference")
 	if err != nil {
 		return err
 	}

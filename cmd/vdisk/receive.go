@@ -57,7 +57,7 @@ func (a *app) receive(c *cli.Context) error {
 	if c.NArg() > 1 {
 		path = c.Args().Get(1)
 	}
-	in, done, err := a.streamInput(c, path)
+	in, done, err := a.input(c, path, sentStream)
 	if err != nil {
 		return err
 	}

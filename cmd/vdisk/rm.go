@@ -25,13 +25,9 @@ func (a *app) rmCommand() *cli.Command {
 			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "show what would be removed, and remove nothing"},
 		},
 	}, func(c *cli.Context) error {
-		var refs []cow.Ref
-		for i := range c.NArg() {
-			r, err := ref(c, i)
-			if err != nil {
-				return err
-			}
-			refs = append(refs, r)
+		refs, err := argsFrom(c, 0, ref)
+		if err != nil {
+			return err
 		}
 		return a.with(c, func(s owner.Store) error {
 			if c.Bool("dry-run") {

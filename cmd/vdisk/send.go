@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
-	"strings"
 
 	"github.com/urfave/cli/v2"
 
@@ -36,21 +35,17 @@ func sendOptions(c *cli.Context) (o cow.SendOptions, err error) {
 	if o.Snapshot, err = snapshotRef(c, 0); err != nil {
 		return o, err
 	}
-	base := c.String("incremental")
-	if between := c.String("intermediate"); between != "" {
-		if base != "" {
-			return o, usageError{c, errors.New("-i and -I exclude each other")}
-		}
-		base, o.Between = between, true
+	base := ""
+	switch o.Between = c.IsSet("intermediate"); {
+	case o.Between && c.IsSet("incremental"):
+		return o, usageError{c, errors.New("-i and -I exclude each other")}
+	case o.Between:
+		base = "intermediate"
+	case c.IsSet("incremental"):
+		base = "incremental"
 	}
-	if c.IsSet("incremental") || c.IsSet("intermediate") {
-		if strings.HasPrefix(base, "@") {
-			base = o.Snapshot.Volume + base
-		}
-		if o.Base, err = cow.ParseRef(base); err == nil && o.Base.Snapshot == "" {
-			err = usageError{c, fmt.Errorf("%q is no snapshot: give @NAME or VOL@NAME", base)}
-		}
-		if err != nil {
+	if base != "" {
+		if o.Base, err = baseRef(c, base, o.Snapshot.Volume); err != nil {
 			return o, err
 		}
 	}
@@ -82,9 +77,7 @@ func (a *app) send(c *cli.Context) error {
 	if !o.Estimate && isTerminal(rawOf(a.stdout)) {
 		return usagef("standard output is a terminal: redirect it into 'vdisk receive' or a file")
 	}
-	opts := a.options(c)
-	opts.Offer, opts.Temporary, opts.Look = true, true, true
-	return use(func(s owner.Store) error {
+	return a.lookLong(c, func(s owner.Store) error {
 		bar := a.progress("sending "+o.Snapshot.String(), -1)
 		o.Progress = bar.of
 		sent, err := s.Send(c.Context, o, rawOf(a.stdout))
@@ -112,5 +105,5 @@ func (a *app) send(c *cli.Context) error {
 			}
 			return nil
 		})
-	})(owner.Open(c.Context, a.dir, opts))
+	})
 }

@@ -53,12 +53,9 @@ func (a *app) serve(c *cli.Context) error {
 			return err
 		}
 	}
-	for i := range c.NArg() {
-		r, err := ref(c, i)
-		if err != nil {
-			return err
-		}
-		o.Exports = append(o.Exports, r)
+	var err error
+	if o.Exports, err = argsFrom(c, 0, ref); err != nil {
+		return err
 	}
 	passed, err := passedListener(c)
 	if err != nil {

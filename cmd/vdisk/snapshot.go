@@ -15,13 +15,9 @@ func (a *app) snapshotCommand() *cli.Command {
 		UsageText:   "vdisk snapshot VOL@SNAP...",
 		Description: "Several snapshots are taken in one atomic step: all of them or none. They contain every write that had been acknowledged.",
 	}, func(c *cli.Context) error {
-		var refs []cow.Ref
-		for i := range c.NArg() {
-			r, err := snapshotRef(c, i)
-			if err != nil {
-				return err
-			}
-			refs = append(refs, r)
+		refs, err := argsFrom(c, 0, snapshotRef)
+		if err != nil {
+			return err
 		}
 		return a.with(c, func(s owner.Store) error {
 			if err := s.Snapshot(c.Context, refs...); err != nil {

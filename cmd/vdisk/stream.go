@@ -30,7 +30,7 @@ func (a *app) streamCommand() *cli.Command {
 		if what != "check" && what != "info" {
 			return usageError{c, fmt.Errorf("%q: check and info are possible", what)}
 		}
-		in, done, err := a.streamInput(c, path)
+		in, done, err := a.input(c, path, sentStream)
 		if err != nil {
 			return err
 		}
@@ -39,11 +39,15 @@ func (a *app) streamCommand() *cli.Command {
 	})
 }
 
-// streamInput opens the file that holds streams. The caller calls the returned function when done with it.
-func (a *app) streamInput(c *cli.Context, path string) (io.Reader, func(), error) {
+// sentStream is what the commands for streams read.
+const sentStream = "'vdisk send', or to a file with a stream"
+
+// input opens the file at path, or standard input, which should be connected to what. The caller calls the returned
+// function when done with it.
+func (a *app) input(c *cli.Context, path, what string) (io.Reader, func(), error) {
 	if path == "-" {
 		if isTerminal(a.stdin) {
-			return nil, nil, usagef("standard input is a terminal: connect it to 'vdisk send', or to a file with a stream")
+			return nil, nil, usagef("standard input is a terminal: connect it to %s", what)
 		}
 		return patient{c.Context, a.stdin}, func() {}, nil
 	}
