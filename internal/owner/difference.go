@@ -1,13 +1,13 @@
 package owner
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"net/http"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/owner/sparse"
 )
 
 // Extent is a part of a disk. Zero says that it is a hole, and reads as zeros.
@@ -135,11 +135,7 @@ func (c *comparer) compare(ctx context.Context, a, b *cow.Device, off, length in
 		if err != nil {
 			return 0, false, err
 		}
-		if !bytes.Equal(pa, pb) {
-			i := 0
-			for pa[i] == pb[i] {
-				i++
-			}
+		if i := sparse.FirstDifference(pa, pb); i >= 0 {
 			return off + int64(i), true, nil
 		}
 	}

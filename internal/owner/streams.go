@@ -82,6 +82,17 @@ func (p *pieces) progress(done, size int64) {
 	}
 }
 
+// end writes the last piece.
+func (p *pieces) end(sent []cow.Sent, err error) {
+	end := sendEnd{Sent: sent}
+	if err != nil {
+		end.Error = toWire(err)
+	}
+	if b, err := json.Marshal(end); err == nil {
+		_, _ = p.put(pieceEnd, b) // fails if the client is gone
+	}
+}
+
 // readPieces reads pieces up to the last one, which it returns.
 func readPieces(r io.Reader, w io.Writer, progress func(done, size int64)) (end sendEnd, err error) {
 	var head [pieceHead]byte
@@ -129,20 +140,19 @@ func (c *control) sendSnapshot(w http.ResponseWriter, r *http.Request) {
 	waitLonger(w, exportStandstill)
 	p := &pieces{w: w}
 	req.Send.Progress = p.progress
-	var end sendEnd
-	if end.Sent, err = c.owner.Send(r.Context(), req.Send, p); err != nil {
-		end.Error = toWire(err)
-	}
-	if b, err := json.Marshal(end); err == nil {
-		_, _ = p.put(pieceEnd, b) // fails if the client is gone
-	}
+	p.end(c.owner.Send(r.Context(), req.Send, p))
 }
 
 // Send writes a snapshot to w as a stream.
 func (c *Client) Send(ctx context.Context, so cow.SendOptions, w io.Writer) ([]cow.Sent, error) {
 	progress := so.Progress
 	so.Progress = nil
-	resp, err := c.post(ctx, "send", &request{Send: so}, nil)
+	return c.pieces(ctx, "send", &request{Send: so}, w, progress)
+}
+
+// pieces sends a request whose answer is a sequence of pieces, and writes the stream in it to w.
+func (c *Client) pieces(ctx context.Context, method string, req *request, w io.Writer, progress func(done, size int64)) ([]cow.Sent, error) {
+	resp, err := c.post(ctx, method, req, nil)
 	if err != nil {
 		return nil, err
 	}

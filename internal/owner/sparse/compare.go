@@ -29,7 +29,7 @@ func Compare(ctx context.Context, a, b Source, progress func(off int64)) (at int
 			at, differs = y.zeros(&x)
 		default:
 			n := min(len(x.run), len(y.run))
-			if i := firstDifference(x.run[:n], y.run[:n]); i >= 0 {
+			if i := FirstDifference(x.run[:n], y.run[:n]); i >= 0 {
 				return x.off + int64(i), true, nil
 			}
 			x.take(n)
@@ -78,7 +78,7 @@ func (c *compared) zeros(other *compared) (at int64, differs bool) {
 	}
 	for n > 0 {
 		k := min(n, Block)
-		if i := firstDifference(c.run[:k], zeroBlock[:k]); i >= 0 {
+		if i := FirstDifference(c.run[:k], zeroBlock[:k]); i >= 0 {
 			return c.off + int64(i), true
 		}
 		c.take(k)
@@ -87,8 +87,8 @@ func (c *compared) zeros(other *compared) (at int64, differs bool) {
 	return c.off, false
 }
 
-// firstDifference returns the index of the first byte that differs, or -1. a and b have the same length.
-func firstDifference(a, b []byte) int {
+// FirstDifference returns the index of the first byte that differs, or -1. a and b have the same length.
+func FirstDifference(a, b []byte) int {
 	if bytes.Equal(a, b) {
 		return -1
 	}
