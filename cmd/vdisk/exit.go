@@ -54,6 +54,14 @@ type closeError struct{ err error }
 func (e closeError) Error() string { return e.err.Error() }
 func (e closeError) Unwrap() error { return e.err }
 
+// hintedError is an error with a hint of its own, in place of that of its kind.
+type hintedError struct {
+	error
+	hint string
+}
+
+func (e hintedError) Unwrap() error { return e.error }
+
 // errLeaks is the result of a check that found nothing worse than leaked space.
 var errLeaks = errors.New("space is lost to leaks; the data is sound")
 
@@ -119,7 +127,11 @@ func classify(err error) (exit int, code, hint string) {
 	}
 	for _, k := range kinds {
 		if errors.Is(err, k.err) {
-			return k.exit, k.code, k.hint
+			hint := k.hint
+			if own := (hintedError{}); errors.As(err, &own) {
+				hint = own.hint
+			}
+			return k.exit, k.code, hint
 		}
 	}
 	return exitFailed, "failed", ""

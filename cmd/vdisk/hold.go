@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/urfave/cli/v2"
@@ -39,7 +40,11 @@ func (a *app) changeHolds(change func(owner.Store, context.Context, string, ...c
 			return err
 		}
 		return a.with(c, func(s owner.Store) error {
-			if err := change(s, c.Context, c.Args().First(), refs...); err != nil {
+			err := change(s, c.Context, c.Args().First(), refs...)
+			if errors.Is(err, cow.ErrExists) { // to remove the snapshot is not the way out
+				return hintedError{err, "'vdisk holds' lists the holds; a snapshot may have several, with different tags"}
+			}
+			if err != nil {
 				return err
 			}
 			return a.printSnapshots(c, s, refs)
