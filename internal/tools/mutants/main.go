@@ -11,7 +11,8 @@
 //	test: ./cmd/vdisk TestOrderOfSystemCalls
 //
 // The lines after - must occur exactly once in the file; those after + take their place. The test is a package and,
-// optionally, a pattern of tests; the command fails if it passes with the mutant. A block whose test line says
+// optionally, a pattern of tests; the command fails if it passes with the mutant. A line "env: VDISK_FAULTS=all" sets
+// a variable for it, so that a test that otherwise takes a sample tries everything. A block that says
 // "equivalent: WHY" is not run: no test can tell that mutant from the program.
 package main
 
@@ -51,7 +52,8 @@ type mutant struct {
 	name, file string
 	old, new   []string
 	pkg, test  string
-	equivalent string // why no test can notice it
+	env        []string // variables for the test
+	equivalent string   // why no test can notice it
 }
 
 // choose returns the mutants of the files whose names and packages match.
@@ -146,6 +148,8 @@ func read(path string) (ms []mutant, err error) {
 				m.new = append(m.new, value)
 			case "test:":
 				m.pkg, m.test, _ = strings.Cut(value, " ")
+			case "env:":
+				m.env = append(m.env, value)
 			case "equivalent:":
 				m.equivalent = value
 			case "", "#":
@@ -186,7 +190,7 @@ func (m *mutant) try(limit time.Duration) (by string, err error) {
 	}
 	cmd := exec.CommandContext(ctx, "go", append(args, m.pkg)...)
 	// By the environment, so that programs that a test builds are mutants, too.
-	cmd.Env = append(os.Environ(), "GOFLAGS=-overlay="+overlay)
+	cmd.Env = append(append(os.Environ(), m.env...), "GOFLAGS=-overlay="+overlay)
 	out, err := cmd.CombinedOutput()
 	text := string(out)
 	switch {
