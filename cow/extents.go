@@ -2,7 +2,6 @@ package cow
 
 import (
 	"errors"
-	"fmt"
 
 	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/format"
@@ -10,25 +9,37 @@ import (
 
 // Extents calls fn for the runs of data and holes in a range, in order and without gaps, until fn returns false.
 func (d *Device) Extents(off, length int64, fn func(off, length int64, hole bool) bool) error {
-	if err := d.checkRange(off, length); err != nil {
-		return fmt.Errorf("extents of %s: %w", d.ref, err)
+	var l format.Leaf
+	err := extentRuns(d, off, length, true, fn, func(index uint32, holes *[format.LeafBlocks]bool) error {
+		err := d.s.cache.View(d.b.leaf(index, d.asOf), func(lf *leafcache.Leaf) { lf.CopyTo(&l) })
+		for i, e := range l.Entries {
+			holes[i] = e.IsHole()
+		}
+		return err
+	})
+	return wrapIf(err, "extents of %s", d.ref)
+}
+
+// extentRuns calls fn for the runs of blocks of one kind in a range, in order and without gaps, until fn returns false.
+// load loads a leaf and sets the kinds of its blocks. The blocks of a leaf that does not exist have the kind none.
+func extentRuns[K comparable](d *Device, off, length int64, none K, fn func(off, length int64, kind K) bool,
+	load func(index uint32, kinds *[format.LeafBlocks]K) error,
+) error {
+	if err := d.checkRange(off, length); err != nil || length == 0 {
+		return err
 	}
-	if length == 0 {
-		return nil
-	}
-	run := extentRun[bool]{fn: fn, start: off, end: off + length, kind: true}
-	first, last := uint64(off)/format.BlockSize, uint64(off+length-1)/format.BlockSize
-	err := d.s.leaves(d.b, uint32(first/format.LeafBlocks), uint32(last/format.LeafBlocks)+1, func(index uint32) error {
-		var l format.Leaf
-		if err := d.s.cache.View(d.b.leaf(index, d.asOf), func(lf *leafcache.Leaf) { lf.CopyTo(&l) }); err != nil {
+	var kinds [format.LeafBlocks]K
+	run := extentRun[K]{fn: fn, start: off, end: off + length, kind: none}
+	err := d.s.leaves(d.b, uint32(off/leafSize), uint32((off+length-1)/leafSize)+1, func(index uint32) error {
+		if err := load(index, &kinds); err != nil {
 			return err
 		}
-		for i, e := range l.Entries {
-			if !run.to((int64(index)*format.LeafBlocks+int64(i))*format.BlockSize, e.IsHole()) {
+		for i, kind := range kinds {
+			if !run.to(int64(index)*leafSize+int64(i)*format.BlockSize, kind) {
 				return errStop
 			}
 		}
-		if !run.to((int64(index)+1)*format.LeafBlocks*format.BlockSize, true) {
+		if !run.to((int64(index)+1)*leafSize, none) {
 			return errStop
 		}
 		return nil
@@ -36,13 +47,10 @@ func (d *Device) Extents(off, length int64, fn func(off, length int64, hole bool
 	if errors.Is(err, errStop) {
 		return nil
 	}
-	if err != nil {
-		return fmt.Errorf("extents of %s: %w", d.ref, err)
-	}
-	if run.start < run.end {
+	if err == nil && run.start < run.end {
 		fn(run.start, run.end-run.start, run.kind)
 	}
-	return nil
+	return err
 }
 
 var errStop = errors.New("stop")
