@@ -146,7 +146,6 @@ type flattener struct {
 	now  format.Leaf // of the head
 	own  format.Leaf // now, without what is the branch's own
 	ex   expect
-	comp [format.MaxCompressed]byte
 }
 
 // flattenLeaf makes all blocks of a leaf the branch's own. If others write to it meanwhile, it looks again; what they
@@ -211,24 +210,13 @@ func (f *flattener) copyLeaf(index uint32) error {
 	return nil
 }
 
-// copyPart writes a unit as it is stored, or a part of a unit as a unit of its own.
+// copyPart writes blocks of a unit.
 func (f *flattener) copyPart(p *sendPart) error {
-	r := &f.leaf.records[p.record]
-	payload, codec := r.payload, r.codec
-	if p.blocks != r.e.Blocks() {
-		unit, err := f.leaf.unitOf(r)
-		if err != nil {
-			return err
-		}
-		from := int(p.first-r.first) * format.BlockSize
-		c := f.d.v.codec.get()
-		payload, codec = c.Compress(f.comp[:0], unit[from:from+p.blocks*format.BlockSize])
-		f.d.v.codec.put(c)
+	payload, codec, err := f.leaf.encoded(p, f.d.v.codec)
+	if err != nil {
+		return err
 	}
-	h := format.RecordHeader{
-		Block: p.first, Branch: f.d.b.ID, Kind: format.KindData, Codec: codec, Blocks: p.blocks,
-		PayloadLen: len(payload), PayloadCRC: format.Checksum(payload),
-	}
+	h := f.d.dataHeader(p.first, p.blocks, codec, payload)
 	from := int(p.first % format.LeafBlocks)
 	f.ex = expect{first: none, last: none, inherited: f.now.Entries[from : from+p.blocks]}
 	if err := f.s.writeRecord(f.d, &h, payload, p.blocks, &f.ex, false); err != nil {

@@ -163,10 +163,7 @@ func (rc *reception) put(items []format.StreamItem) error {
 		if it.IsHole() {
 			err = rc.s.putHole(rc.d, it.First, it.Blocks, nil)
 		} else {
-			h := format.RecordHeader{
-				Block: it.First, Branch: rc.d.b.ID, Kind: format.KindData, Codec: it.Codec, Blocks: it.Blocks,
-				PayloadLen: len(it.Unit), PayloadCRC: format.Checksum(it.Unit),
-			}
+			h := rc.d.dataHeader(it.First, it.Blocks, it.Codec, it.Unit)
 			err = rc.s.writeRecord(rc.d, &h, it.Unit, it.Blocks, nil, false)
 		}
 		if err != nil {

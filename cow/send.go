@@ -114,7 +114,6 @@ type sender struct {
 	sent     Sent
 	progress func(done, size int64)
 	leaf     sendLeaf
-	comp     []byte
 }
 
 // sendOne sends one stream.
@@ -143,7 +142,6 @@ func (s *Store) sendOne(ctx context.Context, o SendOptions, w io.Writer) (sent *
 		return nil, err
 	}
 	sd := &sender{s: s, d: d, from: o.From, progress: o.Progress, sent: Sent{Snapshot: o.Snapshot, Base: o.Base, GUID: h.GUID}}
-	sd.comp = make([]byte, 0, format.MaxCompressed)
 	if !o.Estimate {
 		if sd.out, err = stream.NewWriter(w, h); err != nil {
 			return &sd.sent, err
@@ -211,30 +209,16 @@ func (sd *sender) sendLeaf(index uint32, from, to *format.Leaf) error {
 	return nil
 }
 
-// sendPart sends a hole, a unit as it is stored, or a part of a unit as a unit of its own.
-func (sd *sender) sendPart(p *sendPart) error {
+// sendPart sends holes, or blocks of a unit.
+func (sd *sender) sendPart(p *sendPart) (err error) {
 	it := format.StreamItem{First: p.first, Blocks: p.blocks}
-	if p.record < 0 {
-		return sd.put(&it)
+	if p.record >= 0 {
+		if it.Unit, it.Codec, err = sd.leaf.encoded(p, sd.d.v.codec); err != nil {
+			return err
+		}
 	}
-	r := &sd.leaf.records[p.record]
-	if it.Codec, it.Unit = r.codec, r.payload; p.blocks == r.e.Blocks() {
-		return sd.put(&it)
-	}
-	unit, err := sd.leaf.unitOf(r)
-	if err != nil {
-		return err
-	}
-	from := int(p.first-r.first) * format.BlockSize
-	c := sd.d.v.codec.get()
-	it.Unit, it.Codec = c.Compress(sd.comp, unit[from:from+p.blocks*format.BlockSize])
-	sd.d.v.codec.put(c)
-	return sd.put(&it)
-}
-
-func (sd *sender) put(it *format.StreamItem) error {
 	sd.count(it.Blocks, len(it.Unit), it.IsHole())
-	return sd.out.Put(it)
+	return sd.out.Put(&it)
 }
 
 func (sd *sender) count(blocks, bytes int, hole bool) {

@@ -19,6 +19,7 @@ type sendLeaf struct {
 	fetches ReadPlan
 	arena   []byte
 	unit    [format.UnitSize]byte
+	comp    [format.MaxCompressed]byte
 }
 
 // sendPart is a run of blocks that differ: of one unit, or holes.
@@ -204,13 +205,22 @@ func (r *sendRecord) alone(s *Store) error {
 	return r.parse(buf)
 }
 
-// unitOf decompresses a record's unit. It is valid until the next one is.
-func (l *sendLeaf) unitOf(r *sendRecord) ([]byte, error) {
+// encoded returns a part of a record: the unit as it is stored, or a part of the unit as a unit of its own, compressed
+// by a codec of the pool. It is valid until the next call.
+func (l *sendLeaf) encoded(p *sendPart, pool *codecPool) (payload []byte, codec format.Codec, err error) {
+	r := &l.records[p.record]
+	if p.blocks == r.e.Blocks() {
+		return r.payload, r.codec, nil
+	}
 	unit := l.unit[:r.e.Blocks()*format.BlockSize]
 	if err := format.Decompress(r.codec, unit, r.payload); err != nil {
-		return nil, fmt.Errorf("chunk %s offset %d: %w", r.c.Name(), r.e.Offset(), err)
+		return nil, 0, fmt.Errorf("chunk %s offset %d: %w", r.c.Name(), r.e.Offset(), err)
 	}
-	return unit, nil
+	from := int(p.first-r.first) * format.BlockSize
+	c := pool.get()
+	defer pool.put(c)
+	payload, codec = c.Compress(l.comp[:0], unit[from:from+p.blocks*format.BlockSize])
+	return payload, codec, nil
 }
 
 // release gives back the references on the chunks.

@@ -162,28 +162,34 @@ func (d *Device) putBlocks(sc *scratch, data []byte, first uint64, ex *expect) e
 }
 
 func (d *Device) putData(sc *scratch, data []byte, first uint64, ex *expect) error {
-	h := format.RecordHeader{Block: first, Branch: d.b.ID, Kind: format.KindData, Blocks: len(data) / format.BlockSize}
+	blocks := len(data) / format.BlockSize
 	c := d.v.codec.get()
 	payload, codec := c.Compress(sc.comp, data)
 	d.v.codec.put(c)
-	if codec == format.Raw && h.Blocks > 1 {
+	if codec == format.Raw && blocks > 1 {
 		return d.putSingles(sc, data, first, ex)
 	}
-	h.Codec, h.PayloadLen, h.PayloadCRC = codec, len(payload), format.Checksum(payload)
-	return d.s.writeRecord(d, &h, payload, h.Blocks, ex, sc.small)
+	h := d.dataHeader(first, blocks, codec, payload)
+	return d.s.writeRecord(d, &h, payload, blocks, ex, sc.small)
+}
+
+// dataHeader returns the header of a record with a unit.
+func (d *Device) dataHeader(first uint64, blocks int, codec format.Codec, payload []byte) format.RecordHeader {
+	return format.RecordHeader{
+		Block: first, Branch: d.b.ID, Kind: format.KindData, Codec: codec, Blocks: blocks,
+		PayloadLen: len(payload), PayloadCRC: format.Checksum(payload),
+	}
 }
 
 // putSingles writes blocks that do not compress as one record each, so that reading one costs no more than its own
 // size.
 func (d *Device) putSingles(sc *scratch, data []byte, first uint64, ex *expect) error {
-	h := format.RecordHeader{Block: first, Branch: d.b.ID, Kind: format.KindData, Codec: format.Raw, Blocks: 1, PayloadLen: format.BlockSize}
-	for ; len(data) > 0; data = data[format.BlockSize:] {
+	for ; len(data) > 0; data, first = data[format.BlockSize:], first+1 {
 		block := data[:format.BlockSize]
-		h.PayloadCRC = format.Checksum(block)
+		h := d.dataHeader(first, 1, format.Raw, block)
 		if err := d.s.writeRecord(d, &h, block, 1, ex, sc.small); err != nil {
 			return err
 		}
-		h.Block++
 	}
 	return nil
 }
