@@ -1,9 +1,6 @@
 package cow
 
-import (
-	"github.com/vdisk/vdisk/cow/internal/wal"
-	"github.com/vdisk/vdisk/format"
-)
+import "github.com/vdisk/vdisk/format"
 
 // rescue finishes a record whose chunk is damaged. The cleaner may have moved it, though the chunk still exists because
 // the cleaner has not come to its end: then the copy is read, which is the one that counts as live and that a check
@@ -28,14 +25,8 @@ func (pl *ReadPlan) rescue(r *planned, here bool) bool {
 // readAlone reads and finishes one record. The memory is made anew, as this happens only over damage.
 func (pl *ReadPlan) readAlone(r *planned) bool {
 	buf := make([]byte, r.e.Size())
-	if !pl.d.s.wal.Read(r.c.Chunk, r.e.Offset(), buf) {
-		f, err := r.c.Handle()
-		if err != nil {
-			return false
-		}
-		if n, err := wal.ReadFull(f, buf, int64(r.e.Offset())); err != nil || n < len(buf) {
-			return false
-		}
+	if pl.d.s.readRecord(r.c, r.e.Offset(), buf) != nil {
+		return false
 	}
 	arena, at := pl.arena, r.at
 	pl.arena, r.at = buf, 0

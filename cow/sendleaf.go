@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"slices"
 
-	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -193,14 +192,8 @@ func (r *sendRecord) parse(stored []byte) (err error) {
 // alone reads the record alone. The memory is made anew, as this happens only over damage.
 func (r *sendRecord) alone(s *Store) error {
 	buf := make([]byte, r.e.Size())
-	if !s.wal.Read(r.c.Chunk, r.e.Offset(), buf) {
-		f, err := r.c.Handle()
-		if err != nil {
-			return err
-		}
-		if _, err := wal.ReadFull(f, buf, int64(r.e.Offset())); err != nil {
-			return err
-		}
+	if err := s.readRecord(r.c, r.e.Offset(), buf); err != nil {
+		return err
 	}
 	return r.parse(buf)
 }
