@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"slices"
 	"strings"
 	"time"
@@ -78,7 +77,7 @@ func AppendFrame(dst []byte, kind FrameKind, number uint64, payload []byte) []by
 }
 
 func frameChecksum(head, payload []byte) uint32 {
-	return crc32.Update(Checksum(head[:frameCRC]), castagnoli, payload)
+	return MoreChecksum(Checksum(head[:frameCRC]), payload)
 }
 
 // DecodeFrame decodes the header of a frame, the first FrameHeaderSize bytes of src. It bounds the length, so that a
