@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/vdisk/vdisk/cow/internal/leafcache"
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 )
 
@@ -69,7 +70,7 @@ func (s *Store) flatten(ctx context.Context, name string) (rep FlattenReport, er
 		return &format.Event{Op: "flatten", Branches: []format.Branch{row}}, nil
 	})
 	if err == nil {
-		s.pokeCheckpoint() // the origin may have no name any more
+		wal.Poke(s.checkpoints.work) // the origin may have no name any more
 	}
 	return rep, err
 }

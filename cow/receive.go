@@ -7,6 +7,7 @@ import (
 	"io"
 	"time"
 
+	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/stream"
 )
@@ -186,7 +187,7 @@ func (s *Store) Abort(name string) error {
 		return &format.Event{Op: "abort", DropVolumes: []uint32{v.ID}}, nil
 	})
 	if err == nil {
-		s.pokeCheckpoint()
+		wal.Poke(s.checkpoints.work)
 	}
 	return wrapIf(err, "abort the reception of %s", name)
 }

@@ -301,7 +301,7 @@ func (rc *reception) end() error {
 		return ev, nil
 	})
 	if err == nil {
-		rc.s.pokeCheckpoint() // the branch that the target had can go
+		wal.Poke(rc.s.checkpoints.work) // the branch that the target had can go
 	}
 	return err
 }
@@ -345,5 +345,3 @@ func (s *Store) needed(v *volume) error {
 	}
 	return err
 }
-
-func (s *Store) pokeCheckpoint() { wal.Poke(s.checkpoints.work) }
