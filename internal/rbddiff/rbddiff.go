@@ -192,11 +192,11 @@ func (d *Reader) Next(p []byte) (off, length int64, zero bool, err error) {
 		}
 		switch tag {
 		case 'e':
-			if _, err := d.r.ReadByte(); err != io.EOF {
-				return 0, 0, false, errors.Join(err, fmt.Errorf("%w: something follows its end", ErrFormat))
+			if _, err = d.r.ReadByte(); err == nil {
+				err = fmt.Errorf("%w: something follows its end", ErrFormat)
 			}
 			d.next = 'e'
-			return 0, 0, false, io.EOF
+			return 0, 0, false, err
 		case 'w', 'z':
 		default:
 			return 0, 0, false, fmt.Errorf("%w: a record %q behind the first data", ErrFormat, tag)

@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"strings"
 	"testing"
+	"testing/iotest"
 )
 
 // example is a difference, made by hand from the published format.
@@ -67,6 +69,18 @@ func TestReader(t *testing.T) {
 		if _, _, err := disk([]byte(bad)); !errors.Is(err, ErrFormat) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// TestErrorAtEnd reads a difference whose input fails at its end. Nothing is wrong with the format then.
+func TestErrorAtEnd(t *testing.T) {
+	broken := errors.New("broken")
+	d, err := NewReader(io.MultiReader(strings.NewReader("rbd diff v1\ns\x00\x20\x00\x00\x00\x00\x00\x00e"), iotest.ErrReader(broken)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, _, err := d.Next(nil); !errors.Is(err, broken) || errors.Is(err, ErrFormat) {
+		t.Error(err)
 	}
 }
 
