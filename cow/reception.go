@@ -155,7 +155,7 @@ func (rc *reception) check() (target *volume, base *snapshot, err error) {
 		return nil, nil, err
 	}
 	if target != nil {
-		if err := s.hasAlready(target, rc.target.Snapshot, h.GUID); err != nil {
+		if err := s.canGet(target, rc.target.Snapshot, h.GUID); err != nil {
 			return nil, nil, err
 		}
 	}
@@ -187,8 +187,9 @@ func (rc *reception) check() (target *volume, base *snapshot, err error) {
 	return target, base, err
 }
 
-// hasAlready returns an error if a volume has a snapshot of that name or GUID. The caller holds mu.
-func (s *Store) hasAlready(v *volume, name string, guid format.GUID) error {
+// canGet returns an error if a volume cannot get a snapshot of that name and GUID: it is itself being received, it can
+// have no more snapshots, or it has one of that name or GUID. The caller holds mu.
+func (s *Store) canGet(v *volume, name string, guid format.GUID) error {
 	if err := v.received(); err != nil {
 		return err
 	}
@@ -336,12 +337,13 @@ func (s *Store) isBase(sn *snapshot) error {
 
 // needed returns an error if a volume may not be removed because of what is being received. The caller holds mu.
 func (s *Store) needed(v *volume) error {
-	err := s.receives(v.Name)
-	for _, sn := range v.snapshots {
-		if err != nil || len(s.catalog.receiving) == 0 {
-			break
-		}
-		err = s.isBase(sn)
+	if err := s.receives(v.Name); err != nil {
+		return err
 	}
-	return err
+	for _, sn := range v.snapshots {
+		if err := s.isBase(sn); err != nil {
+			return err
+		}
+	}
+	return nil
 }
