@@ -90,12 +90,10 @@ func (x *Difference) Extents(ctx context.Context, off, length int64, fn func(off
 		}
 		return nil
 	})
-	if err == nil || !errors.Is(err, errStop) {
-		run.end() // of what lies before a damaged leaf, too
-	}
 	if errors.Is(err, errStop) {
 		return nil
 	}
+	run.end() // of what lies before a damaged leaf, too
 	return err
 }
 
