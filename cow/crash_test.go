@@ -68,9 +68,8 @@ func mix(x uint32) uint64 { return uint64(x) * 0x9e3779b97f4a7c15 >> 16 }
 
 // TestCrashStates runs random operations against the model. It cuts the power wherever something may be half done:
 // before and after every sync, within commits of the table and recoveries, and between operations. It opens every state,
-// and compares it with the model after exactly those records that survived. In a share of them it first damages the table,
-// and makes it anew from the copy. It goes through -crash.states states; make
-// crash-test has more.
+// and compares it with the model after exactly those records that survived. In a share of them it first damages the
+// table, and makes it anew from the copy. It goes through -crash.states states; make crash-test has more.
 func TestCrashStates(t *testing.T) {
 	l := newCrashHarness(t)
 	enough := *crashStates

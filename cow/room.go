@@ -76,8 +76,8 @@ func (s *Store) allocateTable(f *os.File, from, to int64) error {
 	return metadata.Allocate(f, from, to)
 }
 
-// purposeOf returns how far an event may use the space that is kept free. An event that makes a name or a row larger counts as data;
-// all others give room back, or take next to none.
+// purposeOf returns how far an event may use the space that is kept free. An event that makes a name, or may make a row
+// larger, counts as data; all others give room back, or take next to none.
 func purposeOf(ev *format.Event) wal.Purpose {
 	switch ev.Op {
 	case "create", "snapshot", "clone", "receive", "mark", "received", "hold", "set":
