@@ -56,10 +56,12 @@ func (w *modelStore) cold(o op) error {
 		// A second pass right after it finds nothing to do.
 		seq := w.seq()
 		again, err := s.Cold(context.Background())
+		wrote := w.seq() != seq
+		w.catchUp()
 		if err := w.event(err); err != nil {
 			return err
 		}
-		if w.seq() != seq && w.faults() == faults { // a pass leaves out what it cannot read
+		if wrote && w.faults() == faults { // a pass leaves out what it cannot read
 			return fmt.Errorf("a cold pass wrote %+v, and the next %+v", rep, again)
 		}
 		return nil

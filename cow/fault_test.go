@@ -23,9 +23,6 @@ func faultScript(seed uint64) []op {
 	for _, o := range ops {
 		switch o.kind {
 		case "misuse": // it wants certain errors
-		case "cold":
-			o.b &^= 1 // no second pass that must find nothing to do: a leaf that could not be read is left to it
-			script = append(script, o)
 		case "snapshot":
 			// The writes between make the removal of a snapshot free a chunk.
 			script = append(script, o, op{"write", o.a, o.b, 4}, op{"flush", o.a, 0, 0})
