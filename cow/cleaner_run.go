@@ -125,7 +125,7 @@ func (s *Store) unpin() {
 // replay position, and everything deleted is reaped.
 func (s *Store) reclaimDeleted(ctx context.Context) error {
 	for {
-		if err := errors.Join(s.Checkpoint(), ctx.Err()); err != nil {
+		if err := errors.Join(s.Checkpoint(), context.Cause(ctx)); err != nil {
 			return err
 		}
 		if !s.reapsMore() {
@@ -199,7 +199,7 @@ func (s *Store) cleanChunk(ctx context.Context, c *chunk, pause func(time.Durati
 	s.setCleaning(c)
 	defer s.setCleaning(nil)
 	for more := true; more; {
-		if err := errors.Join(ctx.Err(), s.live()); err != nil {
+		if err := errors.Join(context.Cause(ctx), s.live()); err != nil {
 			return moved, err
 		}
 		start := time.Now()

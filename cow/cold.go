@@ -142,7 +142,7 @@ func (s *Store) Cold(ctx context.Context) (ColdReport, error) {
 		return ColdReport{}, fmt.Errorf("cold pass: %w", err)
 	}
 	for more, tries := true, 0; more && err == nil; {
-		if err = errors.Join(ctx.Err(), s.live()); err != nil {
+		if err = errors.Join(context.Cause(ctx), s.live()); err != nil {
 			break
 		}
 		more, err = p.step()

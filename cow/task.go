@@ -13,12 +13,12 @@ func (s *Store) beginTask() error {
 	return nil
 }
 
-// interrupted returns an error if ctx has ended or the store is closing, so that a long operation stops.
+// interrupted returns the cause if ctx has ended, and ErrClosed if the store is closing, so that a long operation stops.
 func (s *Store) interrupted(ctx context.Context) error {
 	select {
 	case <-s.quit:
 		return ErrClosed
 	default:
-		return ctx.Err()
+		return context.Cause(ctx)
 	}
 }
