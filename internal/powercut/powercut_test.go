@@ -45,14 +45,16 @@ type machine struct {
 	rawDev          string // where the volume raw is attached
 	rng             *rand.Rand
 	raw             []*blocks // on the volume raw
-	files           *files    // these two are on the file system of the volume fs
+	files           *files    // these three are on the file system of the volume fs
 	table           *table
+	fio             *fio
 	snapshots       *snapshots // of the volume raw
 }
 
 // TestPowerCuts lets a disk lose its power under load, again and again: VDISK_POWER_CUTS times (or until its time is up),
-// half of them with the store on ext4, half on xfs; with -short once, on either. From a moment on the disk drops all
-// writes, or fails them. Then the server is killed, and everything is unmounted. What had been synced before that moment, or at any time while the disk failed, must be there.
+// half of them with the store on ext4, half on xfs; with -short once, on either. Programs use a raw volume and a file
+// system on another one. From a moment on the disk drops all writes, or fails them. Then the server is killed, and
+// everything is unmounted. What had been synced before that moment, or at any time while the disk failed, must be there.
 //
 // In a cut that drops writes, the disk keeps what it was sent before that moment, synced or not. TestLoggedWrites is
 // about a disk that keeps only what was flushed.
@@ -77,7 +79,7 @@ func TestPowerCuts(t *testing.T) {
 }
 
 // tally counts: promised are the snapshots that had to be there after a cut.
-type tally struct{ cuts, failing, syncs, replaced, commits, promised int }
+type tally struct{ cuts, failing, syncs, replaced, commits, rounds, promised int }
 
 func cutPower(t *testing.T, kind string, seed uint64, cuts int, sum *tally) {
 	m := newMachine(t, kind, seed)
@@ -110,6 +112,7 @@ func newMachine(t *testing.T, kind string, seed uint64) *machine {
 	m.raw = []*blocks{newBlocks(0, 1024, 4, 4, random()), newBlocks(1024, 1024, 8, 8, random()), newBlocks(2048, 2048, 64, 32, random())}
 	m.files = newFiles(random())
 	m.table = &table{journal: []string{"WAL", "DELETE"}[m.rng.IntN(2)]}
+	m.fio = &fio{}
 	m.snapshots = &snapshots{volume: "raw", rng: random()}
 
 	m.loop, _ = loopDevice(t, "disk", diskMiB)
@@ -147,6 +150,7 @@ type promised struct {
 	raw       [][]uint64
 	files     []int
 	rows      int
+	fio       written
 	snapshots []snapshot
 }
 
@@ -154,7 +158,7 @@ func (m *machine) promise() (p promised) {
 	for _, b := range m.raw {
 		p.raw = append(p.raw, b.promise())
 	}
-	p.files, p.rows, p.snapshots = m.files.promise(), m.table.promise(), m.snapshots.promise()
+	p.files, p.rows, p.fio, p.snapshots = m.files.promise(), m.table.promise(), m.fio.promise(), m.snapshots.promise()
 	return p
 }
 
@@ -198,7 +202,7 @@ func (m *machine) hasPromises() bool {
 			return false
 		}
 	}
-	return m.files.count() > 0 && m.table.count() > 0 && m.snapshots.count() > 0
+	return m.files.count() > 0 && m.table.count() > 0 && m.fio.count() > 0 && m.snapshots.count() > 0
 }
 
 func (s *tally) add(m *machine, p promised) {
@@ -208,6 +212,7 @@ func (s *tally) add(m *machine, p promised) {
 	}
 	s.replaced, m.files.syncs = s.replaced+m.files.syncs, 0
 	s.commits, m.table.commits = s.commits+m.table.commits, 0
+	s.rounds, m.fio.syncs = s.rounds+m.fio.syncs, 0
 	s.promised += len(p.snapshots)
 	m.snapshots.taken = 0
 }
@@ -235,7 +240,7 @@ func (m *machine) check(t *testing.T, p promised) {
 	replayAndCheck(t, m.upperKind, dev, upper)
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	if err := errors.Join(m.files.check(p.files), m.table.check(ctx, p.rows)); err != nil {
+	if err := errors.Join(m.files.check(p.files), m.table.check(ctx, p.rows), m.fio.check(ctx, p.fio)); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -256,6 +261,7 @@ func (m *machine) start() *users {
 	}
 	u.run("files", m.files.load)
 	u.run("table", func() error { return m.table.load(ctx) })
+	u.run("fio", func() error { return m.fio.load(ctx) })
 	u.run("snapshots", func() error { return m.snapshots.load(ctx) })
 	return u
 }
