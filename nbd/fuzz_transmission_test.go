@@ -45,9 +45,10 @@ func fuzzRAM() *ramDevice {
 // sent is a request under way.
 type sent struct {
 	request
-	payload []byte
-	covered []bool // of the bytes of a structured READ, which have come
-	chunks  int    // that have come
+	announced bool // with extended headers: a payload of length bytes follows
+	payload   []byte
+	covered   []bool // of the bytes of a structured READ, which have come
+	chunks    int    // that have come
 }
 
 // transmitter runs a program of requests against a server and a model of the disk.
@@ -58,6 +59,7 @@ type transmitter struct {
 	disk       []byte // the model's content
 	present    []bool // the model's blocks that are no holes
 	readOnly   bool
+	extended   bool
 	allocation bool
 	next       uint64 // cookie of the next request
 	open       map[uint64]*sent
@@ -66,14 +68,15 @@ type transmitter struct {
 
 // wantErrno returns the error with which a request must be answered, by the specification and the package's
 // documentation.
-func (x *transmitter) wantErrno(r request) uint32 {
+func (x *transmitter) wantErrno(s *sent) uint32 {
+	r := s.request
 	allowed := map[uint16]uint16{cmdRead: cmdFlagDF, cmdWrite: 0, cmdFlush: 0, cmdTrim: 0, cmdCache: 0, cmdWriteZeroes: cmdFlagNoHole | cmdFlagFastZero, cmdBlockStatus: cmdFlagReqOne}
 	flags, known := allowed[r.typ]
 	changes := r.typ == cmdWrite || r.typ == cmdTrim || r.typ == cmdWriteZeroes
 	outside := r.off > fuzzSize || r.length > fuzzSize-r.off
 	bad := !outside && touchesBad(int64(r.off), int64(r.length))
 	switch {
-	case !known || r.flags&^(flags|cmdFlagFUA) != 0:
+	case s.announced && r.typ != cmdWrite, !known || r.flags&^(flags|cmdFlagFUA) != 0:
 		return errnoInval
 	case r.typ == cmdFlush:
 		return 0
@@ -113,7 +116,8 @@ func (x *transmitter) draw() *sent {
 	if r.typ == cmdDisc {
 		r.typ = cmdRead
 	}
-	if f := c.Byte(); f < 200 {
+	f := c.Byte()
+	if f < 200 {
 		r.flags = uint16(f) % 32
 		if f < 100 { // mostly those that are allowed
 			r.flags &= map[uint16]uint16{cmdWriteZeroes: cmdFlagFUA | cmdFlagNoHole, cmdBlockStatus: cmdFlagReqOne, cmdRead: cmdFlagDF, cmdWrite: cmdFlagFUA, cmdTrim: cmdFlagFUA}[r.typ]
@@ -121,6 +125,7 @@ func (x *transmitter) draw() *sent {
 	} else {
 		r.flags = uint16(f) << 8
 	}
+	announced := x.extended && f%3 == 0
 	where, off, n := c.Byte(), c.U16(), c.U16()
 	r.off, r.length = uint64(off*512%fuzzSize), uint64(n)
 	switch where % 8 {
@@ -134,9 +139,13 @@ func (x *transmitter) draw() *sent {
 		r.off, r.length = uint64(off)%fuzzSize, uint64(n)%64
 	case 4: // all of it
 		r.off, r.length = 0, fuzzSize-uint64(off%600)
+	case 5:
+		if x.extended && !announced && r.typ != cmdWrite { // more than 32 bits
+			r.length <<= off % 48
+		}
 	}
-	s := &sent{request: r}
-	if r.typ == cmdWrite {
+	s := &sent{request: r, announced: announced}
+	if r.typ == cmdWrite || announced {
 		s.payload = bytes.Repeat([]byte{byte(x.next), where}, int(r.length)/2+1)[:r.length]
 	}
 	if r.typ == cmdRead {
@@ -152,9 +161,13 @@ func (x *transmitter) batch(n int) {
 	for range n {
 		s := x.draw()
 		x.open[s.cookie] = s
-		b.WriteString(reqBytes(s.flags, s.typ, s.cookie, s.off, uint32(s.length)))
+		flags := s.flags
+		if s.announced {
+			flags |= cmdFlagPayload
+		}
+		b.WriteString(x.header(flags, s.typ, s.cookie, s.off, s.length))
 		b.Write(s.payload)
-		if (s.typ == cmdWrite || s.typ == cmdTrim || s.typ == cmdWriteZeroes) && s.length > 0 && x.wantErrno(s.request) == 0 {
+		if (s.typ == cmdWrite || s.typ == cmdTrim || s.typ == cmdWriteZeroes) && s.length > 0 && x.wantErrno(s) == 0 {
 			for blk := int64(s.off) / ramBlock; blk <= (int64(s.off)+int64(s.length)-1)/ramBlock; blk++ {
 				x.touched[blk]++
 			}
@@ -162,6 +175,14 @@ func (x *transmitter) batch(n int) {
 	}
 	x.exchange(b.String())
 	x.settle()
+}
+
+// header returns the header of a request.
+func (x *transmitter) header(flags, typ uint16, cookie, off, length uint64) string {
+	if x.extended {
+		return u32(magicExtRequest) + u16(flags) + u16(typ) + u64(cookie) + u64(off) + u64(length)
+	}
+	return reqBytes(flags, typ, cookie, off, uint32(length))
 }
 
 // exchange sends bytes and takes the answers to all that is under way. It sends in a goroutine, because a server may
@@ -183,7 +204,16 @@ func (x *transmitter) exchange(b string) {
 // answer takes one simple reply or one chunk.
 func (x *transmitter) answer() {
 	h := x.get(simpleLen)
+	if x.extended != (be.Uint32(h) == magicExtReply) {
+		x.tb.Fatalf("a reply in the wrong form: %x", h)
+	}
 	switch be.Uint32(h) {
+	case magicExtReply:
+		s := x.request(be.Uint64(h[8:]))
+		if off := be.Uint64(x.get(8)); off != s.off {
+			x.tb.Fatalf("a reply at %d to %+v", off, s.request)
+		}
+		x.chunk(s, be.Uint16(h[4:]), be.Uint16(h[6:]), x.get(int(be.Uint64(x.get(8)))))
 	case magicSimple:
 		cookie, errno := be.Uint64(h[8:]), be.Uint32(h[4:])
 		s := x.request(cookie)
@@ -210,14 +240,15 @@ func (x *transmitter) request(cookie uint64) *sent {
 }
 
 func (x *transmitter) chunk(s *sent, flags, typ uint16, b []byte) {
-	if !x.structured || s.typ != cmdRead && s.typ != cmdBlockStatus || flags&^chunkFlagDone != 0 {
+	content := s.typ == cmdRead || s.typ == cmdBlockStatus
+	if !x.structured || !x.extended && !content || flags&^chunkFlagDone != 0 {
 		x.tb.Fatalf("chunk %d with flags %#x to %+v", typ, flags, s.request)
 	}
 	s.chunks++
 	errno := uint32(0)
 	switch typ {
 	case chunkNone:
-		if len(b) != 0 || flags == 0 || s.length != 0 {
+		if len(b) != 0 || flags == 0 || s.length != 0 && content {
 			x.tb.Fatalf("a chunk of nothing to %+v", s.request)
 		}
 	case chunkOffsetData:
@@ -230,7 +261,10 @@ func (x *transmitter) chunk(s *sent, flags, typ uint16, b []byte) {
 			x.tb.Fatalf("a hole of %x to %+v", b, s.request)
 		}
 		x.data(s, be.Uint64(b), make([]byte, be.Uint32(b[8:])))
-	case chunkBlockStatus:
+	case chunkBlockStatus, chunkStatusExt:
+		if x.extended != (typ == chunkStatusExt) {
+			x.tb.Fatalf("chunk %d", typ)
+		}
 		x.status(s, b)
 	case chunkError, chunkErrorOffset:
 		errno = x.failure(s, typ, b)
@@ -242,7 +276,7 @@ func (x *transmitter) chunk(s *sent, flags, typ uint16, b []byte) {
 	}
 }
 
-// failure checks an error chunk: it says why, and an offset lies in the range of a READ.
+// failure checks an error chunk: it says why, and an offset lies in the range of a READ or CACHE.
 func (x *transmitter) failure(s *sent, typ uint16, b []byte) (errno uint32) {
 	if len(b) < 6 {
 		x.tb.Fatalf("an error chunk of %x", b)
@@ -251,7 +285,7 @@ func (x *transmitter) failure(s *sent, typ uint16, b []byte) (errno uint32) {
 	text := int(be.Uint16(b[4:]))
 	switch {
 	case typ == chunkError && len(rest) == text:
-	case typ == chunkErrorOffset && s.typ == cmdRead && len(rest) == text+8:
+	case typ == chunkErrorOffset && (s.typ == cmdRead || s.typ == cmdCache) && len(rest) == text+8:
 		if at := be.Uint64(rest[text:]); at < s.off || at >= s.off+s.length {
 			x.tb.Fatalf("an error at %d of %+v", at, s.request)
 		}
@@ -280,13 +314,20 @@ func (x *transmitter) data(s *sent, off uint64, p []byte) {
 
 // status checks the descriptors of a BLOCK_STATUS.
 func (x *transmitter) status(s *sent, b []byte) {
-	if s.typ != cmdBlockStatus || len(b) < 12 || len(b)%8 != 4 || be.Uint32(b) != metaContextID(0) || s.flags&cmdFlagReqOne != 0 && len(b) != 12 {
+	head, each := 4, 8
+	if x.extended {
+		head, each = 8, 16
+	}
+	if s.typ != cmdBlockStatus || len(b) < head+each || (len(b)-head)%each != 0 || be.Uint32(b) != metaContextID(0) || s.flags&cmdFlagReqOne != 0 && len(b) != head+each {
 		x.tb.Fatalf("a status of %d bytes to %+v", len(b), s.request)
 	}
 	at, end := int64(s.off), int64(s.off)+int64(s.length)
 	last := ^uint32(0)
-	for d := b[4:]; len(d) > 0; d = d[8:] {
+	for d := b[head:]; len(d) > 0; d = d[each:] {
 		n, state := int64(be.Uint32(d)), be.Uint32(d[4:])
+		if x.extended {
+			n, state = int64(be.Uint64(d)), uint32(be.Uint64(d[8:]))
+		}
 		if n == 0 || at+n > end || state == last || state != 0 && state != stateHole|stateZero {
 			x.tb.Fatalf("%d bytes at %d are %d, after %d", n, at, state, last)
 		}
@@ -305,7 +346,7 @@ func (x *transmitter) status(s *sent, b []byte) {
 
 // done checks the outcome of a request, and does to the model what the request did.
 func (x *transmitter) done(s *sent, errno uint32) {
-	if want := x.wantErrno(s.request); errno != want {
+	if want := x.wantErrno(s); errno != want {
 		x.tb.Fatalf("errno %d, want %d, in reply to %+v", errno, want, s.request)
 	}
 	delete(x.open, s.cookie)
@@ -357,19 +398,20 @@ func (x *transmitter) breaks(how byte) {
 	clear(x.touched)
 	before := &sent{request: request{typ: cmdFlush, cookie: x.next}}
 	x.open[x.next] = before
-	b, want := reqBytes(0, cmdFlush, x.next, 0, 0), error(nil)
+	b, want := x.header(0, cmdFlush, x.next, 0, 0), error(nil)
+	read := x.header(0, cmdRead, 0, 0, 512)
 	switch how % 4 {
 	case 0:
-		b += reqBytes(uint16(how), cmdDisc, 0, uint64(how), uint32(how)) + "what is behind it is not read"
+		b += x.header(uint16(how)&^cmdFlagPayload, cmdDisc, 0, uint64(how), uint64(how)) + "what is behind it is not read"
 	case 1:
-		bad := []byte(reqBytes(0, cmdRead, 0, 0, 512))
+		bad := []byte(read)
 		bad[how/4%4] ^= how | 1
 		b, want = b+string(bad), ErrProtocol
 	case 2: // the client goes away in the middle of a header
-		b, want = b+reqBytes(0, cmdRead, 0, 0, 512)[:1+how/4%(requestLen-1)], io.ErrUnexpectedEOF
+		b, want = b+read[:1+int(how/4)%(len(read)-1)], io.ErrUnexpectedEOF
 	case 3: // in the middle of a payload, of a request that is valid or not
 		flags := uint16(how/4%2) * cmdFlagReqOne
-		b, want = b+reqBytes(flags, cmdWrite, 0, 0, 100<<(how/8%12))+x.code.Text(99), io.ErrUnexpectedEOF
+		b, want = b+x.header(flags, cmdWrite, 0, 0, 100<<(how/8%12))+x.code.Text(99), io.ErrUnexpectedEOF
 	}
 	x.exchange(b)
 	_ = x.Conn.(*net.UnixConn).CloseWrite()
@@ -381,7 +423,8 @@ func (x *transmitter) breaks(how byte) {
 	}
 }
 
-// FuzzTransmission is a program of requests, well-formed and broken, several under way at a time, against a real server.
+// FuzzTransmission is a program of requests, well-formed and broken, several under way at a time, against a real server,
+// with simple or structured replies, or with extended headers.
 // One block of the disk fails. A model knows the right answer to each request, and the content that reads, statuses and,
 // after each batch, the disk must have.
 func FuzzTransmission(f *testing.F) {
@@ -403,7 +446,12 @@ func FuzzTransmission(f *testing.F) {
 		x.readOnly = mode&1 != 0
 		x.client = pairClient(t, exportMap{"disk": {Device: x.device, ReadOnly: x.readOnly}}, Options{Workers: 2 + int(mode>>3)%3, MaxInFlight: 1 << (12 + mode>>5)})
 		defer x.Close()
-		x.client.open("disk", mode&2 != 0)
+		if x.extended = mode&4 != 0; x.extended {
+			extend(x.client, contextAllocation)
+			x.structured = true
+		} else {
+			x.client.open("disk", mode&2 != 0)
+		}
 		x.allocation = x.structured
 		end := byte(0)
 		for len(x.code.B) > 0 {
