@@ -52,6 +52,7 @@ type conn struct {
 	flush  flusher
 	ended  atomic.Bool // the receiver has ended, and not by DISC: long tasks give up
 	cutOff atomic.Bool // nobody wants replies any more: long tasks give up, and no other begins
+	gone   func()      // ends the context of ClientExports; called after one of the two above was set
 
 	// receiving is when the receiver began to wait for the rest of a WRITE, in nanoseconds of Unix time; 0: it does
 	// not.
@@ -68,13 +69,14 @@ type session struct {
 	contexts   []Context // for BLOCK_STATUS; nil in it: base:allocation
 }
 
-func newConn(srv *Server, nc net.Conn, s session) *conn {
+func newConn(srv *Server, nc net.Conn, s session, gone func()) *conn {
 	c := &conn{
 		srv:     srv,
 		session: s,
 		dev:     guardOf(s.export.Device),
 		budget:  newBudget(&srv.memory, srv.opts.MaxInFlight),
 		tasks:   make(chan task),
+		gone:    gone,
 	}
 	if c.dev.try != nil {
 		c.try = c.dev
@@ -92,7 +94,10 @@ func newConn(srv *Server, nc net.Conn, s session) *conn {
 func (c *conn) run() error {
 	err := c.receive()
 	c.sendBatch()
-	c.ended.Store(err != nil) // after DISC, what was asked for is still done
+	if err != nil { // after DISC, what was asked for is still done
+		c.ended.Store(true)
+		c.gone()
+	}
 	close(c.tasks)
 	c.wg.Wait()
 	c.in.free()
@@ -108,6 +113,7 @@ func (c *conn) run() error {
 // cut ends the connection at once, but for the requests that the device has.
 func (c *conn) cut() {
 	c.cutOff.Store(true)
+	c.gone()
 	c.out.conn.Close()
 }
 

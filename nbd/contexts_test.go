@@ -1,8 +1,11 @@
 package nbd
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"net"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -15,6 +18,7 @@ import (
 type marked struct {
 	*ramDevice
 	opened, closed atomic.Int64
+	onStatus       func() // may be nil
 }
 
 var markedContexts = []string{"x-a:one", "x-a:b:two", "x-c:three", "x-bad:open", "x-bad:status", "x-bad:panic"}
@@ -33,6 +37,9 @@ type mark struct {
 }
 
 func (m mark) Status(off, length int64, fn func(off, length int64, flags uint32) bool) error {
+	if m.d.onStatus != nil {
+		m.d.onStatus()
+	}
 	switch m.name {
 	case "x-bad:status":
 		return syscall.EOVERFLOW
@@ -273,4 +280,90 @@ func TestContextsOfAClientThatGoes(t *testing.T) {
 			t.Fatal("a context stays open")
 		}
 	}
+}
+
+// patientExports tell their device when a client has gone.
+type patientExports struct{ exportMap }
+
+func (p patientExports) ForClient(ctx context.Context, _ net.Conn) Exports {
+	return patientExports{exportMap{"disk": {Device: patient{p.exportMap["disk"].Device.(*ramDevice), ctx, make(chan struct{})}}}}
+}
+
+func (p patientExports) Describe(name string) (Info, error) {
+	info, err := p.exportMap.Describe(name)
+	info.Contexts = []string{"x-long:search", "x-long:again"}
+	return info, err
+}
+
+// patient is a device whose contexts are found out for as long as the client is there, and only once.
+type patient struct {
+	*ramDevice
+	client context.Context
+	asked  chan struct{}
+}
+
+func (p patient) OpenContext(string) (Context, error) { return p, nil }
+func (p patient) Close() error                        { return nil }
+
+func (p patient) Status(int64, int64, func(off, length int64, flags uint32) bool) error {
+	close(p.asked)
+	<-p.client.Done()
+	return p.client.Err()
+}
+
+// A BLOCK_STATUS that takes long ends when its client has gone, which is no failure to be logged. A client that has only
+// ended its sending gets an answer.
+func TestLongStatusOfAClientThatGoes(t *testing.T) {
+	for _, halfClosed := range []bool{true, false} {
+		var log syncBuffer
+		c := dial(t, patientExports{serveRAM(newRAM(4096))}, Options{Logger: slog.New(slog.NewTextHandler(&log, nil))})
+		c.structure()
+		c.metaOption(optSetMeta, "x-long:search", "x-long:again")
+		c.option(optGo, str("disk"), u16(0))
+		for _, typ := range []uint32{repInfo, repInfo, repAck} {
+			c.wantOptReply(optGo, typ)
+		}
+		c.request(0, cmdBlockStatus, 7, 0, 4096)
+		if halfClosed {
+			_ = c.Conn.(*net.UnixConn).CloseWrite()
+			if r := c.reply(0); r.errno != errnoShutdown || r.flags != chunkFlagDone {
+				t.Errorf("%+v", r)
+			}
+		} else {
+			_ = c.Close()
+		}
+		_ = c.ended()
+		if text := log.String(); strings.Contains(text, "request failed") {
+			t.Errorf("log: %s", text)
+		}
+	}
+}
+
+// Between the contexts of a BLOCK_STATUS, a client that has gone ends it.
+func TestStatusOfSeveralContextsIsGivenUp(t *testing.T) {
+	d, exports := newMarked()
+	asked, release := make(chan struct{}), make(chan struct{})
+	d.onStatus = func() { close(asked); <-release } // of the first context; another call would panic
+	c, s := dialServer(t, exports, Options{})
+	c.structure()
+	c.metaOption(optSetMeta, "x-a:one", "x-a:b:two")
+	c.option(optGo, str("disk"), u16(0))
+	for _, typ := range []uint32{repInfo, repInfo, repAck} {
+		c.wantOptReply(optGo, typ)
+	}
+	c.request(0, cmdBlockStatus, 7, 0, 4096)
+	<-asked
+	conn := theConn(s)
+	_ = c.Conn.(*net.UnixConn).CloseWrite()
+	for !conn.ended.Load() {
+		time.Sleep(time.Millisecond)
+	}
+	close(release)
+	if r := c.reply(0); r.typ != chunkBlockStatus || r.flags != 0 {
+		t.Errorf("%+v", r)
+	}
+	if r := c.reply(0); r.errno != errnoShutdown || r.flags != chunkFlagDone {
+		t.Errorf("%+v", r)
+	}
+	_ = c.ended()
 }

@@ -1,8 +1,10 @@
 package nbd
 
 import (
+	"context"
 	"errors"
 	"io"
+	"net"
 	"syscall"
 )
 
@@ -100,6 +102,13 @@ type Exports interface {
 	Describe(name string) (Info, error)
 	// Open opens an export for one connection.
 	Open(name string) (*Export, error)
+}
+
+// ClientExports is implemented by Exports that tell clients apart, or that work for a client only while it is there.
+type ClientExports interface {
+	// ForClient returns the exports as the client at the other end of nc sees them. ctx ends when the client has gone,
+	// or is given up. It lasts as long as a request, also of a client that has disconnected in order.
+	ForClient(ctx context.Context, nc net.Conn) Exports
 }
 
 // InfoLister is implemented by Exports that can list descriptions with the names. ListInfo takes the place of List; of

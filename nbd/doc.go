@@ -7,7 +7,8 @@
 //	err := s.Serve(ctx, listener) // until s.Shutdown, or until ctx ends
 //
 // A Device may also implement [Extenter], so that clients learn of its holes, and [TryReader], so that reads that need
-// no disk are answered sooner. With [ContextOpener] it has metadata contexts of its own.
+// no disk are answered sooner. With [ContextOpener] it has metadata contexts of its own. Exports may also
+// implement [ClientExports], to tell clients apart.
 //
 // The protocol is https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md, "the specification" in the
 // comments here. All numbers on the wire are big-endian.

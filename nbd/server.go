@@ -213,7 +213,9 @@ func (s *Server) ServeConn(ctx context.Context, nc net.Conn) error {
 		s.refuse(nc, full)
 		return full
 	}
-	n := &negotiation{exports: s.exports, conn: nc, timeout: s.opts.HandshakeTimeout, failed: s.logPanic}
+	client, gone := context.WithCancel(ctx)
+	defer gone()
+	n := &negotiation{exports: s.exportsFor(client, nc), conn: nc, timeout: s.opts.HandshakeTimeout, failed: s.logPanic}
 	session, err := n.run()
 	if err != nil {
 		return s.reason(ctx, err)
@@ -223,12 +225,20 @@ func (s *Server) ServeConn(ctx context.Context, nc net.Conn) error {
 		return errors.Join(s.reason(ctx, err), s.closeExport(session))
 	}
 	// After the deadline of the negotiation is gone: Shutdown sets one of its own from here on.
-	c := newConn(s, nc, session)
+	c := newConn(s, nc, session, gone)
 	if !s.startTransmission(nc, c) {
 		return errors.Join(ErrServerClosed, s.closeExport(session))
 	}
 	err = c.run()
 	return errors.Join(s.reason(ctx, err), s.closeExport(session))
+}
+
+// exportsFor returns the exports as a client sees them.
+func (s *Server) exportsFor(ctx context.Context, nc net.Conn) Exports {
+	if x, ok := s.exports.(ClientExports); ok {
+		return x.ForClient(ctx, nc)
+	}
+	return s.exports
 }
 
 // closeExport ends a session.

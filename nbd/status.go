@@ -1,6 +1,10 @@
 package nbd
 
-import "unsafe"
+import (
+	"context"
+	"errors"
+	"unsafe"
+)
 
 // piece is a part of a range with its state in a metadata context.
 type piece struct {
@@ -36,7 +40,15 @@ func (c *conn) blockStatus(t task) {
 	var pieces []piece
 	for i, x := range c.contexts {
 		var err error
-		if pieces, err = c.status(x, t.request, pieces[:0]); err != nil {
+		if i > 0 && c.givesUp() {
+			err = errGivenUp
+		} else {
+			pieces, err = c.status(x, t.request, pieces[:0])
+		}
+		if errors.Is(err, context.Canceled) && c.givesUp() {
+			err = errGivenUp
+		}
+		if err != nil {
 			c.reply(t, c.failed(t.request, err))
 			return
 		}

@@ -31,7 +31,8 @@ func contextNames(v cow.VolumeInfo) []string {
 // exportedDevice is a device as NBD clients see it.
 type exportedDevice struct {
 	*cow.Device
-	c *catalog
+	c      *catalog
+	client context.Context // of one client, until it has gone
 }
 
 // OpenContext is that of nbd.ContextOpener.
@@ -52,7 +53,7 @@ func (d exportedDevice) OpenContext(name string) (nbd.Context, error) {
 		d.c.unreserve(memory)
 		return nil, notExist(err)
 	}
-	return &dirtyBlocks{x: d.c.exports, from: from, to: d.Device, memory: memory}, nil
+	return &dirtyBlocks{x: d.c.exports, client: d.client, from: from, to: d.Device, memory: memory}, nil
 }
 
 // depths is the context allocation-depth.
@@ -98,6 +99,7 @@ func (x *exports) unreserve(memory int64) {
 // nothing.
 type dirtyBlocks struct {
 	x      *exports
+	client context.Context // the search for the difference ends with it
 	from   *handle
 	to     *cow.Device
 	memory int64
@@ -112,14 +114,14 @@ func (c *dirtyBlocks) Status(off, length int64, fn func(off, length int64, flags
 	if err != nil {
 		return err
 	}
-	return diff.Extents(context.Background(), off, length, func(off, length int64, _ bool) bool { return fn(off, length, stateDirty) })
+	return diff.Extents(c.client, off, length, func(off, length int64, _ bool) bool { return fn(off, length, stateDirty) })
 }
 
 func (c *dirtyBlocks) difference() (_ *cow.Difference, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.diff == nil {
-		c.diff, err = c.x.store.Difference(context.Background(), c.from.dev, c.to)
+		c.diff, err = c.x.store.Difference(c.client, c.from.dev, c.to)
 	}
 	return c.diff, err
 }

@@ -1,6 +1,7 @@
 package owner
 
 import (
+	"context"
 	"errors"
 	"io/fs"
 	"strings"
@@ -22,8 +23,13 @@ func TestContexts(t *testing.T) {
 	if err := o.Resize(t.Context(), "v", 16<<40, false); err != nil {
 		t.Fatal(err)
 	}
-	e, err := x.Open("v")
+	client, gone := context.WithCancel(t.Context())
+	defer gone()
+	e, err := x.ForClient(client, nil).Open("v")
 	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := e.Device.WriteAt([]byte("data"), 0); err != nil {
 		t.Fatal(err)
 	}
 	dev := e.Device.(nbd.ContextOpener)
@@ -40,6 +46,10 @@ func TestContexts(t *testing.T) {
 	}
 	if err := o.Remove(t.Context(), s, false); !errors.Is(err, cow.ErrBusy) || !strings.Contains(err.Error(), "NBD client") {
 		t.Errorf("removing a snapshot that is selected: %v", err)
+	}
+	gone()
+	if err := open[0].Status(0, 1<<20, func(int64, int64, uint32) bool { return true }); !errors.Is(err, context.Canceled) {
+		t.Errorf("the search for a difference of a client that has gone: %v", err)
 	}
 	for _, c := range open {
 		if err := c.Close(); err != nil {

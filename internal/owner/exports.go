@@ -1,9 +1,11 @@
 package owner
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"slices"
 	"sync"
 	"time"
@@ -297,9 +299,23 @@ func notExist(err error) error {
 	return err
 }
 
+// ForClient is that of nbd.ClientExports.
+func (c *catalog) ForClient(ctx context.Context, _ net.Conn) nbd.Exports { return view{c, ctx} }
+
+// Open opens an export for somebody who closes it.
+func (c *catalog) Open(name string) (*nbd.Export, error) {
+	return view{c, context.Background()}.Open(name)
+}
+
+// view is a catalog as one client sees it.
+type view struct {
+	*catalog
+	client context.Context // ends when the client has gone
+}
+
 // Open opens an export for a client. An empty name means the service's only export; if the service shows all exports,
 // it means the store's only volume.
-func (c *catalog) Open(name string) (*nbd.Export, error) {
+func (c view) Open(name string) (*nbd.Export, error) {
 	r, err := c.resolve(name)
 	if err != nil {
 		return nil, err
@@ -313,7 +329,7 @@ func (c *catalog) Open(name string) (*nbd.Export, error) {
 		return nil, errors.Join(err, c.leave(h))
 	}
 	var once sync.Once
-	exported := exportedDevice{h.dev, c}
+	exported := exportedDevice{h.dev, c.catalog, c.client}
 	dev := nbd.Device(exported)
 	if c.watched {
 		dev = watchedDevice{exported}
