@@ -1,6 +1,7 @@
 package cow
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -24,6 +25,8 @@ type Problem struct {
 	Kind  string `json:"kind"`
 	Where string `json:"where"`
 	What  string `json:"what"`
+	// Lost is what volumes and snapshots lose by it, in the order of their names, if it is about data or a leaf.
+	Lost []Lost `json:"lost,omitempty"`
 }
 
 // CheckOptions are the options of Check.
@@ -59,9 +62,57 @@ func (s *Store) Check(ctx context.Context, o CheckOptions, problem func(Problem)
 		return CheckReport{}, fmt.Errorf("check: %w", err)
 	}
 	defer s.tasks.Done()
-	checker := audit.NewChecker(checkedStore{s, ctx}, audit.CheckOptions(o), func(p audit.Problem) { problem(Problem(p)) })
-	report, err := checker.Run()
-	return CheckReport(report), wrapIf(err, "check")
+	n := problemNamer{s: s, ctx: ctx, problem: problem}
+	report, err := audit.NewChecker(checkedStore{s, ctx}, audit.CheckOptions(o), n.add).Run()
+	return CheckReport(report), wrapIf(errors.Join(err, n.flush()), "check")
+}
+
+// problemNamer adds to problems what volumes and snapshots lose by them, and notes the damage. It keeps those of one
+// leaf back, so that the leaf is looked at once. flush passes on what it has kept.
+type problemNamer struct {
+	s       *Store
+	ctx     context.Context
+	problem func(Problem)
+
+	kept   []Problem
+	places []badPlace // of kept; no leaf: it is about none
+	err    error
+}
+
+func (n *problemNamer) add(p audit.Problem) {
+	at := badPlace{unitKey{p.Record.Chunk, p.Record.Entry, p.Record.First}, p.Version}
+	if at != (badPlace{}) {
+		n.s.damage.note(at, errors.New(p.What))
+	}
+	if len(n.places) > 0 && n.places[0].leafIndex() != at.leafIndex() {
+		n.flush()
+	}
+	n.kept = append(n.kept, Problem{Kind: p.Kind, Where: p.Where, What: p.What})
+	n.places = append(n.places, at)
+	if at == (badPlace{}) || len(n.kept) == format.LeafBlocks {
+		n.flush()
+	}
+}
+
+// flush returns the first error that has been met. It concerns the names alone.
+func (n *problemNamer) flush() error {
+	bad := map[badPlace]*[]Lost{}
+	for _, at := range n.places {
+		if at != (badPlace{}) {
+			bad[at] = new([]Lost)
+		}
+	}
+	if len(bad) > 0 {
+		n.err = cmp.Or(n.err, n.s.lostTo(n.ctx, bad, n.s.points()))
+	}
+	for i, p := range n.kept {
+		if lost := bad[n.places[i]]; lost != nil {
+			p.Lost = *lost
+		}
+		n.problem(p)
+	}
+	n.kept, n.places = n.kept[:0], n.places[:0]
+	return n.err
 }
 
 // beginCheck makes a checkpoint, and returns the table as it then is. pages checks the table's pages. That may take
@@ -97,6 +148,10 @@ type checkedStore struct {
 func (c checkedStore) Checkpoint() (*metadata.Tx, func() error, error) { return c.s.beginCheck() }
 func (c checkedStore) Begin() (*metadata.Tx, error)                    { return c.s.meta.Begin() }
 func (c checkedStore) Interrupted() error                              { return c.s.interrupted(c.ctx) }
+
+func (c checkedStore) Sound(r audit.Record) {
+	c.s.damage.sound(badPlace{record: unitKey{r.Chunk, r.Entry, r.First}})
+}
 
 func (c checkedStore) ChunkName(slot uint32) string { return wal.ChunkName(slot) }
 

@@ -77,7 +77,7 @@ func TestCheckInSlices(t *testing.T) {
 	whole := mustCheck(t, s)
 	check := func() (CheckReport, []Problem) {
 		var ps []Problem
-		c := audit.NewChecker(checkedStore{s, t.Context()}, audit.CheckOptions{ReadData: true}, func(p audit.Problem) { ps = append(ps, Problem(p)) })
+		c := audit.NewChecker(checkedStore{s, t.Context()}, audit.CheckOptions{ReadData: true}, func(p audit.Problem) { ps = append(ps, Problem{Kind: p.Kind, Where: p.Where, What: p.What}) })
 		c.Slice = 0
 		report, err := c.Run()
 		must(t, err)

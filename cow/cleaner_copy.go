@@ -100,10 +100,18 @@ func (m *mover) batch() (moved int, more bool, err error) {
 			moved += n
 		}
 		if err != nil {
+			m.met(off, err)
 			return m.stopped(moved, off, err)
 		}
 	}
 	return moved, true, nil
+}
+
+// met notes that the record at an offset of the chunk may be damaged, if err says so.
+func (m *mover) met(off uint32, err error) {
+	if errors.Is(err, ErrCorrupt) {
+		m.s.metAt(m.c, off, err)
+	}
 }
 
 // stopped ends a batch at a record that returned an error. After errFull, the next batch goes on at that record once a

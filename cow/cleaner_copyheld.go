@@ -56,6 +56,7 @@ func (m *mover) moveGathered() (moved int, err error) {
 			changed = append(changed, i)
 		case err != nil:
 			m.s.checkpoints.mu.Unlock()
+			m.met(r.here.Offset(), err)
 			return moved, fmt.Errorf("record at %d: %w", r.here.Offset(), err)
 		}
 	}
@@ -65,6 +66,7 @@ func (m *mover) moveGathered() (moved int, err error) {
 	for _, i := range changed { // the reaper has handed these to a head: look at them again
 		n, err := m.moveAgain(&m.held.records[i])
 		if moved += n; err != nil {
+			m.met(m.held.records[i].here.Offset(), err)
 			return moved, err
 		}
 	}

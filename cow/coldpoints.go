@@ -118,6 +118,11 @@ func (p *coldPass) record(b *branch, r coldRecord) (is, n int, err error) {
 		return 0, 0, fault.Corruptf("%v is in no chunk", at)
 	}
 	stored := p.comp[:at.Size()]
+	defer func() {
+		if errors.Is(err, ErrCorrupt) {
+			s.damage.note(badPlace{record: unitKey{c.Seq, at.WithIndex(0), r.block}}, err)
+		}
+	}()
 	if err := s.readRecord(c, at.Offset(), stored); err != nil {
 		return 0, 0, err
 	}

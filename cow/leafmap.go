@@ -13,6 +13,7 @@ func (s *Store) loadLeaf(k leafcache.Key, l *format.Leaf) (epoch uint32, err err
 	b, epoch, err := s.newest(k, l)
 	switch {
 	case err != nil:
+		s.metLeaf(k.Index, err)
 		return 0, err
 	case b == nil:
 		*l = format.Leaf{}
@@ -55,6 +56,7 @@ func (s *Store) version(b *branch, index, asOf uint32, withHead bool, l *format.
 	err = s.meta.View(func(tx *metadata.Tx) error {
 		return s.newer(tx, metadata.Version{Branch: b.ID, Leaf: index, Epoch: asOf}, &epoch, l)
 	})
+	s.metLeaf(index, err)
 	return epoch, err
 }
 

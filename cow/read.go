@@ -251,6 +251,9 @@ func (pl *ReadPlan) drop() {
 func (pl *ReadPlan) Finish(err error) error {
 	defer pl.release()
 	if err = fault.Lost(err); err != nil && !errors.Is(err, ErrCorrupt) {
+		if fault.IsUnreadable(err) {
+			pl.metRecords(err)
+		}
 		return fmt.Errorf("read %s: %w", pl.d.ref, err)
 	}
 	for i := range pl.records {
@@ -262,6 +265,7 @@ func (pl *ReadPlan) Finish(err error) error {
 			}
 		}
 		if bad != nil && !pl.rescue(r, err != nil) {
+			pl.d.s.damage.note(badPlace{record: r.key()}, bad)
 			return fmt.Errorf("read %s: %w", pl.d.ref, bad)
 		}
 	}

@@ -258,6 +258,7 @@ func (s *Store) replayRecords(t *batch, c *chunk, from uint32, limit uint64) (wh
 		switch {
 		case payload == nil: // damage to the blocks of this record, which their readers will meet
 			s.log.Error("a record of the log is damaged; run check", "chunk", c.Name(), "offset", c.End, "err", r.Why)
+			s.damage.note(badPlace{record: unitKey{c.Seq, format.MakeEntry(c.Slot, c.End, e.Size, e.Blocks, 0), e.Block}}, r.Why)
 			s.recovery.Damaged++
 			r.Off += uint32(e.Size)
 		case h.Kind == format.KindHole:

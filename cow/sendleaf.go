@@ -158,9 +158,14 @@ func (l *sendLeaf) fetch(s *Store) (err error) {
 
 // verify verifies a record. If it does not verify, it looks for it again: other records that were read with it may be
 // the damaged ones, and the cleaner may have made a copy (see rescue).
-func (l *sendLeaf) verify(s *Store, r *sendRecord) error {
+func (l *sendLeaf) verify(s *Store, r *sendRecord) (err error) {
+	defer func() {
+		if err != nil {
+			s.damage.note(badPlace{record: unitKey{r.c.Seq, r.e.WithIndex(0), r.first}}, err)
+		}
+	}()
 	stored := l.arena[r.at : r.at+r.e.Size()]
-	err := r.parse(stored)
+	err = r.parse(stored)
 	if err == nil || !errors.Is(err, ErrCorrupt) {
 		return err
 	}

@@ -65,6 +65,7 @@ type Store struct {
 	checkpoints checkpoints
 	cleaner     cleaner
 	cold        coldState
+	damage      damageRegister
 	reads       atomic.Uint64
 
 	quit  chan struct{}
@@ -140,6 +141,7 @@ func openIn(in *storage.Folder, o Options) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
+	s.wg.Go(s.damageRoutine)
 	if s.readOnly != nil {
 		return s, nil
 	}
@@ -160,7 +162,7 @@ func build(in *storage.Folder, info format.StoreInfo, o Options, lock *os.File, 
 	dir := in.Path()
 	s := &Store{
 		dir: dir, in: in, info: info, opts: o, log: o.Logger.With("store", dir), lock: lock, readOnly: readOnly, fs: o.fs,
-		catalog: newCatalog(), quit: make(chan struct{}),
+		catalog: newCatalog(), damage: newDamageRegister(), quit: make(chan struct{}),
 		changes:     changes{gen: 1, dropping: map[metadata.Version]struct{}{}},
 		checkpoints: checkpoints{reapCursor: map[uint32]reapCursor{}, work: make(chan struct{}, 1)},
 		cleaner:     cleaner{work: make(chan struct{}, 1)},

@@ -54,10 +54,22 @@ func (t *Tx) Leaf(v Version, l *format.Leaf) (epoch uint32, err error) {
 		return 0, nil
 	}
 	if err := format.DecodeLeaf(val, l); err != nil {
-		return 0, t.damaged(err, "branch %d leaf %d epoch %d", v.Branch, v.Leaf, ^binary.BigEndian.Uint32(k[8:]))
+		v.Epoch = ^binary.BigEndian.Uint32(k[8:])
+		return 0, &LeafDamage{v, t.damaged(err, "branch %d leaf %d epoch %d", v.Branch, v.Leaf, v.Epoch)}
 	}
 	return ^binary.BigEndian.Uint32(k[8:]), nil
 }
+
+// LeafDamage is the error about a version of a leaf that does not decode.
+type LeafDamage struct {
+	Version Version
+	err     error
+}
+
+func (d *LeafDamage) Error() string { return d.err.Error() }
+
+// Unwrap makes a LeafDamage match format.ErrCorrupt.
+func (d *LeafDamage) Unwrap() error { return d.err }
 
 // NextLeaf returns the first leaf at or after from that the branch itself has a version of. ok is false if there is
 // none.

@@ -25,6 +25,17 @@ type Problem struct {
 	Kind  string
 	Where string
 	What  string
+	// Record is set if a record cannot be read, and Version if a version of a leaf does not decode.
+	Record  Record
+	Version metadata.Version
+}
+
+// Record is a record, as versions refer to it: the sequence number of its chunk, the entry of its first block, and that
+// block.
+type Record struct {
+	Chunk uint64
+	Entry format.Entry
+	First uint64
 }
 
 // CheckOptions are the options of a check.
@@ -128,16 +139,22 @@ type Checker struct {
 func (c *Checker) chunk(slot uint32) string { return "chunk " + c.engine.ChunkName(slot) }
 
 func (c *Checker) corrupt(where, text string, args ...any) {
-	c.problem(Problem{KindCorrupt, where, fmt.Sprintf(text, args...)})
+	c.problem(Problem{Kind: KindCorrupt, Where: where, What: fmt.Sprintf(text, args...)})
 }
 
-// failed reports a problem with a file: its content is wrong, or could not be read.
-func (c *Checker) failed(where string, err error) {
+// badLeaf reports a version that does not decode.
+func (c *Checker) badLeaf(v metadata.Version, err error) {
+	c.problem(Problem{Kind: KindCorrupt, Where: where(v), What: err.Error(), Version: v})
+}
+
+// failed reports a problem with a file: its content is wrong, or could not be read. If it is about a record, r says
+// about which.
+func (c *Checker) failed(where string, r Record, err error) {
 	kind := KindCorrupt
 	if fault.OutOfReach(err) || errors.Is(err, syscall.EIO) {
 		kind = KindUnreadable
 	}
-	c.problem(Problem{kind, where, err.Error()})
+	c.problem(Problem{Kind: kind, Where: where, What: err.Error(), Record: r})
 }
 
 // table checks the rows of the table, and the chunk files against them.
@@ -170,7 +187,7 @@ func (c *Checker) table(tx *metadata.Tx) error {
 			c.progress(c.report.Versions)
 		}
 		if bad != nil {
-			c.corrupt(where(v), "%v", bad)
+			c.badLeaf(v, bad)
 			c.newer = metadata.Version{}
 			return nil
 		}
@@ -338,7 +355,7 @@ func (c *Checker) accounting(tb *metadata.Tables) {
 		c.report.LiveBytes += got
 		switch {
 		case int64(ch.Live) > got:
-			c.problem(Problem{KindLeak, c.chunk(ch.Slot), fmt.Sprintf("%d live bytes are kept, %d are referred to", ch.Live, got)})
+			c.problem(Problem{Kind: KindLeak, Where: c.chunk(ch.Slot), What: fmt.Sprintf("%d live bytes are kept, %d are referred to", ch.Live, got)})
 		case int64(ch.Live) < got:
 			c.corrupt(c.chunk(ch.Slot), "%d live bytes are kept, %d are referred to", ch.Live, got)
 		}
@@ -373,7 +390,7 @@ func (c *Checker) file(row format.Chunk) {
 		err = longEnough(ch, row)
 	}
 	if err != nil && !ch.HasDied() {
-		c.failed(c.chunk(row.Slot), err)
+		c.failed(c.chunk(row.Slot), Record{}, err)
 	}
 }
 

@@ -3,6 +3,7 @@ package audit
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/vdisk/vdisk/cow/internal/fault"
@@ -78,6 +79,7 @@ func (c *Checker) readSlice(tx *metadata.Tx, from metadata.Version, done *int64)
 // readVersion reads the records with blocks that a version owns.
 func (c *Checker) readVersion(tx *metadata.Tx, v metadata.Version, l *format.Leaf, rows map[uint32]format.Chunk, forwards *forwardReader) error {
 	var last format.Entry
+	var failed []format.Entry // overwrites leave holes in a unit, and a record that cannot be read is one problem
 	for i, name := range l.Entries {
 		if name.IsHole() || !l.IsChanged(i) {
 			continue
@@ -97,9 +99,13 @@ func (c *Checker) readVersion(tx *metadata.Tx, v metadata.Version, l *format.Lea
 			continue
 		}
 		last = e
-		block := uint64(v.Leaf)*format.LeafBlocks + uint64(i) - uint64(e.Index())
-		if err := c.readRecord(row, e, block); err != nil {
-			c.failed(where(v), fmt.Errorf("block %d: %s offset %d: %w", i, c.chunk(e.Slot()), e.Offset(), err))
+		if slices.ContainsFunc(failed, e.SameRecord) {
+			continue
+		}
+		r := Record{row.Seq, e.WithIndex(0), uint64(v.Leaf)*format.LeafBlocks + uint64(i) - uint64(e.Index())}
+		if err := c.readRecord(row, e, r.First); err != nil {
+			failed = append(failed, e)
+			c.failed(where(v), r, fmt.Errorf("block %d: %s offset %d: %w", i, c.chunk(e.Slot()), e.Offset(), err))
 		}
 	}
 	return nil
@@ -135,5 +141,9 @@ func (c *Checker) read(ch Chunk, seq uint64, e format.Entry, first uint64) error
 		return err
 	}
 	c.report.DataBytes += int64(e.Size())
-	return format.Decompress(codec, c.unit[:e.Blocks()*format.BlockSize], payload)
+	if err := format.Decompress(codec, c.unit[:e.Blocks()*format.BlockSize], payload); err != nil {
+		return err
+	}
+	c.engine.Sound(Record{seq, e.WithIndex(0), first})
+	return nil
 }

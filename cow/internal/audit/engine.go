@@ -22,6 +22,9 @@ type Engine interface {
 	// that state of the table.
 	Hold(row format.Chunk) Chunk
 
+	// Sound is told of each record that was read and verified.
+	Sound(Record)
+
 	// ChunkName returns the name of the file of the chunk in a slot.
 	ChunkName(slot uint32) string
 }

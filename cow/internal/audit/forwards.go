@@ -93,7 +93,7 @@ func (c *Checker) checkForwards(tx *metadata.Tx) error {
 		}
 		switch {
 		case int64(row.Blocks) > f.seen[slot]:
-			c.problem(Problem{KindLeak, where, fmt.Sprintf("%d are kept, %d are referred to", row.Blocks, f.seen[slot])})
+			c.problem(Problem{Kind: KindLeak, Where: where, What: fmt.Sprintf("%d are kept, %d are referred to", row.Blocks, f.seen[slot])})
 		case int64(row.Blocks) < f.seen[slot]:
 			c.corrupt(where, "%d are kept, %d are referred to", row.Blocks, f.seen[slot])
 		}

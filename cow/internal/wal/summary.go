@@ -51,8 +51,24 @@ type Summary struct {
 // Summary reads the chunk's summary, from the end of its file. It returns nil if there is no summary that verifies;
 // then the caller reads the records. That choice must not vary from one time to the next, so a read error is returned
 // as an error.
-func (c *Chunk) Summary() (*Summary, error) {
-	if c.Size < format.ChunkHeaderSize+format.SummaryFooterSize {
+func (c *Chunk) Summary() (*Summary, error) { return c.summary(c.Size) }
+
+// SummaryInFile is Summary for a chunk that is not being replayed, whose file may be larger than Size says.
+func (c *Chunk) SummaryInFile() (*Summary, error) {
+	f, err := c.Handle()
+	if err != nil {
+		return nil, err
+	}
+	size, err := f.Size()
+	if err != nil {
+		return nil, err
+	}
+	return c.summary(uint32(min(size, format.MaxChunkSize)))
+}
+
+// summary reads the summary of a file of size bytes.
+func (c *Chunk) summary(size uint32) (*Summary, error) {
+	if size < format.ChunkHeaderSize+format.SummaryFooterSize {
 		return nil, nil
 	}
 	f, err := c.Handle()
@@ -60,11 +76,11 @@ func (c *Chunk) Summary() (*Summary, error) {
 		return nil, err
 	}
 	var footer [format.SummaryFooterSize]byte
-	at := int64(c.Size) - format.SummaryFooterSize
+	at := int64(size) - format.SummaryFooterSize
 	if n, err := ReadFull(f, footer[:], at); err != nil || n < len(footer) {
 		return nil, err
 	}
-	h, err := format.DecodeSummaryFooter(footer[:], c.Seq, c.Size)
+	h, err := format.DecodeSummaryFooter(footer[:], c.Seq, size)
 	if err != nil {
 		return nil, nil
 	}
