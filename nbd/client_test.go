@@ -3,6 +3,7 @@ package nbd
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"errors"
 	"io"
 	"net"
@@ -22,6 +23,7 @@ type client struct {
 	net.Conn
 	served     chan error // what ServeConn returned
 	structured bool
+	secure     *tls.Config // not nil: greet begins TLS
 }
 
 // dial connects a client to a new server of exports; the greeting is not yet read.
@@ -109,6 +111,11 @@ func (c *client) greet(flags uint32) {
 		c.tb.Fatalf("greeting %x, want %x", got, want)
 	}
 	c.put(u32(flags))
+	if c.secure != nil {
+		if err := c.startTLS(c.secure); err != nil {
+			c.tb.Fatal(err)
+		}
+	}
 }
 
 func (c *client) option(id uint32, data ...string) {

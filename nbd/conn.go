@@ -85,6 +85,7 @@ func newConn(srv *Server, nc net.Conn, s session, gone func()) *conn {
 		c.ext = c.dev
 	}
 	c.out = sender{conn: nc, budget: c.budget}
+	c.out.secure, _ = nc.(*secureConn)
 	c.in = newInput(nc, srv.opts.read, c.sendBatch)
 	return c
 }

@@ -1,5 +1,5 @@
 // Package nbd serves block devices over the NBD protocol: fixed newstyle negotiation, simple and structured replies,
-// extended headers, and the metadata context base:allocation. It does not know how a [Device] stores its content.
+// extended headers, TLS, and the metadata context base:allocation. It does not know how a [Device] stores its content.
 //
 // A program implements [Device] and [Exports], and gives its listeners to [Server.Serve]:
 //
@@ -39,6 +39,7 @@
 //     receiver tries to read first: a read that has to wait for a disk goes to a worker, and has begun by then. The
 //     reply waits until no further request has been received, or the batch is full. So if a client keeps many requests
 //     in flight, one read and one write carry many of them; if it does not, nothing waits.
+//     With TLS (tls.go), the same system calls are below crypto/tls.
 //   - Workers (work.go, read.go) execute all other requests. They are started as they are needed.
 //   - The flusher (work.go) joins all flushes that arrive while one is under way into the next one. So flushes never
 //     occupy a worker, or hold up anything else.

@@ -2,11 +2,13 @@ package nbd
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"io"
 	"net"
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -53,6 +55,7 @@ type wantReply struct {
 type negotiationModel struct {
 	noZeroes, structured, extended, allocation bool
 	metaExport                                 string
+	tls, clear                                 bool // the server insists on TLS, which has not begun
 }
 
 var negotiationNames = []string{"disk", "ro", "", "secret", "busy", "nosuch", strings.Repeat("x", maxNameLen), strings.Repeat("x", maxNameLen+1), "di\xffsk"}
@@ -157,6 +160,9 @@ func (n *negotiator) spoilt(data string) (string, bool) {
 
 // step sends one option and checks the answer. It returns false if that was the last.
 func (n *negotiator) step() bool {
+	if n.model.clear {
+		return n.clearStep()
+	}
 	switch n.code.Byte() % 12 {
 	default:
 		n.put(u64(magicOption), u32(optStructuredReply), n.sized(""))
@@ -192,9 +198,19 @@ func (n *negotiator) step() bool {
 			n.extendedHeaders()
 			return true
 		}
-		if id == 0 || id > optExtendedHeaders || id == 4 || id == 5 {
+		if id%16 == optStartTLS {
+			id = optStartTLS
+		}
+		if id == 0 || id > optExtendedHeaders || id == 4 || id == optStartTLS {
+			typ := uint32(repErrUnsup)
+			if id == optStartTLS {
+				typ = repErrPolicy
+			}
+			if id == optStartTLS && n.model.tls {
+				typ = repErrInvalid // it has begun
+			}
 			n.option(id, n.code.Text(int(n.code.Byte())))
-			n.expect(id, wantReply{repErrUnsup, ""})
+			n.expect(id, wantReply{typ, ""})
 		}
 	case 9:
 		n.put(u64(magicOption^1<<(n.code.Byte()%64)), u32(optList), u32(0))
@@ -209,12 +225,54 @@ func (n *negotiator) step() bool {
 	case 11: // the client goes away within an option
 		part := u64(magicOption) + u32(optGo) + u32(100) + n.code.Text(int(n.code.Byte())%99)
 		n.put(part[:min(len(part), 1+int(n.code.Byte()))])
-		_ = n.Conn.(*net.UnixConn).CloseWrite()
+		_ = n.Conn.(interface{ CloseWrite() error }).CloseWrite()
 		n.ends(io.ErrUnexpectedEOF)
 		return false
 	}
 	return true
 }
+
+// clearStep is step before TLS has begun, where it must.
+func (n *negotiator) clearStep() bool {
+	id := uint32(n.code.Byte()) % 16
+	data := n.code.Text(int(n.code.Byte()) % 20)
+	n.option(id, data)
+	switch {
+	case id == optAbort:
+		n.expect(id, wantReply{repAck, ""})
+		n.ends(nil)
+		return false
+	case id == optExportName:
+		n.ends(ErrProtocol)
+		return false
+	case id != optStartTLS:
+		n.expect(id, wantReply{repErrTLSRequired, ""})
+	case data != "":
+		n.expect(id, wantReply{repErrInvalid, ""})
+	default:
+		n.expect(id, wantReply{repAck, ""})
+		secure := tls.Client(n.Conn, fuzzPKI(n.tb).client)
+		if err := secure.Handshake(); err != nil {
+			n.tb.Fatal(err)
+		}
+		n.Conn, n.model.clear = secure, false
+	}
+	return true
+}
+
+// fuzzPKI returns the configurations of a server with TLS and its client.
+func fuzzPKI(tb testing.TB) (c struct{ server, client *tls.Config }) {
+	fuzzPKIOnce.Do(func() {
+		p := newPKI(tb)
+		fuzzConfigs.server, fuzzConfigs.client = p.config(tb, p.server, "server"), p.config(tb, p.client, "client")
+	})
+	return fuzzConfigs
+}
+
+var (
+	fuzzPKIOnce sync.Once
+	fuzzConfigs struct{ server, client *tls.Config }
+)
 
 func (n *negotiator) extendedHeaders() {
 	junk := n.code.Text(int(n.code.Byte()) % 2)
@@ -359,6 +417,11 @@ func FuzzNegotiation(f *testing.F) {
 	f.Add([]byte{3, 11, 7, 1, 2, 3, 4, 5, 6, 7, 20})                                    // ends in the middle
 	f.Add([]byte{3, 11, 3, 1, 2, 3, 15})                                                // ends behind an option's header
 	f.Add([]byte{3, 5, 1, 1, 6, 2, 2, 2})                                               // LIST with data, ABORT
+	f.Add([]byte{131, 7, 0, 8, 0, 5, 1, 99, 5, 0, 0, 3, 1, 0, 1, 0, 0, 1, 1, 0, 0})     // refused in the clear, STARTTLS, structured, SET_META, GO
+	f.Add([]byte{131, 5, 0, 8, 5, 5, 0, 7, 0})                                          // STARTTLS twice, EXPORT_NAME
+	f.Add([]byte{130, 5, 0, 11, 3, 1, 2, 3, 15})                                        // STARTTLS, and the end in the middle of an option
+	f.Add([]byte{131, 7, 0, 2, 0})                                                      // ABORT in the clear
+	f.Add([]byte{131, 1, 0})                                                            // EXPORT_NAME in the clear
 	f.Add([]byte{4, 6, 0})                                                              // flags that nobody knows
 	f.Fuzz(func(t *testing.T, program []byte) {
 		if len(program) > 300 {
@@ -366,9 +429,15 @@ func FuzzNegotiation(f *testing.F) {
 		}
 		disk, ro := newRAM(1<<18+512), newRAM(1<<16)
 		exports := listedExports{exportMap{"disk": {Device: disk, Name: "disk"}, "ro": {Device: ro, Name: "ro", ReadOnly: true, Description: "for reading"}}}
-		n := &negotiator{client: pairClient(t, exports, Options{Workers: 2}), code: fuzzcode.Code{B: program}}
-		defer n.Close()
+		n := &negotiator{code: fuzzcode.Code{B: program}}
 		flags := uint32(n.code.Byte())
+		opts := Options{Workers: 2}
+		if flags >= 128 {
+			flags, opts.TLS = flags%8, fuzzPKI(t).server
+			n.model.tls, n.model.clear = true, true
+		}
+		n.client = pairClient(t, exports, opts)
+		defer n.Close()
 		n.greet(flags)
 		if flags > 3 {
 			n.ends(ErrProtocol)
@@ -380,7 +449,7 @@ func FuzzNegotiation(f *testing.F) {
 			goesOn = n.step()
 		}
 		if goesOn {
-			_ = n.Conn.(*net.UnixConn).CloseWrite()
+			_ = n.Conn.(interface{ CloseWrite() error }).CloseWrite()
 			n.ends(nil)
 		}
 		for _, d := range []*ramDevice{disk, ro} {

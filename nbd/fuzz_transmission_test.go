@@ -2,9 +2,10 @@ package nbd
 
 import (
 	"bytes"
+	"crypto/tls"
 	"errors"
 	"io"
-	"net"
+	"math/rand/v2"
 	"syscall"
 	"testing"
 
@@ -414,7 +415,7 @@ func (x *transmitter) breaks(how byte) {
 		b, want = b+x.header(flags, cmdWrite, 0, 0, 100<<(how/8%12))+x.code.Text(99), io.ErrUnexpectedEOF
 	}
 	x.exchange(b)
-	_ = x.Conn.(*net.UnixConn).CloseWrite()
+	_ = x.Conn.(interface{ CloseWrite() error }).CloseWrite()
 	if err := x.hungUp(); want == nil && err != nil || want != nil && !errors.Is(err, want) {
 		x.tb.Fatalf("the connection ended with %v, want %v (%d)", err, want, how)
 	}
@@ -438,33 +439,52 @@ func FuzzTransmission(f *testing.F) {
 	// Little memory, and a batch of replies beside a request that waits for a worker: it hung.
 	f.Add([]byte("\x97\x87\x1f\x1f\x1f\x1f\x1f\x1f\x1f\x1f\x1f\x87\x87\x1f\x1f\x1f\x87\x87\x87\x870\x1f\x87\x87\x1f\x1f\x1f\x1f\x1f \x1f1G0\x1f"))
 	f.Fuzz(func(t *testing.T, program []byte) {
-		if len(program) > 400 {
-			return
-		}
-		x := &transmitter{code: fuzzcode.Code{B: program}, device: fuzzRAM(), disk: make([]byte, fuzzSize), present: make([]bool, (fuzzSize+ramBlock-1)/ramBlock), open: map[uint64]*sent{}, touched: map[int64]int{}}
-		mode := x.code.Byte()
-		x.readOnly = mode&1 != 0
-		x.client = pairClient(t, exportMap{"disk": {Device: x.device, ReadOnly: x.readOnly}}, Options{Workers: 2 + int(mode>>3)%3, MaxInFlight: 1 << (12 + mode>>5)})
-		defer x.Close()
-		if x.extended = mode&4 != 0; x.extended {
-			extend(x.client, contextAllocation)
-			x.structured = true
-		} else {
-			x.client.open("disk", mode&2 != 0)
-		}
-		x.allocation = x.structured
-		end := byte(0)
-		for len(x.code.B) > 0 {
-			n := x.code.Byte()
-			if n >= 250 {
-				end = x.code.Byte()
-				break
-			}
-			x.batch(1 + int(n)%fuzzBatch)
-		}
-		x.breaks(end)
-		if x.device.opens.Load() != x.device.closes.Load() {
-			t.Fatalf("%d opens, %d closes", x.device.opens.Load(), x.device.closes.Load())
+		if len(program) <= 400 {
+			transmit(t, program, nil, nil)
 		}
 	})
+}
+
+// Programs of requests have the same effects over TLS.
+func TestProgramsOverTLS(t *testing.T) {
+	p := newPKI(t)
+	rng := rand.New(rand.NewPCG(8, 9))
+	for mode := range 32 {
+		program := make([]byte, 1+rng.IntN(400))
+		for i := range program {
+			program[i] = byte(rng.Uint32())
+		}
+		program[0] = byte(mode)
+		transmit(t, program, p.config(t, p.server, "server"), p.config(t, p.client, "client"))
+	}
+}
+
+// transmit runs a program of FuzzTransmission. With a server's and a client's configuration it does so over TLS.
+func transmit(t *testing.T, program []byte, server, secure *tls.Config) {
+	x := &transmitter{code: fuzzcode.Code{B: program}, device: fuzzRAM(), disk: make([]byte, fuzzSize), present: make([]bool, (fuzzSize+ramBlock-1)/ramBlock), open: map[uint64]*sent{}, touched: map[int64]int{}}
+	mode := x.code.Byte()
+	x.readOnly = mode&1 != 0
+	x.client = pairClient(t, exportMap{"disk": {Device: x.device, ReadOnly: x.readOnly}}, Options{TLS: server, Workers: 2 + int(mode>>3)%3, MaxInFlight: 1 << (12 + mode>>5)})
+	x.secure = secure
+	defer x.Close()
+	if x.extended = mode&4 != 0; x.extended {
+		extend(x.client, contextAllocation)
+		x.structured = true
+	} else {
+		x.client.open("disk", mode&2 != 0)
+	}
+	x.allocation = x.structured
+	end := byte(0)
+	for len(x.code.B) > 0 {
+		n := x.code.Byte()
+		if n >= 250 {
+			end = x.code.Byte()
+			break
+		}
+		x.batch(1 + int(n)%fuzzBatch)
+	}
+	x.breaks(end)
+	if x.device.opens.Load() != x.device.closes.Load() {
+		t.Fatalf("%d opens, %d closes", x.device.opens.Load(), x.device.closes.Load())
+	}
 }

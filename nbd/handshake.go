@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -19,8 +20,14 @@ type negotiation struct {
 	exports  Exports
 	conn     net.Conn
 	timeout  time.Duration // for each step of the client
+	by       time.Time     // the latest end of a step, unless it is zero
 	failed   func(error)   // called with errors of exports
+	closing  func() bool   // reports whether the server is shutting down
 	noZeroes bool
+
+	tls     *tls.Config  // not nil: the server insists on TLS, and the next two are set
+	proven  func() error // called once TLS has begun
+	sysRead func(fd int, p []byte) (int, error)
 
 	session
 	selected   []string // metadata contexts
@@ -37,13 +44,25 @@ type option struct {
 // is not limited, because a client that lists the exports sends several for each.
 func (n *negotiation) run() (s session, err error) {
 	defer recovered(&err)
+	if n.tls != nil {
+		n.by = time.Now().Add(n.timeout)
+	}
 	if err := n.greet(); err != nil {
 		return session{}, err
+	}
+	if n.tls != nil {
+		if err := n.startTLS(); err != nil {
+			return session{}, err
+		}
 	}
 	for {
 		opt, err := n.readOption()
 		if err != nil {
 			return session{}, err
+		}
+		if n.closing() && opt.id != optAbort && opt.id != optExportName {
+			_ = n.refuse(opt, repErrShutdown, ErrServerClosed.Error()) // the client need not wait for it
+			return session{}, ErrServerClosed
 		}
 		if err := n.answer(opt); err != nil {
 			return session{}, err
@@ -56,7 +75,15 @@ func (n *negotiation) run() (s session, err error) {
 
 // within limits how long the connection may take until the next call.
 func (n *negotiation) within() error {
-	if err := n.conn.SetDeadline(time.Now().Add(n.timeout)); err != nil {
+	end := time.Now().Add(n.timeout)
+	if !n.by.IsZero() && n.by.Before(end) {
+		end = n.by
+	}
+	err := n.conn.SetDeadline(end)
+	if err == nil && n.closing() { // after the deadline was set: Server.close may have set its own before
+		err = n.conn.SetDeadline(time.Now().Add(closingTimeout))
+	}
+	if err != nil {
 		return fmt.Errorf("nbd: negotiation: %w", err)
 	}
 	return nil
@@ -118,6 +145,11 @@ func (n *negotiation) answer(opt option) error {
 		return n.list(opt)
 	case optInfo, optGo:
 		return n.info(opt)
+	case optStartTLS:
+		if n.tls != nil {
+			return n.refuse(opt, repErrInvalid, "TLS has begun already")
+		}
+		return n.refuse(opt, repErrPolicy, "this server has no TLS")
 	case optStructuredReply:
 		if len(opt.data) != 0 {
 			return n.refuse(opt, repErrInvalid, "STRUCTURED_REPLY takes no data")
@@ -176,15 +208,18 @@ func (n *negotiation) begin(name string, export *Export, contexts []Context, inf
 
 func (n *negotiation) open(name string) (export *Export, info Info, err error) {
 	defer func() {
-		if err != nil && export != nil { // export.info has panicked
+		if err != nil && export != nil { // export.info has panicked, or the server is shutting down
 			err = errors.Join(err, export.close())
 		}
 	}()
 	defer recovered(&err)
-	if export, err = n.exports.Open(name); err == nil {
-		info = export.info()
+	if export, err = n.exports.Open(name); err != nil {
+		return nil, info, err
 	}
-	return export, info, err
+	if info = export.info(); n.closing() {
+		return export, info, ErrServerClosed
+	}
+	return export, info, nil
 }
 
 func (n *negotiation) describe(name string) (info Info, err error) {

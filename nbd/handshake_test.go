@@ -1,12 +1,15 @@
 package nbd
 
 import (
+	"context"
 	"errors"
 	"os"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/vdisk/vdisk/internal/testwatch"
 )
 
 func TestNegotiateGo(t *testing.T) {
@@ -143,7 +146,7 @@ func TestNegotiateRefusals(t *testing.T) {
 		{optGo, str(strings.Repeat("n", maxNameLen+1)) + u16(0), repErrInvalid},
 		{optSetMeta, str("disk") + u32(1) + str(contextAllocation), repErrInvalid}, // before STRUCTURED_REPLY
 		{optStructuredReply, "x", repErrInvalid},
-		{5, "", repErrUnsup}, // STARTTLS
+		{optStartTLS, "", repErrPolicy},
 		{optExtendedHeaders, "x", repErrInvalid},
 		{12345, "data", repErrUnsup}, // unknown
 	} {
@@ -268,4 +271,54 @@ func TestNegotiateTimeout(t *testing.T) {
 	c.open("disk", false)
 	time.Sleep(300 * time.Millisecond)
 	c.alive()
+}
+
+// slowExports open an export when they are told to.
+type slowExports struct {
+	exportMap
+	asked, release chan struct{}
+}
+
+func (s slowExports) Open(name string) (*Export, error) {
+	close(s.asked)
+	<-s.release
+	return s.exportMap.Open(name)
+}
+
+// A server that is shutting down says so in answer to an option, also to one that is under way. One that asks for
+// nothing is not waited for.
+func TestShutdownAnswersOptions(t *testing.T) {
+	d := newRAM(4096)
+	exports := slowExports{serveRAM(d), make(chan struct{}), make(chan struct{})}
+	s := New(exports, Options{})
+	opening, asking, silent := connect(t, s), connect(t, s), connect(t, s)
+	for _, c := range []*client{opening, asking, silent} {
+		c.greet(3)
+		c.option(optInfo, str("disk"), u16(0))
+		for _, typ := range []uint32{repInfo, repInfo, repAck} {
+			c.wantOptReply(optInfo, typ)
+		}
+	}
+	opening.option(optGo, str("disk"), u16(0))
+	<-exports.asked
+	ended := make(chan error, 1)
+	go func() { ended <- s.Shutdown(context.Background()) }()
+	for !s.isClosed() {
+		time.Sleep(time.Millisecond)
+	}
+	asking.option(optStructuredReply)
+	asking.wantOptReply(optStructuredReply, repErrShutdown)
+	close(exports.release)
+	opening.wantOptReply(optGo, repErrShutdown)
+	for _, c := range []*client{opening, asking, silent} {
+		if err := c.hungUp(); !errors.Is(err, ErrServerClosed) {
+			t.Errorf("ServeConn: %v", err)
+		}
+	}
+	if err := testwatch.Wait(t, testwatch.Long, "Shutdown", ended); err != nil {
+		t.Error(err)
+	}
+	if d.opens.Load() != d.closes.Load() {
+		t.Errorf("%d opens, %d closes", d.opens.Load(), d.closes.Load())
+	}
 }

@@ -14,7 +14,9 @@ type input struct {
 	buf  *buffer // nil if nothing is buffered and no buffer is needed
 	r, w int     // buf.b[r:w] has been received and not used yet
 
-	conn net.Conn
+	conn   net.Conn
+	secure bool    // conn has TLS, and calls idle itself
+	first  [1]byte // see readTLS
 	// idle is called before a read that has to wait, so that no reply is held back while the client may be waiting for
 	// it. idle may wait, and may close the connection.
 	idle func()
@@ -36,6 +38,10 @@ type input struct {
 func newInput(conn net.Conn, sysRead func(fd int, p []byte) (int, error), idle func()) *input {
 	in := &input{conn: conn, sysRead: sysRead, idle: idle}
 	in.recv = in.tryRecv
+	if c, ok := conn.(*secureConn); ok {
+		in.over(c)
+		return in
+	}
 	if sc, ok := conn.(syscall.Conn); ok {
 		if raw, err := sc.SyscallConn(); err == nil {
 			in.raw = raw
@@ -117,6 +123,9 @@ func (in *input) discard(n int) error {
 
 // read reads at least one byte, into p or, if p is nil, into the buffer, or returns an error.
 func (in *input) read(p []byte) (int, error) {
+	if in.secure {
+		return in.readTLS(p)
+	}
 	if in.raw == nil {
 		in.idle()
 		if p == nil {

@@ -28,6 +28,7 @@ const (
 	optExportName      = 1
 	optAbort           = 2
 	optList            = 3
+	optStartTLS        = 5
 	optInfo            = 6
 	optGo              = 7
 	optStructuredReply = 8
@@ -43,14 +44,15 @@ const (
 	repInfo        = 3
 	repMetaContext = 4
 
-	repErrUnsup    = 1<<31 | 1
-	repErrPolicy   = 1<<31 | 2
-	repErrInvalid  = 1<<31 | 3
-	repErrPlatform = 1<<31 | 4
-	repErrUnknown  = 1<<31 | 6
-	repErrShutdown = 1<<31 | 7
-	repErrTooBig   = 1<<31 | 9
-	repErrExtended = 1<<31 | 10 // EXT_HEADER_REQD
+	repErrUnsup       = 1<<31 | 1
+	repErrPolicy      = 1<<31 | 2
+	repErrInvalid     = 1<<31 | 3
+	repErrPlatform    = 1<<31 | 4
+	repErrTLSRequired = 1<<31 | 5
+	repErrUnknown     = 1<<31 | 6
+	repErrShutdown    = 1<<31 | 7
+	repErrTooBig      = 1<<31 | 9
+	repErrExtended    = 1<<31 | 10 // EXT_HEADER_REQD
 )
 
 // Kinds of information in a repInfo reply.

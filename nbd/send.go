@@ -53,6 +53,7 @@ func (p *packet) sealHead() *packet {
 // sender writes packets to the socket, several at once if they come faster than they can be written.
 type sender struct {
 	conn   net.Conn
+	secure *secureConn // conn, or nil
 	budget *budget
 
 	mu    sync.Mutex // guards the fields below; not held while writing
@@ -128,6 +129,9 @@ func (s *sender) writeVec() error {
 	if len(s.vec) == 1 {
 		_, err := s.conn.Write(s.vec[0])
 		return err
+	}
+	if s.secure != nil {
+		return s.secure.writeVec(s.vec)
 	}
 	_, err := s.vec.WriteTo(s.conn)
 	return err

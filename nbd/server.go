@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"os"
 	"sync"
@@ -20,61 +19,6 @@ var ErrServerClosed = errors.New("nbd: server closed")
 // that as the answer to its options.
 var ErrTooManyConnections = errors.New("too many NBD connections")
 
-// Options are the limits of a Server. A zero value stands for the default, which is given in parentheses.
-type Options struct {
-	// MaxConnections is the number of connections that are served at a time (10,000). Further ones are refused with
-	// that reason, and closed. A connection that waits for requests holds no buffers.
-	MaxConnections int
-	// HandshakeTimeout bounds each step of a negotiation: an option of the client, and its answer (30 s).
-	HandshakeTimeout time.Duration
-	// MaxInFlight bounds the memory of the requests that one connection has under way, and of their replies (64 MiB).
-	// One request is always possible, however large.
-	MaxInFlight int64
-	// MaxMemory bounds the same for all connections together (256 MiB). When it is used up, connections wait for each
-	// other. Then clients that have taken no replies for half a minute are cut off, so that they do not keep others
-	// waiting.
-	MaxMemory int64
-	// Workers is the number of requests of one connection that are executed at a time, besides the flush and those that
-	// the receiver executes itself (32).
-	Workers int
-	// Logger gets requests and connections that fail, at most one a second, and panics, at most one a second; clients
-	// that disconnect without notice, at info level; and the beginning and end of each connection, at debug level
-	// (none).
-	Logger *slog.Logger
-
-	// Tests set these.
-	stall time.Duration                       // a client that keeps others waiting for so long is cut off
-	read  func(fd int, p []byte) (int, error) // read(2) of a connection's socket
-}
-
-func (o Options) withDefaults() Options {
-	if o.MaxConnections == 0 {
-		o.MaxConnections = 10_000
-	}
-	if o.HandshakeTimeout == 0 {
-		o.HandshakeTimeout = 30 * time.Second
-	}
-	if o.MaxInFlight == 0 {
-		o.MaxInFlight = 64 << 20
-	}
-	if o.MaxMemory == 0 {
-		o.MaxMemory = 256 << 20
-	}
-	if o.Workers == 0 {
-		o.Workers = 32
-	}
-	if o.Logger == nil {
-		o.Logger = slog.New(slog.DiscardHandler)
-	}
-	if o.stall == 0 {
-		o.stall = 30 * time.Second
-	}
-	if o.read == nil {
-		o.read = syscall.Read
-	}
-	return o
-}
-
 // Server serves exports. New makes one.
 type Server struct {
 	exports Exports
@@ -87,8 +31,9 @@ type Server struct {
 	closed    bool       // Shutdown was called
 	listeners map[net.Listener]struct{}
 	conns     map[net.Conn]*served
-	refused   int       // of conns
-	idle      sync.Cond // signalled when a connection has ended
+	refused   int        // of conns
+	unproven  []net.Conn // of conns: without TLS yet, where it is needed; the oldest first
+	idle      sync.Cond  // signalled when a connection has ended
 
 	abandoned chan struct{} // closed when Shutdown does not wait any longer
 	abandon   sync.Once
@@ -215,22 +160,38 @@ func (s *Server) ServeConn(ctx context.Context, nc net.Conn) error {
 	}
 	client, gone := context.WithCancel(ctx)
 	defer gone()
-	n := &negotiation{exports: s.exportsFor(client, nc), conn: nc, timeout: s.opts.HandshakeTimeout, failed: s.logPanic}
+	n := s.negotiation(s.exportsFor(client, nc), nc)
+	n.proven = func() (err error) {
+		if full, err = s.proven(nc); full != nil {
+			n.exports = refusing{full}
+		}
+		return err
+	}
 	session, err := n.run()
 	if err != nil {
-		return s.reason(ctx, err)
+		return errors.Join(full, s.reason(ctx, err))
 	}
 	if err := nc.SetDeadline(time.Time{}); err != nil {
 		err = fmt.Errorf("nbd: %w", err)
 		return errors.Join(s.reason(ctx, err), s.closeExport(session))
 	}
 	// After the deadline of the negotiation is gone: Shutdown sets one of its own from here on.
-	c := newConn(s, nc, session, gone)
+	c := newConn(s, n.conn, session, gone)
 	if !s.startTransmission(nc, c) {
 		return errors.Join(ErrServerClosed, s.closeExport(session))
 	}
 	err = c.run()
+	if secure := c.out.secure; secure != nil && !c.out.failed.Load() && !c.cutOff.Load() {
+		secure.bye()
+	}
 	return errors.Join(s.reason(ctx, err), s.closeExport(session))
+}
+
+func (s *Server) negotiation(exports Exports, nc net.Conn) *negotiation {
+	return &negotiation{
+		exports: exports, conn: nc, timeout: s.opts.HandshakeTimeout, failed: s.logPanic, closing: s.isClosed,
+		tls: s.opts.TLS, sysRead: s.opts.read,
+	}
 }
 
 // exportsFor returns the exports as a client sees them.
@@ -260,7 +221,8 @@ const (
 
 // refuse tells a client why it is not served. The only way to do so in the protocol is to answer its options.
 func (s *Server) refuse(nc net.Conn, why error) {
-	n := &negotiation{exports: refusing{why}, conn: nc, timeout: min(refuseTimeout, s.opts.HandshakeTimeout), failed: func(error) {}}
+	n := s.negotiation(refusing{why}, nc)
+	n.timeout, n.failed = min(refuseTimeout, n.timeout), func(error) {}
 	_, _ = n.run() // whether the client listens does not matter
 }
 
@@ -334,6 +296,9 @@ func (s *Server) awaitIdle(ctx context.Context) map[net.Conn]*conn {
 	return left
 }
 
+// closingTimeout is how long a client that negotiates has to ask for something, and learn that the server shuts down.
+const closingTimeout = 500 * time.Millisecond
+
 // close ends what has to end at once for Shutdown.
 func (s *Server) close() {
 	s.mu.Lock()
@@ -343,11 +308,14 @@ func (s *Server) close() {
 		l.Close()
 	}
 	for nc, c := range s.conns {
-		if c.conn != nil {
-			_ = nc.SetReadDeadline(time.Unix(1, 0)) // fails only where nc is closed
-		} else {
-			nc.Close()
+		until := time.Unix(1, 0)
+		if c.conn == nil {
+			until = time.Now().Add(closingTimeout)
 		}
+		_ = nc.SetReadDeadline(until) // fails only where nc is closed
+	}
+	for _, nc := range s.unproven {
+		nc.Close()
 	}
 }
 
@@ -381,7 +349,16 @@ func (s *Server) addConn(nc net.Conn) (refuse, err error) {
 	if s.closed {
 		return nil, ErrServerClosed
 	}
-	if len(s.conns)-s.refused < s.opts.MaxConnections {
+	if s.opts.TLS != nil {
+		s.beginTLS(nc)
+		return nil, nil
+	}
+	return s.admit(nc)
+}
+
+// admit is addConn after TLS, where that is needed. The caller holds s.mu.
+func (s *Server) admit(nc net.Conn) (refuse, err error) {
+	if len(s.conns)-s.refused-len(s.unproven) < s.opts.MaxConnections {
 		s.conns[nc] = new(served)
 		return nil, nil
 	}
@@ -407,7 +384,8 @@ func (s *Server) startTransmission(nc net.Conn, c *conn) bool {
 func (s *Server) removeConn(nc net.Conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.conns[nc].refused {
+	s.endTLS(nc)
+	if c := s.conns[nc]; c != nil && c.refused {
 		s.refused--
 	}
 	delete(s.conns, nc)
