@@ -19,6 +19,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/vdisk/vdisk/internal/owner"
+	"github.com/vdisk/vdisk/internal/testpki"
 )
 
 func TestMain(m *testing.M) {
@@ -65,6 +66,7 @@ func TestScripts(t *testing.T) {
 		Condition: condition,
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"exits":    cmdExits,
+			"tlsfiles": cmdTLSFiles,
 			"waitfor":  cmdWaitFor,
 			"json":     cmdJSON,
 			"keys":     cmdKeys,
@@ -98,6 +100,21 @@ func cmdExits(ts *testscript.TestScript, neg bool, args []string) {
 	if fmt.Sprint(got) != args[0] {
 		ts.Fatalf("%v: exit code %d, want %s", args[1:], got, args[0])
 	}
+}
+
+// cmdTLSFiles makes folders with certificates: server and client, of one authority; foreign, of another one, for a client
+// that trusts the server; and none, for a client without a certificate.
+func cmdTLSFiles(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 0 {
+		ts.Fatalf("usage: tlsfiles")
+	}
+	ours, err := testpki.New("ours")
+	ts.Check(err)
+	theirs, err := testpki.New("theirs")
+	ts.Check(err)
+	foreign := ts.MkAbs("foreign")
+	ts.Check(errors.Join(ours.Server(ts.MkAbs("server")), ours.Client(ts.MkAbs("client")), ours.Trust(ts.MkAbs("none"))))
+	ts.Check(errors.Join(theirs.Client(foreign), ours.Trust(foreign)))
 }
 
 func exitCodeOf(ts *testscript.TestScript, err error) int {

@@ -6,10 +6,7 @@ import (
 	"fmt"
 	"math"
 	"net"
-	"net/url"
-	"path/filepath"
 	"slices"
-	"strings"
 
 	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/urfave/cli/v2"
@@ -18,20 +15,21 @@ import (
 	"github.com/vdisk/vdisk/internal/owner"
 )
 
-// socketName is the name of serve's default socket in the store.
-const socketName = "nbd.sock"
-
 func (a *app) serveCommand() *cli.Command {
 	return a.command(arity{0, -1}, &cli.Command{
 		Name:      "serve",
 		Category:  groupAccess,
 		Usage:     "serve volumes and snapshots over NBD until interrupted",
-		UsageText: "vdisk serve [--socket PATH] [--read-only] [VOL[@SNAP]...]",
+		UsageText: "vdisk serve [--socket PATH | --listen HOST:PORT --tls-certificates DIR] [--read-only] [VOL[@SNAP]...]",
 		Description: "Without arguments everything in the store is served, including volumes that are created later. Exports are named VOL\n" +
 			"and VOL@SNAP. The default socket is STORE/nbd.sock. Under socket activation (LISTEN_FDS) the given socket is served,\n" +
-			"until the last client leaves: nbdcopy -- [ vdisk serve vm1@monday ] out.img",
+			"until the last client leaves: nbdcopy -- [ vdisk serve vm1@monday ] out.img\n\n" +
+			"Over TCP (--listen) there is no service without TLS. --tls-certificates names a folder with ca-cert.pem, server-cert.pem\n" +
+			"and server-key.pem, as for QEMU and libvirt. Every client needs a certificate of that authority.",
 		Flags: []cli.Flag{
 			&cli.PathFlag{Name: "socket", Usage: "create the Unix socket `PATH`"},
+			&cli.StringFlag{Name: "listen", Usage: "listen on the TCP address `HOST:PORT` (NBD's port is 10809)"},
+			&cli.PathFlag{Name: "tls-certificates", Usage: "require TLS, with the certificates in the folder `DIR`"},
 			&cli.BoolFlag{Name: "read-only", Usage: "refuse writes"},
 			&cli.IntFlag{Name: "max-connections", Usage: "serve at most `N` clients of this service at a time", DefaultText: "10000, or half of the open files that are allowed"},
 			&cli.StringFlag{Name: "max-memory", Usage: "limit the memory of the requests of this service's clients to `SIZE`", Value: "256M"},
@@ -55,6 +53,9 @@ func (a *app) serve(c *cli.Context) error {
 	}
 	var err error
 	if o.Exports, err = argsFrom(c, 0, ref); err != nil {
+		return err
+	}
+	if o.Certificates, err = listenFlags(c); err != nil {
 		return err
 	}
 	passed, err := passedListener(c)
@@ -106,8 +107,8 @@ func passedListener(c *cli.Context) (net.Listener, error) {
 		return nil, nil
 	case len(listeners) > 1 || listeners[0] == nil:
 		return nil, fmt.Errorf("socket activation: one listening socket is needed, and there are %d descriptors", len(listeners))
-	case c.IsSet("socket"):
-		return nil, usageError{c, errors.New("--socket cannot be given under socket activation")}
+	case c.IsSet("socket"), c.IsSet("listen"):
+		return nil, usageError{c, errors.New("--socket and --listen cannot be given under socket activation")}
 	}
 	return listeners[0], nil
 }
@@ -117,35 +118,27 @@ func (a *app) serveSocket(c *cli.Context, s owner.Store, o owner.ServeOptions) e
 	if err != nil {
 		return err
 	}
-	path := c.Path("socket")
-	if own, ok := s.(*owner.Owner); ok && own.ReadOnly() != nil {
-		if path == "" {
-			return fmt.Errorf("no socket can be made in the store; name one with --socket: %w", own.ReadOnly())
-		}
-		a.note("exports are read-only: %v", own.ReadOnly())
+	listen := a.listenUnix
+	if c.IsSet("listen") {
+		listen = a.listenTCP
 	}
-	if path == "" {
-		path = filepath.Join(a.dir, socketName)
-	}
-	if path, err = filepath.Abs(path); err != nil {
-		return err
-	}
-	o.Socket = path
-	l, remove, err := owner.Listen(path)
+	l, err := listen(c, s, o.Certificates != "")
 	if err != nil {
 		return err
 	}
-	defer remove()
+	defer l.remove()
+	if own, ok := s.(*owner.Owner); ok && own.ReadOnly() != nil {
+		a.note("exports are read-only: %v", own.ReadOnly())
+	}
+	o.Socket = l.where
 	uris := []string{}
 	for _, name := range names {
-		uris = append(uris, uri(name, path))
+		uris = append(uris, l.uri(name))
 	}
-	out := map[string]any{"socket": path, "uris": uris}
-	if len(path) > owner.SunPath {
-		text := fmt.Sprintf("the socket's path has %d bytes, and most clients can connect to %d at most: name a shorter one with --socket, "+
-			"or connect from its folder by %s", len(path), owner.SunPath, filepath.Base(path))
-		out["warning"] = text
-		a.note("%s", text)
+	out := map[string]any{"socket": l.where, "uris": uris}
+	if l.warning != "" {
+		out["warning"] = l.warning
+		a.note("%s", l.warning)
 	}
 	err = a.print(out, func() error {
 		for _, u := range uris {
@@ -154,14 +147,14 @@ func (a *app) serveSocket(c *cli.Context, s owner.Store, o owner.ServeOptions) e
 			}
 		}
 		if len(uris) == 0 {
-			a.note("there are no volumes yet; those to come are served at %s", path)
+			a.note("there are no volumes yet; those to come are served at %s", l.where)
 		}
 		return nil
 	})
 	if err != nil {
 		return errors.Join(err, l.Close())
 	}
-	return s.Serve(c.Context, l, o)
+	return s.Serve(c.Context, l.Listener, o)
 }
 
 // exportNames returns the names of what is served now. It fails if something that was asked for does not exist.
@@ -187,12 +180,4 @@ func exportNames(ctx context.Context, s owner.Store, o owner.ServeOptions) (name
 		names = append(names, r.String())
 	}
 	return names, nil
-}
-
-// uri returns the NBD URI of an export.
-func uri(name, socket string) string {
-	// EscapedPath leaves characters that separate parameters, or that some clients take for a space.
-	path := strings.NewReplacer("&", "%26", ";", "%3B", "=", "%3D", "+", "%2B").Replace((&url.URL{Path: socket}).EscapedPath())
-	u := url.URL{Scheme: "nbd+unix", Path: "/" + name, RawQuery: "socket=" + path}
-	return u.String()
 }

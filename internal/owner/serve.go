@@ -2,6 +2,7 @@ package owner
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -45,6 +46,10 @@ func (o *Owner) serve(asked context.Context, l net.Listener, opts ServeOptions, 
 	if err == nil {
 		opts.MaxConnections, err = connections(opts.MaxConnections)
 	}
+	var secure *tls.Config
+	if err == nil {
+		secure, err = secured(l.Addr().Network(), opts)
+	}
 	if err != nil {
 		return errors.Join(err, l.Close())
 	}
@@ -82,7 +87,7 @@ func (o *Owner) serve(asked context.Context, l net.Listener, opts ServeOptions, 
 	defer o.served(s)
 	defer context.AfterFunc(o.life, cancel)()
 	shown := &catalog{exports: o.exports, only: opts.Exports, readOnly: opts.ReadOnly, watched: opts.Fixed}
-	limits := nbd.Options{Logger: o.opts.Logger, MaxConnections: opts.MaxConnections, MaxMemory: opts.MaxMemory}
+	limits := nbd.Options{Logger: o.opts.Logger, MaxConnections: opts.MaxConnections, MaxMemory: opts.MaxMemory, TLS: secure}
 	err = serveUntil(ctx, nbd.New(shown, limits), s.listener, stopTimeout/2)
 	if o.life.Err() != nil && asked.Err() == nil {
 		err = errors.Join(fmt.Errorf("%s has ended, and these NBD clients were served by it: %w", o.holder(), errStopping), err)
@@ -185,7 +190,7 @@ type countingListener struct {
 	last func() // may be nil
 }
 
-// Accept counts the connection. A unix connection keeps its type, because that has writev.
+// Accept counts the connection. It keeps its type, because that has writev, and is read without waiting.
 func (l *countingListener) Accept() (net.Conn, error) {
 	c, err := l.Listener.Accept()
 	if err != nil {
@@ -194,6 +199,9 @@ func (l *countingListener) Accept() (net.Conn, error) {
 	l.open.Add(1)
 	if u, ok := c.(*net.UnixConn); ok {
 		return &countedUnixConn{UnixConn: u, left: sync.OnceFunc(l.left)}, nil
+	}
+	if t, ok := c.(*net.TCPConn); ok {
+		return &countedTCPConn{TCPConn: t, left: sync.OnceFunc(l.left)}, nil
 	}
 	return &countedConn{Conn: c, left: sync.OnceFunc(l.left)}, nil
 }
@@ -213,6 +221,17 @@ type countedUnixConn struct {
 func (c *countedUnixConn) Close() error {
 	defer c.left()
 	return c.UnixConn.Close()
+}
+
+type countedTCPConn struct {
+	*net.TCPConn
+	left func()
+}
+
+// Close closes the connection and uncounts it once.
+func (c *countedTCPConn) Close() error {
+	defer c.left()
+	return c.TCPConn.Close()
 }
 
 type countedConn struct {

@@ -233,6 +233,9 @@ type ServeOptions struct {
 	Fixed bool `json:",omitempty"`
 
 	// MaxConnections and MaxMemory are those of nbd.Options, for this service alone. 0 means the default.
-	MaxConnections int   `json:",omitempty"`
-	MaxMemory      int64 `json:",omitempty"`
+	MaxConnections int `json:",omitempty"`
+	// Certificates is a folder with the certificates of TLSConfig. Without it there is no TLS, and only a Unix socket can
+	// be served.
+	Certificates string `json:",omitempty"`
+	MaxMemory    int64  `json:",omitempty"`
 }
