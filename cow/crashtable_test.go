@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
 	"github.com/vdisk/vdisk/internal/storage/crashtable"
 	"github.com/vdisk/vdisk/metadata"
@@ -194,6 +195,23 @@ func (w *modelStore) syncTable(f *os.File) error {
 		return err
 	}
 	return os.WriteFile(f.Name(), content, 0o600)
+}
+
+// syncCopy syncs the copy of the table before bbolt writes, when bbolt has written all, or beside it.
+func (w *modelStore) syncCopy(f storage.File) func() error {
+	w.injector.mu.Lock()
+	when := w.injector.rng.IntN(3)
+	w.injector.mu.Unlock()
+	done := make(chan error, 1)
+	switch when {
+	case 0:
+		return f.Sync
+	case 1:
+		done <- f.Sync()
+	default:
+		go func() { done <- f.Sync() }()
+	}
+	return func() error { return <-done }
 }
 
 // failCommit makes a checkpoint whose commit fails, not for want of space: the store stops.

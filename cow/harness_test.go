@@ -309,7 +309,7 @@ func (l *crashHarness) open(img crashImage, every int, rng *rand.Rand) (*modelSt
 		}
 	}
 	o.onCommit, o.Outlive = w.onCommit, img.outlive
-	o.onTable, o.growTable, o.syncTable = w.onTable, w.growTable, w.syncTable
+	o.onTable, o.growTable, o.syncTable, o.syncCopy = w.onTable, w.growTable, w.syncTable, w.syncCopy
 	if rng.IntN(2) == 0 {
 		o.chunkBytes = 160 << 10 // logs of many chunks, with summaries
 	}

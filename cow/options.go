@@ -66,6 +66,9 @@ type Options struct {
 	proves     bool       // the store is only opened to find out whether that table is sound
 	unwritable error      // why the store can only be read; nil: what the system says
 
+	// syncCopy is metadata.Options.SyncCopy.
+	syncCopy func(storage.File) (wait func() error)
+
 	// A checkpoint begins after this many bytes of log (default 256 MiB), after this many dirty leaves (default and at
 	// most a part of the cache), or this long after a change (default 10 s; negative: never by itself).
 	checkpointBytes    int64

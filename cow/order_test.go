@@ -222,6 +222,7 @@ func recordOrder(t *testing.T, dir string, byFile bool) []byte {
 func (o *orderStore) open(t *testing.T) {
 	o.s = open(t, o.dir, Options{
 		fs: o.rec, copyFS: o.rec, chunkBytes: 1 << 20, checkpointInterval: -1, ColdAfter: -1,
+		syncCopy: func(f storage.File) func() error { return f.Sync }, // as late as it can be, so that the order is one
 		onCommit: func(done bool) error {
 			if done {
 				o.rec.add("table", "committed")

@@ -27,11 +27,14 @@ const (
 var copyBuckets = [][]byte{bucketStore, bucketVolumes, bucketSnapshots, bucketBranches, bucketLeaves, bucketChanges, bucketChunks, bucketForwarded, bucketForwards}
 
 // tableCopy is the second copy of the table, from which the table can be made anew: docs/format.md, The copy of the
-// table. An Update gives it every change, and it is durable before bbolt writes. DB.updating guards it.
+// table. An Update gives it every change. The batch is written before bbolt writes, and durable when the Update returns.
+// DB.updating guards it.
 type tableCopy struct {
 	in    storage.FS // nil: no copy is kept
 	store [16]byte
 	lost  func(error)
+	sync  func(storage.File) (wait func() error) // begins a sync
+	wait  func() error                           // waits for the sync of the last batch; nil: none is under way
 
 	inUse  *copyFile // nil: there is no copy
 	making *newCopy  // nil: no new base is being made
@@ -68,8 +71,16 @@ func (c *tableCopy) publish() {
 	c.state.Store(&s)
 }
 
+// startSync begins the sync of a file, and returns a function that waits for it.
+func startSync(f storage.File) (wait func() error) {
+	done := make(chan error, 1)
+	go func() { done <- f.Sync() }()
+	return func() error { return <-done }
+}
+
 // begin begins the batch of an Update. If there are files of a copy that was given up, they go first.
 func (c *tableCopy) begin() error {
+	c.settle() // the batch of a commit that bbolt undid for want of room
 	if err := c.removeStale(); err != nil {
 		return err
 	}
@@ -115,8 +126,9 @@ func bucketNumber(bucket []byte) uint8 {
 	return uint8(slices.IndexFunc(copyBuckets, func(b []byte) bool { return bytes.Equal(b, bucket) }))
 }
 
-// write completes the batch, and makes it durable. The table has the sum after it. If that fails, the copy is given up,
-// and the commit can go on without one; write then returns an error only if the old copy cannot be removed.
+// write completes the batch, and begins to make it durable. The table has the sum after it. If it cannot be written, the
+// copy is given up, and the commit can go on without one; write then returns an error only if the old copy cannot be
+// removed.
 func (c *tableCopy) write(sum sum) error {
 	if m := c.making; m != nil {
 		if m.dead = m.finish(format.CopyBase, 0); m.dead != nil {
@@ -126,21 +138,33 @@ func (c *tableCopy) write(sum sum) error {
 	if c.inUse == nil {
 		return nil
 	}
-	err := c.inUse.finish(format.CopyChanges, sum)
-	if err == nil {
-		err = c.inUse.f.Sync()
-	}
-	if err != nil {
+	if err := c.inUse.finish(format.CopyChanges, sum); err != nil {
 		c.lose(err)
+	} else {
+		c.wait = c.sync(c.inUse.f) // beside bbolt's own syncs, which take longer
 	}
 	return c.removeStale()
 }
 
-// finish ends the batch. If the Update was undone, the batch is cut off. If bbolt failed, nobody knows whether the table
-// has it, and the next owner finds out; nothing is committed before.
-func (c *tableCopy) finish(done, undone bool) {
-	if !done && !undone {
+// settle waits until the batch that was written last is durable. If it does not become that, the copy is given up.
+func (c *tableCopy) settle() {
+	if c.wait == nil {
 		return
+	}
+	err := c.wait()
+	if c.wait = nil; err != nil {
+		c.lose(err)
+	}
+}
+
+// finish ends the batch. If the Update was undone, the batch is cut off. If bbolt failed, nobody knows whether the table
+// has it, and the next owner finds out; nothing is committed before. If the Update is done, the batch is durable when
+// finish returns, or the copy is durably gone. Otherwise finish returns an error: the copy is older than the table, and
+// nothing may be removed that it refers to.
+func (c *tableCopy) finish(done, undone bool) error {
+	c.settle()
+	if !done && !undone {
+		return nil
 	}
 	if f := c.inUse; f != nil && done {
 		f.took()
@@ -157,12 +181,15 @@ func (c *tableCopy) finish(done, undone bool) {
 			c.making = nil
 		}
 	}
-	if done {
-		c.publish()
+	if !done {
+		return nil
 	}
+	c.publish()
+	return c.tryRemoveStale()
 }
 
-// lose gives the copy up. Its files go before the next commit, since no copy is better than an old one.
+// lose gives the copy up. Its files go before bbolt commits, or before an Update that is done returns, since no copy is
+// better than an old one.
 func (c *tableCopy) lose(err error) {
 	_ = c.inUse.f.Close() // what it has does not count any more
 	c.inUse, c.stale = nil, true
@@ -176,8 +203,17 @@ func (c *tableCopy) says(why error) {
 	c.lost(why)
 }
 
-// removeStale removes the files of a copy that was given up, durably.
+// removeStale removes the files of a copy that was given up, durably, before bbolt commits. After an error nothing has
+// changed in the table.
 func (c *tableCopy) removeStale() error {
+	err := c.tryRemoveStale()
+	if errors.Is(err, storage.ErrNoSpace) {
+		err = fmt.Errorf("%w: %w", ErrUnwritten, err)
+	}
+	return err
+}
+
+func (c *tableCopy) tryRemoveStale() error {
 	if !c.stale {
 		return nil
 	}
@@ -186,27 +222,19 @@ func (c *tableCopy) removeStale() error {
 			continue
 		}
 		if err := c.in.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return c.unremoved(err)
+			return fmt.Errorf("remove an old copy of the table: %w", err)
 		}
 	}
 	if err := c.in.SyncDir(); err != nil {
-		return c.unremoved(err)
+		return fmt.Errorf("remove an old copy of the table: %w", err)
 	}
 	c.stale = false
 	return nil
 }
 
-// unremoved is the error of an Update before which an old copy could not be removed. Nothing has changed in the table.
-func (c *tableCopy) unremoved(err error) error {
-	err = fmt.Errorf("remove an old copy of the table: %w", err)
-	if errors.Is(err, storage.ErrNoSpace) {
-		err = fmt.Errorf("%w: %w", ErrUnwritten, err)
-	}
-	return err
-}
-
 // close closes the files.
 func (c *tableCopy) close() error {
+	c.settle()
 	if c.making != nil {
 		c.remove(c.making)
 	}
@@ -240,6 +268,7 @@ func (d *DB) findCopy() error {
 		return nil
 	}
 	c.stale = true // if a name cannot be looked up, its file may be there
+	_ = c.removeStale()
 	if why != nil {
 		c.says(fmt.Errorf("the copy of the table is of no use: %w", why))
 	}

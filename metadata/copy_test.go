@@ -221,6 +221,29 @@ func copyFails(t *testing.T, in *storage.Folder, path string, copies *crashfs.FS
 	return more
 }
 
+// TestCopyThatStays: if the copy cannot be made durable in a commit, and not removed either, the commit fails although the
+// table has it, and no other follows. Its caller would remove what the copy refers to.
+func TestCopyThatStays(t *testing.T) {
+	path := filepath.Join(memoryDir(t), "t")
+	filled(t, path)
+	for op, errno := range map[crashfs.Op]error{crashfs.OpRemove: syscall.ENOSPC, crashfs.OpSyncDir: syscall.EIO} {
+		copies := crashfs.New()
+		db, err := Open(path, Options{NoSync: true, Copy: copies})
+		must(t, errors.Join(err, db.Adopt()))
+		change := func(tx *Tx) error { return scripted(tx, 13, rand.New(rand.NewPCG(8, uint64(errno.(syscall.Errno))))) }
+		copies.FailAt(crashfs.OpSync, 1, syscall.EIO)
+		copies.FailAt(op, 1, errno)
+		first := db.Update(change)
+		if !errors.Is(first, errno) || errors.Is(first, ErrUnwritten) {
+			t.Errorf("%v fails: %v", op, first)
+		}
+		if err := db.Update(change); err == nil {
+			t.Errorf("%v fails: another commit follows", op)
+		}
+		must(t, db.Close())
+	}
+}
+
 // TestStaleCopy commits as an older program does, without the copy. The copy is then known to be stale, and made anew.
 func TestStaleCopy(t *testing.T) {
 	dir := memoryDir(t)

@@ -6,9 +6,20 @@ import (
 	"math/rand/v2"
 	"os"
 
+	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
 	"github.com/vdisk/vdisk/internal/storage/crashtable"
 )
+
+// syncCopy syncs the copy at once, or when bbolt has written all. Of a sync beside bbolt's writes, a power cut leaves what it
+// leaves of one or the other.
+func (c *cutter) syncCopy(f storage.File) func() error {
+	if c.late {
+		return f.Sync
+	}
+	err := f.Sync()
+	return func() error { return err }
+}
 
 // beforeSync takes what a power cut can leave of the copy at a sync of one of its files.
 func (c *cutter) beforeSync(string) {
@@ -23,7 +34,7 @@ func (c *cutter) beforeStep(crashtable.Step) {
 }
 
 // copyCuts makes tables from all that a power cut can leave of the copy, in a commit from the table old to the table
-// now. Until the table is written, the copy is the old table or the new one. From then on it is the new one. Of most
+// now. Until the sync has returned, the copy is the old table or the new one. From then on it is the new one. Of most
 // commits it tries only a few, since each is a table.
 func (c *cutter) copyCuts(all bool, old, now uint64) {
 	c.t.Helper()
@@ -33,9 +44,13 @@ func (c *cutter) copyCuts(all bool, old, now uint64) {
 	for _, disk := range c.left {
 		c.fromCopy(disk, old, now)
 	}
+	least := now
+	if c.late { // a commit that runs once more, for want of room, has synced its batch before
+		least = old
+	}
 	for i, disk := range c.ahead {
 		if i == 0 || i == len(c.ahead)-1 || c.copied%perState == 0 {
-			c.fromCopy(disk, now)
+			c.fromCopy(disk, least, now)
 		}
 	}
 	c.left, c.ahead = nil, nil
@@ -62,18 +77,24 @@ func (c *cutter) fromCopy(copies *crashfs.FS, want ...uint64) {
 	}
 }
 
-// workWithCopy commits to the table that a power cut has left, with the copy that is ahead of it or not. The copy is not
-// made anew, but cut off.
-func (c *cutter) workWithCopy() {
+// workWithCopy commits to the table that a power cut has left, with the copy that is ahead of it, behind it, or neither. A
+// copy that is ahead is cut off. One that is behind is made anew.
+func (c *cutter) workWithCopy(table uint64, committed bool) {
 	c.t.Helper()
 	copies := c.copies.Clone()
 	if n := len(c.ahead); n > 0 {
 		copies = c.ahead[n-1].Clone()
 	}
-	db, err := Open(c.cut, Options{NoSync: true, Copy: copies, CopyLost: func(err error) { c.t.Fatal(err) }})
+	has, err := built(c.in, copies.Clone())
+	must(c.t, err)
+	behind, lost := committed && has != table, false
+	db, err := Open(c.cut, Options{NoSync: true, Copy: copies, CopyLost: func(error) { lost = true }})
 	must(c.t, err)
 	must(c.t, db.Update(func(tx *Tx) error { return scripted(tx, 1000+7, rand.New(rand.NewPCG(2, uint64(c.states)))) }))
 	want, err := content(db)
 	must(c.t, errors.Join(err, db.Close(), os.Remove(c.cut+VerifiedSuffix)))
+	if lost != behind {
+		c.t.Fatalf("commit to record %d: the copy is behind: %v; it is made anew: %v", c.db.seq, behind, lost)
+	}
 	c.fromCopy(copies.Crash(crashfs.Choice{}), want)
 }

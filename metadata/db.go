@@ -75,6 +75,9 @@ type Options struct {
 	Copy storage.FS
 	// CopyLost is called when the copy is given up, with the reason. The default does nothing.
 	CopyLost func(error)
+	// SyncCopy begins the sync of a file of the copy. The commit goes on beside it, and calls wait before it is done. The
+	// default syncs in a goroutine. Other functions are for tests only.
+	SyncCopy func(f storage.File) (wait func() error)
 	// Sync makes durable what an earlier process may have left in memory, before this one reads the file, which Sync must
 	// not change. The default is the function Sync of this package, or nothing with NoSync.
 	Sync func(f *os.File) error
@@ -172,7 +175,10 @@ func openAt(at place, o Options) (db *DB, err error) {
 		return nil, fmt.Errorf("open the table: %w", err)
 	}
 	db = &DB{b: b, f: f, at: at, store: o.Store, verified: was.verified}
-	db.copy = tableCopy{in: o.Copy, store: o.Store, lost: o.CopyLost}
+	db.copy = tableCopy{in: o.Copy, store: o.Store, lost: o.CopyLost, sync: o.SyncCopy}
+	if db.copy.sync == nil {
+		db.copy.sync = startSync
+	}
 	if o.ReadOnly {
 		err := errors.Join(db.identify(was.checkpoint), db.made(path))
 		if err == nil {

@@ -75,7 +75,10 @@ func (d *DB) update(fn func(*Tx) error) (err error) {
 	if err == nil {
 		d.seq, d.named = seq, named
 	}
-	d.copy.finish(err == nil, d.failed == nil)
+	cerr := d.copy.finish(err == nil, d.failed == nil)
+	if err == nil && cerr != nil { // the commit is done, but its caller may not act on it
+		d.failed, err = cerr, cerr
+	}
 	return err
 }
 
