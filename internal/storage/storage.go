@@ -49,6 +49,9 @@ type File interface {
 	// read, and returns false without waiting; p is then arbitrary. The caller must use ReadAt, which waits, and which
 	// returns the error if there is one. If the system cannot tell what is in memory, TryReadAt does what ReadAt does.
 	TryReadAt(p []byte, off int64) bool
+	// ReadDisk reads like ReadAt, but what the disk has, and not what memory has of it, as far as the system can. It is
+	// slower. It works best with memory from DiskBuffer, and with off and len(p) multiples of DiskAlign.
+	ReadDisk(p []byte, off int64) (n int, err error)
 	io.WriterAt
 	// Sync makes all earlier writes and truncations durable, including the size that is needed to read them back
 	// (fdatasync(2)). If it fails, what was not durable may be lost, even if a later Sync succeeds.

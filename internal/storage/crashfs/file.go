@@ -40,6 +40,9 @@ func (h *file) TryReadAt(p []byte, off int64) bool {
 	return err == nil && n == len(p)
 }
 
+// ReadDisk implements storage.File.
+func (h *file) ReadDisk(p []byte, off int64) (int, error) { return h.ReadAt(p, off) }
+
 // misuse returns the error for a call that is refused because the file is closed or an argument is invalid.
 func (h *file) misuse() error {
 	if h.closed {
