@@ -156,11 +156,18 @@ func (c checkedStore) Sound(r audit.Record) {
 func (c checkedStore) ChunkName(slot uint32) string { return wal.ChunkName(slot) }
 
 func (c checkedStore) Hold(row format.Chunk) audit.Chunk {
+	if h, ok := c.hold(row); ok {
+		return h
+	}
+	return nil
+}
+
+func (c checkedStore) hold(row format.Chunk) (h heldChunk, ok bool) {
 	ch := c.s.slots.get(row.Slot)
 	if ch == nil || ch.Seq != row.Seq || ch.gone || !ch.TryAcquire() {
-		return nil
+		return h, false
 	}
-	return heldChunk{c.s, ch}
+	return heldChunk{c.s, ch}, true
 }
 
 // heldChunk is a chunk to which the check holds a reference.

@@ -78,6 +78,7 @@ func calls(s *Store, d, ro *Device) map[string]func() error {
 		"checkpoint": s.Checkpoint,
 		"clean":      func() error { _, err := s.Clean(ctx, 0.1); return err },
 		"cold":       func() error { _, err := s.Cold(ctx); return err },
+		"scrub":      func() error { _, err := s.Scrub(ctx, ScrubOptions{Rate: -1}); return err },
 		"open":       func() error { _, err := s.OpenDevice(v, false); return err },
 		"usage":      func() error { _, err := s.Usage(ctx); return err },
 		"room":       func() error { _, err := s.Room(); return err },

@@ -37,7 +37,7 @@ var opKinds = func() (kinds []string) {
 	for kind, weight := range map[string]int{
 		"write": 30, "discard": 4, "zero": 4, "flush": 4, "drain": 5, "read": 2,
 		"create": 1, "snapshot": 6, "clone": 3, "unsnap": 4, "remove": 1, "rollback": 2, "rename": 2, "resize": 3,
-		"checkpoint": 5, "reap": 1, "clean": 6, "cold": 7, "check": 1, "difference": 4, "send": 4, "misuse": 1, "space": 3, "hold": 3, "flatten": 3, "tag": 4, "property": 2, "churn": 3, "unpool": 1, "skip": 3, "uncommitted": 5, "beside": 5, "between": 3,
+		"checkpoint": 5, "reap": 1, "clean": 6, "cold": 7, "check": 1, "scrub": 2, "difference": 4, "send": 4, "misuse": 1, "space": 3, "hold": 3, "flatten": 3, "tag": 4, "property": 2, "churn": 3, "unpool": 1, "skip": 3, "uncommitted": 5, "beside": 5, "between": 3,
 	} {
 		kinds = append(kinds, slices.Repeat([]string{kind}, weight)...)
 	}
@@ -137,7 +137,7 @@ func (l *crashHarness) run(ops []op, rng *rand.Rand, done func() bool) (at int, 
 		if done() {
 			break
 		}
-		if lazy && slices.Contains([]string{"checkpoint", "reap", "check", "churn"}, o.kind) {
+		if lazy && slices.Contains([]string{"checkpoint", "reap", "check", "scrub", "churn"}, o.kind) {
 			o.kind = "flush"
 		}
 		if slices.Contains(restarts, o.kind) {
@@ -295,6 +295,8 @@ func (w *modelStore) operate(o op) error {
 	case "check":
 		// A store that has stopped can be checked too, but the check then makes nothing durable.
 		return w.event(errors.Join(w.check(true), w.s.wal.Err()))
+	case "scrub":
+		return w.scrub()
 	case "difference":
 		return w.difference(o)
 	case "send":

@@ -38,7 +38,7 @@ func newSound(t testing.TB) *sound {
 		switch {
 		case o.kind == "misuse", o.kind == "remove", o.kind == "rollback":
 			continue
-		case i > 120 && (o.kind == "checkpoint" || o.kind == "check" || o.kind == "reap"):
+		case i > 120 && (o.kind == "checkpoint" || o.kind == "check" || o.kind == "scrub" || o.kind == "reap"):
 			continue
 		}
 		w.must(t, o)

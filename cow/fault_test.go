@@ -30,7 +30,7 @@ func faultScript(seed uint64) []op {
 			script = append(script, o)
 		}
 	}
-	return append(script, op{kind: "reap"}, op{kind: "check"})
+	return append(script, op{kind: "reap"}, op{kind: "check"}, op{kind: "scrub"})
 }
 
 // faulty runs the script until an operation fails. The model may then have records that the store does not have. The

@@ -319,7 +319,7 @@ func (p *program) script(t *testing.T, w *modelStore, part int) error {
 	rng := rand.New(rand.NewPCG(p.rng.Uint64(), uint64(part)))
 	kinds := []string{
 		"create", "write", "snapshot", "write", "checkpoint", "churn", "churn", "clean", "clone", "write", "flush",
-		"rollback", "resize", "cold", "unsnap", "discard", "reap", "zero", "check", "rename", "churn", "beside", "clone", "flatten", "tag", "property", "tag", "remove", "hold", "cold", "drain",
+		"rollback", "resize", "cold", "unsnap", "discard", "reap", "zero", "check", "scrub", "rename", "churn", "beside", "clone", "flatten", "tag", "property", "tag", "remove", "hold", "cold", "drain",
 	}
 	if part > 0 {
 		rng.Shuffle(len(kinds), func(i, j int) { kinds[i], kinds[j] = kinds[j], kinds[i] })

@@ -127,6 +127,7 @@ func (k *stuckDisk) meanwhile(t *testing.T, what string) (ended func()) {
 		"usage": func() error { _, err := k.s.Usage(ctx); return err },
 		"clean": func() error { _, err := k.s.Clean(ctx, 0.1); return err },
 		"cold":  func() error { _, err := k.s.Cold(ctx); return err },
+		"scrub": func() error { _, err := k.s.Scrub(ctx, ScrubOptions{}); return err },
 	} {
 		wg.Go(func() {
 			if err := call(); err != nil && !errors.Is(err, context.Canceled) {

@@ -177,7 +177,7 @@ func TestTableThatDoesNotCommit(t *testing.T) {
 	for range 200 {
 		o := randomOp(rng)
 		switch o.kind {
-		case "check", "reap", "checkpoint", "space", "churn", "cold":
+		case "check", "scrub", "reap", "checkpoint", "space", "churn", "cold":
 			w.noRoom = true
 			err := w.s.Checkpoint()
 			w.noRoom = false

@@ -26,11 +26,13 @@ type StoreInfo struct {
 
 	AsideFiles int   `json:"aside_files"` // chunk files that were set aside; -1: they cannot be listed
 	AsideBytes int64 `json:"aside_bytes"` // of the files that were set aside
+
+	Scrub ScrubStatus `json:"scrub"`
 }
 
 // Info returns a description of the store.
 func (s *Store) Info() StoreInfo {
-	in := StoreInfo{UUID: s.info.UUID, Created: s.info.Created, Version: s.info.Version}
+	in := StoreInfo{UUID: s.info.UUID, Created: s.info.Created, Version: s.info.Version, Scrub: s.ScrubStatus()}
 	in.MetaBytes, in.ReserveBytes = s.meta.Size(), s.reserve.Bytes()
 	c := s.meta.CopyState()
 	if in.CopyBytes = c.Bytes; c.Why != nil {

@@ -22,12 +22,13 @@ import (
 
 type hookFS struct {
 	storage.FS
-	onCreate func(name string) error
-	onOpen   func(name string) error
-	onWrite  func(name string, n int)
-	onRead   func(name string) error
-	onSync   func(name string)
-	onFree   func() (int64, bool)
+	onCreate   func(name string) error
+	onOpen     func(name string) error
+	onWrite    func(name string, n int)
+	onRead     func(name string) error
+	onReadDisk func(name string) error
+	onSync     func(name string)
+	onFree     func() (int64, bool)
 }
 
 func (h *hookFS) Create(name string, size int64) (storage.File, error) {
@@ -78,6 +79,15 @@ func (f *hookFile) ReadAt(p []byte, off int64) (int, error) {
 		}
 	}
 	return f.File.ReadAt(p, off)
+}
+
+func (f *hookFile) ReadDisk(p []byte, off int64) (int, error) {
+	if f.h.onReadDisk != nil {
+		if err := f.h.onReadDisk(f.name); err != nil {
+			return 0, err
+		}
+	}
+	return f.File.ReadDisk(p, off)
 }
 
 func (f *hookFile) TryReadAt(p []byte, off int64) bool {

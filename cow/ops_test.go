@@ -1,6 +1,7 @@
 package cow
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -172,6 +173,15 @@ func (w *modelStore) rename(o op, name string, snap Ref) error {
 		w.devs[to.Volume] = d
 	}
 	return nil
+}
+
+// scrub makes a whole scrub. It makes nothing durable for sure.
+func (w *modelStore) scrub() error {
+	run, err := w.s.Scrub(context.Background(), ScrubOptions{Rate: -1})
+	if err == nil && run.Damaged > 0 { // what the disk fails to read, it counts as unreadable
+		err = fmt.Errorf("scrub: %+v", run)
+	}
+	return err
 }
 
 func (w *modelStore) resize(o op, name string, v modelVolume) error {

@@ -30,6 +30,9 @@ type Options struct {
 	// ColdAfter is the time after which an unchanged leaf is rewritten by the cold pass, better compressed and in order
 	// (default 10 min; negative: never).
 	ColdAfter time.Duration
+	// ScrubEvery is the time from the beginning of one scrub to the beginning of the next. If it is negative, no scrub begins
+	// by itself, but one that an earlier owner did not end goes on. If it is 0, only StartScrub begins one or goes on.
+	ScrubEvery time.Duration
 	// MaxBytes limits the total size of the chunk files; 0: the file system is the limit. Data that does not fit waits
 	// for the cleaner, or fails with ErrNoSpace.
 	MaxBytes int64

@@ -66,6 +66,7 @@ type Store struct {
 	cleaner     cleaner
 	cold        coldState
 	damage      damageRegister
+	scrub       scrubber
 	reads       atomic.Uint64
 
 	quit  chan struct{}
@@ -142,10 +143,16 @@ func openIn(in *storage.Folder, o Options) (*Store, error) {
 		return nil, err
 	}
 	s.wg.Go(s.damageRoutine)
+	s.loadScrub()
 	if s.readOnly != nil {
 		return s, nil
 	}
 	s.wg.Go(s.checkpointRoutine)
+	if s.opts.ScrubEvery != 0 {
+		s.resumeScrub()
+		s.scrub.started = true
+		s.wg.Go(s.scrubRoutine)
+	}
 	if s.opts.checkpointInterval >= 0 {
 		s.wg.Go(s.cleanRoutine)
 		s.wg.Go(s.copyRoutine)

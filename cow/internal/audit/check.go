@@ -128,6 +128,8 @@ type Checker struct {
 	forwards forwardReader
 	only     map[uint32]bool // branches to check; nil: all
 	total    int64           // versions
+	most     int64           // bytes of records to read in one slice; 0: no limit
+	alone    bool            // only data is read, so what the structure's check would report is reported with it
 	buf      []byte
 	unit     []byte
 

@@ -30,32 +30,35 @@ var errSliced = errors.New("the slice has ended")
 func (c *Checker) readData() error {
 	next := metadata.Version{Epoch: ^uint32(0)}
 	var done int64
-	for more := true; more; {
-		more = false // damage to the table ends the loop
-		err := c.guard(func() (err error) {
-			tx, err := c.engine.Begin()
-			if err != nil {
-				return err
-			}
-			defer func() { err = errors.Join(err, tx.Close()) }()
-			next, more, err = c.readSlice(tx, next, &done)
-			return err
-		})
+	var err error
+	for more := true; more && err == nil; {
+		next, more, err = c.slice(next, &done)
+	}
+	return err
+}
+
+// slice is readSlice in a state of the table of its own. Damage to the table ends the data.
+func (c *Checker) slice(from metadata.Version, done *int64) (next metadata.Version, more bool, err error) {
+	err = c.guard(func() (err error) {
+		tx, err := c.engine.Begin()
 		if err != nil {
 			return err
 		}
-	}
-	return nil
+		defer func() { err = errors.Join(err, tx.Close()) }()
+		next, more, err = c.readSlice(tx, from, done)
+		return err
+	})
+	return next, more, err
 }
 
-// readSlice reads the records that the versions from version from on refer to, until the slice has lasted long enough.
-// It returns the version to go on with, and whether there is one.
+// readSlice reads the records that the versions from version from on refer to, until the slice has lasted long enough,
+// or has read enough. It returns the version to go on with, and whether there is one.
 func (c *Checker) readSlice(tx *metadata.Tx, from metadata.Version, done *int64) (next metadata.Version, more bool, err error) {
-	start, n := time.Now(), 0
+	start, n, before := time.Now(), 0, c.report.DataBytes
 	rows := map[uint32]format.Chunk{}
 	forwards := forwardReader{all: true}
 	err = tx.VersionsFrom(from, func(v metadata.Version, l *format.Leaf, bad error) error {
-		if n++; n > 1 && n%checkLook == 0 && time.Since(start) > c.Slice {
+		if n++; n > 1 && (n%checkLook == 0 && time.Since(start) > c.Slice || c.most > 0 && c.report.DataBytes-before >= c.most) {
 			next = v
 			return errSliced
 		}
@@ -64,6 +67,9 @@ func (c *Checker) readSlice(tx *metadata.Tx, from metadata.Version, done *int64)
 		}
 		if err := c.engine.Interrupted(); err != nil {
 			return err
+		}
+		if bad != nil && c.alone {
+			c.badLeaf(v, bad)
 		}
 		if bad != nil || c.only != nil && !c.only[v.Branch] {
 			return nil // damage was reported before
@@ -85,6 +91,9 @@ func (c *Checker) readVersion(tx *metadata.Tx, v metadata.Version, l *format.Lea
 			continue
 		}
 		e, _, err := forwards.find(tx, name)
+		if err != nil && c.alone {
+			c.corrupt(where(v), "block %d: %v", i, err)
+		}
 		if err != nil {
 			continue // this was reported before
 		}
