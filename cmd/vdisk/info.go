@@ -49,8 +49,9 @@ type storeJSON struct {
 	Reserve    int64        `json:"reserve_bytes"` // space that the store reserves for a full disk
 	AsideFiles int          `json:"aside_files"`   // chunk files in STORE/chunks.aside; -1: cannot be listed
 	AsideBytes int64        `json:"aside_bytes"`   // their size
-	Owner      *ownerJSON   `json:"owner"`         // null if no other process has the store open
-	Waiting    []deviceJSON `json:"waiting"`       // devices without a server
+	Scrub      scrubJSON    `json:"scrub"`
+	Owner      *ownerJSON   `json:"owner"`   // null if no other process has the store open
+	Waiting    []deviceJSON `json:"waiting"` // devices without a server
 }
 
 type ownerJSON struct {
@@ -125,7 +126,7 @@ func (a *app) storeInfo(c *cli.Context, s owner.Store) error {
 	}
 	j := storeJSON{
 		Store: a.dir, UUID: i.UUID, Version: i.Version, Created: i.Created.UTC(), Volumes: i.Volumes, Snapshots: i.Snapshots,
-		ChunkFiles: i.Chunks, ChunkBytes: i.ChunkBytes, LiveBytes: i.LiveBytes, MetaBytes: i.MetaBytes, CopyBytes: i.CopyBytes, FreeBytes: i.FreeBytes, Reserve: i.ReserveBytes, AsideFiles: i.AsideFiles, AsideBytes: i.AsideBytes, Owner: ownerOf(s, st), Waiting: []deviceJSON{},
+		ChunkFiles: i.Chunks, ChunkBytes: i.ChunkBytes, LiveBytes: i.LiveBytes, MetaBytes: i.MetaBytes, CopyBytes: i.CopyBytes, FreeBytes: i.FreeBytes, Reserve: i.ReserveBytes, AsideFiles: i.AsideFiles, AsideBytes: i.AsideBytes, Scrub: scrubOf(i.Scrub), Owner: ownerOf(s, st), Waiting: []deviceJSON{},
 	}
 	for _, d := range st.Devices {
 		if d.Waits {
@@ -160,6 +161,7 @@ func storeFields(a *app, j storeJSON) [][2]string {
 	case j.AsideFiles > 0:
 		f = append(f, [2]string{"set aside", fmt.Sprintf("%d files, %s, in chunks.aside", j.AsideFiles, a.size(j.AsideBytes))})
 	}
+	f = append(f, scrubFields(a, j.Scrub)...)
 	for _, d := range j.Waiting {
 		text := d.Name + " as " + d.Path + " for a server"
 		if d.Error != "" {

@@ -54,6 +54,7 @@ type app struct {
 	mapCache    string // a size, as text
 	cacheBytes  int64  // parsed mapCache
 	coldAfter   time.Duration
+	scrubEvery  time.Duration
 	log         *slog.Logger
 }
 
@@ -127,10 +128,11 @@ func interruptible(parent context.Context) (context.Context, func()) {
 	return ctx, func() { close(ended); signal.Stop(signals); cancel(nil) }
 }
 
-// mapCacheEnv and coldAfterEnv are the environment variables for --map-cache and --cold-after.
+// The environment variables for --map-cache, --cold-after and --scrub-every.
 const (
-	mapCacheEnv  = "VDISK_MAP_CACHE"
-	coldAfterEnv = "VDISK_COLD_AFTER"
+	mapCacheEnv   = "VDISK_MAP_CACHE"
+	coldAfterEnv  = "VDISK_COLD_AFTER"
+	scrubEveryEnv = "VDISK_SCRUB_EVERY"
 )
 
 func (a *app) program() *cli.App {
@@ -152,6 +154,7 @@ func (a *app) program() *cli.App {
 			&cli.BoolFlag{Name: "foreign", Usage: "open a store even if its folder belongs to another user, or others may change it", EnvVars: []string{"VDISK_FOREIGN"}, Destination: &a.foreign},
 			&cli.StringFlag{Name: "max-size", Usage: "limit the store's data to `SIZE` while this process owns it", EnvVars: []string{"VDISK_MAX_SIZE"}, Destination: &a.maxSize},
 			&cli.DurationFlag{Name: "cold-after", Usage: "recompress, in idle time, data that has not changed for `DURATION`; 0: never", EnvVars: []string{coldAfterEnv}, Value: 10 * time.Minute, Destination: &a.coldAfter},
+			&cli.DurationFlag{Name: "scrub-every", Usage: "read and verify all data once in `DURATION`, in the background, while a daemon or serve owns the store; 0: never", EnvVars: []string{scrubEveryEnv}, Value: 30 * 24 * time.Hour, Destination: &a.scrubEvery},
 			&cli.StringFlag{Name: "map-cache", Usage: "limit the memory of the owner's block map to `SIZE`", EnvVars: []string{mapCacheEnv}, Value: "256M", Destination: &a.mapCache},
 		},
 		Before: a.prepare,
@@ -170,7 +173,7 @@ func (a *app) program() *cli.App {
 			a.serveCommand(), a.daemonCommand(), a.upgradeCommand(),
 			a.importCommand(), a.exportCommand(), a.diffCommand(), a.mapCommand(), a.compareCommand(),
 			a.exportDiffCommand(), a.importDiffCommand(), a.sendCommand(), a.receiveCommand(), a.streamCommand(),
-			a.checkCommand(), a.metadataCommand(), a.gcCommand(), a.benchCommand(), a.featuresCommand(), a.versionCommand(),
+			a.checkCommand(), a.scrubCommand(), a.metadataCommand(), a.gcCommand(), a.benchCommand(), a.featuresCommand(), a.versionCommand(),
 		},
 	}
 }
@@ -191,6 +194,9 @@ func (a *app) prepare(*cli.Context) error {
 	if a.coldAfter < 0 {
 		return usagef("--cold-after %v is below zero", a.coldAfter)
 	}
+	if a.scrubEvery < 0 {
+		return usagef("--scrub-every %v is below zero", a.scrubEvery)
+	}
 	if a.maxSize != "" {
 		var err error
 		if a.maxBytes, err = a.sizeBetween("--max-size", a.maxSize, cow.MinMaxBytes, math.MaxInt64); err != nil {
@@ -203,7 +209,7 @@ func (a *app) prepare(*cli.Context) error {
 	}
 	// These are for a daemon that this command starts, and for the programs that follow the daemon in an upgrade, which
 	// may be older.
-	if err := errors.Join(os.Setenv(mapCacheEnv, a.mapCache), os.Setenv(coldAfterEnv, a.coldAfter.String())); err != nil {
+	if err := errors.Join(os.Setenv(mapCacheEnv, a.mapCache), os.Setenv(coldAfterEnv, a.coldAfter.String()), os.Setenv(scrubEveryEnv, a.scrubEvery.String())); err != nil {
 		return err
 	}
 	dir, err := filepath.Abs(a.dir)
@@ -254,7 +260,7 @@ func (a *app) options(c *cli.Context) owner.Options {
 	}
 	return owner.Options{
 		LockTimeout: a.lockTimeout, Command: "vdisk " + c.Command.Name, Logger: a.log, Version: version(), MaxBytes: a.maxBytes, MapCache: a.cacheBytes,
-		ColdAfter: cold, Foreign: a.foreign,
+		ColdAfter: cold, ScrubEvery: a.scrubEvery, Foreign: a.foreign,
 	}
 }
 

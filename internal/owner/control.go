@@ -91,6 +91,7 @@ type request struct {
 	Serve  ServeOptions      `json:",omitzero"`
 	Check  checkRequest      `json:",omitzero"`
 	Waste  float64           `json:",omitempty"`
+	Scrub  cow.ScrubOptions  `json:",omitzero"`
 	Bench  bench.Options     `json:",omitzero"`
 
 	Properties map[string]string `json:",omitempty"`
@@ -149,6 +150,7 @@ func (c *control) routes() *http.ServeMux {
 	plain("stats", func(ctx context.Context, r request) (any, error) { return o.Stats(ctx, r.Name) })
 	plain("clean", func(ctx context.Context, r request) (any, error) { return o.Clean(ctx, r.Waste) })
 	plain("cold", func(ctx context.Context, _ request) (any, error) { return o.Cold(ctx) })
+	plain("scrub", func(ctx context.Context, r request) (any, error) { return o.Scrub(ctx, r.Name, r.Scrub) })
 	plain("compare", func(ctx context.Context, r request) (any, error) { return o.Compare(ctx, r.Ref, r.To) })
 	plain("upgrade", func(ctx context.Context, _ request) (any, error) { return o.upgrade(ctx, 1) })
 	mux.HandleFunc("POST /v1/check", c.check)

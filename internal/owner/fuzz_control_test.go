@@ -283,7 +283,7 @@ func (s *session) look(ctx context.Context) string {
 // which takes its time.
 var rawOperations = []string{
 	"status", "info", "volumes", "volume", "space", "volume-space", "create", "snapshot", "clone", "rollback", "rename", "resize", "remove",
-	"attach", "detach", "claim", "recover", "stats", "clean", "cold", "check", "import", "export", "nonsense", "", "../v1/status",
+	"attach", "detach", "claim", "recover", "stats", "clean", "cold", "scrub", "check", "import", "export", "nonsense", "", "../v1/status",
 }
 
 // raw sends a request that no client of ours sends. The owner must answer it, in JSON if it refuses it, and must not have

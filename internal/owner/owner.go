@@ -1,6 +1,7 @@
 package owner
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -59,6 +60,9 @@ func own(ctx context.Context, dir string, o Options, mayRead bool) (*Owner, erro
 		LockTimeout: o.LockTimeout, Holder: o.Command, Logger: o.Logger, CacheBytes: o.MapCache, MaxBytes: o.MaxBytes, ColdAfter: o.ColdAfter,
 		Outlive: o.lasts(), SharedMemory: o.sharedMemory, Foreign: o.Foreign,
 		AllowReadOnly: mayRead, Look: o.Look, Repair: o.Repair,
+	}
+	if o.lasts() {
+		opts.ScrubEvery = cmp.Or(o.ScrubEvery, -1)
 	}
 	store, err := openStore(dir, o, opts)
 	if errors.Is(err, cow.ErrElsewhere) {

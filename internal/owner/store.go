@@ -43,6 +43,9 @@ type Store interface {
 	// Flatten copies all blocks that a volume shares with its origin, and then cuts it from its origin.
 	Flatten(ctx context.Context, name string) (cow.FlattenReport, error)
 	Check(ctx context.Context, o cow.CheckOptions, problem func(cow.Problem)) (cow.CheckReport, error)
+	// Scrub starts, pauses or stops the scrub of the store (ScrubStart and so on), and returns what is then known of it.
+	// The scrub runs in the process that owns the store.
+	Scrub(ctx context.Context, what string, o cow.ScrubOptions) (cow.ScrubStatus, error)
 	// Clean reclaims the space of every chunk file whose dead fraction is at least waste (0 to 1).
 	Clean(ctx context.Context, waste float64) (cow.CleanReport, error)
 	// Bench measures the engine, in the process that owns the store, on a scratch volume that it then removes. It calls
@@ -117,6 +120,8 @@ type Options struct {
 	MapCache int64
 	// ColdAfter is cow.Options.ColdAfter.
 	ColdAfter time.Duration
+	// ScrubEvery is cow.Options.ScrubEvery, for an owner that lasts; 0: no scrub begins by itself.
+	ScrubEvery time.Duration
 	// Foreign permits a store whose folder belongs to another user, or that other users may change (cow.ErrForeign).
 	Foreign bool
 	// Look is cow.Options.Look, for a command that only looks at the store.
