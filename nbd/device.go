@@ -57,6 +57,9 @@ type Export struct {
 	// 4096. Requests with a smaller alignment are served too.
 	MinBlock, PreferredBlock int
 
+	// NoMultiConn says that a client should open the export on one connection only. Otherwise MULTI_CONN is announced.
+	NoMultiConn bool
+
 	// Close may be nil. Otherwise it is called once, when the connection that opened the export no longer needs it and
 	// none of its requests is under way.
 	Close func() error
@@ -73,7 +76,7 @@ func (e *Export) close() (err error) {
 func (e *Export) info() Info {
 	return Info{
 		Name: e.Name, Size: e.Device.Size(), ReadOnly: e.ReadOnly, Description: e.Description,
-		MinBlock: e.MinBlock, PreferredBlock: e.PreferredBlock,
+		MinBlock: e.MinBlock, PreferredBlock: e.PreferredBlock, NoMultiConn: e.NoMultiConn,
 	}
 }
 
@@ -84,6 +87,7 @@ type Info struct {
 	ReadOnly                 bool
 	Description              string
 	MinBlock, PreferredBlock int
+	NoMultiConn              bool
 
 	// Contexts are the names of metadata contexts that clients can select: those that the export's Device, a
 	// ContextOpener, can open. base:allocation is not among them.

@@ -299,7 +299,10 @@ func (n *negotiation) infoReply(opt option, info Info, kinds map[uint16]bool) []
 }
 
 func (n *negotiation) transmissionFlags(info Info) uint16 {
-	flags := uint16(flagHasFlags | flagSendFlush | flagSendFUA | flagMultiConn | flagSendCache)
+	flags := uint16(flagHasFlags | flagSendFlush | flagSendFUA | flagSendCache)
+	if !info.NoMultiConn {
+		flags |= flagMultiConn
+	}
 	if info.ReadOnly {
 		flags |= flagReadOnly
 	} else {

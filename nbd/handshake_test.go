@@ -322,3 +322,14 @@ func TestShutdownAnswersOptions(t *testing.T) {
 		t.Errorf("%d opens, %d closes", d.opens.Load(), d.closes.Load())
 	}
 }
+
+// An export that should be opened on one connection says so, in INFO and GO.
+func TestNoMultiConn(t *testing.T) {
+	for _, one := range []bool{false, true} {
+		c := dial(t, exportMap{"disk": {Device: newRAM(4096), NoMultiConn: one}}, Options{})
+		if _, flags := c.open("disk", false); flags&flagMultiConn == 0 != one {
+			t.Errorf("one connection: %v; flags %#x", one, flags)
+		}
+		c.disconnect()
+	}
+}

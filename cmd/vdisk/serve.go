@@ -20,10 +20,12 @@ func (a *app) serveCommand() *cli.Command {
 		Name:      "serve",
 		Category:  groupAccess,
 		Usage:     "serve volumes and snapshots over NBD until interrupted",
-		UsageText: "vdisk serve [--socket PATH | --listen HOST:PORT --tls-certificates DIR] [--read-only] [VOL[@SNAP]...]",
+		UsageText: "vdisk serve [--socket PATH | --listen HOST:PORT --tls-certificates DIR] [--read-only | --shared] [VOL[@SNAP]...]",
 		Description: "Without arguments everything in the store is served, including volumes that are created later. Exports are named VOL\n" +
 			"and VOL@SNAP. The default socket is STORE/nbd.sock. Under socket activation (LISTEN_FDS) the given socket is served,\n" +
 			"until the last client leaves: nbdcopy -- [ vdisk serve vm1@monday ] out.img\n\n" +
+			"A volume has one writer: the process that opens it first, with all of its connections. Others get it read-only. Over TCP,\n" +
+			"a client is one connection. --shared lets all write, for clusters that agree on who writes what.\n\n" +
 			"Over TCP (--listen) there is no service without TLS. --tls-certificates names a folder with ca-cert.pem, server-cert.pem\n" +
 			"and server-key.pem, as for QEMU and libvirt. Every client needs a certificate of that authority.",
 		Flags: []cli.Flag{
@@ -31,6 +33,7 @@ func (a *app) serveCommand() *cli.Command {
 			&cli.StringFlag{Name: "listen", Usage: "listen on the TCP address `HOST:PORT` (NBD's port is 10809)"},
 			&cli.PathFlag{Name: "tls-certificates", Usage: "require TLS, with the certificates in the folder `DIR`"},
 			&cli.BoolFlag{Name: "read-only", Usage: "refuse writes"},
+			&cli.BoolFlag{Name: "shared", Usage: "let all clients write to a volume at once, and not only the first one"},
 			&cli.IntFlag{Name: "max-connections", Usage: "serve at most `N` clients of this service at a time", DefaultText: "10000, or half of the open files that are allowed"},
 			&cli.StringFlag{Name: "max-memory", Usage: "limit the memory of the requests of this service's clients to `SIZE`", Value: "256M"},
 		},
@@ -41,7 +44,7 @@ func (a *app) serveCommand() *cli.Command {
 const minServeMemory = 64 << 20
 
 func (a *app) serve(c *cli.Context) error {
-	o := owner.ServeOptions{ReadOnly: c.Bool("read-only"), MaxConnections: c.Int("max-connections")}
+	o := owner.ServeOptions{ReadOnly: c.Bool("read-only"), Shared: c.Bool("shared"), MaxConnections: c.Int("max-connections")}
 	if c.IsSet("max-connections") && o.MaxConnections < 1 {
 		return usageError{c, fmt.Errorf("--max-connections %d: at least 1 is needed", o.MaxConnections)}
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"net"
 	"slices"
 	"sync"
@@ -20,6 +21,8 @@ import (
 type exports struct {
 	store   *cow.Store
 	explain func(volume string, err error) error // adds the users of a busy volume to err
+	// attached returns the block devices that write to a volume, or to all volumes if the name is empty.
+	attached func(volume string) map[string]string
 
 	// mu guards the fields below and the handles' counts. It is not held while waiting for the disk.
 	mu       sync.Mutex
@@ -32,7 +35,8 @@ type exports struct {
 // handle is an open volume or snapshot.
 type handle struct {
 	dev      *cow.Device
-	readOnly bool // as it was opened
+	readOnly bool   // as it was opened
+	writer   client // unless it is read-only; the last one, if it has no users
 	users    int
 	// flushing counts the releases of a last user that still flush. A client that arrives meanwhile shares the handle.
 	flushing int
@@ -42,6 +46,11 @@ type handle struct {
 func (x *exports) acquire(r cow.Ref, readOnly bool) (*handle, error) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	return x.acquireLocked(r, readOnly)
+}
+
+// acquireLocked is acquire. The caller holds x.mu.
+func (x *exports) acquireLocked(r cow.Ref, readOnly bool) (*handle, error) {
 	for _, h := range x.open {
 		if h.readOnly == readOnly && h.dev.Ref() == r {
 			h.users++
@@ -153,7 +162,9 @@ type catalog struct {
 	*exports
 	only     []cow.Ref // empty: all
 	readOnly bool
-	watched  bool // a failed read counts, because it may be why the service's only client fails
+	shared   bool
+	log      *slog.Logger // may be nil
+	watched  bool         // a failed read counts, because it may be why the service's only client fails
 
 	mu  sync.Mutex // guards err
 	err error      // the first failure to make a leaving client's writes durable, or to read
@@ -223,11 +234,16 @@ func (c *catalog) ListInfo() (infos []nbd.Info, err error) {
 	if len(c.only) > 0 {
 		return infos, nil
 	}
+	writers, attached := c.writers(""), c.exports.attached("")
 	for _, v := range c.store.Volumes() {
 		if v.Receiving != nil {
 			continue
 		}
-		infos = append(infos, nbd.Info{Name: v.Name, Description: describeVolume(v)})
+		who := attached[v.Name]
+		if w, ok := writers[v.Name]; ok {
+			who = w.String()
+		}
+		infos = append(infos, nbd.Info{Name: v.Name, Description: describeVolume(v) + written(who)})
 		for _, s := range v.Snapshots {
 			infos = append(infos, nbd.Info{Name: cow.Ref{Volume: v.Name, Snapshot: s.Name}.String(), Description: describeSnapshot(s)})
 		}
@@ -300,17 +316,57 @@ func notExist(err error) error {
 }
 
 // ForClient is that of nbd.ClientExports.
-func (c *catalog) ForClient(ctx context.Context, _ net.Conn) nbd.Exports { return view{c, ctx} }
+func (c *catalog) ForClient(ctx context.Context, nc net.Conn) nbd.Exports {
+	if c.shared {
+		return view{c, ctx, client{shared: true}}
+	}
+	return view{c, ctx, clientOf(nc)}
+}
 
 // Open opens an export for somebody who closes it.
 func (c *catalog) Open(name string) (*nbd.Export, error) {
-	return view{c, context.Background()}.Open(name)
+	return view{c, context.Background(), client{shared: c.shared}}.Open(name)
 }
 
 // view is a catalog as one client sees it.
 type view struct {
 	*catalog
 	client context.Context // ends when the client has gone
+	who    client
+}
+
+// Describe describes an export as it would be opened for the client now.
+func (c view) Describe(name string) (nbd.Info, error) {
+	info, err := c.catalog.Describe(name)
+	if err != nil || info.ReadOnly {
+		return info, err
+	}
+	who := c.otherWriter(info.Name, c.who)
+	info.ReadOnly = who != ""
+	info.Description += written(who)
+	info.NoMultiConn = c.who.conn != nil && !info.ReadOnly
+	return info, nil
+}
+
+// written is the part of a volume's description that says who writes to it.
+func written(who string) string {
+	if who == "" {
+		return ""
+	}
+	return ", in use for writing by " + who
+}
+
+// openFor opens an export, for the client to write if it may.
+func (c view) openFor(r cow.Ref) (*handle, error) {
+	if c.readOnly || r.Snapshot != "" {
+		return c.acquire(r, true)
+	}
+	h, err := c.acquireToWrite(r, c.who)
+	if err == nil && h.readOnly && c.log != nil {
+		c.log.Info("an NBD client gets a volume read-only, since another one writes to it", "volume", r.Volume,
+			"client", c.who.String(), "writer", c.otherWriter(r.Volume, c.who))
+	}
+	return h, err
 }
 
 // Open opens an export for a client. An empty name means the service's only export; if the service shows all exports,
@@ -320,7 +376,7 @@ func (c view) Open(name string) (*nbd.Export, error) {
 	if err != nil {
 		return nil, err
 	}
-	h, err := c.acquire(r, c.readOnly || r.Snapshot != "")
+	h, err := c.openFor(r)
 	if err != nil {
 		return nil, notExist(c.explain(r.Volume, err))
 	}
@@ -338,6 +394,7 @@ func (c view) Open(name string) (*nbd.Export, error) {
 		Device:         dev,
 		Name:           r.String(),
 		ReadOnly:       h.dev.ReadOnly(),
+		NoMultiConn:    c.who.conn != nil && !h.dev.ReadOnly(),
 		Description:    described.Description,
 		PreferredBlock: preferredBlock,
 		Close: func() (err error) {

@@ -86,7 +86,7 @@ func (o *Owner) serve(asked context.Context, l net.Listener, opts ServeOptions, 
 	registered()
 	defer o.served(s)
 	defer context.AfterFunc(o.life, cancel)()
-	shown := &catalog{exports: o.exports, only: opts.Exports, readOnly: opts.ReadOnly, watched: opts.Fixed}
+	shown := &catalog{exports: o.exports, only: opts.Exports, readOnly: opts.ReadOnly, shared: opts.Shared, watched: opts.Fixed, log: o.opts.Logger}
 	limits := nbd.Options{Logger: o.opts.Logger, MaxConnections: opts.MaxConnections, MaxMemory: opts.MaxMemory, TLS: secure}
 	err = serveUntil(ctx, nbd.New(shown, limits), s.listener, stopTimeout/2)
 	if o.life.Err() != nil && asked.Err() == nil {
@@ -201,9 +201,25 @@ func (l *countingListener) Accept() (net.Conn, error) {
 		return &countedUnixConn{UnixConn: u, left: sync.OnceFunc(l.left)}, nil
 	}
 	if t, ok := c.(*net.TCPConn); ok {
+		noticeDeath(t)
 		return &countedTCPConn{TCPConn: t, left: sync.OnceFunc(l.left)}, nil
 	}
 	return &countedConn{Conn: c, left: sync.OnceFunc(l.left)}, nil
+}
+
+// deathTimeout is how long a client may not have answered before the kernel takes its connection for dead. It is what Go's
+// keepalive of idle connections comes to.
+const deathTimeout = 150 * time.Second
+
+// noticeDeath bounds how long a connection lasts that has a reply under way to a client that does not answer, too:
+// while it lasts, its client may be the writer of a volume.
+func noticeDeath(c *net.TCPConn) {
+	rc, err := c.SyscallConn()
+	if err == nil {
+		_ = rc.Control(func(fd uintptr) { // on failure, the kernel's own limit of 15 minutes holds
+			_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(deathTimeout.Milliseconds()))
+		})
+	}
 }
 
 func (l *countingListener) left() {

@@ -396,7 +396,13 @@ func TestCatalog(t *testing.T) {
 			t.Errorf("%q: %v", name, err)
 		}
 	}
-	if _, err := x.Open(""); !errors.Is(err, cow.ErrBusy) || !strings.Contains(err.Error(), "is attached as") {
+	shared := &catalog{exports: o.exports, shared: true}
+	if _, err := shared.Open(""); !errors.Is(err, cow.ErrBusy) || !strings.Contains(err.Error(), "is attached as") {
+		t.Error(err)
+	}
+	if e, err := x.Open(""); err != nil || !e.ReadOnly {
+		t.Errorf("a volume that is attached: %+v %v", e, err)
+	} else if err := e.Close(); err != nil {
 		t.Error(err)
 	}
 	if err := o.Detach(t.Context(), "v", false); err != nil {

@@ -225,13 +225,8 @@ func dialControl(ctx context.Context, in *storage.Folder) (*net.UnixConn, error)
 
 // peerOf returns the user of the process at the other end (SO_PEERCRED, unix(7)).
 func peerOf(c *net.UnixConn) (uid uint32, err error) {
-	rc, err := c.SyscallConn()
+	cred, err := credentials(c)
 	if err != nil {
-		return 0, err
-	}
-	var cred *unix.Ucred
-	cerr := rc.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
-	if err = errors.Join(cerr, err); err != nil {
 		return 0, fmt.Errorf("asking for the user at the other end of the socket: %w", err)
 	}
 	return cred.Uid, nil

@@ -232,6 +232,7 @@ type ServeOptions struct {
 	Socket   string    // path of the socket, for Status
 	Exports  []cow.Ref // empty: all volumes and snapshots, including future ones
 	ReadOnly bool
+	Shared   bool `json:",omitempty"` // all clients may write to a volume at once
 	Once     bool // end when the last client has left
 	// Fixed is for a command that reads all of its exports: they do not change. They are read-only, a volume that is open
 	// for writing is refused, and none can be opened for writing until the service ends. The owner does not end before.

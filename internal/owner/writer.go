@@ -1,0 +1,130 @@
+package owner
+
+import (
+	"errors"
+	"fmt"
+	"net"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vdisk/vdisk/cow"
+)
+
+// client is who uses exports: docs/nbd.md, One writer. On a Unix socket it is a process, with all of its connections, so
+// that clients with several connections, and those that reconnect, stay what they are. Otherwise it is a connection. All
+// clients of shared services are one.
+type client struct {
+	process process  // zero: not known
+	conn    net.Conn // if the process is not known
+	shared  bool
+}
+
+// clientOf returns who is at the other end of a connection.
+func clientOf(nc net.Conn) client {
+	if u, ok := nc.(*countedUnixConn); ok {
+		if p := processOf(u.UnixConn); p.PID > 0 {
+			return client{process: p}
+		}
+	}
+	return client{conn: nc}
+}
+
+// processOf returns the process that made a connection. It returns zero if the process is not visible from here, or has
+// ended.
+func processOf(c *net.UnixConn) process {
+	cred, err := credentials(c)
+	if err != nil || cred.Pid <= 0 {
+		return process{}
+	}
+	p := process{int(cred.Pid), startOf(int(cred.Pid))}
+	if p.Start == "" {
+		return process{}
+	}
+	return p
+}
+
+func (c client) String() string {
+	switch {
+	case c.shared:
+		return "a client of a shared service"
+	case c.process.PID > 0:
+		return fmt.Sprintf("process %d", c.process.PID)
+	case c.conn != nil:
+		return c.conn.RemoteAddr().String()
+	}
+	return "another client"
+}
+
+// acquireToWrite is acquire for a client that may write to a volume unless somebody else does. Then the handle is
+// read-only. A client of a shared service fails where a block device writes, since it has come to write.
+func (x *exports) acquireToWrite(r cow.Ref, who client) (*handle, error) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	for _, h := range x.open {
+		switch {
+		case h.readOnly || h.dev.Ref() != r:
+		case h.users == 0 || h.writer == who: // it is being flushed for one that has gone, or is the client's own
+			h.writer = who
+			h.users++
+			return h, nil
+		default:
+			return x.acquireLocked(r, true)
+		}
+	}
+	h, err := x.acquireLocked(r, false)
+	if err == nil {
+		h.writer = who
+		return h, nil
+	}
+	if errors.Is(err, cow.ErrBusy) && !who.shared { // a block device writes
+		if h, rerr := x.acquireLocked(r, true); rerr == nil {
+			return h, nil
+		}
+	}
+	return nil, err
+}
+
+// writers returns who writes to a volume, or to all volumes if the name is empty.
+func (x *exports) writers(volume string) map[string]client {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	found := map[string]client{}
+	for _, h := range x.open {
+		if name := h.dev.Ref().Volume; !h.readOnly && h.users > 0 && (volume == "" || name == volume) {
+			found[name] = h.writer
+		}
+	}
+	return found
+}
+
+// otherWriter returns who writes to a volume, or "" if that is nobody but who. A block device has the volume for itself.
+func (x *exports) otherWriter(volume string, who client) string {
+	if w, ok := x.writers(volume)[volume]; ok {
+		if w == who {
+			return ""
+		}
+		return w.String()
+	}
+	return x.attached(volume)[volume]
+}
+
+// attached returns the block devices that write to a volume, or to all volumes if the name is empty.
+func (o *Owner) attached(volume string) map[string]string {
+	found := map[string]string{}
+	for _, d := range o.devicesOf(volume) {
+		if d.Ref.Snapshot == "" && !d.ReadOnly {
+			found[d.Ref.Volume] = d.Path
+		}
+	}
+	return found
+}
+
+// credentials returns who made a connection (SO_PEERCRED, unix(7)).
+func credentials(c *net.UnixConn) (cred *unix.Ucred, err error) {
+	rc, err := c.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	cerr := rc.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+	return cred, errors.Join(cerr, err)
+}
