@@ -42,6 +42,7 @@ type tableCopy struct {
 	stale bool
 	why   error // why there is no copy, or no new base
 
+	items itemMaker // while an Update runs, its goroutine alone changes the two files above
 	patch []byte
 	state atomic.Pointer[CopyState]
 }
@@ -80,7 +81,7 @@ func startSync(f storage.File) (wait func() error) {
 
 // begin begins the batch of an Update. If there are files of a copy that was given up, they go first.
 func (c *tableCopy) begin() error {
-	c.settle() // the batch of a commit that bbolt undid for want of room
+	c.settle() // an Update that was undone, as for want of room
 	if err := c.removeStale(); err != nil {
 		return err
 	}
@@ -93,35 +94,6 @@ func (c *tableCopy) begin() error {
 	return nil
 }
 
-// record adds a change of a key to the batch. old is nil if the key is not there, and value is nil if it is removed.
-// intact says that the old value verifies.
-func (c *tableCopy) record(bucket, key, old, value []byte, intact bool) {
-	if c.inUse == nil && c.making == nil || old == nil && value == nil {
-		return
-	}
-	if old != nil && value != nil && intact && bytes.Equal(old, value) {
-		return
-	}
-	n := bucketNumber(bucket)
-	it := format.CopyItem{Op: format.CopyPut, Bucket: n, Key: key, Value: value}
-	switch {
-	case value == nil:
-		it.Op = format.CopyRemove
-	case old != nil && intact && len(value) >= patchLeast:
-		var ok bool
-		if c.patch, ok = format.AppendPatch(c.patch[:0], old, value, len(value)/4*3); ok {
-			it.Op, it.Value = format.CopyPatch, c.patch
-		}
-	}
-	if c.inUse != nil {
-		c.inUse.add(&it)
-	}
-	if m := c.making; m != nil && m.has(n, key) {
-		m.add(&it)
-		m.count(bucket, key, old, value, intact)
-	}
-}
-
 func bucketNumber(bucket []byte) uint8 {
 	return uint8(slices.IndexFunc(copyBuckets, func(b []byte) bool { return bytes.Equal(b, bucket) }))
 }
@@ -130,6 +102,7 @@ func bucketNumber(bucket []byte) uint8 {
 // copy is given up, and the commit can go on without one; write then returns an error only if the old copy cannot be
 // removed.
 func (c *tableCopy) write(sum sum) error {
+	c.endItems()
 	if m := c.making; m != nil {
 		if m.dead = m.finish(format.CopyBase, 0); m.dead != nil {
 			c.making = nil
@@ -146,8 +119,11 @@ func (c *tableCopy) write(sum sum) error {
 	return c.removeStale()
 }
 
-// settle waits until the batch that was written last is durable. If it does not become that, the copy is given up.
+// settle waits for what runs beside an Update, which has ended: until the batch that was written last is durable. If it does
+// not become that, the copy is given up.
 func (c *tableCopy) settle() {
+	c.stopItems()
+	c.items.reset()
 	if c.wait == nil {
 		return
 	}

@@ -19,6 +19,8 @@ import (
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
 )
 
+func init() { changesAtOnce = 8 } // so that small Updates hand their changes over, too
+
 func folderOf(t testing.TB, dir string) *storage.Folder {
 	t.Helper()
 	in, err := storage.OpenFolder(dir, false)

@@ -51,6 +51,7 @@ func (d *DB) unverify() {
 
 func (d *DB) update(fn func(*Tx) error) (err error) {
 	defer guard(&err)()
+	defer d.copy.settle() // after a panic
 	seq, named := d.seq, d.named
 	err = d.commit(func(tx *bbolt.Tx) error {
 		t := &Tx{tx: tx, db: d}
