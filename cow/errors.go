@@ -44,6 +44,8 @@ var (
 	ErrUnusable = errors.New("the store cannot be opened")
 	// ErrSound is matched by the error of RebuildTable and RestoreTable if the table needs no repair.
 	ErrSound = errors.New("the table is sound")
+	// ErrNotMended is matched by the error of MendTable if more is wrong than counts.
+	ErrNotMended = errors.New("more is wrong in the table than counts, and nothing was changed")
 	// ErrNotRebuilt is matched, besides ErrCorrupt, by their error if what the table was to be made from is damaged, or
 	// does not belong to the log. They have changed nothing then.
 	ErrNotRebuilt = errors.New("the table cannot be made anew")

@@ -48,10 +48,22 @@ type makeTable func(in *storage.Folder, copies storage.FS, uuid [16]byte) (metad
 
 // replaceTable replaces the table of a store by the one that mk makes under the name newTableFile.
 func replaceTable(dir string, force bool, o Options, holder string, mk makeTable) (r *Rebuilt, err error) {
+	err = repairTable(dir, force, o, holder, func(t *tableRepair) error {
+		r = &t.done
+		return t.replace(mk)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// repairTable calls repair with the store's lock held.
+func repairTable(dir string, force bool, o Options, holder string, repair func(*tableRepair) error) (err error) {
 	o.setDefaults()
 	in, err := openFolder(dir, o.Foreign)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer func() { err = errors.Join(err, in.Close()) }()
 	info, err := readFormat(in)
@@ -59,21 +71,20 @@ func replaceTable(dir string, force bool, o Options, holder string, mk makeTable
 		err = fmt.Errorf("no store at %s: %w", dir, ErrNotFound)
 	}
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if err := unwritable(in); err != nil {
-		return nil, fmt.Errorf("open store %s: %w", dir, err)
+		return fmt.Errorf("open store %s: %w", dir, err)
 	}
 	lock, err := lockStore(in, o.LockTimeout, cmp.Or(o.Holder, holder))
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer func() { err = errors.Join(err, lock.Close()) }()
-	t := &tableRepair{in: in, info: info, opts: o, force: force}
-	if err := t.replace(mk); err != nil {
-		return nil, fmt.Errorf("store %s: %w", dir, fault.NoSpace(err))
+	if err := repair(&tableRepair{in: in, info: info, opts: o, force: force}); err != nil {
+		return fmt.Errorf("store %s: %w", dir, fault.NoSpace(err))
 	}
-	return &t.done, nil
+	return nil
 }
 
 // tableRepair replaces a table. The store's lock is held.
@@ -123,8 +134,8 @@ func notRebuilt(err error) error {
 	return fmt.Errorf("%w: %w", ErrNotRebuilt, err)
 }
 
-// prove opens the store to read, with the table of the given name, and reads the whole log. It changes nothing.
-func (t *tableRepair) prove(name string) (err error) {
+// with opens the store to read, with the table of the given name, and reads the whole log. It changes nothing.
+func (t *tableRepair) with(name string, fn func(*Store) error) (err error) {
 	in, err := storage.OpenFolder(t.in.Path(), t.opts.Foreign)
 	if err != nil {
 		return err
@@ -138,6 +149,15 @@ func (t *tableRepair) prove(name string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.release()) }()
+	return fn(s)
+}
+
+// prove opens the store with the table of the given name, and verifies each row.
+func (t *tableRepair) prove(name string) error {
+	return t.with(name, func(s *Store) error { return t.proved(name, s) })
+}
+
+func (t *tableRepair) proved(name string, s *Store) error {
 	if err := s.meta.View((*metadata.Tx).Intact); err != nil {
 		return err
 	}

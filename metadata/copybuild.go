@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 
@@ -193,9 +194,36 @@ func (t *Tx) applyItem(it *format.CopyItem) error {
 	return t.set(name, bytes.Clone(it.Key), value)
 }
 
+// Mended makes a table called name, which is the table from with the changes of mend. It is durable, but its name is not.
+// After an error there is none.
+func Mended(in *storage.Folder, from, name string, mend func(*Tx) error) (Built, error) {
+	b, err := makeTable(in, name, func() error { return copyTable(in, from, name) }, func(db *DB) error { return db.Update(mend) })
+	b.From = from
+	return b, err
+}
+
+func copyTable(in *storage.Folder, from, name string) error {
+	r, err := in.Open(from, os.O_RDONLY)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	w, err := in.Open(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(w, r)
+	return errors.Join(err, w.Close())
+}
+
 // buildTable makes a table, which fill fills. It is verified as Open does, and durable, but its name is not. After an
 // error there is none.
-func buildTable(in *storage.Folder, name string, fill func(*DB) error) (b Built, err error) {
+func buildTable(in *storage.Folder, name string, fill func(*DB) error) (Built, error) {
+	return makeTable(in, name, func() error { return nil }, fill)
+}
+
+// makeTable is buildTable with a file that begin may make.
+func makeTable(in *storage.Folder, name string, begin func() error, fill func(*DB) error) (b Built, err error) {
 	if err := removeTable(in, name); err != nil {
 		return b, err
 	}
@@ -205,6 +233,9 @@ func buildTable(in *storage.Folder, name string, fill func(*DB) error) (b Built,
 			err = errors.Join(fmt.Errorf("make a table: %w", err), removeTable(in, name))
 		}
 	}()
+	if err := begin(); err != nil {
+		return b, err
+	}
 	db, err := Open(in.Join(name), Options{In: in, NoSync: true, Create: true})
 	if err != nil {
 		return b, err

@@ -121,6 +121,9 @@ func (d *DB) fill(lines *json.Decoder) error {
 		if got := fmt.Sprintf("%016x", uint64(sum)); err == nil && l.Sum != "" && l.Sum != got {
 			err = fmt.Errorf("the rows of the dump sum up to %s, and it says %s; if it was edited, take \"sum\" out of its last line: %w", got, l.Sum, format.ErrCorrupt)
 		}
+		if _, more := lines.Token(); err == nil && !errors.Is(more, io.EOF) {
+			err = fmt.Errorf("there is more behind the last line of the dump: %w", format.ErrCorrupt)
+		}
 		return err
 	}
 }

@@ -3,6 +3,7 @@ package metadata
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 
 	"github.com/vdisk/vdisk/format"
@@ -178,6 +179,47 @@ func (t *Tx) Changed(v Version) (bool, error) {
 	}
 	k := v.changeKey()
 	return b.Get(k[:]) != nil, nil
+}
+
+// MendChanges makes the list of changes name the versions that there are, and no others.
+func (t *Tx) MendChanges() error {
+	leaves, err := t.bucket(bucketLeaves)
+	if err != nil {
+		return err
+	}
+	changes, err := t.bucket(bucketChanges)
+	if err != nil {
+		return err
+	}
+	listed := map[Version]bool{}
+	var none [][]byte // of no version
+	err = changes.ForEach(func(k, _ []byte) error {
+		if len(k) == 12 {
+			v := Version{Branch: binary.BigEndian.Uint32(k), Epoch: binary.BigEndian.Uint32(k[4:]), Leaf: binary.BigEndian.Uint32(k[8:])}
+			if key := v.key(); leaves.Get(key[:]) != nil {
+				listed[v] = true
+				return nil
+			}
+		}
+		none = append(none, bytes.Clone(k))
+		return nil
+	})
+	var unlisted []Version
+	err = errors.Join(err, leaves.ForEach(func(k, _ []byte) error {
+		v, err := parseKey(k)
+		if err == nil && !listed[v] {
+			unlisted = append(unlisted, v)
+		}
+		return err
+	}))
+	for _, k := range none {
+		err = errors.Join(err, t.drop(bucketChanges, k))
+	}
+	for _, v := range unlisted {
+		k := v.changeKey()
+		err = errors.Join(err, t.set(bucketChanges, k[:], []byte{}))
+	}
+	return err
 }
 
 // Counts returns the number of versions, and the number of entries in the changes bucket. It reads all pages of both.

@@ -19,10 +19,13 @@ func (a *app) checkCommand() *cli.Command {
 			"Exit codes: 0 all is well, 6 something is damaged, 1 something could not be read, 7 only space is leaked.\n" +
 			"If log records that had been durable cannot be read any more, every command refuses the store, names the damaged place\n" +
 			"and what lies behind it, and changes nothing. If there is no better copy of that file, --repair ends the log there. The\n" +
-			"files behind are kept in the store's folder chunks.aside until you delete them.",
+			"files behind are kept in the store's folder chunks.aside until you delete them.\n" +
+			"--repair also makes right the counts in the table that a check of the whole store finds wrong, if nothing else is: the live\n" +
+			"bytes of chunks, the numbers of moved blocks, the list of changes. It lists them, and keeps the old table as\n" +
+			"meta.db.aside-N. No process may have the store open for that. If more is damaged: 'vdisk metadata rebuild'.",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "read-data", Usage: "also read and verify all data"},
-			&cli.BoolFlag{Name: "repair", Usage: "if the log is damaged, give up the records behind, so that the store can be opened"},
+			&cli.BoolFlag{Name: "repair", Usage: "make wrong counts right; if the log is damaged, give up the records behind, so that the store can be opened"},
 		},
 	}, a.check)
 }
@@ -48,6 +51,9 @@ type checkJSON struct {
 	LiveBytes  int64         `json:"live_bytes"`
 	DataBytes  int64         `json:"data_bytes"`         // read and verified
 	Repaired   []string      `json:"repaired,omitempty"` // what the repair gave up
+	Mended     []problemJSON `json:"mended,omitempty"`   // wrong counts that are right now
+	Aside      string        `json:"aside,omitempty"`    // the old table, if there were any
+	Unmended   string        `json:"unmended,omitempty"` // why wrong counts were left
 }
 
 func (a *app) check(c *cli.Context) error {
@@ -67,6 +73,11 @@ func (a *app) check(c *cli.Context) error {
 				fmt.Fprintf(a.stdout, "given up: %v\n", d)
 			}
 			return nil
+		}
+	}
+	if !opts.Look && name == "" {
+		if err := a.mendTable(c, &j); err != nil {
+			return err
 		}
 	}
 	return use(func(s owner.Store) error {
@@ -93,7 +104,30 @@ func (a *app) check(c *cli.Context) error {
 	})(owner.Open(c.Context, a.dir, opts))
 }
 
+// mendTable makes wrong counts in the table right. If it cannot, the check goes on, and finds them.
+func (a *app) mendTable(c *cli.Context, j *checkJSON) error {
+	m, err := cow.MendTable(c.Context, a.dir, a.repairOptions())
+	if err != nil {
+		j.Unmended = err.Error()
+		return nil
+	}
+	for _, p := range m.Problems {
+		j.Mended = append(j.Mended, problemJSON{p.Kind, p.Where, p.What})
+	}
+	if j.Aside = m.Aside; a.json || j.Aside == "" {
+		return nil
+	}
+	for _, p := range j.Mended {
+		fmt.Fprintf(a.stdout, "made right: %s: %s\n", p.Where, p.What)
+	}
+	_, err = fmt.Fprintf(a.stdout, "the old table is kept as %s\n", j.Aside)
+	return err
+}
+
 func (a *app) checked(j checkJSON, readData bool) error {
+	if j.Unmended != "" && !j.OK {
+		fmt.Fprintf(a.stdout, "no count was made right: %s\n", j.Unmended)
+	}
 	data := ""
 	if readData {
 		data = fmt.Sprintf(", %s of data read", a.size(j.DataBytes))

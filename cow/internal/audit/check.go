@@ -28,6 +28,15 @@ type Problem struct {
 	// Record is set if a record cannot be read, and Version if a version of a leaf does not decode.
 	Record  Record
 	Version metadata.Version
+	// Mend is the row that is right. It is nil if the problem is more than a wrong count or list.
+	Mend *Mend
+}
+
+// Mend is a row of the table as the rest of the table says that it should be, if the rest is sound.
+type Mend struct {
+	Chunk     *format.Chunk     // with the right number of live bytes,
+	Forwarded *format.Forwarded // or with the right number of blocks; 0: there should be no row,
+	Changes   bool              // or nothing of both: the list of changes is to be made of the versions
 }
 
 // Record is a record, as versions refer to it: the sequence number of its chunk, the entry of its first block, and that
@@ -175,7 +184,7 @@ func (c *Checker) table(tx *metadata.Tx) error {
 		return err
 	}
 	if total != changes {
-		c.corrupt("table", "%d versions of leaves, %d listed changes", total, changes)
+		c.miscounted(KindCorrupt, "table", Mend{Changes: true}, "%d versions of leaves, %d listed changes", total, changes)
 	}
 	err = tx.Versions(func(v metadata.Version, l *format.Leaf, bad error) error {
 		if err := c.engine.Interrupted(); err != nil {
@@ -279,7 +288,7 @@ func (c *Checker) version(tx *metadata.Tx, v metadata.Version, l *format.Leaf) e
 	if listed, err := tx.Changed(v); err != nil {
 		return err
 	} else if !listed {
-		c.corrupt(where(v), "is not listed as changed")
+		c.miscounted(KindCorrupt, where(v), Mend{Changes: true}, "is not listed as changed")
 	}
 	if v.Branch == c.newer.Branch && v.Leaf == c.newer.Leaf {
 		c.unchanged(l)
@@ -355,14 +364,26 @@ func (c *Checker) accounting(tb *metadata.Tables) {
 	for _, ch := range tb.Chunks {
 		got := c.live[ch.Slot]
 		c.report.LiveBytes += got
-		switch {
-		case int64(ch.Live) > got:
-			c.problem(Problem{Kind: KindLeak, Where: c.chunk(ch.Slot), What: fmt.Sprintf("%d live bytes are kept, %d are referred to", ch.Live, got)})
-		case int64(ch.Live) < got:
-			c.corrupt(c.chunk(ch.Slot), "%d live bytes are kept, %d are referred to", ch.Live, got)
+		if int64(ch.Live) != got {
+			right := ch
+			right.Live = uint32(got)
+			c.miscounted(kindOf(int64(ch.Live), got), c.chunk(ch.Slot), Mend{Chunk: &right}, "%d live bytes are kept, %d are referred to", ch.Live, got)
 		}
 		c.file(ch)
 	}
+}
+
+// kindOf is the kind of problem that a wrong count is. One that is too high wastes space.
+func kindOf(kept, right int64) string {
+	if kept > right {
+		return KindLeak
+	}
+	return KindCorrupt
+}
+
+// miscounted reports a count or a list that the rest of the table says otherwise.
+func (c *Checker) miscounted(kind, where string, m Mend, text string, args ...any) {
+	c.problem(Problem{Kind: kind, Where: where, What: fmt.Sprintf(text, args...), Mend: &m})
 }
 
 // files checks the files of those chunks that were referred to.

@@ -88,14 +88,17 @@ func (c *Checker) checkForwards(tx *metadata.Tx) error {
 		if ch, ok := c.chunks[slot]; ok && ch.Seq != row.Seq {
 			c.corrupt(where, "the chunk has the sequence %d, the row %d", ch.Seq, row.Seq)
 		}
-		if noted[slot] != int64(row.Blocks) {
-			c.corrupt(where, "%d are kept, %d are noted", row.Blocks, noted[slot])
+		var mend *Mend
+		if noted[slot] == f.seen[slot] { // otherwise it is not the count that is wrong
+			right := row
+			right.Blocks = uint32(noted[slot])
+			mend = &Mend{Forwarded: &right}
 		}
-		switch {
-		case int64(row.Blocks) > f.seen[slot]:
-			c.problem(Problem{Kind: KindLeak, Where: where, What: fmt.Sprintf("%d are kept, %d are referred to", row.Blocks, f.seen[slot])})
-		case int64(row.Blocks) < f.seen[slot]:
-			c.corrupt(where, "%d are kept, %d are referred to", row.Blocks, f.seen[slot])
+		if noted[slot] != int64(row.Blocks) {
+			c.problem(Problem{Kind: KindCorrupt, Where: where, What: fmt.Sprintf("%d are kept, %d are noted", row.Blocks, noted[slot]), Mend: mend})
+		}
+		if seen := f.seen[slot]; seen != int64(row.Blocks) {
+			c.problem(Problem{Kind: kindOf(int64(row.Blocks), seen), Where: where, What: fmt.Sprintf("%d are kept, %d are referred to", row.Blocks, seen), Mend: mend})
 		}
 	}
 	return nil
