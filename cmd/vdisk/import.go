@@ -20,16 +20,22 @@ func (a *app) importCommand() *cli.Command {
 		Name:      "import",
 		Category:  groupData,
 		Usage:     "import an image as a new volume",
-		UsageText: "vdisk import FILE|- VOL [--format FORMAT] [--backing] [--compress none|s2|zstd[:N]] [--logical-block 512|4096]",
+		UsageText: "vdisk import FILE|- VOL [--repair] [--format FORMAT] [--backing] [--compress none|s2|zstd[:N]] [--logical-block 512|4096]",
 		Description: "FILE is an image, a block device, or - for standard input. The volume must not exist. It appears when all of its\n" +
 			"content is durable, and has the size of the content, rounded up to a logical block. Without --format the image is raw,\n" +
 			"and one that looks like another format is refused. gzip, xz and zstd are raw images that were compressed; the other\n" +
-			"formats are read by qemu-img, from a file. Standard input is raw or compressed.",
-		Flags: append(volumeFlags(), formatFlags()...),
+			"formats are read by qemu-img, from a file. Standard input is raw or compressed.\n" +
+			"With --repair the volume exists, and FILE is an image of its content; it is written over those blocks that are damaged,\n" +
+			"and over no others. Snapshots and clones that share the damage are named, and stay as they are. The volume may be in use.",
+		Flags: append(append(volumeFlags(), formatFlags()...),
+			&cli.BoolFlag{Name: "repair", Usage: "write the content over the damaged blocks of a volume that exists"}),
 	}, func(c *cli.Context) error {
 		name, err := volumeName(c, 1)
 		if err != nil {
 			return err
+		}
+		if c.Bool("repair") {
+			return a.repairFrom(c, c.Args().First(), name)
 		}
 		o, err := volumeOptions(c)
 		if err != nil {

@@ -157,6 +157,7 @@ func (c *control) routes() *http.ServeMux {
 	mux.HandleFunc("POST /v1/bench", c.bench)
 	mux.HandleFunc("POST /v1/difference", c.difference)
 	mux.HandleFunc("POST /v1/import", c.importStream)
+	mux.HandleFunc("POST /v1/repair", c.repair)
 	mux.HandleFunc("POST /v1/export", c.exportStream)
 	mux.HandleFunc("POST /v1/export-diff", c.exportDiff)
 	mux.HandleFunc("POST /v1/import-diff", c.importDiff)
@@ -200,6 +201,12 @@ const (
 func (c *control) importStream(w http.ResponseWriter, r *http.Request) {
 	c.takeStream(w, r, func(req request, src sparse.Source) (any, error) {
 		return c.owner.Import(r.Context(), req.Name, req.Volume, src, nil)
+	})
+}
+
+func (c *control) repair(w http.ResponseWriter, r *http.Request) {
+	c.takeStream(w, r, func(req request, src sparse.Source) (any, error) {
+		return c.owner.Repair(r.Context(), req.Name, src, nil)
 	})
 }
 

@@ -58,6 +58,8 @@ type Store interface {
 	// to a logical block. The volume appears with its whole content, durably, or not at all. If progress is not nil, it
 	// is called with the offset in src that has been reached.
 	Import(ctx context.Context, name string, o cow.VolumeOptions, src sparse.Source, progress func(off int64)) (cow.VolumeInfo, error)
+	// Repair writes the content of src over those blocks of a volume that cannot be read: see cow.Store.Repair.
+	Repair(ctx context.Context, name string, src sparse.Source, progress func(off int64)) (cow.RepairReport, error)
 	// Export calls use with the content of r. It fails if r is a volume that is open for writing, because its content
 	// would not be of one moment.
 	Export(ctx context.Context, r cow.Ref, use func(src sparse.Source) error) error

@@ -1,0 +1,89 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/owner"
+)
+
+// repairedJSON is the result of a repair in the JSON output.
+type repairedJSON struct {
+	Name    string      `json:"name"`
+	Bytes   int64       `json:"written_bytes"`
+	Written []rangeJSON `json:"written"` // what was damaged, and has the content of the file now
+	Left    []rangeJSON `json:"left"`    // what is still damaged: the map cannot be read there
+	Others  []rangeJSON `json:"others"`  // what other volumes and snapshots have of the damage
+}
+
+// rangeJSON is a range of a volume or snapshot.
+type rangeJSON struct {
+	Name   string `json:"name"` // VOL or VOL@SNAP
+	Offset int64  `json:"offset"`
+	Length int64  `json:"length"`
+}
+
+func rangesOf(list []cow.Lost) []rangeJSON {
+	js := []rangeJSON{}
+	for _, l := range list {
+		js = append(js, rangeJSON{l.Ref.String(), l.Offset, l.Length})
+	}
+	return js
+}
+
+// repairFrom writes the content at path over the damaged blocks of a volume.
+func (a *app) repairFrom(c *cli.Context, path, name string) error {
+	for _, flag := range []string{"compress", "logical-block"} {
+		if c.IsSet(flag) {
+			return usageError{c, fmt.Errorf("--repair changes no property of a volume: no --%s", flag)}
+		}
+	}
+	in, err := readingOf(c)
+	if err != nil {
+		return err
+	}
+	src, closeSource, err := a.source(c.Context, path, in)
+	if err != nil {
+		return err
+	}
+	defer closeSource()
+	if src.Size() < 0 {
+		return usageError{c, errors.New("--repair needs a file whose size is known before it is read: no stream, and none that is compressed")}
+	}
+	return a.during(c, func(s owner.Store) error {
+		bar := a.progress("repairing "+name, src.Size())
+		rep, err := s.Repair(c.Context, name, src, bar.set)
+		bar.finish()
+		if err != nil {
+			return fmt.Errorf("repairing from %s: %w", path, err)
+		}
+		j := repairedJSON{name, rep.Bytes, rangesOf(rep.Written), rangesOf(rep.Left), rangesOf(rep.Others)}
+		if err := a.print(j, func() error { return a.printRepaired(j) }); err != nil {
+			return err
+		}
+		if len(rep.Left) > 0 {
+			return fmt.Errorf("%s is still damaged in %d ranges, where its map cannot be read: %w", name, len(rep.Left), cow.ErrCorrupt)
+		}
+		return nil
+	})
+}
+
+func (a *app) printRepaired(j repairedJSON) error {
+	for _, part := range []struct {
+		what string
+		list []rangeJSON
+	}{{"written", j.Written}, {"still damaged", j.Left}, {"still damaged", j.Others}} {
+		for _, r := range part.list {
+			if _, err := fmt.Fprintf(a.stdout, "%s: %s, %d bytes at %d\n", part.what, r.Name, r.Length, r.Offset); err != nil {
+				return err
+			}
+		}
+	}
+	if len(j.Written)+len(j.Left) == 0 {
+		a.note("%s is not damaged", j.Name)
+	}
+	return nil
+}
