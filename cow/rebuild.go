@@ -193,18 +193,18 @@ func (s *Store) allChunksThere() error {
 // swap puts the new table in the place of the old one, which stays under another name. If the file system has links,
 // there is a table at any moment.
 func (t *tableRepair) swap() error {
-	switch _, err := t.in.Lstat(tableFile); {
+	switch st, err := t.in.Lstat(tableFile); {
 	case errors.Is(err, fs.ErrNotExist):
 	case err != nil:
 		return err
 	default:
-		n, err := t.freeNumber()
+		n, err := t.freeNumber(st.Dev, st.Ino)
 		if err != nil {
 			return err
 		}
 		t.done.Aside = fmt.Sprint(asideTable, n)
 		err = storage.Retry(func() error { return unix.Linkat(t.in.Fd(), tableFile, t.in.Fd(), t.done.Aside, 0) })
-		if err != nil { // not every file system has links
+		if err != nil && !errors.Is(err, fs.ErrExist) { // not every file system has links
 			if err := t.in.Rename(tableFile, t.done.Aside); err != nil {
 				return err
 			}
@@ -219,14 +219,17 @@ func (t *tableRepair) swap() error {
 	return syncFolder(t.in)
 }
 
-// freeNumber returns the lowest number that no table was set aside under.
-func (t *tableRepair) freeNumber() (n int, err error) {
+// freeNumber returns the lowest number that no table was set aside under. If a process was killed when the table had both
+// names, it is that number.
+func (t *tableRepair) freeNumber(dev, ino uint64) (n int, err error) {
 	for n = 1; ; n++ {
-		switch _, err := t.in.Lstat(fmt.Sprint(asideTable, n)); {
+		switch st, err := t.in.Lstat(fmt.Sprint(asideTable, n)); {
 		case errors.Is(err, fs.ErrNotExist):
 			return n, nil
 		case err != nil:
 			return 0, err
+		case st.Dev == dev && st.Ino == ino:
+			return n, nil
 		}
 	}
 }

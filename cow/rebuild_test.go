@@ -166,6 +166,21 @@ func TestOldTableStays(t *testing.T) {
 	}
 }
 
+// TestTwoNamesOfATable: a process that was killed when the old table had two names is followed by one that goes on with them.
+func TestTwoNamesOfATable(t *testing.T) {
+	dir := filepath.Join(memoryDir(t), "store")
+	must(t, Create(dir))
+	must(t, os.Link(filepath.Join(dir, tableFile), filepath.Join(dir, asideTable+"1")))
+	r, err := RebuildTable(dir, true, Options{})
+	must(t, err)
+	asides, err := filepath.Glob(filepath.Join(dir, asideTable+"*"))
+	must(t, err)
+	if r.Aside != asideTable+"1" || len(asides) != 1 {
+		t.Errorf("the old table is %s, and there are %q", r.Aside, asides)
+	}
+	must(t, open(t, dir, Options{}).Close())
+}
+
 // hardLife makes a store that was written to, cleaned, passed over by the cold pass, and rid of volumes and snapshots.
 func hardLife(t *testing.T, dir string) {
 	s := open(t, dir, Options{chunkBytes: 1 << 20, checkpointInterval: -1, ColdAfter: -1})

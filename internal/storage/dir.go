@@ -189,7 +189,7 @@ func (d *dir) Remove(name string) error {
 	}
 	defer d.mu.Unlock()
 	if err := d.in.Remove(name); err != nil {
-		return err
+		return noSpace(err) // some file systems write elsewhere even to remove
 	}
 	delete(d.live, name)
 	return nil
