@@ -140,7 +140,7 @@ func (x *Difference) leaves(ctx context.Context, first, end uint32, fn func(inde
 			return fmt.Errorf("difference %s: %w", x, err)
 		}
 		if err := x.load(index, &from, &to, &again); err != nil {
-			return fmt.Errorf("difference %s, bytes %d to %d: %w", x, int64(index)*leafSize, (int64(index)+1)*leafSize, err)
+			return fmt.Errorf("difference %s, bytes %d to %d: %w", x, int64(index)*leafSize, (int64(index)+1)*leafSize, leafDamage(index, err))
 		}
 		return fn(index, &from, &to)
 	}

@@ -63,6 +63,32 @@ var (
 	ErrClosed = fault.ErrClosed
 )
 
+// IsDamage reports whether err is about data that is damaged, or that the disk has and cannot read.
+func IsDamage(err error) bool { return errors.Is(err, ErrCorrupt) || fault.IsUnreadable(err) }
+
+// LeafSize is how many bytes of a volume a leaf of the map is of.
+const LeafSize = leafSize
+
+// LeafDamage is the error about a leaf of the map that cannot be read: it is not known what its LeafSize bytes hold. It
+// matches ErrCorrupt.
+type LeafDamage struct {
+	Offset int64 // in the volume or snapshot
+	err    error
+}
+
+// leafDamage returns the error about a leaf that could not be read.
+func leafDamage(index uint32, err error) error {
+	if !errors.Is(err, ErrCorrupt) {
+		return err
+	}
+	return &LeafDamage{int64(index) * LeafSize, err}
+}
+
+func (d *LeafDamage) Error() string { return d.err.Error() }
+
+// Unwrap makes a LeafDamage match ErrCorrupt.
+func (d *LeafDamage) Unwrap() error { return d.err }
+
 type errnoError struct {
 	text  string
 	errno syscall.Errno

@@ -7,7 +7,8 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// Extents calls fn for the runs of data and holes in a range, in order and without gaps, until fn returns false.
+// Extents calls fn for the runs of data and holes in a range, in order and without gaps, until fn returns false. A damaged
+// leaf is an error, in which there is a LeafDamage; fn has been called for all that lies before it.
 func (d *Device) Extents(off, length int64, fn func(off, length int64, hole bool) bool) error {
 	var l format.Leaf
 	err := extentRuns(d, off, length, true, fn, func(index uint32, holes *[format.LeafBlocks]bool) error {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"slices"
 	"strings"
@@ -228,9 +229,16 @@ func (s *Store) proveDamage(ctx context.Context) error {
 	more := r.untold() + max(0, len(list)-damageLines)
 	err := s.logDamage(ctx, list[:min(len(list), damageLines)])
 	if more > 0 {
-		s.log.Error("more is damaged; 'vdisk check --read-data' lists all", "places", more)
+		s.log.Log(ctx, s.damageLevel(), "more is damaged; 'vdisk check --read-data' lists all", "places", more)
 	}
 	return err
+}
+
+func (s *Store) damageLevel() slog.Level {
+	if s.opts.Brief {
+		return slog.LevelInfo
+	}
+	return slog.LevelError
 }
 
 // logDamage logs places that have become known.
@@ -247,7 +255,7 @@ func (s *Store) logDamage(ctx context.Context, list []badPlace) error {
 	err := s.lostTo(ctx, bad, some)
 	known, _ := s.damage.all()
 	for _, p := range list {
-		s.log.Error("data is damaged and cannot be read", "where", p.String(), "err", known[p], "lost", lostText(*bad[p], len(some) < len(points)))
+		s.log.Log(ctx, s.damageLevel(), "data is damaged and cannot be read", "where", p.String(), "err", known[p], "lost", lostText(*bad[p], len(some) < len(points)))
 	}
 	return err
 }
@@ -274,7 +282,7 @@ func lostText(lost []Lost, more bool) string {
 	case more:
 		parts = append(parts, "and maybe more")
 	case len(parts) == 0:
-		return "nothing that has a name"
+		return "nothing as of now"
 	}
 	return strings.Join(parts, ", ")
 }
@@ -332,6 +340,9 @@ func (s *Store) KnownDamage(ctx context.Context, refs ...Ref) (list []Damage, co
 		return nil, false, fmt.Errorf("known damage: %w", err)
 	}
 	known, complete := s.damage.all()
+	if len(known) == 0 {
+		return nil, complete, nil
+	}
 	bad := map[badPlace]*[]Lost{}
 	for p := range known {
 		bad[p] = new([]Lost)

@@ -172,17 +172,7 @@ func TestDamageIsNamed(t *testing.T) {
 	all := []string{"c 0+16384", "v 0+4096", "v 8192+8192", "v@a 0+16384"}
 	for name, meet := range map[string]func(t *testing.T, x *damaging){
 		"check": func(t *testing.T, x *damaging) {
-			var lost []string
-			rep, err := x.s.Check(t.Context(), CheckOptions{ReadData: true}, func(p Problem) {
-				for _, l := range p.Lost {
-					lost = append(lost, l.String())
-				}
-			})
-			must(t, err)
-			if rep.Corrupt != 1 {
-				t.Errorf("%+v", rep)
-			}
-			x.wants(t, lost, all...)
+			x.wants(t, x.checked(t, 1), all...)
 		},
 		"cleaner": func(t *testing.T, x *damaging) { x.clean(t, x.entry(t, 0)) },
 		"cleaner, header": func(t *testing.T, x *damaging) {
@@ -220,6 +210,44 @@ func TestDamageIsNamed(t *testing.T) {
 		x.wants(t, x.known(t), all...)
 		must(t, errors.Join(x.d.Close(), x.s.Close()))
 	})
+}
+
+// TestDamagedCopyOfAWhole: damage to a copy takes nothing while the original can be read.
+func TestDamagedCopyOfAWhole(t *testing.T) {
+	x := newDamaging(t)
+	e := x.entry(t, 0)
+	x.rot(t, 40) // the cleaner comes no further, so the chunk stays
+	x.clean(t, e)
+	to, ok, err := x.s.forwards.lookup(e)
+	if err != nil || !ok || x.s.slots.get(e.Slot()).gone {
+		t.Fatalf("it was not moved, or its chunk is gone: %v", err)
+	}
+	must(t, x.s.wal.Sync())
+	change(t, filepath.Join(x.dir, chunksDir, x.s.slots.get(to.To.Slot()).Name()), int64(to.To.Offset())+format.RecordHeaderSize+100, flip, 1)
+	other := []string{"c 163840+16384", "v 163840+16384", "v@a 163840+16384"}
+	x.wants(t, x.checked(t, 2), other...)
+	if _, err := x.d.ReadAt(make([]byte, 4096), 0); err != nil {
+		t.Errorf("the original is not read: %v", err)
+	}
+	x.rot(t, 0)
+	x.wants(t, x.checked(t, 2), append([]string{"c 0+16384", "c 163840+16384", "v 0+4096", "v 163840+16384", "v 8192+8192", "v@a 0+16384"}, other[2])...)
+	must(t, errors.Join(x.d.Close(), x.s.Close()))
+}
+
+// checked returns what a check names, of so many problems.
+func (x *damaging) checked(t *testing.T, corrupt int) (lost []string) {
+	t.Helper()
+	rep, err := x.s.Check(t.Context(), CheckOptions{ReadData: true}, func(p Problem) {
+		for _, l := range p.Lost {
+			lost = append(lost, l.String())
+		}
+	})
+	must(t, err)
+	if rep.Corrupt != corrupt {
+		t.Errorf("%+v, not %d corrupt", rep, corrupt)
+	}
+	slices.Sort(lost)
+	return lost
 }
 
 // clean cleans the chunk of an entry.

@@ -96,6 +96,7 @@ type lostFinder struct {
 	slot uint32 // the slot that was looked at last
 	of   *chunk // its chunk
 	away bool   // blocks of it may have been moved
+	old  map[unitKey]bool
 }
 
 // leaf looks at one leaf of a point.
@@ -121,7 +122,8 @@ func (f *lostFinder) leaf(p namedPoint, index uint32) error {
 	return nil
 }
 
-// find returns where the record is that has a block. ok is false if there is no such chunk.
+// find returns where the record is that has a block. ok is false if there is no such chunk, or if the record was moved
+// and can still be read at its old place.
 func (f *lostFinder) find(e format.Entry, block uint64) (k unitKey, ok bool) {
 	s := f.s
 	if f.of == nil || f.slot != e.Slot() {
@@ -134,16 +136,34 @@ func (f *lostFinder) find(e format.Entry, block uint64) (k unitKey, ok bool) {
 		s.mu.Unlock()
 	}
 	c, first := f.of, block-uint64(e.Index())
-	if f.away {
-		to, moved, err := s.forwards.lookup(e)
-		if err == nil && moved && to.Mask&(1<<e.Index()) != 0 {
-			if c = s.slots.get(to.To.Slot()); c == nil {
-				return k, false
-			}
-			e = to.To
-		}
+	k = unitKey{c.Seq, e.WithIndex(0), first}
+	if !f.away {
+		return k, true
 	}
-	return unitKey{c.Seq, e.WithIndex(0), first}, true
+	to, moved, err := s.forwards.lookup(e)
+	if err != nil || !moved || to.Mask&(1<<e.Index()) == 0 {
+		return k, true
+	}
+	at := s.slots.get(to.To.Slot())
+	if at == nil {
+		return k, false
+	}
+	was := k
+	k = unitKey{at.Seq, to.To.WithIndex(0), first}
+	return k, f.bad[badPlace{record: k}] == nil || c.gone || f.fails(was)
+}
+
+// fails reports whether a record cannot be read. It is asked for the old places of damaged copies only.
+func (f *lostFinder) fails(k unitKey) bool {
+	if f.old == nil {
+		f.old = map[unitKey]bool{}
+	}
+	bad, ok := f.old[k]
+	if !ok {
+		bad = f.s.failure(badPlace{record: k}) != nil
+		f.old[k] = bad
+	}
+	return bad
 }
 
 // add notes that a place takes a range of a point.

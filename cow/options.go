@@ -50,6 +50,8 @@ type Options struct {
 	Outlive bool
 	// SharedMemory is the directory for these buffers (default /dev/shm).
 	SharedMemory string
+	// Brief is for an owner that ends soon, and itself reports damage that it meets: the log has it only at the level Info.
+	Brief bool
 	// ForgetElsewhere opens the store even if writes that its last owner acknowledged but did not write are in a shared
 	// memory other than this one. Those writes are given up. See ErrElsewhere.
 	ForgetElsewhere bool

@@ -16,6 +16,7 @@ func (a *app) checkCommand() *cli.Command {
 		Usage:     "verify the store, or one volume",
 		UsageText: "vdisk check [VOL] [--read-data] [--repair]",
 		Description: "With VOL: its blocks, and those of its snapshots and origins. Only a check of the whole store finds leaked space.\n" +
+			"Of damage, it names the volumes and snapshots that have it, each with OFFSET+LENGTH in bytes.\n" +
 			"Exit codes: 0 all is well, 6 something is damaged, 1 something could not be read, 7 only space is leaked.\n" +
 			"If log records that had been durable cannot be read any more, every command refuses the store, names the damaged place\n" +
 			"and what lies behind it, and changes nothing. If there is no better copy of that file, --repair ends the log there. The\n" +
@@ -35,6 +36,8 @@ type problemJSON struct {
 	Kind  string `json:"kind"` // corrupt, unreadable or leak
 	Where string `json:"where"`
 	What  string `json:"what"`
+	// Lost is what volumes and snapshots lose by it, in the order of their names.
+	Lost []lostJSON `json:"lost,omitempty"`
 }
 
 // checkJSON is the result of a check in the JSON output.
@@ -85,11 +88,14 @@ func (a *app) check(c *cli.Context) error {
 		o := cow.CheckOptions{ReadData: c.Bool("read-data"), Volume: name, Progress: bar.of}
 		r, err := s.Check(c.Context, o, func(p cow.Problem) {
 			if a.json {
-				j.Problems = append(j.Problems, problemJSON{p.Kind, p.Where, p.What})
+				j.Problems = append(j.Problems, problemJSON{p.Kind, p.Where, p.What, lostOf(p.Lost)})
 				return
 			}
 			bar.finish()
 			fmt.Fprintf(a.stdout, "%s: %s: %s\n", p.Kind, p.Where, p.What)
+			if len(p.Lost) > 0 {
+				fmt.Fprintf(a.stdout, "  takes %s\n", lostText(lostOf(p.Lost)))
+			}
 		})
 		bar.finish()
 		if err != nil {
@@ -112,7 +118,7 @@ func (a *app) mendTable(c *cli.Context, j *checkJSON) error {
 		return nil
 	}
 	for _, p := range m.Problems {
-		j.Mended = append(j.Mended, problemJSON{p.Kind, p.Where, p.What})
+		j.Mended = append(j.Mended, problemJSON{p.Kind, p.Where, p.What, lostOf(p.Lost)})
 	}
 	if j.Aside = m.Aside; a.json || j.Aside == "" {
 		return nil

@@ -24,7 +24,8 @@ func (a *app) compareCommand() *cli.Command {
 		Description: "A and B are VOL, VOL@SNAP, or a file or block device. A name with a slash is a file, and so is one that the store does\n" +
 			"not have. The end of the shorter one must be followed by zeros in the other; with --strict the sizes must be equal.\n" +
 			"Exit codes: 0 the same, 10 different; the message then says at which byte the difference begins. Of two snapshots, only\n" +
-			"what changed since the last state that both have in common is read; of a file, no holes are. A volume that is open for\n" +
+			"what changed since the last state that both have in common is read; of a file, no holes are. What is damaged is not\n" +
+			"compared, but named, with the snapshots that share the damage; 6: all else is the same. A volume that is open for\n" +
 			"writing is refused: take a snapshot and compare that. A file is raw unless -f (of A) or -F (of B) says another format,\n" +
 			"as for 'vdisk import'; one that looks like another format is refused.",
 		Flags: []cli.Flag{
@@ -45,6 +46,10 @@ type compareJSON struct {
 	Offset    *int64 `json:"offset"` // of the first byte that differs; null if none does
 	SizeA     int64  `json:"size_a"`
 	SizeB     int64  `json:"size_b"`
+	// What could not be compared, because one of the two is damaged there. Identical is false then.
+	Unread sparse.Ranges `json:"unread,omitempty"`
+	// Damage is what the store knows to be damaged in one of the two, with all that share it.
+	Damage []damageJSON `json:"damage,omitempty"`
 }
 
 // side is one of two things to compare: a file, or else ref.
@@ -123,10 +128,10 @@ func (d *side) find(ctx context.Context, s owner.Store) error {
 	return err
 }
 
-// with calls use with the content.
-func (d *side) with(c *cli.Context, a *app, s owner.Store, use func(sparse.Source) error) error {
+// with calls use with the content. It adds to unread what cannot be read.
+func (d *side) with(c *cli.Context, a *app, s owner.Store, unread *sparse.Ranges, use func(sparse.Source) error) error {
 	if !d.file {
-		return s.Export(c.Context, d.ref, use)
+		return s.Salvage(c.Context, d.ref, unread.Add, use)
 	}
 	src, done, err := a.source(c.Context, d.name, d.in)
 	if err != nil {
@@ -142,8 +147,8 @@ func (a *app) compared(c *cli.Context, sides [2]side, s owner.Store) (err error)
 	if !sides[0].file && !sides[1].file {
 		r, err = s.Compare(c.Context, sides[0].ref, sides[1].ref)
 	} else {
-		err = sides[0].with(c, a, s, func(x sparse.Source) error {
-			return sides[1].with(c, a, s, func(y sparse.Source) error {
+		err = sides[0].with(c, a, s, &r.Unread, func(x sparse.Source) error {
+			return sides[1].with(c, a, s, &r.Unread, func(y sparse.Source) error {
 				if c.Bool("strict") && x.Size() >= 0 && y.Size() >= 0 && x.Size() != y.Size() {
 					r.Sizes = [2]int64{x.Size(), y.Size()}
 					return nil
@@ -151,7 +156,7 @@ func (a *app) compared(c *cli.Context, sides [2]side, s owner.Store) (err error)
 				bar := a.progress("comparing", max(x.Size(), y.Size()))
 				defer bar.finish()
 				var err error
-				r.At, r.Differs, err = sparse.Compare(c.Context, x, y, bar.set)
+				r.At, r.Differs, err = sparse.Compare(c.Context, x, y, &r.Unread, bar.set)
 				r.Sizes = [2]int64{x.Size(), y.Size()} // of a stream known only now
 				return err
 			})
@@ -160,13 +165,33 @@ func (a *app) compared(c *cli.Context, sides [2]side, s owner.Store) (err error)
 	if err != nil {
 		return fmt.Errorf("comparing %s and %s: %w", sides[0].name, sides[1].name, err)
 	}
-	return a.compareResult(c, sides, r)
+	var damage []damageJSON
+	if s != nil {
+		if damage, err = sharedDamage(c.Context, s, refsOf(sides)...); err != nil {
+			return err
+		}
+	}
+	return a.compareResult(c, sides, r, damage)
 }
 
-func (a *app) compareResult(c *cli.Context, sides [2]side, r owner.Comparison) error {
+// refsOf returns the sides that are in the store.
+func refsOf(sides [2]side) (refs []cow.Ref) {
+	for _, d := range sides {
+		if !d.file {
+			refs = append(refs, d.ref)
+		}
+	}
+	return refs
+}
+
+func (a *app) compareResult(c *cli.Context, sides [2]side, r owner.Comparison, damage []damageJSON) error {
 	names := sides[0].name + " and " + sides[1].name
 	sizes := fmt.Sprintf("%d and %d bytes", r.Sizes[0], r.Sizes[1])
-	j := compareJSON{SizeA: r.Sizes[0], SizeB: r.Sizes[1]}
+	j := compareJSON{SizeA: r.Sizes[0], SizeB: r.Sizes[1], Unread: r.Unread, Damage: damage}
+	for _, u := range r.Unread {
+		a.note("not compared, as one of them cannot be read there: %d bytes at %d", u.Length, u.Offset)
+	}
+	a.noteDamage(damage)
 	var err error
 	switch {
 	case c.Bool("strict") && r.Sizes[0] != r.Sizes[1]:
@@ -174,6 +199,8 @@ func (a *app) compareResult(c *cli.Context, sides [2]side, r owner.Comparison) e
 	case r.Differs:
 		j.Offset = &r.At
 		err = fmt.Errorf("%s differ from byte %d on: %w", names, r.At, errDiffer)
+	case len(r.Unread) > 0:
+		err = fmt.Errorf("%s and %s: %s cannot be read and were not compared; all else is the same: %w", sides[0].name, sides[1].name, inRanges(r.Unread), cow.ErrCorrupt)
 	default:
 		j.Identical = true
 		if r.Sizes[0] != r.Sizes[1] {

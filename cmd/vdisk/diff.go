@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -22,7 +23,8 @@ func (a *app) diffCommand() *cli.Command {
 			"The default for VOL2@B is VOL as it is now. What lies behind VOL2@B's end is not listed. A block that was written again\n" +
 			"with what it had is listed, too; 'vdisk compare' looks at the content. Nothing is read but the map of what changed since\n" +
 			"the last state that both have in common; volumes that have none are compared as a whole. A volume may be in use: then\n" +
-			"the list has all that had changed when the command began, and maybe more.",
+			"the list has all that had changed when the command began, and maybe more. If damage is known in one of the two, the list\n" +
+			"is followed by a note of it, with all that share it.",
 		Flags: []cli.Flag{&cli.BoolFlag{Name: "script", Aliases: []string{"H"}, Usage: "no header, tabs between columns"}},
 	}, a.diff)
 }
@@ -50,12 +52,15 @@ func (a *app) diff(c *cli.Context) error {
 		} else {
 			fmt.Fprintf(&text, "%-17s %-15s %s\n", "OFFSET", "LENGTH", "TYPE")
 		}
-		if _, err := s.Difference(c.Context, from, to, func(es []owner.Extent) error {
+		_, err := s.Difference(c.Context, from, to, func(es []owner.Extent) error {
 			for _, e := range es {
 				fmt.Fprintf(&text, format, e.Offset, e.Length, typeOf(e))
 			}
 			return a.flush(&text)
-		}); err != nil {
+		})
+		damage, derr := sharedDamage(c.Context, s, from, to)
+		a.noteDamage(damage)
+		if err = cmp.Or(err, derr); err != nil {
 			return err
 		}
 		return a.flush(&text)
@@ -103,6 +108,18 @@ func (a *app) diffJSON(c *cli.Context, s owner.Store, from, to cow.Ref) error {
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(&text, "\n  ],\n  \"from_size\": %d,\n  \"to_size\": %d\n}\n", sizes[0], sizes[1])
+	fmt.Fprintf(&text, "\n  ],\n  \"from_size\": %d,\n  \"to_size\": %d", sizes[0], sizes[1])
+	damage, err := sharedDamage(c.Context, s, from, to)
+	if err != nil {
+		return err
+	}
+	if len(damage) > 0 {
+		b, err := json.Marshal(damage)
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(&text, ",\n  \"damage\": %s", b)
+	}
+	text.WriteString("\n}\n")
 	return a.flush(&text)
 }

@@ -83,7 +83,7 @@ var kinds = []struct {
 	{cow.ErrSound, exitFailed, "sound", ""},
 	{streams.ErrDamaged, exitCorrupt, "corrupt", "the store is as sound as it was; 'vdisk stream check FILE' verifies a stream that is kept in a file"},
 	{streams.ErrCut, exitFailed, "cut", ""},
-	{cow.ErrCorrupt, exitCorrupt, "corrupt", "'vdisk check' lists all damage; 'vdisk serve --read-only' and 'qemu-img convert --salvage -O raw URI FILE' save all readable data, with zeros for the rest"},
+	{cow.ErrCorrupt, exitCorrupt, "corrupt", "'vdisk check --read-data' lists all damage; 'vdisk export --salvage' saves all readable data, with zeros for the rest"},
 	{cow.ErrVersion, exitUnsupported, "newer-format", "nothing was changed; use the version of vdisk that wrote it, or a later one"},
 	{cow.ErrForeign, exitFailed, "foreign", "run vdisk as the store's owner (sudo -u USER vdisk ...); if you trust everybody who can change it, use --foreign or VDISK_FOREIGN=1"},
 	{cow.ErrIrregular, exitFailed, "irregular", "find out who put it there, and remove it"},

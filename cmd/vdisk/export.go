@@ -17,15 +17,18 @@ func (a *app) exportCommand() *cli.Command {
 		Name:      "export",
 		Category:  groupData,
 		Usage:     "export a volume or snapshot to an image",
-		UsageText: "vdisk export VOL[@SNAP] FILE|- [--format FORMAT] [--options KEY=VALUE,...] [--compressed] [--force]",
+		UsageText: "vdisk export VOL[@SNAP] FILE|- [--format FORMAT] [--options KEY=VALUE,...] [--compressed] [--salvage] [--force]",
 		Description: "FILE appears when it is complete; a raw one is sparse. An existing FILE or a block device is overwritten only with --force,\n" +
 			"and keeps its owner, mode and names; a block device that is in use is refused. - is standard output, which also gets the\n" +
 			"zeros. A volume that is open for writing is refused: take a snapshot and export that. gzip, xz and zstd are the raw\n" +
-			"image, compressed; the other formats are written by qemu-img, to a file.",
+			"image, compressed; the other formats are written by qemu-img, to a file.\n" +
+			"With --salvage, what is damaged does not end the export: FILE gets zeros there and is kept, the lost ranges are listed\n" +
+			"on standard error, or with --json on standard output, and the exit code is 6. It is for raw images, compressed or not.",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "force", Aliases: []string{"f"}, Usage: "overwrite FILE"},
 			&cli.StringFlag{Name: "format", Usage: "`FORMAT` of the image: " + image.Names(), Value: "raw"},
 			&cli.StringFlag{Name: "options", Usage: "of a format that qemu-img writes, as `KEY=VALUE,...`: subformat=streamOptimized, for example"},
+			&cli.BoolFlag{Name: "salvage", Usage: "write zeros where VOL is damaged, and list what is lost"},
 			&cli.BoolFlag{Name: "compressed", Usage: "compress the data within the image, as qcow2 can"},
 		},
 	}, a.export)
@@ -59,23 +62,30 @@ func (a *app) export(c *cli.Context) error {
 	if path == "-" && !out.Format.IsStream() {
 		return usagef("--format %s: such an image is written at random, and standard output is a stream: name a file", out.Format.Name)
 	}
+	if c.Bool("salvage") && !out.Format.IsStream() {
+		return usageError{c, fmt.Errorf("--salvage writes a raw image, and not the format %s: convert that afterwards", out.Format.Name)}
+	}
 	write, err := a.target(c, path)
 	if err != nil {
 		return err
 	}
 	return a.lookLong(c, func(s owner.Store) error {
+		writeSource := func(src sparse.Source) error {
+			bar := a.progress("exporting "+r.String(), src.Size())
+			defer bar.finish()
+			raw := rawDisk{src, bar.set}
+			if out.Format.IsRaw() {
+				return write(c.Context, raw)
+			}
+			return write(c.Context, packedDisk{raw, out.Format})
+		}
 		var err error
-		if out.Format.IsStream() {
-			err = s.Export(c.Context, r, func(src sparse.Source) error {
-				bar := a.progress("exporting "+r.String(), src.Size())
-				defer bar.finish()
-				raw := rawDisk{src, bar.set}
-				if out.Format.IsRaw() {
-					return write(c.Context, raw)
-				}
-				return write(c.Context, packedDisk{raw, out.Format})
-			})
-		} else {
+		switch {
+		case c.Bool("salvage"):
+			err = a.salvage(c, s, r, path, writeSource)
+		case out.Format.IsStream():
+			err = s.Export(c.Context, r, writeSource)
+		default:
 			err = a.exportImage(c.Context, s, r, out, write)
 		}
 		if err != nil {

@@ -205,6 +205,9 @@ func (a *app) refInfo(c *cli.Context, s owner.Store, r cow.Ref) error {
 	for _, u := range us {
 		usage[u.Ref.String()] = usageOf(u)
 	}
+	if err := addDamage(c.Context, s, &j); err != nil {
+		return err
+	}
 	j.Usage = usage[j.Name]
 	for i := range j.Snapshots {
 		sn := &j.Snapshots[i]
@@ -226,6 +229,7 @@ func volumeFields(a *app, j volumeJSON) [][2]string {
 	u := j.Usage
 	f := [][2]string{{"volume", j.Name}, {"size", a.size(j.Size)}}
 	f = append(f, usageFields(a, u)...)
+	f = append(f, damageFields(a, j.DamagedBytes)...)
 	if len(j.Snapshots) > 0 {
 		f = append(f, [2]string{"used by snapshots", a.size(*u.UsedBySnapshots) + ", what removing them would free"})
 	}
@@ -247,6 +251,9 @@ func volumeFields(a *app, j volumeJSON) [][2]string {
 		text := fmt.Sprintf("%s  %s  %s", s.Name, a.size(s.Size), when(s.Created))
 		if s.Usage != nil {
 			text += "  exclusive " + a.size(s.Usage.Exclusive)
+		}
+		if *s.DamagedBytes > 0 {
+			text += "  damaged " + a.size(*s.DamagedBytes)
 		}
 		if len(s.Clones) > 0 {
 			text += "  clones: " + strings.Join(s.Clones, ", ")
@@ -270,6 +277,7 @@ func usageFields(a *app, u *usageJSON) [][2]string {
 
 func snapshotFields(a *app, j snapshotJSON) [][2]string {
 	f := append([][2]string{{"snapshot", j.Name}, {"size", a.size(j.Size)}}, usageFields(a, j.Usage)...)
+	f = append(f, damageFields(a, j.DamagedBytes)...)
 	return append(f, [][2]string{
 		{"used", a.size(j.Usage.Used) + ", what removing it would free"},
 		{"created", when(j.Created)},

@@ -67,6 +67,7 @@ type volumeJSON struct {
 	DeviceState  string         `json:"device_state"` // live, waits or empty
 	Snapshots    []snapshotJSON `json:"snapshots"`
 	Usage        *usageJSON     `json:"usage,omitempty"`
+	DamagedBytes *int64         `json:"damaged_bytes,omitempty"` // as far as the owner knows
 	// Receiving is there if the volume holds what has been received of another one.
 	Receiving *receivingJSON `json:"receiving,omitempty"`
 	// Properties are the user's.
@@ -96,6 +97,8 @@ type snapshotJSON struct {
 	DeviceState string     `json:"device_state"`
 	Usage       *usageJSON `json:"usage,omitempty"`
 	Holds       []holdJSON `json:"holds"`
+
+	DamagedBytes *int64 `json:"damaged_bytes,omitempty"` // as far as the owner knows
 }
 
 // holdJSON is a hold of a snapshot in the JSON output.

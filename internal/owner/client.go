@@ -11,7 +11,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"strconv"
 	"time"
 
 	"github.com/vdisk/vdisk/cow"
@@ -383,16 +382,7 @@ func (c *Client) Export(ctx context.Context, ref cow.Ref, use func(sparse.Source
 
 // receive performs an operation that is answered with a framed stream.
 func (c *Client) receive(ctx context.Context, name string, args *request, use func(sparse.Source) error) error {
-	resp, err := c.post(ctx, name, args, nil)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	size, err := strconv.ParseInt(resp.Header.Get(sizeHeader), 10, 64)
-	if err != nil {
-		return fmt.Errorf("the owner of the store does not say the size of its answer to %s: %w", name, err)
-	}
-	return fromStream(use(sparse.Decode(bufio.NewReaderSize(&answerBody{resp.Body, c, ctx}, 256<<10), size)))
+	return c.receiveLost(ctx, name, args, nil, use)
 }
 
 // Serve makes the owner serve the NBD clients that connect to l.

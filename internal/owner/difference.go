@@ -59,10 +59,12 @@ func (o *Owner) Difference(ctx context.Context, from, to cow.Ref, each func([]Ex
 type Comparison struct {
 	Sizes   [2]int64
 	Differs bool
-	At      int64 // the first byte that differs
+	At      int64         // the first byte that differs
+	Unread  sparse.Ranges `json:",omitempty"` // what could not be compared, as one of them cannot be read there
 }
 
-// Compare compares the contents of two volumes or snapshots. It reads only where their maps differ.
+// Compare compares the contents of two volumes or snapshots. It reads only where their maps differ. It goes on behind what
+// cannot be read.
 func (o *Owner) Compare(ctx context.Context, a, b cow.Ref) (c Comparison, err error) {
 	da, err := o.still(a)
 	if err != nil {
@@ -84,62 +86,111 @@ func (o *Owner) Compare(ctx context.Context, a, b cow.Ref) (c Comparison, err er
 		return c, err
 	}
 	common := min(c.Sizes[0], c.Sizes[1])
-	var cmp comparer
-	var bad error
-	err = x.Extents(ctx, 0, common, func(off, length int64, _ bool) bool {
-		c.At, c.Differs, bad = cmp.compare(ctx, da, db, off, length)
-		return bad == nil && !c.Differs
-	})
-	if err = errors.Join(err, bad); err != nil || c.Differs || c.Sizes[0] == c.Sizes[1] {
+	cmp := comparer{ctx: ctx, c: &c}
+	err = cmp.extents(common, func(at, length int64, fn func(off, length int64) bool) error {
+		return x.Extents(ctx, at, length, func(off, length int64, _ bool) bool { return fn(off, length) })
+	}, da, db)
+	if err != nil || c.Differs || c.Sizes[0] == c.Sizes[1] {
 		return c, err
 	}
 	longer := da
 	if c.Sizes[1] > common {
 		longer = db
 	}
-	for at := common; at < longer.Size() && bad == nil && !c.Differs; {
-		err := longer.Extents(at, longer.Size()-at, func(off, length int64, hole bool) bool {
-			if at = off + length; !hole {
-				c.At, c.Differs, bad = cmp.compare(ctx, longer, nil, off, length)
-			}
-			return hole && bad == nil
-		})
-		if bad = errors.Join(err, bad); bad == nil {
-			bad = context.Cause(ctx)
-		}
-	}
-	return c, bad
+	cmp.at = common
+	return c, cmp.extents(longer.Size(), func(at, length int64, fn func(off, length int64) bool) error {
+		return longer.Extents(at, length, func(off, length int64, hole bool) bool { return hole || fn(off, length) })
+	}, longer, nil)
 }
 
-// comparer has the buffers of a comparison.
-type comparer struct{ a, b []byte }
+// comparer compares two devices, and has the buffers for that.
+type comparer struct {
+	ctx  context.Context
+	c    *Comparison
+	at   int64 // what lies before is compared
+	a, b []byte
+}
 
-// compare returns the first byte of a range that differs between two devices. Without b, the range is compared with
-// zeros.
-func (c *comparer) compare(ctx context.Context, a, b *cow.Device, off, length int64) (at int64, differs bool, err error) {
-	const piece = 1 << 20
-	if c.a == nil {
-		c.a, c.b = make([]byte, piece), make([]byte, piece)
-	}
-	for end := off + length; off < end; off += piece {
-		if err := context.Cause(ctx); err != nil {
-			return 0, false, err
+// extents compares what each lists, from x.at to end, until it finds a difference. Without b, a is compared with zeros. A
+// leaf of the map that is damaged is not compared.
+func (x *comparer) extents(end int64, each func(at, length int64, fn func(off, length int64) bool) error, a, b *cow.Device) error {
+	for x.at < end && !x.c.Differs {
+		var bad error
+		err := each(x.at, end-x.at, func(off, length int64) bool {
+			bad = x.compare(a, b, off, length)
+			x.at = off + length
+			return bad == nil && !x.c.Differs
+		})
+		switch {
+		case bad != nil:
+			return bad
+		case err == nil:
+			return nil
+		case !cow.IsDamage(err):
+			return err
 		}
-		pa, pb := c.a[:min(piece, end-off)], c.b[:min(piece, end-off)]
-		_, err := a.ReadAt(pa, off)
-		if b == nil {
-			clear(pb)
-		} else if err == nil {
-			_, err = b.ReadAt(pb, off)
+		var d *cow.LeafDamage
+		if !errors.As(err, &d) {
+			return err
+		}
+		from := max(d.Offset, x.at)
+		x.at = min(d.Offset+cow.LeafSize, end)
+		x.c.Unread.Add(from, x.at-from)
+	}
+	return nil
+}
+
+// compare compares a range, of which blocks that cannot be read are left out.
+func (x *comparer) compare(a, b *cow.Device, off, length int64) error {
+	const piece = 1 << 20
+	if x.a == nil {
+		x.a, x.b = make([]byte, piece), make([]byte, piece)
+	}
+	for end := off + length; off < end && !x.c.Differs; off += piece {
+		if err := context.Cause(x.ctx); err != nil {
+			return err
+		}
+		n := min(piece, end-off)
+		err := x.piece(a, b, x.a[:n], x.b[:n], off)
+		if cow.IsDamage(err) {
+			err = x.blocks(a, b, off, n)
 		}
 		if err != nil {
-			return 0, false, err
-		}
-		if i := sparse.FirstDifference(pa, pb); i >= 0 {
-			return off + int64(i), true, nil
+			return err
 		}
 	}
-	return 0, false, nil
+	return nil
+}
+
+// blocks compares a range block by block.
+func (x *comparer) blocks(a, b *cow.Device, off, length int64) error {
+	return eachBlock(x.a[:length], off, func(p []byte, at int64) error {
+		if x.c.Differs {
+			return nil
+		}
+		err := x.piece(a, b, p, x.b[:len(p)], at)
+		if cow.IsDamage(err) {
+			x.c.Unread.Add(at, int64(len(p)))
+			return nil
+		}
+		return err
+	})
+}
+
+// piece compares a range that the buffers pa and pb have room for.
+func (x *comparer) piece(a, b *cow.Device, pa, pb []byte, off int64) error {
+	if _, err := a.ReadAt(pa, off); err != nil {
+		return err
+	}
+	if b == nil {
+		clear(pb)
+	} else if _, err := b.ReadAt(pb, off); err != nil {
+		return err
+	}
+	if i := sparse.FirstDifference(pa, pb); i >= 0 {
+		x.c.At, x.c.Differs = off+int64(i), true
+	}
+	return nil
 }
 
 // differenceLine is one line of the answer to difference. The last one has Sizes or Error.

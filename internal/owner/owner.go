@@ -58,7 +58,7 @@ type Owner struct {
 func own(ctx context.Context, dir string, o Options, mayRead bool) (*Owner, error) {
 	opts := cow.Options{ // its clients and devices continue when it is killed
 		LockTimeout: o.LockTimeout, Holder: o.Command, Logger: o.Logger, CacheBytes: o.MapCache, MaxBytes: o.MaxBytes, ColdAfter: o.ColdAfter,
-		Outlive: o.lasts(), SharedMemory: o.sharedMemory, Foreign: o.Foreign,
+		Brief: !o.lasts(), Outlive: o.lasts(), SharedMemory: o.sharedMemory, Foreign: o.Foreign,
 		AllowReadOnly: mayRead, Look: o.Look, Repair: o.Repair,
 	}
 	if o.lasts() {

@@ -64,6 +64,13 @@ type Store interface {
 	// would not be of one moment.
 	Export(ctx context.Context, r cow.Ref, use func(src sparse.Source) error) error
 
+	// Salvage is Export of what can be read. It calls lost with each range that cannot be, before the data behind it is
+	// handed out; there the content has zeros.
+	Salvage(ctx context.Context, r cow.Ref, lost func(off, length int64), use func(src sparse.Source) error) error
+	// Damage returns the damage that the owner has met, as far as it takes something of the volumes and snapshots in refs,
+	// and what it takes of these; without refs, of any.
+	Damage(ctx context.Context, refs ...cow.Ref) (KnownDamage, error)
+
 	// Difference calls each with the extents in which to may be other than from, in order, some at a time. Without from,
 	// these are all extents of data. It returns the sizes of both.
 	Difference(ctx context.Context, from, to cow.Ref, each func([]Extent) error) (sizes [2]int64, err error)

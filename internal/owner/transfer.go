@@ -188,6 +188,7 @@ type deviceSource struct {
 	mem  [256]run
 	once sync.Once
 	size int64
+	lost func(off, length int64) // is told what cannot be read; nil: that is an error
 }
 
 type run struct{ off, length int64 }
@@ -209,7 +210,7 @@ func (s *deviceSource) Next(p []byte) (int, int64, error) {
 	r := &s.runs[0]
 	off := r.off
 	n := int(min(int64(len(p)), r.length))
-	if _, err := s.dev.ReadAt(p[:n], off); err != nil {
+	if err := s.read(p[:n], off); err != nil {
 		return 0, 0, fmt.Errorf("reading %v at %d: %w", s.dev.Ref(), off, err)
 	}
 	r.off, r.length = off+int64(n), r.length-int64(n)
@@ -232,7 +233,10 @@ func (s *deviceSource) look() error {
 			return len(s.runs) < len(s.mem)
 		})
 		if err != nil {
-			return fmt.Errorf("looking for data in %v: %w", s.dev.Ref(), err)
+			if err := s.skipLeaf(err); err != nil {
+				return fmt.Errorf("looking for data in %v: %w", s.dev.Ref(), err)
+			}
+			continue
 		}
 		if s.at == from { // Extents reported nothing more, so the rest has to be read
 			s.runs = append(s.runs, run{from, s.Size() - from})

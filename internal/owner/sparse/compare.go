@@ -7,8 +7,9 @@ import (
 )
 
 // Compare compares two contents. The shorter one counts as followed by zeros. It returns the first byte that differs,
-// and reports whether there is one. If progress is not nil, Compare calls it with the offset that has been reached.
-func Compare(ctx context.Context, a, b Source, progress func(off int64)) (at int64, differs bool, err error) {
+// and reports whether there is one. What is in unread is not compared; a source may add to it what lies before the end of
+// what it hands out next. If progress is not nil, Compare calls it with the offset that has been reached.
+func Compare(ctx context.Context, a, b Source, unread *Ranges, progress func(off int64)) (at int64, differs bool, err error) {
 	x, y := compared{src: a, buf: make([]byte, Piece)}, compared{src: b, buf: make([]byte, Piece)}
 	for {
 		if ctx.Err() != nil {
@@ -24,17 +25,21 @@ func Compare(ctx context.Context, a, b Source, progress func(off int64)) (at int
 		case len(x.run) == 0 && len(y.run) == 0:
 			return 0, false, nil
 		case len(y.run) == 0 || len(x.run) > 0 && x.off < y.off:
-			at, differs = x.zeros(&y)
+			at, differs = x.zeros(&y, *unread)
 		case len(x.run) == 0 || y.off < x.off:
-			at, differs = y.zeros(&x)
+			at, differs = y.zeros(&x, *unread)
 		default:
 			n := min(len(x.run), len(y.run))
 			if i := FirstDifference(x.run[:n], y.run[:n]); i >= 0 {
-				return x.off + int64(i), true, nil
+				at = x.off + int64(i)
+				n = int(min(int64(n), unread.After(at)-x.off))
+				differs = x.off+int64(n) == at
 			}
 			x.take(n)
 			y.take(n)
-			at = x.off
+			if !differs {
+				at = x.off
+			}
 		}
 		if differs {
 			return at, true, nil
@@ -71,7 +76,7 @@ func (c *compared) take(n int) { c.run, c.off = c.run[n:], c.off+int64(n) }
 
 // zeros compares the part of c's run that lies before the run of the other with zeros, which the other has there. It
 // returns how far it came, or where the first byte lies that is not zero.
-func (c *compared) zeros(other *compared) (at int64, differs bool) {
+func (c *compared) zeros(other *compared, unread Ranges) (at int64, differs bool) {
 	n := len(c.run)
 	if len(other.run) > 0 {
 		n = int(min(int64(n), other.off-c.off))
@@ -79,7 +84,10 @@ func (c *compared) zeros(other *compared) (at int64, differs bool) {
 	for n > 0 {
 		k := min(n, Block)
 		if i := FirstDifference(c.run[:k], zeroBlock[:k]); i >= 0 {
-			return c.off + int64(i), true
+			at := c.off + int64(i)
+			if k = int(min(int64(k), unread.After(at)-c.off)); c.off+int64(k) == at {
+				return at, true
+			}
 		}
 		c.take(k)
 		n -= k

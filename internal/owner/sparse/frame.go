@@ -18,9 +18,13 @@ import (
 // A frame of length 0 has no data and ends the stream; its offset is the size of the content. A frame of length
 // frameError also ends the stream, and means that the sender failed; its offset is the length of the message that
 // follows. A stream that ends in any other way is incomplete.
+//
+// A frame of length frameLost says that a range cannot be read: it begins at the frame's offset, and its length, of 8
+// bytes, follows. The content has zeros there. Only a receiver that has asked for such frames gets them.
 const (
 	frameHeader = 12
 	frameError  = 1<<32 - 1
+	frameLost   = 1<<32 - 2
 	maxMessage  = 64 << 10
 )
 
@@ -56,6 +60,15 @@ func Encode(ctx context.Context, w io.Writer, src Source, message func(error) []
 	}
 }
 
+// EncodeLost writes the frame that says that a range is lost. It is called between two frames.
+func EncodeLost(w io.Writer, off, length int64) error {
+	p := make([]byte, frameHeader+8)
+	putFrame(p, off, frameLost)
+	binary.LittleEndian.PutUint64(p[frameHeader:], uint64(length))
+	_, err := w.Write(p)
+	return err
+}
+
 func putFrame(p []byte, off int64, n uint32) {
 	binary.LittleEndian.PutUint64(p, uint64(off))
 	binary.LittleEndian.PutUint32(p[8:], n)
@@ -68,11 +81,18 @@ type frames struct {
 	left int   // bytes left in the current frame
 	size int64
 	done bool
+	lost func(off, length int64) // nil: no range is lost
 }
 
 // Decode returns the content of a framed stream. size is the announced size of the content, or -1 if none was
 // announced. An incomplete stream is an error, and so are frames out of order.
 func Decode(r io.Reader, size int64) Source { return &frames{r: r, size: size} }
+
+// DecodeLost is Decode for a stream that may say that ranges are lost. lost is called with each, before data behind it is
+// returned.
+func DecodeLost(r io.Reader, size int64, lost func(off, length int64)) Source {
+	return &frames{r: r, size: size, lost: lost}
+}
 
 func (s *frames) Size() int64 { return s.size }
 
@@ -80,7 +100,7 @@ func (s *frames) Next(p []byte) (int, int64, error) {
 	if s.done {
 		return 0, 0, io.EOF
 	}
-	if s.left == 0 {
+	for s.left == 0 {
 		if err := s.header(); err != nil {
 			return 0, 0, err
 		}
@@ -111,6 +131,8 @@ func (s *frames) header() error {
 			return incomplete(err)
 		}
 		return &RemoteError{m}
+	case n == frameLost && s.lost != nil:
+		return s.lostFrame(off, end)
 	case off < s.at || n > Piece:
 		return fmt.Errorf("a bad frame in the stream: offset %d, length %d, after %d", off, n, s.at)
 	case n == 0 && s.size >= 0 && s.size != off:
@@ -122,6 +144,20 @@ func (s *frames) header() error {
 		return fmt.Errorf("a bad frame in the stream: offset %d, length %d, in a content of %d bytes", off, n, end)
 	}
 	s.at, s.left = off, int(n)
+	return nil
+}
+
+// lostFrame reads the rest of the frame that says that a range from off on is lost. The content ends at end at the latest.
+func (s *frames) lostFrame(off, end int64) error {
+	var p [8]byte
+	if _, err := io.ReadFull(s.r, p[:]); err != nil {
+		return incomplete(err)
+	}
+	n := int64(binary.LittleEndian.Uint64(p[:]))
+	if off < s.at || n <= 0 || n > end || off > end-n {
+		return fmt.Errorf("a bad frame in the stream: %d bytes from %d on are lost, after %d, in a content of %d bytes", n, off, s.at, end)
+	}
+	s.lost(off, n)
 	return nil
 }
 
