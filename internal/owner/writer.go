@@ -43,6 +43,10 @@ func processOf(c *net.UnixConn) process {
 	return p
 }
 
+// ended reports whether a client is a process that has ended. Its connections have, too, though the server may not have
+// seen that yet.
+func (c client) ended() bool { return c.process.PID > 0 && !c.process.alive() }
+
 func (c client) String() string {
 	switch {
 	case c.shared:
@@ -63,7 +67,7 @@ func (x *exports) acquireToWrite(r cow.Ref, who client) (*handle, error) {
 	for _, h := range x.open {
 		switch {
 		case h.readOnly || h.dev.Ref() != r:
-		case h.users == 0 || h.writer == who: // it is being flushed for one that has gone, or is the client's own
+		case h.users == 0 || h.writer == who || h.writer.ended(): // nobody's, the client's own, or about to be closed
 			h.writer = who
 			h.users++
 			return h, nil

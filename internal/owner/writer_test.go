@@ -19,8 +19,8 @@ func TestOneWriter(t *testing.T) {
 	pipe, other := net.Pipe()
 	defer pipe.Close()
 	defer other.Close()
-	a := view{c, t.Context(), client{process: process{1, "a"}}}
-	later := view{c, t.Context(), client{process: process{1, "b"}}} // with the same number
+	a := view{c, t.Context(), client{process: thisProcess()}}
+	later := view{c, t.Context(), client{process: process{thisProcess().PID, "b"}}} // with the same number
 	b := view{c, t.Context(), client{process: process{2, "a"}}}
 	tcp := view{c, t.Context(), client{conn: pipe}}
 	tcp2 := view{c, t.Context(), client{conn: other}}
