@@ -64,7 +64,8 @@ func (s *Store) Check(ctx context.Context, o CheckOptions, problem func(Problem)
 	defer s.tasks.Done()
 	n := problemNamer{s: s, ctx: ctx, problem: problem}
 	report, err := audit.NewChecker(checkedStore{s, ctx}, audit.CheckOptions(o), n.add).Run()
-	return CheckReport(report), wrapIf(errors.Join(err, n.flush()), "check")
+	n.flush()
+	return CheckReport(report), wrapIf(errors.Join(err, n.err), "check")
 }
 
 // problemNamer adds to problems what volumes and snapshots lose by them, and notes the damage. It keeps those of one
@@ -76,7 +77,7 @@ type problemNamer struct {
 
 	kept   []Problem
 	places []badPlace // of kept; no leaf: it is about none
-	err    error
+	err    error      // the first that a search for names met
 }
 
 func (n *problemNamer) add(p audit.Problem) {
@@ -94,8 +95,7 @@ func (n *problemNamer) add(p audit.Problem) {
 	}
 }
 
-// flush returns the first error that has been met. It concerns the names alone.
-func (n *problemNamer) flush() error {
+func (n *problemNamer) flush() {
 	bad := map[badPlace]*[]Lost{}
 	for _, at := range n.places {
 		if at != (badPlace{}) {
@@ -112,7 +112,6 @@ func (n *problemNamer) flush() error {
 		n.problem(p)
 	}
 	n.kept, n.places = n.kept[:0], n.places[:0]
-	return n.err
 }
 
 // beginCheck makes a checkpoint, and returns the table as it then is. pages checks the table's pages. That may take

@@ -30,8 +30,14 @@ func TestReadDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, r := range []struct{ off, n int }{
-		{0, DiskAlign}, {DiskAlign, 2 * DiskAlign}, {2 * DiskAlign, 2 * DiskAlign}, {3 * DiskAlign, DiskAlign},
-		{4 * DiskAlign, DiskAlign}, {1, 100}, {DiskAlign - 1, DiskAlign}, {len(want) - 10, 20},
+		{0, DiskAlign},
+		{DiskAlign, 2 * DiskAlign},
+		{2 * DiskAlign, 2 * DiskAlign},
+		{3 * DiskAlign, DiskAlign},
+		{4 * DiskAlign, DiskAlign},
+		{1, 100},
+		{DiskAlign - 1, DiskAlign},
+		{len(want) - 10, 20},
 	} {
 		p := DiskBuffer(r.n)
 		n, err := f.ReadDisk(p, int64(r.off))
