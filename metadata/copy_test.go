@@ -59,10 +59,20 @@ func copiesOf(t testing.TB, name string, content []byte) *crashfs.FS {
 	return disk
 }
 
-// copyWorkload commits in many ways, and calls each after each commit. The function may open the table again.
+// copyWorkload commits in many ways, and calls each after each commit. The function may open the table again. Before each
+// third commit the same changes and others are undone.
 func copyWorkload(t testing.TB, db **DB, commits int, each func(i int)) {
 	t.Helper()
+	undone := errors.New("undone")
 	for i := range commits {
+		if i%3 == 2 {
+			err := (*db).Update(func(tx *Tx) error {
+				return errors.Join(scripted(tx, i, rand.New(rand.NewPCG(8, uint64(i)))), scripted(tx, i, rand.New(rand.NewPCG(9, uint64(i)))), undone)
+			})
+			if !errors.Is(err, undone) {
+				t.Fatal(err)
+			}
+		}
 		must(t, (*db).Update(func(tx *Tx) error { return scripted(tx, i, rand.New(rand.NewPCG(8, uint64(i)))) }))
 		each(i)
 	}
