@@ -98,9 +98,11 @@ func (m *registerTest) life() {
 		time.Sleep(100 * time.Microsecond)
 	}
 	m.dying.Store(true)
+	killed := h.Now()
 	m.server.disrupt()
 	m.kills++
 	if m.server.outlived() {
+		h.Killed(killed, h.Now())
 		m.server.restart()
 		wait()
 		stop()

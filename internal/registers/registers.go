@@ -9,6 +9,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -77,6 +78,7 @@ type input struct {
 	value    uint64
 	durable  bool // a write that had to be durable when it was answered, and was answered before the crash
 	synced   int  // of the state that a crash left: the writes with durable that it must hold
+	again    bool // a write that may have been made once more, or not
 }
 
 func (in input) String() string {
@@ -89,6 +91,8 @@ func (in input) String() string {
 		return "all"
 	case in.durable:
 		return fmt.Sprintf("%d := %d, durable", in.register, in.value)
+	case in.again:
+		return fmt.Sprintf("%d := %d, maybe again", in.register, in.value)
 	}
 	return fmt.Sprintf("%d := %d", in.register, in.value)
 }
@@ -114,6 +118,17 @@ func step(st, in, out any) (bool, any) {
 	return true, s
 }
 
+// steps is step for histories in which some writes may have been made once more.
+func steps(st, in, out any) (next []any) {
+	if in.(input).again {
+		next = []any{st}
+	}
+	if ok, s := step(st, in, out); ok {
+		next = append(next, s)
+	}
+	return next
+}
+
 // operation is an operation of a history, with the times between which it took effect.
 type operation struct {
 	client    int
@@ -131,7 +146,11 @@ type History struct {
 	mu    sync.Mutex // guards the fields below
 	ops   []operation
 	syncs []syncing
+	kills []span
 }
+
+// span is the time between two moments.
+type span struct{ from, to int64 }
 
 // syncing is a flush. When it has returned, everything is durable that was answered before its call.
 type syncing struct{ call, ret int64 }
@@ -188,6 +207,29 @@ func (h *History) PowerCut(before, after int64, got Values) {
 	h.ops = append(h.ops, cut)
 }
 
+// Killed notes that the server was killed between two moments, and that the kernel gives the next one what it had not
+// answered. A write that was under way may then be made twice, the second time before its answer. No reader can tell, but
+// for one that has seen it, and then another client's write of the same register.
+func (h *History) Killed(from, to int64) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.kills = append(h.kills, span{from, to})
+}
+
+// again returns the writes that may have been made once more, with the times between which that was.
+func (h *History) again() (ops []operation) {
+	for _, k := range h.kills {
+		for _, op := range h.ops {
+			if op.in.kind != write || op.call > k.to || op.ret < k.from {
+				continue
+			}
+			op.call, op.in.again, op.in.durable, op.client = max(op.call, k.from), true, false, op.client+100
+			ops = append(ops, op)
+		}
+	}
+	return ops
+}
+
 // Check returns an error if no order explains the history.
 func (h *History) Check() error {
 	h.mu.Lock()
@@ -196,8 +238,14 @@ func (h *History) Check() error {
 		Init: func() any { return state{values: h.from} }, Step: step,
 		DescribeOperation: func(in, out any) string { return fmt.Sprintf("%v: %v", in, out) },
 	}
+	again := h.again()
+	if len(again) > 0 {
+		model = (&porcupine.NondeterministicModel{
+			Init: func() []any { return []any{state{values: h.from}} }, Step: steps, DescribeOperation: model.DescribeOperation,
+		}).ToModel()
+	}
 	var ops []porcupine.Operation
-	for _, op := range h.ops {
+	for _, op := range slices.Concat(h.ops, again) {
 		ops = append(ops, porcupine.Operation{ClientId: op.client, Input: op.in, Call: op.call, Output: op.out, Return: op.ret})
 	}
 	if porcupine.CheckOperations(model, ops) {
@@ -210,7 +258,7 @@ func (h *History) Check() error {
 		_ = porcupine.Visualize(model, info, f) // the error is told without the picture, too
 		_ = f.Close()
 	}
-	for _, op := range h.ops {
+	for _, op := range slices.Concat(h.ops, again) {
 		err = fmt.Errorf("%w\n%12d %12d  client %d: %v -> %x", err, op.call, op.ret, op.client, op.in, op.out)
 	}
 	return err

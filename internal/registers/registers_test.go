@@ -197,3 +197,36 @@ func (m *memory) make(fault string, h *History) {
 		crash()
 	}
 }
+
+// TestKilled reads a write, another client's write over it, and then the first one again. This is right if the first was
+// under way when the server was killed, and only until it is answered.
+func TestKilled(t *testing.T) {
+	for _, x := range []struct {
+		name           string
+		killed, last   int64 // when the server was killed, and when the register was read last
+		linearizable   bool
+		answered       int64 // the first write
+		withoutTheKill bool
+	}{
+		{name: "again", killed: 50, last: 80, answered: 90, linearizable: true},
+		{name: "again, and read later", killed: 50, last: 120, answered: 90, linearizable: true},
+		{name: "no kill", killed: 50, last: 80, answered: 90, withoutTheKill: true},
+		{name: "answered before", killed: 50, last: 80, answered: 40},
+		{name: "killed before the other write", killed: 20, last: 80, answered: 90, linearizable: true},
+		{name: "killed before it began", killed: 2, last: 80, answered: 90},
+	} {
+		h := New(Values{})
+		one, two := input{kind: write, value: 1}, input{kind: write, value: 2}
+		h.add(operation{client: 0, in: one, call: 10, ret: x.answered})
+		h.add(operation{client: 1, in: input{kind: read}, out: Values{1}, call: 25, ret: 30})
+		h.add(operation{client: 1, in: two, call: 45, ret: 60})
+		h.add(operation{client: 1, in: input{kind: read}, out: Values{2}, call: 61, ret: 62})
+		h.add(operation{client: 1, in: input{kind: read}, out: Values{1}, call: x.last, ret: x.last + 1})
+		if !x.withoutTheKill {
+			h.Killed(x.killed, x.killed+5)
+		}
+		if err := h.Check(); (err == nil) != x.linearizable {
+			t.Errorf("%s: %v", x.name, err)
+		}
+	}
+}
