@@ -237,7 +237,7 @@ func (d *DB) findCopy() error {
 	if c.inUse != nil {
 		c.stale = c.exists(c.otherName()) // a base that was never completed, or an older copy
 		c.publish()
-		if err := durable(c.in, c.inUse.f); err != nil { // a process that was killed may not have come to it
+		if err := durable(c.in, c.inUse.f, c.inUse.last, c.inUse.end); err != nil { // a process that was killed may not have come to it
 			c.lose(err)
 			_ = c.removeStale() // the next sync would not fail any more; it is tried again before the next commit
 		}
@@ -339,7 +339,7 @@ func useCopy(in storage.FS, name string, store [16]byte, sum sum) (*copyFile, er
 	over := r.over
 	for i := len(r.last) - 1; i >= max(0, len(r.last)-2); i-- {
 		if b := r.last[i]; b.Sum == uint64(sum) && b.end() >= r.base {
-			return &copyFile{name: name, f: r.f, end: b.end(), base: r.base, batches: over, next: b.Number + 1, torn: r.size > b.end()}, nil
+			return &copyFile{name: name, f: r.f, last: b.off, end: b.end(), base: r.base, batches: over, next: b.Number + 1, torn: r.size > b.end()}, nil
 		}
 		over--
 	}

@@ -36,10 +36,10 @@ func FromCopy(in *storage.Folder, name string, copies storage.FS, store [16]byte
 		return Built{}, err
 	}
 	// A process that was killed may have written the last batch without a sync. The table must not be ahead of the copy.
-	if err := durable(copies, r.f); err != nil {
+	last := r.last[len(r.last)-1]
+	if err := durable(copies, r.f, last.off, last.end()); err != nil {
 		return Built{}, errors.Join(fmt.Errorf("make the copy of the table durable: %w", err), r.f.Close())
 	}
-	last := r.last[len(r.last)-1]
 	b, err := buildTable(in, name, func(db *DB) error { return r.apply(db, last) })
 	b.From, b.Batches = r.name, int64(last.Number-r.first)+1
 	return b, errors.Join(err, r.f.Close())

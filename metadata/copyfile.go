@@ -17,6 +17,7 @@ type copyFile struct {
 	name    string
 	f       storage.File
 	end     int64  // where the whole batches end
+	last    int64  // where the last of them begins, of a file that was found
 	base    int64  // where the base ends; 0: it is not complete
 	batches int64  // number of batches behind the base
 	next    uint64 // number of the next batch
@@ -30,8 +31,26 @@ type copyFile struct {
 	torn   bool   // something may be in the file behind end
 }
 
-// durable makes durable what any process has written to a file, and the file's name.
-func durable(in storage.FS, f storage.File) error { return errors.Join(f.Sync(), in.SyncDir()) }
+// durable makes durable what any process has written to a file of the copy, whose last batch is in [from, to), and the
+// file's name. If the sync of that batch has failed in a process that was killed then, the system takes its pages for
+// written, and no other sync writes them. So the batch is written once more.
+func durable(in storage.FS, f storage.File, from, to int64) error {
+	p := make([]byte, min(copyBuffer, to-from))
+	for ; from < to; from += int64(len(p)) {
+		p = p[:min(int64(len(p)), to-from)]
+		n, err := readUpTo(f, p, from)
+		if err == nil && n < len(p) {
+			err = io.ErrUnexpectedEOF
+		}
+		if err == nil {
+			_, err = f.WriteAt(p, from)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return errors.Join(f.Sync(), in.SyncDir())
+}
 
 // createCopy makes a new file of the copy, with its header. The file is not durable.
 func createCopy(in storage.FS, name string, store [16]byte, first uint64) (*copyFile, error) {
