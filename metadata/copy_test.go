@@ -376,6 +376,19 @@ func TestCopyWhoseSyncFailed(t *testing.T) {
 	killed.FailAt(crashfs.OpSync, 1, syscall.EIO)
 	commit(killed, 0, 0, func(*DB) {})
 	more("a killed owner left a copy", killed, 14)
+
+	copies = crashfs.New()
+	commit(copies, 18, 2, func(*DB) {})
+	db, err := Open(path, Options{NoSync: true, Copy: copies})
+	must(t, errors.Join(err, db.Adopt()))
+	copies.FailAt(crashfs.OpSync, 1, syscall.EIO)
+	copies.FailAt(crashfs.OpRemove, 1, syscall.EIO)
+	err = db.Update(func(tx *Tx) error { return scripted(tx, 20, rand.New(rand.NewPCG(8, 20))) })
+	if !errors.Is(err, syscall.EIO) {
+		t.Fatalf("neither the sync nor the removal failed: %v", err)
+	}
+	_ = db.Close() // as a kill, to the copy
+	more("the copy could neither be synced nor be removed", copies, 21)
 }
 
 // TestDamagedCopy damages the copy at -copy.places places: cut short and with a flipped byte. A table is made from it only as of a
