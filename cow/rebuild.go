@@ -105,7 +105,7 @@ func (t *tableRepair) replace(mk makeTable) error {
 	switch {
 	case why == nil && !t.force:
 		return fmt.Errorf("%w, and nothing was changed; --force replaces it nevertheless", ErrSound)
-	case why != nil && !errors.Is(why, ErrCorrupt) && !fault.IsUnreadable(why) && !t.force:
+	case why != nil && !t.isDamage(why) && !t.force:
 		return fmt.Errorf("whether the table is sound is not known: %w", why)
 	case why != nil:
 		t.done.Why = why.Error()
@@ -124,6 +124,13 @@ func (t *tableRepair) replace(mk makeTable) error {
 		return errors.Join(notRebuilt(err), t.in.Remove(newTableFile))
 	}
 	return t.swap()
+}
+
+// isDamage reports whether the table is damaged by what opening it has returned. A table that lacks a part is an older
+// program's, unless the store has a version that no older program has made.
+func (t *tableRepair) isDamage(why error) bool {
+	return errors.Is(why, ErrCorrupt) || fault.IsUnreadable(why) ||
+		errors.Is(why, metadata.ErrOlder) && t.info.Version == format.StoreVersion
 }
 
 // notRebuilt makes an error about damage match ErrNotRebuilt, too.

@@ -1,6 +1,7 @@
 package cow
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"errors"
 	"flag"
@@ -139,6 +140,27 @@ func TestLostTable(t *testing.T) {
 		t.Errorf("%d tables were found damaged", refused)
 	}
 	t.Logf("%d of %d tables were found damaged and made anew", refused, 11*n)
+}
+
+// TestTableThatLacksAPart damages the names of the table's parts. If the part is empty, the table is one that an older
+// program could have made, but not for this store. It can be made anew.
+func TestTableThatLacksAPart(t *testing.T) {
+	s, dir := newStore(t, Options{checkpointInterval: -1})
+	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 20})
+	must(t, errors.Join(err, s.Close()))
+	want := servedBy(t, dir)
+	path := filepath.Join(dir, tableFile)
+	for _, part := range []string{"volumes", "snapshots", "branches", "leaves", "changes", "chunks", "forwarded", "forwards"} {
+		whole, err := os.ReadFile(path)
+		must(t, err)
+		must(t, os.WriteFile(path, bytes.ReplaceAll(whole, []byte(part), append([]byte(part[:len(part)-1]), '~')), 0o600))
+		if _, err := RebuildTable(dir, false, Options{}); err != nil && !errors.Is(err, ErrSound) {
+			t.Errorf("%s: %v", part, err)
+		}
+		if got := servedBy(t, dir); got != want {
+			t.Errorf("%s: the store serves something else with a new table", part)
+		}
+	}
 }
 
 // TestOldTableStays: the new name of the old table is durable before the new table takes its place.

@@ -314,11 +314,14 @@ func openTable(at place, o Options, file **os.File) (b *bbolt.DB, err error) {
 // firstBuckets are the buckets that every table has.
 var firstBuckets = [][]byte{bucketStore, bucketVolumes, bucketSnapshots, bucketBranches, bucketLeaves, bucketChanges, bucketChunks}
 
+// ErrOlder is matched by the error of a table that can only be read and lacks what opening it to write would add.
+var ErrOlder = errors.New("made by an older program")
+
 // made refuses a table that lacks a bucket which Adopt would make.
 func (d *DB) made(path string) error {
 	missing, err := d.missingBuckets()
 	if err == nil && len(missing) > 0 {
-		err = fmt.Errorf("%s was made by an older program: open it once where it can be written to", path)
+		err = fmt.Errorf("%s was %w: open it once where it can be written to", path, ErrOlder)
 	}
 	return err
 }
