@@ -168,10 +168,15 @@ func flood(c *client, req string) {
 
 // theConn returns the only connection of s.
 func theConn(s *Server) *conn {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, c := range s.conns {
-		return c.conn
+	for end := time.Now().Add(testwatch.Long); time.Now().Before(end); time.Sleep(time.Millisecond) { // the client may know of it first
+		s.mu.Lock()
+		for _, c := range s.conns {
+			if c.conn != nil {
+				s.mu.Unlock()
+				return c.conn
+			}
+		}
+		s.mu.Unlock()
 	}
 	return nil
 }

@@ -223,9 +223,9 @@ func (c *control) takeStream(w http.ResponseWriter, r *http.Request, take func(r
 	duplexErr := rc.EnableFullDuplex() // lets an error be answered while the client is still sending
 	v, err := take(req, sparse.Decode(r.Body, req.Size))
 	reply(w, v, err)
-	if err != nil && duplexErr == nil {
-		// The client stops once it has read the answer. If the connection were closed earlier, the client would see a
-		// broken pipe instead of the reason.
+	if duplexErr == nil {
+		// An operation may end before the stream does. The client stops once it has read the answer. If the connection were
+		// closed earlier, the client would see a broken pipe instead.
 		if errors.Join(rc.Flush(), rc.SetReadDeadline(time.Now().Add(stopTimeout))) == nil {
 			_, _ = io.Copy(io.Discard, r.Body) // ends when the client closes, or at the deadline
 		}
