@@ -3,7 +3,6 @@ package main
 import (
 	"encoding/json"
 	"fmt"
-	"io"
 
 	"github.com/urfave/cli/v2"
 
@@ -35,8 +34,10 @@ func (a *app) salvage(c *cli.Context, s owner.Store, r cow.Ref, path string, wri
 	if err := a.listLost(j, path == "-"); err != nil || j.LostBytes == 0 {
 		return err
 	}
-	return hintedError{fmt.Errorf("%s cannot be read, and are zeros in the image, which stays: %w", inRanges(j.Lost), cow.ErrCorrupt),
-		"'vdisk info " + r.Volume + "' and 'vdisk check --read-data' name the snapshots that have the same damage"}
+	return hintedError{
+		fmt.Errorf("%s cannot be read, and are zeros in the image, which stays: %w", inRanges(j.Lost), cow.ErrCorrupt),
+		"'vdisk info " + r.Volume + "' and 'vdisk check --read-data' name the snapshots that have the same damage",
+	}
 }
 
 // listLost lists what is lost: with --json on standard output, unless the image goes there.
@@ -49,7 +50,7 @@ func (a *app) listLost(j salvageJSON, image bool) error {
 		}
 		return nil
 	}
-	to := io.Writer(a.stdout)
+	to := a.stdout
 	if image {
 		to = a.stderr
 	}
