@@ -276,7 +276,7 @@ func (s *Store) waitScrub(ctx context.Context, run *ScrubRun) error {
 		case <-s.quit:
 			return ErrClosed
 		case <-ctx.Done():
-			return ctx.Err()
+			return context.Cause(ctx)
 		}
 	}
 }
