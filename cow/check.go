@@ -81,10 +81,7 @@ type problemNamer struct {
 }
 
 func (n *problemNamer) add(p audit.Problem) {
-	at := badPlace{unitKey{p.Record.Chunk, p.Record.Entry, p.Record.First}, p.Version}
-	if at != (badPlace{}) {
-		n.s.damage.note(at, errors.New(p.What))
-	}
+	at := n.s.metProblem(p)
 	if len(n.places) > 0 && n.places[0].leafIndex() != at.leafIndex() {
 		n.flush()
 	}

@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/vdisk/vdisk/cow/internal/audit"
 	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
@@ -162,6 +163,15 @@ func leafPlace(index uint32, err error) badPlace {
 		return badPlace{leaf: d.Version}
 	}
 	return badPlace{leaf: metadata.Version{Leaf: index}}
+}
+
+// metProblem notes what a check or a scrub has found, and returns its place, which is zero if it is about none.
+func (s *Store) metProblem(p audit.Problem) badPlace {
+	at := badPlace{unitKey{p.Record.Chunk, p.Record.Entry, p.Record.First}, p.Version}
+	if at != (badPlace{}) {
+		s.damage.note(at, errors.New(p.What))
+	}
+	return at
 }
 
 // metAt notes the record at an offset of a chunk. If its header does not verify, the chunk's summary says what it is.

@@ -117,7 +117,7 @@ func (x *damaging) wants(t *testing.T, got []string, want ...string) {
 func TestKnownDamage(t *testing.T) {
 	x := newDamaging(t)
 	x.rot(t, 0)
-	x.rot(t, 1020) // the last unit, of which the volume has no whole block at the end
+	x.rot(t, 1020) // the last unit, which goes beyond the end of the volume
 	x.wants(t, x.known(t))
 	got := make([]byte, 16<<10)
 	snap, err := x.s.OpenDevice(Ref{"v", "a"}, true)

@@ -173,11 +173,16 @@ func (f *lostFinder) add(bad badPlace, p namedPoint, off, length int64) {
 	if list == nil || length <= 0 {
 		return
 	}
+	addLost(list, p.ref, off, length)
+}
+
+// addLost adds a range, in order, to a list.
+func addLost(list *[]Lost, ref Ref, off, length int64) {
 	if n := len(*list); n > 0 {
-		if last := &(*list)[n-1]; last.Ref == p.ref && last.Offset+last.Length == off {
+		if last := &(*list)[n-1]; last.Ref == ref && last.Offset+last.Length == off {
 			last.Length += length
 			return
 		}
 	}
-	*list = append(*list, Lost{p.ref, off, length})
+	*list = append(*list, Lost{ref, off, length})
 }

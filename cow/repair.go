@@ -247,14 +247,3 @@ func (r *repairer) fill(off int64) error {
 		r.data, r.at = r.piece[:n], at
 	}
 }
-
-// addLost adds a range, in order, to a list.
-func addLost(list *[]Lost, ref Ref, off, length int64) {
-	if n := len(*list); n > 0 {
-		if last := &(*list)[n-1]; last.Offset+last.Length == off {
-			last.Length += length
-			return
-		}
-	}
-	*list = append(*list, Lost{ref, off, length})
-}

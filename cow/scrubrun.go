@@ -186,9 +186,7 @@ func (w *scrubWorker) rest(d time.Duration) {
 
 // problem notes what is damaged like a read that meets it: see docs/engine.md, Known damage.
 func (w *scrubWorker) problem(p audit.Problem) {
-	if at := (badPlace{unitKey{p.Record.Chunk, p.Record.Entry, p.Record.First}, p.Version}); at != (badPlace{}) {
-		w.s.damage.note(at, errors.New(p.What))
-	}
+	w.s.metProblem(p)
 	if w.told++; w.told <= damageLines {
 		w.s.log.Error("the scrub has found damage; 'vdisk check --read-data' lists it", "kind", p.Kind, "where", p.Where, "what", p.What)
 	}
