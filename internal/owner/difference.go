@@ -140,7 +140,7 @@ func (x *comparer) extents(end int64, each func(at, length int64, fn func(off, l
 	return nil
 }
 
-// compare compares a range, of which blocks that cannot be read are left out.
+// compare compares a range. It leaves out the blocks that cannot be read.
 func (x *comparer) compare(a, b *cow.Device, off, length int64) error {
 	const piece = 1 << 20
 	if x.a == nil {

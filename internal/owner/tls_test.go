@@ -16,7 +16,7 @@ import (
 	"github.com/vdisk/vdisk/internal/testpki"
 )
 
-// NBD over TCP is served only with TLS, whoever made the socket.
+// NBD over TCP is served only with TLS. This also holds for a socket that was passed by socket activation.
 func TestTCPNeedsTLS(t *testing.T) {
 	if _, err := secured("tcp", ServeOptions{}); !errors.Is(err, cow.ErrInvalid) {
 		t.Fatal(err) // Serve would not return

@@ -13,7 +13,7 @@ type Range struct {
 
 func (r Range) end() int64 { return r.Offset + r.Length }
 
-// Ranges are ranges in order, of which none touch.
+// Ranges are ranges in order. No two of them touch.
 type Ranges []Range
 
 // Add adds a range.
