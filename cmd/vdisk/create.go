@@ -14,13 +14,13 @@ import (
 )
 
 func (a *app) createCommand() *cli.Command {
-	return a.command(arity{1, 1}, &cli.Command{
+	return a.command(arity{1, 2}, &cli.Command{
 		Name:      "create",
 		Category:  groupVolumes,
 		Usage:     "create a volume, and the store if there is none",
-		UsageText: "vdisk create VOL --size SIZE [--from FILE|-] [--compress none|s2|zstd[:N]] [--logical-block 512|4096]",
+		UsageText: "vdisk create VOL SIZE [--from FILE|-] [--compress none|s2|zstd[:N]] [--logical-block 512|4096]",
 		Flags: append(append(volumeFlags(), formatFlags()...),
-			&cli.StringFlag{Name: "size", Aliases: []string{"s"}, Usage: "`SIZE` of the volume, as 10G; with --from the default is the file's"},
+			&cli.StringFlag{Name: "size", Aliases: []string{"s"}, Usage: "the `SIZE`, as a flag; with --from the default is the file's"},
 			&cli.StringFlag{Name: "from", Usage: "fill the volume from an image (--format) or block device, or - for standard input"},
 		),
 	}, a.create)
@@ -79,19 +79,26 @@ func (a *app) create(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	what, size := "size", c.Args().Get(1)
 	if c.IsSet("size") {
-		if o.Size, err = a.sizeBetween("--size", c.String("size"), int64(o.LogicalBlock), cow.MaxVolume); err != nil {
+		if size != "" {
+			return usageError{c, fmt.Errorf("two sizes: %s and --size %s", size, c.String("size"))}
+		}
+		what, size = "--size", c.String("size")
+	}
+	if size != "" || c.IsSet("size") {
+		if o.Size, err = a.sizeBetween(what, size, int64(o.LogicalBlock), cow.MaxVolume); err != nil {
 			return err
 		}
 		if o.Size%int64(o.LogicalBlock) != 0 {
-			return usagef("size %s: a multiple of the logical block (%d) is needed", c.String("size"), o.LogicalBlock)
+			return usagef("size %s: a multiple of the logical block (%d) is needed", size, o.LogicalBlock)
 		}
 	}
 	if c.IsSet("from") {
 		return a.importFrom(c, c.String("from"), name, o)
 	}
 	if o.Size == 0 {
-		return usageError{c, errors.New("--size is missing")}
+		return usageError{c, errors.New("the size is missing")}
 	}
 	return a.duringNew(c, func(s owner.Store) error {
 		v, err := s.CreateVolume(c.Context, name, o)

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"strings"
+
 	"github.com/urfave/cli/v2"
 
 	"github.com/vdisk/vdisk/cow"
@@ -117,8 +119,9 @@ func (a *app) resizeCommand() *cli.Command {
 		Name:      "resize",
 		Category:  groupVolumes,
 		Usage:     "change the size of a volume",
-		UsageText: "vdisk resize VOL SIZE [--shrink]",
-		Description: "NBD clients see the new size when they reconnect. An attached block device grows at once (Linux 6.16).\n" +
+		UsageText: "vdisk resize VOL SIZE|+SIZE [--shrink]",
+		Description: "+SIZE makes the volume larger by SIZE.\n" +
+			"NBD clients see the new size when they reconnect. An attached block device grows at once (Linux 6.16).\n" +
 			"Shrinking cuts off the data behind the new end; snapshots keep it.",
 		Flags: []cli.Flag{&cli.BoolFlag{Name: "shrink", Usage: "allow a smaller size"}},
 	}, func(c *cli.Context) error {
@@ -126,10 +129,22 @@ func (a *app) resizeCommand() *cli.Command {
 		if err != nil {
 			return err
 		}
-		size, err := a.sizeBetween("size", c.Args().Get(1), 512, cow.MaxVolume)
+		text, more := strings.CutPrefix(c.Args().Get(1), "+")
+		size, err := a.sizeBetween("size", text, 512, cow.MaxVolume)
 		if err != nil {
 			return err
 		}
-		return a.with(c, func(s owner.Store) error { return s.Resize(c.Context, name, size, c.Bool("shrink")) })
+		return a.with(c, func(s owner.Store) error {
+			if more {
+				v, err := s.Volume(c.Context, name)
+				if err != nil {
+					return err
+				}
+				if size += v.Size; size > cow.MaxVolume {
+					return usagef("size %s: the volume would have %s, and the most is %s", c.Args().Get(1), a.size(size), a.size(cow.MaxVolume))
+				}
+			}
+			return s.Resize(c.Context, name, size, c.Bool("shrink"))
+		})
 	})
 }
