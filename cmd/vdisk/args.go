@@ -60,11 +60,14 @@ func reorderArgs(program *cli.App, args []string) []string {
 			rest = rest[1:]
 		}
 	}
-	out := append([]string{args[0]}, before...)
 	if command == nil {
-		return append(out, positional...)
+		if len(positional) > 0 { // no command: package cli would say so with an exit code of its own
+			before = slices.DeleteFunc(before, isHelp)
+		}
+		return append(append(args[:1:1], before...), positional...)
 	}
-	if slices.ContainsFunc(flags, func(f string) bool { return slices.Contains(cli.HelpFlag.Names(), strings.TrimLeft(f, "-")) }) {
+	out := append([]string{args[0]}, before...)
+	if slices.ContainsFunc(flags, isHelp) {
 		positional = nil // package cli would look for a help topic of that name
 	}
 	out = append(append(out, command.Name), flags...)
@@ -72,6 +75,10 @@ func reorderArgs(program *cli.App, args []string) []string {
 		out = append(append(out, "--"), positional...)
 	}
 	return out
+}
+
+func isHelp(flag string) bool {
+	return slices.Contains(cli.HelpFlag.Names(), strings.TrimLeft(flag, "-"))
 }
 
 // table maps each name of a flag to whether the flag takes a value.

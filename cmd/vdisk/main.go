@@ -144,27 +144,16 @@ func (a *app) program() *cli.App {
 		HideHelpCommand: true,
 		Writer:          a.stdout,
 		ErrWriter:       a.stderr,
-		Flags: []cli.Flag{
-			&cli.PathFlag{Name: "store", Usage: "the `DIR` that holds the volumes", EnvVars: []string{"VDISK_STORE"}, Value: defaultStore, Destination: &a.dir},
-			&cli.BoolFlag{Name: "json", Usage: "print JSON, with sizes in bytes", Destination: &a.json},
-			&cli.BoolFlag{Name: "bytes", Usage: "print sizes in bytes", Destination: &a.bytes},
-			&cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Usage: "print neither notes nor progress", Destination: &a.quiet},
-			&cli.BoolFlag{Name: "verbose", Aliases: []string{"v"}, Usage: "log what is done", EnvVars: []string{"VDISK_VERBOSE"}, Destination: &a.verbose},
-			&cli.DurationFlag{Name: "lock-timeout", Usage: "how long to wait for a busy store", EnvVars: []string{"VDISK_LOCK_TIMEOUT"}, Value: 5 * time.Second, Destination: &a.lockTimeout},
-			&cli.BoolFlag{Name: "foreign", Usage: "open a store even if its folder belongs to another user, or others may change it", EnvVars: []string{"VDISK_FOREIGN"}, Destination: &a.foreign},
-			&cli.StringFlag{Name: "max-size", Usage: "limit the store's data to `SIZE` while this process owns it", EnvVars: []string{"VDISK_MAX_SIZE"}, Destination: &a.maxSize},
-			&cli.DurationFlag{Name: "cold-after", Usage: "recompress, in idle time, data that has not changed for `DURATION`; 0: never", EnvVars: []string{coldAfterEnv}, Value: 10 * time.Minute, Destination: &a.coldAfter},
-			&cli.DurationFlag{Name: "scrub-every", Usage: "read and verify all data once in `DURATION`, in the background, while a daemon or serve owns the store; 0: never", EnvVars: []string{scrubEveryEnv}, Value: 30 * 24 * time.Hour, Destination: &a.scrubEvery},
-			&cli.StringFlag{Name: "map-cache", Usage: "limit the memory of the owner's block map to `SIZE`", EnvVars: []string{mapCacheEnv}, Value: "256M", Destination: &a.mapCache},
-		},
-		Before: a.prepare,
+		Flags:           a.globalFlags(),
+		Before:          a.prepare,
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
-				return usagef("there is no command %q; 'vdisk --help' lists them", c.Args().First())
+				return unknownCommand(c.App, c.Args().First())
 			}
-			return usagef("no command; 'vdisk --help' lists them")
+			cli.HelpPrinter(a.stderr, cli.AppHelpTemplate, c.App)
+			return usagef("no command")
 		},
-		OnUsageError:   func(c *cli.Context, err error, _ bool) error { return usageError{c, err} },
+		OnUsageError:   func(c *cli.Context, err error, _ bool) error { return flagError(c, err) },
 		ExitErrHandler: func(*cli.Context, error) {}, // run determines the exit code
 		Commands: []*cli.Command{
 			a.createCommand(), a.lsCommand(), a.infoCommand(), a.snapshotCommand(), a.cloneCommand(), a.rollbackCommand(),
@@ -175,6 +164,23 @@ func (a *app) program() *cli.App {
 			a.exportDiffCommand(), a.importDiffCommand(), a.sendCommand(), a.receiveCommand(), a.streamCommand(),
 			a.checkCommand(), a.scrubCommand(), a.metadataCommand(), a.gcCommand(), a.benchCommand(), a.featuresCommand(), a.versionCommand(),
 		},
+	}
+}
+
+// globalFlags returns the flags that every command takes.
+func (a *app) globalFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.PathFlag{Name: "store", Usage: "the `DIR` that holds the volumes", EnvVars: []string{"VDISK_STORE"}, Value: defaultStore, Destination: &a.dir},
+		&cli.BoolFlag{Name: "json", Usage: "print JSON, with sizes in bytes", Destination: &a.json},
+		&cli.BoolFlag{Name: "bytes", Usage: "print sizes in bytes", Destination: &a.bytes},
+		&cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Usage: "print neither notes nor progress", Destination: &a.quiet},
+		&cli.BoolFlag{Name: "verbose", Aliases: []string{"v"}, Usage: "log what is done", EnvVars: []string{"VDISK_VERBOSE"}, Destination: &a.verbose},
+		&cli.DurationFlag{Name: "lock-timeout", Usage: "how long to wait for a busy store", EnvVars: []string{"VDISK_LOCK_TIMEOUT"}, Value: 5 * time.Second, Destination: &a.lockTimeout},
+		&cli.BoolFlag{Name: "foreign", Usage: "open a store even if its folder belongs to another user, or others may change it", EnvVars: []string{"VDISK_FOREIGN"}, Destination: &a.foreign},
+		&cli.StringFlag{Name: "max-size", Usage: "limit the store's data to `SIZE` while this process owns it", EnvVars: []string{"VDISK_MAX_SIZE"}, Destination: &a.maxSize},
+		&cli.DurationFlag{Name: "cold-after", Usage: "recompress, in idle time, data that has not changed for `DURATION`; 0: never", EnvVars: []string{coldAfterEnv}, Value: 10 * time.Minute, Destination: &a.coldAfter},
+		&cli.DurationFlag{Name: "scrub-every", Usage: "read and verify all data once in `DURATION`, in the background, while a daemon or serve owns the store; 0: never", EnvVars: []string{scrubEveryEnv}, Value: 30 * 24 * time.Hour, Destination: &a.scrubEvery},
+		&cli.StringFlag{Name: "map-cache", Usage: "limit the memory of the owner's block map to `SIZE`", EnvVars: []string{mapCacheEnv}, Value: "256M", Destination: &a.mapCache},
 	}
 }
 
@@ -232,13 +238,15 @@ type arity struct{ least, most int }
 func (a *app) command(n arity, c *cli.Command, do func(*cli.Context) error) *cli.Command {
 	c.HideHelpCommand = true
 	c.UseShortOptionHandling = true
-	c.OnUsageError = func(c *cli.Context, err error, _ bool) error { return usageError{c, err} }
-	c.Action = func(ctx *cli.Context) error {
+	c.CustomHelpTemplate = a.helpOf(c.Name)
+	c.OnUsageError = func(c *cli.Context, err error, _ bool) error { return flagError(c, err) }
+	c.Before = func(ctx *cli.Context) error {
 		if k := ctx.NArg(); k < n.least || n.most >= 0 && k > n.most {
-			return usageError{ctx, fmt.Errorf("%s", miscounted(k, n))}
+			return usageError{ctx, errors.New(miscounted(k, n))}
 		}
-		return do(ctx)
+		return nil
 	}
+	c.Action = do
 	return c
 }
 
