@@ -73,9 +73,11 @@ linear-test: build ## histories of concurrent clients: of the engine, over NBD a
 	VDISK_LINEAR=400 $(GO) test -count=1 -v -timeout 2h -run 'TestLinearizableNBD$$|TestRegisters$$' ./cow ./internal/e2e
 	$(GO) run ./internal/guest/cmd/guest test -kernel newest -timeout 1h -scripts none -env VDISK_LINEAR=24 -run 'TestRegisters$$' ./internal/e2e
 
-mutants: ## break the program on purpose, a line at a time: a test must notice each
+mutants: ## break the program on purpose, a line at a time: a test must notice each. What was killed is kept, unless FRESH=1
 	@$(TOOLS)/setup.sh build test
-	@$(GO) run ./internal/tools/mutants testdata/mutants/*.txt
+	@mkdir -p bin && $(if $(FRESH),rm -f bin/mutants.txt,true)
+	@$(GO) build -o bin/mutants ./internal/tools/mutants
+	@bin/mutants -base -results bin/mutants.txt $(MUTANTS_FLAGS) testdata/mutants/*.txt
 
 proof: ## the long forms of all tests of promises, in pieces (STEPS), and a table of what they went through (proof.sh)
 	@$(TOOLS)/proof.sh

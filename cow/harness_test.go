@@ -49,7 +49,7 @@ type crashHarness struct {
 
 // memoryDir is a directory in memory where there is one: a state costs a table file.
 func memoryDir(t testing.TB) string {
-	dir, err := os.MkdirTemp("/dev/shm", "vdisk-cow-")
+	dir, err := os.MkdirTemp(testwatch.Memory(), "vdisk-cow-")
 	if err != nil {
 		return t.TempDir()
 	}

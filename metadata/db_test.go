@@ -18,6 +18,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/testwatch"
 )
 
 func open(t testing.TB, path string) *DB {
@@ -31,7 +32,7 @@ func open(t testing.TB, path string) *DB {
 
 // memoryDir returns a directory in memory, if there is one.
 func memoryDir(t testing.TB) string {
-	dir, err := os.MkdirTemp("/dev/shm", "vdisk-metadata-")
+	dir, err := os.MkdirTemp(testwatch.Memory(), "vdisk-metadata-")
 	if err != nil {
 		return t.TempDir()
 	}

@@ -27,6 +27,7 @@ import (
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/faulty"
+	"github.com/vdisk/vdisk/internal/testwatch"
 )
 
 // commandCase is a command, and the commands that prepare its folder.
@@ -129,7 +130,7 @@ func newCommandHarness(t *testing.T) *commandHarness {
 		t.Fatalf("%v: %s", err, out)
 	}
 	var err error
-	if h.root, err = os.MkdirTemp("/dev/shm", "vdisk-fault-"); err != nil {
+	if h.root, err = os.MkdirTemp(testwatch.Memory(), "vdisk-fault-"); err != nil {
 		h.root = t.TempDir()
 	}
 	t.Cleanup(func() { os.RemoveAll(h.root) })

@@ -19,6 +19,7 @@ import (
 	"github.com/vdisk/vdisk/internal/fuzzcode"
 	"github.com/vdisk/vdisk/internal/owner/sparse"
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
+	"github.com/vdisk/vdisk/internal/testwatch"
 )
 
 // session is one run of FuzzRequests: a client of an owner, and the names that the store must have.
@@ -341,7 +342,7 @@ func (s *session) raw(ctx context.Context) string {
 // FuzzRequests is a program of requests to an owner over its control socket: of a client of ours, and such as no client
 // sends. A model of the store's names says which may succeed. A refused request must change nothing and say why.
 func FuzzRequests(f *testing.F) {
-	dir, err := os.MkdirTemp("/dev/shm", "vdisk-owner-")
+	dir, err := os.MkdirTemp(testwatch.Memory(), "vdisk-owner-")
 	if err != nil {
 		dir = f.TempDir()
 	}

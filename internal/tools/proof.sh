@@ -1,7 +1,8 @@
 #!/bin/bash
 # proof.sh: the long forms of all tests that a promise rests on, one step after the other, and a table of what they went
 # through. A step's output is kept in PROOF_DIR (default bin/proof), and a step that has passed is not run again, so that
-# the whole, which may take more than a day, can be run in pieces. FRESH=1 runs all anew.
+# the whole, which may take more than a day, can be run in pieces. FRESH=1 runs all anew. The steps mutants and soak keep
+# what they did, too, so that one that was broken off goes on.
 #
 # A test prints a figure as "proof: NAME: FIGURE", and only if nothing was lost, wrong or hung; otherwise it fails, and
 # with it its step. Environment: STEPS (default: all), and those of the steps' targets in the Makefile.

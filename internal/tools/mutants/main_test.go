@@ -14,7 +14,7 @@ func TestLists(t *testing.T) {
 	if err != nil || len(lists) == 0 {
 		t.Fatal("no lists: ", err)
 	}
-	ms, err := choose("", "", lists)
+	ms, err := choose(options{}, lists)
 	if err != nil {
 		t.Fatal(err)
 	}
