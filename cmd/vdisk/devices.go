@@ -41,7 +41,7 @@ func (a *app) devicesCommand() *cli.Command {
 				server = fmt.Sprintf("%d %s", d.ServerPID, d.Command)
 			}
 			return []string{d.Path, a.size(d.Size), d.State, dash(d.Name), server}
-		}, "DEVICE", "SIZE", "STATE", "NAME", "SERVER"))
+		}, heading{text: "DEVICE"}, heading{text: "SIZE", right: true}, heading{text: "STATE"}, heading{text: "NAME"}, heading{text: "SERVER"}))
 	})
 }
 
@@ -78,7 +78,7 @@ type machineDeviceJSON struct {
 }
 
 // printDevices prints a table. Without a header it prints one line of words per device.
-func (a *app) printDevices(name string, devices []owner.MachineDevice, row func(owner.MachineDevice) []string, header ...string) error {
+func (a *app) printDevices(name string, devices []owner.MachineDevice, row func(owner.MachineDevice) []string, header ...heading) error {
 	list := []machineDeviceJSON{}
 	var rows [][]string
 	for _, d := range devices {

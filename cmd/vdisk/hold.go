@@ -74,7 +74,7 @@ func (a *app) holdsCommand() *cli.Command {
 				rows = append(rows, []string{h.Snapshot, h.Tag, when(h.Created)})
 			}
 			return a.print(map[string]any{"holds": list}, func() error {
-				return a.table([]string{"SNAPSHOT", "TAG", "CREATED"}, rows, c.Bool("script"))
+				return a.table(headings("SNAPSHOT", "TAG", "CREATED"), rows, c.Bool("script"))
 			})
 		})
 	})

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -16,7 +17,7 @@ func (a *app) lsCommand() *cli.Command {
 		Name:      "ls",
 		Category:  groupVolumes,
 		Usage:     "list volumes and snapshots; with -t all also what is being received",
-		UsageText: "vdisk ls [-t vol|snap|all] [-l] [-o COLUMN,...] [-H] [VOL...]",
+		UsageText: "vdisk ls [-t vol|snap|all] [--tree] [-l] [-o COLUMN,...] [--sort COLUMN [-r]] [-H] [VOL...]",
 		Description: "Columns: " + strings.Join(columnNames(), ", ") + ".\n" +
 			"mapped      bytes of data\n" +
 			"referenced  their space in the store, after compression, shared or not; ratio: mapped to referenced\n" +
@@ -30,138 +31,28 @@ func (a *app) lsCommand() *cli.Command {
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "type", Aliases: []string{"t"}, Usage: "vol, snap or all", Value: "vol"},
 			&cli.BoolFlag{Name: "long", Aliases: []string{"l"}, Usage: "show the space that they take"},
-			&cli.StringFlag{Name: "columns", Aliases: []string{"o"}, Usage: "`COLUMN,...` to show"},
+			&cli.StringSliceFlag{Name: "columns", Aliases: []string{"o"}, Usage: "`COLUMN,...` to show; several times: all of them"},
+			&cli.StringFlag{Name: "sort", Usage: "sort by `COLUMN`; default: volumes by name, snapshots by age"},
+			&cli.BoolFlag{Name: "reverse", Aliases: []string{"r"}, Usage: "the other way round"},
+			&cli.BoolFlag{Name: "tree", Usage: "show clones below what they come from, with all snapshots unless -t says otherwise"},
 			&cli.BoolFlag{Name: "script", Aliases: []string{"H"}, Usage: "no header, tabs between columns"},
 		},
 	}, a.ls)
 }
 
-// item is one line of the list: a volume or a snapshot.
-type item struct {
-	volume   volumeJSON
-	snapshot *snapshotJSON
-	usage    *usageJSON // nil if it was not asked for
-}
-
-// column is a column that ls can show.
-type column struct {
-	name  string
-	usage bool // needs item.usage
-	text  func(a *app, i item) string
-}
-
-func dash(s string) string {
-	if s == "" {
-		return "-"
-	}
-	return s
-}
-
-// pick returns a function that formats a volume or a snapshot.
-func pick(volume func(volumeJSON) string, snapshot func(snapshotJSON) string) func(*app, item) string {
-	return func(_ *app, i item) string {
-		if i.snapshot != nil {
-			return dash(snapshot(*i.snapshot))
-		}
-		return dash(volume(i.volume))
-	}
-}
-
-// bytesOf returns a function that formats a part of the usage, or "-" if the item was removed meanwhile.
-func bytesOf(part func(*usageJSON) int64) func(*app, item) string {
-	return func(a *app, i item) string {
-		if i.usage == nil {
-			return "-"
-		}
-		return a.size(part(i.usage))
-	}
-}
-
-var columns = []column{
-	{"name", false, pick(func(v volumeJSON) string { return v.Name }, func(s snapshotJSON) string { return s.Name })},
-	{"type", false, pick(func(v volumeJSON) string {
-		if v.Receiving != nil {
-			return "receiving"
-		}
-		return "vol"
-	}, func(snapshotJSON) string { return "snap" })},
-	{"size", false, func(a *app, i item) string {
-		if i.snapshot != nil {
-			return a.size(i.snapshot.Size)
-		}
-		return a.size(i.volume.Size)
-	}},
-	{"mapped", true, bytesOf(func(u *usageJSON) int64 { return u.Mapped })},
-	{"referenced", true, bytesOf(func(u *usageJSON) int64 { return u.Referenced })},
-	{"exclusive", true, bytesOf(func(u *usageJSON) int64 { return u.Exclusive })},
-	{"shared", true, bytesOf(func(u *usageJSON) int64 { return u.Shared })},
-	{"usedsnap", true, func(a *app, i item) string {
-		if i.usage == nil || i.usage.UsedBySnapshots == nil {
-			return "-"
-		}
-		return a.size(*i.usage.UsedBySnapshots)
-	}},
-	{"used", true, bytesOf(func(u *usageJSON) int64 { return u.Used })},
-	{"ratio", true, func(_ *app, i item) string {
-		if i.usage == nil {
-			return "-"
-		}
-		return i.usage.ratio()
-	}},
-	{"compress", false, func(_ *app, i item) string { return i.volume.Compress }},
-	{"block", false, func(_ *app, i item) string { return fmt.Sprint(i.volume.LogicalBlock) }},
-	{"snapshots", false, pick(func(v volumeJSON) string { return fmt.Sprint(len(v.Snapshots)) }, func(snapshotJSON) string { return "" })},
-	{"clones", false, pick(func(volumeJSON) string { return "" }, func(s snapshotJSON) string { return strings.Join(s.Clones, ",") })},
-	{"holds", false, pick(func(volumeJSON) string { return "" }, snapshotJSON.tags)},
-	{"properties", false, pick(func(v volumeJSON) string { return properties(v.Properties) }, func(snapshotJSON) string { return "" })},
-	{"origin", false, pick(func(v volumeJSON) string { return v.Origin }, func(snapshotJSON) string { return "" })},
-	{"device", false, pick(func(v volumeJSON) string { return shown(v.Device, v.DeviceState) }, func(s snapshotJSON) string { return shown(s.Device, s.DeviceState) })},
-	{"open", false, pick(func(v volumeJSON) string { return fmt.Sprint(v.Open) }, func(snapshotJSON) string { return "" })},
-	{"created", false, pick(func(v volumeJSON) string { return when(v.Created) }, func(s snapshotJSON) string { return when(s.Created) })},
-}
-
-// defaultColumns are the columns that need only the table of volumes and snapshots, not their maps.
-const defaultColumns = "name,size,compress,snapshots,origin,device,created"
-
-// longColumns are the columns of ls -l.
-const longColumns = "name,size,used,usedsnap,referenced,exclusive,mapped,ratio,snapshots,origin"
-
-func columnNames() (names []string) {
-	for _, c := range columns {
-		names = append(names, c.name)
-	}
-	return names
-}
-
-func chooseColumns(c *cli.Context) (chosen []column, err error) {
-	list := c.String("columns")
-	switch {
-	case list != "":
-	case c.Bool("long"):
-		list = longColumns
-	default:
-		list = defaultColumns
-	}
-	for name := range strings.SplitSeq(list, ",") {
-		i := slices.IndexFunc(columns, func(c column) bool { return c.name == name })
-		if strings.Contains(name, ":") {
-			chosen = append(chosen, column{name, false, pick(func(v volumeJSON) string { return v.Properties[name] }, func(snapshotJSON) string { return "" })})
-			continue
-		}
-		if i < 0 {
-			return nil, usageError{c, fmt.Errorf("there is no column %q; there are %s", name, strings.Join(columnNames(), ", "))}
-		}
-		chosen = append(chosen, columns[i])
-	}
-	return chosen, nil
-}
-
 func (a *app) ls(c *cli.Context) error {
 	kind := c.String("type")
+	if c.Bool("tree") && !c.IsSet("type") {
+		kind = "all"
+	}
 	if !slices.Contains([]string{"vol", "snap", "all"}, kind) {
 		return usageError{c, fmt.Errorf("-t %s: vol, snap and all are possible", kind)}
 	}
 	chosen, err := chooseColumns(c)
+	if err != nil {
+		return err
+	}
+	by, err := columnOf(c, cmp.Or(c.String("sort"), "name"))
 	if err != nil {
 		return err
 	}
@@ -173,11 +64,21 @@ func (a *app) ls(c *cli.Context) error {
 		if kind != "all" && c.NArg() == 0 {
 			volumes = slices.DeleteFunc(volumes, func(v volumeJSON) bool { return v.Receiving != nil })
 		}
+		slices.SortStableFunc(volumes, func(x, y volumeJSON) int { return natural(x.Name, y.Name) })
 		items := itemsOf(volumes, kind)
-		if slices.ContainsFunc(chosen, func(c column) bool { return c.usage }) {
+		if by.usage || slices.ContainsFunc(chosen, func(c column) bool { return c.usage }) {
 			if err := addUsage(c, s, items); err != nil {
 				return err
 			}
+		}
+		if c.IsSet("sort") {
+			slices.SortStableFunc(items, func(x, y item) int { return by.compare(a, x, y) })
+		}
+		if c.Bool("reverse") {
+			slices.Reverse(items)
+		}
+		if c.Bool("tree") {
+			items = treeOf(items, !c.Bool("script"))
 		}
 		return a.print(listJSON(items, kind), func() error { return a.printItems(items, chosen, c.Bool("script")) })
 	})
@@ -288,9 +189,9 @@ func listJSON(items []item, kind string) any {
 }
 
 func (a *app) printItems(items []item, chosen []column, script bool) error {
-	var header []string
+	var header []heading
 	for _, c := range chosen {
-		header = append(header, strings.ToUpper(c.name))
+		header = append(header, heading{strings.ToUpper(c.name), c.right, c.free})
 	}
 	var rows [][]string
 	for _, i := range items {

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"maps"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"github.com/vdisk/vdisk/cow"
@@ -27,29 +26,6 @@ func (a *app) note(format string, args ...any) {
 	if !a.quiet && !a.json {
 		fmt.Fprintf(a.stderr, "note: %s\n", cell(fmt.Sprintf(format, args...)))
 	}
-}
-
-// table prints rows in columns. For scripts it prints no header and separates columns by tabs.
-func (a *app) table(header []string, rows [][]string, script bool) error {
-	for i, row := range rows {
-		rows[i] = make([]string, len(row))
-		for k, text := range row {
-			rows[i][k] = cell(text)
-		}
-	}
-	if script {
-		for _, row := range rows {
-			if _, err := fmt.Fprintln(a.stdout, strings.Join(row, "\t")); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
-	w := tabwriter.NewWriter(a.stdout, 0, 0, 2, ' ', 0)
-	for _, row := range append([][]string{header}, rows...) {
-		fmt.Fprintln(w, strings.Join(row, "\t"))
-	}
-	return w.Flush()
 }
 
 func when(t time.Time) string { return t.Local().Format("2006-01-02 15:04:05") }

@@ -15,7 +15,7 @@ const hostile = "a\x1b]0;x\x07\x1b[2Jb\u009b31m\u202e\U000e0041\xff\x7f größe"
 // TestForeignText: names of other programs do not reach the terminal unescaped, and do not make lines.
 func TestForeignText(t *testing.T) {
 	for name, show := range map[string]func(a *app) error{
-		"table":  func(a *app) error { return a.table([]string{"A"}, [][]string{{hostile + "\nx\ty"}}, false) },
+		"table":  func(a *app) error { return a.table(headings("A"), [][]string{{hostile + "\nx\ty"}}, false) },
 		"script": func(a *app) error { return a.table(nil, [][]string{{hostile + "\nx\ty"}}, true) },
 		"fields": func(a *app) error { return a.fields([][2]string{{"owner", hostile + "\nx\ty"}}) },
 		"note":   func(a *app) error { a.note("held by %s", hostile+"\nx\ty"); return nil },

@@ -96,7 +96,7 @@ func (a *app) printProperties(c *cli.Context, v volumeJSON) error {
 			rows[0] = rows[0][1:]
 			return a.table(nil, rows, true)
 		}
-		return a.table([]string{"PROPERTY", "VALUE"}, rows, c.Bool("script"))
+		return a.table(headings("PROPERTY", "VALUE"), rows, c.Bool("script"))
 	})
 }
 

@@ -167,7 +167,7 @@ func opsJSON(q *ublk.QueueStats) []opStatsJSON {
 }
 
 func (a *app) printStats(j statsJSON) error {
-	header := []string{"OPERATION", "REQUESTS", "BYTES", "ERRORS", "MEAN", "P50", "P99"}
+	header := append(headings("OPERATION"), numbers("REQUESTS", "BYTES", "ERRORS", "MEAN", "P50", "P99")...)
 	var rows [][]string
 	for _, o := range j.Ops {
 		row := []string{o.Op, fmt.Sprint(o.Requests), a.size(int64(o.Bytes)), fmt.Sprint(o.Errors), "-", "-", "-"}
