@@ -31,6 +31,7 @@ var examples = map[string]string{
 	"bench":       "vdisk bench\nvdisk bench --size 4G --time 30s --dir /srv",
 	"check":       "vdisk check\nvdisk check vm1 --read-data",
 	"clone":       "vdisk clone golden@v1 vm1",
+	"completion":  "vdisk completion bash > /etc/bash_completion.d/vdisk",
 	"compare":     "vdisk compare vm1@mon vm1@tue\nvdisk compare vm1@tue backup.img",
 	"create":      "vdisk create vm1 10G\nvdisk create db --size 100G --compress zstd:3 --logical-block 4096\nvdisk create vm1 --from disk.img",
 	"daemon":      "vdisk daemon\nvdisk --max-size 500G daemon",
@@ -108,7 +109,7 @@ func unknownCommand(program *cli.App, typed string) error {
 	name := known[typed]
 	if name == "" {
 		var names []string
-		for _, c := range program.Commands {
+		for _, c := range program.VisibleCommands() {
 			names = append(names, c.Name)
 		}
 		name = meant(typed, names)

@@ -72,7 +72,10 @@ func run(args []string) int {
 	out := newOutput(ctx, os.Stdout)
 	a := &app{stdin: os.Stdin, stdout: plainWriter{out}, stderr: plainWriter{diagnostics{os.Stderr, new(atomic.Int64)}}}
 	program := a.program()
-	err := program.RunContext(ctx, reorderArgs(program, args))
+	if len(args) < 2 || args[1] != completeVerb {
+		args = reorderArgs(program, args)
+	}
+	err := program.RunContext(ctx, args)
 	if err == nil {
 		err = out.err()
 	}
@@ -163,6 +166,7 @@ func (a *app) program() *cli.App {
 			a.importCommand(), a.exportCommand(), a.diffCommand(), a.mapCommand(), a.compareCommand(),
 			a.exportDiffCommand(), a.importDiffCommand(), a.sendCommand(), a.receiveCommand(), a.streamCommand(),
 			a.checkCommand(), a.scrubCommand(), a.metadataCommand(), a.gcCommand(), a.benchCommand(), a.featuresCommand(), a.versionCommand(),
+			a.completionCommand(), a.completeCommand(),
 		},
 	}
 }

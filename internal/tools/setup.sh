@@ -74,6 +74,8 @@ for what; do
 		need mkfs.xfs xfsprogs
 		need pgrep procps
 		need strace strace
+		need zsh zsh
+		need fish fish
 	fi
 done
 # shellcheck disable=SC2086 # a list of words
