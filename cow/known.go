@@ -51,11 +51,16 @@ type damageRegister struct {
 	work    chan struct{} // there are new places
 	proving sync.Mutex    // one prove at a time
 
-	mu    sync.Mutex // taken while holding any lock of the engine, and no lock is taken under it
-	met   map[badPlace]error
-	known map[badPlace]error
-	more  int // places for which there was no room
-	told  int // of these, what was logged
+	saving sync.Mutex // one writes the file at a time; mu is taken under it
+
+	mu     sync.Mutex // taken while holding any lock of the engine, and no lock is taken under it
+	met    map[badPlace]error
+	known  map[badPlace]error
+	before map[badPlace]struct{} // of known: from the file, and not looked at by this owner
+	more   int                   // places for which there was no room
+	told   int                   // of these, what was logged
+	dirty  bool                  // known differs from the file
+	inFile bool                  // there is a file
 
 	some atomic.Bool // known is not empty
 }
@@ -73,7 +78,7 @@ const (
 )
 
 func newDamageRegister() damageRegister {
-	return damageRegister{work: make(chan struct{}, 1), met: map[badPlace]error{}, known: map[badPlace]error{}}
+	return damageRegister{work: make(chan struct{}, 1), met: map[badPlace]error{}, known: map[badPlace]error{}, before: map[badPlace]struct{}{}}
 }
 
 // note notes a place that may be damaged. It waits for nothing, and may be called while holding locks.
@@ -101,8 +106,19 @@ func (r *damageRegister) sound(p badPlace) {
 func (r *damageRegister) drop(p badPlace) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	was := r.known[p] != nil
 	delete(r.known, p)
+	delete(r.before, p)
+	r.changed(was)
+}
+
+// changed notes that known is another one now, if so. The caller holds mu.
+func (r *damageRegister) changed(so bool) {
 	r.some.Store(len(r.known) > 0)
+	if so {
+		r.dirty = true
+		wal.Poke(r.work)
+	}
 }
 
 // proved makes a place that was met known if why is not nil, and otherwise forgets it.
@@ -112,7 +128,7 @@ func (r *damageRegister) proved(p badPlace, why error) {
 	delete(r.met, p)
 	if why != nil {
 		r.known[p] = why
-		r.some.Store(true)
+		r.changed(true)
 	}
 }
 
@@ -120,7 +136,11 @@ func (r *damageRegister) proved(p badPlace, why error) {
 func (r *damageRegister) toProve() []badPlace {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return slices.SortedFunc(maps.Keys(r.met), badPlace.compare)
+	return sortedPlaces(r.met)
+}
+
+func sortedPlaces[V any](m map[badPlace]V) []badPlace {
+	return slices.SortedFunc(maps.Keys(m), badPlace.compare)
 }
 
 // untold returns how many more places than are known have been met since the last call.
@@ -201,6 +221,7 @@ func (s *Store) metAt(c *chunk, off uint32, why error) {
 
 // damageRoutine proves and logs damage as it is met.
 func (s *Store) damageRoutine() {
+	named := len(s.damage.someBefore()) == 0 // whether it was looked for those that have what earlier owners knew
 	for {
 		select {
 		case <-s.quit:
@@ -210,6 +231,13 @@ func (s *Store) damageRoutine() {
 		if err := s.proveDamage(context.Background()); err != nil && !errors.Is(err, ErrClosed) {
 			s.log.Error("what is damaged cannot be looked at", "err", err)
 		}
+		if len(s.damage.someBefore()) > 0 {
+			s.goOnLooking()
+		} else if !named {
+			named = true
+			s.dropUnnamed()
+		}
+		s.saveDamage()
 		select {
 		case <-s.quit:
 			return
@@ -236,8 +264,9 @@ func (s *Store) proveDamage(ctx context.Context) error {
 			r.proved(p, nil)
 		}
 	}
+	err := s.lookAgain(ctx)
 	more := r.untold() + max(0, len(list)-damageLines)
-	err := s.logDamage(ctx, list[:min(len(list), damageLines)])
+	err = cmp.Or(err, s.logDamage(ctx, list[:min(len(list), damageLines)]))
 	if more > 0 {
 		s.log.Log(ctx, s.damageLevel(), "more is damaged; 'vdisk check --read-data' lists all", "places", more)
 	}
@@ -297,18 +326,29 @@ func lostText(lost []Lost, more bool) string {
 	return strings.Join(parts, ", ")
 }
 
-// failure reads what is at a place, and returns why that fails. It returns nil if it can be read or is not there any
-// more, and if the error says nothing of what the disk has. A leaf is not read: its checksum is of what is in memory.
+// failure reads what is at a place that was met, and returns why that fails. It returns nil if it can be read or is not
+// there any more, and if the error says nothing of what the disk has. A leaf is not read: its checksum is of what is in
+// memory.
 func (s *Store) failure(p badPlace) error {
-	k := p.record
-	if k.chunk == 0 {
+	if p.record.chunk == 0 {
 		s.damage.mu.Lock()
 		defer s.damage.mu.Unlock()
 		return s.damage.met[p]
 	}
+	why, _ := s.look(p)
+	return why
+}
+
+// look reads what is at a place. why is nil if it can be read or is not there any more, and if the error says nothing of
+// what the disk has; sure is false then.
+func (s *Store) look(p badPlace) (why error, sure bool) {
+	k := p.record
+	if k.chunk == 0 {
+		return s.lookAtLeaf(p.leaf), true
+	}
 	c := s.slots.get(k.e.Slot())
 	if c == nil || c.Seq != k.chunk || !c.TryAcquire() {
-		return nil
+		return nil, true
 	}
 	defer c.Release()
 	stored := make([]byte, k.e.Size())
@@ -317,9 +357,9 @@ func (s *Store) failure(p badPlace) error {
 		err = k.verify(stored)
 	}
 	if fault.OutOfReach(err) || s.slots.get(k.e.Slot()) != c {
-		return nil
+		return nil, !fault.OutOfReach(err)
 	}
-	return err
+	return err, true
 }
 
 // verify verifies and decompresses a record as stored.

@@ -142,8 +142,9 @@ func openIn(in *storage.Folder, o Options) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.wg.Go(s.damageRoutine)
+	s.loadDamage()
 	s.loadScrub()
+	s.wg.Go(s.damageRoutine)
 	if s.readOnly != nil {
 		return s, nil
 	}
@@ -371,6 +372,7 @@ func (s *Store) Close() error {
 	close(s.quit)
 	s.wg.Wait()
 	s.tasks.Wait() // they end when quit is closed
+	s.saveDamage()
 	if s.readOnly != nil {
 		return s.release()
 	}
