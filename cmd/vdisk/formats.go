@@ -69,6 +69,9 @@ func refuse(name string, in reading, first, last []byte) error {
 		return fmt.Errorf("what %s holds looks like %s, and a raw image is needed: unpack it into a file first: %w", name, f.What, cow.ErrInvalid)
 	}
 	how := "unpack or convert it"
+	if f.Use != "" {
+		how = "'vdisk " + f.Use + "' reads it"
+	}
 	if format, err := image.Parse(f.Format); err == nil {
 		flag := "--" + in.flag + " " + f.Format
 		if how = flag + " " + in.verb + " it"; in.from == stream && !format.IsStream() {

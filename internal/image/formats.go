@@ -67,6 +67,7 @@ func (f Format) IsStream() bool { return f.kind != disk }
 type Foreign struct {
 	What   string // such as VMDK
 	Format string // the name of its Format; empty: it has none
+	Use    string // the command of ours that reads it; empty: there is none
 }
 
 // magic is what identifies a format of images or archives.
@@ -87,35 +88,38 @@ const (
 // magics lists formats that can be told from raw disks. A disk may be encrypted or hold any file system, so the list has
 // nothing that is known to be on disks. Of two that match, the first counts.
 var magics = []magic{
-	{Foreign{"qcow (version 1)", "qcow"}, 0, "QFI\xfb\x00\x00\x00\x01", head},
-	{Foreign{"qcow2", "qcow2"}, 0, "QFI\xfb", head},
-	{Foreign{"VMDK", "vmdk"}, 0, "KDMV", head},
-	{Foreign{"VMDK", "vmdk"}, 0, "COWD", head},
-	{Foreign{"VDI", "vdi"}, 64, "\x7f\x10\xda\xbe", head},
-	{Foreign{"VHDX", "vhdx"}, 0, "vhdxfile", head},
-	{Foreign{"VHD", "vpc"}, 0, "conectix", head},
-	{Foreign{"VHD", "vpc"}, 0, "conectix", foot}, // of fixed size: raw content and a footer
-	{Foreign{"DMG", ""}, 0, "koly", foot},
-	{Foreign{"QED", "qed"}, 0, "QED\x00", head},
-	{Foreign{"Parallels", "parallels"}, 0, "WithoutFreeSpace", head},
-	{Foreign{"Parallels", "parallels"}, 0, "WithouFreSpacExt", head},
-	{Foreign{"Bochs", ""}, 0, "Bochs Virtual HD Image", head},
-	{Foreign{"cloop", ""}, 0, "#!/bin/sh\n#V2.0 Format\nmodprobe cloop", head},
-	{Foreign{"EWF", ""}, 0, "EVF\x09\x0d\x0a\xff\x00", head},
-	{Foreign{"an Android sparse image", ""}, 0, "\x3a\xff\x26\xed\x01\x00", head},
-	{Foreign{"gzip", "gzip"}, 0, "\x1f\x8b\x08", head},
-	{Foreign{"bzip2", ""}, 4, "1AY&SY", head},
-	{Foreign{"xz", "xz"}, 0, "\xfd7zXZ\x00", head},
-	{Foreign{"zstd", "zstd"}, 0, "\x28\xb5\x2f\xfd", head},
-	{Foreign{"zstd", "zstd"}, 0, "\x50\x2a\x4d\x18\x04\x00\x00\x00", head}, // of pzstd: a frame that says how long the next one is
-	{Foreign{"LZ4", ""}, 0, "\x04\x22\x4d\x18", head},
-	{Foreign{"LZ4", ""}, 0, "\x02\x21\x4c\x18", head},
-	{Foreign{"lzip", ""}, 0, "LZIP\x01", head},
-	{Foreign{"lzop", ""}, 0, "\x89LZO\x00\r\n\x1a\n", head},
-	{Foreign{"7z", ""}, 0, "7z\xbc\xaf\x27\x1c", head},
-	{Foreign{"zip", ""}, 0, "PK\x03\x04", head},
-	{Foreign{"RAR", ""}, 0, "Rar!\x1a\x07", head},
-	{Foreign{"tar (as OVA)", ""}, 257, "ustar", head},
+	{Foreign{"qcow (version 1)", "qcow", ""}, 0, "QFI\xfb\x00\x00\x00\x01", head},
+	{Foreign{"qcow2", "qcow2", ""}, 0, "QFI\xfb", head},
+	{Foreign{"VMDK", "vmdk", ""}, 0, "KDMV", head},
+	{Foreign{"VMDK", "vmdk", ""}, 0, "COWD", head},
+	{Foreign{"VDI", "vdi", ""}, 64, "\x7f\x10\xda\xbe", head},
+	{Foreign{"VHDX", "vhdx", ""}, 0, "vhdxfile", head},
+	{Foreign{"VHD", "vpc", ""}, 0, "conectix", head},
+	{Foreign{"VHD", "vpc", ""}, 0, "conectix", foot}, // of fixed size: raw content and a footer
+	{Foreign{"DMG", "", ""}, 0, "koly", foot},
+	{Foreign{"QED", "qed", ""}, 0, "QED\x00", head},
+	{Foreign{"Parallels", "parallels", ""}, 0, "WithoutFreeSpace", head},
+	{Foreign{"Parallels", "parallels", ""}, 0, "WithouFreSpacExt", head},
+	{Foreign{"Bochs", "", ""}, 0, "Bochs Virtual HD Image", head},
+	{Foreign{"cloop", "", ""}, 0, "#!/bin/sh\n#V2.0 Format\nmodprobe cloop", head},
+	{Foreign{"EWF", "", ""}, 0, "EVF\x09\x0d\x0a\xff\x00", head},
+	{Foreign{"an Android sparse image", "", ""}, 0, "\x3a\xff\x26\xed\x01\x00", head},
+	{Foreign{"gzip", "gzip", ""}, 0, "\x1f\x8b\x08", head},
+	{Foreign{"bzip2", "", ""}, 4, "1AY&SY", head},
+	{Foreign{"xz", "xz", ""}, 0, "\xfd7zXZ\x00", head},
+	{Foreign{"zstd", "zstd", ""}, 0, "\x28\xb5\x2f\xfd", head},
+	{Foreign{"zstd", "zstd", ""}, 0, "\x50\x2a\x4d\x18\x04\x00\x00\x00", head}, // of pzstd: a frame that says how long the next one is
+	{Foreign{"LZ4", "", ""}, 0, "\x04\x22\x4d\x18", head},
+	{Foreign{"LZ4", "", ""}, 0, "\x02\x21\x4c\x18", head},
+	{Foreign{"lzip", "", ""}, 0, "LZIP\x01", head},
+	{Foreign{"lzop", "", ""}, 0, "\x89LZO\x00\r\n\x1a\n", head},
+	{Foreign{"7z", "", ""}, 0, "7z\xbc\xaf\x27\x1c", head},
+	{Foreign{"zip", "", ""}, 0, "PK\x03\x04", head},
+	{Foreign{"RAR", "", ""}, 0, "Rar!\x1a\x07", head},
+	{Foreign{"tar (as OVA)", "", ""}, 257, "ustar", head},
+	{Foreign{"a stream of 'vdisk send'", "", "receive"}, 0, "VDSF", head},
+	{Foreign{"a difference in the format of 'rbd export-diff'", "", "import-diff"}, 0, "rbd diff v", head},
+	{Foreign{"an image in a format of 'rbd export'", "", ""}, 0, "rbd image v", head},
 }
 
 // HeadSize and FootSize are how much of a content's beginning and end Recognise wants.
@@ -137,7 +141,10 @@ func Recognise(first, last []byte) (Foreign, bool) {
 		}
 	}
 	if isDescriptor(first) {
-		return Foreign{"a VMDK descriptor (the data is in the files that it names)", "vmdk"}, true
+		return Foreign{"a VMDK descriptor (the data is in the files that it names)", "vmdk", ""}, true
+	}
+	if isLZMA(first) {
+		return Foreign{"lzma", "", ""}, true
 	}
 	return Foreign{}, false
 }
@@ -156,6 +163,12 @@ func isDescriptor(first []byte) bool {
 		}
 	}
 	return false
+}
+
+// isLZMA reports whether a content begins as what xz --format=lzma writes: with the usual properties, the size of a
+// dictionary, and no length.
+func isLZMA(first []byte) bool {
+	return len(first) >= 13 && bytes.HasPrefix(first, []byte("\x5d\x00\x00")) && bytes.Equal(first[5:13], bytes.Repeat([]byte{0xff}, 8))
 }
 
 // be and le read integers of an image's header.
