@@ -263,8 +263,12 @@ func (m *model) snapshot(refs ...Ref) {
 	m.record(st)
 }
 
-func (m *model) clone(src Ref, name string) {
-	m.record(m.now().with(name, modelVolume{disk: m.now()[src.Volume].snaps[src.Snapshot], codec: m.now()[src.Volume].codec}))
+func (m *model) clone(src Ref, names ...string) {
+	st := m.now()
+	for _, name := range names {
+		st = st.with(name, modelVolume{disk: m.now()[src.Volume].snaps[src.Snapshot], codec: m.now()[src.Volume].codec})
+	}
+	m.record(st)
 }
 
 func (m *model) rollback(to Ref) {

@@ -40,9 +40,12 @@ func (w *modelStore) administer(o op, names []string, name string) error {
 		w.m.remove(snap)
 		return w.event(w.s.Remove(snap, o.c%2 == 0))
 	case "clone":
-		to := w.newName("c")
-		w.m.clone(snap, to)
-		return w.event(w.s.Clone(snap, to))
+		to := []string{w.newName("c")}
+		if o.b%3 == 0 && len(names) < 3 {
+			to = append(to, w.newName("c"))
+		}
+		w.m.clone(snap, to...)
+		return w.event(w.s.Clone(snap, to...))
 	case "rollback":
 		w.closeDevice(name)
 		w.m.rollback(snap)

@@ -162,22 +162,31 @@ func newGUID() (g format.GUID) {
 	return g
 }
 
-// Clone makes a volume whose content begins as that of a snapshot.
-func (s *Store) Clone(src Ref, name string) error {
+// Clone makes volumes whose content begins as that of a snapshot. It makes either all of them or none.
+func (s *Store) Clone(src Ref, names ...string) error {
 	err := s.transact(func() (*format.Event, error) {
 		v, sn, err := s.lookupSnapshot(src)
 		if err != nil {
 			return nil, err
 		}
-		if err := s.freeName(name); err != nil {
-			return nil, err
+		ev := &format.Event{Op: "clone"}
+		seen := map[string]bool{}
+		for _, name := range names {
+			if err := s.freeName(name); err != nil {
+				return nil, err
+			}
+			if seen[name] {
+				return nil, fmt.Errorf("%s is named twice: %w", name, ErrInvalid)
+			}
+			seen[name] = true
+			b := s.branchAt(sn)
+			ev.Branches = append(ev.Branches, b)
+			ev.Volumes = append(ev.Volumes, format.Volume{
+				ID: s.catalog.newID(), Name: name, Size: sn.Size, Codec: v.Codec, Level: v.Level,
+				LogicalBlock: v.LogicalBlock, Branch: b.ID, Created: Now(),
+			})
 		}
-		b := s.branchAt(sn)
-		c := format.Volume{
-			ID: s.catalog.newID(), Name: name, Size: sn.Size, Codec: v.Codec, Level: v.Level,
-			LogicalBlock: v.LogicalBlock, Branch: b.ID, Created: Now(),
-		}
-		return &format.Event{Op: "clone", Branches: []format.Branch{b}, Volumes: []format.Volume{c}}, nil
+		return ev, nil
 	})
 	return wrapIf(err, "clone %s", src)
 }

@@ -10,7 +10,7 @@ func TestArgumentOf(t *testing.T) {
 		n       int
 		want    string
 	}{
-		{"clone", 0, "VOL@SNAP"}, {"clone", 1, "NEW"}, {"clone", 2, ""},
+		{"clone", 0, "VOL@SNAP"}, {"clone", 1, "NEW..."}, {"rename", 2, ""},
 		{"export", 0, "VOL[@SNAP]"}, {"export", 1, "FILE|-"},
 		{"snapshot", 3, "VOL@SNAP..."}, {"ls", 5, "[VOL...]"}, {"hold", 0, "TAG"}, {"hold", 2, "VOL@SNAP..."},
 		{"send", 0, "VOL@SNAP"}, {"serve", 0, "[VOL[@SNAP]...]"}, {"rename", 0, "VOL"}, {"rename", 1, "NEW"},

@@ -30,7 +30,7 @@ var examples = map[string]string{
 	"attach":      "vdisk attach vm1\nvdisk attach golden@v1 --read-only",
 	"bench":       "vdisk bench\nvdisk bench --size 4G --time 30s --dir /srv",
 	"check":       "vdisk check\nvdisk check vm1 --read-data",
-	"clone":       "vdisk clone golden@v1 vm1",
+	"clone":       "vdisk clone golden@v1 vm1\nvdisk clone golden@v1 vm1 vm2 vm3",
 	"completion":  "vdisk completion bash > /etc/bash_completion.d/vdisk",
 	"compare":     "vdisk compare vm1@mon vm1@tue\nvdisk compare vm1@tue backup.img",
 	"create":      "vdisk create vm1 10G\nvdisk create db --size 100G --compress zstd:3 --logical-block 4096\nvdisk create vm1 --from disk.img",

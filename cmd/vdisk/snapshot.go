@@ -51,32 +51,48 @@ func (a *app) printSnapshots(c *cli.Context, s owner.Store, refs []cow.Ref) erro
 }
 
 func (a *app) cloneCommand() *cli.Command {
-	return a.command(arity{2, 2}, &cli.Command{
-		Name:        "clone",
-		Category:    groupVolumes,
-		Usage:       "create a volume from a snapshot",
-		UsageText:   "vdisk clone VOL@SNAP NEW",
-		Description: "A clone takes no space until it is written to. It stays when the snapshot or its volume is removed.",
+	return a.command(arity{2, -1}, &cli.Command{
+		Name:      "clone",
+		Category:  groupVolumes,
+		Usage:     "create volumes from a snapshot",
+		UsageText: "vdisk clone VOL@SNAP NEW...",
+		Description: "A clone takes no space until it is written to. It stays when the snapshot or its volume is removed. Several are made\n" +
+			"in one atomic step: all of them or none.",
 	}, func(c *cli.Context) error {
 		from, err := snapshotRef(c, 0)
 		if err != nil {
 			return err
 		}
-		name, err := volumeName(c, 1)
+		names, err := argsFrom(c, 1, volumeName)
 		if err != nil {
 			return err
 		}
 		return a.with(c, func(s owner.Store) error {
-			if err := s.Clone(c.Context, from, name); err != nil {
+			if err := s.Clone(c.Context, from, names...); err != nil {
 				return err
 			}
-			v, err := s.Volume(c.Context, name)
-			if err != nil {
-				return err
-			}
-			return a.printVolume(v)
+			return a.printClones(c, s, names)
 		})
 	})
+}
+
+// printClones prints new volumes as JSON: one as itself, several as a list. Without --json it prints nothing.
+func (a *app) printClones(c *cli.Context, s owner.Store, names []string) error {
+	if !a.json {
+		return nil
+	}
+	list := []volumeJSON{}
+	for _, name := range names {
+		v, err := s.Volume(c.Context, name)
+		if err != nil {
+			return err
+		}
+		list = append(list, volumeOf(v))
+	}
+	if len(list) == 1 {
+		return a.print(list[0], nil)
+	}
+	return a.print(map[string]any{"volumes": list}, nil)
 }
 
 func (a *app) rollbackCommand() *cli.Command {

@@ -183,9 +183,13 @@ func (c *Client) Snapshot(ctx context.Context, refs ...cow.Ref) error {
 	return c.call(ctx, "snapshot", request{Refs: refs}, nil)
 }
 
-// Clone makes a volume from a snapshot.
-func (c *Client) Clone(ctx context.Context, src cow.Ref, name string) error {
-	return c.call(ctx, "clone", request{Ref: src, Name: name}, nil)
+// Clone makes volumes from a snapshot, all of them or none.
+func (c *Client) Clone(ctx context.Context, src cow.Ref, names ...string) error {
+	r := request{Ref: src, Names: names}
+	if len(names) == 1 { // an older owner knows no others
+		r.Name, r.Names = names[0], nil
+	}
+	return c.call(ctx, "clone", r, nil)
 }
 
 // Rollback gives a volume the content of one of its snapshots.

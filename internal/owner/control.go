@@ -131,7 +131,12 @@ func (c *control) routes() *http.ServeMux {
 	plain("volume-space", func(ctx context.Context, r request) (any, error) { return o.VolumeUsage(ctx, r.Names...) })
 	plain("create", func(ctx context.Context, r request) (any, error) { return o.CreateVolume(ctx, r.Name, r.Volume) })
 	plain("snapshot", func(ctx context.Context, r request) (any, error) { return nil, o.Snapshot(ctx, r.Refs...) })
-	plain("clone", func(ctx context.Context, r request) (any, error) { return nil, o.Clone(ctx, r.Ref, r.Name) })
+	plain("clone", func(ctx context.Context, r request) (any, error) {
+		if len(r.Names) == 0 {
+			r.Names = []string{r.Name}
+		}
+		return nil, o.Clone(ctx, r.Ref, r.Names...)
+	})
 	plain("rollback", func(ctx context.Context, r request) (any, error) { return nil, o.Rollback(ctx, r.Ref) })
 	plain("rename", func(ctx context.Context, r request) (any, error) { return nil, o.Rename(ctx, r.Ref, r.To) })
 	plain("resize", func(ctx context.Context, r request) (any, error) { return nil, o.Resize(ctx, r.Name, r.Size, r.Flag) })

@@ -28,7 +28,8 @@ type Store interface {
 
 	CreateVolume(ctx context.Context, name string, o cow.VolumeOptions) (cow.VolumeInfo, error)
 	Snapshot(ctx context.Context, refs ...cow.Ref) error
-	Clone(ctx context.Context, src cow.Ref, name string) error
+	// Clone makes volumes from a snapshot, all of them or none.
+	Clone(ctx context.Context, src cow.Ref, names ...string) error
 	Rollback(ctx context.Context, to cow.Ref) error
 	Rename(ctx context.Context, from, to cow.Ref) error
 	Resize(ctx context.Context, name string, size int64, shrink bool) error

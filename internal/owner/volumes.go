@@ -56,9 +56,9 @@ func (o *Owner) CreateVolume(_ context.Context, name string, v cow.VolumeOptions
 // Snapshot takes snapshots of all the volumes at the same moment.
 func (o *Owner) Snapshot(_ context.Context, refs ...cow.Ref) error { return o.store.Snapshot(refs...) }
 
-// Clone makes a volume from a snapshot.
-func (o *Owner) Clone(_ context.Context, src cow.Ref, name string) error {
-	return o.store.Clone(src, name)
+// Clone makes volumes from a snapshot, all of them or none.
+func (o *Owner) Clone(_ context.Context, src cow.Ref, names ...string) error {
+	return o.store.Clone(src, names...)
 }
 
 // Rollback gives a volume the content of one of its snapshots.
