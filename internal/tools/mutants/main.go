@@ -28,6 +28,7 @@ import (
 	"os"
 	"os/signal"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -126,9 +127,14 @@ func (o *options) runAll(ctx context.Context, ms []mutant) error {
 		}
 	}
 	if o.base {
-		if err := testBase(ctx, todo); err != nil {
-			return err
-		}
+		failed := testBase(ctx, todo)
+		todo = slices.DeleteFunc(todo, func(m mutant) bool {
+			err := failed[m.group()]
+			if err != nil {
+				t.add(&m, "", err, "")
+			}
+			return err != nil
+		})
 	}
 	var wg sync.WaitGroup
 	next := make(chan *mutant)

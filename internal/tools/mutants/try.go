@@ -23,7 +23,7 @@ var failedTest = regexp.MustCompile(`(?m)^\s*--- FAIL: (\S+)`)
 // try runs the test with the mutant in place of the file, and returns the test that failed. It does nothing with a
 // mutant that no test can notice, but to make sure that its lines are there.
 func (m *mutant) try(ctx context.Context, limit time.Duration) (by string, err error) {
-	dir, err := os.MkdirTemp("", "m")
+	dir, err := folder()
 	if err != nil {
 		return "", err
 	}
@@ -55,41 +55,56 @@ func (m *mutant) try(ctx context.Context, limit time.Duration) (by string, err e
 	return "", fmt.Errorf("%w without a failed test:\n%s", err, text)
 }
 
-// testBase runs the tests of the mutants without a mutant, those of a package in one run. One that fails there would
-// seem to kill every mutant.
-func testBase(ctx context.Context, ms []mutant) error {
-	type group struct{ pkg, env string }
-	tests := map[group][]string{}
+// group is a package, with the variables for its tests.
+type group struct{ pkg, env string }
+
+func (m *mutant) group() group { return group{m.pkg, strings.Join(m.env, " ")} }
+
+// testBase runs the tests of the mutants without a mutant, those of a package in one run, and returns the errors of the
+// packages that fail. A test that fails there would seem to kill every mutant.
+func testBase(ctx context.Context, ms []mutant) map[group]error {
+	tests, failed := map[group][]string{}, map[group]error{}
 	var groups []group // in the order of the lists
 	for _, m := range ms {
 		if m.equivalent != "" {
 			continue
 		}
-		g := group{m.pkg, strings.Join(m.env, "\n")}
+		g := m.group()
 		if tests[g] == nil {
 			groups = append(groups, g)
 		}
-		if t := m.test; !slices.Contains(tests[g], t) {
-			tests[g] = append(tests[g], t)
+		if !slices.Contains(tests[g], m.test) {
+			tests[g] = append(tests[g], m.test)
 		}
 	}
 	for _, g := range groups {
-		dir, err := os.MkdirTemp("", "m")
-		if err != nil {
-			return err
-		}
 		start := time.Now()
 		pattern := strings.Join(tests[g], "|")
 		if slices.Contains(tests[g], "") {
-			pattern = ""
+			pattern = "" // all
 		}
-		text, err := goTest(ctx, dir, time.Hour, g.pkg, pattern, "", strings.Fields(g.env))
-		if err = errors.Join(err, os.RemoveAll(dir)); err != nil {
-			return fmt.Errorf("without a mutant, %s %s: %w\n%s", g.pkg, pattern, err, text)
+		dir, err := folder()
+		text := ""
+		if err == nil {
+			text, err = goTest(ctx, dir, time.Hour, g.pkg, pattern, "", strings.Fields(g.env))
+			err = errors.Join(err, os.RemoveAll(dir))
+		}
+		if err != nil {
+			failed[g] = fmt.Errorf("without a mutant, %s fails, too: %w", g.pkg, err)
+			fmt.Printf("FAILED      %s without a mutant: %v\n%s\n", g.pkg, err, text)
+			continue
 		}
 		fmt.Printf("passes      %s without a mutant, %.0f s\n", g.pkg, time.Since(start).Seconds())
 	}
-	return nil
+	return failed
+}
+
+// folder makes a folder for a run. Its name is short, for the sake of sockets, and tests may enter it as other users.
+func folder() (dir string, err error) {
+	if dir, err = os.MkdirTemp("", "m"); err != nil {
+		return "", err
+	}
+	return dir, os.Chmod(dir, 0o755)
 }
 
 // goTest runs tests of a package and returns what they print. Whatever they do, it ends soon after the limit, and leaves
@@ -104,7 +119,7 @@ func goTest(ctx context.Context, dir string, limit time.Duration, pkg, test, ove
 	}
 	cmd := exec.CommandContext(ctx, "go", append(args, pkg)...)
 	memory := filepath.Join("/dev/shm", "vdisk-"+filepath.Base(dir))
-	_ = os.Mkdir(memory, 0o700) // without it, the tests put their stores in dir
+	_ = os.Mkdir(memory, 0o755) // without it, the tests put their stores in dir
 	defer func() { _ = os.RemoveAll(memory) }()
 	cmd.Env = append(append(os.Environ(), env...), "TMPDIR="+dir, "VDISK_TEST_MEMORY="+memory)
 	if overlay != "" {

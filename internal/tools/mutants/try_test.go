@@ -70,8 +70,9 @@ func TestTry(t *testing.T) {
 	if _, err := wrong.try(t.Context(), time.Second); err == nil || !strings.Contains(err.Error(), "does not build") {
 		t.Error("it does not build: ", err)
 	}
-	if err := testBase(t.Context(), []mutant{{pkg: ".", test: "TestAdd"}, {pkg: ".", test: "TestNothing"}}); err != nil {
-		t.Error(err)
+	ms := []mutant{{pkg: ".", test: "TestAdd"}, {pkg: "./none", test: "TestNothing"}}
+	if failed := testBase(t.Context(), ms); failed[ms[0].group()] != nil || failed[ms[1].group()] == nil {
+		t.Error("without a mutant: ", failed)
 	}
 }
 
