@@ -237,7 +237,13 @@ func (d *DB) findCopy() error {
 	if c.inUse != nil {
 		c.stale = c.exists(c.otherName()) // a base that was never completed, or an older copy
 		c.publish()
-		if err := durable(c.in, c.inUse.f, c.inUse.last, c.inUse.end); err != nil { // a process that was killed may not have come to it
+		// A batch that is ahead goes before anything else is changed. It may name chunks that were made and have no record:
+		// their files are removed now, and their slots are given away.
+		err := c.inUse.cut()
+		if err == nil { // a process that was killed may not have come to it
+			err = durable(c.in, c.inUse.f, c.inUse.last, c.inUse.end)
+		}
+		if err != nil {
 			c.lose(err)
 			_ = c.removeStale() // the next sync would not fail any more; it is tried again before the next commit
 		}

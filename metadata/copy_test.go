@@ -17,6 +17,7 @@ import (
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/internal/storage/crashfs"
+	"github.com/vdisk/vdisk/internal/storage/crashtable"
 )
 
 func init() { changesAtOnce = 8 } // so that small Updates hand their changes over, too
@@ -322,6 +323,48 @@ func TestCopyOfAKilledOwner(t *testing.T) {
 	must(t, db.Adopt())
 	if afterCut(killed) != want {
 		t.Error("after the table was opened, a power cut leaves an older copy")
+	}
+	must(t, db.Close())
+}
+
+// TestBatchAhead: if a commit fails, its batch may stay in the copy. The next owner cuts it off durably before it does
+// anything else, and not only when it commits: until then a table would be made from it.
+func TestBatchAhead(t *testing.T) {
+	dir := memoryDir(t)
+	path := filepath.Join(dir, "t")
+	filled(t, path)
+	in, copies := folderOf(t, dir), crashfs.New()
+	o := Options{NoSync: true, Copy: copies}
+	db, err := Open(path, o)
+	must(t, err)
+	copyWorkload(t, &db, 4, func(int) {})
+	want, err := content(db)
+	must(t, err)
+	p, err := os.ReadFile(path)
+	must(t, err)
+	disk, err := crashtable.NewDisk(p)
+	must(t, err)
+	_, err = crashtable.Attach(db, disk, func(s crashtable.Step) error {
+		if s == crashtable.WriteMeta {
+			return syscall.EIO
+		}
+		return nil
+	})
+	must(t, err)
+	if err := db.Update(func(tx *Tx) error { return scripted(tx, 13, rand.New(rand.NewPCG(8, 13))) }); !errors.Is(err, syscall.EIO) {
+		t.Fatalf("the commit did not fail: %v", err)
+	}
+	must(t, db.Close())
+	db, err = Open(path, o)
+	must(t, err)
+	if got, err := built(in, copies.Clone()); err != nil || got == want {
+		t.Fatalf("there is no batch ahead: %v", err)
+	}
+	must(t, db.Adopt())
+	for what, fs := range map[string]*crashfs.FS{"the owner is killed": copies.Clone(), "the power is cut": copies.Crash(crashfs.Choice{})} {
+		if got, err := built(in, fs); err != nil || got != want {
+			t.Errorf("%s: the table from the copy is another: %v", what, err)
+		}
 	}
 	must(t, db.Close())
 }
