@@ -48,7 +48,7 @@ func runBroken() int {
 
 // TestScripts runs the scripts of testdata/script, each in a folder of its own with a store at $VDISK_STORE.
 func TestScripts(t *testing.T) {
-	formats, err := filepath.Abs(filepath.Join("..", "..", "testdata", "format"))
+	repo, err := filepath.Abs(filepath.Join("..", ".."))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -59,12 +59,14 @@ func TestScripts(t *testing.T) {
 		Deadline:            time.Now().Add(4 * time.Minute),
 		Setup: func(e *testscript.Env) error {
 			e.Setenv("VDISK_STORE", filepath.Join(e.WorkDir, "store"))
-			e.Setenv("FORMATS", formats)
+			e.Setenv("REPO", repo)
+			e.Setenv("FORMATS", filepath.Join(repo, "testdata", "format"))
 			e.Setenv("GORACE", "atexit_sleep_ms=20") // the race detector's default is a second for each process
 			return nil
 		},
 		Condition: condition,
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"doc":      cmdDoc,
 			"exits":    cmdExits,
 			"tlsfiles": cmdTLSFiles,
 			"waitfor":  cmdWaitFor,
