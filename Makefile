@@ -42,8 +42,8 @@ recovery-test: build ## 200 kills and 20 upgrades of a block device's server, on
 			env RECOVERY_KILLS=200 RECOVERY_AGAIN=50 RECOVERY_UPGRADES=20 bash /payload/recovery.sh || exit 1; \
 	done
 
-power-test: ## 200 power cuts of the disk below a store, and every flush of a recorded load, in a guest; 90 minutes at most
-	@$(GO) run ./internal/guest/cmd/guest test -kernel newest -timeout 90m -scripts none -env VDISK_POWER_CUTS=200 \
+power-test: ## 200 power cuts of the disk below a store, and every flush of a recorded load, in a guest (KERNEL); 90 minutes at most
+	@$(GO) run ./internal/guest/cmd/guest test -kernel $(or $(KERNEL),newest) -timeout 90m -scripts none -env VDISK_POWER_CUTS=200 \
 		-env VDISK_POWER_SYNCS=32 -env VDISK_POWER_STATES=0 ./internal/powercut
 
 crash-test: ## the engine's power-cut test over STATES (200,000) crash states
