@@ -201,6 +201,14 @@ func FuzzReader(f *testing.F) {
 func checkNext(t *testing.T, c *Chunk, disk *badDisk, first uint64, window int) (end int, seq uint64) {
 	var r Reader
 	disk.durable = &r.Durable
+	other := NewChunk(2, fuzzChunkSeq-1, nil) // whose bytes must not be taken for those of c
+	other.file = &badDisk{t: t, content: make([]byte, len(disk.content)), piece: 1 << 17, durable: &r.Durable}
+	if err := r.Begin(other, format.ChunkHeaderSize, window); err != nil {
+		t.Fatal(err)
+	}
+	if h, _, err := r.Next(first); h != nil || err != nil {
+		t.Fatal("zeros are a record: ", h, err)
+	}
 	if err := r.Begin(c, format.ChunkHeaderSize, window); err != nil {
 		t.Fatal(err)
 	}
