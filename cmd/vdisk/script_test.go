@@ -105,7 +105,8 @@ func cmdExits(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 // cmdTLSFiles makes folders with certificates: server and client, of one authority; foreign, of another one, for a client
-// that trusts the server; and none, for a client without a certificate.
+// that trusts the server; none, for a client without a certificate; and gone, for a client that the revocation list
+// in the file revoked.pem names.
 func cmdTLSFiles(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 0 {
 		ts.Fatalf("usage: tlsfiles")
@@ -114,6 +115,8 @@ func cmdTLSFiles(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 	theirs, err := testpki.New("theirs")
 	ts.Check(err)
+	ts.Check(ours.Client(ts.MkAbs("gone")))
+	ts.Check(ours.Revoke(ts.MkAbs("revoked.pem"), nil, ts.MkAbs("gone")))
 	foreign := ts.MkAbs("foreign")
 	ts.Check(errors.Join(ours.Server(ts.MkAbs("server")), ours.Client(ts.MkAbs("client")), ours.Trust(ts.MkAbs("none"))))
 	ts.Check(errors.Join(theirs.Client(foreign), ours.Trust(foreign)))

@@ -27,7 +27,8 @@ func (a *app) serveCommand() *cli.Command {
 			"A volume has one writer: the process that opens it first, with all of its connections. Others get it read-only. Over TCP,\n" +
 			"a client is one connection. --shared lets all write, for clusters that agree on who writes what.\n\n" +
 			"Over TCP (--listen) there is no service without TLS. --tls-certificates names a folder with ca-cert.pem, server-cert.pem\n" +
-			"and server-key.pem, as for QEMU and libvirt. Every client needs a certificate of that authority.",
+			"and server-key.pem, as for QEMU and libvirt. Every client needs a certificate of that authority; a revocation list in\n" +
+			"ca-crl.pem names those that count no more.",
 		Flags: []cli.Flag{
 			&cli.PathFlag{Name: "socket", Usage: "create the Unix socket `PATH`"},
 			&cli.StringFlag{Name: "listen", Usage: "listen on the TCP address `HOST:PORT` (NBD's port is 10809)"},

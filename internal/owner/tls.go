@@ -3,7 +3,6 @@ package owner
 import (
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -28,12 +27,8 @@ const (
 const maxPEM = 1 << 20
 
 // TLSConfig returns the TLS configuration of an NBD service, from the files in a folder. Only clients with a certificate
-// of that authority are let in.
+// of that authority are let in, which no revocation list names.
 func TLSConfig(dir string) (*tls.Config, error) {
-	if _, err := os.Lstat(filepath.Join(dir, crlFile)); !errors.Is(err, fs.ErrNotExist) {
-		return nil, errors.Join(err, fmt.Errorf("%s: vdisk cannot take a revocation list into account, and does not ignore it: %w: make a new authority instead",
-			filepath.Join(dir, crlFile), cow.ErrInvalid))
-	}
 	ca, err := readPEM(filepath.Join(dir, caFile), false)
 	if err != nil {
 		return nil, err
@@ -41,6 +36,10 @@ func TLSConfig(dir string) (*tls.Config, error) {
 	authority := x509.NewCertPool()
 	if !authority.AppendCertsFromPEM(ca) {
 		return nil, fmt.Errorf("%s has no certificate: %w", filepath.Join(dir, caFile), cow.ErrInvalid)
+	}
+	revoked, err := newRevocations(dir, ca)
+	if err != nil {
+		return nil, err
 	}
 	cert, err := readPEM(filepath.Join(dir, serverCert), false)
 	if err != nil {
@@ -61,7 +60,9 @@ func TLSConfig(dir string) (*tls.Config, error) {
 		Certificates: []tls.Certificate{pair},
 		ClientCAs:    authority,
 		ClientAuth:   tls.RequireAndVerifyClientCert,
-		MinVersion:   tls.VersionTLS12,
+		// After the chains were verified.
+		VerifyConnection: revoked.verify,
+		MinVersion:       tls.VersionTLS12,
 		// Each connection shows its certificate.
 		SessionTicketsDisabled: true,
 		// Records begin at full size: a disk's clients want throughput.

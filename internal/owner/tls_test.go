@@ -3,6 +3,8 @@ package owner
 import (
 	"crypto/tls"
 	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
 	"errors"
 	"io/fs"
 	"net"
@@ -59,7 +61,23 @@ func TestTLSFiles(t *testing.T) {
 		"an old certificate": {func(dir string) error {
 			return ours.Server(dir, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) })
 		}, "expired", cow.ErrInvalid},
-		"a revocation list": {func(dir string) error { return os.WriteFile(filepath.Join(dir, crlFile), nil, 0o600) }, "revocation", cow.ErrInvalid},
+		"an empty revocation list": {func(dir string) error { return os.WriteFile(filepath.Join(dir, crlFile), nil, 0o600) }, "no revocation list", cow.ErrInvalid},
+		"a revocation list":        {func(dir string) error { return ours.Revoke(filepath.Join(dir, crlFile), nil) }, "", nil},
+		"another's revocation list": {func(dir string) error {
+			other, err := testpki.New("ours")
+			return errors.Join(err, other.Revoke(filepath.Join(dir, crlFile), nil))
+		}, "cannot be verified", cow.ErrInvalid},
+		"an old revocation list": {func(dir string) error {
+			return ours.Revoke(filepath.Join(dir, crlFile), func(l *x509.RevocationList) { l.NextUpdate = time.Now().Add(-time.Minute) })
+		}, "expired", cow.ErrInvalid},
+		"a part of a revocation list": {func(dir string) error {
+			return ours.Revoke(filepath.Join(dir, crlFile), func(l *x509.RevocationList) {
+				l.ExtraExtensions = []pkix.Extension{{Id: asn1.ObjectIdentifier{2, 5, 29, 27}, Critical: true, Value: []byte{2, 1, 0}}} // a delta
+			})
+		}, "critical extension", cow.ErrInvalid},
+		"a revocation list of something else": {func(dir string) error {
+			return os.Link(filepath.Join(dir, caFile), filepath.Join(dir, crlFile))
+		}, "has a CERTIFICATE", cow.ErrInvalid},
 		"a folder": {func(dir string) error {
 			return errors.Join(os.Remove(filepath.Join(dir, caFile)), os.Mkdir(filepath.Join(dir, caFile), 0o700))
 		}, "no regular file", cow.ErrInvalid},
@@ -95,4 +113,83 @@ func TestTLSFiles(t *testing.T) {
 	if _, err := TLSConfig(dir); err == nil || !strings.Contains(err.Error(), "belongs to user") {
 		t.Error(err)
 	}
+}
+
+// A revocation list holds from the moment at which it is in the folder. If it cannot be read any more, nobody is let in.
+func TestRevocations(t *testing.T) {
+	ours, err := testpki.New("ours")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, one, two := t.TempDir(), t.TempDir(), t.TempDir()
+	list := filepath.Join(dir, crlFile)
+	if err := errors.Join(ours.Server(dir), ours.Client(one), ours.Client(two)); err != nil {
+		t.Fatal(err)
+	}
+	server, err := TLSConfig(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	revoke := func(clients ...string) func() error {
+		return func() error {
+			fresh := list + ".new"
+			return errors.Join(ours.Revoke(fresh, nil, clients...), os.Rename(fresh, list))
+		}
+	}
+	for _, step := range []struct {
+		name     string
+		do       func() error
+		one, two string // what the error says, or nothing
+	}{
+		{"no list", func() error { return nil }, "", ""},
+		{"one is revoked", revoke(one), "was revoked", ""},
+		{"two is revoked", revoke(two), "", "was revoked"},
+		{"both are", revoke(one, two), "was revoked", "was revoked"},
+		{"none is", revoke(), "", ""},
+		{"in two lists", func() error {
+			err := errors.Join(ours.Revoke(list, nil, two), ours.Revoke(list+".2", nil, one))
+			more, rerr := os.ReadFile(list + ".2")
+			text, terr := os.ReadFile(list)
+			return errors.Join(err, rerr, terr, os.WriteFile(list, append(text, more...), 0o600))
+		}, "was revoked", "was revoked"},
+		{"the list is damaged", func() error { return os.Truncate(list, 100) }, "no revocation list", "no revocation list"},
+		{"the list is mended", revoke(one), "was revoked", ""},
+		{"the list is old", func() error {
+			return ours.Revoke(list, func(l *x509.RevocationList) { l.NextUpdate = time.Now().Add(-time.Minute) }, two)
+		}, "has expired", "has expired"},
+		{"the list is gone", func() error { return os.Remove(list) }, "no such file", "no such file"},
+	} {
+		if err := step.do(); err != nil {
+			t.Fatal(step.name, err)
+		}
+		for dir, want := range map[string]string{one: step.one, two: step.two} {
+			if err := shakeHands(t, server, dir); (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
+				t.Errorf("%s: %v, want %q", step.name, err, want)
+			}
+		}
+	}
+}
+
+// shakeHands returns the server's error of a handshake with the client whose files are in dir.
+func shakeHands(t *testing.T, server *tls.Config, dir string) error {
+	t.Helper()
+	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "client-cert.pem"), filepath.Join(dir, "client-key.pem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	here, there := net.Pipe()
+	defer here.Close()
+	client := tls.Client(there, &tls.Config{Certificates: []tls.Certificate{pair}, InsecureSkipVerify: true})
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		defer there.Close()
+		if client.Handshake() == nil {
+			_, _ = client.Read(make([]byte, 1)) // the server's answer
+		}
+	}()
+	err = tls.Server(here, server).Handshake()
+	here.Close()
+	<-done
+	return err
 }

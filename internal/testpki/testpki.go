@@ -80,6 +80,33 @@ func (a *Authority) Client(dir string, change ...func(*x509.Certificate)) error 
 	return a.write(dir, "client", t, change)
 }
 
+// Revoke writes a revocation list, which names the certificates of the clients in some folders, to a file. change, unless
+// nil, may alter the list before it is signed.
+func (a *Authority) Revoke(path string, change func(*x509.RevocationList), clients ...string) error {
+	l := &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: time.Now().Add(-time.Hour), NextUpdate: time.Now().Add(24 * time.Hour)}
+	for _, dir := range clients {
+		text, err := os.ReadFile(filepath.Join(dir, "client-cert.pem"))
+		if err != nil {
+			return err
+		}
+		block, _ := pem.Decode(text)
+		cert, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return err
+		}
+		l.RevokedCertificateEntries = append(l.RevokedCertificateEntries,
+			x509.RevocationListEntry{SerialNumber: cert.SerialNumber, RevocationTime: l.ThisUpdate})
+	}
+	if change != nil {
+		change(l)
+	}
+	der, err := x509.CreateRevocationList(rand.Reader, l, a.cert, a.key)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: der}), 0o600)
+}
+
 // Trust writes the authority's own certificate to a folder.
 func (a *Authority) Trust(dir string) error {
 	return errors.Join(os.MkdirAll(dir, 0o700), os.WriteFile(filepath.Join(dir, "ca-cert.pem"), a.pem, 0o600))
