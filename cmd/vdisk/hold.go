@@ -18,7 +18,7 @@ func (a *app) holdCommand() *cli.Command {
 		Usage:     "keep snapshots from being removed",
 		UsageText: "vdisk hold TAG VOL@SNAP...",
 		Description: "Each hold of a snapshot has a tag, which says what the snapshot is kept for. As long as it has holds, it cannot be removed,\n" +
-			"nor its volume. A rollback, renaming and sending are no removal. All named snapshots get the hold in one step, or none.",
+			"nor its volume. A rollback, renaming and sending are no removal. All named snapshots get the hold in one step, or none.\n" + patternHelp,
 	}, a.changeHolds(owner.Store.Hold))
 }
 
@@ -28,19 +28,23 @@ func (a *app) releaseCommand() *cli.Command {
 		Category:    groupVolumes,
 		Usage:       "give up a hold of snapshots",
 		UsageText:   "vdisk release TAG VOL@SNAP...",
-		Description: "All named snapshots lose the hold in one step, or none. The snapshots stay.",
+		Description: "All named snapshots lose the hold in one step, or none. The snapshots stay.\n" + patternHelp,
 	}, a.changeHolds(owner.Store.Release))
 }
 
 // changeHolds returns the action of hold and release.
 func (a *app) changeHolds(change func(owner.Store, context.Context, string, ...cow.Ref) error) func(*cli.Context) error {
 	return func(c *cli.Context) error {
-		refs, err := argsFrom(c, 1, snapshotRef)
+		patterns, err := argsFrom(c, 1, snapshotPattern)
 		if err != nil {
 			return err
 		}
 		return a.with(c, func(s owner.Store) error {
-			err := change(s, c.Context, c.Args().First(), refs...)
+			refs, err := expand(c, s, patterns)
+			if err != nil {
+				return err
+			}
+			err = change(s, c.Context, c.Args().First(), refs...)
 			if errors.Is(err, cow.ErrExists) { // to remove the snapshot is not the way out
 				return hintedError{err, "'vdisk holds' lists the holds; a snapshot may have several, with different tags"}
 			}
@@ -60,11 +64,15 @@ func (a *app) holdsCommand() *cli.Command {
 		UsageText: "vdisk holds [-H] [VOL[@SNAP]...]",
 		Flags:     []cli.Flag{&cli.BoolFlag{Name: "script", Aliases: []string{"H"}, Usage: "no header, tabs between columns"}},
 	}, func(c *cli.Context) error {
-		refs, err := argsFrom(c, 0, ref)
+		patterns, err := argsFrom(c, 0, parsePattern)
 		if err != nil {
 			return err
 		}
 		return a.look(c, func(s owner.Store) error {
+			refs, err := expand(c, s, patterns)
+			if err != nil {
+				return err
+			}
 			list, err := holdsOf(c, s, refs)
 			if err != nil {
 				return err

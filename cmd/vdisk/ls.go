@@ -17,7 +17,7 @@ func (a *app) lsCommand() *cli.Command {
 		Name:      "ls",
 		Category:  groupVolumes,
 		Usage:     "list volumes and snapshots; with -t all also what is being received",
-		UsageText: "vdisk ls [-t vol|snap|all] [--tree] [-l] [-o COLUMN,...] [--sort COLUMN [-r]] [-H] [VOL...]",
+		UsageText: "vdisk ls [-t vol|snap|all] [--tree] [-l] [-o COLUMN,...] [--sort COLUMN [-r]] [-H] [VOL[@SNAP]...]",
 		Description: "Columns: " + strings.Join(columnNames(), ", ") + ".\n" +
 			"mapped      bytes of data\n" +
 			"referenced  their space in the store, after compression, shared or not; ratio: mapped to referenced\n" +
@@ -56,8 +56,20 @@ func (a *app) ls(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	patterns, err := argsFrom(c, 0, parsePattern)
+	if err != nil {
+		return err
+	}
+	for _, p := range patterns {
+		if p.at {
+			kind = "snap"
+		}
+		if p.at != patterns[0].at {
+			return usageError{c, fmt.Errorf("%s and %s: volumes or snapshots can be listed, not both", patterns[0].text, p.text)}
+		}
+	}
 	return a.look(c, func(s owner.Store) error {
-		volumes, err := a.selectVolumes(c, s)
+		volumes, err := selectVolumes(c, s, patterns)
 		if err != nil {
 			return err
 		}
@@ -84,26 +96,52 @@ func (a *app) ls(c *cli.Context) error {
 	})
 }
 
-// selectVolumes returns the volumes that the arguments name, or all.
-func (a *app) selectVolumes(c *cli.Context, s owner.Store) ([]volumeJSON, error) {
-	var all []owner.Volume
-	var err error
-	if c.NArg() == 0 {
-		all, err = s.Volumes(c.Context)
+// selectVolumes returns the volumes that the patterns name, or all. If they name snapshots, the volumes have only those.
+func selectVolumes(c *cli.Context, s owner.Store, patterns []pattern) ([]volumeJSON, error) {
+	list := []volumeJSON{}
+	if len(patterns) == 0 {
+		all, err := s.Volumes(c.Context)
+		for _, v := range all {
+			list = append(list, volumeOf(v))
+		}
+		return list, err
 	}
-	for i := 0; i < c.NArg() && err == nil; i++ {
-		var name string
-		var v owner.Volume
-		if name, err = volumeName(c, i); err == nil {
-			v, err = s.Volume(c.Context, name)
-			all = append(all, v)
+	refs, err := expand(c, s, patterns)
+	if err != nil {
+		return nil, err
+	}
+	named := map[string][]string{} // names of snapshots, by volume
+	var names []string             // of the volumes
+	for _, r := range refs {
+		if _, ok := named[r.Volume]; !ok {
+			names = append(names, r.Volume)
+		}
+		named[r.Volume] = append(named[r.Volume], r.String())
+	}
+	for _, name := range names {
+		found, err := s.Volume(c.Context, name)
+		if err != nil {
+			return nil, err
+		}
+		v := volumeOf(found)
+		if patterns[0].at {
+			if v.Snapshots, err = chosen(v.Snapshots, named[name]); err != nil {
+				return nil, err
+			}
+		}
+		list = append(list, v)
+	}
+	return list, nil
+}
+
+// chosen returns the snapshots with the given names, in their order.
+func chosen(snapshots []snapshotJSON, names []string) (some []snapshotJSON, err error) {
+	for _, name := range names {
+		if !slices.ContainsFunc(snapshots, func(sn snapshotJSON) bool { return sn.Name == name }) {
+			return nil, fmt.Errorf("snapshot %s: %w", name, cow.ErrNotFound)
 		}
 	}
-	list := []volumeJSON{}
-	for _, v := range all {
-		list = append(list, volumeOf(v))
-	}
-	return list, err
+	return slices.DeleteFunc(snapshots, func(sn snapshotJSON) bool { return !slices.Contains(names, sn.Name) }), nil
 }
 
 func itemsOf(volumes []volumeJSON, kind string) (items []item) {

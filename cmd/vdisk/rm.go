@@ -19,17 +19,21 @@ func (a *app) rmCommand() *cli.Command {
 		Usage:     "remove volumes and snapshots",
 		UsageText: "vdisk rm VOL[@SNAP]... [-r] [-n]",
 		Description: "Clones of a removed volume or snapshot stay. Space is reclaimed in the background. If one of several cannot be\n" +
-			"removed, none is. A snapshot with holds cannot be removed ('vdisk hold').",
+			"removed, none is. A snapshot with holds cannot be removed ('vdisk hold').\n" + patternHelp,
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "recursive", Aliases: []string{"r"}, Usage: "also remove the volume's snapshots"},
 			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "show what would be removed, and remove nothing"},
 		},
 	}, func(c *cli.Context) error {
-		refs, err := argsFrom(c, 0, ref)
+		patterns, err := argsFrom(c, 0, parsePattern)
 		if err != nil {
 			return err
 		}
 		return a.with(c, func(s owner.Store) error {
+			refs, err := expand(c, s, patterns)
+			if err != nil {
+				return err
+			}
 			if c.Bool("dry-run") {
 				return a.wouldRemove(c, s, refs)
 			}

@@ -11,17 +11,22 @@ import (
 
 func (a *app) snapshotCommand() *cli.Command {
 	return a.command(arity{1, -1}, &cli.Command{
-		Name:        "snapshot",
-		Category:    groupVolumes,
-		Usage:       "take snapshots, all at the same moment",
-		UsageText:   "vdisk snapshot VOL@SNAP...",
-		Description: "Several snapshots are taken in one atomic step: all of them or none. They contain every write that had been acknowledged.",
+		Name:      "snapshot",
+		Category:  groupVolumes,
+		Usage:     "take snapshots, all at the same moment",
+		UsageText: "vdisk snapshot VOL@SNAP...",
+		Description: "Several snapshots are taken in one atomic step: all of them or none. They contain every write that had been acknowledged.\n" +
+			"VOL may have wildcards (*, ?, [a-z]; quote them from the shell): each volume that matches gets a snapshot.",
 	}, func(c *cli.Context) error {
-		refs, err := argsFrom(c, 0, snapshotRef)
+		patterns, err := argsFrom(c, 0, newSnapshot)
 		if err != nil {
 			return err
 		}
 		return a.with(c, func(s owner.Store) error {
+			refs, err := expandVolumes(c, s, patterns)
+			if err != nil {
+				return err
+			}
 			if err := s.Snapshot(c.Context, refs...); err != nil {
 				return err
 			}
