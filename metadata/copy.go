@@ -237,15 +237,19 @@ func (d *DB) findCopy() error {
 	if c.inUse != nil {
 		c.stale = c.exists(c.otherName()) // a base that was never completed, or an older copy
 		c.publish()
-		// A batch that is ahead goes before anything else is changed. It may name chunks that were made and have no record:
-		// their files are removed now, and their slots are given away.
+		// A batch that is ahead goes before this owner makes a chunk: its replay position can be in a chunk that its owner
+		// was going to make, and behind the number that this owner's next chunk gets.
+		ahead := c.inUse.torn
 		err := c.inUse.cut()
 		if err == nil { // a process that was killed may not have come to it
 			err = durable(c.in, c.inUse.f, c.inUse.last, c.inUse.end)
 		}
 		if err != nil {
 			c.lose(err)
-			_ = c.removeStale() // the next sync would not fail any more; it is tried again before the next commit
+			// The next sync would not fail any more. If this fails, it is tried again before the next commit.
+			if err := c.removeStale(); err != nil && ahead {
+				return err
+			}
 		}
 		return nil
 	}
