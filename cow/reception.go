@@ -111,7 +111,7 @@ func (rc *reception) beginning() (*format.Event, error) {
 	}
 	name := receivingName(rc.target.Volume)
 	if err := s.freeName(name); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("what is received of %s gets another name until it is whole, and that is taken: %w", rc.target.Volume, err)
 	}
 	target, base, err := rc.check()
 	if err != nil {

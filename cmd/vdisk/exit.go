@@ -62,6 +62,15 @@ type hintedError struct {
 
 func (e hintedError) Unwrap() error { return e.error }
 
+// partly gives an error of an operation that keeps what it has done, and goes on with it when it is given again, a hint
+// that says so.
+func partly(err error) error {
+	if !errors.Is(err, cow.ErrNoSpace) {
+		return err
+	}
+	return hintedError{err, "free space on the store's file system, or remove snapshots or volumes (vdisk rm), and go on: what was done counts"}
+}
+
 // errLeaks is the result of a check that found nothing worse than leaked space.
 var errLeaks = errors.New("space is lost to leaks; the data is sound")
 

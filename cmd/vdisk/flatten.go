@@ -92,5 +92,5 @@ func (a *app) flatten(c *cli.Context, s owner.Store, names []string) (err error)
 	if err == nil {
 		err = perr
 	}
-	return err
+	return partly(err)
 }

@@ -76,7 +76,7 @@ func (a *app) receive(c *cli.Context) error {
 				err = perr
 			}
 		}
-		return err
+		return partly(err)
 	})
 }
 

@@ -58,7 +58,7 @@ func (a *app) repairFrom(c *cli.Context, path, name string) error {
 		rep, err := s.Repair(c.Context, name, src, bar.set)
 		bar.finish()
 		if err != nil {
-			return fmt.Errorf("repairing from %s: %w", path, err)
+			return partly(fmt.Errorf("repairing from %s: %w", path, err))
 		}
 		j := repairedJSON{name, rep.Bytes, rangesOf(rep.Written), rangesOf(rep.Left), rangesOf(rep.Others)}
 		if err := a.print(j, func() error { return a.printRepaired(j) }); err != nil {
