@@ -205,8 +205,9 @@ func (s *Store) takeChunks(g *generation) {
 // encode encodes the leaves of the generation.
 func (s *Store) encode(g *generation) {
 	s.checkpoints.values.reset()
-	g.leaves.Each(func(v metadata.Version, gen uint64, l *format.Leaf) {
-		g.encoded = append(g.encoded, encodedLeaf{v, gen, s.checkpoints.values.encode(l)})
+	g.leaves.Each(func(v metadata.Version, gen uint64, c *leafcache.Content) {
+		value, puts := s.checkpoints.values.encode(c)
+		g.encoded = append(g.encoded, encodedLeaf{v, gen, value, puts})
 	})
 	// After a failed commit there may be several states of one version. The latest comes last.
 	slices.SortFunc(g.encoded, func(a, b encodedLeaf) int {

@@ -47,6 +47,7 @@ type encodedLeaf struct {
 	metadata.Version
 	gen   uint64
 	value []byte
+	puts  []byte // what metadata.Tx.PutChanged wants; nil: it is not known
 }
 
 // values is the memory for a checkpoint's encoded leaves. Each checkpoint reuses it.
@@ -57,18 +58,24 @@ type values struct {
 
 const valuesBlock = 1 << 20
 
-func (v *values) encode(l *format.Leaf) []byte {
+func (v *values) encode(c *leafcache.Content) (value, puts []byte) {
 	if v.used == len(v.blocks) {
 		v.blocks = append(v.blocks, make([]byte, 0, valuesBlock))
 	}
 	b := v.blocks[v.used]
 	from := len(b)
-	b = format.AppendLeaf(b, l)
+	b = format.AppendLeaf(b, &c.Leaf)
+	value = b[from:len(b):len(b)]
+	if blocks, ok := c.Puts(); ok {
+		from = len(b)
+		b = format.AppendPuts(b, &c.Leaf, blocks)
+		puts = b[from:len(b):len(b)]
+	}
 	v.blocks[v.used] = b
-	if cap(b)-len(b) < format.MaxLeafSize {
+	if cap(b)-len(b) < format.MaxLeafSize+format.MaxPutsSize {
 		v.used++
 	}
-	return b[from:len(b):len(b)]
+	return value, puts
 }
 
 // reset frees the memory for reuse.
@@ -136,7 +143,7 @@ func (g *generation) write(tx *metadata.Tx) error {
 		}
 	}
 	for _, e := range g.encoded {
-		if err := tx.PutLeaf(e.Version, e.value); err != nil {
+		if err := tx.PutChanged(e.Version, e.value, e.puts); err != nil {
 			return err
 		}
 	}

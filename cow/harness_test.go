@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
@@ -22,7 +23,16 @@ import (
 	"github.com/vdisk/vdisk/metadata"
 )
 
-func TestMain(m *testing.M) { os.Exit(testwatch.Run(m)) }
+func TestMain(m *testing.M) {
+	flag.Parse()
+	if flag.Lookup("test.bench").Value.String() == "" { // it takes as long as the rest of the copy
+		wrongItem = func(err error) {
+			go panic(fmt.Sprintf("the copy of the table is wrong: %v", err)) // in an Update it would become an error
+			select {}
+		}
+	}
+	os.Exit(testwatch.Run(m))
+}
 
 // crashHarness makes stores whose power can be cut. The chunk files are in a crashfs. The table is a real file, and has
 // a copy in a crashfs of its own, which says what a power cut leaves of it.

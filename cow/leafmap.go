@@ -73,19 +73,20 @@ func (s *Store) newer(tx *metadata.Tx, v metadata.Version, epoch *uint32, l *for
 }
 
 // change maps block i of a writable leaf to e, and updates the live bytes. The caller holds mu and the leaf's lock.
-func (s *Store) change(l *format.Leaf, i int, e format.Entry) {
+func (s *Store) change(l *leafcache.Content, i int, e format.Entry) {
 	s.account(mapBlock(l, i, e), -1)
 	s.account(e, +1)
 }
 
 // mapBlock maps block i to e, and returns the entry that becomes dead, or a hole if none does.
-func mapBlock(l *format.Leaf, i int, e format.Entry) (dead format.Entry) {
+func mapBlock(l *leafcache.Content, i int, e format.Entry) (dead format.Entry) {
 	if l.IsChanged(i) {
 		dead = l.Entries[i]
 	} else {
 		l.SetChanged(i)
 	}
 	l.Entries[i] = e
+	l.Put(i)
 	return dead
 }
 
@@ -123,7 +124,7 @@ func (s *Store) markRow(c *chunk) {
 }
 
 // applyData maps the blocks of a data record at (slot, off) in a writable leaf.
-func (s *Store) applyData(l *format.Leaf, h *format.RecordHeader, slot, off uint32) {
+func (s *Store) applyData(l *leafcache.Content, h *format.RecordHeader, slot, off uint32) {
 	first := int(h.Block % format.LeafBlocks)
 	e := format.MakeEntry(slot, off, h.Size(), h.Blocks, 0)
 	for i := range h.Blocks {
@@ -132,7 +133,7 @@ func (s *Store) applyData(l *format.Leaf, h *format.RecordHeader, slot, off uint
 }
 
 // applyHole unmaps n blocks of a writable leaf.
-func (s *Store) applyHole(l *format.Leaf, first, n int) {
+func (s *Store) applyHole(l *leafcache.Content, first, n int) {
 	for i := first; i < first+n; i++ {
 		s.change(l, i, 0)
 	}

@@ -170,7 +170,7 @@ func (a *applier) applyLeaf(b *branch, index uint32, changes []heldChange) error
 // of the owner that wrote it. If that cache was larger than this one, this one grows, until the checkpoint with which
 // Open then ends. A checkpoint in the middle of the log is impossible: at its replay position, a batch would be half
 // applied.
-func (a *applier) own(b *branch, index uint32) (l leafcache.Locked, content *format.Leaf, err error) {
+func (a *applier) own(b *branch, index uint32) (l leafcache.Locked, content *leafcache.Content, err error) {
 	s := a.t.s
 	k := b.leaf(index, head)
 	for {

@@ -245,7 +245,7 @@ func (s *Store) openFiles() (err error) {
 	uuid := s.wal.UUID()
 	s.meta, err = metadata.Open(s.in.Join(s.opts.table), metadata.Options{
 		In: s.in, Store: uuid, Timeout: time.Second, NoSync: s.opts.noTableSync, Allocate: s.allocateTable, Sync: s.opts.syncTable,
-		ReadOnly: s.readOnly != nil, Distrust: s.opts.proves, Copy: s.copy, CopyLost: s.copyLost, SyncCopy: s.opts.syncCopy,
+		ReadOnly: s.readOnly != nil, Distrust: s.opts.proves, Copy: s.copy, CopyLost: s.copyLost, SyncCopy: s.opts.syncCopy, WrongItem: wrongItem,
 	})
 	if err != nil {
 		return unusable(err)

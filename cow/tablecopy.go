@@ -10,6 +10,9 @@ const (
 	copyRetry = 10 * time.Minute // the longest time from a failure to the next try
 )
 
+// wrongItem is metadata.Options.WrongItem. Tests set it.
+var wrongItem func(error)
+
 // copyRoutine makes new bases of the copy, until quit is closed.
 func (s *Store) copyRoutine() {
 	wait := copyEvery

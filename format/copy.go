@@ -111,6 +111,7 @@ const (
 	CopyPut    CopyOp = 1 + iota // the key has this value
 	CopyRemove                   // the key is gone
 	CopyPatch                    // the value is a patch of the one that the key had
+	CopyPuts                     // the key's value is a leaf, of which the value names blocks that were put (AppendPuts)
 )
 
 // CopyItem is the change of one key.
@@ -138,7 +139,7 @@ func DecodeCopyItem(src []byte) (it CopyItem, rest []byte, need int, err error) 
 	it.Op, it.Bucket = CopyOp(src[0]), src[1]
 	key, value := int(le.Uint16(src[2:])), int(le.Uint32(src[4:]))
 	switch {
-	case it.Op < CopyPut || it.Op > CopyPatch, it.Op == CopyRemove && value > 0:
+	case it.Op < CopyPut || it.Op > CopyPuts, it.Op == CopyRemove && value > 0:
 		err = fmt.Errorf("operation %d with %d bytes", it.Op, value)
 	case key == 0 || key > maxCopyKey || value > maxCopyValue:
 		err = fmt.Errorf("key of %d bytes, value of %d", key, value)
@@ -152,4 +153,26 @@ func DecodeCopyItem(src []byte) (it CopyItem, rest []byte, need int, err error) 
 	src = src[copyItemHead:]
 	it.Key, it.Value = src[:key:key], src[key:key+value:key+value]
 	return it, src[key+value:], 0, nil
+}
+
+// Apply returns the value that the item's key has after it, in memory of its own. old is the value before it, or nil. The
+// error matches ErrCorrupt. An item that removes its key makes nil.
+func (it *CopyItem) Apply(old []byte) ([]byte, error) {
+	switch it.Op {
+	case CopyPatch:
+		return ApplyPatch(make([]byte, 0, len(old)+len(it.Value)), old, it.Value)
+	case CopyPuts:
+		var l Leaf
+		err := DecodeLeaf(old, &l)
+		if err == nil {
+			err = applyPuts(&l, it.Value)
+		}
+		if err != nil {
+			return nil, err
+		}
+		return AppendLeaf(nil, &l), nil
+	case CopyRemove:
+		return nil, nil
+	}
+	return append(make([]byte, 0, len(it.Value)), it.Value...), nil
 }

@@ -21,9 +21,14 @@ func testCopy() []byte {
 	old := bytes.Repeat([]byte("the value "), 12)
 	patch, _ := AppendPatch(nil, old, append(append(bytes.Clone(old[:50]), "another"...), old[57:]...), 100)
 	b := AppendCopyHeader(nil, testUUID)
-	b = batch(b, CopyHead{Kind: CopyBase, Number: 9}, CopyItem{CopyPut, 1, []byte{0, 0, 0, 1}, old}, CopyItem{CopyPut, 5, []byte("k"), nil})
+	l, key := testLeaf(), []byte("branch-leaf!")
+	leaf := AppendLeaf(nil, l)
+	l.Entries[77] = MakeEntry(9, 4096, 2112, 1, 0)
+	l.SetChanged(77)
+	puts := AppendPuts(nil, l, [4]uint64{1: 1 << (77 - 64)})
+	b = batch(b, CopyHead{Kind: CopyBase, Number: 9}, CopyItem{CopyPut, 1, []byte{0, 0, 0, 1}, old}, CopyItem{CopyPut, 4, key, leaf}, CopyItem{CopyPut, 5, []byte("k"), nil})
 	b = batch(b, CopyHead{Kind: CopyBaseEnd, Number: 10, Sum: 1 << 60})
-	return batch(b, CopyHead{Kind: CopyChanges, Number: 11, Sum: 1<<60 + 1}, CopyItem{CopyPatch, 1, []byte{0, 0, 0, 1}, patch}, CopyItem{CopyRemove, 5, []byte("k"), nil})
+	return batch(b, CopyHead{Kind: CopyChanges, Number: 11, Sum: 1<<60 + 1}, CopyItem{CopyPatch, 1, []byte{0, 0, 0, 1}, patch}, CopyItem{CopyPuts, 4, key, puts}, CopyItem{CopyRemove, 5, []byte("k"), nil})
 }
 
 // readCopy decodes a copy as a reader does, and returns its batches and items.
@@ -76,14 +81,20 @@ func TestGoldenCopy(t *testing.T) {
 	if store, err := DecodeCopyHeader(b); store != testUUID || err != nil {
 		t.Error(store, err)
 	}
-	if len(heads) != 3 || len(items) != 4 || heads[2].Number != 11 || heads[1].Kind != CopyBaseEnd || heads[2].Sum != 1<<60+1 {
+	if len(heads) != 3 || len(items) != 6 || heads[2].Number != 11 || heads[1].Kind != CopyBaseEnd || heads[2].Sum != 1<<60+1 {
 		t.Fatal(heads, items)
 	}
-	got, err := ApplyPatch(nil, items[0].Value, items[2].Value)
+	got, err := items[3].Apply(items[0].Value)
 	if want := "the value the value the value the value the value another"; err != nil || !bytes.HasPrefix(got, []byte(want)) || len(got) != 120 {
 		t.Errorf("%q, %v", got, err)
 	}
-	if !reflect.DeepEqual(items[3], CopyItem{CopyRemove, 5, []byte("k"), []byte{}}) {
+	want := testLeaf()
+	want.Entries[77] = MakeEntry(9, 4096, 2112, 1, 0)
+	want.SetChanged(77)
+	if got, err := items[4].Apply(items[1].Value); err != nil || !bytes.Equal(got, AppendLeaf(nil, want)) {
+		t.Error(got, err)
+	}
+	if !reflect.DeepEqual(items[5], CopyItem{CopyRemove, 5, []byte("k"), []byte{}}) {
 		t.Error(items[3])
 	}
 }
@@ -182,5 +193,67 @@ func BenchmarkPatch(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		patch, _ = AppendPatch(patch[:0], old, value, len(value))
+	}
+}
+
+// TestPuts puts entries of all kinds into leaves, and makes the leaf anew from its earlier state.
+func TestPuts(t *testing.T) {
+	rng := rand.New(rand.NewPCG(3, 4))
+	var l Leaf
+	for range 2000 {
+		old := AppendLeaf(nil, &l)
+		var blocks [4]uint64
+		for range 1 + rng.IntN(5) {
+			blockCount, first := []int{1, 1, 4, 16}[rng.IntN(4)], rng.IntN(LeafBlocks/16)*16
+			e := MakeEntry(rng.Uint32N(5000), 4096+16*rng.Uint32N(1<<20), 48*blockCount, blockCount, 0)
+			runs := []int{1, 1, 3, 16}[rng.IntN(4)] / blockCount
+			for i := range min(runs*blockCount, 16) + blockCount {
+				at := (first + i) % LeafBlocks
+				l.Entries[at] = e.WithIndex(i % blockCount)
+				if blockCount == 1 {
+					e += Entry(e.Share() / RecordAlign) // runs end to end
+				}
+				if rng.IntN(20) == 0 {
+					l.Entries[at] = 0
+				}
+				l.SetChanged(at)
+				blocks[at/64] |= 1 << (at % 64)
+			}
+		}
+		puts := AppendPuts(nil, &l, blocks)
+		it := CopyItem{Op: CopyPuts, Value: puts}
+		if got, err := it.Apply(old); err != nil || !bytes.Equal(got, AppendLeaf(nil, &l)) {
+			t.Fatalf("%x of %x: %v", puts, old, err)
+		}
+		if len(puts) > MaxPutsSize {
+			t.Fatal(len(puts))
+		}
+	}
+}
+
+// FuzzPuts applies arbitrary bytes to a leaf. What is accepted leaves a leaf.
+func FuzzPuts(f *testing.F) {
+	l := testLeaf()
+	f.Add(AppendPuts(nil, l, [4]uint64{1, 1 << 63, 0xff, ^uint64(0)}))
+	f.Fuzz(func(t *testing.T, puts []byte) {
+		it := CopyItem{Op: CopyPuts, Value: puts}
+		got, err := it.Apply(AppendLeaf(nil, l))
+		if err != nil {
+			rejected(t, err)
+			return
+		}
+		var again Leaf
+		if err := DecodeLeaf(got, &again); err != nil {
+			t.Fatalf("%x makes a leaf that does not decode: %v", puts, err)
+		}
+	})
+}
+
+func BenchmarkPuts(b *testing.B) {
+	l := testLeaf()
+	var puts []byte
+	b.ReportAllocs()
+	for b.Loop() {
+		puts = AppendPuts(puts[:0], l, [4]uint64{1 << 3, 1 << 9, 1 << 60, 1})
 	}
 }

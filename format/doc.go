@@ -206,8 +206,9 @@
 //	+--------+------------+----------------+------------------+-----+-------+
 //
 // The CRC of a batch's head covers the 36 bytes before it and the batch's offset in the file (8). Kinds: 1 part of the
-// base, 2 end of the base, 3 changes. Ops: 1 put, 2 removal, 3 patch. A patch is a sequence of three uvarints and bytes:
-// how many bytes to copy of the old value, how many to skip, and how many follow to insert.
+// base, 2 end of the base, 3 changes. Ops: 1 put, 2 removal, 3 patch, 4 puts. A patch is a sequence of three uvarints and
+// bytes: how many bytes to copy of the old value, how many to skip, and how many follow to insert. Puts are the changes of
+// a leaf: for each run of changed blocks, its first block (1) and the run, as in a leaf.
 //
 // # Stream
 //

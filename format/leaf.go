@@ -47,18 +47,7 @@ func AppendLeaf(dst []byte, l *Leaf) []byte {
 	for i := 0; i < LeafBlocks; {
 		kind, n := nextRun(l.Entries[i:])
 		dst = appendRunHead(dst, kind, n)
-		first := l.Entries[i]
-		switch kind {
-		case runSingles:
-			for _, e := range l.Entries[i : i+n] {
-				dst, slot = appendPlace(dst, e, slot)
-			}
-		case runUnit:
-			dst = append(dst, byte(first.Blocks()-1)<<4|byte(first.Index()))
-			dst, slot = appendPlace(dst, first, slot)
-		case runLog:
-			dst, slot = appendPlace(dst, first, slot)
-		}
+		dst, slot = appendRun(dst, kind, l.Entries[i:i+n], slot)
 		i += n
 	}
 	le.PutUint32(dst[start:], Checksum(dst[start+4:]))
@@ -70,6 +59,23 @@ func appendRunHead(dst []byte, kind, n int) []byte {
 		return append(dst, byte(kind<<6|(n-1)))
 	}
 	return append(dst, byte(kind<<6|runLong), byte(n-1))
+}
+
+// appendRun appends the body of a run. It returns the slot of its last place, or prev if it has none.
+func appendRun(dst []byte, kind int, run []Entry, prev uint32) ([]byte, uint32) {
+	first := run[0]
+	switch kind {
+	case runSingles:
+		for _, e := range run {
+			dst, prev = appendPlace(dst, e, prev)
+		}
+	case runUnit:
+		dst = append(dst, byte(first.Blocks()-1)<<4|byte(first.Index()))
+		dst, prev = appendPlace(dst, first, prev)
+	case runLog:
+		dst, prev = appendPlace(dst, first, prev)
+	}
+	return dst, prev
 }
 
 // appendPlace appends an entry's offset and share, and the distance of its slot from the slot prev. It returns the

@@ -143,6 +143,18 @@ func scripted(tx *Tx, i int, rng *rand.Rand) error {
 			continue
 		}
 		var l format.Leaf
+		if epoch, lerr := tx.Leaf(v, &l); lerr == nil && epoch == v.Epoch && rng.IntN(2) == 0 {
+			blocks := [4]uint64{1 << rng.IntN(64), 0, 7 << rng.IntN(64)}
+			for j := range l.Entries {
+				if blocks[j/64]>>(j%64)&1 != 0 {
+					l.Entries[j] = format.MakeEntry(rng.Uint32N(65536), 8192, 48, 1, 0)
+					l.SetChanged(j)
+				}
+			}
+			err = errors.Join(err, tx.PutChanged(v, format.AppendLeaf(nil, &l), format.AppendPuts([]byte{}, &l, blocks)))
+			continue
+		}
+		l = format.Leaf{}
 		for j := range 80 {
 			l.Entries[j] = format.MakeEntry(rng.Uint32N(65536), 4096, 48, 1, 0)
 		}

@@ -42,7 +42,7 @@ type tableCopy struct {
 	stale bool
 	why   error // why there is no copy, or no new base
 
-	items itemMaker // while an Update runs, its goroutine alone changes the two files above
+	wrong func(error) // Options.WrongItem
 	patch []byte
 	state atomic.Pointer[CopyState]
 }
@@ -102,7 +102,6 @@ func bucketNumber(bucket []byte) uint8 {
 // copy is given up, and the commit can go on without one; write then returns an error only if the old copy cannot be
 // removed.
 func (c *tableCopy) write(sum sum) error {
-	c.endItems()
 	if m := c.making; m != nil {
 		if m.dead = m.finish(format.CopyBase, 0); m.dead != nil {
 			c.making = nil
@@ -119,11 +118,8 @@ func (c *tableCopy) write(sum sum) error {
 	return c.removeStale()
 }
 
-// settle waits for what runs beside an Update, which has ended: until the batch that was written last is durable. If it does
-// not become that, the copy is given up.
+// settle waits until the batch that was written last is durable. If it does not become that, the copy is given up.
 func (c *tableCopy) settle() {
-	c.stopItems()
-	c.items.reset()
 	if c.wait == nil {
 		return
 	}

@@ -173,20 +173,18 @@ func (t *Tx) applyItem(it *format.CopyItem) error {
 		return fmt.Errorf("bucket %d: %w", it.Bucket, format.ErrCorrupt)
 	}
 	name := copyBuckets[it.Bucket]
-	value := it.Value
+	var value []byte
 	switch it.Op {
 	case format.CopyRemove:
 		return t.drop(name, it.Key)
-	case format.CopyPatch:
+	default: // bbolt keeps the value until the commit
 		b, err := t.bucket(name)
 		if err != nil {
 			return err
 		}
-		if value, err = format.ApplyPatch(nil, b.Get(it.Key), it.Value); err != nil {
+		if value, err = it.Apply(b.Get(it.Key)); err != nil {
 			return err
 		}
-	default:
-		value = bytes.Clone(value) // bbolt keeps it until the commit
 	}
 	if it.Bucket == 0 && bytes.Equal(it.Key, keySum) || !intact(value) {
 		return fmt.Errorf("the value of %q %x: %w", name, it.Key, format.ErrCorrupt)

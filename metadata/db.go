@@ -78,6 +78,9 @@ type Options struct {
 	// SyncCopy begins the sync of a file of the copy. The commit goes on beside it, and calls wait before it is done. The
 	// default syncs in a goroutine. Other functions are for tests only.
 	SyncCopy func(f storage.File) (wait func() error)
+	// WrongItem is called if the copy does not get a value that the table gets. It is for tests, which have each item
+	// verified with it. Otherwise only the sums of the batches would tell, when the copy is read.
+	WrongItem func(error)
 	// Sync makes durable what an earlier process may have left in memory, before this one reads the file, which Sync must
 	// not change. The default is the function Sync of this package, or nothing with NoSync.
 	Sync func(f *os.File) error
@@ -175,7 +178,7 @@ func openAt(at place, o Options) (db *DB, err error) {
 		return nil, fmt.Errorf("open the table: %w", err)
 	}
 	db = &DB{b: b, f: f, at: at, store: o.Store, verified: was.verified}
-	db.copy = tableCopy{in: o.Copy, store: o.Store, lost: o.CopyLost, sync: o.SyncCopy}
+	db.copy = tableCopy{in: o.Copy, store: o.Store, lost: o.CopyLost, sync: o.SyncCopy, wrong: o.WrongItem}
 	if db.copy.sync == nil {
 		db.copy.sync = startSync
 	}

@@ -89,10 +89,15 @@ func (t *Tx) NextLeaf(branch, from uint32) (leaf uint32, ok bool, err error) {
 
 // PutLeaf stores a version, and notes that the leaf changed in that epoch. value is the encoding of the leaf
 // (format.AppendLeaf).
-func (t *Tx) PutLeaf(v Version, value []byte) error {
+func (t *Tx) PutLeaf(v Version, value []byte) error { return t.PutChanged(v, value, nil) }
+
+// PutChanged is PutLeaf, and makes less work for the copy of the table: puts is what format.AppendPuts returns for all
+// blocks that have changed in the version since the value that the table has. If the table has no such value, or puts is
+// nil, it does not count.
+func (t *Tx) PutChanged(v Version, value, puts []byte) error {
 	k, c := v.key(), v.changeKey()
 	t.read(1)
-	if err := t.set(bucketLeaves, k[:], value); err != nil {
+	if err := t.setChanged(bucketLeaves, k[:], value, puts); err != nil {
 		return err
 	}
 	changes, err := t.bucket(bucketChanges)

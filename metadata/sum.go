@@ -34,7 +34,10 @@ func sumOf(bucket, key []byte, value uint32) sum {
 }
 
 // set stores a value. Every change of the table goes through set or drop.
-func (t *Tx) set(bucket, key, value []byte) error {
+func (t *Tx) set(bucket, key, value []byte) error { return t.setChanged(bucket, key, value, nil) }
+
+// setChanged is set, with what Tx.PutChanged may know.
+func (t *Tx) setChanged(bucket, key, value, puts []byte) error {
 	b, err := t.bucket(bucket)
 	if err != nil {
 		return err
@@ -43,7 +46,7 @@ func (t *Tx) set(bucket, key, value []byte) error {
 	intact := t.forget(bucket, key, old)
 	field, _ := valueSums(value)
 	t.sum += sumOf(bucket, key, field)
-	t.db.copy.record(bucket, key, old, value, intact)
+	t.db.copy.record(change{bucket, key, old, value, puts, intact})
 	return b.Put(key, value)
 }
 
@@ -54,7 +57,7 @@ func (t *Tx) drop(bucket, key []byte) error {
 	}
 	old := b.Get(key)
 	intact := t.forget(bucket, key, old)
-	t.db.copy.record(bucket, key, old, nil, intact)
+	t.db.copy.record(change{bucket: bucket, key: key, old: old, intact: intact})
 	return b.Delete(key)
 }
 

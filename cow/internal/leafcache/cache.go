@@ -303,7 +303,7 @@ func (s *shard) open(k Key) *openLeaf {
 	}
 	o := (*openLeaf)(s.at(to).pointer())
 	o.branch, o.index, o.asOf, o.epoch = was.branch, was.index, was.asOf, was.epoch
-	o.gen, o.content = 0, l
+	o.gen, o.content = 0, Content{Leaf: l}
 	s.put(to, uint32(openWords)|stateOpen|stateUsed)
 	return o
 }
@@ -315,7 +315,7 @@ func (s *shard) pack(h handle) {
 		return
 	}
 	var buf [format.MaxPacked]uint64
-	p := format.AppendPacked(buf[:0], &o.content)
+	p := format.AppendPacked(buf[:0], &o.content.Leaf)
 	words := headerWords + len(p)
 	rest := openWords - words
 	if rest < headerWords {

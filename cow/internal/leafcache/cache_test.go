@@ -1,9 +1,12 @@
 package leafcache
 
 import (
+	"bytes"
+	"cmp"
 	"errors"
 	"maps"
 	"math/rand/v2"
+	"slices"
 	"testing"
 	"time"
 
@@ -92,9 +95,23 @@ func (m *cacheModel) write(k Key) {
 	for i := from; i < min(from+1+m.rng.IntN(256), 256); i++ {
 		content.Entries[i], want.Entries[i] = made.Entries[i], made.Entries[i]
 		content.SetChanged(i)
+		content.Put(i)
 		want.SetChanged(i)
 	}
 	m.now[k.Index], m.versions[place{k.Index, m.epoch}] = want, want
+}
+
+// puts checks that a leaf knows all blocks that were put since the table's state of the version, if it says so.
+func (m *cacheModel) puts(at place, c *Content) {
+	was, found := m.table[at]
+	blocks, ok := c.Puts()
+	if !found || !ok {
+		return
+	}
+	it := format.CopyItem{Op: format.CopyPuts, Value: format.AppendPuts(nil, &c.Leaf, blocks)}
+	if got, err := it.Apply(format.AppendLeaf(nil, &was)); err != nil || !bytes.Equal(got, format.AppendLeaf(nil, &c.Leaf)) {
+		m.t.Fatalf("leaf %v: the blocks %x do not make the leaf from the table's: %v", at, blocks, err)
+	}
 }
 
 // checkpoint begins a checkpoint, or ends the one that was begun.
@@ -110,16 +127,22 @@ func (m *cacheModel) checkpoint() {
 		g.Abort()
 		return
 	}
-	gens := map[place]uint64{}
-	written := 0
-	g.Each(func(v metadata.Version, gen uint64, l *format.Leaf) {
-		at := place{v.Leaf, v.Epoch}
-		if written++; gen >= gens[at] {
-			m.table[at], gens[at] = *l, gen
-		}
+	type state struct {
+		place
+		gen uint64
+		Content
+	}
+	var states []state
+	g.Each(func(v metadata.Version, gen uint64, c *Content) {
+		states = append(states, state{place{v.Leaf, v.Epoch}, gen, *c})
 	})
-	if written != g.Len() {
-		m.t.Fatalf("%d versions were written of %d", written, g.Len())
+	if len(states) != g.Len() {
+		m.t.Fatalf("%d versions were written of %d", len(states), g.Len())
+	}
+	slices.SortStableFunc(states, func(a, b state) int { return cmp.Compare(a.gen, b.gen) })
+	for _, st := range states {
+		m.puts(st.place, &st.Content)
+		m.table[st.place] = st.Leaf
 	}
 	if !maps.Equal(m.table, m.due) {
 		m.t.Fatal("the table is not what memory was when the checkpoint began")
@@ -201,7 +224,7 @@ func TestFinishDropsPreimagesFirst(t *testing.T) {
 		t.Fatal("the leaf is not dirty:", err)
 	}
 	g := c.Begin()
-	g.Each(func(metadata.Version, uint64, *format.Leaf) {})
+	g.Each(func(metadata.Version, uint64, *Content) {})
 	last.mu.Lock()
 	done := make(chan struct{})
 	go func() {

@@ -1,9 +1,6 @@
 package leafcache
 
-import (
-	"github.com/vdisk/vdisk/format"
-	"github.com/vdisk/vdisk/metadata"
-)
+import "github.com/vdisk/vdisk/metadata"
 
 // Generation is what one checkpoint has to write of the cache: the leaves and pre-images that became dirty before it
 // began, and those that an aborted checkpoint left. Only one generation is written at a time. It ends with Finish or
@@ -33,7 +30,7 @@ func (g *Generation) Len() int { return g.count }
 // Each calls fn for the versions to write, each with its shard locked. fn must not call the cache. If a writer has
 // changed a leaf since the generation began, it left a pre-image of it, which is written instead. After an aborted
 // checkpoint there may be several states of one version. The one with the highest gen is the latest.
-func (g *Generation) Each(fn func(v metadata.Version, gen uint64, l *format.Leaf)) {
+func (g *Generation) Each(fn func(v metadata.Version, gen uint64, c *Content)) {
 	write := func(o *openLeaf) {
 		fn(metadata.Version{Branch: o.branch, Leaf: o.index, Epoch: o.epoch}, o.gen, &o.content)
 	}

@@ -41,8 +41,25 @@ type Leaf struct {
 type openLeaf struct {
 	Leaf
 	gen     uint64 // of the checkpoint that has to write it; 0: clean, the same as in the table
-	content format.Leaf
+	content Content
 }
+
+// Content is the content of a leaf that can be changed, and what has changed since the state of the same version that is
+// in the table, or that is written before this one.
+type Content struct {
+	format.Leaf
+	put   [format.LeafBlocks / 64]uint64 // a bit for each block whose entry was put, with its changed bit
+	other bool                           // something else has changed, or there is no such state
+}
+
+// Put notes that the entry of block i was put, and its changed bit set.
+func (c *Content) Put(i int) { c.put[uint(i)/64%4] |= 1 << (uint(i) % 64) }
+
+// Puts returns the blocks that were put, with a bit for each, the lowest of the first word for block 0. ok is false if
+// more may have changed.
+func (c *Content) Puts() (blocks [format.LeafBlocks / 64]uint64, ok bool) { return c.put, !c.other }
+
+func (c *Content) forgetPuts() { c.put, c.other = [len(c.put)]uint64{}, false }
 
 // The bits of Leaf.state. All but stateUsed change under the shard's lock.
 const (
@@ -105,7 +122,7 @@ func (lf *Leaf) IsChanged(i int) bool {
 // CopyTo writes the leaf's entries and changed bits to l.
 func (lf *Leaf) CopyTo(l *format.Leaf) {
 	if o := lf.open(); o != nil {
-		*l = o.content
+		*l = o.content.Leaf
 	} else {
 		lf.packed().Unpack(l)
 	}

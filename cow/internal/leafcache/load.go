@@ -87,13 +87,13 @@ func (c *Cache) fetch(k Key, fn func(*Leaf)) (mine bool, err error) {
 	defer c.scratch.Put(ld)
 	ld.branch, ld.index, ld.asOf, ld.gen = k.Branch.ID, k.Index, k.AsOf, 0
 	ld.state.Store(uint32(openWords) | stateOpen)
-	ld.epoch, l.err = c.load(k, &ld.content)
+	ld.epoch, l.err = c.load(k, &ld.content.Leaf)
 	var words []uint64
 	if l.err == nil {
 		if fn != nil {
 			fn(&ld.Leaf)
 		}
-		words = format.AppendPacked(ld.packed[:headerWords], &ld.content)
+		words = format.AppendPacked(ld.packed[:headerWords], &ld.content.Leaf)
 	}
 	s.mu.Lock()
 	delete(s.loading, k)

@@ -55,10 +55,10 @@ func (l *Locked) IsWritable(epoch uint32) bool {
 }
 
 // MakeWritable makes a head leaf that is in memory ready to be changed in epoch, the branch's present one, and in the
-// present generation, and returns its content. If the leaf's state in an earlier epoch or generation is still to be
+// present generation, and returns its content. The caller notes there what it changes. If the leaf's state in an earlier epoch or generation is still to be
 // written, a pre-image stays behind. If there is no room, MakeWritable fails with ErrFull, and nothing has changed. The
 // caller holds the store's lock.
-func (l *Locked) MakeWritable(epoch uint32) (*format.Leaf, error) {
+func (l *Locked) MakeWritable(epoch uint32) (*Content, error) {
 	o := l.lf.open()
 	switch {
 	case o != nil && o.gen == l.s.c.gen && o.epoch == epoch:
@@ -78,8 +78,11 @@ func (l *Locked) MakeWritable(epoch uint32) (*format.Leaf, error) {
 			return nil, ErrFull
 		}
 	}
+	if o.gen != l.s.c.gen {
+		o.content.forgetPuts() // the table has this state, or gets it first
+	}
 	if o.epoch != epoch {
-		o.epoch, o.content.Changed = epoch, [4]uint64{}
+		o.epoch, o.content.Changed, o.content.other = epoch, [4]uint64{}, true
 	}
 	l.markDirty()
 	return &o.content, nil
@@ -93,9 +96,9 @@ func (l *Locked) Reopen(epoch uint32) (*format.Leaf, error) {
 	if o == nil {
 		return nil, ErrFull
 	}
-	o.epoch = epoch
+	o.epoch, o.content.other = epoch, true
 	l.markDirty()
-	return &o.content, nil
+	return &o.content.Leaf, nil
 }
 
 // open makes the leaf an open one. It returns nil if there is no room.
@@ -119,7 +122,8 @@ func (l *Locked) markDirty() {
 // if there is none. The caller may change it, if it holds the store's lock and no generation is being written.
 func (l *Locked) Preimage(from, to uint32) *format.Leaf {
 	if o := l.s.preimage(l.k.Branch.ID, l.k.Index, from, to); o != nil {
-		return &o.content
+		o.content.other = true // the caller may change it
+		return &o.content.Leaf
 	}
 	return nil
 }
@@ -134,5 +138,5 @@ func (l *Locked) AddPreimage(epoch uint32, content *format.Leaf) (*format.Leaf, 
 		return nil, ErrFull
 	}
 	l.s.c.unwritten++
-	return &o.content, nil
+	return &o.content.Leaf, nil
 }

@@ -40,7 +40,7 @@ func (s *shard) addPreimage(k Key, epoch uint32, gen uint64, l *format.Leaf) *op
 		return nil
 	}
 	o := (*openLeaf)(s.at(to).pointer())
-	o.branch, o.index, o.epoch, o.gen, o.content = k.Branch.ID, k.Index, epoch, gen, *l
+	o.branch, o.index, o.epoch, o.gen, o.content = k.Branch.ID, k.Index, epoch, gen, Content{Leaf: *l, other: true}
 	s.putPreimage(k.Branch, to)
 	return o
 }

@@ -120,7 +120,7 @@ func TestShrinkKeepsChanges(t *testing.T) {
 	g := c.Begin()
 	put(t, c, k, 1, 2)
 	g.Finish()
-	if l := c.Lock(k); l.Leaf() == nil || value(&l.Leaf().open().content) != 2 {
+	if l := c.Lock(k); l.Leaf() == nil || value(&l.Leaf().open().content.Leaf) != 2 {
 		t.Error("a change that no checkpoint has written is gone")
 		l.Unlock()
 	} else {
@@ -154,7 +154,7 @@ func TestBranchesInOneBucket(t *testing.T) {
 	put(t, c, other, 1, 2)
 	for n, k := range []Key{k, other} {
 		l := c.Lock(k)
-		if got := value(&l.Leaf().open().content); got != uint32(n+1) {
+		if got := value(&l.Leaf().open().content.Leaf); got != uint32(n+1) {
 			t.Errorf("branch %d has %d", k.Branch.ID, got)
 		}
 		l.Unlock()

@@ -35,7 +35,7 @@ func (c *Cache) Version(b *Branch, index, from, to uint32, withHead bool, l *for
 		}
 	}
 	if o := s.preimage(b.ID, index, from, to); o != nil {
-		*l = o.content
+		*l = o.content.Leaf
 		return o.epoch
 	}
 	return 0
