@@ -18,9 +18,14 @@ build: ## bin/vdisk
 	@$(TOOLS)/setup.sh build
 	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-X main.described=$(VERSION)' -o bin/vdisk ./cmd/vdisk
 
-install: ## the program and its systemd unit, below DESTDIR and PREFIX (/usr/local)
+install: ## the program, its manual pages, completions and systemd unit, below DESTDIR and PREFIX (/usr/local)
 	@[ -x bin/vdisk ] || $(MAKE) build
 	install -D -m 755 bin/vdisk $(DESTDIR)$(PREFIX)/bin/vdisk
+	$(DESTDIR)$(PREFIX)/bin/vdisk man $(DESTDIR)$(PREFIX)/share/man/man8
+	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions $(DESTDIR)$(PREFIX)/share/zsh/site-functions $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
+	bin/vdisk completion bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/vdisk
+	bin/vdisk completion zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_vdisk
+	bin/vdisk completion fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/vdisk.fish
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
 	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' init/vdisk@.service > $(DESTDIR)$(PREFIX)/lib/systemd/system/vdisk@.service
 	chmod 644 $(DESTDIR)$(PREFIX)/lib/systemd/system/vdisk@.service

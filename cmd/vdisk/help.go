@@ -50,6 +50,7 @@ var examples = map[string]string{
 	"import-diff": "vdisk import-diff mon.diff copy",
 	"info":        "vdisk info\nvdisk info vm1@tue --json",
 	"ls":          "vdisk ls\nvdisk ls --tree\nvdisk ls -l -t all vm1\nvdisk ls -H -t snap -o name,created",
+	"man":         "vdisk man /usr/local/share/man/man8",
 	"map":         "vdisk map vm1@tue --output json",
 	"metadata":    "vdisk metadata rebuild\nvdisk metadata dump table.txt\nvdisk metadata restore table.txt",
 	"receive":     "vdisk receive vm1 week\nvdisk receive copy@new -",

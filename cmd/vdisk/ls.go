@@ -25,9 +25,8 @@ func (a *app) lsCommand() *cli.Command {
 			"shared      the part that others have too\n" +
 			"usedsnap    the space that removing all the volume's snapshots would free\n" +
 			"used        the space that removing it would free; for a volume, with all its snapshots\n" +
-			"A name with a colon is the property of that name.\n" +
 			"These are exact, and read the maps of the volumes: about 6 µs for each MiB, and again for each snapshot before which it\n" +
-			"changed. The others cost nothing.",
+			"changed. The others cost nothing. A name with a colon is the property of that name.",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "type", Aliases: []string{"t"}, Usage: "vol, snap or all", Value: "vol"},
 			&cli.BoolFlag{Name: "long", Aliases: []string{"l"}, Usage: "show the space that they take"},

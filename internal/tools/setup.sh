@@ -76,6 +76,7 @@ for what; do
 		need strace strace
 		need zsh zsh
 		need fish fish
+		need groff groff-base
 	fi
 done
 # shellcheck disable=SC2086 # a list of words
