@@ -52,15 +52,14 @@ func (w *world) export(r *rand.Rand) {
 	if im.doubtful() {
 		return
 	}
-	path := w.path() + ".export"
-	defer os.Remove(path)
-	o := w.doKilled(w.sometimes(r), []string{"export", name, path}, exitBusy)
-	if o.doubt || o.code != exitOK {
-		if parts, err := filepath.Glob(path + "*"); err == nil {
-			for _, p := range parts {
-				os.Remove(p)
-			}
-		}
+	dir, err := os.MkdirTemp(w.dir, "export")
+	if err != nil {
+		w.fail(err)
+		return
+	}
+	defer os.RemoveAll(dir) // with what a client that was killed has left
+	path := filepath.Join(dir, "image")
+	if o := w.doKilled(w.sometimes(r), []string{"export", name, path}, exitBusy); o.doubt || o.code != exitOK {
 		return
 	}
 	f, err := os.Open(path)

@@ -112,33 +112,36 @@ func (c *client) request() error {
 	if c.r.IntN(12) == 0 {
 		flags = nbdclient.FUA
 	}
+	most := int64(256 << 10)
 	switch {
 	case c.d.ReadOnly() || k >= 50 && k < 80:
 		return c.check()
-	case k < 50:
-		off, n := c.somewhere(256 << 10)
-		if n == 0 {
-			return nil
-		}
-		data := content(c.r, n)
-		return c.change(&change{off: off, n: n, data: data}, func() error { return c.d.Write(data, off, flags) })
-	case k < 88:
+	case k >= 94:
+		most = 1 << 20
+	case k >= 88:
+		most = 4 << 20
+	case k >= 80:
 		return c.d.Sync()
-	case k < 94:
-		off, n := c.somewhere(4 << 20)
-		if n == 0 {
-			return nil
-		}
-		return c.change(&change{off: off, n: n, trim: true}, func() error { return c.d.Trim(off, n, flags) })
 	}
-	off, n := c.somewhere(1 << 20)
+	off, n := c.somewhere(most)
 	if n == 0 {
 		return nil
 	}
-	if c.r.IntN(3) == 0 {
-		flags |= nbdclient.NoHole
+	ch := &change{off: off, n: n}
+	send := func() error { return c.d.Write(ch.data, off, flags) }
+	switch {
+	case k < 50:
+		ch.data = content(c.r, n)
+	case k < 94:
+		ch.trim = true
+		send = func() error { return c.d.Trim(off, n, flags) }
+	default:
+		if c.r.IntN(3) == 0 {
+			flags |= nbdclient.NoHole
+		}
+		send = func() error { return c.d.Zero(off, n, flags) }
 	}
-	return c.change(&change{off: off, n: n}, func() error { return c.d.Zero(off, n, flags) })
+	return c.change(ch, send)
 }
 
 // content makes n bytes to write.

@@ -26,13 +26,12 @@ func (w *world) maybe(what string, images map[string]*image) {
 		if n != 0 && n != len(images) {
 			return fmt.Errorf("%d of %d are there", n, len(images))
 		}
+		if n == 0 {
+			w.discard(images)
+			return nil
+		}
 		for name, im := range images {
-			if n > 0 {
-				w.put(name, im)
-				continue
-			}
-			im.remove()
-			w.free(name)
+			w.put(name, im)
 		}
 		return nil
 	})

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"slices"
 	"sync"
 
@@ -195,13 +196,17 @@ func (im *image) forget(c *change) {
 	im.releaseLocked(c.off, c.n)
 }
 
-// settle reads the blocks of c, which may have happened in part, and takes over what is there.
-func (im *image) settle(name string, c *change, src io.ReaderAt) error {
+// refused reads the blocks of a change that was answered with "no space", and takes over what is there. A change of one
+// block has then changed nothing; of a larger one, a part may have been done.
+func (im *image) refused(name string, c *change, src io.ReaderAt) error {
 	im.mu.Lock()
 	defer im.mu.Unlock()
 	v := variants{}
 	if err := im.note(c, v); err != nil {
 		return err
+	}
+	if first, end := c.blocks(); end-first == 1 {
+		v[first] = v[first][:1] // the old content
 	}
 	if err := im.take(name, v, src); err != nil {
 		return err
@@ -210,7 +215,7 @@ func (im *image) settle(name string, c *change, src io.ReaderAt) error {
 	return nil
 }
 
-// settleAll does so for everything that is in doubt.
+// settleAll reads all blocks that are in doubt, and takes over what is there.
 func (im *image) settleAll(name string, src io.ReaderAt) error {
 	im.mu.Lock()
 	defer im.mu.Unlock()
@@ -287,14 +292,11 @@ func (im *image) capture() (*variants, error) {
 	return &v, nil
 }
 
-// captured ends a capture. Unless path is empty, it returns the snapshot's image.
+// captured ends a capture, and returns the snapshot's image.
 func (im *image) captured(v *variants, path string) (*image, error) {
 	im.mu.Lock()
 	defer im.mu.Unlock()
 	im.captures = slices.DeleteFunc(im.captures, func(c *variants) bool { return c == v })
-	if path == "" {
-		return nil, nil
-	}
 	snap, err := im.copyLocked(path)
 	if err == nil {
 		snap.open = *v
@@ -317,38 +319,10 @@ func (im *image) copyLocked(path string) (*image, error) {
 	return to, im.copyTo(to)
 }
 
+// copyTo copies the content into another file, and leaves its holes out.
 func (im *image) copyTo(to *image) error {
-	return eachData(im.file, im.size, func(off, n int64) error {
-		for n > 0 {
-			from, at := off, off
-			c, err := unix.CopyFileRange(int(im.file.Fd()), &from, int(to.file.Fd()), &at, int(n), 0)
-			if err != nil || c == 0 {
-				return fmt.Errorf("copy %s to %s: %d bytes, %w", im.path, to.path, c, err)
-			}
-			off, n = off+int64(c), n-int64(c)
-		}
-		return nil
-	})
-}
-
-// eachData calls fn with each range of a sparse file that has data.
-func eachData(f *os.File, size int64, fn func(off, n int64) error) error {
-	for off := int64(0); off < size; {
-		from, err := unix.Seek(int(f.Fd()), off, unix.SEEK_DATA)
-		if errors.Is(err, unix.ENXIO) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		to, err := unix.Seek(int(f.Fd()), from, unix.SEEK_HOLE)
-		if err != nil {
-			return err
-		}
-		if err := fn(from, min(to, size)-from); err != nil {
-			return err
-		}
-		off = to
+	if out, err := exec.Command("cp", "--sparse=auto", im.path, to.path).CombinedOutput(); err != nil {
+		return fmt.Errorf("cp %s %s: %w: %s", im.path, to.path, err, out)
 	}
 	return nil
 }
@@ -357,13 +331,7 @@ func eachData(f *os.File, size int64, fn func(off, n int64) error) error {
 func (im *image) become(from *image) error {
 	im.mu.Lock()
 	defer im.mu.Unlock()
-	if err := im.file.Truncate(0); err != nil {
-		return err
-	}
 	im.size = from.size
-	if err := im.file.Truncate(im.size); err != nil {
-		return err
-	}
 	return from.copyTo(im)
 }
 
@@ -379,21 +347,4 @@ func (im *image) length() int64 {
 	im.mu.Lock()
 	defer im.mu.Unlock()
 	return im.size
-}
-
-// refused notes that a change was answered with "no space". A change of one block has then changed nothing; of a larger
-// one, a part may have been done.
-func (im *image) refused(name string, c *change, src io.ReaderAt) error {
-	first, end := c.blocks()
-	if end-first > 1 {
-		return im.settle(name, c, src)
-	}
-	im.mu.Lock()
-	defer im.mu.Unlock()
-	old, err := im.block(first)
-	if err != nil {
-		return err
-	}
-	im.forget(c)
-	return im.take(name, variants{first: {old}}, src)
 }

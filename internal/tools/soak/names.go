@@ -75,16 +75,33 @@ func options(r *rand.Rand) []string {
 	return []string{"--compress", []string{"none", "s2", "s2", "s2", "zstd", "zstd:9"}[r.IntN(6)]}
 }
 
-// born puts a new volume into the world, if it came to be.
-func (w *world) born(name string, im *image, o outcome) {
+// born puts new volumes or snapshots into the world, if they came to be.
+func (w *world) born(o outcome, images map[string]*image) {
 	switch {
 	case o.doubt:
-		w.maybe(strings.Join(o.args, " "), map[string]*image{name: im})
+		w.maybe(strings.Join(o.args, " "), images)
 	case o.code == exitOK:
-		w.put(name, im)
+		for name, im := range images {
+			w.lookInto(name, im)
+			w.put(name, im)
+		}
 	default:
-		im.remove()
-		w.free(name)
+		w.discard(images)
+	}
+}
+
+// lookInto finds out what a new snapshot has of the requests that were under way.
+func (w *world) lookInto(name string, im *image) {
+	if !im.doubtful() {
+		return
+	}
+	d, err := w.server.dial(name)
+	if err == nil {
+		err = im.settleAll(name, d)
+		d.Abort()
+	}
+	if err != nil && !w.server.dying.Load() {
+		w.fail(err)
 	}
 }
 
@@ -99,7 +116,8 @@ func (w *world) create(r *rand.Rand) {
 		w.fail(err)
 		return
 	}
-	w.born(name, im, w.do(append([]string{"create", name, "--size", fmt.Sprint(size)}, options(r)...), exitFull))
+	o := w.do(append([]string{"create", name, "--size", fmt.Sprint(size)}, options(r)...), exitFull)
+	w.born(o, map[string]*image{name: im})
 }
 
 func (w *world) clone(r *rand.Rand) {
@@ -120,7 +138,7 @@ func (w *world) clone(r *rand.Rand) {
 		w.fail(err)
 		return
 	}
-	w.born(name, im, w.do([]string{"clone", from, name}, exitFull))
+	w.born(w.do([]string{"clone", from, name}, exitFull), map[string]*image{name: im})
 }
 
 // importFile imports a copy of a snapshot, or a new file. Sometimes the client is killed.
@@ -135,7 +153,7 @@ func (w *world) importFile(r *rand.Rand) {
 		return
 	}
 	args := append([]string{"import", im.path, name, "--format", "raw"}, options(r)...)
-	w.born(name, im, w.doKilled(w.sometimes(r), args, exitFull))
+	w.born(w.doKilled(w.sometimes(r), args, exitFull), map[string]*image{name: im})
 }
 
 func (w *world) toImport(r *rand.Rand) (*image, error) {
@@ -194,44 +212,13 @@ func (w *world) snapshot(r *rand.Rand) {
 	o := w.do(args, exitFull)
 	taken := map[string]*image{}
 	for name, p := range parts {
-		path := ""
-		if o.doubt || o.code == exitOK {
-			path = w.path()
-		}
-		snap, err := p.im.captured(p.v, path)
-		if err != nil {
+		var err error
+		if taken[name], err = p.im.captured(p.v, w.path()); err != nil {
 			w.fail(err)
 			return
 		}
-		if snap == nil {
-			w.free(name)
-			continue
-		}
-		taken[name] = snap
 	}
-	if o.doubt {
-		w.maybe(strings.Join(args, " "), taken)
-		return
-	}
-	for name, snap := range taken {
-		w.newSnapshot(name, snap)
-	}
-}
-
-// newSnapshot finds out what a snapshot has of the requests that were under way.
-func (w *world) newSnapshot(name string, snap *image) {
-	defer w.put(name, snap)
-	if !snap.doubtful() {
-		return
-	}
-	d, err := w.server.dial(name)
-	if err == nil {
-		err = snap.settleAll(name, d)
-		d.Abort()
-	}
-	if err != nil && !w.server.dying.Load() {
-		w.fail(err)
-	}
+	w.born(o, taken)
 }
 
 // alone runs a command that is refused while its volume is open. The server may notice late that the last client has
@@ -355,14 +342,6 @@ func (w *world) rename(r *rand.Rand, snapshot bool) {
 	volume := ""
 	if snapshot {
 		volume = volumeOf(from)
-		w.mu.Lock()
-		head := w.images[volume]
-		held := head.users.TryRLock() // or it could get another name meanwhile
-		w.mu.Unlock()
-		if !held {
-			return
-		}
-		defer head.users.RUnlock()
 	}
 	to := w.name(r, volume)
 	if to == "" {
@@ -401,16 +380,7 @@ func (w *world) remove(r *rand.Rand, snapshot bool) {
 	}
 	defer release()
 	args, names := []string{"rm", name}, []string{name}
-	if snapshot {
-		w.mu.Lock()
-		head := w.images[volumeOf(name)]
-		held := head.users.TryRLock()
-		w.mu.Unlock()
-		if !held {
-			return
-		}
-		defer head.users.RUnlock()
-	} else {
+	if !snapshot {
 		args, names = append(args, "-r"), w.family(name)
 	}
 	o := w.alone(args)

@@ -158,10 +158,6 @@ func (w *world) doKilled(after time.Duration, args []string, also ...int) outcom
 	cmd := w.command(append([]string{"-q"}, args...)...)
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	return w.finish(cmd, after, args, &stdout, &stderr, also)
-}
-
-func (w *world) finish(cmd *exec.Cmd, after time.Duration, args []string, stdout, stderr *bytes.Buffer, also []int) outcome {
 	o := outcome{args: args}
 	if err := cmd.Start(); err != nil {
 		w.fail(err)
@@ -190,8 +186,10 @@ func (w *world) finish(cmd *exec.Cmd, after time.Duration, args []string, stdout
 	case err == nil:
 	case killed.Load() || w.server.dying.Load():
 		o.doubt = true
-	default:
-		o.expect(w, also)
+	case !slices.Contains(also, o.code):
+		w.fail(errors.New(o.String()))
+	case o.code == exitFull:
+		w.full.Add(1)
 	}
 	return o
 }
@@ -199,19 +197,6 @@ func (w *world) finish(cmd *exec.Cmd, after time.Duration, args []string, stdout
 // changes reports whether a command changes names, sizes or whole contents.
 func changes(command string) bool {
 	return slices.Contains([]string{"create", "snapshot", "clone", "import", "rollback", "resize", "rename", "rm"}, command)
-}
-
-// expect fails the soak if the exit code is none of those that are expected.
-func (o outcome) expect(w *world, also []int) {
-	for _, c := range also {
-		if o.code == c {
-			if c == exitFull {
-				w.full.Add(1)
-			}
-			return
-		}
-	}
-	w.fail(errors.New(o.String()))
 }
 
 // listed is what `vdisk ls --json` says of a volume.

@@ -66,12 +66,10 @@ func (w *world) name(r *rand.Rand, volume string) string {
 	return ""
 }
 
-func (w *world) free(names ...string) {
+func (w *world) free(name string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for _, n := range names {
-		delete(w.taken, n)
-	}
+	delete(w.taken, name)
 }
 
 func (w *world) put(name string, im *image) {
@@ -87,6 +85,14 @@ func (w *world) drop(name string) {
 	w.images[name].remove()
 	delete(w.images, name)
 	delete(w.taken, name)
+}
+
+// discard gives up images that are not in the world, with their names.
+func (w *world) discard(images map[string]*image) {
+	for name, im := range images {
+		im.remove()
+		w.free(name)
+	}
 }
 
 // move renames a volume with its snapshots, or a snapshot.
@@ -138,8 +144,8 @@ func (w *world) use(r *rand.Rand, snapshot bool) (string, *image) {
 	return "", nil
 }
 
-// seize picks a random volume or snapshot and holds it, so that nobody uses it, and its content is known. With family,
-// the volume's snapshots are held, too.
+// seize picks a random volume or snapshot and holds it, so that nobody uses it, and its content is known. With family, a
+// volume's snapshots are held, too; and the volume of a snapshot is used, so that it keeps its name.
 func (w *world) seize(r *rand.Rand, snapshot, family bool) (string, *image, func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -147,25 +153,27 @@ func (w *world) seize(r *rand.Rand, snapshot, family bool) (string, *image, func
 		return "", nil, nil
 	}
 	for _, name := range w.shuffled(r, snapshot) {
-		var held []*image
-		for n, im := range w.images {
-			if n != name && !(family && strings.HasPrefix(n, name+"@")) {
-				continue
-			}
-			if !im.users.TryLock() {
-				held = append(held, nil)
-				break
-			}
-			held = append(held, im)
-		}
+		var held []func() // that give back
 		release := func() {
-			for _, im := range held {
-				if im != nil {
-					im.users.Unlock()
+			for _, back := range held {
+				back()
+			}
+		}
+		all := true
+		for n, im := range w.images {
+			switch {
+			case !all:
+			case n == name, family && strings.HasPrefix(n, name+"@"):
+				if all = im.users.TryLock(); all {
+					held = append(held, im.users.Unlock)
+				}
+			case family && n == volumeOf(name):
+				if all = im.users.TryRLock(); all {
+					held = append(held, im.users.RUnlock)
 				}
 			}
 		}
-		if im := w.images[name]; !slices.Contains(held, nil) && !im.doubtful() {
+		if im := w.images[name]; all && !im.doubtful() {
 			return name, im, release
 		}
 		release()
