@@ -52,3 +52,22 @@ func TestWhoseTable(t *testing.T) {
 	must(t, os.Remove(path+VerifiedSuffix))
 	put(9) // nothing says any more that it is an older one
 }
+
+// TestTornMetaPage: of the two meta pages, one that does not verify says nothing, however new it seems.
+func TestTornMetaPage(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "table")
+	filled(t, path)
+	must(t, os.Remove(path+VerifiedSuffix))
+	whole, err := os.ReadFile(path)
+	must(t, err)
+	page := int(le.Uint32(whole[pageHeader+8:]))
+	newer := 0
+	if le.Uint64(whole[page+pageHeader+48:]) > le.Uint64(whole[pageHeader+48:]) {
+		newer = page
+	}
+	le.PutUint64(whole[newer+pageHeader+16:], 1<<40) // the root page
+	must(t, os.WriteFile(path, whole, 0o600))
+	db, err := Open(path, Options{NoSync: true})
+	must(t, err)
+	must(t, db.Close())
+}
