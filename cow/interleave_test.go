@@ -28,6 +28,7 @@ type hookFS struct {
 	onRead     func(name string) error
 	onReadDisk func(name string) error
 	onSync     func(name string)
+	badAt      func(name string, off int64, n int) error // of a part of a file that is read; nil: all can be read
 	onFree     func() (int64, bool)
 }
 
@@ -78,6 +79,11 @@ func (f *hookFile) ReadAt(p []byte, off int64) (int, error) {
 			return 0, err
 		}
 	}
+	if f.h.badAt != nil {
+		if err := f.h.badAt(f.name, off, len(p)); err != nil {
+			return 0, err
+		}
+	}
 	return f.File.ReadAt(p, off)
 }
 
@@ -87,11 +93,16 @@ func (f *hookFile) ReadDisk(p []byte, off int64) (int, error) {
 			return 0, err
 		}
 	}
+	if f.h.badAt != nil {
+		if err := f.h.badAt(f.name, off, len(p)); err != nil {
+			return 0, err
+		}
+	}
 	return f.File.ReadDisk(p, off)
 }
 
 func (f *hookFile) TryReadAt(p []byte, off int64) bool {
-	return f.h.onRead == nil && f.File.TryReadAt(p, off)
+	return f.h.onRead == nil && f.h.badAt == nil && f.File.TryReadAt(p, off)
 }
 
 func (f *hookFile) WriteAt(p []byte, off int64) (int, error) {

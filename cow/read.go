@@ -250,7 +250,7 @@ func (pl *ReadPlan) drop() {
 // it verifies the records and copies their blocks. It must be called once.
 func (pl *ReadPlan) Finish(err error) error {
 	defer pl.release()
-	if err = fault.Lost(err); err != nil && !errors.Is(err, ErrCorrupt) {
+	if err = fault.Lost(err); err != nil && !errors.Is(err, ErrCorrupt) && !(fault.IsUnreadable(err) && pl.haveCopies()) {
 		if fault.IsUnreadable(err) {
 			pl.metRecords(err)
 		}

@@ -24,21 +24,22 @@ type RepairSource interface {
 type RepairReport struct {
 	Written []Lost `json:"written"` // blocks that were damaged, and have the content of the source now
 	Left    []Lost `json:"left"`    // what is still damaged of the volume: its map cannot be read there
+	Mended  []Lost `json:"mended"`  // what others have of these blocks, where the source was proved to have what was lost
 	Others  []Lost `json:"others"`  // what the records take from other volumes and snapshots, which stays damaged
 	Bytes   int64  `json:"bytes"`   // in Written
 }
 
 // Repair writes the content of src over those blocks of a volume that cannot be read or do not verify, and over no
 // others. The volume may be in use: what others write meanwhile stays. A source that is shorter than the volume is
-// refused if the volume is damaged behind its end. Other volumes and snapshots that refer to the damaged records still
-// do.
+// refused if the volume is damaged behind its end. If the source is proved to have what a record had, all that refer to
+// the record have it again. Otherwise other volumes and snapshots still refer to the damaged record.
 func (s *Store) Repair(ctx context.Context, name string, src RepairSource) (RepairReport, error) {
 	rep, err := s.repairVolume(ctx, name, src)
 	return rep, wrapIf(err, "repair %s", name)
 }
 
 func (s *Store) repairVolume(ctx context.Context, name string, src RepairSource) (rep RepairReport, err error) {
-	rep = RepairReport{Written: []Lost{}, Left: []Lost{}, Others: []Lost{}}
+	rep = RepairReport{Written: []Lost{}, Left: []Lost{}, Mended: []Lost{}, Others: []Lost{}}
 	if err := s.beginTask(); err != nil {
 		return rep, err
 	}
@@ -51,7 +52,7 @@ func (s *Store) repairVolume(ctx context.Context, name string, src RepairSource)
 		return rep, err
 	}
 	defer func() { err = errors.Join(err, d.Close()) }()
-	r := &repairer{s: s, ctx: ctx, d: d, src: src, rep: &rep, size: d.Size(), records: map[badPlace]*[]Lost{}}
+	r := &repairer{s: s, ctx: ctx, d: d, src: src, rep: &rep, size: d.Size(), records: map[badPlace]*[]Lost{}, healer: newHealer(s), healed: map[healedRecord]struct{}{}}
 	r.disk.buf, r.good, r.piece, r.dst = storage.DiskBuffer(diskWindow), make([]byte, leafSize), make([]byte, 256<<10), make([]byte, leafSize)
 	if end := int64(blocksOf(src.Size())) * format.BlockSize; end < r.size {
 		if err := r.refuseBehind(end); err != nil {
@@ -64,16 +65,47 @@ func (s *Store) repairVolume(ctx context.Context, name string, src RepairSource)
 	if err := s.wal.Sync(); err != nil {
 		return rep, err
 	}
-	err = s.lostTo(ctx, r.records, s.points())
-	for _, lost := range r.records {
+	return rep, r.nameOthers()
+}
+
+// nameOthers lists what the damaged records take and took from other volumes and snapshots.
+func (r *repairer) nameOthers() (err error) {
+	if r.rep.Others, err = r.others(r.records); err != nil {
+		return err
+	}
+	for p, lost := range r.records {
+		if len(*lost) == 0 {
+			r.s.damage.drop(p)
+		}
+	}
+	copies := map[badPlace]*[]Lost{}
+	for h := range r.healed {
+		c, at, err := r.s.placeOf(h.was)
+		if err != nil {
+			return err
+		}
+		if c != nil {
+			copies[badPlace{record: unitKey{c.Seq, at, h.first}}] = new([]Lost)
+			c.Release()
+		}
+	}
+	r.rep.Mended, err = r.others(copies)
+	return err
+}
+
+// others returns what places take from other volumes and snapshots than the one that is repaired.
+func (r *repairer) others(places map[badPlace]*[]Lost) ([]Lost, error) {
+	list := []Lost{}
+	err := r.s.lostTo(r.ctx, places, r.s.points())
+	for _, lost := range places {
 		for _, l := range *lost {
-			if l.Ref != d.ref {
-				rep.Others = append(rep.Others, l)
+			if l.Ref != r.d.ref {
+				list = append(list, l)
 			}
 		}
 	}
-	slices.SortFunc(rep.Others, Lost.compare)
-	return rep, err
+	slices.SortFunc(list, Lost.compare)
+	return list, err
 }
 
 // repairer is the work of one Repair.
@@ -95,6 +127,15 @@ type repairer struct {
 	ended bool   // the source has no more
 
 	records map[badPlace]*[]Lost // damaged records, at most mostDamage
+
+	healer *healer
+	healed map[healedRecord]struct{} // at most mostDamage
+}
+
+// healedRecord is a record that was healed: the entry of its first block, and that block.
+type healedRecord struct {
+	was   content
+	first uint64
 }
 
 // badRecord is a record that does not verify, and the blocks of it that the volume has.
@@ -187,6 +228,13 @@ func (r *repairer) leaf(index uint32) error {
 		return err
 	}
 	for _, b := range list {
+		healed, err := r.heal(b)
+		if err != nil {
+			return err
+		}
+		if healed {
+			continue
+		}
 		for i := range format.UnitBlocks {
 			if b.mask&(1<<i) == 0 {
 				continue
@@ -197,6 +245,33 @@ func (r *repairer) leaf(index uint32) error {
 		}
 	}
 	return nil
+}
+
+// heal heals a record for all that share it, if the source is proved to have its content. It reports whether it did.
+func (r *repairer) heal(b badRecord) (bool, error) {
+	unit := healedRecord{content{b.was.e.WithIndex(0), b.was.c}, b.first}
+	from, n := b.first%format.LeafBlocks*format.BlockSize, uint64(b.was.e.Blocks()*format.BlockSize)
+	ok, err := r.healer.heal(unit.was, r.good[from:from+n])
+	if !ok || err != nil {
+		return false, err
+	}
+	if len(r.healed) < mostDamage {
+		r.healed[unit] = struct{}{}
+	}
+	for i := range format.UnitBlocks {
+		if b.mask&(1<<i) != 0 {
+			r.wrote(b.first + uint64(i))
+		}
+	}
+	return true, nil
+}
+
+// wrote notes that a block of the volume has the source's content.
+func (r *repairer) wrote(block uint64) {
+	off := int64(block) * format.BlockSize
+	n := min(format.BlockSize, r.size-off)
+	addLost(&r.rep.Written, r.d.ref, off, n)
+	r.rep.Bytes += n
 }
 
 // write writes a block, unless it has changed since it was looked at.
@@ -211,10 +286,7 @@ func (r *repairer) write(block uint64, was content) error {
 		return nil
 	}
 	if err == nil {
-		off := int64(block) * format.BlockSize
-		n := min(format.BlockSize, r.size-off)
-		addLost(&r.rep.Written, r.d.ref, off, n)
-		r.rep.Bytes += n
+		r.wrote(block)
 	}
 	return err
 }

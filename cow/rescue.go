@@ -2,8 +2,8 @@ package cow
 
 import "github.com/vdisk/vdisk/format"
 
-// rescue finishes a record whose chunk is damaged. The cleaner may have moved it, though the chunk still exists because
-// the cleaner has not come to its end: then the copy is read, which is the one that counts as live and that a check
+// rescue finishes a record whose chunk is damaged. It may have been moved, though the chunk still exists, because the
+// cleaner has not come to the chunk's end, or because the record was healed: then the copy is read, which is the one that counts as live and that a check
 // looks at. With here it first tries the record's own place, since some other record of the read may be the damaged
 // one. It reports whether the record is finished.
 func (pl *ReadPlan) rescue(r *planned, here bool) bool {
@@ -20,6 +20,19 @@ func (pl *ReadPlan) rescue(r *planned, here bool) bool {
 	r.c.Release()
 	r.c, r.e = c, to // and was keeps the name
 	return pl.readAlone(r)
+}
+
+// haveCopies reports whether some of the records have been copied.
+func (pl *ReadPlan) haveCopies() bool {
+	for i := range pl.records {
+		if r := &pl.records[i]; r.was.c == r.c {
+			if _, c, ok := pl.d.s.forwards.copyOf(r.e, pl.wanted(r), &pl.d.s.slots); ok {
+				c.Release()
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // readAlone reads and finishes one record. The memory is made anew, as this happens only over damage.

@@ -47,14 +47,19 @@ func rot(t *testing.T, s *Store, r Ref, block uint64) {
 	d, err := s.OpenDevice(r, true)
 	must(t, err)
 	defer d.Close()
-	var e format.Entry
-	must(t, s.cache.View(d.b.leaf(uint32(block/format.LeafBlocks), d.asOf), func(lf *leafcache.Leaf) {
-		e = lf.Entry(int(block % format.LeafBlocks))
-	}))
-	_, c, e, err := s.resolve(e)
+	_, c, e, err := s.resolve(entryAt(t, s, d, block))
 	must(t, err)
 	defer c.Release()
 	flipByte(t, filepath.Join(s.dir, chunksDir, c.Name()), int64(e.Offset())+int64(e.Size())/2)
+}
+
+// entryAt returns the entry of a block.
+func entryAt(t *testing.T, s *Store, d *Device, block uint64) (e format.Entry) {
+	t.Helper()
+	must(t, s.cache.View(d.b.leaf(uint32(block/format.LeafBlocks), d.asOf), func(lf *leafcache.Leaf) {
+		e = lf.Entry(int(block % format.LeafBlocks))
+	}))
+	return e
 }
 
 func flipByte(t *testing.T, path string, at int64) {

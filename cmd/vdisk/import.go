@@ -26,7 +26,8 @@ func (a *app) importCommand() *cli.Command {
 			"and one that looks like another format is refused. gzip, xz and zstd are raw images that were compressed; the other\n" +
 			"formats are read by qemu-img, from a file. Standard input is raw or compressed.\n" +
 			"With --repair the volume exists, and FILE is an image of its content; it is written over those blocks that are damaged,\n" +
-			"and over no others. Snapshots and clones that share the damage are named, and stay as they are. The volume may be in use.",
+			"and over no others. Where it is proved to be what was lost, by checksum, snapshots and clones that share the damage\n" +
+			"are mended, too. Elsewhere they are named, and stay as they are. The volume may be in use.",
 		Flags: append(append(volumeFlags(), formatFlags()...),
 			&cli.BoolFlag{Name: "repair", Usage: "write the content over the damaged blocks of a volume that exists"}),
 	}, func(c *cli.Context) error {

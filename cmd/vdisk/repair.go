@@ -16,7 +16,8 @@ type repairedJSON struct {
 	Bytes   int64       `json:"written_bytes"`
 	Written []rangeJSON `json:"written"` // what was damaged, and has the content of the file now
 	Left    []rangeJSON `json:"left"`    // what is still damaged: the map cannot be read there
-	Others  []rangeJSON `json:"others"`  // what other volumes and snapshots have of the damage
+	Mended  []rangeJSON `json:"mended"`  // what other volumes and snapshots have of it, where the file was proved to have what was lost
+	Others  []rangeJSON `json:"others"`  // what other volumes and snapshots still have of the damage
 }
 
 // rangeJSON is a range of a volume or snapshot.
@@ -60,8 +61,8 @@ func (a *app) repairFrom(c *cli.Context, path, name string) error {
 		if err != nil {
 			return partly(fmt.Errorf("repairing from %s: %w", path, err))
 		}
-		j := repairedJSON{name, rep.Bytes, rangesOf(rep.Written), rangesOf(rep.Left), rangesOf(rep.Others)}
-		if err := a.print(j, func() error { return a.printRepaired(j) }); err != nil {
+		j := repairedJSON{name, rep.Bytes, rangesOf(rep.Written), rangesOf(rep.Left), rangesOf(rep.Mended), rangesOf(rep.Others)}
+		if err := a.print(j, func() error { return a.printRepaired(j, path) }); err != nil {
 			return err
 		}
 		if len(rep.Left) > 0 {
@@ -71,11 +72,11 @@ func (a *app) repairFrom(c *cli.Context, path, name string) error {
 	})
 }
 
-func (a *app) printRepaired(j repairedJSON) error {
+func (a *app) printRepaired(j repairedJSON, path string) error {
 	for _, part := range []struct {
 		what string
 		list []rangeJSON
-	}{{"written", j.Written}, {"still damaged", j.Left}, {"still damaged", j.Others}} {
+	}{{"written", j.Written}, {"mended", j.Mended}, {"still damaged", j.Left}, {"still damaged", j.Others}} {
 		for _, r := range part.list {
 			if _, err := fmt.Fprintf(a.stdout, "%s: %s, %d bytes at %d\n", part.what, r.Name, r.Length, r.Offset); err != nil {
 				return err
@@ -84,6 +85,9 @@ func (a *app) printRepaired(j repairedJSON) error {
 	}
 	if len(j.Written)+len(j.Left) == 0 {
 		a.note("%s is not damaged", j.Name)
+	}
+	if len(j.Others) > 0 {
+		a.note("%s is not proved to have what was lost there: of those that share the damage, only %s has its content", path, j.Name)
 	}
 	return nil
 }
