@@ -375,7 +375,8 @@ func (k unitKey) verify(stored []byte) error {
 type Damage struct {
 	Where string `json:"where"` // a record, as "chunk 00000003 offset 8192", or a version of a leaf
 	Why   string `json:"why"`
-	Lost  []Lost `json:"lost"` // by name, in the order of the offsets
+	Lost  []Lost `json:"lost"`          // by name, in the order of the offsets
+	Map   bool   `json:"map,omitempty"` // it is a version of a leaf, so it is not known what was there
 }
 
 // KnownDamage returns the damage that was met since the store was opened, as far as it takes something of the volumes
@@ -406,7 +407,7 @@ func (s *Store) KnownDamage(ctx context.Context, refs ...Ref) (list []Damage, co
 	}
 	for p, lost := range bad {
 		if len(*lost) > 0 {
-			list = append(list, Damage{p.String(), known[p].Error(), *lost})
+			list = append(list, Damage{p.String(), known[p].Error(), *lost, p.record.chunk == 0})
 		} else if len(refs) == 0 {
 			s.damage.drop(p) // nobody refers to it
 		}

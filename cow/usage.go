@@ -1,11 +1,16 @@
 package cow
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"math"
+	"slices"
 
 	"github.com/vdisk/vdisk/cow/internal/audit"
+	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/metadata"
 )
 
@@ -21,7 +26,8 @@ type Usage struct {
 }
 
 // Usage returns what volumes and snapshots take: those of refs that exist, or all if there are no refs, each volume
-// before its snapshots. It begins with a checkpoint, and its figures are exact as of then. The store may be in use.
+// before its snapshots. It begins with a checkpoint, and its figures are exact as of then. The store may be in use. If a
+// part of the map cannot be read, the error matches ErrCorrupt, and KnownDamage names all such parts.
 func (s *Store) Usage(ctx context.Context, refs ...Ref) ([]Usage, error) {
 	return s.usage(ctx, func(scan *audit.UsageScan) (names []audit.Name) {
 		if len(refs) == 0 {
@@ -63,7 +69,45 @@ func (s *Store) usage(ctx context.Context, which func(*audit.UsageScan) []audit.
 		}
 		return scan.Figures(which(scan), func(n audit.Name, f audit.Figures) { us = append(us, usageOf(Ref(n), f)) })
 	})
+	if errors.Is(err, ErrCorrupt) {
+		err = errors.Join(err, metadata.Guard(func() error { return s.metVersions(ctx, tx) }))
+	}
 	return us, wrapIf(err, "usage")
+}
+
+// metVersions notes all versions of leaves in the table that do not decode.
+func (s *Store) metVersions(ctx context.Context, tx *metadata.Tx) error {
+	s.mu.Lock()
+	branches := slices.Sorted(maps.Keys(s.catalog.branches))
+	s.mu.Unlock()
+	var lf format.Leaf
+	for _, b := range branches {
+		for from := uint32(0); ; from++ {
+			index, more, err := tx.NextLeaf(b, from)
+			if err = cmp.Or(err, s.interrupted(ctx)); err != nil {
+				return err
+			}
+			if !more {
+				break
+			}
+			for epoch := head; epoch > 0; epoch-- {
+				epoch, err = tx.Leaf(metadata.Version{Branch: b, Leaf: index, Epoch: epoch}, &lf)
+				if d := (*metadata.LeafDamage)(nil); errors.As(err, &d) {
+					s.metLeaf(index, err)
+					epoch = d.Version.Epoch
+				} else if err != nil {
+					return err
+				}
+				if epoch == 0 {
+					break
+				}
+			}
+			if from = index; from == math.MaxUint32 {
+				break
+			}
+		}
+	}
+	return nil
 }
 
 // readTable returns the table as of now. If no checkpoint can be made any more, it is as of the last one, and all is

@@ -22,7 +22,7 @@ func (t *Tx) History(branch uint32, fn func(v Version, l *format.Leaf) error) er
 			return nil
 		}
 		if err := format.DecodeLeaf(val, &l); err != nil {
-			return t.damaged(err, "branch %d leaf %d epoch %d", v.Branch, v.Leaf, v.Epoch)
+			return t.leafDamaged(v, err)
 		}
 		if err := fn(v, &l); err != nil {
 			return err

@@ -56,9 +56,13 @@ func (t *Tx) Leaf(v Version, l *format.Leaf) (epoch uint32, err error) {
 	}
 	if err := format.DecodeLeaf(val, l); err != nil {
 		v.Epoch = ^binary.BigEndian.Uint32(k[8:])
-		return 0, &LeafDamage{v, t.damaged(err, "branch %d leaf %d epoch %d", v.Branch, v.Leaf, v.Epoch)}
+		return 0, t.leafDamaged(v, err)
 	}
 	return ^binary.BigEndian.Uint32(k[8:]), nil
+}
+
+func (t *Tx) leafDamaged(v Version, err error) error {
+	return &LeafDamage{v, t.damaged(err, "branch %d leaf %d epoch %d", v.Branch, v.Leaf, v.Epoch)}
 }
 
 // LeafDamage is the error about a version of a leaf that does not decode.

@@ -72,8 +72,13 @@ func (a *app) noteDamage(list []damageJSON) {
 
 // addDamage adds what is known to be damaged to a volume and its snapshots.
 func addDamage(ctx context.Context, s owner.Store, j *volumeJSON) error {
-	refs, sums := []cow.Ref{{Volume: j.Name}}, map[string]*int64{j.Name: new(int64)}
-	j.DamagedBytes = sums[j.Name]
+	type damaged struct {
+		bytes    *int64
+		notKnown *[]lostJSON
+	}
+	refs, of := []cow.Ref{{Volume: j.Name}}, map[cow.Ref]damaged{}
+	j.DamagedBytes = new(int64)
+	of[refs[0]] = damaged{j.DamagedBytes, &j.NotKnown}
 	for i := range j.Snapshots {
 		sn := &j.Snapshots[i]
 		r, err := cow.ParseRef(sn.Name)
@@ -81,7 +86,7 @@ func addDamage(ctx context.Context, s owner.Store, j *volumeJSON) error {
 			return err
 		}
 		sn.DamagedBytes = new(int64)
-		refs, sums[sn.Name] = append(refs, r), sn.DamagedBytes
+		refs, of[r] = append(refs, r), damaged{sn.DamagedBytes, &sn.NotKnown}
 	}
 	k, err := s.Damage(ctx, refs...)
 	if err != nil {
@@ -89,16 +94,23 @@ func addDamage(ctx context.Context, s owner.Store, j *volumeJSON) error {
 	}
 	for _, d := range k.List {
 		for _, l := range d.Lost {
-			*sums[l.Ref.String()] += l.Length
+			by := of[l.Ref]
+			if *by.bytes += l.Length; d.Map {
+				*by.notKnown = append(*by.notKnown, lostOf([]cow.Lost{l})...)
+			}
 		}
 	}
 	return nil
 }
 
-// damageFields returns the field that says how much is damaged, if anything is known to be.
-func damageFields(a *app, n *int64) [][2]string {
-	if *n == 0 {
-		return nil
+// damageFields returns the fields that say how much is damaged, and where the map cannot be read, if anything is known to
+// be.
+func damageFields(a *app, n *int64, notKnown []lostJSON) (f [][2]string) {
+	if *n > 0 {
+		f = append(f, [2]string{"damaged", a.size(*n) + ", as far as it was met; 'vdisk check --read-data' names all of it"})
 	}
-	return [][2]string{{"damaged", a.size(*n) + ", as far as it was met; 'vdisk check --read-data' names all of it"}}
+	if len(notKnown) > 0 {
+		f = append(f, [2]string{"not known", lostText(notKnown) + ": the map cannot be read there"})
+	}
+	return f
 }

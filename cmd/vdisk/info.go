@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -198,12 +199,15 @@ func (a *app) refInfo(c *cli.Context, s owner.Store, r cow.Ref) error {
 	} else {
 		us, err = s.VolumeUsage(c.Context, v.Name)
 	}
-	if err != nil {
+	mapped := err == nil // if not, the figures are not known, and all else is
+	if err != nil && !errors.Is(err, cow.ErrCorrupt) {
 		return err
 	}
 	usage := map[string]*usageJSON{}
 	for _, u := range us {
-		usage[u.Ref.String()] = usageOf(u)
+		if mapped {
+			usage[u.Ref.String()] = usageOf(u)
+		}
 	}
 	if err := addDamage(c.Context, s, &j); err != nil {
 		return err
@@ -212,14 +216,14 @@ func (a *app) refInfo(c *cli.Context, s owner.Store, r cow.Ref) error {
 	for i := range j.Snapshots {
 		sn := &j.Snapshots[i]
 		sn.Usage = usage[sn.Name]
-		if sn.Name == r.String() && sn.Usage != nil {
+		if sn.Name == r.String() && (sn.Usage != nil || !mapped) {
 			return a.print(sn, func() error { return a.fields(snapshotFields(a, *sn)) })
 		}
 	}
 	if r.Snapshot != "" {
 		return fmt.Errorf("snapshot %v: %w", r, cow.ErrNotFound)
 	}
-	if j.Usage == nil { // removed meanwhile
+	if j.Usage == nil && mapped { // removed meanwhile
 		return fmt.Errorf("volume %v: %w", r, cow.ErrNotFound)
 	}
 	return a.print(j, func() error { return a.fields(volumeFields(a, j)) })
@@ -229,12 +233,14 @@ func volumeFields(a *app, j volumeJSON) [][2]string {
 	u := j.Usage
 	f := [][2]string{{"volume", j.Name}, {"size", a.size(j.Size)}}
 	f = append(f, usageFields(a, u)...)
-	f = append(f, damageFields(a, j.DamagedBytes)...)
-	if len(j.Snapshots) > 0 {
+	f = append(f, damageFields(a, j.DamagedBytes, j.NotKnown)...)
+	if len(j.Snapshots) > 0 && u != nil {
 		f = append(f, [2]string{"used by snapshots", a.size(*u.UsedBySnapshots) + ", what removing them would free"})
 	}
+	if u != nil {
+		f = append(f, [2]string{"used", a.size(u.Used) + ", what removing all of it would free"})
+	}
 	f = append(f, [][2]string{
-		{"used", a.size(u.Used) + ", what removing all of it would free"},
 		{"compress", j.Compress},
 		{"logical block", fmt.Sprint(j.LogicalBlock)},
 		{"created", when(j.Created)},
@@ -268,6 +274,9 @@ func volumeFields(a *app, j volumeJSON) [][2]string {
 
 // usageFields returns the fields that volumes and snapshots have in common.
 func usageFields(a *app, u *usageJSON) [][2]string {
+	if u == nil {
+		return [][2]string{{"space", "not known, as the map is damaged; 'vdisk check' names the damage"}}
+	}
 	return [][2]string{
 		{"mapped", a.size(u.Mapped)},
 		{"referenced", fmt.Sprintf("%s (ratio %s)", a.size(u.Referenced), u.ratio())},
@@ -277,9 +286,11 @@ func usageFields(a *app, u *usageJSON) [][2]string {
 
 func snapshotFields(a *app, j snapshotJSON) [][2]string {
 	f := append([][2]string{{"snapshot", j.Name}, {"size", a.size(j.Size)}}, usageFields(a, j.Usage)...)
-	f = append(f, damageFields(a, j.DamagedBytes)...)
+	f = append(f, damageFields(a, j.DamagedBytes, j.NotKnown)...)
+	if j.Usage != nil {
+		f = append(f, [2]string{"used", a.size(j.Usage.Used) + ", what removing it would free"})
+	}
 	return append(f, [][2]string{
-		{"used", a.size(j.Usage.Used) + ", what removing it would free"},
 		{"created", when(j.Created)},
 		{"guid", dash(j.GUID)},
 		{"clones", dash(strings.Join(j.Clones, ", "))},

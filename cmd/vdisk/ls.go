@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -78,7 +79,10 @@ func (a *app) ls(c *cli.Context) error {
 		slices.SortStableFunc(volumes, func(x, y volumeJSON) int { return natural(x.Name, y.Name) })
 		items := itemsOf(volumes, kind)
 		if by.usage || slices.ContainsFunc(chosen, func(c column) bool { return c.usage }) {
-			if err := addUsage(c, s, items); err != nil {
+			switch err := addUsage(c, s, items); {
+			case errors.Is(err, cow.ErrCorrupt):
+				a.note("what they take is not known, as the map is damaged; 'vdisk check' names the damage: %v", err)
+			case err != nil:
 				return err
 			}
 		}

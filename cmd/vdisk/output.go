@@ -44,6 +44,7 @@ type volumeJSON struct {
 	Snapshots    []snapshotJSON `json:"snapshots"`
 	Usage        *usageJSON     `json:"usage,omitempty"`
 	DamagedBytes *int64         `json:"damaged_bytes,omitempty"` // as far as the owner knows
+	NotKnown     []lostJSON     `json:"not_known,omitempty"`     // ranges of it where the map cannot be read
 	// Receiving is there if the volume holds what has been received of another one.
 	Receiving *receivingJSON `json:"receiving,omitempty"`
 	// Properties are the user's.
@@ -74,7 +75,8 @@ type snapshotJSON struct {
 	Usage       *usageJSON `json:"usage,omitempty"`
 	Holds       []holdJSON `json:"holds"`
 
-	DamagedBytes *int64 `json:"damaged_bytes,omitempty"` // as far as the owner knows
+	DamagedBytes *int64     `json:"damaged_bytes,omitempty"` // as far as the owner knows
+	NotKnown     []lostJSON `json:"not_known,omitempty"`     // ranges of it where the map cannot be read
 }
 
 // holdJSON is a hold of a snapshot in the JSON output.

@@ -20,6 +20,7 @@ import (
 
 	"github.com/vdisk/vdisk/internal/owner"
 	"github.com/vdisk/vdisk/internal/testpki"
+	"github.com/vdisk/vdisk/metadata"
 )
 
 func TestMain(m *testing.M) {
@@ -76,6 +77,7 @@ func TestScripts(t *testing.T) {
 			"put":      cmdPut,
 			"rbdapply": cmdRBDApply,
 			"poke":     cmdPoke,
+			"badleaf":  cmdBadLeaf,
 			"sparse":   cmdSparse,
 			"retry":    cmdRetry,
 		},
@@ -312,6 +314,23 @@ func cmdPoke(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	_, err = f.WriteAt(was, size/2)
 	ts.Check(err)
+}
+
+// cmdBadLeaf damages versions of leaves of the first branch as of its first epoch: badleaf LEAF...
+func cmdBadLeaf(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) == 0 {
+		ts.Fatalf("usage: badleaf LEAF...")
+	}
+	table, err := metadata.Open(ts.MkAbs("store/meta.db"), metadata.Options{Timeout: time.Second})
+	ts.Check(err)
+	defer table.Close()
+	for _, arg := range args {
+		leaf, err := strconv.ParseUint(arg, 10, 32)
+		ts.Check(err)
+		ts.Check(table.Update(func(tx *metadata.Tx) error {
+			return tx.PutLeaf(metadata.Version{Branch: 1, Leaf: uint32(leaf), Epoch: 1}, []byte("rotten"))
+		}))
+	}
 }
 
 // cmdSparse checks that a file takes at most so many bytes on disk: sparse FILE MOST
