@@ -186,7 +186,7 @@ func (t *Tx) applyItem(it *format.CopyItem) error {
 			return err
 		}
 	}
-	if it.Bucket == 0 && bytes.Equal(it.Key, keySum) || !intact(value) {
+	if isSum(name, it.Key) || !intact(value) {
 		return fmt.Errorf("the value of %q %x: %w", name, it.Key, format.ErrCorrupt)
 	}
 	return t.set(name, bytes.Clone(it.Key), value)
@@ -284,7 +284,7 @@ func (t *Tx) Intact() error {
 		}
 		err = b.ForEach(func(k, v []byte) error {
 			t.read(1)
-			if !intact(v) && (!bytes.Equal(name, bucketStore) || !bytes.Equal(k, keySum)) {
+			if !intact(v) && !isSum(name, k) {
 				return t.damaged(format.ErrCorrupt, "the value of %q %x", name, k)
 			}
 			return nil

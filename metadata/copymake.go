@@ -155,7 +155,7 @@ func (d *DB) slice(m *newCopy) (done bool, err error) {
 				n += len(k) + len(v)
 				tx.read(1)
 				key = append(key[:0:0], k...)
-				if bucket == 0 && bytes.Equal(k, keySum) {
+				if isSum(name, k) {
 					continue
 				}
 				m.add(&format.CopyItem{Op: format.CopyPut, Bucket: bucket, Key: k, Value: v})

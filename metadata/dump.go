@@ -2,7 +2,6 @@ package metadata
 
 import (
 	"bufio"
-	"bytes"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -49,7 +48,7 @@ func (t *Tx) Dump(w io.Writer, store [16]byte) error {
 		}
 		err = bucket.ForEach(func(k, v []byte) error {
 			t.read(1)
-			if bytes.Equal(name, bucketStore) && bytes.Equal(k, keySum) {
+			if isSum(name, k) {
 				return nil
 			}
 			if !intact(v) {
@@ -138,7 +137,7 @@ func (t *Tx) putLines(lines []dumpLine) error {
 		if value == nil {
 			value = []byte{}
 		}
-		if n := bucketNumber([]byte(l.Bucket)); err != nil || len(key) == 0 || int(n) >= len(copyBuckets) || !intact(value) || n == 0 && bytes.Equal(key, keySum) {
+		if n := bucketNumber([]byte(l.Bucket)); err != nil || len(key) == 0 || int(n) >= len(copyBuckets) || !intact(value) || isSum([]byte(l.Bucket), key) {
 			return fmt.Errorf("the dump's row %q %q: %w", l.Bucket, l.Key, format.ErrCorrupt)
 		}
 		if err := t.set([]byte(l.Bucket), key, value); err != nil {

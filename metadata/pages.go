@@ -308,7 +308,7 @@ func (c *pageChecker) bucket(name, value []byte, isBucket bool) error {
 		switch {
 		case isBucket:
 			return damaged("a bucket in %q", name)
-		case bytes.Equal(name, bucketStore) && bytes.Equal(key, keySum):
+		case isSum(name, key):
 			c.stored, err = decodeSum(value)
 		default:
 			field, body := valueSums(value)

@@ -73,12 +73,17 @@ func (t *Tx) forget(bucket, key, value []byte) (intact bool) {
 	return field == body
 }
 
+// isSum reports whether a key is that of the sum, which is in no sum.
+func isSum(bucket, key []byte) bool {
+	return bytes.Equal(bucket, bucketStore) && bytes.Equal(key, keySum)
+}
+
 // recountSum adds up the whole table.
 func (t *Tx) recountSum() error {
 	t.sum = 0
 	return t.tx.ForEach(func(bucket []byte, b *bbolt.Bucket) error {
 		return b.ForEach(func(key, value []byte) error {
-			if !bytes.Equal(bucket, bucketStore) || !bytes.Equal(key, keySum) {
+			if !isSum(bucket, key) {
 				field, _ := valueSums(value)
 				t.sum += sumOf(bucket, key, field)
 			}
