@@ -8,13 +8,13 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
-	"unsafe"
 
 	"go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
 
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
+	"github.com/vdisk/vdisk/internal/testcache"
 )
 
 // TestVerified holds the note to be believed for a table as its owner left it, and for no other.
@@ -293,12 +293,12 @@ func TestSyncForgets(t *testing.T) {
 	_, err = f.WriteAt(make([]byte, 4096), 0)
 	must(t, err)
 	must(t, f.Sync())
-	if !cached(t, f) {
+	if testcache.Pages(t, int(f.Fd()), 4096) == 0 {
 		t.Error("what was just written is not in memory")
 	}
 	for i := 0; ; i++ {
 		must(t, Sync(f))
-		if !cached(t, f) {
+		if testcache.Pages(t, int(f.Fd()), 4096) == 0 {
 			return
 		}
 		if i == 100 {
@@ -306,19 +306,4 @@ func TestSyncForgets(t *testing.T) {
 		}
 		time.Sleep(10 * time.Millisecond) // a page that a processor has just taken may stay (posix_fadvise(2), DONTNEED)
 	}
-}
-
-// cached reports whether the first page of a file is in memory. It reads nothing: even a read that must not wait
-// (RWF_NOWAIT) starts one, and a fast disk answers before the system looks again.
-func cached(t *testing.T, f *os.File) bool {
-	t.Helper()
-	p, err := unix.Mmap(int(f.Fd()), 0, 4096, unix.PROT_READ, unix.MAP_SHARED)
-	must(t, err)
-	defer func() { must(t, unix.Munmap(p)) }()
-	var in [1]byte
-	_, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&p[0])), 4096, uintptr(unsafe.Pointer(&in[0])))
-	if errno != 0 {
-		t.Fatal("mincore:", errno)
-	}
-	return in[0]&1 != 0
 }

@@ -5,11 +5,10 @@ import (
 	"errors"
 	"io"
 	"math/rand/v2"
-	"os"
 	"testing"
 	"time"
-	"unsafe"
 
+	"github.com/vdisk/vdisk/internal/testcache"
 	"golang.org/x/sys/unix"
 )
 
@@ -86,7 +85,7 @@ func TestReadDiskLeavesTheCache(t *testing.T) {
 	if err := f.Sync(); err != nil {
 		t.Fatal(err)
 	}
-	for end := time.Now().Add(time.Minute); cached(t, fd, 64*DiskAlign) > 0; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); testcache.Pages(t, fd, 64*DiskAlign) > 0; time.Sleep(10 * time.Millisecond) {
 		if err := unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED); err != nil || time.Now().After(end) {
 			t.Fatal("the file stays in memory", err)
 		}
@@ -97,33 +96,10 @@ func TestReadDiskLeavesTheCache(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if n := cached(t, fd, 64*DiskAlign); n > 0 {
+	if n := testcache.Pages(t, fd, 64*DiskAlign); n > 0 {
 		t.Errorf("ReadDisk filled %d pages of the page cache", n)
 	}
-	if _, err := f.ReadAt(p, 0); err != nil || cached(t, fd, 64*DiskAlign) == 0 {
+	if _, err := f.ReadAt(p, 0); err != nil || testcache.Pages(t, fd, 64*DiskAlign) == 0 {
 		t.Error("a page that was just read is not in memory", err)
 	}
-}
-
-// cached returns how many of the first pages of a file are in memory. It reads nothing.
-func cached(t *testing.T, fd, n int) (pages int) {
-	t.Helper()
-	p, err := unix.Mmap(fd, 0, n, unix.PROT_READ, unix.MAP_SHARED)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := unix.Munmap(p); err != nil {
-			t.Error(err)
-		}
-	}()
-	in := make([]byte, n/os.Getpagesize())
-	_, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&p[0])), uintptr(n), uintptr(unsafe.Pointer(&in[0])))
-	if errno != 0 {
-		t.Fatal("mincore:", errno)
-	}
-	for _, b := range in {
-		pages += int(b & 1)
-	}
-	return pages
 }

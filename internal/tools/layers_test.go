@@ -35,6 +35,7 @@ var layers = map[string][]string{
 	"ublk/examples/ram":        {"ublk"},
 	"internal/guest/cmd/guest": {"internal/guest"},
 	"internal/testwatch":       {},
+	"internal/testcache":       {},
 
 	"internal/storage/crashtable": {"internal/storage", "internal/storage/crashfs"},
 	"internal/tools/soak":         {"internal/nbdclient", "internal/workload"},
