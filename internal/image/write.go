@@ -1,6 +1,7 @@
 package image
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -59,7 +60,7 @@ func (o Output) Convert(ctx context.Context, socket, export string, f *os.File, 
 	if err != nil {
 		return err
 	}
-	// qemu-img opens the file by this link, even if it has no name of its own.
+	// qemu-img opens the file by this link, even if it has no name of its own. What it complains of has the file's name.
 	link := filepath.Join(dir, filepath.Base(f.Name()))
 	if err := os.Symlink(fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), f.Fd()), link); err != nil {
 		return err
@@ -79,7 +80,10 @@ func (o Output) Convert(ctx context.Context, socket, export string, f *os.File, 
 	var why complaint
 	c.Stderr = &why
 	c.Stdout = &percentages{progress: progress}
-	if err := why.explain(ctx, c.Run()); err != nil {
+	err = c.Run()
+	why.text = bytes.ReplaceAll(why.text, []byte(link), []byte(f.Name()))
+	why.text = bytes.ReplaceAll(why.text, append([]byte("json:"), source...), []byte(export))
+	if err := why.explain(ctx, err); err != nil {
 		return err
 	}
 	return f.Sync()

@@ -163,3 +163,29 @@ func TestPack(t *testing.T) {
 		})
 	}
 }
+
+// TestConvertNamesTheFile: what qemu-img complains of has the names that the user knows.
+func TestConvertNamesTheFile(t *testing.T) {
+	private, path := t.TempDir(), filepath.Join(t.TempDir(), "mine.qcow2")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	format, err := Parse("qcow2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		o            Output
+		socket, name string
+	}{
+		{Output{Format: format, Options: "cluster_size=7"}, serve(t, make([]byte, 1<<20)), path},
+		{Output{Format: format}, filepath.Join(private, "socket"), "vol@snap"},
+	} {
+		err := c.o.Convert(t.Context(), c.socket, "vol@snap", f, private, nil)
+		if err == nil || strings.Contains(err.Error(), "json:") || strings.Contains(err.Error(), private+"/mine") || !strings.Contains(err.Error(), c.name) {
+			t.Errorf("%q: %v", c.o.Options, err)
+		}
+	}
+}
