@@ -137,7 +137,7 @@ func (o *Owner) newFromDiff(ctx context.Context, name string, v cow.VolumeOption
 		return err
 	}
 	im := &importing{store: o.store, name: importName(name), opts: v}
-	created, err := o.unfinished.add(im.name, true)
+	created, err := o.addUnfinished(im.name, true)
 	if err != nil {
 		return err
 	}

@@ -27,7 +27,7 @@ func (o *Owner) Import(ctx context.Context, name string, v cow.VolumeOptions, sr
 		return cow.VolumeInfo{}, err
 	}
 	im := &importing{store: o.store, name: importName(name), fixed: v.Size > 0, opts: v}
-	created, err := o.unfinished.add(im.name, false)
+	created, err := o.addUnfinished(im.name, false)
 	if err != nil {
 		return cow.VolumeInfo{}, err
 	}

@@ -62,6 +62,14 @@ func (u *unfinished) add(name string, scratch bool) (created time.Time, err erro
 	return created, nil
 }
 
+// addUnfinished is unfinished.add, unless the store can only be read.
+func (o *Owner) addUnfinished(name string, scratch bool) (created time.Time, err error) {
+	if err := o.ReadOnly(); err != nil {
+		return created, err
+	}
+	return o.unfinished.add(name, scratch)
+}
+
 // done records that a volume is finished or gone, or was not made.
 func (u *unfinished) done(name string, created time.Time) error {
 	u.mu.Lock()

@@ -149,7 +149,7 @@ func (o *Owner) Clean(ctx context.Context, waste float64) (cow.CleanReport, erro
 
 // Bench measures the engine on a scratch volume.
 func (o *Owner) Bench(ctx context.Context, b bench.Options, each func(bench.Result)) error {
-	created, err := o.unfinished.add(bench.Volume, true)
+	created, err := o.addUnfinished(bench.Volume, true)
 	if err != nil {
 		return err
 	}
