@@ -45,6 +45,9 @@ func (a *app) changeHolds(change func(owner.Store, context.Context, string, ...c
 				return err
 			}
 			err = change(s, c.Context, c.Args().First(), refs...)
+			if errors.Is(err, cow.ErrNotFound) && c.Command.Name == "release" {
+				return hintedError{err, "'vdisk holds' lists the holds, and 'vdisk ls -t all' what there is"}
+			}
 			if errors.Is(err, cow.ErrExists) { // to remove the snapshot is not the way out
 				return hintedError{err, "'vdisk holds' lists the holds; a snapshot may have several, with different tags"}
 			}

@@ -83,7 +83,10 @@ func (a *app) printProperties(c *cli.Context, v volumeJSON) error {
 		key := c.Args().Get(1)
 		value, ok := list[key]
 		if !ok {
-			return fmt.Errorf("property %q of volume %s: %w", key, v.Name, cow.ErrNotFound)
+			return hintedError{
+				fmt.Errorf("property %q of volume %s: %w", key, v.Name, cow.ErrNotFound),
+				"'vdisk get " + v.Name + "' lists what it has",
+			}
 		}
 		list = map[string]string{key: value}
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"sync/atomic"
@@ -75,6 +76,12 @@ func (a *app) receive(c *cli.Context) error {
 			if perr := a.printReceived(list, o.DryRun); perr != nil && err == nil {
 				err = perr
 			}
+		}
+		switch {
+		case errors.Is(err, cow.ErrNotFound):
+			return hintedError{err, "'vdisk info VOL' shows the GUIDs of snapshots; send from one that both stores have (-i), or all of it"}
+		case errors.Is(err, cow.ErrExists):
+			return hintedError{err, "'vdisk ls -t all' lists what there is; what was received already need not be sent, and 'vdisk receive VOL@NAME' chooses other names"}
 		}
 		return partly(err)
 	})
