@@ -48,11 +48,7 @@ func (a *app) importCommand() *cli.Command {
 
 // importFrom makes a volume from the content at path. If o.Size is 0, the content's size is used.
 func (a *app) importFrom(c *cli.Context, path, name string, o cow.VolumeOptions) error {
-	in, err := readingOf(c)
-	if err != nil {
-		return err
-	}
-	src, closeSource, err := a.source(c.Context, path, in)
+	src, closeSource, err := a.imageOf(c, path)
 	if err != nil {
 		return err
 	}
@@ -72,6 +68,16 @@ func (a *app) importFrom(c *cli.Context, path, name string, o cow.VolumeOptions)
 		}
 		return a.printVolume(owner.Volume{VolumeInfo: v})
 	})
+}
+
+// imageOf opens the content at path, as the flags say that it is to be read. The caller calls the returned function when
+// done with it.
+func (a *app) imageOf(c *cli.Context, path string) (sparse.Source, func(), error) {
+	in, err := readingOf(c)
+	if err != nil {
+		return nil, nil, err
+	}
+	return a.source(c.Context, path, in)
 }
 
 // source opens the content to import. The caller calls the returned function when done with it. A file, a block device,

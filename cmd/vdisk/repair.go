@@ -42,11 +42,7 @@ func (a *app) repairFrom(c *cli.Context, path, name string) error {
 			return usageError{c, fmt.Errorf("--repair changes no property of a volume: no --%s", flag)}
 		}
 	}
-	in, err := readingOf(c)
-	if err != nil {
-		return err
-	}
-	src, closeSource, err := a.source(c.Context, path, in)
+	src, closeSource, err := a.imageOf(c, path)
 	if err != nil {
 		return err
 	}
