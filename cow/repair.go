@@ -187,24 +187,38 @@ func (r *repairer) bad(off, length int64) (list []badRecord, ok bool, err error)
 	return list, true, nil
 }
 
-// refuseBehind returns an error if the volume is damaged at or behind an offset.
+// refuseBehind returns an error if the volume is damaged at or behind an offset. It names the ranges.
 func (r *repairer) refuseBehind(end int64) error {
-	return r.s.leaves(r.d.b, uint32(end/leafSize), math.MaxUint32, func(index uint32) error {
+	var behind []Lost
+	bytes := int64(0)
+	add := func(off, length int64) {
+		bytes += length
+		addLost(&behind, r.d.ref, off, length)
+	}
+	err := r.s.leaves(r.d.b, uint32(end/leafSize), math.MaxUint32, func(index uint32) error {
 		from := max(end, int64(index)*leafSize)
 		to := min(r.size, (int64(index)+1)*leafSize)
 		if err := r.s.interrupted(r.ctx); err != nil || from >= to {
 			return err
 		}
 		list, ok, err := r.bad(from, to-from)
-		if err == nil && (!ok || len(list) > 0) {
-			at := from
-			if len(list) > 0 {
-				at = max(from, int64(list[0].first)*format.BlockSize)
+		if err == nil && !ok {
+			add(from, to-from)
+		}
+		for _, b := range list {
+			for i := range format.UnitBlocks {
+				if off := int64(b.first+uint64(i)) * format.BlockSize; b.mask&(1<<i) != 0 {
+					add(off, min(format.BlockSize, r.size-off))
+				}
 			}
-			err = fmt.Errorf("the volume has %d bytes and the content has %d, and the volume is damaged at %d, behind its end: %w", r.size, r.src.Size(), at, ErrInvalid)
 		}
 		return err
 	})
+	if err == nil && len(behind) > 0 {
+		err = fmt.Errorf("the volume has %d bytes and the content has %d, and the volume is damaged behind its end, in %d bytes: %s: %w",
+			r.size, r.src.Size(), bytes, lostText(behind, false), ErrInvalid)
+	}
+	return err
 }
 
 // leaf repairs one leaf.

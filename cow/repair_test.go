@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/vdisk/vdisk/format"
@@ -114,10 +115,13 @@ func TestRepairFromShortImage(t *testing.T) {
 	rot(t, s, v, 300)
 	rot(t, s, v, 700)
 	short := &imageSource{p: want[:700*format.BlockSize]}
-	if rep, err := s.Repair(context.Background(), "v", short); !errors.Is(err, ErrInvalid) || rep.Bytes > 0 {
+	rot(t, s, v, 1024)
+	rep, err := s.Repair(context.Background(), "v", short)
+	if !errors.Is(err, ErrInvalid) || rep.Bytes > 0 || !strings.Contains(err.Error(), "in 8192 bytes: v 2867200+4096, v 4194304+4096: ") {
 		t.Errorf("%+v, %v", rep, err)
 	}
-	rep, err := s.Repair(context.Background(), "v", &imageSource{p: want[:701*format.BlockSize]})
+	rot(t, s, v, 1024) // flips the same bit
+	rep, err = s.Repair(context.Background(), "v", &imageSource{p: want[:701*format.BlockSize]})
 	if err != nil || rep.Bytes != 2*format.BlockSize {
 		t.Errorf("%+v, %v", rep, err)
 	}
