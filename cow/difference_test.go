@@ -27,6 +27,7 @@ type family struct {
 
 func newFamily(t *testing.T) *family {
 	s, dir := newStore(t, Options{checkpointInterval: -1})
+	t.Cleanup(func() { _ = s.Close() }) // it writes down what is damaged, also after the test
 	return &family{t: t, s: s, dir: dir}
 }
 
