@@ -397,6 +397,7 @@ func (w *modelStore) kill() error {
 	if w.s.opts.Outlive { // the image that was taken has a copy
 		err = errors.Join(err, os.Remove(filepath.Join(w.dir, ownerFile)), os.Remove(w.s.shared.buffers.path))
 	}
+	_ = os.Remove(filepath.Join(w.dir, damageFile)) // the next store in this folder is another one
 	w.harness.giveBack(w.dir)
 	return err
 }
