@@ -13,11 +13,13 @@ import (
 )
 
 // Kinds of problems. A leak wastes space. Unreadable data could not be looked at, because access was denied, or because
-// the disk or the system failed; it may be sound. Corrupt is everything else.
+// the disk or the system failed; it may be sound. A bad copy of the table harms nobody as long as the table is there.
+// Corrupt is everything else.
 const (
 	KindLeak       = audit.KindLeak
 	KindCorrupt    = audit.KindCorrupt
 	KindUnreadable = audit.KindUnreadable
+	KindCopy       = audit.KindCopy
 )
 
 // Problem is one violation that Check found.
@@ -52,8 +54,10 @@ type CheckReport struct {
 
 // Check checks the table against itself and against the chunk files, as of a checkpoint that it begins with. The store
 // may be in use. Check verifies invariants 4 to 6 of DESIGN.md with a full recount of the live bytes, that entries lie
-// in chunks that exist, the chunks' headers, and bbolt's pages. After that it reads data, if asked to, as far as the
-// data is still there.
+// in chunks that exist, the chunks' headers, and bbolt's pages. It verifies the copy of the table, and compares it with the
+// table. After that it reads data, if asked to, as far as the data is still there.
+//
+// If nothing but the copy of the table is wrong with the table, and the store can be written to, it makes a new copy.
 //
 // Check passes every violation to problem. The error that it returns is its own. Nothing waits for a check, and it
 // keeps no space from being given back.
@@ -111,28 +115,56 @@ func (n *problemNamer) flush() {
 	n.kept, n.places = n.kept[:0], n.places[:0]
 }
 
-// beginCheck makes a checkpoint, and returns the table as it then is. pages checks the table's pages. That may take
-// long, and other work goes on meanwhile.
-func (s *Store) beginCheck() (tx *metadata.Tx, pages func() error, err error) {
+// beginCheck makes a checkpoint, and returns the table as it then is. What checks it may take long, and other work goes on
+// meanwhile.
+func (s *Store) beginCheck(interrupted func() error) (st audit.State, err error) {
 	s.checkpoints.mu.Lock()
 	defer s.checkpoints.mu.Unlock()
 	if err = s.live(); err == nil {
 		err = s.checkpointLocked()
 	}
 	if err != nil && s.readOnly == nil && !errors.Is(err, ErrFailed) {
-		return nil, nil, err
+		return st, err
 	}
-	if tx, err = s.meta.Begin(); err != nil {
-		return nil, nil, err
+	if st.Tx, err = s.meta.Begin(); err != nil {
+		return st, err
 	}
 	pages, bad := s.meta.Pages()
-	switch {
-	case errors.Is(bad, ErrCorrupt):
-		pages = func() error { return bad }
-	case bad != nil:
-		return nil, nil, errors.Join(bad, tx.Close())
+	if st.Pages = pages; errors.Is(bad, ErrCorrupt) {
+		st.Pages, bad = func() error { return bad }, nil
 	}
-	return tx, pages, nil
+	check, err := s.meta.CheckCopy()
+	if err := errors.Join(bad, err); err != nil {
+		return st, errors.Join(err, st.Tx.Close())
+	}
+	st.Copy = func(sound bool) error {
+		tx := st.Tx
+		if !sound {
+			tx = nil
+		}
+		return s.copyChecked(check(tx, interrupted), sound)
+	}
+	return st, nil
+}
+
+// copyChecked adds to what a check of the copy has returned what becomes of a bad copy. It makes a new one, if the table is
+// sound.
+func (s *Store) copyChecked(err error, sound bool) error {
+	if !errors.Is(err, metadata.ErrBadCopy) {
+		return err
+	}
+	switch _, used := s.meta.Room(); {
+	case !sound:
+		return fmt.Errorf("%w; when the table is right again, 'vdisk check' makes a new one", err)
+	case s.readOnly != nil:
+		return fmt.Errorf("%w; where the store can be written to, 'vdisk check' makes a new one", err)
+	case s.lowDiskWith(used):
+		return fmt.Errorf("%w; when there is more room, 'vdisk check' makes a new one", err)
+	}
+	if rerr := s.renewCopy(); rerr != nil {
+		return fmt.Errorf("%w; %v; 'vdisk check' tries again", err, rerr)
+	}
+	return fmt.Errorf("%w; a new one has been made", err)
 }
 
 // checkedStore is the store as a check sees it.
@@ -141,9 +173,9 @@ type checkedStore struct {
 	ctx context.Context
 }
 
-func (c checkedStore) Checkpoint() (*metadata.Tx, func() error, error) { return c.s.beginCheck() }
-func (c checkedStore) Begin() (*metadata.Tx, error)                    { return c.s.meta.Begin() }
-func (c checkedStore) Interrupted() error                              { return c.s.interrupted(c.ctx) }
+func (c checkedStore) Checkpoint() (audit.State, error) { return c.s.beginCheck(c.Interrupted) }
+func (c checkedStore) Begin() (*metadata.Tx, error)     { return c.s.meta.Begin() }
+func (c checkedStore) Interrupted() error               { return c.s.interrupted(c.ctx) }
 
 func (c checkedStore) Sound(r audit.Record) {
 	c.s.damage.sound(badPlace{record: unitKey{r.Chunk, r.Entry, r.First}})

@@ -568,14 +568,15 @@ func TestCheckpointWhilePagesAreChecked(t *testing.T) {
 	s := open(t, dir, Options{checkpointInterval: -1})
 	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
-	tx, pages, err := s.beginCheck()
+	st, err := s.beginCheck(func() error { return nil })
 	must(t, err)
 	for i := range int64(20) {
 		_, err := d.WriteAt(randomBytes(4096, 1), i<<20)
 		must(t, errors.Join(err, s.Checkpoint()))
 	}
-	must(t, pages())
-	must(t, tx.Close())
+	must(t, st.Pages())
+	must(t, st.Copy(true))
+	must(t, st.Tx.Close())
 	must(t, errors.Join(d.Close(), s.Close()))
 }
 

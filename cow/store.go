@@ -63,6 +63,7 @@ type Store struct {
 
 	// Each of these is guarded by a lock of its own or by mu, as its type says.
 	checkpoints checkpoints
+	copying     sync.Mutex // held while a new base of the table's copy is made
 	cleaner     cleaner
 	cold        coldState
 	damage      damageRegister

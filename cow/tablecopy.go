@@ -36,7 +36,10 @@ func (s *Store) copyRoutine() {
 	}
 }
 
+// renewCopy makes a new base of the copy.
 func (s *Store) renewCopy() error {
+	s.copying.Lock()
+	defer s.copying.Unlock()
 	begun := time.Now()
 	err := s.meta.RenewCopy(func() bool {
 		select {

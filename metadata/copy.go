@@ -42,6 +42,9 @@ type tableCopy struct {
 	stale bool
 	why   error // why there is no copy, or no new base
 
+	found   *copyFile // of a table that is only read: the copy, which is not open
+	damaged error     // how the copy was damaged that was there when the table was opened, until a check has said so
+
 	wrong func(error) // Options.WrongItem
 	patch []byte
 	state atomic.Pointer[CopyState]
@@ -230,6 +233,7 @@ func (d *DB) findCopy() error {
 	if err != nil {
 		return err
 	}
+	c.damaged = c.damageOf(why)
 	if c.inUse != nil {
 		c.stale = c.exists(c.otherName()) // a base that was never completed, or an older copy
 		c.publish()
@@ -296,11 +300,24 @@ func (d *DB) lookForCopy() (err error) {
 	if c.why, err = d.openCopies(); err != nil {
 		return err
 	}
+	c.damaged = c.damageOf(c.why)
 	c.publish()
 	err = c.close()
-	c.inUse = nil
+	c.found, c.inUse = c.inUse, nil
 	return err
 }
+
+// damageOf returns why there is no copy that can be used, if that is damage. A crash may leave a base that was not completed,
+// and a power cut a copy that is one commit behind the table.
+func (c *tableCopy) damageOf(why error) error {
+	if c.inUse != nil || errors.Is(why, errUncompleted) || errors.Is(why, errOtherState) {
+		return nil
+	}
+	return why
+}
+
+// errOtherState is the error of a copy that is not as of the table's state, nor one commit ahead.
+var errOtherState = errors.New("it is of another state of the table")
 
 func (c *tableCopy) exists(name string) bool {
 	f, err := c.in.Open(name)
@@ -335,12 +352,8 @@ func useCopy(in storage.FS, name string, store [16]byte, sum sum) (*copyFile, er
 	if err != nil {
 		return nil, err
 	}
-	whole, err := r.toEnd()
-	if err == nil && !whole {
-		err = fmt.Errorf("%s: it was not completed: %w", name, format.ErrCorrupt)
-	}
-	if err != nil {
-		return nil, errors.Join(err, r.f.Close())
+	if err := r.whole(); err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", name, err), r.f.Close())
 	}
 	over := r.over
 	for i := len(r.last) - 1; i >= max(0, len(r.last)-2); i-- {
@@ -349,5 +362,5 @@ func useCopy(in storage.FS, name string, store [16]byte, sum sum) (*copyFile, er
 		}
 		over--
 	}
-	return nil, errors.Join(fmt.Errorf("%s: it is of another state of the table: %w", name, format.ErrCorrupt), r.f.Close())
+	return nil, errors.Join(fmt.Errorf("%s: %w", name, errOtherState), r.f.Close())
 }

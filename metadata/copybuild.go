@@ -99,7 +99,7 @@ func (r *copyReader) whole() error {
 // noneBehind looks for heads of batches from an offset on that a file without damage does not have there.
 func (r *copyReader) noneBehind(off int64, bad func(format.CopyHead) bool) error {
 	const overlap = format.CopyHeadSize
-	p := make([]byte, copyBuffer)
+	p := make([]byte, max(overlap+1, min(copyBuffer, r.size-off)))
 	for ; off < r.size; off += int64(len(p)) - overlap {
 		n, err := readUpTo(r.f, p, off)
 		if err != nil {

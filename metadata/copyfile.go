@@ -258,7 +258,7 @@ func (r *copyReader) verify(b batchAt) (bool, error) {
 // parts calls fn with the items of a batch, cut anywhere.
 func (r *copyReader) parts(b batchAt, fn func([]byte) error) error {
 	if r.buf == nil {
-		r.buf = make([]byte, copyBuffer)
+		r.buf = make([]byte, min(copyBuffer, r.size))
 	}
 	for off, end := b.off+format.CopyHeadSize, b.end(); off < end; {
 		p := r.buf[:min(int64(len(r.buf)), end-off)]

@@ -21,6 +21,7 @@ func (a *app) checkCommand() *cli.Command {
 			"If log records that had been durable cannot be read any more, every command refuses the store, names the damaged place\n" +
 			"and what lies behind it, and changes nothing. If there is no better copy of that file, --repair ends the log there. The\n" +
 			"files behind are kept in the store's folder chunks.aside until you delete them.\n" +
+			"The second copy of the table is verified, too. If it is bad and the table is sound, a new one is made.\n" +
 			"--repair also makes right the counts in the table that a check of the whole store finds wrong, if nothing else is: the live\n" +
 			"bytes of chunks, the numbers of moved blocks, the list of changes. It lists them, and keeps the old table as\n" +
 			"meta.db.aside-N. No process may have the store open for that. If more is damaged: 'vdisk metadata rebuild'.",
@@ -33,7 +34,7 @@ func (a *app) checkCommand() *cli.Command {
 
 // problemJSON is one problem in the JSON output.
 type problemJSON struct {
-	Kind  string `json:"kind"` // corrupt, unreadable or leak
+	Kind  string `json:"kind"` // corrupt, unreadable, leak or copy
 	Where string `json:"where"`
 	What  string `json:"what"`
 	// Lost is what volumes and snapshots lose by it, in the order of their names.

@@ -13,11 +13,13 @@ import (
 )
 
 // Kinds of problems. A leak wastes space. Unreadable data could not be looked at, because access was denied, or because
-// the disk or the system failed; it may be sound. Corrupt is everything else.
+// the disk or the system failed; it may be sound. A bad copy of the table harms nobody as long as the table is there.
+// Corrupt is everything else.
 const (
 	KindLeak       = "leak"
 	KindCorrupt    = "corrupt"
 	KindUnreadable = "unreadable"
+	KindCopy       = "copy"
 )
 
 // Problem is one violation that a check found.
@@ -63,7 +65,7 @@ type CheckReport struct {
 	LiveBytes int64
 	DataBytes int64 // bytes of records that were read and verified
 	Leaks     int
-	Corrupt   int
+	Corrupt   int // bad copies of the table among them
 	// Unreadable is how many records and files could not be looked at.
 	Unreadable int
 }
@@ -99,17 +101,30 @@ func (c *Checker) Run() (CheckReport, error) {
 
 // structure checks the table in one state of it.
 func (c *Checker) structure() (err error) {
-	tx, pages, err := c.engine.Checkpoint()
+	st, err := c.engine.Checkpoint()
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, tx.Close()) }()
-	if err := pages(); errors.Is(err, format.ErrCorrupt) {
+	defer func() { err = errors.Join(err, st.Tx.Close()) }()
+	if err = st.Pages(); errors.Is(err, format.ErrCorrupt) {
 		c.corrupt("table", "%v", err)
-	} else if err != nil {
-		return err
+		err = nil
 	}
-	return c.guard(func() error { return c.table(tx) })
+	if err == nil {
+		err = c.guard(func() error { return c.table(st.Tx) })
+	}
+	sound := err == nil && c.report.Corrupt+c.report.Unreadable == 0
+	return errors.Join(err, c.guard(func() error { return c.copy(st, sound) }))
+}
+
+// copy checks the copy of the table.
+func (c *Checker) copy(st State, sound bool) error {
+	err := st.Copy(sound)
+	if errors.Is(err, metadata.ErrBadCopy) {
+		c.problem(Problem{Kind: KindCopy, Where: "copy of the table", What: err.Error()})
+		return nil
+	}
+	return err
 }
 
 // guard calls fn. If damage to the table ends fn, guard passes that on as a problem, and returns nil.

@@ -8,9 +8,8 @@ import (
 // Engine is what a check needs of the engine.
 type Engine interface {
 	// Checkpoint makes a checkpoint, and returns the table as it then is. If the store can make none any more, the
-	// table is as of the last one. pages checks the table's pages. If an error of pages matches format.ErrCorrupt, it
-	// is damage, which the check reports.
-	Checkpoint() (tx *metadata.Tx, pages func() error, err error)
+	// table is as of the last one.
+	Checkpoint() (State, error)
 
 	// Begin returns the table as of the last checkpoint. A check that reads data asks for it again and again.
 	Begin() (*metadata.Tx, error)
@@ -27,6 +26,16 @@ type Engine interface {
 
 	// ChunkName returns the name of the file of the chunk in a slot.
 	ChunkName(slot uint32) string
+}
+
+// State is the table as of a checkpoint, with what checks it.
+type State struct {
+	Tx *metadata.Tx
+	// Pages checks the table's pages. If its error matches format.ErrCorrupt, it is damage, which the check reports.
+	Pages func() error
+	// Copy checks the copy of the table, and has to be called. If its error matches metadata.ErrBadCopy, it is damage. sound
+	// says that nothing else was found to be wrong with the table. If something was, the copy is not compared with it.
+	Copy func(sound bool) error
 }
 
 // Chunk is a chunk with a reference that the check holds: its file can be read until Release.
