@@ -427,6 +427,17 @@ func TestCopyWhoseSyncFailed(t *testing.T) {
 	}
 	_ = db.Close() // as a kill, to the copy
 	more("the copy could neither be synced nor be removed", copies, 21)
+	for n := 1; n <= 3; n++ {
+		copies := crashfs.New()
+		commit(copies, 30+4*n, 2, func(db *DB) {
+			copies.FailAt(crashfs.OpSync, n, syscall.EIO)
+			copies.FailAt(crashfs.OpRemove, 2, syscall.EIO) // the first one is of an older file
+			if err := db.RenewCopy(func() bool { return false }); err == nil {
+				t.Fatalf("sync %d did not fail", n)
+			}
+		})
+		more(fmt.Sprintf("sync %d of a new copy failed, and its removal too", n), copies, 30+4*n+2)
+	}
 }
 
 // TestDamagedCopy damages the copy at -copy.places places: cut short and with a flipped byte. A table is made from it only as of a
