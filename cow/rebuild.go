@@ -2,6 +2,7 @@ package cow
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -252,7 +253,8 @@ func RestoreTable(dir, name string, dump io.Reader, force bool, o Options) (*Reb
 }
 
 // DumpTable writes the table as text, as of now or, in a store that can only be read, as of its last checkpoint.
-func (s *Store) DumpTable(w io.Writer) error {
+// It ends early with ctx, or with the store.
+func (s *Store) DumpTable(ctx context.Context, w io.Writer) error {
 	if err := s.beginTask(); err != nil {
 		return err
 	}
@@ -262,5 +264,19 @@ func (s *Store) DumpTable(w io.Writer) error {
 			return err
 		}
 	}
+	w = stoppedWriter{w, func() error { return s.interrupted(ctx) }}
 	return s.meta.View(func(tx *metadata.Tx) error { return tx.Dump(w, s.wal.UUID()) })
+}
+
+// stoppedWriter is a writer that fails once stopped returns an error.
+type stoppedWriter struct {
+	io.Writer
+	stopped func() error
+}
+
+func (w stoppedWriter) Write(p []byte) (int, error) {
+	if err := w.stopped(); err != nil {
+		return 0, err
+	}
+	return w.Writer.Write(p)
 }

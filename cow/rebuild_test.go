@@ -2,6 +2,7 @@ package cow
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"errors"
 	"flag"
@@ -15,6 +16,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
@@ -275,4 +277,45 @@ func serves(t *testing.T, dir string) (sum [32]byte, err error) {
 	}
 	h.Sum(sum[:0])
 	return sum, s.Close()
+}
+
+// writerFunc is a writer that is a function.
+type writerFunc func(p []byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+
+// TestDumpEnds: a dump of the table that is under way ends with its context, and with the store.
+func TestDumpEnds(t *testing.T) {
+	dir := setup(t, 1<<30, format.Raw)
+	s := open(t, dir, Options{checkpointInterval: -1})
+	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+	must(t, err)
+	for leaf := range int64(1024) { // so that the dump is written in more than one piece
+		_, err := d.WriteAt(randomBytes(4096, 1), leaf<<20)
+		must(t, err)
+	}
+	must(t, d.Close())
+	pieces := 0
+	must(t, s.DumpTable(t.Context(), writerFunc(func(p []byte) (int, error) { pieces++; return len(p), nil })))
+	if pieces < 2 {
+		t.Fatalf("the dump has %d pieces", pieces)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	err = s.DumpTable(ctx, writerFunc(func(p []byte) (int, error) { cancel(); return len(p), nil }))
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("the context has ended, and the dump with %v", err)
+	}
+	closed := make(chan error, 1)
+	err = s.DumpTable(t.Context(), writerFunc(func(p []byte) (int, error) {
+		if s.live() == nil {
+			go func() { closed <- s.Close() }()
+			<-s.quit
+		}
+		return len(p), nil
+	}))
+	if !errors.Is(err, ErrClosed) {
+		t.Errorf("the store is being closed, and the dump ends with %v", err)
+	}
+	must(t, <-closed)
 }

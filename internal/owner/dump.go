@@ -7,7 +7,7 @@ import (
 )
 
 // DumpTable writes the store's table as text.
-func (o *Owner) DumpTable(_ context.Context, w io.Writer) error { return o.store.DumpTable(w) }
+func (o *Owner) DumpTable(ctx context.Context, w io.Writer) error { return o.store.DumpTable(ctx, w) }
 
 func (c *control) dumpTable(w http.ResponseWriter, r *http.Request) {
 	waitLonger(w, exportStandstill)
