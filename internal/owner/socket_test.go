@@ -142,6 +142,43 @@ func TestForeignClientIsRefused(t *testing.T) {
 	}
 }
 
+// TestSocketIsPrivate: only its owner may connect to a socket. An NBD server asks nobody who it is.
+func TestSocketIsPrivate(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	l, remove, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer remove()
+	defer l.Close()
+	if st, err := os.Stat(path); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("the socket has the mode %v (%v)", st.Mode(), err)
+	}
+}
+
+// TestRemoveLeavesOthers: an owner that ends late leaves the socket of the next one.
+func TestRemoveLeavesOthers(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	l, remove, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = l.Close()
+	next, removeNext, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer next.Close()
+	remove()
+	if _, err := os.Stat(path); err != nil {
+		t.Error("the socket of the next owner is gone: ", err)
+	}
+	removeNext()
+	if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+		t.Error("an owner leaves its socket: ", err)
+	}
+}
+
 // If many processes want the name of a dead process's socket, one of them gets it, and can be reached until it ends.
 func TestListenTogether(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
