@@ -52,12 +52,18 @@ func randomOp(r *rand.Rand) op {
 	return op{opKinds[r.IntN(len(opKinds))], r.Uint32(), r.Uint32(), r.Uint32()}
 }
 
+// genOps makes runs of operations. Half of the runs have only a few kinds, which then meet far more often: some faults
+// need three operations of rare kinds in a row.
 func genOps() *rapid.Generator[[]op] {
-	kinds := append(slices.Clone(opKinds), restarts...)
-	one := rapid.Custom(func(t *rapid.T) op {
-		return op{rapid.SampledFrom(kinds).Draw(t, "kind"), rapid.Uint32().Draw(t, "a"), rapid.Uint32().Draw(t, "b"), rapid.Uint32().Draw(t, "c")}
-	})
+	all := append(slices.Clone(opKinds), restarts...)
 	return rapid.Custom(func(t *rapid.T) []op {
+		kinds := all
+		if rapid.Bool().Draw(t, "few") {
+			kinds = append(rapid.SliceOfN(rapid.SampledFrom(append(slices.Compact(slices.Clone(opKinds)), restarts...)), 2, 8).Draw(t, "kinds"), "write", "flush")
+		}
+		one := rapid.Custom(func(t *rapid.T) op {
+			return op{rapid.SampledFrom(kinds).Draw(t, "kind"), rapid.Uint32().Draw(t, "a"), rapid.Uint32().Draw(t, "b"), rapid.Uint32().Draw(t, "c")}
+		})
 		n := rapid.IntRange(1, 150).Draw(t, "n") // by itself, rapid prefers short ones
 		return rapid.SliceOfN(one, n, n).Draw(t, "ops")
 	})
