@@ -67,9 +67,13 @@ func TestNewestState(t *testing.T) {
 func TestOneLoader(t *testing.T) {
 	var mu sync.Mutex
 	loads, second := 0, make(chan struct{})
-	waiting := func() bool { // both are in fetch, and one is not in load
-		s := testwatch.Stacks()
-		return strings.Count(s, "leafcache.(*Cache).fetch(") == 2 && strings.Count(s, "leafcache.TestOneLoader.func1(") == 1
+	waiting := func() bool { // for the end of the other's load
+		for g := range strings.SplitSeq(testwatch.Stacks(), "\n\n") {
+			if strings.Contains(g, "[chan receive") && strings.Contains(g, "leafcache.(*Cache).fetch(") {
+				return true
+			}
+		}
+		return false
 	}
 	c, err := New(MinBytes, func(Key, *format.Leaf) (uint32, error) {
 		mu.Lock()
