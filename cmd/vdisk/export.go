@@ -3,7 +3,9 @@ package main
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
+	"io"
 
 	"github.com/urfave/cli/v2"
 
@@ -69,7 +71,7 @@ func (a *app) export(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	return a.lookLong(c, func(s owner.Store) error {
+	return a.lookLong(c, a.streaming(path == "-", func(s owner.Store) error {
 		writeSource := func(src sparse.Source) error {
 			bar := a.progress("exporting "+r.String(), src.Size())
 			defer bar.finish()
@@ -92,7 +94,7 @@ func (a *app) export(c *cli.Context) error {
 			return fmt.Errorf("exporting %v to %s: %w", r, path, err)
 		}
 		return nil
-	})
+	}))
 }
 
 // target returns what writes to path: a file, which --force overwrites, or standard output.
@@ -104,6 +106,19 @@ func (a *app) target(c *cli.Context, path string) (sink, error) {
 		return nil, usagef("standard output is a terminal: redirect it, or name a file")
 	}
 	return a.toStdout, nil
+}
+
+// streaming is do for a command that writes its content to standard output, if toStdout says so. It closes standard output
+// when do has ended, well or not. The command that reads the content may use the store through this process, which ends
+// only when that command has ended, and that command waits for the end of its input.
+func (a *app) streaming(toStdout bool, do func(owner.Store) error) func(owner.Store) error {
+	return func(s owner.Store) error {
+		err := do(s)
+		if f, ok := rawOf(a.stdout).(io.Closer); ok && toStdout {
+			err = errors.Join(err, f.Close())
+		}
+		return err
+	}
 }
 
 func (a *app) toStdout(ctx context.Context, c exported) error {

@@ -56,7 +56,7 @@ func (a *app) dumpTable(c *cli.Context, path string) error {
 			return err
 		}
 	}
-	return a.lookLong(c, func(s owner.Store) error { return write(c.Context, tableText{s}) })
+	return a.lookLong(c, a.streaming(path == "-", func(s owner.Store) error { return write(c.Context, tableText{s}) }))
 }
 
 // tableText is the table as text.

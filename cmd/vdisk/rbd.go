@@ -44,7 +44,7 @@ func (a *app) exportDiff(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	return a.lookLong(c, func(s owner.Store) error {
+	return a.lookLong(c, a.streaming(path == "-", func(s owner.Store) error {
 		err := s.ExportDiff(c.Context, from, to, func(src sparse.Source) error {
 			bar := a.progress("exporting "+to.String(), -1)
 			defer bar.finish()
@@ -54,7 +54,7 @@ func (a *app) exportDiff(c *cli.Context) error {
 			return fmt.Errorf("exporting %v to %s: %w", to, path, err)
 		}
 		return nil
-	})
+	}))
 }
 
 func (a *app) importDiffCommand() *cli.Command {

@@ -77,7 +77,7 @@ func (a *app) send(c *cli.Context) error {
 	if !o.Estimate && isTerminal(rawOf(a.stdout)) {
 		return usagef("standard output is a terminal: redirect it into 'vdisk receive' or a file")
 	}
-	return a.lookLong(c, func(s owner.Store) error {
+	return a.lookLong(c, a.streaming(!o.Estimate, func(s owner.Store) error {
 		bar := a.progress("sending "+o.Snapshot.String(), -1)
 		o.Progress = bar.of
 		sent, err := s.Send(c.Context, o, rawOf(a.stdout))
@@ -105,5 +105,5 @@ func (a *app) send(c *cli.Context) error {
 			}
 			return nil
 		})
-	})
+	}))
 }
