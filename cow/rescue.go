@@ -3,9 +3,9 @@ package cow
 import "github.com/vdisk/vdisk/format"
 
 // rescue finishes a record whose chunk is damaged. It may have been moved, though the chunk still exists, because the
-// cleaner has not come to the chunk's end, or because the record was healed: then the copy is read, which is the one that counts as live and that a check
-// looks at. With here it first tries the record's own place, since some other record of the read may be the damaged
-// one. It reports whether the record is finished.
+// cleaner has not come to the chunk's end, or because the record was healed: then the copy is read, which is the one
+// that counts as live and that a check looks at. With here it first tries the record's own place, since some other
+// record of the read may be the damaged one. It reports whether the record is finished.
 func (pl *ReadPlan) rescue(r *planned, here bool) bool {
 	if here && pl.readAlone(r) {
 		return true

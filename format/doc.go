@@ -1,6 +1,6 @@
 // Package format defines every byte format of a vdisk store: chunk headers, records, entries, leaves, summaries, the
-// durable mark, events, the rows of the table and its copy, and the file "format". It also compresses and decompresses units. It
-// does no I/O.
+// durable mark, events, the rows of the table and its copy, and the file "format". It also compresses and decompresses
+// units. It does no I/O.
 //
 // The package serves this module only, and promises no stability to anybody outside of it: any identifier may change or
 // go in any version. The bytes are stable. A store that one version has written stays readable by all later ones (see

@@ -440,8 +440,9 @@ func TestCopyWhoseSyncFailed(t *testing.T) {
 	}
 }
 
-// TestDamagedCopy damages the copy at -copy.places places: cut short and with a flipped byte. A table is made from it only as of a
-// state that was committed: of a copy with a flipped byte only the last, and only if the byte does not matter.
+// TestDamagedCopy damages the copy at -copy.places places: cut short and with a flipped byte. A table is made from it
+// only as of a state that was committed: of a copy with a flipped byte only the last, and only if the byte does not
+// matter.
 func TestDamagedCopy(t *testing.T) {
 	dir := memoryDir(t)
 	path := filepath.Join(dir, "t")

@@ -55,9 +55,9 @@ func (l *Locked) IsWritable(epoch uint32) bool {
 }
 
 // MakeWritable makes a head leaf that is in memory ready to be changed in epoch, the branch's present one, and in the
-// present generation, and returns its content. The caller notes there what it changes. If the leaf's state in an earlier epoch or generation is still to be
-// written, a pre-image stays behind. If there is no room, MakeWritable fails with ErrFull, and nothing has changed. The
-// caller holds the store's lock.
+// present generation, and returns its content. The caller notes there what it changes. If the leaf's state in an
+// earlier epoch or generation is still to be written, a pre-image stays behind. If there is no room, MakeWritable fails
+// with ErrFull, and nothing has changed. The caller holds the store's lock.
 func (l *Locked) MakeWritable(epoch uint32) (*Content, error) {
 	o := l.lf.open()
 	switch {
