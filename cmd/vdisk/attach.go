@@ -80,6 +80,9 @@ func (a *app) detachCommand() *cli.Command {
 		if errors.Is(err, cow.ErrElsewhere) && c.Bool("force") {
 			err = owner.GiveUp(c.Context, a.dir, c.Args().First(), a.options(c))
 		}
-		return err
+		if err != nil {
+			return err
+		}
+		return a.print(map[string]any{"detached": c.Args().First()}, func() error { return nil })
 	})
 }

@@ -109,6 +109,18 @@ func (a *app) create(c *cli.Context) error {
 	})
 }
 
+// printChanged prints a volume that was changed as JSON. Without --json it prints nothing.
+func (a *app) printChanged(c *cli.Context, s owner.Store, name string) error {
+	if !a.json {
+		return nil
+	}
+	v, err := s.Volume(c.Context, name)
+	if err != nil {
+		return err
+	}
+	return a.printVolume(v)
+}
+
 // printVolume prints a new volume as JSON. Without --json it prints nothing, since the user knows what was created.
 func (a *app) printVolume(v owner.Volume) error {
 	return a.print(volumeOf(v), func() error { return nil })

@@ -249,7 +249,7 @@ func (a *app) upgradeCommand() *cli.Command {
 		u, err := owner.UpgradeDaemon(c.Context, a.dir, a.options(c))
 		if errors.Is(err, owner.ErrNoOwner) {
 			a.note("no daemon has the store open; the next one is the installed program anyway")
-			return nil
+			return a.print(map[string]string{"from": "", "to": ""}, func() error { return nil })
 		}
 		if err != nil {
 			return err

@@ -81,21 +81,21 @@ func typeOf(e owner.Extent) string {
 	return "data"
 }
 
-// diffExtent is an extent in the JSON output.
-type diffExtent struct {
+// extentJSON is an extent in the JSON output.
+type extentJSON struct {
 	Offset int64  `json:"offset"`
 	Length int64  `json:"length"`
 	Type   string `json:"type"` // data or zero
 }
 
-// diffJSON writes the extents as they come: there may be very many.
+// diffJSON writes the object difference of docs/json.md, its extents as they come: there may be very many.
 func (a *app) diffJSON(c *cli.Context, s owner.Store, from, to cow.Ref) error {
 	var text strings.Builder // not written yet: an error may come before the first extent
 	fmt.Fprintf(&text, "{\n  \"from\": %q,\n  \"to\": %q,\n  \"extents\": [", from, to)
 	between := "\n    "
 	sizes, err := s.Difference(c.Context, from, to, func(es []owner.Extent) error {
 		for _, e := range es {
-			b, err := json.Marshal(diffExtent{e.Offset, e.Length, typeOf(e)})
+			b, err := json.Marshal(extentJSON{e.Offset, e.Length, typeOf(e)})
 			if err != nil {
 				return err
 			}

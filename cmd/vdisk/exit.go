@@ -146,6 +146,14 @@ func classify(err error) (exit int, code, hint string) {
 	return exitFailed, "failed", ""
 }
 
+// errorJSON is an error in the JSON output.
+type errorJSON struct {
+	Error string `json:"error"`
+	Code  string `json:"code"`
+	Exit  int    `json:"exit"`
+	Hint  string `json:"hint,omitempty"`
+}
+
 // oneLine returns an error's text in one line; joined errors have one line each.
 func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }
 
@@ -156,12 +164,7 @@ func (a *app) fail(err error) int {
 		return exit
 	}
 	if a.json {
-		_ = json.NewEncoder(a.stderr).Encode(struct {
-			Error string `json:"error"`
-			Code  string `json:"code"`
-			Exit  int    `json:"exit"`
-			Hint  string `json:"hint,omitempty"`
-		}{oneLine(err), code, exit, hint})
+		_ = json.NewEncoder(a.stderr).Encode(errorJSON{oneLine(err), code, exit, hint})
 		return exit
 	}
 	fmt.Fprintf(a.stderr, "vdisk: %s\n", oneLine(err))

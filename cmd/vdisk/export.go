@@ -9,6 +9,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/internal/image"
 	"github.com/vdisk/vdisk/internal/owner"
 	"github.com/vdisk/vdisk/internal/owner/sparse"
@@ -93,8 +94,19 @@ func (a *app) export(c *cli.Context) error {
 		if err != nil {
 			return fmt.Errorf("exporting %v to %s: %w", r, path, err)
 		}
-		return nil
+		if c.Bool("salvage") { // the list of what is lost has been printed
+			return nil
+		}
+		return a.printExported(r, path)
 	}))
+}
+
+// printExported prints as JSON what was written to a file. Standard output has the content itself.
+func (a *app) printExported(r cow.Ref, path string) error {
+	if path == "-" {
+		return nil
+	}
+	return a.print(map[string]any{"exported": r.String(), "path": path}, func() error { return nil })
 }
 
 // target returns what writes to path: a file, which --force overwrites, or standard output.

@@ -62,6 +62,18 @@ func yes(available bool, reason string) string {
 	return "no: " + reason
 }
 
+// jsonVersion is the version of the JSON output: docs/json.md.
+const jsonVersion = 1
+
+// versionJSON describes the program in the JSON output.
+type versionJSON struct {
+	Version  string `json:"version"`
+	Go       string `json:"go"`
+	JSON     int    `json:"json_version"` // of what docs/json.md describes
+	Format   uint32 `json:"store_format"` // the newest store format that it knows
+	Handover int    `json:"handover"`     // the version of the hand-over that it supports
+}
+
 func (a *app) versionCommand() *cli.Command {
 	return a.command(arity{0, 0}, &cli.Command{
 		Name:      "version",
@@ -69,12 +81,7 @@ func (a *app) versionCommand() *cli.Command {
 		Usage:     "print the version",
 		UsageText: "vdisk version",
 	}, func(*cli.Context) error {
-		j := struct {
-			Version  string `json:"version"`
-			Go       string `json:"go"`
-			Format   uint32 `json:"store_format"` // the newest store format that it knows
-			Handover int    `json:"handover"`     // the version of the hand-over that it supports
-		}{version(), runtime.Version(), format.StoreVersion, owner.HandoverVersion}
+		j := versionJSON{version(), runtime.Version(), jsonVersion, format.StoreVersion, owner.HandoverVersion}
 		return a.print(j, func() error {
 			_, err := fmt.Fprintf(a.stdout, "vdisk %s, store format %d, %s\n", j.Version, j.Format, j.Go)
 			return err

@@ -27,7 +27,9 @@ func (a *app) manCommand() *cli.Command {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return err
 		}
+		list := []string{}
 		for name, text := range manPages(c.App) {
+			list = append(list, fmt.Sprintf("%s.%d", name, manSection))
 			// Everybody may read them, whatever the umask is.
 			path := filepath.Join(dir, fmt.Sprintf("%s.%d", name, manSection))
 			if err := os.WriteFile(path, md2man.Render([]byte(text)), 0o644); err != nil {
@@ -37,7 +39,8 @@ func (a *app) manCommand() *cli.Command {
 				return err
 			}
 		}
-		return nil
+		slices.Sort(list)
+		return a.print(map[string]any{"folder": dir, "pages": list}, func() error { return nil })
 	})
 }
 

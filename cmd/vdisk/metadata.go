@@ -56,7 +56,12 @@ func (a *app) dumpTable(c *cli.Context, path string) error {
 			return err
 		}
 	}
-	return a.lookLong(c, a.streaming(path == "-", func(s owner.Store) error { return write(c.Context, tableText{s}) }))
+	return a.lookLong(c, a.streaming(path == "-", func(s owner.Store) error {
+		if err := write(c.Context, tableText{s}); err != nil || path == "-" {
+			return err
+		}
+		return a.print(map[string]any{"path": path}, func() error { return nil })
+	}))
 }
 
 // tableText is the table as text.

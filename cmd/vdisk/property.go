@@ -42,14 +42,7 @@ func (a *app) setCommand() *cli.Command {
 			if err := s.SetProperties(c.Context, name, changes); err != nil {
 				return err
 			}
-			if !a.json {
-				return nil
-			}
-			v, err := s.Volume(c.Context, name)
-			if err != nil {
-				return err
-			}
-			return a.printVolume(v)
+			return a.printChanged(c, s, name)
 		})
 	})
 }

@@ -53,7 +53,7 @@ func (a *app) exportDiff(c *cli.Context) error {
 		if err != nil {
 			return fmt.Errorf("exporting %v to %s: %w", to, path, err)
 		}
-		return nil
+		return a.printExported(to, path)
 	}))
 }
 

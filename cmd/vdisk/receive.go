@@ -52,7 +52,12 @@ func (a *app) receive(c *cli.Context) error {
 		if c.NArg() > 1 || r.Snapshot != "" || c.Bool("force") || c.Bool("dry-run") {
 			return usageError{c, fmt.Errorf("--abort takes a volume, and nothing else")}
 		}
-		return a.with(c, func(s owner.Store) error { return s.AbortReceive(c.Context, r.Volume) })
+		return a.with(c, func(s owner.Store) error {
+			if err := s.AbortReceive(c.Context, r.Volume); err != nil {
+				return err
+			}
+			return a.print(map[string]any{"aborted": r.Volume}, func() error { return nil })
+		})
 	}
 	path := "-"
 	if c.NArg() > 1 {

@@ -12,25 +12,18 @@ import (
 
 // repairedJSON is the result of a repair in the JSON output.
 type repairedJSON struct {
-	Name    string      `json:"name"`
-	Bytes   int64       `json:"written_bytes"`
-	Written []rangeJSON `json:"written"` // what was damaged, and has the content of the file now
-	Left    []rangeJSON `json:"left"`    // what is still damaged: the map cannot be read there
-	Mended  []rangeJSON `json:"mended"`  // what other volumes and snapshots have of it, where the file was proved to have what was lost
-	Others  []rangeJSON `json:"others"`  // what other volumes and snapshots still have of the damage
+	Name    string     `json:"name"`
+	Bytes   int64      `json:"written_bytes"`
+	Written []lostJSON `json:"written"` // what was damaged, and has the content of the file now
+	Left    []lostJSON `json:"left"`    // what is still damaged: the map cannot be read there
+	Mended  []lostJSON `json:"mended"`  // what other volumes and snapshots have of it, where the file was proved to have what was lost
+	Others  []lostJSON `json:"others"`  // what other volumes and snapshots still have of the damage
 }
 
-// rangeJSON is a range of a volume or snapshot.
-type rangeJSON struct {
-	Name   string `json:"name"` // VOL or VOL@SNAP
-	Offset int64  `json:"offset"`
-	Length int64  `json:"length"`
-}
-
-func rangesOf(list []cow.Lost) []rangeJSON {
-	js := []rangeJSON{}
+func rangesOf(list []cow.Lost) []lostJSON {
+	js := []lostJSON{}
 	for _, l := range list {
-		js = append(js, rangeJSON{l.Ref.String(), l.Offset, l.Length})
+		js = append(js, lostJSON{l.Ref.String(), l.Offset, l.Length})
 	}
 	return js
 }
@@ -71,7 +64,7 @@ func (a *app) repairFrom(c *cli.Context, path, name string) error {
 func (a *app) printRepaired(j repairedJSON, path string) error {
 	for _, part := range []struct {
 		what string
-		list []rangeJSON
+		list []lostJSON
 	}{{"written", j.Written}, {"mended", j.Mended}, {"still damaged", j.Left}, {"still damaged", j.Others}} {
 		for _, r := range part.list {
 			if _, err := fmt.Fprintf(a.stdout, "%s: %s, %d bytes at %d\n", part.what, r.Name, r.Length, r.Offset); err != nil {

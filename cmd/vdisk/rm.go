@@ -51,7 +51,7 @@ func (a *app) remove(c *cli.Context, s owner.Store, refs []cow.Ref) error {
 		}
 	}
 	gone := map[cow.Ref]bool{}
-	var removed []string
+	removed := []string{}
 	for i, r := range refs {
 		if gone[r] || gone[cow.Ref{Volume: r.Volume}] {
 			continue // named twice
@@ -65,7 +65,7 @@ func (a *app) remove(c *cli.Context, s owner.Store, refs []cow.Ref) error {
 		gone[r] = true
 		removed = append(removed, r.String())
 	}
-	return nil
+	return a.print(map[string]any{"removed": removed}, func() error { return nil })
 }
 
 // wouldRemove prints what removing the refs would remove, and fails if removing them would fail.

@@ -112,7 +112,12 @@ func (a *app) rollbackCommand() *cli.Command {
 		if err != nil {
 			return err
 		}
-		return a.with(c, func(s owner.Store) error { return s.Rollback(c.Context, to) })
+		return a.with(c, func(s owner.Store) error {
+			if err := s.Rollback(c.Context, to); err != nil {
+				return err
+			}
+			return a.printChanged(c, s, to.Volume)
+		})
 	})
 }
 
@@ -131,7 +136,16 @@ func (a *app) renameCommand() *cli.Command {
 		if err != nil {
 			return err
 		}
-		return a.with(c, func(s owner.Store) error { return s.Rename(c.Context, from, to) })
+		return a.with(c, func(s owner.Store) error {
+			err := s.Rename(c.Context, from, to)
+			switch {
+			case err != nil:
+				return err
+			case to.Snapshot != "":
+				return a.printSnapshots(c, s, []cow.Ref{to})
+			}
+			return a.printChanged(c, s, to.Volume)
+		})
 	})
 }
 
@@ -165,7 +179,10 @@ func (a *app) resizeCommand() *cli.Command {
 					return usagef("size %s: the volume would have %s, and the most is %s", c.Args().Get(1), a.size(size), a.size(cow.MaxVolume))
 				}
 			}
-			return s.Resize(c.Context, name, size, c.Bool("shrink"))
+			if err := s.Resize(c.Context, name, size, c.Bool("shrink")); err != nil {
+				return err
+			}
+			return a.printChanged(c, s, name)
 		})
 	})
 }
