@@ -14,6 +14,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/internal/storage"
@@ -284,6 +285,7 @@ func (l *crashHarness) options(fs storage.FS) Options {
 	return Options{
 		fs: fs, checkpointInterval: -1, noTableSync: true, chunkBytes: 512 << 10, reapBatch: 3, replayBatch: 20,
 		CacheBytes: 1 << 20, Logger: slog.New(slog.DiscardHandler),
+		LockTimeout: 10 * time.Second, // a child that another test starts has the lock of a closed store until it executes its program
 	}
 }
 

@@ -16,7 +16,7 @@ func TestArgumentOf(t *testing.T) {
 		{"export", 0, "VOL[@SNAP]"},
 		{"export", 1, "FILE|-"},
 		{"snapshot", 3, "VOL@SNAP..."},
-		{"ls", 5, "[VOL...]"},
+		{"ls", 5, "[VOL[@SNAP]...]"},
 		{"hold", 0, "TAG"},
 		{"hold", 2, "VOL@SNAP..."},
 		{"send", 0, "VOL@SNAP"},

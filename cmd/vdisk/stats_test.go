@@ -35,7 +35,7 @@ func TestStats(t *testing.T) {
 		t.Errorf("a new server's counters became %d", w.Requests)
 	}
 	var out bytes.Buffer
-	if err := (&app{stdout: &out}).printStats(j); err != nil || !strings.Contains(out.String(), "write         10        40KiB") {
+	if err := (&app{stdout: &out}).printStats(j); err != nil || !strings.Contains(out.String(), "write               10  40KiB") {
 		t.Errorf("%v\n%s", err, out.String())
 	}
 }
