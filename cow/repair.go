@@ -236,7 +236,7 @@ func (r *repairer) leaf(index uint32) error {
 		addLost(&r.rep.Left, r.d.ref, off, length)
 	}
 	if len(list) == 0 {
-		return nil
+		return r.keepUp(off + length)
 	}
 	if err := r.fill(off); err != nil {
 		return err
@@ -305,6 +305,31 @@ func (r *repairer) write(block uint64, was content) error {
 	return err
 }
 
+// keepUp reads the source up to an offset, although nothing there is needed: a source from another process says only with
+// its data that the process has given up.
+func (r *repairer) keepUp(off int64) error {
+	for !r.ended && (len(r.data) == 0 || r.at+int64(len(r.data)) <= off) {
+		if err := r.next(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// next reads the next data of the source.
+func (r *repairer) next() error {
+	n, at, err := r.src.Next(r.piece)
+	if err == io.EOF {
+		r.ended, r.data = true, nil
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("reading the content: %w", err)
+	}
+	r.data, r.at = r.piece[:n], at
+	return nil
+}
+
 // fill makes good the source's content of the leaf at an offset.
 func (r *repairer) fill(off int64) error {
 	clear(r.good)
@@ -322,14 +347,8 @@ func (r *repairer) fill(off int64) error {
 		if r.ended {
 			return nil
 		}
-		n, at, err := r.src.Next(r.piece)
-		if err == io.EOF {
-			r.ended, r.data = true, nil
-			return nil
+		if err := r.next(); err != nil {
+			return err
 		}
-		if err != nil {
-			return fmt.Errorf("reading the content: %w", err)
-		}
-		r.data, r.at = r.piece[:n], at
 	}
 }

@@ -41,6 +41,24 @@ func contentOfRef(t *testing.T, s *Store, r Ref) ([]byte, error) {
 	return p, err
 }
 
+// givenUp is a content whose sender gives up at once.
+type givenUp struct{ imageSource }
+
+func (*givenUp) Next([]byte) (int, int64, error) { return 0, 0, context.Canceled }
+
+// TestRepairIsGivenUp: a repair reads its source also where nothing is damaged. Otherwise it would go on behind the back
+// of a client that was interrupted.
+func TestRepairIsGivenUp(t *testing.T) {
+	t.Parallel()
+	s, _, _ := scrubbed(t, Options{})
+	want, err := contentOfRef(t, s, Ref{Volume: "v"})
+	must(t, err)
+	if rep, err := s.Repair(t.Context(), "v", &givenUp{imageSource{p: want}}); !errors.Is(err, context.Canceled) {
+		t.Errorf("%+v, %v", rep, err)
+	}
+	must(t, s.Close())
+}
+
 // A repair writes over damaged blocks of the volume, and over no others, whatever the image has there. Snapshots that
 // share the damage are named.
 func TestRepair(t *testing.T) {
