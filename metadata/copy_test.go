@@ -137,6 +137,40 @@ func sliceOf(db *DB, m *newCopy, n int) error {
 	return err
 }
 
+// TestChangeAtTheEndOfASlice: the last key that the slices of a new copy have had is changed, and the one behind it. The
+// first change goes to the new copy, and the second comes with the next slice.
+func TestChangeAtTheEndOfASlice(t *testing.T) {
+	dir := memoryDir(t)
+	path := filepath.Join(dir, "t")
+	filled(t, path)
+	in, copies := folderOf(t, dir), crashfs.New()
+	db, err := Open(path, Options{NoSync: true, Copy: copies, CopyLost: func(err error) { t.Error(err) }})
+	must(t, errors.Join(err, db.Adopt()))
+	m, err := db.beginCopy()
+	must(t, err)
+	leaves := bucketNumber(bucketLeaves)
+	for m.bucket < leaves || m.key == nil {
+		must(t, sliceOf(db, m, 500))
+	}
+	last, err := parseKey(m.key)
+	must(t, err)
+	must(t, db.Update(func(tx *Tx) error {
+		next := last
+		next.Epoch++
+		return errors.Join(tx.PutLeaf(last, format.AppendLeaf(nil, leafOf(99))), tx.PutLeaf(next, format.AppendLeaf(nil, leafOf(98))))
+	}))
+	for done := false; !done; {
+		done, err = db.copyNext(m)
+		must(t, err)
+	}
+	must(t, db.endCopy(m, nil))
+	want, err := content(db)
+	must(t, errors.Join(err, db.Close()))
+	if got, err := built(in, copies); err != nil || got != want {
+		t.Errorf("the table from the copy is another: %v", err)
+	}
+}
+
 func countItems(t *testing.T, copies *crashfs.FS, byOp *[5]int) {
 	r, err := newestCopy(copies, [16]byte{})
 	must(t, err)
