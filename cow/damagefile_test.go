@@ -99,6 +99,12 @@ func TestKeptDamageGoes(t *testing.T) {
 	x.wants(t, x.known(t, Ref{Volume: "c"}), "c 163840+16384")
 	must(t, errors.Join(x.s.Remove(Ref{Volume: "v"}, true), x.s.Remove(Ref{Volume: "c"}, false), x.s.reclaimDeleted(t.Context())))
 	x.wants(t, x.known(t))
+	x.forgets(t)
+}
+
+// forgets opens the store once more, which leaves no file, and closes it.
+func (x *damaging) forgets(t *testing.T) {
+	t.Helper()
 	x.again(t, Options{})
 	if got := x.file(t); got != "" {
 		t.Errorf("the file is still there: %s", got)
@@ -130,11 +136,7 @@ func TestKeptDamageToLeaf(t *testing.T) {
 	put(format.AppendLeaf(nil, &whole))
 	x.again(t, Options{})
 	x.wants(t, x.known(t, Ref{Volume: "c"}))
-	x.again(t, Options{})
-	if got := x.file(t); got != "" {
-		t.Errorf("the file is still there: %s", got)
-	}
-	must(t, x.s.Close())
+	x.forgets(t)
 }
 
 // TestStrangeDamageFile: whatever is in the file, the store opens, and knows no damage that is none.
