@@ -111,7 +111,7 @@ const (
 	CopyPut    CopyOp = 1 + iota // the key has this value
 	CopyRemove                   // the key is gone
 	CopyPatch                    // the value is a patch of the one that the key had
-	CopyPuts                     // the key's value is a leaf, of which the value names blocks that were put (AppendPuts)
+	CopyPuts                     // the key has a leaf, and the value says which of its blocks were put (AppendPuts)
 )
 
 // CopyItem is the change of one key.

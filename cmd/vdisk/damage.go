@@ -18,7 +18,8 @@ type lostJSON struct {
 	Length int64  `json:"length"`
 }
 
-func lostOf(list []cow.Lost) (js []lostJSON) {
+func lostOf(list []cow.Lost) []lostJSON {
+	js := []lostJSON{}
 	for _, l := range list {
 		js = append(js, lostJSON{l.Ref.String(), l.Offset, l.Length})
 	}

@@ -20,14 +20,6 @@ type repairedJSON struct {
 	Others  []lostJSON `json:"others"`  // what other volumes and snapshots still have of the damage
 }
 
-func rangesOf(list []cow.Lost) []lostJSON {
-	js := []lostJSON{}
-	for _, l := range list {
-		js = append(js, lostJSON{l.Ref.String(), l.Offset, l.Length})
-	}
-	return js
-}
-
 // repairFrom writes the content at path over the damaged blocks of a volume.
 func (a *app) repairFrom(c *cli.Context, path, name string) error {
 	for _, flag := range []string{"compress", "logical-block"} {
@@ -50,7 +42,7 @@ func (a *app) repairFrom(c *cli.Context, path, name string) error {
 		if err != nil {
 			return partly(fmt.Errorf("repairing from %s: %w", path, err))
 		}
-		j := repairedJSON{name, rep.Bytes, rangesOf(rep.Written), rangesOf(rep.Left), rangesOf(rep.Mended), rangesOf(rep.Others)}
+		j := repairedJSON{name, rep.Bytes, lostOf(rep.Written), lostOf(rep.Left), lostOf(rep.Mended), lostOf(rep.Others)}
 		if err := a.print(j, func() error { return a.printRepaired(j, path) }); err != nil {
 			return err
 		}
