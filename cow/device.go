@@ -20,7 +20,7 @@ func ParseRef(text string) (Ref, error) {
 		return r, fmt.Errorf("volume name in %q: %v: %w", text, err, ErrInvalid)
 	}
 	if at {
-		if err := format.CheckName(sn); err != nil {
+		if err := format.CheckSnapshotName(sn); err != nil {
 			return r, fmt.Errorf("snapshot name in %q: %v: %w", text, err, ErrInvalid)
 		}
 	}

@@ -227,11 +227,12 @@ func FuzzRecovery(f *testing.F) {
 
 // FuzzRef compares the parser of VOL and VOL@SNAP with the form of names.
 func FuzzRef(f *testing.F) {
-	for _, text := range []string{"v", "v@s", "@s", "v@", "v@s@t", "", "a/b", "v @s", strings.Repeat("x", 64) + "@s"} {
+	for _, text := range []string{"v", "v@s", "@s", "v@", "v@s@t", "", "a/b", "v @s", "v@2026-11-30T12:00:00+01:00", "v:w@s", "v@:", strings.Repeat("x", 64) + "@s"} {
 		f.Add(text)
 	}
 	name := `[A-Za-z0-9][A-Za-z0-9._-]{0,62}`
-	form := regexp.MustCompile(`\A` + name + `(@` + name + `)?\z`)
+	snapshot := `[A-Za-z0-9][A-Za-z0-9._:+-]{0,62}`
+	form := regexp.MustCompile(`\A` + name + `(@` + snapshot + `)?\z`)
 	f.Fuzz(func(t *testing.T, text string) {
 		r, err := ParseRef(text)
 		if (err == nil) != form.MatchString(text) || err != nil && !errors.Is(err, ErrInvalid) {

@@ -139,7 +139,7 @@ func (s *Store) Snapshot(refs ...Ref) error {
 			case seen[v]:
 				return nil, fmt.Errorf("%s is named twice: %w", r.Volume, ErrInvalid)
 			}
-			if err := format.CheckName(r.Snapshot); err != nil {
+			if err := format.CheckSnapshotName(r.Snapshot); err != nil {
 				return nil, fmt.Errorf("%v: %w", err, ErrInvalid)
 			}
 			seen[v] = true
@@ -240,7 +240,7 @@ func (s *Store) Rename(from, to Ref) error {
 			row.Name = to.Volume
 			return &format.Event{Op: "rename", Volumes: []format.Volume{row}}, nil
 		}
-		if err := format.CheckName(to.Snapshot); err != nil {
+		if err := format.CheckSnapshotName(to.Snapshot); err != nil {
 			return nil, fmt.Errorf("%v: %w", err, ErrInvalid)
 		}
 		if v.snapshots[to.Snapshot] != nil {

@@ -10,8 +10,8 @@ const (
 	// StoreVersion is the version of a store as a whole, which its file "format" holds. A program refuses a store of a
 	// higher version. Version 2 added moved records, and the rows of forwarded chunks and records. Version 3 leaves out
 	// the zeros at the end of a compressed unit. Version 4 added the GUID and the holds of snapshots, and the
-	// properties of volumes and what they are receiving.
-	StoreVersion = 4
+	// properties of volumes and what they are receiving. Version 5 added colons and plus signs in the names of snapshots.
+	StoreVersion = 5
 	// layoutVersion is the version of chunk headers, summaries, durable marks and leaves.
 	layoutVersion = 1
 

@@ -34,6 +34,7 @@ var (
 		Receiving:  &Receiving{Volume: "vol", Snapshot: "v2", GUID: GUID{1, 2, 15: 3}, Base: GUID{4}, Size: 1 << 30, Created: testTime, Block: 1 << 18},
 	}
 	testGUID      = Snapshot{ID: 3, Volume: 1, Name: "before", Branch: 2, Epoch: 7, Size: 1 << 40, Created: testTime, GUID: GUID{1, 2, 15: 3}}
+	testTimed     = Snapshot{ID: 3, Volume: 1, Name: "auto-2026-03-01T12:00:00+01:00", Branch: 2, Epoch: 7, Size: 1 << 40, Created: testTime, GUID: GUID{5}}
 	testHeld      = Snapshot{ID: 3, Volume: 1, Name: "before", Branch: 2, Epoch: 7, Size: 1 << 40, Created: testTime, GUID: GUID{4}, Holds: map[string]time.Time{"backup": testTime, "a.b": testTime.Add(time.Hour)}}
 	testBranch    = Branch{ID: 4, Epoch: 1, OriginBranch: 2, OriginEpoch: 7}
 	testCold      = ColdMark{ChunkSeq: 16, Offset: 1 << 21}
@@ -191,7 +192,7 @@ func TestGolden(t *testing.T) {
 		"forwards":             AppendForwards(nil, testForwards),
 		"row-forwarded":        forwardedRow[:],
 	}
-	for name, row := range map[string]any{"row-volume": &testVolume, "row-snapshot": &testSnap, "row-volume-4": &testReceiving, "row-snapshot-4": &testGUID, "row-snapshot-held": &testHeld, "row-branch": &testBranch, "row-checkpoint": &testCheck, "row-cold": &testCold} {
+	for name, row := range map[string]any{"row-volume": &testVolume, "row-snapshot": &testSnap, "row-volume-4": &testReceiving, "row-snapshot-4": &testGUID, "row-snapshot-held": &testHeld, "row-snapshot-5": &testTimed, "row-branch": &testBranch, "row-checkpoint": &testCheck, "row-cold": &testCold} {
 		golden[name], err = AppendRow(nil, row)
 		must(t, err)
 	}
@@ -274,15 +275,15 @@ func TestGoldenDecode(t *testing.T) {
 		t.Error(h, m, err)
 	}
 	var v, v4 Volume
-	var s, s4, held Snapshot
+	var s, s4, s5, held Snapshot
 	var b Branch
 	var c Checkpoint
 	var m ColdMark
-	for name, row := range map[string]any{"row-volume": &v, "row-snapshot": &s, "row-volume-4": &v4, "row-snapshot-4": &s4, "row-snapshot-held": &held, "row-branch": &b, "row-checkpoint": &c, "row-cold": &m} {
+	for name, row := range map[string]any{"row-volume": &v, "row-snapshot": &s, "row-volume-4": &v4, "row-snapshot-4": &s4, "row-snapshot-held": &held, "row-snapshot-5": &s5, "row-branch": &b, "row-checkpoint": &c, "row-cold": &m} {
 		must(t, DecodeRow(file(name), row))
 	}
-	if !reflect.DeepEqual(v, testVolume) || !reflect.DeepEqual(v4, testReceiving) || !reflect.DeepEqual(s4, testGUID) || !reflect.DeepEqual(held, testHeld) || !reflect.DeepEqual(s, testSnap) || b != testBranch || c != testCheck || m != testCold {
-		t.Error(v, v4, s, s4, held, b, c, m)
+	if !reflect.DeepEqual(v, testVolume) || !reflect.DeepEqual(v4, testReceiving) || !reflect.DeepEqual(s4, testGUID) || !reflect.DeepEqual(s5, testTimed) || !reflect.DeepEqual(held, testHeld) || !reflect.DeepEqual(s, testSnap) || b != testBranch || c != testCheck || m != testCold {
+		t.Error(v, v4, s, s4, s5, held, b, c, m)
 	}
 }
 
@@ -304,6 +305,7 @@ func TestEveryFlippedBitIsFound(t *testing.T) {
 		"row-chunk":         func(b []byte) error { _, err := DecodeChunk(1, b); return err },
 		"row-volume":        func(b []byte) error { return DecodeRow(b, new(Volume)) },
 		"row-volume-4":      func(b []byte) error { return DecodeRow(b, new(Volume)) },
+		"row-snapshot-5":    func(b []byte) error { return DecodeRow(b, new(Snapshot)) },
 		"row-snapshot-held": func(b []byte) error { return DecodeRow(b, new(Snapshot)) },
 		"summary":           func(b []byte) error { _, _, err := decodeSummary(b); return err },
 		"table-copy":        func(b []byte) error { return wholeCopy(b) },
@@ -458,9 +460,9 @@ func TestLaterVersionsAreNamed(t *testing.T) {
 	l := AppendLeaf(nil, testLeaf())
 	l[4] = 2
 	le.PutUint32(l, Checksum(l[4:]))
-	_, storeErr := DecodeStoreInfo([]byte(`{"format":"vdisk store","version":5,"shape":"new"}`))
+	_, storeErr := DecodeStoreInfo([]byte(`{"format":"vdisk store","version":6,"shape":"new"}`))
 	for what, err := range map[string]error{"chunk": chunkErr, "leaf": DecodeLeaf(l, new(Leaf)), "store": storeErr} {
-		if !errors.Is(err, ErrVersion) || !strings.Contains(err.Error(), "up to") || what == "store" && !strings.Contains(err.Error(), "version 5") {
+		if !errors.Is(err, ErrVersion) || !strings.Contains(err.Error(), "up to") || what == "store" && !strings.Contains(err.Error(), "version 6") {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
@@ -535,13 +537,23 @@ func TestEventLimit(t *testing.T) {
 
 func TestCheckName(t *testing.T) {
 	for _, s := range []string{"a", "Z9", "0", "a.b_c-d", strings.Repeat("x", 63)} {
-		if err := CheckName(s); err != nil {
+		if err := errors.Join(CheckName(s), CheckSnapshotName(s)); err != nil {
 			t.Error(s, err)
 		}
 	}
-	for _, s := range []string{"", ".", "..", "-a", "_a", "a/b", "a b", "a@b", "ä", "a\n", "a\x00", strings.Repeat("x", 64)} {
+	for _, s := range []string{"a:", "a+", "auto-2026-11-30T12:00:00+01:00"} {
+		if err := CheckSnapshotName(s); err != nil {
+			t.Error(s, err)
+		}
 		if err := CheckName(s); !errors.Is(err, ErrName) {
 			t.Errorf("%q: %v", s, err)
+		}
+	}
+	for _, s := range []string{"", ".", "..", "-a", "_a", ":a", "+a", "a/b", "a b", "a@b", "ä", "a\n", "a\x00", strings.Repeat("x", 64)} {
+		for _, err := range []error{CheckName(s), CheckSnapshotName(s)} {
+			if !errors.Is(err, ErrName) {
+				t.Errorf("%q: %v", s, err)
+			}
 		}
 	}
 }

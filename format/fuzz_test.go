@@ -377,12 +377,17 @@ func FuzzEntry(f *testing.F) {
 
 // FuzzName compares the check of names and the parsers of codecs with what their comments say.
 func FuzzName(f *testing.F) {
-	for _, s := range []string{"a", "vol.1_a-b", "-a", ".a", "none", "s2", "zstd", "ü", strings.Repeat("x", maxName), strings.Repeat("x", maxName+1)} {
+	for _, s := range []string{"a", "vol.1_a-b", "-a", ".a", "a:b+c", "+a", "none", "s2", "zstd", "ü", strings.Repeat("x", maxName), strings.Repeat("x", maxName+1)} {
 		f.Add(s)
 	}
 	allowed := regexp.MustCompile(`\A[A-Za-z0-9][A-Za-z0-9._-]{0,62}\z`)
+	allowedInSnapshots := regexp.MustCompile(`\A[A-Za-z0-9][A-Za-z0-9._:+-]{0,62}\z`)
 	f.Fuzz(func(t *testing.T, s string) {
-		err := CheckName(s)
+		err := CheckSnapshotName(s)
+		if (err == nil) != allowedInSnapshots.MatchString(s) || err != nil && !errors.Is(err, ErrName) {
+			t.Fatalf("a snapshot, %q: %v", s, err)
+		}
+		err = CheckName(s)
 		if (err == nil) != allowed.MatchString(s) || err != nil && !errors.Is(err, ErrName) {
 			t.Fatalf("%q: %v", s, err)
 		}

@@ -1,8 +1,10 @@
 package format
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -108,5 +110,32 @@ func TestReceivingRows(t *testing.T) {
 		if _, err := AppendRow(nil, v); err == nil {
 			t.Error(name)
 		}
+	}
+}
+
+// TestStreamWithNewNames: a program that does not know the names of snapshots in a stream learns that from its features.
+func TestStreamWithNewNames(t *testing.T) {
+	h := StreamHeader{Features: []string{FeatureZstd}, Volume: "v", GUID: GUID{1}, Size: 1 << 20, LogicalBlock: 512, Codec: S2, Created: testTime}
+	for names, want := range map[[2]string][]string{
+		{"a", ""}: {FeatureZstd}, {"12:00", ""}: {FeatureZstd, FeatureNames}, {"a", "v@1+1"}: {FeatureZstd, FeatureNames},
+	} {
+		h := h
+		if h.Snapshot, h.BaseName = names[0], names[1]; h.BaseName != "" {
+			h.Base = GUID{2}
+		}
+		text, err := AppendStreamHeader(nil, &h)
+		must(t, err)
+		got, err := DecodeStreamHeader(text)
+		if must(t, err); !slices.Equal(got.Features, want) {
+			t.Errorf("%q: %q, want %q", names, got.Features, want)
+		}
+		text = bytes.Replace(text, []byte(`,"names"`), nil, 1)
+		if _, err := DecodeStreamHeader(text); (err == nil) != (len(want) == 1) || err != nil && !errors.Is(err, ErrCorrupt) {
+			t.Errorf("%q without the feature: %v", names, err)
+		}
+	}
+	h.Volume, h.Snapshot = "v:w", "a"
+	if _, err := AppendStreamHeader(nil, &h); !errors.Is(err, ErrName) {
+		t.Errorf("a volume %s: %v", h.Volume, err)
 	}
 }

@@ -114,7 +114,7 @@ func (r *Receiving) check() error {
 	case r.Size <= 0 || r.Size > maxVolumeSize || r.Block > blocksOf(r.Size):
 		return fmt.Errorf("receiving block %d of %d bytes", r.Block, r.Size)
 	}
-	return errors.Join(CheckName(r.Volume), CheckName(r.Snapshot))
+	return errors.Join(CheckName(r.Volume), CheckSnapshotName(r.Snapshot))
 }
 
 // blocksOf returns the number of blocks of a volume of n bytes.
@@ -129,7 +129,7 @@ func (s Snapshot) check() error {
 	case s.Volume == 0:
 		return CheckHolds(s.Holds)
 	}
-	return errors.Join(CheckName(s.Name), CheckHolds(s.Holds))
+	return errors.Join(CheckSnapshotName(s.Name), CheckHolds(s.Holds))
 }
 
 func (b Branch) check() error {

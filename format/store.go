@@ -23,21 +23,32 @@ const (
 	storeFormat = "vdisk store"
 )
 
-// CheckName returns nil if s can be the name of a volume or a snapshot: an ASCII letter or digit, then at most 62
+// moreInSnapshots are the characters that a snapshot's name may have, and a volume's may not. Names that have them came
+// with version 5 of the store.
+const moreInSnapshots = ":+"
+
+// CheckName returns nil if s can be the name of a volume or the tag of a hold: an ASCII letter or digit, then at most 62
 // letters, digits, dots, underscores and hyphens. Otherwise it returns an error that matches ErrName.
 func CheckName(s string) error { return checkName(s, "") }
+
+// CheckSnapshotName is CheckName for a snapshot, which may also have colons and plus signs, as times have them.
+func CheckSnapshotName(s string) error { return checkName(s, moreInSnapshots) }
 
 // checkName is CheckName, with some more characters allowed behind the first.
 func checkName(s, more string) error {
 	if len(s) == 0 || len(s) > maxName {
 		return fmt.Errorf("%w: it has %d bytes, not 1 to %d", ErrName, len(s), maxName)
 	}
-	for i, c := range s {
+	more = "._-" + more
+	for i, c := range s { // the whole rune, not one of its bytes
 		alnum := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
-		if alnum || i > 0 && (c == '.' || c == '_' || c == '-' || strings.ContainsRune(more, c)) {
-			continue
+		switch {
+		case alnum || i > 0 && strings.ContainsRune(more, c):
+		case i == 0:
+			return fmt.Errorf("%w: %q at the beginning of %q is neither a letter nor a digit", ErrName, c, s)
+		default:
+			return fmt.Errorf("%w: %q at byte %d of %q is neither a letter, nor a digit, nor one of %q", ErrName, c, i, s, more)
 		}
-		return fmt.Errorf("%w: %q at byte %d of %q", ErrName, c, i, s) // the whole rune, not one of its bytes
 	}
 	return nil
 }

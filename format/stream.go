@@ -141,13 +141,23 @@ type StreamHeader struct {
 	From uint64 `json:"from,omitempty"`
 }
 
-// FeatureZstd is the feature of a stream that may have units of the codec zstd.
-const FeatureZstd = "zstd"
+const (
+	// FeatureZstd is the feature of a stream that may have units of the codec zstd.
+	FeatureZstd = "zstd"
+	// FeatureNames is the feature of a stream whose header names a snapshot as programs before version 5 of the store
+	// do not know it. AppendStreamHeader adds it.
+	FeatureNames = "names"
+)
 
-var streamFeatures = []string{FeatureZstd}
+var streamFeatures = []string{FeatureZstd, FeatureNames}
 
 // Blocks returns the number of blocks of the snapshot.
 func (h *StreamHeader) Blocks() uint64 { return blocksOf(h.Size) }
+
+// newNames reports whether the stream needs FeatureNames.
+func (h *StreamHeader) newNames() bool {
+	return strings.ContainsAny(h.Snapshot+h.BaseName, moreInSnapshots)
+}
 
 func (h *StreamHeader) check() error {
 	switch {
@@ -164,17 +174,23 @@ func (h *StreamHeader) check() error {
 	}
 	if h.BaseName != "" {
 		v, sn, _ := strings.Cut(h.BaseName, "@")
-		if err := errors.Join(CheckName(v), CheckName(sn)); err != nil {
+		if err := errors.Join(CheckName(v), CheckSnapshotName(sn)); err != nil {
 			return err
 		}
 	}
-	return errors.Join(CheckName(h.Volume), CheckName(h.Snapshot), CheckLevel(h.Codec, h.Level), CheckProperties(h.Properties))
+	if h.newNames() && !slices.Contains(h.Features, FeatureNames) {
+		return fmt.Errorf("the names %q and %q without the feature %q", h.Snapshot, h.BaseName, FeatureNames)
+	}
+	return errors.Join(CheckName(h.Volume), CheckSnapshotName(h.Snapshot), CheckLevel(h.Codec, h.Level), CheckProperties(h.Properties))
 }
 
-// AppendStreamHeader appends the payload of the frame to dst and returns the extended slice. It sets the version, and
-// refuses a header that DecodeStreamHeader would reject.
+// AppendStreamHeader appends the payload of the frame to dst and returns the extended slice. It sets the version, adds
+// FeatureNames if the stream needs it, and refuses a header that DecodeStreamHeader would reject.
 func AppendStreamHeader(dst []byte, h *StreamHeader) ([]byte, error) {
 	h.Version = StreamVersion
+	if h.newNames() && !slices.Contains(h.Features, FeatureNames) {
+		h.Features = append(slices.Clip(h.Features), FeatureNames)
+	}
 	if err := h.check(); err != nil {
 		return dst, fmt.Errorf("encode stream header: %w", err)
 	}

@@ -31,7 +31,7 @@ type session struct {
 	names map[string][]string // by volume: its snapshots, sorted
 }
 
-var sessionNames = []string{"a", "b", "c", "d", "", "no name", strings.Repeat("x", 64), "a@s", "\xff"}
+var sessionNames = []string{"a", "b", "c", "d", "", "no name", strings.Repeat("x", 64), "a@s", "\xff", "12:00+01"}
 
 func (s *session) name() string {
 	if i := s.code.Byte(); i < 240 {
@@ -183,7 +183,7 @@ func (s *session) snapshot(ctx context.Context) {
 	possible, seen := true, map[cow.Ref]bool{}
 	for i := range refs {
 		refs[i] = s.ref()
-		possible = possible && s.has(cow.Ref{Volume: refs[i].Volume}) && !s.has(refs[i]) && format.CheckName(refs[i].Snapshot) == nil && !seen[refs[i]]
+		possible = possible && s.has(cow.Ref{Volume: refs[i].Volume}) && !s.has(refs[i]) && format.CheckSnapshotName(refs[i].Snapshot) == nil && !seen[refs[i]]
 		seen[refs[i]] = true
 	}
 	s.outcome("snapshot", s.store.Snapshot(ctx, refs...), possible, func() {
@@ -208,7 +208,7 @@ func (s *session) rename(ctx context.Context) {
 			s.drop(from)
 		})
 	default:
-		possible := from.Snapshot != "" && to.Snapshot != "" && from.Volume == to.Volume && s.has(from) && !s.has(to) && format.CheckName(to.Snapshot) == nil
+		possible := from.Snapshot != "" && to.Snapshot != "" && from.Volume == to.Volume && s.has(from) && !s.has(to) && format.CheckSnapshotName(to.Snapshot) == nil
 		s.outcome("rename", err, possible, func() { s.drop(from); s.add(to) })
 	}
 }
