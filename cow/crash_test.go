@@ -105,7 +105,8 @@ func TestCrashStates(t *testing.T) {
 	if l.inCommit.Load() < l.states.Load()/50 {
 		t.Errorf("only %d of %d states are inside a commit of the table", l.inCommit.Load(), l.states.Load())
 	}
-	if (l.summaries.Load() == 0 || l.overOld.Load() == 0 || l.held.Load() == 0) && l.states.Load() > 20000 {
+	// What the operations meet by chance is only asked for where there are so many that it cannot fail to happen.
+	if n := l.states.Load(); n > 20000 && (l.summaries.Load() == 0 || l.overOld.Load() == 0) || n > 200000 && l.held.Load() == 0 {
 		t.Error("no summary was ever read, no file recycled, or none while it was read")
 	}
 	if !t.Failed() {
