@@ -68,7 +68,15 @@ get_headers() {
 	fi
 }
 
-for s in ${STAGES:-vet host race mutants guest}; do
+# prepare_guest gets the parts of the virtual machine, while the tests of another stage run. What it cannot get is no
+# failure yet: the guest stage tries again, and says why.
+prepare_guest() {
+	go run ./internal/guest/cmd/guest build newest >bin/guest-build.out 2>&1 &
+	preparing=$!
+}
+
+stages=${STAGES:-vet host race mutants guest} preparing=
+for s in $stages; do
 	case $s in
 	vet)
 		stage "gofmt, go vet"
@@ -84,6 +92,7 @@ for s in ${STAGES:-vet host race mutants guest}; do
 	race)
 		stage "tests with the race detector (short)"
 		get_headers
+		[[ " $stages " != *" guest "* ]] || prepare_guest
 		gotest race -skip "$(grep -oE '[^ ]+' <<<"$not_race" | sed 's/.*/^&$/' | paste -sd '|')" -race -short -vet=off -count=1 -timeout 25m ./... # the stages before have vetted it
 		;;
 	mutants)
@@ -92,6 +101,7 @@ for s in ${STAGES:-vet host race mutants guest}; do
 		;;
 	guest)
 		stage "tests in a guest with ublk"
+		[ -z "$preparing" ] || wait "$preparing" || echo "guest: $(tail -n 1 bin/guest-build.out)"
 		go run ./internal/guest/cmd/guest test ${GUEST_FLAGS:--kernel newest -short -timeout 25m} ./ublk ./ublk/examples/ram ./ublk/examples/loop ./internal/e2e ./internal/powercut 2>&1 | tee bin/guest.out
 		status=${PIPESTATUS[0]}
 		line=$(grep -aE '^guest: [0-9]+ passed, [0-9]+ failed' bin/guest.out | tail -1)

@@ -27,7 +27,7 @@ const (
 
 const usage = `usage: guest COMMAND [flags]
 
-  build    make the root image and the kernels, unless they are there
+  build    make the root image and all kernels or those named, unless they are there: guest build [KERNEL...]
   kernels  list the kernels of the image
   run      run a command as root in a guest: guest run [flags] -- COMMAND [ARG...]
   shell    open a shell in a guest
@@ -99,7 +99,7 @@ func (a *app) build(ctx context.Context, args []string) (int, error) {
 	if err := fs.Parse(args); err != nil {
 		return 0, err
 	}
-	img, err := a.image(ctx, *force)
+	img, err := a.image(ctx, *force, fs.Args()...)
 	if err != nil {
 		return 0, err
 	}
