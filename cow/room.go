@@ -45,7 +45,7 @@ func (s *Store) tableShort(n int, p wal.Purpose) int64 {
 }
 
 // growTable makes the table's file n bytes larger, or somewhat more, if that leaves free what purpose p may not use.
-// Otherwise it returns ErrNoSpace.
+// Otherwise it returns ErrNoSpace. The table is as it was after any error.
 func (s *Store) growTable(n int64, p wal.Purpose) error {
 	free, err := s.fs.Free()
 	if err != nil {
@@ -60,12 +60,19 @@ func (s *Store) growTable(n int64, p wal.Purpose) error {
 		if step > room {
 			continue
 		}
-		if err = s.meta.Grow(step); !errors.Is(err, metadata.ErrUnwritten) {
-			return err
+		if err = s.meta.Grow(step); err == nil {
+			return nil
 		}
 	}
+	full := syscall.ENOSPC
+	switch {
+	case err != nil && !metadata.IsFull(err):
+		return fmt.Errorf("room for the table of blocks: %w", err)
+	case errors.Is(err, syscall.EDQUOT):
+		full = syscall.EDQUOT
+	}
 	return fmt.Errorf("%w: the table of blocks needs %d KiB more, and %d MiB are free on the store's file system; free space there, or delete snapshots or volumes",
-		fault.NoSpace(syscall.ENOSPC), n>>10, free>>20)
+		fault.NoSpace(full), n>>10, free>>20)
 }
 
 // allocateTable allocates blocks for the table's file, from one offset to another.

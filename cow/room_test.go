@@ -257,3 +257,20 @@ func TestReserveThatWasUsedUp(t *testing.T) {
 	}
 	must(t, s.Close())
 }
+
+// TestTableThatCannotGrow: a disk that fails where the table grows is an I/O error, and not a full disk.
+func TestTableThatCannotGrow(t *testing.T) {
+	var broken error
+	o := Options{checkpointInterval: -1, Logger: slog.New(slog.DiscardHandler)}
+	o.growTable = func(int64) error { return broken }
+	s, _ := newStore(t, o)
+	for _, broken = range []error{unix.EIO, unix.ENOSPC, unix.EDQUOT} {
+		err := s.growTable(1<<20, wal.ForData)
+		if !errors.Is(err, broken) || errors.Is(err, ErrNoSpace) != (broken != unix.EIO) {
+			t.Errorf("with %v: %v", broken, err)
+		}
+	}
+	broken = nil
+	must(t, s.growTable(1<<20, wal.ForData))
+	mustEnd(t, s)
+}

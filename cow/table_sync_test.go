@@ -11,7 +11,7 @@ import (
 	"github.com/vdisk/vdisk/format"
 )
 
-// failTableSync has what this process writes to the file go nowhere, and its syncs fail, until undo is called.
+// failTableSync lets all that this process writes to the file go nowhere, and its syncs fail, until undo is called.
 func failTableSync(t *testing.T, path string) (undo func()) {
 	t.Helper()
 	names, err := os.ReadDir("/proc/self/fd")
@@ -36,7 +36,7 @@ func failTableSync(t *testing.T, path string) (undo func()) {
 	return func() { must(t, errors.Join(unix.Dup3(kept, fd, unix.O_CLOEXEC), unix.Close(kept))) }
 }
 
-// TestFailedSyncOfTheTableIsFinal has a sync fail in a checkpoint's commit. No other commit may follow, since it could
+// TestFailedSyncOfTheTableIsFinal lets a sync fail in a checkpoint's commit. No other commit may follow, since it could
 // write over pages that the table on the disk refers to. What was flushed is in the log.
 func TestFailedSyncOfTheTableIsFinal(t *testing.T) {
 	hook := func() {}
@@ -78,12 +78,19 @@ func TestFailedSyncOfTheTableIsFinal(t *testing.T) {
 			t.Errorf("%s after that: %v", what, err)
 		}
 	}
+	sound := func() {
+		t.Helper()
+		_, err := s.Check(t.Context(), CheckOptions{ReadData: true}, func(p Problem) { t.Errorf("%s: %s: %s", p.Kind, p.Where, p.What) })
+		must(t, err)
+	}
+	sound() // the copy of the table has what the commit would have added: that is no damage
 	must(t, d.Close())
 	if err := s.Close(); !errors.Is(err, ErrFailed) {
 		t.Error("close:", err)
 	}
 	s, err = Open(dir, Options{})
 	must(t, err)
+	sound()
 	d, err = s.OpenDevice(Ref{Volume: "v"}, false)
 	must(t, err)
 	got := make([]byte, 4096)

@@ -23,13 +23,17 @@ var copyCheckBytes int64 = 64 << 20 // tests make it smaller
 // CheckCopy returns a function that verifies the copy as it now is: that all of it is whole, and that a table made from it
 // has just the rows that tx sees, a transaction begun in the same state. If it is not, the error matches ErrBadCopy. Once,
 // that is so if the copy that this process found was damaged, although there may be a new one by now. No copy is no error.
-// Without a tx it verifies only that the copy is whole.
+// After a commit that failed there is nothing to compare: the copy may have what the table does not have, and the next
+// Open takes that back. Without a tx it verifies only that the copy is whole.
 //
 // No Update may run during the call of CheckCopy. check may run beside Updates and RenewCopy, and has to be called, once.
 func (d *DB) CheckCopy() (check func(tx *Tx, interrupted func() error) error, err error) {
 	d.updating.Lock()
 	defer d.updating.Unlock()
 	c := &d.copy
+	if d.failed != nil {
+		return func(*Tx, func() error) error { return nil }, nil
+	}
 	if bad := c.damaged; bad != nil {
 		c.damaged = nil
 		return func(*Tx, func() error) error { return badCopy(bad) }, nil

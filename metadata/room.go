@@ -136,7 +136,7 @@ func (d *DB) Size() int64 {
 	return d.room.size
 }
 
-// Grow allocates n more bytes for the file, or a little more. If there is no room, the error matches ErrUnwritten.
+// Grow allocates n more bytes for the file, or a little more. Its errors match ErrUnwritten.
 func (d *DB) Grow(n int64) (err error) {
 	d.noting.Lock()
 	defer d.noting.Unlock()
@@ -204,10 +204,18 @@ func unwritten(err error) error {
 	if !errors.As(err, &write) || write.Op != "write" {
 		return err
 	}
-	for _, full := range []error{unix.ENOSPC, unix.EDQUOT, unix.EFBIG} {
-		if errors.Is(err, full) {
-			return fmt.Errorf("%w: %w", ErrUnwritten, err)
-		}
+	if IsFull(err) {
+		return fmt.Errorf("%w: %w", ErrUnwritten, err)
 	}
 	return err
+}
+
+// IsFull reports whether err says that there is no room on the file system, or none for this user or this file.
+func IsFull(err error) bool {
+	for _, full := range []error{unix.ENOSPC, unix.EDQUOT, unix.EFBIG} {
+		if errors.Is(err, full) {
+			return true
+		}
+	}
+	return false
 }
