@@ -21,15 +21,17 @@ func (a *app) daemonCommand() *cli.Command {
 		Name:      "daemon",
 		Category:  groupAccess,
 		Usage:     "own the store in the foreground",
-		UsageText: "vdisk daemon",
-		Description: "The daemon recovers devices that wait for a server. SIGINT, SIGTERM and SIGHUP end it, and its block devices with it; if\n" +
-			"it is killed in any other way, they wait for the next server. 'vdisk attach' starts a daemon if the store has no owner.\n" +
-			"Start one yourself (as a service: init/vdisk@.service) to keep the store open at all times. SIGUSR2 does what\n" +
-			"'vdisk upgrade' does.",
-		Flags: []cli.Flag{
+		UsageText: "vdisk daemon [--nbd PATH|off] [--socket-mode MODE] [--socket-group GROUP]",
+		Description: "The daemon recovers devices that wait for a server, and serves all volumes and snapshots over NBD, as 'vdisk serve' does:\n" +
+			"on STORE/nbd.sock, on another socket (--nbd PATH), or not at all (--nbd off).\n\n" +
+			"SIGINT, SIGTERM and SIGHUP end it, and its block devices with it; if it is killed in any other way, they wait for the\n" +
+			"next server. 'vdisk attach' starts a daemon, without NBD, if the store has no owner. Start one yourself (as a service:\n" +
+			"init/vdisk@.service) to keep the store open at all times. SIGUSR2 does what 'vdisk upgrade' does.",
+		Flags: append([]cli.Flag{
+			&cli.PathFlag{Name: "nbd", Usage: "serve NBD on the Unix socket `PATH`, or \"off\"", DefaultText: "STORE/nbd.sock; off with --until-idle"},
 			&cli.BoolFlag{Name: "until-idle", Usage: "end with the last device, service and client"},
 			&cli.BoolFlag{Name: "ready", Usage: "tell on descriptor 3 how the start went", Hidden: true},
-		},
+		}, accessFlags()...),
 	}, a.daemon)
 }
 
@@ -93,13 +95,20 @@ func (a *app) daemon(c *cli.Context) error {
 	}
 }
 
-// startOwner opens the store, recovers waiting devices, and reports to the process that started this daemon, or that
+// startOwner opens the store, recovers waiting devices, begins to serve NBD, and reports to the process that started this daemon, or that
 // executed its program. If it fails, or is stopped before it is ready, the recovered devices wait again: their users
 // did not ask for their end.
 func (a *app) startOwner(c *cli.Context, o owner.Options, handover *owner.Handover) (*owner.Owner, error) {
-	s, err := owner.Own(c.Context, a.dir, o)
+	nbd, err := a.daemonSocket(c)
+	var s *owner.Owner
+	if err == nil {
+		s, err = owner.Own(c.Context, a.dir, o)
+	}
 	if err == nil {
 		_, err = s.Recover(c.Context, "") // the outcome of each device is logged and listed
+		if err == nil {
+			err = a.serveNBD(s, nbd)
+		}
 		if err = errors.Join(err, context.Cause(c.Context)); err != nil {
 			err = errors.Join(err, s.CloseLeaving())
 		}

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/url"
 	"os"
@@ -33,6 +35,8 @@ func listenFlags(c *cli.Context) (certificates string, err error) {
 		return "", usageError{c, errors.New("--listen and --socket are two services: give two commands")}
 	case c.IsSet("listen") && !c.IsSet("tls-certificates"):
 		return "", usageError{c, errors.New("--listen needs --tls-certificates: NBD is served over TCP only with TLS")}
+	case c.IsSet("listen") && (c.IsSet("socket-mode") || c.IsSet("socket-group")):
+		return "", usageError{c, errors.New("--socket-mode and --socket-group are for a Unix socket, and not for --listen")}
 	case !c.IsSet("tls-certificates"):
 		return "", nil
 	}
@@ -55,15 +59,35 @@ func (a *app) listenUnix(c *cli.Context, s owner.Store, secure bool) (x listenin
 		return x, err
 	}
 	x.where = path
-	if x.Listener, x.remove, err = owner.Listen(path); err != nil {
+	access, err := socketAccess(c)
+	if err != nil {
 		return x, err
 	}
+	if x.Listener, x.remove, err = owner.ListenFor(path, access); err != nil {
+		return x, servedAlready(c.Context, s, path, err)
+	}
+	x.warning = unreachable(path, access)
 	if len(path) > owner.SunPath {
 		x.warning = fmt.Sprintf("the socket's path has %d bytes, and most clients can connect to %d at most: name a shorter one with --socket, "+
 			"or connect from its folder by %s", len(path), owner.SunPath, filepath.Base(path))
 	}
 	x.uri = func(name string) string { return unixURI(name, path, secure) }
 	return x, nil
+}
+
+// servedAlready adds to err that the owner of the store itself serves NBD on the socket at path, if it does.
+func servedAlready(ctx context.Context, s owner.Store, path string, err error) error {
+	st, serr := s.Status(ctx)
+	if serr != nil || !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	for _, v := range st.Services {
+		if v.Socket == path {
+			return hintedError{fmt.Errorf("%w: pid %d (%s) serves the store there", err, st.PID, st.Command),
+				"use that socket, or name another one with --socket"}
+		}
+	}
+	return err
 }
 
 // unixURI returns the NBD URI of an export on a Unix socket.

@@ -20,7 +20,7 @@ func (a *app) serveCommand() *cli.Command {
 		Name:      "serve",
 		Category:  groupAccess,
 		Usage:     "serve volumes and snapshots over NBD until interrupted",
-		UsageText: "vdisk serve [--socket PATH | --listen HOST:PORT --tls-certificates DIR] [--read-only | --shared] [VOL[@SNAP]...]",
+		UsageText: "vdisk serve [--socket PATH [--socket-mode MODE] [--socket-group GROUP] | --listen HOST:PORT --tls-certificates DIR] [--read-only | --shared] [VOL[@SNAP]...]",
 		Description: "Without arguments everything in the store is served, including volumes that are created later. Exports are named VOL\n" +
 			"and VOL@SNAP. The default socket is STORE/nbd.sock. Under socket activation (LISTEN_FDS) the given socket is served,\n" +
 			"until the last client leaves: nbdcopy -- [ vdisk serve vm1@monday ] out.img\n\n" +
@@ -29,7 +29,7 @@ func (a *app) serveCommand() *cli.Command {
 			"Over TCP (--listen) there is no service without TLS. --tls-certificates names a folder with ca-cert.pem, server-cert.pem\n" +
 			"and server-key.pem, as for QEMU and libvirt. Every client needs a certificate of that authority; a revocation list in\n" +
 			"ca-crl.pem names those that count no more.",
-		Flags: []cli.Flag{
+		Flags: append([]cli.Flag{
 			&cli.PathFlag{Name: "socket", Usage: "create the Unix socket `PATH`"},
 			&cli.StringFlag{Name: "listen", Usage: "listen on the TCP address `HOST:PORT` (NBD's port is 10809)"},
 			&cli.PathFlag{Name: "tls-certificates", Usage: "require TLS, with the certificates in the folder `DIR`"},
@@ -37,7 +37,7 @@ func (a *app) serveCommand() *cli.Command {
 			&cli.BoolFlag{Name: "shared", Usage: "let all clients write to a volume at once, and not only the first one"},
 			&cli.IntFlag{Name: "max-connections", Usage: "serve at most `N` clients of this service at a time", DefaultText: "10000, or half of the open files that are allowed"},
 			&cli.StringFlag{Name: "max-memory", Usage: "limit the memory of the requests of this service's clients to `SIZE`", Value: "256M"},
-		},
+		}, accessFlags()...),
 	}, a.serve)
 }
 
@@ -60,6 +60,9 @@ func (a *app) serve(c *cli.Context) error {
 		return err
 	}
 	if o.Certificates, err = listenFlags(c); err != nil {
+		return err
+	}
+	if _, err = socketAccess(c); err != nil { // before the store is opened
 		return err
 	}
 	passed, err := passedListener(c)
@@ -111,8 +114,8 @@ func passedListener(c *cli.Context) (net.Listener, error) {
 		return nil, nil
 	case len(listeners) > 1 || listeners[0] == nil:
 		return nil, fmt.Errorf("socket activation: one listening socket is needed, and there are %d descriptors", len(listeners))
-	case c.IsSet("socket"), c.IsSet("listen"):
-		return nil, usageError{c, errors.New("--socket and --listen cannot be given under socket activation")}
+	case c.IsSet("socket"), c.IsSet("listen"), c.IsSet("socket-mode"), c.IsSet("socket-group"):
+		return nil, usageError{c, errors.New("--socket, --socket-mode, --socket-group and --listen cannot be given under socket activation")}
 	}
 	return listeners[0], nil
 }

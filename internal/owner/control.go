@@ -34,7 +34,7 @@ func listenControl(o *Owner) (*control, error) {
 	if err := o.in.Remove(controlName); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
-	l, remove, err := listenIn(o.in, controlName)
+	l, remove, err := listenIn(o.in, controlName, Access{})
 	if err != nil {
 		return nil, err
 	}
@@ -345,7 +345,7 @@ func (c *control) serve(w http.ResponseWriter, r *http.Request) {
 			_, _ = conn.Read(make([]byte, 1))
 			cancel()
 		}()
-		err = c.owner.serve(ctx, l, req.Serve, registered)
+		err = c.owner.serve(ctx, l, req.Serve, false, registered)
 	}
 	answer := &Error{}
 	if err != nil {

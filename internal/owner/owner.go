@@ -33,6 +33,7 @@ type Owner struct {
 	mark        mark // marks the store in its devices' cookies
 	prepareOnce sync.Once
 	repairs     sync.WaitGroup // recoveries of disks whose server failed; Add under mu, while not stopping
+	own         sync.WaitGroup // the services of ServeOwn
 
 	recording sync.Mutex     // guards the file of devices and leftovers; mu may be taken while it is held
 	leftovers []deviceRecord // devices of earlier owners that are not held, and may still exist
@@ -141,7 +142,7 @@ func (o *Owner) CloseWhenIdle(grace time.Duration) error {
 	until := o.started.Add(grace)
 	o.wait(func() bool {
 		served := slices.ContainsFunc(o.disks, func(d *disk) bool { return d.block != nil || d.busy })
-		idle := o.accepting && o.sessions == 0 && !served && len(o.services) == 0
+		idle := o.accepting && o.sessions == 0 && !served && !slices.ContainsFunc(o.services, (*service).inUse)
 		o.stopping = o.stopping || o.successor != nil || idle && (o.hadSession || time.Now().After(until))
 		return o.stopping
 	})
@@ -192,6 +193,7 @@ func (o *Owner) close() error {
 	bounded, cancel := context.WithTimeout(context.Background(), stopTimeout)
 	defer cancel()
 	o.waitServices(bounded)
+	o.own.Wait()     // they end with life, and each step of that is bounded
 	o.repairs.Wait() // recoveries end with life
 	errs = append(errs, o.closeDisks(bounded))
 	errs = append(errs, o.exports.close())

@@ -21,7 +21,11 @@ import (
 type service struct {
 	opts     ServeOptions
 	listener *countingListener
+	own      bool // it is the owner's, and not asked for by a command
 }
+
+// inUse reports whether somebody depends on the service: a command that asked for it, or a client.
+func (s *service) inUse() bool { return !s.own || s.listener.open.Load() > 0 }
 
 func (s *service) info() Service {
 	exports := []string{}
@@ -34,11 +38,26 @@ func (s *service) info() Service {
 // Serve serves the NBD clients that connect to l until ctx or the owner ends, or, with Once, until the last client has
 // left.
 func (o *Owner) Serve(ctx context.Context, l net.Listener, opts ServeOptions) error {
-	return o.serve(ctx, l, opts, func() {})
+	return o.serve(ctx, l, opts, false, func() {})
 }
 
-// serve is Serve, and calls registered once the service is visible to others.
-func (o *Owner) serve(asked context.Context, l net.Listener, opts ServeOptions, registered func()) error {
+// ServeOwn begins to serve the NBD clients that connect to l, until the owner ends; ended is called then. The service is
+// in nobody's way: an owner without clients may end (CloseWhenIdle) and be upgraded.
+func (o *Owner) ServeOwn(l net.Listener, opts ServeOptions, ended func()) {
+	registered := make(chan struct{})
+	once := sync.OnceFunc(func() { close(registered) })
+	o.own.Go(func() {
+		defer ended()
+		defer once() // if the service is refused
+		if err := o.serve(o.life, l, opts, true, once); err != nil {
+			o.opts.Logger.Error("the NBD service has ended", "socket", opts.Socket, "err", err)
+		}
+	})
+	<-registered
+}
+
+// serve is Serve or ServeOwn, and calls registered once the service is visible to others.
+func (o *Owner) serve(asked context.Context, l net.Listener, opts ServeOptions, own bool, registered func()) error {
 	if o.ReadOnly() != nil || opts.Fixed {
 		opts.ReadOnly = true
 	}
@@ -69,9 +88,12 @@ func (o *Owner) serve(asked context.Context, l net.Listener, opts ServeOptions, 
 	defer release()
 	ctx, cancel := context.WithCancel(asked)
 	defer cancel()
-	s := &service{opts: opts, listener: &countingListener{Listener: l}}
-	if opts.Once {
+	s := &service{opts: opts, listener: &countingListener{Listener: l}, own: own}
+	switch {
+	case opts.Once:
 		s.listener.last = cancel
+	case own:
+		s.listener.last = o.notify
 	}
 	o.mu.Lock()
 	stopping := o.stopping || !o.accepting

@@ -28,23 +28,34 @@ const SunPath = 107
 // ofFd returns a path of an open file that fits in SunPath, however long the file's other paths are.
 func ofFd(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }
 
-// Listen makes a unix socket at path to which only its owner may connect. Until the socket's mode is set, only the
-// process's umask protects it, so that must be 077. Listen replaces an existing socket on which nobody listens. If
-// anything else is there, the error matches fs.ErrExist. The caller calls remove once the socket is closed.
+// Access says who may connect to a socket, beside root. The zero value means: only its owner.
+type Access struct {
+	Mode  fs.FileMode // 0: 0600
+	Group *int        // nil: the group that the socket gets by itself
+}
+
+// Listen makes a unix socket at path to which only its owner may connect.
 func Listen(path string) (l *net.UnixListener, remove func(), err error) {
+	return ListenFor(path, Access{})
+}
+
+// ListenFor makes a unix socket at path. Until the socket's group and mode are set, only the process's umask protects
+// it, so that must be 077. ListenFor replaces an existing socket on which nobody listens. If anything else is there, the
+// error matches fs.ErrExist. The caller calls remove once the socket is closed.
+func ListenFor(path string, access Access) (l *net.UnixListener, remove func(), err error) {
 	in, err := storage.OpenFolder(filepath.Dir(path), true) // a socket may be in any folder, foreign or not
 	if err != nil {
 		return nil, nil, err
 	}
-	l, rm, err := listenIn(in, filepath.Base(path))
+	l, rm, err := listenIn(in, filepath.Base(path), access)
 	if err != nil {
 		return nil, nil, errors.Join(err, in.Close())
 	}
 	return l, func() { rm(); _ = in.Close() }, nil
 }
 
-// listenIn is Listen for a name in a folder. The folder must stay open until remove has been called.
-func listenIn(in *storage.Folder, name string) (l *net.UnixListener, remove func(), err error) {
+// listenIn is ListenFor for a name in a folder. The folder must stay open until remove has been called.
+func listenIn(in *storage.Folder, name string, access Access) (l *net.UnixListener, remove func(), err error) {
 	if len(name) > SunPath {
 		return nil, nil, fmt.Errorf("the socket's name %s is too long: %d bytes are possible", name, SunPath)
 	}
@@ -56,7 +67,7 @@ func listenIn(in *storage.Folder, name string) (l *net.UnixListener, remove func
 		return nil, nil, fmt.Errorf("making the socket %s: %w", in.Join(name), errors.Unwrap(err))
 	}
 	l.SetUnlinkOnClose(false) // the path that the listener knows is only temporary
-	made, err := secureSocket(in, tmp)
+	made, err := secureSocket(in, tmp, access)
 	if err == nil {
 		err = nameSocket(in, tmp, name)
 	}
@@ -67,8 +78,10 @@ func listenIn(in *storage.Folder, name string) (l *net.UnixListener, remove func
 	return l, func() { removeSocket(in, name, made) }, nil
 }
 
-// secureSocket sets the mode of a socket that this process made, and returns the stat that identifies the socket.
-func secureSocket(in *storage.Folder, name string) (st unix.Stat_t, err error) {
+// secureSocket sets the owner, group and mode of a socket that this process made, and returns the stat that identifies
+// the socket. The group is set while the umask still keeps every group out. So the socket is never open to more users
+// than asked.
+func secureSocket(in *storage.Folder, name string, access Access) (st unix.Stat_t, err error) {
 	fd, st, err := pathTo(in, name)
 	if err != nil {
 		return st, err
@@ -77,7 +90,16 @@ func secureSocket(in *storage.Folder, name string) (st unix.Stat_t, err error) {
 	if st.Uid != uint32(os.Geteuid()) {
 		return st, fmt.Errorf("it belongs to another user: %w", cow.ErrForeign)
 	}
-	if err := os.Chmod(ofFd(fd), 0o600); err != nil || !in.Gives() {
+	if access.Group != nil {
+		if err := os.Chown(ofFd(fd), -1, *access.Group); err != nil {
+			return st, fmt.Errorf("giving it to group %d, which root or a member of the group may do: %w", *access.Group, err)
+		}
+	}
+	mode := access.Mode
+	if mode == 0 {
+		mode = 0o600
+	}
+	if err := os.Chmod(ofFd(fd), mode); err != nil || !in.Gives() {
 		return st, err
 	}
 	// The folder's owner must be able to replace it if this process is killed.

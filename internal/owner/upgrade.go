@@ -131,19 +131,22 @@ func (o *Owner) upgrade(ctx context.Context, asking int) (Upgrade, error) {
 	return u, err
 }
 
-// noServices returns an error if there are services, since an upgrade would end other commands' services.
+// noServices returns an error if there are services that somebody depends on, since an upgrade would end other commands' services.
 func (o *Owner) noServices() error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	var names []string
 	for _, s := range o.services {
+		if !s.inUse() {
+			continue
+		}
 		i := s.info()
 		names = append(names, fmt.Sprintf("%s (%d clients)", i.Socket, i.Clients))
 	}
 	if len(names) == 0 {
 		return nil
 	}
-	return fmt.Errorf("NBD clients are served at %s and would be cut off: %w: end those 'vdisk serve' first", strings.Join(names, ", "), cow.ErrBusy)
+	return fmt.Errorf("NBD clients are served at %s and would be cut off: %w: end those clients, or that 'vdisk serve', first", strings.Join(names, ", "), cow.ErrBusy)
 }
 
 // stopAccepting prevents new sessions, and waits for the present ones, except the number that ask for the upgrade. If
