@@ -72,6 +72,9 @@ func (s *Store) checkpointLocked() error {
 	if err := s.wal.Sync(); err != nil {
 		return s.abortGeneration(g, fmt.Errorf("checkpoint: %w", err))
 	}
+	if err := s.keepUnproven(g); err != nil {
+		return s.abortGeneration(g, fmt.Errorf("checkpoint: %w", err))
+	}
 	s.encode(g)
 	if err := s.commit(g); err != nil {
 		return s.abortGeneration(g, err)
@@ -170,7 +173,8 @@ func (s *Store) beginGeneration() *generation {
 }
 
 // takeChunks takes the accounting of the chunks that have changed. A full chunk that lies before the replay position
-// and has no live bytes is dead. Its row is removed in this commit, and its file after it. The caller holds mu.
+// and has no live bytes is dead. Its row is removed in this commit, and its file after it, unless keepUnproven keeps
+// them. The caller holds mu.
 func (s *Store) takeChunks(g *generation) {
 	for _, c := range s.changes.rows {
 		c.rowDirty = false
@@ -189,7 +193,8 @@ func (s *Store) takeChunks(g *generation) {
 			g.rowsOf = append(g.rowsOf, c)
 			continue
 		}
-		if c.live == 0 && c.Sealed && c.Seq < g.at.ChunkSeq {
+		c.kept = c.kept && c.moved > 0
+		if c.live == 0 && c.Sealed && c.Seq < g.at.ChunkSeq && !c.kept {
 			c.dead = true
 			s.slots.recount(c)
 			s.checkpoints.pendingFree += int64(c.Size)

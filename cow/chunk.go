@@ -20,6 +20,7 @@ type chunk struct {
 	damaged    bool   // the cleaner met a record in it that does not verify
 	hasMoved   bool   // the table has a row of blocks that were moved from it
 	dead       bool   // its row is gone, and its file is to be removed
+	kept       bool   // nothing in it is alive, but its moved records may be found nowhere else: see keepUnproven
 	gone       bool   // its file was removed; moved blocks keep the slot; set before others see the chunk
 	inTable    bool   // the table had a row of it at Open
 	inSlot     bool   // it is in the slot table

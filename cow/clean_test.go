@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -17,6 +18,7 @@ import (
 	"github.com/vdisk/vdisk/cow/internal/wal"
 	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/workload"
+	"github.com/vdisk/vdisk/metadata"
 )
 
 // noise fills p with content that no codec makes smaller.
@@ -567,4 +569,96 @@ func firstData(t *testing.T, s *Store, c *chunk) (m *mover, r record) {
 		must(t, err)
 	}
 	return m, r
+}
+
+// TestChunkThatDamageNeeds: the row of the table that says where a region's records were moved to is damaged or missing.
+// Then the old chunk is not removed when nothing in it is alive any more, since it still has the records. It goes when the
+// row is right again.
+func TestChunkThatDamageNeeds(t *testing.T) {
+	for _, damage := range []string{"damaged", "missing", "short"} {
+		t.Run(damage, func(t *testing.T) {
+			o := Options{checkpointInterval: -1, chunkBytes: 1 << 20, Logger: slog.New(slog.DiscardHandler)}
+			s, dir := newStore(t, o)
+			c, held, d := movedInPart(t, s)
+			slot := c.Slot
+			var r metadata.Region
+			var list []format.Forward
+			must(t, s.meta.View(func(tx *metadata.Tx) error {
+				return tx.RegionsOf(slot, func(at metadata.Region, fs []format.Forward, bad error) error {
+					r, list = at, fs
+					return bad
+				})
+			}))
+			right := format.AppendForwards(nil, list)
+			put := func(value []byte) {
+				t.Helper()
+				must(t, s.meta.Update(func(tx *metadata.Tx) error {
+					if value == nil {
+						return tx.DropForwards(r)
+					}
+					return tx.PutForwards(r, value)
+				}))
+				s.forwards.mu.Lock()
+				clear(s.forwards.regions)
+				s.forwards.mu.Unlock()
+			}
+			put(map[string][]byte{"damaged": append([]byte{1}, right...), "missing": nil, "short": format.AppendForwards(nil, list[1:])}[damage])
+			must(t, errors.Join(d.Discard(1<<20, 2<<20), s.Checkpoint(), s.Checkpoint()))
+			if c.live > 0 || c.dead || isMissing(t, filepath.Join(dir, chunksDir, c.Name())) {
+				t.Fatalf("%d bytes are alive, dead: %t; the chunk's file is needed", c.live, c.dead)
+			}
+			sn, err := s.OpenDevice(Ref{"v", "s"}, true)
+			must(t, err)
+			got := make([]byte, len(held))
+			if _, err := sn.ReadAt(got, 0); err != nil || !bytes.Equal(got, held) {
+				t.Errorf("the snapshot's data: %v", err)
+			}
+			put(right)
+			must(t, errors.Join(sn.Close(), d.Close(), s.Close()))
+
+			s = open(t, dir, o)
+			must(t, errors.Join(s.Checkpoint(), s.Checkpoint()))
+			if c := s.slots.get(slot); c == nil || !c.gone {
+				t.Error("the chunk is still there")
+			}
+			mustEnd(t, s)
+		})
+	}
+}
+
+// movedInPart makes a store of a volume with a snapshot, and moves all that the snapshot holds out of the first chunk. Data
+// of the head at 1 MiB keeps the chunk.
+func movedInPart(t *testing.T, s *Store) (c *chunk, held []byte, d *Device) {
+	t.Helper()
+	_, err := s.CreateVolume("v", VolumeOptions{Size: 4 << 20, Codec: format.Raw})
+	must(t, err)
+	d, err = s.OpenDevice(Ref{Volume: "v"}, false)
+	must(t, err)
+	held = randomBytes(256<<10, 1)
+	_, err = d.WriteAt(held, 0)
+	must(t, errors.Join(err, s.Snapshot(Ref{"v", "s"})))
+	_, err = d.WriteAt(randomBytes(2<<20, 2), 1<<20)
+	must(t, errors.Join(err, s.Checkpoint()))
+	var e format.Entry
+	must(t, s.cache.View(d.b.leaf(0, head), func(lf *leafcache.Leaf) { e = lf.Entry(0) }))
+	c = s.slots.get(e.Slot())
+	c.Acquire()
+	defer c.Release()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	s.cleaner.mu.Lock()
+	s.cleaner.mover = newMover(s)
+	s.cleaner.mover.most = 64 << 10
+	_, err = s.cleanChunk(ctx, c, func(time.Duration) error {
+		if int(c.moved) >= len(held)/format.BlockSize {
+			cancel()
+		}
+		return nil
+	})
+	s.cleaner.mu.Unlock()
+	must(t, s.Checkpoint())
+	if !errors.Is(err, context.Canceled) || int(c.moved) != len(held)/format.BlockSize || c.live == 0 {
+		t.Fatalf("%v; %d blocks moved, %d bytes are left", err, c.moved, c.live)
+	}
+	return c, held, d
 }

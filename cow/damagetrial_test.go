@@ -38,8 +38,6 @@ type damage struct {
 	// spare: the check reports a damaged record. If the record was moved there from a chunk that still
 	// exists, it is read from that one, as long as that one exists.
 	spare bool
-	// spareRow: the same, of the table. It may be the row that says where records were moved to.
-	spareRow bool
 }
 
 // outcomes count what became of damages, by structure.
@@ -160,7 +158,7 @@ func (tr *trial) prove(x *specimen, d *damage) (outcome int, err error) {
 			return outcome, err
 		}
 	}
-	d.spare, d.spareRow = false, false
+	d.spare = false
 	if err := tr.again(w.m, d, blocks{}); err != nil {
 		return outcome, fmt.Errorf("without the damage: %w", err)
 	}
@@ -214,7 +212,7 @@ func (tr *trial) own(x *specimen, d *damage, img image) (w *modelStore, lost blo
 		return nil, nil, 0, err
 	}
 	w.m.truncate(w.seq())
-	d.spare, d.spareRow = found > 0 && d.file != tableFile, found > 0 && d.file == tableFile
+	d.spare = found > 0 && d.file != tableFile
 	switch {
 	case len(lost) > 0:
 		return w, lost, partly, nil
@@ -446,9 +444,9 @@ func (tr *trial) noWorse(s *Store, want state, d *damage, lost blocks) error {
 		return err
 	}
 	still := maps.Clone(now)
-	maps.DeleteFunc(still, func(_ string, why error) bool {
-		return d.spare || d.spareRow && strings.Contains(why.Error(), "moved records of")
-	})
+	if d.spare {
+		clear(still)
+	}
 	if err := still.beyond(lost); err != nil {
 		return err
 	}

@@ -241,7 +241,7 @@ func (s *slotTable) measure(c *chunk) (t tally) {
 		return t
 	}
 	t.chunks, t.ends, t.live = 1, int64(c.End), int64(c.live)
-	if c.live == 0 {
+	if c.live == 0 && !c.kept {
 		t.owed = int64(c.Size)
 	}
 	if s.mayClean(c) {

@@ -1,6 +1,7 @@
 package metadata
 
 import (
+	"bytes"
 	"encoding/binary"
 
 	"github.com/vdisk/vdisk/format"
@@ -61,14 +62,31 @@ func (t *Tx) EachRegion(fn func(r Region, fs []format.Forward, bad error) error)
 	if b == nil {
 		return nil // as in Forwards
 	}
-	return b.ForEach(func(k, v []byte) error {
-		if len(k) != 6 {
-			return fn(Region{}, nil, t.damaged(format.ErrCorrupt, "forwards key %x", k))
+	return b.ForEach(func(k, v []byte) error { return t.eachRegion(k, v, fn) })
+}
+
+func (t *Tx) eachRegion(k, v []byte, fn func(r Region, fs []format.Forward, bad error) error) error {
+	if len(k) != 6 {
+		return fn(Region{}, nil, t.damaged(format.ErrCorrupt, "forwards key %x", k))
+	}
+	r := Region{binary.BigEndian.Uint32(k), binary.BigEndian.Uint16(k[4:])}
+	fs, err := format.DecodeForwards(r.Number, v)
+	return fn(r, fs, err)
+}
+
+// RegionsOf is EachRegion for the regions of one slot.
+func (t *Tx) RegionsOf(slot uint32, fn func(r Region, fs []format.Forward, bad error) error) error {
+	b := t.tx.Bucket(bucketForwards)
+	if b == nil {
+		return nil // as in Forwards
+	}
+	first, c := id(slot), b.Cursor()
+	for k, v := c.Seek(first); bytes.HasPrefix(k, first); k, v = c.Next() {
+		if err := t.eachRegion(k, v, fn); err != nil {
+			return err
 		}
-		r := Region{binary.BigEndian.Uint32(k), binary.BigEndian.Uint16(k[4:])}
-		fs, err := format.DecodeForwards(r.Number, v)
-		return fn(r, fs, err)
-	})
+	}
+	return nil
 }
 
 // PutForwarded stores the row of a chunk from which blocks have been moved.
