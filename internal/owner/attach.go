@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/journal"
 	"github.com/vdisk/vdisk/ublk"
 )
 
@@ -22,6 +23,11 @@ const defaultDepth = 64
 
 // Attach makes a block device for a volume or snapshot.
 func (o *Owner) Attach(ctx context.Context, a AttachOptions) (Device, error) {
+	d, err := o.attach(ctx, a)
+	return d, o.did(ctx, journal.Entry{Kind: "attach", Names: []string{a.Ref.String()}, Details: map[string]any{"device": d.Path, "read_only": d.ReadOnly}}, err)
+}
+
+func (o *Owner) attach(ctx context.Context, a AttachOptions) (Device, error) {
 	if err := cmp.Or(o.ReadOnly(), o.lasting()); err != nil {
 		return Device{}, err
 	}
@@ -200,7 +206,7 @@ func (o *Owner) Detach(ctx context.Context, what string, force bool) error {
 		err = o.stop(ctx, d, b, end, force)
 	}
 	o.release(d, err)
-	return err
+	return o.did(ctx, journal.Entry{Kind: "detach", Names: []string{d.ref().String()}, Details: map[string]any{"device": pathOf(d.id)}}, err)
 }
 
 // stop ends a device that is served. If its volume cannot be flushed, the device stays unless force is set: while it

@@ -9,8 +9,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
+	"slices"
 	"time"
 
 	"github.com/vdisk/vdisk/cow"
@@ -24,6 +26,9 @@ type Client struct {
 	in   *storage.Folder // the store's folder
 	path string          // of the control socket
 	http *http.Client
+	// command is what the owner notes in the journal, log gets what the owner did.
+	command string
+	log     *slog.Logger
 }
 
 // leastAnswer is the least time that an owner gets for its first answer, however short Options.LockTimeout is.
@@ -42,7 +47,7 @@ func connect(ctx context.Context, dir string, o Options) (*Client, Status, error
 	if err != nil {
 		return nil, Status{}, err
 	}
-	c := &Client{in: in, path: in.Join(controlName)}
+	c := &Client{in: in, path: in.Join(controlName), command: o.Command, log: o.Logger}
 	c.http = &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			conn, err := dialControl(ctx, in)
@@ -79,12 +84,18 @@ func (c *Client) Close() error {
 	return c.in.Close()
 }
 
+// looks are the operations that change nothing, and that no log has.
+var looks = []string{"status", "info", "volumes", "volume", "space", "volume-space", "stats", "compare", "damage", "difference"}
+
 // post sends an operation and returns the answer, whose body the caller closes. args, unless nil, go into a header,
 // since the body is something else then.
 func (c *Client) post(ctx context.Context, name string, args *request, body io.Reader) (*http.Response, error) {
 	r, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://vdisk/v1/"+name, body)
 	if err != nil {
 		return nil, err
+	}
+	if c.command != "" {
+		r.Header.Set(commandHeader, c.command)
 	}
 	if args != nil {
 		b, err := json.Marshal(args)
@@ -101,6 +112,9 @@ func (c *Client) post(ctx context.Context, name string, args *request, body io.R
 	if resp.StatusCode != http.StatusOK {
 		defer resp.Body.Close()
 		return nil, answerError(resp)
+	}
+	if c.log != nil && !slices.Contains(looks, name) {
+		c.log.Debug("the owner of the store does", "operation", name)
 	}
 	return resp, nil
 }
@@ -406,7 +420,7 @@ func (c *Client) Serve(ctx context.Context, l net.Listener, o ServeOptions) erro
 	if err != nil {
 		return err
 	}
-	_, err = fmt.Fprintf(nc, "POST /v1/serve HTTP/1.1\r\nHost: vdisk\r\nContent-Length: 0\r\n%s: %s\r\n\r\n", argumentsHeader, b)
+	_, err = fmt.Fprintf(nc, "POST /v1/serve HTTP/1.1\r\nHost: vdisk\r\nContent-Length: 0\r\n%s: %s\r\n%s: %s\r\n\r\n", argumentsHeader, b, commandHeader, c.command)
 	if err != nil {
 		return c.lost(ctx, err)
 	}

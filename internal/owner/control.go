@@ -40,8 +40,9 @@ func listenControl(o *Owner) (*control, error) {
 	}
 	c := &control{owner: o, remove: remove, ended: make(chan struct{})}
 	c.http = &http.Server{
-		Handler:           givingUp(c.routes(), standstill),
+		Handler:           named(givingUp(c.routes(), standstill)),
 		BaseContext:       func(net.Listener) context.Context { return o.life },
+		ConnContext:       withPeer,
 		ConnState:         c.count,
 		ReadHeaderTimeout: standstill,
 	}
@@ -339,7 +340,7 @@ func (c *control) serve(w http.ResponseWriter, r *http.Request) {
 	l, err := takeListener(conn.(*net.UnixConn))
 	if err == nil {
 		// It ends with the client; o.life ends the service, too.
-		ctx, cancel := context.WithCancel(context.Background())
+		ctx, cancel := context.WithCancel(context.WithoutCancel(r.Context()))
 		defer cancel()
 		go func() { // blocks until the client, or the deferred Close, ends the connection
 			_, _ = conn.Read(make([]byte, 1))

@@ -4,11 +4,13 @@ import (
 	"context"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/journal"
 )
 
 // Flatten makes a volume independent of its origin.
 func (o *Owner) Flatten(ctx context.Context, name string) (cow.FlattenReport, error) {
-	return o.store.Flatten(ctx, name)
+	rep, err := o.store.Flatten(ctx, name)
+	return rep, o.did(ctx, journal.Entry{Kind: "flatten", Names: []string{name}}, err)
 }
 
 // Flatten makes a volume independent of its origin.

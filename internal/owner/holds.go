@@ -4,21 +4,28 @@ import (
 	"context"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/journal"
 )
 
 // Hold gives snapshots a hold, which keeps them from being removed.
-func (o *Owner) Hold(_ context.Context, tag string, refs ...cow.Ref) error {
-	return o.store.Hold(tag, refs...)
+func (o *Owner) Hold(ctx context.Context, tag string, refs ...cow.Ref) error {
+	e := journal.Entry{Kind: "hold", Names: namesOf(refs), Details: map[string]any{"tag": tag}}
+	return o.did(ctx, e, o.store.Hold(tag, refs...))
 }
 
 // Release removes a hold from snapshots.
-func (o *Owner) Release(_ context.Context, tag string, refs ...cow.Ref) error {
-	return o.store.Release(tag, refs...)
+func (o *Owner) Release(ctx context.Context, tag string, refs ...cow.Ref) error {
+	e := journal.Entry{Kind: "release", Names: namesOf(refs), Details: map[string]any{"tag": tag}}
+	return o.did(ctx, e, o.store.Release(tag, refs...))
 }
 
 // SetProperties changes properties of a volume.
-func (o *Owner) SetProperties(_ context.Context, name string, changes map[string]string) error {
-	return o.store.SetProperties(name, changes)
+func (o *Owner) SetProperties(ctx context.Context, name string, changes map[string]string) error {
+	e := journal.Entry{Kind: "set", Names: []string{name}, Details: map[string]any{}}
+	for key, value := range changes {
+		e.Details[key] = value
+	}
+	return o.did(ctx, e, o.store.SetProperties(name, changes))
 }
 
 // Hold gives snapshots a hold, which keeps them from being removed.

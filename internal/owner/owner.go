@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/journal"
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
@@ -22,7 +23,8 @@ type Owner struct {
 	store   *cow.Store
 	started time.Time
 	exports *exports
-	control *control // nil unless Options.Offer
+	control *control     // nil unless Options.Offer
+	journal *journal.Log // nil: nothing is noted
 
 	unfinished unfinished // volumes that imports and measurements have not finished
 
@@ -83,6 +85,9 @@ func own(ctx context.Context, dir string, o Options, mayRead bool) (*Owner, erro
 	if store.ReadOnly() != nil {
 		return owner, nil
 	}
+	if !o.Look { // a command that only looks changes nothing
+		owner.journal = journal.New(in, o.Logger)
+	}
 	if owner.mark, err = markOf(in, store.Info().UUID); err == nil {
 		err = owner.adopt(ctx)
 	}
@@ -96,6 +101,7 @@ func own(ctx context.Context, dir string, o Options, mayRead bool) (*Owner, erro
 		kill()
 		return nil, errors.Join(err, owner.closeDisks(ctx), store.Close(), in.Close())
 	}
+	owner.noteStart()
 	return owner, nil
 }
 
@@ -197,7 +203,9 @@ func (o *Owner) close() error {
 	o.repairs.Wait() // recoveries end with life
 	errs = append(errs, o.closeDisks(bounded))
 	errs = append(errs, o.exports.close())
-	errs = append(errs, inTime(closeTimeout, "closing the store "+o.dir, o.store.Close), o.in.Close())
+	errs = append(errs, inTime(closeTimeout, "closing the store "+o.dir, o.store.Close))
+	o.noteStop(errors.Join(errs...))
+	errs = append(errs, o.in.Close())
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return errors.Join(append(errs, o.unheard)...)

@@ -9,6 +9,7 @@ import (
 	"net/http"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/journal"
 	"github.com/vdisk/vdisk/internal/owner/sparse"
 	"github.com/vdisk/vdisk/internal/rbddiff"
 )
@@ -35,6 +36,12 @@ func (o *Owner) ExportDiff(ctx context.Context, from, to cow.Ref, use func(spars
 	if err != nil {
 		return err
 	}
+	e := journal.Entry{Kind: "export-diff", Names: []string{to.String()}}
+	if a != nil {
+		e.From = from.String()
+	}
+	ended := o.begun(ctx, e)
+	defer func() { ended(nil, err) }()
 	h := rbddiff.Header{From: from.Snapshot, To: to.Snapshot, Size: x.Size()}
 	r, w := io.Pipe()
 	written := make(chan struct{})
@@ -108,6 +115,8 @@ func (o *Owner) ImportDiff(ctx context.Context, name string, v cow.VolumeOptions
 			return done, fmt.Errorf("the snapshots that the difference names: %w", err)
 		}
 	}
+	ended := o.begun(ctx, journal.Entry{Kind: "import-diff", Names: []string{cow.Ref{Volume: name, Snapshot: h.To}.String()}})
+	defer func() { ended(nil, err) }()
 	if h.From == "" {
 		err = o.newFromDiff(ctx, name, v, d)
 	} else {

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/journal"
 	"github.com/vdisk/vdisk/ublk"
 )
 
@@ -100,6 +101,7 @@ func (o *Owner) recoverDisk(ctx context.Context, d *disk) Recovery {
 	defer cancel()
 	log := o.opts.Logger.With("what", d.ref().String(), "device", pathOf(d.id))
 	info, err := o.tryRecover(ctx, d)
+	o.note(ctx, journal.Entry{Kind: "recover", Names: []string{d.ref().String()}, Details: map[string]any{"device": pathOf(d.id)}}, err)
 	if err == nil {
 		log.Info("recovered")
 		return Recovery{Device: info}

@@ -9,6 +9,7 @@ import (
 	"strconv"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/journal"
 	"github.com/vdisk/vdisk/internal/owner/sparse"
 )
 
@@ -32,11 +33,13 @@ func (c *Client) Damage(ctx context.Context, refs ...cow.Ref) (k KnownDamage, er
 
 // Salvage is Export of what can be read. It calls lost with each range that cannot be, before the data behind it is
 // handed out; there the content has zeros.
-func (o *Owner) Salvage(_ context.Context, r cow.Ref, lost func(off, length int64), use func(sparse.Source) error) (err error) {
+func (o *Owner) Salvage(ctx context.Context, r cow.Ref, lost func(off, length int64), use func(sparse.Source) error) (err error) {
 	dev, err := o.still(r)
 	if err != nil {
 		return err
 	}
+	ended := o.begun(ctx, journal.Entry{Kind: "export", Names: []string{r.String()}})
+	defer func() { ended(map[string]any{"salvage": true}, err) }()
 	defer func() { err = errors.Join(err, dev.Close()) }()
 	return use(&deviceSource{dev: dev, lost: lost})
 }

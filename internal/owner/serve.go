@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/journal"
 	"github.com/vdisk/vdisk/nbd"
 )
 
@@ -57,11 +58,11 @@ func (o *Owner) ServeOwn(l net.Listener, opts ServeOptions, ended func()) {
 }
 
 // serve is Serve or ServeOwn, and calls registered once the service is visible to others.
-func (o *Owner) serve(asked context.Context, l net.Listener, opts ServeOptions, own bool, registered func()) error {
+func (o *Owner) serve(asked context.Context, l net.Listener, opts ServeOptions, own bool, registered func()) (err error) {
 	if o.ReadOnly() != nil || opts.Fixed {
 		opts.ReadOnly = true
 	}
-	err := o.mayServe(opts)
+	err = o.mayServe(opts)
 	if err == nil {
 		opts.MaxConnections, err = connections(opts.MaxConnections)
 	}
@@ -107,6 +108,7 @@ func (o *Owner) serve(asked context.Context, l net.Listener, opts ServeOptions, 
 	}
 	registered()
 	defer o.served(s)
+	defer o.noteService(asked, opts, &err)()
 	defer context.AfterFunc(o.life, cancel)()
 	shown := &catalog{exports: o.exports, only: opts.Exports, readOnly: opts.ReadOnly, shared: opts.Shared, watched: opts.Fixed, log: o.opts.Logger}
 	limits := nbd.Options{Logger: o.opts.Logger, MaxConnections: opts.MaxConnections, MaxMemory: opts.MaxMemory, TLS: secure}
@@ -115,6 +117,16 @@ func (o *Owner) serve(asked context.Context, l net.Listener, opts ServeOptions, 
 		err = errors.Join(fmt.Errorf("%s has ended, and these NBD clients were served by it: %w", o.holder(), errStopping), err)
 	}
 	return errors.Join(err, shown.outcome())
+}
+
+// noteService notes that a service begins, and returns a function that notes that it ends, with *err.
+func (o *Owner) noteService(asked context.Context, opts ServeOptions, err *error) (ended func()) {
+	e := journal.Entry{Kind: "serve", Names: namesOf(opts.Exports)}
+	if opts.Fixed { // for an export as an image
+		e.Kind = "export"
+	}
+	note := o.begun(asked, e)
+	return func() { note(map[string]any{"socket": opts.Socket}, *err) }
 }
 
 // mayServe refuses a service that an owner that is about to end could not keep up.

@@ -12,11 +12,26 @@ import (
 	"time"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/journal"
 )
 
 // Send writes a snapshot to w as a stream.
 func (o *Owner) Send(ctx context.Context, so cow.SendOptions, w io.Writer) ([]cow.Sent, error) {
-	return o.store.Send(ctx, so, w)
+	if so.Estimate {
+		return o.store.Send(ctx, so, w)
+	}
+	e := journal.Entry{Kind: "send", Names: []string{so.Snapshot.String()}}
+	if so.Base != (cow.Ref{}) {
+		e.From = so.Base.String()
+	}
+	ended := o.begun(ctx, e)
+	list, err := o.store.Send(ctx, so, w)
+	var length int64
+	for _, s := range list {
+		length += s.Length
+	}
+	ended(map[string]any{"streams": len(list), "stream_bytes": length}, err)
+	return list, err
 }
 
 // Receive makes snapshots of the streams in r. A read of r must end with ctx.
@@ -27,12 +42,31 @@ func (o *Owner) Receive(ctx context.Context, r io.Reader, ro cow.ReceiveOptions)
 	if err := o.notWaiting(cow.Ref{Volume: ro.Target.Volume}); err != nil {
 		return nil, err
 	}
+	if ro.DryRun {
+		return o.receive(ctx, r, ro)
+	}
+	ended := o.begun(ctx, journal.Entry{Kind: "receive", Names: []string{ro.Target.String()}})
+	list, err := o.receive(ctx, r, ro)
+	var length int64
+	names := make([]string, len(list))
+	for i, s := range list {
+		names[i] = s.Snapshot.String()
+		length += s.Length
+	}
+	ended(map[string]any{"received": names, "stream_bytes": length}, err)
+	return list, err
+}
+
+func (o *Owner) receive(ctx context.Context, r io.Reader, ro cow.ReceiveOptions) ([]cow.Received, error) {
 	list, err := o.store.Receive(ctx, r, ro)
 	return list, o.inUse(ro.Target.Volume, err)
 }
 
 // AbortReceive gives up what has been received of a volume.
-func (o *Owner) AbortReceive(_ context.Context, name string) error { return o.store.Abort(name) }
+func (o *Owner) AbortReceive(ctx context.Context, name string) error {
+	e := journal.Entry{Kind: "receive", Names: []string{name}, Details: map[string]any{"abort": true}}
+	return o.did(ctx, e, o.store.Abort(name))
+}
 
 // The answer to send is a sequence of pieces: a kind, a length and that many bytes. A stream of bytes alone could not say
 // why it ends.

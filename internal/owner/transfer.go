@@ -8,6 +8,7 @@ import (
 	"sync"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/journal"
 	"github.com/vdisk/vdisk/internal/owner/sparse"
 )
 
@@ -32,8 +33,10 @@ func (o *Owner) Import(ctx context.Context, name string, v cow.VolumeOptions, sr
 		return cow.VolumeInfo{}, err
 	}
 	im.opts.Created = created
+	ended := o.begun(ctx, journal.Entry{Kind: "import", Names: []string{name}})
 	err = im.run(ctx, name, src, progress)
 	o.noLonger(im.name, created)
+	ended(map[string]any{"size": im.size}, err)
 	if err != nil {
 		return cow.VolumeInfo{}, err
 	}
@@ -160,11 +163,13 @@ func (im *importing) finish(name string, size int64) error {
 }
 
 // Export calls use with the content of a snapshot, or of a volume that is not open for writing.
-func (o *Owner) Export(_ context.Context, r cow.Ref, use func(sparse.Source) error) (err error) {
+func (o *Owner) Export(ctx context.Context, r cow.Ref, use func(sparse.Source) error) (err error) {
 	dev, err := o.still(r)
 	if err != nil {
 		return err
 	}
+	ended := o.begun(ctx, journal.Entry{Kind: "export", Names: []string{r.String()}})
+	defer func() { ended(nil, err) }()
 	defer func() { err = errors.Join(err, dev.Close()) }()
 	return use(&deviceSource{dev: dev})
 }

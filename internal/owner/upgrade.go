@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/journal"
 )
 
 // An upgrade, as the old program sees it:
@@ -126,6 +127,7 @@ func (o *Owner) upgrade(ctx context.Context, asking int) (Upgrade, error) {
 		return u, errors.Join(fmt.Errorf("the devices cannot be quiesced: %w", err), rerr)
 	}
 	o.opts.Logger.Info("handing over", "to", next.Version, "program", next.Path)
+	o.note(ctx, journal.Entry{Kind: "upgrade", Details: map[string]any{"from": u.From, "to": next.Version}}, nil)
 	err = o.record()
 	o.notify()
 	return u, err

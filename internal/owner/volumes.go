@@ -7,6 +7,7 @@ import (
 
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/internal/bench"
+	"github.com/vdisk/vdisk/internal/journal"
 	"github.com/vdisk/vdisk/ublk"
 )
 
@@ -49,28 +50,36 @@ func (o *Owner) VolumeUsage(ctx context.Context, names ...string) ([]cow.Usage, 
 }
 
 // CreateVolume makes an empty volume.
-func (o *Owner) CreateVolume(_ context.Context, name string, v cow.VolumeOptions) (cow.VolumeInfo, error) {
-	return o.store.CreateVolume(name, v)
+func (o *Owner) CreateVolume(ctx context.Context, name string, v cow.VolumeOptions) (cow.VolumeInfo, error) {
+	info, err := o.store.CreateVolume(name, v)
+	return info, o.did(ctx, journal.Entry{Kind: "create", Names: []string{name}, Details: map[string]any{"size": v.Size}}, err)
 }
 
 // Snapshot takes snapshots of all the volumes at the same moment.
-func (o *Owner) Snapshot(_ context.Context, refs ...cow.Ref) error { return o.store.Snapshot(refs...) }
+func (o *Owner) Snapshot(ctx context.Context, refs ...cow.Ref) error {
+	return o.did(ctx, journal.Entry{Kind: "snapshot", Names: namesOf(refs)}, o.store.Snapshot(refs...))
+}
 
 // Clone makes volumes from a snapshot, all of them or none.
-func (o *Owner) Clone(_ context.Context, src cow.Ref, names ...string) error {
-	return o.store.Clone(src, names...)
+func (o *Owner) Clone(ctx context.Context, src cow.Ref, names ...string) error {
+	return o.did(ctx, journal.Entry{Kind: "clone", Names: names, From: src.String()}, o.store.Clone(src, names...))
 }
 
 // Rollback gives a volume the content of one of its snapshots.
-func (o *Owner) Rollback(_ context.Context, to cow.Ref) error {
+func (o *Owner) Rollback(ctx context.Context, to cow.Ref) error {
 	if o.unread != nil {
 		return o.unread
 	}
-	return o.inUse(to.Volume, o.store.Rollback(to))
+	err := o.inUse(to.Volume, o.store.Rollback(to))
+	return o.did(ctx, journal.Entry{Kind: "rollback", Names: []string{to.Volume}, From: to.String()}, err)
 }
 
 // Rename gives a volume, or a snapshot of the same volume, another name.
-func (o *Owner) Rename(_ context.Context, from, to cow.Ref) error {
+func (o *Owner) Rename(ctx context.Context, from, to cow.Ref) error {
+	return o.did(ctx, journal.Entry{Kind: "rename", Names: []string{to.String()}, From: from.String()}, o.rename(from, to))
+}
+
+func (o *Owner) rename(from, to cow.Ref) error {
 	if o.unread != nil {
 		return o.unread
 	}
@@ -91,6 +100,11 @@ func (o *Owner) Rename(_ context.Context, from, to cow.Ref) error {
 // Resize changes the size of a volume. The volume's block device grows with it; if the kernel cannot do that, Resize
 // fails.
 func (o *Owner) Resize(ctx context.Context, name string, size int64, shrink bool) error {
+	err := o.resize(ctx, name, size, shrink)
+	return o.did(ctx, journal.Entry{Kind: "resize", Names: []string{name}, Details: map[string]any{"size": size}}, err)
+}
+
+func (o *Owner) resize(ctx context.Context, name string, size int64, shrink bool) error {
 	info, err := o.store.Volume(name)
 	if err == nil {
 		err = o.unread
@@ -135,16 +149,18 @@ func (o *Owner) resizable(name string) (block, error) {
 }
 
 // Remove removes a volume or snapshot.
-func (o *Owner) Remove(_ context.Context, r cow.Ref, recursive bool) error {
+func (o *Owner) Remove(ctx context.Context, r cow.Ref, recursive bool) error {
 	if o.unread != nil {
 		return o.unread
 	}
-	return o.inUse(r.Volume, o.store.Remove(r, recursive))
+	err := o.inUse(r.Volume, o.store.Remove(r, recursive))
+	return o.did(ctx, journal.Entry{Kind: "rm", Names: []string{r.String()}}, err)
 }
 
 // Clean reclaims the space of chunk files that are partly dead.
 func (o *Owner) Clean(ctx context.Context, waste float64) (cow.CleanReport, error) {
-	return o.store.Clean(ctx, waste)
+	rep, err := o.store.Clean(ctx, waste)
+	return rep, o.did(ctx, journal.Entry{Kind: "gc", Details: map[string]any{"chunk_files": rep.Chunks, "freed_bytes": rep.Freed}}, err)
 }
 
 // Bench measures the engine on a scratch volume.
@@ -160,7 +176,10 @@ func (o *Owner) Bench(ctx context.Context, b bench.Options, each func(bench.Resu
 }
 
 // Cold runs a whole cold pass.
-func (o *Owner) Cold(ctx context.Context) (cow.ColdReport, error) { return o.store.Cold(ctx) }
+func (o *Owner) Cold(ctx context.Context) (cow.ColdReport, error) {
+	rep, err := o.store.Cold(ctx)
+	return rep, o.did(ctx, journal.Entry{Kind: "gc", Details: map[string]any{"cold": true}}, err)
+}
 
 // Check verifies the store's structure and calls problem for each problem that it finds.
 func (o *Owner) Check(ctx context.Context, c cow.CheckOptions, problem func(cow.Problem)) (cow.CheckReport, error) {
