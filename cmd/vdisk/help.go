@@ -38,12 +38,14 @@ var examples = map[string]string{
 	"detach":      "vdisk detach vm1\nvdisk detach /dev/ublkb0 --force",
 	"devices":     "vdisk devices\nvdisk devices --prune",
 	"diff":        "vdisk diff vm1@mon vm1@tue\nvdisk diff vm1@mon --json",
+	"events":      "vdisk events --since 2h\nvdisk events -f\nvdisk events --since yesterday --json",
 	"export":      "vdisk export vm1@tue vm1.img\nvdisk export vm1@tue vm1.qcow2 --format qcow2 --compressed\nvdisk export vm1@tue - --format zstd",
 	"export-diff": "vdisk export-diff vm1@mon mon.diff\nvdisk export-diff --from @mon vm1@tue tue.diff",
 	"features":    "vdisk features",
 	"flatten":     "vdisk flatten vm1\nvdisk flatten --all golden@v1",
 	"gc":          "vdisk gc\nvdisk gc -n\nvdisk gc --cold",
 	"get":         "vdisk get vm1\nvdisk get vm1 org:owner",
+	"history":     "vdisk history vm1\nvdisk history vm1@mon",
 	"hold":        "vdisk hold backup vm1@tue db@tue",
 	"holds":       "vdisk holds\nvdisk holds vm1",
 	"import":      "vdisk import disk.img vm1\nvdisk import disk.vmdk vm1 --format vmdk\nvdisk import - vm1 --format xz\nvdisk import good.img vm1 --repair",
@@ -85,8 +87,8 @@ func (a *app) helpOf(command string) string {
 
 // known are names that other programs give to what a command does.
 var known = map[string]string{
-	"add": "create", "backup": "send", "convert": "import", "copy": "clone", "del": "rm", "delete": "rm", "destroy": "rm",
-	"fsck": "check", "list": "ls", "mount": "attach", "mv": "rename", "remove": "rm", "restore": "receive", "revert": "rollback",
+	"add": "create", "backup": "send", "convert": "import", "copy": "clone", "journal": "events", "del": "rm", "delete": "rm", "destroy": "rm",
+	"fsck": "check", "list": "ls", "log": "events", "logs": "events", "mount": "attach", "mv": "rename", "remove": "rm", "restore": "receive", "revert": "rollback",
 	"show": "info", "snap": "snapshot", "status": "info", "umount": "detach", "unmap": "detach", "unmount": "detach",
 	"verify": "check",
 }

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/journal"
 	"github.com/vdisk/vdisk/internal/owner"
 	"github.com/vdisk/vdisk/internal/owner/sparse"
 )
@@ -28,7 +29,7 @@ var documented = map[string]any{
 	"salvage": salvageJSON{}, "repair": repairedJSON{}, "imported difference": importedDiffJSON{},
 	"sent": sentJSON{}, "received": receivedJSON{}, "stream": streamJSON{},
 	"check": checkJSON{}, "problem": problemJSON{}, "rebuilt": cow.Rebuilt{}, "gc": gcJSON{}, "cold": cow.ColdReport{}, "bench": benchJSON{}, "step": stepJSON{},
-	"flattened": flattenedJSON{}, "version": versionJSON{}, "error": errorJSON{},
+	"event": journal.Entry{}, "caller": journal.Caller{}, "flattened": flattenedJSON{}, "version": versionJSON{}, "error": errorJSON{},
 }
 
 // differenceJSON is what diffJSON writes piece by piece.
@@ -147,6 +148,8 @@ func wordsFor(of reflect.Type, names map[reflect.Type]string) string {
 		return "number"
 	case reflect.Int, reflect.Int64, reflect.Uint32, reflect.Uint64:
 		return "integer"
+	case reflect.Interface:
+		return "value"
 	}
 	return of.String()
 }

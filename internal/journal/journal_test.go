@@ -42,7 +42,10 @@ func newJournal(t *testing.T) *journal {
 }
 
 func (j *journal) tail(t *testing.T) *Tail {
-	tail := NewTail(j.in)
+	t.Helper()
+	in, err := storage.OpenFolder(j.dir, true)
+	must(t, err)
+	tail := NewTail(in)
 	t.Cleanup(func() { must(t, tail.Close()) })
 	return tail
 }

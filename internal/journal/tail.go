@@ -2,6 +2,7 @@ package journal
 
 import (
 	"bufio"
+	"bytes"
 	"cmp"
 	"encoding/json"
 	"errors"
@@ -27,13 +28,15 @@ type Tail struct {
 	skipped int
 }
 
-// NewTail returns a tail of the journal in a folder, which stays open for as long as the tail is used.
+// NewTail returns a tail of the journal in a folder. Its Close closes the folder.
 func NewTail(in *storage.Folder) *Tail {
 	return &Tail{in: in, r: bufio.NewReaderSize(nil, 64<<10)}
 }
 
-// Close closes the file.
-func (t *Tail) Close() error {
+// Close closes the file and the folder.
+func (t *Tail) Close() error { return errors.Join(t.closeFile(), t.in.Close()) }
+
+func (t *Tail) closeFile() error {
 	if t.f == nil {
 		return nil
 	}
@@ -59,7 +62,9 @@ func (t *Tail) Next() (Entry, error) {
 			return Entry{}, err
 		}
 		var e Entry
-		if json.Unmarshal(line, &e) == nil && e.Kind != "" {
+		d := json.NewDecoder(bytes.NewReader(line))
+		d.UseNumber() // in the details
+		if d.Decode(&e) == nil && e.Kind != "" {
 			return e, nil
 		}
 		t.skipped++
@@ -137,7 +142,7 @@ func (t *Tail) open(name string) (bool, error) {
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
 		return false, errors.Join(err, f.Close())
 	}
-	if err := t.Close(); err != nil {
+	if err := t.closeFile(); err != nil {
 		return false, errors.Join(err, f.Close())
 	}
 	if len(t.line) > 0 || t.long {

@@ -3,6 +3,8 @@ package owner
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io/fs"
 	"net"
 	"net/http"
 	"strings"
@@ -10,7 +12,23 @@ import (
 
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/internal/journal"
+	"github.com/vdisk/vdisk/internal/storage"
 )
+
+// Journal opens the journal of the store at dir. It needs no owner, and nothing waits for anything. The caller closes it.
+func Journal(dir string, foreign bool) (*journal.Tail, error) {
+	in, err := storage.OpenFolder(dir, foreign)
+	if err == nil {
+		if _, err = in.Lstat("format"); err == nil {
+			return journal.NewTail(in), nil
+		}
+		_ = in.Close() // nothing was written
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		err = fmt.Errorf("no store at %s: %w", dir, errors.Join(cow.ErrNotFound, err))
+	}
+	return nil, err
+}
 
 // did notes in the journal what was done for the caller that ctx has, and returns err, which is how it ended. What was
 // refused is no deed, and is not noted.
