@@ -36,9 +36,10 @@ type conn struct {
 	try TryReader // dev, or nil
 	ext Extenter  // dev, or nil
 
-	in     *input
-	out    sender
-	budget *budget
+	in       *input
+	out      sender
+	budget   *budget
+	counters counters
 
 	// The receiver's alone.
 	batch   *buffer // replies not yet handed to the sender
@@ -162,6 +163,7 @@ func (c *conn) receive() (err error) {
 
 // dispatch does req or hands it over. It returns an error only if the connection is of no more use.
 func (c *conn) dispatch(req request) error {
+	c.counters.count(req)
 	payload, f := c.payload(&req)
 	if payload > MaxPayload && c.extended {
 		return fmt.Errorf("%w: a payload of %d bytes", ErrProtocol, payload)

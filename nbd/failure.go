@@ -64,6 +64,7 @@ func (c *conn) appendResult(b []byte, req request, f failure) []byte {
 
 // appendError appends an error reply, structured where the specification wants it so.
 func (c *conn) appendError(b []byte, req request, f failure) []byte {
+	c.counters.errors.Add(1)
 	if c.extended || c.structured && (req.typ == cmdRead || req.typ == cmdBlockStatus) {
 		return c.appendErrorChunk(b, req, f)
 	}

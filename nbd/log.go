@@ -61,6 +61,8 @@ func (s *Server) logPanic(err error) {
 func (s *Server) logEnd(client string, err error) {
 	switch {
 	case errors.Is(err, ErrServerClosed):
+	case errors.Is(err, ErrDisconnected):
+		s.opts.Logger.Info("nbd client disconnected", "client", client)
 	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.EPIPE), errors.Is(err, syscall.ECONNRESET):
 		s.opts.Logger.Info("nbd client went away", "client", client, "err", err)
 	default:

@@ -41,9 +41,13 @@ type Server struct {
 
 // served is a connection as the server sees it.
 type served struct {
-	refused bool  // it exceeds the limit, and is being refused
-	conn    *conn // nil until the transmission phase
+	since        time.Time
+	refused      bool  // it exceeds the limit, and is being refused
+	disconnected bool  // Disconnect ends it
+	conn         *conn // nil until the transmission phase
 }
+
+func newServed(refused bool) *served { return &served{since: time.Now(), refused: refused} }
 
 // New returns a server of exports.
 func New(exports Exports, opts Options) *Server {
@@ -169,11 +173,11 @@ func (s *Server) ServeConn(ctx context.Context, nc net.Conn) error {
 	}
 	session, err := n.run()
 	if err != nil {
-		return errors.Join(full, s.reason(ctx, err))
+		return errors.Join(full, s.reason(ctx, nc, err))
 	}
 	if err := nc.SetDeadline(time.Time{}); err != nil {
 		err = fmt.Errorf("nbd: %w", err)
-		return errors.Join(s.reason(ctx, err), s.closeExport(session))
+		return errors.Join(s.reason(ctx, nc, err), s.closeExport(session))
 	}
 	// After the deadline of the negotiation is gone: Shutdown sets one of its own from here on.
 	c := newConn(s, n.conn, session, gone)
@@ -184,7 +188,7 @@ func (s *Server) ServeConn(ctx context.Context, nc net.Conn) error {
 	if secure := c.out.secure; secure != nil && !c.out.failed.Load() && !c.cutOff.Load() {
 		secure.bye()
 	}
-	return errors.Join(s.reason(ctx, err), s.closeExport(session))
+	return errors.Join(s.reason(ctx, nc, err), s.closeExport(session))
 }
 
 func (s *Server) negotiation(exports Exports, nc net.Conn) *negotiation {
@@ -234,14 +238,17 @@ func (r refusing) Describe(string) (Info, error) { return Info{}, r.why }
 func (r refusing) Open(string) (*Export, error)  { return nil, r.why }
 
 // reason returns why a connection ended, given the error err that it ended with.
-func (s *Server) reason(ctx context.Context, err error) error {
+func (s *Server) reason(ctx context.Context, nc net.Conn, err error) error {
 	switch {
 	case err == nil, errors.Is(err, errAborted), errors.Is(err, io.EOF):
 		return nil
 	case ctx.Err() != nil:
 		return ctx.Err()
-	case s.isClosed() && (errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, net.ErrClosed)):
+	case !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, net.ErrClosed):
+	case s.isClosed():
 		return ErrServerClosed
+	case s.wasDisconnected(nc):
+		return ErrDisconnected
 	}
 	return err
 }
@@ -278,12 +285,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 
 // awaitIdle waits until all connections have ended or ctx has, and returns the connections that have not ended.
 func (s *Server) awaitIdle(ctx context.Context) map[net.Conn]*conn {
-	stop := context.AfterFunc(ctx, func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		s.idle.Broadcast()
-	})
-	defer stop()
+	defer s.wakeWith(ctx)()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for len(s.conns) > 0 && ctx.Err() == nil {
@@ -359,7 +361,7 @@ func (s *Server) addConn(nc net.Conn) (refuse, err error) {
 // admit is addConn after TLS, where that is needed. The caller holds s.mu.
 func (s *Server) admit(nc net.Conn) (refuse, err error) {
 	if len(s.conns)-s.refused-len(s.unproven) < s.opts.MaxConnections {
-		s.conns[nc] = new(served)
+		s.conns[nc] = newServed(false)
 		return nil, nil
 	}
 	full := fmt.Errorf("%w: the server takes %d at a time", ErrTooManyConnections, s.opts.MaxConnections)
@@ -367,7 +369,7 @@ func (s *Server) admit(nc net.Conn) (refuse, err error) {
 		return nil, full
 	}
 	s.refused++
-	s.conns[nc] = &served{refused: true}
+	s.conns[nc] = newServed(true)
 	return full, nil
 }
 

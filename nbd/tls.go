@@ -163,7 +163,7 @@ func (s *Server) beginTLS(nc net.Conn) {
 		s.unproven = slices.Delete(s.unproven, 0, 1)
 	}
 	s.unproven = append(s.unproven, nc)
-	s.conns[nc] = new(served)
+	s.conns[nc] = newServed(false)
 }
 
 // proven admits a client that has begun TLS. It returns what addConn does.
@@ -175,7 +175,7 @@ func (s *Server) proven(nc net.Conn) (refuse, err error) {
 	}
 	delete(s.conns, nc)
 	if s.closed {
-		s.conns[nc] = new(served)
+		s.conns[nc] = newServed(false)
 		return nil, nil // its next option is refused
 	}
 	return s.admit(nc)

@@ -31,6 +31,7 @@ var examples = map[string]string{
 	"bench":       "vdisk bench\nvdisk bench --size 4G --time 30s --dir /srv",
 	"check":       "vdisk check\nvdisk check vm1 --read-data",
 	"clone":       "vdisk clone golden@v1 vm1\nvdisk clone golden@v1 vm1 vm2 vm3",
+	"clients":     "vdisk clients\nvdisk clients vm1 --json",
 	"completion":  "vdisk completion bash > /etc/bash_completion.d/vdisk",
 	"compare":     "vdisk compare vm1@mon vm1@tue\nvdisk compare vm1@tue backup.img",
 	"create":      "vdisk create vm1 10G\nvdisk create db --size 100G --compress zstd:3 --logical-block 4096\nvdisk create vm1 --from disk.img",
@@ -38,6 +39,7 @@ var examples = map[string]string{
 	"detach":      "vdisk detach vm1\nvdisk detach /dev/ublkb0 --force",
 	"devices":     "vdisk devices\nvdisk devices --prune",
 	"diff":        "vdisk diff vm1@mon vm1@tue\nvdisk diff vm1@mon --json",
+	"disconnect":  "vdisk disconnect vm1\nvdisk disconnect nbd:3\nvdisk disconnect pid:4711",
 	"events":      "vdisk events --since 2h\nvdisk events -f\nvdisk events --since yesterday --json",
 	"export":      "vdisk export vm1@tue vm1.img\nvdisk export vm1@tue vm1.qcow2 --format qcow2 --compressed\nvdisk export vm1@tue - --format zstd",
 	"export-diff": "vdisk export-diff vm1@mon mon.diff\nvdisk export-diff --from @mon vm1@tue tue.diff",
@@ -89,7 +91,7 @@ func (a *app) helpOf(command string) string {
 var known = map[string]string{
 	"add": "create", "backup": "send", "convert": "import", "copy": "clone", "journal": "events", "del": "rm", "delete": "rm", "destroy": "rm",
 	"fsck": "check", "list": "ls", "log": "events", "logs": "events", "mount": "attach", "mv": "rename", "remove": "rm", "restore": "receive", "revert": "rollback",
-	"show": "info", "snap": "snapshot", "status": "info", "umount": "detach", "unmap": "detach", "unmount": "detach",
+	"kick": "disconnect", "show": "info", "snap": "snapshot", "status": "info", "umount": "detach", "unmap": "detach", "unmount": "detach",
 	"verify": "check",
 }
 

@@ -62,6 +62,7 @@ type ownerJSON struct {
 	Started  time.Time     `json:"started"`
 	Devices  []deviceJSON  `json:"devices"`
 	Services []serviceJSON `json:"services"`
+	Clients  []clientJSON  `json:"clients"` // connections of NBD clients
 }
 
 // deviceJSON is an attached device in the JSON output.
@@ -104,7 +105,7 @@ func ownerOf(s owner.Store, st owner.Status) *ownerJSON {
 	if _, remote := s.(*owner.Client); !remote {
 		return nil
 	}
-	j := &ownerJSON{PID: st.PID, Command: st.Command, Version: st.Version, Started: st.Started.UTC(), Devices: []deviceJSON{}, Services: []serviceJSON{}}
+	j := &ownerJSON{PID: st.PID, Command: st.Command, Version: st.Version, Started: st.Started.UTC(), Devices: []deviceJSON{}, Services: []serviceJSON{}, Clients: []clientJSON{}}
 	for _, d := range st.Devices {
 		if !d.Waits {
 			j.Devices = append(j.Devices, deviceJSONOf(d))
@@ -128,6 +129,11 @@ func (a *app) storeInfo(c *cli.Context, s owner.Store) error {
 	j := storeJSON{
 		Store: a.dir, UUID: i.UUID, Version: i.Version, Created: i.Created.UTC(), Volumes: i.Volumes, Snapshots: i.Snapshots,
 		ChunkFiles: i.Chunks, ChunkBytes: i.ChunkBytes, LiveBytes: i.LiveBytes, MetaBytes: i.MetaBytes, CopyBytes: i.CopyBytes, FreeBytes: i.FreeBytes, Reserve: i.ReserveBytes, AsideFiles: i.AsideFiles, AsideBytes: i.AsideBytes, Scrub: scrubOf(i.Scrub), Owner: ownerOf(s, st), Waiting: []deviceJSON{},
+	}
+	if j.Owner != nil {
+		if j.Owner.Clients, err = clientsOf(c.Context, s, cow.Ref{}); err != nil {
+			return err
+		}
 	}
 	for _, d := range st.Devices {
 		if d.Waits {
@@ -184,6 +190,19 @@ func storeFields(a *app, j storeJSON) [][2]string {
 		}
 		f = append(f, [2]string{"served", fmt.Sprintf("%s at %s, %d clients", what, v.Socket, v.Clients)})
 	}
+	return append(f, clientFields(j.Owner.Clients)...)
+}
+
+// fewClients is how many clients 'info' shows; 'vdisk clients' lists all.
+const fewClients = 10
+
+func clientFields(list []clientJSON) (f [][2]string) {
+	for i, c := range list {
+		if i == fewClients {
+			return append(f, [2]string{"client", fmt.Sprintf("%d more; 'vdisk clients' lists all", len(list)-i)})
+		}
+		f = append(f, [2]string{"client", c.text()})
+	}
 	return f
 }
 
@@ -193,6 +212,9 @@ func (a *app) refInfo(c *cli.Context, s owner.Store, r cow.Ref) error {
 		return err
 	}
 	j := volumeOf(v)
+	if j.Clients, err = clientsOf(c.Context, s, cow.Ref{Volume: r.Volume}); err != nil {
+		return err
+	}
 	var us []cow.Usage
 	if r.Snapshot != "" {
 		us, err = s.Usage(c.Context, r)
@@ -247,6 +269,7 @@ func volumeFields(a *app, j volumeJSON) [][2]string {
 		{"origin", dash(j.Origin)},
 		{"device", dash(shown(j.Device, j.DeviceState))},
 	}...)
+	f = append(f, clientFields(j.Clients)...)
 	for _, key := range slices.Sorted(maps.Keys(j.Properties)) {
 		f = append(f, [2]string{"property", key + "=" + j.Properties[key]})
 	}

@@ -162,7 +162,7 @@ func (a *app) program() *cli.App {
 			a.createCommand(), a.lsCommand(), a.infoCommand(), a.snapshotCommand(), a.cloneCommand(), a.rollbackCommand(),
 			a.renameCommand(), a.resizeCommand(), a.rmCommand(), a.holdCommand(), a.releaseCommand(), a.holdsCommand(), a.setCommand(), a.getCommand(), a.flattenCommand(),
 			a.attachCommand(), a.detachCommand(), a.recoverCommand(), a.devicesCommand(), a.statsCommand(),
-			a.serveCommand(), a.daemonCommand(), a.upgradeCommand(),
+			a.serveCommand(), a.clientsCommand(), a.disconnectCommand(), a.daemonCommand(), a.upgradeCommand(),
 			a.importCommand(), a.exportCommand(), a.diffCommand(), a.mapCommand(), a.compareCommand(),
 			a.exportDiffCommand(), a.importDiffCommand(), a.sendCommand(), a.receiveCommand(), a.streamCommand(),
 			a.checkCommand(), a.scrubCommand(), a.metadataCommand(), a.gcCommand(), a.eventsCommand(), a.historyCommand(), a.benchCommand(), a.featuresCommand(), a.versionCommand(),

@@ -49,6 +49,8 @@ type volumeJSON struct {
 	Receiving *receivingJSON `json:"receiving,omitempty"`
 	// Properties are the user's.
 	Properties map[string]string `json:"properties"`
+	// Clients are NBD clients that have the volume or a snapshot of it open; only in the answer of info.
+	Clients []clientJSON `json:"clients,omitempty"`
 }
 
 // receivingJSON is what is being received, in the JSON output.

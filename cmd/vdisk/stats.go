@@ -3,12 +3,14 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
 
 	"github.com/urfave/cli/v2"
 
+	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/internal/owner"
 	"github.com/vdisk/vdisk/ublk"
 )
@@ -17,10 +19,10 @@ func (a *app) statsCommand() *cli.Command {
 	return a.command(arity{1, 1}, &cli.Command{
 		Name:      "stats",
 		Category:  groupAccess,
-		Usage:     "show a block device's requests, bytes and latencies",
+		Usage:     "show a block device's requests, bytes and latencies, and those of NBD clients",
 		UsageText: "vdisk stats VOL[@SNAP]|/dev/ublkbN [--interval 1s [--count N]]",
 		Description: "Without --interval: totals since the device was attached or recovered. With it: each interval. Latencies are the\n" +
-			"server's, from a request's arrival to its answer.",
+			"server's, from a request's arrival to its answer. NBD clients have their totals since they connected.",
 		Flags: []cli.Flag{
 			&cli.DurationFlag{Name: "interval", Usage: "print again after each interval, until interrupted"},
 			&cli.IntFlag{Name: "count", Usage: "print this many times"},
@@ -36,18 +38,18 @@ func (a *app) stats(c *cli.Context) error {
 	case c.IsSet("count") && (count < 1 || interval == 0):
 		return usageError{c, fmt.Errorf("--count %d: at least 1 is needed, and --interval", count)}
 	}
-	return a.repeatStats(c.Context, interval, count, func() (owner.DeviceStats, error) { return a.sample(c) })
+	return a.repeatStats(c.Context, interval, count, func() (sample, error) { return a.sample(c) })
 }
 
 // repeatStats prints the totals once. With an interval, it prints what each interval added: count times, or until ctx
 // ends if count is 0.
-func (a *app) repeatStats(ctx context.Context, interval time.Duration, count int, sample func() (owner.DeviceStats, error)) error {
-	s, err := sample()
+func (a *app) repeatStats(ctx context.Context, interval time.Duration, count int, take func() (sample, error)) error {
+	s, err := take()
 	if err != nil {
 		return err
 	}
 	if interval == 0 {
-		j := statsJSONOf(s.Device, s.Stats, 0)
+		j := statsJSONOf(s, s.Stats, 0)
 		return a.print(j, func() error { return a.printStats(j) })
 	}
 	for n := 0; count == 0 || n < count; n++ {
@@ -57,10 +59,10 @@ func (a *app) repeatStats(ctx context.Context, interval time.Duration, count int
 		case <-time.After(interval):
 		}
 		before := s.Stats
-		if s, err = sample(); err != nil {
+		if s, err = take(); err != nil {
 			return err
 		}
-		j := statsJSONOf(s.Device, minus(s.Stats, before), interval)
+		j := statsJSONOf(s, minus(s.Stats, before), interval)
 		if a.json {
 			err = json.NewEncoder(a.stdout).Encode(j)
 		} else {
@@ -73,10 +75,26 @@ func (a *app) repeatStats(ctx context.Context, interval time.Duration, count int
 	return nil
 }
 
+// sample is one reading of the counters of a device and of NBD clients. Without a device, its Device has only a name.
+type sample struct {
+	owner.DeviceStats
+	clients []clientJSON
+}
+
 // sample reads the counters in a session of its own, so that nobody has to wait for this command to end.
-func (a *app) sample(c *cli.Context) (s owner.DeviceStats, err error) {
-	err = a.look(c, func(store owner.Store) error {
-		s, err = store.Stats(c.Context, c.Args().First())
+func (a *app) sample(c *cli.Context) (s sample, err error) {
+	err = a.look(c, func(store owner.Store) (err error) {
+		what := c.Args().First()
+		r, perr := cow.ParseRef(what)
+		if perr == nil {
+			if s.clients, err = clientsOf(c.Context, store, r); err != nil {
+				return err
+			}
+		}
+		s.DeviceStats, err = store.Stats(c.Context, what)
+		if errors.Is(err, cow.ErrNotFound) && len(s.clients) > 0 { // it is no block device
+			s.Device.Ref, err = r, nil
+		}
 		return err
 	})
 	return s, err
@@ -114,6 +132,7 @@ type statsJSON struct {
 	Underway int              `json:"underway"`          // requests not answered yet
 	Ops      []opStatsJSON    `json:"operations"`        // of all queues together
 	Queues   []queueStatsJSON `json:"queues"`
+	Clients  []clientJSON     `json:"clients"` // NBD clients
 }
 
 type queueStatsJSON struct {
@@ -133,11 +152,14 @@ type opStatsJSON struct {
 	Histogram [][2]uint64 `json:"histogram"` // shortest latency and count of each bucket that is not empty
 }
 
-func statsJSONOf(d owner.Device, s ublk.Stats, interval time.Duration) statsJSON {
+func statsJSONOf(of sample, s ublk.Stats, interval time.Duration) statsJSON {
 	total := s.Total()
 	j := statsJSON{
-		Name: d.Ref.String(), Path: d.Path, Seconds: interval.Seconds(), Underway: total.Underway,
-		Ops: opsJSON(&total), Queues: []queueStatsJSON{},
+		Name: of.Device.Ref.String(), Path: of.Device.Path, Seconds: interval.Seconds(), Underway: total.Underway,
+		Ops: opsJSON(&total), Queues: []queueStatsJSON{}, Clients: append([]clientJSON{}, of.clients...),
+	}
+	if j.Path == "" {
+		j.Ops = []opStatsJSON{}
 	}
 	for i := range s.Queues {
 		j.Queues = append(j.Queues, queueStatsJSON{s.Queues[i].Underway, opsJSON(&s.Queues[i])})
@@ -178,5 +200,13 @@ func (a *app) printStats(j statsJSON) error {
 		}
 		rows = append(rows, row)
 	}
-	return a.table(header, rows, false)
+	if j.Path != "" {
+		if err := a.table(header, rows, false); err != nil {
+			return err
+		}
+	}
+	if len(j.Clients) > 0 {
+		return a.printClients(j.Clients)
+	}
+	return nil
 }

@@ -24,7 +24,7 @@ func TestStats(t *testing.T) {
 		return s
 	}
 	before, now := reading(10), reading(15)
-	j := statsJSONOf(owner.Device{Ref: cow.Ref{Volume: "v"}, Path: "/dev/ublkb0"}, minus(now, before), time.Second)
+	j := statsJSONOf(sample{DeviceStats: owner.DeviceStats{Device: owner.Device{Ref: cow.Ref{Volume: "v"}, Path: "/dev/ublkb0"}}}, minus(now, before), time.Second)
 	if w := j.Ops[1]; w.Op != "write" || w.Requests != 10 || w.Bytes != 10*4096 || w.Mean != 1000 || len(w.Histogram) != 1 || w.Histogram[0][1] != 10 {
 		t.Errorf("%+v", w)
 	}
@@ -47,11 +47,11 @@ func TestStatsRepeat(t *testing.T) {
 		a := &app{stdout: &out, json: true}
 		ctx, cancel := context.WithCancel(t.Context())
 		readings := 0
-		err := a.repeatStats(ctx, time.Millisecond, count, func() (owner.DeviceStats, error) {
+		err := a.repeatStats(ctx, time.Millisecond, count, func() (sample, error) {
 			if readings++; readings == 6 {
 				cancel()
 			}
-			return owner.DeviceStats{Stats: ublk.Stats{Queues: make([]ublk.QueueStats, 1)}}, nil
+			return sample{DeviceStats: owner.DeviceStats{Stats: ublk.Stats{Queues: make([]ublk.QueueStats, 1)}}}, nil
 		})
 		cancel()
 		if got := strings.Count(out.String(), "\n"); got < want || count > 0 && got > want || (err != nil) != (count == 0) {

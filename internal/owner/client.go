@@ -131,7 +131,7 @@ func answerError(resp *http.Response) error {
 	e := new(Error)
 	err := json.NewDecoder(io.LimitReader(resp.Body, maxRequest)).Decode(e)
 	if err != nil || e.Message == "" {
-		return fmt.Errorf("the owner of the store answers %q; is it another version of vdisk?", resp.Status)
+		return statusError(resp.StatusCode)
 	}
 	return e
 }

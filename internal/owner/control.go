@@ -154,12 +154,20 @@ func (c *control) routes() *http.ServeMux {
 	plain("claim", func(ctx context.Context, r request) (any, error) { return nil, o.Claim(ctx, r.Name) })
 	plain("recover", func(ctx context.Context, r request) (any, error) { return o.Recover(ctx, r.Name) })
 	plain("stats", func(ctx context.Context, r request) (any, error) { return o.Stats(ctx, r.Name) })
+	plain("clients", func(ctx context.Context, _ request) (any, error) { return o.Clients(ctx) })
+	plain("disconnect", func(ctx context.Context, r request) (any, error) { return o.Disconnect(ctx, r.Name) })
 	plain("clean", func(ctx context.Context, r request) (any, error) { return o.Clean(ctx, r.Waste) })
 	plain("cold", func(ctx context.Context, _ request) (any, error) { return o.Cold(ctx) })
 	plain("scrub", func(ctx context.Context, r request) (any, error) { return o.Scrub(ctx, r.Name, r.Scrub) })
 	plain("compare", func(ctx context.Context, r request) (any, error) { return o.Compare(ctx, r.Ref, r.To) })
 	plain("damage", func(ctx context.Context, r request) (any, error) { return o.Damage(ctx, r.Refs...) })
 	plain("upgrade", func(ctx context.Context, _ request) (any, error) { return o.upgrade(ctx, 1) })
+	c.streamRoutes(mux)
+	return mux
+}
+
+// streamRoutes adds the operations whose body or answer is a stream.
+func (c *control) streamRoutes(mux *http.ServeMux) {
 	mux.HandleFunc("POST /v1/check", c.check)
 	mux.HandleFunc("POST /v1/bench", c.bench)
 	mux.HandleFunc("POST /v1/difference", c.difference)
@@ -173,7 +181,6 @@ func (c *control) routes() *http.ServeMux {
 	mux.HandleFunc("POST /v1/dump-table", c.dumpTable)
 	mux.HandleFunc("POST /v1/receive", c.receiveSnapshot)
 	mux.HandleFunc("POST /v1/serve", c.serve)
-	return mux
 }
 
 // decode refuses fields that this version does not know, so that a newer client's request is never half done.

@@ -103,8 +103,8 @@ func (x *exports) keepOut(from cow.Ref) (func(), error) {
 	defer x.mu.Unlock()
 	for _, h := range x.open {
 		if r := h.dev.Ref(); h.users > 0 && within(r, from) {
-			return nil, fmt.Errorf("%v is open by %d NBD client connections, which would not find it again: %w: end them first",
-				r, h.users, cow.ErrBusy)
+			return nil, fmt.Errorf("%v is open by %d NBD client connections, which would not find it again: %w: %s",
+				r, h.users, cow.ErrBusy, putOut(r))
 		}
 	}
 	x.renaming = append(x.renaming, from)
@@ -149,7 +149,7 @@ func (x *exports) users(volume string) []string {
 		switch r := h.dev.Ref(); {
 		case r.Volume != volume:
 		case h.users > 0:
-			list = append(list, fmt.Sprintf("%v is open by %d NBD client connections", r, h.users))
+			list = append(list, fmt.Sprintf("%v is open by %d NBD client connections, %s", r, h.users, putOut(r)))
 		default:
 			list = append(list, fmt.Sprintf("the writes of the last NBD client of %v are being made durable", r))
 		}

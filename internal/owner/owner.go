@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/vdisk/vdisk/cow"
@@ -36,6 +37,7 @@ type Owner struct {
 	prepareOnce sync.Once
 	repairs     sync.WaitGroup // recoveries of disks whose server failed; Add under mu, while not stopping
 	own         sync.WaitGroup // the services of ServeOwn
+	connections atomic.Int64   // the number of the latest NBD connection
 
 	recording sync.Mutex     // guards the file of devices and leftovers; mu may be taken while it is held
 	leftovers []deviceRecord // devices of earlier owners that are not held, and may still exist

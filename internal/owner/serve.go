@@ -8,7 +8,6 @@ import (
 	"net"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -22,6 +21,7 @@ import (
 type service struct {
 	opts     ServeOptions
 	listener *countingListener
+	server   *nbd.Server
 	own      bool // it is the owner's, and not asked for by a command
 }
 
@@ -89,7 +89,9 @@ func (o *Owner) serve(asked context.Context, l net.Listener, opts ServeOptions, 
 	defer release()
 	ctx, cancel := context.WithCancel(asked)
 	defer cancel()
-	s := &service{opts: opts, listener: &countingListener{Listener: l}, own: own}
+	shown := &catalog{exports: o.exports, only: opts.Exports, readOnly: opts.ReadOnly, shared: opts.Shared, watched: opts.Fixed, log: o.opts.Logger}
+	limits := nbd.Options{Logger: o.opts.Logger, MaxConnections: opts.MaxConnections, MaxMemory: opts.MaxMemory, TLS: secure}
+	s := &service{opts: opts, listener: &countingListener{Listener: l, number: &o.connections}, server: nbd.New(shown, limits), own: own}
 	switch {
 	case opts.Once:
 		s.listener.last = cancel
@@ -110,9 +112,7 @@ func (o *Owner) serve(asked context.Context, l net.Listener, opts ServeOptions, 
 	defer o.served(s)
 	defer o.noteService(asked, opts, &err)()
 	defer context.AfterFunc(o.life, cancel)()
-	shown := &catalog{exports: o.exports, only: opts.Exports, readOnly: opts.ReadOnly, shared: opts.Shared, watched: opts.Fixed, log: o.opts.Logger}
-	limits := nbd.Options{Logger: o.opts.Logger, MaxConnections: opts.MaxConnections, MaxMemory: opts.MaxMemory, TLS: secure}
-	err = serveUntil(ctx, nbd.New(shown, limits), s.listener, stopTimeout/2)
+	err = serveUntil(ctx, s.server, s.listener, stopTimeout/2)
 	if o.life.Err() != nil && asked.Err() == nil {
 		err = errors.Join(fmt.Errorf("%s has ended, and these NBD clients were served by it: %w", o.holder(), errStopping), err)
 	}
@@ -215,82 +215,4 @@ func (o *Owner) waitServices(ctx context.Context) {
 	for len(o.services) > 0 && ctx.Err() == nil {
 		o.waitLocked(ctx)
 	}
-}
-
-// countingListener counts the open connections and calls last when the last one has closed.
-type countingListener struct {
-	net.Listener
-	open atomic.Int64
-	last func() // may be nil
-}
-
-// Accept counts the connection. It keeps its type, because that has writev, and is read without waiting.
-func (l *countingListener) Accept() (net.Conn, error) {
-	c, err := l.Listener.Accept()
-	if err != nil {
-		return nil, err
-	}
-	l.open.Add(1)
-	if u, ok := c.(*net.UnixConn); ok {
-		return &countedUnixConn{UnixConn: u, left: sync.OnceFunc(l.left)}, nil
-	}
-	if t, ok := c.(*net.TCPConn); ok {
-		noticeDeath(t)
-		return &countedTCPConn{TCPConn: t, left: sync.OnceFunc(l.left)}, nil
-	}
-	return &countedConn{Conn: c, left: sync.OnceFunc(l.left)}, nil
-}
-
-// deathTimeout is how long a client may not have answered before the kernel takes its connection for dead. It is what Go's
-// keepalive of idle connections comes to.
-const deathTimeout = 150 * time.Second
-
-// noticeDeath bounds how long a connection lasts that has a reply under way to a client that does not answer, too:
-// while it lasts, its client may be the writer of a volume.
-func noticeDeath(c *net.TCPConn) {
-	rc, err := c.SyscallConn()
-	if err == nil {
-		_ = rc.Control(func(fd uintptr) { // on failure, the kernel's own limit of 15 minutes holds
-			_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(deathTimeout.Milliseconds()))
-		})
-	}
-}
-
-func (l *countingListener) left() {
-	if l.open.Add(-1) == 0 && l.last != nil {
-		l.last()
-	}
-}
-
-type countedUnixConn struct {
-	*net.UnixConn
-	left func()
-}
-
-// Close closes the connection and uncounts it once.
-func (c *countedUnixConn) Close() error {
-	defer c.left()
-	return c.UnixConn.Close()
-}
-
-type countedTCPConn struct {
-	*net.TCPConn
-	left func()
-}
-
-// Close closes the connection and uncounts it once.
-func (c *countedTCPConn) Close() error {
-	defer c.left()
-	return c.TCPConn.Close()
-}
-
-type countedConn struct {
-	net.Conn
-	left func()
-}
-
-// Close closes the connection and uncounts it once.
-func (c *countedConn) Close() error {
-	defer c.left()
-	return c.Conn.Close()
 }

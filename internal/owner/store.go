@@ -105,6 +105,11 @@ type Store interface {
 	Claim(ctx context.Context, what string) error
 	// Stats returns the counters of the block device that what names as for Detach.
 	Stats(ctx context.Context, what string) (DeviceStats, error)
+	// Clients lists the connections of NBD clients, the oldest first.
+	Clients(ctx context.Context) ([]NBDClient, error)
+	// Disconnect ends connections of NBD clients, and returns them: those that have a volume or snapshot open, the one with
+	// an ID, or those of a process (pid:N).
+	Disconnect(ctx context.Context, what string) ([]NBDClient, error)
 	// Serve serves the NBD clients that connect to l until ctx ends, which is not an error, and closes l.
 	Serve(ctx context.Context, l net.Listener, o ServeOptions) error
 
