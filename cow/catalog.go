@@ -24,6 +24,7 @@ type branch struct {
 	points        []*snapshot      // by epoch, including the unnamed ones; guarded by Store.mu
 	forks         map[uint32]int   // number of branches that begin at an epoch's point; guarded by Store.mu
 	orphaned      uint64           // generation in which it lost its volume, until reaped; guarded by Store.mu
+	written       uint32           // the newest epoch in which this process has put or replayed anything; guarded by Store.mu
 }
 
 // head stands for a branch's newest state where an epoch is expected.

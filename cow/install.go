@@ -39,6 +39,7 @@ func (s *Store) install(b *branch, h *format.RecordHeader, payload []byte, n int
 	if err != nil {
 		return err
 	}
+	b.written = b.Epoch
 	c, off := s.wal.Append(h, payload)
 	if h.Kind == format.KindHole {
 		s.applyHole(content, int(h.Block%format.LeafBlocks), n)

@@ -80,11 +80,12 @@ type Options struct {
 	checkpointLeaves   int
 	checkpointInterval time.Duration
 
-	chunkBytes  int64         // size of a new chunk file (default 64 MiB, or less if there is little room)
-	reapBatch   int           // leaf versions reaped in one batch (default 32)
-	reapTime    time.Duration // time during which a checkpoint begins further batches
-	replayBatch int           // changes that Open applies at once (default 2 Mi)
-	takeAll     bool          // new mappings may take what is kept for overwrites
+	now         func() time.Time // of snapshots (default Now)
+	chunkBytes  int64            // size of a new chunk file (default 64 MiB, or less if there is little room)
+	reapBatch   int              // leaf versions reaped in one batch (default 32)
+	reapTime    time.Duration    // time during which a checkpoint begins further batches
+	replayBatch int              // changes that Open applies at once (default 2 Mi)
+	takeAll     bool             // new mappings may take what is kept for overwrites
 
 	onCommit    func(done bool) error    // called before and after each commit; an error before fails it
 	growTable   func(n int64) error      // called before the table's file grows by n bytes; an error prevents it
@@ -127,6 +128,9 @@ func (o *Options) setDefaults() {
 	}
 	if o.SharedMemory == "" {
 		o.SharedMemory = sharedMemory
+	}
+	if o.now == nil {
+		o.now = Now
 	}
 	if o.onCommit == nil {
 		o.onCommit = func(bool) error { return nil }

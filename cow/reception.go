@@ -226,14 +226,9 @@ func (s *Store) findGUID(v *volume, guid format.GUID) (found *snapshot) {
 // headIs reports whether the head of a volume is known to hold what a snapshot holds, because nothing was written since.
 // The caller holds mu, and nobody has the volume open to write.
 func (s *Store) headIs(v *volume, sn *snapshot) (bool, error) {
-	b, after := v.branch, uint32(0)
-	switch {
-	case b == sn.branch:
-		after = sn.Epoch
-	case b.origin != sn.branch || b.OriginEpoch != sn.Epoch:
-		return false, nil
-	}
-	if v.Size != sn.Size {
+	b := v.branch
+	after, ok := v.since(sn)
+	if !ok {
 		return false, nil
 	}
 	// Memory is looked at before the table, because a leaf leaves memory only after the table has it.

@@ -178,6 +178,7 @@ func (a *applier) own(b *branch, index uint32) (l leafcache.Locked, content *lea
 		if err == nil {
 			a.t.mu.Lock()
 			content, err = l.MakeWritable(b.Epoch)
+			b.written = b.Epoch
 			a.t.mu.Unlock()
 			if err == nil {
 				return l, content, nil

@@ -119,41 +119,44 @@ func Now() time.Time { return time.Now().UTC().Truncate(time.Millisecond) }
 
 // Snapshot takes snapshots of volumes, open or not, all at one moment. It takes either all of them or none.
 func (s *Store) Snapshot(refs ...Ref) error {
-	err := s.transact(func() (*format.Event, error) {
-		ev := &format.Event{Op: "snapshot"}
-		seen := map[*volume]bool{}
-		for _, r := range refs {
-			v, _, err := s.lookup(Ref{Volume: r.Volume})
-			switch {
-			case r.Snapshot == "":
-				return nil, fmt.Errorf("%q names no snapshot, VOL@SNAP: %w", r, ErrInvalid)
-			case err != nil:
-				return nil, err
-			case v.received() != nil:
-				return nil, v.received()
-			case v.snapshots[r.Snapshot] != nil:
-				return nil, fmt.Errorf("%s: %w", r, ErrExists)
-			case v.branch.Epoch >= lastEpoch:
-				return nil, fmt.Errorf("%s has had %d snapshots since it was made, cloned or rolled back, and can have no more; go on in a clone of one: %w",
-					r.Volume, lastEpoch-1, ErrExhausted)
-			case seen[v]:
-				return nil, fmt.Errorf("%s is named twice: %w", r.Volume, ErrInvalid)
-			}
-			if err := format.CheckSnapshotName(r.Snapshot); err != nil {
-				return nil, fmt.Errorf("%v: %w", err, ErrInvalid)
-			}
-			seen[v] = true
-			b := v.branch.Branch
-			ev.Snapshots = append(ev.Snapshots, format.Snapshot{
-				ID: s.catalog.newID(), Volume: v.ID, Name: r.Snapshot,
-				Branch: b.ID, Epoch: b.Epoch, Size: v.Size, Created: Now(), GUID: newGUID(),
-			})
-			b.Epoch++
-			ev.Branches = append(ev.Branches, b)
-		}
-		return ev, nil
-	})
+	err := s.transact(func() (*format.Event, error) { return s.snapshotEvent(s.opts.now(), refs) })
 	return wrapIf(err, "snapshot")
+}
+
+// snapshotEvent returns the event that takes snapshots. The caller holds mu.
+func (s *Store) snapshotEvent(now time.Time, refs []Ref) (*format.Event, error) {
+	ev := &format.Event{Op: "snapshot"}
+	seen := map[*volume]bool{}
+	for _, r := range refs {
+		v, _, err := s.lookup(Ref{Volume: r.Volume})
+		switch {
+		case r.Snapshot == "":
+			return nil, fmt.Errorf("%q names no snapshot, VOL@SNAP: %w", r, ErrInvalid)
+		case err != nil:
+			return nil, err
+		case v.received() != nil:
+			return nil, v.received()
+		case v.snapshots[r.Snapshot] != nil:
+			return nil, fmt.Errorf("%s: %w", r, ErrExists)
+		case v.branch.Epoch >= lastEpoch:
+			return nil, fmt.Errorf("%s has had %d snapshots since it was made, cloned or rolled back, and can have no more; go on in a clone of one: %w",
+				r.Volume, lastEpoch-1, ErrExhausted)
+		case seen[v]:
+			return nil, fmt.Errorf("%s is named twice: %w", r.Volume, ErrInvalid)
+		}
+		if err := format.CheckSnapshotName(r.Snapshot); err != nil {
+			return nil, fmt.Errorf("%v: %w", err, ErrInvalid)
+		}
+		seen[v] = true
+		b := v.branch.Branch
+		ev.Snapshots = append(ev.Snapshots, format.Snapshot{
+			ID: s.catalog.newID(), Volume: v.ID, Name: r.Snapshot,
+			Branch: b.ID, Epoch: b.Epoch, Size: v.Size, Created: now, GUID: newGUID(),
+		})
+		b.Epoch++
+		ev.Branches = append(ev.Branches, b)
+	}
+	return ev, nil
 }
 
 // newGUID returns a GUID that no other snapshot has, in any store.
