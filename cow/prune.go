@@ -28,7 +28,7 @@ var errWouldPrune = errors.New("nothing is to be removed")
 
 // Prune removes snapshots, in one step, but for those that something needs: a hold, a clone, a user, or a reception of
 // which it is the base. Those it leaves, and says why. Snapshots that do not exist are not mentioned. With dry set, it
-// removes nothing, and reports what it would do.
+// removes nothing, and reports what it would do. With an error, the report says what was to be removed.
 func (s *Store) Prune(dry bool, refs ...Ref) (r PruneReport, err error) {
 	err = s.transact(func() (*format.Event, error) {
 		r = PruneReport{Removed: []Ref{}, Kept: []KeptSnapshot{}}
@@ -63,7 +63,7 @@ func (s *Store) Prune(dry bool, refs ...Ref) (r PruneReport, err error) {
 	case errors.Is(err, errWouldPrune):
 		return r, nil
 	case err != nil:
-		return PruneReport{}, fmt.Errorf("prune: %w", err)
+		return r, fmt.Errorf("prune: %w", err)
 	}
 	wal.Poke(s.checkpoints.work) // the checkpoint reclaims the space
 	return r, nil

@@ -132,6 +132,7 @@ func (c *control) routes() *http.ServeMux {
 	plain("volume-space", func(ctx context.Context, r request) (any, error) { return o.VolumeUsage(ctx, r.Names...) })
 	plain("create", func(ctx context.Context, r request) (any, error) { return o.CreateVolume(ctx, r.Name, r.Volume) })
 	plain("snapshot", func(ctx context.Context, r request) (any, error) { return nil, o.Snapshot(ctx, r.Refs...) })
+	o.retentionRoutes(plain)
 	plain("clone", func(ctx context.Context, r request) (any, error) {
 		if len(r.Names) == 0 {
 			r.Names = []string{r.Name}

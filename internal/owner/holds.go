@@ -2,9 +2,11 @@ package owner
 
 import (
 	"context"
+	"fmt"
 
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/internal/journal"
+	"github.com/vdisk/vdisk/internal/retention"
 )
 
 // Hold gives snapshots a hold, which keeps them from being removed.
@@ -19,8 +21,13 @@ func (o *Owner) Release(ctx context.Context, tag string, refs ...cow.Ref) error 
 	return o.did(ctx, e, o.store.Release(tag, refs...))
 }
 
-// SetProperties changes properties of a volume.
+// SetProperties changes properties of a volume. A policy has to be one.
 func (o *Owner) SetProperties(ctx context.Context, name string, changes map[string]string) error {
+	if text := changes[retention.Property]; text != "" {
+		if _, err := retention.Parse(text); err != nil {
+			return fmt.Errorf("set %s: %s=%s: %w: %w", name, retention.Property, text, err, cow.ErrInvalid)
+		}
+	}
 	e := journal.Entry{Kind: "set", Names: []string{name}, Details: map[string]any{}}
 	for key, value := range changes {
 		e.Details[key] = value
