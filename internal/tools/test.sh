@@ -12,16 +12,17 @@ gotestsum=gotest.tools/gotestsum@v1.13.0
 not_race='
 TestAgainstModel TestCheckKeepsNoSpace TestChunkMadeForNothing TestChunksOfHolesGo
 TestCleanLeavesOutWhatIsDead TestColdGains TestColdLeavesDamage TestColdPassesOverWhatCannotBeRead
-TestColdShared TestCompressRoundTrip TestCutInCreate TestCuts TestDamage TestDamaged.*
-TestDeadNeighboursComeBack TestDurableOverNBD TestEveryCallOfTheCopyFails TestEveryCutInACommit
-TestFaultAtEveryByteOfControl TestFaultAtEveryCall TestFaultAtEveryRingCall
-TestFaultAtEverySocketCall TestFaultInCommands TestForeignDevices TestFramesDamaged
-TestFullStoreHasRoomAfterDeletion TestGoldenOrder TestHiddenVolume TestKill TestLayers TestLostTable
-TestMoreChunksThanDescriptors TestOracleTrusts TestOrderOf.* TestPartsOfUnits TestPromises
-TestReadOnlyStore TestReadsDoNotAllocate TestReceiveRefuses TestRemoveWithVeryManySnapshots
-TestReplayOfMoreThanFits TestRoundsLeaveNoSpace TestSendAsStored TestSendReceive TestSizes TestSoak
+TestColdShared TestCompressRoundTrip TestCutInCreate TestCuts TestDamage
+TestDamaged.* TestDeadNeighboursComeBack TestDurableOverNBD TestEveryCallOfTheCopyFails
+TestEveryCutInACommit TestExamples TestFaultAtEveryByteOfControl TestFaultAtEveryCall
+TestFaultAtEveryRingCall TestFaultAtEverySocketCall TestFaultInCommands TestForeignDevices
+TestFramesDamaged TestFullDisk TestFullStore.* TestGoldenOrder TestHiddenVolume TestKill TestLayers
+TestLookKeepsTheLastRecord TestLostTable TestMendTable TestMoreChunksThanDescriptors
+TestOracleTrusts TestOrderOf.* TestPartsOfUnits TestPromises TestReadOnlyStore
+TestReadsDoNotAllocate TestReceiveRefuses TestRemoveWithVeryManySnapshots TestReplayOfMoreThanFits
+TestRoundsLeaveNoSpace TestSectorsOfOneBlock TestSendAsStored TestSendReceive TestSizes TestSoak
 TestSpaceComesBack TestTableCannotFillTheDisk TestWrongTable
-TestScripts/(bench|damage|diff|flatten|formats|full|gc|holds|metadata|qemu|rbd|send|snapshots|standby|streams|transfer)
+TestScripts/(arguments|badleaf|badstore|bench|check_repair|completion|damage|diff|flatten|foreign|formats|full|gc|holds|images|json|kept|ls|man|metadata|names|newest|nosuch|overwrite|patterns|qemu|rbd|repair|salvage|send|snapshots|stream|streams|transfer|usage)
 '
 
 stage() { printf '\n=== %s\n' "$*"; }
