@@ -45,6 +45,7 @@ type volume struct {
 	writer        bool
 	snapshots     map[string]*snapshot // by name; guarded by Store.mu
 	codec         *codecPool
+	packed        packed // what was written to it; guarded by Store.mu
 }
 
 // snapshot is a point of a branch that has a name, or had one and is unnamed (Volume 0).

@@ -41,6 +41,9 @@ type checkpoints struct {
 	failures       uint64 // number of checkpoints that failed
 	failure        error  // error of the last one that failed
 
+	timing wal.Timing   // of those that committed
+	last   atomic.Int64 // when the last one did, in Unix nanoseconds; 0: none has
+
 	committed atomic.Uint64 // generation of the last committed checkpoint
 	at        atomic.Uint64 // bytes that were appended to the log when it began
 	work      chan struct{} // a value means that a checkpoint is due
@@ -66,6 +69,7 @@ func (s *Store) checkpoint() error {
 }
 
 func (s *Store) checkpointLocked() error {
+	start := time.Now()
 	s.reapForCheckpoint()
 	g := s.beginGeneration()
 	// Data before metadata: the records that leaves refer to become durable before the leaves do.
@@ -79,6 +83,8 @@ func (s *Store) checkpointLocked() error {
 	if err := s.commit(g); err != nil {
 		return s.abortGeneration(g, err)
 	}
+	s.checkpoints.timing.Since(start)
+	s.checkpoints.last.Store(time.Now().UnixNano())
 	err := s.opts.onCommit(true)
 	s.finishGeneration(g)
 	s.trimEnds()

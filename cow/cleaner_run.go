@@ -38,6 +38,7 @@ type cleaner struct {
 
 	// Guarded by Store.mu.
 	moved          uint64 // bytes that the cleaner appended
+	chunks         uint64 // chunks that were cleaned
 	chunk          *chunk // being cleaned
 	movedBefore    uint64 // value of moved when this chunk was begun
 	writersWaiting bool   // writers wait for the cleaner
@@ -152,6 +153,9 @@ func (s *Store) cleanOne(ctx context.Context, waste float64, limit uint64, pause
 	r.Moved, err = s.cleanChunk(ctx, c, pause)
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if err == nil {
+		s.cleaner.chunks++
+	}
 	if c.live == 0 {
 		r.Freed = int64(c.End)
 	}

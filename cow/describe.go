@@ -73,6 +73,14 @@ func (s *Store) unsorted(name string) (VolumeInfo, error) {
 	return s.describe(v, s.clones()), nil
 }
 
+// Has reports whether there is such a volume or snapshot.
+func (s *Store) Has(r Ref) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, _, err := s.lookup(r)
+	return err == nil
+}
+
 // sort sorts the snapshots in the order in which they were taken.
 func (in *VolumeInfo) sort() {
 	for i := range in.Snapshots {

@@ -59,6 +59,7 @@ type Store struct {
 	wal     *wal.Log
 	catalog catalog
 	changes changes
+	packed  packed // what was written to all volumes
 	closed  bool
 
 	// Each of these is guarded by a lock of its own or by mu, as its type says.

@@ -27,6 +27,8 @@ type unitShard struct {
 	keys  [unitsPerShard]unitKey
 	units [unitsPerShard][]byte
 	next  int // the oldest unit, which is replaced next
+
+	hits, misses uint64
 }
 
 // unitKey is a unit's place, together with whatever else verify compares with the map. So a unit that is found in the
@@ -51,20 +53,33 @@ func (c *unitCache) get(k unitKey, pieces []piece, first int) bool {
 	for i := range s.keys {
 		if s.keys[i] == k {
 			copyPieces(s.units[i], pieces, first)
+			s.hits++
 			return true
 		}
 	}
 	return false
 }
 
-// put adds a unit, and returns the memory of the unit that it replaces.
+// put adds a unit that get did not find, and returns the memory of the unit that it replaces.
 func (c *unitCache) put(k unitKey, unit []byte) (spare []byte) {
 	s := c.shard(k)
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.misses++
 	i := s.next
 	s.next = (i + 1) % unitsPerShard
 	spare = s.units[i]
 	s.keys[i], s.units[i] = k, unit
 	return spare
+}
+
+// lookups returns how often get found a unit, and how often one had to be made anew.
+func (c *unitCache) lookups() (hits, misses uint64) {
+	for i := range c.shards {
+		s := &c.shards[i]
+		s.mu.Lock()
+		hits, misses = hits+s.hits, misses+s.misses
+		s.mu.Unlock()
+	}
+	return hits, misses
 }

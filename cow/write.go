@@ -246,7 +246,7 @@ func (s *Store) tryWriteRecord(d *Device, h *format.RecordHeader, payload []byte
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	first := int(h.Block % format.LeafBlocks)
-	return s.install(d.b, h, payload, n, purposeIn(h), waited, func(lf *leafcache.Leaf) error {
+	err := s.install(d.b, h, payload, n, purposeIn(h), waited, func(lf *leafcache.Leaf) error {
 		switch end := h.Block + uint64(n); {
 		case end > blocksOf(d.v.Size):
 			return fmt.Errorf("block %d is behind the end (the volume has shrunk): %w", end-1, ErrInvalid)
@@ -259,6 +259,11 @@ func (s *Store) tryWriteRecord(d *Device, h *format.RecordHeader, payload []byte
 		}
 		return nil
 	})
+	if err == nil && !hole {
+		s.packed.add(n, h.Size())
+		d.v.packed.add(n, h.Size())
+	}
+	return err
 }
 
 // clearEvents makes a checkpoint, to get back the chunks that events and holes took from the reserve. Nothing in these

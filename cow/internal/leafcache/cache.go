@@ -4,6 +4,7 @@ import (
 	"errors"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"unsafe"
 
 	"github.com/vdisk/vdisk/cow/internal/lockorder"
@@ -52,8 +53,10 @@ type shard struct {
 	buckets   []uint32    // handles, each the first of a list
 	preimaged []leafPlace // where pre-images are; eachPreimage removes places that have none any more
 	loading   map[Key]*loading
-	mapped    []uint64 // all of the shard's memory
-	words     int      // intended len(mapped); larger while replaying a larger cache's log
+	lookups   atomic.Uint64 // of leaves that a read or a write needs
+	loads     uint64        // of leaves that were not in memory
+	mapped    []uint64      // all of the shard's memory
+	words     int           // intended len(mapped); larger while replaying a larger cache's log
 }
 
 // MostDirty returns how many leaves one checkpoint may write, given the bytes of the cache. A quarter of those bytes is

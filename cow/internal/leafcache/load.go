@@ -42,6 +42,7 @@ func (c *Cache) Ensure(k Key) error {
 // not call the cache, nor keep the leaf.
 func (c *Cache) View(k Key, fn func(*Leaf)) error {
 	s := c.shard(k.Branch.ID, k.Index)
+	s.lookups.Add(1)
 	for {
 		s.mu.RLock()
 		if lf, _ := s.find(k); lf != nil {
@@ -81,6 +82,7 @@ func (c *Cache) fetch(k Key, fn func(*Leaf)) (mine bool, err error) {
 	}
 	l := &loading{done: make(chan struct{})}
 	s.loading[k] = l
+	s.loads++
 	s.mu.Unlock()
 
 	ld := c.scratch.Get().(*loaded)
@@ -126,4 +128,17 @@ func (s *shard) insert(ld *loaded, packed []uint64) bool {
 	lf.branch, lf.index, lf.asOf, lf.epoch = ld.branch, ld.index, ld.asOf, ld.epoch
 	s.put(h, state|stateUsed)
 	return true
+}
+
+// Lookups returns how often a read or a write needed a leaf, and how often a leaf had to be loaded from the table,
+// since the cache was made.
+func (c *Cache) Lookups() (all, loads uint64) {
+	for i := range c.shards {
+		s := &c.shards[i]
+		all += s.lookups.Load()
+		s.mu.RLock()
+		loads += s.loads
+		s.mu.RUnlock()
+	}
+	return all, loads
 }

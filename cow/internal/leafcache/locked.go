@@ -20,6 +20,7 @@ type Locked struct {
 // Lock locks a leaf, whether it is in memory or not. The caller must call Unlock.
 func (c *Cache) Lock(k Key) Locked {
 	s := c.shard(k.Branch.ID, k.Index)
+	s.lookups.Add(1)
 	s.mu.Lock()
 	lf, _ := s.find(k)
 	if lf != nil {

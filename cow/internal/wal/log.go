@@ -62,6 +62,7 @@ type Log struct {
 	out      uint64                           // the part of appended that writeOut has put into the chunk files; guarded by writeMu
 	syncMu   lockorder.Mutex[lockorder.Sync]  // held during a sync; callers that arrive meanwhile share the next one
 	synced   atomic.Uint64
+	syncs    Timing
 
 	flushWork, makeWork, syncWork chan struct{} // capacity 1: a value means that there is work
 	quit                          chan struct{}

@@ -1,5 +1,7 @@
 package wal
 
+import "time"
+
 // UUID returns the store's id.
 func (l *Log) UUID() [16]byte { return l.uuid }
 
@@ -55,3 +57,6 @@ func (l *Log) TakeSealed() []*Chunk {
 	l.sealed = nil
 	return sealed
 }
+
+// Syncs returns how often chunk files were synced, and how long that took.
+func (l *Log) Syncs() (n uint64, took time.Duration) { return l.syncs.Get() }

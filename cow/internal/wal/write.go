@@ -1,6 +1,9 @@
 package wal
 
-import "fmt"
+import (
+	"fmt"
+	"time"
+)
 
 // drain writes every cut buffer to its chunk file.
 func (l *Log) drain() error {
@@ -130,12 +133,14 @@ func (l *Log) Sync() error {
 	if err != nil {
 		return err
 	}
+	start := time.Now()
 	for _, c := range todo {
 		if err := c.file.Sync(); err != nil {
 			return l.Fail(fmt.Errorf("sync chunk %s: %w", c.Name(), err))
 		}
 		c.Release()
 	}
+	l.syncs.Since(start)
 	l.mark.set(seq)
 	l.synced.Store(goal)
 	l.mu.Lock()
