@@ -35,6 +35,7 @@ type conn struct {
 	dev *guard
 	try TryReader // dev, or nil
 	ext Extenter  // dev, or nil
+	obs Observer  // dev, or nil
 
 	in       *input
 	out      sender
@@ -84,6 +85,9 @@ func newConn(srv *Server, nc net.Conn, s session, gone func()) *conn {
 	}
 	if c.dev.ext != nil {
 		c.ext = c.dev
+	}
+	if c.dev.obs != nil {
+		c.obs = c.dev
 	}
 	c.out = sender{conn: nc, budget: c.budget}
 	c.out.secure, _ = nc.(*secureConn)
@@ -190,6 +194,7 @@ func (c *conn) dispatch(req request) error {
 	case req.typ == cmdWrite:
 		return c.handOverWrite(req)
 	case req.typ == cmdFlush:
+		req.arrived, req.length = time.Now(), 0 // the length is reserved
 		c.acquire(requestCharge)
 		c.joinFlush(req, requestCharge)
 	default:
@@ -293,13 +298,16 @@ func (c *conn) readInline(req request) {
 	if c.try != nil {
 		var done bool
 		if done, err = c.try.TryReadAt(b[head:], int64(req.off)); !done && err == nil {
+			req.arrived = began
 			c.handOver(req)
 			return
 		}
 	} else {
 		err = readFull(c.dev, b[head:], int64(req.off))
 	}
-	c.reads.observe(time.Since(began))
+	took := time.Since(began)
+	c.reads.observe(took)
+	c.observe(req, took, err)
 	if err != nil {
 		b = c.appendError(b[:start], req, c.failed(req, err))
 	}
@@ -315,12 +323,15 @@ func (c *conn) writeInline(req request) error {
 	}
 	began := time.Now()
 	err = writeFull(c.dev, p, int64(req.off))
-	c.writes.observe(time.Since(began))
+	took := time.Since(began)
+	c.writes.observe(took)
 	if err == nil && req.flags&cmdFlagFUA != 0 {
+		req.arrived = began
 		c.acquire(requestCharge)
 		c.joinFlush(req, requestCharge)
 		return nil
 	}
+	c.observe(req, took, err)
 	c.replyBatched(req, c.failed(req, err))
 	return nil
 }
@@ -338,11 +349,15 @@ func (c *conn) handOverWrite(req request) error {
 		c.budget.release(charge)
 		return err
 	}
+	req.arrived = time.Now()
 	c.give(task{request: req, payload: buf, charge: charge})
 	return nil
 }
 
 func (c *conn) handOver(req request) {
+	if req.arrived.IsZero() {
+		req.arrived = time.Now()
+	}
 	charge := int64(requestCharge)
 	switch req.typ {
 	case cmdRead:

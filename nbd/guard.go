@@ -3,6 +3,7 @@ package nbd
 import (
 	"fmt"
 	"runtime/debug"
+	"time"
 )
 
 // PanicError is a panic of a Device or of Exports. The client sees an I/O error.
@@ -26,12 +27,14 @@ type guard struct {
 	dev Device
 	ext Extenter  // dev, or nil
 	try TryReader // dev, or nil
+	obs Observer  // dev, or nil
 }
 
 func guardOf(d Device) *guard {
 	g := &guard{dev: d}
 	g.ext, _ = d.(Extenter)
 	g.try, _ = d.(TryReader)
+	g.obs, _ = d.(Observer)
 	return g
 }
 
@@ -68,6 +71,12 @@ func (g *guard) Extents(off, length int64, fn func(off, length int64, hole bool)
 func (g *guard) TryReadAt(p []byte, off int64) (done bool, err error) {
 	defer recovered(&err)
 	return g.try.TryReadAt(p, off)
+}
+
+func (g *guard) Observe(op Op, length int64, took time.Duration, err error) {
+	var panicked error // the request has its answer
+	defer recovered(&panicked)
+	g.obs.Observe(op, length, took, err)
 }
 
 // guardedContext is a Context whose panics become errors.

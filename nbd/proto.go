@@ -1,6 +1,9 @@
 package nbd
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+	"time"
+)
 
 var be = binary.BigEndian
 
@@ -159,7 +162,8 @@ type request struct {
 	cookie     uint64
 	off        uint64
 	length     uint64
-	asked      uint64 // off as the client gave it, which an extended reply repeats
+	asked      uint64    // off as the client gave it, which an extended reply repeats
+	arrived    time.Time // of a request that is handed over
 }
 
 // parseRequest decodes requestLen bytes, or extRequestLen with extended headers. ok is false if they are not a request.

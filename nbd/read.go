@@ -16,7 +16,9 @@ func (c *conn) read(t task) {
 		return
 	}
 	p := newPacket(t.charge)
-	if err := c.readPart(p, t, chunkFlagDone); err != nil {
+	err := c.readPart(p, t, chunkFlagDone)
+	c.finished(t.request, err)
+	if err != nil {
 		c.failRead(p, t, err)
 	}
 	c.out.send(p)
@@ -67,6 +69,7 @@ func (c *conn) readLong(t task) {
 			c.failRead(p, t, err)
 		}
 		if err != nil || last {
+			c.finished(t.request, err)
 			p.charge = t.charge
 			c.out.send(p)
 			return

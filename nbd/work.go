@@ -72,6 +72,7 @@ func (c *conn) changed(t task, err error) {
 		c.joinFlush(t.request, t.charge)
 		return
 	}
+	c.finished(t.request, err)
 	c.reply(t, c.failed(t.request, err))
 }
 
@@ -170,9 +171,11 @@ func (c *conn) flushRoutine() {
 		taken := f.waiting
 		f.waiting = f.spare[:0]
 		f.mu.Unlock()
-		outcome := c.failed(request{typ: cmdFlush}, c.dev.Flush())
+		err := c.dev.Flush()
+		outcome := c.failed(request{typ: cmdFlush}, err)
 		p := newPacket(0)
 		for _, w := range taken {
+			c.finished(w.request, err)
 			p.head = c.appendResult(p.head, w.request, outcome)
 			p.charge += w.charge
 		}
