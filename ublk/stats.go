@@ -33,13 +33,14 @@ func (s Stats) Total() QueueStats {
 		q := &s.Queues[i]
 		t.Underway += q.Underway
 		for op := range q.Ops {
-			t.Ops[op].add(&q.Ops[op])
+			t.Ops[op].Add(&q.Ops[op])
 		}
 	}
 	return t
 }
 
-func (o *OpStats) add(p *OpStats) {
+// Add adds the counters of p.
+func (o *OpStats) Add(p *OpStats) {
 	o.Requests += p.Requests
 	o.Bytes += p.Bytes
 	o.Errors += p.Errors
@@ -66,8 +67,8 @@ type Histogram struct {
 	Sum    time.Duration
 }
 
-// bucketOf returns the bucket of a duration: its highest bits, and the power of two that they belong to.
-func bucketOf(d time.Duration) int {
+// BucketOf returns the bucket of a Histogram that counts d: its highest bits, and the power of two that they belong to.
+func BucketOf(d time.Duration) int {
 	ns := uint64(max(d, 0))
 	if ns < 1<<subBits {
 		return int(ns)
@@ -87,7 +88,7 @@ func (h *Histogram) Bucket(i int) time.Duration {
 
 // Add counts a duration. It must not run at the same time as another method.
 func (h *Histogram) Add(d time.Duration) {
-	h.Counts[bucketOf(d)]++
+	h.Counts[BucketOf(d)]++
 	h.Sum += d
 }
 
@@ -221,7 +222,7 @@ func (c *queueCounters) publishRun(as []answer, now time.Duration) int {
 		latency = new([histogramSize]counter)
 		o.latency.Store(latency)
 	}
-	latency[bucketOf(took)].add(uint64(n))
+	latency[BucketOf(took)].add(uint64(n))
 	o.sum.add(uint64(took) * uint64(n))
 	if bytes > 0 {
 		o.bytes.add(bytes)

@@ -13,18 +13,18 @@ import (
 func TestHistogramBuckets(t *testing.T) {
 	var h Histogram
 	for i := range histogramSize {
-		if low := h.Bucket(i); bucketOf(low) != i || i > 0 && bucketOf(low-1) != i-1 {
-			t.Errorf("bucket %d begins at %d, which is in %d; the one before is in %d", i, low, bucketOf(low), bucketOf(low-1))
+		if low := h.Bucket(i); BucketOf(low) != i || i > 0 && BucketOf(low-1) != i-1 {
+			t.Errorf("bucket %d begins at %d, which is in %d; the one before is in %d", i, low, BucketOf(low), BucketOf(low-1))
 		}
 	}
 	for _, d := range []time.Duration{math.MinInt64, -1, 0} {
-		if bucketOf(d) != 0 {
-			t.Errorf("%d is in bucket %d", d, bucketOf(d))
+		if BucketOf(d) != 0 {
+			t.Errorf("%d is in bucket %d", d, BucketOf(d))
 		}
 	}
 	for _, d := range []time.Duration{1 << maxBits, math.MaxInt64} {
-		if bucketOf(d) != histogramSize-1 {
-			t.Errorf("%d is in bucket %d", d, bucketOf(d))
+		if BucketOf(d) != histogramSize-1 {
+			t.Errorf("%d is in bucket %d", d, BucketOf(d))
 		}
 	}
 }
@@ -39,7 +39,7 @@ func TestHistogramQuantiles(t *testing.T) {
 	for range 20000 {
 		d := time.Duration(math.Exp(rng.Float64() * 25))
 		all = append(all, d)
-		h.Counts[bucketOf(d)]++
+		h.Counts[BucketOf(d)]++
 		h.Sum += d
 	}
 	slices.Sort(all)

@@ -21,7 +21,7 @@ func (a *app) daemonCommand() *cli.Command {
 		Name:      "daemon",
 		Category:  groupAccess,
 		Usage:     "own the store in the foreground",
-		UsageText: "vdisk daemon [--nbd PATH|off] [--socket-mode MODE] [--socket-group GROUP]",
+		UsageText: "vdisk daemon [--nbd PATH|off] [--socket-mode MODE] [--socket-group GROUP] [--metrics ADDRESS:PORT]",
 		Description: "The daemon recovers devices that wait for a server, and serves all volumes and snapshots over NBD, as 'vdisk serve' does:\n" +
 			"on STORE/nbd.sock, on another socket (--nbd PATH), or not at all (--nbd off).\n\n" +
 			"SIGINT, SIGTERM and SIGHUP end it, and its block devices with it; if it is killed in any other way, they wait for the\n" +
@@ -31,7 +31,7 @@ func (a *app) daemonCommand() *cli.Command {
 			&cli.PathFlag{Name: "nbd", Usage: "serve NBD on the Unix socket `PATH`, or \"off\"", DefaultText: "STORE/nbd.sock; off with --until-idle"},
 			&cli.BoolFlag{Name: "until-idle", Usage: "end with the last device, service and client"},
 			&cli.BoolFlag{Name: "ready", Usage: "tell on descriptor 3 how the start went", Hidden: true},
-		}, accessFlags()...),
+		}, append(accessFlags(), metricsFlags()...)...),
 	}, a.daemon)
 }
 
@@ -65,6 +65,22 @@ func (a *app) daemon(c *cli.Context) error {
 		o.LockTimeout = max(o.LockTimeout, successorTimeout)
 		o.Handover = handover.Failed
 	}
+	l, err := a.listenMetrics(c)
+	switch {
+	case err != nil && handover == nil:
+		return err
+	case err != nil: // the disks come first
+		a.log.Error("there are no metrics", "err", err)
+	case l != nil:
+		a.log.Info("metrics", "url", "http://"+l.Addr().String()+"/metrics")
+	}
+	shown := a.serveMetrics(l)
+	defer shown.end()
+	return a.own(c, o, handover, shown)
+}
+
+// own owns the store until the end, or until an upgrade executes another program.
+func (a *app) own(c *cli.Context, o owner.Options, handover *owner.Handover, shown *metricsServer) error {
 	for {
 		s, err := a.startOwner(c, o, handover)
 		if err != nil && handover != nil && c.Context.Err() == nil {
@@ -73,6 +89,7 @@ func (a *app) daemon(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
+		shown.of(s)
 		if handover != nil {
 			handover.Done()
 		}

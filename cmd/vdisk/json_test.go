@@ -15,6 +15,7 @@ import (
 
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/internal/journal"
+	"github.com/vdisk/vdisk/internal/metrics"
 	"github.com/vdisk/vdisk/internal/owner"
 	"github.com/vdisk/vdisk/internal/owner/sparse"
 )
@@ -29,7 +30,7 @@ var documented = map[string]any{
 	"salvage": salvageJSON{}, "repair": repairedJSON{}, "imported difference": importedDiffJSON{},
 	"sent": sentJSON{}, "received": receivedJSON{}, "stream": streamJSON{},
 	"check": checkJSON{}, "problem": problemJSON{}, "rebuilt": cow.Rebuilt{}, "gc": gcJSON{}, "cold": cow.ColdReport{}, "bench": benchJSON{}, "step": stepJSON{},
-	"event": journal.Entry{}, "caller": journal.Caller{}, "flattened": flattenedJSON{}, "version": versionJSON{}, "error": errorJSON{},
+	"event": journal.Entry{}, "caller": journal.Caller{}, "metric": metrics.Family{}, "sample": metrics.Sample{}, "flattened": flattenedJSON{}, "version": versionJSON{}, "error": errorJSON{},
 }
 
 // differenceJSON is what diffJSON writes piece by piece.

@@ -20,7 +20,7 @@ func (a *app) serveCommand() *cli.Command {
 		Name:      "serve",
 		Category:  groupAccess,
 		Usage:     "serve volumes and snapshots over NBD until interrupted",
-		UsageText: "vdisk serve [--socket PATH [--socket-mode MODE] [--socket-group GROUP] | --listen HOST:PORT --tls-certificates DIR] [--read-only | --shared] [VOL[@SNAP]...]",
+		UsageText: "vdisk serve [--socket PATH [--socket-mode MODE] [--socket-group GROUP] | --listen HOST:PORT --tls-certificates DIR] [--read-only | --shared] [--metrics ADDRESS:PORT] [VOL[@SNAP]...]",
 		Description: "Without arguments everything in the store is served, including volumes that are created later. Exports are named VOL\n" +
 			"and VOL@SNAP. The default socket is STORE/nbd.sock. Under socket activation (LISTEN_FDS) the given socket is served,\n" +
 			"until the last client leaves: nbdcopy -- [ vdisk serve vm1@monday ] out.img\n\n" +
@@ -37,7 +37,7 @@ func (a *app) serveCommand() *cli.Command {
 			&cli.BoolFlag{Name: "shared", Usage: "let all clients write to a volume at once, and not only the first one"},
 			&cli.IntFlag{Name: "max-connections", Usage: "serve at most `N` clients of this service at a time", DefaultText: "10000, or half of the open files that are allowed"},
 			&cli.StringFlag{Name: "max-memory", Usage: "limit the memory of the requests of this service's clients to `SIZE`", Value: "256M"},
-		}, accessFlags()...),
+		}, append(accessFlags(), metricsFlags()...)...),
 	}, a.serve)
 }
 
@@ -69,10 +69,20 @@ func (a *app) serve(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	l, err := a.listenMetrics(c)
+	if err != nil {
+		return err
+	}
+	if l != nil {
+		a.note("metrics are at http://%v/metrics", l.Addr())
+	}
+	shown := a.serveMetrics(l)
+	defer shown.end()
 	opts := a.options(c)
 	opts.Offer = true
 	disks := false
 	err = use(func(s owner.Store) (err error) {
+		shown.of(s)
 		if passed != nil {
 			o.Once, o.Socket = true, passed.Addr().String()
 			err = s.Serve(c.Context, passed, o)

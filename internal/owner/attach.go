@@ -58,7 +58,7 @@ func (o *Owner) attach(ctx context.Context, a AttachOptions) (Device, error) {
 	o.prepareOnce.Do(o.prepareForReclaim)
 	report := o.reporter(d.name)
 	opts := blockOptions(dev, a, d.cookie, report)
-	t := newTarget(dev, opts.Queues*opts.Depth, report)
+	t := newTarget(dev, o.exports.meters.of(a.Ref), opts.Queues*opts.Depth, report)
 	b, err := o.create(ctx, opts, t)
 	if err != nil {
 		t.close()

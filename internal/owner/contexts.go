@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/nbd"
@@ -33,6 +34,12 @@ type exportedDevice struct {
 	*cow.Device
 	c      *catalog
 	client context.Context // of one client, until it has gone
+	meter  *meter
+}
+
+// Observe is that of nbd.Observer.
+func (d exportedDevice) Observe(op nbd.Op, length int64, took time.Duration, err error) {
+	d.meter.observe(op, length, took, err)
 }
 
 // OpenContext is that of nbd.ContextOpener.

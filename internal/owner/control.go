@@ -163,12 +163,15 @@ func (c *control) routes() *http.ServeMux {
 	plain("compare", func(ctx context.Context, r request) (any, error) { return o.Compare(ctx, r.Ref, r.To) })
 	plain("damage", func(ctx context.Context, r request) (any, error) { return o.Damage(ctx, r.Refs...) })
 	plain("upgrade", func(ctx context.Context, _ request) (any, error) { return o.upgrade(ctx, 1) })
+	plain("reading", func(ctx context.Context, _ request) (any, error) { return o.Reading(ctx) })
+	plain("metrics", func(ctx context.Context, _ request) (any, error) { return o.metricsText(ctx) })
 	c.streamRoutes(mux)
 	return mux
 }
 
 // streamRoutes adds the operations whose body or answer is a stream.
 func (c *control) streamRoutes(mux *http.ServeMux) {
+	mux.HandleFunc("GET /metrics", c.metrics)
 	mux.HandleFunc("POST /v1/check", c.check)
 	mux.HandleFunc("POST /v1/bench", c.bench)
 	mux.HandleFunc("POST /v1/difference", c.difference)

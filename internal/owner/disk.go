@@ -186,6 +186,7 @@ func (o *Owner) watchRoutine(d *disk, b block, t *target, end *ending) {
 	since := time.Now()
 	<-b.Done()
 	t.close()
+	o.exports.meters.ended(t, b.Stats())
 	quiesced := b.State() == ublk.StateQuiesced
 	err := b.Err()
 	log := o.opts.Logger.With("what", d.ref().String(), "device", b.Path())

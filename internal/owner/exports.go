@@ -23,6 +23,7 @@ type exports struct {
 	explain func(volume string, err error) error // adds the users of a busy volume to err
 	// attached returns the block devices that write to a volume, or to all volumes if the name is empty.
 	attached func(volume string) map[string]string
+	meters   *meters
 
 	// mu guards the fields below and the handles' counts. It is not held while waiting for the disk.
 	mu       sync.Mutex
@@ -35,6 +36,7 @@ type exports struct {
 // handle is an open volume or snapshot.
 type handle struct {
 	dev      *cow.Device
+	meter    *meter
 	readOnly bool   // as it was opened
 	writer   client // unless it is read-only; the last one, if it has no users
 	users    int
@@ -64,7 +66,7 @@ func (x *exports) acquireLocked(r cow.Ref, readOnly bool) (*handle, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &handle{dev: dev, readOnly: readOnly, users: 1}
+	h := &handle{dev: dev, meter: x.meters.of(r), readOnly: readOnly, users: 1}
 	x.open = append(x.open, h)
 	return h, nil
 }
@@ -385,7 +387,7 @@ func (c view) Open(name string) (*nbd.Export, error) {
 		return nil, errors.Join(err, c.leave(h))
 	}
 	var once sync.Once
-	exported := exportedDevice{h.dev, c.catalog, c.client}
+	exported := exportedDevice{h.dev, c.catalog, c.client, h.meter}
 	dev := nbd.Device(exported)
 	if c.watched {
 		dev = watchedDevice{exported}

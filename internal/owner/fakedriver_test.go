@@ -42,6 +42,7 @@ type fakeBlock struct {
 	err   error
 	done  chan struct{}
 	inUse bool
+	stats ublk.QueueStats
 }
 
 func (d *fakeDriver) failing(op string) error {
@@ -137,7 +138,7 @@ func (b *fakeBlock) Path() string           { return pathOf(b.id) }
 func (b *fakeBlock) Options() ublk.Options  { return b.opts }
 func (b *fakeBlock) Features() ublk.Feature { return b.d.features }
 func (b *fakeBlock) MemoryLocked() bool     { return true }
-func (b *fakeBlock) Stats() ublk.Stats      { return ublk.Stats{Queues: make([]ublk.QueueStats, 1)} }
+func (b *fakeBlock) Stats() ublk.Stats      { return ublk.Stats{Queues: []ublk.QueueStats{b.stats}} }
 func (b *fakeBlock) Done() <-chan struct{}  { return b.done }
 
 func (b *fakeBlock) State() ublk.State {

@@ -83,7 +83,7 @@ func own(ctx context.Context, dir string, o Options, mayRead bool) (*Owner, erro
 	life, kill := context.WithCancel(ctx)
 	owner := &Owner{dir: dir, in: in, opts: o, store: store, started: time.Now(), life: life, kill: kill, accepting: true, changed: make(chan struct{})}
 	owner.unfinished.in = in
-	owner.exports = &exports{store: store, explain: owner.inUse, attached: owner.attached}
+	owner.exports = &exports{store: store, explain: owner.inUse, attached: owner.attached, meters: newMeters(store.Has)}
 	if store.ReadOnly() != nil {
 		return owner, nil
 	}

@@ -472,7 +472,7 @@ func TestInlineRequestsDoNotAllocate(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer dev.Close()
-	target := newTarget(dev, 1, nil)
+	target := newTarget(dev, new(meter), 1, nil)
 	defer target.close()
 	write := &ublk.Request{Op: ublk.OpWrite, Buf: bytes.Repeat([]byte("some text "), 410)[:4096], Length: 4096}
 	read := &ublk.Request{Op: ublk.OpRead, Buf: make([]byte, 4096), Length: 4096}

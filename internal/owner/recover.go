@@ -140,7 +140,7 @@ func (o *Owner) tryRecover(ctx context.Context, d *disk) (Device, error) {
 		return Device{}, fmt.Errorf("%v has %d bytes and %s %d: %w", d.ref(), have, info.Path(), info.Size, cow.ErrInvalid)
 	}
 	report := o.reporter(d.ref().String())
-	t := newTarget(d.dev, info.Queues*info.Depth, report)
+	t := newTarget(d.dev, o.exports.meters.of(d.ref()), info.Queues*info.Depth, report)
 	b, err := o.opts.driver.Recover(ctx, info.ID, ublk.RecoverOptions{Cookie: uint64(d.cookie), Report: report}, t)
 	if err != nil {
 		t.close()

@@ -9,6 +9,7 @@ import (
 
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/internal/bench"
+	"github.com/vdisk/vdisk/internal/metrics"
 	"github.com/vdisk/vdisk/internal/owner/sparse"
 	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/ublk"
@@ -114,6 +115,10 @@ type Store interface {
 	// Disconnect ends connections of NBD clients, and returns them: those that have a volume or snapshot open, the one with
 	// an ID, or those of a process (pid:N).
 	Disconnect(ctx context.Context, what string) ([]NBDClient, error)
+	// Reading reads the counters of the store, its clients and its block devices, and Metrics writes them in Prometheus's
+	// text format: docs/metrics.md.
+	Reading(ctx context.Context) (metrics.Reading, error)
+	Metrics(ctx context.Context, w io.Writer) error
 	// Serve serves the NBD clients that connect to l until ctx ends, which is not an error, and closes l.
 	Serve(ctx context.Context, l net.Listener, o ServeOptions) error
 

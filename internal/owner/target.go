@@ -19,11 +19,14 @@ import (
 type target struct {
 	dev    *cow.Device
 	report func(error) // called with the reason why a request failed; the sender gets only an errno
+	meter  *meter
 	jobs   chan *ublk.Request
 	wg     sync.WaitGroup // the workers
 
 	lastReport atomic.Int64 // time of the last call of report, in Unix seconds
 	suppressed atomic.Int64 // failures not reported since
+
+	counted bool // the device has ended, and its counters are in the meter; guarded by meters.mu
 }
 
 const (
@@ -44,8 +47,8 @@ type readState struct {
 
 // newTarget makes the target of a device that handles at most the given number of requests at once. The channel of jobs
 // holds that many, so a queue's thread never waits to hand one over.
-func newTarget(dev *cow.Device, requests int, report func(error)) *target {
-	t := &target{dev: dev, report: report, jobs: make(chan *ublk.Request, requests)}
+func newTarget(dev *cow.Device, m *meter, requests int, report func(error)) *target {
+	t := &target{dev: dev, meter: m, report: report, jobs: make(chan *ublk.Request, requests)}
 	for range workers {
 		t.wg.Go(t.workRoutine)
 	}
@@ -119,6 +122,7 @@ func (t *target) reportFailure(r *ublk.Request, err error) error {
 	if err == nil || err == ublk.ErrFetch || err == ublk.ErrAsync {
 		return err
 	}
+	t.meter.failed(err)
 	now, last := time.Now().Unix(), t.lastReport.Load()
 	if now == last || !t.lastReport.CompareAndSwap(last, now) {
 		t.suppressed.Add(1)

@@ -88,13 +88,20 @@ func (o *Owner) rename(from, to cow.Ref) error {
 		return fmt.Errorf("renaming %v: %w", from, err)
 	}
 	defer done()
-	if len(o.devicesOf(from.Volume)) == 0 {
-		return o.store.Rename(from, to)
+	attached := len(o.devicesOf(from.Volume)) > 0
+	if attached {
+		if err := o.recordRenaming(from, to); err != nil {
+			return fmt.Errorf("renaming %v: writing down what is attached: %w", from, err)
+		}
 	}
-	if err := o.recordRenaming(from, to); err != nil {
-		return fmt.Errorf("renaming %v: writing down what is attached: %w", from, err)
+	err = o.store.Rename(from, to)
+	if err == nil {
+		o.exports.meters.renamed(from, to)
 	}
-	return errors.Join(o.store.Rename(from, to), o.record())
+	if attached {
+		err = errors.Join(err, o.record())
+	}
+	return err
 }
 
 // Resize changes the size of a volume. The volume's block device grows with it; if the kernel cannot do that, Resize
