@@ -3,6 +3,7 @@
 # with apt-get if it can (as root, on Debian or a relative of it).
 #   build   Go
 #   demo    mkfs.ext4, nbdcopy, nbdinfo, fio
+#   deb     dpkg-deb; deb-test also lintian
 #   test    the NBD clients and file-system tools that the tests drive
 # Exits with 1 and says what to install when it cannot.
 set -eu
@@ -54,8 +55,14 @@ for what; do
 		need nbdcopy libnbd-bin
 		need fio fio
 		;;
+	deb | deb-test)
+		need dpkg-deb dpkg
+		need git git
+		need gzip gzip
+		[ "$what" = deb ] || need lintian lintian
+		;;
 	*)
-		echo "usage: setup.sh build|demo|test..." >&2
+		echo "usage: setup.sh build|deb|deb-test|demo|test..." >&2
 		exit 2
 		;;
 	esac
