@@ -262,7 +262,7 @@ func readAll(t *rapid.T, s *Store, r Ref) []byte {
 
 // TestPrune removes snapshots in one step, and leaves those that something needs.
 func TestPrune(t *testing.T) {
-	s, _ := newStore(t, Options{})
+	s, dir := newStore(t, Options{})
 	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 20})
 	must(t, err)
 	var refs []Ref
@@ -293,5 +293,16 @@ func TestPrune(t *testing.T) {
 		t.Errorf("%v, %v", r, err)
 	}
 	mustCheck(t, s)
+	must(t, s.Close())
+
+	// A store that can only be read says what would be removed.
+	s, err = Open(dir, Options{AllowReadOnly: true, unwritable: ErrReadOnly})
+	must(t, err)
+	if r, err := s.Prune(true, refs[2]); fmt.Sprint(r) != "{[] [{v@cloned clone c1, c2}]}" || err != nil {
+		t.Errorf("%v, %v", r, err)
+	}
+	if _, err := s.Prune(false, refs[2]); !errors.Is(err, ErrReadOnly) {
+		t.Error(err)
+	}
 	must(t, s.Close())
 }

@@ -23,50 +23,54 @@ type KeptSnapshot struct {
 	Why string `json:"why"`
 }
 
-// errWouldPrune ends a Prune that only looks.
-var errWouldPrune = errors.New("nothing is to be removed")
-
 // Prune removes snapshots, in one step, but for those that something needs: a hold, a clone, a user, or a reception of
 // which it is the base. Those it leaves, and says why. Snapshots that do not exist are not mentioned. With dry set, it
 // removes nothing, and reports what it would do. With an error, the report says what was to be removed.
 func (s *Store) Prune(dry bool, refs ...Ref) (r PruneReport, err error) {
-	err = s.transact(func() (*format.Event, error) {
-		r = PruneReport{Removed: []Ref{}, Kept: []KeptSnapshot{}}
-		ev := &format.Event{Op: "prune"}
-		clones, seen := s.clones(), map[*snapshot]bool{}
-		for _, ref := range refs {
-			v, sn, err := s.lookup(ref)
-			switch {
-			case errors.Is(err, ErrNotFound):
-				continue
-			case err != nil:
-				return nil, err
-			case sn == nil:
-				return nil, fmt.Errorf("%q is a volume, and only snapshots are pruned: %w", ref, ErrInvalid)
-			case seen[sn]:
-				continue
-			}
-			seen[sn] = true
-			if why := s.neededBy(v, sn, clones); why != "" {
-				r.Kept = append(r.Kept, KeptSnapshot{ref, why})
-				continue
-			}
-			r.Removed = append(r.Removed, ref)
-			ev.Snapshots = append(ev.Snapshots, unnamed(sn))
-		}
-		if dry || len(r.Removed) == 0 {
-			return nil, errWouldPrune
-		}
-		return ev, nil
-	})
-	switch {
-	case errors.Is(err, errWouldPrune):
-		return r, nil
-	case err != nil:
-		return r, fmt.Errorf("prune: %w", err)
+	if dry {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		r, _, err = s.pruning(refs)
+		return r, wrapIf(err, "prune")
 	}
-	wal.Poke(s.checkpoints.work) // the checkpoint reclaims the space
-	return r, nil
+	err = s.transact(func() (ev *format.Event, err error) {
+		r, ev, err = s.pruning(refs)
+		if len(r.Removed) == 0 {
+			return nil, err
+		}
+		return ev, err
+	})
+	if err == nil && len(r.Removed) > 0 {
+		wal.Poke(s.checkpoints.work) // the checkpoint reclaims the space
+	}
+	return r, wrapIf(err, "prune")
+}
+
+// pruning returns the event that removes those of the snapshots that nothing needs. The caller holds mu.
+func (s *Store) pruning(refs []Ref) (r PruneReport, ev *format.Event, err error) {
+	r, ev = PruneReport{Removed: []Ref{}, Kept: []KeptSnapshot{}}, &format.Event{Op: "prune"}
+	clones, seen := s.clones(), map[*snapshot]bool{}
+	for _, ref := range refs {
+		v, sn, err := s.lookup(ref)
+		switch {
+		case errors.Is(err, ErrNotFound):
+			continue
+		case err != nil:
+			return r, nil, err
+		case sn == nil:
+			return r, nil, fmt.Errorf("%q is a volume, and only snapshots are pruned: %w", ref, ErrInvalid)
+		case seen[sn]:
+			continue
+		}
+		seen[sn] = true
+		if why := s.neededBy(v, sn, clones); why != "" {
+			r.Kept = append(r.Kept, KeptSnapshot{ref, why})
+			continue
+		}
+		r.Removed = append(r.Removed, ref)
+		ev.Snapshots = append(ev.Snapshots, unnamed(sn))
+	}
+	return r, ev, nil
 }
 
 // neededBy returns what needs a snapshot of the volume v, or "". The caller holds mu.
