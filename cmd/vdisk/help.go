@@ -58,6 +58,7 @@ var examples = map[string]string{
 	"map":         "vdisk map vm1@tue --output json",
 	"metrics":     "vdisk metrics\nvdisk metrics --json",
 	"metadata":    "vdisk metadata rebuild\nvdisk metadata dump table.txt\nvdisk metadata restore table.txt",
+	"prune":       "vdisk prune vm1 --keep-last 3 --keep-daily 7 -n\nvdisk prune --all --keep-hourly 24 --keep-weekly 4\nvdisk prune 'vm1@nightly-*' --keep-within 14d\nvdisk prune --policy",
 	"receive":     "vdisk receive vm1 week\nvdisk receive copy@new -",
 	"recover":     "vdisk recover\nvdisk recover vm1",
 	"release":     "vdisk release backup vm1@tue db@tue",
@@ -68,8 +69,8 @@ var examples = map[string]string{
 	"scrub":       "vdisk scrub\nvdisk scrub --wait\nvdisk scrub --status",
 	"send":        "vdisk send vm1@mon\nvdisk send -i @mon vm1@tue\nvdisk send -n -I @mon vm1@wed",
 	"serve":       "vdisk serve\nvdisk serve golden@v1 vm1 --socket /run/vm.sock\nvdisk serve --socket /run/vm.sock --socket-group kvm\nvdisk serve --listen 0.0.0.0:10809 --tls-certificates /etc/vdisk/server",
-	"set":         "vdisk set vm1 org:owner=zoe\nvdisk set vm1 note=",
-	"snapshot":    "vdisk snapshot vm1@before\nvdisk snapshot 'vm*@nightly'\nvdisk snapshot vm1@tue db@tue",
+	"set":         "vdisk set vm1 org:owner=zoe\nvdisk set vm1 auto.keep=hourly=24,daily=7,weekly=4\nvdisk set vm1 note=",
+	"snapshot":    "vdisk snapshot vm1@before\nvdisk snapshot 'vm*@nightly'\nvdisk snapshot vm1@tue db@tue\nvdisk snapshot --auto vm1 db\nvdisk snapshot --auto --policy",
 	"stats":       "vdisk stats vm1\nvdisk stats vm1 --interval 1s --count 10",
 	"stream":      "vdisk stream check week\nvdisk stream info week",
 	"upgrade":     "vdisk upgrade",
@@ -90,7 +91,7 @@ func (a *app) helpOf(command string) string {
 
 // known are names that other programs give to what a command does.
 var known = map[string]string{
-	"add": "create", "backup": "send", "convert": "import", "copy": "clone", "journal": "events", "del": "rm", "delete": "rm", "destroy": "rm",
+	"add": "create", "backup": "send", "convert": "import", "copy": "clone", "journal": "events", "del": "rm", "delete": "rm", "destroy": "rm", "expire": "prune", "forget": "prune",
 	"fsck": "check", "list": "ls", "log": "events", "logs": "events", "mount": "attach", "mv": "rename", "remove": "rm", "restore": "receive", "revert": "rollback",
 	"kick": "disconnect", "show": "info", "snap": "snapshot", "status": "info", "umount": "detach", "unmap": "detach", "unmount": "detach",
 	"verify": "check",

@@ -160,7 +160,7 @@ func (a *app) program() *cli.App {
 		ExitErrHandler: func(*cli.Context, error) {}, // run determines the exit code
 		Commands: []*cli.Command{
 			a.createCommand(), a.lsCommand(), a.infoCommand(), a.snapshotCommand(), a.cloneCommand(), a.rollbackCommand(),
-			a.renameCommand(), a.resizeCommand(), a.rmCommand(), a.holdCommand(), a.releaseCommand(), a.holdsCommand(), a.setCommand(), a.getCommand(), a.flattenCommand(),
+			a.renameCommand(), a.resizeCommand(), a.rmCommand(), a.pruneCommand(), a.holdCommand(), a.releaseCommand(), a.holdsCommand(), a.setCommand(), a.getCommand(), a.flattenCommand(),
 			a.attachCommand(), a.detachCommand(), a.recoverCommand(), a.devicesCommand(), a.statsCommand(),
 			a.serveCommand(), a.clientsCommand(), a.disconnectCommand(), a.daemonCommand(), a.upgradeCommand(),
 			a.importCommand(), a.exportCommand(), a.diffCommand(), a.mapCommand(), a.compareCommand(),

@@ -18,10 +18,10 @@ func (a *app) setCommand() *cli.Command {
 		Category:  groupVolumes,
 		Usage:     "set properties of a volume",
 		UsageText: "vdisk set VOL KEY=VALUE...",
-		Description: "Properties are yours; vdisk only keeps them. KEY= removes one. A key has up to 63 letters, digits and . _ - :, a value\n" +
-			"up to 1024 bytes, and a volume up to 64 properties and 16 KiB. All are set in one step, or none. They stay when the volume is\n" +
-			"renamed or rolled back. A clone begins without. A sent snapshot takes them along, and a full stream gives them to the\n" +
-			"volume that it makes.",
+		Description: "Properties are yours; vdisk only keeps them, but for auto.keep, the policy of 'vdisk prune'. KEY= removes one. A key has up\n" +
+			"to 63 letters, digits and . _ - :, a value up to 1024 bytes, and a volume up to 64 properties and 16 KiB. All are set in one\n" +
+			"step, or none. They stay when the volume is renamed or rolled back. A clone begins without. A sent snapshot takes them\n" +
+			"along, and a full stream gives them to the volume that it makes.",
 	}, func(c *cli.Context) error {
 		name, err := volumeName(c, 0)
 		if err != nil {

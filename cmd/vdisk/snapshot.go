@@ -1,23 +1,40 @@
 package main
 
 import (
+	"errors"
 	"strings"
 
 	"github.com/urfave/cli/v2"
 
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/internal/owner"
+	"github.com/vdisk/vdisk/internal/retention"
 )
 
 func (a *app) snapshotCommand() *cli.Command {
-	return a.command(arity{1, -1}, &cli.Command{
+	return a.command(arity{0, -1}, &cli.Command{
 		Name:      "snapshot",
 		Category:  groupVolumes,
 		Usage:     "take snapshots, all at the same moment",
-		UsageText: "vdisk snapshot VOL@SNAP...",
+		UsageText: "vdisk snapshot VOL@SNAP... | --auto {VOL...|--all|--policy}",
 		Description: "Several snapshots are taken in one atomic step: all of them or none. They contain every write that had been acknowledged.\n" +
-			"VOL may have wildcards (*, ?, [a-z]; quote them from the shell): each volume that matches gets a snapshot.",
+			"VOL may have wildcards (*, ?, [a-z]; quote them from the shell): each volume that matches gets a snapshot.\n" +
+			"With --auto, the snapshots are named by the time in UTC, as in auto-20261130T125143Z, and their names are printed. A volume\n" +
+			"that has not changed since its newest snapshot gets none. 'vdisk prune' removes such snapshots by rules.",
+		Flags: []cli.Flag{
+			&cli.BoolFlag{Name: "auto", Usage: "name the snapshots by the time, and leave out volumes that have not changed"},
+			allFlag(),
+			policyFlag("all volumes that have a policy, the property " + retention.Property),
+		},
 	}, func(c *cli.Context) error {
+		switch {
+		case c.Bool("auto"):
+			return a.snapshotAuto(c)
+		case c.Bool("all") || c.Bool("policy"):
+			return usageError{c, errors.New("--all and --policy go with --auto")}
+		case c.NArg() == 0:
+			return usageError{c, errors.New(miscounted(0, arity{1, -1}))}
+		}
 		patterns, err := argsFrom(c, 0, newSnapshot)
 		if err != nil {
 			return err
@@ -40,11 +57,20 @@ func (a *app) printSnapshots(c *cli.Context, s owner.Store, refs []cow.Ref) erro
 	if !a.json {
 		return nil
 	}
+	list, err := newSnapshots(c, s, refs)
+	if err != nil {
+		return err
+	}
+	return a.print(map[string]any{"snapshots": list}, nil)
+}
+
+// newSnapshots returns new snapshots, as far as they are still there.
+func newSnapshots(c *cli.Context, s owner.Store, refs []cow.Ref) ([]snapshotJSON, error) {
 	list := []snapshotJSON{}
 	for _, r := range refs {
 		v, err := s.Volume(c.Context, r.Volume)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		for _, sn := range v.Snapshots {
 			if sn.Name == r.Snapshot {
@@ -52,7 +78,7 @@ func (a *app) printSnapshots(c *cli.Context, s owner.Store, refs []cow.Ref) erro
 			}
 		}
 	}
-	return a.print(map[string]any{"snapshots": list}, nil)
+	return list, nil
 }
 
 func (a *app) cloneCommand() *cli.Command {
