@@ -18,7 +18,7 @@ build: ## bin/vdisk
 	@$(TOOLS)/setup.sh build
 	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-X main.described=$(VERSION)' -o bin/vdisk ./cmd/vdisk
 
-install: ## the program, its manual pages, completions and systemd unit, below DESTDIR and PREFIX (/usr/local)
+install: ## the program, its manual pages, completions and systemd units, below DESTDIR and PREFIX (/usr/local)
 	@[ -x bin/vdisk ] || $(MAKE) build
 	install -D -m 755 bin/vdisk $(DESTDIR)$(PREFIX)/bin/vdisk
 	$(DESTDIR)$(PREFIX)/bin/vdisk man $(DESTDIR)$(PREFIX)/share/man/man8
@@ -27,8 +27,10 @@ install: ## the program, its manual pages, completions and systemd unit, below D
 	bin/vdisk completion zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_vdisk
 	bin/vdisk completion fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/vdisk.fish
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
-	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' init/vdisk@.service > $(DESTDIR)$(PREFIX)/lib/systemd/system/vdisk@.service
-	chmod 644 $(DESTDIR)$(PREFIX)/lib/systemd/system/vdisk@.service
+	for unit in init/*.service init/*.timer; do \
+		sed 's|/usr/local/bin/|$(PREFIX)/bin/|' $$unit > $(DESTDIR)$(PREFIX)/lib/systemd/system/$${unit#init/} && \
+			chmod 644 $(DESTDIR)$(PREFIX)/lib/systemd/system/$${unit#init/} || exit 1; \
+	done
 
 deb: ## a Debian package of the commit that is checked out, in bin/ (deb.sh)
 	@$(TOOLS)/setup.sh build deb
