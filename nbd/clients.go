@@ -49,6 +49,21 @@ func (c *counters) count(req request) {
 	}
 }
 
+// uncount takes back a count.
+func (c *counters) uncount(req request) {
+	c.requests.Store(c.requests.Load() - 1)
+	if req.typ == cmdWrite {
+		c.written.Store(c.written.Load() - req.length)
+	}
+}
+
+func (c *counters) set(to Counters) {
+	c.requests.Store(to.Requests)
+	c.read.Store(to.ReadBytes)
+	c.written.Store(to.WrittenBytes)
+	c.errors.Store(to.Errors)
+}
+
 // Clients describes the connections that are served, in no order.
 func (s *Server) Clients() []Client {
 	s.mu.Lock()

@@ -49,12 +49,16 @@ type conn struct {
 	writes  pace
 	workers int
 
-	tasks  chan task
-	wg     sync.WaitGroup // workers and flusher
-	flush  flusher
-	ended  atomic.Bool // the receiver has ended, and not by DISC: long tasks give up
-	cutOff atomic.Bool // nobody wants replies any more: long tasks give up, and no other begins
-	gone   func()      // ends the context of ClientExports; called after one of the two above was set
+	tasks   chan task
+	wg      sync.WaitGroup // workers and flusher
+	flush   flusher
+	pausing atomic.Bool         // nothing more is received: Server.Pause
+	head    [extRequestLen]byte // the header of the present request
+	unsent  []byte              // replies that the server before could not send
+	partial []byte              // what was received of a request that is not whole, when the connection was paused
+	ended   atomic.Bool         // the receiver has ended, and not by DISC: long tasks give up
+	cutOff  atomic.Bool         // nobody wants replies any more: long tasks give up, and no other begins
+	gone    func()              // ends the context of ClientExports; called after one of the two above was set
 
 	// receiving is when the receiver began to wait for the rest of a WRITE, in nanoseconds of Unix time; 0: it does
 	// not.
@@ -63,12 +67,13 @@ type conn struct {
 
 // session is what a negotiation ends in.
 type session struct {
-	export     *Export
-	name       string // the export's, as the client gave it
-	size       uint64
-	structured bool      // structured replies, perhaps with extended headers
-	extended   bool      // extended headers
-	contexts   []Context // for BLOCK_STATUS; nil in it: base:allocation
+	export       *Export
+	name         string // the export's, as the client gave it
+	size         uint64
+	structured   bool      // structured replies, perhaps with extended headers
+	extended     bool      // extended headers
+	contexts     []Context // for BLOCK_STATUS; nil in it: base:allocation
+	contextNames []string
 }
 
 func newConn(srv *Server, nc net.Conn, s session, gone func()) *conn {
@@ -89,23 +94,27 @@ func newConn(srv *Server, nc net.Conn, s session, gone func()) *conn {
 	if c.dev.obs != nil {
 		c.obs = c.dev
 	}
-	c.out = sender{conn: nc, budget: c.budget}
+	c.out = sender{conn: nc, budget: c.budget, pausing: &c.pausing}
 	c.out.secure, _ = nc.(*secureConn)
 	c.in = newInput(nc, srv.opts.read, c.sendBatch)
 	return c
 }
 
-// run serves requests until the client disconnects, which is no error, or the connection ends in another way. When it
-// returns, no request is under way.
+// run serves requests until the client disconnects, which is no error, or the connection is paused (errPaused), or ends
+// in another way. When it returns, no request is under way.
 func (c *conn) run() error {
+	c.sendUnsent()
 	err := c.receive()
 	c.sendBatch()
-	if err != nil { // after DISC, what was asked for is still done
+	if err != nil && err != errPaused { // after DISC, what was asked for is still done
 		c.ended.Store(true)
 		c.gone()
 	}
 	close(c.tasks)
 	c.wg.Wait()
+	if err == errPaused {
+		c.keepReceived()
+	}
 	c.in.free()
 	if c.out.failed.Load() { // it caused the receiver's error
 		return c.out.err
@@ -124,7 +133,7 @@ func (c *conn) cut() {
 }
 
 // givesUp reports whether there is no point in going on with a long task.
-func (c *conn) givesUp() bool { return c.ended.Load() || c.cutOff.Load() }
+func (c *conn) givesUp() bool { return c.ended.Load() || c.cutOff.Load() || c.out.overfull.Load() }
 
 // stalledSince returns when the client began to keep the server waiting while requests of it are under way: it takes no
 // replies, or sends no more of a WRITE. It returns zero if the client does neither.
@@ -144,10 +153,14 @@ func (c *conn) stalledSince() time.Time {
 func (c *conn) receive() (err error) {
 	defer recovered(&err)
 	for !c.out.failed.Load() && !c.cutOff.Load() {
+		if c.pausing.Load() {
+			return errPaused
+		}
 		b, err := c.in.next(c.requestLen())
 		if err != nil {
-			return err
+			return c.orPaused(err)
 		}
+		copy(c.head[:], b)
 		req, ok := parseRequest(b, c.extended)
 		if !ok {
 			return fmt.Errorf("%w: request magic %#x", ErrProtocol, be.Uint32(b))
@@ -156,7 +169,7 @@ func (c *conn) receive() (err error) {
 			return nil
 		}
 		if err := c.dispatch(req); err != nil {
-			return err
+			return c.orPaused(err)
 		}
 	}
 	if c.cutOff.Load() {
@@ -177,8 +190,8 @@ func (c *conn) dispatch(req request) error {
 	}
 	if f.errno != 0 {
 		if payload > 0 {
-			if err := c.in.discard(int(payload)); err != nil {
-				return err
+			if n, err := c.in.discard(int(payload)); err != nil {
+				return c.keepDiscarded(req, n, err)
 			}
 		}
 		c.replyBatched(req, f)
@@ -319,6 +332,7 @@ func (c *conn) readInline(req request) {
 func (c *conn) writeInline(req request) error {
 	p, err := c.in.next(int(req.length))
 	if err != nil {
+		c.keep(req, nil)
 		return unexpected(err)
 	}
 	began := time.Now()
@@ -342,9 +356,10 @@ func (c *conn) handOverWrite(req request) error {
 	c.acquire(charge)
 	buf := newBuffer(int(req.length))
 	c.receiving.Store(time.Now().UnixNano())
-	err := c.in.readFull(buf.b)
+	n, err := c.in.readFull(buf.b)
 	c.receiving.Store(0)
 	if err != nil {
+		c.keep(req, buf.b[:n])
 		buf.free()
 		c.budget.release(charge)
 		return err

@@ -10,6 +10,9 @@
 // no disk are answered sooner. With [ContextOpener] it has metadata contexts of its own. Exports may also
 // implement [ClientExports], to tell clients apart.
 //
+// [Server.Clients] lists connections, and [Server.Disconnect] ends one. [Server.Pause] and [Server.Adopt] hand connections
+// to another server, perhaps that of another process.
+//
 // The protocol is https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md, "the specification" in the
 // comments here. All numbers on the wire are big-endian.
 //

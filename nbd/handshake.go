@@ -203,6 +203,9 @@ func (n *negotiation) begin(name string, export *Export, contexts []Context, inf
 		return errors.Join(err, closeContexts(contexts), export.close())
 	}
 	n.export, n.contexts, n.name, n.size = export, contexts, name, uint64(info.Size)
+	if len(contexts) > 0 {
+		n.contextNames = n.selected
+	}
 	return nil
 }
 

@@ -14,6 +14,7 @@ type input struct {
 	buf  *buffer // nil if nothing is buffered and no buffer is needed
 	r, w int     // buf.b[r:w] has been received and not used yet
 
+	before []byte // what was received before, by another server; it comes first
 	conn   net.Conn
 	secure bool    // conn has TLS, and calls idle itself
 	first  [1]byte // see readTLS
@@ -89,9 +90,8 @@ func (in *input) fill(n int) error {
 	return nil
 }
 
-// readFull fills p. It reads bytes that are not buffered directly from the socket.
-func (in *input) readFull(p []byte) error {
-	n := 0
+// readFull fills p. It reads bytes that are not buffered directly from the socket. It returns how much it has filled.
+func (in *input) readFull(p []byte) (n int, err error) {
 	if in.buffered() > 0 {
 		n = copy(p, in.buf.b[in.r:in.w])
 		in.r += n
@@ -103,26 +103,29 @@ func (in *input) readFull(p []byte) error {
 			err = io.ErrUnexpectedEOF
 		}
 		if err != nil {
-			return err
+			return n, err
 		}
 	}
-	return nil
+	return n, nil
 }
 
-// discard skips n bytes.
-func (in *input) discard(n int) error {
-	for n > 0 {
-		b, err := in.next(min(n, inputSize))
+// discard skips n bytes. It returns how many it has skipped.
+func (in *input) discard(n int) (skipped int, err error) {
+	for skipped < n {
+		b, err := in.next(min(n-skipped, inputSize))
 		if err != nil {
-			return unexpected(err)
+			return skipped, unexpected(err)
 		}
-		n -= len(b)
+		skipped += len(b)
 	}
-	return nil
+	return skipped, nil
 }
 
 // read reads at least one byte, into p or, if p is nil, into the buffer, or returns an error.
 func (in *input) read(p []byte) (int, error) {
+	if len(in.before) > 0 {
+		return in.readBefore(p), nil
+	}
 	if in.secure {
 		return in.readTLS(p)
 	}

@@ -36,7 +36,8 @@ type Options struct {
 	stall time.Duration                       // a client that keeps others waiting for so long is cut off
 	read  func(fd int, p []byte) (int, error) // read(2) of a connection's socket
 
-	unproven int // see maxUnproven
+	unproven int           // see maxUnproven
+	take     time.Duration // see takeTimeout
 }
 
 func (o Options) withDefaults() Options {
@@ -63,6 +64,9 @@ func (o Options) withDefaults() Options {
 	}
 	if o.read == nil {
 		o.read = syscall.Read
+	}
+	if o.take == 0 {
+		o.take = takeTimeout
 	}
 	if o.unproven == 0 {
 		o.unproven = maxUnproven

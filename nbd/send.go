@@ -65,13 +65,19 @@ type sender struct {
 	// requests would be pointless.
 	failed atomic.Bool
 
+	// pausing is the connection's. What cannot be sent while it is set is kept in unsent, for the next server.
+	pausing  *atomic.Bool
+	overfull atomic.Bool // unsent has more than maxUnsent
+
 	// since is the start of the current write, in nanoseconds of Unix time; 0 if none is under way.
 	since atomic.Int64
 
 	// The goroutine that set busy owns these fields.
-	err   error       // why failed is set; written before failed
-	vec   net.Buffers // used up by a write
-	store net.Buffers // the whole slice of vec, for reuse
+	err    error // why failed is set; written before failed
+	kept   bool  // unsent has been begun: nothing more is written
+	unsent []byte
+	vec    net.Buffers // used up by a write
+	store  net.Buffers // the whole slice of vec, for reuse
 }
 
 // send queues p. Unless another goroutine is writing, it writes p and everything that is queued meanwhile.
@@ -103,7 +109,7 @@ func (s *sender) write(packets []*packet) {
 			s.vec = append(s.vec, p.vec...)
 		}
 		s.store = s.vec
-		if err := s.writeVec(); err != nil {
+		if err := s.writeVec(); err != nil && !s.keepUnsent(err) {
 			s.err = fmt.Errorf("nbd: send: %w", err)
 			s.failed.Store(true)
 			s.conn.Close() // wakes the receiver
@@ -124,10 +130,14 @@ func (s *sender) write(packets []*packet) {
 }
 
 func (s *sender) writeVec() error {
+	if s.kept {
+		return errPaused
+	}
 	s.since.Store(time.Now().UnixNano())
 	defer s.since.Store(0)
 	if len(s.vec) == 1 {
-		_, err := s.conn.Write(s.vec[0])
+		n, err := s.conn.Write(s.vec[0])
+		s.vec[0] = s.vec[0][n:]
 		return err
 	}
 	if s.secure != nil {

@@ -33,7 +33,9 @@ type Server struct {
 	conns     map[net.Conn]*served
 	refused   int        // of conns
 	unproven  []net.Conn // of conns: without TLS yet, where it is needed; the oldest first
-	idle      sync.Cond  // signalled when a connection has ended
+	idle      sync.Cond  // signalled when a connection has ended or is parked, and at Continue
+	paused    bool       // Pause was called, and Continue was not
+	sealed    bool       // the connections that are to be handed over are known: no more begin
 
 	abandoned chan struct{} // closed when Shutdown does not wait any longer
 	abandon   sync.Once
@@ -42,9 +44,10 @@ type Server struct {
 // served is a connection as the server sees it.
 type served struct {
 	since        time.Time
-	refused      bool  // it exceeds the limit, and is being refused
-	disconnected bool  // Disconnect ends it
-	conn         *conn // nil until the transmission phase
+	refused      bool   // it exceeds the limit, and is being refused
+	disconnected bool   // Disconnect ends it
+	conn         *conn  // nil until the transmission phase
+	parked       *State // not nil while it is paused
 }
 
 func newServed(refused bool) *served { return &served{since: time.Now(), refused: refused} }
@@ -83,6 +86,9 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	defer s.await(&wg)
 	for {
 		nc, err := accept(ctx, l)
+		if errors.Is(err, os.ErrDeadlineExceeded) && s.awaitContinue(l) {
+			continue
+		}
 		if err != nil {
 			if s.isClosed() {
 				return ErrServerClosed
@@ -121,7 +127,7 @@ func (s *Server) await(wg *sync.WaitGroup) {
 func accept(ctx context.Context, l net.Listener) (net.Conn, error) {
 	for delay := 5 * time.Millisecond; ; delay = min(2*delay, time.Second) {
 		nc, err := l.Accept()
-		if err == nil || errors.Is(err, net.ErrClosed) || !passes(err) {
+		if err == nil || errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrDeadlineExceeded) || !passes(err) {
 			return nc, err
 		}
 		select {
@@ -184,11 +190,24 @@ func (s *Server) ServeConn(ctx context.Context, nc net.Conn) error {
 	if !s.startTransmission(nc, c) {
 		return errors.Join(ErrServerClosed, s.closeExport(session))
 	}
-	err = c.run()
+	return s.transmit(ctx, nc, c)
+}
+
+// transmit serves a connection in the transmission phase to its end, and closes its export.
+func (s *Server) transmit(ctx context.Context, nc net.Conn, c *conn) error {
+	err := c.run()
+	for err == errPaused {
+		next := s.park(nc, c)
+		if next == nil {
+			return errors.Join(ErrServerClosed, s.closeExport(c.session))
+		}
+		c = next
+		err = c.run()
+	}
 	if secure := c.out.secure; secure != nil && !c.out.failed.Load() && !c.cutOff.Load() {
 		secure.bye()
 	}
-	return errors.Join(s.reason(ctx, nc, err), s.closeExport(session))
+	return errors.Join(s.reason(ctx, nc, err), s.closeExport(c.session))
 }
 
 func (s *Server) negotiation(exports Exports, nc net.Conn) *negotiation {
@@ -306,6 +325,7 @@ func (s *Server) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.closed = true
+	s.idle.Broadcast() // to those that are parked
 	for l := range s.listeners {
 		l.Close()
 	}
@@ -324,7 +344,7 @@ func (s *Server) close() {
 func (s *Server) isClosed() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.closed
+	return s.closed || s.sealed
 }
 
 // addListener adds l, or returns false if the server is closed.
@@ -333,6 +353,7 @@ func (s *Server) addListener(l net.Listener) bool {
 	defer s.mu.Unlock()
 	if !s.closed {
 		s.listeners[l] = struct{}{}
+		s.pauseListener(l)
 	}
 	return !s.closed
 }
@@ -377,10 +398,14 @@ func (s *Server) admit(nc net.Conn) (refuse, err error) {
 func (s *Server) startTransmission(nc net.Conn, c *conn) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.closed {
-		s.conns[nc].conn = c
+	if s.closed || s.sealed {
+		return false
 	}
-	return !s.closed
+	s.conns[nc].conn = c
+	if s.paused {
+		c.pause()
+	}
+	return true
 }
 
 func (s *Server) removeConn(nc net.Conn) {
