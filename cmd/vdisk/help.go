@@ -73,6 +73,7 @@ var examples = map[string]string{
 	"snapshot":    "vdisk snapshot vm1@before\nvdisk snapshot 'vm*@nightly'\nvdisk snapshot vm1@tue db@tue\nvdisk snapshot --auto vm1 db\nvdisk snapshot --auto --policy",
 	"stats":       "vdisk stats vm1\nvdisk stats vm1 --interval 1s --count 10",
 	"stream":      "vdisk stream check week\nvdisk stream info week",
+	"top":         "vdisk top\nvdisk top --batch --count 2 --sort p99",
 	"upgrade":     "vdisk upgrade",
 	"version":     "vdisk version",
 }

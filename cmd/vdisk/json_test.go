@@ -30,7 +30,7 @@ var documented = map[string]any{
 	"salvage": salvageJSON{}, "repair": repairedJSON{}, "imported difference": importedDiffJSON{},
 	"sent": sentJSON{}, "received": receivedJSON{}, "stream": streamJSON{},
 	"check": checkJSON{}, "problem": problemJSON{}, "rebuilt": cow.Rebuilt{}, "gc": gcJSON{}, "cold": cow.ColdReport{}, "bench": benchJSON{}, "step": stepJSON{},
-	"event": journal.Entry{}, "caller": journal.Caller{}, "metric": metrics.Family{}, "sample": metrics.Sample{}, "flattened": flattenedJSON{}, "version": versionJSON{}, "error": errorJSON{},
+	"event": journal.Entry{}, "caller": journal.Caller{}, "top": topJSON{}, "top volume": topVolumeJSON{}, "metric": metrics.Family{}, "sample": metrics.Sample{}, "flattened": flattenedJSON{}, "version": versionJSON{}, "error": errorJSON{},
 }
 
 // differenceJSON is what diffJSON writes piece by piece.

@@ -165,7 +165,7 @@ func (a *app) program() *cli.App {
 			a.serveCommand(), a.clientsCommand(), a.disconnectCommand(), a.daemonCommand(), a.upgradeCommand(),
 			a.importCommand(), a.exportCommand(), a.diffCommand(), a.mapCommand(), a.compareCommand(),
 			a.exportDiffCommand(), a.importDiffCommand(), a.sendCommand(), a.receiveCommand(), a.streamCommand(),
-			a.checkCommand(), a.scrubCommand(), a.metadataCommand(), a.gcCommand(), a.eventsCommand(), a.historyCommand(), a.benchCommand(), a.metricsCommand(), a.featuresCommand(), a.versionCommand(),
+			a.checkCommand(), a.scrubCommand(), a.metadataCommand(), a.gcCommand(), a.eventsCommand(), a.historyCommand(), a.benchCommand(), a.topCommand(), a.metricsCommand(), a.featuresCommand(), a.versionCommand(),
 			a.completionCommand(), a.completeCommand(), a.manCommand(),
 		},
 	}
