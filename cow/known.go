@@ -295,6 +295,7 @@ func (s *Store) logDamage(ctx context.Context, list []badPlace) error {
 	known, _ := s.damage.all()
 	for _, p := range list {
 		s.log.Log(ctx, s.damageLevel(), "data is damaged and cannot be read", "where", p.String(), "err", known[p], "lost", lostText(*bad[p], len(some) < len(points)))
+		s.opts.Notice(Notice{Kind: NoticeDamage, Where: p.String(), Lost: *bad[p], Err: known[p]})
 	}
 	return err
 }

@@ -52,6 +52,9 @@ type Options struct {
 	SharedMemory string
 	// Brief is for an owner that ends soon, and itself reports damage that it meets: the log has it only at the level Info.
 	Brief bool
+	// Notice, unless nil, is called when something happens to the store. It may be called as soon as Open has begun, by
+	// several goroutines, which hold no lock that Store's methods take for long; it must not call Close.
+	Notice func(Notice)
 	// ForgetElsewhere opens the store even if writes that its last owner acknowledged but did not write are in a shared
 	// memory other than this one. Those writes are given up. See ErrElsewhere.
 	ForgetElsewhere bool
@@ -131,6 +134,9 @@ func (o *Options) setDefaults() {
 	}
 	if o.now == nil {
 		o.now = Now
+	}
+	if o.Notice == nil {
+		o.Notice = func(Notice) {}
 	}
 	if o.onCommit == nil {
 		o.onCommit = func(bool) error { return nil }

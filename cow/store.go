@@ -151,6 +151,7 @@ func openIn(in *storage.Folder, o Options) (*Store, error) {
 		return s, nil
 	}
 	s.wg.Go(s.checkpointRoutine)
+	s.wg.Go(s.failureRoutine)
 	if s.opts.ScrubEvery != 0 {
 		s.resumeScrub()
 		s.scrub.started = true

@@ -40,7 +40,8 @@ func failTableSync(t *testing.T, path string) (undo func()) {
 // write over pages that the table on the disk refers to. What was flushed is in the log.
 func TestFailedSyncOfTheTableIsFinal(t *testing.T) {
 	hook := func() {}
-	s, dir := newStore(t, Options{checkpointInterval: -1, onCommit: func(done bool) error {
+	noticed := make(chan Notice, 10)
+	s, dir := newStore(t, Options{checkpointInterval: -1, Notice: func(n Notice) { noticed <- n }, onCommit: func(done bool) error {
 		if !done {
 			hook()
 		}
@@ -77,6 +78,9 @@ func TestFailedSyncOfTheTableIsFinal(t *testing.T) {
 		if !errors.Is(err, ErrFailed) {
 			t.Errorf("%s after that: %v", what, err)
 		}
+	}
+	if n := <-noticed; n.Kind != NoticeFailed || !errors.Is(n.Err, unix.EINVAL) {
+		t.Errorf("noticed: %+v", n)
 	}
 	sound := func() {
 		t.Helper()

@@ -7,7 +7,9 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
+	"sync"
 	"unicode"
 
 	"github.com/vdisk/vdisk/cow"
@@ -87,6 +89,48 @@ func (o *Owner) noteStop(err error) {
 	if o.opts.lasts() {
 		o.note(context.Background(), journal.Entry{Kind: "stop"}, err)
 	}
+}
+
+// notices are what happens to the store. They wait until there is an owner that can note them.
+type notices struct {
+	mu    sync.Mutex // guards the fields below
+	owner *Owner
+	early []cow.Notice
+}
+
+func (n *notices) take(x cow.Notice) {
+	n.mu.Lock()
+	o := n.owner
+	if o == nil {
+		n.early = append(n.early, x)
+	}
+	n.mu.Unlock()
+	if o != nil {
+		o.noteNotice(x)
+	}
+}
+
+func (n *notices) giveTo(o *Owner) {
+	n.mu.Lock()
+	early := n.early
+	n.owner, n.early = o, nil
+	n.mu.Unlock()
+	for _, x := range early {
+		o.noteNotice(x)
+	}
+}
+
+func (o *Owner) noteNotice(x cow.Notice) {
+	e := journal.Entry{Kind: string(x.Kind), Error: x.Err.Error()}
+	if x.Where != "" {
+		e.Details = map[string]any{"where": x.Where}
+	}
+	for _, l := range x.Lost {
+		if name := l.Ref.String(); !slices.Contains(e.Names, name) {
+			e.Names = append(e.Names, name)
+		}
+	}
+	o.happened(e)
 }
 
 // refused reports whether an operation was refused before it did anything.

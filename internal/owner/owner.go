@@ -69,6 +69,8 @@ func own(ctx context.Context, dir string, o Options, mayRead bool) (*Owner, erro
 	if o.lasts() {
 		opts.ScrubEvery = cmp.Or(o.ScrubEvery, -1)
 	}
+	notices := new(notices)
+	opts.Notice = notices.take
 	store, err := openStore(dir, o, opts)
 	if errors.Is(err, cow.ErrElsewhere) {
 		store, err = openElsewhere(ctx, dir, o, opts, err)
@@ -104,6 +106,7 @@ func own(ctx context.Context, dir string, o Options, mayRead bool) (*Owner, erro
 		return nil, errors.Join(err, owner.closeDisks(ctx), store.Close(), in.Close())
 	}
 	owner.noteStart()
+	notices.giveTo(owner)
 	return owner, nil
 }
 

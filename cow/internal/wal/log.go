@@ -30,6 +30,7 @@ type Log struct {
 	stock  *ReserveFile
 	mark   *Mark // the file that records durable
 	failed atomic.Pointer[error]
+	ended  chan struct{} // closed when Fail has made an error final
 
 	// Guarded by mu.
 	progress     *sync.Cond // a buffer became available, or an attempt to make a chunk ended
@@ -75,7 +76,7 @@ func New(fs storage.FS, mu *lockorder.Mutex[lockorder.Store], uuid [16]byte, spa
 	l := &Log{
 		fs: fs, mu: mu, uuid: uuid, space: space, stock: stock, mark: mark, progress: sync.NewCond(mu),
 		Pool:      Pool{fs: fs, space: space, mu: mu},
-		flushWork: make(chan struct{}, 1), makeWork: make(chan struct{}, 1), syncWork: make(chan struct{}, 1), quit: make(chan struct{}),
+		flushWork: make(chan struct{}, 1), makeWork: make(chan struct{}, 1), syncWork: make(chan struct{}, 1), quit: make(chan struct{}), ended: make(chan struct{}),
 	}
 	for range BufferCount {
 		l.free = append(l.free, &buffer{}) // the memory is allocated at the first use
@@ -136,12 +137,17 @@ func Poke(c chan struct{}) {
 // Fail makes err final: nothing is appended, written or synced any more. It returns the first such error.
 func (l *Log) Fail(err error) error {
 	err = fmt.Errorf("%w: %w", fault.ErrFailed, err)
-	l.failed.CompareAndSwap(nil, &err)
+	if l.failed.CompareAndSwap(nil, &err) {
+		close(l.ended)
+	}
 	l.mu.Lock()
 	l.progress.Broadcast()
 	l.mu.Unlock()
 	return *l.failed.Load()
 }
+
+// Failed returns a channel that is closed when Fail has been called.
+func (l *Log) Failed() <-chan struct{} { return l.ended }
 
 // Refuse makes err the error of every later change.
 func (l *Log) Refuse(err error) { l.failed.Store(&err) }
