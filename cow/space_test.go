@@ -113,7 +113,7 @@ func (w *modelStore) usage() (map[Ref]Usage, error) {
 	if len(said) != n {
 		err = fmt.Errorf("%d things take space, not %d", n, len(said))
 	}
-	return said, errors.Join(err, w.sameAlone(us), w.sameLive())
+	return said, errors.Join(err, w.sameAlone(us), w.sameLive(us))
 }
 
 // sameAlone asks for each by itself: then a snapshot is answered for in another way.
@@ -123,6 +123,7 @@ func (w *modelStore) sameAlone(us []Usage) error {
 		if w.event(err) != nil {
 			return err
 		}
+		u.Family, u.FamilyID = 0, 0
 		if len(alone) != 1 || alone[0] != u {
 			return fmt.Errorf("%+v by itself is %+v", u, alone)
 		}
@@ -139,8 +140,9 @@ func (d disk) mapped() (n int64) {
 	return n
 }
 
-// sameLive compares what all references together keep with the live bytes: the rest is deleted and not reaped.
-func (w *modelStore) sameLive() error {
+// sameLive compares what all references together keep, and what all families take, with the live bytes: the rest is
+// deleted and not reaped.
+func (w *modelStore) sameLive(us []Usage) error {
 	tx, _, err := w.s.readTable()
 	if err != nil {
 		return err
@@ -153,6 +155,20 @@ func (w *modelStore) sameLive() error {
 	kept, err := scan.Kept()
 	if err != nil {
 		return err
+	}
+	families := int64(0)
+	seen := map[uint32]bool{}
+	for _, u := range us {
+		if u.Family < u.Used && u.Ref.Snapshot == "" || (u.FamilyID != 0) != (u.Ref.Snapshot == "") {
+			return fmt.Errorf("that cannot be: %+v", u)
+		}
+		if !seen[u.FamilyID] {
+			seen[u.FamilyID] = true
+			families += u.Family
+		}
+	}
+	if families != kept {
+		return fmt.Errorf("%d bytes are kept, and all families take %d: %+v", kept, families, us)
 	}
 	w.s.mu.Lock()
 	waits := w.s.reapable()
@@ -213,6 +229,12 @@ func TestUsage(t *testing.T) {
 	check(c, [6]int64{4, 4, 0, 4, 0, 0})
 	write("c", 0, 301)
 	check(c, [6]int64{5, 5, 2, 3, 0, 2})
+	families(t, s, record, map[string]int64{"v": 10, "c": 10}) // all that v has ever had, and the two
+	_, err = s.CreateVolume("w", VolumeOptions{Size: 4 << 20, Codec: format.Raw})
+	must(t, err)
+	write("w", 7)
+	families(t, s, record, map[string]int64{"v": 10, "c": 10, "w": 1})
+	must(t, s.Remove(Ref{Volume: "w"}, false))
 	must(t, s.Remove(a, false))
 	check(c, [6]int64{5, 5, 3, 3, 0, 3}) // a's 0 goes with it, and is not its own
 	must(t, s.Remove(v, true))
@@ -228,6 +250,27 @@ func TestUsage(t *testing.T) {
 	must(t, s.Close())
 	if _, err := s.Usage(t.Context()); !errors.Is(err, ErrClosed) {
 		t.Errorf("after Close: %v", err)
+	}
+}
+
+// families compares what families take, in blocks. Those that take the same are one.
+func families(t *testing.T, s *Store, record int64, want map[string]int64) {
+	t.Helper()
+	us, err := s.Usage(t.Context())
+	must(t, err)
+	got, ids := map[string]int64{}, map[int64]uint32{}
+	for _, u := range us {
+		if u.Ref.Snapshot != "" {
+			continue
+		}
+		got[u.Ref.Volume] = u.Family / record
+		if id, ok := ids[u.Family]; ok && id != u.FamilyID {
+			t.Errorf("%v is of another family: %+v", u.Ref, us)
+		}
+		ids[u.Family] = u.FamilyID
+	}
+	if !maps.Equal(got, want) {
+		t.Errorf("families take %v, want %v", got, want)
 	}
 }
 

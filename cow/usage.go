@@ -23,13 +23,17 @@ type Usage struct {
 	Shared          int64 `json:"shared"`            // the part of Referenced that stays then
 	UsedBySnapshots int64 `json:"used_by_snapshots"` // of a volume: what deleting all its snapshots frees
 	Used            int64 `json:"used"`              // what deleting it frees; a volume with its snapshots
+	// Family is what a volume takes together with all that has an origin in common with it, and FamilyID is the same for
+	// all volumes of that family. Only Usage of all volumes has them.
+	Family   int64  `json:"family,omitempty"`
+	FamilyID uint32 `json:"family_id,omitempty"`
 }
 
 // Usage returns what volumes and snapshots take: those of refs that exist, or all if there are no refs, each volume
 // before its snapshots. It begins with a checkpoint, and its figures are exact as of then. The store may be in use. If a
 // part of the map cannot be read, the error matches ErrCorrupt, and KnownDamage names all such parts.
 func (s *Store) Usage(ctx context.Context, refs ...Ref) ([]Usage, error) {
-	return s.usage(ctx, func(scan *audit.UsageScan) (names []audit.Name) {
+	return s.usage(ctx, len(refs) == 0, func(scan *audit.UsageScan) (names []audit.Name) {
 		if len(refs) == 0 {
 			return scan.All()
 		}
@@ -43,7 +47,7 @@ func (s *Store) Usage(ctx context.Context, refs ...Ref) ([]Usage, error) {
 // VolumeUsage returns what the named volumes and all their snapshots take, as Usage does, each volume before its
 // snapshots. Volumes that do not exist are left out.
 func (s *Store) VolumeUsage(ctx context.Context, volumes ...string) ([]Usage, error) {
-	return s.usage(ctx, func(scan *audit.UsageScan) (names []audit.Name) {
+	return s.usage(ctx, false, func(scan *audit.UsageScan) (names []audit.Name) {
 		for _, v := range volumes {
 			names = append(names, scan.Of(v)...)
 		}
@@ -51,8 +55,8 @@ func (s *Store) VolumeUsage(ctx context.Context, volumes ...string) ([]Usage, er
 	})
 }
 
-// usage returns what the volumes and snapshots take that which chooses.
-func (s *Store) usage(ctx context.Context, which func(*audit.UsageScan) []audit.Name) (us []Usage, err error) {
+// usage returns what the volumes and snapshots take that which chooses, and what their families take.
+func (s *Store) usage(ctx context.Context, families bool, which func(*audit.UsageScan) []audit.Name) (us []Usage, err error) {
 	if err := s.beginTask(); err != nil {
 		return nil, fmt.Errorf("usage: %w", err)
 	}
@@ -67,12 +71,29 @@ func (s *Store) usage(ctx context.Context, which func(*audit.UsageScan) []audit.
 		if err != nil {
 			return err
 		}
-		return scan.Figures(which(scan), func(n audit.Name, f audit.Figures) { us = append(us, usageOf(Ref(n), f)) })
+		names := which(scan)
+		if err := scan.Figures(names, func(n audit.Name, f audit.Figures) { us = append(us, usageOf(Ref(n), f)) }); err != nil {
+			return err
+		}
+		if !families {
+			return nil
+		}
+		return addFamilies(us, scan)
 	})
 	if errors.Is(err, ErrCorrupt) {
 		err = errors.Join(err, metadata.Guard(func() error { return s.metVersions(ctx, tx) }))
 	}
 	return us, wrapIf(err, "usage")
+}
+
+// addFamilies adds what the families of the volumes take.
+func addFamilies(us []Usage, scan *audit.UsageScan) (err error) {
+	for i := range us {
+		if u := &us[i]; u.Ref.Snapshot == "" && err == nil {
+			u.FamilyID, u.Family, err = scan.Family(u.Ref.Volume)
+		}
+	}
+	return err
 }
 
 // metVersions notes all versions of leaves in the table that do not decode.

@@ -91,6 +91,37 @@ func (s *UsageScan) figuresOf(point pointRef, snapshots []pointRef) (f Figures, 
 	return f, err
 }
 
+// Family returns what a volume's family takes: the volume and its snapshots, what it comes from, all clones of any of
+// these, and what is kept for them. root is the branch at which the family begins; each family has another. It is 0 if
+// there is no such volume.
+func (s *UsageScan) Family(volume string) (root uint32, n int64, err error) {
+	point, ok := s.points[Name{Volume: volume}]
+	if !ok {
+		return 0, 0, nil
+	}
+	root = point.b.root()
+	if s.families == nil {
+		s.families = map[uint32]int64{}
+		for _, b := range s.branches {
+			if err := s.scan(b); err != nil {
+				return 0, 0, err
+			}
+			for _, bytes := range b.owned {
+				s.families[b.root()] += bytes
+			}
+		}
+	}
+	return root, s.families[root], nil
+}
+
+// root returns the branch at which the history of a branch begins.
+func (b *branchRefs) root() uint32 {
+	for b.origin != nil {
+		b = b.origin
+	}
+	return b.ID
+}
+
 // Kept returns the stored bytes of all blocks that anything named keeps alive. They are the live bytes, but for what
 // was deleted and waits for the reaper.
 func (s *UsageScan) Kept() (n int64, err error) {

@@ -22,6 +22,7 @@ type UsageScan struct {
 	names     []Name // each volume before its snapshots
 	points    map[Name]pointRef
 	snapshots map[Name][]pointRef // by volume
+	families  map[uint32]int64    // stored bytes by the branch at which a family begins; nil: not known yet
 }
 
 // branchRefs is a branch and its references: the parts of its history that keep blocks alive.
