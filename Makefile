@@ -18,7 +18,7 @@ build: ## bin/vdisk
 	@$(TOOLS)/setup.sh build
 	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-X main.described=$(VERSION)' -o bin/vdisk ./cmd/vdisk
 
-install: ## the program, its manual pages, completions and systemd units, below DESTDIR and PREFIX (/usr/local)
+install: ## the program, its manual pages, completions, systemd units and udev rule, below DESTDIR and PREFIX (/usr/local)
 	@[ -x bin/vdisk ] || $(MAKE) build
 	install -D -m 755 bin/vdisk $(DESTDIR)$(PREFIX)/bin/vdisk
 	$(DESTDIR)$(PREFIX)/bin/vdisk man $(DESTDIR)$(PREFIX)/share/man/man8
@@ -31,6 +31,8 @@ install: ## the program, its manual pages, completions and systemd units, below 
 		sed 's|/usr/local/bin/|$(PREFIX)/bin/|' $$unit > $(DESTDIR)$(PREFIX)/lib/systemd/system/$${unit#init/} && \
 			chmod 644 $(DESTDIR)$(PREFIX)/lib/systemd/system/$${unit#init/} || exit 1; \
 	done
+	install -D -m 644 init/60-vdisk.rules $(DESTDIR)$(PREFIX)/lib/udev/rules.d/60-vdisk.rules
+	install -D -m 644 init/modules-load.conf $(DESTDIR)$(PREFIX)/lib/modules-load.d/vdisk.conf
 
 deb: ## a Debian package of the commit that is checked out, in bin/ (deb.sh)
 	@$(TOOLS)/setup.sh build deb

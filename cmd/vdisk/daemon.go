@@ -23,7 +23,8 @@ func (a *app) daemonCommand() *cli.Command {
 		Usage:     "own the store in the foreground",
 		UsageText: "vdisk daemon [--nbd PATH|off] [--socket-mode MODE] [--socket-group GROUP] [--metrics ADDRESS:PORT]",
 		Description: "The daemon recovers devices that wait for a server, and serves all volumes and snapshots over NBD, as 'vdisk serve' does:\n" +
-			"on STORE/nbd.sock, on another socket (--nbd PATH), or not at all (--nbd off).\n\n" +
+			"on STORE/nbd.sock, on another socket (--nbd PATH), or not at all (--nbd off). It attaches the volumes with the property\n" +
+			"auto.attach=on ('vdisk set').\n\n" +
 			"SIGINT, SIGTERM and SIGHUP end it, and its block devices with it; if it is killed in any other way, they wait for the\n" +
 			"next server. 'vdisk attach' starts a daemon, without NBD, if the store has no owner. Start one yourself (as a service:\n" +
 			"init/vdisk@.service) to keep the store open at all times. SIGUSR2 does what 'vdisk upgrade' does.",
@@ -123,6 +124,9 @@ func (a *app) startOwner(c *cli.Context, o owner.Options, handover *owner.Handov
 	}
 	if err == nil {
 		_, err = s.Recover(c.Context, "") // the outcome of each device is logged and listed
+		if err == nil && handover == nil && !c.Bool("until-idle") {
+			s.AttachMarked(c.Context)
+		}
 		if err == nil {
 			err = a.serveNBD(s, nbd)
 		}

@@ -18,7 +18,8 @@ func (a *app) setCommand() *cli.Command {
 		Category:  groupVolumes,
 		Usage:     "set properties of a volume",
 		UsageText: "vdisk set VOL KEY=VALUE...",
-		Description: "Properties are yours; vdisk only keeps them, but for auto.keep, the policy of 'vdisk prune'. KEY= removes one. A key has up\n" +
+		Description: "Properties are yours; vdisk only keeps them, but for two. auto.keep is the policy of 'vdisk prune'. With auto.attach=on,\n" +
+			"or read-only, a daemon attaches the volume when it starts. KEY= removes one. A key has up\n" +
 			"to 63 letters, digits and . _ - :, a value up to 1024 bytes, and a volume up to 64 properties and 16 KiB. All are set in one\n" +
 			"step, or none. They stay when the volume is renamed or rolled back. A clone begins without. A sent snapshot takes them\n" +
 			"along, and a full stream gives them to the volume that it makes.",

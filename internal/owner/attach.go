@@ -23,7 +23,19 @@ const defaultDepth = 64
 
 // Attach makes a block device for a volume or snapshot.
 func (o *Owner) Attach(ctx context.Context, a AttachOptions) (Device, error) {
+	d, err := o.attachNoted(ctx, a)
+	if err == nil {
+		o.opts.names.wait(ctx, diskName{id: d.ID, store: o.uuid, ref: d.Ref.String()}, d.Path)
+	}
+	return d, err
+}
+
+// attachNoted is Attach, and does not wait for links in /dev/disk.
+func (o *Owner) attachNoted(ctx context.Context, a AttachOptions) (Device, error) {
 	d, err := o.attach(ctx, a)
+	if err == nil {
+		o.tellNames(d.Ref.Volume)
+	}
 	return d, o.did(ctx, journal.Entry{Kind: "attach", Names: []string{a.Ref.String()}, Details: map[string]any{"device": d.Path, "read_only": d.ReadOnly}}, err)
 }
 

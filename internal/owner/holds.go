@@ -21,11 +21,16 @@ func (o *Owner) Release(ctx context.Context, tag string, refs ...cow.Ref) error 
 	return o.did(ctx, e, o.store.Release(tag, refs...))
 }
 
-// SetProperties changes properties of a volume. A policy has to be one.
+// SetProperties changes properties of a volume. Those that have a meaning must have it.
 func (o *Owner) SetProperties(ctx context.Context, name string, changes map[string]string) error {
 	if text := changes[retention.Property]; text != "" {
 		if _, err := retention.Parse(text); err != nil {
 			return fmt.Errorf("set %s: %s=%s: %w: %w", name, retention.Property, text, err, cow.ErrInvalid)
+		}
+	}
+	if text := changes[AutoAttach]; text != "" {
+		if _, err := autoAttach(text); err != nil {
+			return fmt.Errorf("set %s: %w", name, err)
 		}
 	}
 	e := journal.Entry{Kind: "set", Names: []string{name}, Details: map[string]any{}}

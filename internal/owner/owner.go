@@ -33,7 +33,8 @@ type Owner struct {
 	life context.Context
 	kill context.CancelFunc
 
-	mark        mark // marks the store in its devices' cookies
+	uuid        string // of the store
+	mark        mark   // marks the store in its devices' cookies
 	prepareOnce sync.Once
 	repairs     sync.WaitGroup // recoveries of disks whose server failed; Add under mu, while not stopping
 	own         sync.WaitGroup // the services of ServeOwn
@@ -92,7 +93,8 @@ func own(ctx context.Context, dir string, o Options, mayRead bool) (*Owner, erro
 	if !o.Look { // a command that only looks changes nothing
 		owner.journal = journal.New(in, o.Logger)
 	}
-	if owner.mark, err = markOf(in, store.Info().UUID); err == nil {
+	owner.uuid = store.Info().UUID
+	if owner.mark, err = markOf(in, owner.uuid); err == nil {
 		err = owner.adopt(ctx)
 	}
 	if err == nil && store.ReadOnly() == nil {

@@ -103,6 +103,7 @@ func (o *Owner) recoverDisk(ctx context.Context, d *disk) Recovery {
 	info, err := o.tryRecover(ctx, d)
 	o.note(ctx, journal.Entry{Kind: "recover", Names: []string{d.ref().String()}, Details: map[string]any{"device": pathOf(d.id)}}, err)
 	if err == nil {
+		o.tellNames(info.Ref.Volume)
 		log.Info("recovered")
 		return Recovery{Device: info}
 	}

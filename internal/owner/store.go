@@ -162,6 +162,7 @@ type Options struct {
 
 	// Tests set the fields below. The trailing comments give the defaults.
 	driver       driver // the kernel's
+	names        names  // the system's, and nothing is told with another driver
 	sharedMemory string // the system's
 	memory       func() []memory
 	threads      func() []room
@@ -181,6 +182,7 @@ func (o Options) withDefaults() Options {
 	}
 	if o.driver == nil {
 		o.driver = kernel{}
+		o.names = systemNames()
 	}
 	if o.memory == nil {
 		o.memory = func() []memory { return readMemory("/") }

@@ -100,6 +100,7 @@ func (o *Owner) rename(from, to cow.Ref) error {
 	}
 	if attached {
 		err = errors.Join(err, o.record())
+		o.tellNames(to.Volume)
 	}
 	return err
 }

@@ -36,7 +36,7 @@ version=$(debian_version)
 tree=$(mktemp -d)
 trap 'rm -rf "$tree"' EXIT
 doc=$tree/usr/share/doc/vdisk
-install -d "$tree"/{DEBIAN,etc/default} "$tree"/usr/{bin,lib/systemd/system,lib/modules-load.d,share/man/man8,share/lintian/overrides} \
+install -d "$tree"/{DEBIAN,etc/default} "$tree"/usr/{bin,lib/systemd/system,lib/modules-load.d,lib/udev/rules.d,share/man/man8,share/lintian/overrides} \
 	"$tree"/usr/share/{bash-completion/completions,zsh/vendor-completions,fish/vendor_completions.d} "$doc/docs"
 
 # The symbols are left out: stacks have their names without them, and so does 'go version -m'.
@@ -52,6 +52,7 @@ for unit in init/*.service init/*.socket init/*.timer; do
 	[ -e "$unit" ] || continue
 	sed 's|/usr/local/bin/|/usr/bin/|' "$unit" >"$tree/usr/lib/systemd/system/${unit#init/}"
 done
+cp init/60-vdisk.rules "$tree/usr/lib/udev/rules.d"
 cp init/modules-load.conf "$tree/usr/lib/modules-load.d/vdisk.conf"
 
 cp packaging/deb/default "$tree/etc/default/vdisk"
