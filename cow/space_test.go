@@ -85,6 +85,17 @@ func (w *modelStore) reclaim() error { return w.event(w.s.reclaimDeleted(context
 
 // usage is what the store says of all there is, after a comparison with the model and with the live bytes.
 func (w *modelStore) usage() (map[Ref]Usage, error) {
+	// A store that cannot make a checkpoint answers as of the last one, which is not what the model has.
+	tx, all, err := w.s.readTable()
+	if err == nil {
+		err = tx.Close()
+	}
+	if err == nil && !all {
+		err = errors.Join(w.s.wal.Err(), w.s.checkpoints.failure)
+	}
+	if err != nil {
+		return nil, err
+	}
 	us, err := w.s.Usage(context.Background())
 	if w.event(err) != nil {
 		return nil, err
