@@ -32,6 +32,7 @@ type column struct {
 	right  bool // aligned to the right
 	number func(i item) (n int64, ok bool)
 	text   func(a *app, i item) string
+	bad    func(text string) bool // the text means that something is wrong; nil: none does
 }
 
 func dash(s string) string {
@@ -92,6 +93,12 @@ func ofVolumes(count func(volumeJSON) int) func(item) (int64, bool) {
 	return func(i item) (int64, bool) { return int64(count(i.volume)), i.snapshot == nil }
 }
 
+func deviceColumn() column {
+	c := words("device", func(v volumeJSON) string { return shown(v.Device, v.DeviceState) }, func(s snapshotJSON) string { return shown(s.Device, s.DeviceState) })
+	c.bad = func(text string) bool { return strings.HasSuffix(text, "waits)") }
+	return c
+}
+
 func none[T any](T) string { return "" }
 
 var columns = []column{
@@ -118,6 +125,12 @@ var columns = []column{
 		}
 		return *i.usage.UsedBySnapshots, true
 	}),
+	sizes("family", true, func(i item) (int64, bool) {
+		if i.usage == nil || i.usage.Family == nil {
+			return 0, false
+		}
+		return *i.usage.Family, true
+	}),
 	space("used", func(u *usageJSON) int64 { return u.Used }),
 	{name: "ratio", usage: true, right: true, number: func(i item) (int64, bool) {
 		if i.usage == nil || i.usage.Referenced <= 0 {
@@ -137,7 +150,7 @@ var columns = []column{
 	freeWords("holds", none, snapshotJSON.tags),
 	freeWords("properties", func(v volumeJSON) string { return properties(v.Properties) }, none),
 	freeWords("origin", func(v volumeJSON) string { return v.Origin }, none),
-	words("device", func(v volumeJSON) string { return shown(v.Device, v.DeviceState) }, func(s snapshotJSON) string { return shown(s.Device, s.DeviceState) }),
+	deviceColumn(),
 	counts("open", ofVolumes(func(v volumeJSON) int { return v.Open })),
 	{name: "created", number: func(i item) (int64, bool) {
 		if i.snapshot != nil {
@@ -156,7 +169,7 @@ var columns = []column{
 const defaultColumns = "name,size,compress,snapshots,origin,device,created"
 
 // longColumns are the columns of ls -l.
-const longColumns = "name,size,used,usedsnap,referenced,exclusive,mapped,ratio,snapshots,origin"
+const longColumns = "name,size,used,usedsnap,family,referenced,exclusive,mapped,ratio,snapshots,origin"
 
 func columnNames() (names []string) {
 	for _, c := range columns {

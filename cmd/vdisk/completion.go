@@ -158,6 +158,7 @@ var valuesOf = map[string][]string{
 	"compress": {format.Raw.String(), format.S2.String(), format.Zstd.String()},
 	"type":     {"vol", "snap", "all"}, "t": {"vol", "snap", "all"},
 	"columns": columnNames(), "o": columnNames(), "sort": columnNames(),
+	"color":         {colorAlways, colorAuto, colorNever},
 	"logical-block": {"512", "4096"},
 	"output":        {"human", "json"},
 }

@@ -254,7 +254,11 @@ func (p *eventPrinter) print(e journal.Entry) error {
 			return err
 		}
 	}
-	_, err := fmt.Fprintf(p.a.stdout, form, when(e.Time), cell(e.Kind), cell(p.by(e.By)), cell(p.what(e)))
+	to, line := p.a.stdout, fmt.Sprintf(form, when(e.Time), cell(e.Kind), cell(p.by(e.By)), cell(p.what(e)))
+	if e.Error != "" && p.a.colored() {
+		to, line = rawOf(to), red+strings.TrimSuffix(line, "\n")+plain+"\n" // all parts are escaped
+	}
+	_, err := io.WriteString(to, line)
 	return err
 }
 

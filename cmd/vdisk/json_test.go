@@ -22,7 +22,7 @@ import (
 
 // documented are the objects of docs/json.md.
 var documented = map[string]any{
-	"volume": volumeJSON{}, "snapshot": snapshotJSON{}, "usage": usageJSON{}, "hold": holdJSON{}, "pruned": prunedJSON{}, "kept": keptJSON{}, "receiving": receivingJSON{},
+	"volume": volumeJSON{}, "snapshot": snapshotJSON{}, "usage": usageJSON{}, "total": totalJSON{}, "hold": holdJSON{}, "pruned": prunedJSON{}, "kept": keptJSON{}, "receiving": receivingJSON{},
 	"store": storeJSON{}, "owner": ownerJSON{}, "device": deviceJSON{}, "service": serviceJSON{}, "client": clientJSON{}, "scrub": scrubJSON{}, "run": cow.ScrubRun{},
 	"machine device": machineDeviceJSON{}, "stats": statsJSON{}, "queue": queueStatsJSON{}, "operation": opStatsJSON{},
 	"features": featuresJSON{}, "availability": owner.Availability{}, "ublk": owner.UblkFeatures{}, "ublk feature": owner.UblkFeature{}, "reclaim": owner.Reclaim{},

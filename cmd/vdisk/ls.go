@@ -26,6 +26,7 @@ func (a *app) lsCommand() *cli.Command {
 			"shared      the part that others have too\n" +
 			"usedsnap    the space that removing all the volume's snapshots would free\n" +
 			"used        the space that removing it would free; for a volume, with all its snapshots\n" +
+			"family      what it takes with all that has an origin in common with it: what it comes from, and all clones\n" +
 			"These are exact, and read the maps of the volumes: about 6 µs for each MiB, and again for each snapshot before which it\n" +
 			"changed. The others cost nothing. A name with a colon is the property of that name.",
 		Flags: []cli.Flag{
@@ -79,13 +80,15 @@ func (a *app) ls(c *cli.Context) error {
 		slices.SortStableFunc(volumes, func(x, y volumeJSON) int { return natural(x.Name, y.Name) })
 		items := itemsOf(volumes, kind)
 		if by.usage || slices.ContainsFunc(chosen, func(c column) bool { return c.usage }) {
-			switch err := addUsage(c, s, items); {
+			families := by.name == "family" || slices.ContainsFunc(chosen, func(c column) bool { return c.name == "family" })
+			switch err := addUsage(c, s, items, families); {
 			case errors.Is(err, cow.ErrCorrupt):
 				a.note("what they take is not known, as the map is damaged; 'vdisk check' names the damage: %v", err)
 			case err != nil:
 				return err
 			}
 		}
+		total := totalOf(items, c.NArg() == 0)
 		if c.IsSet("sort") {
 			slices.SortStableFunc(items, func(x, y item) int { return by.compare(a, x, y) })
 		}
@@ -95,7 +98,7 @@ func (a *app) ls(c *cli.Context) error {
 		if c.Bool("tree") {
 			items = treeOf(items, !c.Bool("script"))
 		}
-		return a.print(listJSON(items, kind), func() error { return a.printItems(items, chosen, c.Bool("script")) })
+		return a.print(listJSON(items, kind, total), func() error { return a.printItems(items, chosen, total, c.Bool("script")) })
 	})
 }
 
@@ -162,7 +165,7 @@ func itemsOf(volumes []volumeJSON, kind string) (items []item) {
 }
 
 // addUsage gets the usage of all items in one request, which is much cheaper than one request per item.
-func addUsage(c *cli.Context, s owner.Store, items []item) error {
+func addUsage(c *cli.Context, s owner.Store, items []item, families bool) error {
 	if len(items) == 0 {
 		return nil
 	}
@@ -179,7 +182,7 @@ func addUsage(c *cli.Context, s owner.Store, items []item) error {
 		}
 		byName[name] = &items[i]
 	}
-	us, err := usageOfItems(c, s, volumes, snapshots)
+	us, err := usageOfItems(c, s, volumes, snapshots, families)
 	if err != nil {
 		return err
 	}
@@ -198,10 +201,10 @@ func addUsage(c *cli.Context, s owner.Store, items []item) error {
 	return nil
 }
 
-// usageOfItems gets the usage of the volumes, and of their snapshots if those are shown.
-func usageOfItems(c *cli.Context, s owner.Store, volumes []string, snapshots bool) ([]cow.Usage, error) {
+// usageOfItems gets the usage of the volumes, of their snapshots if those are shown, and of their families if those are.
+func usageOfItems(c *cli.Context, s owner.Store, volumes []string, snapshots, families bool) ([]cow.Usage, error) {
 	switch {
-	case c.NArg() == 0:
+	case c.NArg() == 0 || families:
 		return s.Usage(c.Context)
 	case snapshots:
 		return s.VolumeUsage(c.Context, volumes...)
@@ -214,7 +217,7 @@ func usageOfItems(c *cli.Context, s owner.Store, volumes []string, snapshots boo
 }
 
 // listJSON returns {"volumes": [...]}, each with its snapshots, or with -t snap {"snapshots": [...]}.
-func listJSON(items []item, kind string) any {
+func listJSON(items []item, kind string, total *totalJSON) any {
 	volumes, snapshots := []volumeJSON{}, []snapshotJSON{}
 	for _, i := range items {
 		if i.snapshot != nil {
@@ -226,13 +229,64 @@ func listJSON(items []item, kind string) any {
 	if kind == "snap" {
 		return map[string]any{"snapshots": snapshots}
 	}
+	if total != nil {
+		return map[string]any{"volumes": volumes, "total": total}
+	}
 	return map[string]any{"volumes": volumes}
 }
 
-func (a *app) printItems(items []item, chosen []column, script bool) error {
+// totalJSON is what all volumes are together.
+type totalJSON struct {
+	Volumes   int   `json:"volumes"`
+	Snapshots int   `json:"snapshots"`
+	Size      int64 `json:"size"` // of the volumes
+	Used      int64 `json:"used"` // what all of them take, and all that is kept for them
+}
+
+// totalOf returns the total of the items, or nil if they are not all volumes, or what they take is not known. The parts
+// that clones share are nobody's "used", so that of families is added up.
+func totalOf(items []item, all bool) *totalJSON {
+	t, seen := &totalJSON{}, map[uint32]bool{}
+	for _, i := range items {
+		if i.snapshot != nil {
+			continue
+		}
+		if i.usage == nil || i.usage.Family == nil {
+			return nil
+		}
+		t.Volumes++
+		t.Snapshots += len(i.volume.Snapshots)
+		t.Size += i.volume.Size
+		if id := i.usage.FamilyID; !seen[id] {
+			seen[id] = true
+			t.Used += *i.usage.Family
+		}
+	}
+	if !all || t.Volumes == 0 {
+		return nil
+	}
+	return t
+}
+
+// totalRow returns the last line of the list. A total of one volume says nothing.
+func (a *app) totalRow(t *totalJSON, chosen []column) (row []string) {
+	if t == nil || t.Volumes < 2 {
+		return nil
+	}
+	text := map[string]string{
+		"name": fmt.Sprintf("total of %d", t.Volumes), "size": a.size(t.Size), "snapshots": fmt.Sprint(t.Snapshots),
+		"used": a.size(t.Used), "family": a.size(t.Used),
+	}
+	for _, c := range chosen {
+		row = append(row, text[c.name])
+	}
+	return row
+}
+
+func (a *app) printItems(items []item, chosen []column, total *totalJSON, script bool) error {
 	var header []heading
 	for _, c := range chosen {
-		header = append(header, heading{strings.ToUpper(c.name), c.right, c.free})
+		header = append(header, heading{strings.ToUpper(c.name), c.right, c.free, c.bad})
 	}
 	var rows [][]string
 	for _, i := range items {
@@ -240,6 +294,9 @@ func (a *app) printItems(items []item, chosen []column, script bool) error {
 		for _, c := range chosen {
 			row = append(row, c.text(a, i))
 		}
+		rows = append(rows, row)
+	}
+	if row := a.totalRow(total, chosen); row != nil && !script {
 		rows = append(rows, row)
 	}
 	return a.table(header, rows, script)

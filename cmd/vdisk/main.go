@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -47,6 +48,7 @@ type app struct {
 	quiet       bool
 	verbose     bool
 	bytes       bool
+	color       string
 	lockTimeout time.Duration
 	maxSize     string
 	maxBytes    int64 // parsed maxSize
@@ -177,6 +179,7 @@ func (a *app) globalFlags() []cli.Flag {
 		&cli.PathFlag{Name: "store", Usage: "the `DIR` that holds the volumes", EnvVars: []string{"VDISK_STORE"}, Value: defaultStore, Destination: &a.dir},
 		&cli.BoolFlag{Name: "json", Usage: "print JSON, with sizes in bytes", Destination: &a.json},
 		&cli.BoolFlag{Name: "bytes", Usage: "print sizes in bytes", Destination: &a.bytes},
+		&cli.StringFlag{Name: "color", Usage: "colours: auto (on a terminal, unless NO_COLOR is set), always or never", Value: colorAuto, Destination: &a.color},
 		&cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Usage: "print neither notes nor progress", Destination: &a.quiet},
 		&cli.BoolFlag{Name: "verbose", Aliases: []string{"v"}, Usage: "log what is done", EnvVars: []string{"VDISK_VERBOSE"}, Destination: &a.verbose},
 		&cli.DurationFlag{Name: "lock-timeout", Usage: "how long to wait for a busy store", EnvVars: []string{"VDISK_LOCK_TIMEOUT"}, Value: 5 * time.Second, Destination: &a.lockTimeout},
@@ -197,6 +200,9 @@ func (a *app) prepare(*cli.Context) error {
 	a.log = slog.New(slog.NewTextHandler(a.stderr, &slog.HandlerOptions{Level: level}))
 	if a.dir == "" {
 		return usagef("--store is empty: it names the folder that holds the volumes")
+	}
+	if !slices.Contains([]string{colorAuto, colorAlways, colorNever}, a.color) {
+		return usagef("--color %s: auto, always and never are possible", a.color)
 	}
 	if a.lockTimeout < 0 {
 		return usagef("--lock-timeout %v is below zero", a.lockTimeout)

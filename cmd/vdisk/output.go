@@ -108,6 +108,10 @@ type usageJSON struct {
 	UsedBySnapshots *int64 `json:"used_by_snapshots,omitempty"`
 	// Freed if it were removed; a volume: with its snapshots.
 	Used int64 `json:"used"`
+	// What a volume takes with all that has an origin in common with it.
+	Family *int64 `json:"family,omitempty"`
+
+	FamilyID uint32 `json:"-"` // the same for all volumes of a family; 0: not known
 }
 
 func volumeOf(v owner.Volume) volumeJSON {
@@ -154,6 +158,9 @@ func usageOf(u cow.Usage) *usageJSON {
 	j := &usageJSON{Mapped: u.Mapped, Referenced: u.Referenced, Exclusive: u.Exclusive, Shared: u.Shared, Used: u.Used}
 	if u.Ref.Snapshot == "" {
 		j.UsedBySnapshots = &u.UsedBySnapshots
+	}
+	if u.FamilyID != 0 {
+		j.Family, j.FamilyID = &u.Family, u.FamilyID
 	}
 	return j
 }

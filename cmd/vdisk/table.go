@@ -12,8 +12,9 @@ import (
 // heading is the head of a column of a table.
 type heading struct {
 	text  string
-	right bool // the column has numbers, and is aligned to the right
-	free  bool // the column has text of any length: it is cut if the table is wider than the terminal
+	right bool                   // the column has numbers, and is aligned to the right
+	free  bool                   // the column has text of any length: it is cut if the table is wider than the terminal
+	bad   func(text string) bool // the text means that something is wrong; nil: none does
 }
 
 // headings returns the heads of columns of text.
@@ -57,10 +58,18 @@ func (a *app) table(header []heading, rows [][]string, script bool) error {
 	}
 	rows = append([][]string{names}, rows...)
 	widths := widthsOf(header, rows, terminalWidth(a.stdout))
-	for _, row := range rows {
-		fmt.Fprintln(&lines, lineOf(header, widths, row))
+	to, paint := a.stdout, a.colored()
+	if paint {
+		to = rawOf(to) // all cells are escaped, and colours must not be
 	}
-	_, err := io.WriteString(a.stdout, lines.String())
+	for n, row := range rows {
+		line := paintedLine(header, widths, row, paint)
+		if paint && n == 0 {
+			line = bold + line + plain
+		}
+		fmt.Fprintln(&lines, line)
+	}
+	_, err := io.WriteString(to, lines.String())
 	return err
 }
 
@@ -92,6 +101,11 @@ func widthsOf(header []heading, rows [][]string, most int) []int {
 }
 
 func lineOf(header []heading, widths []int, row []string) string {
+	return paintedLine(header, widths, row, false)
+}
+
+// paintedLine is lineOf, with what means that something is wrong in red.
+func paintedLine(header []heading, widths []int, row []string, paint bool) string {
 	var line strings.Builder
 	for k, text := range row {
 		if k > 0 {
@@ -102,6 +116,9 @@ func lineOf(header []heading, widths []int, row []string) string {
 			text = runewidth.FillLeft(text, widths[k])
 		} else {
 			text = runewidth.FillRight(text, widths[k])
+		}
+		if paint && header[k].bad != nil && header[k].bad(row[k]) {
+			text = red + text + plain
 		}
 		line.WriteString(text)
 	}

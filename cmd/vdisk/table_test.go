@@ -51,3 +51,16 @@ func TestNatural(t *testing.T) {
 		}
 	}
 }
+
+// TestPaintedLine: what means that something is wrong is red, without the blanks being counted wrong.
+func TestPaintedLine(t *testing.T) {
+	header := []heading{{text: "NAME"}, {text: "DEVICE", bad: deviceColumn().bad}, {text: "SIZE", right: true}}
+	for text, want := range map[string]string{
+		"/dev/ublkb0 (waits)": "v  " + red + "/dev/ublkb0 (waits)" + plain + "  1GiB",
+		"/dev/ublkb0":         "v  /dev/ublkb0          1GiB",
+	} {
+		if got := paintedLine(header, []int{1, 19, 4}, []string{"v", text, "1GiB"}, true); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+}
