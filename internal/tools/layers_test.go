@@ -16,7 +16,7 @@ const module = "github.com/vdisk/vdisk"
 // layers lists the packages from the top down, with the packages of this module that each may import. A package that is
 // missing here may import none of them.
 var layers = map[string][]string{
-	"cmd/vdisk":                {"internal/owner", "internal/journal", "internal/retention", "internal/owner/sparse", "internal/image", "internal/stream", "internal/bench", "internal/metrics", "internal/storage", "cow", "format", "ublk"},
+	"cmd/vdisk":                {"internal/owner", "internal/journal", "internal/retention", "internal/freeze", "internal/owner/sparse", "internal/image", "internal/stream", "internal/bench", "internal/metrics", "internal/storage", "cow", "format", "ublk"},
 	"internal/image":           {"internal/owner/sparse", "nbd", "cow"},
 	"internal/owner":           {"internal/journal", "internal/retention", "internal/owner/sparse", "internal/rbddiff", "internal/stream", "internal/bench", "internal/metrics", "internal/storage", "cow", "format", "nbd", "ublk"},
 	"internal/metrics":         {"cow", "ublk"},
@@ -32,6 +32,7 @@ var layers = map[string][]string{
 	"internal/rbddiff":         {},
 	"internal/journal":         {"internal/storage"},
 	"internal/retention":       {},
+	"internal/freeze":          {},
 	"internal/storage/crashfs": {"internal/storage"},
 	"ublk/examples/loop":       {"ublk"},
 	"ublk/examples/null":       {"ublk"},
