@@ -46,7 +46,11 @@ func (a *app) snapshotAuto(c *cli.Context) error {
 			if err != nil {
 				return err
 			}
-			r, err := s.SnapshotAuto(c.Context, names...)
+			var r cow.AutoReport
+			err = a.frozen(c, s, names, func() (_ []cow.Ref, err error) {
+				r, err = s.SnapshotAuto(c.Context, names...)
+				return r.Taken, err
+			})
 			if errors.Is(err, cow.ErrNotFound) && try < autoTries { // the next look says whether it was named
 				continue
 			}

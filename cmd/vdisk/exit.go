@@ -11,6 +11,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/freeze"
 	"github.com/vdisk/vdisk/internal/image"
 	"github.com/vdisk/vdisk/internal/owner"
 	streams "github.com/vdisk/vdisk/internal/stream"
@@ -92,6 +93,10 @@ var kinds = []struct {
 	{cow.ErrSound, exitFailed, "sound", ""},
 	{streams.ErrDamaged, exitCorrupt, "corrupt", "the store is as sound as it was; 'vdisk stream check FILE' verifies a stream that is kept in a file"},
 	{streams.ErrCut, exitFailed, "cut", ""},
+	{freeze.ErrThawed, exitFailed, "thawed", "a longer --freeze-timeout may help"},
+	{freeze.ErrFrozen, exitBusy, "busy", "'fsfreeze --unfreeze MOUNTPOINT' thaws it, if nobody else is at work"},
+	{freeze.ErrRefused, exitUsage, "invalid", ""},
+	{freeze.ErrUnsupported, exitUnsupported, "unsupported", ""},
 	{cow.ErrCorrupt, exitCorrupt, "corrupt", "'vdisk check --read-data' lists all damage; 'vdisk export --salvage' saves all readable data, with zeros for the rest"},
 	{cow.ErrVersion, exitUnsupported, "newer-format", "nothing was changed; use the version of vdisk that wrote it, or a later one"},
 	{cow.ErrForeign, exitFailed, "foreign", "run vdisk as the store's owner (sudo -u USER vdisk ...); if you trust everybody who can change it, use --foreign or VDISK_FOREIGN=1"},

@@ -70,7 +70,7 @@ var examples = map[string]string{
 	"send":        "vdisk send vm1@mon\nvdisk send -i @mon vm1@tue\nvdisk send -n -I @mon vm1@wed",
 	"serve":       "vdisk serve\nvdisk serve golden@v1 vm1 --socket /run/vm.sock\nvdisk serve --socket /run/vm.sock --socket-group kvm\nvdisk serve --listen 0.0.0.0:10809 --tls-certificates /etc/vdisk/server",
 	"set":         "vdisk set vm1 org:owner=zoe\nvdisk set vm1 auto.attach=on\nvdisk set vm1 auto.keep=hourly=24,daily=7,weekly=4\nvdisk set vm1 note=",
-	"snapshot":    "vdisk snapshot vm1@before\nvdisk snapshot 'vm*@nightly'\nvdisk snapshot vm1@tue db@tue\nvdisk snapshot --auto vm1 db\nvdisk snapshot --auto --policy",
+	"snapshot":    "vdisk snapshot vm1@before\nvdisk snapshot 'vm*@nightly'\nvdisk snapshot vm1@tue db@tue\nvdisk snapshot --auto vm1 db\nvdisk snapshot --auto --policy\nvdisk snapshot vm1@clean --freeze /srv",
 	"stats":       "vdisk stats vm1\nvdisk stats vm1 --interval 1s --count 10",
 	"stream":      "vdisk stream check week\nvdisk stream info week",
 	"top":         "vdisk top\nvdisk top --batch --count 2 --sort p99",

@@ -21,6 +21,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/freeze"
 	"github.com/vdisk/vdisk/internal/owner"
 )
 
@@ -58,6 +59,9 @@ type app struct {
 	coldAfter   time.Duration
 	scrubEvery  time.Duration
 	log         *slog.Logger
+
+	freezer      freeze.System              // freezes file systems
+	devicesBelow func(path string) []string // the block devices that a file system is on
 }
 
 // defaultStore is the store if none is named.
@@ -72,7 +76,7 @@ func run(args []string) int {
 	ctx, stop := interruptible(context.Background())
 	defer stop()
 	out := newOutput(ctx, os.Stdout)
-	a := &app{stdin: os.Stdin, stdout: plainWriter{out}, stderr: plainWriter{diagnostics{os.Stderr, new(atomic.Int64)}}}
+	a := &app{stdin: os.Stdin, stdout: plainWriter{out}, stderr: plainWriter{diagnostics{os.Stderr, new(atomic.Int64)}}, freezer: freeze.Kernel{}, devicesBelow: freeze.DevicesBelow}
 	program := a.program()
 	if len(args) < 2 || args[1] != completeVerb {
 		args = reorderArgs(program, args)

@@ -16,16 +16,18 @@ func (a *app) snapshotCommand() *cli.Command {
 		Name:      "snapshot",
 		Category:  groupVolumes,
 		Usage:     "take snapshots, all at the same moment",
-		UsageText: "vdisk snapshot VOL@SNAP... | --auto {VOL...|--all|--policy}",
+		UsageText: "vdisk snapshot VOL@SNAP... [--freeze MOUNTPOINT] | --auto {VOL...|--all|--policy} [--freeze MOUNTPOINT]",
 		Description: "Several snapshots are taken in one atomic step: all of them or none. They contain every write that had been acknowledged.\n" +
 			"VOL may have wildcards (*, ?, [a-z]; quote them from the shell): each volume that matches gets a snapshot.\n" +
 			"With --auto, the snapshots are named by the time in UTC, as in auto-20261130T125143Z, and their names are printed. A volume\n" +
-			"that has not changed since its newest snapshot gets none. 'vdisk prune' removes such snapshots by rules.",
-		Flags: []cli.Flag{
+			"that has not changed since its newest snapshot gets none. 'vdisk prune' removes such snapshots by rules.\n" +
+			"With --freeze, the data of the mounted file system is written first, and nobody writes until the snapshot is taken, so that\n" +
+			"the snapshot can be mounted as it is. It needs root. The file system is thawed in any case; if vdisk itself was killed:\n" +
+			"fsfreeze --unfreeze MOUNTPOINT.",
+		Flags: append(freezeFlags(),
 			&cli.BoolFlag{Name: "auto", Usage: "name the snapshots by the time, and leave out volumes that have not changed"},
 			allFlag(),
-			policyFlag("all volumes that have a policy, the property " + retention.Property),
-		},
+			policyFlag("all volumes that have a policy, the property "+retention.Property)),
 	}, func(c *cli.Context) error {
 		switch {
 		case c.Bool("auto"):
@@ -44,7 +46,12 @@ func (a *app) snapshotCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			if err := s.Snapshot(c.Context, refs...); err != nil {
+			var volumes []string
+			for _, r := range refs {
+				volumes = append(volumes, r.Volume)
+			}
+			err = a.frozen(c, s, volumes, func() ([]cow.Ref, error) { return refs, s.Snapshot(c.Context, refs...) })
+			if err != nil {
 				return err
 			}
 			return a.printSnapshots(c, s, refs)

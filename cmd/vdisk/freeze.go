@@ -1,0 +1,110 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/freeze"
+	"github.com/vdisk/vdisk/internal/owner"
+)
+
+// freezeFlags are the flags of snapshot for frozen file systems.
+func freezeFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringSliceFlag{Name: "freeze", Usage: "freeze the file system at `MOUNTPOINT` until the snapshots are taken; may be given several times"},
+		&cli.DurationFlag{Name: "freeze-timeout", Usage: "thaw after `DURATION`, and fail", Value: 10 * time.Second},
+	}
+}
+
+// frozen calls take, which takes snapshots of the volumes, while the file systems of --freeze are frozen. If they were
+// not frozen to the end, there are no snapshots.
+func (a *app) frozen(c *cli.Context, s owner.Store, volumes []string, take func() ([]cow.Ref, error)) error {
+	paths, limit := c.StringSlice("freeze"), c.Duration("freeze-timeout")
+	if len(paths) == 0 || len(volumes) == 0 {
+		_, err := take()
+		return err
+	}
+	if limit <= 0 {
+		return usageError{c, fmt.Errorf("--freeze-timeout %v is not above zero", limit)}
+	}
+	for _, path := range paths {
+		if err := a.mayFreeze(c, s, path, volumes); err != nil {
+			return fmt.Errorf("freezing %s: %w", path, err)
+		}
+	}
+	var taken []cow.Ref
+	err := freeze.During(c.Context, a.freezer, paths, limit, func() error {
+		refs, err := take()
+		if err == nil { // otherwise they may be those of somebody else
+			taken = refs
+		}
+		return err
+	})
+	if !errors.Is(err, freeze.ErrThawed) || len(taken) == 0 {
+		return err
+	}
+	// They are this command's own, so it takes them back; also if a signal has ended it meanwhile.
+	r, perr := s.Prune(context.WithoutCancel(c.Context), false, taken...)
+	if perr != nil || len(r.Kept) > 0 {
+		return errors.Join(fmt.Errorf("the snapshots are there, and not of a frozen file system: %s: %w", strings.Join(texts(taken), ", "), err), perr)
+	}
+	return fmt.Errorf("no snapshot was taken: %w", err)
+}
+
+// mayFreeze returns an error if the store is on a file system, which would stop the store, too, or if it is known that
+// the file system is on none of the volumes, or also on another one.
+func (a *app) mayFreeze(c *cli.Context, s owner.Store, path string, volumes []string) error {
+	same, err := freeze.SameFileSystem(path, a.dir)
+	if err != nil {
+		return err
+	}
+	if same {
+		return fmt.Errorf("the store %s is on this file system: %w", a.dir, cow.ErrInvalid)
+	}
+	all, err := s.Volumes(c.Context)
+	if err != nil {
+		return err
+	}
+	below := a.devicesBelow(path)
+	attached, on := 0, false
+	for _, v := range all {
+		for _, d := range v.Devices {
+			named := slices.Contains(volumes, v.Name) && d.Ref.Snapshot == ""
+			is := slices.Contains(below, filepath.Base(d.Path))
+			if is && !named {
+				return fmt.Errorf("it is on %s, which is %v, and the snapshots are of %s: %w", d.Path, d.Ref, strings.Join(volumes, ", "), cow.ErrInvalid)
+			}
+			on = on || is
+			if named {
+				attached++
+			}
+		}
+	}
+	if on {
+		return nil
+	}
+	if len(below) > 0 && attached == len(volumes) {
+		return fmt.Errorf("it is on /dev/%s, and %s: %w", below[0], notBelow(all, volumes), cow.ErrInvalid)
+	}
+	a.note("it cannot be known whether the file system at %s is on %s", path, strings.Join(volumes, ", "))
+	return nil
+}
+
+// notBelow says where the volumes are attached.
+func notBelow(all []owner.Volume, volumes []string) string {
+	var list []string
+	for _, v := range all {
+		if path, _ := deviceOf(v, ""); path != "" && slices.Contains(volumes, v.Name) {
+			list = append(list, v.Name+" is "+path)
+		}
+	}
+	return strings.Join(list, ", ")
+}

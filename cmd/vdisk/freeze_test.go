@@ -1,0 +1,122 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/freeze"
+	"github.com/vdisk/vdisk/internal/owner"
+)
+
+// coldSystem is a freeze.System whose file systems somebody thaws too early if early is set.
+type coldSystem struct {
+	frozen bool
+	early  bool
+	limit  time.Duration
+}
+
+func (y *coldSystem) Open(string) (freeze.Mount, error) { return y, nil }
+func (y *coldSystem) Close() error                      { return nil }
+func (y *coldSystem) Freeze() error                     { y.frozen = true; return nil }
+
+func (y *coldSystem) After(d time.Duration, _ func()) func() bool {
+	y.limit = d
+	return func() bool { return true }
+}
+
+func (y *coldSystem) Thaw() error {
+	y.frozen = false
+	if y.early {
+		return freeze.ErrThawed
+	}
+	return nil
+}
+
+// frozenStore has the volumes a, attached as ublkb0, b, as ublkb1, and c, which is not attached.
+type frozenStore struct {
+	owner.Store
+	system *coldSystem
+	fails  error // of a snapshot
+	kept   bool  // a snapshot cannot be removed
+	deeds  []string
+}
+
+func (s *frozenStore) Volumes(context.Context) (list []owner.Volume, err error) {
+	for i, name := range []string{"a", "b", "c"} {
+		v := owner.Volume{VolumeInfo: cow.VolumeInfo{Name: name}}
+		if name != "c" {
+			v.Devices = []owner.Device{{Ref: cow.Ref{Volume: name}, Path: fmt.Sprint("/dev/ublkb", i)}}
+		}
+		list = append(list, v)
+	}
+	return list, nil
+}
+
+func (s *frozenStore) Prune(_ context.Context, dry bool, refs ...cow.Ref) (r cow.PruneReport, err error) {
+	s.deeds = append(s.deeds, fmt.Sprint("prune ", refs, dry))
+	if s.kept {
+		r.Kept = []cow.KeptSnapshot{{Ref: refs[0]}}
+	}
+	return r, nil
+}
+
+// take takes a snapshot of v.
+func (s *frozenStore) take(v string) ([]cow.Ref, error) {
+	s.deeds = append(s.deeds, fmt.Sprint("take ", v, s.system.frozen))
+	return []cow.Ref{{Volume: v, Snapshot: "s"}}, s.fails
+}
+
+// TestFrozen takes a snapshot of a frozen file system, or none: of one that is on the volume, and that is frozen to the
+// end.
+func TestFrozen(t *testing.T) {
+	broken := errors.New("broken")
+	for _, x := range []struct {
+		name    string
+		below   string // devices below the file system
+		volumes string
+		store   frozenStore
+		early   bool
+		want    string
+		err     error
+		says    string
+	}{
+		{name: "all is well", below: "ublkb0", volumes: "a", want: "[take atrue]"},
+		{name: "on a partition, and one of several", below: "ublkb1p1 ublkb1", volumes: "a b", want: "[take atrue]"},
+		{name: "on LVM, on both", below: "dm-0 ublkb0 ublkb1", volumes: "b a", want: "[take btrue]"},
+		{name: "on LVM, on one more", below: "dm-0 ublkb0 ublkb1", volumes: "b", want: "[]", err: cow.ErrInvalid, says: "it is on /dev/ublkb0, which is a, and the snapshots are of b"},
+		{name: "on another volume", below: "ublkb1", volumes: "a c", want: "[]", err: cow.ErrInvalid, says: "it is on /dev/ublkb1, which is b, and the snapshots are of a, c"},
+		{name: "on another disk", below: "sda1 sda", volumes: "a", want: "[]", err: cow.ErrInvalid, says: "it is on /dev/sda1, and a is /dev/ublkb0"},
+		{name: "a volume that is not attached", below: "nbd0", volumes: "c", want: "[take ctrue]"},
+		{name: "one of them is not attached", below: "nbd0", volumes: "a c", want: "[take atrue]"},
+		{name: "not known", volumes: "a", want: "[take atrue]"},
+		{name: "the snapshot fails", below: "ublkb0", volumes: "a", store: frozenStore{fails: broken}, want: "[take atrue]", err: broken},
+		{name: "thawed too early", below: "ublkb0", volumes: "a", early: true, want: "[take atrue prune [a@s] false]", err: freeze.ErrThawed, says: "no snapshot was taken"},
+		{name: "thawed too early, and in use", below: "ublkb0", volumes: "a", early: true, store: frozenStore{kept: true}, want: "[take atrue prune [a@s] false]", err: freeze.ErrThawed, says: "the snapshots are there"},
+		{name: "thawed too early, and the snapshot fails", below: "ublkb0", volumes: "a", early: true, store: frozenStore{fails: cow.ErrExists}, want: "[take atrue]", err: cow.ErrExists},
+	} {
+		y := &coldSystem{early: x.early}
+		s := &x.store
+		s.system = y
+		a := &app{dir: "/", stderr: io.Discard, freezer: y, devicesBelow: func(string) []string { return strings.Fields(x.below) }}
+		set := flag.NewFlagSet("", flag.ContinueOnError)
+		set.Var(cli.NewStringSlice("/proc"), "freeze", "")
+		set.Duration("freeze-timeout", 7*time.Second, "")
+		volumes := strings.Fields(x.volumes)
+		err := a.frozen(cli.NewContext(nil, set, nil), s, volumes, func() ([]cow.Ref, error) { return s.take(volumes[0]) })
+		if got := fmt.Sprint(s.deeds); got != x.want || !errors.Is(err, x.err) || y.frozen || x.says != "" && !strings.Contains(err.Error(), x.says) {
+			t.Errorf("%s: %s, not %s; %v", x.name, got, x.want, err)
+		}
+		if x.want != "[]" && y.limit != 7*time.Second {
+			t.Errorf("%s: thawed after %v", x.name, y.limit)
+		}
+	}
+}
