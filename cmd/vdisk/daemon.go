@@ -108,7 +108,7 @@ func (a *app) own(c *cli.Context, o owner.Options, handover *owner.Handover, sho
 		}
 		err = successor.Execute(version())
 		a.log.Error("the upgrade failed; going on", "err", err)
-		handover = &owner.Handover{From: version()}
+		handover = successor.Undone(version())
 		o.LockTimeout, o.Handover = max(o.LockTimeout, successorTimeout), err.Error()
 	}
 }
@@ -127,7 +127,7 @@ func (a *app) startOwner(c *cli.Context, o owner.Options, handover *owner.Handov
 		if err == nil && handover == nil && !c.Bool("until-idle") {
 			s.AttachMarked(c.Context)
 		}
-		if err == nil {
+		if err == nil && !handover.GoesOn() {
 			err = a.serveNBD(s, nbd)
 		}
 		if err = errors.Join(err, context.Cause(c.Context)); err != nil {
@@ -142,6 +142,7 @@ func (a *app) startOwner(c *cli.Context, o owner.Options, handover *owner.Handov
 	if err != nil {
 		return nil, err
 	}
+	s.GoOn(handover)
 	if s.WritesThrough() { // earlier log messages are not in the store's log
 		a.log.Warn("there was no room in /dev/shm when the store was opened: writes are slower")
 	}
@@ -272,9 +273,10 @@ func (a *app) upgradeCommand() *cli.Command {
 		Category:  groupAccess,
 		Usage:     "replace the running daemon with the installed version of vdisk",
 		UsageText: "vdisk upgrade",
-		Description: "The new program must be at the path from which the daemon was started. Block devices stay: their users notice a pause.\n" +
-			"The process keeps its pid. If the new program cannot take over, the old one continues. The command succeeds when all\n" +
-			"devices are served again. It is refused while NBD clients are served.",
+		Description: "The new program must be at the path from which the daemon was started. Block devices and NBD clients stay:\n" +
+			"they notice a pause. The process keeps its pid. If the new program cannot take over, the old one continues. The command\n" +
+			"succeeds when all devices are served again. NBD connections with TLS cannot be handed over: they end in order, behind the\n" +
+			"last request that was received, and their clients have to connect again.",
 	}, func(c *cli.Context) error {
 		u, err := owner.UpgradeDaemon(c.Context, a.dir, a.options(c))
 		if errors.Is(err, owner.ErrNoOwner) {
@@ -286,6 +288,9 @@ func (a *app) upgradeCommand() *cli.Command {
 		}
 		if u.Same {
 			a.note("%s is the program that ran already; it was started again", u.Program)
+		}
+		if u.Ended > 0 {
+			a.note("%d NBD clients with TLS were disconnected, as they cannot be handed over", u.Ended)
 		}
 		return a.print(map[string]string{"from": u.From, "to": u.To}, func() error {
 			_, err := fmt.Fprintf(a.stdout, "from %s to %s\n", u.From, u.To)

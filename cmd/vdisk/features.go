@@ -72,6 +72,7 @@ type versionJSON struct {
 	JSON     int    `json:"json_version"` // of what docs/json.md describes
 	Format   uint32 `json:"store_format"` // the newest store format that it knows
 	Handover int    `json:"handover"`     // the version of the hand-over that it supports
+	NBD      int    `json:"handover_nbd"` // the same, of NBD clients
 }
 
 func (a *app) versionCommand() *cli.Command {
@@ -81,7 +82,7 @@ func (a *app) versionCommand() *cli.Command {
 		Usage:     "print the version",
 		UsageText: "vdisk version",
 	}, func(*cli.Context) error {
-		j := versionJSON{version(), runtime.Version(), jsonVersion, format.StoreVersion, owner.HandoverVersion}
+		j := versionJSON{version(), runtime.Version(), jsonVersion, format.StoreVersion, owner.HandoverVersion, owner.NBDHandoverVersion}
 		return a.print(j, func() error {
 			_, err := fmt.Fprintf(a.stdout, "vdisk %s, store format %d, %s\n", j.Version, j.Format, j.Go)
 			return err

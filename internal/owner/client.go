@@ -436,6 +436,9 @@ func (c *Client) Serve(ctx context.Context, l net.Listener, o ServeOptions) erro
 	if err := giveListener(nc, l); err != nil {
 		return c.lost(ctx, err)
 	}
+	if !o.Fixed { // the owner counts a service now: an upgrade need not wait for this command
+		c.http.CloseIdleConnections()
+	}
 	answer := new(Error)
 	if err := json.NewDecoder(br).Decode(answer); err != nil {
 		return fmt.Errorf("the owner of the store has ended: %w", err)

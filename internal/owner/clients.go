@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/journal"
 	"github.com/vdisk/vdisk/nbd"
 )
 
@@ -108,7 +109,11 @@ func (o *Owner) Disconnect(ctx context.Context, what string) ([]NBDClient, error
 		ended = append(ended, c.NBDClient)
 		wg.Go(func() {
 			err := c.server.Disconnect(bounded, c.conn)
-			o.opts.Logger.Info("an NBD client was put out", "client", c.ID, "name", c.Name, "pid", c.PID, "err", err)
+			e := journal.Entry{Kind: "disconnect", Details: map[string]any{"client": c.ID, "pid": c.PID}}
+			if c.Name != "" {
+				e.Names = []string{c.Name}
+			}
+			o.note(ctx, e, err)
 			mu.Lock()
 			defer mu.Unlock()
 			errs = append(errs, err)

@@ -1,6 +1,7 @@
 package owner
 
 import (
+	"errors"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -34,16 +35,30 @@ func (l *countingListener) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
+	return l.known(c, l.number.Add(1)), nil
+}
+
+// known counts a connection that has a number.
+func (l *countingListener) known(c net.Conn, number int64) net.Conn {
 	l.open.Add(1)
-	known := connection{number: l.number.Add(1), left: sync.OnceFunc(l.left)}
+	known := connection{number: number, left: sync.OnceFunc(l.left)}
 	if u, ok := c.(*net.UnixConn); ok {
-		return &countedUnixConn{u, known}, nil
+		return &countedUnixConn{u, known}
 	}
 	if t, ok := c.(*net.TCPConn); ok {
 		noticeDeath(t)
-		return &countedTCPConn{t, known}, nil
+		return &countedTCPConn{t, known}
 	}
-	return &countedConn{c, known}, nil
+	return &countedConn{c, known}
+}
+
+// SetDeadline limits how long Accept waits.
+func (l *countingListener) SetDeadline(t time.Time) error {
+	d, ok := l.Listener.(interface{ SetDeadline(time.Time) error })
+	if !ok {
+		return errors.ErrUnsupported
+	}
+	return d.SetDeadline(t)
 }
 
 // deathTimeout is how long a client may not have answered before the kernel takes its connection for dead. It is what Go's

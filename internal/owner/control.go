@@ -349,19 +349,9 @@ func (c *control) serve(w http.ResponseWriter, r *http.Request) {
 	}
 	defer conn.Close()
 	l, err := takeListener(conn.(*net.UnixConn))
-	if err == nil {
-		// It ends with the client; o.life ends the service, too.
-		ctx, cancel := context.WithCancel(context.WithoutCancel(r.Context()))
-		defer cancel()
-		go func() { // blocks until the client, or the deferred Close, ends the connection
-			_, _ = conn.Read(make([]byte, 1))
-			cancel()
-		}()
-		err = c.owner.serve(ctx, l, req.Serve, false, registered)
-	}
-	answer := &Error{}
 	if err != nil {
-		answer = toWire(err)
+		_ = json.NewEncoder(conn).Encode(toWire(err)) // fails if the client is gone
+		return
 	}
-	_ = json.NewEncoder(conn).Encode(answer) // fails if the client is gone
+	c.owner.serveAsked(context.WithoutCancel(r.Context()), conn.(*net.UnixConn), l, req.Serve, serviceStart{registered: registered})
 }

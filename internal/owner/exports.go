@@ -379,6 +379,24 @@ func (c view) Open(name string) (*nbd.Export, error) {
 		return nil, err
 	}
 	h, err := c.openFor(r)
+	return c.export(r, h, err)
+}
+
+// Reopen is that of nbd.Reopener. A client that could not write does not become the writer.
+func (c view) Reopen(name string, readOnly bool) (*nbd.Export, error) {
+	if !readOnly {
+		return c.Open(name)
+	}
+	r, err := c.resolve(name)
+	if err != nil {
+		return nil, err
+	}
+	h, err := c.acquire(r, true)
+	return c.export(r, h, err)
+}
+
+// export returns the export of a handle, or what err says of why there is none.
+func (c view) export(r cow.Ref, h *handle, err error) (*nbd.Export, error) {
 	if err != nil {
 		return nil, notExist(c.explain(r.Volume, err))
 	}

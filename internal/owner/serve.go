@@ -3,6 +3,7 @@ package owner
 import (
 	"context"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -22,7 +23,17 @@ type service struct {
 	opts     ServeOptions
 	listener *countingListener
 	server   *nbd.Server
-	own      bool // it is the owner's, and not asked for by a command
+	own      bool          // it is the owner's, and not asked for by a command
+	made     bool          // the owner made the socket's file
+	control  *net.UnixConn // of the command that asked for it; may be nil
+}
+
+// serviceStart is how a service begins.
+type serviceStart struct {
+	own, made  bool
+	control    *net.UnixConn
+	handed     []handedClient // clients of another program, to go on with
+	registered func()         // called once the service is visible to others
 }
 
 // inUse reports whether somebody depends on the service: a command that asked for it, or a client.
@@ -39,26 +50,55 @@ func (s *service) info() Service {
 // Serve serves the NBD clients that connect to l until ctx or the owner ends, or, with Once, until the last client has
 // left.
 func (o *Owner) Serve(ctx context.Context, l net.Listener, opts ServeOptions) error {
-	return o.serve(ctx, l, opts, false, func() {})
+	return o.serve(ctx, l, opts, serviceStart{registered: func() {}})
 }
 
-// ServeOwn begins to serve the NBD clients that connect to l, until the owner ends; ended is called then. The service is
-// in nobody's way: an owner without clients may end (CloseWhenIdle) and be upgraded.
-func (o *Owner) ServeOwn(l net.Listener, opts ServeOptions, ended func()) {
+// ServeOwn begins to serve the NBD clients that connect to l, until the owner ends. Then remove is called, unless it is
+// nil, or another program goes on with the service. The service is in nobody's way: an owner without clients may end
+// (CloseWhenIdle).
+func (o *Owner) ServeOwn(l net.Listener, opts ServeOptions, remove func()) {
+	o.serveOwn(l, opts, remove, nil)
+}
+
+func (o *Owner) serveOwn(l net.Listener, opts ServeOptions, remove func(), clients []handedClient) {
 	registered := make(chan struct{})
 	once := sync.OnceFunc(func() { close(registered) })
 	o.own.Go(func() {
-		defer ended()
 		defer once() // if the service is refused
-		if err := o.serve(o.life, l, opts, true, once); err != nil {
+		err := o.serve(o.life, l, opts, serviceStart{own: true, made: remove != nil, handed: clients, registered: once})
+		if err != nil {
 			o.opts.Logger.Error("the NBD service has ended", "socket", opts.Socket, "err", err)
+		}
+		if remove != nil && !o.handsOver() {
+			remove()
 		}
 	})
 	<-registered
 }
 
-// serve is Serve or ServeOwn, and calls registered once the service is visible to others.
-func (o *Owner) serve(asked context.Context, l net.Listener, opts ServeOptions, own bool, registered func()) (err error) {
+// serveAsked serves until the command that asked for it ends, which is at the other end of conn, or the service ends by
+// itself. Then it answers, unless another program goes on with the service.
+func (o *Owner) serveAsked(ctx context.Context, conn *net.UnixConn, l net.Listener, opts ServeOptions, how serviceStart) {
+	ctx, cancel := context.WithCancel(ctx) // it ends with the command; o.life ends the service, too
+	defer cancel()
+	go func() { // blocks until the command, or the caller's Close, ends the connection
+		_, _ = conn.Read(make([]byte, 1))
+		cancel()
+	}()
+	how.control = conn
+	err := o.serve(ctx, l, opts, how)
+	if o.handsOver() {
+		return
+	}
+	answer := &Error{}
+	if err != nil {
+		answer = toWire(err)
+	}
+	_ = json.NewEncoder(conn).Encode(answer) // fails if the command is gone
+}
+
+// serve serves until asked or the owner ends, or the service ends by itself.
+func (o *Owner) serve(asked context.Context, l net.Listener, opts ServeOptions, how serviceStart) (err error) {
 	if o.ReadOnly() != nil || opts.Fixed {
 		opts.ReadOnly = true
 	}
@@ -91,24 +131,18 @@ func (o *Owner) serve(asked context.Context, l net.Listener, opts ServeOptions, 
 	defer cancel()
 	shown := &catalog{exports: o.exports, only: opts.Exports, readOnly: opts.ReadOnly, shared: opts.Shared, watched: opts.Fixed, log: o.opts.Logger}
 	limits := nbd.Options{Logger: o.opts.Logger, MaxConnections: opts.MaxConnections, MaxMemory: opts.MaxMemory, TLS: secure}
-	s := &service{opts: opts, listener: &countingListener{Listener: l, number: &o.connections}, server: nbd.New(shown, limits), own: own}
+	s := &service{opts: opts, listener: &countingListener{Listener: l, number: &o.connections}, server: nbd.New(shown, limits), own: how.own, made: how.made, control: how.control}
 	switch {
 	case opts.Once:
 		s.listener.last = cancel
-	case own:
+	case how.own:
 		s.listener.last = o.notify
 	}
-	o.mu.Lock()
-	stopping := o.stopping || !o.accepting
-	if !stopping {
-		o.services = append(o.services, s)
-		o.notifyLocked()
-	}
-	o.mu.Unlock()
-	if stopping {
+	defer o.serveHanded(s, how.handed)()
+	if !o.registerService(s) {
 		return errors.Join(errStopping, l.Close())
 	}
-	registered()
+	how.registered()
 	defer o.served(s)
 	defer o.noteService(asked, opts, &err)()
 	defer context.AfterFunc(o.life, cancel)()
@@ -117,6 +151,35 @@ func (o *Owner) serve(asked context.Context, l net.Listener, opts ServeOptions, 
 		err = errors.Join(fmt.Errorf("%s has ended, and these NBD clients were served by it: %w", o.holder(), errStopping), err)
 	}
 	return errors.Join(err, shown.outcome())
+}
+
+// registerService makes a service visible to others. It returns false if no service may begin.
+func (o *Owner) registerService(s *service) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.stopping || !o.accepting {
+		return false
+	}
+	o.services = append(o.services, s)
+	o.notifyLocked()
+	return true
+}
+
+// serveHanded goes on with the clients of another program. All of their exports are open when it returns, so that no new
+// client takes the place of a writer. The returned function waits for them to end; the server has been shut down by then,
+// or never began.
+func (o *Owner) serveHanded(s *service, clients []handedClient) (wait func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	for _, serve := range s.adopt(ctx, clients, func(err error) {
+		o.opts.Logger.Error("an NBD client was handed over and cannot go on", "socket", s.opts.Socket, "err", err)
+	}) {
+		wg.Go(func() { _ = serve() }) // the server logs it
+	}
+	return func() {
+		cancel()
+		_ = inTime(stopTimeout, "the end of NBD clients", func() error { wg.Wait(); return nil })
+	}
 }
 
 // noteService notes that a service begins, and returns a function that notes that it ends, with *err.

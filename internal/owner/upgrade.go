@@ -21,7 +21,7 @@ import (
 // An upgrade, as the old program sees it:
 //
 //	the new program is asked for its version → no new session begins, and the present ones end
-//	→ the devices are quiesced → the client is answered → the store is closed
+//	→ the NBD services are paused → the devices are quiesced → the client is answered → the store is closed
 //	→ this process executes the new program
 //
 // The new program opens the store, finds the waiting devices and recovers them. If that fails, it executes the old
@@ -42,6 +42,9 @@ type Program struct {
 	Version  string `json:"version"`
 	Format   int    `json:"store_format"` // the newest store format that it knows
 	Handover int    `json:"handover"`
+	NBD      int    `json:"handover_nbd"`
+
+	handed *handed // what it gets of NBD services; nil: nothing
 }
 
 // Upgrade describes an upgrade.
@@ -49,6 +52,8 @@ type Upgrade struct {
 	From, To string
 	Program  string `json:",omitempty"` // the file that is executed
 	Same     bool   `json:",omitempty"` // it is the running program itself
+	Clients  int    `json:",omitempty"` // connections of NBD clients that are handed over
+	Ended    int    `json:",omitempty"` // those that cannot be, as they have TLS or have opened nothing yet
 }
 
 // askProgram runs the program at path to learn its version.
@@ -97,10 +102,10 @@ func (o *Owner) upgrade(ctx context.Context, asking int) (Upgrade, error) {
 	if !o.opts.Replaceable {
 		return u, fmt.Errorf("the store is in use by %s, which is no daemon: %w: let it end, the next owner is the new program", o.holder(), cow.ErrBusy)
 	}
-	if err := o.noServices(); err != nil {
-		return u, err
-	}
 	next, err := o.findSuccessor(ctx)
+	if err == nil && next.NBD != NBDHandoverVersion {
+		err = o.noServices(next)
+	}
 	if err != nil {
 		return u, err
 	}
@@ -108,23 +113,11 @@ func (o *Owner) upgrade(ctx context.Context, asking int) (Upgrade, error) {
 	if err := o.stopAccepting(ctx, asking); err != nil {
 		return u, err
 	}
-	if err := o.noServices(); err != nil { // a session that ended meanwhile may have become a service
-		o.startAccepting()
-		return u, err
-	}
 	// From here on the client may leave: the upgrade will be completed or undone.
 	bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), quiesceTimeout)
 	defer cancel()
-	err = o.endServing(bounded, func(b block) error { return b.Quiesce(bounded) })
-	o.mu.Lock()
-	o.accepting = err != nil
-	if err == nil {
-		o.successor = next
-	}
-	o.mu.Unlock()
-	if err != nil {
-		_, rerr := o.Recover(o.life, "")
-		return u, errors.Join(fmt.Errorf("the devices cannot be quiesced: %w", err), rerr)
+	if err := o.quiesce(bounded, next, &u); err != nil {
+		return u, err
 	}
 	o.opts.Logger.Info("handing over", "to", next.Version, "program", next.Path)
 	o.note(ctx, journal.Entry{Kind: "upgrade", Details: map[string]any{"from": u.From, "to": next.Version}}, nil)
@@ -133,8 +126,57 @@ func (o *Owner) upgrade(ctx context.Context, asking int) (Upgrade, error) {
 	return u, err
 }
 
-// noServices returns an error if there are services that somebody depends on, since an upgrade would end other commands' services.
-func (o *Owner) noServices() error {
+// quiesce stops all that is served, and makes next the successor. If it fails, all is served as before.
+func (o *Owner) quiesce(ctx context.Context, next *Program, u *Upgrade) (err error) {
+	if next.NBD == NBDHandoverVersion {
+		next.handed, err = o.pauseServices(ctx)
+	} else { // a session that ended meanwhile may have become a service
+		err = o.noServices(next)
+	}
+	if err != nil {
+		o.startAccepting()
+		return err
+	}
+	if next.handed != nil {
+		u.Clients = next.handed.clients()
+		u.Ended = o.nbdConnections() - u.Clients
+	}
+	err = o.endServing(ctx, func(b block) error { return b.Quiesce(ctx) })
+	o.mu.Lock()
+	o.accepting = err != nil
+	if err == nil {
+		o.successor = next
+	}
+	o.mu.Unlock()
+	if err != nil {
+		if next.handed != nil {
+			next.handed.close()
+			o.continueServices()
+		}
+		_, rerr := o.Recover(o.life, "")
+		return errors.Join(fmt.Errorf("the devices cannot be quiesced: %w", err), rerr)
+	}
+	return nil
+}
+
+// handsOver reports whether another program goes on with the NBD services.
+func (o *Owner) handsOver() bool {
+	next := o.Successor()
+	return next != nil && next.handed != nil
+}
+
+// nbdConnections returns how many connections NBD clients have.
+func (o *Owner) nbdConnections() (n int) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for _, s := range o.services {
+		n += int(s.listener.open.Load())
+	}
+	return n
+}
+
+// noServices returns an error if there are services that somebody depends on, since next cannot go on with them.
+func (o *Owner) noServices(next *Program) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	var names []string
@@ -148,7 +190,8 @@ func (o *Owner) noServices() error {
 	if len(names) == 0 {
 		return nil
 	}
-	return fmt.Errorf("NBD clients are served at %s and would be cut off: %w: end those clients, or that 'vdisk serve', first", strings.Join(names, ", "), cow.ErrBusy)
+	return fmt.Errorf("NBD clients are served at %s, and version %s cannot take them over: %w: end those clients, or that 'vdisk serve', first",
+		strings.Join(names, ", "), next.Version, cow.ErrBusy)
 }
 
 // stopAccepting prevents new sessions, and waits for the present ones, except the number that ask for the upgrade. If
@@ -203,6 +246,11 @@ type Handover struct {
 	// Program is the path where the next version is looked for: the one that the first of these programs was started
 	// from.
 	Program string `json:",omitempty"`
+	// NBD is the file descriptor of the file about NBD services; 0: there is none.
+	NBD int `json:",omitempty"`
+
+	handed *handed
+	unread error // why that file could not be read
 }
 
 const handoverEnv = "VDISK_HANDOVER"
@@ -224,12 +272,20 @@ func TakeHandover() *Handover {
 	if h.Program != "" {
 		startedFrom = h.Program
 	}
+	if h.NBD != 0 {
+		h.handed, h.unread = readHanded(h.NBD)
+	}
 	return h
 }
 
 // execute replaces the program of this process. It returns only if that fails.
 func execute(path string, h Handover) error {
 	h.Program = startedFrom
+	if h.handed != nil {
+		h.NBD = int(h.handed.file.Fd())
+		h.handed.keepInExec(true)
+		defer h.handed.keepInExec(false)
+	}
 	b, err := json.Marshal(h)
 	if err == nil {
 		err = syscall.Exec(path, os.Args, append(os.Environ(), handoverEnv+"="+string(b)))
@@ -243,10 +299,13 @@ func (p *Program) Execute(from string) error {
 	if err != nil {
 		return fmt.Errorf("keeping the present program: %w", err)
 	}
-	err = execute(p.Path, Handover{From: from, Back: back})
+	err = execute(p.Path, Handover{From: from, Back: back, handed: p.handed})
 	_ = unix.Close(back)
 	return err
 }
+
+// Undone returns the hand-over from a program, whose version is from, to itself, after Execute has failed.
+func (p *Program) Undone(from string) *Handover { return &Handover{From: from, handed: p.handed} }
 
 // Return executes the program that executed this one, because of cause. self is this program's version. Return returns
 // only if that fails.
@@ -254,16 +313,18 @@ func (h *Handover) Return(self string, cause error) error {
 	if h.Back == 0 {
 		return cause
 	}
-	err := execute(fmt.Sprintf("/proc/self/fd/%d", h.Back), Handover{From: self, Failed: oneLine(cause)})
+	err := execute(fmt.Sprintf("/proc/self/fd/%d", h.Back), Handover{From: self, Failed: oneLine(cause), handed: h.handed})
 	return errors.Join(cause, err)
 }
 
-// Done closes the way back once it is no longer needed.
+// Done closes the way back, and the descriptors that GoOn has taken over, once they are no longer needed.
 func (h *Handover) Done() {
 	if h.Back != 0 {
 		_ = unix.Close(h.Back)
 		h.Back = 0
 	}
+	h.handed.close()
+	h.handed = nil
 }
 
 // UpgradeDaemon makes the daemon that owns the store at dir hand over to the program that is now at the path from which

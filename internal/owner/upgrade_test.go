@@ -95,11 +95,11 @@ func TestUpgrade(t *testing.T) {
 	w.close(o)
 }
 
-// TestUpgradeRefusedWhileServing: the error names the services.
+// TestUpgradeRefusedWhileServing: a program that cannot take over NBD clients is refused, and the error names the services.
 func TestUpgradeRefusedWhileServing(t *testing.T) {
 	w := newFakeMachine(t)
 	opts := w.options(true)
-	opts.Replaceable = true
+	opts.Replaceable, opts.program = true, program(t, fmt.Sprintf(`echo '{"version":"0.1","store_format":%d,"handover":1}'`, format.StoreVersion))
 	ctx, cancel := context.WithCancel(t.Context())
 	o, err := Own(ctx, w.dir, opts)
 	if err != nil {

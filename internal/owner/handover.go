@@ -1,0 +1,317 @@
+package owner
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vdisk/vdisk/internal/storage"
+	"github.com/vdisk/vdisk/nbd"
+)
+
+// An upgrade hands NBD services and their connections to the next program as open descriptors, which the process keeps
+// when it executes that program. What the program has to know about them is in a file in memory, whose descriptor is in
+// the Handover: docs/nbd.md, Upgrades.
+
+// NBDHandoverVersion is the version of that file. A program that has another one, or none, gets no clients: the upgrade
+// is refused while there are some.
+const NBDHandoverVersion = 1
+
+// handed is what the file says.
+type handed struct {
+	Last     int64 // the number of the latest connection
+	Services []handedService
+
+	file *os.File // the file; nil: none has been written
+}
+
+type handedService struct {
+	Options  ServeOptions
+	Own      bool // see service
+	Made     bool // the owner made the socket's file, and removes it
+	Listener int  // descriptors; Control is 0 unless a command asked for the service
+	Control  int
+	Clients  []handedClient
+}
+
+type handedClient struct {
+	Conn   int // a descriptor
+	Number int64
+	State  nbd.State
+}
+
+// descriptors returns all of them, without that of the file.
+func (h *handed) descriptors() (fds []int) {
+	for _, s := range h.Services {
+		fds = append(fds, s.Listener)
+		if s.Control != 0 {
+			fds = append(fds, s.Control)
+		}
+		for _, c := range s.Clients {
+			fds = append(fds, c.Conn)
+		}
+	}
+	return fds
+}
+
+// close closes the file and all descriptors.
+func (h *handed) close() {
+	if h == nil {
+		return
+	}
+	for _, fd := range h.descriptors() {
+		_ = unix.Close(fd)
+	}
+	if h.file != nil {
+		_ = h.file.Close()
+	}
+}
+
+// keepInExec says whether the descriptors, and that of the file, outlive the execution of another program.
+func (h *handed) keepInExec(keep bool) {
+	flags := unix.FD_CLOEXEC
+	if keep {
+		flags = 0
+	}
+	for _, fd := range append(h.descriptors(), int(h.file.Fd())) {
+		_, _ = unix.FcntlInt(uintptr(fd), unix.F_SETFD, flags) // fails for no descriptor that is open
+	}
+}
+
+// write writes the file.
+func (h *handed) write() error {
+	fd, err := unix.MemfdCreate("vdisk-handover", unix.MFD_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("making a file in memory: %w", err)
+	}
+	h.file = os.NewFile(uintptr(fd), "hand-over")
+	return json.NewEncoder(h.file).Encode(h)
+}
+
+// readHanded reads the file that another program has written.
+func readHanded(fd int) (*handed, error) {
+	h := &handed{file: os.NewFile(uintptr(fd), "hand-over")}
+	err := json.NewDecoder(io.NewSectionReader(h.file, 0, math.MaxInt64)).Decode(h) // not from where another program stopped
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("reading what was handed over: %w", err), h.file.Close())
+	}
+	h.keepInExec(false)
+	return h, nil
+}
+
+// duplicate returns another descriptor of a socket.
+func duplicate(c any) (fd int, err error) {
+	sc, ok := c.(syscall.Conn)
+	if !ok {
+		return 0, fmt.Errorf("a %T cannot be handed over", c)
+	}
+	rc, err := sc.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	cerr := rc.Control(func(s uintptr) { fd, err = unix.FcntlInt(s, unix.F_DUPFD_CLOEXEC, 3) })
+	return fd, errors.Join(cerr, err)
+}
+
+// socketOf returns a file of a descriptor that stays open by itself.
+func socketOf(fd int) (*os.File, error) {
+	own, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(own), "handed socket"), nil
+}
+
+// pauseServices stops all NBD services between two requests of each client, and returns what the next program needs to
+// go on with them. If it fails, all go on.
+func (o *Owner) pauseServices(ctx context.Context) (_ *handed, err error) {
+	ctx, cancel := context.WithTimeout(ctx, stopTimeout)
+	defer cancel()
+	o.mu.Lock()
+	services := slices.Clone(o.services)
+	o.mu.Unlock()
+	h := &handed{Last: o.connections.Load()}
+	defer func() {
+		if err != nil {
+			h.close()
+			o.continueServices()
+		}
+	}()
+	var mu sync.Mutex // guards h and errs
+	var errs []error
+	var wg sync.WaitGroup
+	for _, s := range services {
+		wg.Go(func() {
+			hs, err := s.pause(ctx)
+			mu.Lock()
+			defer mu.Unlock()
+			h.Services, errs = append(h.Services, hs), append(errs, err)
+		})
+	}
+	wg.Wait()
+	if err = errors.Join(errs...); err != nil {
+		return nil, fmt.Errorf("NBD clients cannot be handed over: %w", err)
+	}
+	return h, h.write()
+}
+
+// continueServices undoes pauseServices.
+func (o *Owner) continueServices() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for _, s := range o.services {
+		s.server.Continue()
+	}
+}
+
+// pause pauses a service. What it returns has open descriptors, also with an error.
+func (s *service) pause(ctx context.Context) (h handedService, err error) {
+	h = handedService{Options: s.opts, Own: s.own, Made: s.made, Listener: -1}
+	paused, err := s.server.Pause(ctx)
+	if err != nil {
+		return h, fmt.Errorf("%s: %w", s.opts.Socket, err)
+	}
+	if h.Listener, err = duplicate(s.listener.Listener); err != nil {
+		return h, err
+	}
+	if s.control != nil {
+		if h.Control, err = duplicate(s.control); err != nil {
+			return h, err
+		}
+	}
+	for _, p := range paused {
+		fd, err := duplicate(p.Conn)
+		if err != nil {
+			return h, err
+		}
+		h.Clients = append(h.Clients, handedClient{fd, p.Conn.(knownConn).known().number, p.State})
+	}
+	return h, nil
+}
+
+// GoOn goes on with the NBD services that were handed over. It must be the last step of a start, as there is no way back
+// once a client has been served. What cannot go on is logged, and its clients are cut off.
+func (o *Owner) GoOn(h *Handover) {
+	if h == nil {
+		return
+	}
+	if h.unread != nil {
+		o.opts.Logger.Error("NBD services were handed over and cannot go on", "err", h.unread)
+	}
+	if h.handed == nil {
+		return
+	}
+	o.connections.Store(h.handed.Last)
+	for _, s := range h.handed.Services {
+		if err := o.goOn(s); err != nil {
+			o.opts.Logger.Error("an NBD service was handed over and cannot go on", "socket", s.Options.Socket, "err", err)
+		}
+	}
+}
+
+func (o *Owner) goOn(s handedService) error {
+	f, err := socketOf(s.Listener)
+	if err != nil {
+		return err
+	}
+	l, err := net.FileListener(f)
+	if err = errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	if u, ok := l.(*net.UnixListener); ok {
+		u.SetUnlinkOnClose(false)
+	}
+	if s.Control != 0 {
+		return o.goOnAsked(l, s)
+	}
+	var remove func()
+	if s.Made {
+		remove = madeSocket(s.Options.Socket)
+	}
+	o.serveOwn(l, s.Options, remove, s.Clients)
+	return nil
+}
+
+// goOnAsked goes on with a service that a command asked for. It ends with that command.
+func (o *Owner) goOnAsked(l net.Listener, s handedService) error {
+	f, err := socketOf(s.Control)
+	if err != nil {
+		return errors.Join(err, l.Close())
+	}
+	conn, err := net.FileConn(f)
+	if err = errors.Join(err, f.Close()); err != nil {
+		return errors.Join(err, l.Close())
+	}
+	registered := make(chan struct{})
+	once := sync.OnceFunc(func() { close(registered) })
+	o.own.Go(func() {
+		defer once()
+		defer conn.Close()
+		o.serveAsked(context.Background(), conn.(*net.UnixConn), l, s.Options, serviceStart{handed: s.Clients, registered: once})
+	})
+	<-registered
+	return nil
+}
+
+// madeSocket returns a function that removes the socket at path, which this process made when it was another program.
+func madeSocket(path string) (remove func()) {
+	in, err := storage.OpenFolder(filepath.Dir(path), true)
+	if err != nil {
+		return nil
+	}
+	made, err := in.Lstat(filepath.Base(path))
+	if err != nil {
+		_ = in.Close()
+		return nil
+	}
+	return func() { removeSocket(in, filepath.Base(path), made); _ = in.Close() }
+}
+
+// adopt opens the exports of clients that were handed over, and returns functions that serve them. A client for whom
+// that fails is cut off.
+func (s *service) adopt(ctx context.Context, clients []handedClient, failed func(error)) (serve []func() error) {
+	for _, c := range clients {
+		f, err := socketOf(c.Conn)
+		if err != nil {
+			failed(err)
+			continue
+		}
+		nc, err := net.FileConn(f)
+		if err = errors.Join(err, f.Close()); err != nil {
+			failed(err)
+			continue
+		}
+		known := s.listener.known(nc, c.Number)
+		one, err := s.server.Adopt(ctx, known, c.State)
+		if err != nil {
+			failed(errors.Join(err, known.Close()))
+			continue
+		}
+		serve = append(serve, one)
+	}
+	return serve
+}
+
+// GoesOn reports whether an NBD service of the owner's own was handed over.
+func (h *Handover) GoesOn() bool {
+	return h != nil && h.handed != nil && slices.ContainsFunc(h.handed.Services, func(s handedService) bool { return s.Own })
+}
+
+// clients returns how many connections are handed over.
+func (h *handed) clients() (n int) {
+	for _, s := range h.Services {
+		n += len(s.Clients)
+	}
+	return n
+}
