@@ -136,6 +136,7 @@ func TestCallsAfterClose(t *testing.T) {
 			}
 			s.Info() // has no error to return
 			s.Volumes()
+			s.Counters()
 		})
 	}
 }

@@ -53,11 +53,11 @@ func eventually(t *testing.T, ready func() bool) {
 // nbdClient is a minimal client for these tests.
 type nbdClient struct {
 	net.Conn
-	t *testing.T
+	t testing.TB
 }
 
 // openNBD opens an export, or returns the text of the refusal.
-func openNBD(t *testing.T, path, name string) (c nbdClient, refusal string) {
+func openNBD(t testing.TB, path, name string) (c nbdClient, refusal string) {
 	t.Helper()
 	nc, err := net.Dial("unix", path)
 	if err != nil {
