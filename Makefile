@@ -27,7 +27,7 @@ install: ## the program, its manual pages, completions, systemd units and udev r
 	bin/vdisk completion zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_vdisk
 	bin/vdisk completion fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/vdisk.fish
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
-	for unit in init/*.service init/*.timer; do \
+	for unit in init/*.service init/*.socket init/*.timer; do \
 		sed 's|/usr/local/bin/|$(PREFIX)/bin/|' $$unit > $(DESTDIR)$(PREFIX)/lib/systemd/system/$${unit#init/} && \
 			chmod 644 $(DESTDIR)$(PREFIX)/lib/systemd/system/$${unit#init/} || exit 1; \
 	done

@@ -113,9 +113,9 @@ func (a *app) own(c *cli.Context, o owner.Options, handover *owner.Handover, sho
 	}
 }
 
-// startOwner opens the store, recovers waiting devices, begins to serve NBD, and reports to the process that started this daemon, or that
-// executed its program. If it fails, or is stopped before it is ready, the recovered devices wait again: their users
-// did not ask for their end.
+// startOwner opens the store, recovers waiting devices, begins to serve NBD, and reports to the process that started
+// this daemon, or that executed its program. If it fails, or is stopped before it is ready, the recovered devices wait
+// again: their users did not ask for their end.
 func (a *app) startOwner(c *cli.Context, o owner.Options, handover *owner.Handover) (*owner.Owner, error) {
 	nbd, err := a.daemonSocket(c)
 	var s *owner.Owner

@@ -3,8 +3,10 @@ package main
 import (
 	"errors"
 	"fmt"
+	"net"
 	"path/filepath"
 
+	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/urfave/cli/v2"
 
 	"github.com/vdisk/vdisk/internal/owner"
@@ -17,18 +19,24 @@ const nbdOff = "off"
 type daemonNBD struct {
 	path   string // empty: none
 	access owner.Access
+	passed []net.Listener // sockets that the daemon was started with
 }
 
-// daemonSocket returns which NBD socket a daemon makes. One that an attach started makes none unless that is asked for:
+// daemonSocket returns which NBD socket a daemon makes. Sockets that it was started with take the place of the default. One that an attach started makes none unless that is asked for:
 // nobody asked for NBD, and the default socket stays free for 'vdisk serve'.
 func (a *app) daemonSocket(c *cli.Context) (n daemonNBD, err error) {
 	if n.access, err = socketAccess(c); err != nil {
 		return n, err
 	}
+	if n.passed, err = passedToDaemon(); err != nil {
+		return n, err
+	}
 	switch n.path = c.Path("nbd"); {
+	case n.path == nbdOff && len(n.passed) > 0:
+		return n, usageError{c, errors.New("--nbd off, and under socket activation there is a socket to serve")}
 	case n.path == nbdOff && (c.IsSet("socket-mode") || c.IsSet("socket-group")):
 		return n, usageError{c, errors.New("--socket-mode and --socket-group are of no use with --nbd off")}
-	case n.path == nbdOff || n.path == "" && c.Bool("until-idle"):
+	case n.path == nbdOff || n.path == "" && (c.Bool("until-idle") || len(n.passed) > 0):
 		n.path = ""
 	case n.path == "":
 		n.path = filepath.Join(a.dir, socketName)
@@ -38,8 +46,27 @@ func (a *app) daemonSocket(c *cli.Context) (n daemonNBD, err error) {
 	return n, err
 }
 
+// passedToDaemon returns the listening sockets that this process was started with (LISTEN_FDS). The next program gets them
+// by the hand-over of an upgrade.
+func passedToDaemon() ([]net.Listener, error) {
+	listeners, err := activation.Listeners()
+	for _, l := range listeners {
+		if err == nil && (l == nil || l.Addr().Network() != "unix") {
+			err = errors.New("a daemon serves NBD on Unix sockets only; 'vdisk serve' serves TCP, with TLS")
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("socket activation: %w", err)
+	}
+	return listeners, nil
+}
+
 // serveNBD begins to serve NBD clients, until the owner ends.
 func (a *app) serveNBD(s *owner.Owner, n daemonNBD) error {
+	for _, l := range n.passed {
+		s.ServeOwn(l, owner.ServeOptions{Socket: l.Addr().String()}, nil)
+		a.log.Info("NBD clients are served", "socket", l.Addr().String())
+	}
 	if n.path == "" {
 		return nil
 	}
