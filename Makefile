@@ -31,6 +31,7 @@ install: ## the program, its manual pages, completions, systemd units and udev r
 		sed 's|/usr/local/bin/|$(PREFIX)/bin/|' $$unit > $(DESTDIR)$(PREFIX)/lib/systemd/system/$${unit#init/} && \
 			chmod 644 $(DESTDIR)$(PREFIX)/lib/systemd/system/$${unit#init/} || exit 1; \
 	done
+	install -D -m 644 init/grafana-dashboard.json $(DESTDIR)$(PREFIX)/share/doc/vdisk/grafana-dashboard.json
 	install -D -m 644 init/60-vdisk.rules $(DESTDIR)$(PREFIX)/lib/udev/rules.d/60-vdisk.rules
 	install -D -m 644 init/modules-load.conf $(DESTDIR)$(PREFIX)/lib/modules-load.d/vdisk.conf
 

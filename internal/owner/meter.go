@@ -16,7 +16,8 @@ import (
 type meters struct {
 	exists func(cow.Ref) bool
 
-	mu    sync.Mutex // guards the fields below, and meter.past and target.counted; no other lock but the engine's is taken under it
+	// mu guards the fields below, and meter.past and target.counted. No other lock than the engine's is taken under it.
+	mu    sync.Mutex
 	byRef map[cow.Ref]*meter
 	most  int // how many there may be before those are dropped whose volume or snapshot is gone
 }

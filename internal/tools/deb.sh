@@ -59,7 +59,7 @@ cp packaging/deb/default "$tree/etc/default/vdisk"
 cp packaging/deb/lintian-overrides "$tree/usr/share/lintian/overrides/vdisk"
 cp packaging/deb/copyright README.md SECURITY.md NOTICE "$doc"
 cp docs/*.md docs/*.svg "$doc/docs"
-cp DESIGN.md "$doc"
+cp DESIGN.md init/grafana-dashboard.json "$doc"
 cp CHANGELOG.md "$doc/changelog"
 cat >"$doc/changelog.Debian" <<-END
 	vdisk ($version) unstable; urgency=medium
