@@ -10,6 +10,7 @@ import (
 	"github.com/vdisk/vdisk/cow/internal/fault"
 	"github.com/vdisk/vdisk/cow/internal/leafcache"
 	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/ratelimit"
 )
 
 // branch is a branch in memory. Its ID never changes, and may be read without a lock.
@@ -45,7 +46,8 @@ type volume struct {
 	writer        bool
 	snapshots     map[string]*snapshot // by name; guarded by Store.mu
 	codec         *codecPool
-	packed        packed // what was written to it; guarded by Store.mu
+	packed        packed            // what was written to it; guarded by Store.mu
+	limiter       ratelimit.Limiter // by its properties; for the servers, which ask it for each request
 }
 
 // snapshot is a point of a branch that has a name, or had one and is unnamed (Volume 0).
@@ -155,6 +157,7 @@ func (t *catalog) putVolume(r format.Volume, gen uint64) error {
 	v.Volume, v.branch, b.volume = r, b, v
 	delete(t.orphaned, b)
 	v.size.Store(r.Size)
+	v.limiter.Set(ratelimit.Of(r.Properties))
 	t.byName[r.Name] = v
 	if r.Receiving != nil {
 		t.receiving[r.Receiving.Volume] = v

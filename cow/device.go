@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 
 	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/ratelimit"
 )
 
 // Ref names a volume (Snapshot empty) or one of its snapshots: VOL or VOL@SNAP.
@@ -126,6 +127,15 @@ func (d *Device) ReadOnly() bool { return d.readOnly }
 
 // LogicalBlock returns the volume's logical block size in bytes, 512 or 4096.
 func (d *Device) LogicalBlock() int { return d.block }
+
+// Limiter limits the requests of all clients of a volume together, by its properties (ratelimit.Of), as they are now. It
+// is nil for a snapshot. The methods of Device do not ask it, since not all uses are a client's.
+func (d *Device) Limiter() *ratelimit.Limiter {
+	if d.snap != nil {
+		return nil
+	}
+	return &d.v.limiter
+}
 
 // Ref returns the present name of the volume or snapshot that was opened.
 func (d *Device) Ref() Ref {

@@ -3,15 +3,24 @@ package cow
 import (
 	"fmt"
 	"maps"
+	"slices"
 
 	"github.com/vdisk/vdisk/format"
+	"github.com/vdisk/vdisk/internal/ratelimit"
 )
 
 // SetProperties gives a volume the properties of changes, and leaves its others as they are. An empty value removes a
-// property.
+// property. Those whose names begin with ratelimit.Prefix limit the volume's clients, from now on.
 func (s *Store) SetProperties(name string, changes map[string]string) error {
 	if err := format.CheckProperties(changes); err != nil {
 		return fmt.Errorf("set %s: %v: %w", name, err, ErrInvalid)
+	}
+	for _, key := range slices.Sorted(maps.Keys(changes)) {
+		if value := changes[key]; value != "" { // what an older program has set can be removed
+			if err := ratelimit.CheckProperty(key, value); err != nil {
+				return fmt.Errorf("set %s: %s: %v: %w", name, key, err, ErrInvalid)
+			}
+		}
 	}
 	err := s.transact(func() (*format.Event, error) {
 		v, _, err := s.lookup(Ref{Volume: name})

@@ -96,6 +96,7 @@ func (s *Server) Disconnect(ctx context.Context, nc net.Conn) error {
 	x.disconnected = true
 	c := x.conn
 	if c != nil {
+		c.ending.finish()
 		_ = nc.SetReadDeadline(time.Unix(1, 0)) // fails only where nc is closed
 	} else {
 		nc.Close() // it has asked for nothing that could be finished

@@ -36,6 +36,7 @@ type conn struct {
 	try TryReader // dev, or nil
 	ext Extenter  // dev, or nil
 	obs Observer  // dev, or nil
+	adm Admitter  // dev, or nil
 
 	in       *input
 	out      sender
@@ -59,6 +60,8 @@ type conn struct {
 	ended   atomic.Bool         // the receiver has ended, and not by DISC: long tasks give up
 	cutOff  atomic.Bool         // nobody wants replies any more: long tasks give up, and no other begins
 	gone    func()              // ends the context of ClientExports; called after one of the two above was set
+	ending  *ending             // set after one of the two, or when the server ends the connection
+	held    atomic.Int64        // what requests that wait for their turn take
 
 	// receiving is when the receiver began to wait for the rest of a WRITE, in nanoseconds of Unix time; 0: it does
 	// not.
@@ -84,6 +87,7 @@ func newConn(srv *Server, nc net.Conn, s session, gone func()) *conn {
 		budget:  newBudget(&srv.memory, srv.opts.MaxInFlight),
 		tasks:   make(chan task),
 		gone:    gone,
+		ending:  newEnding(),
 	}
 	if c.dev.try != nil {
 		c.try = c.dev
@@ -93,6 +97,9 @@ func newConn(srv *Server, nc net.Conn, s session, gone func()) *conn {
 	}
 	if c.dev.obs != nil {
 		c.obs = c.dev
+	}
+	if c.dev.adm != nil {
+		c.adm = c.dev
 	}
 	c.out = sender{conn: nc, budget: c.budget, pausing: &c.pausing}
 	c.out.secure, _ = nc.(*secureConn)
@@ -109,6 +116,7 @@ func (c *conn) run() error {
 	if err != nil && err != errPaused { // after DISC, what was asked for is still done
 		c.ended.Store(true)
 		c.gone()
+		c.ending.set()
 	}
 	close(c.tasks)
 	c.wg.Wait()
@@ -129,6 +137,7 @@ func (c *conn) run() error {
 func (c *conn) cut() {
 	c.cutOff.Store(true)
 	c.gone()
+	c.ending.set()
 	c.out.conn.Close()
 }
 
@@ -197,6 +206,35 @@ func (c *conn) dispatch(req request) error {
 		c.replyBatched(req, f)
 		return nil
 	}
+	if turn := c.admit(req); turn != nil {
+		return c.hold(req, turn)
+	}
+	return c.begin(req)
+}
+
+// admit returns the turn of a request that may not begin yet, or nil.
+func (c *conn) admit(req request) Turn {
+	if c.adm == nil {
+		return nil
+	}
+	switch req.typ {
+	case cmdRead, cmdCache:
+		return c.adm.Admit(false, int64(req.length))
+	case cmdWrite:
+		return c.adm.Admit(true, int64(req.length))
+	case cmdTrim:
+		return c.adm.Admit(true, 0)
+	case cmdWriteZeroes:
+		if req.flags&cmdFlagNoHole != 0 {
+			return c.adm.Admit(true, int64(req.length))
+		}
+		return c.adm.Admit(true, 0)
+	}
+	return nil
+}
+
+// begin does req or hands it over, as dispatch does.
+func (c *conn) begin(req request) error {
 	switch {
 	case req.length == 0 && (req.typ == cmdRead || req.typ == cmdCache || req.typ != cmdFlush && req.flags&cmdFlagFUA == 0):
 		c.replyBatched(req, failure{}) // FUA means nothing to those that change nothing
@@ -204,14 +242,12 @@ func (c *conn) dispatch(req request) error {
 		c.readInline(req)
 	case req.typ == cmdWrite && req.length <= inlineMax && c.writes.inline():
 		return c.writeInline(req)
-	case req.typ == cmdWrite:
-		return c.handOverWrite(req)
 	case req.typ == cmdFlush:
 		req.arrived, req.length = time.Now(), 0 // the length is reserved
 		c.acquire(requestCharge)
 		c.joinFlush(req, requestCharge)
 	default:
-		c.handOver(req)
+		return c.handOver(req)
 	}
 	return nil
 }
@@ -312,7 +348,7 @@ func (c *conn) readInline(req request) {
 		var done bool
 		if done, err = c.try.TryReadAt(b[head:], int64(req.off)); !done && err == nil {
 			req.arrived = began
-			c.handOver(req)
+			_ = c.handOver(req) // a read has no payload, which alone may fail
 			return
 		}
 	} else {
@@ -348,42 +384,6 @@ func (c *conn) writeInline(req request) error {
 	c.observe(req, took, err)
 	c.replyBatched(req, c.failed(req, err))
 	return nil
-}
-
-// handOverWrite receives the payload of a write for a worker.
-func (c *conn) handOverWrite(req request) error {
-	charge := requestCharge + bufferSize(int(req.length))
-	c.acquire(charge)
-	buf := newBuffer(int(req.length))
-	c.receiving.Store(time.Now().UnixNano())
-	n, err := c.in.readFull(buf.b)
-	c.receiving.Store(0)
-	if err != nil {
-		c.keep(req, buf.b[:n])
-		buf.free()
-		c.budget.release(charge)
-		return err
-	}
-	req.arrived = time.Now()
-	c.give(task{request: req, payload: buf, charge: charge})
-	return nil
-}
-
-func (c *conn) handOver(req request) {
-	if req.arrived.IsZero() {
-		req.arrived = time.Now()
-	}
-	charge := int64(requestCharge)
-	switch req.typ {
-	case cmdRead:
-		charge += bufferSize(int(readStep(req)))
-	case cmdCache:
-		charge += bufferSize(int(min(longStep, req.length)))
-	case cmdBlockStatus:
-		charge = c.statusCharge(req)
-	}
-	c.acquire(charge)
-	c.give(task{request: req, charge: charge})
 }
 
 // acquire takes n from the budget; what is batched is sent before it waits.

@@ -28,6 +28,7 @@ type guard struct {
 	ext Extenter  // dev, or nil
 	try TryReader // dev, or nil
 	obs Observer  // dev, or nil
+	adm Admitter  // dev, or nil
 }
 
 func guardOf(d Device) *guard {
@@ -35,6 +36,7 @@ func guardOf(d Device) *guard {
 	g.ext, _ = d.(Extenter)
 	g.try, _ = d.(TryReader)
 	g.obs, _ = d.(Observer)
+	g.adm, _ = d.(Admitter)
 	return g
 }
 
@@ -78,6 +80,9 @@ func (g *guard) Observe(op Op, length int64, took time.Duration, err error) {
 	defer recovered(&panicked)
 	g.obs.Observe(op, length, took, err)
 }
+
+// Admit is not guarded by itself: the receiver, which calls it, is.
+func (g *guard) Admit(write bool, bytes int64) Turn { return g.adm.Admit(write, bytes) }
 
 // guardedContext is a Context whose panics become errors.
 type guardedContext struct{ c Context }

@@ -232,6 +232,7 @@ func (c *conn) pause() {
 		return
 	}
 	c.pausing.Store(true)
+	c.ending.finish()
 	_ = c.out.conn.SetReadDeadline(time.Unix(1, 0)) // these fail only where the connection is closed
 	_ = c.out.conn.SetWriteDeadline(time.Now().Add(c.srv.opts.take))
 }

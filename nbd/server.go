@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -25,7 +26,8 @@ type Server struct {
 	opts    Options
 	memory  memory
 	log     sparseLog
-	panics  sparseLog // separate, since they are faults of the server
+	panics  sparseLog    // separate, since they are faults of the server
+	held    atomic.Int64 // what requests of all connections take that wait for their turn
 
 	mu        sync.Mutex // guards the fields below
 	closed    bool       // Shutdown was called
@@ -333,6 +335,8 @@ func (s *Server) close() {
 		until := time.Unix(1, 0)
 		if c.conn == nil {
 			until = time.Now().Add(closingTimeout)
+		} else {
+			c.conn.ending.finish()
 		}
 		_ = nc.SetReadDeadline(until) // fails only where nc is closed
 	}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"sync"
 	"syscall"
+	"time"
 )
 
 // task is a request for a worker. The worker owns the payload and the charge.
@@ -11,6 +12,53 @@ type task struct {
 	request
 	payload *buffer
 	charge  int64
+}
+
+// handOver gives a request to a worker.
+func (c *conn) handOver(req request) error {
+	t, err := c.take(req)
+	if err == nil {
+		c.give(t)
+	}
+	return err
+}
+
+// take takes what a request needs from the budget, and receives the payload of a write.
+func (c *conn) take(req request) (task, error) {
+	t := task{request: req, charge: c.chargeFor(req)}
+	c.acquire(t.charge)
+	if req.typ != cmdWrite {
+		if t.arrived.IsZero() {
+			t.arrived = time.Now()
+		}
+		return t, nil
+	}
+	t.payload = newBuffer(int(req.length))
+	c.receiving.Store(time.Now().UnixNano())
+	n, err := c.in.readFull(t.payload.b)
+	c.receiving.Store(0)
+	if err != nil {
+		c.keep(req, t.payload.b[:n])
+		t.payload.free()
+		c.budget.release(t.charge)
+	}
+	t.arrived = time.Now()
+	return t, err
+}
+
+// chargeFor returns what a request takes from the budget that is handed over.
+func (c *conn) chargeFor(req request) int64 {
+	switch req.typ {
+	case cmdRead:
+		return requestCharge + bufferSize(int(readStep(req)))
+	case cmdWrite:
+		return requestCharge + bufferSize(int(req.length))
+	case cmdCache:
+		return requestCharge + bufferSize(int(min(longStep, req.length)))
+	case cmdBlockStatus:
+		return c.statusCharge(req)
+	}
+	return requestCharge
 }
 
 // give hands t to an idle worker, or to a new one if none is idle and the limit permits it. Otherwise it waits for a

@@ -178,9 +178,9 @@ func columnNames() (names []string) {
 	return names
 }
 
-// columnOf returns the column with a name; one with a colon is the property of that name.
+// columnOf returns the column with a name; one with a colon or a dot is the property of that name.
 func columnOf(c *cli.Context, name string) (column, error) {
-	if strings.Contains(name, ":") {
+	if strings.ContainsAny(name, ":.") {
 		return freeWords(name, func(v volumeJSON) string { return v.Properties[name] }, none), nil
 	}
 	i := slices.IndexFunc(columns, func(c column) bool { return c.name == name })

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"unicode/utf8"
+
+	"github.com/vdisk/vdisk/internal/size"
 )
 
 // FuzzSize compares the parser of sizes with exact arithmetic.
@@ -35,7 +37,7 @@ func FuzzSize(f *testing.F) {
 		unit := strings.ToLower(m[3] + m[5])
 		shift := uint(0)
 		if unit != "" {
-			shift = uint(10 * (1 + strings.Index(sizeUnits, unit)))
+			shift = uint(10 * (1 + strings.Index(size.Prefixes, unit)))
 		}
 		want, ok := new(big.Rat).SetString(m[1] + strings.TrimSuffix(m[2], "."))
 		if !ok {

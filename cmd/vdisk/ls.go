@@ -28,7 +28,7 @@ func (a *app) lsCommand() *cli.Command {
 			"used        the space that removing it would free; for a volume, with all its snapshots\n" +
 			"family      what it takes with all that has an origin in common with it: what it comes from, and all clones\n" +
 			"These are exact, and read the maps of the volumes: about 6 µs for each MiB, and again for each snapshot before which it\n" +
-			"changed. The others cost nothing. A name with a colon is the property of that name.",
+			"changed. The others cost nothing. A name with a colon or a dot is the property of that name.",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "type", Aliases: []string{"t"}, Usage: "vol, snap or all", Value: "vol"},
 			&cli.BoolFlag{Name: "long", Aliases: []string{"l"}, Usage: "show the space that they take"},

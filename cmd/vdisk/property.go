@@ -18,11 +18,15 @@ func (a *app) setCommand() *cli.Command {
 		Category:  groupVolumes,
 		Usage:     "set properties of a volume",
 		UsageText: "vdisk set VOL KEY=VALUE...",
-		Description: "Properties are yours; vdisk only keeps them, but for two. auto.keep is the policy of 'vdisk prune'. With auto.attach=on,\n" +
+		Description: "Properties are yours; vdisk only keeps them, but for some. auto.keep is the policy of 'vdisk prune'. With auto.attach=on,\n" +
 			"or read-only, a daemon attaches the volume when it starts. KEY= removes one. A key has up\n" +
 			"to 63 letters, digits and . _ - :, a value up to 1024 bytes, and a volume up to 64 properties and 16 KiB. All are set in one\n" +
 			"step, or none. They stay when the volume is renamed or rolled back. A clone begins without. A sent snapshot takes them\n" +
-			"along, and a full stream gives them to the volume that it makes.",
+			"along, and a full stream gives them to the volume that it makes.\n\n" +
+			"Those that begin with limit. limit the clients of the volume, all together, from now on: limit.iops, limit.iops-read and\n" +
+			"limit.iops-write in requests a second, limit.bps, limit.bps-read and limit.bps-write in bytes a second (20M). What is not used\n" +
+			"is saved up for limit.burst, 100ms by default:\n\n" +
+			"    vdisk set vm1 limit.iops=500 limit.bps=20M limit.burst=30s",
 	}, func(c *cli.Context) error {
 		name, err := volumeName(c, 0)
 		if err != nil {

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/vdisk/vdisk/internal/metrics"
+	"github.com/vdisk/vdisk/internal/size"
 	"github.com/vdisk/vdisk/ublk"
 )
 
@@ -150,10 +151,10 @@ func (a *app) short(n float64) string {
 		return fmt.Sprintf("%.0fB", n)
 	}
 	unit := 0
-	for n /= 1024; n >= 1024 && unit < len(sizeUnits)-1; unit++ {
+	for n /= 1024; n >= 1024 && unit < len(size.Prefixes)-1; unit++ {
 		n /= 1024
 	}
-	return digits(n) + strings.ToUpper(sizeUnits[unit:unit+1]) + "iB"
+	return digits(n) + strings.ToUpper(size.Prefixes[unit:unit+1]) + "iB"
 }
 
 // times formats a ratio of compression.

@@ -231,6 +231,7 @@ func (o *Owner) stop(ctx context.Context, d *disk, b block, end *ending, force b
 			return fmt.Errorf("%v stays attached as %s: %w ('vdisk detach --force %[1]v' removes it even so)", ref, b.Path(), err)
 		}
 	}
+	defer o.hurry([]*disk{d})()
 	err := how(ctx)
 	lost := force && errors.Is(err, ublk.ErrNotFlushed) // the device has ended, but could not be flushed
 	if err != nil && !lost && !(force && o.removed(ctx, d)) {

@@ -42,6 +42,14 @@ func (d exportedDevice) Observe(op nbd.Op, length int64, took time.Duration, err
 	d.meter.observe(op, length, took, err)
 }
 
+// Admit is that of nbd.Admitter.
+func (d exportedDevice) Admit(write bool, bytes int64) nbd.Turn {
+	if turn := d.Limiter().Admit(write, bytes); turn != nil {
+		return turn
+	}
+	return nil
+}
+
 // OpenContext is that of nbd.ContextOpener.
 func (d exportedDevice) OpenContext(name string) (nbd.Context, error) {
 	if name == depthContext {

@@ -273,6 +273,7 @@ func (o *Owner) servedUntil() (disks []*disk, blocks []block, ends []*ending) {
 // includes data that could not be made durable.
 func (o *Owner) endServing(ctx context.Context, end func(block) error) error {
 	disks, blocks, ends := o.servedUntil()
+	defer o.hurry(disks)()
 	errs := make([]error, len(disks))
 	var wg sync.WaitGroup
 	for i, d := range disks {
@@ -289,6 +290,24 @@ func (o *Owner) endServing(ctx context.Context, end func(block) error) error {
 	}
 	wg.Wait()
 	return errors.Join(errs...)
+}
+
+// hurry lets the requests of disks begin that wait for their turn. The returned function ends that for the disks that go
+// on being served.
+func (o *Owner) hurry(disks []*disk) (stay func()) {
+	var stays []func()
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for _, d := range disks {
+		if d.target != nil {
+			stays = append(stays, d.target.waiting.hurry())
+		}
+	}
+	return func() {
+		for _, stay := range stays {
+			stay()
+		}
+	}
 }
 
 // closeDisks ends all devices, even those in use, or leaves them to the next owner. Waiting devices keep waiting.

@@ -23,6 +23,9 @@ type target struct {
 	jobs   chan *ublk.Request
 	wg     sync.WaitGroup // the workers
 
+	waiting *waitingRoom
+	holders sync.WaitGroup // the goroutines of waiting
+
 	lastReport atomic.Int64 // time of the last call of report, in Unix seconds
 	suppressed atomic.Int64 // failures not reported since
 
@@ -43,12 +46,25 @@ type readState struct {
 	plan  cow.ReadPlan
 	err   error // of the fetches, for the worker that finishes the read
 	fetch bool  // the worker must also fetch
+	whole bool  // the worker does all of it
+}
+
+// state returns the state of a request that is a read.
+func state(r *ublk.Request) *readState {
+	p, ok := r.Data.(*readState)
+	if !ok {
+		p = new(readState)
+		r.Data = p
+	}
+	return p
 }
 
 // newTarget makes the target of a device that handles at most the given number of requests at once. The channel of jobs
 // holds that many, so a queue's thread never waits to hand one over.
 func newTarget(dev *cow.Device, m *meter, requests int, report func(error)) *target {
-	t := &target{dev: dev, meter: m, report: report, jobs: make(chan *ublk.Request, requests)}
+	t := &target{dev: dev, meter: m, report: report, jobs: make(chan *ublk.Request, requests), waiting: newWaitingRoom(requests)}
+	t.holders.Go(func() { t.holdRoutine(t.waiting.reads) })
+	t.holders.Go(func() { t.holdRoutine(t.waiting.writes) })
 	for range workers {
 		t.wg.Go(t.workRoutine)
 	}
@@ -57,6 +73,9 @@ func newTarget(dev *cow.Device, m *meter, requests int, report func(error)) *tar
 
 // close ends the workers. No request may arrive any more.
 func (t *target) close() {
+	close(t.waiting.reads)
+	close(t.waiting.writes)
+	t.holders.Wait()
 	close(t.jobs)
 	t.wg.Wait()
 }
@@ -64,6 +83,8 @@ func (t *target) close() {
 // ServeUBLK answers a request, or hands it to the ring or a worker to be answered later.
 func (t *target) ServeUBLK(r *ublk.Request) error {
 	switch {
+	case t.holds(r):
+		return ublk.ErrAsync
 	case r.Op == ublk.OpRead:
 		return t.reportFailure(r, t.read(r))
 	case r.Op == ublk.OpWrite && !r.FUA && r.Length <= inlineBytes && !t.dev.Paced():
@@ -75,11 +96,7 @@ func (t *target) ServeUBLK(r *ublk.Request) error {
 }
 
 func (t *target) read(r *ublk.Request) error {
-	p, ok := r.Data.(*readState)
-	if !ok {
-		p = new(readState)
-		r.Data = p
-	}
+	p := state(r)
 	if err := t.dev.PlanRead(&p.plan, r.Buf, r.Offset); err != nil {
 		return err
 	}
@@ -147,6 +164,11 @@ func (t *target) work(r *ublk.Request) (err error) {
 	switch r.Op {
 	case ublk.OpRead:
 		p := r.Data.(*readState)
+		if p.whole {
+			p.whole = false
+			_, err := t.dev.ReadAt(r.Buf, r.Offset)
+			return err
+		}
 		if p.fetch {
 			p.fetch = false
 			return p.plan.Fetch()

@@ -16,12 +16,12 @@ const module = "github.com/vdisk/vdisk"
 // layers lists the packages from the top down, with the packages of this module that each may import. A package that is
 // missing here may import none of them.
 var layers = map[string][]string{
-	"cmd/vdisk":                {"internal/owner", "internal/journal", "internal/retention", "internal/freeze", "internal/owner/sparse", "internal/image", "internal/stream", "internal/bench", "internal/metrics", "internal/storage", "cow", "format", "ublk"},
+	"cmd/vdisk":                {"internal/owner", "internal/journal", "internal/retention", "internal/freeze", "internal/owner/sparse", "internal/image", "internal/stream", "internal/bench", "internal/metrics", "internal/storage", "internal/size", "cow", "format", "ublk"},
 	"internal/image":           {"internal/owner/sparse", "nbd", "cow"},
-	"internal/owner":           {"internal/journal", "internal/retention", "internal/owner/sparse", "internal/rbddiff", "internal/stream", "internal/bench", "internal/metrics", "internal/storage", "cow", "format", "nbd", "ublk"},
+	"internal/owner":           {"internal/journal", "internal/retention", "internal/owner/sparse", "internal/rbddiff", "internal/stream", "internal/bench", "internal/metrics", "internal/storage", "internal/ratelimit", "cow", "format", "nbd", "ublk"},
 	"internal/metrics":         {"cow", "ublk"},
 	"internal/bench":           {"internal/workload", "cow", "format", "ublk"},
-	"cow":                      {"internal/stream", "cow/internal/audit", "cow/internal/leafcache", "cow/internal/wal", "cow/internal/fault", "cow/internal/lockorder", "metadata", "format", "internal/storage"},
+	"cow":                      {"internal/stream", "internal/ratelimit", "cow/internal/audit", "cow/internal/leafcache", "cow/internal/wal", "cow/internal/fault", "cow/internal/lockorder", "metadata", "format", "internal/storage"},
 	"cow/internal/audit":       {"cow/internal/fault", "metadata", "format"},
 	"cow/internal/leafcache":   {"cow/internal/fault", "cow/internal/lockorder", "metadata", "format"},
 	"cow/internal/wal":         {"cow/internal/fault", "cow/internal/lockorder", "format", "internal/storage"},
@@ -33,6 +33,8 @@ var layers = map[string][]string{
 	"internal/journal":         {"internal/storage"},
 	"internal/retention":       {},
 	"internal/freeze":          {},
+	"internal/ratelimit":       {"internal/size"},
+	"internal/size":            {},
 	"internal/storage/crashfs": {"internal/storage"},
 	"ublk/examples/loop":       {"ublk"},
 	"ublk/examples/null":       {"ublk"},
