@@ -1,6 +1,6 @@
 #!/bin/bash
 # deb-test.sh [-u]: proves that the Debian package of the commit that is checked out
-#   - is the same, bit for bit, when it is built in two folders, at two times, with nothing kept of the first build;
+#   - is the same, bit for bit, and so is the list of modules beside it, when it is built in two folders, at two times, with nothing kept of the first build;
 #   - has no error and no warning of lintian's;
 #   - has the files of packaging/deb/contents, with these modes and owners. -u writes that list anew.
 # It needs lintian, and takes some minutes.
@@ -24,6 +24,8 @@ first=$(build one)
 sleep 1 # the times in both would differ
 second=$(build another/folder GOCACHE="$work/cache" TZ=Asia/Tokyo LANG=C.UTF-8 USER=somebody)
 cmp "$first" "$second" || fail "two builds differ"
+cmp "${first%.deb}.cdx.json" "${second%.deb}.cdx.json" || fail "two lists of modules differ"
+python3 -c 'import json, sys; b = json.load(open(sys.argv[1])); sys.exit(len(b["components"]) < 5)' "${first%.deb}.cdx.json" || fail "the list of modules"
 echo "deb-test: two builds are the same: $(sha256sum <"$first" | cut -c 1-16)… ($(basename "$first"))"
 
 # Manual pages and documents go with the commands; the list has one line for each kind.

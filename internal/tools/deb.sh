@@ -1,5 +1,6 @@
 #!/bin/bash
-# deb.sh [FOLDER]: builds a Debian package of the commit that is checked out into FOLDER (bin), and prints its path.
+# deb.sh [FOLDER]: builds a Debian package of the commit that is checked out into FOLDER (bin), and prints its path. Beside it
+# comes what the program is made of, as CycloneDX (.cdx.json, sbom).
 #
 # dpkg-deb is used, because each Debian has it, and it makes the same file of the same content. That is what this script
 # sees to, too: the times are those of the commit (SOURCE_DATE_EPOCH), owners, modes and the order are fixed, and
@@ -91,4 +92,5 @@ find "$tree" -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +
 mkdir -p "$out"
 deb=$out/vdisk_${version}_$arch.deb
 dpkg-deb --root-owner-group -Zxz --build "$tree" "$deb" >/dev/null
+go run ./internal/tools/sbom -name vdisk -version "$version" "$tree/usr/bin/vdisk" >"${deb%.deb}.cdx.json"
 echo "$deb"

@@ -59,7 +59,7 @@ for what; do
 		need dpkg-deb dpkg
 		need git git
 		need gzip gzip
-		[ "$what" = deb ] || need lintian lintian
+		[ "$what" = deb ] || { need lintian lintian; need python3 python3-minimal; }
 		;;
 	*)
 		echo "usage: setup.sh build|deb|deb-test|demo|test..." >&2
