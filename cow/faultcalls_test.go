@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -364,7 +365,13 @@ func (p *program) end(t *testing.T, w *modelStore, part int, stopped bool) {
 	p.m, p.floor, p.names, p.writes = w.m, w.injector.floor, w.names, w.writes
 	killed := filepath.Join(p.dir, "killed")
 	p.mood(t, "calm")
-	must(t, errors.Join(os.RemoveAll(killed), os.CopyFS(killed, os.DirFS(p.store()))))
+	for { // a scrub in the background may be giving its file another name
+		must(t, os.RemoveAll(killed))
+		if err = os.CopyFS(killed, os.DirFS(p.store())); !errors.Is(err, fs.ErrNotExist) {
+			break
+		}
+	}
+	must(t, err)
 	must(t, errors.Join(os.Chmod(killed, 0o700), os.Chmod(filepath.Join(killed, chunksDir), 0o700)))
 	if p.fault == nil {
 		p.mood(t, "storm")
