@@ -163,7 +163,7 @@ func TestUnchangedIsUnchanged(t *testing.T) {
 		must(err)
 		var snaps []string // in the order in which they were taken
 		same := ""         // the snapshot that the volume certainly is as, because nothing was done since
-		for range rapid.IntRange(1, 20).Draw(t, "n") {
+		for range rapid.IntRange(1, 12).Draw(t, "n") {
 			clock.step()
 			switch rapid.SampledFrom([]string{"write", "write", "zero", "snapshot", "rollback", "remove", "checkpoint", "restart", "crash", "clean", "auto", "auto"}).Draw(t, "op") {
 			case "write":

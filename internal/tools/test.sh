@@ -20,9 +20,9 @@ TestFramesDamaged TestFullDisk TestFullStore.* TestGoldenOrder TestHiddenVolume 
 TestLookKeepsTheLastRecord TestLostTable TestMendTable TestMoreChunksThanDescriptors
 TestOracleTrusts TestOrderOf.* TestPartsOfUnits TestPromises TestReadOnlyStore
 TestReadsDoNotAllocate TestReceiveRefuses TestRemoveWithVeryManySnapshots TestReplayOfMoreThanFits
-TestRoundsLeaveNoSpace TestSectorsOfOneBlock TestSendAsStored TestSendReceive TestSizes TestSoak
+TestRoundsLeaveNoSpace TestSectorsOfOneBlock TestSendAsStored TestSendReceive TestSizes TestSoak TestUnchangedIsUnchanged
 TestSpaceComesBack TestTableCannotFillTheDisk TestWrongTable
-TestScripts/(arguments|badleaf|badstore|bench|check_repair|completion|damage|diff|flatten|foreign|formats|full|gc|holds|images|json|kept|ls|man|metadata|names|newest|nosuch|overwrite|patterns|qemu|rbd|repair|salvage|send|snapshots|stream|streams|transfer|usage)
+TestScripts/(arguments|badleaf|badstore|bench|check_repair|completion|damage|diff|flatten|foreign|formats|full|gc|holds|images|json|kept|ls|man|metadata|names|newest|nosuch|overwrite|patterns|qemu|rbd|repair|retention|salvage|send|snapshots|stream|streams|transfer|usage)
 '
 
 stage() { printf '\n=== %s\n' "$*"; }
