@@ -48,11 +48,8 @@ func (s *Store) roomForNew(n int, small bool) error {
 	if small {
 		parts = smallParts
 	}
-	live := s.slots.live
-	if c := s.wal.Current(); c != nil {
-		live += int64(s.slots.get(c.Slot).live)
-	}
-	most := max(0, capacity-capacity*parts/64-endChunks*s.wal.ChunkBytes-s.workRoom())
+	live, most := s.liveNow(), s.mostNew(parts)
+	s.lookAtFill(live + int64(n))
 	if capacity == 0 || s.opts.takeAll || live+int64(n) <= most {
 		return nil
 	}

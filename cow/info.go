@@ -24,6 +24,9 @@ type StoreInfo struct {
 	ReserveBytes int64 `json:"reserve_bytes"` // of the file system; kept for deletes and checkpoints
 	FreeBytes    int64 `json:"free_bytes"`    // of the file system
 
+	Fill       *Fill `json:"fill,omitempty"` // nil: not known
+	FillLevels []int `json:"fill_levels"`    // of WatchFill
+
 	AsideFiles int   `json:"aside_files"` // chunk files that were set aside; -1: they cannot be listed
 	AsideBytes int64 `json:"aside_bytes"` // of the files that were set aside
 
@@ -41,6 +44,9 @@ func (s *Store) Info() StoreInfo {
 	if n, err := s.fs.Free(); err == nil {
 		in.FreeBytes = n
 	}
+	if f, err := s.Fill(); err == nil {
+		in.Fill = &f
+	}
 	var err error
 	if in.AsideFiles, in.AsideBytes, err = s.setAsideSoFar(); err != nil {
 		s.log.Warn("what was set aside cannot be listed", "folder", s.in.Join(asideDir), "err", err)
@@ -48,6 +54,7 @@ func (s *Store) Info() StoreInfo {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	in.FillLevels = s.fill.levels
 	in.Volumes = len(s.catalog.volumes)
 	in.Snapshots = len(s.catalog.snapshots) - len(s.catalog.unnamedPoints)
 	in.SpareBytes = s.wal.Pool.Bytes()

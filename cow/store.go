@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"math"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -69,6 +70,7 @@ type Store struct {
 	cold        coldState
 	damage      damageRegister
 	scrub       scrubber
+	fill        fillWatch
 	reads       atomic.Uint64
 
 	quit  chan struct{}
@@ -177,6 +179,7 @@ func build(in *storage.Folder, info format.StoreInfo, o Options, lock *os.File, 
 		changes:     changes{gen: 1, dropping: map[metadata.Version]struct{}{}},
 		checkpoints: checkpoints{reapCursor: map[uint32]reapCursor{}, work: make(chan struct{}, 1)},
 		cleaner:     cleaner{work: make(chan struct{}, 1)},
+		fill:        fillWatch{work: make(chan struct{}, 1), due: math.MaxInt64},
 	}
 	s.scratch.New = newScratch
 	s.unpacked.New = func() any { return new(format.Leaf) }

@@ -35,24 +35,29 @@ func (a *app) infoCommand() *cli.Command {
 
 // storeJSON describes the store in the JSON output.
 type storeJSON struct {
-	Store      string       `json:"store"`
-	UUID       string       `json:"uuid"`
-	Version    int          `json:"version"`
-	Created    time.Time    `json:"created"`
-	Volumes    int          `json:"volumes"`
-	Snapshots  int          `json:"snapshots"`
-	ChunkFiles int          `json:"chunk_files"`
-	ChunkBytes int64        `json:"chunk_bytes"` // size of the log's files
-	LiveBytes  int64        `json:"live_bytes"`  // live data in them
-	MetaBytes  int64        `json:"meta_bytes"`
-	CopyBytes  int64        `json:"copy_bytes"`    // second copy of the table; 0: none
-	FreeBytes  int64        `json:"free_bytes"`    // free space of the file system
-	Reserve    int64        `json:"reserve_bytes"` // space that the store reserves for a full disk
-	AsideFiles int          `json:"aside_files"`   // chunk files in STORE/chunks.aside; -1: cannot be listed
-	AsideBytes int64        `json:"aside_bytes"`   // their size
-	Scrub      scrubJSON    `json:"scrub"`
-	Owner      *ownerJSON   `json:"owner"`   // null if no other process has the store open
-	Waiting    []deviceJSON `json:"waiting"` // devices without a server
+	Store       string       `json:"store"`
+	UUID        string       `json:"uuid"`
+	Version     int          `json:"version"`
+	Created     time.Time    `json:"created"`
+	Volumes     int          `json:"volumes"`
+	Snapshots   int          `json:"snapshots"`
+	ChunkFiles  int          `json:"chunk_files"`
+	ChunkBytes  int64        `json:"chunk_bytes"` // size of the log's files
+	LiveBytes   int64        `json:"live_bytes"`  // live data in them
+	MetaBytes   int64        `json:"meta_bytes"`
+	CopyBytes   int64        `json:"copy_bytes"`    // second copy of the table; 0: none
+	FreeBytes   int64        `json:"free_bytes"`    // free space of the file system
+	Reserve     int64        `json:"reserve_bytes"` // space that the store reserves for a full disk
+	FillBytes   *int64       `json:"fill_bytes"`    // stored; null: not known
+	FullAtBytes *int64       `json:"full_at_bytes"` // so much stored refuses new data
+	FillPercent *int         `json:"fill_percent"`
+	AsideFiles  int          `json:"aside_files"` // chunk files in STORE/chunks.aside; -1: cannot be listed
+	AsideBytes  int64        `json:"aside_bytes"` // their size
+	Scrub       scrubJSON    `json:"scrub"`
+	Owner       *ownerJSON   `json:"owner"`   // null if no other process has the store open
+	Waiting     []deviceJSON `json:"waiting"` // devices without a server
+
+	fill *cow.Fill
 }
 
 type ownerJSON struct {
@@ -130,6 +135,10 @@ func (a *app) storeInfo(c *cli.Context, s owner.Store) error {
 		Store: a.dir, UUID: i.UUID, Version: i.Version, Created: i.Created.UTC(), Volumes: i.Volumes, Snapshots: i.Snapshots,
 		ChunkFiles: i.Chunks, ChunkBytes: i.ChunkBytes, LiveBytes: i.LiveBytes, MetaBytes: i.MetaBytes, CopyBytes: i.CopyBytes, FreeBytes: i.FreeBytes, Reserve: i.ReserveBytes, AsideFiles: i.AsideFiles, AsideBytes: i.AsideBytes, Scrub: scrubOf(i.Scrub), Owner: ownerOf(s, st), Waiting: []deviceJSON{},
 	}
+	if f := i.Fill; f != nil {
+		percent := f.Percent()
+		j.FillBytes, j.FullAtBytes, j.FillPercent, j.fill = &f.Bytes, &f.FullAt, &percent, f
+	}
 	if j.Owner != nil {
 		if j.Owner.Clients, err = clientsOf(c.Context, s, cow.Ref{}); err != nil {
 			return err
@@ -161,6 +170,9 @@ func storeFields(a *app, j storeJSON) [][2]string {
 		{"log", fmt.Sprintf("%s in %d chunks, %s live", a.size(j.ChunkBytes), j.ChunkFiles, a.size(j.LiveBytes))},
 		{"table", a.size(j.MetaBytes) + ", and " + copyText(a, j)},
 		{"free", fmt.Sprintf("%s, and %s kept for when the file system is full", a.size(j.FreeBytes), a.size(j.Reserve))},
+	}
+	if j.fill != nil {
+		f = append(f, [2]string{"fill", fillText(a, *j.fill)})
 	}
 	switch {
 	case j.AsideFiles < 0:

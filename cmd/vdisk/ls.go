@@ -98,6 +98,9 @@ func (a *app) ls(c *cli.Context) error {
 		if c.Bool("tree") {
 			items = treeOf(items, !c.Bool("script"))
 		}
+		if i, err := s.Info(c.Context); err == nil {
+			a.noteFill(i)
+		}
 		return a.print(listJSON(items, kind, total), func() error { return a.printItems(items, chosen, total, c.Bool("script")) })
 	})
 }

@@ -58,6 +58,8 @@ type app struct {
 	cacheBytes  int64  // parsed mapCache
 	coldAfter   time.Duration
 	scrubEvery  time.Duration
+	warnAt      string
+	fillLevels  []int // of warnAt
 	log         *slog.Logger
 
 	freezer      freeze.System              // freezes file systems
@@ -137,11 +139,12 @@ func interruptible(parent context.Context) (context.Context, func()) {
 	return ctx, func() { close(ended); signal.Stop(signals); cancel(nil) }
 }
 
-// The environment variables for --map-cache, --cold-after and --scrub-every.
+// The environment variables for --map-cache, --cold-after, --scrub-every and --warn-at.
 const (
 	mapCacheEnv   = "VDISK_MAP_CACHE"
 	coldAfterEnv  = "VDISK_COLD_AFTER"
 	scrubEveryEnv = "VDISK_SCRUB_EVERY"
+	warnAtEnv     = "VDISK_WARN_AT"
 )
 
 func (a *app) program() *cli.App {
@@ -191,6 +194,7 @@ func (a *app) globalFlags() []cli.Flag {
 		&cli.StringFlag{Name: "max-size", Usage: "limit the store's data to `SIZE` while this process owns it", EnvVars: []string{"VDISK_MAX_SIZE"}, Destination: &a.maxSize},
 		&cli.DurationFlag{Name: "cold-after", Usage: "recompress, in idle time, data that has not changed for `DURATION`; 0: never", EnvVars: []string{coldAfterEnv}, Value: 10 * time.Minute, Destination: &a.coldAfter},
 		&cli.DurationFlag{Name: "scrub-every", Usage: "read and verify all data once in `DURATION`, in the background, while a daemon or serve owns the store; 0: never", EnvVars: []string{scrubEveryEnv}, Value: 30 * 24 * time.Hour, Destination: &a.scrubEvery},
+		&cli.StringFlag{Name: "warn-at", Usage: "while a daemon or serve owns the store, log and note when it is filled to `PERCENT,...`; off: never", EnvVars: []string{warnAtEnv}, Value: defaultWarnAt, Destination: &a.warnAt},
 		&cli.StringFlag{Name: "map-cache", Usage: "limit the memory of the owner's block map to `SIZE`", EnvVars: []string{mapCacheEnv}, Value: "256M", Destination: &a.mapCache},
 	}
 }
@@ -217,19 +221,21 @@ func (a *app) prepare(*cli.Context) error {
 	if a.scrubEvery < 0 {
 		return usagef("--scrub-every %v is below zero", a.scrubEvery)
 	}
+	var err error
+	if a.fillLevels, err = parseFillLevels(a.warnAt); err != nil {
+		return err
+	}
 	if a.maxSize != "" {
-		var err error
 		if a.maxBytes, err = a.sizeBetween("--max-size", a.maxSize, cow.MinMaxBytes, math.MaxInt64); err != nil {
 			return err
 		}
 	}
-	var err error
 	if a.cacheBytes, err = a.sizeBetween("--map-cache", a.mapCache, cow.MinCacheBytes, cow.MaxCacheBytes); err != nil {
 		return err
 	}
 	// These are for a daemon that this command starts, and for the programs that follow the daemon in an upgrade, which
 	// may be older.
-	if err := errors.Join(os.Setenv(mapCacheEnv, a.mapCache), os.Setenv(coldAfterEnv, a.coldAfter.String()), os.Setenv(scrubEveryEnv, a.scrubEvery.String())); err != nil {
+	if err := errors.Join(os.Setenv(mapCacheEnv, a.mapCache), os.Setenv(coldAfterEnv, a.coldAfter.String()), os.Setenv(scrubEveryEnv, a.scrubEvery.String()), os.Setenv(warnAtEnv, a.warnAt)); err != nil {
 		return err
 	}
 	dir, err := filepath.Abs(a.dir)
@@ -282,7 +288,7 @@ func (a *app) options(c *cli.Context) owner.Options {
 	}
 	return owner.Options{
 		LockTimeout: a.lockTimeout, Command: "vdisk " + c.Command.Name, Logger: a.log, Version: version(), MaxBytes: a.maxBytes, MapCache: a.cacheBytes,
-		ColdAfter: cold, ScrubEvery: a.scrubEvery, Foreign: a.foreign,
+		ColdAfter: cold, ScrubEvery: a.scrubEvery, FillLevels: a.fillLevels, Foreign: a.foreign,
 	}
 }
 

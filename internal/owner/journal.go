@@ -84,6 +84,13 @@ func (o *Owner) noteStart() {
 	}
 }
 
+// noteFill notes that the store was filled to a level, or is less full again.
+func (o *Owner) noteFill(c cow.FillChange) {
+	o.happened(journal.Entry{Kind: "fill", Details: map[string]any{
+		"level": c.Level, "above": c.Above, "percent": c.Percent(), "bytes": c.Bytes, "full_at": c.FullAt,
+	}})
+}
+
 // noteStop notes that an owner that lasts has ended.
 func (o *Owner) noteStop(err error) {
 	if o.opts.lasts() {

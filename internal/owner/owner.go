@@ -100,6 +100,9 @@ func own(ctx context.Context, dir string, o Options, mayRead bool) (*Owner, erro
 	if err == nil && store.ReadOnly() == nil {
 		owner.removeUnfinished()
 	}
+	if err == nil && o.lasts() {
+		err = store.WatchFill(o.FillLevels, owner.noteFill)
+	}
 	if err == nil && o.Offer {
 		owner.control, err = listenControl(owner)
 	}

@@ -146,6 +146,8 @@ type Options struct {
 	ColdAfter time.Duration
 	// ScrubEvery is cow.Options.ScrubEvery, for an owner that lasts; 0: no scrub begins by itself.
 	ScrubEvery time.Duration
+	// FillLevels are the levels of cow.Store.WatchFill, for an owner that lasts.
+	FillLevels []int
 	// Foreign permits a store whose folder belongs to another user, or that other users may change (cow.ErrForeign).
 	Foreign bool
 	// Look is cow.Options.Look, for a command that only looks at the store.
