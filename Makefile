@@ -9,7 +9,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
 .DEFAULT_GOAL = build
-.PHONY: help build install demo test guest-test recovery-test power-test crash-test damage-test fault-test kill-test linear-test proof soak fuzz mutants bench-engine bench-cleaner bench-depth bench-nbd bench-import bench-ublk bench-guest bench-space deb deb-test lint clean
+.PHONY: help build install demo test guest-test recovery-test power-test crash-test damage-test fault-test kill-test linear-test proof soak fuzz mutants bench-engine bench-cleaner bench-depth bench-nbd bench-import bench-ublk bench-guest bench-space deb deb-test deb-guest-test lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,10 @@ deb: ## a Debian package of the commit that is checked out, in bin/ (deb.sh)
 deb-test: ## the package is the same in two builds, and lintian has nothing to say (deb-test.sh)
 	@$(TOOLS)/setup.sh build deb-test
 	@$(TOOLS)/deb-test.sh
+
+deb-guest-test: ## the package in a guest under systemd (KERNEL), over an upgrade, a kill and a reboot (deb-guest.sh)
+	@$(TOOLS)/setup.sh build deb
+	@$(TOOLS)/deb-guest.sh
 
 demo: build ## the main job, on a real file system image; under three minutes
 	@$(TOOLS)/setup.sh demo

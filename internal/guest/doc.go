@@ -3,13 +3,17 @@
 //
 // # Parts of a guest
 //
-//	root image   Debian trixie (debootstrap), the packages in rootPackages; every run writes to its own overlay
+//	root image   Debian trixie (debootstrap), the packages in rootPackages; every run writes to its own overlay,
+//	             or to the one that Run.RootFile names
 //	kernel       a Debian cloud kernel: "stable" is the newest 6.12 of bookworm's security suite, "newest" the
 //	             newest of trixie-backports; its modules are in a separate image, mounted at /usr/lib/modules
 //	initrd       made at every run from busybox, virtio modules and the scripts embedded here
 //	payload      a tar archive on a virtio disk, unpacked to tmpfs at /payload; /payload/bin is first on PATH
 //	scratch      ext4 on a sparse file, mounted at /scratch ($VDISK_SCRATCH)
 //	results      ext4, mounted at /results ($VDISK_RESULTS), copied to the caller's folder afterwards
+//
+// With Run.Systemd, systemd is process 1, and the payload's script a service of it. When the script has ended, the guest
+// goes down in order, as for a reboot; the next run with the same RootFile is what comes up after it.
 //
 // Build makes the root image and the kernels in a cache folder ($VDISK_GUEST_DIR, or else .guest beside go.mod). It
 // does nothing if the folder has them already, made by the same recipe. Building needs root and apt; running needs only

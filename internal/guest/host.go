@@ -13,12 +13,13 @@ import (
 )
 
 var (
-	runTools = []string{"qemu-system-x86_64", "mke2fs", "debugfs"}
+	runTools = []string{"qemu-system-x86_64", "qemu-img", "mke2fs", "debugfs"}
 
 	buildTools = []string{"debootstrap", "dpkg-deb", "depmod", "xz", "zstd", "apt-get"}
 
 	packageOf = map[string]string{
 		"qemu-system-x86_64": "qemu-system-x86",
+		"qemu-img":           "qemu-utils",
 		"mke2fs":             "e2fsprogs",
 		"debugfs":            "e2fsprogs",
 		"debootstrap":        "debootstrap",

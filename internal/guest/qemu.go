@@ -58,7 +58,7 @@ const kernelArgs = "console=ttyS0 panic=-1 oops=panic no_timer_check tsc=nowatch
 func (b boot) args(nonce, console string) []string {
 	a := baseArgs(b.machine, b.run.CPUs, b.run.Memory)
 	a = append(a, "-kernel", b.kernel.vmlinuz(), "-initrd", b.disks.initrd,
-		"-append", strings.TrimSpace(kernelArgs+" vdisk.nonce="+nonce+" "+b.run.Append),
+		"-append", strings.TrimSpace(kernelArgs+" vdisk.nonce="+nonce+b.systemdArgs()+" "+b.run.Append),
 		"-chardev", "file,id=console,path="+escape(console), "-serial", "chardev:console")
 	if b.run.Terminal {
 		a = append(a, "-chardev", "stdio,id=terminal,signal=off", "-serial", "chardev:terminal")
@@ -68,20 +68,40 @@ func (b boot) args(nonce, console string) []string {
 	if b.run.Durable {
 		scratchCache = "writeback"
 	}
+	root, options := b.disks.root, "format=raw,snapshot=on,cache=unsafe"
+	if b.disks.overlay != "" {
+		root, options = b.disks.overlay, "format=qcow2,cache=unsafe"
+	}
 	for _, d := range []struct{ name, file, options string }{
-		{"root", b.disks.root, "snapshot=on,cache=unsafe"},
-		{"modules", b.disks.modules, "readonly=on"},
-		{"payload", b.disks.payload, "readonly=on"},
-		{"scratch", b.disks.scratch, "discard=unmap,cache=" + scratchCache},
-		{"results", b.disks.results, "cache=unsafe"},
+		{"root", root, options},
+		{"modules", b.disks.modules, "format=raw,readonly=on"},
+		{"payload", b.disks.payload, "format=raw,readonly=on"},
+		{"scratch", b.disks.scratch, "format=raw,discard=unmap,cache=" + scratchCache},
+		{"results", b.disks.results, "format=raw,cache=unsafe"},
 	} {
 		if d.file == "" {
 			continue
 		}
-		a = append(a, "-drive", fmt.Sprintf("if=none,id=%s,format=raw,file=%s,%s", d.name, escape(d.file), d.options),
+		a = append(a, "-drive", fmt.Sprintf("if=none,id=%s,file=%s,%s", d.name, escape(d.file), d.options),
 			"-device", fmt.Sprintf("virtio-blk-pci,drive=%s,serial=%s", d.name, d.name))
 	}
 	return a
+}
+
+// systemdArgs are for the first program of the guest, and for systemd.
+func (b boot) systemdArgs() string {
+	if !b.run.Systemd {
+		return ""
+	}
+	return " vdisk.systemd systemd.unit=multi-user.target systemd.show_status=no"
+}
+
+// patience is limit, or longer with systemd.
+func (b boot) patience(limit time.Duration) time.Duration {
+	if b.run.Systemd {
+		return systemdTimes * limit
+	}
+	return limit
 }
 
 // escape doubles commas, as the values of QEMU's options need.
@@ -165,7 +185,7 @@ func bootOnce(ctx context.Context, b boot) (*Result, error) {
 		out.flush()
 	}()
 	var bootTime time.Duration
-	why := q.supervise(ctx, p, func() { bootTime = time.Since(start) })
+	why := q.supervise(ctx, p, b.patience, func() { bootTime = time.Since(start) })
 	// All that QEMU wrote is in the socket. The deadline is for a stray process that has inherited QEMU's end of it.
 	ours.SetReadDeadline(time.Now().Add(5 * time.Second))
 	<-read
@@ -249,7 +269,7 @@ func startProcess(cmd *exec.Cmd) (*process, error) {
 
 // supervise returns when QEMU has ended. It kills QEMU when the context ends (and returns the context's error), when
 // the guest does not come up or down in time, and when the guest asks for a power cut.
-func (q *process) supervise(ctx context.Context, p *progress, onReady func()) error {
+func (q *process) supervise(ctx context.Context, p *progress, patience func(time.Duration) time.Duration, onReady func()) error {
 	defer func() { <-q.ended }()
 	kill := func() {
 		q.cmd.Process.Kill()
@@ -257,7 +277,7 @@ func (q *process) supervise(ctx context.Context, p *progress, onReady func()) er
 			syscall.Kill(-q.cmd.Process.Pid, syscall.SIGKILL)
 		}
 	}
-	limit := time.NewTimer(bootTimeout)
+	limit := time.NewTimer(patience(bootTimeout))
 	defer limit.Stop()
 	ready, exited, cut := p.ready, p.exited, p.cut
 	for {
@@ -281,7 +301,7 @@ func (q *process) supervise(ctx context.Context, p *progress, onReady func()) er
 			}
 		case <-exited:
 			exited = nil
-			limit.Reset(endTimeout)
+			limit.Reset(patience(endTimeout))
 		}
 	}
 }

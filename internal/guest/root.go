@@ -19,6 +19,7 @@ const rootSize = 4 << 30
 // rootPackages are what tests in a guest need, besides Debian's essential packages.
 var rootPackages = []string{
 	"busybox-static", // copied out of the root image, for initrds
+	"systemd",        // process 1 of runs that ask for it
 	"fio", "e2fsprogs", "xfsprogs", "btrfs-progs", "util-linux", "coreutils", "kmod", "udev", "procps", "psmisc", "iproute2",
 	"libnbd-bin", "nbd-client", "qemu-utils", "fuse3", "dmsetup", "sqlite3", "strace", "python3-minimal", "xxd",
 }

@@ -23,11 +23,15 @@ type Run struct {
 	CPUs    int           // default 2
 	Memory  int           // MiB; default 3072
 	Timeout time.Duration // from the start of QEMU, with all tries at booting; default 5 minutes
-	Append  string        // added to the kernel's command line
+	// Systemd lets systemd be process 1. The script runs once the guest has come up, and then the guest goes down in order.
+	Systemd bool
+	Append  string // added to the kernel's command line
 
 	ScratchSize int64  // bytes; default 8 GiB; negative: no scratch disk
 	ScratchFile string // kept between runs; formatted only if it does not exist. Empty: a temporary file
 	Durable     bool   // flushes of the scratch disk reach the host's disk; else ignored (cache=unsafe)
+
+	RootFile string // overlay of the root image, kept between runs; made if it does not exist. Empty: a temporary one
 
 	Results string    // host folder that gets the content of /results; empty: no such disk
 	Stdout  io.Writer // the payload's stdout and stderr, live; nil: dropped
@@ -58,6 +62,8 @@ const (
 	bootTimeout = 120 * time.Second
 	// endTimeout is how long the guest may take to reset once its payload has ended.
 	endTimeout = 60 * time.Second
+	// systemdTimes is how many times as long both may take with systemd.
+	systemdTimes = 4
 )
 
 // Run boots the guest, runs the script, and waits for its end. The result is nil only if nothing could be started. A
@@ -163,7 +169,7 @@ func newNonce() string {
 }
 
 // disks are the files behind a guest's disks; "" means that there is no such disk.
-type disks struct{ root, modules, payload, scratch, results, initrd string }
+type disks struct{ root, overlay, modules, payload, scratch, results, initrd string }
 
 func (img *Image) prepare(ctx context.Context, k Kernel, r Run, dir string) (disks, error) {
 	d := disks{
@@ -172,6 +178,12 @@ func (img *Image) prepare(ctx context.Context, k Kernel, r Run, dir string) (dis
 	}
 	if err := img.writeInitrd(k, d.initrd); err != nil {
 		return d, err
+	}
+	if r.RootFile != "" {
+		d.overlay = r.RootFile
+		if err := makeOverlay(ctx, d.overlay, d.root); err != nil {
+			return d, err
+		}
 	}
 	if err := writePayload(d.payload, r.Files, r.Script); err != nil {
 		return d, err
@@ -195,6 +207,19 @@ func (img *Image) prepare(ctx context.Context, k Kernel, r Run, dir string) (dis
 		}
 	}
 	return d, nil
+}
+
+// makeOverlay makes a file that has what is written to the root image, unless it exists.
+func makeOverlay(ctx context.Context, file, root string) error {
+	if _, err := os.Stat(file); err == nil || !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	base, err := filepath.Abs(root)
+	if err != nil {
+		return err
+	}
+	_, err = command(exec.CommandContext(ctx, lookTool("qemu-img"), "create", "-q", "-f", "qcow2", "-F", "raw", "-b", base, file))
+	return err
 }
 
 // copyResults copies the files out of a results disk.

@@ -1,12 +1,13 @@
-# Process 1 of the guest: prepares the system, runs the payload, reports its exit status, and resets the machine.
+# Process 1 of the guest, or a service of systemd: prepares the system, runs the payload, reports its exit status, and resets the machine.
 # Starting programs is slow when emulated, so this uses busybox and the shell's own commands where it can.
 export PATH=/payload/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 export HOME=/root TMPDIR=/tmp LANG=C.UTF-8 TERM=linux USER=root SHELL=/bin/bash
 export VDISK_GUEST=1 VDISK_SCRATCH=/scratch VDISK_RESULTS=/results
 bb=/run/busybox
 
+systemd=
 for w in $(</proc/cmdline); do
-	case $w in vdisk.nonce=*) nonce=${w#*=} ;; esac
+	case $w in vdisk.nonce=*) nonce=${w#*=} ;; vdisk.systemd) systemd=yes ;; esac
 done
 ulimit -n 65536; ulimit -l unlimited; ulimit -u unlimited; ulimit -c 0
 
@@ -22,7 +23,7 @@ echo 1 >sysrq
 cd /
 
 # Present devices have their nodes from devtmpfs. udev is for devices that tests make.
-/usr/lib/systemd/systemd-udevd --daemon 2>/dev/null
+[ "$systemd" ] || /usr/lib/systemd/systemd-udevd --daemon 2>/dev/null
 
 for p in /sys/class/virtio-ports/*; do
 	[ "$(<"$p/name")" = vdisk.0 ] && port=/dev/${p##*/}
@@ -45,6 +46,7 @@ setsid -w bash /payload/.script </dev/null >&4 2>&1 3>&- 4>&-
 code=$?
 event exit $code
 read -r -t 30 -u 3 _ # the host has all output
+[ ! "$systemd" ] || exec systemctl reboot
 # Unmount the disks that the host keeps, but do not let a file system that hangs delay the end.
 { $bb umount /results; $bb umount /scratch || sync -f /scratch; : >/run/down; } 2>/dev/null &
 n=0

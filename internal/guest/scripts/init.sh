@@ -47,4 +47,13 @@ echo "127.0.0.1 localhost guest" >etc/hosts
 $bb ifconfig lo 127.0.0.1 up
 $bb cp /guest.sh run/guest.sh
 $bb cp $bb run/busybox
+case " $($bb cat proc/cmdline) " in
+*" vdisk.systemd "*)
+	# The rest is a service, which begins when the system is up.
+	$bb mkdir -p run/systemd/system/multi-user.target.wants
+	printf '%s\n' '[Unit]' After=multi-user.target '[Service]' 'ExecStart=/bin/bash /run/guest.sh' TasksMax=infinity KillMode=mixed \
+		>run/systemd/system/vdisk-guest.service
+	$bb ln -s ../vdisk-guest.service run/systemd/system/multi-user.target.wants/
+	exec $bb switch_root /newroot /usr/lib/systemd/systemd ;;
+esac
 exec $bb switch_root /newroot /bin/bash /run/guest.sh

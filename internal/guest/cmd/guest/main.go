@@ -165,6 +165,8 @@ func (a *app) runFlags(name string) (*flag.FlagSet, *guest.Run) {
 	fs.StringVar(&r.Append, "append", "", "more of the kernel's command `line`")
 	fs.Int64Var(&r.ScratchSize, "scratch-size", 8<<30, "size of /scratch in `bytes`, -1 for none")
 	fs.StringVar(&r.ScratchFile, "scratch-file", "", "`file` behind /scratch that is kept and used again")
+	fs.BoolVar(&r.Systemd, "systemd", false, "systemd is process 1")
+	fs.StringVar(&r.RootFile, "root-file", "", "`file` that keeps what is written to the root file system, and is used again")
 	fs.BoolVar(&r.Durable, "durable", false, "flushes of /scratch reach the host's disk")
 	fs.StringVar(&r.Results, "results", "", "copy the content of /results to this host `folder`")
 	fs.Func("bin", "copy a host `file` into /payload/bin (repeatable)", func(v string) error {
