@@ -290,7 +290,7 @@ func (a *app) upgradeCommand() *cli.Command {
 			a.note("%s is the program that ran already; it was started again", u.Program)
 		}
 		if u.Ended > 0 {
-			a.note("%d NBD clients with TLS were disconnected, as they cannot be handed over", u.Ended)
+			a.note("%d NBD clients were disconnected: connections with TLS, or that have opened nothing yet, cannot be handed over", u.Ended)
 		}
 		return a.print(map[string]string{"from": u.From, "to": u.To}, func() error {
 			_, err := fmt.Fprintf(a.stdout, "from %s to %s\n", u.From, u.To)

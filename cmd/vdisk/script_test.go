@@ -34,10 +34,14 @@ func TestMain(m *testing.M) {
 	})
 }
 
+// taken keeps a hand-over: its files must not be closed by the garbage collector, as run takes the same descriptors.
+var taken *owner.Handover
+
 // runBroken is a vdisk that cannot take over, and gives the store back.
 func runBroken() int {
 	text := os.Getenv("VDISK_HANDOVER")
 	if h := owner.TakeHandover(); h != nil {
+		taken = h
 		if h.Failed == "" {
 			fmt.Fprintln(os.Stderr, h.Return("broken", errors.New("this one is broken")))
 			return 1

@@ -169,8 +169,9 @@ func (o *Owner) pauseServices(ctx context.Context) (_ *handed, err error) {
 // continueServices undoes pauseServices.
 func (o *Owner) continueServices() {
 	o.mu.Lock()
-	defer o.mu.Unlock()
-	for _, s := range o.services {
+	services := slices.Clone(o.services)
+	o.mu.Unlock()
+	for _, s := range services { // without mu, as a server that closes a connection calls notify
 		s.server.Continue()
 	}
 }
