@@ -1,6 +1,7 @@
 # The Debian package under systemd, before a reboot: install, enable, attach, upgrade under load, kill -9 under a mounted
 # file system, stop and start. /payload has old.deb and new.deb. 20-reboot.sh goes on after the reboot.
 set -eu
+export VDISK_LOCK_TIMEOUT=2m # an emulated guest may be slow
 fail() { echo "FAIL: $*"; systemctl status --no-pager -l 'vdisk@*' || true; journalctl -b --no-pager -u 'vdisk@*' | tail -40; exit 1; }
 until_true() { # SECONDS COMMAND...
 	local n=$(($1 * 5)); shift

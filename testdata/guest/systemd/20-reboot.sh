@@ -1,6 +1,7 @@
 # The Debian package under systemd, after the reboot: disks and mounts are back; a disk in use keeps the package; purging it
 # keeps the store.
 set -eu
+export VDISK_LOCK_TIMEOUT=2m # an emulated guest may be slow
 fail() { echo "FAIL: $*"; systemctl status --no-pager -l 'vdisk@*' mnt-vm1.mount || true; journalctl -b --no-pager | tail -60; exit 1; }
 unit=vdisk@var-lib-vdisk.service
 
