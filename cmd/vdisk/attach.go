@@ -65,6 +65,15 @@ func (a *app) attach(c *cli.Context) error {
 	})
 }
 
+// notAttached gives the error that something is not attached a hint that says what is.
+func notAttached(err error) error {
+	var none noStoreError
+	if !errors.Is(err, cow.ErrNotFound) || errors.As(err, &none) {
+		return err
+	}
+	return hintedError{err, "'vdisk ls -t all -o name,device' shows what is attached"}
+}
+
 func (a *app) detachCommand() *cli.Command {
 	return a.command(arity{1, 1}, &cli.Command{
 		Name:      "detach",
@@ -81,7 +90,7 @@ func (a *app) detachCommand() *cli.Command {
 			err = owner.GiveUp(c.Context, a.dir, c.Args().First(), a.options(c))
 		}
 		if err != nil {
-			return err
+			return notAttached(err)
 		}
 		return a.print(map[string]any{"detached": c.Args().First()}, func() error { return nil })
 	})

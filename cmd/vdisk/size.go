@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"strconv"
+	"strings"
 
 	"github.com/docker/go-units"
 
@@ -22,10 +23,17 @@ func parseSize(s string) (int64, error) {
 func (a *app) sizeBetween(what, text string, least, most int64) (int64, error) {
 	n, err := parseSize(text)
 	if err != nil {
-		return 0, fmt.Errorf("%s: %w; the range is %s to %s", what, err, a.size(least), a.size(most))
+		if what != "size" { // which the error says itself
+			err = fmt.Errorf("%s: %w", what, err)
+		}
+		return 0, fmt.Errorf("%w; the range is %s to %s", err, a.size(least), a.size(most))
 	}
 	if n < least || n > most {
-		return 0, usagef("%s %s: the range is %s to %s", what, text, a.size(least), a.size(most))
+		err := usagef("%s %s: the range is %s to %s", what, text, a.size(least), a.size(most))
+		if 0 < n && n < least && strings.Trim(text, "0123456789") == "" {
+			err = fmt.Errorf("%w; a number alone is bytes, and %sG would be GiB", err, text)
+		}
+		return 0, err
 	}
 	return n, nil
 }

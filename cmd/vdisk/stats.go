@@ -92,6 +92,7 @@ func (a *app) sample(c *cli.Context) (s sample, err error) {
 			}
 		}
 		s.DeviceStats, err = store.Stats(c.Context, what)
+		err = notAttached(err)
 		if errors.Is(err, cow.ErrNotFound) && len(s.clients) > 0 { // it is no block device
 			s.Device.Ref, err = r, nil
 		}
