@@ -56,8 +56,6 @@ type storeJSON struct {
 	Scrub       scrubJSON    `json:"scrub"`
 	Owner       *ownerJSON   `json:"owner"`   // null if no other process has the store open
 	Waiting     []deviceJSON `json:"waiting"` // devices without a server
-
-	fill *cow.Fill
 }
 
 type ownerJSON struct {
@@ -137,7 +135,7 @@ func (a *app) storeInfo(c *cli.Context, s owner.Store) error {
 	}
 	if f := i.Fill; f != nil {
 		percent := f.Percent()
-		j.FillBytes, j.FullAtBytes, j.FillPercent, j.fill = &f.Bytes, &f.FullAt, &percent, f
+		j.FillBytes, j.FullAtBytes, j.FillPercent = &f.Bytes, &f.FullAt, &percent
 	}
 	if j.Owner != nil {
 		if j.Owner.Clients, err = clientsOf(c.Context, s, cow.Ref{}); err != nil {
@@ -171,8 +169,8 @@ func storeFields(a *app, j storeJSON) [][2]string {
 		{"table", a.size(j.MetaBytes) + ", and " + copyText(a, j)},
 		{"free", fmt.Sprintf("%s, and %s kept for when the file system is full", a.size(j.FreeBytes), a.size(j.Reserve))},
 	}
-	if j.fill != nil {
-		f = append(f, [2]string{"fill", fillText(a, *j.fill)})
+	if j.FillBytes != nil {
+		f = append(f, [2]string{"fill", fillText(a, cow.Fill{Bytes: *j.FillBytes, FullAt: *j.FullAtBytes})})
 	}
 	switch {
 	case j.AsideFiles < 0:
