@@ -59,8 +59,9 @@ func (a *app) frozen(c *cli.Context, s owner.Store, volumes []string, take func(
 	return fmt.Errorf("no snapshot was taken: %w", err)
 }
 
-// mayFreeze returns an error if the store is on a file system, which would stop the store, too, or if it is known that
-// the file system is on none of the volumes, or also on another one.
+// mayFreeze returns an error if the store is on a file system, which would stop the store, too, or if nobody serves a
+// device of the file system. It also does if it is known that the file system is on none of the volumes, or also on
+// another one.
 func (a *app) mayFreeze(c *cli.Context, s owner.Store, path string, volumes []string) error {
 	same, err := freeze.SameFileSystem(path, a.dir)
 	if err != nil {
@@ -79,6 +80,11 @@ func (a *app) mayFreeze(c *cli.Context, s owner.Store, path string, volumes []st
 		for _, d := range v.Devices {
 			named := slices.Contains(volumes, v.Name) && d.Ref.Snapshot == ""
 			is := slices.Contains(below, filepath.Base(d.Path))
+			if is {
+				if err := attended(s, d); err != nil {
+					return err
+				}
+			}
 			if is && !named {
 				return fmt.Errorf("it is on %s, which is %v, and the snapshots are of %s: %w", d.Path, d.Ref, strings.Join(volumes, ", "), cow.ErrInvalid)
 			}
@@ -94,8 +100,19 @@ func (a *app) mayFreeze(c *cli.Context, s owner.Store, path string, volumes []st
 	if len(below) > 0 && attached == len(volumes) {
 		return fmt.Errorf("it is on /dev/%s, and %s: %w", below[0], notBelow(all, volumes), cow.ErrInvalid)
 	}
-	a.note("it cannot be known whether the file system at %s is on %s", path, strings.Join(volumes, ", "))
+	a.note("it cannot be known whether the file system at %s is on %s, so it was not checked", path, strings.Join(volumes, ", "))
 	return nil
+}
+
+// attended returns an error if nobody serves a device, or nobody but this process could. Freezing writes to the device
+// and would wait for ever. Nothing interrupts that, and no daemon can begin to serve while this process has the store.
+func attended(s owner.Store, d owner.Device) error {
+	_, own := s.(*owner.Owner)
+	if !d.Waits && !own {
+		return nil
+	}
+	err := fmt.Errorf("it is on %s, which is %v, and waits for its server: %w", d.Path, d.Ref, cow.ErrBusy)
+	return hintedError{err, "'vdisk recover' brings a server, then try again"}
 }
 
 // notBelow says where the volumes are attached.

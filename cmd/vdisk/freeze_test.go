@@ -47,6 +47,7 @@ type frozenStore struct {
 	system *coldSystem
 	fails  error // of a snapshot
 	kept   bool  // a snapshot cannot be removed
+	waits  bool  // the devices have no server
 	deeds  []string
 }
 
@@ -54,7 +55,7 @@ func (s *frozenStore) Volumes(context.Context) (list []owner.Volume, err error) 
 	for i, name := range []string{"a", "b", "c"} {
 		v := owner.Volume{VolumeInfo: cow.VolumeInfo{Name: name}}
 		if name != "c" {
-			v.Devices = []owner.Device{{Ref: cow.Ref{Volume: name}, Path: fmt.Sprint("/dev/ublkb", i)}}
+			v.Devices = []owner.Device{{Ref: cow.Ref{Volume: name}, Path: fmt.Sprint("/dev/ublkb", i), Waits: s.waits}}
 		}
 		list = append(list, v)
 	}
@@ -95,6 +96,8 @@ func TestFrozen(t *testing.T) {
 		{name: "on LVM, on one more", below: "dm-0 ublkb0 ublkb1", volumes: "b", want: "[]", err: cow.ErrInvalid, says: "it is on /dev/ublkb0, which is a, and the snapshots are of b"},
 		{name: "on another volume", below: "ublkb1", volumes: "a c", want: "[]", err: cow.ErrInvalid, says: "it is on /dev/ublkb1, which is b, and the snapshots are of a, c"},
 		{name: "on another disk", below: "sda1 sda", volumes: "a", want: "[]", err: cow.ErrInvalid, says: "it is on /dev/sda1, and a is /dev/ublkb0"},
+		{name: "on a device without a server", below: "ublkb1p1 ublkb1", volumes: "b", store: frozenStore{waits: true}, want: "[]", err: cow.ErrBusy, says: "it is on /dev/ublkb1, which is b, and waits for its server"},
+		{name: "not on the device without a server", below: "nbd0", volumes: "c", store: frozenStore{waits: true}, want: "[take ctrue]"},
 		{name: "a volume that is not attached", below: "nbd0", volumes: "c", want: "[take ctrue]"},
 		{name: "one of them is not attached", below: "nbd0", volumes: "a c", want: "[take atrue]"},
 		{name: "not known", volumes: "a", want: "[take atrue]"},
@@ -118,5 +121,17 @@ func TestFrozen(t *testing.T) {
 		if x.want != "[]" && y.limit != 7*time.Second {
 			t.Errorf("%s: thawed after %v", x.name, y.limit)
 		}
+	}
+}
+
+// TestFrozenByOwner refuses a device that nobody serves if this process has the store: nobody else could.
+func TestFrozenByOwner(t *testing.T) {
+	d := owner.Device{Ref: cow.Ref{Volume: "a"}, Path: "/dev/ublkb0"}
+	err := attended(&owner.Owner{}, d)
+	if _, code, hint := classify(err); code != "busy" || !strings.Contains(hint, "vdisk recover") {
+		t.Errorf("%v: %s, %s", err, code, hint)
+	}
+	if err := attended(&frozenStore{}, d); err != nil {
+		t.Error(err)
 	}
 }
