@@ -276,7 +276,7 @@ func TestPrune(t *testing.T) {
 	const want = "{[v@free v@back] [{v@held hold audit, backup} {v@cloned clone c1, c2} {v@open in use}]}"
 	before := s.wal.NextSeq()
 	for _, dry := range []bool{true, false} {
-		r, err := s.Prune(dry, append(refs[:5:5], refs[0], Ref{"v", "nope"}, Ref{"nope", "nope"})...)
+		r, err := s.Prune(dry, targets(append(refs[:5:5], refs[0], Ref{"v", "nope"}, Ref{"nope", "nope"})...)...)
 		if fmt.Sprint(r) != want || err != nil {
 			t.Errorf("%v, %v", r, err)
 		}
@@ -284,12 +284,12 @@ func TestPrune(t *testing.T) {
 	if n := s.wal.NextSeq() - before; n != 1 {
 		t.Errorf("%d events", n)
 	}
-	if _, err := s.Prune(false, refs[5], Ref{Volume: "v"}); !errors.Is(err, ErrInvalid) {
+	if _, err := s.Prune(false, targets(refs[5], Ref{Volume: "v"})...); !errors.Is(err, ErrInvalid) {
 		t.Error(err)
 	}
 	must(t, d.Close())
 	must(t, errors.Join(s.Release("backup", refs[1]), s.Release("audit", refs[1])))
-	if r, err := s.Prune(false, refs...); fmt.Sprint(r) != "{[v@held v@open v@other] [{v@cloned clone c1, c2}]}" || err != nil {
+	if r, err := s.Prune(false, targets(refs...)...); fmt.Sprint(r) != "{[v@held v@open v@other] [{v@cloned clone c1, c2}]}" || err != nil {
 		t.Errorf("%v, %v", r, err)
 	}
 	mustCheck(t, s)
@@ -298,11 +298,41 @@ func TestPrune(t *testing.T) {
 	// A store that can only be read says what would be removed.
 	s, err = Open(dir, Options{AllowReadOnly: true, unwritable: ErrReadOnly})
 	must(t, err)
-	if r, err := s.Prune(true, refs[2]); fmt.Sprint(r) != "{[] [{v@cloned clone c1, c2}]}" || err != nil {
+	if r, err := s.Prune(true, targets(refs[2])...); fmt.Sprint(r) != "{[] [{v@cloned clone c1, c2}]}" || err != nil {
 		t.Errorf("%v, %v", r, err)
 	}
-	if _, err := s.Prune(false, refs[2]); !errors.Is(err, ErrReadOnly) {
+	if _, err := s.Prune(false, targets(refs[2])...); !errors.Is(err, ErrReadOnly) {
 		t.Error(err)
 	}
+	must(t, s.Close())
+}
+
+func targets(refs ...Ref) (list []PruneTarget) {
+	for _, r := range refs {
+		list = append(list, PruneTarget{Ref: r})
+	}
+	return list
+}
+
+// TestPruneOther: of two volumes that have swapped their names, and of a snapshot that was made anew, nothing is removed.
+func TestPruneOther(t *testing.T) {
+	s, _ := newStore(t, Options{})
+	var list []PruneTarget
+	for _, v := range []string{"a", "b", "c"} {
+		_, err := s.CreateVolume(v, VolumeOptions{Size: 1 << 20})
+		must(t, errors.Join(err, s.Snapshot(Ref{v, "s"})))
+		list = append(list, PruneTarget{Ref{v, "s"}, guid(t, s, Ref{v, "s"})})
+	}
+	must(t, errors.Join(s.Rename(Ref{Volume: "a"}, Ref{Volume: "x"}), s.Rename(Ref{Volume: "b"}, Ref{Volume: "a"}), s.Rename(Ref{Volume: "x"}, Ref{Volume: "b"})))
+	must(t, errors.Join(s.Remove(Ref{"c", "s"}, false), s.Snapshot(Ref{"c", "s"})))
+	for _, dry := range []bool{true, false} {
+		if r, err := s.Prune(dry, list...); len(r.Removed) > 0 || len(r.Kept) != 3 || r.Kept[0].Why != another || err != nil {
+			t.Errorf("%v, %v", r, err)
+		}
+	}
+	if r, err := s.Prune(false, PruneTarget{Ref{"b", "s"}, list[0].GUID}); len(r.Removed) != 1 || err != nil {
+		t.Errorf("%v, %v", r, err)
+	}
+	mustCheck(t, s)
 	must(t, s.Close())
 }

@@ -23,18 +23,28 @@ type KeptSnapshot struct {
 	Why string `json:"why"`
 }
 
-// Prune removes snapshots, in one step, but for those that something needs: a hold, a clone, a user, or a reception of
-// which it is the base. Those it leaves, and says why. Snapshots that do not exist are not mentioned. With dry set, it
-// removes nothing, and reports what it would do. With an error, the report says what was to be removed.
-func (s *Store) Prune(dry bool, refs ...Ref) (r PruneReport, err error) {
+// PruneTarget is a snapshot that Prune is to remove. A GUID other than zero is what the name had when that was decided.
+type PruneTarget struct {
+	Ref  Ref
+	GUID format.GUID `json:",omitzero"`
+}
+
+// another is why Prune leaves a snapshot that has another GUID than the target.
+const another = "it is another one by now"
+
+// Prune removes snapshots, in one step. It leaves those that something needs: a hold, a clone, a user, or a reception
+// whose base it is. It also leaves a snapshot that got its name after the removal was decided, and so has another GUID.
+// It says why it leaves one. Snapshots that do not exist are not mentioned. With dry set, it removes nothing, and reports
+// what it would do. With an error, the report says what was to be removed.
+func (s *Store) Prune(dry bool, targets ...PruneTarget) (r PruneReport, err error) {
 	if dry {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		r, _, err = s.pruning(refs)
+		r, _, err = s.pruning(targets)
 		return r, wrapIf(err, "prune")
 	}
 	err = s.transact(func() (ev *format.Event, err error) {
-		r, ev, err = s.pruning(refs)
+		r, ev, err = s.pruning(targets)
 		if len(r.Removed) == 0 {
 			return nil, err
 		}
@@ -47,10 +57,11 @@ func (s *Store) Prune(dry bool, refs ...Ref) (r PruneReport, err error) {
 }
 
 // pruning returns the event that removes those of the snapshots that nothing needs. The caller holds mu.
-func (s *Store) pruning(refs []Ref) (r PruneReport, ev *format.Event, err error) {
+func (s *Store) pruning(targets []PruneTarget) (r PruneReport, ev *format.Event, err error) {
 	r, ev = PruneReport{Removed: []Ref{}, Kept: []KeptSnapshot{}}, &format.Event{Op: "prune"}
 	clones, seen := s.clones(), map[*snapshot]bool{}
-	for _, ref := range refs {
+	for _, t := range targets {
+		ref := t.Ref
 		v, sn, err := s.lookup(ref)
 		switch {
 		case errors.Is(err, ErrNotFound):
@@ -63,7 +74,11 @@ func (s *Store) pruning(refs []Ref) (r PruneReport, ev *format.Event, err error)
 			continue
 		}
 		seen[sn] = true
-		if why := s.neededBy(v, sn, clones); why != "" {
+		why := s.neededBy(v, sn, clones)
+		if !t.GUID.IsZero() && t.GUID != s.guidOf(sn) {
+			why = another
+		}
+		if why != "" {
 			r.Kept = append(r.Kept, KeptSnapshot{ref, why})
 			continue
 		}

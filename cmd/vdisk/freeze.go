@@ -52,7 +52,11 @@ func (a *app) frozen(c *cli.Context, s owner.Store, volumes []string, take func(
 		return err
 	}
 	// They are this command's own, so it takes them back; also if a signal has ended it meanwhile.
-	r, perr := s.Prune(context.WithoutCancel(c.Context), false, taken...)
+	var targets []cow.PruneTarget
+	for _, r := range taken {
+		targets = append(targets, cow.PruneTarget{Ref: r})
+	}
+	r, perr := s.Prune(context.WithoutCancel(c.Context), false, targets...)
 	if perr != nil || len(r.Kept) > 0 {
 		return errors.Join(fmt.Errorf("the snapshots are there, and not of a frozen file system: %s: %w", strings.Join(texts(taken), ", "), err), perr)
 	}

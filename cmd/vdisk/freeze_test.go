@@ -62,10 +62,10 @@ func (s *frozenStore) Volumes(context.Context) (list []owner.Volume, err error) 
 	return list, nil
 }
 
-func (s *frozenStore) Prune(_ context.Context, dry bool, refs ...cow.Ref) (r cow.PruneReport, err error) {
-	s.deeds = append(s.deeds, fmt.Sprint("prune ", refs, dry))
+func (s *frozenStore) Prune(_ context.Context, dry bool, targets ...cow.PruneTarget) (r cow.PruneReport, err error) {
+	s.deeds = append(s.deeds, fmt.Sprint("prune ", namedBy(targets), dry))
 	if s.kept {
-		r.Kept = []cow.KeptSnapshot{{Ref: refs[0]}}
+		r.Kept = []cow.KeptSnapshot{{Ref: targets[0].Ref}}
 	}
 	return r, nil
 }

@@ -184,18 +184,18 @@ func (p *pruning) prune(c *cli.Context, s owner.Store) error {
 	}
 	p.reasons = p.policy.Apply(times, time.Now(), time.Local)
 	index := map[cow.Ref]int{}
-	var refs []cow.Ref
+	var targets []cow.PruneTarget
 	for i, sn := range p.snapshots {
 		if len(p.reasons[i]) == 0 {
 			r := cow.Ref{Volume: p.volume, Snapshot: sn.Name}
 			index[r] = i
-			refs = append(refs, r)
+			targets = append(targets, cow.PruneTarget{Ref: r, GUID: sn.GUID})
 		}
 	}
-	if len(refs) == 0 {
+	if len(targets) == 0 {
 		return nil
 	}
-	r, err := s.Prune(c.Context, c.Bool("dry-run"), refs...)
+	r, err := s.Prune(c.Context, c.Bool("dry-run"), targets...)
 	for _, k := range r.Kept {
 		p.reasons[index[k.Ref]], p.stuck[index[k.Ref]] = []string{k.Why}, true
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/owner"
 	"github.com/vdisk/vdisk/internal/retention"
 )
@@ -23,11 +24,21 @@ type prunedStore struct {
 	owner.Store
 	volumes []owner.Volume
 	asked   []cow.Ref
+	targets []cow.PruneTarget
+}
+
+func namedBy(targets []cow.PruneTarget) (refs []cow.Ref) {
+	for _, t := range targets {
+		refs = append(refs, t.Ref)
+	}
+	return refs
 }
 
 func (s *prunedStore) Volumes(context.Context) ([]owner.Volume, error) { return s.volumes, nil }
 
-func (s *prunedStore) Prune(_ context.Context, dry bool, refs ...cow.Ref) (r cow.PruneReport, err error) {
+func (s *prunedStore) Prune(_ context.Context, dry bool, targets ...cow.PruneTarget) (r cow.PruneReport, err error) {
+	refs := namedBy(targets)
+	s.targets = append(s.targets, targets...)
 	if refs[0].Volume == "full" {
 		return r, cow.ErrNoSpace
 	}
@@ -48,7 +59,7 @@ func TestPruneGoesOn(t *testing.T) {
 		v := owner.Volume{VolumeInfo: cow.VolumeInfo{Name: name, Properties: map[string]string{retention.Property: keep}}}
 		for i := range 5 {
 			at := now.AddDate(0, 0, i-4)
-			v.Snapshots = append(v.Snapshots, cow.SnapshotInfo{Volume: name, Name: cow.AutoName(at), Created: at}, cow.SnapshotInfo{Volume: name, Name: fmt.Sprint("mine", i), Created: at})
+			v.Snapshots = append(v.Snapshots, cow.SnapshotInfo{Volume: name, Name: cow.AutoName(at), Created: at, GUID: format.GUID{byte(i + 1)}}, cow.SnapshotInfo{Volume: name, Name: fmt.Sprint("mine", i), Created: at})
 		}
 		v.Snapshots = append(v.Snapshots, cow.SnapshotInfo{Volume: name, Name: "auto-20991231T000000Z", Created: now.AddDate(50, 0, 0)})
 		s.volumes = append(s.volumes, v)
@@ -63,6 +74,9 @@ func TestPruneGoesOn(t *testing.T) {
 	}
 	if len(s.asked) != 4 || s.asked[0] != (cow.Ref{Volume: "good", Snapshot: cow.AutoName(now.AddDate(0, 0, -4))}) {
 		t.Error(s.asked)
+	}
+	if len(s.targets) < 4 || s.targets[len(s.targets)-1].GUID.IsZero() {
+		t.Error("it has not said which snapshots it means")
 	}
 	for _, want := range []string{"keep    " + retention.Future, "remove  -", "keep    in use", "keep    last snapshot"} {
 		if !strings.Contains(out.String(), want) {

@@ -93,6 +93,7 @@ type request struct {
 	Check  checkRequest      `json:",omitzero"`
 	Waste  float64           `json:",omitempty"`
 	Scrub  cow.ScrubOptions  `json:",omitzero"`
+	Prune  []cow.PruneTarget `json:",omitempty"`
 	Bench  bench.Options     `json:",omitzero"`
 
 	Properties map[string]string `json:",omitempty"`

@@ -59,12 +59,12 @@ func (o *Owner) nextSecond(ctx context.Context) error {
 }
 
 // Prune removes snapshots that nothing needs: cow.Store.Prune.
-func (o *Owner) Prune(ctx context.Context, dry bool, refs ...cow.Ref) (r cow.PruneReport, err error) {
+func (o *Owner) Prune(ctx context.Context, dry bool, targets ...cow.PruneTarget) (r cow.PruneReport, err error) {
 	r = cow.PruneReport{Removed: []cow.Ref{}, Kept: []cow.KeptSnapshot{}}
 	if o.unread != nil && !dry {
 		return r, o.unread
 	}
-	for some := range slices.Chunk(refs, pruneAtOnce) {
+	for some := range slices.Chunk(targets, pruneAtOnce) {
 		one, err := o.store.Prune(dry, some...)
 		if !dry && len(one.Removed) > 0 {
 			err = o.did(ctx, journal.Entry{Kind: "prune", Names: namesOf(one.Removed)}, err)
@@ -80,7 +80,7 @@ func (o *Owner) Prune(ctx context.Context, dry bool, refs ...cow.Ref) (r cow.Pru
 // retentionRoutes adds the operations of this file to those of the control socket.
 func (o *Owner) retentionRoutes(plain func(string, func(context.Context, request) (any, error))) {
 	plain("snapshot-auto", func(ctx context.Context, r request) (any, error) { return o.SnapshotAuto(ctx, r.Names...) })
-	plain("prune", func(ctx context.Context, r request) (any, error) { return o.Prune(ctx, r.Flag, r.Refs...) })
+	plain("prune", func(ctx context.Context, r request) (any, error) { return o.Prune(ctx, r.Flag, r.Prune...) })
 }
 
 // SnapshotAuto takes a snapshot, named by the time, of each volume that has changed since its newest one.
@@ -89,6 +89,6 @@ func (c *Client) SnapshotAuto(ctx context.Context, volumes ...string) (r cow.Aut
 }
 
 // Prune removes snapshots that nothing needs.
-func (c *Client) Prune(ctx context.Context, dry bool, refs ...cow.Ref) (r cow.PruneReport, err error) {
-	return r, c.call(ctx, "prune", request{Refs: refs, Flag: dry}, &r)
+func (c *Client) Prune(ctx context.Context, dry bool, targets ...cow.PruneTarget) (r cow.PruneReport, err error) {
+	return r, c.call(ctx, "prune", request{Prune: targets, Flag: dry}, &r)
 }

@@ -30,9 +30,10 @@ type Store interface {
 	CreateVolume(ctx context.Context, name string, o cow.VolumeOptions) (cow.VolumeInfo, error)
 	Snapshot(ctx context.Context, refs ...cow.Ref) error
 	// SnapshotAuto takes a snapshot, named by the time, of each volume that has changed since its newest one. Prune removes
-	// snapshots that nothing needs; with dry, it only says which: docs/retention.md.
+	// snapshots that nothing needs, and that are still those which were meant; with dry, it only says which:
+	// docs/retention.md.
 	SnapshotAuto(ctx context.Context, volumes ...string) (cow.AutoReport, error)
-	Prune(ctx context.Context, dry bool, refs ...cow.Ref) (cow.PruneReport, error)
+	Prune(ctx context.Context, dry bool, targets ...cow.PruneTarget) (cow.PruneReport, error)
 	// Clone makes volumes from a snapshot, all of them or none.
 	Clone(ctx context.Context, src cow.Ref, names ...string) error
 	Rollback(ctx context.Context, to cow.Ref) error
