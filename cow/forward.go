@@ -250,53 +250,48 @@ func (s *Store) abortRegions(g *generation) {
 // keepUnproven takes those chunks out of g.dead whose moved records are not all named by the forwards that the table has
 // after the commit: if a row is damaged, a record that it names can only be read from the old chunk. The caller holds
 // checkpoints.mu.
-func (s *Store) keepUnproven(g *generation) error {
+func (s *Store) keepUnproven(g *generation) {
 	moved := map[uint32]int{}
 	for _, f := range g.forwarded {
 		moved[f.Slot] = int(f.Blocks)
 	}
-	written := map[metadata.Region][]format.Forward{}
+	written := map[uint32]map[metadata.Region][]format.Forward{} // by slot
 	for _, f := range g.regions {
-		written[f.r.Region] = f.list
+		if written[f.r.Slot] == nil {
+			written[f.r.Slot] = map[metadata.Region][]format.Forward{}
+		}
+		written[f.r.Slot][f.r.Region] = f.list
 	}
-	kept := g.dead[:0]
-	for _, c := range g.dead {
+	g.dead = slices.DeleteFunc(g.dead, func(c *chunk) bool {
 		named, err := 0, error(nil)
 		if moved[c.Slot] > 0 {
-			named, err = s.namedBlocks(c.Slot, written)
+			named, err = s.namedBlocks(c.Slot, written[c.Slot])
 		}
-		switch {
-		case err != nil && !errors.Is(err, format.ErrCorrupt):
-			return err
-		case err == nil && named == moved[c.Slot]:
-			kept = append(kept, c)
-			continue
+		if err == nil && named == moved[c.Slot] {
+			return false
 		}
 		s.log.Error("a chunk stays, since the table does not say where all of its moved records are; 'vdisk check' says more",
 			"chunk", c.Name(), "moved", moved[c.Slot], "named", named, "err", err)
 		s.mu.Lock()
+		defer s.mu.Unlock()
 		c.dead, c.kept = false, true
 		s.checkpoints.pendingFree -= int64(c.Size)
 		s.slots.recount(c)
 		g.chunks, g.rowsOf = append(g.chunks, c.row()), append(g.rowsOf, c)
-		s.mu.Unlock()
-	}
-	g.dead = kept
-	return nil
+		return true
+	})
 }
 
 // namedBlocks counts the live blocks of the records that were moved from a slot, by the rows of the table and by those
-// regions which are about to be written.
+// regions of it which are about to be written.
 func (s *Store) namedBlocks(slot uint32, written map[metadata.Region][]format.Forward) (n int, err error) {
 	count := func(fs []format.Forward) {
 		for _, f := range fs {
 			n += bits.OnesCount16(f.Mask)
 		}
 	}
-	for r, fs := range written {
-		if r.Slot == slot {
-			count(fs)
-		}
+	for _, fs := range written {
+		count(fs)
 	}
 	err = s.meta.View(func(tx *metadata.Tx) error {
 		return tx.RegionsOf(slot, func(r metadata.Region, fs []format.Forward, bad error) error {
