@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -334,5 +335,34 @@ func TestPruneOther(t *testing.T) {
 		t.Errorf("%v, %v", r, err)
 	}
 	mustCheck(t, s)
+	must(t, s.Close())
+}
+
+// TestPruneWhileSending: what a send has not come to yet is in use, and so is its base until the end.
+func TestPruneWhileSending(t *testing.T) {
+	s, _ := newStore(t, Options{})
+	_, err := s.CreateVolume("v", VolumeOptions{Size: 1 << 20})
+	must(t, err)
+	var refs []Ref
+	for _, name := range []string{"base", "one", "two", "three"} {
+		refs = append(refs, Ref{"v", name})
+		must(t, s.Snapshot(refs[len(refs)-1]))
+	}
+	w := writerFunc(func(p []byte) (int, error) {
+		if r, err := s.Prune(false, targets(refs...)...); len(r.Removed) > 0 || len(r.Kept) != len(refs) || err != nil {
+			t.Errorf("%v, %v", r, err)
+		}
+		return len(p), nil
+	})
+	list, err := s.Send(t.Context(), SendOptions{Snapshot: refs[3], Base: refs[0], Between: true}, w)
+	if len(list) != 3 || err != nil {
+		t.Errorf("%v, %v", list, err)
+	}
+	if _, err := s.Send(t.Context(), SendOptions{Snapshot: refs[3], Base: Ref{"v", "nope"}}, io.Discard); !errors.Is(err, ErrNotFound) {
+		t.Error(err)
+	}
+	if r, err := s.Prune(false, targets(refs...)...); len(r.Removed) != len(refs) || err != nil {
+		t.Errorf("%v, %v: something is left open", r, err)
+	}
 	must(t, s.Close())
 }

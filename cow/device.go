@@ -55,6 +55,11 @@ type Device struct {
 func (s *Store) OpenDevice(r Ref, readOnly bool) (*Device, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return s.openDevice(r, readOnly)
+}
+
+// openDevice is OpenDevice. The caller holds mu.
+func (s *Store) openDevice(r Ref, readOnly bool) (*Device, error) {
 	if s.closed {
 		return nil, ErrClosed
 	}

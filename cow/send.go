@@ -45,36 +45,65 @@ type Sent struct {
 
 // Send writes a snapshot to w as a stream: docs/streams.md, Sending. It returns what was sent, also if there is an error.
 // A record that does not verify is an error that matches ErrCorrupt: a stream never has a block that was not proved.
-func (s *Store) Send(ctx context.Context, o SendOptions, w io.Writer) ([]Sent, error) {
+func (s *Store) Send(ctx context.Context, o SendOptions, w io.Writer) (list []Sent, err error) {
 	if o.Snapshot.Snapshot == "" || o.Base.Volume != "" && o.Base.Snapshot == "" {
 		return nil, fmt.Errorf("send %s: a stream goes from snapshot to snapshot, VOL@SNAP: %w", o.Snapshot, ErrInvalid)
 	}
-	refs := []Ref{o.Snapshot}
-	if o.Between {
-		var err error
-		if refs, err = s.between(o.Base, o.Snapshot); err != nil {
-			return nil, fmt.Errorf("send %s: %w", o.Snapshot, err)
+	base, series, err := s.openSeries(o)
+	defer func() {
+		for _, d := range series {
+			err = errors.Join(err, d.Close())
 		}
+		if base != nil {
+			err = errors.Join(err, base.Close())
+		}
+	}()
+	if err != nil {
+		return nil, fmt.Errorf("send %s: %w", o.Snapshot, err)
 	}
-	var list []Sent
-	for _, r := range refs {
+	from := base
+	for _, d := range series {
+		r := d.ref
 		o.Snapshot = r
-		one, err := s.sendOne(ctx, o, w)
+		one, err := s.sendOne(ctx, o, from, d, w)
 		if one != nil {
 			list = append(list, *one)
 		}
 		if err != nil {
 			return list, fmt.Errorf("send %s: %w", r, err)
 		}
-		o.Base, o.From = r, 0
+		o.Base, o.From, from = r, 0, d
 	}
 	return list, nil
 }
 
-// between returns the snapshots of to's volume on the line of to, from the one behind base up to to.
-func (s *Store) between(base, to Ref) ([]Ref, error) {
+// openSeries opens all snapshots that are sent, and the base, if there is one, in one step: what is open is not
+// removed before its stream begins. If there is an error, the caller closes what it returns, too.
+func (s *Store) openSeries(o SendOptions) (base *Device, series []*Device, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	refs := []Ref{o.Snapshot}
+	if o.Between {
+		if refs, err = s.between(o.Base, o.Snapshot); err != nil {
+			return nil, nil, err
+		}
+	}
+	for _, r := range refs {
+		d, err := s.openDevice(r, true)
+		if err != nil {
+			return nil, series, err
+		}
+		series = append(series, d)
+	}
+	if o.Base.Volume != "" {
+		base, err = s.openDevice(o.Base, true)
+	}
+	return base, series, err
+}
+
+// between returns the snapshots of to's volume on the line of to, from the one behind base up to to. The caller holds
+// mu.
+func (s *Store) between(base, to Ref) ([]Ref, error) {
 	_, first, err := s.lookupSnapshot(base)
 	if err != nil {
 		return nil, err
@@ -116,20 +145,8 @@ type sender struct {
 	leaf     sendLeaf
 }
 
-// sendOne sends one stream.
-func (s *Store) sendOne(ctx context.Context, o SendOptions, w io.Writer) (sent *Sent, err error) {
-	d, err := s.OpenDevice(o.Snapshot, true)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, d.Close()) }()
-	var base *Device
-	if o.Base.Volume != "" {
-		if base, err = s.OpenDevice(o.Base, true); err != nil {
-			return nil, err
-		}
-		defer func() { err = errors.Join(err, base.Close()) }()
-	}
+// sendOne sends one stream, from base, which may be nil, to d.
+func (s *Store) sendOne(ctx context.Context, o SendOptions, base, d *Device, w io.Writer) (sent *Sent, err error) {
 	h := s.streamHeader(d, base)
 	switch h.From = o.From; {
 	case h.GUID == h.Base:
