@@ -52,9 +52,9 @@ func (c *counted) keeps(t time.Time, nr int, oldest bool) string {
 	return c.name + " snapshot"
 }
 
-// Apply decides which of a volume's snapshots stay. times are when they were taken. It returns for each the reasons why
-// it stays, of which there are none if it goes. Periods are of the calendar of zone. Snapshots with a time after now
-// stay, and count for no rule. Of those with equal times, the last one is the newest.
+// Apply decides which of a volume's snapshots stay. times are when they were taken. It returns the reasons why each
+// stays. One that goes has none. Periods are of the calendar of zone. Snapshots with a time after now stay, and count
+// for no rule. Of those with equal times, the last one is the newest.
 func (p Policy) Apply(times []time.Time, now time.Time, zone *time.Location) (reasons [][]string) {
 	reasons = make([][]string, len(times))
 	var order []int
