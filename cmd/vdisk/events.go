@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/mattn/go-runewidth"
 	"github.com/urfave/cli/v2"
 
 	"github.com/vdisk/vdisk/cow"
@@ -83,12 +84,9 @@ func (a *app) events(c *cli.Context) error {
 		return err
 	}
 	defer func() { _ = tail.Close() }() // nothing was written
-	list, err := read(tail, since)
+	list, err := read(tail, since, last)
 	if err != nil {
 		return err
-	}
-	if last > 0 {
-		list = list[max(0, len(list)-last):]
 	}
 	p := newEventPrinter(a, c.Bool("script"))
 	if !c.Bool("follow") {
@@ -112,7 +110,7 @@ func (a *app) follow(ctx context.Context, tail *journal.Tail, p *eventPrinter, l
 		case <-time.After(followEvery):
 		}
 		var err error
-		if list, err = read(tail, time.Time{}); err != nil {
+		if list, err = read(tail, time.Time{}, 0); err != nil {
 			return err
 		}
 	}
@@ -132,7 +130,7 @@ func (a *app) history(c *cli.Context) error {
 		return err
 	}
 	defer func() { _ = tail.Close() }() // nothing was written
-	all, err := read(tail, time.Time{})
+	all, err := read(tail, time.Time{}, 0)
 	if err != nil {
 		return err
 	}
@@ -160,8 +158,8 @@ func (a *app) journal() (*journal.Tail, error) {
 	return tail, err
 }
 
-// read returns all events that are there and not before since.
-func read(tail *journal.Tail, since time.Time) (list []journal.Entry, err error) {
+// read returns all events that are there and not before since, or the last of these; last 0: all.
+func read(tail *journal.Tail, since time.Time, last int) (list []journal.Entry, err error) {
 	for {
 		e, err := tail.Next()
 		if err == io.EOF {
@@ -173,12 +171,18 @@ func read(tail *journal.Tail, since time.Time) (list []journal.Entry, err error)
 		if !e.Time.Before(since) {
 			list = append(list, e)
 		}
+		if last > 0 {
+			list = list[max(0, len(list)-last):]
+		}
 	}
 }
 
 func (a *app) noteSkipped(tail *journal.Tail) {
 	if n := tail.Skipped(); n > 0 {
 		a.note("%d lines of the journal are damaged, and are left out", n)
+	}
+	if n := tail.LeftOut(); n > 0 {
+		a.note("the journal is far larger than vdisk makes it; its first %s are left out", a.size(n))
 	}
 }
 
@@ -247,18 +251,20 @@ func (p *eventPrinter) print(e journal.Entry) error {
 		_, err := fmt.Fprintf(p.a.stdout, "%s\t%s\t%s\t%s\n", e.Time.UTC().Format(time.RFC3339Nano), cell(e.Kind), cell(p.by(e.By)), cell(p.what(e)))
 		return err
 	}
-	const form = "%-19s  %-11s  %-12s  %s\n"
+	line := func(time, kind, by, what string) string {
+		return fmt.Sprintf("%-19s  %s  %s  %s\n", time, runewidth.FillRight(kind, 11), runewidth.FillRight(by, 12), what)
+	}
 	if !p.begun {
 		p.begun = true
-		if _, err := fmt.Fprintf(p.a.stdout, form, "TIME", "KIND", "BY", "WHAT"); err != nil {
+		if _, err := io.WriteString(p.a.stdout, line("TIME", "KIND", "BY", "WHAT")); err != nil {
 			return err
 		}
 	}
-	to, line := p.a.stdout, fmt.Sprintf(form, when(e.Time), cell(e.Kind), cell(p.by(e.By)), cell(p.what(e)))
+	to, text := p.a.stdout, line(when(e.Time), cell(e.Kind), cell(p.by(e.By)), cell(p.what(e)))
 	if e.Error != "" && p.a.colored() {
-		to, line = rawOf(to), red+strings.TrimSuffix(line, "\n")+plain+"\n" // all parts are escaped
+		to, text = rawOf(to), red+strings.TrimSuffix(text, "\n")+plain+"\n" // all parts are escaped
 	}
-	_, err := io.WriteString(to, line)
+	_, err := io.WriteString(to, text)
 	return err
 }
 

@@ -5,6 +5,7 @@ package journal
 import (
 	"encoding/json"
 	"errors"
+	"io/fs"
 	"log/slog"
 	"maps"
 	"os"
@@ -102,21 +103,25 @@ func (l *Log) Add(e Entry) {
 
 // append appends a line to the file. If the file is full, it becomes the old one first. The caller holds mu.
 func (l *Log) append(line []byte) error {
-	f, err := l.in.Open(FileName, unix.O_RDWR|unix.O_APPEND|unix.O_CREAT)
+	f, size, err := l.open()
 	if err != nil {
 		return err
 	}
 	defer func() { _ = f.Close() }()
-	fi, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	if size := fi.Size(); size > 0 && size+int64(len(line)) > MaxBytes {
+	if size > 0 && size+int64(len(line)) > MaxBytes {
+		// If somebody has given the file both names, a rename does nothing, unless the old one goes first.
+		if err := l.in.Remove(OldFileName); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
 		if err := l.in.Rename(FileName, OldFileName); err != nil {
 			return err
 		}
-		return l.append(line)
-	} else if size > 0 {
+		_ = f.Close() // nothing was written
+		if f, size, err = l.open(); err != nil {
+			return err
+		}
+	}
+	if size > 0 {
 		// A line that a crash or a full disk cut off must not take the next one with it.
 		var last [1]byte
 		if _, err := f.ReadAt(last[:], size-1); err != nil {
@@ -128,6 +133,19 @@ func (l *Log) append(line []byte) error {
 	}
 	_, err = f.Write(line)
 	return err
+}
+
+// open opens the present file, which it makes if there is none, and returns its size.
+func (l *Log) open() (*os.File, int64, error) {
+	f, err := l.in.Open(FileName, unix.O_RDWR|unix.O_APPEND|unix.O_CREAT)
+	if err != nil {
+		return nil, 0, err
+	}
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, 0, errors.Join(err, f.Close())
+	}
+	return f, fi.Size(), nil
 }
 
 // encode returns the line of an entry, of at most maxLine bytes.

@@ -185,3 +185,34 @@ func TestLongEntries(t *testing.T) {
 		t.Errorf("%+v", e)
 	}
 }
+
+// TestHugeJournal: of a file that somebody else has made far too large, only the end is read.
+func TestHugeJournal(t *testing.T) {
+	j := newJournal(t)
+	j.write(t, FileName, `{"kind":"first"}`+"\n")
+	must(t, os.Truncate(filepath.Join(j.dir, FileName), 1<<40)) // has a line that is larger than all memory
+	j.write(t, FileName, "\n"+`{"kind":"last","names":null}`+"\n")
+	tail := j.tail(t)
+	e, err := tail.Next()
+	must(t, err)
+	if e.Kind != "last" || e.Names == nil || tail.Skipped() != 0 || tail.LeftOut() < 1<<40-MaxBytes {
+		t.Errorf("%+v, %d lines skipped, %d bytes left out", e, tail.Skipped(), tail.LeftOut())
+	}
+	if got := rest(t, tail); len(got) != 0 {
+		t.Error(got)
+	}
+}
+
+// TestOneFileWithBothNames: a full file that somebody else has given both names is left, as any other.
+func TestOneFileWithBothNames(t *testing.T) {
+	j := newJournal(t)
+	j.write(t, FileName, strings.Repeat("x", MaxBytes-1)+"\n")
+	must(t, os.Link(filepath.Join(j.dir, FileName), filepath.Join(j.dir, OldFileName)))
+	j.Add(Entry{Kind: "a"})
+	if fi, err := os.Stat(filepath.Join(j.dir, FileName)); err != nil || fi.Size() > 1000 || j.said.Len() > 0 {
+		t.Errorf("%v, %v, %s", fi, err, j.said.String())
+	}
+	if got := rest(t, j.tail(t)); !slices.Equal(got, []string{"a"}) {
+		t.Error(got)
+	}
+}

@@ -26,6 +26,7 @@ type Tail struct {
 	long    bool   // that line is too long, and is passed over
 	left    bool   // the file is no longer the present one: its next end is its last
 	skipped int
+	leftOut int64
 }
 
 // NewTail returns a tail of the journal in a folder. Its Close closes the folder.
@@ -47,6 +48,10 @@ func (t *Tail) closeFile() error {
 // has changed the file.
 func (t *Tail) Skipped() int { return t.skipped }
 
+// LeftOut returns how many bytes were left out at the beginning of files that are far larger than a journal's: somebody
+// else has made them.
+func (t *Tail) LeftOut() int64 { return t.leftOut }
+
 // Next returns the next entry, or io.EOF if there is none at present; it may be called again then.
 func (t *Tail) Next() (Entry, error) {
 	for {
@@ -65,6 +70,9 @@ func (t *Tail) Next() (Entry, error) {
 		d := json.NewDecoder(bytes.NewReader(line))
 		d.UseNumber() // in the details
 		if d.Decode(&e) == nil && e.Kind != "" {
+			if e.Names == nil {
+				e.Names = []string{}
+			}
 			return e, nil
 		}
 		t.skipped++
@@ -150,5 +158,19 @@ func (t *Tail) open(name string) (bool, error) {
 	}
 	t.f, t.st, t.line, t.long, t.left = f, st, t.line[:0], false, false
 	t.r.Reset(f)
+	if st.Size <= MaxBytes+maxLine {
+		return true, nil
+	}
+	skip := st.Size - MaxBytes
+	if _, err := f.Seek(skip, io.SeekStart); err != nil {
+		return false, err
+	}
+	t.leftOut += skip
+	for err = bufio.ErrBufferFull; err == bufio.ErrBufferFull; { // the line there has no beginning
+		_, err = t.r.ReadSlice('\n')
+	}
+	if err != nil && err != io.EOF {
+		return false, err
+	}
 	return true, nil
 }
