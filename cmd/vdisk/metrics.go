@@ -80,7 +80,7 @@ func (a *app) serveMetrics(l net.Listener) *metricsServer {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		if err := metrics.Serve(ctx, l, m.write); err != nil {
+		if err := metrics.Serve(ctx, l, a.log, m.write); err != nil {
 			a.log.Error("metrics", "err", err)
 		}
 	}()

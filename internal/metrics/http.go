@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
@@ -48,12 +49,12 @@ const (
 	maxRequests    = 2
 	requestTimeout = 5 * time.Second
 	answerTimeout  = 30 * time.Second
-	idleTimeout    = 3 * time.Minute // above the usual intervals of scrapes
+	idleTimeout    = 5 * time.Second // a scrape may connect anew; idle connections must not keep it out
 )
 
 // Serve answers GET /metrics on l with what write writes, until ctx ends, and closes l.
-func Serve(ctx context.Context, l net.Listener, write func(context.Context, io.Writer) error) error {
-	h := &handler{write: write, running: make(chan struct{}, maxRequests)}
+func Serve(ctx context.Context, l net.Listener, log *slog.Logger, write func(context.Context, io.Writer) error) error {
+	h := &handler{write: write, log: log, running: make(chan struct{}, maxRequests)}
 	if a, ok := l.Addr().(*net.TCPAddr); ok {
 		h.loopback = a.IP.IsLoopback()
 	}
@@ -79,6 +80,7 @@ func Serve(ctx context.Context, l net.Listener, write func(context.Context, io.W
 // handler answers the requests of a metrics server.
 type handler struct {
 	write    func(context.Context, io.Writer) error
+	log      *slog.Logger
 	running  chan struct{} // a value for each request under way
 	loopback bool          // nobody but this machine can connect
 }
@@ -104,14 +106,15 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "others are reading the metrics", http.StatusServiceUnavailable)
 		return
 	}
-	Answer(w, r, h.write)
+	Answer(w, r, h.log, h.write)
 }
 
-// Answer answers an HTTP request with what write writes, or with its error.
-func Answer(w http.ResponseWriter, r *http.Request, write func(context.Context, io.Writer) error) {
+// Answer answers an HTTP request with what write writes. Its error is logged, and not told to clients.
+func Answer(w http.ResponseWriter, r *http.Request, log *slog.Logger, write func(context.Context, io.Writer) error) {
 	var text bytes.Buffer
 	if err := write(r.Context(), &text); err != nil {
-		http.Error(w, err.Error(), http.StatusServiceUnavailable)
+		log.Warn("metrics cannot be read", "err", err)
+		http.Error(w, "the metrics cannot be read; the log of vdisk says why", http.StatusServiceUnavailable)
 		return
 	}
 	w.Header().Set("Content-Type", ContentType)

@@ -31,7 +31,7 @@ func sample() Reading {
 	t := Traffic{Ref: cow.Ref{Volume: "v", Snapshot: "mon"}}
 	t.Ops[1] = OperationOf(&s)
 	t.Errors[KindOf(fmt.Errorf("writing: %w", cow.ErrNoSpace))] = 1
-	r := Reading{Version: "1.2", Store: `/a "store"`, Started: time.Unix(1000, 5e8), Traffic: []Traffic{t}}
+	r := Reading{Version: "1.2", Store: "/a \"store\" of Zo\xeb", Started: time.Unix(1000, 5e8), Traffic: []Traffic{t}}
 	r.Counters.Volumes = []cow.VolumeCounters{{Name: "v", Size: 1 << 30, WrittenBytes: 8192, CompressedBytes: 4096}}
 	r.Counters.Syncs, r.Counters.SyncTime = 2, 3*time.Second
 	r.Info.Scrub.Now = &cow.ScrubRun{Leaves: 1, Total: 4}
@@ -46,7 +46,7 @@ func TestWrite(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
-		`vdisk_store_info{format="0",store="/a \"store\"",uuid=""} 1`, "vdisk_store_start_time_seconds 1000.5", "vdisk_scrub_progress_ratio 0.25",
+		`vdisk_store_info{format="0",store="/a \"store\" of Zo�",uuid=""} 1`, "vdisk_store_start_time_seconds 1000.5", "vdisk_scrub_progress_ratio 0.25",
 		"vdisk_log_sync_duration_seconds_sum 3", "vdisk_log_sync_duration_seconds_count 2", `vdisk_volume_size_bytes{volume="v"} 1.073741824e+09`,
 		`vdisk_volume_operations_total{operation="write",snapshot="mon",volume="v"} 5`, `vdisk_volume_operations_total{operation="read",snapshot="mon",volume="v"} 0`,
 		`vdisk_volume_bytes_total{operation="write",snapshot="mon",volume="v"} 16384`, `vdisk_volume_errors_total{kind="no-space",snapshot="mon",volume="v"} 1`,

@@ -4,6 +4,7 @@ import (
 	"io"
 	"math/bits"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -158,7 +159,8 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 		send(f.desc, f.kind, f.value(r))
 	}
 	send(buildInfo, prometheus.GaugeValue, 1, r.Version)
-	send(storeInfo, prometheus.GaugeValue, 1, r.Store, r.Info.UUID, strconv.Itoa(r.Info.Version))
+	// A path may have any bytes, and a label may not. Names of volumes are ASCII.
+	send(storeInfo, prometheus.GaugeValue, 1, strings.ToValidUTF8(r.Store, "\uFFFD"), r.Info.UUID, strconv.Itoa(r.Info.Version))
 	out <- prometheus.MustNewConstSummary(syncTime, n.Syncs, n.SyncTime.Seconds(), nil)
 	out <- prometheus.MustNewConstSummary(checkpointTime, n.Checkpoints, n.CheckpointTime.Seconds(), nil)
 	send(cacheLookups, prometheus.CounterValue, float64(n.MapLookups), "map")

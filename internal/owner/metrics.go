@@ -74,5 +74,5 @@ func (o *Owner) metricsText(ctx context.Context) (string, error) {
 // which a program that asks every few seconds would never end.
 func (c *control) metrics(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Connection", "close")
-	metrics.Answer(w, r, c.owner.Metrics)
+	metrics.Answer(w, r, c.owner.opts.Logger, c.owner.Metrics)
 }
