@@ -2,7 +2,9 @@ package owner
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -36,10 +38,10 @@ func systemNames() names {
 
 // diskName is what is told of one disk.
 type diskName struct {
-	id    int    // of the ublk device
-	store string // the store's id
-	ref   string // of the volume or snapshot
-	short bool   // the link without the store's id may be made
+	id      int    // of the ublk device
+	store   string // the store's id
+	ref     string // of the volume or snapshot
+	mayLink bool   // the store is not another user's, who chooses the names and can copy an id
 }
 
 // aPartition matches a name that could be that of a partition of another disk.
@@ -67,7 +69,7 @@ func (n names) sequence(id int) (string, error) {
 }
 
 func (n names) write(seq string, d diskName, log *slog.Logger) error {
-	if err := os.MkdirAll(n.dir, 0o755); err != nil {
+	if err := makeReadable(n.dir); err != nil {
 		return err
 	}
 	in, err := storage.OpenFolder(n.dir, false)
@@ -80,18 +82,18 @@ func (n names) write(seq string, d diskName, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	partition := aPartition.MatchString(d.ref)
-	if partition {
+	linked := d.mayLink
+	if linked && aPartition.MatchString(d.ref) {
+		linked = false
 		log.Warn("the name looks like a partition's, so the device has no links in /dev/disk")
 	}
 	var lines []string
 	for _, one := range []struct {
 		key, value string
-		wanted     bool
-	}{{"VDISK_ID", d.store + "-" + d.ref, !partition}, {"VDISK_NAME", d.ref, d.short && !partition}} {
+	}{{"VDISK_ID", d.store + "-" + d.ref}, {"VDISK_NAME", d.ref}} {
 		line := one.key + "=" + one.value
 		switch {
-		case !one.wanted:
+		case !linked:
 		case slices.Contains(taken, line):
 			log.Warn("a disk of another store has this name in /dev/disk, and keeps it", "name", one.value)
 		default:
@@ -106,6 +108,21 @@ func (n names) write(seq string, d diskName, log *slog.Logger) error {
 		return err
 	}
 	return n.event(d.id)
+}
+
+// makeReadable makes a folder and the one above it, if they are not there, so that everybody can read them, whatever the
+// umask is: clients of sockets in /run/vdisk must reach them.
+func makeReadable(dir string) error {
+	for _, d := range []string{filepath.Dir(dir), dir} {
+		err := os.Mkdir(d, 0o755)
+		if err == nil {
+			err = os.Chmod(d, 0o755)
+		}
+		if err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+	}
+	return nil
 }
 
 // taken returns the lines in the files of all other disks that exist, and removes the files of those that do not.
@@ -189,7 +206,7 @@ func (n names) wait(ctx context.Context, d diskName, path string) {
 
 // nameOf returns the names of a disk that this process serves. The caller holds Owner.mu.
 func (o *Owner) nameOf(d *disk) diskName {
-	return diskName{id: d.id, store: o.uuid, ref: d.ref().String(), short: o.in.Owner() == 0}
+	return diskName{id: d.id, store: o.uuid, ref: d.ref().String(), mayLink: o.in.Owner() == 0}
 }
 
 // tellNames tells udev the names of the disks of a volume and its snapshots.

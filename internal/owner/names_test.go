@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/vdisk/vdisk/cow"
 )
 
@@ -75,23 +77,30 @@ func (f *fakeSysfs) want(seq int, want string) {
 func TestNamesAreTold(t *testing.T) {
 	f := newFakeSysfs(t)
 	f.disk(0, 7, 1, 2)
-	f.tell(diskName{id: 0, store: "S", ref: "vm1", short: true})
+	old := unix.Umask(0o077) // as vdisk has it
+	defer unix.Umask(old)
+	f.tell(diskName{id: 0, store: "S", ref: "vm1", mayLink: true})
 	f.want(7, "VDISK_ID=S-vm1\nVDISK_NAME=vm1\n")
+	for _, dir := range []string{f.n.dir, filepath.Dir(f.n.dir)} {
+		if fi, err := os.Stat(dir); err != nil || fi.Mode().Perm() != 0o755 {
+			t.Errorf("%s: %v, %v", dir, fi, err)
+		}
+	}
 	for _, path := range []string{"ublkb0", "ublkb0/ublkb0p1", "ublkb0/ublkb0p2"} {
 		if !f.announced(path) {
 			t.Errorf("%s was not announced", path)
 		}
 	}
-	f.tell(diskName{id: 0, store: "S", ref: "vm1", short: true})
+	f.tell(diskName{id: 0, store: "S", ref: "vm1", mayLink: true})
 	if f.announced("ublkb0") {
 		t.Error("a disk was announced whose names did not change")
 	}
-	f.tell(diskName{id: 0, store: "S", ref: "vm2", short: true}) // a rename
+	f.tell(diskName{id: 0, store: "S", ref: "vm2", mayLink: true}) // a rename
 	f.want(7, "VDISK_ID=S-vm2\nVDISK_NAME=vm2\n")
 	if !f.announced("ublkb0") {
 		t.Error("a renamed disk was not announced")
 	}
-	f.tell(diskName{id: 1, store: "S", ref: "vm3", short: true}) // there is no such disk in sysfs
+	f.tell(diskName{id: 1, store: "S", ref: "vm3", mayLink: true}) // there is no such disk in sysfs
 	if entries, _ := os.ReadDir(f.n.dir); len(entries) != 1 {
 		t.Errorf("files: %v", entries)
 	}
@@ -101,14 +110,14 @@ func TestNamesThatAreTaken(t *testing.T) {
 	f := newFakeSysfs(t)
 	f.disk(0, 7)
 	f.disk(1, 8)
-	f.tell(diskName{id: 0, store: "A", ref: "vm1", short: true})
-	f.tell(diskName{id: 1, store: "B", ref: "vm1", short: true})
+	f.tell(diskName{id: 0, store: "A", ref: "vm1", mayLink: true})
+	f.tell(diskName{id: 1, store: "B", ref: "vm1", mayLink: true})
 	f.want(7, "VDISK_ID=A-vm1\nVDISK_NAME=vm1\n")
 	f.want(8, "VDISK_ID=B-vm1\n")
 	if !strings.Contains(f.logs.String(), "keeps it") {
 		t.Errorf("the log does not say that the name is taken: %s", &f.logs)
 	}
-	f.tell(diskName{id: 1, store: "A", ref: "vm1", short: true}) // a block-level copy of the store
+	f.tell(diskName{id: 1, store: "A", ref: "vm1", mayLink: true}) // a block-level copy of the store
 	f.want(8, "")
 
 	// The number of a disk that is gone is no name's, though another disk has its number in the driver.
@@ -116,7 +125,7 @@ func TestNamesThatAreTaken(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.disk(0, 9)
-	f.tell(diskName{id: 0, store: "B", ref: "vm1", short: true})
+	f.tell(diskName{id: 0, store: "B", ref: "vm1", mayLink: true})
 	f.want(7, "no file")
 	f.want(9, "VDISK_ID=B-vm1\nVDISK_NAME=vm1\n")
 }
@@ -124,17 +133,17 @@ func TestNamesThatAreTaken(t *testing.T) {
 func TestNamesThatAreHostile(t *testing.T) {
 	f := newFakeSysfs(t)
 	f.disk(0, 7)
-	f.tell(diskName{id: 0, store: "S", ref: "vm1", short: true})
-	f.tell(diskName{id: 0, store: "S", ref: "vm1-part1", short: true}) // the old links must go, too
+	f.tell(diskName{id: 0, store: "S", ref: "vm1", mayLink: true})
+	f.tell(diskName{id: 0, store: "S", ref: "vm1-part1", mayLink: true}) // the old links must go, too
 	f.want(7, "")
-	f.tell(diskName{id: 0, store: "S", ref: "vm1", short: false}) // a store that its user may change
-	f.want(7, "VDISK_ID=S-vm1\n")
+	f.tell(diskName{id: 0, store: "S", ref: "vm1", mayLink: false}) // a store that its user may change
+	f.want(7, "")
 
 	if err := os.Chmod(f.n.dir, 0o777); err != nil {
 		t.Fatal(err)
 	}
-	f.tell(diskName{id: 0, store: "S", ref: "vm2", short: true})
-	f.want(7, "VDISK_ID=S-vm1\n")
+	f.tell(diskName{id: 0, store: "S", ref: "vm2", mayLink: true})
+	f.want(7, "")
 }
 
 // TestNamesOfDevices looks at which names an owner tells, of whom and when.
@@ -217,7 +226,7 @@ func TestAttachMarked(t *testing.T) {
 func TestWaitForLink(t *testing.T) {
 	f := newFakeSysfs(t)
 	f.disk(0, 7)
-	d := diskName{id: 0, store: "S", ref: "vm1"}
+	d := diskName{id: 0, store: "S", ref: "vm1", mayLink: true}
 	running := f.n
 	running.patience = time.Hour
 	running.udev, running.rules = "/dev/null", []string{"/no/such", "/dev/null"}
