@@ -60,7 +60,7 @@ func (a *app) daemon(c *cli.Context) error {
 		a.log = slog.New(slog.NewTextHandler(a.stderr, nil))
 	}
 	o := a.options(c)
-	o.Logger, o.Offer, o.Replaceable = a.log, true, true
+	o.Logger, o.Offer, o.Replaceable, o.Starts = a.log, true, true, true
 	handover := owner.TakeHandover()
 	if handover != nil {
 		o.LockTimeout = max(o.LockTimeout, successorTimeout)
@@ -83,6 +83,7 @@ func (a *app) daemon(c *cli.Context) error {
 // own owns the store until the end, or until an upgrade executes another program.
 func (a *app) own(c *cli.Context, o owner.Options, handover *owner.Handover, shown *metricsServer) error {
 	for {
+		o.Handed = handover
 		s, err := a.startOwner(c, o, handover)
 		if err != nil && handover != nil && c.Context.Err() == nil {
 			return handover.Return(version(), err)

@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/nbd"
 )
@@ -49,6 +50,8 @@ type handedClient struct {
 	Conn   int // a descriptor
 	Number int64
 	State  nbd.State
+	// Identity is that of the volume or snapshot: see Owner.identity.
+	Identity string
 }
 
 // descriptors returns all of them, without that of the file.
@@ -153,7 +156,7 @@ func (o *Owner) pauseServices(ctx context.Context) (_ *handed, err error) {
 	var wg sync.WaitGroup
 	for _, s := range services {
 		wg.Go(func() {
-			hs, err := s.pause(ctx)
+			hs, err := s.pause(ctx, o.identity)
 			mu.Lock()
 			defer mu.Unlock()
 			h.Services, errs = append(h.Services, hs), append(errs, err)
@@ -177,7 +180,7 @@ func (o *Owner) continueServices() {
 }
 
 // pause pauses a service. What it returns has open descriptors, also with an error.
-func (s *service) pause(ctx context.Context) (h handedService, err error) {
+func (s *service) pause(ctx context.Context, identity func(cow.Ref) string) (h handedService, err error) {
 	h = handedService{Options: s.opts, Own: s.own, Made: s.made, Listener: -1}
 	paused, err := s.server.Pause(ctx)
 	if err != nil {
@@ -196,14 +199,22 @@ func (s *service) pause(ctx context.Context) (h handedService, err error) {
 		if err != nil {
 			return h, err
 		}
-		h.Clients = append(h.Clients, handedClient{fd, p.Conn.(knownConn).known().number, p.State})
+		c := handedClient{Conn: fd, Number: p.Conn.(knownConn).known().number, State: p.State}
+		h.Clients = append(h.Clients, c)
+		r, err := cow.ParseRef(p.State.Export)
+		if err != nil {
+			return h, err
+		}
+		h.Clients[len(h.Clients)-1].Identity = identity(r)
 	}
 	return h, nil
 }
 
 // GoOn goes on with the NBD services that were handed over. It must be the last step of a start, as there is no way back
-// once a client has been served. What cannot go on is logged, and its clients are cut off.
+// once a client has been served. What cannot go on is logged, and its clients are cut off. Until it is called, an owner
+// that Starts refuses upgrades.
 func (o *Owner) GoOn(h *Handover) {
+	defer o.hasStarted()
 	if h == nil {
 		return
 	}
@@ -219,6 +230,17 @@ func (o *Owner) GoOn(h *Handover) {
 			o.opts.Logger.Error("an NBD service was handed over and cannot go on", "socket", s.Options.Socket, "err", err)
 		}
 	}
+	if err := o.releaseHeld(); err != nil {
+		o.opts.Logger.Error("NBD clients were handed over and could not go on", "err", err)
+	}
+}
+
+// hasStarted permits upgrades.
+func (o *Owner) hasStarted() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.starting = false
+	o.notifyLocked()
 }
 
 func (o *Owner) goOn(s handedService) error {
@@ -279,17 +301,22 @@ func madeSocket(path string) (remove func()) {
 	return func() { removeSocket(in, filepath.Base(path), made); _ = in.Close() }
 }
 
+// connOf returns a connection of a descriptor that stays open by itself.
+func connOf(fd int) (net.Conn, error) {
+	f, err := socketOf(fd)
+	if err != nil {
+		return nil, err
+	}
+	nc, err := net.FileConn(f)
+	return nc, errors.Join(err, f.Close())
+}
+
 // adopt opens the exports of clients that were handed over, and returns functions that serve them. A client for whom
-// that fails is cut off.
-func (s *service) adopt(ctx context.Context, clients []handedClient, failed func(error)) (serve []func() error) {
+// that fails is cut off. take returns a client's connection.
+func (s *service) adopt(ctx context.Context, clients []handedClient, take func(int) (net.Conn, error), failed func(error)) (serve []func() error) {
 	for _, c := range clients {
-		f, err := socketOf(c.Conn)
+		nc, err := take(c.Conn)
 		if err != nil {
-			failed(err)
-			continue
-		}
-		nc, err := net.FileConn(f)
-		if err = errors.Join(err, f.Close()); err != nil {
 			failed(err)
 			continue
 		}

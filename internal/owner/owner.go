@@ -36,9 +36,10 @@ type Owner struct {
 	uuid        string // of the store
 	mark        mark   // marks the store in its devices' cookies
 	prepareOnce sync.Once
-	repairs     sync.WaitGroup // recoveries of disks whose server failed; Add under mu, while not stopping
-	own         sync.WaitGroup // the services of ServeOwn
-	connections atomic.Int64   // the number of the latest NBD connection
+	repairs     sync.WaitGroup      // recoveries of disks whose server failed; Add under mu, while not stopping
+	own         sync.WaitGroup      // the services of ServeOwn
+	held        map[int]*heldClient // by descriptor; nil after GoOn
+	connections atomic.Int64        // the number of the latest NBD connection
 
 	recording sync.Mutex     // guards the file of devices and leftovers; mu may be taken while it is held
 	leftovers []deviceRecord // devices of earlier owners that are not held, and may still exist
@@ -46,6 +47,7 @@ type Owner struct {
 
 	mu          sync.Mutex // guards the fields below
 	stopping    bool       // no new session begins
+	starting    bool       // GoOn is still to be called: no upgrade begins
 	accepting   bool       // sessions may begin; false during an upgrade
 	successor   *Program   // the program that takes over, after an upgrade
 	keepDevices bool       // the disks stay for the next owner, whichever that is
@@ -84,7 +86,7 @@ func own(ctx context.Context, dir string, o Options, mayRead bool) (*Owner, erro
 		return nil, errors.Join(err, store.Close())
 	}
 	life, kill := context.WithCancel(ctx)
-	owner := &Owner{dir: dir, in: in, opts: o, store: store, started: time.Now(), life: life, kill: kill, accepting: true, changed: make(chan struct{})}
+	owner := &Owner{dir: dir, in: in, opts: o, store: store, started: time.Now(), life: life, kill: kill, starting: o.Starts, accepting: true, changed: make(chan struct{})}
 	owner.unfinished.in = in
 	owner.exports = &exports{store: store, explain: owner.inUse, attached: owner.attached, meters: newMeters(store.Has)}
 	if store.ReadOnly() != nil {
@@ -103,12 +105,15 @@ func own(ctx context.Context, dir string, o Options, mayRead bool) (*Owner, erro
 	if err == nil && o.lasts() {
 		err = store.WatchFill(o.FillLevels, owner.noteFill)
 	}
+	if err == nil {
+		owner.holdHanded(o.Handed)
+	}
 	if err == nil && o.Offer {
 		owner.control, err = listenControl(owner)
 	}
 	if err != nil {
 		kill()
-		return nil, errors.Join(err, owner.closeDisks(ctx), store.Close(), in.Close())
+		return nil, errors.Join(err, owner.releaseHeld(), owner.closeDisks(ctx), store.Close(), in.Close())
 	}
 	owner.noteStart()
 	notices.giveTo(owner)
@@ -212,7 +217,7 @@ func (o *Owner) close() error {
 	o.own.Wait()     // they end with life, and each step of that is bounded
 	o.repairs.Wait() // recoveries end with life
 	errs = append(errs, o.closeDisks(bounded))
-	errs = append(errs, o.exports.close())
+	errs = append(errs, o.releaseHeld(), o.exports.close())
 	errs = append(errs, inTime(closeTimeout, "closing the store "+o.dir, o.store.Close))
 	o.noteStop(errors.Join(errs...))
 	errs = append(errs, o.in.Close())
@@ -292,7 +297,7 @@ func (o *Owner) Status(context.Context) (Status, error) {
 	}
 	s := Status{
 		PID: os.Getpid(), ProcessStart: startOf(os.Getpid()), Command: o.opts.Command, Version: o.opts.Version,
-		Handover: o.opts.Handover, Temporary: o.opts.Temporary, Started: o.started, Reclaim: o.reclaim,
+		Handover: o.opts.Handover, Temporary: o.opts.Temporary, Started: o.started, Starting: o.starting, Reclaim: o.reclaim,
 		Devices: []Device{}, Services: []Service{},
 	}
 	for _, d := range o.disks {

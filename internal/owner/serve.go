@@ -171,7 +171,7 @@ func (o *Owner) registerService(s *service) bool {
 func (o *Owner) serveHanded(s *service, clients []handedClient) (wait func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
-	for _, serve := range s.adopt(ctx, clients, func(err error) {
+	for _, serve := range s.adopt(ctx, clients, o.takeHeld, func(err error) {
 		o.opts.Logger.Error("an NBD client was handed over and cannot go on", "socket", s.opts.Socket, "err", err)
 	}) {
 		wg.Go(func() { _ = serve() }) // the server logs it

@@ -160,6 +160,10 @@ type Options struct {
 	// Replaceable means that this process can execute another version of the program: it ends the owner by
 	// CloseWhenDone or CloseWhenIdle, and then executes Successor.
 	Replaceable bool
+	// Starts means that GoOn will be called, and that there is no upgrade before.
+	Starts bool
+	// Handed has the NBD clients that another program handed over. All that they have open is held until GoOn.
+	Handed *Handover
 	// Handover is the reason why an upgrade that this process tried has failed. Status reports it.
 	Handover string
 
@@ -208,6 +212,7 @@ type Status struct {
 	Handover     string // why the last upgrade failed; empty: it did not
 	Temporary    bool
 	Started      time.Time // when the owner opened the store
+	Starting     bool      // it does not serve all of its NBD clients yet, and cannot be upgraded
 	Reclaim      *Reclaim  // nil before the first device
 	Devices      []Device
 	Services     []Service

@@ -181,16 +181,18 @@ func (o *Owner) noServices(next *Program) error {
 	defer o.mu.Unlock()
 	var names []string
 	for _, s := range o.services {
-		if !s.inUse() {
-			continue
-		}
 		i := s.info()
-		names = append(names, fmt.Sprintf("%s (%d clients)", i.Socket, i.Clients))
+		switch {
+		case s.inUse():
+			names = append(names, fmt.Sprintf("%s (%d clients)", i.Socket, i.Clients))
+		case !s.made:
+			names = append(names, i.Socket+" (from the service manager)")
+		}
 	}
 	if len(names) == 0 {
 		return nil
 	}
-	return fmt.Errorf("NBD clients are served at %s, and version %s cannot take them over: %w: end those clients, or that 'vdisk serve', first",
+	return fmt.Errorf("NBD clients are served at %s, and version %s cannot take them over: %w: end those clients ('vdisk disconnect'), or that 'vdisk serve', first, or restart the service",
 		strings.Join(names, ", "), next.Version, cow.ErrBusy)
 }
 
@@ -201,7 +203,7 @@ func (o *Owner) stopAccepting(ctx context.Context, asking int) error {
 	defer cancel()
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if !o.accepting || o.stopping {
+	if !o.accepting || o.stopping || o.starting { // its services would be lost that are still to go on
 		return errStopping
 	}
 	o.accepting = false
@@ -328,22 +330,16 @@ func (h *Handover) Done() {
 }
 
 // UpgradeDaemon makes the daemon that owns the store at dir hand over to the program that is now at the path from which
-// the daemon was started, and waits until the new program answers and has recovered the devices. It fails with
-// ErrNoOwner if nobody owns the store.
+// the daemon was started, and waits until the new program has recovered the devices and serves all NBD clients. It fails
+// with ErrNoOwner if nobody owns the store.
 func UpgradeDaemon(ctx context.Context, dir string, o Options) (Upgrade, error) {
 	if err := refuseWaiting(ctx, dir, o.withDefaults()); err != nil {
 		return Upgrade{}, err
 	}
-	c, old, err := connect(ctx, dir, o)
+	u, old, err := askUpgrade(ctx, dir, o)
 	if errors.Is(err, errStopping) {
 		err = fmt.Errorf("%w: %w", cow.ErrBusy, err)
 	}
-	if err != nil {
-		return Upgrade{}, err
-	}
-	var u Upgrade
-	err = c.call(ctx, "upgrade", request{}, &u)
-	_ = c.Close()
 	if err != nil {
 		return u, err
 	}
@@ -352,6 +348,7 @@ func UpgradeDaemon(ctx context.Context, dir string, o Options) (Upgrade, error) 
 	for {
 		now, err := Running(ctx, dir, o)
 		switch {
+		case err == nil && now.Starting:
 		case err == nil && now.Handover != "":
 			return u, fmt.Errorf("the new program gave the store back to version %s: %s", now.Version, now.Handover)
 		case err == nil && (now.PID != old.PID || !now.Started.Equal(old.Started)):
@@ -365,6 +362,30 @@ func UpgradeDaemon(ctx context.Context, dir string, o Options) (Upgrade, error) 
 		select {
 		case <-ctx.Done():
 			return u, fmt.Errorf("the daemon (pid %d) does not answer after its upgrade: %w", old.PID, context.Cause(ctx))
+		case <-time.After(retryEvery):
+		}
+	}
+}
+
+// askUpgrade waits until the daemon has started, and asks it for an upgrade. It returns the status before.
+func askUpgrade(ctx context.Context, dir string, o Options) (u Upgrade, old Status, err error) {
+	ctx, cancel := context.WithTimeout(ctx, upgradeTimeout)
+	defer cancel()
+	for {
+		c, old, err := connect(ctx, dir, o)
+		if err != nil {
+			return u, old, err
+		}
+		if !old.Starting {
+			err = c.call(ctx, "upgrade", request{}, &u)
+		}
+		_ = c.Close()
+		if !old.Starting {
+			return u, old, err
+		}
+		select {
+		case <-ctx.Done():
+			return u, old, fmt.Errorf("the daemon (pid %d) has not started: %w", old.PID, context.Cause(ctx))
 		case <-time.After(retryEvery):
 		}
 	}

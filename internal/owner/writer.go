@@ -19,10 +19,18 @@ type client struct {
 	shared  bool
 }
 
-// clientOf returns who is at the other end of a connection.
+// clientOf returns who is at the other end of a connection. That does not depend on whether a listener counts it.
 func clientOf(nc net.Conn) client {
-	if u, ok := nc.(*countedUnixConn); ok {
-		if p := processOf(u.UnixConn); p.PID > 0 {
+	switch c := nc.(type) {
+	case *countedUnixConn:
+		nc = c.UnixConn
+	case *countedTCPConn:
+		nc = c.TCPConn
+	case *countedConn:
+		nc = c.Conn
+	}
+	if u, ok := nc.(*net.UnixConn); ok {
+		if p := processOf(u); p.PID > 0 {
 			return client{process: p}
 		}
 	}
