@@ -16,6 +16,7 @@ type memory struct {
 
 	mu      sync.Mutex // guards the fields below, and those of the budgets
 	used    int64
+	unsent  int64     // replies that paused connections keep for the next server
 	waiting []*budget // budgets whose receivers wait for others to release, the longest-waiting first
 }
 
@@ -81,6 +82,24 @@ func (b *budget) acquire(n int64, patience time.Duration, starved func()) {
 			}
 		}
 	}
+}
+
+// keep counts n more bytes of replies for the next server, and reports whether they may be kept.
+func (m *memory) keep(n int64) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.unsent+n > min(m.max, maxUnsent) {
+		return false
+	}
+	m.unsent += n
+	return true
+}
+
+// forget begins to count anew what is kept.
+func (m *memory) forget() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.unsent = 0
 }
 
 func (b *budget) waitsForOthers() bool {

@@ -142,7 +142,7 @@ func (c *conn) cut() {
 }
 
 // givesUp reports whether there is no point in going on with a long task.
-func (c *conn) givesUp() bool { return c.ended.Load() || c.cutOff.Load() || c.out.overfull.Load() }
+func (c *conn) givesUp() bool { return c.ended.Load() || c.cutOff.Load() || c.out.failed.Load() }
 
 // stalledSince returns when the client began to keep the server waiting while requests of it are under way: it takes no
 // replies, or sends no more of a WRITE. It returns zero if the client does neither.

@@ -56,7 +56,8 @@ const (
 	takeTimeout = time.Second
 	// openTimeout is how long Pause waits for clients that negotiate. They cannot be handed over.
 	openTimeout = 2 * time.Second
-	// maxUnsent is how many bytes of replies a client may leave behind. Beyond that, READs in several parts give up.
+	// maxUnsent, or Options.MaxMemory if that is less, is how many bytes of replies all clients may leave behind together. A
+	// client that would leave more is cut off.
 	maxUnsent = 64 << 20
 )
 
@@ -68,6 +69,7 @@ func (s *Server) Pause(ctx context.Context) ([]Paused, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.paused = true
+	s.memory.forget()
 	for l := range s.listeners {
 		s.pauseListener(l)
 	}
@@ -309,16 +311,27 @@ func (c *conn) sendUnsent() {
 	c.out.send(p)
 }
 
-// keepUnsent keeps what could not be written because the connection is paused, and reports whether that is the reason.
-// The writer calls it.
-func (s *sender) keepUnsent(err error) bool {
+// errUnsent ends a connection that would leave too much behind.
+var errUnsent = errors.New("a hand-over: the client takes no replies, and they are more than can be kept")
+
+// keepUnsent keeps what could not be written because the connection is paused. It returns err if that is not the reason,
+// and errUnsent if that is more than all clients may leave behind. The writer calls it.
+func (s *sender) keepUnsent(err error) error {
 	if !s.pausing.Load() || !s.kept && !errors.Is(err, os.ErrDeadlineExceeded) {
-		return false
+		return err
 	}
 	s.kept = true
+	n := int64(0)
+	for _, p := range s.vec {
+		n += int64(len(p))
+	}
+	if !s.budget.all.keep(n) {
+		s.budget.all.keep(-int64(len(s.unsent)))
+		s.unsent = nil
+		return errUnsent
+	}
 	for _, p := range s.vec {
 		s.unsent = append(s.unsent, p...)
 	}
-	s.overfull.Store(len(s.unsent) > maxUnsent)
-	return true
+	return nil
 }

@@ -191,6 +191,50 @@ func TestHandOverUnderLoad(t *testing.T) {
 	c.leave()
 }
 
+// Clients that take nothing of long READs do not leave more behind than the server may keep. They are cut off, and others
+// are handed over.
+func TestHandOverOfLongReads(t *testing.T) {
+	const length, most = 33 << 20, 6 << 20
+	d := newRAM(length)
+	d.WriteAt([]byte(pattern(length, 3)), 0)
+	idle, s := dialServer(t, serveRAM(d), Options{take: 20 * time.Millisecond, MaxMemory: most})
+	idle.open("disk", false)
+	var greedy []*client
+	for range 3 {
+		c := connect(t, s)
+		c.open("disk", true)
+		c.request(0, cmdRead, 1, 0, length)
+		greedy = append(greedy, c)
+	}
+	for begun := 0; begun < len(greedy); time.Sleep(time.Millisecond) {
+		begun = 0
+		for _, c := range s.Clients() {
+			begun += int(c.Counters.Requests)
+		}
+	}
+	list, err := s.Pause(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept := 0
+	for _, p := range list {
+		kept += len(p.State.Unsent)
+	}
+	if len(list) != 1 || kept > most {
+		t.Errorf("%d connections, which leave %d bytes", len(list), kept)
+	}
+	s.Continue()
+	for _, c := range greedy {
+		if err := c.ended(); !errors.Is(err, errUnsent) {
+			t.Error(err)
+		}
+	}
+	idle.alive()
+	if err := s.Shutdown(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
 // A hand-over that fails because a device does not answer leaves all as it was.
 func TestPauseUndone(t *testing.T) {
 	d := newRAM(1 << 20)

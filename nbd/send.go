@@ -66,8 +66,7 @@ type sender struct {
 	failed atomic.Bool
 
 	// pausing is the connection's. What cannot be sent while it is set is kept in unsent, for the next server.
-	pausing  *atomic.Bool
-	overfull atomic.Bool // unsent has more than maxUnsent
+	pausing *atomic.Bool
 
 	// since is the start of the current write, in nanoseconds of Unix time; 0 if none is under way.
 	since atomic.Int64
@@ -109,7 +108,11 @@ func (s *sender) write(packets []*packet) {
 			s.vec = append(s.vec, p.vec...)
 		}
 		s.store = s.vec
-		if err := s.writeVec(); err != nil && !s.keepUnsent(err) {
+		err := s.writeVec()
+		if err != nil {
+			err = s.keepUnsent(err)
+		}
+		if err != nil {
 			s.err = fmt.Errorf("nbd: send: %w", err)
 			s.failed.Store(true)
 			s.conn.Close() // wakes the receiver

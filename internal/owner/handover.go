@@ -92,14 +92,28 @@ func (h *handed) keepInExec(keep bool) {
 	}
 }
 
-// write writes the file.
-func (h *handed) write() error {
+// write writes the file. ctx ends it between two steps.
+func (h *handed) write(ctx context.Context) error {
 	fd, err := unix.MemfdCreate("vdisk-handover", unix.MFD_CLOEXEC)
 	if err != nil {
 		return fmt.Errorf("making a file in memory: %w", err)
 	}
 	h.file = os.NewFile(uintptr(fd), "hand-over")
-	return json.NewEncoder(h.file).Encode(h)
+	return errors.Join(json.NewEncoder(contextWriter{ctx, h.file}).Encode(h), ctx.Err())
+}
+
+// contextWriter fails once ctx has ended.
+type contextWriter struct {
+	ctx context.Context
+	w   io.Writer
+}
+
+// Write is that of io.Writer.
+func (w contextWriter) Write(p []byte) (int, error) {
+	if err := w.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return w.w.Write(p)
 }
 
 // readHanded reads the file that another program has written.
@@ -166,7 +180,7 @@ func (o *Owner) pauseServices(ctx context.Context) (_ *handed, err error) {
 	if err = errors.Join(errs...); err != nil {
 		return nil, fmt.Errorf("NBD clients cannot be handed over: %w", err)
 	}
-	return h, h.write()
+	return h, h.write(ctx)
 }
 
 // continueServices undoes pauseServices.

@@ -76,7 +76,7 @@ func TestHandedClientsAreHeld(t *testing.T) {
 	h.Done()
 	got := make([]byte, len(text))
 	if _, err := c.ReadAt(got, 0); err != nil || string(got) != string(text) {
-		t.Errorf("%v, %q", err, got)
+		t.Errorf("%v, %.30q", err, got)
 	}
 	if s, err := o.Status(t.Context()); err != nil || s.Starting || len(s.Services) != 1 || s.Services[0].Clients != 1 {
 		t.Errorf("%v, %+v", err, s)
