@@ -58,19 +58,27 @@ func (a *app) snapshotAuto(c *cli.Context) error {
 				return err
 			}
 			if len(names) == 0 && c.Bool("policy") {
-				a.note("no volume has a policy ('vdisk set VOL %s=daily=7')", retention.Property)
+				a.noPolicy()
 			}
 			return a.printAuto(c, s, r)
 		}
 	})
 }
 
-// chosenVolumes returns the names of the volumes that the patterns, --all or --policy choose.
+func (a *app) noPolicy() {
+	a.note("no volume has a policy ('vdisk set VOL %s=daily=7')", retention.Property)
+}
+
+// chosenVolumes returns the names of the volumes that the patterns, --all or --policy choose, each once.
 func chosenVolumes(c *cli.Context, s owner.Store, patterns []pattern) (names []string, err error) {
 	if len(patterns) > 0 {
 		refs, err := expand(c, s, patterns)
+		seen := map[string]bool{}
 		for _, r := range refs {
-			names = append(names, r.Volume)
+			if !seen[r.Volume] {
+				seen[r.Volume] = true
+				names = append(names, r.Volume)
+			}
 		}
 		return names, err
 	}

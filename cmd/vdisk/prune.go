@@ -70,6 +70,9 @@ func (a *app) pruneVolumes(c *cli.Context, s owner.Store, patterns []pattern, po
 	if err != nil {
 		return err
 	}
+	if len(list) == 0 && len(patterns) == 0 && c.Bool("policy") {
+		a.noPolicy()
+	}
 	var errs []error
 	for i := range list {
 		errs = append(errs, list[i].prune(c, s))
@@ -79,18 +82,22 @@ func (a *app) pruneVolumes(c *cli.Context, s owner.Store, patterns []pattern, po
 
 // policyOf returns the rules of the flags; none with --policy.
 func policyOf(c *cli.Context) (p retention.Policy, err error) {
+	rules := false
 	for _, r := range keepRules {
 		if flag := "keep-" + r.rule; c.IsSet(flag) {
+			rules = true
 			if err := p.Set(r.rule, c.String(flag)); err != nil {
 				return p, fmt.Errorf("--%s: %w", flag, err)
 			}
 		}
 	}
 	switch {
-	case c.Bool("policy") && !p.IsEmpty():
+	case c.Bool("policy") && rules:
 		return p, errors.New("--policy has its own rules; leave out --keep-..., or --policy")
 	case !c.Bool("policy") && p.IsEmpty():
 		return p, errors.New("no rule keeps any snapshot: give one, such as --keep-daily 7, or --policy")
+	case c.Bool("policy") && c.Bool("all"):
+		return p, errors.New("--policy is for all volumes that have a policy; leave out --all")
 	case c.Bool("all") && c.NArg() > 0:
 		return p, errors.New("--all stands for all volumes; name none beside it")
 	case !c.Bool("all") && !c.Bool("policy") && c.NArg() == 0:
@@ -126,6 +133,11 @@ func (a *app) toPrune(c *cli.Context, s owner.Store, patterns []pattern, policy 
 	named := map[cow.Ref]bool{}
 	for _, r := range refs {
 		named[r] = true
+	}
+	for _, r := range refs { // one set of rules for both series would count them together
+		if r.Snapshot != "" && named[cow.Ref{Volume: r.Volume}] {
+			return nil, usageError{c, fmt.Errorf("%s is named beside %v: prune them one after the other", r.Volume, r)}
+		}
 	}
 	for _, v := range all {
 		whole := len(patterns) == 0 && v.Receiving == nil || named[cow.Ref{Volume: v.Name}]
