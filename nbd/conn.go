@@ -218,8 +218,10 @@ func (c *conn) admit(req request) Turn {
 		return nil
 	}
 	switch req.typ {
-	case cmdRead, cmdCache:
+	case cmdRead:
 		return c.adm.Admit(false, int64(req.length))
+	case cmdCache:
+		return c.adm.Admit(false, 0) // the client gets no data
 	case cmdWrite:
 		return c.adm.Admit(true, int64(req.length))
 	case cmdTrim:

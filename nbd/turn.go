@@ -9,7 +9,7 @@ import (
 // Admitter is implemented by a Device that limits how many requests begin, or how many bytes they have, in a time.
 type Admitter interface {
 	// Admit counts a request, and returns nil if it may begin now. Otherwise it returns a Turn, which counts the request
-	// when its turn comes. bytes is 0 for a request that neither reads nor writes data, but changes the device.
+	// when its turn comes. bytes is 0 for a CACHE, and for a request that changes the device but writes no data.
 	//
 	// It is called in the order in which requests arrive, for all but a FLUSH and a BLOCK_STATUS. It must not wait.
 	Admit(write bool, bytes int64) Turn

@@ -79,6 +79,13 @@ func TestWaitingHoldsUpNothingElse(t *testing.T) {
 		close(turn.ready)
 	}
 	c.answered(20, 0)
+	c.request(0, cmdCache, 21, 0, 1<<20)
+	if turn := <-d.turns; turn.write || turn.bytes != 0 {
+		t.Errorf("a CACHE waits as %+v", turn)
+	} else {
+		close(turn.ready)
+	}
+	c.answered(21, 0)
 	c.disconnect()
 }
 

@@ -49,7 +49,7 @@ func TestLimitedDisk(t *testing.T) {
 		}
 	}
 	set("limit.bps-write", "4K")
-	begins(ask(ublk.OpWrite, 1<<20)) // the next write waits for four minutes
+	first := ask(ublk.OpWrite, 1<<20) // it waits for four minutes
 	second := ask(ublk.OpWrite, 4096)
 	begins(ask(ublk.OpFlush, 0))
 	if err := disk.ServeUBLK(&ublk.Request{Op: ublk.OpRead, Buf: make([]byte, 4096), Length: 4096, Offset: 2 << 20}); err != nil {
@@ -57,19 +57,19 @@ func TestLimitedDisk(t *testing.T) {
 	}
 	third := ask(ublk.OpWrite, 8192)
 	set("limit.bps-write", "")
+	begins(first)
 	begins(second)
 	begins(third)
 
 	set("limit.bps", "4K")
-	begins(ask(ublk.OpWrite, 1<<20))
-	read := ask(ublk.OpRead, 4096)
+	read := ask(ublk.OpRead, 1<<20)
 	stay := disk.waiting.hurry()
 	begins(read)
-	if read.Buf[0] != 1 { // what 256 pages are filled with
+	if read.Buf[0] != 3 { // what two pages are filled with
 		t.Errorf("it reads %d", read.Buf[0])
 	}
 	stay()
-	again := ask(ublk.OpRead, 8192)
+	again := ask(ublk.OpRead, 1<<20)
 	if len(disk.jobs) > 0 {
 		t.Error("requests do not wait any more after an end that was given up")
 	}

@@ -37,8 +37,8 @@ type Limits struct {
 func (l Limits) IsNone() bool { return l.Ops == [kinds]int64{} && l.Bytes == [kinds]int64{} }
 
 // bucket is one limit. Its state is a time: until then, what has begun uses up the limit. If that lies behind, the time
-// since is saved up, as far as the burst goes. So a request of any size may begin once nothing is owed, and those after
-// it wait for it.
+// since is saved up, as far as the burst goes. Something of any size may be counted once nothing is owed, and what comes
+// after it waits for it. A request counts part by part (Limiter.part), so nobody waits long for what another one asked.
 type bucket struct {
 	rate int64 // a second; 0: no limit
 	paid time.Time
@@ -81,7 +81,7 @@ type Limiter struct {
 	ops, bytes [kinds]bucket
 	first      [kinds]*Turn // the requests that wait, for reads and for writes
 	last       [kinds]*Turn
-	came       uint64 // number of the last one that had to wait
+	latest     kind // of the one that was counted last
 	timer      *time.Timer
 }
 
@@ -89,8 +89,8 @@ type Limiter struct {
 type Turn struct {
 	l     *Limiter
 	kind  kind
-	bytes int64
-	came  uint64
+	begun bool  // it is counted as a request
+	left  int64 // bytes that are not counted yet
 	next  *Turn
 	ready chan struct{}
 }
@@ -98,8 +98,8 @@ type Turn struct {
 // Ready is closed when the request may begin. What it takes is counted by then.
 func (t *Turn) Ready() <-chan struct{} { return t.ready }
 
-// Admit counts a request, and returns nil if it may begin now. Otherwise the request is not counted before its turn
-// comes, which has to be waited for or cancelled. A nil Limiter has no limit.
+// Admit counts a request, and returns nil if it may begin now. Otherwise the rest of it is counted until its turn comes,
+// which has to be waited for or cancelled. A nil Limiter has no limit.
 func (l *Limiter) Admit(write bool, bytes int64) *Turn {
 	if l == nil || !l.on.Load() {
 		return nil
@@ -112,12 +112,19 @@ func (l *Limiter) Admit(write bool, bytes int64) *Turn {
 	defer l.mu.Unlock()
 	now := time.Now()
 	l.admitWaiting(now)
-	if l.first[k] == nil && !l.due(k).After(now) {
-		l.charge(now, k, bytes)
-		return nil
+	t := Turn{l: l, kind: k, left: bytes}
+	for l.first[k] == nil && !l.due(&t).After(now) {
+		if l.chargePart(now, &t) {
+			return nil
+		}
 	}
-	l.came++
-	t := &Turn{l: l, kind: k, bytes: bytes, came: l.came, ready: make(chan struct{})}
+	return l.queue(now, t)
+}
+
+// queue makes a request wait. The caller holds mu.
+func (l *Limiter) queue(now time.Time, of Turn) *Turn {
+	t, k := &of, of.kind
+	t.ready = make(chan struct{})
 	if l.first[k] == nil {
 		l.first[k] = t
 	} else {
@@ -128,7 +135,7 @@ func (l *Limiter) Admit(write bool, bytes int64) *Turn {
 	return t
 }
 
-// Cancel gives up a request that waits. It is not counted, unless its turn has come already.
+// Cancel gives up a request that waits. What is not counted of it by then is not counted.
 func (t *Turn) Cancel() {
 	l := t.l
 	l.mu.Lock()
@@ -178,41 +185,72 @@ func (l *Limiter) Limits() Limits {
 	return l.limits
 }
 
-// due returns when a request may begin. The caller holds mu.
-func (l *Limiter) due(k kind) time.Time {
-	due := l.ops[all].paid
-	for _, b := range []*bucket{&l.ops[k], &l.bytes[all], &l.bytes[k]} {
-		if b.paid.After(due) {
+// due returns when the next part of a request may be counted. The caller holds mu.
+func (l *Limiter) due(t *Turn) time.Time {
+	var due time.Time
+	for _, k := range [...]kind{all, t.kind} {
+		if b := &l.ops[k]; !t.begun && b.paid.After(due) {
+			due = b.paid
+		}
+		if b := &l.bytes[k]; b.paid.After(due) {
 			due = b.paid
 		}
 	}
 	return due
 }
 
-func (l *Limiter) charge(now time.Time, k kind, bytes int64) {
-	for _, k := range [...]kind{all, k} {
-		l.ops[k].charge(now, l.limits.Burst, 1)
-		l.bytes[k].charge(now, l.limits.Burst, bytes)
+// A part of a request is as many bytes as may be transferred in a second / partsASecond, or leastPart if that is more.
+const (
+	partsASecond = 10
+	leastPart    = 4096
+)
+
+// part returns how many bytes are counted at a time. Those of the other kind wait for no more than that, however long a
+// request is. The caller holds mu.
+func (l *Limiter) part(t *Turn) int64 {
+	n := t.left
+	for _, k := range [...]kind{all, t.kind} {
+		if rate := l.bytes[k].rate; rate != 0 {
+			n = min(n, max(rate/partsASecond, leastPart))
+		}
 	}
+	return n
 }
 
-// admitWaiting lets those begin that wait and are due, the first to come first. The caller holds mu.
+// chargePart counts a part of a request, and reports whether it was the last one. The caller holds mu.
+func (l *Limiter) chargePart(now time.Time, t *Turn) bool {
+	n := l.part(t)
+	for _, k := range [...]kind{all, t.kind} {
+		if !t.begun {
+			l.ops[k].charge(now, l.limits.Burst, 1)
+		}
+		l.bytes[k].charge(now, l.limits.Burst, n)
+	}
+	l.latest = t.kind
+	t.begun = true
+	t.left -= n
+	return t.left == 0
+}
+
+// admitWaiting lets those begin that wait and are due. If a read and a write are, they take turns, part by part. The caller
+// holds mu.
 func (l *Limiter) admitWaiting(now time.Time) {
 	for {
-		k := kinds
-		for _, of := range [...]kind{reads, writes} {
-			if t := l.first[of]; t != nil && !l.due(of).After(now) && (k == kinds || t.came < l.first[k].came) {
-				k = of
+		var t *Turn
+		for _, k := range [...]kind{reads, writes} {
+			if of := l.first[k]; of != nil && !l.due(of).After(now) && (t == nil || t.kind == l.latest) {
+				t = of
 			}
 		}
-		if k == kinds {
+		if t == nil {
 			return
 		}
-		t := l.first[k]
-		if l.first[k] = t.next; t.next == nil {
-			l.last[k] = nil
+		if !l.chargePart(now, t) {
+			continue
 		}
-		l.charge(now, k, t.bytes)
+		if l.first[t.kind] = t.next; t.next == nil {
+			l.last[t.kind] = nil
+		}
 		close(t.ready)
 	}
 }
@@ -228,8 +266,10 @@ func (l *Limiter) wake() {
 func (l *Limiter) arm(now time.Time) {
 	var due time.Time
 	for _, k := range [...]kind{reads, writes} {
-		if d := l.due(k); l.first[k] != nil && (due.IsZero() || d.Before(due)) {
-			due = d
+		if t := l.first[k]; t != nil {
+			if d := l.due(t); due.IsZero() || d.Before(due) {
+				due = d
+			}
 		}
 	}
 	switch {

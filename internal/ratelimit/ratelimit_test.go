@@ -125,7 +125,7 @@ func TestChangeWhileRequestsWait(t *testing.T) {
 		l.Set(Limits{Ops: [kinds]int64{all: 1}})
 		run := clients{end: make(chan struct{})}
 		run.run(&l, 64, true, 4096)
-		time.Sleep(10 * time.Second)
+		time.Sleep(10*time.Second + 100*time.Millisecond) // long before the timer comes
 		if n := run.begun[writes].Load(); n < 9 || n > 11 {
 			t.Errorf("%d requests in 10 s, want 10", n)
 		}
@@ -146,19 +146,48 @@ func TestChangeWhileRequestsWait(t *testing.T) {
 	})
 }
 
-// TestOwedAtTheNewRate makes a request of so many bytes that the next one would wait for a day, and raises the limit.
+// TestOwedAtTheNewRate raises the limit while a request waits: it does not wait for as long as it would have before.
 func TestOwedAtTheNewRate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var l Limiter
-		l.Set(Limits{Bytes: [kinds]int64{all: 4096}})
-		if l.Admit(true, 4096*86400) != nil {
+		l.Set(Limits{Ops: [kinds]int64{all: 1}})
+		if l.Admit(true, 4096) != nil {
 			t.Fatal("the first request waits")
 		}
 		turn := l.Admit(true, 1)
 		began := time.Now()
-		l.Set(Limits{Bytes: [kinds]int64{all: 4096 * 86400}})
+		l.Set(Limits{Ops: [kinds]int64{all: 10}})
 		<-turn.Ready()
-		near(t, "milliseconds", float64(time.Since(began).Milliseconds()), 1000)
+		near(t, "milliseconds", float64(time.Since(began).Milliseconds()), 100)
+	})
+}
+
+// TestLongRequestHoldsNobodyUp reads much at once, beside small writes. These wait for a part of the read, and the read
+// waits until all of it is counted. It counts as one request.
+func TestLongRequestHoldsNobodyUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var l Limiter
+		l.Set(Limits{Ops: [kinds]int64{reads: 1}, Bytes: [kinds]int64{all: 1 << 20}})
+		began := time.Now()
+		read := l.Admit(false, 32<<20)
+		if read == nil {
+			t.Fatal("a long read begins at once")
+		}
+		for range 10 {
+			asked := time.Now()
+			if turn := l.Admit(true, 4096); turn != nil {
+				<-turn.Ready()
+			}
+			if took := time.Since(asked); took > 105*time.Millisecond { // a part, and the write before
+				t.Fatalf("a write waits for %v", took)
+			}
+		}
+		<-read.Ready()
+		near(t, "seconds of the read", time.Since(began).Seconds(), 32)
+		if turn := l.Admit(true, 4096); turn != nil {
+			<-turn.Ready()
+		}
+		near(t, "seconds of both", time.Since(began).Seconds(), 32)
 	})
 }
 
