@@ -186,13 +186,20 @@ func (a *app) noteSkipped(tail *journal.Tail) {
 	}
 }
 
-// historyOf returns the events that are about a volume or snapshot, and about the names that it had before.
+// historyOf returns the events that are about a volume or snapshot, and about the names that it had before. It
+// leaves out another one that had a name earlier.
 func historyOf(all []journal.Entry, of cow.Ref) (some []journal.Entry) {
 	for _, e := range slices.Backward(all) {
 		if !isAbout(e, of) {
 			continue
 		}
+		if len(some) > 0 && tookAway(e, of) {
+			break
+		}
 		some = append(some, e)
+		if e.Error == "" && slices.Contains(e.Names, of.String()) && slices.Contains([]string{"create", "clone", "snapshot"}, e.Kind) {
+			break // that made it
+		}
 		if e.Kind != "rename" || e.Error != "" || len(e.Names) != 1 {
 			continue
 		}
@@ -206,6 +213,18 @@ func historyOf(all []journal.Entry, of cow.Ref) (some []journal.Entry) {
 	}
 	slices.Reverse(some)
 	return some
+}
+
+// tookAway reports whether after an event nothing had the name: what has it later is another volume or snapshot.
+func tookAway(e journal.Entry, of cow.Ref) bool {
+	is := func(name string) bool { return name == of.String() || name == of.Volume }
+	switch {
+	case e.Error != "":
+		return false
+	case e.Kind == "rename":
+		return is(e.From) && !slices.ContainsFunc(e.Names, is)
+	}
+	return (e.Kind == "rm" || e.Kind == "prune") && slices.ContainsFunc(e.Names, is)
 }
 
 // isAbout reports whether an event is about a volume or one of its snapshots, or about the snapshot that of names.
