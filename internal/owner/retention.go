@@ -10,7 +10,8 @@ import (
 	"github.com/vdisk/vdisk/internal/journal"
 )
 
-// The largest numbers of volumes and of snapshots in one event, whose size is bounded.
+// The largest numbers of volumes and of snapshots in one event, whose size is bounded, and in one request to the owner,
+// which is bounded by maxRequest.
 const (
 	autoAtOnce  = 1000
 	pruneAtOnce = 1000
@@ -85,10 +86,26 @@ func (o *Owner) retentionRoutes(plain func(string, func(context.Context, request
 
 // SnapshotAuto takes a snapshot, named by the time, of each volume that has changed since its newest one.
 func (c *Client) SnapshotAuto(ctx context.Context, volumes ...string) (r cow.AutoReport, err error) {
-	return r, c.call(ctx, "snapshot-auto", request{Names: volumes}, &r)
+	r = cow.AutoReport{Taken: []cow.Ref{}, Unchanged: []cow.Ref{}}
+	for some := range slices.Chunk(volumes, autoAtOnce) {
+		var one cow.AutoReport
+		if err := c.call(ctx, "snapshot-auto", request{Names: some}, &one); err != nil {
+			return r, err
+		}
+		r.Taken, r.Unchanged = append(r.Taken, one.Taken...), append(r.Unchanged, one.Unchanged...)
+	}
+	return r, nil
 }
 
 // Prune removes snapshots that nothing needs.
 func (c *Client) Prune(ctx context.Context, dry bool, targets ...cow.PruneTarget) (r cow.PruneReport, err error) {
-	return r, c.call(ctx, "prune", request{Prune: targets, Flag: dry}, &r)
+	r = cow.PruneReport{Removed: []cow.Ref{}, Kept: []cow.KeptSnapshot{}}
+	for some := range slices.Chunk(targets, pruneAtOnce) {
+		var one cow.PruneReport
+		if err := c.call(ctx, "prune", request{Prune: some, Flag: dry}, &one); err != nil {
+			return r, err
+		}
+		r.Removed, r.Kept = append(r.Removed, one.Removed...), append(r.Kept, one.Kept...)
+	}
+	return r, nil
 }
