@@ -116,13 +116,18 @@ func (w contextWriter) Write(p []byte) (int, error) {
 	return w.w.Write(p)
 }
 
-// readHanded reads the file that another program has written.
+// readHanded reads the file that another program has written. If it fails, all descriptors stay as they are.
 func readHanded(fd int) (*handed, error) {
-	h := &handed{file: os.NewFile(uintptr(fd), "hand-over")}
-	err := json.NewDecoder(io.NewSectionReader(h.file, 0, math.MaxInt64)).Decode(h) // not from where another program stopped
+	h := &handed{}
+	own, err := socketOf(fd)
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("reading what was handed over: %w", err), h.file.Close())
+		return nil, fmt.Errorf("reading what was handed over: %w", err)
 	}
+	err = json.NewDecoder(io.NewSectionReader(own, 0, math.MaxInt64)).Decode(h) // not from where another program stopped
+	if err = errors.Join(err, own.Close()); err != nil {
+		return nil, fmt.Errorf("reading what was handed over: %w", err)
+	}
+	h.file = os.NewFile(uintptr(fd), "hand-over")
 	h.keepInExec(false)
 	return h, nil
 }
@@ -229,13 +234,7 @@ func (s *service) pause(ctx context.Context, identity func(cow.Ref) string) (h h
 // that Starts refuses upgrades.
 func (o *Owner) GoOn(h *Handover) {
 	defer o.hasStarted()
-	if h == nil {
-		return
-	}
-	if h.unread != nil {
-		o.opts.Logger.Error("NBD services were handed over and cannot go on", "err", h.unread)
-	}
-	if h.handed == nil {
+	if h == nil || h.handed == nil {
 		return
 	}
 	o.connections.Store(h.handed.Last)

@@ -3,8 +3,13 @@ package owner
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
+	"os"
+	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/vdisk/vdisk/cow"
 )
@@ -15,6 +20,39 @@ type heldClient struct {
 	conn    net.Conn // nil: its service has taken it
 	handles []*handle
 	err     error // why the client cannot be served
+}
+
+// readable returns an error if it is not known what was handed over of NBD, and the program before can go on with it. If
+// there is no way back, the clients are cut off: nobody would ever serve them.
+func (h *Handover) readable(log *slog.Logger) error {
+	if h == nil || h.unread == nil {
+		return nil
+	}
+	if h.Back != 0 {
+		return h.unread
+	}
+	log.Error("NBD services were handed over and cannot go on", "err", h.unread)
+	_ = unix.Close(h.NBD) // fails if there is no such descriptor
+	h.NBD, h.unread = 0, nil
+	closeInherited()
+	return nil
+}
+
+// closeInherited closes the sockets that another program kept open for this one. This program's own are all closed when it
+// executes another one, and so are not meant.
+func closeInherited() {
+	list, _ := os.ReadDir("/proc/self/fd") // without it, the clients wait
+	for _, e := range list {
+		fd, err := strconv.Atoi(e.Name())
+		if err != nil || fd <= 2 {
+			continue
+		}
+		flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
+		var st unix.Stat_t
+		if err == nil && flags&unix.FD_CLOEXEC == 0 && unix.Fstat(fd, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFSOCK {
+			_ = unix.Close(fd)
+		}
+	}
 }
 
 // holdHanded opens the exports of all clients that were handed over. It must be called before anybody else can use the

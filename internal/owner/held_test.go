@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"path/filepath"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/format"
@@ -89,5 +92,46 @@ func TestHandedClientsAreHeld(t *testing.T) {
 		t.Error("nothing is held any more:", err)
 	}
 	o.kill()
+	w.close(o)
+}
+
+// TestUnreadHandover: a hand-over that cannot be read fails the start if the program before can go on with it, and
+// otherwise ends its connections.
+func TestUnreadHandover(t *testing.T) {
+	w := newFakeMachine(t)
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pair[0])
+	fd, err := unix.MemfdCreate("test", unix.MFD_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := unix.Write(fd, []byte(`{"Services":[`)); err != nil {
+		t.Fatal(err)
+	}
+	was := startedFrom
+	defer func() { startedFrom = was }()
+	t.Setenv(handoverEnv, fmt.Sprintf(`{"From":"1.0","NBD":%d}`, fd))
+	h := TakeHandover()
+	if _, err := unix.FcntlInt(uintptr(pair[1]), unix.F_SETFD, 0); err != nil { // as another program leaves it
+		t.Fatal(err)
+	}
+	opts := w.options(true)
+	opts.Handed = h
+	h.Back = 1 << 20
+	if _, err := Own(t.Context(), w.dir, opts); !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Fatal(err)
+	}
+	h.Back = 0
+	o, err := Own(context.Background(), w.dir, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.GoOn(h)
+	if n, err := unix.Read(pair[0], make([]byte, 1)); n != 0 || err != nil {
+		t.Errorf("%d, %v from a client's connection", n, err)
+	}
 	w.close(o)
 }

@@ -54,6 +54,9 @@ func OpenOrCreate(ctx context.Context, dir string, o Options) (Store, error) {
 // Own makes this process the owner of the store at dir. It waits while another process owns it.
 func Own(ctx context.Context, dir string, o Options) (*Owner, error) {
 	o = o.withDefaults()
+	if err := o.Handed.readable(o.Logger); err != nil {
+		return nil, err
+	}
 	if err := refuseWaiting(ctx, dir, o); err != nil {
 		return nil, err
 	}

@@ -315,7 +315,11 @@ func (h *Handover) Return(self string, cause error) error {
 	if h.Back == 0 {
 		return cause
 	}
-	err := execute(fmt.Sprintf("/proc/self/fd/%d", h.Back), Handover{From: self, Failed: oneLine(cause), handed: h.handed})
+	back := Handover{From: self, Failed: oneLine(cause), handed: h.handed}
+	if h.unread != nil {
+		back.NBD = h.NBD // the descriptors are as they were
+	}
+	err := execute(fmt.Sprintf("/proc/self/fd/%d", h.Back), back)
 	return errors.Join(cause, err)
 }
 
