@@ -4,6 +4,8 @@ import (
 	"io"
 	"net"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 // inputSize is how much one read of the socket can bring. A small write's payload fits in it.
@@ -185,6 +187,24 @@ func (in *input) tryRecv(fd uintptr) bool {
 			return true
 		}
 	}
+}
+
+// ended reports whether the client sends nothing more, although there may still be something to be received. It is false
+// if that cannot be seen.
+func (in *input) ended() bool {
+	raw := in.raw
+	if c, ok := in.conn.(*secureConn); ok {
+		raw = c.below.in.raw
+	}
+	if raw == nil {
+		return false
+	}
+	p := []unix.PollFd{{Events: unix.POLLRDHUP}}
+	err := raw.Control(func(fd uintptr) {
+		p[0].Fd = int32(fd)
+		_, _ = unix.Poll(p, 0) // if it fails, nothing is seen
+	})
+	return err == nil && p[0].Revents&(unix.POLLRDHUP|unix.POLLHUP|unix.POLLERR) != 0
 }
 
 // room returns the free part of the buffer.

@@ -1,9 +1,11 @@
 package nbd
 
 import (
+	"io"
 	"net"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // Admitter is implemented by a Device that limits how many requests begin, or how many bytes they have, in a time.
@@ -38,10 +40,7 @@ func (c *conn) hold(req request, turn Turn) error {
 	charge := c.chargeFor(req)
 	if !c.mayHold(charge) {
 		c.sendBatch()
-		if !c.await(turn) {
-			return net.ErrClosed
-		}
-		return c.begin(req)
+		return c.beginAt(turn, req)
 	}
 	t, err := c.take(req)
 	if err != nil {
@@ -52,6 +51,32 @@ func (c *conn) hold(req request, turn Turn) error {
 	c.wg.Add(1) // called by the receiver, so run does not wait yet
 	go c.heldRoutine(t, turn, charge)
 	return nil
+}
+
+// watchEvery is how often the receiver looks whether the client has gone, while it waits and so does not receive.
+const watchEvery = 200 * time.Millisecond
+
+// beginAt waits for the turn of a request, and begins it unless the client has gone by then. It returns io.EOF if so.
+func (c *conn) beginAt(turn Turn, req request) error {
+	tick := time.NewTicker(watchEvery)
+	defer tick.Stop()
+	for waits := true; waits; {
+		select {
+		case <-turn.Ready():
+			waits = false
+		case <-c.ending.done:
+			waits = false
+		case <-tick.C:
+		}
+		if !c.ending.finishes.Load() && c.in.ended() {
+			turn.Cancel()
+			return io.EOF
+		}
+	}
+	if !c.await(turn) {
+		return net.ErrClosed
+	}
+	return c.begin(req)
 }
 
 // mayHold counts a request that waits, unless there are enough. Receivers that ask at the same time may exceed the bound

@@ -129,7 +129,7 @@ func TestClientThatWaitsLeaves(t *testing.T) {
 			c.request(0, cmdWrite, 1, 0, 4096, strings.Repeat("n", 4096))
 			turns := []*testTurn{<-d.turns}
 			if receiver {
-				c.put(reqBytes(0, cmdWrite, 2, 0, 8<<20))
+				c.put(reqBytes(0, cmdWrite, 2, 0, 8<<20), "the end comes behind data")
 				turns = append(turns, <-d.turns)
 			}
 			return c, s, d, turns
@@ -137,10 +137,13 @@ func TestClientThatWaitsLeaves(t *testing.T) {
 		t.Run("close", func(t *testing.T) {
 			c, _, d, turns := start()
 			c.Close()
-			if receiver { // it sees the end when it comes to receive
-				close(turns[1].ready)
+			for _, turn := range turns {
+				select {
+				case <-turn.cancelled:
+				case <-time.After(testwatch.Long):
+					t.Fatal("the turn of a client that has gone is waited for")
+				}
 			}
-			<-turns[0].cancelled
 			_ = c.ended()
 			if d.data[0] != 0 || d.closes.Load() != 0 {
 				t.Error("a request of a client that has gone was done")
