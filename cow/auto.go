@@ -1,6 +1,7 @@
 package cow
 
 import (
+	"context"
 	"fmt"
 	"regexp"
 	"time"
@@ -33,14 +34,17 @@ type AutoReport struct {
 
 // SnapshotAuto takes a snapshot, with the name of AutoName, of each volume that is not the same as its newest snapshot,
 // all at one moment. It takes either all of them or none. It returns ErrExists if a volume has a snapshot of this
-// second.
-func (s *Store) SnapshotAuto(volumes ...string) (r AutoReport, err error) {
+// second. It takes none once ctx has ended.
+func (s *Store) SnapshotAuto(ctx context.Context, volumes ...string) (r AutoReport, err error) {
 	known, err := s.sameInTable(volumes)
 	if err != nil {
 		return r, fmt.Errorf("snapshot: %w", err)
 	}
 	err = s.transact(func() (*format.Event, error) {
 		r = AutoReport{Taken: []Ref{}, Unchanged: []Ref{}}
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
 		now := s.opts.now()
 		for _, name := range volumes {
 			v, _, err := s.lookup(Ref{Volume: name})

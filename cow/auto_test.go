@@ -36,7 +36,7 @@ func TestSnapshotAuto(t *testing.T) {
 	}
 	auto := func(names ...string) string {
 		t.Helper()
-		r, err := s.SnapshotAuto(names...)
+		r, err := s.SnapshotAuto(t.Context(), names...)
 		must(t, err)
 		clock.step()
 		return fmt.Sprint(r.Taken, r.Unchanged)
@@ -105,7 +105,7 @@ func TestSnapshotAuto(t *testing.T) {
 		names []string
 		want  error
 	}{{[]string{"w", "v"}, ErrExists}, {[]string{"w", "nope"}, ErrNotFound}, {[]string{"w", "w"}, ErrInvalid}} {
-		if _, err := s.SnapshotAuto(x.names...); !errors.Is(err, x.want) {
+		if _, err := s.SnapshotAuto(t.Context(), x.names...); !errors.Is(err, x.want) {
 			t.Errorf("%v: %v", x.names, err)
 		}
 	}
@@ -213,7 +213,7 @@ func TestUnchangedIsUnchanged(t *testing.T) {
 				if len(snaps) > 0 {
 					newest = snaps[len(snaps)-1]
 				}
-				r, err := s.SnapshotAuto(v)
+				r, err := s.SnapshotAuto(t.Context(), v)
 				must(err)
 				switch {
 				case len(r.Unchanged) == 1 && r.Unchanged[0] == Ref{v, newest}:

@@ -1,6 +1,7 @@
 package cow
 
 import (
+	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -118,8 +119,16 @@ func (s *Store) CreateVolume(name string, o VolumeOptions) (VolumeInfo, error) {
 func Now() time.Time { return time.Now().UTC().Truncate(time.Millisecond) }
 
 // Snapshot takes snapshots of volumes, open or not, all at one moment. It takes either all of them or none.
-func (s *Store) Snapshot(refs ...Ref) error {
-	err := s.transact(func() (*format.Event, error) { return s.snapshotEvent(s.opts.now(), refs) })
+func (s *Store) Snapshot(refs ...Ref) error { return s.SnapshotContext(context.Background(), refs...) }
+
+// SnapshotContext is Snapshot, but takes none once ctx has ended.
+func (s *Store) SnapshotContext(ctx context.Context, refs ...Ref) error {
+	err := s.transact(func() (*format.Event, error) {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		return s.snapshotEvent(s.opts.now(), refs)
+	})
 	return wrapIf(err, "snapshot")
 }
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -47,8 +48,12 @@ func (a *app) snapshotAuto(c *cli.Context) error {
 				return err
 			}
 			var r cow.AutoReport
-			err = a.frozen(c, s, names, func() (_ []cow.Ref, err error) {
-				r, err = s.SnapshotAuto(c.Context, names...)
+			wanted := make([]cow.Ref, len(names))
+			for i, name := range names {
+				wanted[i].Volume = name
+			}
+			err = a.frozen(c, s, wanted, func(ctx context.Context) (_ []cow.Ref, err error) {
+				r, err = s.SnapshotAuto(ctx, names...)
 				return r.Taken, err
 			})
 			if errors.Is(err, cow.ErrNotFound) && try < autoTries { // the next look says whether it was named

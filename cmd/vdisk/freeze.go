@@ -24,43 +24,76 @@ func freezeFlags() []cli.Flag {
 	}
 }
 
-// frozen calls take, which takes snapshots of the volumes, while the file systems of --freeze are frozen. If they were
-// not frozen to the end, there are no snapshots.
-func (a *app) frozen(c *cli.Context, s owner.Store, volumes []string, take func() ([]cow.Ref, error)) error {
+// frozen calls take, which takes the wanted snapshots, while the file systems of --freeze are frozen. If they were
+// not frozen to the end, there are no snapshots, or the error says that there may be. A ref without a snapshot stands for
+// one that is named when it is taken.
+func (a *app) frozen(c *cli.Context, s owner.Store, wanted []cow.Ref, take func(context.Context) ([]cow.Ref, error)) error {
 	paths, limit := c.StringSlice("freeze"), c.Duration("freeze-timeout")
-	if len(paths) == 0 || len(volumes) == 0 {
-		_, err := take()
+	if len(paths) == 0 || len(wanted) == 0 {
+		_, err := take(c.Context)
 		return err
 	}
 	if limit <= 0 {
 		return usageError{c, fmt.Errorf("--freeze-timeout %v is not above zero", limit)}
 	}
+	volumes := volumesOf(wanted)
 	for _, path := range paths {
 		if err := a.mayFreeze(c, s, path, volumes); err != nil {
 			return fmt.Errorf("freezing %s: %w", path, err)
 		}
 	}
 	var taken []cow.Ref
-	err := freeze.During(c.Context, a.freezer, paths, limit, func() error {
-		refs, err := take()
+	unanswered := false
+	err := freeze.During(c.Context, a.freezer, paths, limit, func(ctx context.Context) error {
+		refs, err := take(ctx)
 		if err == nil { // otherwise they may be those of somebody else
 			taken = refs
 		}
+		unanswered = errors.As(err, &owner.UnansweredError{})
 		return err
 	})
+	if unanswered && err != nil {
+		return unknown(wanted, err)
+	}
 	if !errors.Is(err, freeze.ErrThawed) || len(taken) == 0 {
 		return err
 	}
 	// They are this command's own, so it takes them back; also if a signal has ended it meanwhile.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(c.Context), takeBack)
+	defer cancel()
 	var targets []cow.PruneTarget
 	for _, r := range taken {
 		targets = append(targets, cow.PruneTarget{Ref: r})
 	}
-	r, perr := s.Prune(context.WithoutCancel(c.Context), false, targets...)
+	r, perr := s.Prune(ctx, false, targets...)
 	if perr != nil || len(r.Kept) > 0 {
 		return errors.Join(fmt.Errorf("the snapshots are there, and not of a frozen file system: %s: %w", strings.Join(texts(taken), ", "), err), perr)
 	}
 	return fmt.Errorf("no snapshot was taken: %w", err)
+}
+
+// takeBack is how long the owner may take to remove snapshots that are not of frozen file systems.
+const takeBack = 10 * time.Second
+
+// unknown returns the error of a command that got no answer to its request for snapshots. The owner refuses it as soon
+// as it notices that nobody waits for the answer any more, but may have done it before.
+func unknown(wanted []cow.Ref, err error) error {
+	list := make([]string, len(wanted))
+	for i, r := range wanted {
+		if list[i] = r.String(); r.Snapshot == "" {
+			list[i] += "@auto-TIME"
+		}
+	}
+	return fmt.Errorf("it is not known whether %s was taken; if it is there, it may not be of a frozen file system: 'vdisk rm %s' removes it: %w",
+		strings.Join(list, ", "), strings.Join(list, " "), err)
+}
+
+// volumesOf returns the names of the volumes.
+func volumesOf(refs []cow.Ref) (names []string) {
+	for _, r := range refs {
+		names = append(names, r.Volume)
+	}
+	return names
 }
 
 // mayFreeze returns an error if the store is on a file system, which would stop the store, too, or if nobody serves a

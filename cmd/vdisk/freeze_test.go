@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -22,14 +23,15 @@ type coldSystem struct {
 	frozen bool
 	early  bool
 	limit  time.Duration
+	alarm  func()
 }
 
 func (y *coldSystem) Open(string) (freeze.Mount, error) { return y, nil }
 func (y *coldSystem) Close() error                      { return nil }
 func (y *coldSystem) Freeze() error                     { y.frozen = true; return nil }
 
-func (y *coldSystem) After(d time.Duration, _ func()) func() bool {
-	y.limit = d
+func (y *coldSystem) After(d time.Duration, f func()) func() bool {
+	y.limit, y.alarm = d, f
 	return func() bool { return true }
 }
 
@@ -45,9 +47,10 @@ func (y *coldSystem) Thaw() error {
 type frozenStore struct {
 	owner.Store
 	system *coldSystem
-	fails  error // of a snapshot
-	kept   bool  // a snapshot cannot be removed
-	waits  bool  // the devices have no server
+	fails  error  // of a snapshot
+	kept   bool   // a snapshot cannot be removed
+	waits  bool   // the devices have no server
+	end    func() // what ends a snapshot that has no answer
 	deeds  []string
 }
 
@@ -71,7 +74,12 @@ func (s *frozenStore) Prune(_ context.Context, dry bool, targets ...cow.PruneTar
 }
 
 // take takes a snapshot of v.
-func (s *frozenStore) take(v string) ([]cow.Ref, error) {
+func (s *frozenStore) take(ctx context.Context, v string) ([]cow.Ref, error) {
+	if s.end != nil { // the owner is stuck
+		s.end()
+		<-ctx.Done()
+		return nil, owner.UnansweredError{Err: context.Cause(ctx)}
+	}
 	s.deeds = append(s.deeds, fmt.Sprint("take ", v, s.system.frozen))
 	return []cow.Ref{{Volume: v, Snapshot: "s"}}, s.fails
 }
@@ -113,13 +121,46 @@ func TestFrozen(t *testing.T) {
 		set := flag.NewFlagSet("", flag.ContinueOnError)
 		set.Var(cli.NewStringSlice("/proc"), "freeze", "")
 		set.Duration("freeze-timeout", 7*time.Second, "")
+		var refs []cow.Ref
 		volumes := strings.Fields(x.volumes)
-		err := a.frozen(cli.NewContext(nil, set, nil), s, volumes, func() ([]cow.Ref, error) { return s.take(volumes[0]) })
+		for _, v := range volumes {
+			refs = append(refs, cow.Ref{Volume: v, Snapshot: "s"})
+		}
+		err := a.frozen(cli.NewContext(nil, set, nil), s, refs, func(ctx context.Context) ([]cow.Ref, error) { return s.take(ctx, volumes[0]) })
 		if got := fmt.Sprint(s.deeds); got != x.want || !errors.Is(err, x.err) || y.frozen || x.says != "" && !strings.Contains(err.Error(), x.says) {
 			t.Errorf("%s: %s, not %s; %v", x.name, got, x.want, err)
 		}
 		if x.want != "[]" && y.limit != 7*time.Second {
 			t.Errorf("%s: thawed after %v", x.name, y.limit)
+		}
+	}
+}
+
+// TestFrozenUnanswered has an owner that does not answer: the command ends with the limit or a signal, and says that it
+// does not know.
+func TestFrozenUnanswered(t *testing.T) {
+	for _, wanted := range []cow.Ref{{Volume: "a", Snapshot: "s"}, {Volume: "a"}} {
+		for _, bySignal := range []bool{false, true} {
+			ctx, cancel := context.WithCancelCause(t.Context())
+			y := &coldSystem{}
+			s := &frozenStore{system: y, end: func() { y.alarm() }}
+			exit := exitFailed
+			if bySignal {
+				s.end, exit = func() { cancel(signalError{syscall.SIGINT}) }, exitSignal+int(syscall.SIGINT)
+			}
+			a := &app{dir: "/", stderr: io.Discard, freezer: y, devicesBelow: func(string) []string { return []string{"ublkb0"} }}
+			set := flag.NewFlagSet("", flag.ContinueOnError)
+			set.Var(cli.NewStringSlice("/proc"), "freeze", "")
+			set.Duration("freeze-timeout", time.Second, "")
+			c := cli.NewContext(nil, set, &cli.Context{Context: ctx})
+			err := a.frozen(c, s, []cow.Ref{wanted}, func(ctx context.Context) ([]cow.Ref, error) { return s.take(ctx, "a") })
+			cancel(nil)
+			if err == nil || !strings.Contains(err.Error(), "it is not known whether a@") || y.frozen || len(s.deeds) > 0 {
+				t.Errorf("%v: %v, %v", wanted, err, s.deeds)
+			}
+			if got, _, _ := classify(err); got != exit {
+				t.Errorf("%v: exit %d, not %d", wanted, got, exit)
+			}
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"strings"
 
@@ -46,11 +47,7 @@ func (a *app) snapshotCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			var volumes []string
-			for _, r := range refs {
-				volumes = append(volumes, r.Volume)
-			}
-			err = a.frozen(c, s, volumes, func() ([]cow.Ref, error) { return refs, s.Snapshot(c.Context, refs...) })
+			err = a.frozen(c, s, refs, func(ctx context.Context) ([]cow.Ref, error) { return refs, s.Snapshot(ctx, refs...) })
 			if err != nil {
 				return err
 			}

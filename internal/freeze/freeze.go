@@ -25,6 +25,9 @@ var (
 	ErrThawed = errors.New("thawed too early")
 )
 
+// errLate ends the context of the work when the limit has passed.
+var errLate = fmt.Errorf("%w: the limit has passed", ErrThawed)
+
 // System is what During needs of the system: Kernel, or a double of it.
 type System interface {
 	// Open opens the file system at a mount point.
@@ -48,8 +51,9 @@ var uncaught = []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, sysc
 
 // During freezes the file systems at the mount points, calls do, and thaws them: in any case, and the first of them at
 // most limit after it was frozen. If that is before do has ended, the error matches ErrThawed, and what do has done may
-// not be of frozen file systems. Once ctx ends, do is not called any more.
-func During(ctx context.Context, sys System, paths []string, limit time.Duration, do func() error) (err error) {
+// not be of frozen file systems. Once ctx ends, do is not called any more. The context of do ends with ctx, and when the
+// limit has passed.
+func During(ctx context.Context, sys System, paths []string, limit time.Duration, do func(context.Context) error) (err error) {
 	var mounts []Mount
 	defer func() {
 		for _, m := range mounts {
@@ -67,6 +71,8 @@ func During(ctx context.Context, sys System, paths []string, limit time.Duration
 	signal.Notify(caught, uncaught...)
 	defer signal.Stop(caught)
 
+	frozenOnly, end := context.WithCancelCause(ctx)
+	defer end(nil)
 	f := &frozen{}
 	defer func() { err = errors.Join(err, f.thaw(false)) }()
 	for i, m := range mounts {
@@ -78,14 +84,20 @@ func During(ctx context.Context, sys System, paths []string, limit time.Duration
 		}
 		f.add(m, paths[i])
 		if i == 0 {
-			stop := sys.After(limit, func() { _ = f.thaw(true) })
+			stop := sys.After(limit, func() {
+				end(errLate) // first, so that what has not begun yet does not begin
+				_ = f.thaw(true)
+			})
 			defer stop()
 		}
 	}
 	if ctx.Err() != nil || f.isLate() {
 		return context.Cause(ctx)
 	}
-	return do()
+	if err = do(frozenOnly); errors.Is(err, errLate) {
+		return nil // thaw says it
+	}
+	return err
 }
 
 // frozen are the file systems that are frozen.
@@ -118,7 +130,7 @@ func (f *frozen) thaw(late bool) error {
 	defer f.mu.Unlock()
 	if late && !f.ended {
 		f.late = true
-		f.err = errors.Join(f.err, fmt.Errorf("%w: the limit has passed", ErrThawed))
+		f.err = errors.Join(f.err, errLate)
 	}
 	f.ended = true
 	for i := len(f.mounts) - 1; i >= 0; i-- {

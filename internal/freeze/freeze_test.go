@@ -70,6 +70,7 @@ func TestDuring(t *testing.T) {
 		{name: "the second freezes too long", on: "freeze b", then: func(d *double, _ func(error)) { d.alarm() }, want: "freeze a, freeze b, thaw a, thaw b", err: ErrThawed},
 		{name: "a signal while the first freezes", on: "freeze a", then: func(_ *double, cancel func(error)) { cancel(broken) }, want: "freeze a, thaw a", err: broken},
 		{name: "a signal while the second freezes", on: "freeze b", then: func(_ *double, cancel func(error)) { cancel(broken) }, want: "freeze a, freeze b, thaw b, thaw a", err: broken},
+		{name: "a signal meanwhile", on: "do", then: func(_ *double, cancel func(error)) { cancel(broken) }, want: "freeze a, freeze b, do, thaw b, thaw a", err: broken},
 		{name: "the work panics", on: "do", then: func(*double, func(error)) { panic(broken) }, want: "freeze a, freeze b, do, thaw b, thaw a", err: broken},
 		{name: "signals that end or stop a process", on: "do", then: func(*double, func(error)) {
 			for _, s := range uncaught {
@@ -89,7 +90,9 @@ func TestDuring(t *testing.T) {
 					err = p.(error)
 				}
 			}()
-			return During(ctx, d, []string{"a", "b"}, time.Hour, func() error { return d.deed("do") })
+			return During(ctx, d, []string{"a", "b"}, time.Hour, func(ctx context.Context) error {
+				return errors.Join(d.deed("do"), context.Cause(ctx))
+			})
 		}()
 		cancel(nil)
 		closed := 0
@@ -135,6 +138,19 @@ func mounted(t *testing.T) (path, device string) {
 	return path, filepath.Base(strings.TrimSpace(string(out)))
 }
 
+// TestDuringStuck has work that ends only with its context: when the limit has passed.
+func TestDuringStuck(t *testing.T) {
+	d := &double{}
+	err := During(t.Context(), d, []string{"a"}, time.Hour, func(ctx context.Context) error {
+		d.alarm()
+		<-ctx.Done()
+		return context.Cause(ctx)
+	})
+	if got := strings.Join(d.deeds, ", "); got != "open a, freeze a, thaw a, close a" || err == nil || err.Error() != errLate.Error() {
+		t.Errorf("%s; %v", got, err)
+	}
+}
+
 // TestKernel freezes a real file system: what writes to it waits meanwhile.
 func TestKernel(t *testing.T) {
 	path, device := mounted(t)
@@ -142,8 +158,8 @@ func TestKernel(t *testing.T) {
 		t.Errorf("%s is on %v, not %s", path, names, device)
 	}
 	wrote := make(chan error, 1)
-	err := During(t.Context(), Kernel{}, []string{path}, time.Minute, func() error {
-		if err := During(t.Context(), Kernel{}, []string{path}, time.Minute, func() error { return nil }); !errors.Is(err, ErrFrozen) {
+	err := During(t.Context(), Kernel{}, []string{path}, time.Minute, func(context.Context) error {
+		if err := During(t.Context(), Kernel{}, []string{path}, time.Minute, func(context.Context) error { return nil }); !errors.Is(err, ErrFrozen) {
 			return fmt.Errorf("frozen twice: %w", err)
 		}
 		started := make(chan struct{})
@@ -163,7 +179,7 @@ func TestKernel(t *testing.T) {
 		t.Error(err)
 	}
 	// Somebody else thaws it.
-	err = During(t.Context(), Kernel{}, []string{path}, time.Minute, func() error {
+	err = During(t.Context(), Kernel{}, []string{path}, time.Minute, func(context.Context) error {
 		m, err := Kernel{}.Open(path)
 		if err == nil {
 			err = errors.Join(m.Thaw(), m.Close())
@@ -198,7 +214,7 @@ func TestNotForAll(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("needs root")
 	}
-	err := During(t.Context(), Kernel{}, []string{"/proc"}, time.Minute, func() error { return nil })
+	err := During(t.Context(), Kernel{}, []string{"/proc"}, time.Minute, func(context.Context) error { return nil })
 	if !errors.Is(err, ErrUnsupported) {
 		t.Error(err)
 	}

@@ -122,9 +122,9 @@ func (c *Client) post(ctx context.Context, name string, args *request, body io.R
 // lost returns the error for an operation that got no answer because of err.
 func (c *Client) lost(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
-		return context.Cause(ctx)
+		return UnansweredError{context.Cause(ctx)}
 	}
-	return fmt.Errorf("asking the owner of the store at %s: %w", c.path, err)
+	return UnansweredError{fmt.Errorf("asking the owner of the store at %s: %w", c.path, err)}
 }
 
 func answerError(resp *http.Response) error {

@@ -56,6 +56,12 @@ var codes = []struct {
 	{"canceled", context.Canceled},
 }
 
+// UnansweredError is that of an operation that got no answer. It is not known whether it was done, or will be.
+type UnansweredError struct{ Err error }
+
+func (e UnansweredError) Error() string { return e.Err.Error() }
+func (e UnansweredError) Unwrap() error { return e.Err }
+
 // Error is an owner's error as its client sees it: the text, and the codes of all sentinels that the error matched.
 type Error struct {
 	Message string   `json:"error"`

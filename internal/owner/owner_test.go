@@ -224,6 +224,31 @@ func TestImportEndsWithItsClient(t *testing.T) {
 	}
 }
 
+// TestSnapshotForNobody: if the context has ended, nobody waits for the snapshot, and none is taken.
+func TestSnapshotForNobody(t *testing.T) {
+	dir := newStore(t)
+	o := offer(t, dir)
+	c := open(t, dir)
+	broken := errors.New("broken")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(broken)
+	ref := cow.Ref{Volume: "v", Snapshot: "s"}
+	for s, want := range map[Store]bool{o: false, c: true} {
+		_, aerr := s.SnapshotAuto(ctx, "v")
+		for _, err := range []error{s.Snapshot(ctx, ref), aerr} {
+			if !errors.Is(err, broken) || errors.As(err, &UnansweredError{}) != want {
+				t.Errorf("%T: %v", s, err)
+			}
+		}
+	}
+	if v, err := o.Volume(t.Context(), "v"); err != nil || len(v.Snapshots) > 0 {
+		t.Error(v.Snapshots, err)
+	}
+	if err := c.Snapshot(t.Context(), cow.Ref{Volume: "w", Snapshot: "s"}); !errors.Is(err, cow.ErrNotFound) || errors.As(err, &UnansweredError{}) {
+		t.Error(err)
+	}
+}
+
 // TestOpenWaitsForTheNext opens and closes a store from many goroutines. If they may wait, none is refused.
 func TestOpenWaitsForTheNext(t *testing.T) {
 	dir := newStore(t)

@@ -27,7 +27,7 @@ func (o *Owner) SnapshotAuto(ctx context.Context, volumes ...string) (r cow.Auto
 	r = cow.AutoReport{Taken: []cow.Ref{}, Unchanged: []cow.Ref{}}
 	for some := range slices.Chunk(volumes, autoAtOnce) {
 		for try := 1; ; try++ {
-			one, err := o.store.SnapshotAuto(some...)
+			one, err := o.store.SnapshotAuto(ctx, some...)
 			if len(one.Taken) > 0 {
 				err = o.did(ctx, journal.Entry{Kind: "snapshot", Names: namesOf(one.Taken), Details: map[string]any{"auto": true}}, err)
 			}

@@ -55,9 +55,9 @@ func (o *Owner) CreateVolume(ctx context.Context, name string, v cow.VolumeOptio
 	return info, o.did(ctx, journal.Entry{Kind: "create", Names: []string{name}, Details: map[string]any{"size": v.Size}}, err)
 }
 
-// Snapshot takes snapshots of all the volumes at the same moment.
+// Snapshot takes snapshots of all the volumes at the same moment. It takes none once ctx has ended.
 func (o *Owner) Snapshot(ctx context.Context, refs ...cow.Ref) error {
-	return o.did(ctx, journal.Entry{Kind: "snapshot", Names: namesOf(refs)}, o.store.Snapshot(refs...))
+	return o.did(ctx, journal.Entry{Kind: "snapshot", Names: namesOf(refs)}, o.store.SnapshotContext(ctx, refs...))
 }
 
 // Clone makes volumes from a snapshot, all of them or none.
