@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -50,15 +51,42 @@ func (a *app) top(c *cli.Context) error {
 	case topOrders[v.order] == nil:
 		return usageError{c, fmt.Errorf("--sort %s: there are iops, bytes, p99 and name", v.order)}
 	}
-	read := func(ctx context.Context) (r metrics.Reading, err error) {
-		// As for stats, each reading is a session of its own.
-		err = a.look(c, func(s owner.Store) error { r, err = s.Reading(ctx); return err })
-		return r, err
-	}
+	read := a.topReader(c)
 	if a.json || c.Bool("batch") || terminalWidth(a.stdout) == 0 || os.Getenv("TERM") == "dumb" {
 		return a.topBatch(c.Context, v, read)
 	}
 	return a.topScreen(c.Context, v, read)
+}
+
+// topReader returns a function that reads what the store does. As for stats, each reading is a session of its own. A store
+// without an owner is opened only once, since opening may change it: nothing is done in it until it has one.
+func (a *app) topReader(c *cli.Context) readFunc {
+	var idle *metrics.Reading // nil: the store had an owner the last time
+	begun := false
+	return func(ctx context.Context) (r metrics.Reading, err error) {
+		if idle != nil {
+			err = use(func(s owner.Store) error { r, err = s.Reading(ctx); return err })(owner.OpenOwned(ctx, a.dir, a.options(c)))
+			if errors.Is(err, owner.ErrNoOwner) {
+				idle.At = time.Now()
+				return *idle, nil
+			}
+			idle = nil
+			return r, err
+		}
+		err = a.look(c, func(s owner.Store) error {
+			r, err = s.Reading(ctx)
+			if _, ours := s.(*owner.Owner); ours {
+				now := r
+				idle = &now
+				if !begun { // later it would be written over the screen
+					a.note("nobody has the store open, so nothing is done in it; what the next owner does will be shown")
+				}
+			}
+			begun = true
+			return err
+		})
+		return r, err
+	}
 }
 
 // topView is what of the store top shows, and how.

@@ -103,7 +103,8 @@ type terminal struct {
 	cmd    *exec.Cmd
 	ended  chan error
 
-	from int // how much of seen was waited for
+	from  int // how much of seen was waited for
+	stops int // how often it was stopped
 
 	mu   sync.Mutex // guards seen
 	seen bytes.Buffer
@@ -220,7 +221,7 @@ func (x *terminal) left(exit int) {
 		x.mu.Lock()
 		all := x.seen.String()
 		x.mu.Unlock()
-		if strings.Count(all, enterScreen) == 1 && strings.Count(all, leaveScreen) == 1 {
+		if strings.Count(all, enterScreen) == 1+x.stops && strings.Count(all, leaveScreen) == 1+x.stops {
 			break
 		}
 		if time.Now().After(end) {
@@ -272,6 +273,18 @@ func TestTopScreen(t *testing.T) {
 		t.Fatal(err)
 	}
 	x.left(exitSignal + int(syscall.SIGTERM))
+
+	x = onTerminal(t, "--store", dir, "top", "--interval", "1h")
+	x.shows("(iops)")
+	if err := x.cmd.Process.Signal(syscall.SIGTSTP); err != nil { // does not stop it: nobody could continue it
+		t.Fatal(err)
+	}
+	x.shows(leaveScreen + enterScreen)
+	x.stops = 1
+	if err := x.cmd.Process.Signal(syscall.SIGQUIT); err != nil {
+		t.Fatal(err)
+	}
+	x.left(2) // with all stacks
 
 	x = onTerminal(t, "--store", dir, "top", "--interval", "10ms", "-n", "2")
 	x.left(0)

@@ -2,16 +2,19 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/signal"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
 
 	"github.com/mattn/go-runewidth"
+	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
 	"github.com/vdisk/vdisk/internal/metrics"
@@ -33,44 +36,72 @@ type screen struct {
 	a           *app
 	view        topView
 	out         io.Writer
+	was         *term.State    // of the terminal, while it is raw
+	signals     chan os.Signal // changes of its size, and what would leave it as it is
 	before, now metrics.Reading
 }
 
 // topScreen shows top on the terminal until the user or ctx ends it, and leaves the terminal as it was.
 func (a *app) topScreen(ctx context.Context, v topView, read readFunc) (err error) {
-	s := &screen{a: a, view: v, out: rawOf(a.stdout)}
+	s := &screen{a: a, view: v, out: rawOf(a.stdout), signals: make(chan os.Signal, 1)}
 	if s.now, err = read(ctx); err != nil {
 		return err
 	}
 	s.before = s.now
-	if isTerminal(a.stdin) {
-		was, err := term.MakeRaw(int(a.stdin.Fd()))
-		if err != nil {
-			return err
+	defer s.leave()
+	for _, sig := range []os.Signal{syscall.SIGWINCH, syscall.SIGTSTP, syscall.SIGQUIT} {
+		if !signal.Ignored(sig) {
+			signal.Notify(s.signals, sig)
 		}
-		defer func() { _ = term.Restore(int(a.stdin.Fd()), was) }() // fails if the terminal is gone
 	}
-	if _, err := io.WriteString(s.out, enterScreen); err != nil {
+	defer signal.Stop(s.signals)
+	if err := s.enter(); err != nil {
 		return err
 	}
-	defer s.leave()
-	resized := make(chan os.Signal, 1)
-	signal.Notify(resized, syscall.SIGWINCH)
-	defer signal.Stop(resized)
-	return s.loop(ctx, read, keysOf(a.stdin), resized)
+	return s.loop(ctx, read, keysOf(a.stdin))
 }
 
-// leave leaves the screen, also after a signal, which ends other writes to standard output.
+// enter makes the terminal raw, and begins the screen.
+func (s *screen) enter() (err error) {
+	if isTerminal(s.a.stdin) {
+		if s.was, err = term.MakeRaw(int(s.a.stdin.Fd())); err != nil {
+			return err
+		}
+	}
+	_, err = io.WriteString(s.out, enterScreen)
+	return err
+}
+
+// signalled does what a signal asks for. One that stops or ends the process does so when the terminal is as it was.
+func (s *screen) signalled(sig os.Signal) error {
+	n, ok := sig.(syscall.Signal)
+	if !ok || n == syscall.SIGWINCH {
+		return nil // the size is read at each drawing
+	}
+	s.leave()
+	signal.Reset(sig)
+	runtime.LockOSThread() // this thread must not go on before the signal has come
+	defer runtime.UnlockOSThread()
+	err := unix.Tgkill(os.Getpid(), unix.Gettid(), n)
+	signal.Notify(s.signals, sig)
+	return errors.Join(err, s.enter())
+}
+
+// leave leaves the screen, and the terminal as it was, also after a signal, which ends other writes to standard output.
 func (s *screen) leave() {
 	w := s.out
 	if o, ok := w.(output); ok {
 		w = diagnostics{o.File, new(atomic.Int64)}
 	}
 	_, _ = io.WriteString(w, leaveScreen) // fails if the terminal is gone
+	if s.was != nil {
+		_ = term.Restore(int(s.a.stdin.Fd()), s.was) // as above
+		s.was = nil
+	}
 }
 
 // loop draws after each interval, each key, and each change of the terminal's size.
-func (s *screen) loop(ctx context.Context, read readFunc, keys <-chan string, resized <-chan os.Signal) (err error) {
+func (s *screen) loop(ctx context.Context, read readFunc, keys <-chan string) (err error) {
 	tick := time.NewTicker(s.view.interval)
 	defer tick.Stop()
 	for n := 0; s.view.count == 0 || n < s.view.count; {
@@ -81,7 +112,10 @@ func (s *screen) loop(ctx context.Context, read readFunc, keys <-chan string, re
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-resized:
+		case sig := <-s.signals:
+			if err := s.signalled(sig); err != nil {
+				return err
+			}
 		case key, there := <-keys:
 			if !there { // the terminal is gone
 				keys = nil

@@ -37,6 +37,18 @@ func Open(ctx context.Context, dir string, o Options) (Store, error) {
 	})
 }
 
+// OpenOwned is Open for a store that has an owner, and changes nothing. Without one it fails with ErrNoOwner.
+func OpenOwned(ctx context.Context, dir string, o Options) (Store, error) {
+	o = o.withDefaults()
+	return retry(ctx, o, func() (Store, error) {
+		c, _, err := connect(ctx, dir, o)
+		if err != nil {
+			return nil, err // a nil *Client in a Store would not be nil
+		}
+		return c, nil
+	})
+}
+
 // OpenOrCreate is Open, and creates the store if there is none.
 func OpenOrCreate(ctx context.Context, dir string, o Options) (Store, error) {
 	s, err := Open(ctx, dir, o)
