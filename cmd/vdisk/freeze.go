@@ -29,6 +29,9 @@ func freezeFlags() []cli.Flag {
 // one that is named when it is taken.
 func (a *app) frozen(c *cli.Context, s owner.Store, wanted []cow.Ref, take func(context.Context) ([]cow.Ref, error)) error {
 	paths, limit := c.StringSlice("freeze"), c.Duration("freeze-timeout")
+	if len(paths) == 0 && c.IsSet("freeze-timeout") {
+		return usageError{c, errors.New("--freeze-timeout goes with --freeze")}
+	}
 	if len(paths) == 0 || len(wanted) == 0 {
 		_, err := take(c.Context)
 		return err

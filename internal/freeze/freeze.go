@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -49,6 +50,10 @@ type Mount interface {
 // cannot be kept away.
 var uncaught = []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGTSTP}
 
+// ofTerminal are the signals that would stop a process in the background that uses its terminal, as for a message. They
+// are ignored: if they were caught, the write to the terminal would be tried again for ever.
+var ofTerminal = []os.Signal{syscall.SIGTTIN, syscall.SIGTTOU}
+
 // During freezes the file systems at the mount points, calls do, and thaws them: in any case, and the first of them at
 // most limit after it was frozen. If that is before do has ended, the error matches ErrThawed, and what do has done may
 // not be of frozen file systems. Once ctx ends, do is not called any more. The context of do ends with ctx, and when the
@@ -70,6 +75,8 @@ func During(ctx context.Context, sys System, paths []string, limit time.Duration
 	caught := make(chan os.Signal, 1)
 	signal.Notify(caught, uncaught...)
 	defer signal.Stop(caught)
+	signal.Ignore(ofTerminal...)
+	defer signal.Reset(ofTerminal...)
 
 	frozenOnly, end := context.WithCancelCause(ctx)
 	defer end(nil)
@@ -123,8 +130,8 @@ func (f *frozen) isLate() bool {
 	return f.late
 }
 
-// thaw thaws all file systems that are frozen, the last one first. late says that the limit has passed. It returns the
-// errors of all calls.
+// thaw thaws all file systems that are frozen, the last one first. Those that it cannot thaw are left to the next call.
+// late says that the limit has passed. It returns the errors of all calls.
 func (f *frozen) thaw(late bool) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -134,10 +141,13 @@ func (f *frozen) thaw(late bool) error {
 	}
 	f.ended = true
 	for i := len(f.mounts) - 1; i >= 0; i-- {
-		if err := f.mounts[i].Thaw(); err != nil {
+		err := f.mounts[i].Thaw()
+		if err != nil {
 			f.err = errors.Join(f.err, fmt.Errorf("thawing %s: %w", f.paths[i], err))
 		}
+		if err == nil || errors.Is(err, ErrThawed) {
+			f.mounts, f.paths = slices.Delete(f.mounts, i, i+1), slices.Delete(f.paths, i, i+1)
+		}
 	}
-	f.mounts, f.paths = nil, nil
 	return f.err
 }

@@ -73,7 +73,7 @@ func TestDuring(t *testing.T) {
 		{name: "a signal meanwhile", on: "do", then: func(_ *double, cancel func(error)) { cancel(broken) }, want: "freeze a, freeze b, do, thaw b, thaw a", err: broken},
 		{name: "the work panics", on: "do", then: func(*double, func(error)) { panic(broken) }, want: "freeze a, freeze b, do, thaw b, thaw a", err: broken},
 		{name: "signals that end or stop a process", on: "do", then: func(*double, func(error)) {
-			for _, s := range uncaught {
+			for _, s := range slices.Concat(uncaught, ofTerminal) {
 				_ = syscall.Kill(os.Getpid(), s.(syscall.Signal))
 			}
 		}, want: "freeze a, freeze b, do, thaw b, thaw a"},
@@ -147,6 +147,21 @@ func TestDuringStuck(t *testing.T) {
 		return context.Cause(ctx)
 	})
 	if got := strings.Join(d.deeds, ", "); got != "open a, freeze a, thaw a, close a" || err == nil || err.Error() != errLate.Error() {
+		t.Errorf("%s; %v", got, err)
+	}
+}
+
+// TestThawAgain tries again what it could not thaw, but not what somebody else has thawed.
+func TestThawAgain(t *testing.T) {
+	broken := errors.New("broken")
+	d := &double{fails: map[string]error{"thaw a": broken, "thaw b": ErrThawed}}
+	err := During(t.Context(), d, []string{"a", "b", "c"}, time.Hour, func(context.Context) error {
+		d.deeds = nil
+		d.alarm()
+		delete(d.fails, "thaw a")
+		return nil
+	})
+	if got := strings.Join(d.deeds, ", "); !strings.HasPrefix(got, "thaw c, thaw b, thaw a, thaw a, close") || !errors.Is(err, broken) {
 		t.Errorf("%s; %v", got, err)
 	}
 }
