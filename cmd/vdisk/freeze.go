@@ -39,6 +39,9 @@ func (a *app) frozen(c *cli.Context, s owner.Store, wanted []cow.Ref, take func(
 	if limit <= 0 {
 		return usageError{c, fmt.Errorf("--freeze-timeout %v is not above zero", limit)}
 	}
+	if err := mayTake(c, s, wanted); err != nil {
+		return err
+	}
 	volumes := volumesOf(wanted)
 	for _, path := range paths {
 		if err := a.mayFreeze(c, s, path, volumes); err != nil {
@@ -91,6 +94,24 @@ func unknown(wanted []cow.Ref, err error) error {
 		strings.Join(list, ", "), strings.Join(list, " "), err)
 }
 
+// mayTake returns the error of snapshots that are bound to fail, so that nothing is frozen for them.
+func mayTake(c *cli.Context, s owner.Store, wanted []cow.Ref) error {
+	all, err := s.Volumes(c.Context)
+	if err != nil {
+		return err
+	}
+	for _, r := range wanted {
+		i := slices.IndexFunc(all, func(v owner.Volume) bool { return v.Name == r.Volume })
+		switch {
+		case i < 0:
+			return fmt.Errorf("snapshot: volume %q: %w", r.Volume, cow.ErrNotFound)
+		case slices.ContainsFunc(all[i].Snapshots, func(sn cow.SnapshotInfo) bool { return sn.Name == r.Snapshot }):
+			return fmt.Errorf("snapshot: %s: %w", r, cow.ErrExists)
+		}
+	}
+	return nil
+}
+
 // volumesOf returns the names of the volumes.
 func volumesOf(refs []cow.Ref) (names []string) {
 	for _, r := range refs {
@@ -138,7 +159,7 @@ func (a *app) mayFreeze(c *cli.Context, s owner.Store, path string, volumes []st
 		return nil
 	}
 	if len(below) > 0 && attached == len(volumes) {
-		return fmt.Errorf("it is on /dev/%s, and %s: %w", below[0], notBelow(all, volumes), cow.ErrInvalid)
+		return fmt.Errorf("it is on /dev/%s, and %s; name a snapshot of the volume that is /dev/%[1]s: %[3]w", below[0], notBelow(all, volumes), cow.ErrInvalid)
 	}
 	a.note("it cannot be known whether the file system at %s is on %s, so it was not checked", path, strings.Join(volumes, ", "))
 	return nil

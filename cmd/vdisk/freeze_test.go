@@ -49,6 +49,7 @@ type frozenStore struct {
 	system *coldSystem
 	fails  error  // of a snapshot
 	kept   bool   // a snapshot cannot be removed
+	exists bool   // the snapshots are there already
 	waits  bool   // the devices have no server
 	end    func() // what ends a snapshot that has no answer
 	deeds  []string
@@ -57,6 +58,9 @@ type frozenStore struct {
 func (s *frozenStore) Volumes(context.Context) (list []owner.Volume, err error) {
 	for i, name := range []string{"a", "b", "c"} {
 		v := owner.Volume{VolumeInfo: cow.VolumeInfo{Name: name}}
+		if s.exists {
+			v.Snapshots = []cow.SnapshotInfo{{Name: "s"}}
+		}
 		if name != "c" {
 			v.Devices = []owner.Device{{Ref: cow.Ref{Volume: name}, Path: fmt.Sprint("/dev/ublkb", i), Waits: s.waits}}
 		}
@@ -109,6 +113,8 @@ func TestFrozen(t *testing.T) {
 		{name: "a volume that is not attached", below: "nbd0", volumes: "c", want: "[take ctrue]"},
 		{name: "one of them is not attached", below: "nbd0", volumes: "a c", want: "[take atrue]"},
 		{name: "not known", volumes: "a", want: "[take atrue]"},
+		{name: "a volume that does not exist", below: "nbd0", volumes: "nope", want: "[]", err: cow.ErrNotFound},
+		{name: "a name that is taken", below: "ublkb0", volumes: "a", store: frozenStore{exists: true}, want: "[]", err: cow.ErrExists},
 		{name: "the snapshot fails", below: "ublkb0", volumes: "a", store: frozenStore{fails: broken}, want: "[take atrue]", err: broken},
 		{name: "thawed too early", below: "ublkb0", volumes: "a", early: true, want: "[take atrue prune [a@s] false]", err: freeze.ErrThawed, says: "no snapshot was taken"},
 		{name: "thawed too early, and in use", below: "ublkb0", volumes: "a", early: true, store: frozenStore{kept: true}, want: "[take atrue prune [a@s] false]", err: freeze.ErrThawed, says: "the snapshots are there"},
