@@ -81,7 +81,11 @@ func (a *app) ls(c *cli.Context) error {
 		items := itemsOf(volumes, kind)
 		if by.usage || slices.ContainsFunc(chosen, func(c column) bool { return c.usage }) {
 			families := by.name == "family" || slices.ContainsFunc(chosen, func(c column) bool { return c.name == "family" })
-			switch err := addUsage(c, s, items, families); {
+			err := addUsage(c, s, items, families)
+			if families && errors.Is(err, cow.ErrCorrupt) { // perhaps of others in a family, which is shown as unknown
+				err = addUsage(c, s, items, false)
+			}
+			switch {
 			case errors.Is(err, cow.ErrCorrupt):
 				a.note("what they take is not known, as the map is damaged; 'vdisk check' names the damage: %v", err)
 			case err != nil:
