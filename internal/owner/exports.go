@@ -40,6 +40,7 @@ type handle struct {
 	readOnly bool   // as it was opened
 	writer   client // unless it is read-only; the last one, if it has no users
 	users    int
+	over     map[*net.UnixConn]int // the connections over which the users came that may write, each with its number of them
 	// flushing counts the releases of a last user that still flush. A client that arrives meanwhile shares the handle.
 	flushing int
 }
@@ -320,14 +321,14 @@ func notExist(err error) error {
 // ForClient is that of nbd.ClientExports.
 func (c *catalog) ForClient(ctx context.Context, nc net.Conn) nbd.Exports {
 	if c.shared {
-		return view{c, ctx, client{shared: true}}
+		return view{c, ctx, client{shared: true}, nil}
 	}
-	return view{c, ctx, clientOf(nc)}
+	return view{c, ctx, clientOf(nc), unixConn(nc)}
 }
 
 // Open opens an export for somebody who closes it.
 func (c *catalog) Open(name string) (*nbd.Export, error) {
-	return view{c, context.Background(), client{shared: c.shared}}.Open(name)
+	return view{c, context.Background(), client{shared: c.shared}, nil}.Open(name)
 }
 
 // view is a catalog as one client sees it.
@@ -335,6 +336,7 @@ type view struct {
 	*catalog
 	client context.Context // ends when the client has gone
 	who    client
+	over   *net.UnixConn // how it is connected; nil: over something else
 }
 
 // Describe describes an export as it would be opened for the client now.
@@ -350,20 +352,12 @@ func (c view) Describe(name string) (nbd.Info, error) {
 	return info, nil
 }
 
-// written is the part of a volume's description that says who writes to it.
-func written(who string) string {
-	if who == "" {
-		return ""
-	}
-	return ", in use for writing by " + who
-}
-
 // openFor opens an export, for the client to write if it may.
 func (c view) openFor(r cow.Ref) (*handle, error) {
 	if c.readOnly || r.Snapshot != "" {
 		return c.acquire(r, true)
 	}
-	h, err := c.acquireToWrite(r, c.who)
+	h, err := c.acquireToWrite(r, c.who, c.over)
 	if err == nil && h.readOnly && c.log != nil {
 		c.log.Info("an NBD client gets a volume read-only, since another one writes to it", "volume", r.Volume,
 			"client", c.who.String(), "writer", c.otherWriter(r.Volume, c.who))

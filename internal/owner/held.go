@@ -112,7 +112,7 @@ func (x *exports) acquireAsWas(r cow.Ref, who client, readOnly bool) (*handle, e
 	if readOnly {
 		return x.acquire(r, true)
 	}
-	h, err := x.acquireToWrite(r, who)
+	h, err := x.acquireToWrite(r, who, nil)
 	if err == nil && h.readOnly {
 		return nil, errors.Join(fmt.Errorf("somebody else writes to %v: %w", r, cow.ErrBusy), x.release(h))
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -19,12 +20,12 @@ func TestOneWriter(t *testing.T) {
 	pipe, other := net.Pipe()
 	defer pipe.Close()
 	defer other.Close()
-	a := view{c, t.Context(), client{process: thisProcess()}}
-	later := view{c, t.Context(), client{process: process{thisProcess().PID, "b"}}} // with the same number
-	b := view{c, t.Context(), client{process: process{2, "a"}}}
-	tcp := view{c, t.Context(), client{conn: pipe}}
-	tcp2 := view{c, t.Context(), client{conn: other}}
-	s := view{shared, t.Context(), client{shared: true}}
+	a := view{c, t.Context(), client{process: thisProcess()}, nil}
+	later := view{c, t.Context(), client{process: process{thisProcess().PID, "b"}}, nil} // with the same number
+	b := view{c, t.Context(), client{process: process{2, "a"}}, nil}
+	tcp := view{c, t.Context(), client{conn: pipe}, nil}
+	tcp2 := view{c, t.Context(), client{conn: other}, nil}
+	s := view{shared, t.Context(), client{shared: true}, nil}
 	open := func(v view, readOnly bool) *nbd.Export {
 		t.Helper()
 		info, err := v.Describe("v")
@@ -81,6 +82,51 @@ func TestOneWriter(t *testing.T) {
 	}
 	if _, err := s.Open("v"); !errors.Is(err, cow.ErrBusy) || !strings.Contains(err.Error(), "is attached as") {
 		t.Errorf("a client of a shared service: %v", err)
+	}
+}
+
+// TestWriterLivesOn: the process that made a connection has ended, and the connection lives, as that of nbd-client, which
+// the kernel has. Nobody else becomes the writer before the connection ends.
+func TestWriterLivesOn(t *testing.T) {
+	o := offer(t, newStore(t))
+	c := &catalog{exports: o.exports}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(t.TempDir(), "s")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	peer, err := net.Dial("unix", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	server, err := l.AcceptUnix()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	ended := view{c, t.Context(), client{process: process{1 << 30, "a"}}, server}
+	other := view{c, t.Context(), client{process: thisProcess()}, nil}
+	open := func(v view, readOnly bool) *nbd.Export {
+		t.Helper()
+		e, err := v.Open("v")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e.ReadOnly != readOnly {
+			t.Errorf("%v: read-only: %t", v.who, e.ReadOnly)
+		}
+		return e
+	}
+	first, again := open(ended, false), open(ended, false)
+	second := open(other, true)
+	if err := errors.Join(again.Close(), second.Close()); err != nil {
+		t.Fatal(err)
+	}
+	second = open(other, true)
+	_ = peer.Close()
+	third := open(other, false)
+	if err := errors.Join(first.Close(), second.Close(), third.Close()); err != nil {
+		t.Fatal(err)
 	}
 }
 
