@@ -178,11 +178,18 @@ func (a *app) untilEnd(c *cli.Context, s *owner.Owner) error {
 			}
 		}
 	}()
-	context.AfterFunc(ctx, func() {
+	told := make(chan struct{})
+	remains := context.AfterFunc(ctx, func() {
+		defer close(told)
 		if s.Successor() == nil {
 			a.notify(daemon.SdNotifyStopping)
 		}
 	})
+	defer func() {
+		if !remains() { // the owner may have closed, and the process would end, before the manager was told
+			<-told
+		}
+	}()
 	if c.Bool("until-idle") {
 		return s.CloseWhenIdle(firstUse)
 	}
