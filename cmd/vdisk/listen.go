@@ -83,8 +83,10 @@ func servedAlready(ctx context.Context, s owner.Store, path string, err error) e
 	}
 	for _, v := range st.Services {
 		if v.Socket == path {
-			return hintedError{fmt.Errorf("%w: pid %d (%s) serves the store there", err, st.PID, st.Command),
-				"use that socket, or name another one with --socket"}
+			return hintedError{
+				fmt.Errorf("%w: pid %d (%s) serves the store there", err, st.PID, st.Command),
+				"use that socket, or name another one with --socket",
+			}
 		}
 	}
 	return err

@@ -83,7 +83,7 @@ func TestHTTPFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer resp.Body.Close()
-	if body, _ := io.ReadAll(resp.Body); resp.StatusCode != 503 || strings.Contains(string(body), "owner") || len(body) == 0 {
+	if body, _ := io.ReadAll(resp.Body); resp.StatusCode != http.StatusServiceUnavailable || strings.Contains(string(body), "owner") || len(body) == 0 {
 		t.Errorf("%d %q", resp.StatusCode, body)
 	}
 }

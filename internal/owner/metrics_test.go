@@ -2,6 +2,7 @@ package owner
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"net"
@@ -163,7 +164,9 @@ func TestScrape(t *testing.T) {
 		}
 		return b.String()
 	}
-	dialer := &http.Client{Transport: &http.Transport{Dial: func(string, string) (net.Conn, error) { return net.Dial("unix", filepath.Join(dir, controlName)) }}}
+	dialer := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(dir, controlName))
+	}}}
 	resp, err := dialer.Get("http://vdisk/metrics")
 	if err != nil {
 		t.Fatal(err)

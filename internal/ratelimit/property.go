@@ -25,8 +25,12 @@ var settings = []struct {
 	name string
 	set  func(*Limits, string) error
 }{
-	{"iops", ops(all)}, {"iops-read", ops(reads)}, {"iops-write", ops(writes)},
-	{"bps", bytes(all)}, {"bps-read", bytes(reads)}, {"bps-write", bytes(writes)},
+	{"iops", ops(all)},
+	{"iops-read", ops(reads)},
+	{"iops-write", ops(writes)},
+	{"bps", bytes(all)},
+	{"bps-read", bytes(reads)},
+	{"bps-write", bytes(writes)},
 	{"burst", burst},
 }
 

@@ -251,8 +251,17 @@ func TestOf(t *testing.T) {
 		}
 	}
 	for _, c := range [][2]string{
-		{"limit.iops", "0"}, {"limit.iops", "1K"}, {"limit.iops", "-5"}, {"limit.bps", "100"}, {"limit.bps", "1MB"}, {"limit.bps", "2048T"},
-		{"limit.burst", "5"}, {"limit.burst", "1ms"}, {"limit.burst", "2h"}, {"limit.iop", "5"}, {"limit.", "5"},
+		{"limit.iops", "0"},
+		{"limit.iops", "1K"},
+		{"limit.iops", "-5"},
+		{"limit.bps", "100"},
+		{"limit.bps", "1MB"},
+		{"limit.bps", "2048T"},
+		{"limit.burst", "5"},
+		{"limit.burst", "1ms"},
+		{"limit.burst", "2h"},
+		{"limit.iop", "5"},
+		{"limit.", "5"},
 	} {
 		if err := CheckProperty(c[0], c[1]); err == nil {
 			t.Errorf("%s=%s is permitted", c[0], c[1])
