@@ -24,7 +24,7 @@ type Counters struct {
 
 	// Of the caches.
 	MapLookups, MapLoads uint64 // of leaves; loads from the table
-	UnitHits, UnitMisses uint64 // of units of which a part is read
+	UnitHits, UnitMisses uint64 // for reads of a part of a unit
 
 	Checkpoints        uint64
 	CheckpointFailures uint64

@@ -62,9 +62,9 @@ const (
 )
 
 // Pause stops the server at a request boundary of each connection, and returns the connections. Connections with TLS,
-// whose keys cannot be handed over, go on until Shutdown. No connection is accepted any more; clients that connect wait
-// for whoever accepts next. If ctx ends before all requests under way are done, Pause fails, and Continue is to be
-// called.
+// whose keys cannot be handed over, go on until Shutdown. No connection is accepted any more. Clients that connect
+// wait until a server accepts again: this one after Continue, or the next one. If ctx ends before all requests under way
+// are done, Pause fails, and Continue is to be called.
 func (s *Server) Pause(ctx context.Context) ([]Paused, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -56,7 +56,9 @@ func (a *app) snapshotAuto(c *cli.Context) error {
 				r, err = s.SnapshotAuto(ctx, names...)
 				return r.Taken, err
 			})
-			if errors.Is(err, cow.ErrNotFound) && try < autoTries { // the next look says whether it was named
+			// A volume has gone since the look at the store. The next look fails if its name was given, and leaves it out
+			// if not.
+			if errors.Is(err, cow.ErrNotFound) && try < autoTries {
 				continue
 			}
 			if err != nil {

@@ -22,8 +22,9 @@ type daemonNBD struct {
 	passed []net.Listener // sockets that the daemon was started with
 }
 
-// daemonSocket returns which NBD socket a daemon makes. Sockets that it was started with take the place of the default. One that an attach started makes none unless that is asked for:
-// nobody asked for NBD, and the default socket stays free for 'vdisk serve'.
+// daemonSocket returns which NBD socket a daemon makes. Sockets that it was started with take the place of the default.
+// A daemon that an attach started makes none unless --nbd says so: nobody asked for NBD, and the default socket stays free
+// for 'vdisk serve'.
 func (a *app) daemonSocket(c *cli.Context) (n daemonNBD, err error) {
 	if n.access, err = socketAccess(c); err != nil {
 		return n, err

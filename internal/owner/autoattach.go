@@ -7,8 +7,8 @@ import (
 	"github.com/vdisk/vdisk/cow"
 )
 
-// AutoAttach is the property of a volume that says whether a daemon attaches it at its start: docs/ublk.md, Attached at
-// the start.
+// AutoAttach is the name of a property of volumes. A daemon that starts attaches the volumes for which it is set:
+// docs/ublk.md, Attached at the start.
 const AutoAttach = "auto.attach"
 
 // autoAttach reports what a value of the property asks for, other than "".

@@ -81,7 +81,7 @@ func (h *handed) close() {
 	}
 }
 
-// keepInExec says whether the descriptors, and that of the file, outlive the execution of another program.
+// keepInExec sets whether the descriptors, with that of the file, stay open when the process executes another program.
 func (h *handed) keepInExec(keep bool) {
 	flags := unix.FD_CLOEXEC
 	if keep {

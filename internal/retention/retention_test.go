@@ -165,7 +165,7 @@ func TestFuture(t *testing.T) {
 	}
 }
 
-// TestParse parses policies, and refuses what is none.
+// TestParse parses policies. A text that is no policy is refused.
 func TestParse(t *testing.T) {
 	for text, want := range map[string]string{
 		"daily=7,hourly=24":  "hourly=24,daily=7",

@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// TestPrerm runs the package's removal script with programs that note how they are called. It must end nothing while a
-// client is connected, nothing of a store of which a disk is in use, and otherwise all units.
+// TestPrerm runs the package's removal script with programs that note how they are called. While a client is
+// connected, or a disk is in use, it must stop no unit. Otherwise it must stop all of them.
 func TestPrerm(t *testing.T) {
 	script, err := os.ReadFile("../../packaging/deb/prerm")
 	if err != nil {
