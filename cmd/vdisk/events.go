@@ -6,10 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
-	"os/user"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -255,11 +252,11 @@ type eventPrinter struct {
 	a      *app
 	script bool
 	begun  bool
-	users  map[uint32]string
+	users  journal.Users
 }
 
 func newEventPrinter(a *app, script bool) *eventPrinter {
-	return &eventPrinter{a: a, script: script, users: map[uint32]string{}}
+	return &eventPrinter{a: a, script: script, users: journal.Users{}}
 }
 
 func (p *eventPrinter) print(e journal.Entry) error {
@@ -267,7 +264,7 @@ func (p *eventPrinter) print(e journal.Entry) error {
 	case p.a.json:
 		return json.NewEncoder(p.a.stdout).Encode(e)
 	case p.script:
-		_, err := fmt.Fprintf(p.a.stdout, "%s\t%s\t%s\t%s\n", e.Time.UTC().Format(time.RFC3339Nano), cell(e.Kind), cell(p.by(e.By)), cell(p.what(e)))
+		_, err := fmt.Fprintf(p.a.stdout, "%s\t%s\t%s\t%s\n", e.Time.UTC().Format(time.RFC3339Nano), cell(e.Kind), cell(p.users.By(e.By)), cell(p.what(e)))
 		return err
 	}
 	line := func(time, kind, by, what string) string {
@@ -279,7 +276,7 @@ func (p *eventPrinter) print(e journal.Entry) error {
 			return err
 		}
 	}
-	to, text := p.a.stdout, line(when(e.Time), cell(e.Kind), cell(p.by(e.By)), cell(p.what(e)))
+	to, text := p.a.stdout, line(when(e.Time), cell(e.Kind), cell(p.users.By(e.By)), cell(p.what(e)))
 	if e.Error != "" && p.a.colored() {
 		to, text = rawOf(to), red+strings.TrimSuffix(text, "\n")+plain+"\n" // all parts are escaped
 	}
@@ -287,66 +284,13 @@ func (p *eventPrinter) print(e journal.Entry) error {
 	return err
 }
 
-// by returns a caller: the user, and the process.
-func (p *eventPrinter) by(c *journal.Caller) string {
-	if c == nil {
-		return "-"
-	}
-	name, ok := p.users[c.UID]
-	if !ok {
-		name = strconv.FormatUint(uint64(c.UID), 10)
-		if u, err := user.LookupId(name); err == nil {
-			name = u.Username
-		}
-		p.users[c.UID] = name
-	}
-	return fmt.Sprintf("%s/%d", name, c.PID)
-}
-
 // shownNames is how many names of an event are shown.
 const shownNames = 5
 
 // what returns what an event is about, and what is known of it.
 func (p *eventPrinter) what(e journal.Entry) string {
-	names := e.Names
-	if n := len(names) + e.LeftOut; n > shownNames && len(names) >= shownNames && !p.script {
-		names = append(slices.Clone(names[:shownNames-1]), fmt.Sprintf("and %d more", n-shownNames+1))
+	if p.script {
+		return e.Text(0, p.a.size)
 	}
-	parts := slices.Clone(names)
-	if e.From != "" {
-		parts = append(parts, "from "+e.From)
-	}
-	if e.Phase != "" {
-		parts = append(parts, "("+e.Phase+")")
-	}
-	for _, key := range slices.Sorted(maps.Keys(e.Details)) {
-		parts = append(parts, key+"="+p.detail(key, e.Details[key]))
-	}
-	if e.Error != "" {
-		parts = append(parts, "failed: "+strings.ReplaceAll(e.Error, "\n", "; "))
-	}
-	return strings.Join(parts, " ")
-}
-
-// detail returns the text of a detail.
-func (p *eventPrinter) detail(key string, v any) string {
-	switch v := v.(type) {
-	case string:
-		if v == "" || strings.ContainsAny(v, " \t\n\"") {
-			return strconv.Quote(v)
-		}
-		return v
-	case json.Number:
-		if n, err := v.Int64(); err == nil && (key == "size" || strings.HasSuffix(key, "_bytes")) {
-			return p.a.size(n)
-		}
-		return v.String()
-	case []any:
-		var list []string
-		for _, x := range v {
-			list = append(list, fmt.Sprint(x))
-		}
-		return strings.Join(list, ",")
-	}
-	return fmt.Sprint(v)
+	return e.Text(shownNames, p.a.size)
 }

@@ -192,27 +192,19 @@ func part[T uint64 | int64 | float64](a, b T) float64 {
 	return float64(a) / float64(b)
 }
 
-// since returns how much a counter has grown. One that is smaller than before comes from a new owner.
-func since(now, before uint64) uint64 {
-	if now < before {
-		return now
-	}
-	return now - before
-}
-
 // topOf returns what happened between two readings.
 func topOf(before, now metrics.Reading, v topView) topJSON {
 	seconds := now.At.Sub(before.At).Seconds()
-	rate := func(now, before uint64) float64 { return part(float64(since(now, before)), seconds) }
+	rate := func(now, before uint64) float64 { return part(float64(metrics.Since(now, before)), seconds) }
 	n, was := &now.Counters, &before.Counters
 	hits := func(all, misses uint64) float64 { return part(all-min(misses, all), all) }
 	j := topJSON{
 		Store: now.Store, Time: now.At.UTC(), Seconds: seconds, Fill: part(n.FileBytes, n.FileBytes+n.RoomBytes), RoomBytes: n.RoomBytes,
 		Ratio:    part(n.WrittenBytes, n.CompressedBytes),
-		MapHits:  hits(since(n.MapLookups, was.MapLookups), since(n.MapLoads, was.MapLoads)),
-		UnitHits: hits(since(n.UnitHits+n.UnitMisses, was.UnitHits+was.UnitMisses), since(n.UnitMisses, was.UnitMisses)),
+		MapHits:  hits(metrics.Since(n.MapLookups, was.MapLookups), metrics.Since(n.MapLoads, was.MapLoads)),
+		UnitHits: hits(metrics.Since(n.UnitHits+n.UnitMisses, was.UnitHits+was.UnitMisses), metrics.Since(n.UnitMisses, was.UnitMisses)),
 		Appended: rate(n.AppendedBytes, was.AppendedBytes), Syncs: rate(n.Syncs, was.Syncs),
-		SyncNs: int64(part(since(uint64(n.SyncTime), uint64(was.SyncTime)), since(n.Syncs, was.Syncs))),
+		SyncNs: int64(part(metrics.Since(uint64(n.SyncTime), uint64(was.SyncTime)), metrics.Since(n.Syncs, was.Syncs))),
 		Moved:  rate(n.MovedBytes, was.MovedBytes), Reclaimed: rate(n.ReclaimedBytes, was.ReclaimedBytes), Cleaning: n.Cleaning, Paced: n.Paced,
 		Failed: n.Failed, Damaged: n.DamagedPlaces, Clients: now.Clients, Devices: now.Served + now.Waiting, Waiting: now.Waiting,
 		Volumes: topVolumes(before, now, v.all),

@@ -7,53 +7,17 @@ import (
 
 	"github.com/vdisk/vdisk/internal/metrics"
 	"github.com/vdisk/vdisk/internal/size"
-	"github.com/vdisk/vdisk/ublk"
 )
 
 // topVolumeOf returns what a volume or snapshot did between two readings.
 func topVolumeOf(now, was *metrics.Traffic, seconds float64) topVolumeJSON {
-	v := topVolumeJSON{Name: now.Ref.String()}
-	var reads, writes ublk.OpStats
-	var errors uint64
-	for i, op := range metrics.Operations {
-		s := grown(&now.Ops[i], &was.Ops[i])
-		errors += s.Errors
-		switch op {
-		case ublk.OpRead:
-			reads.Add(s)
-		case ublk.OpFlush:
-			v.Flushes = part(float64(s.Requests), seconds)
-		case ublk.OpWrite:
-			writes.Add(s)
-		default: // their bytes are not written
-			s.Bytes = 0
-			writes.Add(s)
-		}
+	var g metrics.Growth
+	g.Add(now, was)
+	r := g.Rates(seconds)
+	return topVolumeJSON{
+		Name: now.Ref.String(), Reads: r.Reads, Writes: r.Writes, Flushes: r.Flushes, Errors: r.Errors, ReadBytes: r.ReadBytes, WriteBytes: r.WriteBytes,
+		ReadP50: int64(r.ReadP50), ReadP99: int64(r.ReadP99), WriteP50: int64(r.WriteP50), WriteP99: int64(r.WriteP99),
 	}
-	v.Reads, v.Writes = part(float64(reads.Requests), seconds), part(float64(writes.Requests), seconds)
-	v.ReadBytes, v.WriteBytes = part(float64(reads.Bytes), seconds), part(float64(writes.Bytes), seconds)
-	v.Errors = part(float64(errors), seconds)
-	v.ReadP50, v.ReadP99 = int64(reads.Latency.Quantile(0.5)), int64(reads.Latency.Quantile(0.99))
-	v.WriteP50, v.WriteP99 = int64(writes.Latency.Quantile(0.5)), int64(writes.Latency.Quantile(0.99))
-	return v
-}
-
-// grown returns what an operation's counters have grown by. Counters that are smaller than before come from a new
-// owner.
-func grown(now, was *metrics.Operation) *ublk.OpStats {
-	s := now.Stats()
-	if now.Requests < was.Requests {
-		return s
-	}
-	past := was.Stats()
-	s.Requests -= past.Requests
-	s.Bytes = since(s.Bytes, past.Bytes)
-	s.Errors = since(s.Errors, past.Errors)
-	s.Latency.Sum -= past.Latency.Sum
-	for i := range s.Latency.Counts {
-		s.Latency.Counts[i] = since(s.Latency.Counts[i], past.Latency.Counts[i])
-	}
-	return s
 }
 
 // topHead returns the lines about the store.
