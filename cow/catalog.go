@@ -23,10 +23,20 @@ type branch struct {
 	reaping       bool             // the head's versions are being reaped; guarded by Store.mu
 	reaped        bool             // the head's versions have been reaped; guarded by Store.mu
 	points        []*snapshot      // by epoch, including the unnamed ones; guarded by Store.mu
-	forks         map[uint32]int   // number of branches that begin at an epoch's point; guarded by Store.mu
+	forks         forks            // the branches that begin at its points; guarded by Store.mu
+	forkAt        int              // where it is among those that begin at the same point; guarded by Store.mu
 	orphaned      uint64           // generation in which it lost its volume, until reaped; guarded by Store.mu
 	written       uint32           // the newest epoch in which this process has put or replayed anything; guarded by Store.mu
 }
+
+// point is a point at which branches begin.
+type point struct {
+	b     *branch
+	epoch uint32
+}
+
+// forks is the branches that begin at points of a branch, by the points' epochs, in no order.
+type forks map[uint32][]*branch
 
 // head stands for a branch's newest state where an epoch is expected.
 const head = leafcache.Head
@@ -121,7 +131,7 @@ func (t *catalog) putBranch(r format.Branch, gen uint64) error {
 				return fault.Corruptf("branch %d has the origin %d, which does not exist", r.ID, r.OriginBranch)
 			}
 			b.leaves.Origin.Store(&b.origin.leaves)
-			t.fork(b, +1)
+			t.fork(b)
 		}
 		t.branches[r.ID] = b
 		t.orphan(b, gen) // until a volume takes it
@@ -230,7 +240,7 @@ func (t *catalog) putSnapshot(r format.Snapshot, gen uint64) error {
 func (t *catalog) unname(s *snapshot) {
 	s.Volume = 0
 	t.unnamedPoints[s] = struct{}{}
-	if s.branch.forks[s.Epoch] == 0 {
+	if len(s.branch.forks[s.Epoch]) == 0 {
 		t.waiting[s] = struct{}{}
 	}
 }
@@ -276,7 +286,7 @@ func (t *catalog) forgetBranch(b *branch) {
 	delete(t.branches, b.ID)
 	delete(t.orphaned, b)
 	if b.origin != nil {
-		t.fork(b, -1)
+		t.unfork(b)
 	}
 	t.dirtyBranches[b.ID] = struct{}{}
 }
@@ -291,32 +301,51 @@ func (t *catalog) orphan(b *branch, gen uint64) {
 // the origin's point alone until the table says so, too. Otherwise a replay would begin with a branch whose origin is
 // not what it was.
 func (t *catalog) cut(b *branch, gen uint64) {
-	if i, found := b.origin.search(b.OriginEpoch); found && b.origin.points[i].Volume == 0 {
-		b.origin.points[i].dropped = gen
+	if p := b.origin.unnamedAt(b.OriginEpoch); p != nil {
+		p.dropped = gen
 	}
-	t.fork(b, -1)
+	t.unfork(b)
 	b.leaves.Origin.Store(nil)
 	b.origin, b.OriginBranch, b.OriginEpoch = nil, 0, 0
 }
 
-// fork adds by, which is 1 or -1, to the number of branches that begin at the point where b begins.
-func (t *catalog) fork(b *branch, by int) {
-	o, epoch := b.origin, b.OriginEpoch
+// fork notes that b begins at a point of its origin.
+func (t *catalog) fork(b *branch) {
+	o := b.origin
 	if o.forks == nil {
-		o.forks = map[uint32]int{}
+		o.forks = forks{}
 	}
-	if o.forks[epoch] += by; o.forks[epoch] == 0 {
-		delete(o.forks, epoch)
+	at := o.forks[b.OriginEpoch]
+	b.forkAt = len(at)
+	o.forks[b.OriginEpoch] = append(at, b)
+	if p := o.unnamedAt(b.OriginEpoch); p != nil {
+		delete(t.waiting, p)
 	}
-	i, found := o.search(epoch)
-	if !found || o.points[i].Volume != 0 {
+}
+
+// unfork notes that b does not begin at a point of its origin any more.
+func (t *catalog) unfork(b *branch) {
+	o := b.origin
+	at := o.forks[b.OriginEpoch]
+	last := len(at) - 1
+	at[last].forkAt = b.forkAt
+	at[b.forkAt], at[last] = at[last], nil
+	if last > 0 {
+		o.forks[b.OriginEpoch] = at[:last]
 		return
 	}
-	if o.forks[epoch] == 0 {
-		t.waiting[o.points[i]] = struct{}{}
-	} else {
-		delete(t.waiting, o.points[i])
+	delete(o.forks, b.OriginEpoch)
+	if p := o.unnamedAt(b.OriginEpoch); p != nil {
+		t.waiting[p] = struct{}{}
 	}
+}
+
+// unnamedAt returns the branch's point at an epoch if it has lost its name, and otherwise nil.
+func (b *branch) unnamedAt(epoch uint32) *snapshot {
+	if i, found := b.search(epoch); found && b.points[i].Volume == 0 {
+		return b.points[i]
+	}
+	return nil
 }
 
 // search returns the index of the branch's first point at or after an epoch, and whether it is at that epoch.

@@ -81,7 +81,7 @@ func (sn *snapshot) isReapable(committed uint64) bool {
 	if b.damaged || b.reaping && !b.reaped {
 		return false // the cache still has the head's versions, and one would be taken for a successor
 	}
-	return sn.Volume == 0 && sn.dropped <= committed && b.forks[sn.Epoch] == 0
+	return sn.Volume == 0 && sn.dropped <= committed && len(b.forks[sn.Epoch]) == 0
 }
 
 // isReapable reports whether the branch's head was given up and is not reaped yet. The caller holds mu.

@@ -2,6 +2,8 @@ package cow
 
 import (
 	"fmt"
+	"iter"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -37,13 +39,19 @@ type VolumeInfo struct {
 	Properties map[string]string `json:"properties,omitempty"`
 }
 
-// Volumes describes all volumes, in the order of their names.
-func (s *Store) Volumes() []VolumeInfo {
+// Volumes describes all volumes, in the order of their names. If there are very many rows, each is described as of some
+// moment of the call: what is made, renamed or removed meanwhile may be there or not.
+func (s *Store) Volumes() []VolumeInfo { return s.list(s.pauses()) }
+
+// list is Volumes, and calls pause as describe does.
+func (s *Store) list(pause func()) []VolumeInfo {
 	s.mu.Lock()
-	clones := s.clones()
-	out := make([]VolumeInfo, 0, len(s.catalog.volumes))
-	for _, v := range s.catalog.volumes {
-		out = append(out, s.describe(v, clones))
+	all := slices.Collect(maps.Values(s.catalog.volumes))
+	out := make([]VolumeInfo, 0, len(all))
+	for _, v := range all {
+		if s.catalog.volumes[v.ID] == v { // otherwise it has been removed
+			out = append(out, s.describe(v, pause))
+		}
 	}
 	s.mu.Unlock() // sorting very many would make others wait
 	for i := range out {
@@ -51,6 +59,21 @@ func (s *Store) Volumes() []VolumeInfo {
 	}
 	slices.SortFunc(out, func(a, b VolumeInfo) int { return strings.Compare(a.Name, b.Name) })
 	return out
+}
+
+// rowsHeld is how many rows of volumes and snapshots are gone through before others may have Store.mu.
+const rowsHeld = 128
+
+// pauses returns a function that lets others have mu now and then. It is called before each of very many rows, by a caller
+// that holds mu. What that caller knows of the store may be different afterwards.
+func (s *Store) pauses() (pause func()) {
+	rows := 0
+	return func() {
+		if rows++; rows%rowsHeld == 0 {
+			s.mu.Unlock()
+			s.mu.Lock()
+		}
+	}
 }
 
 // Volume describes one volume.
@@ -70,7 +93,7 @@ func (s *Store) unsorted(name string) (VolumeInfo, error) {
 	if err != nil {
 		return VolumeInfo{}, err
 	}
-	return s.describe(v, s.clones()), nil
+	return s.describe(v, s.pauses()), nil
 }
 
 // Has reports whether there is such a volume or snapshot.
@@ -94,7 +117,9 @@ func (in *VolumeInfo) sort() {
 	})
 }
 
-func (s *Store) describe(v *volume, clones map[point][]*volume) VolumeInfo {
+// describe describes a volume. It calls pause before each row. The caller holds mu.
+func (s *Store) describe(v *volume, pause func()) VolumeInfo {
+	pause()
 	in := VolumeInfo{
 		Name: v.Name, Size: v.Size, Codec: v.Codec.String(), LogicalBlock: v.LogicalBlock,
 		Created: v.Created, Open: v.readers, Receiving: receivingInfo(v.Receiving), Properties: v.Properties,
@@ -111,14 +136,21 @@ func (s *Store) describe(v *volume, clones map[point][]*volume) VolumeInfo {
 	if len(v.snapshots) > 0 {
 		in.Snapshots = make([]SnapshotInfo, 0, len(v.snapshots))
 	}
-	for _, sn := range v.snapshots {
-		si := SnapshotInfo{Volume: v.Name, Name: sn.Name, Size: sn.Size, Created: sn.Created, GUID: s.guidOf(sn), Holds: holdInfos(sn.Holds)}
-		for _, c := range clones[point{sn.branch, sn.Epoch}] {
-			if c.ID != sn.Volume { // not the volume itself, rolled back to this snapshot
-				si.Clones = append(si.Clones, c.Name)
-			}
+	for _, sn := range slices.Collect(maps.Values(v.snapshots)) {
+		if pause(); sn.Volume == v.ID { // otherwise it has been removed
+			in.Snapshots = append(in.Snapshots, s.describeSnapshot(in.Name, sn))
 		}
-		in.Snapshots = append(in.Snapshots, si)
+	}
+	return in
+}
+
+// describeSnapshot describes a snapshot of a volume with a name. The caller holds mu.
+func (s *Store) describeSnapshot(volume string, sn *snapshot) SnapshotInfo {
+	in := SnapshotInfo{Volume: volume, Name: sn.Name, Size: sn.Size, Created: sn.Created, GUID: s.guidOf(sn), Holds: holdInfos(sn.Holds)}
+	for c := range sn.clones() {
+		if c.ID != sn.Volume { // not the volume itself, rolled back to this snapshot
+			in.Clones = append(in.Clones, c.Name)
+		}
 	}
 	return in
 }
@@ -133,20 +165,13 @@ func (s *Store) pointName(b *branch, epoch uint32) string {
 	return "(deleted)"
 }
 
-// point is a point at which branches begin.
-type point struct {
-	b     *branch
-	epoch uint32
-}
-
-// clones returns the volumes whose branches begin at a point, by point. The caller holds mu.
-func (s *Store) clones() map[point][]*volume {
-	clones := map[point][]*volume{}
-	for _, v := range s.catalog.volumes {
-		if v.branch.origin != nil {
-			p := point{v.branch.origin, v.branch.OriginEpoch}
-			clones[p] = append(clones[p], v)
+// clones yields the volumes whose branches begin at the snapshot's point. The caller holds Store.mu.
+func (sn *snapshot) clones() iter.Seq[*volume] {
+	return func(yield func(*volume) bool) {
+		for _, b := range sn.branch.forks[sn.Epoch] {
+			if b.volume != nil && !yield(b.volume) {
+				return
+			}
 		}
 	}
-	return clones
 }

@@ -79,7 +79,7 @@ func (s *Store) flatten(ctx context.Context, name string) (rep FlattenReport, er
 func (s *Store) reapPoints(ctx context.Context, name string) error {
 	s.mu.Lock()
 	v, _, err := s.lookup(Ref{Volume: name})
-	waits := err == nil && slices.ContainsFunc(v.branch.points, func(sn *snapshot) bool { return sn.Volume == 0 && v.branch.forks[sn.Epoch] == 0 })
+	waits := err == nil && slices.ContainsFunc(v.branch.points, func(sn *snapshot) bool { return sn.Volume == 0 && len(v.branch.forks[sn.Epoch]) == 0 })
 	s.mu.Unlock()
 	if err != nil || !waits {
 		return err

@@ -59,7 +59,7 @@ func (s *Store) Prune(dry bool, targets ...PruneTarget) (r PruneReport, err erro
 // pruning returns the event that removes those of the snapshots that nothing needs. The caller holds mu.
 func (s *Store) pruning(targets []PruneTarget) (r PruneReport, ev *format.Event, err error) {
 	r, ev = PruneReport{Removed: []Ref{}, Kept: []KeptSnapshot{}}, &format.Event{Op: "prune"}
-	clones, seen := s.clones(), map[*snapshot]bool{}
+	seen := map[*snapshot]bool{}
 	for _, t := range targets {
 		ref := t.Ref
 		v, sn, err := s.lookup(ref)
@@ -74,7 +74,7 @@ func (s *Store) pruning(targets []PruneTarget) (r PruneReport, ev *format.Event,
 			continue
 		}
 		seen[sn] = true
-		why := s.neededBy(v, sn, clones)
+		why := s.neededBy(v, sn)
 		if !t.GUID.IsZero() && t.GUID != s.guidOf(sn) {
 			why = another
 		}
@@ -89,13 +89,13 @@ func (s *Store) pruning(targets []PruneTarget) (r PruneReport, ev *format.Event,
 }
 
 // neededBy returns what needs a snapshot of the volume v, or "". The caller holds mu.
-func (s *Store) neededBy(v *volume, sn *snapshot, clones map[point][]*volume) string {
+func (s *Store) neededBy(v *volume, sn *snapshot) string {
 	var all []string
 	if len(sn.Holds) > 0 {
 		all = append(all, "hold "+few(slices.Collect(maps.Keys(sn.Holds))))
 	}
 	var names []string
-	for _, c := range clones[point{sn.branch, sn.Epoch}] {
+	for c := range sn.clones() {
 		if c != v {
 			names = append(names, c.Name)
 		}
