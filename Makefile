@@ -9,7 +9,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
 .DEFAULT_GOAL = build
-.PHONY: help build install demo test guest-test recovery-test power-test crash-test damage-test fault-test kill-test linear-test proof soak fuzz mutants bench-engine bench-cleaner bench-depth bench-nbd bench-import bench-ublk bench-guest bench-space deb deb-test deb-guest-test lint clean
+.PHONY: help build install demo test guest-test recovery-test power-test crash-test damage-test fault-test kill-test linear-test proof soak fuzz mutants bench bench-report bench-engine bench-import bench-ublk bench-guest bench-space deb deb-test deb-guest-test lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -104,20 +104,18 @@ mutants: ## break the program on purpose, a line at a time: a test must notice e
 proof: ## the long forms of all tests of promises, in pieces (STEPS), and a table of what they went through (proof.sh)
 	@$(TOOLS)/proof.sh
 
+bench: build ## vdisk beside qemu-nbd (qcow2, raw) and nbdkit: writes docs/bench.md. ROUNDS (3), SECONDS (2), SIZE_MB (512), DIR; goes on after a break, unless FRESH=1
+	@$(TOOLS)/setup.sh bench
+	@$(GO) build -o bin/bench ./internal/tools/bench
+	@bin/bench run -rounds "$(or $(ROUNDS),3)" -seconds "$(or $(SECONDS),2)" -size "$(or $(SIZE_MB),512)" -snapshots "$(or $(SNAPSHOTS),1000)" \
+		-clones "$(or $(CLONES),100)" -limit "$(or $(LIMIT),28m)" -dir "$(DIR)" $(if $(FRESH),-fresh)
+
+bench-report: ## docs/bench.md and its plots again, from what was measured
+	@$(TOOLS)/setup.sh build bench
+	@$(GO) run ./internal/tools/bench report
+
 bench-engine: ## the engine alone; benchstat reads the output
 	$(GO) test -run '^$$' -bench . -count 5 ./cow/...
-
-bench-cleaner: build ## what cleaning costs writers over NBD on a nearly full store (bench-cleaner.sh)
-	@$(TOOLS)/setup.sh test
-	@$(TOOLS)/bench-cleaner.sh
-
-bench-depth: build ## read cost over NBD by snapshot and clone depth (bench-depth.sh)
-	@$(TOOLS)/setup.sh test
-	@$(TOOLS)/bench-depth.sh
-
-bench-nbd: build ## against qemu-nbd (qcow2, raw) and nbdkit over NBD (bench-nbd.sh)
-	@$(TOOLS)/setup.sh test
-	@$(TOOLS)/bench-nbd.sh
 
 bench-import: build ## the import of 8 GiB, beside cp and qemu-img convert; needs root (bench-import.sh)
 	@$(TOOLS)/setup.sh test

@@ -46,6 +46,7 @@ var layers = map[string][]string{
 
 	"internal/storage/crashtable": {"internal/storage", "internal/storage/crashfs"},
 	"internal/tools/soak":         {"internal/nbdclient", "internal/workload"},
+	"internal/tools/bench":        {},
 	"internal/nbdclient":          {},
 	"internal/testpki":            {},
 	"internal/registers":          {"internal/nbdclient"},

@@ -3,6 +3,7 @@
 # with apt-get if it can (as root, on Debian or a relative of it).
 #   build   Go
 #   demo    mkfs.ext4, nbdcopy, nbdinfo, fio
+#   bench   fio, the servers that vdisk is measured beside, and gnuplot
 #   deb     dpkg-deb; deb-test also lintian
 #   test    the NBD clients and file-system tools that the tests drive
 # Exits with 1 and says what to install when it cannot.
@@ -55,6 +56,12 @@ for what; do
 		need nbdcopy libnbd-bin
 		need fio fio
 		;;
+	bench)
+		need fio fio
+		need qemu-nbd qemu-utils
+		need nbdkit nbdkit
+		need gnuplot gnuplot-nox
+		;;
 	deb | deb-test)
 		need dpkg-deb dpkg
 		need git git
@@ -62,7 +69,7 @@ for what; do
 		[ "$what" = deb ] || { need lintian lintian; need python3 python3-minimal; }
 		;;
 	*)
-		echo "usage: setup.sh build|deb|deb-test|demo|test..." >&2
+		echo "usage: setup.sh build|bench|deb|deb-test|demo|test..." >&2
 		exit 2
 		;;
 	esac
