@@ -33,8 +33,8 @@ func TestPrerm(t *testing.T) {
 			for name, text := range map[string]string{
 				"prerm":          strings.ReplaceAll(string(script), running, dir),
 				"systemctl":      `[ "$1" != list-units ] || echo 'vdisk@var-lib-vdisk.service loaded active running x'`,
-				"systemd-escape": `case $1 in --instance) echo var-lib-vdisk;; --unescape) echo /var/lib/vdisk;; esac`,
-				"vdisk":          "case $1 in clients) echo '" + c.clients + "';; ls) echo -; echo /dev/ublkb0;; detach) " + c.detach + ";; esac",
+				"systemd-escape": `[ "$*" = '--unescape --path var-lib-vdisk' ] && echo /var/lib/vdisk`,
+				"vdisk":          `[ "$VDISK_STORE" = /var/lib/vdisk ] || exit 3` + "\ncase $1 in clients) echo '" + c.clients + "';; ls) echo -; echo /dev/ublkb0;; detach) " + c.detach + ";; esac",
 			} {
 				text = "#!/bin/sh\necho \"$(basename \"$0\") $*\" >>" + log + "\n" + strings.TrimPrefix(text, "#!/bin/sh\n")
 				if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o700); err != nil {
