@@ -234,6 +234,12 @@ func FuzzRow(f *testing.F) {
 			le.PutUint32(b, Checksum(b[4:]))
 		}
 		for _, v := range []any{new(Volume), new(Snapshot), new(Branch), new(Checkpoint), new(ColdMark)} {
+			if u, ok := v.(usual); ok && len(b) >= 4 && u.readUsual(b[4:]) {
+				slow := reflect.New(reflect.TypeOf(v).Elem()).Interface()
+				if err := decodeJSON(b[4:], slow); err != nil || !reflect.DeepEqual(v, slow) {
+					t.Fatalf("%q is %+v, and by encoding/json %+v (%v)", b[4:], v, slow, err)
+				}
+			}
 			if err := DecodeRow(b, v); err != nil {
 				rejected(t, err)
 				continue

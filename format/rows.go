@@ -184,7 +184,6 @@ func AppendRow(dst []byte, v any) ([]byte, error) {
 // this version does not know is an error, because a format with more fields has another version. The error matches
 // ErrCorrupt, unless v is no pointer to a row.
 func DecodeRow(src []byte, v any) error {
-	what := fmt.Sprintf("row %T", v)
 	p := reflect.ValueOf(v)
 	r, ok := v.(row)
 	if !ok || p.Kind() != reflect.Pointer || p.IsNil() {
@@ -192,18 +191,26 @@ func DecodeRow(src []byte, v any) error {
 	}
 	p.Elem().SetZero()
 	if len(src) < 4 {
-		return corrupt(what, "%d bytes", len(src))
+		return corruptRow(v, "%d bytes", len(src))
 	}
-	if got, want := Checksum(src[4:]), le.Uint32(src); got != want {
-		return corrupt(what, "checksum %08x, want %08x", got, want)
+	text := src[4:]
+	if got, want := Checksum(text), le.Uint32(src); got != want {
+		return corruptRow(v, "checksum %08x, want %08x", got, want)
 	}
-	if err := decodeJSON(src[4:], v); err != nil {
-		return corrupt(what, "%v", err)
+	if u, ok := v.(usual); !ok || !u.readUsual(text) {
+		p.Elem().SetZero()
+		if err := decodeJSON(text, v); err != nil {
+			return corruptRow(v, "%v", err)
+		}
 	}
 	if err := r.check(); err != nil {
-		return corrupt(what, "%v", err)
+		return corruptRow(v, "%v", err)
 	}
 	return nil
+}
+
+func corruptRow(v any, format string, args ...any) error {
+	return corrupt(fmt.Sprintf("row %T", v), format, args...)
 }
 
 // decodeJSON decodes src into v. src must be one JSON value, and have no fields but those of v.
