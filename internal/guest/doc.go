@@ -41,6 +41,7 @@
 //	go run ./internal/guest/cmd/guest kernels
 //	go run ./internal/guest/cmd/guest headers
 //	go run ./internal/guest/cmd/guest package vdo
+//	go run ./internal/guest/cmd/guest kernel newest
 //
 // "guest test" boots each kernel once. In the guest it runs the test binary of each package, in a folder with the
 // package's testdata, and then, with bash, each script of testdata/guest/*.sh. vdisk is on PATH if there is a

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 )
 
 // headersPackage has the kernel's user headers, from the suite that the newest kernel comes from.
@@ -55,8 +54,40 @@ func Package(ctx context.Context, opts Options, name string) (string, error) {
 	return files, nil
 }
 
+// KernelFiles returns a folder with a kernel: vmlinuz, and in boot the modules that it needs to mount ext4 from a virtio
+// disk, with names in the order of loading. The first use gets it. Unlike a guest, it needs no root.
+func KernelFiles(ctx context.Context, opts Options, name string) (string, error) {
+	specs, err := pickSpecs([]string{name})
+	if err != nil {
+		return "", err
+	}
+	b, err := newBuilder(opts)
+	if err != nil {
+		return "", err
+	}
+	place := b.kernelPath(specs[0])
+	tools := []string{"dpkg-deb", "apt-get", "depmod", "xz", "zstd", "mke2fs"}
+	err = b.download(ctx, place, tools, opts.Force, func(ctx context.Context, dir string) error { return b.makeKernel(ctx, specs[0], dir) })
+	if err != nil {
+		return "", fmt.Errorf("guest: kernel %s: %w", name, err)
+	}
+	return place, nil
+}
+
 // getPackage makes a part from the tree of an unpacked package, with fill, unless the part is there.
 func (b *builder) getPackage(ctx context.Context, place, name string, force bool, fill func(tree, dir string) error) error {
+	return b.download(ctx, place, []string{"dpkg-deb", "apt-get"}, force, func(ctx context.Context, dir string) error {
+		b.say("getting %s", name)
+		tree := dir + ".tree"
+		if err := b.unpack(ctx, []string{name}, tree); err != nil {
+			return err
+		}
+		return fill(tree, dir)
+	})
+}
+
+// download makes a part of what Debian offers, with fill and the named tools, unless the part is there.
+func (b *builder) download(ctx context.Context, place string, tools []string, force bool, fill func(context.Context, string) error) error {
 	if !force && isDir(place) {
 		return nil
 	}
@@ -68,19 +99,11 @@ func (b *builder) getPackage(ctx context.Context, place, name string, force bool
 		return err
 	}
 	defer lock.Close()
-	tools := slices.DeleteFunc(slices.Clone(buildTools), func(p string) bool { return p != "dpkg-deb" && p != "apt-get" })
 	if err := b.install(ctx, tools); err != nil {
 		return err
 	}
 	if _, err := os.Stat(keyring); err != nil {
 		return fmt.Errorf("%w: no %s: install debian-archive-keyring", ErrUnavailable, keyring)
 	}
-	return b.part(ctx, place, func(ctx context.Context, dir string) error {
-		b.say("getting %s", name)
-		tree := dir + ".tree"
-		if err := b.unpack(ctx, []string{name}, tree); err != nil {
-			return err
-		}
-		return fill(tree, dir)
-	})
+	return b.part(ctx, place, fill)
 }

@@ -33,6 +33,7 @@ const usage = `usage: guest COMMAND [flags]
   shell    open a shell in a guest
   headers  get the newest kernel's user headers and print the folders to pass to cc -I
   package  get a package of the root image's Debian, unpacked, and print its folder: guest package NAME
+  kernel   get a kernel and print the folder with vmlinuz and the modules that it boots with: guest kernel NAME
   test     run test binaries and scripts in a guest: guest test [flags] [PACKAGE...]
 
 guest COMMAND -h lists the flags.
@@ -55,7 +56,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	a := &app{stdout: stdout, stderr: stderr}
 	commands := map[string]func(context.Context, []string) (int, error){
 		"build": a.build, "kernels": a.kernels, "run": a.run, "shell": a.shell, "test": a.test,
-		"headers": a.headers, "package": a.getPackage,
+		"headers": a.headers, "package": a.getPackage, "kernel": a.getKernel,
 	}
 	if len(args) == 0 || commands[args[0]] == nil {
 		io.WriteString(stderr, usage)
@@ -134,14 +135,23 @@ func (a *app) headers(ctx context.Context, args []string) (int, error) {
 }
 
 func (a *app) getPackage(ctx context.Context, args []string) (int, error) {
-	fs := a.flags("package")
+	return a.get(ctx, "package", args, guest.Package)
+}
+
+func (a *app) getKernel(ctx context.Context, args []string) (int, error) {
+	return a.get(ctx, "kernel", args, guest.KernelFiles)
+}
+
+// get prints the folder of one named thing.
+func (a *app) get(ctx context.Context, what string, args []string, get func(context.Context, guest.Options, string) (string, error)) (int, error) {
+	fs := a.flags(what)
 	if err := fs.Parse(args); err != nil {
 		return 0, err
 	}
 	if fs.NArg() != 1 {
-		return 0, errors.New("package: want one name")
+		return 0, fmt.Errorf("%s: want one name", what)
 	}
-	dir, err := guest.Package(ctx, guest.Options{Dir: a.dir, Log: a.stderr}, fs.Arg(0))
+	dir, err := get(ctx, guest.Options{Dir: a.dir, Log: a.stderr}, fs.Arg(0))
 	if err != nil {
 		return 0, err
 	}

@@ -46,7 +46,7 @@ func TestRunFlags(t *testing.T) {
 }
 
 func TestWrongUse(t *testing.T) {
-	for _, args := range [][]string{nil, {"fly"}, {"run"}, {"run", "-no-such"}, {"test", "-kernel", "oldest"}} {
+	for _, args := range [][]string{nil, {"fly"}, {"run"}, {"run", "-no-such"}, {"test", "-kernel", "oldest"}, {"kernel"}, {"kernel", "oldest"}, {"package"}} {
 		var stdout, stderr bytes.Buffer
 		if code := run(t.Context(), args, &stdout, &stderr); code != exitFailed || stderr.Len() == 0 {
 			t.Errorf("%q: exit status %d, said %q", args, code, stderr.String())
