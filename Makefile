@@ -9,7 +9,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
 .DEFAULT_GOAL = build
-.PHONY: help build install demo test guest-test recovery-test power-test crash-test damage-test fault-test kill-test linear-test proof soak fuzz mutants bench bench-report bench-engine bench-import bench-ublk bench-guest bench-space deb deb-test deb-guest-test lint clean
+.PHONY: help build install demo test guest-test recovery-test power-test crash-test damage-test fault-test kill-test linear-test vm-test proof soak fuzz mutants bench bench-report bench-engine bench-import bench-ublk bench-guest bench-space deb deb-test deb-guest-test lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -88,6 +88,10 @@ fault-test: ## every fault of the disk and of the peers at every call: the engin
 
 damage-test: ## every byte of every structure of a store damaged, its files cut, removed and exchanged
 	$(GO) test -count=1 -timeout 3h -v -run 'TestDamaged(OwnerFile|Files|Bytes)$$' ./cow -damage.every
+
+vm-test: build ## ten virtual machines on clones of one image, over NBD and in a guest as block devices; beside qcow2 (testdata/vm)
+	@$(TOOLS)/setup.sh vm
+	@GUEST=1 testdata/vm/run.sh
 
 linear-test: build ## histories of concurrent clients: of the engine, over NBD and, in a guest, over ublk
 	@$(TOOLS)/setup.sh test

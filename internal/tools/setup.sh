@@ -5,6 +5,7 @@
 #   demo    mkfs.ext4, nbdcopy, nbdinfo, fio
 #   bench   fio, the servers that vdisk is measured beside, and gnuplot
 #   deb     dpkg-deb; deb-test also lintian
+#   vm      QEMU and e2fsprogs
 #   test    the NBD clients and file-system tools that the tests drive
 # Exits with 1 and says what to install when it cannot.
 set -eu
@@ -62,6 +63,12 @@ for what; do
 		need nbdkit nbdkit
 		need gnuplot gnuplot-nox
 		;;
+	vm)
+		need qemu-system-x86_64 qemu-system-x86
+		need qemu-img qemu-utils
+		need mke2fs e2fsprogs
+		need debugfs e2fsprogs
+		;;
 	deb | deb-test)
 		need dpkg-deb dpkg
 		need git git
@@ -69,7 +76,7 @@ for what; do
 		[ "$what" = deb ] || { need lintian lintian; need python3 python3-minimal; }
 		;;
 	*)
-		echo "usage: setup.sh build|bench|deb|deb-test|demo|test..." >&2
+		echo "usage: setup.sh build|bench|deb|deb-test|demo|vm|test..." >&2
 		exit 2
 		;;
 	esac
