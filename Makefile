@@ -9,7 +9,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
 .DEFAULT_GOAL = build
-.PHONY: help build install demo test guest-test recovery-test power-test crash-test damage-test fault-test kill-test linear-test vm-test proof soak fuzz mutants bench bench-report bench-engine bench-import bench-ublk bench-guest bench-space deb deb-test deb-guest-test lint clean
+.PHONY: help build install demo test guest-test recovery-test power-test marks-test crash-test damage-test fault-test kill-test linear-test vm-test proof soak fuzz mutants bench bench-report bench-engine bench-import bench-ublk bench-guest bench-space deb deb-test deb-guest-test lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,9 +64,13 @@ recovery-test: build ## 200 kills and 20 upgrades of a block device's server, on
 			env RECOVERY_KILLS=200 RECOVERY_AGAIN=50 RECOVERY_UPGRADES=20 bash /payload/recovery.sh || exit 1; \
 	done
 
-power-test: ## 200 power cuts of the disk below a store, and every flush of a recorded load, in a guest (KERNEL); 90 minutes at most
-	@$(GO) run ./internal/guest/cmd/guest test -kernel $(or $(KERNEL),newest) -timeout 90m -scripts none -env VDISK_POWER_CUTS=200 \
-		-env VDISK_POWER_SYNCS=32 -env VDISK_POWER_STATES=0 ./internal/powercut
+power-test: ## CUTS (200) power cuts of the disk below a store, in a guest (KERNEL); about half a minute each
+	@$(GO) run ./internal/guest/cmd/guest test -kernel $(or $(KERNEL),newest) -timeout 4h -scripts none \
+		-env VDISK_POWER_CUTS=$(or $(CUTS),200) -run 'TestPowerCuts$$' ./internal/powercut
+
+marks-test: ## the disk as of every flush and write with FUA of a recorded load, in a guest (KERNEL); two hours at most
+	@$(GO) run ./internal/guest/cmd/guest test -kernel $(or $(KERNEL),newest) -timeout 2h -scripts none \
+		-env VDISK_POWER_SYNCS=32 -env VDISK_POWER_STATES=0 -run 'TestLoggedWrites$$' ./internal/powercut
 
 crash-test: ## the engine's power-cut test over STATES (200,000) crash states
 	$(GO) test -count=1 -timeout 12h -v -run 'Crash' ./cow -crash.states=$(or $(STATES),200000)
