@@ -132,7 +132,8 @@ bench-import: build ## the import of 8 GiB, beside cp and qemu-img convert; need
 bench-ublk: build ## block devices in a guest, against ublksrv if UBLKSRV_DIR has it (bench-ublk.sh)
 	@$(TOOLS)/bench-ublk.sh
 
-bench-guest: build ## block devices in a guest, against dm-thin, dm-vdo and others (bench-guest.sh)
+bench-guest: build ## block devices in a guest, beside dm-thin, dm-vdo, lvm, btrfs and others: adds them to docs/bench.md (bench-guest.sh)
+	@$(TOOLS)/setup.sh bench
 	@$(TOOLS)/bench-guest.sh
 
 bench-space: build ## the space that a Debian root file system takes, beside qcow2; needs root and debootstrap

@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"flag"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -28,7 +27,7 @@ func sampleGuest(t *testing.T) run {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m, results, err := readGuest(bytes.NewReader(data), io.Discard)
+	m, results, err := readGuest(bytes.NewReader(data))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -60,19 +59,19 @@ func TestComparisons(t *testing.T) {
 	all := []string{"read-overwritten", "randwrite-32"}
 	want := "- 0.50 × raw (read 1 MiB, overwritten by 4 KiB, cold)\n" +
 		"- 0.95 × nbdkit (random write 4 KiB, depth 32), but the rounds overlap\n"
-	if got := losses(r, all, r.peers()); got != want {
+	if got := losses(r, all, r.peers(all)); got != want {
 		t.Errorf("losses:\n%s\nwant\n%s", got, want)
 	}
 	want = "Of 5 comparisons, vdisk is clearly faster in 2 and clearly slower in 1; in 2 the rounds overlap. " +
 		"Best: 3.00 × qcow2 (random write 4 KiB, depth 32). Worst: 0.50 × raw (read 1 MiB, overwritten by 4 KiB, cold)."
-	if got := verdict(r, all, r.peers()); got != want {
+	if got := verdict(r, all, r.peers(all)); got != want {
 		t.Errorf("verdict:\n%s\nwant\n%s", got, want)
 	}
 	one := figureOf([]float64{2})
 	if c, _ := compare("x", "y", one, figureOf([]float64{1})); c.clear || c.ratio != 2 {
 		t.Errorf("of one round each: %+v", c)
 	}
-	if got := losses(r, []string{"before-write"}, r.peers()); !strings.Contains(got, "In no comparison") {
+	if got := losses(r, []string{"before-write"}, r.peers(all)); !strings.Contains(got, "In no comparison") {
 		t.Errorf("no losses: %s", got)
 	}
 }

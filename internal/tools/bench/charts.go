@@ -45,8 +45,8 @@ func charts(nbd, guest run) []chart {
 	if len(guest.Results) > 0 {
 		all = append(all, chart{name: "guest", width: 900, height: 760, panels: []panel{
 			guest.bars("Block devices in a guest: 4 KiB at random", "requests/s", []string{"2-randread-4k", "3-randwrite-4k", "4-randwrite-4k-after-snapshot"},
-				[]string{"read", "write", `write after\na snapshot`}, guest.peers(), rate),
-			guest.bars("Block devices in a guest: 1 MiB in order", "requests/s", guestTests[:1], []string{"fill"}, guest.peers(), rate)}})
+				[]string{"read", "write", `write after\na snapshot`}, guest.peers(guestTests), rate),
+			guest.bars("Block devices in a guest: 1 MiB in order", "requests/s", guestTests[:1], []string{"fill"}, guest.peers(guestTests), rate)}})
 	}
 	return all
 }

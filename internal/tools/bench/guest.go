@@ -5,13 +5,51 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 )
 
+// takeGuest keeps the results of peers.sh as a run.
+func takeGuest(in io.Reader, path string) error {
+	m, results, err := readGuest(in)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o777); err != nil {
+		return err
+	}
+	l, err := openLog(path, m, true)
+	if err != nil {
+		return err
+	}
+	return errors.Join(l.add(results), l.close())
+}
+
+// queuesTable has what two jobs on two queues are of one on one.
+func queuesTable(r run) string {
+	test := func(rw string, n int) string { return fmt.Sprintf("5-rand%s-4k-%d-jobs-and-queues", rw, n) }
+	peers := r.peers([]string{test("read", 1)})
+	if len(peers) == 0 {
+		return ""
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "Two jobs on two queues, of one job on one queue. null_blk works in its user's own thread, and is the most that the machine permits:\n\n")
+	fmt.Fprintf(&b, "| | %s |\n|---|%s\n", strings.Join(peers, " | "), strings.Repeat("---:|", len(peers)))
+	for _, rw := range []string{"read", "write"} {
+		row := "| random " + rw + " 4 KiB"
+		for _, p := range peers {
+			row += " | " + ratio(r.rate(test(rw, 2), p), r.rate(test(rw, 1), p))
+		}
+		fmt.Fprintf(&b, "%s |\n", row)
+	}
+	return b.String()
+}
+
 // readGuest reads the lines of testdata/guest/bench/peers.sh: of results, "R test target round IOPS p50(ns) p99(ns)", of the
-// machine, "# machine: NAME value", and remarks, which are passed on.
-func readGuest(in io.Reader, say io.Writer) (machine, []result, error) {
+// machine, "# machine: NAME value", and of what is missing, "# MISSING target: reason".
+func readGuest(in io.Reader) (machine, []result, error) {
 	var m machine
 	var results []result
 	lines := bufio.NewScanner(in)
@@ -41,13 +79,11 @@ func readGuest(in io.Reader, say io.Writer) (machine, []result, error) {
 				r.Write = latency
 			}
 			results = append(results, r)
-			continue
 		case len(f) > 3 && f[0] == "#" && f[1] == "machine:":
 			m.set(f[2], strings.Join(f[3:], " "))
 		case len(f) > 3 && f[0] == "#" && f[1] == "MISSING":
 			m.Missing = append(m.Missing, strings.Join(f[2:], " "))
 		}
-		fmt.Fprintln(say, line)
 	}
 	if err := lines.Err(); err != nil {
 		return m, nil, err

@@ -48,7 +48,7 @@ func command(ctx context.Context, args []string) error {
 		}
 		return report(ctx, docs)
 	case "guest":
-		if err := takeGuest(os.Stdin, os.Stderr, guestFile); err != nil {
+		if err := takeGuest(os.Stdin, guestFile); err != nil {
 			return err
 		}
 		return report(ctx, docs)

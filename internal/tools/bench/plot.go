@@ -80,10 +80,13 @@ func (c chart) script(output string) string {
 	if c.panels[0].kind == "ratios" {
 		left = 290
 	}
-	top := 66.0
-	if columns > 1 && len(c.panels[0].series) > 2 {
-		top = 88 // its key has two rows: it is not wider than a panel
+	perRow, n := 4, len(c.panels[0].series) // of the key, which is not wider than a panel
+	if columns > 1 {
+		perRow = 2
+	} else if n > 4 {
+		perRow = 3
 	}
+	top := 44 + 22*float64((n+perRow-1)/perRow)
 	margins := fmt.Sprintf("%.4f,%.4f,%.4f,%.4f", left/w, 1-20/w, 72/h, 1-top/h)
 	fmt.Fprintf(&b, head, c.width, c.height, output, rows, columns, margins, fmt.Sprintf("%.4f,%.4f", 96/w, 116/h))
 	for i, p := range c.panels {

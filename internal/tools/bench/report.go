@@ -5,7 +5,6 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"math"
 	"os"
@@ -104,6 +103,7 @@ func render(nbd, guest run) (string, error) {
 		"ratios":  ratioTable,
 		"verdict": verdict,
 		"losses":  losses,
+		"queues":  queuesTable,
 		"full":    fullTable,
 		"changes": changes,
 		"of": func(r run, test, peer, than, beside string) string {
@@ -118,7 +118,7 @@ func render(nbd, guest run) (string, error) {
 	var out strings.Builder
 	err = t.Execute(&out, map[string]any{
 		"NBD": nbd, "Guest": guest, "HasGuest": len(guest.Results) > 0, "Peers": []string{"vdisk", "qcow2", "raw", "nbdkit"},
-		"COW": []string{"vdisk", "qcow2"}, "GuestPeers": guest.peers(), "Rounds": nbd.rounds(), "Short": nbd.short(),
+		"COW": []string{"vdisk", "qcow2"}, "GuestPeers": guest.peers(guestTests), "Rounds": nbd.rounds(), "Short": nbd.short(),
 		"GuestRounds": guest.rounds(), "GuestShort": guest.short(), "GuestTests": guestTests, "Fills": fills, "Limit": fullLimitMiB,
 	})
 	return out.String(), err
@@ -154,11 +154,11 @@ func (r run) short() bool {
 	return r.rounds() < 3 || r.Machine.Parameters.Seconds < 2 || r.Machine.Parameters.SizeMiB < 256
 }
 
-// peers that have results, vdisk first.
-func (r run) peers() []string {
+// peers that have results of some tests, vdisk first.
+func (r run) peers(tests []string) []string {
 	var all []string
 	for _, x := range r.Results {
-		if !slices.Contains(all, x.Peer) {
+		if slices.Contains(tests, x.Test) && !slices.Contains(all, x.Peer) {
 			all = append(all, x.Peer)
 		}
 	}
@@ -173,23 +173,6 @@ func rank(peer string) int {
 		return -1
 	}
 	return 0
-}
-
-// takeGuest reads the lines of peers.sh, "R test target round IOPS p50(ns) p99(ns)" and remarks, and keeps them as a run.
-// Remarks are passed on.
-func takeGuest(in io.Reader, say io.Writer, path string) error {
-	m, results, err := readGuest(in, say)
-	if err != nil {
-		return err
-	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o777); err != nil {
-		return err
-	}
-	l, err := openLog(path, m, true)
-	if err != nil {
-		return err
-	}
-	return errors.Join(l.add(results), l.close())
 }
 
 // table has a row for each test that somebody has, and a column for each peer. The last is how vdisk stands to the best; where

@@ -1,5 +1,6 @@
 # Measures vdisk on ublk beside the kernel's own disks, copy-on-write or not, and those of ublksrv and qemu: in one boot, in
-# turns. bench-guest.sh runs it in a guest, and makes a table of its lines "R test target round IOPS p50(ns) p99(ns)".
+# turns. bench-guest.sh runs it in a guest, and internal/tools/bench makes the report of its lines "R test target round IOPS
+# p50(ns) p99(ns)" and "# machine: NAME value".
 # Environment: PEERS, ROUNDS, RUNTIME (seconds a test), FILE_MB (of data), DISK_MB (a disk's size), QUEUES (empty: not two queues).
 set -euo pipefail
 . ./lib.sh
@@ -60,6 +61,48 @@ remove_dm-thin() {
 	unloop "$thin_data"
 	unloop "$thin_meta"
 	rm thin.data thin.meta
+}
+
+# The old snapshots of LVM, as "lvcreate --snapshot" makes them: a write to the origin first copies what was there.
+lacks_lvm() { lacks_target snapshot dm-snapshot; }
+make_lvm() {
+	lvm_data=$(image lvm.data)
+	dmsetup create lvm --table "0 $sectors linear $lvm_data 0"
+	device[lvm]=/dev/mapper/lvm
+}
+snapshot_lvm() { # lvm becomes the origin, beside the volume that has the data
+	lvm_copies=$(image lvm.copies)
+	dmsetup create lvm-real --table "0 $sectors linear $lvm_data 0"
+	dmsetup suspend lvm
+	dmsetup create lvm-snapshot --table "0 $sectors snapshot /dev/mapper/lvm-real $lvm_copies P 8"
+	dmsetup load lvm --table "0 $sectors snapshot-origin /dev/mapper/lvm-real"
+	dmsetup resume lvm
+}
+remove_lvm() {
+	local d
+	for d in lvm-snapshot lvm lvm-real; do dmsetup remove --retry $d; done
+	unloop "$lvm_data"
+	unloop "$lvm_copies"
+	rm lvm.data lvm.copies
+}
+
+lacks_btrfs() {
+	command -v mkfs.btrfs >/dev/null || echo "there is no mkfs.btrfs"
+	modprobe btrfs 2>/dev/null || echo "this kernel has no btrfs"
+}
+make_btrfs() { # a file on btrfs, as a loop device
+	btrfs_data=$(image btrfs.data $((4 * DISK_MB)))
+	mkfs.btrfs -q "$btrfs_data"
+	mkdir -p btrfs
+	mount "$btrfs_data" btrfs
+	device[btrfs]=$(image btrfs/disk)
+}
+snapshot_btrfs() { sync btrfs/disk && cp --reflink=always btrfs/disk btrfs/snapshot; }
+remove_btrfs() {
+	unloop "${device[btrfs]}"
+	await umount btrfs
+	unloop "$btrfs_data"
+	rm btrfs.data
 }
 
 lacks_dm-vdo() {
@@ -157,7 +200,19 @@ queues() { # targets
 	done
 }
 
-say "kernel $(uname -r), $(nproc) CPUs, fio $(fio --version), $ROUNDS rounds of ${RUNTIME} s, ${FILE_MB} MiB of data"
+about() { echo "# machine: $*"; }
+about date "$(date +%F)"
+about kernel "Linux $(uname -r)"
+about system "$(. /etc/os-release && echo "$PRETTY_NAME")"
+about processor "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1)"
+about processors "$(nproc)"
+about rounds "$ROUNDS"
+about seconds "$RUNTIME"
+about size "$FILE_MB"
+for command in "vdisk --version" "fio --version" "qemu-nbd --version" "mkfs.btrfs --version"; do
+	about version "$($command 2>/dev/null | head -1 || true)"
+done
+about version "dmsetup $(dmsetup version | sed -n 's/^Library version: *//p')"
 targets=
 for target in $PEERS; do
 	why=
