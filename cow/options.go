@@ -65,6 +65,10 @@ type Options struct {
 	// the damage.
 	Repair func(*LogDamage) error
 
+	// Replaced, unless nil, is called when RebuildTable or RestoreTable has replaced the table of the store in that folder.
+	// The store can have no owner before it returns.
+	Replaced func(*storage.Folder, *Rebuilt)
+
 	// The fields below are for this package, most of them for its tests.
 
 	fs         storage.FS // holds the chunk files; nil: the store's folder

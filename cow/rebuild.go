@@ -51,7 +51,11 @@ type makeTable func(in *storage.Folder, copies storage.FS, uuid [16]byte) (metad
 func replaceTable(dir string, force bool, o Options, holder string, mk makeTable) (r *Rebuilt, err error) {
 	err = repairTable(dir, force, o, holder, func(t *tableRepair) error {
 		r = &t.done
-		return t.replace(mk)
+		err := t.replace(mk)
+		if err == nil && o.Replaced != nil {
+			o.Replaced(t.in, r)
+		}
+		return err
 	})
 	if err != nil {
 		return nil, err

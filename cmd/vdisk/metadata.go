@@ -35,7 +35,7 @@ func (a *app) metadata(c *cli.Context) error {
 	what, path := c.Args().Get(0), c.Args().Get(1)
 	switch {
 	case what == "rebuild" && c.NArg() == 1:
-		r, err := cow.RebuildTable(a.dir, c.Bool("force"), a.repairOptions())
+		r, err := owner.RebuildTable(a.dir, c.Bool("force"), a.repairOptions())
 		if err != nil {
 			return err
 		}
@@ -83,7 +83,7 @@ func (a *app) restoreTable(c *cli.Context, path string) error {
 		return err
 	}
 	defer done()
-	r, err := cow.RestoreTable(a.dir, path, bufio.NewReaderSize(in, 1<<20), c.Bool("force"), a.repairOptions())
+	r, err := owner.RestoreTable(a.dir, path, bufio.NewReaderSize(in, 1<<20), c.Bool("force"), a.repairOptions())
 	if err != nil {
 		return err
 	}
