@@ -67,6 +67,19 @@ func (p *packed) bytes() (written, stored uint64) { return p.blocks * format.Blo
 
 // Counters returns the counters of the store. They are read one after another while the store goes on.
 func (s *Store) Counters() Counters {
+	c := s.Totals()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, v := range s.catalog.volumes {
+		if v.Receiving == nil {
+			c.Volumes = append(c.Volumes, v.counters())
+		}
+	}
+	return c
+}
+
+// Totals returns the counters without those of each volume, at the same cost however many there are.
+func (s *Store) Totals() Counters {
 	c := Counters{Failed: s.readOnly == nil && s.wal.Err() != nil, Paced: s.cleaner.pacer.on.Load()}
 	c.MapLookups, c.MapLoads = s.cache.Lookups()
 	c.UnitHits, c.UnitMisses = s.units.lookups()
@@ -91,11 +104,6 @@ func (s *Store) Counters() Counters {
 	c.CheckpointFailures = s.checkpoints.failures
 	c.CleanedChunks, c.MovedBytes, c.Cleaning = s.cleaner.chunks, s.cleaner.moved, s.cleaner.chunk != nil
 	c.ReclaimedBytes = uint64(s.slots.removed)
-	for _, v := range s.catalog.volumes {
-		if v.Receiving == nil {
-			c.Volumes = append(c.Volumes, v.counters())
-		}
-	}
 	return c
 }
 

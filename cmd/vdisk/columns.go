@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/urfave/cli/v2"
+	"github.com/vdisk/vdisk/internal/natural"
 )
 
 // item is one line of the list: a volume or a snapshot.
@@ -212,7 +213,7 @@ func chooseColumns(c *cli.Context) (chosen []column, err error) {
 // compare orders items by the column: by number if it has numbers, items without one first, and otherwise by text.
 func (col column) compare(a *app, x, y item) int {
 	if col.number == nil {
-		return natural(col.text(a, x), col.text(a, y))
+		return natural.Compare(col.text(a, x), col.text(a, y))
 	}
 	m, xHas := col.number(x)
 	n, yHas := col.number(y)
@@ -225,32 +226,4 @@ func (col column) compare(a *app, x, y item) int {
 		return -1
 	}
 	return 0
-}
-
-// natural compares texts as people do: vm2 is before vm10.
-func natural(x, y string) int {
-	a, b := x, y
-	for a != "" && b != "" {
-		m, n := leadingDigits(a), leadingDigits(b)
-		if m == 0 || n == 0 {
-			if a[0] != b[0] {
-				return cmp.Compare(a[0], b[0])
-			}
-			a, b = a[1:], b[1:]
-			continue
-		}
-		d, e := strings.TrimLeft(a[:m], "0"), strings.TrimLeft(b[:n], "0")
-		if order := cmp.Or(cmp.Compare(len(d), len(e)), cmp.Compare(d, e)); order != 0 {
-			return order
-		}
-		a, b = a[m:], b[n:]
-	}
-	return cmp.Or(cmp.Compare(len(a), len(b)), cmp.Compare(x, y)) // "1" and "01" differ, too
-}
-
-func leadingDigits(text string) (n int) {
-	for n < len(text) && '0' <= text[n] && text[n] <= '9' {
-		n++
-	}
-	return n
 }

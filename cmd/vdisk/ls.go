@@ -10,6 +10,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/natural"
 	"github.com/vdisk/vdisk/internal/owner"
 )
 
@@ -77,7 +78,7 @@ func (a *app) ls(c *cli.Context) error {
 		if kind != "all" && c.NArg() == 0 {
 			volumes = slices.DeleteFunc(volumes, func(v volumeJSON) bool { return v.Receiving != nil })
 		}
-		slices.SortStableFunc(volumes, func(x, y volumeJSON) int { return natural(x.Name, y.Name) })
+		slices.SortStableFunc(volumes, func(x, y volumeJSON) int { return natural.Compare(x.Name, y.Name) })
 		items := itemsOf(volumes, kind)
 		if by.usage || slices.ContainsFunc(chosen, func(c column) bool { return c.usage }) {
 			families := by.name == "family" || slices.ContainsFunc(chosen, func(c column) bool { return c.name == "family" })

@@ -6,6 +6,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/vdisk/vdisk/internal/natural"
 )
 
 // TestTable: numbers are aligned to the right, texts to the left, and nothing is at the end of a line.
@@ -45,7 +47,7 @@ func TestNatural(t *testing.T) {
 	want := []string{"", "01", "1", "2", "10", "a", "a.b", "a1b2", "a1b10", "a2", "a10", "a10b", "a18446744073709551616", "b"}
 	for i, x := range want {
 		for k, y := range want {
-			if got, want := natural(x, y), cmp.Compare(i, k); got != want {
+			if got, want := natural.Compare(x, y), cmp.Compare(i, k); got != want {
 				t.Errorf("%q and %q: %d, want %d", x, y, got, want)
 			}
 		}

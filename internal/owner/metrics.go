@@ -9,13 +9,21 @@ import (
 	"slices"
 	"time"
 
+	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/internal/metrics"
 	"github.com/vdisk/vdisk/ublk"
 )
 
 // Reading reads the counters of the store, of its clients and of its block devices.
 func (o *Owner) Reading(context.Context) (metrics.Reading, error) {
-	r := metrics.Reading{Version: o.opts.Version, Store: o.dir, Started: o.started, At: time.Now(), Info: o.store.Info(), Counters: o.store.Counters()}
+	return o.reading(o.store.Counters()), nil
+}
+
+// Activity is Reading without the counters that the engine has of each volume, so that it can be asked for every second.
+func (o *Owner) Activity() metrics.Reading { return o.reading(o.store.Totals()) }
+
+func (o *Owner) reading(c cow.Counters) metrics.Reading {
+	r := metrics.Reading{Version: o.opts.Version, Store: o.dir, Started: o.started, At: time.Now(), Info: o.store.Info(), Counters: c}
 	served := map[*target]ublk.Stats{}
 	o.mu.Lock()
 	for _, s := range o.services {
@@ -36,8 +44,11 @@ func (o *Owner) Reading(context.Context) (metrics.Reading, error) {
 	slices.SortFunc(r.Traffic, func(a, b metrics.Traffic) int {
 		return cmp.Or(cmp.Compare(a.Ref.Volume, b.Ref.Volume), cmp.Compare(a.Ref.Snapshot, b.Ref.Snapshot))
 	})
-	return r, nil
+	return r
 }
+
+// EachChunk calls each for every chunk file of the store, as cow.Store.EachChunk does.
+func (o *Owner) EachChunk(each func(cow.ChunkInfo)) error { return o.store.EachChunk(each) }
 
 // Metrics writes a reading in Prometheus's text format.
 func (o *Owner) Metrics(ctx context.Context, w io.Writer) error {

@@ -16,11 +16,12 @@ const module = "github.com/vdisk/vdisk"
 // layers lists the packages from the top down, with the packages of this module that each may import. A package that is
 // missing here may import none of them.
 var layers = map[string][]string{
-	"cmd/vdisk":                {"internal/owner", "internal/journal", "internal/retention", "internal/freeze", "internal/owner/sparse", "internal/image", "internal/stream", "internal/bench", "internal/metrics", "internal/storage", "internal/size", "cow", "format", "ublk"},
+	"cmd/vdisk":                {"internal/natural", "internal/owner", "internal/journal", "internal/retention", "internal/freeze", "internal/owner/sparse", "internal/image", "internal/stream", "internal/bench", "internal/metrics", "internal/storage", "internal/size", "cow", "format", "ublk"},
 	"internal/image":           {"internal/owner/sparse", "nbd", "cow"},
 	"internal/owner":           {"internal/journal", "internal/retention", "internal/owner/sparse", "internal/rbddiff", "internal/stream", "internal/bench", "internal/metrics", "internal/storage", "internal/ratelimit", "cow", "format", "nbd", "ublk"},
 	"internal/metrics":         {"internal/localhttp", "cow", "ublk"},
 	"internal/localhttp":       {},
+	"internal/natural":         {},
 	"internal/bench":           {"internal/workload", "cow", "format", "ublk"},
 	"cow":                      {"internal/stream", "internal/ratelimit", "cow/internal/audit", "cow/internal/leafcache", "cow/internal/wal", "cow/internal/fault", "cow/internal/lockorder", "metadata", "format", "internal/storage"},
 	"cow/internal/audit":       {"cow/internal/fault", "metadata", "format"},
