@@ -9,7 +9,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
 .DEFAULT_GOAL = build
-.PHONY: help build install demo test guest-test recovery-test power-test marks-test crash-test damage-test fault-test kill-test linear-test vm-test proof soak fuzz mutants bench bench-report bench-engine bench-import bench-ublk bench-guest bench-space deb deb-test deb-guest-test lint clean
+.PHONY: help build install demo test guest-test recovery-test power-test marks-test crash-test damage-test fault-test kill-test linear-test vm-test proof soak fuzz mutants bench bench-report bench-engine bench-import bench-ublk bench-guest bench-space deb deb-test deb-guest-test web-test lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,10 @@ deb-test: ## the package is the same in two builds, and lintian has nothing to s
 deb-guest-test: ## the package in a guest under systemd (KERNEL), over an upgrade, a kill and a reboot (deb-guest.sh)
 	@$(TOOLS)/setup.sh build deb
 	@$(TOOLS)/deb-guest.sh
+
+web-test: ## the page of a daemon in headless Chromium, under load; leaves pictures in bin/web
+	@$(TOOLS)/setup.sh build web-test
+	VDISK_WEB_TEST=1 VDISK_WEB_SHOTS=$(CURDIR)/bin/web $(GO) test -count=1 -timeout 10m -run 'TestBrowser$$' ./internal/web
 
 demo: build ## the main job, on a real file system image; under three minutes
 	@$(TOOLS)/setup.sh demo

@@ -21,18 +21,20 @@ func (a *app) daemonCommand() *cli.Command {
 		Name:      "daemon",
 		Category:  groupAccess,
 		Usage:     "own the store in the foreground",
-		UsageText: "vdisk daemon [--nbd PATH|off] [--socket-mode MODE] [--socket-group GROUP] [--metrics ADDRESS:PORT]",
+		UsageText: "vdisk daemon [--nbd PATH|off] [--socket-mode MODE] [--socket-group GROUP] [--metrics ADDRESS:PORT] [--web ADDRESS:PORT|unix:PATH]",
 		Description: "The daemon recovers devices that wait for a server, and serves all volumes and snapshots over NBD, as 'vdisk serve' does:\n" +
 			"on STORE/nbd.sock, on another socket (--nbd PATH), or not at all (--nbd off). It attaches the volumes with the property\n" +
 			"auto.attach=on ('vdisk set').\n\n" +
 			"SIGINT, SIGTERM and SIGHUP end it, and its block devices with it; if it is killed in any other way, they wait for the\n" +
 			"next server. 'vdisk attach' starts a daemon, without NBD, if the store has no owner. Start one yourself (as a service:\n" +
-			"init/vdisk@.service) to keep the store open at all times. SIGUSR2 does what 'vdisk upgrade' does.",
+			"init/vdisk@.service) to keep the store open at all times. SIGUSR2 does what 'vdisk upgrade' does.\n\n" +
+			"--web 127.0.0.1:9751 lets every user of this machine look at the store with a browser: volumes, graphs, space, events.\n" +
+			"--web unix:/run/vdisk/web.sock lets only root and the daemon's user ('ssh -L 9751:/run/vdisk/web.sock HOST').",
 		Flags: append([]cli.Flag{
 			&cli.PathFlag{Name: "nbd", Usage: "serve NBD on the Unix socket `PATH`, or \"off\"", DefaultText: "STORE/nbd.sock; off with --until-idle"},
 			&cli.BoolFlag{Name: "until-idle", Usage: "end with the last device, service and client"},
 			&cli.BoolFlag{Name: "ready", Usage: "tell on descriptor 3 how the start went", Hidden: true},
-		}, append(accessFlags(), metricsFlags()...)...),
+		}, append(append(accessFlags(), metricsFlags()...), webFlag())...),
 	}, a.daemon)
 }
 
@@ -77,11 +79,19 @@ func (a *app) daemon(c *cli.Context) error {
 	}
 	shown := a.serveMetrics(l)
 	defer shown.end()
-	return a.own(c, o, handover, shown)
+	page, err := a.serveWeb(c)
+	defer page.end()
+	switch {
+	case err != nil && handover == nil:
+		return err
+	case err != nil:
+		a.log.Error("there is no page", "err", err)
+	}
+	return a.own(c, o, handover, func(s *owner.Owner) { shown.of(s); page.of(s) })
 }
 
 // own owns the store until the end, or until an upgrade executes another program.
-func (a *app) own(c *cli.Context, o owner.Options, handover *owner.Handover, shown *metricsServer) error {
+func (a *app) own(c *cli.Context, o owner.Options, handover *owner.Handover, show func(*owner.Owner)) error {
 	for {
 		o.Handed = handover
 		s, err := a.startOwner(c, o, handover)
@@ -91,7 +101,7 @@ func (a *app) own(c *cli.Context, o owner.Options, handover *owner.Handover, sho
 		if err != nil {
 			return err
 		}
-		shown.of(s)
+		show(s)
 		if handover != nil {
 			handover.Done()
 		}

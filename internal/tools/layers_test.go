@@ -16,8 +16,9 @@ const module = "github.com/vdisk/vdisk"
 // layers lists the packages from the top down, with the packages of this module that each may import. A package that is
 // missing here may import none of them.
 var layers = map[string][]string{
-	"cmd/vdisk":                {"internal/natural", "internal/owner", "internal/journal", "internal/retention", "internal/freeze", "internal/owner/sparse", "internal/image", "internal/stream", "internal/bench", "internal/metrics", "internal/storage", "internal/size", "cow", "format", "ublk"},
+	"cmd/vdisk":                {"internal/web", "internal/natural", "internal/owner", "internal/journal", "internal/retention", "internal/freeze", "internal/owner/sparse", "internal/image", "internal/stream", "internal/bench", "internal/metrics", "internal/storage", "internal/size", "cow", "format", "ublk"},
 	"internal/image":           {"internal/owner/sparse", "nbd", "cow"},
+	"internal/web":             {"internal/owner", "internal/metrics", "internal/localhttp", "internal/journal", "internal/natural", "cow"},
 	"internal/owner":           {"internal/journal", "internal/retention", "internal/owner/sparse", "internal/rbddiff", "internal/stream", "internal/bench", "internal/metrics", "internal/storage", "internal/ratelimit", "cow", "format", "nbd", "ublk"},
 	"internal/metrics":         {"internal/localhttp", "cow", "ublk"},
 	"internal/localhttp":       {},

@@ -6,6 +6,7 @@
 #   bench   fio, the servers that vdisk is measured beside, and gnuplot
 #   deb     dpkg-deb; deb-test also lintian
 #   vm      QEMU and e2fsprogs
+#   web-test  Chromium, fio
 #   test    the NBD clients and file-system tools that the tests drive
 # Exits with 1 and says what to install when it cannot.
 set -eu
@@ -75,8 +76,13 @@ for what; do
 		need gzip gzip
 		[ "$what" = deb ] || { need lintian lintian; need python3 python3-minimal; }
 		;;
+	web-test)
+		need chromium chromium
+		need fio fio
+		[ -e /usr/share/fonts/truetype/dejavu ] || packages="$packages fonts-dejavu-core"
+		;;
 	*)
-		echo "usage: setup.sh build|bench|deb|deb-test|demo|vm|test..." >&2
+		echo "usage: setup.sh build|bench|deb|deb-test|demo|vm|test|web-test..." >&2
 		exit 2
 		;;
 	esac

@@ -22,7 +22,7 @@ TestOracleTrusts TestOrderOf.* TestPartsOfUnits TestPromises TestReadOnlyStore
 TestReadsDoNotAllocate TestReceiveRefuses TestRemoveWithVeryManySnapshots TestReplayOfMoreThanFits
 TestRoundsLeaveNoSpace TestSectorsOfOneBlock TestSendAsStored TestSendReceive TestSizes TestSoak
 TestSpaceComesBack TestTableCannotFillTheDisk TestUnchangedIsUnchanged TestWrongTable
-TestScripts/(arguments|backup|badleaf|badstore|bench|check_repair|completion|damage|diff|events|flatten|foreign|formats|full|gc|holds|images|json|kept|ls|man|metadata|names|newest|nosuch|operations|overwrite|patterns|qemu|rbd|readonly|repair|retention|salvage|send|snapshots|space|stream|streams|transfer|usage|volumes)
+TestScripts/(arguments|backup|badleaf|badstore|bench|check_repair|completion|damage|diff|events|flatten|foreign|formats|full|gc|holds|images|json|kept|ls|man|metadata|names|newest|nosuch|operations|overwrite|patterns|qemu|rbd|readonly|repair|retention|salvage|send|snapshots|space|stream|streams|transfer|usage|volumes|web)
 '
 
 stage() { printf '\n=== %s\n' "$*"; }

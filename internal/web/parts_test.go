@@ -1,0 +1,165 @@
+package web
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"strings"
+	"testing"
+
+	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/journal"
+	"github.com/vdisk/vdisk/internal/owner"
+	"github.com/vdisk/vdisk/internal/storage"
+)
+
+func dialTo(path string) func(context.Context, string, string) (net.Conn, error) {
+	return func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", path)
+	}
+}
+
+// volume returns a volume with snapshots.
+func volume(name, origin string, snapshots ...string) owner.Volume {
+	v := owner.Volume{VolumeInfo: cow.VolumeInfo{Name: name, Origin: origin}}
+	for _, s := range snapshots {
+		v.Snapshots = append(v.Snapshots, cow.SnapshotInfo{Volume: name, Name: s})
+	}
+	return v
+}
+
+// drawn returns a tree as 'vdisk ls --tree' draws it.
+func drawn(t tree) string {
+	var text strings.Builder
+	for _, r := range t.Rows {
+		for _, g := range r.Guides {
+			text.WriteString(map[string]string{"pipe": "│ ", "none": "  ", "tee": "├ ", "elbow": "└ "}[g])
+		}
+		text.WriteString(r.Name)
+		if r.Origin != "" {
+			text.WriteString(" from " + r.Origin)
+		}
+		text.WriteString("\n")
+	}
+	return text.String()
+}
+
+// TestTree draws a tree of everything, and parts of it.
+func TestTree(t *testing.T) {
+	volumes := []owner.Volume{
+		volume("db", "", "a", "b"), volume("golden", "", "v1", "v2"), volume("lost", "(deleted)"), volume("vm1", "golden@v1", "x"),
+		volume("vm2", "golden@v1"), volume("vm3", "golden@gone"), volume("vm4", "vm1@x"),
+	}
+	for _, x := range []struct{ find, want string }{
+		{"", "db\n├ db@a\n└ db@b\ngolden\n├ golden@v1\n│ ├ vm1\n│ │ └ vm1@x\n│ │   └ vm4\n│ └ vm2\n├ golden@v2\n└ vm3 from golden@gone\nlost from (deleted)\n"},
+		{"VM", "vm1 from golden@v1\n└ vm1@x\n  └ vm4\nvm2 from golden@v1\nvm3 from golden@gone\n"},
+		{"@", "db@a\ndb@b\ngolden@v1\ngolden@v2\nvm1@x\n"},
+		{"nothing", ""},
+	} {
+		if got := drawn(treeOf(volumes, x.find)); got != x.want {
+			t.Errorf("%q:\n%s\nnot\n%s", x.find, got, x.want)
+		}
+	}
+	if x := treeOf(volumes, "db"); x.All != 12 || x.Found != 3 {
+		t.Errorf("%d of %d", x.Found, x.All)
+	}
+}
+
+// TestTreeIsBounded draws trees that are far too wide, long and deep.
+func TestTreeIsBounded(t *testing.T) {
+	var wide, deep []owner.Volume
+	for i := range 2 * shownRows {
+		wide = append(wide, volume(fmt.Sprint("v", i), "", "a", "b"))
+		deep = append(deep, volume(fmt.Sprint("d", i), fmt.Sprintf("d%d@s", i-1), "s"))
+	}
+	for _, volumes := range [][]owner.Volume{wide, deep, append(deep, wide...)} {
+		x := treeOf(volumes, "")
+		if len(x.Rows) != shownRows {
+			t.Errorf("%d rows", len(x.Rows))
+		}
+		for i, r := range x.Rows {
+			if len(r.Guides) > shownGuides || volumes[0].Name == "d0" && len(r.Guides)+r.Deeper != i {
+				t.Fatalf("%s, row %d: %d lines, %d left out", r.Name, i, len(r.Guides), r.Deeper)
+			}
+		}
+	}
+}
+
+// TestBars gives the widest row a bar of 100 percent.
+func TestBars(t *testing.T) {
+	x := treeOf([]owner.Volume{volume("a", ""), volume("b", ""), volume("c", "")}, "")
+	x.addUsage(map[string]cow.Usage{"a": {Referenced: 400, Exclusive: 100, Shared: 300, Mapped: 800}, "b": {Referenced: 200, Exclusive: 200}})
+	if a, b, c := x.Rows[0], x.Rows[1], x.Rows[2]; a.Alone != 25 || a.Common != 75 || a.Ratio() != "2.00" || b.Alone != 50 || b.Common != 0 || c.Barred || c.Ratio() != "–" {
+		t.Errorf("%+v", x.Rows)
+	}
+}
+
+// TestChunkMap makes maps of ever more chunks. They have a bounded number of cells, and lose no chunk and no byte.
+func TestChunkMap(t *testing.T) {
+	for _, n := range []int{0, 1, maxCells, maxCells + 1, 5*maxCells + 3, 20 * maxCells} {
+		var m chunkMap
+		for i := range n {
+			c := cow.ChunkInfo{Slot: uint32(2 * i), Kind: cow.ChunkFull, FileBytes: 100, RecordBytes: 90, LiveBytes: 55}
+			if i == n/2 {
+				c.Kind = cow.ChunkDamaged
+			}
+			m.add(c)
+		}
+		var chunks, damaged int
+		var live int64
+		next := uint32(0)
+		for _, c := range m.Cells {
+			if chunks += c.chunks; c.first != next || c.chunks > m.Each {
+				t.Errorf("of %d: %+v after slot %d", n, c, next)
+			}
+			next, live = c.last+2, live+c.live
+			if c.kind == cow.ChunkDamaged {
+				damaged++
+			}
+		}
+		if len(m.Cells) > maxCells || len(m.Cells) < min(n, maxCells/2) || chunks != n || m.Chunks != n || live != int64(55*n) || m.Live != live || damaged != min(n, 1) {
+			t.Errorf("of %d: %d cells with %d chunks, %d bytes; %d damaged", n, len(m.Cells), chunks, live, damaged)
+		}
+	}
+	for _, x := range []struct {
+		live, size int64
+		want       string
+	}{{0, 100, "k-full l0"}, {1, 1000, "k-full l1"}, {500, 1000, "k-full l10"}, {1000, 1000, "k-full l20"}, {0, 0, "k-full l0"}} {
+		if got := (cell{kind: cow.ChunkFull, live: x.live, size: x.size}).Class(); got != x.want {
+			t.Errorf("%d of %d: %s", x.live, x.size, got)
+		}
+	}
+}
+
+// TestEvents reads more events than are shown, and then only what is new.
+func TestEvents(t *testing.T) {
+	in, err := storage.OpenFolder(t.TempDir(), true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := journal.New(in, slog.New(slog.DiscardHandler))
+	opened := 0
+	open := func() (*journal.Tail, error) { opened++; return journal.NewTail(in), nil }
+	var x events
+	defer x.close() // and the folder
+	added := 0
+	for _, n := range []int{0, 1, 2*shownEvents + 7, 0, 3} {
+		for range n {
+			log.Add(journal.Entry{Kind: "create", Names: []string{fmt.Sprint("v", added)}})
+			added++
+		}
+		list, err := x.newest(open)
+		if err != nil || len(list) != min(added, shownEvents) {
+			t.Fatalf("after %d: %d events, %v", added, len(list), err)
+		}
+		for i, e := range list {
+			if want := fmt.Sprint("v", added-1-i); e.Text != want {
+				t.Fatalf("after %d: event %d is %s, not %s", added, i, e.Text, want)
+			}
+		}
+	}
+	if opened != 1 {
+		t.Errorf("the journal was opened %d times", opened)
+	}
+}
