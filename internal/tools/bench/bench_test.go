@@ -142,11 +142,15 @@ func TestReduce(t *testing.T) {
 		t.Fatal(err)
 	}
 	r, n, err := reduce(data)
-	if err != nil || n != 14635+6208 || r.Rate != 10080 || len(r.Read) != len(quantiles) || len(r.Write) != len(quantiles) {
+	if err != nil || n != 14635+6208 || r.Rate != 10080 || len(r.Read) != len(quantiles) || len(r.Write) != len(quantiles) ||
+		len(r.Flush) != len(quantiles) {
 		t.Errorf("%v requests, %+v, %v", n, r, err)
 	}
-	if !slices.IsSorted(r.Read) {
-		t.Errorf("latencies of percentiles: %v", r.Read)
+	if !slices.IsSorted(r.Read) || r.Read[12] == 0 {
+		t.Errorf("latencies of reads at the percentiles: %v", r.Read)
+	}
+	if r.Flush[11] == 0 || r.Flush[12] != 0 { // of 5253 flushes
+		t.Errorf("latencies of flushes: %v", r.Flush)
 	}
 	for _, bad := range []string{"", "{}", `{"jobs":[{}]}`, `{"jobs":[{"read":{"total_ios":1,"runtime":1}}]}`} {
 		if _, _, err := reduce([]byte(bad)); err == nil {

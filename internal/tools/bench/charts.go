@@ -31,10 +31,10 @@ func charts(nbd, guest run) []chart {
 				[]string{"database", "machine", "half and half"}, peers, rate),
 			nbd.bars("Random writes of 4 KiB, a flush after each", "requests/s", []string{"fsync"}, []string{"depth 1"}, peers, rate)}},
 		{name: "latency", width: 900, height: 760, columns: 2, panels: []panel{
-			nbd.latencies("Random reads of 4 KiB, warm, depth 1", "randread-1", false, peers),
-			nbd.latencies("Random reads of 4 KiB, warm, depth 32", "randread-32", false, peers),
-			nbd.latencies("Random writes of 4 KiB, depth 32", "randwrite-32", true, peers),
-			nbd.latencies("Random writes of 4 KiB, a flush after each", "fsync", true, peers)}},
+			nbd.latencies("Random reads of 4 KiB, warm, depth 1", "randread-1", "reads", peers),
+			nbd.latencies("Random reads of 4 KiB, warm, depth 32", "randread-32", "reads", peers),
+			nbd.latencies("Random writes of 4 KiB, depth 32", "randwrite-32", "writes", peers),
+			nbd.latencies("Flushes, one after each write of 4 KiB", "fsync", "flushes", peers)}},
 		{name: "space", width: 900, height: 420, columns: 2, panels: []panel{
 			nbd.bars("Space on the disk", "bytes for a byte of data", []string{"space-filled", "space-overwritten", "space-packed"},
 				[]string{"filled", "overwritten", `after\ngc --cold`}, peers, space),

@@ -99,7 +99,7 @@ func (h *host) stop() error {
 	if err := c.Process.Signal(syscall.SIGTERM); err != nil {
 		return err
 	}
-	late := time.AfterFunc(time.Minute, func() { c.Process.Kill() })
+	late := time.AfterFunc(5*time.Minute, func() { c.Process.Kill() })
 	defer late.Stop()
 	err := c.Wait()
 	var exit *exec.ExitError
@@ -117,6 +117,10 @@ type fioOutput struct {
 	Jobs []struct {
 		Read  fioSide
 		Write fioSide
+		Sync  struct {
+			IOs     float64    `json:"total_ios"`
+			Latency fioLatency `json:"lat_ns"`
+		}
 	}
 }
 
@@ -124,10 +128,10 @@ type fioSide struct {
 	IOs     float64 `json:"total_ios"`
 	Bytes   float64 `json:"io_bytes"`
 	Runtime float64
-	Latency struct {
-		Percentile map[string]float64
-	} `json:"clat_ns"`
+	Latency fioLatency `json:"clat_ns"`
 }
+
+type fioLatency struct{ Percentile map[string]float64 }
 
 // fio runs a job of jobs.fio on an export of the server.
 func (h *host) fio(ctx context.Context, job, export string, env ...string) (result, error) {
@@ -177,23 +181,29 @@ func reduce(data []byte) (result, float64, error) {
 		return result{}, 0, errors.New("no requests")
 	}
 	r := result{Rate: round3(n / ms * 1000), MiB: round3((read.Bytes + write.Bytes) / ms * 1000 / (1 << 20))}
-	var err, err2 error
-	r.Read, err = read.quantiles()
-	r.Write, err2 = write.quantiles()
-	return r, n, errors.Join(err, err2)
+	var errs [3]error
+	r.Read, errs[0] = read.Latency.quantiles(read.IOs)
+	r.Write, errs[1] = write.Latency.quantiles(write.IOs)
+	if sync := out.Jobs[0].Sync; sync.IOs > 1 { // the last of a job is not of interest alone
+		r.Flush, errs[2] = sync.Latency.quantiles(sync.IOs)
+	}
+	return r, n, errors.Join(errs[:]...)
 }
 
-func (s fioSide) quantiles() ([]float64, error) {
-	if s.IOs == 0 {
+// quantiles of n requests. One that is not a whole request away from the slowest is not known.
+func (l fioLatency) quantiles(n float64) ([]float64, error) {
+	if n == 0 {
 		return nil, nil
 	}
-	var us []float64
-	for _, q := range quantiles {
-		ns, is := s.Latency.Percentile[strconv.FormatFloat(q, 'f', 6, 64)]
+	us := make([]float64, len(quantiles))
+	for i, q := range quantiles {
+		ns, is := l.Percentile[strconv.FormatFloat(q, 'f', 6, 64)]
 		if !is {
 			return nil, fmt.Errorf("no percentile of %v", q)
 		}
-		us = append(us, round3(ns/1000))
+		if n*(100-q) >= 100 {
+			us[i] = round3(ns / 1000)
+		}
 	}
 	return us, nil
 }

@@ -95,6 +95,9 @@ func measure(ctx context.Context, args []string) (err error) {
 	}
 	b := &bench{host: h, parameters: p, log: log, begin: time.Now(), limit: *limit}
 	if err := errors.Join(b.all(ctx), log.close()); err != nil {
+		if ctx.Err() != nil {
+			err = context.Cause(ctx) // what was killed by it says nothing
+		}
 		return fmt.Errorf("%w (the results so far are kept; the same command goes on with them)", err)
 	}
 	if err := os.MkdirAll(filepath.Dir(nbdFile), 0o777); err != nil {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"os/exec"
@@ -178,7 +179,7 @@ func (p panel) bars(b *strings.Builder, n int) {
 	if p.log {
 		b.WriteString("set yrange [*:*]\n")
 	}
-	fmt.Fprintf(b, "set style data histograms\nset style histogram errorbars gap 1 lw 1\nset xrange [-0.6:%.1f]\nset xtics scale 0\n",
+	fmt.Fprintf(b, "set errorbars 0.7 lc rgb '#202020' lw 1.2\nset style data histograms\nset style histogram errorbars gap 1 lw 1\nset xrange [-0.6:%.1f]\nset xtics scale 0\n",
 		float64(len(p.groups))-0.4)
 	p.plots(b, func(i int, s series) string {
 		return fmt.Sprintf("$d%d using %d:%d:%d:xtic(1) title %s %s", n, 2+3*i, 3+3*i, 4+3*i, quote(s.name), onlyColour(s.style))
@@ -232,11 +233,19 @@ set arrow 1 from 1,graph 0 to 1,graph 1 nohead lc rgb '#202020' lw 2 back
 	})
 }
 
+// draw makes the SVG, without the panels that have no data: gnuplot refuses those.
 func (c chart) draw(ctx context.Context, path string) error {
+	c.panels = slices.DeleteFunc(slices.Clone(c.panels), func(p panel) bool { return len(p.series) == 0 })
+	if len(c.panels) == 0 {
+		return fmt.Errorf("%s: there is nothing to draw", c.name)
+	}
 	cmd := exec.CommandContext(ctx, "gnuplot")
 	cmd.Stdin = strings.NewReader(c.script(path))
 	out, err := cmd.CombinedOutput()
-	if err != nil || len(out) > 0 { // it warns of empty ranges, and there are to be none
+	if err == nil && len(out) > 0 { // it warns of data that it could not draw
+		err = errors.New("it has something to say")
+	}
+	if err != nil {
 		return fmt.Errorf("gnuplot, %s: %w\n%s", c.name, err, out)
 	}
 	return nil
@@ -266,14 +275,16 @@ func (r run) byDepth(head, job string, peers []string) panel {
 	return p
 }
 
-func (r run) latencies(head, test string, write bool, peers []string) panel {
+func (r run) latencies(head, test, kind string, peers []string) panel {
 	p := panel{title: head, x: "percentile", y: "latency", kind: "latency", log: true, at: quantiles}
 	for _, peer := range peers {
 		s := series{name: peer, style: styleOf(peer)}
 		for _, q := range quantiles {
-			s.figures = append(s.figures, r.latency(test, peer, write, q))
+			s.figures = append(s.figures, r.latency(test, peer, kind, q))
 		}
-		p.series = append(p.series, s)
+		if slices.ContainsFunc(s.figures, figure.known) {
+			p.series = append(p.series, s)
+		}
 	}
 	return p
 }

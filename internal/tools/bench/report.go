@@ -25,7 +25,7 @@ var titles = map[string]string{
 	"randread-cold":    "random read 4 KiB, cold",
 	"fsync":            "random write 4 KiB, a flush after each",
 	"overwrite":        "random write 4 KiB, every block once",
-	"database":         "database: 8 KiB, 70 % reads, flushes",
+	"database":         "database: 8 KiB, 70 % reads",
 	"machine":          "machine: 4 to 256 KiB, 60 % reads",
 	"half":             "half and half: 4 KiB",
 	"before-write":     "random write, before",

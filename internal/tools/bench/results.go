@@ -26,7 +26,8 @@ type result struct {
 	MiB   float64   `json:"mib,omitempty"`    // a second
 	CPU   float64   `json:"cpu_us,omitempty"` // processor time of the server, a request
 	Read  []float64 `json:"read_us,omitempty"`
-	Write []float64 `json:"write_us,omitempty"` // latencies, at the quantiles
+	Write []float64 `json:"write_us,omitempty"`
+	Flush []float64 `json:"flush_us,omitempty"` // latencies, at the quantiles; 0 where there are too few requests to say
 	Space float64   `json:"space,omitempty"`    // bytes on the disk, of a byte that was written
 }
 
@@ -174,18 +175,14 @@ func (r run) rate(test, peer string) figure {
 	return r.of(test, peer, func(x result) float64 { return x.Rate })
 }
 
-// latency is the median of a quantile of the rounds, in µs.
-func (r run) latency(test, peer string, write bool, quantile float64) figure {
+// latency is the median of a quantile of the rounds, in µs: of reads, writes or flushes.
+func (r run) latency(test, peer, kind string, quantile float64) figure {
 	i := slices.Index(quantiles, quantile)
 	return r.of(test, peer, func(x result) float64 {
-		l := x.Read
-		if write {
-			l = x.Write
+		if l := map[string][]float64{"reads": x.Read, "writes": x.Write, "flushes": x.Flush}[kind]; i < len(l) {
+			return l[i]
 		}
-		if i >= len(l) {
-			return 0
-		}
-		return l[i]
+		return 0
 	})
 }
 

@@ -23,21 +23,18 @@ func spaceCell(r run, test, peer string) (figure, string) {
 	return inverse(f), fmt.Sprintf("%.2f", f.median)
 }
 
-// A latencyRow is a test, and whether its writes are looked at.
-type latencyRow struct {
-	test  string
-	write bool
-}
+// A latencyRow is a test, and what of it is looked at.
+type latencyRow struct{ test, kind string }
 
-var latencyRows = []latencyRow{{"randread-1", false}, {"randread-32", false}, {"randread-cold", false}, {"randwrite-1", true},
-	{"randwrite-32", true}, {"fsync", true}, {"database", false}, {"database", true}, {"machine", false}, {"machine", true}}
+var latencyRows = []latencyRow{{"randread-1", "reads"}, {"randread-32", "reads"}, {"randread-cold", "reads"}, {"randwrite-1", "writes"},
+	{"randwrite-32", "writes"}, {"fsync", "writes"}, {"fsync", "flushes"}, {"database", "reads"}, {"database", "writes"},
+	{"machine", "reads"}, {"machine", "writes"}}
 
 func (l latencyRow) String() string {
-	t := title(l.test)
-	if l.test == "database" || l.test == "machine" {
-		t += map[bool]string{false: ": its reads", true: ": its writes"}[l.write]
+	if strings.HasPrefix(l.test, "rand") {
+		return title(l.test)
 	}
-	return t
+	return title(l.test) + ": the " + l.kind
 }
 
 // latencyTable has the median, the 99th and the 99.9th percentile of each peer; and how many times the best other's p99 vdisk's is.
@@ -47,13 +44,13 @@ func latencyTable(r run, peers []string) string {
 	for _, l := range latencyRows {
 		row, best := "| "+l.String(), figureOf(nil)
 		for _, p := range peers {
-			at := func(q float64) figure { return r.latency(l.test, p, l.write, q) }
+			at := func(q float64) figure { return r.latency(l.test, p, l.kind, q) }
 			row += fmt.Sprintf(" | %s · %s · %s", micros(at(50).median), micros(at(99).median), micros(at(99.9).median))
 			if f := at(99); p != "vdisk" && f.known() && (!best.known() || f.median < best.median) {
 				best = f
 			}
 		}
-		ours := r.latency(l.test, "vdisk", l.write, 99)
+		ours := r.latency(l.test, "vdisk", l.kind, 99)
 		last := "–"
 		if ours.known() && best.known() {
 			last = fmt.Sprintf("%.2f", ours.median/best.median)
@@ -158,7 +155,7 @@ func fullTable(r run) string {
 		first, steady := fmt.Sprint("full-first-", percent), fmt.Sprint("full-steady-", percent)
 		f, s := r.rate(first, "vdisk"), r.rate(steady, "vdisk")
 		fmt.Fprintf(&b, "| %d %% | %s | %s | %s | %s | %s |\n", percent, withSpread(f, count), withSpread(s, count), ratio(s, f),
-			micros(r.latency(first, "vdisk", true, 99).median), micros(r.latency(steady, "vdisk", true, 99).median))
+			micros(r.latency(first, "vdisk", "writes", 99).median), micros(r.latency(steady, "vdisk", "writes", 99).median))
 	}
 	return b.String()
 }
