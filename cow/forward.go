@@ -23,11 +23,12 @@ type forwards struct {
 	regions map[metadata.Region]*region
 }
 
-// region has one region's forwards, by offset. list is replaced, never changed, so that a checkpoint can keep it.
+// region has one region's forwards, by offset.
 type region struct {
 	metadata.Region
-	list []format.Forward
-	gen  uint64 // generation of the checkpoint that has to write it; 0: as in the table
+	list  []format.Forward
+	taken bool   // a checkpoint has list, so that it is not changed but replaced
+	gen   uint64 // generation of the checkpoint that has to write it; 0: as in the table
 }
 
 // maxRegions bounds the regions in memory that no checkpoint needs.
@@ -103,16 +104,17 @@ func (f *forwards) follow(e format.Entry, slots *slotTable) (format.Entry, *chun
 // putForward changes the list of a region. It inserts the forward at i, or replaces the one at i, or removes that one
 // if the mask of f is 0. The caller holds Store.mu and forwards.mu.
 func (s *Store) putForward(r *region, i int, insert bool, f format.Forward) {
-	list := slices.Clone(r.list)
+	if r.taken {
+		r.list, r.taken = slices.Clone(r.list), false
+	}
 	switch {
 	case insert:
-		list = slices.Insert(list, i, f)
+		r.list = slices.Insert(r.list, i, f)
 	case f.Mask == 0:
-		list = slices.Delete(list, i, i+1)
+		r.list = slices.Delete(r.list, i, i+1)
 	default:
-		list[i] = f
+		r.list[i] = f
 	}
-	r.list = list
 	if r.gen != s.changes.gen {
 		r.gen = s.changes.gen
 		s.changes.regions = append(s.changes.regions, r)
@@ -200,8 +202,11 @@ type frozenRegion struct {
 
 // beginRegions takes the regions that the checkpoint of the present generation writes. The caller holds mu.
 func (s *Store) beginRegions() []frozenRegion {
+	s.forwards.mu.Lock()
+	defer s.forwards.mu.Unlock()
 	frozen := make([]frozenRegion, len(s.changes.regions))
 	for i, r := range s.changes.regions {
+		r.taken = true
 		frozen[i] = frozenRegion{r, r.list}
 	}
 	s.changes.regions = nil
