@@ -49,7 +49,7 @@ deb-guest-test: ## the package in a guest under systemd (KERNEL), over an upgrad
 
 web-test: ## the page of a daemon in headless Chromium, under load; leaves pictures in bin/web
 	@$(TOOLS)/setup.sh build web-test
-	VDISK_WEB_TEST=1 VDISK_WEB_SHOTS=$(CURDIR)/bin/web $(GO) test -count=1 -timeout 10m -run 'TestBrowser$$' ./internal/web
+	VDISK_WEB_TEST=1 VDISK_WEB_SHOTS=$(CURDIR)/bin/web $(GO) test -count=1 -timeout 10m -run TestBrowser ./internal/web
 
 demo: build ## the main job, on a real file system image; under three minutes
 	@$(TOOLS)/setup.sh demo

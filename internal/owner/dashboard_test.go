@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
+
 	"github.com/vdisk/vdisk/internal/metrics"
 	"github.com/vdisk/vdisk/internal/nbdclient"
 )
@@ -67,6 +69,18 @@ var shownOtherwise = map[string]bool{
 	"vdisk_scrub_last_timestamp_seconds": true, "vdisk_scrub_read_bytes": true, "vdisk_nbd_services": true,
 }
 
+// lint expects nothing of what 'promtool check metrics' finds, which is this linter.
+func lint(t *testing.T, scrape string) {
+	t.Helper()
+	problems, err := promlint.New(strings.NewReader(scrape)).Lint()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range problems {
+		t.Errorf("%s: %s", p.Metric, p.Text)
+	}
+}
+
 // scrapesUnderLoad returns two scrapes of an owner whose volume is used over NBD before each.
 func scrapesUnderLoad(t *testing.T) (p promql) {
 	o := offer(t, newStore(t))
@@ -97,6 +111,7 @@ func scrapesUnderLoad(t *testing.T) (p promql) {
 		if err := errors.Join(append(errs, o.Metrics(t.Context(), &text))...); err != nil {
 			t.Fatal(err)
 		}
+		lint(t, text.String())
 		families, err := metrics.Parse(&text)
 		if err != nil {
 			t.Fatal(err)

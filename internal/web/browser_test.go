@@ -72,7 +72,7 @@ func (p program) daemon(args ...string) string {
 	return testwatch.Wait(p.t, testwatch.Long, "the page", url)
 }
 
-// fio runs a load on a volume over NBD until the test ends, or in the given time; then it waits.
+// fio runs a load on a volume over NBD until the test ends, or for as long as args say.
 func (p program) fio(volume string, args ...string) *exec.Cmd {
 	p.t.Helper()
 	cmd := exec.CommandContext(p.t.Context(), "fio", append([]string{
@@ -170,9 +170,9 @@ func TestBrowser(t *testing.T) {
 func (p program) liveGraphs(b *chromium) {
 	t := p.t
 	for _, load := range []*exec.Cmd{
-		p.fio("vm1", "--rw=randrw", "--rwmixread=70", "--bs=4k", "--size=256M", "--iodepth=8", "--time_based", "--runtime=26", "--rate_iops=2500"),
-		p.fio("db", "--rw=randwrite", "--bs=64k", "--size=256M", "--iodepth=2", "--time_based", "--runtime=26", "--rate=12m"),
-		p.fio("web", "--rw=read", "--bs=128k", "--size=256M", "--time_based", "--runtime=26", "--rate=40m"),
+		p.fio("vm1", "--rw=randrw", "--rwmixread=70", "--bs=4k", "--size=256M", "--iodepth=8", "--time_based", "--runtime=300", "--rate_iops=2500"),
+		p.fio("db", "--rw=randwrite", "--bs=64k", "--size=256M", "--iodepth=2", "--time_based", "--runtime=300", "--rate=12m"),
+		p.fio("web", "--rw=read", "--bs=128k", "--size=256M", "--time_based", "--runtime=300", "--rate=40m"),
 	} {
 		t.Cleanup(func() { _ = load.Process.Kill(); _ = load.Wait() })
 	}

@@ -136,7 +136,7 @@ func (f *fake) server() *server {
 func (s *server) get(t *testing.T, path string) string {
 	t.Helper()
 	w := httptest.NewRecorder()
-	r := httptest.NewRequest("GET", path, nil)
+	r := httptest.NewRequest(http.MethodGet, path, nil)
 	r.Host = "127.0.0.1:9751"
 	s.guarded().ServeHTTP(w, r)
 	if w.Code != 200 {
@@ -209,7 +209,7 @@ func TestRequestsAreBounded(t *testing.T) {
 	for range maxRequests {
 		s.running <- struct{}{}
 	}
-	w, r := httptest.NewRecorder(), httptest.NewRequest("GET", "/", nil)
+	w, r := httptest.NewRecorder(), httptest.NewRequest(http.MethodGet, "/", nil)
 	r.Host = "localhost"
 	if s.guarded().ServeHTTP(w, r); w.Code != http.StatusServiceUnavailable {
 		t.Errorf("one request too many: %d", w.Code)
@@ -252,7 +252,7 @@ func TestServe(t *testing.T) {
 	go func() { ended <- Serve(ctx, l, f.options()) }()
 	client := &http.Client{Transport: &http.Transport{DialContext: dialTo(path)}}
 	resp, err := client.Get("http://localhost/style.css")
-	if err != nil || resp.StatusCode != 200 {
+	if err != nil || resp.StatusCode != http.StatusOK {
 		t.Fatal(resp, err)
 	}
 	_ = resp.Body.Close()
