@@ -1,10 +1,14 @@
 package main
 
 import (
+	"errors"
+	"fmt"
 	"io"
+	"os"
 	"time"
 
 	"github.com/schollz/progressbar/v3"
+	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 )
 
@@ -20,6 +24,7 @@ const settle = 500 * time.Millisecond
 // bar shows progress to people. Its zero value shows nothing.
 type bar struct {
 	bar     *progressbar.ProgressBar
+	claim   *os.File // of the terminal
 	since   time.Time
 	now     func() time.Time
 	settled bool
@@ -37,7 +42,43 @@ func (a *app) bar(what string, total int64, how ...progressbar.Option) *bar {
 	if a.quiet || a.json || !isTerminal(rawOf(a.stderr)) {
 		return &bar{}
 	}
-	return newBar(rawOf(a.stderr), time.Now, what, total, how...)
+	claim, ok := claimTerminal(rawOf(a.stderr))
+	if !ok {
+		return &bar{}
+	}
+	b := newBar(rawOf(a.stderr), time.Now, what, total, how...)
+	b.claim = claim
+	return b
+}
+
+// claimTerminal reports whether this process may draw on a terminal. Of the processes that would, as in 'vdisk send |
+// vdisk receive', the first one may, until the file is closed. Where that cannot be known, each may, and the file is nil.
+func claimTerminal(stream any) (*os.File, bool) {
+	f, ok := stream.(interface{ Fd() uintptr })
+	if !ok {
+		return nil, true
+	}
+	// The lock belongs to the open file, and processes of a pipeline share the one that the shell opened.
+	own, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), os.O_WRONLY|unix.O_NOCTTY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, true
+	}
+	if err := flock(own); err != nil {
+		own.Close()
+		return nil, !errors.Is(err, unix.EWOULDBLOCK)
+	}
+	return own, true
+}
+
+func flock(f *os.File) error {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	if cerr := raw.Control(func(fd uintptr) { err = unix.Flock(int(fd), unix.LOCK_EX|unix.LOCK_NB) }); cerr != nil {
+		return cerr
+	}
+	return err
 }
 
 func newBar(w io.Writer, now func() time.Time, what string, total int64, how ...progressbar.Option) *bar {
@@ -64,6 +105,9 @@ func (b *bar) set(done int64) {
 func (b *bar) finish() {
 	if b.bar != nil && b.settled {
 		_ = b.bar.Clear()
+	}
+	if b.claim != nil {
+		b.claim.Close()
 	}
 }
 

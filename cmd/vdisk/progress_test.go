@@ -2,6 +2,8 @@ package main
 
 import (
 	"bytes"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -32,4 +34,29 @@ func TestBar(t *testing.T) {
 	new(bar).set(1)
 	new(bar).of(1, 2)
 	new(bar).finish()
+}
+
+// TestClaimTerminal: one process at a time draws on a terminal, also if the others have inherited the same open file.
+func TestClaimTerminal(t *testing.T) {
+	tty, err := os.Create(filepath.Join(t.TempDir(), "tty"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tty.Close()
+	first, ok := claimTerminal(tty)
+	if !ok || first == nil {
+		t.Fatal("the first one may not draw")
+	}
+	if _, ok := claimTerminal(tty); ok {
+		t.Error("two draw at once")
+	}
+	(&bar{claim: first}).finish()
+	second, ok := claimTerminal(tty)
+	if !ok || second == nil {
+		t.Fatal("the next one may not draw")
+	}
+	second.Close()
+	if _, ok := claimTerminal(&bytes.Buffer{}); !ok {
+		t.Error("nothing is drawn where no claim is possible")
+	}
 }
