@@ -37,6 +37,14 @@ set -E
 say() { printf '%s  %s\n' "$(date +%T)" "$*"; }
 ms() { echo $((${EPOCHREALTIME//[.,]/} / 1000)); }
 stamp() { while IFS= read -r line; do printf '%s %s\n' "$(ms)" "$line"; done; }
+ended() { # child: waits for its end, and returns its status
+	local end=$((SECONDS + limit))
+	while kill -0 "$1" 2>/dev/null; do
+		[ $SECONDS -lt $end ] || fail "process $1 has not ended in $limit s"
+		sleep 0.2
+	done
+	wait "$1"
+}
 reap() { kill -9 "$1" && { wait "$1" 2>/dev/null || true; }; } # kills a child
 median() { sort -n | awk '{ a[NR] = $1 } END { print a[int((NR + 1) / 2)] }'; }
 on_disk() { du -sB1 "$@" | awk '{ n += $1 } END { printf "%.1f MiB", n / 1048576 }'; }
@@ -75,13 +83,20 @@ until_said() { # pattern machines...: waits until all have said it
 		done
 	done
 }
+until_any() { # pattern files...: waits until one of them has it
+	local end=$((SECONDS + limit))
+	until grep -qE ": $1" "${@:2}"; do
+		[ $SECONDS -lt $end ] || fail "no machine has said '$1' in $limit s"
+		sleep 0.1
+	done
+}
 # Old emulators now and then fail to boot a kernel (internal/guest/accel.go). Such a machine is booted again.
 until_ready() { # machines...
 	local m tries
 	for m; do
 		tries=1
 		until grep -q ': ready' "$dir/$m.console" 2>/dev/null; do
-			if [ $(($(ms) - started[$m])) -gt $((limit * 500)) ]; then reap "${pid[$m]}"; fi
+			if [ $(($(ms) - started[$m])) -gt $((limit * 1000)) ]; then reap "${pid[$m]}"; fi
 			if ! kill -0 "${pid[$m]}" 2>/dev/null; then
 				[ $tries -lt 3 ] || fail "$m does not boot"
 				tries=$((tries + 1))
@@ -152,7 +167,7 @@ work() { # peer: tells its machines to write, and kills vdisk's owner twice in t
 		until_said "wrote $goal " "${all[@]}"
 		tell "go $next" "${all[@]}"
 		if [ "$1" = vdisk ]; then
-			until grep -q ": wrote $((goal + 1)) " "$dir"/vdisk-*.console; do sleep 0.1; done
+			until_any "wrote $((goal + 1)) " "$dir"/vdisk-*.console
 			reap "$owner"
 			busy=0
 			for m in "${all[@]}"; do [ "$(written "$m")" -ge "$next" ] || busy=$((busy + 1)); done
@@ -168,7 +183,7 @@ work() { # peer: tells its machines to write, and kills vdisk's owner twice in t
 	unset "all[-1]"
 	tell end "${all[@]}"
 	until_said "end $files" "${all[@]}"
-	for m in "${all[@]}"; do wait "${pid[$m]}" || fail "$m ended with status $?"; done
+	for m in "${all[@]}"; do ended "${pid[$m]}" || fail "$m ended with status $?"; done
 	if grep -E 'FAILED|I/O error|EXT4-fs (error|warning)|[Rr]emount|Oops|BUG:|panic' "$dir/$1"-*.console; then fail "$1 machines have seen errors"; fi
 	say "$1: every machine has written $files files and seen no error; the last one had its power cut"
 }
@@ -176,7 +191,7 @@ for p in $peers; do work "$p"; done
 
 say "what is on the disks"
 kill "$owner"
-wait "$owner" || [ $? = 143 ] || fail "the owner ended with status $?"
+ended "$owner" || [ $? = 143 ] || fail "the owner ended with status $?"
 owner=
 store_after=$(on_disk "$VDISK_STORE")
 "$vdisk" check --read-data
@@ -212,7 +227,7 @@ row "  and $vms clones, with $((files * 512 + files * 64)) KiB written in each" 
 if [ "${GUEST:-}" = 1 ]; then
 	echo
 	say "the same as block devices, in a guest"
-	go run ./internal/guest/cmd/guest run -kernel newest -timeout 20m -bin "$vdisk" -file golden.img="$dir/golden.img" -file vm.sh="$here/guest.sh" \
+	go run ./internal/guest/cmd/guest run -kernel newest -timeout 20m -file bin/vdisk="$vdisk" -file golden.img="$dir/golden.img" -file vm.sh="$here/guest.sh" \
 		-file verify.sh="$here/verify.sh" -- env "VMS=$vms" "FILES=$files" bash /payload/vm.sh 2>"$dir/guest.err" | stamp >"$dir/guest.out" ||
 		{ cat "$dir/guest.out" "$dir/guest.err"; fail "in the guest"; }
 	sed 's/^[0-9]* //; /^clone [0-9]/d' "$dir/guest.out"
