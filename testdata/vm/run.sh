@@ -1,7 +1,7 @@
 #!/bin/bash
 # run.sh [DIR]: virtual machines on clones of one golden image (image.sh), booted by QEMU over NBD, beside the same machines on overlays of a
 # qcow2. All write, each its own data (work.sh). Meanwhile vdisk's owner is killed twice, and starts again. No machine may see an error; all
-# that they have acknowledged must be on their disks (verify.sh), and the golden image must be as before. Prints what it took.
+# that they have acknowledged must be on their disks (verify.sh), and the golden image must be as before. Prints what it took. DIR, an empty folder, keeps it all.
 # Environment:
 #   VMS       machines (10); TOGETHER, how many boot at a time (3); MEMORY, MiB of each (128); FILES, of 512 KiB, that each writes (16)
 #   PEERS     vdisk qcow2; VDISK, the program (bin/vdisk)
@@ -26,7 +26,9 @@ cleanup() {
 }
 trap cleanup EXIT
 fail() {
-	tail -n 5 "$dir"/*.console "$dir"/*.err "$dir/owner.log" >&2 2>/dev/null || true
+	tail -n 1 "$dir"/*.console >&2 || true
+	cat "$dir"/*.err >&2 || true
+	tail -n 5 "$dir/owner.log" >&2 || true
 	echo "FAIL: $*" >&2
 	echo "what it left is in $dir" >&2
 	keep=yes
@@ -50,6 +52,10 @@ median() { sort -n | awk '{ a[NR] = $1 } END { print a[int((NR + 1) / 2)] }'; }
 on_disk() { du -sB1 "$@" | awk '{ n += $1 } END { printf "%.1f MiB", n / 1048576 }'; }
 machines() { for n in $(seq "$vms"); do for p in ${1:-$peers}; do echo "$p-$n"; done; done; }
 
+# As in internal/guest/qemu.go. nowatchdog: the clock of an emulated machine may run many times too fast if it booted while the host was
+# busy, and then the kernel takes a pause for a processor that hangs.
+kernel_args="console=ttyS0 quiet loglevel=5 panic=-1 no_timer_check tsc=nowatchdog nowatchdog mitigations=off"
+
 # Machines. A machine's name is PEER-NUMBER.
 boot() { # machine
 	local m=$1 n=${1#*-} disk cpu=max,-cx16 how=$accel,tb-size=64 fd
@@ -63,7 +69,7 @@ boot() { # machine
 	input[$m]=$fd started[$m]=$(ms)
 	qemu-system-x86_64 -accel "$how" -cpu "$cpu" -m "${MEMORY:-128}" -nodefaults -no-user-config -display none -net none -no-reboot \
 		-kernel "$dir/vmlinuz" -initrd "$dir/initrd" -serial stdio -blockdev "$disk,node-name=disk,discard=unmap,detect-zeroes=unmap" \
-		-device virtio-blk-pci,drive=disk -append "console=ttyS0 quiet loglevel=5 panic=-1 no_timer_check tsc=nowatchdog mitigations=off vm=$n" \
+		-device virtio-blk-pci,drive=disk -append "$kernel_args vm=$n" \
 		<"$dir/$m.in" > >(stamp >"$dir/$m.console") 2>"$dir/$m.err" &
 	pid[$m]=$!
 }
