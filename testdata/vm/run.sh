@@ -1,7 +1,8 @@
 #!/bin/bash
 # run.sh [DIR]: virtual machines on clones of one golden image (image.sh), booted by QEMU over NBD, beside the same machines on overlays of a
 # qcow2. All write, each its own data (work.sh). Meanwhile vdisk's owner is killed twice, and starts again. No machine may see an error; all
-# that they have acknowledged must be on their disks (verify.sh), and the golden image must be as before. Prints what it took. DIR, an empty folder, keeps it all.
+# that they have acknowledged must be on their disks (verify.sh), and the golden image must be as before. Prints what it took. A DIR, which
+# must be empty or have an image already, keeps it all.
 # Environment:
 #   VMS       machines (10); TOGETHER, how many boot at a time (3); MEMORY, MiB of each (128); FILES, of 512 KiB, that each writes (16)
 #   PEERS     vdisk qcow2; VDISK, the program (bin/vdisk)
@@ -227,8 +228,8 @@ row "a clone, the whole command (median)" "$(column 1) ms" "$(column 3) ms"
 row "the same, and the first 4 KiB read by a new client (median)" "$(column 2) ms" "$(column 4) ms"
 has() { [[ " $peers " = *" $1 "* ]]; }
 row "boot, $together at a time (median, range)" "$(has vdisk && boots vdisk || echo -)" "$(has qcow2 && boots qcow2 || echo -)"
-row "on the disk: the golden image ($(on_disk "$dir/golden.img") of data)" "$store_before" "$(on_disk "$dir/golden.qcow2")"
-row "  and $vms clones, with $((files * 512 + files * 64)) KiB written in each" "$store_after" "$(has qcow2 && echo "$qcow2_after" || echo -)"
+row "on the disk: the golden image ($(on_disk "$dir/golden.img") as a raw file)" "$store_before" "$(on_disk "$dir/golden.qcow2")"
+row "  with $vms clones, and $((files * 512 + files * 64)) KiB written by each" "$store_after" "$(has qcow2 && echo "$qcow2_after" || echo -)"
 
 if [ "${GUEST:-}" = 1 ]; then
 	echo
