@@ -77,6 +77,11 @@ func Dial(socket, export string) (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
+	return Over(c, export)
+}
+
+// Over is Dial over a connection that was made.
+func Over(c net.Conn, export string) (*Client, error) {
 	d := &Client{c: c, r: bufio.NewReaderSize(c, 128<<10), calls: map[uint64]call{}}
 	if err := d.handshake(export); err != nil {
 		c.Close()

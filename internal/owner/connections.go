@@ -12,7 +12,8 @@ import (
 
 // connection is a client's connection as the owner knows it.
 type connection struct {
-	number int64 // unique in this owner, from 1
+	number int64   // unique in this owner, from 1
+	by     process // made it, if it is to a Unix socket, and may have ended since; zero: not known
 	left   func()
 }
 
@@ -35,13 +36,17 @@ func (l *countingListener) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return l.known(c, l.number.Add(1)), nil
+	var by process
+	if u, ok := c.(*net.UnixConn); ok {
+		by = processOf(u)
+	}
+	return l.known(c, l.number.Add(1), by), nil
 }
 
-// known counts a connection that has a number.
-func (l *countingListener) known(c net.Conn, number int64) net.Conn {
+// known counts a connection that has a number, and was made by a process.
+func (l *countingListener) known(c net.Conn, number int64, by process) net.Conn {
 	l.open.Add(1)
-	known := connection{number: number, left: sync.OnceFunc(l.left)}
+	known := connection{number: number, by: by, left: sync.OnceFunc(l.left)}
 	if u, ok := c.(*net.UnixConn); ok {
 		return &countedUnixConn{u, known}
 	}

@@ -49,7 +49,9 @@ type handedService struct {
 type handedClient struct {
 	Conn   int // a descriptor
 	Number int64
-	State  nbd.State
+	// Process made the connection, and may have ended since. Zero: it is not known.
+	Process process `json:",omitzero"`
+	State   nbd.State
 	// Identity is that of the volume or snapshot: see Owner.identity.
 	Identity string
 }
@@ -218,7 +220,8 @@ func (s *service) pause(ctx context.Context, identity func(cow.Ref) string) (h h
 		if err != nil {
 			return h, err
 		}
-		c := handedClient{Conn: fd, Number: p.Conn.(knownConn).known().number, State: p.State}
+		known := p.Conn.(knownConn).known()
+		c := handedClient{Conn: fd, Number: known.number, Process: known.by, State: p.State}
 		h.Clients = append(h.Clients, c)
 		r, err := cow.ParseRef(p.State.Export)
 		if err != nil {
@@ -333,7 +336,7 @@ func (s *service) adopt(ctx context.Context, clients []handedClient, take func(i
 			failed(err)
 			continue
 		}
-		known := s.listener.known(nc, c.Number)
+		known := s.listener.known(nc, c.Number, c.Process)
 		one, err := s.server.Adopt(ctx, known, c.State)
 		if err != nil {
 			failed(errors.Join(err, known.Close()))

@@ -87,7 +87,11 @@ func (o *Owner) hold1(held *heldClient, opts ServeOptions, c handedClient) (err 
 		return fmt.Errorf("%v is another one than the client has open (%s, and it was %s): %w", r, now, c.Identity, cow.ErrInvalid)
 	}
 	who := client{shared: true}
-	if !opts.Shared {
+	switch {
+	case opts.Shared:
+	case c.Process.PID > 0:
+		who = client{process: c.Process}
+	default:
 		who = clientOf(held.conn)
 	}
 	h, err := o.exports.acquireAsWas(r, who, c.State.ReadOnly)

@@ -26,7 +26,12 @@ import (
 	"github.com/vdisk/vdisk/ublk"
 )
 
-func TestMain(m *testing.M) { os.Exit(testwatch.Run(m)) }
+func TestMain(m *testing.M) {
+	if path := os.Getenv(connectTo); path != "" {
+		os.Exit(connectAndEnd(path))
+	}
+	os.Exit(testwatch.Run(m))
+}
 
 // quick are options for tests. With them nothing waits for other processes.
 var quick = Options{Command: "test", LockTimeout: 5 * time.Second}

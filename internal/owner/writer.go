@@ -19,8 +19,12 @@ type client struct {
 	shared  bool
 }
 
-// clientOf returns who is at the other end of a connection. That does not depend on whether a listener counts it.
+// clientOf returns who is at the other end of a connection. If a listener counts it, that is the process that made it, even
+// if that has ended since. Otherwise it is that process as long as it lives.
 func clientOf(nc net.Conn) client {
+	if k, ok := nc.(knownConn); ok && k.known().by.PID > 0 {
+		return client{process: k.known().by}
+	}
 	switch c := nc.(type) {
 	case *countedTCPConn:
 		nc = c.TCPConn
