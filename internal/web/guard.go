@@ -68,10 +68,13 @@ func (s *server) guarded() http.Handler {
 			http.Error(w, "too many requests at a time", http.StatusServiceUnavailable)
 			return
 		}
-		if leave, ok := s.enter(); ok {
-			defer leave()
-			mux.ServeHTTP(w, r)
+		leave, ok := s.enter()
+		if !ok {
+			http.Error(w, "the page is ending", http.StatusServiceUnavailable)
+			return
 		}
+		defer leave()
+		mux.ServeHTTP(w, r)
 	})
 }
 

@@ -29,8 +29,9 @@ var pageTemplate = template.Must(template.New("page.html").Funcs(template.FuncMa
 }).ParseFS(assets, "assets/page.html"))
 
 const (
-	// volumesWait is how long a request waits for what takes longer as the store has more volumes.
-	volumesWait = 20 * time.Second
+	// volumesWait is how long a request waits for what takes longer as the store has more volumes or chunks. Twice that must
+	// be less than a client waits for the answer.
+	volumesWait = 10 * time.Second
 	// usageWait is how long it waits for what takes longer as there is more data. Then the page does without.
 	usageWait = time.Second
 	maxFind   = 200 // bytes of what is looked for
@@ -93,7 +94,9 @@ func (s *server) page(w http.ResponseWriter, r *http.Request) {
 	s.addMap(r, &d)
 	var err error
 	if d.Events, err = s.events.newest(s.Journal); err != nil {
-		s.Log.Warn("a part of the page cannot be read", "part", "events", "err", err)
+		if s.events.tell(d.Now) {
+			s.Log.Warn("a part of the page cannot be read", "part", "events", "err", err)
+		}
 		d.EventsErr = unread
 	}
 	var text bytes.Buffer

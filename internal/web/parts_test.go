@@ -7,6 +7,7 @@ import (
 	"net"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/internal/journal"
@@ -161,5 +162,11 @@ func TestEvents(t *testing.T) {
 	}
 	if opened != 1 {
 		t.Errorf("the journal was opened %d times", opened)
+	}
+	now := time.Unix(1e9, 0)
+	for _, want := range []bool{true, false, false} {
+		if x.tell(now) != want {
+			t.Error("the log is told as often as somebody asks")
+		}
 	}
 }
