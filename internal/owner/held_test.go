@@ -15,14 +15,13 @@ import (
 	"github.com/vdisk/vdisk/internal/nbdclient"
 )
 
-// TestHandedClientsAreHeld: from the moment when others can use the store, nobody gets what a client that was handed over
-// has open; and no upgrade begins before all services go on, which would lose them.
-func TestHandedClientsAreHeld(t *testing.T) {
-	w := newFakeMachine(t)
+// daemons returns a function that opens a machine's store as a daemon does, with what the one before has handed over. Its
+// upgrades go to a program that only says what it is.
+func daemons(t *testing.T, w *fakeMachine) func(*Handover) *Owner {
 	opts := w.options(true)
 	opts.Replaceable, opts.Starts = true, true
 	opts.program = program(t, fmt.Sprintf(`echo '{"version":"2.0","store_format":%d,"handover":1,"handover_nbd":1}'`, format.StoreVersion))
-	own := func(h *Handover) *Owner {
+	return func(h *Handover) *Owner {
 		o := opts
 		o.Handed = h
 		s, err := Own(context.Background(), w.dir, o)
@@ -31,6 +30,13 @@ func TestHandedClientsAreHeld(t *testing.T) {
 		}
 		return s
 	}
+}
+
+// TestHandedClientsAreHeld: from the moment when others can use the store, nobody gets what a client that was handed over
+// has open; and no upgrade begins before all services go on, which would lose them.
+func TestHandedClientsAreHeld(t *testing.T) {
+	w := newFakeMachine(t)
+	own := daemons(t, w)
 	o := own(nil)
 	if _, err := o.Upgrade(t.Context()); !errors.Is(err, errStopping) {
 		t.Error("an upgrade while the owner starts", err)

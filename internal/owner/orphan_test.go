@@ -1,7 +1,6 @@
 package owner
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -13,7 +12,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vdisk/vdisk/cow"
-	"github.com/vdisk/vdisk/format"
 	"github.com/vdisk/vdisk/internal/nbdclient"
 )
 
@@ -77,20 +75,9 @@ func orphans(t *testing.T, path string) (conns []net.Conn) {
 // nbd-client. Both write, and an upgrade hands both over.
 func TestOrphansGoOn(t *testing.T) {
 	w := newFakeMachine(t)
-	opts := w.options(true)
-	opts.Replaceable, opts.Starts = true, true
-	opts.program = program(t, fmt.Sprintf(`echo '{"version":"2.0","store_format":%d,"handover":1,"handover_nbd":1}'`, format.StoreVersion))
-	own := func(h *Handover) *Owner {
-		o := opts
-		o.Handed = h
-		s, err := Own(context.Background(), w.dir, o)
-		if err != nil {
-			t.Fatal(err)
-		}
-		s.GoOn(h)
-		return s
-	}
+	own := daemons(t, w)
 	o := own(nil)
+	o.GoOn(nil)
 	path := filepath.Join(t.TempDir(), "s")
 	l, _, err := Listen(path)
 	if err != nil {
@@ -136,6 +123,7 @@ func TestOrphansGoOn(t *testing.T) {
 		}
 		h := o.Successor().Undone("1.0")
 		o = own(h)
+		o.GoOn(h)
 		h.Done()
 	}
 	for _, c := range clients {
