@@ -48,6 +48,15 @@ func TestFigures(t *testing.T) {
 			t.Errorf("%v: %v, spread %v; want %v, %v", c.values, got, got.spread(), c.want, c.spread)
 		}
 	}
+	r := sample(t)
+	if f := r.latency("fsync", "vdisk", "flushes", 99); f.median != 2400 || f.rounds != 3 {
+		t.Errorf("latency: %v", f)
+	}
+	last := &r.Results[len(r.Results)-1] // nbdkit's third round
+	last.Flush[8] = 0
+	if f := r.latency("fsync", "nbdkit", "flushes", 99); f.known() {
+		t.Errorf("a latency that one round does not know is %v", f)
+	}
 	if f := figureOf(nil); f.known() {
 		t.Errorf("no rounds have the figure %v", f)
 	}

@@ -101,6 +101,21 @@ func (h *host) stop() error {
 	}
 	late := time.AfterFunc(5*time.Minute, func() { c.Process.Kill() })
 	defer late.Stop()
+	if c.Args[0] == "qemu-nbd" { // it loses a signal that comes between the making of its socket and its first turn
+		again := time.NewTicker(time.Second)
+		ended := make(chan struct{})
+		defer func() { again.Stop(); close(ended) }()
+		go func() {
+			for {
+				select {
+				case <-again.C:
+					c.Process.Signal(syscall.SIGTERM) // fails when it has ended, which is well
+				case <-ended:
+					return
+				}
+			}
+		}()
+	}
 	err := c.Wait()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && (exit.Sys().(syscall.WaitStatus).Signal() == syscall.SIGTERM || exit.ExitCode() == 128+int(syscall.SIGTERM)) {

@@ -175,15 +175,20 @@ func (r run) rate(test, peer string) figure {
 	return r.of(test, peer, func(x result) float64 { return x.Rate })
 }
 
-// latency is the median of a quantile of the rounds, in µs: of reads, writes or flushes.
+// latency is the median of a quantile of the rounds, in µs: of reads, writes or flushes. All rounds must know it: those that do not
+// are the slow ones.
 func (r run) latency(test, peer, kind string, quantile float64) figure {
 	i := slices.Index(quantiles, quantile)
-	return r.of(test, peer, func(x result) float64 {
+	f := r.of(test, peer, func(x result) float64 {
 		if l := map[string][]float64{"reads": x.Read, "writes": x.Write, "flushes": x.Flush}[kind]; i < len(l) {
 			return l[i]
 		}
 		return 0
 	})
+	if f.rounds < r.rate(test, peer).rounds {
+		return figureOf(nil)
+	}
+	return f
 }
 
 // A comparison is vdisk beside a peer: how many times as fast it is.
