@@ -26,6 +26,7 @@ type branch struct {
 	forks         forks            // the branches that begin at its points; guarded by Store.mu
 	forkAt        int              // where it is among those that begin at the same point; guarded by Store.mu
 	orphaned      uint64           // generation in which it lost its volume, until reaped; guarded by Store.mu
+	count         *headCount       // what the head holds; nil: nobody asks; guarded by Store.mu
 	written       uint32           // the newest epoch in which this process has put or replayed anything; guarded by Store.mu
 }
 
@@ -58,6 +59,8 @@ type volume struct {
 	codec         *codecPool
 	packed        packed            // what was written to it; guarded by Store.mu
 	limiter       ratelimit.Limiter // by its properties; for the servers, which ask it for each request
+	quota         quota             // by its properties; guarded by Store.mu
+	hasQuota      atomic.Bool       // quota limits something
 }
 
 // snapshot is a point of a branch that has a name, or had one and is unnamed (Volume 0).
@@ -139,6 +142,9 @@ func (t *catalog) putBranch(r format.Branch, gen uint64) error {
 	if b.origin != nil && r.OriginBranch == 0 {
 		t.cut(b, gen)
 	}
+	if r.Epoch > b.Epoch {
+		b.count.endEpoch()
+	}
 	b.Epoch = r.Epoch // the other fields never change
 	t.usedID(r.ID)
 	t.dirtyBranches[r.ID] = struct{}{}
@@ -168,6 +174,10 @@ func (t *catalog) putVolume(r format.Volume, gen uint64) error {
 	delete(t.orphaned, b)
 	v.size.Store(r.Size)
 	v.limiter.Set(ratelimit.Of(r.Properties))
+	v.quota = quotaOf(r.Properties)
+	if v.hasQuota.Store(v.quota != quota{}); v.quota == (quota{}) {
+		b.count = nil
+	}
 	t.byName[r.Name] = v
 	if r.Receiving != nil {
 		t.receiving[r.Receiving.Volume] = v
@@ -293,7 +303,7 @@ func (t *catalog) forgetBranch(b *branch) {
 
 // orphan takes a branch's volume away, in generation gen.
 func (t *catalog) orphan(b *branch, gen uint64) {
-	b.volume, b.orphaned = nil, gen
+	b.volume, b.count, b.orphaned = nil, nil, gen
 	t.orphaned[b] = struct{}{}
 }
 

@@ -171,6 +171,10 @@ func (s *Store) beginGeneration() *generation {
 		mark := s.cold.mark
 		g.cold, s.cold.noted = &mark, false
 	}
+	for _, c := range s.changes.counts {
+		c.begin()
+	}
+	s.changes.counts = nil
 	s.changes.gen++
 	s.changes.taken.Broadcast()
 	return g
@@ -395,5 +399,10 @@ func (s *Store) checkpointRoutine() {
 func (s *Store) changed() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return s.changedNow()
+}
+
+// changedNow is changed. The caller holds mu.
+func (s *Store) changedNow() bool {
 	return s.changes.catalog || s.cache.Unwritten() > 0 || len(s.changes.rows) > 0 || s.reapable()
 }

@@ -78,13 +78,24 @@ func (s *Store) successor(j deletion, v metadata.Version, fn func(*format.Leaf))
 	switch epoch := l.Leaf().Epoch(); {
 	case epoch > j.to && epoch <= j.next:
 		w, err := l.Reopen(epoch)
-		if err == nil {
-			fn(w)
+		if err != nil {
+			return false, err
 		}
-		return err == nil, err
+		count := j.b.count
+		if j.next != j.b.Epoch {
+			count = nil // the version is a point's
+		}
+		was := count.held(w, 0, format.LeafBlocks)
+		fn(w)
+		count.change(was, count.held(w, 0, format.LeafBlocks))
+		return true, nil
 	case epoch == v.Epoch && j.next == j.b.Epoch && j.b.volume != nil:
-		_, err := l.Reopen(j.b.Epoch)
-		return err == nil, err
+		w, err := l.Reopen(j.b.Epoch)
+		if err != nil {
+			return false, err
+		}
+		j.b.count.change(holding{}, holding{exclusive: j.b.count.held(w, 0, format.LeafBlocks).exclusive})
+		return true, nil
 	}
 	return s.successorBeforeHead(j, v, &l, fn)
 }

@@ -54,8 +54,12 @@ type Device struct {
 // time (else ErrBusy), and any number of read-only ones.
 func (s *Store) OpenDevice(r Ref, readOnly bool) (*Device, error) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.openDevice(r, readOnly)
+	d, err := s.openDevice(r, readOnly)
+	s.mu.Unlock()
+	if err == nil && !d.readOnly {
+		s.counted(d.v)
+	}
+	return d, err
 }
 
 // openDevice is OpenDevice. The caller holds mu.

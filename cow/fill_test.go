@@ -6,6 +6,8 @@ import (
 	"math/rand/v2"
 	"slices"
 	"testing"
+
+	"github.com/vdisk/vdisk/format"
 )
 
 // TestFillIsWatched fills a store and empties it. Each level is told once on the way up, in order and before data is
@@ -78,8 +80,38 @@ func TestFillIsWatched(t *testing.T) {
 	look()
 }
 
-// TestFillSlack checks that a fill around a level is told once.
+// TestFillSlack checks that a fill around a level is told once, and again only when it has been clearly below.
 func TestFillSlack(t *testing.T) {
+	s, _ := newStore(t, Options{MaxBytes: MinMaxBytes, checkpointInterval: -1})
+	_, err := s.CreateVolume("v", VolumeOptions{Size: 64 << 20, Codec: format.Raw})
+	must(t, err)
+	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+	must(t, err)
+	defer d.Close()
+	_, err = d.WriteAt(randomBytes(16<<20, 1), 0)
+	must(t, err)
+	f, err := s.Fill()
+	must(t, err)
+	told := int64(0)
+	s.fill.levels, s.fill.crossed = []int{f.Percent()}, func(FillChange) { told++ }
+	step := f.FullAt / 100 / format.BlockSize * format.BlockSize
+	for _, c := range []struct{ below, want int64 }{{0, 1}, {1, 1}, {4, 2}, {5, 2}} { // in percent, at least
+		must(t, d.Discard(0, c.below*step))
+		must(t, s.watchFill())
+		if told != c.want {
+			t.Fatalf("%d changes are told with %d %% less, want %d", told, c.below, c.want)
+		}
+	}
+	_, err = d.WriteAt(randomBytes(16<<20, 1), 0)
+	must(t, err)
+	must(t, s.watchFill())
+	if told != 3 {
+		t.Errorf("reached again, %d changes are told", told)
+	}
+}
+
+// TestFillLevels checks the arithmetic, and which levels are refused.
+func TestFillLevels(t *testing.T) {
 	f := Fill{Bytes: 899, FullAt: 1000}
 	if f.Percent() != 89 || f.reaches(90) || !(Fill{Bytes: 900, FullAt: 1000}).reaches(90) {
 		t.Errorf("%+v is %d %%", f, f.Percent())

@@ -48,6 +48,7 @@ func (s *Store) flatten(ctx context.Context, name string) (rep FlattenReport, er
 		return rep, s.wal.Sync() // another call may just have cut it off
 	}
 	defer s.endFlatten(d)
+	s.counted(d.v)
 	f := &flattener{s: s, d: d, rep: &rep}
 	s.mu.Lock()
 	rep.Origin = s.pointName(d.b.origin, d.b.OriginEpoch)

@@ -20,6 +20,7 @@ type changes struct {
 	regions  []*region                     // regions of forwards
 	dropping map[metadata.Version]struct{} // given up by the reaper, but still in the table
 	catalog  bool                          // something has changed in the catalog
+	counts   []*headCount                  // begin with the next generation
 }
 
 // generation is what one checkpoint makes durable: the state as of one place in the log.

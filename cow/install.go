@@ -40,12 +40,15 @@ func (s *Store) install(b *branch, h *format.RecordHeader, payload []byte, n int
 		return err
 	}
 	b.written = b.Epoch
+	first := int(h.Block % format.LeafBlocks)
+	was := b.count.held(&content.Leaf, first, n)
 	c, off := s.wal.Append(h, payload)
 	if h.Kind == format.KindHole {
-		s.applyHole(content, int(h.Block%format.LeafBlocks), n)
+		s.applyHole(content, first, n)
 	} else {
 		s.applyData(content, h, c.Slot, off)
 	}
+	b.count.change(was, b.count.held(&content.Leaf, first, n))
 	s.checkpointDue()
 	return nil
 }

@@ -6,7 +6,6 @@ import (
 	"slices"
 
 	"github.com/vdisk/vdisk/format"
-	"github.com/vdisk/vdisk/internal/ratelimit"
 )
 
 // SetProperties gives a volume the properties of changes, and leaves its others as they are. An empty value removes a
@@ -17,13 +16,17 @@ func (s *Store) SetProperties(name string, changes map[string]string) error {
 	}
 	for _, key := range slices.Sorted(maps.Keys(changes)) {
 		if value := changes[key]; value != "" { // what an older program has set can be removed
-			if err := ratelimit.CheckProperty(key, value); err != nil {
+			if err := checkLimit(key, value); err != nil {
 				return fmt.Errorf("set %s: %s: %v: %w", name, key, err, ErrInvalid)
 			}
 		}
 	}
+	var open *volume
 	err := s.transact(func() (*format.Event, error) {
 		v, _, err := s.lookup(Ref{Volume: name})
+		if err == nil && v.writer {
+			open = v
+		}
 		if err == nil {
 			err = v.received()
 		}
@@ -47,5 +50,8 @@ func (s *Store) SetProperties(name string, changes map[string]string) error {
 		}
 		return &format.Event{Op: "set", Volumes: []format.Volume{row}}, nil
 	})
+	if err == nil && open != nil {
+		s.counted(open)
+	}
 	return wrapIf(err, "set %s", name)
 }

@@ -124,7 +124,27 @@ func (w *modelStore) usage() (map[Ref]Usage, error) {
 	if len(said) != n {
 		err = fmt.Errorf("%d things take space, not %d", n, len(said))
 	}
-	return said, errors.Join(err, w.sameAlone(us), w.sameLive(us))
+	return said, errors.Join(err, w.sameAlone(us), w.sameLive(us), w.sameCounts())
+}
+
+// sameCounts compares what was counted of the heads, with all changes since, with a new count, and begins to count those
+// that are not counted yet.
+func (w *modelStore) sameCounts() error {
+	w.s.mu.Lock()
+	volumes := slices.Collect(maps.Values(w.s.catalog.volumes))
+	w.s.mu.Unlock()
+	for _, v := range volumes {
+		b, now := v.branch, &headCount{}
+		was := b.count
+		b.count = now
+		if err := w.s.countHead(b, now); w.event(err) != nil {
+			return err
+		}
+		if was.isKnown() && now.known && was.holding != now.holding {
+			return fmt.Errorf("%s was counted to hold %+v, and holds %+v", v.Name, was.holding, now.holding)
+		}
+	}
+	return nil
 }
 
 // sameAlone asks for each by itself: then a snapshot is answered for in another way.

@@ -38,6 +38,9 @@ func (d *Device) WriteAt(p []byte, off int64) (n int, err error) {
 	if err := d.checkWrite(off, int64(len(p))); err != nil {
 		return 0, fmt.Errorf("write %s: %w", d.ref, err)
 	}
+	if err := d.fits(p, off, int64(len(p))); err != nil {
+		return 0, fmt.Errorf("write %s at %d: %w", d.ref, off, err)
+	}
 	sc := d.s.scratch.Get().(*scratch)
 	defer d.s.scratch.Put(sc)
 	sc.small = len(p) <= smallWrite
@@ -254,7 +257,13 @@ func (s *Store) tryWriteRecord(d *Device, h *format.RecordHeader, payload []byte
 			return errChanged
 		case hole && lf.IsHole(first, n) && (ex == nil || ex.inherited == nil):
 			return errNothing
-		case !hole && isNew(d.b, lf, first, n):
+		case hole:
+			return nil
+		}
+		if err := d.overQuota(h.Size(), lf, first, n); err != nil {
+			return err
+		}
+		if isNew(d.b, lf, first, n) {
 			return s.roomForNew(h.Size(), small)
 		}
 		return nil

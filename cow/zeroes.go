@@ -40,6 +40,9 @@ func (d *Device) zeroPart(off, length int64) error {
 
 // fill writes zeros that are not holes.
 func (d *Device) fill(off, length int64) error {
+	if err := d.fits(nil, off, length); err != nil {
+		return err
+	}
 	sc := d.s.scratch.Get().(*scratch)
 	sc.solid, sc.small = true, length <= smallWrite
 	defer func() {

@@ -26,7 +26,10 @@ func (a *app) setCommand() *cli.Command {
 			"Those that begin with limit. limit the clients of the volume, all together, from now on: limit.iops, limit.iops-read and\n" +
 			"limit.iops-write in requests a second, limit.bps, limit.bps-read and limit.bps-write in bytes a second (20M). What is not used\n" +
 			"is saved up for limit.burst, 100ms by default:\n\n" +
-			"    vdisk set vm1 limit.iops=500 limit.bps=20M limit.burst=30s",
+			"    vdisk set vm1 limit.iops=500 limit.bps=20M limit.burst=30s\n\n" +
+			"limit.mapped and limit.exclusive limit how many bytes of the volume hold data, and how many bytes the data takes that it shares\n" +
+			"with no snapshot. What would exceed them gets 'no space', and changes nothing:\n\n" +
+			"    vdisk set vm1 limit.mapped=8G limit.exclusive=2G",
 	}, func(c *cli.Context) error {
 		name, err := volumeName(c, 0)
 		if err != nil {

@@ -2,7 +2,6 @@ package ratelimit
 
 import (
 	"fmt"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -67,20 +66,23 @@ func burst(l *Limits, value string) error {
 	return nil
 }
 
-// CheckProperty returns why a property of a volume cannot have a value, which is not empty. Properties that are no
-// limits may have any.
-func CheckProperty(key, value string) error {
-	name, ours := strings.CutPrefix(key, Prefix)
-	if !ours {
-		return nil
-	}
-	var names []string
+// Properties returns the names of the properties that limit the rate of a volume.
+func Properties() (names []string) {
 	for _, s := range settings {
-		if names = append(names, Prefix+s.name); s.name == name {
-			return s.set(new(Limits), value)
+		names = append(names, Prefix+s.name)
+	}
+	return names
+}
+
+// CheckProperty reports whether a property is one of these, and returns why it cannot have a value, which is not empty.
+func CheckProperty(key, value string) (known bool, err error) {
+	name, _ := strings.CutPrefix(key, Prefix)
+	for _, s := range settings {
+		if key != name && s.name == name {
+			return true, s.set(new(Limits), value)
 		}
 	}
-	return fmt.Errorf("there is no such limit; there are %s", strings.Join(slices.Sorted(slices.Values(names)), ", "))
+	return false, nil
 }
 
 // Of returns the limits that a volume's properties ask for. A value that CheckProperty refuses limits nothing: another

@@ -24,7 +24,7 @@ var layers = map[string][]string{
 	"internal/localhttp":       {},
 	"internal/natural":         {},
 	"internal/bench":           {"internal/workload", "cow", "format", "ublk"},
-	"cow":                      {"internal/stream", "internal/ratelimit", "cow/internal/audit", "cow/internal/leafcache", "cow/internal/wal", "cow/internal/fault", "cow/internal/lockorder", "metadata", "format", "internal/storage"},
+	"cow":                      {"internal/stream", "internal/ratelimit", "internal/size", "cow/internal/audit", "cow/internal/leafcache", "cow/internal/wal", "cow/internal/fault", "cow/internal/lockorder", "metadata", "format", "internal/storage"},
 	"cow/internal/audit":       {"cow/internal/fault", "metadata", "format"},
 	"cow/internal/leafcache":   {"cow/internal/fault", "cow/internal/lockorder", "metadata", "format"},
 	"cow/internal/wal":         {"cow/internal/fault", "cow/internal/lockorder", "format", "internal/storage"},
