@@ -9,7 +9,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 LINT = github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
 .DEFAULT_GOAL = build
-.PHONY: help build install demo test guest-test recovery-test power-test marks-test crash-test damage-test fault-test kill-test linear-test vm-test proof soak fuzz mutants bench bench-report bench-engine bench-import bench-ublk bench-guest bench-space deb deb-test deb-guest-test web-test lint clean
+.PHONY: help build install demo test guest-test recovery-test power-test marks-test crash-test damage-test fault-test kill-test linear-test full-test vm-test proof soak fuzz mutants bench bench-report bench-engine bench-limits bench-import bench-ublk bench-guest bench-space deb deb-test deb-guest-test web-test lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -107,6 +107,12 @@ linear-test: build ## histories of concurrent clients: of the engine, over NBD a
 	VDISK_LINEAR=400 $(GO) test -count=1 -v -timeout 2h -run 'TestLinearizableNBD$$|TestRegisters$$' ./cow ./internal/e2e
 	$(GO) run ./internal/guest/cmd/guest test -kernel newest -timeout 1h -scripts none -env VDISK_LINEAR=24 -run 'TestRegisters$$' ./internal/e2e
 
+full-test: build ## full stores of 1 GiB (VDISK_FULL_SIZE): over NBD, and a block device in a guest (KERNEL)
+	@$(TOOLS)/setup.sh test
+	VDISK_FULL_SIZE=$(or $(VDISK_FULL_SIZE),1G) $(GO) test -count=1 -run '^TestScripts$$/^fullnbd$$' ./cmd/vdisk
+	$(GO) run ./internal/guest/cmd/guest run -kernel $(or $(KERNEL),newest) -timeout 40m -bin bin/vdisk -file full.sh=testdata/guest/full/ublk.sh -- \
+		env VDISK_FULL_SIZE=$(or $(VDISK_FULL_SIZE),1G) bash /payload/full.sh
+
 mutants: ## break the program on purpose, a line at a time: a test must notice each. What was killed is kept, unless FRESH=1
 	@$(TOOLS)/setup.sh build test
 	@mkdir -p bin && $(if $(FRESH),rm -f bin/mutants.txt,true)
@@ -128,6 +134,10 @@ bench-report: ## docs/bench.md and its plots again, from what was measured
 
 bench-engine: ## the engine alone; benchstat reads the output
 	$(GO) test -run '^$$' -bench . -count 5 ./cow/...
+
+bench-limits: build ## how well limits hold, and what a limited neighbour costs, over NBD (bench-limits.sh)
+	@$(TOOLS)/setup.sh test
+	@$(TOOLS)/bench-limits.sh
 
 bench-import: build ## the import of 8 GiB, beside cp and qemu-img convert; needs root (bench-import.sh)
 	@$(TOOLS)/setup.sh test

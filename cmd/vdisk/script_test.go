@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -65,6 +66,7 @@ func TestScripts(t *testing.T) {
 		Setup: func(e *testscript.Env) error {
 			e.Setenv("VDISK_STORE", filepath.Join(e.WorkDir, "store"))
 			e.Setenv("REPO", repo)
+			e.Setenv("VDISK_FULL_SIZE", cmp.Or(os.Getenv("VDISK_FULL_SIZE"), "192M")) // fullnbd.txt
 			e.Setenv("FORMATS", filepath.Join(repo, "testdata", "format"))
 			e.Setenv("GORACE", "atexit_sleep_ms=20") // the race detector's default is a second for each process
 			return nil
