@@ -20,9 +20,9 @@ const (
 	newParts, smallParts = 7, 5
 	// smallWrite is the largest request that counts as small.
 	smallWrite = 64 << 10
-	// roomForNames is what a new name leaves to new mappings, because everything that is overwritten after a snapshot
+	// namesLeave is what a new name leaves to new mappings, because everything that is overwritten after a snapshot
 	// is a new mapping.
-	roomForNames = 1 << 20
+	namesLeave = 1 << 20
 	// endChunks are chunks for the log's end, beside the cleaner's room.
 	endChunks = 2
 )
@@ -44,11 +44,19 @@ func isNew(b *branch, lf *leafcache.Leaf, first, n int) bool {
 // roomForNew returns an error, which matches ErrNoSpace and errNoNew, if a new mapping of n bytes of log would take
 // what is kept for overwrites. The caller holds mu.
 func (s *Store) roomForNew(n int, small bool) error {
-	capacity, parts := s.wal.Capacity(), int64(newParts)
+	parts := int64(newParts)
 	if small {
 		parts = smallParts
 	}
-	live, most := s.liveNow(), s.mostNew(parts)
+	return s.roomBelow(n, s.mostNew(parts))
+}
+
+// roomForNames is roomForNew for an event that makes names. The caller holds mu.
+func (s *Store) roomForNames() error { return s.roomBelow(namesLeave, s.mostNamed(newParts)) }
+
+// roomBelow is roomForNew, where most is what may be stored. The caller holds mu.
+func (s *Store) roomBelow(n int, most int64) error {
+	capacity, live := s.wal.Capacity(), s.liveNow()
 	s.lookAtFill(live + int64(n))
 	if capacity == 0 || s.opts.takeAll || live+int64(n) <= most {
 		return nil

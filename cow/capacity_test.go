@@ -151,3 +151,35 @@ func TestFullStoreKeepsWhatSnapshotsHave(t *testing.T) {
 	must(t, write())
 	mustEnd(t, s, d)
 }
+
+// TestReserve checks that new data leaves the reserve of the options, and that names and overwrites may take it.
+func TestReserve(t *testing.T) {
+	const reserve = 8 << 20
+	_, _, all := fullStore(t, 1<<20)
+	s, _ := newStore(t, Options{MaxBytes: 64 << 20, chunkBytes: 2 << 20, Reserve: reserve})
+	_, err := s.CreateVolume("v", VolumeOptions{Size: 256 << 20})
+	must(t, err)
+	d, err := s.OpenDevice(Ref{Volume: "v"}, false)
+	must(t, err)
+	left := fillStore(t, d, 1<<20)
+	if saved := (all - left) * format.BlockSize; saved < reserve*9/10 || saved > reserve*11/10 {
+		t.Errorf("new data leaves %d bytes more, with a reserve of %d", saved, reserve)
+	}
+	if f, err := s.Fill(); err != nil || f.Percent() < 97 {
+		t.Errorf("a store that takes no new data is filled to %d %%, %v", f.Percent(), err)
+	}
+	for at := int64(0); at < 16<<20; at += 1 << 20 {
+		_, err := d.WriteAt(randomBytes(1<<20, uint64(at)), at)
+		must(t, err)
+	}
+	must(t, s.Snapshot(Ref{"v", "s"}))
+	must(t, s.Clone(Ref{"v", "s"}, "c"))
+	if _, err := d.WriteAt(randomBytes(1<<20, 1), 0); !errors.Is(err, ErrNoSpace) {
+		t.Errorf("data that a snapshot has is written over: %v", err)
+	}
+	must(t, s.Remove(Ref{Volume: "c"}, false))
+	must(t, s.Remove(Ref{"v", "s"}, false))
+	must(t, s.reclaimDeleted(t.Context()))
+	_, err = d.WriteAt(randomBytes(1<<20, 1), 0)
+	must(t, err)
+}

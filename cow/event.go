@@ -71,7 +71,7 @@ func (s *Store) transactLocked(build func() (*format.Event, error)) (p wal.Purpo
 			return p, err
 		}
 		if p = purposeOf(ev); p == wal.ForData {
-			err = s.roomForNew(roomForNames, false)
+			err = s.roomForNames()
 			if err == nil && s.tableShort(1, p) > 0 {
 				err = errFull
 			}

@@ -98,7 +98,10 @@ func (s *Store) liveNow() int64 {
 
 // mostNew returns from how many live bytes on new mappings are refused that leave parts of 64 to overwrites. The caller
 // holds mu.
-func (s *Store) mostNew(parts int64) int64 {
+func (s *Store) mostNew(parts int64) int64 { return max(0, s.mostNamed(parts)-s.opts.Reserve) }
+
+// mostNamed is mostNew for new names, which may take the reserve of the options. The caller holds mu.
+func (s *Store) mostNamed(parts int64) int64 {
 	capacity := s.wal.Capacity()
 	return max(0, capacity-capacity*parts/64-endChunks*s.wal.ChunkBytes-s.workRoom())
 }

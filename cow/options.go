@@ -36,6 +36,9 @@ type Options struct {
 	// MaxBytes limits the total size of the chunk files; 0: the file system is the limit. Data that does not fit waits
 	// for the cleaner, or fails with ErrNoSpace.
 	MaxBytes int64
+	// Reserve is how many bytes new data leaves, beside what the store keeps in any case, to everything else: names,
+	// overwrites, and what gives space back.
+	Reserve int64
 	// AllowReadOnly opens a store only for reading if this process cannot write to it, because of its file system or
 	// its permissions: see Store.ReadOnly. Nothing is changed then. Without AllowReadOnly, Open returns an error that
 	// matches ErrReadOnly.

@@ -44,23 +44,25 @@ type app struct {
 	stdin          *os.File
 	stdout, stderr io.Writer
 
-	dir         string
-	json        bool
-	quiet       bool
-	verbose     bool
-	bytes       bool
-	color       string
-	lockTimeout time.Duration
-	maxSize     string
-	maxBytes    int64 // parsed maxSize
-	foreign     bool
-	mapCache    string // a size, as text
-	cacheBytes  int64  // parsed mapCache
-	coldAfter   time.Duration
-	scrubEvery  time.Duration
-	warnAt      string
-	fillLevels  []int // of warnAt
-	log         *slog.Logger
+	dir          string
+	json         bool
+	quiet        bool
+	verbose      bool
+	bytes        bool
+	color        string
+	lockTimeout  time.Duration
+	maxSize      string
+	maxBytes     int64 // parsed maxSize
+	reserve      string
+	reserveBytes int64 // parsed reserve
+	foreign      bool
+	mapCache     string // a size, as text
+	cacheBytes   int64  // parsed mapCache
+	coldAfter    time.Duration
+	scrubEvery   time.Duration
+	warnAt       string
+	fillLevels   []int // of warnAt
+	log          *slog.Logger
 
 	freezer      freeze.System              // freezes file systems
 	devicesBelow func(path string) []string // the block devices that a file system is on
@@ -145,6 +147,7 @@ const (
 	coldAfterEnv  = "VDISK_COLD_AFTER"
 	scrubEveryEnv = "VDISK_SCRUB_EVERY"
 	warnAtEnv     = "VDISK_WARN_AT"
+	reserveEnv    = "VDISK_RESERVE"
 )
 
 func (a *app) program() *cli.App {
@@ -192,6 +195,7 @@ func (a *app) globalFlags() []cli.Flag {
 		&cli.DurationFlag{Name: "lock-timeout", Usage: "how long to wait for a busy store", EnvVars: []string{"VDISK_LOCK_TIMEOUT"}, Value: 5 * time.Second, Destination: &a.lockTimeout},
 		&cli.BoolFlag{Name: "foreign", Usage: "open a store even if its folder belongs to another user, or others may change it", EnvVars: []string{"VDISK_FOREIGN"}, Destination: &a.foreign},
 		&cli.StringFlag{Name: "max-size", Usage: "limit the store's data to `SIZE` while this process owns it", EnvVars: []string{"VDISK_MAX_SIZE"}, Destination: &a.maxSize},
+		&cli.StringFlag{Name: "reserve", Usage: "while this process owns the store, new data leaves `SIZE` of it to snapshots, overwrites and removals", EnvVars: []string{reserveEnv}, Value: "0", Destination: &a.reserve},
 		&cli.DurationFlag{Name: "cold-after", Usage: "recompress, in idle time, data that has not changed for `DURATION`; 0: never", EnvVars: []string{coldAfterEnv}, Value: 10 * time.Minute, Destination: &a.coldAfter},
 		&cli.DurationFlag{Name: "scrub-every", Usage: "read and verify all data once in `DURATION`, in the background, while a daemon or serve owns the store; 0: never", EnvVars: []string{scrubEveryEnv}, Value: 30 * 24 * time.Hour, Destination: &a.scrubEvery},
 		&cli.StringFlag{Name: "warn-at", Usage: "while a daemon or serve owns the store, log and note when it is filled to `PERCENT,...`; off: never", EnvVars: []string{warnAtEnv}, Value: defaultWarnAt, Destination: &a.warnAt},
@@ -230,12 +234,15 @@ func (a *app) prepare(*cli.Context) error {
 			return err
 		}
 	}
+	if a.reserveBytes, err = a.sizeBetween("--reserve", a.reserve, 0, math.MaxInt64); err != nil {
+		return err
+	}
 	if a.cacheBytes, err = a.sizeBetween("--map-cache", a.mapCache, cow.MinCacheBytes, cow.MaxCacheBytes); err != nil {
 		return err
 	}
 	// These are for a daemon that this command starts, and for the programs that follow the daemon in an upgrade, which
 	// may be older.
-	if err := errors.Join(os.Setenv(mapCacheEnv, a.mapCache), os.Setenv(coldAfterEnv, a.coldAfter.String()), os.Setenv(scrubEveryEnv, a.scrubEvery.String()), os.Setenv(warnAtEnv, a.warnAt)); err != nil {
+	if err := errors.Join(os.Setenv(mapCacheEnv, a.mapCache), os.Setenv(coldAfterEnv, a.coldAfter.String()), os.Setenv(scrubEveryEnv, a.scrubEvery.String()), os.Setenv(warnAtEnv, a.warnAt), os.Setenv(reserveEnv, a.reserve)); err != nil {
 		return err
 	}
 	dir, err := filepath.Abs(a.dir)
@@ -287,7 +294,7 @@ func (a *app) options(c *cli.Context) owner.Options {
 		cold = -1
 	}
 	return owner.Options{
-		LockTimeout: a.lockTimeout, Command: "vdisk " + c.Command.Name, Logger: a.log, Version: version(), MaxBytes: a.maxBytes, MapCache: a.cacheBytes,
+		LockTimeout: a.lockTimeout, Command: "vdisk " + c.Command.Name, Logger: a.log, Version: version(), MaxBytes: a.maxBytes, Reserve: a.reserveBytes, MapCache: a.cacheBytes,
 		ColdAfter: cold, ScrubEvery: a.scrubEvery, FillLevels: a.fillLevels, Foreign: a.foreign,
 	}
 }

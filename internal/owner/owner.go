@@ -65,7 +65,7 @@ type Owner struct {
 // devices, and others may read it at the same time.
 func own(ctx context.Context, dir string, o Options, mayRead bool) (*Owner, error) {
 	opts := cow.Options{ // its clients and devices continue when it is killed
-		LockTimeout: o.LockTimeout, Holder: o.Command, Logger: o.Logger, CacheBytes: o.MapCache, MaxBytes: o.MaxBytes, ColdAfter: o.ColdAfter,
+		LockTimeout: o.LockTimeout, Holder: o.Command, Logger: o.Logger, CacheBytes: o.MapCache, MaxBytes: o.MaxBytes, Reserve: o.Reserve, ColdAfter: o.ColdAfter,
 		Brief: !o.lasts(), Outlive: o.lasts(), SharedMemory: o.sharedMemory, Foreign: o.Foreign,
 		AllowReadOnly: mayRead, Look: o.Look, Repair: o.Repair,
 	}

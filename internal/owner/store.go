@@ -139,6 +139,8 @@ type Options struct {
 	// MaxBytes limits the space of the chunk files while this process owns the store. With 0, only the file system
 	// limits it.
 	MaxBytes int64
+	// Reserve is cow.Options.Reserve.
+	Reserve int64
 	// Logger logs events of devices and services. The default discards them.
 	Logger *slog.Logger
 	// MapCache is cow.Options.CacheBytes.
