@@ -9,7 +9,7 @@ job() { # write|read target...
 	local how=$1; shift
 	local rw=(--rw=randwrite --do_verify=1)
 	[ "$how" = write ] || rw=(--rw=randwrite --verify_only)
-	fio --name=v "$@" "${rw[@]}" --bsrange=512-256k --bs_unaligned=0 --blockalign=512 --numjobs=4 --size=24M --offset_increment=48M \
+	fio --name=v "$@" "${rw[@]}" --bsrange=512-256k --bs_unaligned=0 --blockalign=512 --numjobs=4 --size=12M --offset_increment=48M \
 		--iodepth=8 --verify=crc32c --verify_fatal=1 --randseed=42 --group_reporting --buffer_compress_percentage=50 --output=/tmp/fio.out ||
 		{ cat /tmp/fio.out; fail "fio $how $*"; }
 	grep -E 'err=' /tmp/fio.out | head -1
