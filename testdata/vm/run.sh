@@ -234,7 +234,7 @@ row "  with $vms clones, and $((files * 512 + files * 64)) KiB written by each" 
 if [ "${GUEST:-}" = 1 ]; then
 	echo
 	say "the same as block devices, in a guest"
-	go run ./internal/guest/cmd/guest run -kernel newest -timeout 20m -file bin/vdisk="$vdisk" -file golden.img="$dir/golden.img" -file vm.sh="$here/guest.sh" \
+	go run ./internal/guest/cmd/guest run -kernel newest -timeout 40m -file bin/vdisk="$vdisk" -file golden.img="$dir/golden.img" -file vm.sh="$here/guest.sh" \
 		-file verify.sh="$here/verify.sh" -- env "VMS=$vms" "FILES=$files" bash /payload/vm.sh 2>"$dir/guest.err" | stamp >"$dir/guest.out" ||
 		{ cat "$dir/guest.out" "$dir/guest.err"; fail "in the guest"; }
 	sed 's/^[0-9]* //; /^clone [0-9]/d' "$dir/guest.out"
