@@ -21,8 +21,12 @@ declare -A pid input started
 owner=
 
 cleanup() {
-	local p
-	for p in $(jobs -pr); do kill -9 "$p" 2>/dev/null || true; done
+	local p n
+	for p in $(jobs -pr); do [ "$p" = "$owner" ] || kill -9 "$p" 2>/dev/null || true; done
+	if [ "$owner" ] && kill "$owner" 2>/dev/null; then # in order, so that it leaves nothing in /dev/shm
+		for n in $(seq 100); do kill -0 "$owner" 2>/dev/null || break; sleep 0.1; done
+		kill -9 "$owner" 2>/dev/null || true
+	fi
 	[ "$keep" ] || rm -rf "$dir"
 }
 trap cleanup EXIT
