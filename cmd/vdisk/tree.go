@@ -47,16 +47,20 @@ func treeOf(items []item, draw bool) []item {
 	return tree
 }
 
-// parentOf returns the place of what an item comes from, if that is in index.
+// parentOf returns the place of what an item comes from, if that is in index. A volume that was rolled back comes from a
+// snapshot of its own, which is below it: it has no parent.
 func parentOf(i item, index map[string]int) (int, bool) {
 	if i.snapshot != nil {
 		parent, ok := index[i.volume.Name]
 		return parent, ok
 	}
+	volume, _, _ := strings.Cut(i.volume.Origin, "@")
+	if volume == i.volume.Name {
+		return 0, false
+	}
 	if parent, ok := index[i.volume.Origin]; ok {
 		return parent, true
 	}
-	volume, _, _ := strings.Cut(i.volume.Origin, "@")
 	parent, ok := index[volume]
 	return parent, ok
 }

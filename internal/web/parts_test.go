@@ -62,6 +62,19 @@ func TestTree(t *testing.T) {
 			t.Errorf("%q:\n%s\nnot\n%s", x.find, got, x.want)
 		}
 	}
+	// A volume that was rolled back comes from a snapshot of its own.
+	back := []owner.Volume{volume("db", "db@a", "a", "b"), volume("copy", "db@a")}
+	for _, x := range []struct{ find, want string }{
+		{"", "db from db@a\n├ db@a\n│ └ copy\n└ db@b\n"},
+		{"@", "db@a\ndb@b\n"},
+	} {
+		if got := drawn(treeOf(back, x.find)); got != x.want {
+			t.Errorf("%q:\n%s\nnot\n%s", x.find, got, x.want)
+		}
+	}
+	if r := treeOf(back, "").Rows[0]; r.Kind != "volume" {
+		t.Errorf("a volume that was rolled back is a %s", r.Kind)
+	}
 	if x := treeOf(volumes, "db"); x.All != 12 || x.Found != 3 {
 		t.Errorf("%d of %d", x.Found, x.All)
 	}

@@ -56,7 +56,7 @@ func rowsOf(volumes []owner.Volume) (rows []row) {
 		switch {
 		case v.Receiving != nil:
 			r.Kind = "receiving"
-		case v.Origin != "":
+		case v.Origin != "" && !strings.HasPrefix(v.Origin, v.Name+"@"):
 			r.Kind = "clone"
 		}
 		rows = append(rows, r)
@@ -125,16 +125,20 @@ func treeOf(volumes []owner.Volume, find string) tree {
 }
 
 // parentOf returns the place of what a row comes from. Of a clone whose snapshot is gone, or is not among the rows, that is
-// its origin's volume. If that is not there either, the row has its origin written beside it.
+// its origin's volume. If that is not there either, the row has its origin written beside it. So has a volume that was
+// rolled back: it comes from a snapshot of its own, which is below it.
 func parentOf(r *row, index map[string]int) (int, bool) {
-	if p, ok := index[r.parent]; ok {
+	volume, _, _ := strings.Cut(r.parent, "@")
+	own := r.Kind != "snapshot" && volume == r.Name
+	if p, ok := index[r.parent]; ok && !own {
 		return p, true
 	}
 	if r.Kind == "snapshot" {
 		return 0, false
 	}
-	r.Origin = r.parent
-	volume, _, _ := strings.Cut(r.parent, "@")
+	if r.Origin = r.parent; own {
+		return 0, false
+	}
 	p, ok := index[volume]
 	return p, ok
 }
