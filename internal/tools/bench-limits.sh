@@ -14,7 +14,7 @@ made=
 mkdir -p "${DIR:-$made}"
 dir=$(realpath "${DIR:-$made}")
 export VDISK_STORE=$dir/store
-out=$PWD/$name.out
+out=$tools/../../bin/$name.out
 : >"$out"
 server=
 over() {

@@ -2,12 +2,16 @@ package main
 
 import (
 	"bytes"
+	"context"
+	"errors"
 	"flag"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
+	"testing/synctest"
 )
 
 var update = flag.Bool("update", false, "write testdata/report.md")
@@ -219,4 +223,34 @@ func TestGoesOn(t *testing.T) {
 	if l := open(m, true); len(l.done) != 0 {
 		t.Errorf("fresh: %v", l.done)
 	}
+}
+
+// TestDuring holds that figures of a disk that was written meanwhile are of one that was.
+func TestDuring(t *testing.T) {
+	ctx, broken := t.Context(), errors.New("broken")
+	until := func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+	nothing := func() error { return nil }
+	if err := during(ctx, until, nothing); err != nil {
+		t.Errorf("a writer that was stopped: %v", err)
+	}
+	if err := during(ctx, until, func() error { return broken }); !errors.Is(err, broken) {
+		t.Errorf("what was done meanwhile failed: %v", err)
+	}
+	for _, end := range []error{nil, broken} {
+		synctest.Test(t, func(t *testing.T) {
+			err := during(t.Context(), func(context.Context) error { return end }, func() error { synctest.Wait(); return nil })
+			if err == nil || end != nil && !errors.Is(err, end) {
+				t.Errorf("a writer that ended with %v: %v", end, err)
+			}
+		})
+	}
+}
+
+func TestHangup(t *testing.T) {
+	ctx, stop := interruptible()
+	defer stop()
+	if err := syscall.Kill(os.Getpid(), syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	<-ctx.Done()
 }

@@ -65,22 +65,34 @@ func (b *bench) makeSnapshots(ctx context.Context, mib int) error {
 			return err
 		}
 	}
+	return during(ctx, func(ctx context.Context) error {
+		_, err := b.job(ctx, "trickle", "snapshots", 1, mib)
+		return err
+	}, func() error {
+		time.Sleep(time.Second) // until it writes
+		for i := 1; i <= b.Snapshots; i++ {
+			if err := b.do(ctx, b.host.vdisk, "-q", "snapshot", fmt.Sprint("snapshots@", i)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// during calls do while write runs, and then stops write. That write was stopped is no fault; that it has ended before is.
+func during(ctx context.Context, write func(context.Context) error, do func() error) error {
 	writing, stop := context.WithCancel(ctx)
+	defer stop()
 	ended := make(chan error, 1)
-	go func() {
-		_, err := b.job(writing, "trickle", "snapshots", 1, mib)
-		ended <- err
-	}()
-	time.Sleep(time.Second) // until it writes
-	var err error
-	for i := 1; i <= b.Snapshots && err == nil; i++ {
-		err = b.do(ctx, b.host.vdisk, "-q", "snapshot", fmt.Sprint("snapshots@", i))
+	go func() { ended <- write(writing) }()
+	err := do()
+	select {
+	case e := <-ended:
+		return errors.Join(err, e, errors.New("the writer ended before the last snapshot was taken"))
+	default:
 	}
 	stop()
-	// A job that was stopped is no fault; one that ended by itself is.
-	if e := <-ended; e == nil {
-		err = errors.Join(err, errors.New("the writer ended before the last snapshot was taken"))
-	}
+	<-ended
 	return err
 }
 
