@@ -161,7 +161,9 @@ column() { awk -v c="$1" '{ print $c }' "$dir/clones" | median; }
 
 for first in $(seq 1 "$together" "$vms"); do
 	last=$((first + together - 1 < vms ? first + together - 1 : vms))
-	for p in $peers; do
+	order=$peers # the other way round in every second turn: those that boot later have more machines beside them
+	[ $((first / together % 2)) = 0 ] || order=$(tr ' ' '\n' <<<"$peers" | tac | xargs)
+	for p in $order; do
 		some=()
 		for n in $(seq "$first" $last); do boot "$p-$n"; some+=("$p-$n"); done
 		until_ready "${some[@]}"
