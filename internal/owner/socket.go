@@ -39,6 +39,16 @@ func Listen(path string) (l *net.UnixListener, remove func(), err error) {
 	return ListenFor(path, Access{})
 }
 
+// ListenOwn is Listen for this process's user and root alone. In the folder of another user, Listen's socket belongs to that
+// user, if this process is root's.
+func ListenOwn(path string) (l net.Listener, remove func(), err error) {
+	u, remove, err := Listen(path)
+	if err != nil {
+		return nil, nil, err
+	}
+	return ownListener{u}, remove, nil
+}
+
 // ListenFor makes a unix socket at path. Until the socket's group and mode are set, only the process's umask protects
 // it, so that must be 077. ListenFor replaces an existing socket on which nobody listens. If anything else is there, the
 // error matches fs.ErrExist. The caller calls remove once the socket is closed.

@@ -2,12 +2,19 @@ package web
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
+	"os"
+	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/internal/journal"
@@ -181,5 +188,55 @@ func TestEvents(t *testing.T) {
 		if x.tell(now) != want {
 			t.Error("the log is told as often as somebody asks")
 		}
+	}
+}
+
+// TestSocketIsForItsUser connects to a socket of root's in a folder of another user, whom the socket's file belongs to.
+func TestSocketIsForItsUser(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can become another user")
+	}
+	const nobody = 65534
+	dir := t.TempDir()
+	if err := errors.Join(os.Chmod(filepath.Dir(dir), 0o755), os.Chown(dir, nobody, nobody)); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "web.sock")
+	l, remove, err := Listen("unix:" + path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer remove()
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- Serve(ctx, l, newFake(t).options()) }()
+	ask := func() (answer string) {
+		c, err := net.Dial("unix", path)
+		if err != nil {
+			return err.Error()
+		}
+		defer c.Close()
+		_, _ = io.WriteString(c, "GET /live HTTP/1.0\r\nHost: localhost\r\n\r\n") // it may be closed already
+		text, _ := io.ReadAll(c)
+		return string(text)
+	}
+	answers := make(chan string)
+	go func() {
+		runtime.LockOSThread() // the thread is not used again
+		if _, _, e := unix.RawSyscall(unix.SYS_SETRESUID, nobody, nobody, nobody); e != 0 {
+			answers <- e.Error()
+			return
+		}
+		answers <- ask()
+	}()
+	if a := <-answers; a != "" {
+		t.Errorf("another user gets %q", a)
+	}
+	if a := ask(); !strings.HasPrefix(a, "HTTP/1.0 200") {
+		t.Errorf("root gets %q", a)
+	}
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
 	}
 }

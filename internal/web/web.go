@@ -66,13 +66,13 @@ func (o Options) withDefaults() Options {
 var ErrAddress = errors.New("the page is for this machine alone, so a loopback address (127.0.0.1:9751) or a Unix socket (unix:PATH) is needed")
 
 // Listen listens on a loopback address (ADDRESS:PORT), or on the Unix socket of unix:PATH, to which only the user that this
-// process runs as, and root, can connect. The caller calls remove once the listener is closed.
+// process runs as, and root, can connect, whoever the folder belongs to. The caller calls remove once the listener is closed.
 func Listen(address string) (l net.Listener, remove func(), err error) {
 	if path, is := strings.CutPrefix(address, "unix:"); is {
 		if path == "" {
 			return nil, nil, fmt.Errorf("%q has no path: %w", address, ErrAddress)
 		}
-		u, remove, err := owner.Listen(path)
+		u, remove, err := owner.ListenOwn(path)
 		if err != nil {
 			return nil, nil, fmt.Errorf("listening for the page: %w", err)
 		}
