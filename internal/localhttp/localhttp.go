@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/netip"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -96,7 +97,7 @@ func (l *limited) Accept() (net.Conn, error) {
 	for {
 		c, err := l.Listener.Accept()
 		if err != nil {
-			return nil, err
+			return nil, AcceptError(err)
 		}
 		select {
 		case l.slots <- struct{}{}:
@@ -117,3 +118,23 @@ func (c *limitedConn) Close() error {
 	defer c.release()
 	return c.Conn.Close()
 }
+
+// AcceptError returns an error of accept for http.Server, which ends at the first one that is not temporary. Then nobody
+// could reach the server any more. Of those that pass, package net does not know a lack of memory for one.
+func AcceptError(err error) error {
+	if errors.Is(err, syscall.ENOMEM) || errors.Is(err, syscall.ENOBUFS) {
+		return passingError{err}
+	}
+	return err
+}
+
+// passingError is a net.Error after which accept is to be tried again.
+type passingError struct{ error }
+
+func (e passingError) Unwrap() error { return e.error }
+
+// Timeout implements net.Error.
+func (e passingError) Timeout() bool { return false }
+
+// Temporary reports that the error passes.
+func (e passingError) Temporary() bool { return true }

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/localhttp"
 	"github.com/vdisk/vdisk/internal/storage"
 )
 
@@ -272,7 +273,7 @@ func (l ownListener) Accept() (net.Conn, error) {
 	for {
 		c, err := l.AcceptUnix()
 		if err != nil {
-			return nil, acceptError(err)
+			return nil, localhttp.AcceptError(err)
 		}
 		if uid, err := peerOf(c); err == nil && (uid == 0 || uid == uint32(os.Geteuid())) {
 			return c, nil
@@ -280,23 +281,3 @@ func (l ownListener) Accept() (net.Conn, error) {
 		_ = c.Close()
 	}
 }
-
-// acceptError returns an error of accept for http.Server, which ends at the first one that is not temporary. Then nobody
-// could reach the owner any more. Of those that pass, package net does not know a lack of memory for one.
-func acceptError(err error) error {
-	if errors.Is(err, syscall.ENOMEM) || errors.Is(err, syscall.ENOBUFS) {
-		return passingError{err}
-	}
-	return err
-}
-
-// passingError is a net.Error after which accept is to be tried again.
-type passingError struct{ error }
-
-func (e passingError) Unwrap() error { return e.error }
-
-// Timeout implements net.Error.
-func (e passingError) Timeout() bool { return false }
-
-// Temporary reports that the error passes.
-func (e passingError) Temporary() bool { return true }

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vdisk/vdisk/cow"
+	"github.com/vdisk/vdisk/internal/localhttp"
 	"github.com/vdisk/vdisk/internal/storage"
 	"github.com/vdisk/vdisk/internal/testwatch"
 )
@@ -235,7 +236,7 @@ type failingAccept struct {
 func (l *failingAccept) Accept() (net.Conn, error) {
 	if err := l.err; err != nil {
 		l.err = nil
-		return nil, acceptError(&net.OpError{Op: "accept", Net: "unix", Err: os.NewSyscallError("accept4", err)})
+		return nil, localhttp.AcceptError(&net.OpError{Op: "accept", Net: "unix", Err: os.NewSyscallError("accept4", err)})
 	}
 	return l.Listener.Accept()
 }

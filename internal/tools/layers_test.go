@@ -19,7 +19,7 @@ var layers = map[string][]string{
 	"cmd/vdisk":                {"internal/web", "internal/natural", "internal/owner", "internal/journal", "internal/retention", "internal/freeze", "internal/owner/sparse", "internal/image", "internal/stream", "internal/bench", "internal/metrics", "internal/storage", "internal/size", "cow", "format", "ublk"},
 	"internal/image":           {"internal/owner/sparse", "nbd", "cow"},
 	"internal/web":             {"internal/owner", "internal/metrics", "internal/localhttp", "internal/journal", "internal/natural", "cow"},
-	"internal/owner":           {"internal/journal", "internal/retention", "internal/owner/sparse", "internal/rbddiff", "internal/stream", "internal/bench", "internal/metrics", "internal/storage", "internal/ratelimit", "cow", "format", "nbd", "ublk"},
+	"internal/owner":           {"internal/journal", "internal/retention", "internal/owner/sparse", "internal/rbddiff", "internal/stream", "internal/bench", "internal/metrics", "internal/localhttp", "internal/storage", "internal/ratelimit", "cow", "format", "nbd", "ublk"},
 	"internal/metrics":         {"internal/localhttp", "cow", "ublk"},
 	"internal/localhttp":       {},
 	"internal/natural":         {},
