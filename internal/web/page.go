@@ -11,6 +11,7 @@ import (
 
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/internal/metrics"
+	"github.com/vdisk/vdisk/internal/owner"
 )
 
 // pageTemplate escapes all text for the place where it stands.
@@ -130,7 +131,7 @@ func (s *server) addTree(r *http.Request, d *pageData) {
 		d.TreeErr = unread
 		return
 	}
-	d.Tree = treeOf(volumes, d.Find)
+	d.Tree = s.treeOf(volumes, d.Find)
 	usage, at, err := s.usage.get(r.Context(), s.usageWait)
 	switch {
 	case errors.Is(err, cow.ErrCorrupt):
@@ -140,6 +141,13 @@ func (s *server) addTree(r *http.Request, d *pageData) {
 	}
 	d.UsageAt, d.Measuring = at, at.IsZero() && err == nil
 	d.Tree.addUsage(usage)
+}
+
+// treeOf makes one tree at a time: of a large store it takes memory and time, and every user of the machine may ask for it.
+func (s *server) treeOf(volumes []owner.Volume, find string) tree {
+	s.making.Lock()
+	defer s.making.Unlock()
+	return treeOf(volumes, find)
 }
 
 func (s *server) addMap(r *http.Request, d *pageData) {

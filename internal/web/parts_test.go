@@ -107,6 +107,22 @@ func TestTreeIsBounded(t *testing.T) {
 	}
 }
 
+// TestTreeIsCheap makes the tree of a store with many snapshots: those without a row cost little.
+func TestTreeIsCheap(t *testing.T) {
+	const snapshots = 20000
+	volumes := []owner.Volume{volume("v", "")}
+	for i := range snapshots {
+		volumes[0].Snapshots = append(volumes[0].Snapshots, cow.SnapshotInfo{Volume: "v", Name: fmt.Sprint("auto-20261130T175320Z-", i)})
+	}
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	x := treeOf(volumes, "")
+	runtime.ReadMemStats(&after)
+	if each := (after.TotalAlloc - before.TotalAlloc) / snapshots; each > 400 || x.All != snapshots+1 || len(x.Rows) != shownRows {
+		t.Errorf("%d rows of %d, %d bytes for each", len(x.Rows), x.All, each)
+	}
+}
+
 // TestBars gives the widest row a bar of 100 percent.
 func TestBars(t *testing.T) {
 	x := treeOf([]owner.Volume{volume("a", ""), volume("b", ""), volume("c", "")}, "")

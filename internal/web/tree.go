@@ -34,8 +34,6 @@ type row struct {
 	Usage         *cow.Usage
 	Barred        bool
 	Alone, Common float64 // widths of its exclusive and shared parts in the bar, in percent of the widest
-
-	parent string
 }
 
 // tree is the tree of all volumes, or of those that were looked for.
@@ -45,49 +43,72 @@ type tree struct {
 	Found int // of these, rows that were looked for
 }
 
-// rowsOf returns a row for each volume and each snapshot, a volume before its snapshots.
-func rowsOf(volumes []owner.Volume) (rows []row) {
-	for _, v := range volumes {
-		devices := map[string][]string{}
-		for _, d := range v.Devices {
-			devices[d.Ref.String()] = append(devices[d.Ref.String()], d.Path)
-		}
-		r := row{Kind: "volume", Name: v.Name, Size: v.Size, Created: v.Created, Devices: devices[v.Name], Open: v.Open, Codec: v.Codec, parent: v.Origin}
-		switch {
-		case v.Receiving != nil:
-			r.Kind = "receiving"
-		case v.Origin != "" && !strings.HasPrefix(v.Origin, v.Name+"@"):
-			r.Kind = "clone"
-		}
-		rows = append(rows, r)
-		for _, sn := range v.Snapshots {
-			name := v.Name + "@" + sn.Name
-			r := row{Kind: "snapshot", Name: name, Volume: v.Name, Snapshot: sn.Name, Size: sn.Size, Created: sn.Created, Devices: devices[name], parent: v.Name}
-			for _, h := range sn.Holds {
-				r.Holds = append(r.Holds, h.Tag)
-			}
-			rows = append(rows, r)
+// node is a volume or a snapshot. A store may have very many, and few of them get a row.
+type node struct {
+	name, parent string
+	volume       *owner.Volume
+	snapshot     *cow.SnapshotInfo // nil: it is the volume
+}
+
+// nodesOf returns a node for each volume and each snapshot, a volume before its snapshots.
+func nodesOf(volumes []owner.Volume) []node {
+	n := len(volumes)
+	for i := range volumes {
+		n += len(volumes[i].Snapshots)
+	}
+	nodes := make([]node, 0, n)
+	for i := range volumes {
+		v := &volumes[i]
+		nodes = append(nodes, node{v.Name, v.Origin, v, nil})
+		for k := range v.Snapshots {
+			nodes = append(nodes, node{v.Name + "@" + v.Snapshots[k].Name, v.Name, v, &v.Snapshots[k]})
 		}
 	}
-	return rows
+	return nodes
+}
+
+// row returns the row of a node, without its place in the tree.
+func (n node) row() row {
+	v := n.volume
+	r := row{Name: n.name}
+	for _, d := range v.Devices {
+		if d.Ref.String() == n.name {
+			r.Devices = append(r.Devices, d.Path)
+		}
+	}
+	if sn := n.snapshot; sn != nil {
+		r.Kind, r.Volume, r.Snapshot, r.Size, r.Created = "snapshot", v.Name, sn.Name, sn.Size, sn.Created
+		for _, h := range sn.Holds {
+			r.Holds = append(r.Holds, h.Tag)
+		}
+		return r
+	}
+	r.Kind, r.Size, r.Created, r.Open, r.Codec = "volume", v.Size, v.Created, v.Open, v.Codec
+	switch {
+	case v.Receiving != nil:
+		r.Kind = "receiving"
+	case v.Origin != "" && !strings.HasPrefix(v.Origin, v.Name+"@"):
+		r.Kind = "clone"
+	}
+	return r
 }
 
 // treeOf returns the rows whose name has the text find, as 'vdisk ls --tree' orders them: what comes from another row is
 // below it.
 func treeOf(volumes []owner.Volume, find string) tree {
-	rows := rowsOf(volumes)
-	t := tree{All: len(rows)}
+	nodes := nodesOf(volumes)
+	t := tree{All: len(nodes)}
 	if find = strings.ToLower(find); find != "" {
-		rows = slices.DeleteFunc(rows, func(r row) bool { return !strings.Contains(strings.ToLower(r.Name), find) })
+		nodes = slices.DeleteFunc(nodes, func(n node) bool { return !strings.Contains(strings.ToLower(n.name), find) })
 	}
-	t.Found = len(rows)
-	index := make(map[string]int, len(rows))
-	for i := range rows {
-		index[rows[i].Name] = i
+	t.Found = len(nodes)
+	index := make(map[string]int, len(nodes))
+	for i := range nodes {
+		index[nodes[i].name] = i
 	}
-	below, roots := make([][]int, len(rows)), []int(nil)
-	for i := range rows {
-		if p, ok := parentOf(&rows[i], index); ok {
+	below, roots := make([][]int, len(nodes)), []int(nil)
+	for i := range nodes {
+		if p, _ := nodes[i].above(index); p >= 0 {
 			below[p] = append(below[p], i)
 		} else {
 			roots = append(roots, i)
@@ -95,8 +116,9 @@ func treeOf(volumes []owner.Volume, find string) tree {
 	}
 	var add func(i int, under []string, deeper int)
 	add = func(i int, under []string, deeper int) {
-		r := rows[i]
+		r := nodes[i].row()
 		r.Guides, r.Deeper = under, deeper
+		_, r.Origin = nodes[i].above(index)
 		t.Rows = append(t.Rows, r)
 		above := slices.Clone(under) // what is below has these lines, too, where the tree goes on
 		if n := len(above); n > 0 {
@@ -124,23 +146,22 @@ func treeOf(volumes []owner.Volume, find string) tree {
 	return t
 }
 
-// parentOf returns the place of what a row comes from. Of a clone whose snapshot is gone, or is not among the rows, that is
-// its origin's volume. If that is not there either, the row has its origin written beside it. So has a volume that was
-// rolled back: it comes from a snapshot of its own, which is below it.
-func parentOf(r *row, index map[string]int) (int, bool) {
-	volume, _, _ := strings.Cut(r.parent, "@")
-	own := r.Kind != "snapshot" && volume == r.Name
-	if p, ok := index[r.parent]; ok && !own {
-		return p, true
+// above returns the place of the node that this one comes from, or -1, and the origin that is to be written beside its row.
+// Of a clone whose snapshot is gone, or is not among the nodes, it is its origin's volume, and the origin is written. So it
+// is of a volume that was rolled back: it comes from a snapshot of its own, which is below it.
+func (n node) above(index map[string]int) (place int, origin string) {
+	volume, _, _ := strings.Cut(n.parent, "@")
+	own := n.snapshot == nil && volume == n.name
+	if p, ok := index[n.parent]; ok && !own {
+		return p, ""
 	}
-	if r.Kind == "snapshot" {
-		return 0, false
+	if n.snapshot != nil {
+		return -1, ""
 	}
-	if r.Origin = r.parent; own {
-		return 0, false
+	if p, ok := index[volume]; ok && !own {
+		return p, n.parent
 	}
-	p, ok := index[volume]
-	return p, ok
+	return -1, n.parent
 }
 
 // addUsage adds what the rows take.

@@ -121,6 +121,7 @@ type server struct {
 	closed bool
 	work   sync.WaitGroup // requests, and what goes on without one; Add under mu, while not closed
 
+	making  sync.Mutex // of a tree
 	volumes *kept[[]owner.Volume]
 	usage   *kept[map[string]cow.Usage]
 	chunks  *kept[*chunkMap]
