@@ -24,18 +24,14 @@ type events struct {
 	last   []event // the newest first
 	users  journal.Users
 	closed bool
-	told   time.Time // when the log was told of an error
+	told   told
 }
 
-// tell reports whether the log is to be told of an error: once a minute, however often somebody asks for the page.
+// tell reports whether the log is to be told of an error.
 func (x *events) tell(now time.Time) bool {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if now.Sub(x.told) < time.Minute {
-		return false
-	}
-	x.told = now
-	return true
+	return x.told.again(now)
 }
 
 // event is an entry as the page shows it.
@@ -45,7 +41,7 @@ type event struct {
 	Bad       bool // something failed or is damaged
 }
 
-// newest returns the newest entries, the latest first.
+// newest returns the newest entries, the latest first. With an error it returns those before it, too.
 func (x *events) newest(open func() (*journal.Tail, error)) ([]event, error) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -60,13 +56,11 @@ func (x *events) newest(open func() (*journal.Tail, error)) ([]event, error) {
 		x.tail, x.users = tail, journal.Users{}
 	}
 	var found []journal.Entry
+	var err error
 	for {
-		e, err := x.tail.Next()
-		if errors.Is(err, io.EOF) {
+		var e journal.Entry
+		if e, err = x.tail.Next(); err != nil {
 			break
-		}
-		if err != nil {
-			return nil, err
 		}
 		if found = append(found, e); len(found) == 2*shownEvents {
 			found = slices.Delete(found, 0, shownEvents)
@@ -79,7 +73,10 @@ func (x *events) newest(open func() (*journal.Tail, error)) ([]event, error) {
 		next = append(next, event{e, x.users.By(e.By), e.Text(shownNames, byteSize), bad})
 	}
 	x.last = append(next, x.last[:min(len(x.last), shownEvents-len(next))]...)
-	return x.last, nil
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	return x.last, err
 }
 
 func (x *events) close() {

@@ -22,6 +22,19 @@ type kept[T any] struct {
 	err   error         // of the last reading; value and at are those of an earlier one
 	until time.Time     // when it is to be read again
 	done  chan struct{} // closed when the reading under way ends; nil: there is none
+	told  told
+}
+
+// told is when the log was told of an error.
+type told struct{ at time.Time }
+
+// again reports whether the log is to be told of an error: once a minute, however often somebody asks for the page.
+func (t *told) again(now time.Time) bool {
+	if now.Sub(t.at) < time.Minute {
+		return false
+	}
+	t.at = now
+	return true
 }
 
 // get returns the value, the time at which it was read, and why it could not be read lately. It waits for at most wait for
@@ -60,12 +73,12 @@ func (k *kept[T]) read() {
 	if err == nil {
 		value, err = k.load(k.s.life, from)
 	}
-	if err != nil && k.s.life.Err() == nil {
-		k.s.Log.Warn("a part of the page cannot be read", "part", k.what, "err", err)
-	}
 	ended := k.s.now()
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if err != nil && k.s.life.Err() == nil && k.told.again(ended) {
+		k.s.Log.Warn("a part of the page cannot be read", "part", k.what, "err", err)
+	}
 	if k.err = err; err == nil {
 		k.value, k.at = value, ended
 	}

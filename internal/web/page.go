@@ -79,6 +79,17 @@ var kindTexts = map[cow.ChunkKind]string{
 // unread is what the page says of a part that cannot be read. The log has more.
 const unread = "This cannot be read at present; the log of vdisk says why."
 
+// why returns what the page says in place of a part that was read at a time, or is still being read for the first time.
+func why(at time.Time, err error) string {
+	switch {
+	case err != nil:
+		return unread
+	case at.IsZero():
+		return "This is still being read."
+	}
+	return ""
+}
+
 // page answers GET /?find=TEXT.
 func (s *server) page(w http.ResponseWriter, r *http.Request) {
 	find := r.FormValue("find")
@@ -127,8 +138,7 @@ func (d *pageData) head() {
 
 func (s *server) addTree(r *http.Request, d *pageData) {
 	volumes, at, err := s.volumes.get(r.Context(), volumesWait)
-	if err != nil || at.IsZero() {
-		d.TreeErr = unread
+	if d.TreeErr = why(at, err); d.TreeErr != "" {
 		return
 	}
 	d.Tree = s.treeOf(volumes, d.Find)
@@ -152,8 +162,7 @@ func (s *server) treeOf(volumes []owner.Volume, find string) tree {
 
 func (s *server) addMap(r *http.Request, d *pageData) {
 	m, at, err := s.chunks.get(r.Context(), volumesWait)
-	if err != nil || at.IsZero() {
-		d.MapErr = unread
+	if d.MapErr = why(at, err); d.MapErr != "" {
 		return
 	}
 	d.Map = m

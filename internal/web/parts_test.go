@@ -1,6 +1,7 @@
 package web
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -179,7 +180,7 @@ func TestEvents(t *testing.T) {
 	opened := 0
 	open := func() (*journal.Tail, error) { opened++; return journal.NewTail(in), nil }
 	var x events
-	defer x.close() // and the folder
+	defer x.close()
 	added := 0
 	for _, n := range []int{0, 1, 2*shownEvents + 7, 0, 3} {
 		for range n {
@@ -199,11 +200,50 @@ func TestEvents(t *testing.T) {
 	if opened != 1 {
 		t.Errorf("the journal was opened %d times", opened)
 	}
+	log.Add(journal.Entry{Kind: "create", Names: []string{"last"}})
+	_ = in.Close() // what follows the entry cannot be read
+	for range 2 {
+		if list, err := x.newest(open); err == nil || list[0].Text != "last" || list[1].Text != fmt.Sprint("v", added-1) {
+			t.Errorf("%v, %+v", err, list[0])
+		}
+	}
 	now := time.Unix(1e9, 0)
 	for _, want := range []bool{true, false, false} {
 		if x.tell(now) != want {
 			t.Error("the log is told as often as somebody asks")
 		}
+	}
+}
+
+// TestNotOpen asks for the page of a store that is not open yet, again and again. It has all parts that the script exchanges
+// later, and the log is not filled.
+func TestNotOpen(t *testing.T) {
+	f := newFake(t)
+	o := f.options()
+	var log bytes.Buffer
+	o.Source, o.Log = func() Source { return nil }, slog.New(slog.NewTextHandler(&log, nil))
+	ctx, cancel := context.WithCancel(context.Background())
+	s := newServer(ctx, o)
+	var text string
+	for range 10 {
+		text = s.get(t, "/")
+		f.pass(5 * time.Second)
+	}
+	cancel()
+	s.close()
+	if n := strings.Count(log.String(), "\n"); n != 2 {
+		t.Errorf("%d lines for two parts in a minute:\n%s", n, log.String())
+	}
+	for _, id := range []string{"head", "tiles", "tree", "map", "journal", "foot"} {
+		if !strings.Contains(text, `id="`+id+`" data-part`) {
+			t.Errorf("there is no part %s", id)
+		}
+	}
+	if !strings.Contains(text, "the store is not open") || strings.Contains(text, `class="tile `) || !strings.Contains(text, unread) {
+		t.Error(text)
+	}
+	if got := why(time.Time{}, nil); got == "" || got == unread {
+		t.Errorf("a part that takes long: %q", got)
 	}
 }
 
