@@ -26,7 +26,7 @@ type NBDClient struct {
 	TLS      bool
 	PID      int       // of the process that connected; 0: not known
 	UID      int       // its user; -1: not known
-	Command  string    // its name; empty: not known
+	Command  string    // its name; empty: not known, or it has ended
 	Address  string    // of a client over TCP
 	Since    time.Time // when it connected
 	Counters nbd.Counters
@@ -82,8 +82,8 @@ func (s *service) describe(c nbd.Client) NBDClient {
 	}
 	if cred, err := credentials(u.UnixConn); err == nil {
 		d.UID = int(cred.Uid)
-		if cred.Pid > 0 {
-			d.PID, d.Command = int(cred.Pid), commandOf(int(cred.Pid))
+		if d.PID = int(max(cred.Pid, 0)); d.PID > 0 && (u.by.PID <= 0 || u.by.alive()) { // or another process may have its number
+			d.Command = commandOf(d.PID)
 		}
 	}
 	return d

@@ -13,6 +13,7 @@ import (
 
 	"github.com/vdisk/vdisk/cow"
 	"github.com/vdisk/vdisk/internal/nbdclient"
+	"github.com/vdisk/vdisk/nbd"
 )
 
 // connectTo makes the program of the tests only connect to that socket (TestMain).
@@ -135,4 +136,32 @@ func TestOrphansGoOn(t *testing.T) {
 	}
 	o.kill()
 	w.close(o)
+}
+
+// TestCommandOfAnOrphan: a process that made a connection has ended, and another one has its number now.
+func TestCommandOfAnOrphan(t *testing.T) {
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	mine, err := net.Dial("unix", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mine.Close()
+	c, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	for _, x := range []struct {
+		by    process
+		known bool
+	}{{process{}, true}, {thisProcess(), true}, {process{os.Getpid(), "1"}, false}} {
+		d := new(service).describe(nbd.Client{Conn: &countedUnixConn{c.(*net.UnixConn), connection{by: x.by}}})
+		if d.PID != os.Getpid() || (d.Command != "") != x.known {
+			t.Errorf("made by %v: %d, %q", x.by, d.PID, d.Command)
+		}
+	}
 }
