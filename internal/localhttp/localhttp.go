@@ -69,7 +69,7 @@ func Serve(ctx context.Context, l net.Listener, most int, log *slog.Logger, h ht
 	s := &http.Server{
 		Handler: h, ReadHeaderTimeout: requestTimeout, ReadTimeout: requestTimeout, WriteTimeout: answerTimeout, IdleTimeout: idleTimeout,
 		MaxHeaderBytes: 16 << 10, BaseContext: func(net.Listener) context.Context { return ctx },
-		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn), DisableGeneralOptionsHandler: true, // h guards what it answers
 	}
 	ended := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
