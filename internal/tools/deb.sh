@@ -59,13 +59,13 @@ cp init/modules-load.conf "$tree/usr/lib/modules-load.d/vdisk.conf"
 cp packaging/deb/default "$tree/etc/default/vdisk"
 cp packaging/deb/lintian-overrides "$tree/usr/share/lintian/overrides/vdisk"
 cp packaging/deb/copyright README.md SECURITY.md NOTICE "$doc"
-cp docs/*.md docs/*.svg "$doc/docs"
+cp -r docs/*.md docs/*.svg docs/bench "$doc/docs"
 cp DESIGN.md init/grafana-dashboard.json "$doc"
 cp CHANGELOG.md "$doc/changelog"
 cat >"$doc/changelog.Debian" <<-END
 	vdisk ($version) unstable; urgency=medium
 
-	  * Built from $described; /usr/share/doc/vdisk/changelog.gz says what is new.
+	  * Built from $described; changelog.gz says what is new.
 
 	 -- $(sed -n 's/^Maintainer: //p' packaging/deb/control)  $(date -u -d "@$SOURCE_DATE_EPOCH" '+%a, %d %b %Y %H:%M:%S +0000')
 END
