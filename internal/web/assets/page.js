@@ -187,7 +187,7 @@ function reached(is) {
 }
 
 async function poll() {
-  const response = await fetch("/live?after=" + state.last, { cache: "no-store" });
+  const response = await fetch("/live?after=" + state.last, { cache: "no-store", signal: AbortSignal.timeout(30000) });
   if (!response.ok) throw new Error(response.statusText);
   const a = await response.json();
   if (a.run !== state.run) {
@@ -231,18 +231,18 @@ function refresh() {
 
 // every does something again and again while somebody can see the page.
 function every(interval, what) {
-  let timer = 0;
+  let timer = 0, busy = false;
   const turn = async () => {
     clearTimeout(timer);
-    timer = 0;
-    if (document.hidden) return;
+    if (document.hidden || busy) return; // two at once would take the same samples twice
+    busy = true;
     try {
       await what();
       reached(true);
     } catch {
       reached(false);
     }
-    clearTimeout(timer);
+    busy = false;
     timer = setTimeout(turn, interval());
   };
   document.addEventListener("visibilitychange", () => { if (!document.hidden) turn(); });
