@@ -72,11 +72,12 @@ func (p program) daemon(args ...string) string {
 	return testwatch.Wait(p.t, testwatch.Long, "the page", url)
 }
 
-// fio runs a load on a volume over NBD until the test ends, or for as long as args say.
+// fio runs a load on a volume over NBD until the test ends, or for as long as args say. It is one process: a job that fio forks
+// would outlive it, and hold the test's output.
 func (p program) fio(volume string, args ...string) *exec.Cmd {
 	p.t.Helper()
 	cmd := exec.CommandContext(p.t.Context(), "fio", append([]string{
-		"--name=load", "--ioengine=nbd", "--uri=nbd+unix:///" + volume + "?socket=" + filepath.Join(p.dir, "nbd.sock"),
+		"--name=load", "--thread", "--ioengine=nbd", "--uri=nbd+unix:///" + volume + "?socket=" + filepath.Join(p.dir, "nbd.sock"),
 		"--buffer_compress_percentage=55", "--refill_buffers", "--output=/dev/null",
 	}, args...)...)
 	cmd.Dir = p.t.TempDir()
