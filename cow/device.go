@@ -46,6 +46,7 @@ type Device struct {
 	snap     *snapshot // nil for a volume
 	snapSize int64     // the snapshot's size; snap's row may be replaced under Store.mu
 	readOnly bool
+	noQuota  bool // it gives space back, or mends content that is there, so that no quota holds it up
 	block    int
 	closed   atomic.Bool
 }

@@ -88,7 +88,7 @@ func (q quota) admit(h, more holding, grows bool) error {
 // overQuota returns an error if a record of size bytes with n blocks would take the volume over its quota. The caller
 // holds mu and the leaf's lock.
 func (d *Device) overQuota(size int, lf *leafcache.Leaf, first, n int) error {
-	if d.v.quota == (quota{}) || !d.b.count.isKnown() {
+	if d.v.quota == (quota{}) || d.noQuota || !d.b.count.isKnown() {
 		return nil
 	}
 	g := growth{epoch: d.b.Epoch}
@@ -125,7 +125,7 @@ const mostOfBlock = (format.RecordHeaderSize + format.BlockSize + format.RecordA
 // It takes for granted that nothing is compressed. p is what is written, or nil if it takes space whatever it is. Each
 // record is looked at again when it is installed, since others may write meanwhile.
 func (d *Device) fits(p []byte, off, n int64) error {
-	if n == 0 || !d.v.hasQuota.Load() {
+	if n == 0 || d.noQuota || !d.v.hasQuota.Load() {
 		return nil
 	}
 	d.s.mu.Lock()
@@ -145,10 +145,12 @@ func (d *Device) fits(p []byte, off, n int64) error {
 		part := min(end, first-first%format.LeafBlocks+format.LeafBlocks)
 		err := d.s.cache.View(d.b.leaf(uint32(first/format.LeafBlocks), head), func(lf *leafcache.Leaf) {
 			for ; first < part; first++ {
-				if at := int64(first)*format.BlockSize - off; p == nil || !isZeroBlock(p, at) {
-					g.add(lf, int(first%format.LeafBlocks), 1)
-					g.more.exclusive += mostOfBlock
+				i := int(first % format.LeafBlocks)
+				if p != nil && staysHole(p, int64(first)*format.BlockSize-off, lf.Entry(i)) {
+					continue
 				}
+				g.add(lf, i, 1)
+				g.more.exclusive += mostOfBlock
 			}
 		})
 		if err != nil {
@@ -158,7 +160,9 @@ func (d *Device) fits(p []byte, off, n int64) error {
 	return q.admit(has, g.more, g.grows)
 }
 
-// isZeroBlock reports whether p, of which a block begins at at, covers that block with zeros.
-func isZeroBlock(p []byte, at int64) bool {
-	return at >= 0 && at+format.BlockSize <= int64(len(p)) && format.IsZero(p[at:at+format.BlockSize])
+// staysHole reports whether a block, which begins at at in p and now is e, is or becomes a hole when p is written: p has
+// only zeros for it, and covers it whole, unless it is a hole already.
+func staysHole(p []byte, at int64, e format.Entry) bool {
+	from, to := max(at, 0), min(at+format.BlockSize, int64(len(p)))
+	return (e.IsHole() || to-from == format.BlockSize) && format.IsZero(p[from:to])
 }

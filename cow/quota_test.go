@@ -88,6 +88,9 @@ func TestMappedQuota(t *testing.T) {
 	if _, err := q.d.WriteAt(make([]byte, 64<<10), 64<<10); err != nil {
 		t.Errorf("zeros, which map nothing: %v", err)
 	}
+	if err := q.d.WriteZeroes(64<<10+512, 8<<10, false); err != nil {
+		t.Errorf("zeros for a part of a hole: %v", err)
+	}
 	if err := q.d.WriteZeroes(64<<10, 4096, true); !errors.Is(err, ErrNoSpace) {
 		t.Errorf("zeros that take space: %v", err)
 	}
@@ -147,6 +150,34 @@ func TestExclusiveQuota(t *testing.T) {
 	must(t, q.s.SetProperties("c", map[string]string{"limit.exclusive": fmt.Sprint(8 * rawRecord)}))
 	_, err := q.s.Flatten(t.Context(), "c")
 	must(t, err)
+}
+
+// TestQuotaLetsVolumesShrink makes a volume smaller that is over its quota. Of the block at the new end, which a snapshot
+// has, too, a part becomes zeros.
+func TestQuotaLetsVolumesShrink(t *testing.T) {
+	q := newQuotaVolume(t)
+	q.write(0, 8, "")
+	must(t, q.s.Snapshot(Ref{"v", "s"}))
+	q.set("limit.exclusive", "4K")
+	q.set("limit.mapped", "4K")
+	q.write(3, 1, "limit.exclusive")
+	must(t, q.d.Close())
+	must(t, q.s.Resize("v", 3*format.BlockSize+512, true))
+}
+
+// TestQuotaLetsRepair repairs a block of a volume that is over its quota. A snapshot has the block, too.
+func TestQuotaLetsRepair(t *testing.T) {
+	q := newQuotaVolume(t)
+	q.write(0, 8, "")
+	must(t, q.s.Snapshot(Ref{"v", "s"}))
+	q.set("limit.exclusive", "4K")
+	q.write(3, 1, "limit.exclusive")
+	must(t, q.d.Flush())
+	rot(t, q.s, Ref{Volume: "v"}, 3)
+	rep, err := q.s.Repair(t.Context(), "v", &imageSource{p: randomBytes(4<<20, 99)}) // not what there was
+	if err != nil || rep.Bytes != format.BlockSize {
+		t.Errorf("%+v, %v", rep, err)
+	}
 }
 
 // TestQuotaIsCountedAnew opens the store anew, with changes that the table does not have.

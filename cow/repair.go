@@ -51,6 +51,7 @@ func (s *Store) repairVolume(ctx context.Context, name string, src RepairSource)
 	if err != nil {
 		return rep, err
 	}
+	d.noQuota = true
 	defer func() { err = errors.Join(err, d.Close()) }()
 	r := &repairer{s: s, ctx: ctx, d: d, src: src, rep: &rep, size: d.Size(), records: map[badPlace]*[]Lost{}, healer: newHealer(s), healed: map[healedRecord]struct{}{}}
 	r.disk.buf, r.good, r.piece, r.dst = storage.DiskBuffer(diskWindow), make([]byte, leafSize), make([]byte, 256<<10), make([]byte, leafSize)

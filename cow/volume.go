@@ -292,7 +292,7 @@ func (s *Store) resize(name string, size int64, shrink bool) error {
 			return nil, fmt.Errorf("volume %s is open; detach it before it shrinks: %w", name, ErrBusy)
 		case size < v.Size:
 			old = v.Size
-			behind = &Device{s: s, ref: Ref{Volume: name}, v: v, b: v.branch, asOf: head}
+			behind = &Device{s: s, ref: Ref{Volume: name}, v: v, b: v.branch, asOf: head, noQuota: true}
 			v.writer = true // nobody else may write while cutOff runs
 			return nil, nil
 		}
