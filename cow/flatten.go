@@ -53,6 +53,9 @@ func (s *Store) flatten(ctx context.Context, name string) (rep FlattenReport, er
 	s.mu.Lock()
 	rep.Origin = s.pointName(d.b.origin, d.b.OriginEpoch)
 	s.mu.Unlock()
+	if err := s.fitsFlat(ctx, d); err != nil {
+		return rep, err
+	}
 	err = s.leaves(d.b, 0, math.MaxUint32, func(index uint32) error {
 		if err := s.interrupted(ctx); err != nil {
 			return err

@@ -1,7 +1,9 @@
 package cow
 
 import (
+	"context"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"syscall"
@@ -158,6 +160,41 @@ func (d *Device) fits(p []byte, off, n int64) error {
 		}
 	}
 	return q.admit(has, g.more, g.grows)
+}
+
+// fitsFlat returns an error if the blocks that a volume shares with its origin would take it over its quota, before any of
+// them is copied: otherwise the copies would take all that the quota leaves to the volume's clients.
+func (s *Store) fitsFlat(ctx context.Context, d *Device) error {
+	if !d.v.hasQuota.Load() {
+		return nil
+	}
+	var more holding
+	err := s.leaves(d.b, 0, math.MaxUint32, func(index uint32) error {
+		if err := s.interrupted(ctx); err != nil {
+			return err
+		}
+		return s.cache.View(d.b.leaf(index, head), func(lf *leafcache.Leaf) {
+			for i := range format.LeafBlocks {
+				e := lf.Entry(i)
+				if e.IsHole() || lf.Epoch() != 0 && lf.IsChanged(i) {
+					continue
+				}
+				more.exclusive += int64(e.Share())
+				if e.Blocks() > 1 {
+					more.exclusive++ // shares are rounded down
+				}
+			}
+		})
+	})
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !d.b.count.isKnown() {
+		return nil
+	}
+	return d.v.quota.admit(d.b.count.holding, more, true)
 }
 
 // staysHole reports whether a block, which begins at at in p and now is e, is or becomes a hole when p is written: p has

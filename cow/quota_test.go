@@ -147,6 +147,9 @@ func TestExclusiveQuota(t *testing.T) {
 	if _, err := q.s.Flatten(t.Context(), "c"); !errors.Is(err, ErrNoSpace) {
 		t.Errorf("a clone is flattened: %v", err)
 	}
+	if in, err := q.s.Usage(t.Context(), Ref{Volume: "c"}); err != nil || in[0].Exclusive != 0 {
+		t.Errorf("a refused flatten has copied %+v, %v", in, err)
+	}
 	must(t, q.s.SetProperties("c", map[string]string{"limit.exclusive": fmt.Sprint(8 * rawRecord)}))
 	_, err := q.s.Flatten(t.Context(), "c")
 	must(t, err)
