@@ -52,15 +52,32 @@ type Device struct {
 }
 
 // OpenDevice opens a volume, or a snapshot, which is always read-only. A volume has at most one writable device at a
-// time (else ErrBusy), and any number of read-only ones.
+// time (else ErrBusy), and any number of read-only ones. It waits as AwaitCount does.
 func (s *Store) OpenDevice(r Ref, readOnly bool) (*Device, error) {
-	s.mu.Lock()
-	d, err := s.openDevice(r, readOnly)
-	s.mu.Unlock()
-	if err == nil && !d.readOnly {
-		s.counted(d.v)
+	d, err := s.OpenAtOnce(r, readOnly)
+	if err == nil {
+		d.AwaitCount()
 	}
 	return d, err
+}
+
+// OpenAtOnce is OpenDevice for callers that may not wait: for those that hold a lock, and while clients are kept waiting.
+func (s *Store) OpenAtOnce(r Ref, readOnly bool) (*Device, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	d, err := s.openDevice(r, readOnly)
+	if err == nil && !d.readOnly {
+		s.countQuota(d.v)
+	}
+	return d, err
+}
+
+// AwaitCount waits, at most for two seconds, until it is known what a volume with a quota holds: before that, the quota
+// does not hold.
+func (d *Device) AwaitCount() {
+	if !d.readOnly {
+		d.s.counted(d.v)
+	}
 }
 
 // openDevice is OpenDevice. The caller holds mu.

@@ -59,25 +59,29 @@ func (c *headCount) held(l *format.Leaf, first, n int) (h holding) {
 }
 
 const (
-	// countWait is for how long who opens a volume waits for its count.
-	countWait = 2 * time.Second
+	defaultCountWait = 2 * time.Second
 	// countAgain is the pause after a count that has failed.
 	countAgain = 10 * time.Second
 )
 
-// counted begins to count what a volume holds, unless it has no quota or that is known, and waits for it, at most for
-// countWait.
+// countQuota begins to count what a volume holds, if it has a quota, unless that has begun. It returns nil if nobody counts.
+// The caller holds mu.
+func (s *Store) countQuota(v *volume) *headCount {
+	if v.quota == (quota{}) || s.closed || s.readOnly != nil {
+		return nil
+	}
+	return s.count(v.branch)
+}
+
+// counted is countQuota, and waits for the count, at most for countWait.
 func (s *Store) counted(v *volume) {
 	s.mu.Lock()
-	var c *headCount
-	if v.quota != (quota{}) && !s.closed && s.readOnly == nil {
-		c = s.count(v.branch)
-	}
+	c := s.countQuota(v)
 	s.mu.Unlock()
 	if c == nil {
 		return
 	}
-	timeout := time.NewTimer(countWait)
+	timeout := time.NewTimer(s.opts.countWait)
 	defer timeout.Stop()
 	select {
 	case <-c.done:

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/vdisk/vdisk/format"
 )
@@ -199,6 +200,30 @@ func TestQuotaIsCountedAnew(t *testing.T) {
 	q.write(20, 2, "limit.mapped")
 	q.write(20, 1, "")
 	must(t, q.d.Close())
+}
+
+// TestOpenAtOnce opens a volume while nothing can be counted.
+func TestOpenAtOnce(t *testing.T) {
+	q := newQuotaVolume(t)
+	must(t, q.d.Close())
+	q.set("limit.mapped", "4K")
+	q.s.opts.countWait = time.Hour
+	opened, err := make(chan struct{}), error(nil)
+	q.s.checkpoints.mu.Lock()
+	go func() {
+		q.d, err = q.s.OpenAtOnce(Ref{Volume: "v"}, false)
+		close(opened)
+	}()
+	select {
+	case <-opened:
+	case <-time.After(20 * time.Second):
+		t.Error("it waits")
+	}
+	q.s.checkpoints.mu.Unlock()
+	<-opened
+	must(t, err)
+	q.d.AwaitCount()
+	q.write(0, 2, "limit.mapped")
 }
 
 // TestCountedWhileWritten counts the head of a volume again and again while it is written, has snapshots, and loses them,

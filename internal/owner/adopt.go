@@ -128,7 +128,7 @@ func (o *Owner) hold(rec deviceRecord, info ublk.DeviceInfo, err error) {
 		if perr != nil {
 			continue
 		}
-		dev, oerr := o.store.OpenDevice(r, rec.ReadOnly)
+		dev, oerr := o.store.OpenAtOnce(r, rec.ReadOnly) // its clients wait, as do those of all devices after it
 		if oerr == nil {
 			d.dev, d.name, d.err = dev, name, err
 			break

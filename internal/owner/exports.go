@@ -63,7 +63,7 @@ func (x *exports) acquireLocked(r cow.Ref, readOnly bool) (*handle, error) {
 	if slices.ContainsFunc(x.renaming, func(from cow.Ref) bool { return within(r, from) }) {
 		return nil, fmt.Errorf("%v is being renamed: %w", r, cow.ErrBusy)
 	}
-	dev, err := x.store.OpenDevice(r, readOnly)
+	dev, err := x.store.OpenAtOnce(r, readOnly)
 	if err != nil {
 		return nil, err
 	}
@@ -358,6 +358,9 @@ func (c view) openFor(r cow.Ref) (*handle, error) {
 		return c.acquire(r, true)
 	}
 	h, err := c.acquireToWrite(r, c.who, c.over)
+	if err == nil {
+		h.dev.AwaitCount() // without mu, and only for this client
+	}
 	if err == nil && h.readOnly && c.log != nil {
 		c.log.Info("an NBD client gets a volume read-only, since another one writes to it", "volume", r.Volume,
 			"client", c.who.String(), "writer", c.otherWriter(r.Volume, c.who))
