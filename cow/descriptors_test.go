@@ -25,10 +25,15 @@ func limitFiles(t *testing.T, n int) {
 	t.Helper()
 	var old unix.Rlimit
 	must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &old))
-	fd, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0) // the lowest free number
-	must(t, err)
-	must(t, unix.Close(fd))
-	lim := unix.Rlimit{Cur: uint64(fd + n), Max: old.Max}
+	fds, err := make([]int, n), error(nil) // the lowest free numbers; what other tests have left open may lie between them
+	for i := range fds {
+		fds[i], err = unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		must(t, err)
+	}
+	for _, fd := range fds {
+		must(t, unix.Close(fd))
+	}
+	lim := unix.Rlimit{Cur: uint64(fds[n-1] + 1), Max: old.Max}
 	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &lim))
 	t.Cleanup(func() { must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &old)) })
 }
