@@ -31,6 +31,8 @@ var (
 	// Returned by writes that the target does not accept. ErrReadOnly also matches EROFS, and ErrNoSpace ENOSPC.
 	ErrReadOnly error = &errnoError{"read-only", syscall.EROFS}
 	ErrNoSpace        = storage.ErrNoSpace
+	// ErrQuota is matched, besides ErrNoSpace, if it is a quota of the volume that leaves no room.
+	ErrQuota = errors.New("the volume's quota is full")
 
 	// Returned when no number is left for something new.
 	ErrExhausted = fault.ErrExhausted

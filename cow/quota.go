@@ -83,9 +83,15 @@ func (q quota) admit(h, more holding, grows bool) error {
 	default:
 		return nil
 	}
-	return fmt.Errorf("%w: %d KiB of the volume %s, and %s is %d KiB; discard some of it, or set another limit",
-		fault.NoSpace(syscall.ENOSPC), has>>10, what, name, most>>10)
+	return quotaError{fmt.Errorf("%w: %d KiB of the volume %s, and %s is %d KiB; discard some of it, or set another limit",
+		fault.NoSpace(syscall.ENOSPC), has>>10, what, name, most>>10)}
 }
+
+// quotaError is an error that matches ErrQuota.
+type quotaError struct{ error }
+
+func (e quotaError) Unwrap() error      { return e.error }
+func (quotaError) Is(target error) bool { return target == ErrQuota }
 
 // overQuota returns an error if a record of size bytes with n blocks would take the volume over its quota. The caller
 // holds mu and the leaf's lock.

@@ -66,7 +66,7 @@ func (e hintedError) Unwrap() error { return e.error }
 // partly gives an error of an operation that keeps what it has done, and goes on with it when it is given again, a hint
 // that says so.
 func partly(err error) error {
-	if !errors.Is(err, cow.ErrNoSpace) {
+	if !errors.Is(err, cow.ErrNoSpace) || errors.Is(err, cow.ErrQuota) {
 		return err
 	}
 	return hintedError{err, "free space on the store's file system, or remove snapshots or volumes (vdisk rm), and go on: what was done counts"}
@@ -84,6 +84,7 @@ var kinds = []struct {
 }{
 	{errLeaks, exitLeaks, "leaks", ""},
 	{errDiffer, exitDiffer, "differ", ""},
+	{cow.ErrQuota, exitNoSpace, "no-space", ""},
 	{cow.ErrNoSpace, exitNoSpace, "no-space", "the operation changed nothing; free space on the store's file system, or remove snapshots or volumes (vdisk rm)"},
 	{syscall.ENOSPC, exitNoSpace, "no-space", "free space on that file system"},
 	{syscall.EDQUOT, exitNoSpace, "no-space", "raise the quota, or free space"},

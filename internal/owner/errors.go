@@ -44,6 +44,7 @@ var codes = []struct {
 	{"cut-stream", stream.ErrCut},
 	{"corrupt", cow.ErrCorrupt},
 	{"no-space", cow.ErrNoSpace},
+	{"quota", cow.ErrQuota},
 	{"read-only", cow.ErrReadOnly},
 	{"exhausted", cow.ErrExhausted},
 	{"not-a-store", cow.ErrNotStore},
