@@ -48,14 +48,14 @@ func (s *Store) roomForNew(n int, small bool) error {
 	if small {
 		parts = smallParts
 	}
-	return s.roomBelow(n, s.mostNew(parts))
+	return s.roomBelow(n, s.mostNew(parts), s.opts.Reserve)
 }
 
 // roomForNames is roomForNew for an event that makes names. The caller holds mu.
-func (s *Store) roomForNames() error { return s.roomBelow(namesLeave, s.mostNamed(newParts)) }
+func (s *Store) roomForNames() error { return s.roomBelow(namesLeave, s.mostNamed(newParts), 0) }
 
-// roomBelow is roomForNew, where most is what may be stored. The caller holds mu.
-func (s *Store) roomBelow(n int, most int64) error {
+// roomBelow is roomForNew, where most is what may be stored, less a reserve. The caller holds mu.
+func (s *Store) roomBelow(n int, most, reserve int64) error {
 	capacity, live := s.wal.Capacity(), s.liveNow()
 	s.lookAtFill(live + int64(n))
 	if capacity == 0 || s.opts.takeAll || live+int64(n) <= most {
@@ -64,6 +64,9 @@ func (s *Store) roomBelow(n int, most int64) error {
 	bound, way := "there is room for", "free space on the store's file system"
 	if capacity == s.wal.Limit {
 		bound, way = "the store's limit is", "raise it"
+	}
+	if reserve > 0 {
+		way += ", lower the reserve"
 	}
 	return fmt.Errorf("%w: %d MiB are stored, %s %d MiB, and %d of these are %w; %s, or delete snapshots or volumes",
 		fault.NoSpace(syscall.ENOSPC), live>>20, bound, capacity>>20, (capacity-most)>>20, errNoNew, way)
