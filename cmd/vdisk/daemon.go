@@ -69,25 +69,31 @@ func (a *app) daemon(c *cli.Context) error {
 		o.Handover = handover.Failed
 	}
 	l, err := a.listenMetrics(c)
-	switch {
-	case err != nil && handover == nil:
+	if err = a.disksFirst(err, handover, "there are no metrics"); err != nil {
 		return err
-	case err != nil: // the disks come first
-		a.log.Error("there are no metrics", "err", err)
-	case l != nil:
+	}
+	if l != nil {
 		a.log.Info("metrics", "url", "http://"+l.Addr().String()+"/metrics")
 	}
 	shown := a.serveMetrics(l)
 	defer shown.end()
 	page, err := a.serveWeb(c)
 	defer page.end()
-	switch {
-	case err != nil && handover == nil:
+	if err = a.disksFirst(err, handover, "there is no page"); err != nil {
 		return err
-	case err != nil:
-		a.log.Error("there is no page", "err", err)
 	}
 	return a.own(c, o, handover, func(s *owner.Owner) { shown.of(s); page.of(s) })
+}
+
+// disksFirst returns why a daemon cannot listen for those who look at it, and so does not start. It logs what must not keep
+// the disks waiting: any user of the machine can take the address while the daemon is down, and a daemon that takes over
+// in an upgrade has clients.
+func (a *app) disksFirst(err error, handover *owner.Handover, lacks string) error {
+	if err == nil || handover == nil && !errors.Is(err, syscall.EADDRINUSE) {
+		return err
+	}
+	a.log.Error(lacks, "err", err)
+	return nil
 }
 
 // own owns the store until the end, or until an upgrade executes another program.
