@@ -6,12 +6,14 @@ import (
 	"errors"
 	"flag"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"testing/synctest"
+	"time"
 )
 
 var update = flag.Bool("update", false, "write testdata/report.md")
@@ -247,10 +249,18 @@ func TestDuring(t *testing.T) {
 }
 
 func TestHangup(t *testing.T) {
+	heard := make(chan os.Signal, 1)
+	signal.Notify(heard, syscall.SIGHUP) // so that it is not ignored, as nohup(1) has it
+	defer signal.Stop(heard)
 	ctx, stop := interruptible()
 	defer stop()
 	if err := syscall.Kill(os.Getpid(), syscall.SIGHUP); err != nil {
 		t.Fatal(err)
 	}
-	<-ctx.Done()
+	<-heard
+	select {
+	case <-ctx.Done():
+	case <-time.After(time.Minute):
+		t.Error("the program goes on")
+	}
 }
