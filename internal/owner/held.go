@@ -17,7 +17,8 @@ import (
 // heldClient is a client of another program that this one has not begun to serve. It holds all that the client has open,
 // so that nobody else gets it.
 type heldClient struct {
-	conn    net.Conn // nil: its service has taken it
+	conn    net.Conn      // nil: its service has taken it
+	over    *net.UnixConn // conn, also once it was taken; nil: it is something else
 	handles []*handle
 	err     error // why the client cannot be served
 }
@@ -79,6 +80,7 @@ func (o *Owner) hold1(held *heldClient, opts ServeOptions, c handedClient) (err 
 	if held.conn, err = connOf(c.Conn); err != nil {
 		return err
 	}
+	held.over = unixConn(held.conn)
 	r, err := cow.ParseRef(c.State.Export)
 	if err != nil {
 		return err
@@ -94,7 +96,7 @@ func (o *Owner) hold1(held *heldClient, opts ServeOptions, c handedClient) (err 
 	default:
 		who = clientOf(held.conn)
 	}
-	h, err := o.exports.acquireAsWas(r, who, c.State.ReadOnly)
+	h, err := o.exports.acquireAsWas(r, who, held.over, c.State.ReadOnly)
 	if err != nil {
 		return err
 	}
@@ -111,12 +113,13 @@ func (o *Owner) hold1(held *heldClient, opts ServeOptions, c handedClient) (err 
 	return nil
 }
 
-// acquireAsWas is acquire for a client that had r open before. A client that wrote writes again, or fails.
-func (x *exports) acquireAsWas(r cow.Ref, who client, readOnly bool) (*handle, error) {
+// acquireAsWas is acquire for a client that had r open before, and is connected over that, or nil. A client that wrote
+// writes again, or fails; mayNotWrite is to be called for it.
+func (x *exports) acquireAsWas(r cow.Ref, who client, over *net.UnixConn, readOnly bool) (*handle, error) {
 	if readOnly {
 		return x.acquire(r, true)
 	}
-	h, err := x.acquireToWrite(r, who, nil)
+	h, err := x.acquireToWrite(r, who, over)
 	if err == nil && h.readOnly {
 		return nil, errors.Join(fmt.Errorf("somebody else writes to %v: %w", r, cow.ErrBusy), x.release(h))
 	}
@@ -157,6 +160,7 @@ func (o *Owner) releaseHeld() error {
 	var errs []error
 	for _, held := range o.held {
 		for _, h := range held.handles {
+			o.exports.mayNotWrite(h, held.over)
 			errs = append(errs, o.exports.release(h))
 		}
 		if held.conn != nil {

@@ -32,6 +32,18 @@ func daemons(t *testing.T, w *fakeMachine) func(*Handover) *Owner {
 	}
 }
 
+// handOver upgrades a daemon, and returns what the next one gets.
+func handOver(t *testing.T, o *Owner) *Handover {
+	t.Helper()
+	if _, err := o.Upgrade(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := o.CloseWhenDone(); err != nil {
+		t.Fatal(err)
+	}
+	return o.Successor().Undone("1.0")
+}
+
 // TestHandedClientsAreHeld: from the moment when others can use the store, nobody gets what a client that was handed over
 // has open; and no upgrade begins before all services go on, which would lose them.
 func TestHandedClientsAreHeld(t *testing.T) {
@@ -61,18 +73,12 @@ func TestHandedClientsAreHeld(t *testing.T) {
 	if err := c.Write(text, 0, 0); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := o.Upgrade(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	if err := o.CloseWhenDone(); err != nil {
-		t.Fatal(err)
-	}
-	h := o.Successor().Undone("1.0")
+	h := handOver(t, o)
 	o = own(h)
 	if err := o.Rollback(t.Context(), to); !errors.Is(err, cow.ErrBusy) {
 		t.Error("a rollback under a client that is handed over:", err)
 	}
-	if _, err := o.exports.acquireAsWas(cow.Ref{Volume: "v"}, client{process: process{1, "1"}}, false); !errors.Is(err, cow.ErrBusy) {
+	if _, err := o.exports.acquireAsWas(cow.Ref{Volume: "v"}, client{process: process{1, "1"}}, nil, false); !errors.Is(err, cow.ErrBusy) {
 		t.Error("another writer:", err)
 	}
 	if s, err := o.Status(t.Context()); err != nil || !s.Starting {

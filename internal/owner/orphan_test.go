@@ -116,14 +116,11 @@ func TestOrphansGoOn(t *testing.T) {
 			}
 			_ = other.Close()
 		}
-		if _, err := o.Upgrade(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		if err := o.CloseWhenDone(); err != nil {
-			t.Fatal(err)
-		}
-		h := o.Successor().Undone("1.0")
+		h := handOver(t, o)
 		o = own(h)
+		if _, err := o.exports.acquireAsWas(cow.Ref{Volume: "v"}, client{process: thisProcess()}, nil, false); !errors.Is(err, cow.ErrBusy) {
+			t.Errorf("another writer while the connections are held: %v", err)
+		}
 		o.GoOn(h)
 		h.Done()
 	}
