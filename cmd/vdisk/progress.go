@@ -64,7 +64,7 @@ func claimTerminal(stream any) (*os.File, bool) {
 		return nil, true
 	}
 	if err := flock(own); err != nil {
-		own.Close()
+		_ = own.Close() // nothing was written
 		return nil, !errors.Is(err, unix.EWOULDBLOCK)
 	}
 	return own, true
@@ -107,7 +107,7 @@ func (b *bar) finish() {
 		_ = b.bar.Clear()
 	}
 	if b.claim != nil {
-		b.claim.Close()
+		_ = b.claim.Close() // nothing was written
 	}
 }
 

@@ -83,12 +83,13 @@ func (b *bench) makeSnapshots(ctx context.Context, mib int) error {
 func during(ctx context.Context, write func(context.Context) error, do func() error) error {
 	writing, stop := context.WithCancel(ctx)
 	defer stop()
-	ended := make(chan error, 1)
-	go func() { ended <- write(writing) }()
+	var failed error // of write, once ended is closed
+	ended := make(chan struct{})
+	go func() { defer close(ended); failed = write(writing) }()
 	err := do()
 	select {
-	case e := <-ended:
-		return errors.Join(err, e, errors.New("the writer ended before the last snapshot was taken"))
+	case <-ended:
+		return errors.Join(err, failed, errors.New("the writer ended before the last snapshot was taken"))
 	default:
 	}
 	stop()

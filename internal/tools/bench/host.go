@@ -99,7 +99,7 @@ func (h *host) stop() error {
 	if err := c.Process.Signal(syscall.SIGTERM); err != nil {
 		return err
 	}
-	late := time.AfterFunc(5*time.Minute, func() { c.Process.Kill() })
+	late := time.AfterFunc(5*time.Minute, func() { _ = c.Process.Kill() }) // fails if it has ended
 	defer late.Stop()
 	if c.Args[0] == "qemu-nbd" { // it loses a signal that comes between the making of its socket and its first turn
 		again := time.NewTicker(time.Second)
@@ -109,7 +109,7 @@ func (h *host) stop() error {
 			for {
 				select {
 				case <-again.C:
-					c.Process.Signal(syscall.SIGTERM) // fails when it has ended, which is well
+					_ = c.Process.Signal(syscall.SIGTERM) // fails if it has ended
 				case <-ended:
 					return
 				}

@@ -55,8 +55,10 @@ func title(test string) string {
 	if t, is := titles[test]; is {
 		return t
 	}
-	for prefix, text := range map[string]string{"randread-": "random read 4 KiB, depth ", "randwrite-": "random write 4 KiB, depth ",
-		"full-first-": "first, %", "full-steady-": "steady, %"} {
+	for prefix, text := range map[string]string{
+		"randread-": "random read 4 KiB, depth ", "randwrite-": "random write 4 KiB, depth ",
+		"full-first-": "first, %", "full-steady-": "steady, %",
+	} {
 		if rest, is := strings.CutPrefix(test, prefix); is {
 			return text + rest
 		}

@@ -7,7 +7,7 @@ import (
 	"strings"
 )
 
-// inverse of a figure of which less is better, so that a table finds the best.
+// inverse turns a figure round if less is better, since a table takes the largest for the best.
 func inverse(f figure) figure { return figure{1 / f.median, 1 / f.most, 1 / f.least, f.rounds} }
 
 func cpuCell(r run, test, peer string) (figure, string) {
@@ -26,9 +26,19 @@ func spaceCell(r run, test, peer string) (figure, string) {
 // A latencyRow is a test, and what of it is looked at.
 type latencyRow struct{ test, kind string }
 
-var latencyRows = []latencyRow{{"randread-1", "reads"}, {"randread-32", "reads"}, {"randread-cold", "reads"}, {"randwrite-1", "writes"},
-	{"randwrite-32", "writes"}, {"fsync", "writes"}, {"fsync", "flushes"}, {"database", "reads"}, {"database", "writes"},
-	{"machine", "reads"}, {"machine", "writes"}}
+var latencyRows = []latencyRow{
+	{"randread-1", "reads"},
+	{"randread-32", "reads"},
+	{"randread-cold", "reads"},
+	{"randwrite-1", "writes"},
+	{"randwrite-32", "writes"},
+	{"fsync", "writes"},
+	{"fsync", "flushes"},
+	{"database", "reads"},
+	{"database", "writes"},
+	{"machine", "reads"},
+	{"machine", "writes"},
+}
 
 func (l latencyRow) String() string {
 	if strings.HasPrefix(l.test, "rand") {
