@@ -96,7 +96,7 @@ type Options struct {
 	reapTime    time.Duration    // time during which a checkpoint begins further batches
 	replayBatch int              // changes that Open applies at once (default 2 Mi)
 	takeAll     bool             // new mappings may take what is kept for overwrites
-	countWait   time.Duration    // for how long who opens a volume waits for its count (default 2 s)
+	countWait   time.Duration    // how long opening a volume waits for its count (default 2 s)
 
 	onCommit    func(done bool) error    // called before and after each commit; an error before fails it
 	growTable   func(n int64) error      // called before the table's file grows by n bytes; an error prevents it

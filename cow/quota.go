@@ -130,7 +130,7 @@ func (g *growth) add(lf *leafcache.Leaf, first, n int) {
 const mostOfBlock = (format.RecordHeaderSize + format.BlockSize + format.RecordAlign - 1) / format.RecordAlign * format.RecordAlign
 
 // fits returns an error if a write of n bytes at off would take the volume over its quota, before any of it is written.
-// It takes for granted that nothing is compressed. p is what is written, or nil if it takes space whatever it is. Each
+// It takes for granted that nothing is compressed. p is what is written, or nil if all of it takes space, zeros too. Each
 // record is looked at again when it is installed, since others may write meanwhile.
 func (d *Device) fits(p []byte, off, n int64) error {
 	if n == 0 || d.noQuota || !d.v.hasQuota.Load() {

@@ -28,7 +28,7 @@ func (a *app) setCommand() *cli.Command {
 			"is saved up for limit.burst, 100ms by default:\n\n" +
 			"    vdisk set vm1 limit.iops=500 limit.bps=20M limit.burst=30s\n\n" +
 			"limit.mapped and limit.exclusive limit how many bytes of the volume hold data, and how many bytes the data takes that it shares\n" +
-			"with no snapshot. What would exceed them gets 'no space', and changes nothing:\n\n" +
+			"with no snapshot. A write that would exceed them gets 'no space':\n\n" +
 			"    vdisk set vm1 limit.mapped=8G limit.exclusive=2G",
 	}, func(c *cli.Context) error {
 		name, err := volumeName(c, 0)

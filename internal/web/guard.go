@@ -16,8 +16,8 @@ import (
 //go:embed assets
 var assets embed.FS
 
-// policy lets the page load nothing but what this server has, and run no script but its own: no text of the page, whoever
-// wrote it, can become one.
+// policy lets the page load nothing but what this server has, and run no script but its own. So no name or other text that a
+// user has chosen can become a script.
 const policy = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; " +
 	"base-uri 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
 

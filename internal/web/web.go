@@ -65,8 +65,9 @@ func (o Options) withDefaults() Options {
 // ErrAddress is matched by the error of Listen for an address that it refuses.
 var ErrAddress = errors.New("the page is for this machine alone, so a loopback address (127.0.0.1:9751) or a Unix socket (unix:PATH) is needed")
 
-// Listen listens on a loopback address (ADDRESS:PORT), or on the Unix socket of unix:PATH, to which only the user that this
-// process runs as, and root, can connect, whoever the folder belongs to. The caller calls remove once the listener is closed.
+// Listen listens on a loopback address (ADDRESS:PORT), or on a Unix socket (unix:PATH). On the socket only root and the user
+// that this process runs as are answered, in a folder of another user, too. The caller calls remove once the listener is
+// closed.
 func Listen(address string) (l net.Listener, remove func(), err error) {
 	if path, is := strings.CutPrefix(address, "unix:"); is {
 		if path == "" {

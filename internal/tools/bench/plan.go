@@ -269,7 +269,7 @@ func (b *bench) overlay(ctx context.Context, base, name string) error {
 // full writes at random to a volume that takes a part of a limited store: every block once, once more, and then for a time.
 func (b *bench) full(ctx context.Context) error {
 	for _, percent := range fills {
-		const taken = 2124 // bytes of the log, of a block of which a half is random
+		const taken = 2124 // bytes that a block takes in the log, if a half of it is random
 		mib := fullLimitMiB * percent / 100 * 4096 / taken
 		if err := b.do(ctx, b.host.vdisk, "-q", "create", "v", "--size", fmt.Sprint(mib, "M")); err != nil {
 			return err
